@@ -1,0 +1,106 @@
+"""`openpalm VERB ...`: finds the verb's file, and turns every error into one line and a status.
+
+Imports nothing heavy: a verb's module is imported when it is called, and imports torch only
+after its settings were read, so that every --help answers at once.
+"""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from openpalm.errors import OpenPalmError
+
+# verb -> (module with `run(argv)`, what it does)
+VERBS = {
+    "quickstart": ("quickstart", "the whole line in minutes on this machine, no download"),
+    "data": ("data", "prepare text as token shards; inspect them"),
+    "train": ("train", "train a model from scratch, or on from a checkpoint"),
+    "sft": ("sft", "fine-tune a checkpoint on conversations"),
+    "sample": ("sample", "continue a prompt with a trained model"),
+    "eval": ("eval", "loss and bits per byte of a checkpoint on prepared data"),
+    "convert": ("convert", "read and write checkpoints of other projects"),
+    "models": ("models", "list the model sizes: parameters, memory, FLOPs a token"),
+    "report": ("report", "draw a run as one HTML page"),
+}
+
+USAGE = """usage: openpalm VERB [options]
+
+Train a PaLM-style language model from text, fine-tune it, sample from it.
+
+verbs:
+{verbs}
+
+`openpalm VERB --help` shows a verb's options and examples; `openpalm --version` the version.
+
+examples:
+  openpalm quickstart
+  openpalm data prepare builtin:python-docs --out data/docs --tokenizer bpe:4096
+  openpalm train --model palm-tiny --data data/docs --out runs/tiny --steps 200
+  openpalm sample runs/tiny "The following example"
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command line; returns its exit status: 0 done, 1 failed, 2 a wrong request."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        listing = "\n".join(f"  {verb:<12}{about}" for verb, (_, about) in VERBS.items())
+        print(USAGE.format(verbs=listing))
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from openpalm import __version__
+
+        print(f"openpalm {__version__}")
+        return 0
+    return _guarded(argv[0], argv[1:])
+
+
+def _guarded(verb: str, argv: Sequence[str]) -> int:
+    from openpalm.settings import HelpRequested
+
+    try:
+        if verb not in VERBS:
+            return _complain(f"unknown verb {verb}; see `openpalm --help`", 2)
+        import_module(f"openpalm.cli.{VERBS[verb][0]}").run(argv)
+        sys.stdout.flush()
+        return 0
+    except HelpRequested as text:
+        print(text)
+        return 0
+    except OpenPalmError as error:
+        return _complain(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    """What nobody foresaw: the operating system refusing, or a bug of ours."""
+    if os.environ.get("OPENPALM_TRACEBACK"):
+        raise error
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" at {error.filename}" if error.filename else ""
+        return _complain(f"the disk is full{where}; free some space and repeat the command", 1)
+    if isinstance(error, OSError):
+        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return _complain(f"{reason} (set OPENPALM_TRACEBACK=1 to see where)", 1)
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"openpalm: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    status = main(sys.argv[1:])
+    sys.exit(status)

@@ -1,0 +1,47 @@
+"""Every error OpenPaLM raises on purpose, and the exit status each one means.
+
+    OpenPalmError
+    ├── RequestError            the request was wrong: exit 2
+    │   ├── SettingsError       an option, a settings file, or values that contradict each other
+    │   ├── DataError           a text, record or tokenizer that cannot be used
+    │   └── CheckpointError     a checkpoint that is missing, torn, altered, foreign or of another model
+    └── WorkError               the request was right but the work failed: exit 1
+        ├── StorageError        the disk is full or refuses us
+        └── TrainingError       the run diverged or could not go on
+
+A message says what is wrong, which value, and what to do, in one line.
+"""
+
+
+class OpenPalmError(Exception):
+    """Base of all errors raised on purpose; its text is the line a user reads."""
+
+    exit_status = 1
+
+
+class RequestError(OpenPalmError):
+    exit_status = 2
+
+
+class SettingsError(RequestError):
+    pass
+
+
+class DataError(RequestError):
+    pass
+
+
+class CheckpointError(RequestError):
+    pass
+
+
+class WorkError(OpenPalmError):
+    exit_status = 1
+
+
+class StorageError(WorkError):
+    pass
+
+
+class TrainingError(WorkError):
+    pass

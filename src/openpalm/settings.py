@@ -1,0 +1,271 @@
+"""One loader for all settings: frozen dataclasses <- YAML file <- command line.
+
+A verb's settings are a frozen dataclass. The docstring under each field is its `--help`, nested
+dataclasses become dotted options (`--optim.lr`), and `--config FILE.yaml` gives values that the
+command line overrides. Options are spelled with dashes; underscores parse too. Whatever is wrong
+ends as one SettingsError that names the option, the value and the remedy.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import docstring_parser
+import jsonargparse
+import yaml
+
+from openpalm.errors import SettingsError
+
+T = TypeVar("T")
+
+MAX_CONFIG_BYTES = 1 << 20
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class HelpRequested(Exception):
+    """The user asked for --help; the text is the argument."""
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        # A validation error of our own ("at birth") passes through as it was written.
+        while ex is not None:
+            if isinstance(ex, SettingsError):
+                raise ex
+            ex = ex.__cause__ or ex.__context__
+        raise SettingsError(message)
+
+
+def parse(
+    kind: type[T],
+    argv: Sequence[str],
+    *,
+    verb: str,
+    about: str,
+    examples: Sequence[str],
+    positional: Sequence[str] = (),
+    aliases: dict[str, str] | None = None,
+) -> T:
+    """Reads `argv` (and the YAML file it may name) into an instance of the dataclass `kind`.
+
+    `positional` names the fields given without an option; `aliases` maps other spellings of an
+    option to its field. Raises SettingsError for a wrong request, HelpRequested for --help.
+    """
+    options = _options(kind)
+    words = _normalise(argv, options, aliases or {}, verb)
+    parser = _build(kind, verb, about, positional)
+    if "--help" in words:
+        raise HelpRequested(_help_text(parser, examples))
+    for path in _config_files(words):
+        _check_config(path, options, verb)
+    try:
+        parsed = parser.parse_args(words)
+        values = parser.instantiate_classes(parsed).as_dict()
+    except SettingsError as error:
+        raise SettingsError(_one_line(str(error), verb)) from None
+    values.pop("config", None)
+    return kind(**values)
+
+
+def to_yaml(settings: Any) -> str:
+    """The settings as YAML that `--config` reads back to an equal object; unset values left out."""
+    return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True, width=100)
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as nested dicts, lists and scalars, without the fields that are None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((f.name, plain(getattr(value, f.name))) for f in dataclasses.fields(value))
+        return {name: item for name, item in items if item is not None and item != {}}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def build(kind: type[T], values: dict[str, Any]) -> T:
+    """The dataclass `kind` from what `plain` returned. Raises SettingsError on an unknown name."""
+    hints = typing.get_type_hints(kind)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise SettingsError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+    made = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            value = build(typing.cast(type, hint), value)
+        elif value is not None and Path in (hint, *typing.get_args(hint)):
+            value = Path(value)
+        elif isinstance(value, list) and typing.get_origin(hint) is tuple:
+            value = tuple(value)
+        made[name] = value
+    return kind(**made)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file, its size bounded. Raises SettingsError naming the file."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise SettingsError(f"{path}: more than {MAX_CONFIG_BYTES} bytes is no settings file")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"--config {path}: no such file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {path}: cannot be read ({error})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"--config {path}: is not valid YAML ({reason})") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config {path}: must hold `name: value` lines")
+    return content
+
+
+def spell(name: str) -> str:
+    """A field name as its option: batch_tokens -> --batch-tokens."""
+    return "--" + name.replace("_", "-")
+
+
+def _options(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted field name -> type, for the fields of `kind` and of the dataclasses inside it."""
+    options = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            options |= _options(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            options[prefix + name] = hint
+    return options
+
+
+def _is_flag(hint: Any) -> bool:
+    return hint is bool or (
+        typing.get_origin(hint) in (types.UnionType, typing.Union) and bool in typing.get_args(hint)
+    )
+
+
+def _normalise(
+    argv: Sequence[str], options: dict[str, Any], aliases: dict[str, str], verb: str
+) -> list[str]:
+    """Spells every option as jsonargparse wants it: underscores, and flags with a value."""
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*words, "--", *rest]
+        if word in ("-h", "--help"):
+            return ["--help"]
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        given, equals, value = word[2:].partition("=")
+        name = given.replace("-", "_")
+        name = aliases.get(name, name)
+        negated = name.removeprefix("no_") if name.startswith("no_") else ""
+        if _is_flag(options.get(negated)) and not equals:
+            words.append(f"--{negated}=false")
+        elif _is_flag(options.get(name)):
+            if not equals:
+                value = rest.pop(0) if rest and rest[0] in ("true", "false") else "true"
+            words.append(f"--{name}={value}")
+        elif name in options or name == "config":
+            if not equals:
+                if not rest:
+                    raise SettingsError(f"--{given}: needs a value; see `openpalm {verb} --help`")
+                value = rest.pop(0)
+            words.append(f"--{name}={value}")
+        else:
+            raise SettingsError(_unknown(f"--{given}", name, options, verb))
+    return words
+
+
+def _unknown(shown: str, name: str, options: dict[str, Any], verb: str) -> str:
+    near = difflib.get_close_matches(name, [*options, "config"], n=1)
+    hint = f"did you mean {spell(near[0])}?" if near else f"see `openpalm {verb} --help`"
+    return f"unknown option {shown}; {hint}"
+
+
+def _config_files(words: list[str]) -> list[Path]:
+    return [Path(word.removeprefix("--config=")) for word in words if word.startswith("--config=")]
+
+
+def _check_config(path: Path, options: dict[str, Any], verb: str) -> None:
+    """Refuses names the verb does not have, before jsonargparse reads the same file."""
+
+    def visit(mapping: dict[str, Any], prefix: str) -> None:
+        for key, value in mapping.items():
+            name = f"{prefix}{key}"
+            inside = any(option.startswith(f"{name}.") for option in options)
+            if inside and isinstance(value, dict):
+                visit(value, f"{name}.")
+            elif name not in options:
+                near = difflib.get_close_matches(name, options, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"see `openpalm {verb} --help`"
+                raise SettingsError(f"--config {path}: unknown setting {name}; {hint}")
+
+    visit(read_yaml(path), "")
+
+
+def _build(kind: type, verb: str, about: str, positional: Sequence[str]) -> _Parser:
+    parser = _Parser(prog=f"openpalm {verb}", description=about, allow_abbrev=False)
+    if _options(kind):
+        parser.add_argument("--config", action="config", help="YAML file of the settings below")
+    docs = {p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params}
+    hints = typing.get_type_hints(kind)
+    for field in (field for field in dataclasses.fields(kind) if field.name in positional):
+        required = field.default is dataclasses.MISSING
+        several = typing.get_origin(hints[field.name]) in (list, tuple)
+        extra: dict[str, Any] = {} if required else {"default": field.default}
+        if several or not required:
+            extra["nargs"] = ("+" if required else "*") if several else "?"
+        parser.add_argument(
+            field.name,
+            type=str if several else hints[field.name],
+            metavar=field.name.upper(),
+            help=docs[field.name],
+            **extra,
+        )
+    parser.add_class_arguments(kind, as_group=False, skip=set(positional))
+    return parser
+
+
+def _help_text(parser: _Parser, examples: Sequence[str]) -> str:
+    text = parser.format_help()
+    text = re.sub(r"  --print_config.*?(?=\n  --|\n\n)", "", text, flags=re.DOTALL)
+    text = re.sub(r"\n  --\w+ CONFIG +Path to a configuration file\.", "", text)
+    text = re.sub(r"\s*\[--(?!config)\w+ CONFIG\]", "", text)
+    text = re.sub(r"--[a-z0-9_.]+", lambda match: match[0].replace("_", "-"), text)
+    text = text.replace("default: null", "not set")
+    shown = "\n".join(f"  {line}" for line in examples)
+    return f"{text.rstrip()}\n\nexamples:\n{shown}\n"
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+
+
+def _one_line(message: str, verb: str) -> str:
+    """jsonargparse's message as one line in our words: option, value, remedy."""
+    text = " ".join(message.split())
+    value = re.match(r'Parser key "([^"]+)": .*?Got value: (.*)', text)
+    if value:
+        name, given = value.groups()
+        wanted = _wanted(text)
+        return f"{spell(name)} {given}: must be {wanted}; see `openpalm {verb} --help`"
+    missing = re.match(r"the following arguments are required: (.*)", text)
+    if missing:
+        return f"missing {missing[1]}; see `openpalm {verb} --help`"
+    return f"{text}; see `openpalm {verb} --help`"
+
+
+def _wanted(text: str) -> str:
+    literal = re.search(r"typing\.Literal(\[[^\]]*\])", text)
+    if literal:
+        return "one of " + literal[1].strip("[]").replace("'", "")
+    kinds = re.findall(r"<class '(\w+)'>", text)
+    return _KINDS.get(kinds[0], kinds[0]) if kinds else "of another type"
