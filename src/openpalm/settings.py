@@ -216,7 +216,9 @@ def _build(kind: type, verb: str, about: str, positional: Sequence[str]) -> _Par
     parser = _Parser(prog=f"openpalm {verb}", description=about, allow_abbrev=False)
     if _options(kind):
         parser.add_argument("--config", action="config", help="YAML file of the settings below")
-    docs = {p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params}
+    docs = {
+        p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params
+    }
     hints = typing.get_type_hints(kind)
     for field in (field for field in dataclasses.fields(kind) if field.name in positional):
         required = field.default is dataclasses.MISSING

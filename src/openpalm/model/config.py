@@ -1,0 +1,227 @@
+"""What a model is: its sizes and its choices, with the named sizes people ask for.
+
+Knows the arithmetic of a size (parameters, FLOPs, bytes) and nothing of tensors.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from openpalm.errors import SettingsError
+
+VOCAB_MULTIPLE = 64
+"""Embedding rows are padded to a multiple of this, for aligned matrix multiplies."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of one transformer; every value is checked at birth.
+
+    Raises SettingsError when values contradict each other.
+    """
+
+    vocab_size: int
+    """token ids a model may read or predict"""
+    dim: int
+    """width of the residual stream"""
+    depth: int
+    """blocks"""
+    heads: int
+    """query heads"""
+    head_dim: int
+    """width of one head"""
+    ff_dim: int
+    """hidden width of the feed-forward branch"""
+    kv_heads: int = 1
+    """key/value heads: 1 is multi-query, `heads` is multi-head, between is grouped"""
+    context: int = 2048
+    """tokens in a training sequence; longer inputs are extrapolation, not an error"""
+    causal: bool = True
+    """False reads in both directions; negative ids are then padding and are masked"""
+    feedforward: Literal["swiglu", "gelu"] = "swiglu"
+    """swiglu (PaLM) or tanh-approximated gelu (GPT-J)"""
+    bias: bool = False
+    """biases of norms, feed-forward and head (GPT-J); PaLM has none"""
+    tied: bool = True
+    """the output head is the embedding table"""
+    qk_norm: bool = False
+    """RMS norm with a learned scale on every query and key head, before the rotation"""
+    rotary: Literal["halves", "interleaved", "nanopalm"] = "halves"
+    """which coordinates are rotated together; nanopalm reproduces that project's mixing"""
+    rotary_dims: int = 0
+    """rotated coordinates of a head, the first ones; 0 rotates all"""
+    rotary_base: float = 10000.0
+    """period base of the rotation"""
+    xpos_base: float = 0.0
+    """positions over which xPos decays by its scale (palm-rlhf-pytorch: 512); 0 is plain rotary"""
+    norm_before_head: bool = True
+    """False computes logits from the raw residual stream (palm-rlhf-pytorch before 0.2.1)"""
+    norm_eps: float = 1e-5
+    """added to the variance in layer norms"""
+    dropout: float = 0.0
+    """probability of zeroing a coordinate of a block's output in training"""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "dim",
+            "depth",
+            "heads",
+            "head_dim",
+            "ff_dim",
+            "kv_heads",
+            "context",
+        ):
+            if not 0 < getattr(self, name) < 1 << 31:
+                raise SettingsError(f"model {name} ({getattr(self, name)}) must be at least 1")
+        if self.heads % self.kv_heads:
+            raise SettingsError(
+                f"model kv_heads ({self.kv_heads}) must divide heads ({self.heads})"
+            )
+        if not 0 <= self.rotary_dims <= self.head_dim or self.rotated % 2:
+            raise SettingsError(
+                f"model rotary_dims ({self.rotary_dims}) must be even "
+                f"and at most head_dim ({self.head_dim})"
+            )
+        if not 0 <= self.dropout < 1:
+            raise SettingsError(f"model dropout ({self.dropout}) must be in [0, 1)")
+        if self.xpos_base and not (self.causal and self.rotary == "halves"):
+            raise SettingsError("model xpos_base needs causal=True and rotary=halves; set it to 0")
+
+    @property
+    def rotated(self) -> int:
+        """Coordinates of a head that are rotated."""
+        return self.rotary_dims or self.head_dim
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding table."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers, without the padding rows of the vocabulary."""
+        d, inner = self.dim, self.heads * self.head_dim
+        matrices = 3 if self.feedforward == "swiglu" else 2
+        block = 2 * d * inner + 2 * d * self.kv_heads * self.head_dim + matrices * d * self.ff_dim
+        norms = (self.depth + 1) * d * (2 if self.bias else 1)
+        biases = self.depth * (self.ff_dim + d) + self.vocab_size if self.bias else 0
+        scales = self.depth * 2 * self.head_dim if self.qk_norm else 0
+        tables = self.vocab_size * d * (1 if self.tied else 2)
+        return self.depth * block + norms + biases + scales + tables
+
+    def flops_per_token(self, context: int | None = None) -> int:
+        """FLOPs of training one token, forward and backward: 6N + 12 L h head_dim T.
+
+        Source: PaLM (Chowdhery et al. 2022), appendix B; N counts the head's table once and,
+        like the paper, the full (not the causal half of the) attention matrix.
+        """
+        matmul = self.parameters - (0 if self.tied else self.vocab_size * self.dim)
+        attention = 12 * self.depth * self.heads * self.head_dim * (context or self.context)
+        return 6 * matmul + attention
+
+    def kv_bytes_per_token(self, bytes_per_number: int = 2) -> int:
+        """Bytes of key/value cache that one token of one sequence takes."""
+        return 2 * self.depth * self.kv_heads * self.head_dim * bytes_per_number
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named size; `vocab_size` is the default where no tokenizer says otherwise."""
+
+    config: ModelConfig
+    learning_rate: float
+    about: str
+
+
+def _palm(
+    dim: int, depth: int, heads: int, head_dim: int, vocab: int, context: int, **more: int
+) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab,
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        head_dim=head_dim,
+        ff_dim=more.get("ff_dim", 4 * dim),
+        context=context,
+    )
+
+
+_HUB = "conceptofmind's size, 8k context"
+_OURS = "ours; trains on a laptop"
+_PAPER = "PaLM paper, table 1"
+
+PRESETS: dict[str, Preset] = {
+    "palm-tiny": Preset(_palm(128, 4, 4, 32, 320, 256), 3e-3, "ours; trains in seconds, for tests"),
+    "palm-5m": Preset(_palm(256, 4, 4, 64, 4096, 512), 2e-3, _OURS),
+    "palm-14m": Preset(_palm(384, 6, 6, 64, 4096, 512), 1.5e-3, _OURS),
+    "palm-32m": Preset(_palm(512, 8, 8, 64, 4096, 1024), 1e-3, _OURS),
+    "palm-150m": Preset(_palm(768, 12, 8, 128, 50304, 8192), 6e-4, _HUB),
+    "palm-410m": Preset(_palm(1024, 24, 8, 128, 50304, 8192), 3e-4, _HUB),
+    "palm-1b": Preset(_palm(2048, 16, 8, 128, 50304, 8192), 3e-4, _HUB),
+    "palm-2.1b": Preset(_palm(2560, 24, 8, 128, 50304, 8192), 1.8e-4, _HUB),
+    "palm-3b": Preset(_palm(3072, 24, 8, 128, 50304, 8192), 1.6e-4, "ours; the original never was"),
+    "palm-8b": Preset(_palm(4096, 32, 16, 256, 256000, 2048), 1e-4, _PAPER),
+    "palm-62b": Preset(_palm(8192, 64, 32, 256, 256000, 2048), 1e-4, _PAPER),
+    "palm-540b": Preset(_palm(18432, 118, 48, 256, 256000, 2048), 1e-4, _PAPER),
+    "nanopalm-213m": Preset(
+        _palm(768, 4, 6, 128, 50304, 1024, ff_dim=4 * 6 * 768), 6e-4, "nanoPALM's size"
+    ),
+    "gpt-j-6b": Preset(
+        ModelConfig(
+            vocab_size=50400,
+            dim=4096,
+            depth=28,
+            heads=16,
+            head_dim=256,
+            ff_dim=16384,
+            kv_heads=16,
+            feedforward="gelu",
+            bias=True,
+            tied=False,
+            rotary="interleaved",
+            rotary_dims=64,
+        ),
+        1.2e-4,
+        "GPT-J's size and function",
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name. Raises SettingsError naming the nearest ones."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see `openpalm models`"
+        raise SettingsError(f"--model {name}: no such preset; {hint}")
+    return PRESETS[name]
+
+
+def config_from_json(values: object, where: str) -> ModelConfig:
+    """A ModelConfig from a parsed config.json. Raises SettingsError naming the file and field."""
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    if not isinstance(values, dict):
+        raise SettingsError(f"{where}: the model's settings must be a JSON object")
+    for name, value in values.items():
+        if name not in fields:
+            raise SettingsError(f"{where}: unknown model field {name}; a newer OpenPaLM wrote it")
+        if not _fits(value, fields[name].type):
+            raise SettingsError(f"{where}: model field {name} cannot be {value!r}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and name not in values
+    ]
+    if missing:
+        raise SettingsError(f"{where}: the model's settings lack {', '.join(missing)}")
+    return ModelConfig(**values)
+
+
+def _fits(value: object, kind: object) -> bool:
+    if kind is bool or kind is int:
+        return type(value) is kind
+    if kind is float:
+        return type(value) in (int, float)
+    return value in getattr(kind, "__args__", ())

@@ -1,0 +1,102 @@
+"""Positions as rotations of queries and keys (RoFormer), with xPos's decay on request.
+
+Angles and scales are computed and applied in float32 whatever the model's dtype.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from openpalm.errors import SettingsError
+from openpalm.model.config import ModelConfig
+
+_MAX_LOG_SCALE = 80.0  # exp(80) and exp(-80) are still normal float32 numbers
+
+
+class RotaryTables:
+    """cos and sin for the queries and for the keys, each [..., time, rotated dims], float32."""
+
+    def __init__(self, query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]):
+        self.query = query
+        self.key = key
+
+
+class Rotary(nn.Module):
+    """Makes the tables once, as long as the longest input so far, and looks positions up."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self._tables: Tensor | None = None  # [4, positions, rotated dims]; no parameter, no buffer
+
+    def forward(self, positions: Tensor, longest: int) -> RotaryTables:
+        """Tables for integer `positions` [time] or [batch, time], all below `longest`."""
+        tables = self._tables
+        if tables is None or tables.shape[1] < longest or tables.device != positions.device:
+            rounded = max(self.config.context, 1 << (longest - 1).bit_length())
+            length = longest if self.config.xpos_base else rounded
+            tables = self._tables = _tables(self.config, length, positions.device)
+        query_cos, query_sin, key_cos, key_sin = tables[:, positions].unbind(0)
+        return RotaryTables((query_cos, query_sin), (key_cos, key_sin))
+
+    def rotate(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotates the first coordinates of `x` [batch, time, heads, head_dim]; keeps its dtype."""
+        cos, sin = (t.unsqueeze(-2) for t in table)
+        rotated = self.config.rotated
+        head = x[..., :rotated].float()
+        turned = head * cos + self._companion(head) * sin
+        if rotated == x.shape[-1]:
+            return turned.to(x.dtype)
+        return torch.cat([turned.to(x.dtype), x[..., rotated:]], dim=-1)
+
+    def _companion(self, x: Tensor) -> Tensor:
+        """Each coordinate's partner in its pair, signed: (a, b) -> (-b, a)."""
+        if self.config.rotary == "halves":
+            first, second = x.chunk(2, dim=-1)
+            return torch.cat([-second, first], dim=-1)
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([-second, first], dim=-1).flatten(-2)
+
+
+def _tables(config: ModelConfig, length: int, device: torch.device) -> Tensor:
+    position = torch.arange(length, device=device, dtype=torch.float64)
+    angle = position[:, None] * _frequencies(config, device)
+    cos, sin = angle.cos(), angle.sin()
+    scale = _xpos_scale(config, position)
+    return torch.stack([cos * scale, sin * scale, cos / scale, sin / scale]).float()
+
+
+def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Radians a position for each rotated coordinate: base^(-2j / dims) for pair j."""
+    dims = config.rotated
+    pair = torch.arange(dims // 2, device=device, dtype=torch.float64)
+    # nanoPALM steps its exponent by (4j + 1) and keeps it in halves while it pairs neighbours.
+    exponent = (4 * pair + 1) / dims if config.rotary == "nanopalm" else 2 * pair / dims
+    frequency = config.rotary_base**-exponent
+    if config.rotary == "interleaved":
+        return frequency.repeat_interleave(2)
+    return frequency.repeat(2)
+
+
+def _xpos_scale(config: ModelConfig, position: Tensor) -> Tensor:
+    """xPos (Sun et al. 2022, section 3): s_i^((p - centre) / base), [positions, rotated dims].
+
+    Only differences of positions reach a score, so any fixed centre gives the same model; the
+    middle of the training context keeps the powers small. Raises SettingsError where a power
+    would leave float32.
+    """
+    if not config.xpos_base:
+        return torch.ones(1, 1, device=position.device, dtype=torch.float64)
+    dims = config.rotated
+    pair = torch.arange(0, dims, 2, device=position.device, dtype=torch.float64)
+    log_scale = ((pair + 0.4 * dims) / (1.4 * dims)).log()
+    power = (position - config.context // 2) / config.xpos_base
+    largest = power.abs().max().item() * -log_scale[0].item()
+    if largest > _MAX_LOG_SCALE:
+        reach = int(_MAX_LOG_SCALE / -math.log(0.4 / 1.4) * config.xpos_base) + config.context // 2
+        raise SettingsError(
+            f"{len(position)} tokens are too many for xPos with base {config.xpos_base:g}: its "
+            f"powers leave float32; stay below {reach} tokens or train with a larger context"
+        )
+    return (power[:, None] * log_scale).exp().repeat(1, 2)

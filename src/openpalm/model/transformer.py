@@ -1,0 +1,105 @@
+"""The model: embedding, parallel blocks, final norm; hidden states or logits, by method.
+
+Sees integer ids and tensors only, never a batch, a tokenizer or a file.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openpalm.model.block import Attend, Block, Norm, attend_cached, attend_whole
+from openpalm.model.cache import KVCache
+from openpalm.model.config import ModelConfig
+from openpalm.model.rotary import Rotary
+
+
+class Transformer(nn.Module):
+    """A decoder (or, with causal=False, an encoder) of the PaLM family; see ModelConfig.
+
+    Parameters are uninitialised until `initialise` or a checkpoint fills them.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.padded_vocab, config.dim))
+        self.rotary = Rotary(config)
+        self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.depth))
+        self.norm = Norm(config)
+        self.unembedding = None if config.tied else nn.Parameter(torch.empty_like(self.embedding))
+        self.head_bias = nn.Parameter(torch.empty(config.padded_vocab)) if config.bias else None
+
+    def logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Unnormalised log-probabilities of the next token.
+
+        ids: integers [batch, time]. Returns float32 [batch, time, vocab_size]: the padding rows
+        of the table are cut off here, so no loss, sampler or metric can meet them.
+        """
+        return self.head(self.residual(ids, cache))
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final-norm states [batch, time, dim] of ids [batch, time]."""
+        return self.norm(self.residual(ids, cache))
+
+    def residual(
+        self, ids: Tensor, cache: KVCache | None = None, counts: list[int] | None = None
+    ) -> Tensor:
+        """The residual stream after the last block, [batch, time, dim].
+
+        With a cache the ids follow what each slot holds, and the cache advances: by `counts`
+        tokens in each slot where given (the rest of the row is padding), else by all of them.
+        """
+        positions, attend, longest = self._context(ids, cache)
+        tables = self.rotary(positions, longest)
+        x = F.embedding(ids.clamp_min(0) if not self.config.causal else ids, self.embedding)
+        for layer, block in enumerate(self.blocks):
+            x = block(layer, x, tables, attend)
+        if cache is not None:
+            cache.advance(counts or [ids.shape[1]] * ids.shape[0])
+        return x
+
+    def head(self, residual: Tensor) -> Tensor:
+        """Logits, float32 [..., vocab_size], of residual-stream states [..., dim]."""
+        states = self.norm(residual) if self.config.norm_before_head else residual
+        table = self.embedding if self.unembedding is None else self.unembedding
+        logits = F.linear(states, table, self.head_bias)
+        return logits[..., : self.config.vocab_size].float()
+
+    def _context(self, ids: Tensor, cache: KVCache | None) -> tuple[Tensor, Attend, int]:
+        """Positions of the ids, how they attend, and one more than the last position."""
+        time = ids.shape[1]
+        if cache is None:
+            positions = torch.arange(time, device=ids.device)
+            mask = None if self.config.causal else (ids >= 0)[:, None]
+            return positions, attend_whole(self.config.causal, mask), time
+        if not self.config.causal:
+            raise AssertionError("a bidirectional model has no cache")
+        positions = cache.positions(time)
+        return positions, attend_cached(cache, positions), max(cache.lengths) + time
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """Fills every parameter from `seed`, the same on every device and for any dtype.
+
+    Matrices are normal with deviation 1/sqrt(fan-in), those that write to the residual stream
+    divided by sqrt(2 depth) so that its variance does not grow with depth; norms start at one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    shrink = (2 * config.depth) ** -0.5
+    for name, parameter in model.named_parameters():
+        kind = name.rsplit(".", 1)[-1]
+        if kind.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            deviation = 0.02 if "embedding" in kind else parameter.shape[1] ** -0.5
+            if kind in ("out", "down"):
+                deviation *= shrink
+            drawn = torch.randn(parameter.shape, generator=generator) * deviation
+            parameter.copy_(drawn)
+    for table in (model.embedding, model.unembedding):
+        if table is not None:
+            table[config.vocab_size :] = 0
