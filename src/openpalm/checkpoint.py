@@ -1,0 +1,471 @@
+"""The checkpoint directory, the only format inside the house: save, load, verify, latest.
+
+    step-00002000/
+      config.json  tokenizer.json  model.safetensors  fingerprint.safetensors  card.md
+      train/           optimizer and random state as tensors (DCP), the rest as state.json
+      manifest.json    written last: every file's size and hash, its own hash, lineage
+
+A directory is written beside its final name and renamed, so it is whole or absent. Nothing is
+loaded from one whose files differ from its manifest, and loading never runs code from a file.
+Deleting `train/` publishes a model.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from openpalm import __version__
+from openpalm.errors import CheckpointError, OpenPalmError, SettingsError, StorageError
+from openpalm.model.config import ModelConfig, config_from_json
+from openpalm.model.transformer import Transformer
+
+FORMAT = "openpalm-checkpoint"
+VERSION = 1
+FINGERPRINT_TOKENS = 16
+FINGERPRINT_TOLERANCE = 1e-4
+_MAX_JSON_BYTES = 64 << 20
+_STEP = re.compile(r"step-(\d{8,})")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a run needs, beside the weights, to go on as if it had never stopped."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+    """JSON-able"""
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(
+    directory: Path,
+    model: Transformer,
+    *,
+    tokenizer_json: str | None = None,
+    train: TrainState | None = None,
+    lineage: dict[str, Any] | None = None,
+    fingerprint: bool = False,
+    card: str | None = None,
+) -> None:
+    """Writes a checkpoint directory, whole or not at all; an older one of that name is replaced.
+
+    Raises StorageError when the disk is full or refuses; nothing half-written is left.
+    """
+    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        _write_contents(partial, model, tokenizer_json, train, fingerprint, card)
+        _write_manifest(partial, lineage or {})
+        if directory.exists():
+            directory.rename(partial.with_suffix(".old"))
+        partial.rename(directory)
+        _sync(directory.parent)
+        shutil.rmtree(partial.with_suffix(".old"), ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if refused := _refusal(error):
+            raise StorageError(f"{directory}: cannot be saved ({refused})") from error
+        raise
+
+
+def load(path: str | Path, device: str = "cpu", dtype: str = "float32") -> Transformer:
+    """The model of a checkpoint or of a run's newest whole checkpoint, in eval mode.
+
+    Every file is checked against the manifest first, and in float32 the fingerprint, where there
+    is one, against what this code computes. Raises CheckpointError naming the path and reason.
+    """
+    directory = resolve(path)
+    if dtype not in DTYPES:
+        raise SettingsError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    model = Transformer(load_config(directory)).to(device=device, dtype=DTYPES[dtype])
+    load_weights(model, directory)
+    model.eval()
+    if dtype == "float32":
+        _check_fingerprint(model, directory)
+    return model
+
+
+def load_config(directory: Path) -> ModelConfig:
+    """The model's config, cheap: no weight is read."""
+    where = directory / "config.json"
+    content = _read_json(where)
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise CheckpointError(f"{where}: not a config.json of this version; see `openpalm convert`")
+    try:
+        config = config_from_json(content.get("model"), str(where))
+    except SettingsError as error:
+        raise CheckpointError(str(error)) from None
+    _check_tensors(config, directory)
+    return config
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, directory: Path) -> None:
+    """Fills `model` from the directory; its dtype and device stay the model's own."""
+    with safetensors.safe_open(directory / "model.safetensors", framework="pt") as file:
+        for name, parameter in model.named_parameters():
+            stored = file.get_tensor(name)
+            if stored.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{directory}: {name} is {list(stored.shape)}, this model needs "
+                    f"{list(parameter.shape)}; it is a checkpoint of another model"
+                )
+            parameter.copy_(stored)
+
+
+def load_train_state(directory: Path) -> TrainState:
+    """What `save` was given as `train`. Raises CheckpointError if it was published without."""
+    folder = directory / "train"
+    if not folder.is_dir():
+        raise CheckpointError(f"{directory}: holds no train/ to resume; start from it with --init")
+    reader = _TensorReader(folder)
+    wanted = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in wanted.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with _alone():
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return TrainState(tensors, _read_json(folder / "state.json"))
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint directory that `path`, a checkpoint or a run, stands for; verified whole."""
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        found = latest(path)
+        if found is None:
+            raise CheckpointError(f"{path}: this run has no whole checkpoint yet")
+        return found
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
+    if not (path / "manifest.json").is_file():
+        raise CheckpointError(
+            f"{path}: not a checkpoint of OpenPaLM (no manifest.json); "
+            "foreign ones are read by `openpalm convert`"
+        )
+    verify(path)
+    return path
+
+
+def latest(run: Path, say: Callable[[str], None] | None = None) -> Path | None:
+    """The newest whole checkpoint of a run, or None; says which newer ones it passed over."""
+    say = say or (lambda line: print(line, file=sys.stderr))
+    for directory in reversed(steps(run)):
+        try:
+            verify(directory)
+            return directory
+        except CheckpointError as error:
+            say(f"passing over a damaged checkpoint: {error}")
+    return None
+
+
+def steps(run: Path) -> list[Path]:
+    """The run's checkpoint directories, oldest first, damaged ones included."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if _STEP.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def remove_partial(run: Path) -> None:
+    """Clears what a killed save left; only for the process that owns the run."""
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """The manifest, after checking every file's size and hash against it.
+
+    A missing `train/` is a published model, not damage. Raises CheckpointError naming the file.
+    """
+    manifest = read_manifest(directory)
+    published = not (directory / "train").exists()
+    files = {
+        name: entry
+        for name, entry in manifest["files"].items()
+        if not (published and name.startswith("train/"))
+    }
+    for name, entry in files.items():
+        file = directory / name
+        if not file.is_file():
+            raise CheckpointError(f"{directory}: {name} is missing; the checkpoint is incomplete")
+        if file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{directory}: {name} is torn ({file.stat().st_size} bytes)")
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda name: _hash(directory / name), files)
+        for (name, entry), found in zip(files.items(), hashes, strict=True):
+            if found != entry["sha256"]:
+                raise CheckpointError(f"{directory}: {name} was altered since it was written")
+    return manifest
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest alone, its own hash checked, no file compared with it."""
+    where = directory / "manifest.json"
+    manifest = _read_json(where)
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    if manifest.get("sha256") != _digest(body):
+        raise CheckpointError(f"{where}: was altered since it was written")
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise CheckpointError(f"{where}: not a checkpoint this version of OpenPaLM reads")
+    for name in manifest["files"]:
+        if name.startswith("/") or ".." in Path(name).parts:
+            raise CheckpointError(f"{where}: names a file outside the checkpoint ({name})")
+    return manifest
+
+
+def tokenizer_json(directory: Path) -> str | None:
+    """The checkpoint's tokenizer.json as text, or None where it has none."""
+    file = directory / "tokenizer.json"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def fingerprint_logits(model: Transformer) -> tuple[Tensor, Tensor]:
+    """16 fixed tokens [1, 16] and their float32 logits [1, 16, vocab_size]."""
+    vocab = model.config.vocab_size
+    tokens = torch.arange(FINGERPRINT_TOKENS, device=model.embedding.device)[None] * 7919 % vocab
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model.logits(tokens)
+    model.train(training)
+    return tokens, logits
+
+
+def _check_fingerprint(model: Transformer, directory: Path) -> None:
+    file = directory / "fingerprint.safetensors"
+    if not file.is_file():
+        return
+    written = safetensors.torch.load_file(file)["logits"]
+    computed = fingerprint_logits(model)[1].cpu()
+    if written.shape != computed.shape:
+        raise CheckpointError(f"{directory}: its fingerprint is of another model")
+    difference = (written - computed).abs().max().item()
+    if not difference <= FINGERPRINT_TOLERANCE * max(1.0, written.abs().max().item()):
+        raise CheckpointError(
+            f"{directory}: computes other logits than when it was written "
+            f"(difference {difference:.1e}); the file or the code has changed"
+        )
+
+
+def _check_tensors(config: ModelConfig, directory: Path) -> None:
+    """The stored names against the config's, so that a hostile depth builds no model."""
+    where = directory / "model.safetensors"
+    try:
+        with safetensors.safe_open(where, framework="pt") as file:
+            names = set(file.keys())
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{where}: cannot be read ({error})") from None
+    if config.depth > len(names):
+        raise CheckpointError(
+            f"{where}: holds {len(names)} tensors, too few for {config.depth} blocks"
+        )
+    with torch.device("meta"):
+        wanted = {name for name, _ in Transformer(config).named_parameters()}
+    if names != wanted:
+        odd = sorted(names ^ wanted)[0]
+        raise CheckpointError(f"{where}: a checkpoint of another model (differs in {odd})")
+
+
+def _write_contents(
+    partial: Path,
+    model: Transformer,
+    tokenizer: str | None,
+    train: TrainState | None,
+    fingerprint: bool,
+    card: str | None,
+) -> None:
+    config = {"format": FORMAT, "version": VERSION, "model": asdict(model.config)}
+    _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    safetensors.torch.save_file(weights, partial / "model.safetensors")
+    if tokenizer is not None:
+        _write_text(partial / "tokenizer.json", tokenizer)
+    if fingerprint:
+        tokens, logits = fingerprint_logits(model)
+        pair = {"tokens": tokens.cpu(), "logits": logits.cpu().contiguous()}
+        safetensors.torch.save_file(pair, partial / "fingerprint.safetensors")
+    if train is not None:
+        (partial / "train").mkdir()
+        writer = dcp.FileSystemWriter(partial / "train", thread_count=1)
+        with _alone():
+            dcp.save(dict(train.tensors), storage_writer=writer, no_dist=True)
+        _write_text(partial / "train" / "state.json", json.dumps(train.values, indent=1) + "\n")
+    _write_text(partial / "card.md", card or default_card(model.config))
+
+
+def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
+    files = {}
+    for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+        _sync(file)
+        name = file.relative_to(partial).as_posix()
+        files[name] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
+    versions = {"openpalm": __version__, "torch": torch.__version__}
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "files": files,
+        "lineage": lineage,
+        "versions": versions,
+    }
+    content = json.dumps(body | {"sha256": _digest(body)}, indent=1) + "\n"
+    _write_text(partial / "manifest.json", content)
+    _sync(partial / "manifest.json")
+    for folder in (partial / "train", partial):
+        if folder.is_dir():
+            _sync(folder)
+
+
+def default_card(config: ModelConfig) -> str:
+    """A model card that says what can be known from the config alone."""
+    return (
+        "# Model card\n\n"
+        f"A PaLM-style language model of {config.parameters:,} parameters made with OpenPaLM "
+        f"{__version__}.\n\n"
+        f"| | |\n|---|---|\n| width x depth | {config.dim} x {config.depth} |\n"
+        f"| heads | {config.heads} of {config.head_dim}, {config.kv_heads} key/value |\n"
+        f"| context | {config.context} tokens |\n| vocabulary | {config.vocab_size} |\n\n"
+        "Where it came from is in manifest.json under `lineage`.\n"
+        "It repeats what its data says, true or not; look at its answers before relying on one.\n"
+    )
+
+
+class _TensorReader(dcp.FileSystemReader):
+    """Reads DCP's index through an allow-list, and accepts tensors only.
+
+    The index is a pickle and non-tensor entries are unpickled, so a foreign directory could run
+    code; see docs on safety of files.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        where = Path(self.path) / ".metadata"
+        try:
+            with where.open("rb") as file:
+                metadata = _IndexUnpickler(file).load()
+            entries = metadata.state_dict_metadata.values()
+            inside = all("/" not in i.relative_path for i in metadata.storage_data.values())
+        except (OSError, pickle.UnpicklingError, AttributeError, EOFError, ValueError) as error:
+            raise CheckpointError(f"{where}: not an index of tensors ({error})") from None
+        if not inside or not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
+            raise CheckpointError(f"{where}: holds more than tensors; it was not written here")
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    _ALLOWED = frozenset(
+        {
+            ("pathlib", "PosixPath"),
+            ("pathlib", "WindowsPath"),
+            ("pathlib._local", "PosixPath"),
+            ("pathlib._local", "WindowsPath"),
+            ("torch", "Size"),
+            ("torch", "float32"),
+            ("torch", "bfloat16"),
+            ("torch", "float16"),
+            ("torch", "float64"),
+            ("torch", "int64"),
+            ("torch", "int32"),
+            ("torch", "uint8"),
+            ("torch", "bool"),
+            ("torch.serialization", "_get_layout"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            *(
+                ("torch.distributed.checkpoint.metadata", name)
+                for name in (
+                    "Metadata",
+                    "TensorStorageMetadata",
+                    "TensorProperties",
+                    "ChunkStorageMetadata",
+                    "MetadataIndex",
+                    "StorageMeta",
+                    "_MEM_FORMAT_ENCODING",
+                )
+            ),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        return super().find_class(module, name)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """DCP warns that no process group exists; with one process that is what we mean."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Why the system refused a write, if that is what the error says; libraries wrap it freely."""
+    if isinstance(error, OpenPalmError | KeyboardInterrupt | SystemExit):
+        return None
+    text = str(error)
+    for sign in ("No space left", "os error 28", "Read-only file system", "Permission denied"):
+        if sign in text:
+            return {"os error 28": "No space left on device"}.get(sign, sign)
+    if "PytorchStreamWriter" in text or "unexpected pos" in text:  # torch.save on a full disk
+        return "No space left on device"
+    return error.strerror if isinstance(error, OSError) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: too large for what it should hold")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing; the checkpoint is incomplete") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return content
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """fsync of a file or a directory, so that a rename never outlives its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
