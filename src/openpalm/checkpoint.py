@@ -28,8 +28,9 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from openpalm import __version__
@@ -149,7 +150,7 @@ def load_train_state(directory: Path) -> TrainState:
         if isinstance(entry, TensorStorageMetadata)
     }
     with _alone():
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
     return TrainState(tensors, _read_json(folder / "state.json"))
 
 
@@ -231,10 +232,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{where}: was altered since it was written")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise CheckpointError(f"{where}: not a checkpoint this version of OpenPaLM reads")
-    for name in manifest["files"]:
-        if name.startswith("/") or ".." in Path(name).parts:
-            raise CheckpointError(f"{where}: names a file outside the checkpoint ({name})")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(_is_entry(*item) for item in files.items()):
+        raise CheckpointError(f"{where}: its list of files is not one this project writes")
     return manifest
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    inside = not name.startswith("/") and ".." not in Path(name).parts
+    return inside and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
 
 
 def tokenizer_json(directory: Path) -> str | None:
@@ -310,9 +316,9 @@ def _write_contents(
         safetensors.torch.save_file(pair, partial / "fingerprint.safetensors")
     if train is not None:
         (partial / "train").mkdir()
-        writer = dcp.FileSystemWriter(partial / "train", thread_count=1)
+        writer = FileSystemWriter(partial / "train", thread_count=1)
         with _alone():
-            dcp.save(dict(train.tensors), storage_writer=writer, no_dist=True)
+            state_dict_saver.save(dict(train.tensors), storage_writer=writer, no_dist=True)
         _write_text(partial / "train" / "state.json", json.dumps(train.values, indent=1) + "\n")
     _write_text(partial / "card.md", card or default_card(model.config))
 
@@ -320,6 +326,7 @@ def _write_contents(
 def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
     files = {}
     for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+        file.chmod(0o644)  # safetensors writes files for the owner only
         _sync(file)
         name = file.relative_to(partial).as_posix()
         files[name] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
@@ -353,7 +360,7 @@ def default_card(config: ModelConfig) -> str:
     )
 
 
-class _TensorReader(dcp.FileSystemReader):
+class _TensorReader(FileSystemReader):
     """Reads DCP's index through an allow-list, and accepts tensors only.
 
     The index is a pickle and non-tensor entries are unpickled, so a foreign directory could run
