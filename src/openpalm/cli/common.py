@@ -1,0 +1,76 @@
+"""What several verbs compose alike: where weights come from, and what is looked at in training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openpalm import checkpoint
+from openpalm.convert import hub
+from openpalm.data.loader import evaluation_batches
+from openpalm.data.shards import Dataset
+from openpalm.data.tokenizer import Tokenizer
+from openpalm.evaluate.perplexity import SplitLoss, split_loss
+from openpalm.generate.engine import Engine, Sampling
+from openpalm.generate.text import complete
+from openpalm.model.transformer import Transformer
+from openpalm.train.run import Probe
+
+EVALUATION_TOKENS = 8192
+"""Tokens of a validation split in memory at a time."""
+
+
+def weights_path(name: str) -> Path:
+    """A run, a checkpoint or a hub name as a path that `checkpoint.resolve` understands."""
+    return hub.fetch(name) if name in hub.NAMES and not Path(name).exists() else Path(name)
+
+
+def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None:
+    """The tokenizer at `given`, else the checkpoint's own, else None."""
+    if given is not None:
+        return Tokenizer.load(given)
+    if checkpoint.tokenizer_json(directory) is None:
+        return None
+    return Tokenizer.load(directory / "tokenizer.json")
+
+
+def validation(
+    model: Transformer, dataset: Dataset, split: str, sequence_length: int, dtype: torch.dtype
+) -> SplitLoss:
+    """The model's loss over a whole split, in windows of `sequence_length`."""
+    rows = max(1, EVALUATION_TOKENS // sequence_length)
+    batches = evaluation_batches(dataset.tokens(split), sequence_length=sequence_length, rows=rows)
+    return split_loss(model, batches, dataset.manifest.splits[split].bytes, dtype)
+
+
+def validation_probe(dataset: Dataset, sequence_length: int) -> Probe:
+    """val_loss in nats a token and val_bits_per_byte over the whole validation split."""
+
+    def look(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
+        result = validation(model, dataset, "val", sequence_length, dtype)
+        return {"val_loss": result.nats_per_token, "val_bits_per_byte": result.bits_per_byte}
+
+    def tell(row: dict[str, Any]) -> str:
+        return (
+            f"validation {row['val_loss']:.4f} nats a token, "
+            f"{row['val_bits_per_byte']:.4f} bits a byte"
+        )
+
+    return Probe(look, tell=tell)
+
+
+def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int = 48) -> Probe:
+    """A few continuations, kept in samples.jsonl."""
+
+    def look(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
+        texts = complete(
+            Engine(model),
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature=0.8, top_p=0.95),
+        )
+        return {"samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]}
+
+    return Probe(look, file="samples.jsonl")

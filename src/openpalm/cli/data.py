@@ -1,0 +1,175 @@
+"""`openpalm data prepare|inspect`: text to token shards, and a look at them."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from openpalm import settings
+from openpalm.errors import SettingsError
+
+if TYPE_CHECKING:
+    from openpalm.data.inspection import Inspection
+    from openpalm.data.manifest import Manifest
+
+USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
+       openpalm data inspect DIR [options]
+
+  prepare     text, .jsonl and built-in corpora -> token shards to train on
+  inspect     what a prepared folder holds, and whether it is intact
+
+`openpalm data prepare --help` and `openpalm data inspect --help` show the options.
+"""
+SHOWN_AFTER_S = 2.0
+
+
+@dataclass(frozen=True)
+class Prepare:
+    inputs: list[str]
+    """Files, folders, globs, or builtin:python-docs. A .jsonl or .jsonl.gz file has a document a
+    line; any other file is one document."""
+    out: Path
+    """Folder for the dataset, new or holding this very dataset."""
+    tokenizer: str = "bpe:4096"
+    """byte, bpe:VOCAB (trained on the training text, VOCAB ids in all), or a tokenizer.json."""
+    text_field: str = "text"
+    """Field of a .jsonl line that holds the text."""
+    val_fraction: float = 0.05
+    """Share held out for validation, between 0 and 1."""
+    val: str = "hash"
+    """Which part is held out: hash (whole documents by the hash of their text; with fewer than 200
+    documents, the tail) or tail:F (the last part F of the text)."""
+    dedup: Literal["exact", "none"] = "exact"
+    """Whether repeated documents are left out."""
+    json: bool = False
+    """Print the manifest as JSON."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    data: Path
+    """Folder that `openpalm data prepare` wrote."""
+    samples: int = 3
+    """Beginnings of documents to show for each split."""
+    json: bool = False
+    """Print the figures as JSON."""
+
+
+def run(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+    elif argv[0] == "prepare":
+        run_prepare(argv[1:])
+    elif argv[0] == "inspect":
+        run_inspect(argv[1:])
+    else:
+        raise SettingsError(f"data {argv[0]}: must be prepare or inspect; see `openpalm data`")
+
+
+def run_prepare(argv: Sequence[str]) -> None:
+    given = settings.parse(
+        Prepare,
+        argv,
+        verb="data prepare",
+        about="Pack text as token shards with a training and a validation split.",
+        examples=(
+            "openpalm data prepare builtin:python-docs --out data/docs",
+            "openpalm data prepare 'books/*.txt' notes/ --out data/mine --tokenizer bpe:8192",
+            "openpalm data prepare posts.jsonl.gz --text-field body --out data/posts",
+        ),
+        positional=("inputs",),
+    )
+    from openpalm.data.shards import PrepareRequest, prepare
+
+    values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    del values["json"]
+    request = PrepareRequest(**values)
+    with _progress("preparing") as progress:
+        manifest = prepare(request, progress)
+    print(manifest.to_json().decode().rstrip() if given.json else _prepared(given.out, manifest))
+
+
+def run_inspect(argv: Sequence[str]) -> None:
+    given = settings.parse(
+        Inspect,
+        argv,
+        verb="data inspect",
+        about="Show what a prepared dataset holds and check every file against its hash.",
+        examples=("openpalm data inspect data/docs", "openpalm data inspect data/docs --json"),
+        positional=("data",),
+    )
+    from openpalm.data.inspection import inspect_dataset
+    from openpalm.data.shards import open_dataset
+
+    with _progress("checking") as progress:
+        found = inspect_dataset(
+            open_dataset(given.data), samples=max(0, given.samples), progress=progress
+        )
+    if given.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        print(_inspected(given.data, found))
+
+
+def _prepared(out: Path, manifest: "Manifest") -> str:
+    counts = manifest.documents
+    lines = [f"{out}: already holds this dataset, nothing changed"] if manifest.unchanged else []
+    lines.append(
+        f"read {counts.read:,} documents: {counts.duplicates:,} repeated and {counts.blank:,} "
+        "blank left out"
+    )
+    for name, split in manifest.splits.items():
+        lines.append(
+            f"{name:<6}{split.documents:>10,} documents {split.tokens:>14,} tokens "
+            f"{split.bytes:>14,} bytes {split.bytes / split.tokens:6.2f} bytes a token"
+        )
+    lines.append(f"vocabulary {manifest.vocab_size:,}, validation split by {manifest.split_by}")
+    lines.append(f"next: openpalm train --model palm-tiny --data {out} --out runs/NAME")
+    return "\n".join(lines)
+
+
+def _inspected(path: Path, found: "Inspection") -> str:
+    lines = [
+        f"{path}: vocabulary {found.vocab_size:,}, {found.dtype}, validation split by "
+        f"{found.split_by}; {found.files_checked} files intact"
+    ]
+    for name, split in found.splits.items():
+        levels = "  ".join(f"{level} {v:,}" for level, v in split.length_percentiles.items())
+        lines += [
+            "",
+            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} "
+            f"bytes, {split.bytes_per_token:.2f} bytes a token",
+            f"  tokens a document: {levels}",
+        ]
+        lines += [f"  {json.dumps(text, ensure_ascii=False)}" for text in split.samples]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, shown once the work has taken SHOWN_AFTER_S."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
+    task = bar.add_task(what, total=None)
+    started = time.monotonic()
+    shown = False
+
+    def report(done: int, total: int) -> None:
+        nonlocal shown
+        if not shown and time.monotonic() - started > SHOWN_AFTER_S:
+            shown = True
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        bar.stop()

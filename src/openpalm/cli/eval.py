@@ -1,0 +1,67 @@
+"""`openpalm eval`: a checkpoint's loss and bits per byte on prepared data."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from openpalm.settings import parse
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Which checkpoint on which data."""
+
+    path: str
+    """run, checkpoint or hub name"""
+    data: Path
+    """prepared data"""
+    split: Literal["val", "train"] = "val"
+    """part of the data"""
+    sequence_length: int | None = None
+    """tokens of a window; not set takes the model's context"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    json: bool = False
+    """print JSON"""
+
+
+def run(argv: Sequence[str]) -> None:
+    settings = parse(
+        EvalSettings,
+        argv,
+        verb="eval",
+        about="Loss in float32 over a whole split in non-overlapping windows.",
+        examples=["openpalm eval runs/tiny --data data/docs"],
+        positional=["path"],
+    )
+    import torch
+
+    from openpalm import checkpoint
+    from openpalm.cli.common import validation, weights_path
+    from openpalm.data.shards import open_dataset
+    from openpalm.distributed import pick_device
+    from openpalm.train.start import check_reads
+
+    dataset = open_dataset(settings.data)
+    directory = checkpoint.resolve(weights_path(settings.path))
+    check_reads(directory, dataset.tokenizer())
+    model = checkpoint.load(directory, str(pick_device(settings.device)))
+    length = settings.sequence_length or model.config.context
+    result = validation(model, dataset, settings.split, length, torch.float32)
+    row = {
+        "split": settings.split,
+        "nats_per_token": result.nats_per_token,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "sequence_length": length,
+    }
+    if settings.json:
+        print(json.dumps(row))
+        return
+    print(
+        f"{settings.split}: {result.nats_per_token:.4f} nats a token, "
+        f"{result.bits_per_byte:.4f} bits a byte ({result.tokens:,} tokens in windows of {length})"
+    )

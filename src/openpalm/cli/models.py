@@ -1,0 +1,74 @@
+"""`openpalm models`: the named sizes, by their arithmetic."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from openpalm.model.config import PRESETS, ModelConfig
+from openpalm.settings import parse
+
+TRAIN_BYTES_PER_PARAMETER = 16
+"""float32 weight, gradient and AdamW's two moments; activations come on top."""
+
+
+@dataclass(frozen=True)
+class ModelsSettings:
+    """How to list."""
+
+    json: bool = False
+    """print JSON, with every size"""
+
+
+def run(argv: Sequence[str]) -> None:
+    settings = parse(
+        ModelsSettings,
+        argv,
+        verb="models",
+        about="Lists the model sizes: parameters, bytes to serve and to train, FLOPs of training "
+        "a token at the preset's context.",
+        examples=["openpalm models", "openpalm models --json"],
+    )
+    if settings.json:
+        print(json.dumps([_row(name, PRESETS[name].config) for name in PRESETS], indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ["model", "parameters", "dim x depth", "heads", "context", "serve bf16", "train"]
+    listing = Table(*columns, "FLOPs/token", "about", box=None)
+    for name, preset in PRESETS.items():
+        config = preset.config
+        listing.add_row(
+            name,
+            f"{config.parameters:,}",
+            f"{config.dim} x {config.depth}",
+            f"{config.heads} x {config.head_dim}",
+            str(config.context),
+            _size(2 * config.parameters),
+            _size(TRAIN_BYTES_PER_PARAMETER * config.parameters),
+            f"{config.flops_per_token():.2e}",
+            preset.about,
+        )
+    console = Console()
+    # A table cut off at the edge of a pipe would be unreadable to whatever reads it.
+    console.print(listing, width=None if console.is_terminal else 160)
+
+
+def _row(name: str, config: ModelConfig) -> dict[str, object]:
+    return {
+        "name": name,
+        "parameters": config.parameters,
+        "serve_bytes_bfloat16": 2 * config.parameters,
+        "train_bytes": TRAIN_BYTES_PER_PARAMETER * config.parameters,
+        "kv_cache_bytes_per_token": config.kv_bytes_per_token(),
+        "flops_per_token": config.flops_per_token(),
+        "config": asdict(config),
+    }
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} PB"

@@ -1,0 +1,151 @@
+"""`openpalm sample`: a trained model continues a prompt."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from openpalm.errors import CheckpointError, SettingsError
+from openpalm.settings import parse
+
+if TYPE_CHECKING:
+    from openpalm.data.tokenizer import Tokenizer
+    from openpalm.generate.engine import Request
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What to continue, with which model, how."""
+
+    path: str
+    """run, checkpoint or hub name"""
+    prompt: str | None = None
+    """text to continue"""
+    max_new_tokens: int | None = None
+    """tokens to add at most; not set is 128"""
+    temperature: float = 0.8
+    """0 always takes the most likely token"""
+    top_k: int = 0
+    """keep only this many of the likeliest tokens; 0 keeps all"""
+    top_p: float = 1.0
+    """keep the likeliest tokens that together have this probability"""
+    seed: int = 0
+    """of the random draws"""
+    stop: list[str] | str | None = None
+    """text that ends the answer and is not part of it; several as a JSON list"""
+    chat: bool = False
+    """put the prompt to a fine-tuned model as a user's message"""
+    stream: bool = False
+    """print text as it comes"""
+    json: bool = False
+    """print one JSON object: prompt, text, tokens, finish"""
+    tokenizer: Path | None = None
+    """tokenizer.json for a checkpoint that has none"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of weights and arithmetic; auto is float32 on a CPU and bfloat16 on a GPU"""
+    model: str | None = None
+    """hub name in place of PATH, as the original program spells it"""
+    seq_len: int | None = None
+    """tokens of prompt and answer together, in place of --max-new-tokens"""
+    filter_thres: float | None = None
+    """share of the vocabulary to drop, in place of --top-k: k = ceil((1 - T) V)"""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+        if self.max_new_tokens is not None and self.seq_len is not None:
+            raise SettingsError("give --max-new-tokens or --seq_len, not both")
+        if self.filter_thres is not None and not 0 <= self.filter_thres < 1:
+            raise SettingsError(f"--filter_thres {self.filter_thres}: must be in [0, 1)")
+        if self.model is None and self.prompt is None:
+            raise SettingsError("missing prompt; say `openpalm sample PATH PROMPT`")
+        if self.model is not None and self.prompt is not None:
+            raise SettingsError(f"give {self.path} or --model {self.model}, not both")
+
+    @property
+    def source(self) -> str:
+        return self.model or self.path
+
+    @property
+    def text(self) -> str:
+        """The prompt; with --model it is the only word beside the options."""
+        return self.path if self.prompt is None else self.prompt
+
+
+def run(argv: Sequence[str]) -> None:
+    settings = parse(
+        SampleSettings,
+        argv,
+        verb="sample",
+        about="Continues PROMPT with the model at PATH.",
+        examples=[
+            'openpalm sample runs/tiny "The following example"',
+            'openpalm sample runs/tiny "Return the" --temperature 0 --max-new-tokens 40 --json',
+            'openpalm sample runs/quickstart/sft --chat "What does shutil.copytree do?" --stream',
+            'openpalm sample --model palm_410m_8k_v0 "Once upon a time" --seq_len 256',
+        ],
+        positional=["path", "prompt"],
+    )
+    from openpalm import checkpoint
+    from openpalm.cli.common import tokenizer_of, weights_path
+    from openpalm.distributed import pick_device
+    from openpalm.generate.engine import Engine
+    from openpalm.generate.text import Completion, stream
+
+    directory = checkpoint.resolve(weights_path(settings.source))
+    tokenizer = tokenizer_of(directory, settings.tokenizer)
+    if tokenizer is None:
+        raise CheckpointError(f"{directory}: has no tokenizer.json; give one with --tokenizer")
+    device = pick_device(settings.device)
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    engine = Engine(checkpoint.load(directory, str(device), dtype))
+    request = _request(settings, tokenizer, engine.model.config.vocab_size)
+    stops = [settings.stop] if isinstance(settings.stop, str) else settings.stop or []
+    answer = Completion("", [], "")
+    live = settings.stream and not settings.json
+    shown = "" if settings.chat else settings.text
+    if live:
+        print(shown, end="", flush=True)
+    for piece in stream(engine, tokenizer, request, stops, answer):
+        if live:
+            print(piece, end="", flush=True)
+    if settings.json:
+        fields = {"text": answer.text, "tokens": answer.tokens, "finish": answer.finish}
+        print(json.dumps({"prompt": settings.text} | fields))
+    else:
+        print("" if live else shown + answer.text, file=sys.stdout)
+
+
+def _request(settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int) -> "Request":
+    from openpalm.data.conversation import Message, render, stop_ids
+    from openpalm.generate.engine import Request, Sampling
+    from openpalm.generate.text import prompt_ids
+
+    if settings.chat:
+        ids = render(tokenizer, [Message("user", settings.text)], answer_next=True).ids
+        stops = stop_ids(tokenizer)
+    else:
+        ids = prompt_ids(tokenizer, settings.text)
+        end = tokenizer.end_of_text
+        stops = frozenset() if end is None else frozenset({end})
+    new_tokens = settings.max_new_tokens or 128
+    if settings.seq_len is not None:
+        new_tokens = settings.seq_len - len(ids)
+        if new_tokens < 1:
+            raise SettingsError(
+                f"--seq_len {settings.seq_len}: the prompt alone has {len(ids)} tokens"
+            )
+    top_k = settings.top_k
+    if settings.filter_thres is not None:
+        top_k = math.ceil((1 - settings.filter_thres) * vocab_size)
+    how = Sampling(settings.temperature, top_k, settings.top_p, settings.seed)
+    return Request(ids, new_tokens, how, stops)

@@ -1,0 +1,77 @@
+"""`openpalm train`: prepared data in, a run directory with checkpoints out."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from openpalm.settings import parse
+from openpalm.train.config import TrainSettings
+
+if TYPE_CHECKING:
+    from openpalm.train.run import Outcome
+
+EXAMPLES = [
+    "openpalm train --model palm-tiny --data data/docs --out runs/tiny --steps 200",
+    "openpalm train --model palm-14m --data data/docs --out runs/laptop --minutes 30",
+    "openpalm train --init runs/laptop --data data/more --out runs/more --steps 500",
+    "openpalm train --config runs/tiny/config.yaml --out runs/again",
+]
+
+
+def run(argv: Sequence[str]) -> None:
+    settings = parse(
+        TrainSettings,
+        argv,
+        verb="train",
+        about="Trains a model on prepared data. The same command goes on where a run stopped; "
+        "a finished run is left as it is.",
+        examples=EXAMPLES,
+    )
+    report(pretrain(settings), settings)
+
+
+def pretrain(settings: TrainSettings, label: str = "train") -> "Outcome":
+    """Composes the run: data, start, what is looked at on the way."""
+    from openpalm.cli.common import sample_probe, validation_probe, weights_path
+    from openpalm.data.loader import TokenLoader
+    from openpalm.data.shards import open_dataset
+    from openpalm.train.run import Job
+    from openpalm.train.run import run as run_job
+    from openpalm.train.start import starting_point
+
+    dataset = open_dataset(settings.data)
+    tokenizer = dataset.tokenizer()
+    init = weights_path(settings.init) if settings.init else None
+    start = starting_point(settings, init, tokenizer)
+    tokens = dataset.tokens("train")
+    length = settings.sequence_length or start.config.context
+    probes = [sample_probe(tokenizer, PROMPTS)]
+    if len(dataset.tokens("val")) > 1:
+        probes.insert(0, validation_probe(dataset, length))
+    job = Job(
+        config=start.config,
+        fill=start.fill,
+        make_loader=lambda shape: TokenLoader(
+            tokens, sequence_length=shape.sequence_length, rows=shape.rows, seed=settings.seed
+        ),
+        tokens_per_epoch=len(tokens),
+        learning_rate=start.learning_rate,
+        tokenizer_json=(settings.data / "tokenizer.json").read_text(encoding="utf-8"),
+        data_hash=hashlib.sha256(dataset.manifest.to_json()).hexdigest(),
+        parent_hash=start.parent_hash,
+        probes=probes,
+        label=label,
+    )
+    return run_job(settings, job)
+
+
+PROMPTS = ["The", "Return a", "This module"]
+
+
+def report(outcome: "Outcome", settings: TrainSettings) -> None:
+    """The last line of a run."""
+    if outcome.was_finished:
+        print(f"{settings.out}: finished at step {outcome.step} before; nothing to do")
+        return
+    print(f"{outcome.checkpoint}", file=sys.stdout)

@@ -1,0 +1,107 @@
+"""nanoPALM checkpoints -> ours, with the same logits.
+
+Its two norms a block differ only in their scales, so both are folded into the matrices that read
+them; its unusual rotation cannot be folded and stays as rotary=nanopalm.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openpalm.convert.files import Hyperparameters, PaLMConfig, Tensors
+from openpalm.convert.state import Converted, pad_vocabulary
+from openpalm.errors import CheckpointError
+from openpalm.model.config import ModelConfig
+
+_LABELS = frozenset({"system", "commit", "version", "dropout", "logits_computed_with_dropout"})
+_SIZES = frozenset({"n_embed", "n_head", "vocab_size", "n_layer"})
+
+
+def read_nanopalm(tensors: Tensors, given: Hyperparameters, around: dict[str, Any]) -> Converted:
+    """Converts nanoPALM's state dict; `around` is the rest of its ckpt.pt, empty for a bare one.
+
+    Raises CheckpointError when the tensors contradict each other, `given` or the format.
+    """
+    config = _config(tensors, given, around)
+    table = tensors.take("decoder.word_embds.weight", config.vocab_size, config.dim)
+    if "ln_vocab.weight" in tensors:
+        head = tensors.take("ln_vocab.weight", config.vocab_size, config.dim)
+        if not torch.equal(head, table):
+            raise CheckpointError(
+                f"{tensors.where}: ln_vocab.weight and decoder.word_embds.weight differ, but "
+                "the original ties them"
+            )
+    state = {"embedding": pad_vocabulary(table, config)}
+    for i in range(config.depth):
+        parts = _block(tensors, f"decoder.blocks.{i}.", config)
+        state |= {f"blocks.{i}.{name}": tensor for name, tensor in parts.items()}
+    state["norm.weight"] = tensors.take("decoder.out_ln.weight", config.dim)
+    tensors.finish()
+    source = "the checkpoint" if _arguments(tensors, around) else "the tensors' shapes"
+    notes = [
+        f"hyperparameters from {given.where if given.values else source}: dim {config.dim}, "
+        f"depth {config.depth}, heads {config.heads} x {config.head_dim}, hidden {config.ff_dim}",
+        "folded: both norms' scales into the matrices they feed; rows split; "
+        f"{config.vocab_size} table rows padded to {config.padded_vocab}",
+    ]
+    return Converted(config, state, "its only one", "nanoPALM has no eras", notes)
+
+
+def _config(tensors: Tensors, given: Hyperparameters, around: dict[str, Any]) -> ModelConfig:
+    """Sizes from shapes; what the checkpoint or config.json says may only agree."""
+    depth = 0
+    while f"decoder.blocks.{depth}.mqa_ln.weight" in tensors:
+        depth += 1
+    vocab, dim = tensors.shape("decoder.word_embds.weight", 2)
+    rows = tensors.shape("decoder.blocks.0.multi_query_attn.c_attn.weight", 2)[0]
+    head_dim, odd = divmod(rows - dim, 2)  # rows: q, k, v
+    if odd or head_dim < 2 or head_dim % 2 or dim % head_dim:
+        raise CheckpointError(
+            f"{tensors.where}: {rows} attention rows are not those of one key/value head "
+            f"beside {dim} query rows; the file was altered"
+        )
+    heads = dim // head_dim
+    for said in (given, Hyperparameters(str(tensors.where), _arguments(tensors, around))):
+        said.agree(n_embed=dim, n_head=heads, vocab_size=vocab, n_layer=depth)
+    training = around.get("config")
+    block_size = training.get("block_size") if isinstance(training, dict) else None
+    whole = type(block_size) is int and 0 < block_size < 1 << 20
+    return ModelConfig(
+        vocab_size=vocab,
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        head_dim=head_dim,
+        ff_dim=4 * heads * dim,
+        rotary="nanopalm",
+        context=block_size if whole else 1024,
+    )
+
+
+def _arguments(tensors: Tensors, around: dict[str, Any]) -> dict[str, Any]:
+    """What ckpt.pt says of its own sizes: the pickled settings' plain fields."""
+    saved = around.get("model_args")
+    if saved is None:
+        return {}
+    fields = saved.fields if isinstance(saved, PaLMConfig) else saved
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{tensors.where}: model_args hold no settings; it was altered")
+    return {name: fields[name] for name in _SIZES if name in fields}
+
+
+def _block(tensors: Tensors, block: str, config: ModelConfig) -> dict[str, Tensor]:
+    dim, hidden, d = config.dim, config.ff_dim, config.head_dim
+    attention = tensors.take(f"{block}multi_query_attn.c_attn.weight", dim + 2 * d, dim)
+    attention = attention * tensors.take(f"{block}mqa_ln.weight", dim)
+    fc = tensors.take(f"{block}mlp.fc.weight", 2 * hidden, dim)
+    value, gate = (fc * tensors.take(f"{block}mlp_ln.weight", dim)).split(hidden)
+    return {
+        "norm.weight": torch.ones(dim),
+        "project_in.q": attention[:dim].clone(),
+        "project_in.kv": attention[dim:].clone(),
+        "project_in.gate": gate.clone(),
+        "project_in.up": value.clone(),
+        "project_out.out": tensors.take(f"{block}multi_query_attn.out_proj.weight", dim, dim),
+        "project_out.down": tensors.take(f"{block}mlp.proj.weight", dim, hidden),
+    }

@@ -1,0 +1,199 @@
+"""The manifest of a prepared dataset: what its files are and where they came from.
+
+Holds no times and no machine's details, so one input always gives the same bytes. Reading trusts
+nothing: every type, name and size is checked before a file is opened.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openpalm.errors import DataError
+
+NAME = "manifest.json"
+FORMAT = "openpalm-tokens"
+VERSION = 1
+SPLITS = ("train", "val")
+ITEM_BYTES = {"uint16": 2, "uint32": 4}
+OFFSET_BYTES = 8
+MAX_MANIFEST_BYTES = 64 << 20
+REMEDY = "remove the folder and run `openpalm data prepare` again"
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    name: str
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class SplitEntry:
+    """`bytes` counts the UTF-8 bytes of the text that `tokens` stand for, end markers apart.
+
+    A text that the seam between the splits cuts in two is a document of both.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InputEntry:
+    """`sha256` is the file's own, or for several files that of their digests, a line each."""
+
+    given: str
+    files: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentCounts:
+    read: int
+    duplicates: int
+    blank: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSettings:
+    tokenizer: str
+    text_field: str
+    val_fraction: float
+    val: str
+    dedup: str
+    shard_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """`split_by` says which of the two ways was taken; `tokenizer` is its digest."""
+
+    format: str
+    version: int
+    dtype: str
+    vocab_size: int
+    tokenizer: str
+    split_by: str
+    settings: PrepareSettings
+    inputs: tuple[InputEntry, ...]
+    documents: DocumentCounts
+    splits: dict[str, SplitEntry]
+    unchanged: bool = field(default=False, compare=False)
+    """Not in the file: whether `prepare` found this dataset already there."""
+
+    def to_json(self) -> bytes:
+        content = dataclasses.asdict(self)
+        del content["unchanged"]
+        return (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a dataset folder, and every file's presence and size checked.
+
+    Raises DataError where there is none, or it is torn, altered or of another version.
+    """
+    path = folder / NAME
+    manifest = _parse(_content(path), path)
+    for split, entry in manifest.splits.items():
+        _check_split(path, manifest, split, entry)
+        for file in entry.files:
+            _check_size(folder / file.name, file.size)
+    return manifest
+
+
+def shard_names(split: str, shard: int) -> tuple[str, str]:
+    """The token file and the index file of a shard."""
+    return f"{split}-{shard:05d}.bin", f"{split}-{shard:05d}.idx"
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise DataError(f"{path}: more than {MAX_MANIFEST_BYTES} bytes is no manifest")
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"{path.parent}: no prepared dataset here (no {NAME}); run `openpalm data prepare`"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not JSON ({error}); {REMEDY}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path}: is not a manifest of {FORMAT}; name a folder that prepare wrote")
+    if content.get("version") != VERSION:
+        raise DataError(
+            f"{path}: format version {str(content.get('version'))[:20]}, this OpenPaLM reads "
+            f"{VERSION}; prepare the data again"
+        )
+    content.pop("unchanged", None)
+    return content
+
+
+def _parse(content: dict[str, Any], path: Path) -> Manifest:
+    manifest: Manifest = _typed(Manifest, content, str(path))
+    if manifest.dtype not in ITEM_BYTES:
+        raise DataError(f"{path}: dtype must be {' or '.join(ITEM_BYTES)}; {REMEDY}")
+    if set(manifest.splits) != set(SPLITS):
+        raise DataError(f"{path}: splits must be {' and '.join(SPLITS)}; {REMEDY}")
+    if not 0 < manifest.vocab_size <= 1 << 8 * ITEM_BYTES[manifest.dtype]:
+        raise DataError(
+            f"{path}: vocab_size {manifest.vocab_size} does not fit {manifest.dtype}; {REMEDY}"
+        )
+    return manifest
+
+
+def _check_split(path: Path, manifest: Manifest, split: str, entry: SplitEntry) -> None:
+    """Names are the ones we write, so none leads elsewhere; sizes add up to the counts."""
+    shards = len(entry.files) // 2
+    expected = [name for shard in range(shards) for name in shard_names(split, shard)]
+    if not shards or [file.name for file in entry.files] != expected:
+        raise DataError(f"{path}: the files of {split} are not the ones prepare writes; {REMEDY}")
+    tokens = sum(file.size for file in entry.files[::2])
+    offsets = sum(file.size for file in entry.files[1::2])
+    item = ITEM_BYTES[manifest.dtype]
+    uneven = any(file.size % item or not file.size for file in entry.files[::2])
+    if uneven or tokens != entry.tokens * item or offsets != entry.documents * OFFSET_BYTES:
+        raise DataError(f"{path}: the sizes of {split} contradict its counts; {REMEDY}")
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError:
+        raise DataError(f"{path}: is missing; {REMEDY}") from None
+    if found != size:
+        raise DataError(f"{path}: {found} bytes, the manifest says {size}; {REMEDY}")
+
+
+def _typed(kind: Any, value: object, where: str) -> Any:
+    """`value` from JSON as the dataclass, tuple, dict or scalar that `kind` says, or DataError."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _typed_dataclass(typing.cast(type, kind), value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {k: _typed(arguments[1], v, f"{where}.{k}"[:200]) for k, v in value.items()}
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is kind and not (kind is int and typing.cast(int, value) < 0):
+        return value
+    wanted = getattr(kind, "__name__", str(kind)) if not isinstance(kind, types.UnionType) else kind
+    raise DataError(f"{where}: must be {wanted}, is {str(value)[:40]}; {REMEDY}")
+
+
+def _typed_dataclass(kind: type, value: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    hints.pop("unchanged", None)
+    if set(value) != set(hints):
+        odd = sorted(str(name)[:40] for name in set(value) ^ set(hints))[:3]
+        raise DataError(f"{where}: fields missing or unknown ({', '.join(odd)}); {REMEDY}")
+    return kind(**{n: _typed(hint, value[n], f"{where}: {n}") for n, hint in hints.items()})

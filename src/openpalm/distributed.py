@@ -1,0 +1,46 @@
+"""Where this process runs: its device, its rank among how many. A no-op alone.
+
+The seam for many processes: everything that sums over ranks or picks a device comes through here.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from openpalm.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, value: float) -> float:
+        """The sum of `value` over all ranks."""
+        return value
+
+
+def world() -> World:
+    """The processes of this run. Raises SettingsError under a launcher of several, for now."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size != 1:
+        raise SettingsError(f"WORLD_SIZE ({size}): training on several processes is still to come")
+    return World()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one, else the CPU; SettingsError for no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingsError(f"--device {name}: no such device; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(f"--device {name}: this machine has no usable GPU; use cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise SettingsError(f"--device {name}: not supported; use auto, cpu or cuda")
+    return device

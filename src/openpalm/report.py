@@ -1,0 +1,202 @@
+"""Reads runs and draws them: one HTML page that needs nothing beside it.
+
+Whatever came out of a model or a file is escaped; the page loads nothing from anywhere.
+"""
+
+import html
+import io
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openpalm import __version__
+from openpalm.errors import DataError
+from openpalm.settings import read_yaml
+from openpalm.train.metrics import read_rows
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #1b1f24; background: #fff; }
+h1 { margin-bottom: .2rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d0d7de; }
+table { border-collapse: collapse; margin: .8rem 0; } caption { text-align: left; color: #57606a; }
+th, td { border-bottom: 1px solid #d8dee4; padding: .3rem .8rem .3rem 0; text-align: left;
+         vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
+pre { background: #f6f8fa; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.prompt { color: #0550ae; } .muted { color: #57606a; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and ready HTML below it."""
+
+    heading: str
+    body: str
+
+
+def write_page(path: Path, title: str, sections: Iterable[Section]) -> None:
+    """Writes the page, whole or not at all."""
+    parts = [f"<section><h2>{html.escape(s.heading)}</h2>{s.body}</section>" for s in sections]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+
+
+def run_sections(run: Path) -> list[Section]:
+    """A run's curves, what it wrote on the way, and its settings.
+
+    Raises DataError where the directory holds no run.
+    """
+    if not (run / "metrics.jsonl").is_file():
+        raise DataError(f"{run}: holds no metrics.jsonl; give the directory of a run")
+    rows = read_rows(run / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        raise DataError(f"{run}: its metrics.jsonl has no training row yet")
+    sections = [Section(f"{run.name}: learning", _learning(steps, rows))]
+    if (run / "samples.jsonl").is_file():
+        samples = _samples(read_rows(run / "samples.jsonl"))
+        sections.append(Section(f"{run.name}: what it writes", samples))
+    settings = _flat(read_yaml(run / "config.yaml"))
+    sections.append(Section(f"{run.name}: settings", table(["setting", "value"], settings)))
+    return sections
+
+
+def environment_section() -> Section:
+    """The machine and the versions that made the figures."""
+    import torch
+
+    facts = [
+        ("OpenPaLM", __version__),
+        ("Python", platform.python_version()),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"),
+    ]
+    if torch.cuda.is_available():
+        facts.append(("GPU", torch.cuda.get_device_name()))
+    return Section("Environment", table(["", ""], facts))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """An HTML table; numbers are aligned."""
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    header = f"<thead><tr>{head}</tr></thead>" if any(columns) else ""
+    return f"<table>{header}<tbody>{body}</tbody></table>"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f'<td class="number">{value:.4g}</td>'
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f'<td class="number">{value:,}</td>'
+    return f"<td>{html.escape(str(value))}</td>"
+
+
+def _learning(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    last, evaluated = steps[-1], [row for row in rows if "val_loss" in row]
+    facts: list[tuple[str, object]] = [
+        ("steps", last["step"]),
+        ("tokens", last["tokens"]),
+        ("minutes", last["elapsed_s"] / 60),
+        ("tokens a second, median", _median([row["tokens_per_s"] for row in steps])),
+        ("training loss, last tenth", _mean_of_last(steps)),
+    ]
+    shares = [row["mfu"] for row in steps if row.get("mfu") is not None]
+    if shares:
+        facts.append(("share of the measured matrix-multiply peak, median", _median(shares)))
+    if evaluated:
+        facts.append(("validation loss, nats a token", evaluated[-1]["val_loss"]))
+    if evaluated and evaluated[-1].get("val_bits_per_byte") is not None:
+        facts.append(("validation bits a byte", evaluated[-1]["val_bits_per_byte"]))
+    skipped = sum("skipped" in row for row in steps)
+    if skipped:
+        facts.append(("steps skipped", skipped))
+    return table(["", ""], facts) + _curves(steps, evaluated)
+
+
+def _curves(steps: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> str:
+    """Loss against steps, and throughput, as one inline SVG."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasSVG(figure)
+    loss, speed = figure.subplots(1, 2, width_ratios=[2, 1])
+    whole = [row for row in steps if row["loss"] is not None]
+    x = [row["step"] for row in whole]
+    y = [row["loss"] for row in whole]
+    loss.plot(x, y, color="#9ecbff", linewidth=0.8, label="training, each step")
+    loss.plot(x, _smooth(y), color="#0550ae", label="training, smoothed")
+    if evaluated:
+        at = [row["step"] for row in evaluated]
+        loss.plot(at, [r["val_loss"] for r in evaluated], "o-", color="#bc4c00", label="validation")
+    loss.set(xlabel="step", ylabel="loss (nats a token)")
+    loss.legend(frameon=False)
+    speed.plot([r["step"] for r in steps], [r["tokens_per_s"] for r in steps], color="#57606a")
+    speed.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
+    for axes in (loss, speed):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    return (
+        '<figure role="img" aria-label="Loss and throughput against steps">'
+        f"{svg[svg.index('<svg') :]}</figure>"
+    )
+
+
+def _smooth(values: list[float], share: float = 0.05) -> list[float]:
+    """Exponential mean over about `share` of the curve, unbiased at its start."""
+    keep = 1 - 1 / max(1.0, share * len(values))
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def _samples(rows: list[dict[str, Any]]) -> str:
+    shown = [rows[0], rows[len(rows) // 2], rows[-1]] if len(rows) > 2 else rows
+    blocks = []
+    for row in shown:
+        texts = "".join(
+            f'<pre><span class="prompt">{html.escape(str(sample["prompt"]))}</span>'
+            f"{html.escape(str(sample['text']))}</pre>"
+            for sample in row.get("samples", [])
+        )
+        blocks.append(f'<p class="muted">after step {row["step"]:,}</p>{texts}')
+    return "".join(blocks)
+
+
+def _flat(mapping: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    for name, value in mapping.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, str(value)))
+    return rows
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _mean_of_last(steps: list[dict[str, Any]]) -> float:
+    losses = [row["loss"] for row in steps[-max(1, len(steps) // 10) :] if row["loss"] is not None]
+    return sum(losses) / max(1, len(losses))

@@ -1,0 +1,177 @@
+"""The settings of a training run, checked at birth."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from openpalm.errors import SettingsError
+from openpalm.settings import spell
+
+PROBES_A_RUN = 10
+"""Evaluations and checkpoints of a run whose settings do not say how many."""
+
+
+def _check(condition: bool, name: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise SettingsError(f"{spell(name)} {value}: must be {wanted}")
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the blocks' matrices with adamw for the rest"""
+    lr: float | None = None
+    """peak learning rate; not set takes the model preset's"""
+    muon_lr: float = 0.02
+    """peak learning rate of muon's matrices"""
+    weight_decay: float = 0.1
+    """decoupled decay of matrices; norm scales and biases never decay"""
+    beta1: float = 0.9
+    """decay of the first moment"""
+    beta2: float = 0.95
+    """decay of the second moment"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    warmup: float = 0.05
+    """share of the steps over which the learning rate rises from zero"""
+    final_lr: float = 0.1
+    """share of the peak learning rate that the cosine ends at"""
+    clip: float = 1.0
+    """largest global norm of the gradient"""
+
+    def __post_init__(self) -> None:
+        _check(self.lr is None or 0 < self.lr < 10, "optim.lr", self.lr, "above 0 and below 10")
+        _check(0 < self.muon_lr < 10, "optim.muon_lr", self.muon_lr, "above 0 and below 10")
+        _check(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "in [0, 1)")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
+        _check(self.eps > 0, "optim.eps", self.eps, "above 0")
+        _check(0 <= self.warmup <= 1, "optim.warmup", self.warmup, "in [0, 1]")
+        _check(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "in [0, 1]")
+        _check(self.clip > 0, "optim.clip", self.clip, "above 0")
+
+
+@dataclass(frozen=True)
+class ArchSettings:
+    """Changes to the preset's architecture; what is not set stays as the preset has it."""
+
+    kv_heads: int | None = None
+    """key/value heads: 1 is multi-query, as many as heads is multi-head"""
+    qk_norm: bool | None = None
+    """RMS norm on queries and keys"""
+    xpos_base: float | None = None
+    """xPos decay base (512 in palm-rlhf-pytorch); 0 is plain rotary"""
+    dropout: float | None = None
+    """probability of zeroing a coordinate of a block's output"""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen by measuring before step 1; written by the run, read back on resume."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """the faster one on this machine, where --dtype is auto"""
+    steps: int | None = None
+    """steps that fit --minutes"""
+    peak_flops: float | None = None
+    """measured matrix-multiply rate in FLOP/s, for the share of peak"""
+    data: str | None = None
+    """hash of the data, so that other data under the same name is noticed"""
+    parent: str | None = None
+    """hash of the checkpoint that --init started from"""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A training run: what to train, on what, for how long, and where to keep it."""
+
+    data: Path
+    """prepared data: a directory of `openpalm data prepare`; for sft a .jsonl of conversations"""
+    out: Path
+    """directory of the run; the same command goes on where it stopped"""
+    model: str | None = None
+    """preset, see `openpalm models`; may be left out with --init"""
+    init: str | None = None
+    """checkpoint, run or hub name to take the weights from, with a fresh optimizer"""
+    steps: int | None = None
+    """optimizer steps"""
+    minutes: float | None = None
+    """instead of --steps: as many as fit, measured before the first one"""
+    epochs: float | None = None
+    """instead of --steps: passes over the data"""
+    seed: int = 0
+    """of the initial weights, the order of the data and dropout"""
+    sequence_length: int | None = None
+    """tokens in a sequence; not set takes the preset's context"""
+    batch_tokens: int | None = None
+    """tokens in a step over all microbatches and processes; not set is 16 sequences"""
+    microbatch_tokens: int = 8192
+    """tokens in memory at a time; a step accumulates as many microbatches as it needs"""
+    save_every: int | None = None
+    """steps between checkpoints; not set is ten a run"""
+    eval_every: int | None = None
+    """steps between evaluations; not set is ten a run"""
+    keep: int = 3
+    """newest checkpoints to keep; 0 keeps all"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the arithmetic (weights stay float32); auto takes the faster one here"""
+    max_skipped: int = 10
+    """steps in a row without a finite loss and gradient before the run stops"""
+    arch: ArchSettings = field(default_factory=ArchSettings)
+    """changes to the preset"""
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    """optimizer and schedule"""
+    chosen: Chosen = field(default_factory=Chosen)
+    """filled in by the run"""
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.init is None:
+            raise SettingsError("give --model (see `openpalm models`) or --init")
+        lengths = [self.steps, self.minutes, self.epochs]
+        if sum(length is not None for length in lengths) != 1:
+            raise SettingsError("give exactly one of --steps, --minutes and --epochs")
+        for name in ("steps", "minutes", "epochs", "sequence_length", "save_every", "eval_every"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, name, value, "above 0")
+        _check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
+        _check(self.keep >= 0, "keep", self.keep, "0 or more")
+        _check(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
+        _check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
+        _check(
+            self.batch_tokens is None or self.batch_tokens > 0,
+            "batch_tokens",
+            self.batch_tokens,
+            "above 0",
+        )
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a step's tokens are cut: `accumulation` microbatches of `rows` sequences a process."""
+
+    sequence_length: int
+    rows: int
+    accumulation: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequence_length * self.rows * self.accumulation
+
+
+def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 1) -> BatchShape:
+    """Cuts the global batch. Raises SettingsError where the numbers do not divide."""
+    wanted = settings.batch_tokens or 16 * sequence_length * processes
+    if wanted % (sequence_length * processes):
+        raise SettingsError(
+            f"--batch-tokens {wanted}: must be a multiple of sequence_length x processes "
+            f"({sequence_length} x {processes})"
+        )
+    sequences = wanted // (sequence_length * processes)
+    room = max(1, settings.microbatch_tokens // sequence_length)
+    rows = max(r for r in range(1, min(room, sequences) + 1) if sequences % r == 0)
+    return BatchShape(sequence_length, rows, sequences // rows)

@@ -1,0 +1,123 @@
+"""What a run writes while it runs: rows of JSON in files, and one live line in the terminal."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RowFile:
+    """A .jsonl file that only grows, except that a resumed run cuts it back to its checkpoint."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds one row; numbers that JSON does not have (nan, inf) become null."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({name: _json_number(v) for name, v in row.items()}) + "\n")
+
+    def cut_after(self, step: int) -> None:
+        """Removes rows later than `step` and a torn last line, by rewriting the file at once."""
+        if not self.path.exists():
+            return
+        kept = [row for row in read_rows(self.path) if row["step"] <= step]
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+    def sync(self) -> None:
+        """Forces the rows to disk, before a checkpoint promises them."""
+        if self.path.exists():
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a file; what a killed process left of its last line is passed over."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class LiveLine:
+    """Progress of a run: a live bar in a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, label: str, steps: int, console: Console | None = None):
+        self.label = label
+        self.steps = steps
+        self.console = console or Console(stderr=True)
+        self.live = self.console.is_terminal
+        self.seconds_between_lines = 15.0
+        self._last_line = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=self.console,
+        )
+        self._task = self._bar.add_task(label, total=steps, numbers="")
+
+    def __enter__(self) -> "LiveLine":
+        if self.live:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self._bar.stop()
+
+    def start_at(self, step: int) -> None:
+        self._bar.reset(self._task, completed=step, numbers="")
+
+    def show(self, row: dict[str, Any]) -> None:
+        numbers = describe(row)
+        if self.live:
+            self._bar.update(self._task, completed=row["step"], numbers=numbers)
+        elif self._due(row["step"]):
+            self._last_line = time.monotonic()
+            print(f"{self.label} step {row['step']}/{self.steps}  {numbers}", file=sys.stderr)
+
+    def _due(self, step: int) -> bool:
+        waited = time.monotonic() - self._last_line
+        return step in (1, self.steps) or waited > self.seconds_between_lines
+
+    def say(self, line: str) -> None:
+        """A lasting line above the bar."""
+        self.console.print(line, markup=False, highlight=False)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A training row in a few words."""
+    words = [f"loss {row['loss']:.3f}", f"{row['tokens_per_s']:,.0f} tok/s"]
+    if row.get("mfu") is not None:
+        words.append(f"{row['mfu']:.0%} of peak")
+    return "  ".join(words)
+
+
+def last(rows: Iterable[dict[str, Any]], name: str) -> Any:
+    """The newest value of a column, or None."""
+    values = [row[name] for row in rows if name in row]
+    return values[-1] if values else None

@@ -1,0 +1,50 @@
+"""What a run minimises: the Objective protocol, and next-token prediction.
+
+An objective SUMS over the batch; the trainer divides by a count taken over all microbatches and
+all processes, so that k microbatches, or n processes, give the gradient of one whole batch.
+"""
+
+from typing import Any, Protocol, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from openpalm.data.loader import IGNORE, Batch
+from openpalm.model.transformer import Transformer
+
+Metrics = dict[str, float]
+B = TypeVar("B", contravariant=True)
+
+
+class Objective(Protocol[B]):
+    def count(self, batch: B, /) -> int:
+        """What the loss averages over: tokens, pairs, responses."""
+        ...
+
+    def loss(self, model: Transformer, batch: B, /) -> tuple[Tensor, Metrics]:
+        """The loss SUMMED over the batch, a scalar, and sums to report beside it."""
+        ...
+
+
+class NextToken:
+    """Cross entropy of the next token in nats: pretraining, and fine-tuning by its mask."""
+
+    def count(self, batch: Batch, /) -> int:
+        return int((batch.targets != IGNORE).sum())
+
+    def loss(self, model: Transformer, batch: Batch, /) -> tuple[Tensor, Metrics]:
+        logits = model.logits(batch.inputs)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        return loss, {}
+
+
+class Loader(Protocol):
+    """Endless microbatches, and where it stands."""
+
+    def __next__(self) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -1,0 +1,356 @@
+"""A run's directory: begun, gone on with after any kill, finished once.
+
+    RUN/config.yaml        the settings, with what was chosen by measuring
+    RUN/metrics.jsonl      a row a step, and rows of evaluations
+    RUN/samples.jsonl      what the model wrote on the way
+    RUN/checkpoints/       step-NNNNNNNN directories
+
+At a step the rows are written first, then the probes', then the checkpoint: whatever a checkpoint
+restores, its rows are there.
+"""
+
+import fcntl
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openpalm import checkpoint
+from openpalm.distributed import pick_device, world
+from openpalm.errors import SettingsError
+from openpalm.model.config import ModelConfig
+from openpalm.model.transformer import Transformer, initialise
+from openpalm.settings import build, plain, read_yaml, spell, to_yaml
+from openpalm.train.config import PROBES_A_RUN, BatchShape, Chosen, TrainSettings, batch_shape
+from openpalm.train.measure import choose
+from openpalm.train.metrics import LiveLine, RowFile
+from openpalm.train.objective import Loader, NextToken, Objective
+from openpalm.train.optim import Optimizer
+from openpalm.train.trainer import StepReport, Trainer
+
+_WHILE_MEASURING = 10**6  # steps of a schedule that is only timed
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Something looked at every `eval_every` steps and after the last one."""
+
+    look: Callable[[Transformer, torch.dtype], dict[str, Any]]
+    """at the model, computing in the run's dtype"""
+    file: str = "metrics.jsonl"
+    tell: Callable[[dict[str, Any]], str] | None = None
+    """a row as one line for the terminal"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what; the settings say how long, how fast and where."""
+
+    config: ModelConfig
+    fill: Callable[[Transformer], None]
+    """gives a fresh model its first weights"""
+    make_loader: Callable[[BatchShape], Loader]
+    tokens_per_epoch: int
+    learning_rate: float
+    objective: Objective[Any] = field(default_factory=NextToken)
+    tokenizer_json: str | None = None
+    data_hash: str | None = None
+    parent_hash: str | None = None
+    probes: Sequence[Probe] = ()
+    label: str = "train"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run ended."""
+
+    checkpoint: Path
+    step: int
+    was_finished: bool
+    """True where there was nothing left to do"""
+
+
+def run(settings: TrainSettings, job: Job) -> Outcome:
+    """Begins the run in `settings.out`, or goes on with it; returns its last checkpoint.
+
+    Raises SettingsError where the directory belongs to other settings or another process,
+    TrainingError where the run diverges.
+    """
+    out = settings.out
+    device = pick_device(settings.device)
+    shape = batch_shape(settings, settings.sequence_length or job.config.context, world().size)
+    with ExitStack() as stack:
+        stack.enter_context(_locked(out))
+        settings = _begin_or_recall(settings, job, shape, device)
+        chosen = settings.chosen
+        assert chosen.steps is not None
+        newest = checkpoint.latest(out)
+        if newest is not None and _step_of(newest) >= chosen.steps:
+            return Outcome(newest, chosen.steps, was_finished=True)
+        torch.manual_seed(settings.seed)
+        trainer = _make_trainer(settings, job, shape, device, job.fill)
+        session = _Session(settings, job, trainer, shape)
+        if newest is not None:
+            session.restore(newest)
+        return session.run()
+
+
+class _Session:
+    """One process's part of a run: from where it stands to the end, or to the next signal."""
+
+    def __init__(self, settings: TrainSettings, job: Job, trainer: Trainer, shape: BatchShape):
+        self.settings = settings
+        self.job = job
+        self.trainer = trainer
+        self.shape = shape
+        self.rows = RowFile(settings.out / "metrics.jsonl")
+        self.started = time.monotonic()
+        tenth = max(1, trainer.steps // PROBES_A_RUN)
+        self.eval_every = settings.eval_every or tenth
+        self.save_every = settings.save_every or tenth
+
+    def restore(self, newest: Path) -> None:
+        checkpoint.load_weights(self.trainer.model, newest)
+        state = checkpoint.load_train_state(newest)
+        self.trainer.restore(state.tensors, state.values)
+        self.started = time.monotonic() - state.values["elapsed_s"]
+
+    def run(self) -> Outcome:
+        self._clear_later_than(self.trainer.step)
+        with LiveLine(self.job.label, self.trainer.steps) as line, _signals() as stop:
+            line.start_at(self.trainer.step)
+            if self.trainer.step:
+                line.say(f"{self.job.label}: going on after step {self.trainer.step}")
+            while self.trainer.step < self.trainer.steps:
+                self._step(line)
+                if stop and self.trainer.step < self.trainer.steps:
+                    self._save()
+                    line.say(f"stopped after step {self.trainer.step}; the same command goes on")
+                    _die_of(stop[0])
+        last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
+        return Outcome(last, self.trainer.step, was_finished=False)
+
+    def _step(self, line: LiveLine) -> None:
+        before = time.monotonic()
+        report = self.trainer.train_step()
+        row = self._row(report, time.monotonic() - before)
+        self.rows.append(row)
+        line.show(row)
+        if report.skipped:
+            line.say(f"step {report.step} skipped: {report.skipped}")
+        last = report.step == self.trainer.steps
+        if last or report.step % self.eval_every == 0:
+            self._probe(report.step, line)
+        if last or report.step % self.save_every == 0:
+            self._save()
+
+    def _row(self, report: StepReport, seconds: float) -> dict[str, Any]:
+        rate = report.count / seconds
+        chosen = self.settings.chosen
+        flops = self.job.config.flops_per_token(self.shape.sequence_length)
+        row: dict[str, Any] = {
+            "step": report.step,
+            "loss": report.loss,
+            "tokens": self.trainer.counted,
+            "elapsed_s": round(self._elapsed_s(), 3),
+            "lr_factor": report.lr_factor,
+            "grad_norm": report.grad_norm,
+            "tokens_per_s": round(rate, 1),
+            "mfu": round(rate * flops / chosen.peak_flops, 4) if chosen.peak_flops else None,
+        }
+        if report.skipped:
+            row["skipped"] = report.skipped
+        return row | report.metrics
+
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self.started
+
+    def _probe(self, step: int, line: LiveLine) -> None:
+        self.trainer.model.eval()
+        for probe in self.job.probes:
+            seen = probe.look(self.trainer.model, self.trainer.dtype)
+            RowFile(self.settings.out / probe.file).append({"step": step} | seen)
+            if probe.tell:
+                line.say(f"{self.job.label} step {step}: {probe.tell(seen)}")
+
+    def _save(self) -> None:
+        self.rows.sync()
+        step = self.trainer.step
+        tensors, values = self.trainer.state()
+        checkpoint.save(
+            self.settings.out / "checkpoints" / checkpoint.step_name(step),
+            self.trainer.model,
+            tokenizer_json=self.job.tokenizer_json,
+            train=checkpoint.TrainState(tensors, values | {"elapsed_s": self._elapsed_s()}),
+            lineage=self._lineage(step),
+            fingerprint=step == self.trainer.steps,
+        )
+        if self.settings.keep:
+            for old in checkpoint.steps(self.settings.out)[: -self.settings.keep]:
+                shutil.rmtree(old)
+
+    def _lineage(self, step: int) -> dict[str, Any]:
+        settings = plain(self.settings)
+        for path in ("data", "out", "init"):  # a published model does not tell where it was made
+            settings.pop(path, None)
+        chosen = self.settings.chosen
+        return {"step": step, "data": chosen.data, "parent": chosen.parent, "settings": settings}
+
+    def _clear_later_than(self, step: int) -> None:
+        checkpoint.remove_partial(self.settings.out)
+        for name in {"metrics.jsonl", *(probe.file for probe in self.job.probes)}:
+            RowFile(self.settings.out / name).cut_after(step)
+        for directory in checkpoint.steps(self.settings.out):
+            if _step_of(directory) > step:  # damaged: latest() passed over it
+                _set_aside(directory)
+
+
+def _begin_or_recall(
+    settings: TrainSettings, job: Job, shape: BatchShape, device: torch.device
+) -> TrainSettings:
+    """The run's full settings: recalled where it exists, else measured and written."""
+    file = settings.out / "config.yaml"
+    given = replace(settings.chosen, data=job.data_hash, parent=job.parent_hash)
+    if file.exists():
+        stored = build(TrainSettings, read_yaml(file))
+        _refuse_differences(stored, settings, given)
+        return replace(settings, chosen=stored.chosen)
+    for name in ("data", "parent"):
+        known = getattr(settings.chosen, name)
+        if known not in (None, getattr(given, name)):
+            what = "--data" if name == "data" else "--init"
+            raise SettingsError(f"{what}: not what --config's run used (chosen.{name} differs)")
+    _refuse_strangers(settings.out)
+    steps = settings.steps or given.steps
+    if settings.epochs:
+        steps = max(1, round(settings.epochs * job.tokens_per_epoch / shape.tokens))
+    settings = replace(settings, chosen=replace(given, steps=steps))
+
+    def make_trainer(dtype: torch.dtype) -> Trainer:
+        return _make_trainer(settings, job, shape, device, lambda m: initialise(m, seed=0), dtype)
+
+    chosen = choose(settings, make_trainer, [probe.look for probe in job.probes], device)
+    settings = replace(settings, chosen=chosen)
+    _write_whole(file, to_yaml(settings))
+    return settings
+
+
+def _refuse_differences(stored: TrainSettings, asked: TrainSettings, given: Chosen) -> None:
+    """The same --out with other settings is a mistake, not a wish."""
+    old, new = plain(stored), plain(asked)
+    for side in (old, new):
+        for name in ("out", "data", "init", "chosen"):
+            side.pop(name, None)
+    old |= {"data": stored.chosen.data, "init": stored.chosen.parent}
+    new |= {"data": given.data, "init": given.parent}
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            was, now = _first_difference(old.get(name), new.get(name))
+            raise SettingsError(
+                f"--out {asked.out}: that run was made with another {spell(name)} "
+                f"({was}, now {now}); choose another --out"
+            )
+
+
+def _first_difference(old: Any, new: Any) -> tuple[str, str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        key = next(k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+        return f"{key} {old.get(key, 'not set')}", str(new.get(key, "not set"))
+    return str(old or "not set"), str(new or "not set")
+
+
+def _refuse_strangers(out: Path) -> None:
+    strangers = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if strangers:
+        raise SettingsError(f"--out {out}: holds {strangers[0]} but no run; choose a new directory")
+
+
+def _make_trainer(
+    settings: TrainSettings,
+    job: Job,
+    shape: BatchShape,
+    device: torch.device,
+    fill: Callable[[Transformer], None],
+    dtype: torch.dtype | None = None,
+) -> Trainer:
+    model = Transformer(job.config).to(device)
+    fill(model)
+    return Trainer(
+        model,
+        job.objective,
+        Optimizer(model, settings.optim, settings.optim.lr or job.learning_rate),
+        job.make_loader(shape),
+        steps=settings.chosen.steps or _WHILE_MEASURING,
+        accumulation=shape.accumulation,
+        dtype=dtype or getattr(torch, settings.chosen.dtype or "float32"),
+        max_skipped=settings.max_skipped,
+        world=world(),
+    )
+
+
+def _set_aside(directory: Path) -> None:
+    """Renames a damaged checkpoint out of the way of the one that will take its name."""
+    aside = directory.with_name(f"damaged-{directory.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    directory.rename(aside)
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps a second process out of the directory; leaves no file behind."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise SettingsError(f"--out {out}: is a file; choose a directory") from None
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise SettingsError(f"--out {out}: another process is training in it") from None
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that a run saves before it dies of them."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: object) -> None:
+        if caught:  # asked twice: at once
+            _die_of(number)
+        caught.append(number)
+
+    old = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _die_of(number: int) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)

@@ -1,0 +1,95 @@
+"""What a run starts from: a preset's fresh weights, or a checkpoint's."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from openpalm import checkpoint
+from openpalm.data.tokenizer import Tokenizer
+from openpalm.errors import CheckpointError
+from openpalm.model.config import PRESETS, ModelConfig, preset
+from openpalm.model.transformer import Transformer, initialise
+from openpalm.settings import plain
+from openpalm.train.config import TrainSettings
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model's config, how it gets its first weights, and a learning rate that suits its size."""
+
+    config: ModelConfig
+    fill: Callable[[Transformer], None]
+    learning_rate: float
+    parent_hash: str | None = None
+
+
+def starting_point(settings: TrainSettings, init: Path | None, tokenizer: Tokenizer) -> Start:
+    """The start that `--model` and `--init` ask for; `init` is --init's checkpoint or run.
+
+    Raises SettingsError for an unknown preset, CheckpointError where the checkpoint is of another
+    model or reads another tokenizer's ids.
+    """
+    if init is None:
+        assert settings.model is not None
+        named = preset(settings.model)
+        config = _changed(named.config, settings, vocab_size=tokenizer.vocab_size)
+        return Start(config, lambda model: initialise(model, settings.seed), named.learning_rate)
+    directory = checkpoint.resolve(init)
+    check_reads(directory, tokenizer)
+    stored = checkpoint.load_config(directory)
+    config = _changed(stored, settings)
+    if settings.model is not None:
+        wanted = _changed(preset(settings.model).config, settings, vocab_size=stored.vocab_size)
+        _same_sizes(directory, stored, wanted, settings.model)
+    return Start(
+        config,
+        lambda model: checkpoint.load_weights(model, directory),
+        _learning_rate_of_size(config),
+        checkpoint.read_manifest(directory)["sha256"],
+    )
+
+
+def _changed(
+    config: ModelConfig, settings: TrainSettings, vocab_size: int | None = None
+) -> ModelConfig:
+    changes = plain(settings.arch)
+    if vocab_size is not None:
+        changes["vocab_size"] = vocab_size
+        changes["context"] = settings.sequence_length or config.context
+    return dataclasses.replace(config, **changes)
+
+
+def check_reads(directory: Path, tokenizer: Tokenizer) -> None:
+    """Raises CheckpointError unless the checkpoint's model reads this tokenizer's ids."""
+    config = checkpoint.load_config(directory)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{directory}: its vocabulary has {config.vocab_size} ids, the data's tokenizer "
+            f"{tokenizer.vocab_size}; prepare the data with the checkpoint's tokenizer.json"
+        )
+    text = checkpoint.tokenizer_json(directory)
+    if text is None:
+        return
+    own = Tokenizer.load(directory / "tokenizer.json")
+    if own.digest != tokenizer.digest:
+        raise CheckpointError(
+            f"{directory}: reads another tokenizer than the data was prepared with; "
+            f"prepare it with --tokenizer {directory / 'tokenizer.json'}"
+        )
+
+
+def _same_sizes(directory: Path, stored: ModelConfig, wanted: ModelConfig, name: str) -> None:
+    for size in ("dim", "depth", "heads", "head_dim", "ff_dim", "kv_heads"):
+        has, needs = getattr(stored, size), getattr(wanted, size)
+        if has != needs:
+            raise CheckpointError(
+                f"{directory}: a checkpoint of another model than {name} "
+                f"({size} {has}, not {needs}); leave --model out to take the checkpoint's"
+            )
+
+
+def _learning_rate_of_size(config: ModelConfig) -> float:
+    """A third of the rate of the preset nearest in parameters: the weights are trained already."""
+    nearest = min(PRESETS.values(), key=lambda p: abs(p.config.parameters - config.parameters))
+    return nearest.learning_rate / 3

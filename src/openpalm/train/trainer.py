@@ -1,0 +1,153 @@
+"""THE loop: batches in, optimizer steps out, for every objective.
+
+Owns the arithmetic of a step and what is skipped. Knows no file, no tokenizer and no sampler:
+saving, measuring and sampling are callables that whoever builds the loop passes in.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openpalm.distributed import World
+from openpalm.errors import TrainingError
+from openpalm.model.transformer import Transformer
+from openpalm.train.objective import Loader, Metrics, Objective
+from openpalm.train.optim import Optimizer, learning_rate_factor
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did."""
+
+    step: int
+    loss: float
+    """mean over `count`, of the whole global batch"""
+    count: int
+    """what the loss averages over, summed over microbatches and processes"""
+    grad_norm: float
+    """before clipping"""
+    lr_factor: float
+    """share of the peak learning rate"""
+    skipped: str | None = None
+    """why the weights did not change, or None"""
+    metrics: Metrics = field(default_factory=dict)
+    """the objective's own sums, divided by `count`"""
+
+
+class Trainer:
+    """Steps a model through an objective; resumable through `state` and `restore`."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        objective: Objective[Any],
+        optimizer: Optimizer,
+        loader: Loader,
+        *,
+        steps: int,
+        accumulation: int = 1,
+        dtype: torch.dtype = torch.float32,
+        max_skipped: int = 10,
+        world: World | None = None,
+    ):
+        self.model = model
+        self.objective = objective
+        self.optimizer = optimizer
+        self.loader = loader
+        self.steps = steps
+        self.accumulation = accumulation
+        self.dtype = dtype
+        self.max_skipped = max_skipped
+        self.world = world or World()
+        self.step = 0
+        self.counted = 0
+        self.skipped_in_a_row = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.device
+
+    def train_step(self) -> StepReport:
+        """Takes the next global batch through one optimizer step."""
+        batches = [next(self.loader) for _ in range(self.accumulation)]
+        self.model.train()
+        loss, count, metrics = self.forward_backward(batches)
+        self.step += 1
+        self.counted += count
+        factor = learning_rate_factor(self.step, self.steps, self.optimizer.settings)
+        norm, skipped = self.optimizer_step(loss, count, factor)
+        self._watch(skipped)
+        return StepReport(self.step, loss, count, norm, factor, skipped, metrics)
+
+    def forward_backward(self, batches: Sequence[Any]) -> tuple[float, int, Metrics]:
+        """Accumulates the gradient of the mean loss; returns that mean, its count, and metrics.
+
+        The count is taken over every microbatch and process BEFORE backward, because a mean of
+        microbatch means is another loss as soon as masks differ.
+        """
+        count = round(self.world.sum(sum(self.objective.count(batch) for batch in batches)))
+        total, sums = 0.0, dict[str, float]()
+        if count == 0:
+            return 0.0, 0, {}
+        for batch in batches:
+            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+                loss, metrics = self.objective.loss(self.model, batch.to(self.device))
+            (loss / count).backward()
+            total += loss.item()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
+        means = {name: self.world.sum(value) / count for name, value in sums.items()}
+        return self.world.sum(total) / count, count, means
+
+    def optimizer_step(self, loss: float, count: int, factor: float) -> tuple[float, str | None]:
+        """Clips and steps, or skips; returns the gradient's norm and why it was skipped."""
+        if count == 0:
+            reason, norm = "nothing to count", 0.0
+        else:
+            norm = self.optimizer.clip()
+            finite = math.isfinite(loss), math.isfinite(norm)
+            reason = None if all(finite) else f"{'gradient' if finite[0] else 'loss'} not finite"
+        if reason is None:
+            self.optimizer.step(factor)
+        else:
+            self.optimizer.zero_grad()
+        return norm, reason
+
+    def _watch(self, skipped: str | None) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise TrainingError(
+                f"step {self.step}: {skipped}, {self.skipped_in_a_row} steps in a row; the last "
+                "checkpoint is good: lower --optim.lr or raise --optim.warmup and start from it"
+            )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-able values that `restore` needs, the model's weights apart."""
+        tensors = {f"optimizer/{k}": v for k, v in self.optimizer.state_tensors().items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        values = {
+            "step": self.step,
+            "counted": self.counted,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "loader": self.loader.state_dict(),
+        }
+        return tensors, values
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Goes on exactly where `state` was taken."""
+        prefix = "optimizer/"
+        moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self.optimizer.load_state_tensors(moments)
+        torch.set_rng_state(tensors["random/cpu"])
+        if self.device.type == "cuda" and "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+        self.step = values["step"]
+        self.counted = values["counted"]
+        self.skipped_in_a_row = values["skipped_in_a_row"]
+        self.loader.load_state_dict(values["loader"])
