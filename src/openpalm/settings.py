@@ -8,6 +8,7 @@ ends as one SettingsError that names the option, the value and the remedy.
 
 import dataclasses
 import difflib
+import keyword
 import re
 import types
 import typing
@@ -55,21 +56,23 @@ def parse(
     """Reads `argv` (and the YAML file it may name) into an instance of the dataclass `kind`.
 
     `positional` names the fields given without an option; `aliases` maps other spellings of an
-    option to its field. Raises SettingsError for a wrong request, HelpRequested for --help.
+    option to its field. A field `from_` is spelled --from; a kind with a field `config` of its
+    own reads no YAML file. Raises SettingsError for a wrong request, HelpRequested for --help.
     """
     options = _options(kind)
     words = _normalise(argv, options, aliases or {}, verb)
     parser = _build(kind, verb, about, positional)
     if "--help" in words:
         raise HelpRequested(_help_text(parser, examples))
-    for path in _config_files(words):
+    for path in [] if "config" in options else _config_files(words):
         _check_config(path, options, verb)
     try:
         parsed = parser.parse_args(words)
         values = parser.instantiate_classes(parsed).as_dict()
     except SettingsError as error:
         raise SettingsError(_one_line(str(error), verb)) from None
-    values.pop("config", None)
+    if "config" not in options:
+        values.pop("config", None)
     return kind(**values)
 
 
@@ -128,8 +131,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def spell(name: str) -> str:
-    """A field name as its option: batch_tokens -> --batch-tokens."""
-    return "--" + name.replace("_", "-")
+    """A field name as its option: batch_tokens -> --batch-tokens, from_ -> --from."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def _options(kind: type, prefix: str = "") -> dict[str, Any]:
@@ -166,7 +169,7 @@ def _normalise(
             continue
         given, equals, value = word[2:].partition("=")
         name = given.replace("-", "_")
-        name = aliases.get(name, name)
+        name = aliases.get(name, f"{name}_" if keyword.iskeyword(name) else name)
         negated = name.removeprefix("no_") if name.startswith("no_") else ""
         if _is_flag(options.get(negated)) and not equals:
             words.append(f"--{negated}=false")
@@ -214,7 +217,8 @@ def _check_config(path: Path, options: dict[str, Any], verb: str) -> None:
 
 def _build(kind: type, verb: str, about: str, positional: Sequence[str]) -> _Parser:
     parser = _Parser(prog=f"openpalm {verb}", description=about, allow_abbrev=False)
-    if _options(kind):
+    options = _options(kind)
+    if options and "config" not in options:
         parser.add_argument("--config", action="config", help="YAML file of the settings below")
     docs = {
         p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params
@@ -242,7 +246,9 @@ def _help_text(parser: _Parser, examples: Sequence[str]) -> str:
     text = re.sub(r"  --print_config.*?(?=\n  --|\n\n)", "", text, flags=re.DOTALL)
     text = re.sub(r"\n  --\w+ CONFIG +Path to a configuration file\.", "", text)
     text = re.sub(r"\s*\[--(?!config)\w+ CONFIG\]", "", text)
-    text = re.sub(r"--[a-z0-9_.]+", lambda match: match[0].replace("_", "-"), text)
+    text = re.sub(r"--([a-z]+)_ ([A-Z]+)_(?=])", r"--\1 \2", text)
+    text = re.sub(r"--([a-z]+)_ ([A-Z]+)_ ", r"--\1 \2   ", text)
+    text = re.sub(r"--([a-z0-9_.]+)", lambda match: spell(match[1]), text)
     text = text.replace("default: null", "not set")
     shown = "\n".join(f"  {line}" for line in examples)
     return f"{text.rstrip()}\n\nexamples:\n{shown}\n"
@@ -254,7 +260,7 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 def _one_line(message: str, verb: str) -> str:
     """jsonargparse's message as one line in our words: option, value, remedy."""
     text = " ".join(message.split())
-    value = re.match(r'Parser key "([^"]+)": .*?Got value: (.*)', text)
+    value = re.match(r'Parser key "([^"]+)": .*?(?:Got|Given) value: (.*)', text)
     if value:
         name, given = value.groups()
         wanted = _wanted(text)

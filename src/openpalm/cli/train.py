@@ -55,7 +55,7 @@ def pretrain(settings: TrainSettings, label: str = "train") -> "Outcome":
         make_loader=lambda shape: TokenLoader(
             tokens, sequence_length=shape.sequence_length, rows=shape.rows, seed=settings.seed
         ),
-        tokens_per_epoch=len(tokens),
+        sequences_per_epoch=max(1, len(tokens) // length),
         learning_rate=start.learning_rate,
         tokenizer_json=(settings.data / "tokenizer.json").read_text(encoding="utf-8"),
         data_hash=hashlib.sha256(dataset.manifest.to_json()).hexdigest(),

@@ -14,7 +14,6 @@ from openpalm.convert.state import Converted, pad_vocabulary
 from openpalm.errors import CheckpointError
 from openpalm.model.config import ModelConfig
 
-_LABELS = frozenset({"system", "commit", "version", "dropout", "logits_computed_with_dropout"})
 _SIZES = frozenset({"n_embed", "n_head", "vocab_size", "n_layer"})
 
 
@@ -65,8 +64,7 @@ def _config(tensors: Tensors, given: Hyperparameters, around: dict[str, Any]) ->
     for said in (given, Hyperparameters(str(tensors.where), _arguments(tensors, around))):
         said.agree(n_embed=dim, n_head=heads, vocab_size=vocab, n_layer=depth)
     training = around.get("config")
-    block_size = training.get("block_size") if isinstance(training, dict) else None
-    whole = type(block_size) is int and 0 < block_size < 1 << 20
+    trained = Hyperparameters(str(tensors.where), training if isinstance(training, dict) else {})
     return ModelConfig(
         vocab_size=vocab,
         dim=dim,
@@ -75,7 +73,7 @@ def _config(tensors: Tensors, given: Hyperparameters, around: dict[str, Any]) ->
         head_dim=head_dim,
         ff_dim=4 * heads * dim,
         rotary="nanopalm",
-        context=block_size if whole else 1024,
+        context=trained.whole("block_size") or 1024,
     )
 
 

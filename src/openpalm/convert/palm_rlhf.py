@@ -23,23 +23,11 @@ NO_XPOS_BASE = 10**18
 
 _DEFAULT_XPOS_BASE = 512
 _ARGUMENTS = frozenset(
-    [
-        "num_tokens",
-        "dim",
-        "depth",
-        "causal",
-        "dim_head",
-        "heads",
-        "ff_mult",
-        "attn_dropout",
-        "ff_dropout",
-        "qk_rmsnorm",
-        "lora_r",
-        "rotary_xpos_scale_base",
-        "flash_attn",
-        "finetune_scopes",
-        "cross_entropy_ignore_index",
-    ]
+    (
+        *("num_tokens", "dim", "depth", "causal", "dim_head", "heads", "ff_mult"),
+        *("attn_dropout", "ff_dropout", "qk_rmsnorm", "lora_r", "rotary_xpos_scale_base"),
+        *("flash_attn", "finetune_scopes", "cross_entropy_ignore_index"),
+    )
 )
 _LABELS = frozenset({"system", "version", "commit", "kind"})
 _OLDEST_NOTE = (
@@ -136,14 +124,16 @@ def _choose(tensors: Tensors, given: Hyperparameters, asked: str | None, names: 
     has_scale = f"{rotary}scale" in tensors or f"{rotary}inv_freq" not in tensors
     unused = bool((final == 1).all() and not (gammas == 1).all())
     guessed, reason = guess(mean, has_scale=has_scale, norm_unused=unused)
-    version = given.values.get("version") if given.values.get("system") == PROJECT else None
+    stated = _stated_version(given)
     if asked is not None:
         era, why = era_of(asked), f"--era {asked}"
-    elif isinstance(version, str) and is_known(version):
-        era, why = era_of(version), f"{given.where} says version {version}"
+    elif stated:
+        era, why = era_of(stated), f"{given.where} says version {stated}"
     else:
         era, why = guessed, f"a guess: {reason}"
     notes = [_OLDEST_NOTE] if era == ERAS[0] else []
+    if stated and era_of(stated) != era:
+        notes.append(f"warning: {given.where} says version {stated}, which is not era {era}")
     if era.gamma_minus_one != guessed.gamma_minus_one:
         looks = f"they look like era {guessed}"
         notes.append(f"warning: norm scales average {mean:.2f}, unlike era {era}; {looks}")
@@ -151,6 +141,13 @@ def _choose(tensors: Tensors, given: Hyperparameters, asked: str | None, names: 
         held = "holds" if has_scale else "lacks"
         notes.append(f"warning: the file {held} xPos scales, unlike era {era}")
     return _Choice(era, why, notes)
+
+
+def _stated_version(given: Hyperparameters) -> str:
+    """The version a config.json names, if it is about this project and known; else empty."""
+    version = given.values.get("version")
+    mine = given.values.get("system") == PROJECT and isinstance(version, str)
+    return version if mine and is_known(version) else ""
 
 
 def _read(tensors: Tensors, given: Hyperparameters, names: _Names, choice: _Choice) -> Converted:
@@ -225,7 +222,7 @@ def _matrices(tensors: Tensors, block: str, ff_out: str, config: ModelConfig) ->
 
 
 def _scales(tensors: Tensors, block: str, config: ModelConfig, era: Era) -> dict[str, Tensor]:
-    """scale l2(q)a . l2(k)b = d^-0.5 rms(q)fa . rms(k)fb, where rms = d^0.5 l2; f^2 = scale d^-0.5."""
+    """scale l2(q)a . l2(k)b = d^-0.5 rms(q)fa . rms(k)fb; rms = d^0.5 l2, so f^2 = scale d^-0.5."""
     root = config.head_dim**-0.5
     factor = ((era.qk_scale or root) * root) ** 0.5
     return {

@@ -159,8 +159,9 @@ class BatchShape:
     accumulation: int
 
     @property
-    def tokens(self) -> int:
-        return self.sequence_length * self.rows * self.accumulation
+    def sequences(self) -> int:
+        """Of one process in a step."""
+        return self.rows * self.accumulation
 
 
 def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 1) -> BatchShape:

@@ -28,6 +28,7 @@ def choose(
 
     `make_trainer` gives a scratch trainer; `looks` are the probes whose time a budget must hold.
     """
+    started = time.perf_counter()
     known = settings.chosen
     dtype: str = known.dtype or settings.dtype
     if dtype == "auto":
@@ -37,27 +38,29 @@ def choose(
     torch_dtype = getattr(torch, dtype)
     steps = known.steps
     if steps is None and settings.minutes is not None:
-        steps = _steps_that_fit(settings, make_trainer(torch_dtype), looks)
+        step_s, looks_s = _seconds(make_trainer(torch_dtype), looks)
+        left_s = settings.minutes * 60 - (time.perf_counter() - started)
+        steps = _steps_that_fit(left_s, step_s, looks_s, settings.eval_every)
     peak = known.peak_flops or matmul_flops(device, torch_dtype)
     assert dtype in ("float32", "bfloat16")
     return replace(known, dtype=dtype, steps=steps, peak_flops=peak)
 
 
-def _steps_that_fit(
-    settings: TrainSettings,
-    trainer: Trainer,
-    looks: Sequence[Callable[[Transformer, torch.dtype], object]],
-) -> int:
-    assert settings.minutes is not None
+def _seconds(
+    trainer: Trainer, looks: Sequence[Callable[[Transformer, torch.dtype], object]]
+) -> tuple[float, float]:
+    """Of an optimizer step, and of all the probes together."""
     step_s = _step_seconds(trainer)
     start = time.perf_counter()
     for look in looks:
         look(trainer.model, trainer.dtype)
-    looks_s = time.perf_counter() - start
-    budget_s = settings.minutes * 60
-    if settings.eval_every:
-        return max(1, int(budget_s / (step_s + looks_s / settings.eval_every)))
-    return max(1, int((budget_s - PROBES_A_RUN * looks_s) / step_s))
+    return step_s, time.perf_counter() - start
+
+
+def _steps_that_fit(left_s: float, step_s: float, looks_s: float, eval_every: int | None) -> int:
+    if eval_every:
+        return max(1, int(left_s / (step_s + looks_s / eval_every)))
+    return max(1, int((left_s - PROBES_A_RUN * looks_s) / step_s))
 
 
 def _candidates(device: torch.device) -> list[tuple[str, torch.dtype]]:

@@ -57,7 +57,7 @@ class Job:
     fill: Callable[[Transformer], None]
     """gives a fresh model its first weights"""
     make_loader: Callable[[BatchShape], Loader]
-    tokens_per_epoch: int
+    sequences_per_epoch: int
     learning_rate: float
     objective: Objective[Any] = field(default_factory=NextToken)
     tokenizer_json: str | None = None
@@ -230,7 +230,7 @@ def _begin_or_recall(
     _refuse_strangers(settings.out)
     steps = settings.steps or given.steps
     if settings.epochs:
-        steps = max(1, round(settings.epochs * job.tokens_per_epoch / shape.tokens))
+        steps = max(1, round(settings.epochs * job.sequences_per_epoch / shape.sequences))
     settings = replace(settings, chosen=replace(given, steps=steps))
 
     def make_trainer(dtype: torch.dtype) -> Trainer:

@@ -1,0 +1,104 @@
+# `make quickstart` and `make test` make .venv by themselves; `make help` lists everything.
+# Written for GNU make 3.81 (macOS) and later.
+
+PYTHON ?=
+PIP_ARGS ?=
+CONSTRAINTS ?= constraints.txt
+PYTEST_ARGS ?=
+MINUTES ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+.PHONY: help quickstart test test-slow lint style types layers docs format ci clean force
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make quickstart [MINUTES=5]  the whole line on this machine: text in, a trained model out'
+	@echo 'make test                    the tests (PYTEST_ARGS="-k shards" chooses some)'
+	@echo 'make test-slow               the tests that take minutes'
+	@echo 'make lint                    style (ruff), types (pyright) and layers (import-linter)'
+	@echo 'make format                  let ruff rewrite what it can'
+	@echo 'make docs                    run the code blocks of README.md and docs/'
+	@echo 'make ci                      all of it, as the build server does'
+	@echo 'make clean                   remove .venv and caches; runs/ and data/ stay'
+	@echo
+	@echo 'PYTHON=python3.12            the interpreter that makes .venv (found by itself otherwise)'
+	@echo 'PIP_ARGS="..."               more options for pip install, e.g. for another PyTorch build'
+	@echo 'CONSTRAINTS=                 do not pin the versions of constraints.txt'
+
+quickstart: $(VENV)/.core
+	$(BIN)/openpalm quickstart $(if $(MINUTES),--minutes $(MINUTES))
+
+test: $(VENV)/.dev
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+lint: style types layers
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright
+
+layers: $(VENV)/.dev
+	$(BIN)/lint-imports --no-logo
+
+docs: $(VENV)/.dev
+	$(BIN)/python tests/docs_blocks.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ci:
+	.ci/run
+
+clean:
+	rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- .venv -------------------------------------------------------------------------------------
+
+# An editable install remembers where the folder was: install again when it moved.
+ifneq ($(CURDIR),$(shell cat $(VENV)/.folder 2>/dev/null))
+MOVED := force
+endif
+
+$(VENV)/.core: EXTRA :=
+$(VENV)/.dev: EXTRA := [dev]
+$(VENV)/.core $(VENV)/.dev: pyproject.toml constraints.txt $(BIN)/python $(MOVED)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
+	  || { echo 'make: .venv has no pip; remove it (rm -rf .venv) and repeat' >&2; exit 1; }
+	@echo 'installing OpenPaLM and what it needs into .venv (PyTorch is large: some minutes, once)'
+	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	    $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.$(EXTRA)' \
+	  || { echo 'make: pip could not install OpenPaLM; its lines above say why' >&2; exit 1; }
+	@echo '$(CURDIR)' > $(VENV)/.folder
+	@touch $(VENV)/.core $@
+
+$(BIN)/python:
+	@recent=; made=; \
+	for python in $(if $(PYTHON),'$(PYTHON)',python3.13 python3.12 python3.11 python3); do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  recent=$$python; \
+	  "$$python" -c 'import venv, ensurepip' 2>/dev/null || continue; \
+	  made=$$python; break; \
+	done; \
+	if [ -z "$$recent" ]; then \
+	  echo 'make: no Python >= 3.11 found as $(if $(PYTHON),$(PYTHON),python3.13, python3.12, python3.11 or python3); install one, or name it: make PYTHON=/path/to/python3.12 ...' >&2; exit 1; \
+	elif [ -z "$$made" ]; then \
+	  echo "make: $$recent cannot make .venv; install python3-venv (Debian, Ubuntu: sudo apt install python3-venv)" >&2; exit 1; \
+	fi; \
+	echo "making .venv with $$made"; \
+	"$$made" -m venv --clear $(VENV) \
+	  || { rm -rf $(VENV); echo "make: $$made could not make .venv, its lines above say why" >&2; exit 1; }
+
+force:

@@ -1,0 +1,93 @@
+"""openpalm convert: checkpoints of other projects, into our form and back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from openpalm.errors import SettingsError
+from openpalm.settings import parse, spell
+
+if TYPE_CHECKING:
+    from openpalm.convert.foreign import Foreign
+    from openpalm.model.transformer import Transformer
+
+ABOUT = "Read a checkpoint of another project, or write one of ours for it. Runs nothing in it."
+EXAMPLES = (
+    "openpalm convert palm.pt models/palm",
+    "openpalm convert palm.pt models/palm --from palm-rlhf-pytorch --era 0.2.1",
+    "openpalm convert runs/tiny exported --to palm-rlhf-pytorch",
+)
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    src: Path
+    """a foreign checkpoint file (.pt, .pth, .bin, .safetensors) or a folder holding exactly one;
+    with --to palm-rlhf-pytorch also a run or checkpoint of ours"""
+    dst: Path
+    """the directory to make; must not exist, or be empty"""
+    from_: Literal["palm-rlhf-pytorch", "palm-pytorch", "nanopalm"] | None = None
+    """the project that wrote SRC; told from its keys if not given"""
+    to: Literal["openpalm", "palm-rlhf-pytorch"] = "openpalm"
+    """the form to write; palm-rlhf-pytorch is its newest form, palm.pt and config.json"""
+    era: str | None = None
+    """the version of palm-rlhf-pytorch that wrote SRC, such as 0.2.1: the same keys compute
+    different functions in different versions; guessed, and said, if not given"""
+    config: Path | None = None
+    """JSON of the hyperparameters; else a config.json beside SRC, else the tensors' shapes"""
+
+
+def run(argv: Sequence[str]) -> None:
+    settings = parse(
+        ConvertSettings,
+        argv,
+        verb="convert",
+        about=ABOUT,
+        examples=EXAMPLES,
+        positional=("src", "dst"),
+    )
+    from openpalm.convert import write
+
+    write.check_vacant(settings.dst)
+    model, foreign = _read(settings)
+    if settings.to == "palm-rlhf-pytorch":
+        difference, notes = write.as_palm_rlhf(model, settings.dst)
+        for note in notes:
+            print(f"  {note}")
+        written = "palm.pt and config.json for palm-rlhf-pytorch 0.2.4 or newer"
+    else:
+        assert foreign is not None
+        difference = write.as_openpalm(model, settings.dst, lineage=foreign.lineage())
+        written = "a checkpoint without a tokenizer"
+    print(f"wrote {settings.dst}: {written}")
+    print(f"reloaded: logits within {difference:.1e} of the model that was read")
+
+
+def _read(settings: ConvertSettings) -> "tuple[Transformer, Foreign | None]":
+    """The model of SRC, and what it was if it is not ours."""
+    ours = any((settings.src / sign).exists() for sign in ("manifest.json", "checkpoints"))
+    if ours:
+        from openpalm import checkpoint
+
+        _check_ours(settings)
+        print(f"read {settings.src}: an OpenPaLM checkpoint")
+        return checkpoint.load(settings.src), None
+    from openpalm.convert.foreign import read_foreign
+
+    foreign = read_foreign(settings.src, settings.from_, settings.era, settings.config)
+    print(f"read {foreign.file} as {foreign.source}, era {foreign.era} ({foreign.why})")
+    for note in foreign.notes:
+        print(f"  {note}")
+    return foreign.model(), foreign
+
+
+def _check_ours(settings: ConvertSettings) -> None:
+    if settings.to == "openpalm":
+        raise SettingsError(
+            f"{settings.src}: is OpenPaLM's already; say --to palm-rlhf-pytorch to write it for "
+            "that project"
+        )
+    for option in ("from_", "era", "config"):
+        if getattr(settings, option) is not None:
+            raise SettingsError(f"{spell(option)}: is about foreign files; {settings.src} is ours")

@@ -1,0 +1,278 @@
+"""`openpalm quickstart`: the whole line in minutes, on text that every Python carries.
+
+Each stage is what its own verb does, so every figure here can be had again by hand. A stage that
+is already done is not done again.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openpalm.errors import SettingsError
+from openpalm.settings import parse
+from openpalm.train.config import OptimSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from openpalm.data.builtin import QuestionAnswer
+    from openpalm.data.manifest import Manifest
+
+MODEL = "palm-5m"
+VOCABULARY = 4096
+PRETRAIN_SHARE, FINETUNE_SHARE = 0.65, 0.20
+QUESTIONS_A_MINUTE, MAX_QUESTIONS = 40, 200
+PHRASINGS_A_NAME = 2
+PROMPTS = ["The following example", "Return the", "class "]
+
+
+@dataclass(frozen=True)
+class QuickstartSettings:
+    """How long, and where to."""
+
+    minutes: float = 5.0
+    """budget: about 65 % pretraining, 20 % fine-tuning"""
+    out: Path = Path("runs/quickstart")
+    """directory for data, runs and report"""
+    seed: int = 0
+    """of everything random"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.minutes <= 24 * 60:
+            raise SettingsError(f"--minutes {self.minutes}: must be above 0 and at most a day")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question put to the model before and after fine-tuning."""
+
+    question: str
+    reference: str
+    before: str
+    after: str
+
+
+def run(argv: Sequence[str]) -> None:
+    settings = parse(
+        QuickstartSettings,
+        argv,
+        verb="quickstart",
+        about="Trains a tokenizer and a small PaLM on Python's own documentation, fine-tunes it "
+        "to answer questions, and writes a report. No download.",
+        examples=["openpalm quickstart", "openpalm quickstart --minutes 1 --out runs/short"],
+    )
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    manifest = prepare_data(settings, console)
+    pretrain(settings, console)
+    finetune(settings, console)
+    answered = question(settings, console)
+    write_report(settings, console, manifest, answered)
+    _next_commands(settings, console)
+
+
+def prepare_data(settings: QuickstartSettings, console: "Console") -> "Manifest":
+    from openpalm.data.shards import PrepareRequest, prepare
+
+    console.rule("1  text to tokens", align="left")
+    request = PrepareRequest(
+        inputs=["builtin:python-docs"],
+        out=settings.out / "data",
+        tokenizer=f"bpe:{VOCABULARY}",
+    )
+    with console.status("reading Python's documentation, training a tokenizer"):
+        manifest = prepare(request)
+    train, val = manifest.splits["train"], manifest.splits["val"]
+    console.print(
+        f"{manifest.documents.read:,} documents, {manifest.documents.duplicates:,} repeated ones "
+        f"removed; {train.tokens:,} tokens to train on, {val.tokens:,} to validate, "
+        f"{train.bytes / train.tokens:.2f} bytes a token"
+    )
+    return manifest
+
+
+def pretrain(settings: QuickstartSettings, console: "Console") -> None:
+    from openpalm.cli.train import pretrain as train_verb
+
+    console.rule(f"2  pretraining {MODEL} from scratch", align="left")
+    outcome = train_verb(
+        TrainSettings(
+            data=settings.out / "data",
+            out=settings.out / "pretrain",
+            model=MODEL,
+            minutes=settings.minutes * PRETRAIN_SHARE,
+            seed=settings.seed,
+            batch_tokens=BATCH_TOKENS,
+            optim=OptimSettings(name="muon"),
+        ),
+        label="pretrain",
+    )
+    console.print(f"{outcome.step} steps; checkpoint {outcome.checkpoint}")
+    console.print(f"validation: {_last_bits(settings):.3f} bits a byte")
+    samples = _last_row(settings.out / "pretrain" / "samples.jsonl")["samples"]
+    for sample in samples:
+        console.print(f"[dim]{'-' * 20}[/dim]")
+        console.print(sample["prompt"], style="blue", end="", markup=False)
+        console.print(sample["text"], markup=False)
+
+
+BATCH_TOKENS = 8 * 512
+
+
+def finetune(settings: QuickstartSettings, console: "Console") -> None:
+    from openpalm.cli.sft import finetune as sft_verb
+
+    console.rule("3  fine-tuning on questions and answers", align="left")
+    data = settings.out / "questions.jsonl"
+    _write_questions(data, settings.seed)
+    outcome = sft_verb(
+        TrainSettings(
+            data=data,
+            out=settings.out / "sft",
+            init=str(settings.out / "pretrain"),
+            minutes=settings.minutes * FINETUNE_SHARE,
+            seed=settings.seed,
+            sequence_length=128,
+            batch_tokens=64 * 128,
+            optim=OptimSettings(lr=1e-3),
+        ),
+    )
+    console.print(f"{outcome.step} steps; checkpoint {outcome.checkpoint}")
+
+
+def question(settings: QuickstartSettings, console: "Console") -> list[Answered]:
+    """Asks in phrasings that fine-tuning never saw, before and after it."""
+    from openpalm.data.builtin import question_answers
+
+    console.rule("4  questions in words it was not trained on", align="left")
+    chosen = _sample(
+        question_answers(), int(min(MAX_QUESTIONS, QUESTIONS_A_MINUTE * settings.minutes)), settings
+    )
+    questions = [item.held_out_questions[0] for item in chosen]
+    with console.status("answering"):
+        before = _answers(settings.out / "pretrain", questions)
+        after = _answers(settings.out / "sft", questions)
+    answered = [
+        Answered(q, item.answer, b, a)
+        for q, item, b, a in zip(questions, chosen, before, after, strict=True)
+    ]
+    for item in answered[:4]:
+        console.print(f"[blue]{item.question}[/blue]")
+        console.print(item.after, markup=False)
+    console.print(
+        f"token F1 against the docstrings over {len(answered)} questions: "
+        f"{_f1(answered, 'before'):.3f} before fine-tuning, {_f1(answered, 'after'):.3f} after"
+    )
+    return answered
+
+
+def write_report(
+    settings: QuickstartSettings,
+    console: "Console",
+    manifest: "Manifest",
+    answered: list[Answered],
+) -> None:
+    from openpalm.report import Section, environment_section, run_sections, table, write_page
+
+    console.rule("5  report", align="left")
+    train, val = manifest.splits["train"], manifest.splits["val"]
+    summary = [
+        ("training text", f"{train.bytes:,} bytes, {train.tokens:,} tokens"),
+        ("validation text", f"{val.bytes:,} bytes, {val.tokens:,} tokens"),
+        ("validation bits a byte", round(_last_bits(settings), 4)),
+        ("questions asked", len(answered)),
+        ("token F1 before fine-tuning", round(_f1(answered, "before"), 4)),
+        ("token F1 after fine-tuning", round(_f1(answered, "after"), 4)),
+    ]
+    columns = ["question", "docstring", "before fine-tuning", "after"]
+    shown = [(i.question, i.reference, i.before, i.after) for i in answered[:12]]
+    page = settings.out / "report.html"
+    write_page(
+        page,
+        "OpenPaLM quickstart",
+        [
+            Section("Summary", table(["", ""], summary)),
+            Section("Questions in held-out words", table(columns, shown)),
+            *run_sections(settings.out / "pretrain"),
+            *run_sections(settings.out / "sft"),
+            environment_section(),
+        ],
+    )
+    (settings.out / "results.json").write_text(json.dumps(dict(summary), indent=1) + "\n")
+    console.print(f"report: {page}")
+
+
+def _write_questions(path: Path, seed: int) -> None:
+    """Each name asked in a few of the training phrasings, in one shuffled order."""
+    from openpalm.data.builtin import question_answers
+
+    draw = random.Random(seed)
+    rows = []
+    for item in question_answers():
+        for asked in draw.sample(item.train_questions, PHRASINGS_A_NAME):
+            turns = [("user", asked), ("assistant", item.answer)]
+            rows.append({"messages": [{"role": r, "content": c} for r, c in turns]})
+    draw.shuffle(rows)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def _sample(
+    items: "list[QuestionAnswer]", count: int, settings: QuickstartSettings
+) -> "list[QuestionAnswer]":
+    return random.Random(settings.seed + 1).sample(items, max(1, min(count, len(items))))
+
+
+def _answers(run_directory: Path, questions: list[str]) -> list[str]:
+    from openpalm import checkpoint
+    from openpalm.cli.common import tokenizer_of
+    from openpalm.data.conversation import Message, render, stop_ids
+    from openpalm.generate.engine import Engine, Request, Sampling
+
+    directory = checkpoint.resolve(run_directory)
+    tokenizer = tokenizer_of(directory)
+    assert tokenizer is not None
+    engine = Engine(checkpoint.load(directory), slots=32)
+    greedy, stops = Sampling(temperature=0), stop_ids(tokenizer)
+    requests = [
+        Request(render(tokenizer, [Message("user", q)], answer_next=True).ids, 64, greedy, stops)
+        for q in questions
+    ]
+    return [tokenizer.decode(ids).strip() for ids in engine.answers(requests)]
+
+
+def _f1(answered: list[Answered], when: str) -> float:
+    from openpalm.evaluate.answers import token_f1
+
+    scores = [token_f1(getattr(item, when), item.reference) for item in answered]
+    return sum(scores) / len(scores)
+
+
+def _last_row(path: Path) -> dict:
+    from openpalm.train.metrics import read_rows
+
+    return read_rows(path)[-1]
+
+
+def _last_bits(settings: QuickstartSettings) -> float:
+    from openpalm.train.metrics import last, read_rows
+
+    return last(read_rows(settings.out / "pretrain" / "metrics.jsonl"), "val_bits_per_byte")
+
+
+def _next_commands(settings: QuickstartSettings, console: "Console") -> None:
+    commands = [
+        f'openpalm sample {settings.out}/sft --chat "What does shutil.copytree do?" --stream',
+        f'openpalm sample {settings.out}/pretrain "Return the"',
+        "openpalm data prepare YOUR_TEXTS --out data/mine --tokenizer bpe:8192",
+        "openpalm train --model palm-14m --data data/mine --out runs/mine --minutes 30",
+        "openpalm report runs/mine",
+    ]
+    console.rule("next, try", align="left")
+    for command in commands:
+        console.print(f"  {command}", markup=False, soft_wrap=True)

@@ -1,0 +1,196 @@
+"""The shape of the house: what may import torch, how long things get, what is never executed."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import openpalm
+from openpalm.cli.main import VERBS
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "openpalm"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+MAX_FUNCTION_LINES = 80
+MAX_FILE_LINES = 500
+
+# The rooms marked * on the architecture page, and what every command line passes through.
+TORCH_FREE = sorted(
+    path
+    for pattern in ("errors.py", "settings.py", "data/*.py", "*/config.py", "cli/main.py")
+    for path in PACKAGE.glob(pattern)
+    if path.name != "__init__.py" and path != PACKAGE / "data" / "loader.py"
+)
+
+# Ways to execute what a file says, and the (file, name) pairs that are safe, with the reason.
+EXECUTING_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+EXECUTING_CALLS = {
+    "eval",
+    "exec",
+    "os.system",
+    "pickle.load",
+    "pickle.loads",
+    "yaml.load",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+}
+ALLOWED = {
+    ("checkpoint.py", "pickle"),  # an Unpickler whose find_class knows a short list of names
+}
+
+
+def _relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def _in_fresh_python(program: str, *argv: str) -> list:
+    """The JSON that `program` prints on its last line, run where nothing is imported yet."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+IMPORTS = """
+import importlib, json, sys
+guilty = []
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    if "torch" in sys.modules:
+        guilty.append(name)
+        break
+print(json.dumps(guilty))
+"""
+
+HELPS = """
+import contextlib, io, json, sys
+from openpalm.cli.main import main
+wrong = []
+for words in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = main([*words.split(), "--help"])
+    if status or "usage: openpalm" not in said.getvalue():
+        wrong.append([words, status, said.getvalue()[:200]])
+    if "torch" in sys.modules:
+        wrong.append([words, "imports torch"])
+        break
+print(json.dumps(wrong))
+"""
+
+
+def test_importing_openpalm_imports_no_torch():
+    assert _in_fresh_python(IMPORTS, "openpalm") == []
+
+
+def test_rooms_before_the_model_import_no_torch():
+    modules = ["openpalm." + _relative(p).removesuffix(".py").replace("/", ".") for p in TORCH_FREE]
+    assert _in_fresh_python(IMPORTS, *modules) == []
+
+
+def test_every_help_is_answered_without_torch():
+    present = [
+        verb for verb, (module, _) in VERBS.items() if (PACKAGE / f"cli/{module}.py").exists()
+    ]
+    if "data" in present:
+        present += ["data prepare", "data inspect"]
+    assert _in_fresh_python(HELPS, "", *present) == []
+
+
+def test_package_inits_are_empty():
+    inits = [path for path in SOURCES if path.name == "__init__.py" and path.parent != PACKAGE]
+    assert [_relative(path) for path in inits if path.read_text(encoding="utf-8").strip()] == []
+
+
+def test_public_api_is_pinned():
+    assert openpalm.__all__ == [
+        "ModelConfig",
+        "OpenPalmError",
+        "Transformer",
+        "__version__",
+        "load",
+    ]
+    assert all(hasattr(openpalm, name) for name in openpalm.__all__)
+    assert dir(openpalm) == sorted(openpalm.__all__)
+
+
+def test_functions_and_files_stay_short():
+    long = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        lines = len(text.splitlines())
+        if lines > MAX_FILE_LINES:
+            long.append(f"{_relative(path)}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    long.append(f"{_relative(path)}:{node.lineno} {node.name}: {lines} lines")
+    assert long == []
+
+
+def test_nothing_executes_what_a_file_says():
+    found = {
+        (_relative(path), name)
+        for path in SOURCES
+        for name in executing(path.read_text(encoding="utf-8"))
+    }
+    assert found == ALLOWED
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import pickle", "pickle"),
+        ("from pickle import loads", "pickle"),
+        ("eval(text)", "eval"),
+        ("import torch\ntorch.load(path)", "torch.load"),
+        ("torch.load(path, weights_only=False)", "torch.load"),
+        ("read(weights_only=False)", "weights_only"),
+        ("np.load(path, allow_pickle=True)", "allow_pickle"),
+        ("run(words, shell=True)", "shell"),
+        ("yaml.load(text)", "yaml.load"),
+    ],
+)
+def test_execution_is_recognised(source, name):
+    assert name in set(executing(source))
+
+
+def test_harmless_calls_are_not_mistaken():
+    harmless = "model.eval()\ntorch.load(path, weights_only=True)\nyaml.safe_load(text)"
+    assert set(executing(harmless)) == set()
+
+
+def executing(source: str) -> Iterator[str]:
+    """The names of constructs in `source` that could execute the content of a file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from EXECUTING_MODULES & {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            yield from EXECUTING_MODULES & {(node.module or "").split(".")[0]}
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords if word.arg}
+            if called in EXECUTING_CALLS:
+                yield called
+            if called == "torch.load" and given.get("weights_only") != "True":
+                yield called
+            if given.get("weights_only", "True") != "True":
+                yield "weights_only"
+            yield from {"allow_pickle", "shell"} & {n for n, v in given.items() if v != "False"}
+
+
+def test_layers_are_kept():
+    tool = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    if tool is None:
+        pytest.skip("import-linter is not installed")
+    done = subprocess.run(
+        [tool, "--no-cache", "--no-logo"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout
