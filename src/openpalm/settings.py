@@ -35,12 +35,12 @@ class HelpRequested(Exception):
 
 class _Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-        # A validation error of our own ("at birth") passes through as it was written.
-        while ex is not None:
-            if isinstance(ex, SettingsError):
-                raise ex
-            ex = ex.__cause__ or ex.__context__
-        raise SettingsError(message)
+        cause: BaseException | None = ex
+        while cause is not None:
+            if isinstance(cause, SettingsError):  # found wrong "at birth", in our own words
+                raise cause
+            cause = cause.__cause__ or cause.__context__
+        raise SettingsError(_one_line(message, self.prog.removeprefix("openpalm ")))
 
 
 def parse(
@@ -66,11 +66,7 @@ def parse(
         raise HelpRequested(_help_text(parser, examples))
     for path in [] if "config" in options else _config_files(words):
         _check_config(path, options, verb)
-    try:
-        parsed = parser.parse_args(words)
-        values = parser.instantiate_classes(parsed).as_dict()
-    except SettingsError as error:
-        raise SettingsError(_one_line(str(error), verb)) from None
+    values = vars(parser.instantiate_classes(parser.parse_args(words)))
     if "config" not in options:
         values.pop("config", None)
     return kind(**values)
@@ -276,4 +272,4 @@ def _wanted(text: str) -> str:
     if literal:
         return "one of " + literal[1].strip("[]").replace("'", "")
     kinds = re.findall(r"<class '(\w+)'>", text)
-    return _KINDS.get(kinds[0], kinds[0]) if kinds else "of another type"
+    return _KINDS.get(kinds[0], str(kinds[0])) if kinds else "of another type"

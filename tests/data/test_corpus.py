@@ -169,7 +169,7 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
         onerror(PermissionError(13, "Permission denied", str(path)))
 
     monkeypatch.setattr(os, "walk", walk)
-    with pytest.raises(DataError, match="cannot be read .Permission denied"):
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied"):
         texts(tmp_path)
 
 

@@ -232,6 +232,12 @@ def test_the_cost_of_streaming_does_not_grow(wordpiece, monkeypatch):
     assert 0 < longest <= StreamDecoder.WINDOW + 1
 
 
+def test_what_is_no_unicode_text(byte, unigram):
+    for tokenizer in (byte, unigram):
+        with pytest.raises(DataError, match="half a surrogate pair"):
+            tokenizer.encode("a\ud800")
+
+
 def test_ids_beyond_the_vocabulary_have_no_text(byte):
     assert byte.decode([97, 300]) == "a" == streamed(byte, [97, 300])
 

@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
         difference, notes = write.as_palm_rlhf(model, settings.dst)
         for note in notes:
             print(f"  {note}")
-        written = "palm.pt and config.json for palm-rlhf-pytorch 0.2.4 or newer"
+        written = "palm.pt and config.json for palm-rlhf-pytorch"
     else:
         assert foreign is not None
         difference = write.as_openpalm(model, settings.dst, lineage=foreign.lineage())

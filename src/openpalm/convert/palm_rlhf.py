@@ -146,8 +146,9 @@ def _choose(tensors: Tensors, given: Hyperparameters, asked: str | None, names: 
 def _stated_version(given: Hyperparameters) -> str:
     """The version a config.json names, if it is about this project and known; else empty."""
     version = given.values.get("version")
-    mine = given.values.get("system") == PROJECT and isinstance(version, str)
-    return version if mine and is_known(version) else ""
+    if given.values.get("system") != PROJECT or not isinstance(version, str):
+        return ""
+    return version if is_known(version) else ""
 
 
 def _read(tensors: Tensors, given: Hyperparameters, names: _Names, choice: _Choice) -> Converted:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from openpalm.convert.eras import NEWEST
 from openpalm.convert.palm_rlhf import NO_XPOS_BASE, inverse_frequencies, xpos_scale
 from openpalm.errors import CheckpointError
 from openpalm.model.config import ModelConfig
@@ -25,7 +26,7 @@ def write_palm_rlhf(
         out |= {f"layers.{i}.fn.{n}": t for n, t in _block(config, parts).items()}
     out |= _norm("norm.", state["norm.weight"])
     out["to_logits.weight"] = table  # the same storage, as the original ties it
-    notes = ["matrices fused, norm scales written minus one"]
+    notes = [f"matrices fused, norm scales written minus one: this is era {NEWEST}"]
     if config.causal and not config.xpos_base:
         notes.append(f"no xPos: said as rotary_xpos_scale_base {NO_XPOS_BASE}, where it vanishes")
     return _arguments(config), out, notes

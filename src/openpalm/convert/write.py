@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from openpalm import checkpoint
+from openpalm.convert.eras import NEWEST
 from openpalm.convert.foreign import read_foreign
 from openpalm.convert.palm_rlhf_out import write_palm_rlhf
 from openpalm.errors import CheckpointError, OpenPalmError, StorageError, WorkError
@@ -66,10 +68,12 @@ def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]
         raise StorageError(f"{directory}: cannot be written ({reason})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return _checked(model, directory, lambda: read_foreign(directory).model()), notes
+    return _checked(
+        model, directory, lambda: read_foreign(directory, era=NEWEST.last).model()
+    ), notes
 
 
-def _checked(model: Transformer, directory: Path, reload: Any) -> float:
+def _checked(model: Transformer, directory: Path, reload: Callable[[], Transformer]) -> float:
     try:
         difference, size = _difference(model, reload())
         if not difference <= TOLERANCE * max(1.0, size):  # also refuses undefined numbers

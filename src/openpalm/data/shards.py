@@ -8,6 +8,7 @@ DIR/manifest.json           written last: while it is missing, there is no datas
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -197,16 +198,13 @@ def _write(
 ) -> Manifest:
     tokenizer.save(request.out / "tokenizer.json")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    writers = {
-        split: SplitWriter(request.out, split, dtype, request.shard_tokens)
-        for split in manifest_file.SPLITS
-    }
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    for batch in _batches(documents, tokenizer, writers):
-        encoded = tokenizer.encode_batch([piece.text for piece in batch])
-        for piece, ids in zip(batch, encoded, strict=True):
-            writers[piece.split].add(ids + end if piece.ends else ids, starts=piece.starts)
-    splits = {split: writer.close() for split, writer in writers.items()}
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(SplitWriter(request.out, split, dtype, request.shard_tokens))
+            for split in manifest_file.SPLITS
+        }
+        _write_tokens(tokenizer, documents, writers)
+        splits = {split: writer.close() for split, writer in writers.items()}
     _refuse_tiny(splits)
     return Manifest(
         format=manifest_file.FORMAT,
@@ -220,6 +218,16 @@ def _write(
         documents=plan.counts,
         splits=splits,
     )
+
+
+def _write_tokens(
+    tokenizer: Tokenizer, documents: Iterable[Part], writers: dict[str, SplitWriter]
+) -> None:
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    for batch in _batches(documents, tokenizer, writers):
+        encoded = tokenizer.encode_batch([piece.text for piece in batch])
+        for piece, ids in zip(batch, encoded, strict=True):
+            writers[piece.split].add(ids + end if piece.ends else ids, starts=piece.starts)
 
 
 def _batches(

@@ -137,10 +137,16 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, on all cores; long texts in parallel too."""
+        """The ids of each text, on all cores; long texts in parallel too.
+
+        Raises DataError for a string that is no Unicode text (half a surrogate pair).
+        """
         pieces = [self.cut(text) for text in texts]
         flat = [piece for group in pieces for piece in group]
-        encoded = iter(self._inner.encode_batch_fast(flat, add_special_tokens=False))
+        try:
+            encoded = iter(self._inner.encode_batch_fast(flat, add_special_tokens=False))
+        except TypeError:
+            raise DataError("text with half a surrogate pair in it; give valid UTF-8") from None
         rows = [[i for _ in group for i in next(encoded).ids] for group in pieces]
         return [
             row if self._forgeable.isdisjoint(row) else self._defused(text)

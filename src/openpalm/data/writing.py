@@ -87,6 +87,11 @@ class _HashedFile:
         self._sha256.update(data)
         self._size += len(data)
 
+    def abandon(self) -> None:
+        # On a full disk, closing fails once more; the error that counts is already on its way.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
     def close(self) -> FileEntry:
         with self._file:
             _flush(self._file)
@@ -94,7 +99,10 @@ class _HashedFile:
 
 
 class SplitWriter:
-    """Appends documents to the shards of a split; each shard but the last is full."""
+    """Appends documents to the shards of a split; each shard but the last is full.
+
+    A context manager: files still open when it ends were not finished, and are only closed.
+    """
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
         self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
@@ -103,6 +111,13 @@ class SplitWriter:
         self._room = 0
         self._files: list[FileEntry] = []
         self.tokens = self.documents = self.bytes = 0
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in self._open or ():
+            file.abandon()
 
     def add(self, ids: Sequence[int], *, starts: bool) -> None:
         if starts:
