@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import keyword
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Sequence
@@ -61,11 +62,11 @@ def parse(
     """
     options = _options(kind)
     words = _normalise(argv, options, aliases or {}, verb)
-    parser = _build(kind, verb, about, positional)
     if "--help" in words:
-        raise HelpRequested(_help_text(parser, examples))
+        raise HelpRequested(_help_text(kind, verb, about, examples, positional))
     for path in [] if "config" in options else _config_files(words):
         _check_config(path, options, verb)
+    parser = _build(kind, verb, positional)
     values = vars(parser.instantiate_classes(parser.parse_args(words)))
     if "config" not in options:
         values.pop("config", None)
@@ -211,14 +212,12 @@ def _check_config(path: Path, options: dict[str, Any], verb: str) -> None:
     visit(read_yaml(path), "")
 
 
-def _build(kind: type, verb: str, about: str, positional: Sequence[str]) -> _Parser:
-    parser = _Parser(prog=f"openpalm {verb}", description=about, allow_abbrev=False)
+def _build(kind: type, verb: str, positional: Sequence[str]) -> _Parser:
+    """The parser that types and merges values; --help and unknown options are dealt with here."""
+    parser = _Parser(prog=f"openpalm {verb}", allow_abbrev=False)
     options = _options(kind)
     if options and "config" not in options:
-        parser.add_argument("--config", action="config", help="YAML file of the settings below")
-    docs = {
-        p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params
-    }
+        parser.add_argument("--config", action="config")
     hints = typing.get_type_hints(kind)
     for field in (field for field in dataclasses.fields(kind) if field.name in positional):
         required = field.default is dataclasses.MISSING
@@ -226,28 +225,73 @@ def _build(kind: type, verb: str, about: str, positional: Sequence[str]) -> _Par
         extra: dict[str, Any] = {} if required else {"default": field.default}
         if several or not required:
             extra["nargs"] = ("+" if required else "*") if several else "?"
-        parser.add_argument(
-            field.name,
-            type=str if several else hints[field.name],
-            metavar=field.name.upper(),
-            help=docs[field.name],
-            **extra,
-        )
+        wanted = str if several else hints[field.name]
+        parser.add_argument(field.name, type=wanted, **extra)
     parser.add_class_arguments(kind, as_group=False, skip=set(positional))
     return parser
 
 
-def _help_text(parser: _Parser, examples: Sequence[str]) -> str:
-    text = parser.format_help()
-    text = re.sub(r"  --print_config.*?(?=\n  --|\n\n)", "", text, flags=re.DOTALL)
-    text = re.sub(r"\n  --\w+ CONFIG +Path to a configuration file\.", "", text)
-    text = re.sub(r"\s*\[--(?!config)\w+ CONFIG\]", "", text)
-    text = re.sub(r"--([a-z]+)_ ([A-Z]+)_(?=])", r"--\1 \2", text)
-    text = re.sub(r"--([a-z]+)_ ([A-Z]+)_ ", r"--\1 \2   ", text)
-    text = re.sub(r"--([a-z0-9_.]+)", lambda match: spell(match[1]), text)
-    text = text.replace("default: null", "not set")
-    shown = "\n".join(f"  {line}" for line in examples)
-    return f"{text.rstrip()}\n\nexamples:\n{shown}\n"
+def _help_text(
+    kind: type, verb: str, about: str, examples: Sequence[str], positional: Sequence[str]
+) -> str:
+    words = " ".join(name.upper() for name in positional)
+    parts = [f"usage: openpalm {verb} [options] {words}".rstrip(), textwrap.fill(about, 96)]
+    docs, fields = _docs(kind), {field.name: field for field in dataclasses.fields(kind)}
+    if positional:
+        lines = [_help_line(name.upper(), docs[name], fields[name]) for name in positional]
+        parts.append("\n".join(["arguments:", *lines]))
+    parts += _help_groups(kind, "options", "", positional)
+    parts.append("\n".join(["examples:", *(f"  {line}" for line in examples)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _help_groups(kind: type, title: str, prefix: str, positional: Sequence[str]) -> list[str]:
+    """The options of a dataclass, then those of the dataclasses inside it."""
+    docs, hints = _docs(kind), typing.get_type_hints(kind)
+    lines, inner = [f"{title}:"], []
+    for field in dataclasses.fields(kind):
+        hint, name = hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(hint):
+            inner += _help_groups(typing.cast(type, hint), docs[field.name], f"{name}.", ())
+        elif field.name not in positional:
+            option = spell(name.removesuffix("_"))
+            shown = option if _is_flag(hint) else f"{option} {_type_name(hint)}"
+            lines.append(_help_line(shown, docs[field.name], field))
+    if not prefix and "config" not in hints:
+        lines.append(_help_line("--config FILE", "YAML file of these settings", None))
+    return ["\n".join(lines), *inner]
+
+
+def _help_line(left: str, doc: str, field: dataclasses.Field[Any] | None) -> str:
+    if field is not None and field.default is dataclasses.MISSING:
+        required = field.default_factory is dataclasses.MISSING
+        doc += " (required)" if required else ""
+    elif field is not None and field.default not in (None, False):
+        doc += f" (default: {field.default})"
+    lines = textwrap.wrap(doc, 96 - 30) or [""]
+    first = (
+        [f"  {left}", " " * 30 + lines.pop(0)]
+        if len(left) > 26
+        else [f"  {left:<28}{lines.pop(0)}"]
+    )
+    return "\n".join([*first, *(" " * 30 + line for line in lines)])
+
+
+def _docs(kind: type) -> dict[str, str]:
+    """The docstring under each field."""
+    return {
+        p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params
+    }
+
+
+def _type_name(hint: Any) -> str:
+    """A type as --help shows it: INT, PATH, one|of|these."""
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(map(str, parts))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return _type_name(parts[-1])
+    return {int: "INT", float: "NUMBER", Path: "PATH"}.get(hint, "TEXT")
 
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}

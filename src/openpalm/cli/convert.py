@@ -76,7 +76,7 @@ def _read(settings: ConvertSettings) -> "tuple[Transformer, Foreign | None]":
     from openpalm.convert.foreign import read_foreign
 
     foreign = read_foreign(settings.src, settings.from_, settings.era, settings.config)
-    print(f"read {foreign.file} as {foreign.source}, era {foreign.era} ({foreign.why})")
+    print(f"read {foreign.file} as {foreign.source}, era: {foreign.era} ({foreign.why})")
     for note in foreign.notes:
         print(f"  {note}")
     return foreign.model(), foreign

@@ -46,6 +46,17 @@ examples:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command line; returns its exit status: 0 done, 1 failed, 2 a wrong request."""
+    try:
+        status = _main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    return status
+
+
+def _main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         listing = "\n".join(f"  {verb:<12}{about}" for verb, (_, about) in VERBS.items())
         print(USAGE.format(verbs=listing))
@@ -65,7 +76,6 @@ def _guarded(verb: str, argv: Sequence[str]) -> int:
         if verb not in VERBS:
             return _complain(f"unknown verb {verb}; see `openpalm --help`", 2)
         import_module(f"openpalm.cli.{VERBS[verb][0]}").run(argv)
-        sys.stdout.flush()
         return 0
     except HelpRequested as text:
         print(text)
@@ -75,9 +85,7 @@ def _guarded(verb: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
-        # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        raise
     except Exception as error:
         return _unexpected(error)
 

@@ -44,7 +44,7 @@ def read_nanopalm(tensors: Tensors, given: Hyperparameters, around: dict[str, An
         "folded: both norms' scales into the matrices they feed; rows split; "
         f"{config.vocab_size} table rows padded to {config.padded_vocab}",
     ]
-    return Converted(config, state, "its only one", "nanoPALM has no eras", notes)
+    return Converted(config, state, "all versions", "nanoPALM has one function", notes)
 
 
 def _config(tensors: Tensors, given: Hyperparameters, around: dict[str, Any]) -> ModelConfig:

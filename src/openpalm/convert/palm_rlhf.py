@@ -91,7 +91,7 @@ def read_palm_pytorch(tensors: Tensors, given: Hyperparameters, era: str | None)
     depth = _depth(tensors, block)
     names = _Names(depth, "0.weight", block, f"{depth + 1}.", f"{depth + 2}.weight")
     plain = Era("all versions", "all versions", gamma_minus_one=False, final_norm=True, xpos=False)
-    return _read(tensors, given, names, _Choice(plain, "PaLM-pytorch has only one", []))
+    return _read(tensors, given, names, _Choice(plain, "PaLM-pytorch has one function", []))
 
 
 def inverse_frequencies(head_dim: int) -> Tensor:

@@ -1,0 +1,154 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from openpalm.cli import data
+from openpalm.cli.main import main
+
+
+def run(capsys, *words):
+    """(exit status, standard output, standard error) of `openpalm data WORDS`."""
+    status = main(["data", *map(str, words)])
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("A line of text, and one more.\n" * 50)
+    return path
+
+
+def test_prepare_says_what_it_made_and_what_comes_next(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    status, said, errors = run(capsys, "prepare", text, "--out", out, "--tokenizer", "byte")
+    assert (status, errors) == (0, "")
+    assert "read 1 documents: 0 repeated and 0 blank left out" in said
+    assert "1,425 bytes" in said
+    assert f"openpalm train --model palm-tiny --data {out}" in said
+    status, said, _ = run(capsys, "prepare", text, "--out", out, "--tokenizer", "byte")
+    assert status == 0
+    assert said.startswith(f"{out}: already holds this dataset, nothing changed\n")
+
+
+def test_every_option_reaches_the_manifest(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"body": f"text {i % 9}"}) + "\n" for i in range(20)))
+    words = ["--out", tmp_path / "out", "--tokenizer=byte", "--text-field=body", "--json"]
+    words += ["--val-fraction", "0.3", "--val", "tail:0.2", "--dedup", "none"]
+    status, said, _ = run(capsys, "prepare", path, *words)
+    assert status == 0
+    manifest = json.loads(said)
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    wanted = {"text_field": "body", "val_fraction": 0.3, "val": "tail:0.2", "dedup": "none"}
+    assert wanted.items() < manifest["settings"].items()
+    assert manifest["documents"] == {"read": 20, "duplicates": 0, "blank": 0}
+
+
+def test_several_inputs(text, tmp_path, capsys):
+    other = tmp_path / "b.txt"
+    other.write_text("Other text.\n" * 9)
+    words = [text, other, "--out", tmp_path / "out", "--tokenizer", "byte"]
+    status, said, _ = run(capsys, "prepare", *words)
+    assert status == 0
+    assert "read 2 documents" in said
+
+
+def test_inspect(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(capsys, "prepare", text, "--out", out, "--tokenizer", "byte")
+    status, said, _ = run(capsys, "inspect", out, "--samples", "1")
+    assert status == 0
+    assert f"{out}: vocabulary 265, uint16, validation split by tail; 4 files intact" in said
+    assert '"A line of text, and one more.\\nA line' in said
+    status, said, _ = run(capsys, "inspect", out, "--json")
+    found = json.loads(said)
+    assert found["splits"]["train"]["bytes"] + found["splits"]["val"]["bytes"] == 1500
+    assert found["files_checked"] == 4
+
+    torn = out / "train-00000.bin"
+    torn.write_bytes(torn.read_bytes()[::-1])
+    status, said, errors = run(capsys, "inspect", out)
+    assert (status, said) == (2, "")
+    assert "train-00000.bin: was altered" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["prepare"], "missing"),
+        (["prepare", "a.txt"], "missing"),
+        (["prepare", "no.txt", "--out", "o"], "no.txt: no such file or folder; check the path"),
+        (["prepare", "a.txt", "--out", "o", "--vall", "x"], "unknown option --vall"),
+        (["prepare", "a.txt", "--out", "o", "--dedup", "fuzzy"], "one of exact, none"),
+        (["prepare", "a.txt", "--out", "o", "--val-fraction", "lots"], "--val-fraction lots"),
+        (["prepare", "a.txt", "--out", "o", "--val-fraction", "2"], "must lie between 0 and 1"),
+        (["prepare", "a.txt", "--out", "o", "--tokenizer", "bpe:x"], "VOCAB must be a whole"),
+        (["prepare", "a.txt", "--out", "o", "--tokenizer", "gpt9"], "gpt9: no such tokenizer"),
+        (["inspect", "nowhere"], "nowhere: no prepared dataset here"),
+        (["inspcet", "x"], "data inspcet: must be prepare or inspect"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_2(words, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("text " * 99)
+    status, said, errors = run(capsys, *words)
+    assert (status, said) == (2, "")
+    assert says in errors
+    assert errors.startswith("openpalm: error: ")
+    assert errors.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt"]
+
+
+def test_a_full_disk_is_exit_1(text, tmp_path, capsys, monkeypatch):
+    from openpalm.data import writing
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing._HashedFile, "write", full)
+    status, _, errors = run(capsys, "prepare", text, "--out", tmp_path / "out")
+    assert status == 1
+    assert "No space left on device); free some space" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_work_shows_a_bar_on_standard_error(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "SHOWN_AFTER_S", -1.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    words = [text, "--out", tmp_path / "out", "--tokenizer", "byte", "--json"]
+    status, said, errors = run(capsys, "prepare", *words)
+    assert status == 0
+    assert "preparing" in errors
+    json.loads(said)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_the_verb_alone_lists_both(words, capsys):
+    status, said, _ = run(capsys, *words)
+    assert status == 0
+    assert "prepare     text, .jsonl" in said
+    assert "inspect     what a prepared" in said
+
+
+@pytest.mark.parametrize("verb", ["prepare", "inspect"])
+def test_help_is_quick_and_imports_nothing_heavy(verb):
+    program = (
+        "import sys\nfrom openpalm.cli.main import main\n"
+        f"assert main(['data', '{verb}', '--help']) == 0\n"
+        "assert not {'torch', 'tokenizers', 'numpy'} & set(sys.modules)"
+    )
+    elapsed = []
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        elapsed.append(time.monotonic() - started)
+        assert done.returncode == 0, done.stderr
+    assert f"usage: openpalm data {verb}" in done.stdout
+    assert "examples:" in done.stdout
+    # The limit is 0.3 s; the best of three because the machine may be busy with other tests.
+    assert min(elapsed) < 0.3
