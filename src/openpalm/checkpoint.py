@@ -13,6 +13,7 @@ Deleting `train/` publishes a model.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -23,13 +24,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -76,15 +78,18 @@ def save(
     Raises StorageError when the disk is full or refuses; nothing half-written is left.
     """
     partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    old = partial.with_suffix(".old")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
         partial.mkdir(parents=True)
         _write_contents(partial, model, tokenizer_json, train, fingerprint, card)
         _write_manifest(partial, lineage or {})
         if directory.exists():
-            directory.rename(partial.with_suffix(".old"))
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)
         partial.rename(directory)
         _sync(directory.parent)
-        shutil.rmtree(partial.with_suffix(".old"), ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if refused := _refusal(error):
@@ -143,14 +148,16 @@ def load_train_state(directory: Path) -> TrainState:
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: holds no train/ to resume; start from it with --init")
     reader = _TensorReader(folder)
-    wanted = reader.read_metadata().state_dict_metadata
     tensors: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in wanted.items()
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    with _alone():
-        state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
+    try:
+        with _alone():
+            state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
+    except (Exception, CheckpointException) as error:  # an index that lies fails in many ways
+        raise CheckpointError(f"{folder}: cannot be read ({_first_line(error)})") from None
     return TrainState(tensors, _read_json(folder / "state.json"))
 
 
@@ -216,7 +223,7 @@ def verify(directory: Path) -> dict[str, Any]:
         if file.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{directory}: {name} is torn ({file.stat().st_size} bytes)")
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: _hash(directory / name), files)
+        hashes = pool.map(lambda name: _hash_or_refuse(directory, name), files)
         for (name, entry), found in zip(files.items(), hashes, strict=True):
             if found != entry["sha256"]:
                 raise CheckpointError(f"{directory}: {name} was altered since it was written")
@@ -228,7 +235,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     where = directory / "manifest.json"
     manifest = _read_json(where)
     body = {key: value for key, value in manifest.items() if key != "sha256"}
-    if manifest.get("sha256") != _digest(body):
+    if where.read_bytes() != _manifest_text(body).encode():
         raise CheckpointError(f"{where}: was altered since it was written")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise CheckpointError(f"{where}: not a checkpoint this version of OpenPaLM reads")
@@ -265,9 +272,12 @@ def _check_fingerprint(model: Transformer, directory: Path) -> None:
     file = directory / "fingerprint.safetensors"
     if not file.is_file():
         return
-    written = safetensors.torch.load_file(file)["logits"]
+    try:
+        written = safetensors.torch.load_file(file).get("logits")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from None
     computed = fingerprint_logits(model)[1].cpu()
-    if written.shape != computed.shape:
+    if written is None or written.shape != computed.shape:
         raise CheckpointError(f"{directory}: its fingerprint is of another model")
     difference = (written - computed).abs().max().item()
     if not difference <= FINGERPRINT_TOLERANCE * max(1.0, written.abs().max().item()):
@@ -278,22 +288,28 @@ def _check_fingerprint(model: Transformer, directory: Path) -> None:
 
 
 def _check_tensors(config: ModelConfig, directory: Path) -> None:
-    """The stored names against the config's, so that a hostile depth builds no model."""
+    """The stored names and shapes against the config's, so that a hostile size builds no model."""
     where = directory / "model.safetensors"
     try:
         with safetensors.safe_open(where, framework="pt") as file:
-            names = set(file.keys())
+            names = list(file.keys())
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{where}: cannot be read ({error})") from None
-    if config.depth > len(names):
+    numbers = sum(math.prod(shape) for shape in stored.values())
+    if config.depth > len(stored) or config.parameters > numbers:
         raise CheckpointError(
-            f"{where}: holds {len(names)} tensors, too few for {config.depth} blocks"
+            f"{where}: holds {len(stored)} tensors of {numbers:,} numbers, too few for its "
+            f"config.json ({config.depth} blocks, {config.parameters:,} parameters)"
         )
     with torch.device("meta"):
-        wanted = {name for name, _ in Transformer(config).named_parameters()}
-    if names != wanted:
-        odd = sorted(names ^ wanted)[0]
-        raise CheckpointError(f"{where}: a checkpoint of another model (differs in {odd})")
+        model = Transformer(config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    differing = {name for name, _ in stored.items() ^ wanted.items()}
+    if differing:
+        raise CheckpointError(
+            f"{where}: a checkpoint of another model (differs in {min(differing)})"
+        )
 
 
 def _write_contents(
@@ -338,8 +354,7 @@ def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
         "lineage": lineage,
         "versions": versions,
     }
-    content = json.dumps(body | {"sha256": _digest(body)}, indent=1) + "\n"
-    _write_text(partial / "manifest.json", content)
+    _write_text(partial / "manifest.json", _manifest_text(body))
     _sync(partial / "manifest.json")
     for folder in (partial / "train", partial):
         if folder.is_dir():
@@ -372,51 +387,42 @@ class _TensorReader(FileSystemReader):
         try:
             with where.open("rb") as file:
                 metadata = _IndexUnpickler(file).load()
-            entries = metadata.state_dict_metadata.values()
-            inside = all("/" not in i.relative_path for i in metadata.storage_data.values())
-        except (OSError, pickle.UnpicklingError, AttributeError, EOFError, ValueError) as error:
+            wrong = _wrong_in_index(metadata, where.parent)
+            metadata.storage_meta.load_id = self.load_id
+        except Exception as error:  # a damaged pickle fails in many ways
             raise CheckpointError(f"{where}: not an index of tensors ({error})") from None
-        if not inside or not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
-            raise CheckpointError(f"{where}: holds more than tensors; it was not written here")
-        metadata.storage_meta.load_id = self.load_id
+        if wrong:
+            raise CheckpointError(f"{where}: {wrong}; it was not written here")
         return metadata
 
 
+def _wrong_in_index(metadata: Metadata, folder: Path) -> str | None:
+    """Why an index is not to be followed, or None."""
+    everything = metadata.state_dict_metadata.values()
+    entries = [entry for entry in everything if isinstance(entry, TensorStorageMetadata)]
+    if len(entries) != len(everything):
+        return "holds more than tensors"
+    if any("/" in info.relative_path for info in metadata.storage_data.values()):
+        return "points outside its directory"
+    wanted = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
+    if wanted > sum(file.stat().st_size for file in folder.iterdir()):
+        return f"promises {wanted:,} bytes of tensors, more than its files hold"
+    return None
+
+
 class _IndexUnpickler(pickle.Unpickler):
-    _ALLOWED = frozenset(
-        {
-            ("pathlib", "PosixPath"),
-            ("pathlib", "WindowsPath"),
-            ("pathlib._local", "PosixPath"),
-            ("pathlib._local", "WindowsPath"),
-            ("torch", "Size"),
-            ("torch", "float32"),
-            ("torch", "bfloat16"),
-            ("torch", "float16"),
-            ("torch", "float64"),
-            ("torch", "int64"),
-            ("torch", "int32"),
-            ("torch", "uint8"),
-            ("torch", "bool"),
-            ("torch.serialization", "_get_layout"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            *(
-                ("torch.distributed.checkpoint.metadata", name)
-                for name in (
-                    "Metadata",
-                    "TensorStorageMetadata",
-                    "TensorProperties",
-                    "ChunkStorageMetadata",
-                    "MetadataIndex",
-                    "StorageMeta",
-                    "_MEM_FORMAT_ENCODING",
-                )
-            ),
-        }
-    )
+    _ALLOWED: ClassVar = {
+        "pathlib": "PosixPath WindowsPath",
+        "pathlib._local": "PosixPath WindowsPath",
+        "torch": "Size float64 float32 float16 bfloat16 int64 int32 uint8 bool",
+        "torch.serialization": "_get_layout",
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        "torch.distributed.checkpoint.metadata": "Metadata TensorStorageMetadata TensorProperties "
+        "ChunkStorageMetadata MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        if name not in self._ALLOWED.get(module, "").split():
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
         return super().find_class(module, name)
 
@@ -442,6 +448,13 @@ def _refusal(error: BaseException) -> str | None:
     return error.strerror if isinstance(error, OSError) else None
 
 
+def _first_line(error: BaseException) -> str:
+    """The first line of what failed; DCP wraps it once a rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).partition("\n")[0]
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
@@ -460,13 +473,22 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _hash_or_refuse(directory: Path, name: str) -> str:
+    try:
+        return _hash(directory / name)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: {name} cannot be read ({error.strerror})") from None
+
+
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _manifest_text(body: dict[str, Any]) -> str:
+    """The manifest to the last byte: its body and the body's own hash."""
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps(body | {"sha256": digest}, indent=1) + "\n"
 
 
 def _sync(path: Path) -> None:

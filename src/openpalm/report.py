@@ -5,6 +5,7 @@ Whatever came out of a model or a file is escaped; the page loads nothing from a
 
 import html
 import io
+import math
 import os
 import platform
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from openpalm import __version__
-from openpalm.errors import DataError
+from openpalm.errors import DataError, SettingsError
 from openpalm.settings import read_yaml
 from openpalm.train.metrics import read_rows
 
@@ -41,7 +42,9 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: Iterable[Section]) -> None:
-    """Writes the page, whole or not at all."""
+    """Writes the page, whole or not at all. Raises SettingsError where `path` is a directory."""
+    if path.is_dir():
+        raise SettingsError(f"--out {path}: is a directory; give the name of a page in it")
     parts = [f"<section><h2>{html.escape(s.heading)}</h2>{s.body}</section>" for s in sections]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -199,4 +202,4 @@ def _median(values: list[float]) -> float:
 
 def _mean_of_last(steps: list[dict[str, Any]]) -> float:
     losses = [row["loss"] for row in steps[-max(1, len(steps) // 10) :] if row["loss"] is not None]
-    return sum(losses) / max(1, len(losses))
+    return sum(losses) / len(losses) if losses else math.nan

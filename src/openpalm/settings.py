@@ -35,13 +35,16 @@ class HelpRequested(Exception):
 
 
 class _Parser(jsonargparse.ArgumentParser):
+    positional: Sequence[str] = ()
+
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
         cause: BaseException | None = ex
         while cause is not None:
             if isinstance(cause, SettingsError):  # found wrong "at birth", in our own words
                 raise cause
             cause = cause.__cause__ or cause.__context__
-        raise SettingsError(_one_line(message, self.prog.removeprefix("openpalm ")))
+        verb = self.prog.removeprefix("openpalm ")
+        raise SettingsError(_one_line(message, verb, self.positional))
 
 
 def parse(
@@ -61,13 +64,15 @@ def parse(
     own reads no YAML file. Raises SettingsError for a wrong request, HelpRequested for --help.
     """
     options = _options(kind)
-    words = _normalise(argv, options, aliases or {}, verb)
+    words, bare = _normalise(argv, options, aliases or {}, verb)
     if "--help" in words:
         raise HelpRequested(_help_text(kind, verb, about, examples, positional))
     for path in [] if "config" in options else _config_files(words):
         _check_config(path, options, verb)
     parser = _build(kind, verb, positional)
-    values = vars(parser.instantiate_classes(parser.parse_args(words)))
+    # Options first: argparse fills an optional positional at the first gap between options.
+    words += ["--", *bare] if bare else []
+    values = vars(parser.instantiate(parser.parse_args(words)))
     if "config" not in options:
         values.pop("config", None)
     return kind(**values)
@@ -114,16 +119,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise SettingsError(f"{path}: more than {MAX_CONFIG_BYTES} bytes is no settings file")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # A few aliases of aliases are as large as memory once anything prints or copies them.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise SettingsError(f"{path}: holds a YAML alias (*name); write its value out")
+        content = yaml.safe_load(text)
     except FileNotFoundError:
-        raise SettingsError(f"--config {path}: no such file; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--config {path}: cannot be read ({error})") from None
-    except (yaml.YAMLError, RecursionError) as error:
+        raise SettingsError(f"{path}: no such file; check the path") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: is not UTF-8 ({error}); give a YAML file") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise SettingsError(f"--config {path}: is not valid YAML ({reason})") from None
+        raise SettingsError(f"{path}: is not valid YAML ({reason}); correct it") from None
     if not isinstance(content, dict):
-        raise SettingsError(f"--config {path}: must hold `name: value` lines")
+        raise SettingsError(f"{path}: must hold `name: value` lines")
     return content
 
 
@@ -151,18 +162,19 @@ def _is_flag(hint: Any) -> bool:
 
 def _normalise(
     argv: Sequence[str], options: dict[str, Any], aliases: dict[str, str], verb: str
-) -> list[str]:
-    """Spells every option as jsonargparse wants it: underscores, and flags with a value."""
+) -> tuple[list[str], list[str]]:
+    """Every option as jsonargparse wants it (--name=value, underscores), and the words beside."""
     words: list[str] = []
+    bare: list[str] = []
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         if word == "--":
-            return [*words, "--", *rest]
+            return words, [*bare, *rest]
         if word in ("-h", "--help"):
-            return ["--help"]
+            return ["--help"], []
         if not word.startswith("--"):
-            words.append(word)
+            bare.append(word)
             continue
         given, equals, value = word[2:].partition("=")
         name = given.replace("-", "_")
@@ -182,7 +194,7 @@ def _normalise(
             words.append(f"--{name}={value}")
         else:
             raise SettingsError(_unknown(f"--{given}", name, options, verb))
-    return words
+    return words, bare
 
 
 def _unknown(shown: str, name: str, options: dict[str, Any], verb: str) -> str:
@@ -208,13 +220,20 @@ def _check_config(path: Path, options: dict[str, Any], verb: str) -> None:
                 near = difflib.get_close_matches(name, options, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"see `openpalm {verb} --help`"
                 raise SettingsError(f"--config {path}: unknown setting {name}; {hint}")
+            elif value is None and type(None) not in typing.get_args(options[name]):
+                raise SettingsError(f"--config {path}: {name} has no value; give one or leave it out")
 
-    visit(read_yaml(path), "")
+    try:
+        content = read_yaml(path)
+    except SettingsError as error:
+        raise SettingsError(f"--config {error}") from None
+    visit(content, "")
 
 
 def _build(kind: type, verb: str, positional: Sequence[str]) -> _Parser:
     """The parser that types and merges values; --help and unknown options are dealt with here."""
     parser = _Parser(prog=f"openpalm {verb}", allow_abbrev=False)
+    parser.positional = positional
     options = _options(kind)
     if options and "config" not in options:
         parser.add_argument("--config", action="config")
@@ -225,7 +244,9 @@ def _build(kind: type, verb: str, positional: Sequence[str]) -> _Parser:
         extra: dict[str, Any] = {} if required else {"default": field.default}
         if several or not required:
             extra["nargs"] = ("+" if required else "*") if several else "?"
-        wanted = str if several else hints[field.name]
+        # A bare word is a text: "null" is a prompt.
+        texts = several or str in typing.get_args(hints[field.name])
+        wanted = str if texts else hints[field.name]
         parser.add_argument(field.name, type=wanted, **extra)
     parser.add_class_arguments(kind, as_group=False, skip=set(positional))
     return parser
@@ -279,9 +300,8 @@ def _help_line(left: str, doc: str, field: dataclasses.Field[Any] | None) -> str
 
 def _docs(kind: type) -> dict[str, str]:
     """The docstring under each field."""
-    return {
-        p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params
-    }
+    params = docstring_parser.parse_from_object(kind).params
+    return {p.arg_name: " ".join((p.description or "").split()) for p in params}
 
 
 def _type_name(hint: Any) -> str:
@@ -297,7 +317,7 @@ def _type_name(hint: Any) -> str:
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
 
-def _one_line(message: str, verb: str) -> str:
+def _one_line(message: str, verb: str, positional: Sequence[str]) -> str:
     """jsonargparse's message as one line in our words: option, value, remedy."""
     text = " ".join(message.split())
     value = re.match(r'Parser key "([^"]+)": .*?(?:Got|Given) value: (.*)', text)
@@ -307,8 +327,16 @@ def _one_line(message: str, verb: str) -> str:
         return f"{spell(name)} {given}: must be {wanted}; see `openpalm {verb} --help`"
     missing = re.match(r"the following arguments are required: (.*)", text)
     if missing:
-        return f"missing {missing[1]}; see `openpalm {verb} --help`"
-    return f"{text}; see `openpalm {verb} --help`"
+        names = missing[1].split(", ")
+        told = ", ".join(name.upper() if name in positional else spell(name) for name in names)
+        return f"missing {told}; see `openpalm {verb} --help`"
+    extra = re.match(r"unrecognized arguments: (?:-- )?(.*)", text)
+    if extra:
+        remedy = "a text of several words needs quotes around it; " if positional else ""
+        return f"unexpected {extra[1]}; {remedy}see `openpalm {verb} --help`"
+    about = re.match(r'Parser key "([^"]+)": (.*)', text)
+    told = f"{spell(about[1])}: {about[2]}" if about else text
+    return f"{told}; see `openpalm {verb} --help`"
 
 
 def _wanted(text: str) -> str:

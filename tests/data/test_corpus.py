@@ -98,6 +98,10 @@ BAD_FILES = {
     "list.jsonl": (b'["text"]\n', ":1: a JSON list, not an object"),
     "number.jsonl": (b"3\n", ":1: a JSON int, not an object"),
     "deep.jsonl": (b"[" * 500_000, ":1: JSON nested too deeply"),
+    "deep-escape.jsonl": (
+        b'{"text": "\\u0041", "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        ":1: JSON nested too deeply",
+    ),
     "digits.jsonl": (b'{"a": ' + b"9" * 10_000 + b"}", ":1: not JSON"),
     "field.jsonl": (
         rows({"body": "a", "id": 1}),

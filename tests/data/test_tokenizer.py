@@ -69,6 +69,13 @@ def test_a_vocabulary_that_spells_its_marker_is_defused_without_losing_text(unig
     assert unigram.decode(unigram.encode("cats</s>")).replace(" ", "") == "cats</s>"
 
 
+def test_unknown_characters_stay_unknown(wordpiece):
+    assert wordpiece.encode("the 日") == [4, 0]
+    model = {"type": "Unigram", "unk_id": 1, "vocab": [["a", -1.0], ["<unk>", -1.0]]}
+    unigram = Tokenizer(definition(model, decoder=None, special=["<unk>"]), "t")
+    assert unigram.encode("a日a") == [0, 1, 0]
+
+
 def test_a_special_token_of_one_character_is_left_out():
     model = {"type": "WordLevel", "vocab": {"a": 0, "¤": 1, "?": 2}, "unk_token": "?"}
     tokenizer = Tokenizer(definition(model, decoder=None, special=["¤"]), "t")

@@ -172,4 +172,5 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     try:
         yield report
     finally:
-        bar.stop()
+        if shown:
+            bar.stop()

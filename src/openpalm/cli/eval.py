@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from openpalm.errors import SettingsError
 from openpalm.settings import parse
 
 
@@ -25,6 +26,10 @@ class EvalSettings:
     """auto, cpu or cuda"""
     json: bool = False
     """print JSON"""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length is not None and self.sequence_length < 1:
+            raise SettingsError(f"--sequence-length {self.sequence_length}: must be 1 or more")
 
 
 def run(argv: Sequence[str]) -> None:

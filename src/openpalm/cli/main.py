@@ -49,11 +49,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         status = _main(argv)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
+        return status
+    except OSError as error:
+        # Standard output refused; keep the interpreter from trying again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    return status
+        # A reader (head, less) that has seen enough is no failure.
+        return 0 if isinstance(error, BrokenPipeError) else _unexpected(error)
 
 
 def _main(argv: Sequence[str]) -> int:

@@ -64,6 +64,8 @@ class SampleSettings:
             raise SettingsError("give --max-new-tokens or --seq_len, not both")
         if self.filter_thres is not None and not 0 <= self.filter_thres < 1:
             raise SettingsError(f"--filter_thres {self.filter_thres}: must be in [0, 1)")
+        if self.filter_thres is not None and self.top_k:
+            raise SettingsError("give --top-k or --filter_thres, not both")
         if self.model is None and self.prompt is None:
             raise SettingsError("missing prompt; say `openpalm sample PATH PROMPT`")
         if self.model is not None and self.prompt is not None:

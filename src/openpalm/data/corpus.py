@@ -232,6 +232,7 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
     text = _decode(line, where, len(line))
     try:
         row = json.loads(text)
+        half = _half_pair(text, row)
     except RecursionError:
         raise DataError(f"{where}: JSON nested too deeply; leave this line out") from None
     except ValueError as error:
@@ -242,21 +243,21 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
         raise DataError(
             f'{where}: a JSON {type(row).__name__}, not an object; write {{"text": ...}} a line'
         )
-    _refuse_surrogates(text, row, where)
+    if half:
+        raise DataError(
+            f"{where}: holds {half}, half a surrogate pair, which is no text; mend the line"
+        )
     return row
 
 
-def _refuse_surrogates(line: str, row: dict[str, Any], where: str) -> None:
+def _half_pair(line: str, row: object) -> str | None:
     """JSON can spell half a character (\\ud800), which is no text and breaks every encoder."""
     if "\\u" not in line:
-        return
+        return None
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        raise DataError(
-            f"{where}: holds {half}, half a surrogate pair, which is no text; mend the line"
-        ) from None
+        return ascii(error.object[error.start])
 
 
 def _lines(path: Path, tap: Tap) -> Iterator[tuple[int, bytes]]:

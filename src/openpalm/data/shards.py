@@ -274,10 +274,11 @@ def _refuse_own_output(sources: list[Source], out: Path) -> None:
 
 def _look_at(out: Path) -> Manifest | None:
     """The dataset already in `out`, if any. Raises DataError for anything that is not ours."""
+    file = next((path for path in (out, *out.parents) if path.is_file()), None)
+    if file:
+        raise DataError(f"--out {out}: {file} is a file; name a folder")
     if not out.exists():
         return None
-    if not out.is_dir():
-        raise DataError(f"--out {out}: is a file; name a folder")
     names = {entry.name for entry in out.iterdir()}
     if manifest_file.NAME in names:
         return manifest_file.read_manifest(out)

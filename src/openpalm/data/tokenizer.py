@@ -68,7 +68,9 @@ class Tokenizer:
             )
         added = self._inner.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if token.special}
-        unknown = self._inner.token_to_id(self._content["model"].get("unk_token") or "")
+        # The mark of an unknown character is what such text means, and ends or opens nothing.
+        model = self._content["model"]
+        unknown = model.get("unk_id", self._inner.token_to_id(str(model.get("unk_token"))))
         self._in_pieces = self.is_byte_level and encodes_in_pieces(self._content)
         self._forgeable = frozenset(self._special.values()) - {unknown}
 

@@ -77,7 +77,7 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> Iterator[Token]:
         """Tokens as they come, those of one request in order. Raises SettingsError for a bad id."""
         for request in requests:
-            self._check(request)
+            self._check(request.ids)
         for start in range(0, len(requests), self.slots):
             group = range(start, min(start + self.slots, len(requests)))
             yield from self._decode({index: requests[index] for index in group})
@@ -91,7 +91,12 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Log-probability of each token after the first, given those before: [len - 1] each."""
+        """Log-probability of each token after the first, given those before: [len - 1] each.
+
+        Raises SettingsError for an empty sequence or a bad id.
+        """
+        for sequence in sequences:
+            self._check(sequence)
         scores = []
         for start in range(0, len(sequences), self.slots):
             group = sequences[start : start + self.slots]
@@ -103,13 +108,15 @@ class Engine:
             ]
         return scores
 
-    def _check(self, request: Request) -> None:
+    def _check(self, ids: Sequence[int]) -> None:
         vocab = self.model.config.vocab_size
-        if not request.ids:
+        if not ids:
             raise SettingsError("the prompt is empty; give at least one token")
-        worst = max(request.ids, key=lambda i: i if i >= 0 else vocab - i)
+        worst = max(ids, key=lambda i: i if i >= 0 else vocab - i)
         if not 0 <= worst < vocab:
-            raise SettingsError(f"token id {worst}: the model's vocabulary has {vocab}")
+            raise SettingsError(
+                f"token id {worst}: the model's vocabulary has {vocab}; use the model's tokenizer"
+            )
 
     def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, sequences))

@@ -4,6 +4,10 @@ import torch
 from torch import Tensor
 
 
+_SMALLEST_TEMPERATURE = 1e-30
+"""Still above zero in float32; the difference to less cannot be seen."""
+
+
 def distribution(
     logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
@@ -15,9 +19,11 @@ def distribution(
     """
     if temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-    logits = logits / temperature
+    # The best at zero, so that no small temperature makes it infinite.
+    logits = (logits - logits.max()) / max(temperature, _SMALLEST_TEMPERATURE)
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+        best = logits.topk(top_k)  # by index: equal logits at the edge are not all kept
+        logits = torch.full_like(logits, -torch.inf).scatter_(0, best.indices, best.values)
     probabilities = logits.softmax(dim=-1)
     if top_p < 1:
         probabilities = _nucleus(probabilities, top_p)

@@ -60,6 +60,8 @@ def stream(
 
     def certain(piece: str) -> Iterator[str]:
         passed = gate.push(piece)
+        if gate.stopped:
+            into.finish = "stop"
         if passed:
             pieces.append(passed)
             into.text = "".join(pieces)
@@ -70,7 +72,6 @@ def stream(
         into.finish = token.finish or ""
         yield from certain("" if token.id in request.stop_ids else decoder.push(token.id))
         if gate.stopped:
-            into.finish = "stop"
             return
     yield from certain(decoder.flush())
     if rest := gate.flush():

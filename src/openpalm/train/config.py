@@ -76,6 +76,8 @@ class Chosen:
     """the faster one on this machine, where --dtype is auto"""
     steps: int | None = None
     """steps that fit --minutes"""
+    eval_every: int | None = None
+    """steps between evaluations, so that they take little of --minutes"""
     peak_flops: float | None = None
     """measured matrix-multiply rate in FLOP/s, for the share of peak"""
     data: str | None = None

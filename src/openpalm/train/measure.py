@@ -16,6 +16,8 @@ from openpalm.train.trainer import Trainer
 
 _BFLOAT16_GAIN = 1.05
 """bfloat16 must be this much faster than float32 to be worth its rounding"""
+_LOOKS_SHARE = 0.1
+"""of a time budget that evaluations may take"""
 
 
 def choose(
@@ -30,37 +32,45 @@ def choose(
     """
     started = time.perf_counter()
     known = settings.chosen
-    dtype: str = known.dtype or settings.dtype
+    dtype: str = settings.dtype if settings.dtype != "auto" else known.dtype or "auto"
+    timed: dict[str, float] = {}
     if dtype == "auto":
         timed = {name: _step_seconds(make_trainer(d)) for name, d in _candidates(device)}
         faster = timed.get("bfloat16", math.inf) * _BFLOAT16_GAIN < timed["float32"]
         dtype = "bfloat16" if faster else "float32"
-    torch_dtype = getattr(torch, dtype)
-    steps = known.steps
-    if steps is None and settings.minutes is not None:
-        step_s, looks_s = _seconds(make_trainer(torch_dtype), looks)
-        left_s = settings.minutes * 60 - (time.perf_counter() - started)
-        steps = _steps_that_fit(left_s, step_s, looks_s, settings.eval_every)
-    peak = known.peak_flops or matmul_flops(device, torch_dtype)
     assert dtype in ("float32", "bfloat16")
-    return replace(known, dtype=dtype, steps=steps, peak_flops=peak)
+    torch_dtype = getattr(torch, dtype)
+    peak = known.peak_flops or matmul_flops(device, torch_dtype)
+    chosen = replace(known, dtype=dtype, peak_flops=peak)
+    if known.steps is not None or settings.minutes is None:
+        return chosen
+    trainer = make_trainer(torch_dtype)
+    step_s = timed.get(dtype) or _step_seconds(trainer)
+    look_s = _look_seconds(trainer, looks)
+    left_s = settings.minutes * 60 - (time.perf_counter() - started)
+    steps, eval_every = fit(left_s, step_s, look_s, settings.eval_every)
+    return replace(chosen, steps=steps, eval_every=eval_every)
 
 
-def _seconds(
+def fit(left_s: float, step_s: float, look_s: float, eval_every: int | None) -> tuple[int, int]:
+    """Steps that fit in `left_s`, and how many apart the looks at the model may be.
+
+    Where `eval_every` leaves it open there are ten looks, or as many as take a tenth of the time.
+    """
+    if eval_every:
+        return max(1, int(left_s / (step_s + look_s / eval_every))), eval_every
+    looks = max(1, min(PROBES_A_RUN, int(_LOOKS_SHARE * left_s / max(look_s, 1e-9))))
+    steps = max(1, int((left_s - looks * look_s) / step_s))
+    return steps, max(1, -(-steps // looks))
+
+
+def _look_seconds(
     trainer: Trainer, looks: Sequence[Callable[[Transformer, torch.dtype], object]]
-) -> tuple[float, float]:
-    """Of an optimizer step, and of all the probes together."""
-    step_s = _step_seconds(trainer)
+) -> float:
     start = time.perf_counter()
     for look in looks:
         look(trainer.model, trainer.dtype)
-    return step_s, time.perf_counter() - start
-
-
-def _steps_that_fit(left_s: float, step_s: float, looks_s: float, eval_every: int | None) -> int:
-    if eval_every:
-        return max(1, int(left_s / (step_s + looks_s / eval_every)))
-    return max(1, int((left_s - PROBES_A_RUN * looks_s) / step_s))
+    return time.perf_counter() - start
 
 
 def _candidates(device: torch.device) -> list[tuple[str, torch.dtype]]:
@@ -69,8 +79,8 @@ def _candidates(device: torch.device) -> list[tuple[str, torch.dtype]]:
     return [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
 
 
-def _step_seconds(trainer: Trainer, repeats: int = 3) -> float:
-    """Median seconds of an optimizer step after one to warm up."""
+def _step_seconds(trainer: Trainer, repeats: int = 2) -> float:
+    """Seconds of an optimizer step, the best of a few after one to warm up."""
     trainer.train_step()
     times = []
     for _ in range(repeats):
@@ -79,7 +89,7 @@ def _step_seconds(trainer: Trainer, repeats: int = 3) -> float:
         trainer.train_step()
         _wait(trainer.device)
         times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    return min(times)
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:

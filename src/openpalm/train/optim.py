@@ -94,6 +94,5 @@ class Optimizer:
         for key, value in tensors.items():
             name, slot = key.rsplit("/", 1)
             parameter = by_name[name]
-            # Counters stay where the fused kernels want them; moments follow their parameter.
-            target = value if value.dim() == 0 else value.to(parameter.device)
-            owner[parameter].state[parameter][slot] = target
+            # Counters too: the fused kernels want them beside their parameter.
+            owner[parameter].state[parameter][slot] = value.to(parameter.device)

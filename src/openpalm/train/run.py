@@ -113,7 +113,7 @@ class _Session:
         self.rows = RowFile(settings.out / "metrics.jsonl")
         self.started = time.monotonic()
         tenth = max(1, trainer.steps // PROBES_A_RUN)
-        self.eval_every = settings.eval_every or tenth
+        self.eval_every = settings.eval_every or settings.chosen.eval_every or tenth
         self.save_every = settings.save_every or tenth
 
     def restore(self, newest: Path) -> None:
@@ -131,7 +131,8 @@ class _Session:
             while self.trainer.step < self.trainer.steps:
                 self._step(line)
                 if stop and self.trainer.step < self.trainer.steps:
-                    self._save()
+                    if self.trainer.step % self.save_every:  # else it has just been saved
+                        self._save()
                     line.say(f"stopped after step {self.trainer.step}; the same command goes on")
                     _die_of(stop[0])
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)

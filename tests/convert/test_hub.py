@@ -1,0 +1,246 @@
+"""Hub names from local files, a folder, or a server, with shrunk stand-ins for the real weights."""
+
+import hashlib
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import openpalm
+from openpalm import checkpoint
+from openpalm.convert import hub
+from openpalm.errors import CheckpointError, StorageError, WorkError
+from openpalm.model.config import PRESETS, ModelConfig, Preset
+
+NAME = "palm_150m_8k_v0"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def published(
+    tmp_path: Path,
+    palm: dict[str, Tensor],
+    config: ModelConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A folder as the publisher would hold it, its one file as of era 0.2.1, and an empty cache."""
+    small = Preset(openpalm.ModelConfig(70, 8, 2, 2, 4, 16, context=8192), 1e-3, "a stand-in")
+    monkeypatch.setitem(PRESETS, "palm-150m", small)
+    monkeypatch.setenv("OPENPALM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("OPENPALM_HUB", raising=False)
+    monkeypatch.setattr(hub, "_tokenizer", lambda say: None)
+    folder = tmp_path / "published"
+    folder.mkdir()
+    old = {n: t + 1 if n.endswith("gamma") else t for n, t in palm.items()}
+    torch.save(old, folder / f"{NAME}.pt")
+    return folder
+
+
+class Server(ThreadingHTTPServer):
+    folder: Path
+    torn = False
+    requests: int = 0
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.requests += 1
+        file = self.server.folder / self.path.lstrip("/")
+        if not file.is_file():
+            return self.send_error(404)
+        content = file.read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:100] if self.server.torn else content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(published: Path) -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), _Handler) as made:
+        made.folder = published
+        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+def address(server: Server) -> str:
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_the_presets_are_the_published_sizes():
+    sizes = {name: hub._expected(name) for name in hub.NAMES}
+    assert all((c.vocab_size, c.head_dim, c.heads) == (50304, 128, 8) for c in sizes.values())
+    assert [(c.dim, c.depth) for c in sizes.values()] == [
+        (768, 12),
+        (1024, 24),
+        (2048, 16),
+        (2560, 24),
+    ]
+    assert hub._origin("palm_2b_8k_v0", None, None)[1] == (
+        "https://huggingface.co/conceptofmind/palm-2b/resolve/main/palm_2b_8k_v0.pt"
+    )
+
+
+def test_a_local_file_is_converted_once(published: Path, config: ModelConfig):
+    lines: list[str] = []
+    first = hub.fetch(NAME, path=str(published / f"{NAME}.pt"), say=lines.append)
+    assert any("0.2.1" in line for line in lines)
+    assert hub.fetch(NAME, path=str(published), say=quiet) != first  # a folder is another origin
+    model = openpalm.load(first)
+    assert not model.training
+    assert (model.config.context, model.config.xpos_base) == (8192, 512.0)
+    assert model.config.norm_before_head
+    stamp = (first / "manifest.json").stat().st_mtime_ns
+    assert hub.fetch(NAME, path=str(published / f"{NAME}.pt"), say=quiet) == first
+    assert (first / "manifest.json").stat().st_mtime_ns == stamp
+    lineage = checkpoint.read_manifest(first)["lineage"]
+    assert lineage["source_file"] == f"{NAME}.pt"
+    assert lineage["era"] == "0.2.1 to 0.2.3"
+    digest = hashlib.sha256((published / f"{NAME}.pt").read_bytes()).hexdigest()
+    assert lineage["source_sha256"] == digest
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_server_stands_in_for_the_publisher(
+    server: Server, monkeypatch: pytest.MonkeyPatch, slash: str
+):
+    monkeypatch.setenv("OPENPALM_HUB", address(server) + slash)
+    first = hub.fetch(NAME, say=quiet)
+    assert openpalm.load(first).config.dim == 8
+    assert hub.fetch(NAME, say=quiet) == first
+    assert server.requests == 1
+    assert [path.name for path in hub.cache().iterdir()] == [first.name]
+
+
+def test_a_folder_stands_in_for_the_publisher(published: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENPALM_HUB", str(published))
+    assert openpalm.load(hub.fetch(NAME, say=quiet)).config.dim == 8
+    with pytest.raises(CheckpointError, match=r"palm_1b_8k_v0\.pt: no such file"):
+        hub.fetch("palm_1b_8k_v0", say=quiet)
+
+
+def test_a_torn_download_is_never_used(server: Server):
+    server.torn = True
+    with pytest.raises(WorkError, match=r"ended after 100 of \d+ bytes|IncompleteRead"):
+        hub.fetch(NAME, url=f"{address(server)}/{NAME}.pt", say=quiet)
+    assert not list(hub.cache().iterdir())
+
+
+def test_more_bytes_than_the_model_can_have_are_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hub, "_SLACK_BYTES", 0)
+    monkeypatch.setattr(hub, "_BYTES_PER_PARAMETER", 1)
+    with pytest.raises(CheckpointError, match="that is not this model"):
+        hub.fetch(NAME, url=f"{address(server)}/{NAME}.pt", say=quiet)
+    assert not list(hub.cache().iterdir())
+
+
+def test_network_failures_are_one_line_with_a_remedy(server: Server):
+    for url, reason in [
+        (f"{address(server)}/none.pt", "404"),
+        ("http://127.0.0.1:9/x.pt", "refused"),
+        ("http://[bad/x.pt", ""),
+    ]:
+        with pytest.raises((WorkError, CheckpointError)) as caught:
+            hub.fetch(NAME, url=url, say=quiet)
+        assert reason in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_wrong_requests(published: Path):
+    with pytest.raises(CheckpointError, match="use one of palm_150m_8k_v0"):
+        hub.fetch("palm_9t_8k_v0", say=quiet)
+    with pytest.raises(CheckpointError, match="not both"):
+        hub.fetch(NAME, path="a", url="http://b", say=quiet)
+    with pytest.raises(CheckpointError, match="not an http"):
+        hub.fetch(NAME, url="file:///etc/passwd", say=quiet)
+
+
+def test_another_size_is_refused(published: Path):
+    with pytest.raises(CheckpointError, match="not palm_410m_8k_v0: its vocab_size is 70"):
+        hub.fetch("palm_410m_8k_v0", path=str(published), say=quiet)
+
+
+def test_a_full_disk_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub, "_copy", full)
+    with pytest.raises(StorageError, match="No space left on device; free some space"):
+        hub.fetch(NAME, url=f"{address(server)}/{NAME}.pt", say=quiet)
+
+
+def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("OPENPALM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert hub.cache() == tmp_path / "openpalm" / "hub"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.cache() == tmp_path / ".cache" / "openpalm" / "hub"
+
+
+def test_the_tokenizer_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    import huggingface_hub
+
+    lines: list[str] = []
+
+    def offline(*_: str) -> str:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    assert hub._tokenizer(lines.append) is None
+    assert "no network" in lines[0]
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *_: str(tmp_path / "tokenizer.json")
+    )
+    assert hub._tokenizer(lines.append) == "{}"
+
+
+@pytest.fixture
+def hubconf() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hubconf", ROOT / "hubconf.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_hubconf_gives_the_four_models(published: Path, hubconf: ModuleType):
+    entries: dict[str, Callable[..., object]] = {n: getattr(hubconf, n) for n in hub.NAMES}
+    assert all(entry.__doc__ for entry in entries.values())
+    model = entries[NAME](path=str(published / f"{NAME}.pt"), dtype="bfloat16")
+    assert isinstance(model, openpalm.Transformer)
+    assert model.embedding.dtype == torch.bfloat16
+    assert not model.training
+    logits = model.logits(torch.tensor([[1, 2, 3]]))
+    assert logits.shape == (1, 3, 70)
+    for name in list(entries)[1:]:
+        with pytest.raises(CheckpointError, match=f"not {name}"):
+            entries[name](path=str(published / f"{NAME}.pt"))
+
+
+def test_torch_hub_finds_the_entries(published: Path):
+    assert set(hub.NAMES) <= set(torch.hub.list(str(ROOT), source="local"))
+    model = torch.hub.load(str(ROOT), NAME, source="local", path=str(published / f"{NAME}.pt"))
+    assert isinstance(model, openpalm.Transformer)
