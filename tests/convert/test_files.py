@@ -120,10 +120,9 @@ def test_one_storage_under_many_names_is_refused(saved: Save, palm: dict[str, Te
 def test_a_zip_bomb_is_refused(tmp_path: Path, saved: Save):
     source = saved({"token_emb.weight": torch.zeros(1 << 20)})
     path = tmp_path / "packed.pt"
-    with zipfile.ZipFile(source) as old:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
-            for entry in old.infolist():
-                new.writestr(entry.filename, old.read(entry))
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
     assert "unpacks to more bytes" in refusal(path)
 
 
@@ -159,7 +158,7 @@ def test_missing_and_ambiguous_places(tmp_path: Path, data: Path):
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state_dict", "module"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "net."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.net."])
 def test_wrappers_and_prefixes_fall_away(
     saved: Save, palm: dict[str, Tensor], wrapper: str, prefix: str
 ):

@@ -92,7 +92,7 @@ def test_a_failed_check_leaves_nothing(
 ):
     def altered(path: Path) -> Transformer:
         other = model(config)
-        other.embedding[3] += 1
+        other.embedding[3, 0] += 1
         return other
 
     monkeypatch.setattr(checkpoint, "load", altered)

@@ -26,7 +26,6 @@ VOCABULARY = 4096
 PRETRAIN_SHARE, FINETUNE_SHARE = 0.65, 0.20
 QUESTIONS_A_MINUTE, MAX_QUESTIONS = 40, 200
 PHRASINGS_A_NAME = 2
-PROMPTS = ["The following example", "Return the", "class "]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """`openpalm train`: prepared data in, a run directory with checkpoints out."""
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -57,8 +56,8 @@ def pretrain(settings: TrainSettings, label: str = "train") -> "Outcome":
         ),
         sequences_per_epoch=max(1, len(tokens) // length),
         learning_rate=start.learning_rate,
-        tokenizer_json=(settings.data / "tokenizer.json").read_text(encoding="utf-8"),
-        data_hash=hashlib.sha256(dataset.manifest.to_json()).hexdigest(),
+        tokenizer_json=(dataset.path / "tokenizer.json").read_text(encoding="utf-8"),
+        data_hash=dataset.manifest.digest,
         parent_hash=start.parent_hash,
         probes=probes,
         label=label,

@@ -1,6 +1,6 @@
 """palm-rlhf-pytorch's eras: the same keys compute different functions in different versions.
 
-Found by reading the published packages; see docs/checkpoints.md.
+Found by reading the published packages and, all but 0.0.2, confirmed by running them.
 """
 
 import re
@@ -84,7 +84,7 @@ def guess(gamma: float, *, has_scale: bool, norm_unused: bool) -> tuple[Era, str
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"v?\d{1,4}(\.\d{1,4}){1,2}", version):
+    if not re.fullmatch(r"v?[0-9]{1,4}(\.[0-9]{1,4}){1,2}", version):
         return ()
     numbers = tuple(int(part) for part in version.removeprefix("v").split("."))
     return (*numbers, 0)[:3]

@@ -20,7 +20,7 @@ from openpalm.errors import CheckpointError
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
-PREFIXES = ("_orig_mod.", "module.", "net.")
+PREFIXES = ("_orig_mod.", "module.", "model.", "net.")
 _MAX_JSON_BYTES = 1 << 20
 _MAX_WHOLE = 1 << 31
 
@@ -66,7 +66,8 @@ class Tensors:
             raise CheckpointError(
                 f"{self.where}: {name} is {list(found)} where the other tensors say {list(shape)}"
             )
-        tensor = self._left.pop(name).float()
+        # A copy: what the file maps would change, or vanish, with the file.
+        tensor = self._left.pop(name).to(torch.float32, copy=True)
         if not tensor.isfinite().all():
             raise CheckpointError(f"{self.where}: {name} holds infinite or undefined numbers")
         return tensor

@@ -8,9 +8,9 @@ import dataclasses
 import hashlib
 import http.client
 import os
+import shutil
 import sys
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +108,7 @@ def _origin(name: str, path: str | None, url: str | None) -> tuple[Path | None, 
         return Path(path), ""
     repository = NAMES[name][1]
     address = url or f"https://huggingface.co/{repository}/resolve/main/{name}.pt"
-    if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
+    if not address.startswith(("http://", "https://")):
         raise CheckpointError(f"{address}: not an http(s) address; use path for local files")
     return None, address
 
@@ -136,7 +136,14 @@ def _convert(name: str, file: Path, kept: Path, say: Callable[[str], None]) -> N
     tokenizer = _tokenizer(say)
     say(f"{name}: read as palm-rlhf-pytorch {foreign.era}, writing {kept}")
     lineage = foreign.lineage() | {"source_file": f"{name}.pt"}
-    as_openpalm(foreign.model(), kept, lineage=lineage, tokenizer_json=tokenizer)
+    mine = kept.with_name(f".{kept.name}.{os.getpid()}")
+    as_openpalm(foreign.model(), mine, lineage=lineage, tokenizer_json=tokenizer)
+    try:
+        mine.rename(kept)
+    except OSError:  # another process was first, or something else is in the way
+        shutil.rmtree(mine, ignore_errors=True)
+        if not (kept / "manifest.json").is_file():
+            raise
 
 
 def _read(name: str, file: Path) -> Foreign:
@@ -153,9 +160,9 @@ def _read(name: str, file: Path) -> Foreign:
 
 def _download(address: str, target: Path, most: int) -> None:
     """Fetches all of `address`, at most `most` bytes, or raises."""
-    request = urllib.request.Request(address, headers={"User-Agent": "openpalm"})
     columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn())
     try:
+        request = urllib.request.Request(address, headers={"User-Agent": "openpalm"})
         with (
             urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer,
             target.open("wb") as file,

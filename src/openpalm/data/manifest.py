@@ -5,6 +5,7 @@ nothing: every type, name and size is checked before a file is opened.
 """
 
 import dataclasses
+import hashlib
 import json
 import types
 import typing
@@ -87,6 +88,11 @@ class Manifest:
     splits: dict[str, SplitEntry]
     unchanged: bool = field(default=False, compare=False)
     """Not in the file: whether `prepare` found this dataset already there."""
+
+    @property
+    def digest(self) -> str:
+        """Stands for the dataset: it covers the hash of every file."""
+        return hashlib.sha256(self.to_json()).hexdigest()
 
     def to_json(self) -> bytes:
         content = dataclasses.asdict(self)

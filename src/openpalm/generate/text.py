@@ -17,7 +17,10 @@ class Completion:
 
 
 class StopStrings:
-    """Passes text through until a stop string begins; holds back what could become one."""
+    """Passes text through until a stop string begins; holds back what could become one.
+
+    Of several the one that is complete first counts, however the text is cut into pieces.
+    """
 
     def __init__(self, stops: Sequence[str]):
         self.stops = [stop for stop in stops if stop]
@@ -27,10 +30,11 @@ class StopStrings:
     def push(self, piece: str) -> str:
         """The text that is now certain to come before any stop string."""
         self.held += piece
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        starts = [(self.held.find(stop), len(stop)) for stop in self.stops]
+        found = [(at + length, at) for at, length in starts if at >= 0]
         if found:
             self.stopped = True
-            passed, self.held = self.held[: min(found)], ""
+            passed, self.held = self.held[: min(found)[1]], ""
             return passed
         keep = max((self._overlap(stop) for stop in self.stops), default=0)
         cut = len(self.held) - keep

@@ -1,5 +1,6 @@
 """The settings of a training run, checked at birth."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -139,7 +140,7 @@ class TrainSettings:
             raise SettingsError("give exactly one of --steps, --minutes and --epochs")
         for name in ("steps", "minutes", "epochs", "sequence_length", "save_every", "eval_every"):
             value = getattr(self, name)
-            _check(value is None or value > 0, name, value, "above 0")
+            _check(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
         _check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
         _check(self.keep >= 0, "keep", self.keep, "0 or more")
         _check(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")

@@ -1,0 +1,65 @@
+"""A small dataset, and the command line with models small enough for a test."""
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Under --import-mode=importlib nothing else lets tests import what they share.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from train_samples import tiny
+
+from openpalm.cli.main import main
+from openpalm.data.shards import PrepareRequest, prepare
+from openpalm.model.config import PRESETS, Preset
+from openpalm.train import measure
+
+SENTENCE = "the model reads a word and then it writes the next word after that one"
+
+
+def write_dataset(folder: Path, *, seed: int = 0, tokenizer: str = "byte") -> Path:
+    """`folder`/data: sentences of a few words, prepared with a tokenizer."""
+    folder.mkdir(parents=True)
+    drawn = random.Random(seed)
+    text = "".join(
+        " ".join(drawn.choices(SENTENCE.split(), k=drawn.randint(4, 9))) + ".\n" for _ in range(300)
+    )
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    out = folder / "data"
+    prepare(PrepareRequest(inputs=[str(folder / "text.txt")], out=out, tokenizer=tokenizer))
+    return out
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "plain")
+
+
+@pytest.fixture
+def train(data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`openpalm train` in this process: options in, exit status out; the last of two wins."""
+    monkeypatch.setitem(PRESETS, "tiny", Preset(tiny(vocab_size=265), 1e-2, "for tests"))
+    monkeypatch.setitem(PRESETS, "wide", Preset(tiny(vocab_size=265, dim=32), 1e-2, "for tests"))
+    monkeypatch.setattr(measure, "matmul_flops", lambda *_: 1e9)
+
+    def call(out: Path, **changes: object) -> int:
+        options: dict[str, object] = {
+            "model": "tiny",
+            "data": data,
+            "steps": 8,
+            "sequence_length": 16,
+            "batch_tokens": 128,
+            "microbatch_tokens": 64,
+            "dtype": "float32",
+            "save_every": 4,
+            "eval_every": 4,
+            "arch.dropout": 0.1,
+        }
+        options |= changes
+        words = [f"--{name.replace('_', '-')}={v}" for name, v in options.items() if v is not None]
+        return main(["train", f"--out={out}", *words])
+
+    return call

@@ -1,0 +1,139 @@
+"""Choices made by measuring: once, from the timings, and without a trace in the run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_samples import made, random_loader, tiny
+
+from openpalm.train import measure
+from openpalm.train.config import Chosen, TrainSettings
+from openpalm.train.measure import choose, fit
+from openpalm.train.run import Job, Probe, run
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes: Any) -> TrainSettings:
+    plain: dict[str, Any] = {"data": Path("d"), "out": Path("o"), "model": "tiny", "steps": 5}
+    return TrainSettings(**plain | changes)
+
+
+def refuse(*_: object) -> Any:
+    raise AssertionError("measured what was known")
+
+
+@pytest.fixture
+def timings(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
+    """Seconds of a step by dtype, instead of a stopwatch; a scratch trainer is its dtype."""
+    seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(measure, "_step_seconds", lambda dtype: seconds[dtype])
+    monkeypatch.setattr(measure, "_look_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(measure, "matmul_flops", lambda device, dtype: 1e12)
+    return seconds
+
+
+def chosen(asked: TrainSettings) -> Chosen:
+    return choose(asked, lambda dtype: dtype, [], CPU)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    ("bfloat16_s", "expected"),
+    [(0.5, "bfloat16"), (0.9, "bfloat16"), (0.97, "float32"), (1.0, "float32"), (3.0, "float32")],
+)
+def test_bfloat16_must_be_clearly_faster(
+    timings: dict[torch.dtype, float], bfloat16_s: float, expected: str
+):
+    timings[torch.bfloat16] = bfloat16_s
+    assert chosen(settings()) == Chosen(dtype=expected, peak_flops=1e12)  # type: ignore[arg-type]
+
+
+def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch):
+    for name in ("_step_seconds", "matmul_flops"):
+        monkeypatch.setattr(measure, name, refuse)
+    known = Chosen(dtype="bfloat16", steps=7, peak_flops=5.0, data="a", parent="b")
+    assert choose(settings(chosen=known), refuse, [], CPU) == known
+    asked = settings(steps=None, minutes=1.0, chosen=known)
+    assert choose(asked, refuse, [], CPU) == known
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_an_explicit_dtype_wins_over_an_earlier_run_s(monkeypatch: pytest.MonkeyPatch, asked: str):
+    """--config RUN/config.yaml --dtype float32 asks for float32, whatever RUN had chosen."""
+    monkeypatch.setattr(measure, "_step_seconds", refuse)
+    for earlier in ("float32", "bfloat16"):
+        known = Chosen(dtype=earlier, peak_flops=5.0)  # type: ignore[arg-type]
+        assert choose(settings(dtype=asked, chosen=known), refuse, [], CPU).dtype == asked
+
+
+def test_steps_that_fit_the_minutes(timings: dict[torch.dtype, float]):
+    timings[torch.bfloat16] = 0.5
+    found = chosen(settings(steps=None, minutes=10.0))
+    assert found.dtype == "bfloat16"
+    assert found.steps is not None
+    assert found.eval_every is not None
+    looks = -(-found.steps // found.eval_every)
+    used = found.steps * 0.5 + looks * 2.0  # of 600 seconds
+    assert 595 < used <= 600
+    assert chosen(settings(steps=None, minutes=10.0, eval_every=50)).eval_every == 50
+
+
+@pytest.mark.parametrize("left_s", [-5.0, 0.0, 0.3, 7.0, 60.0, 3600.0])
+@pytest.mark.parametrize("step_s", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("look_s", [0.0, 0.5, 30.0])
+@pytest.mark.parametrize("eval_every", [None, 1, 25])
+def test_a_budget_holds_its_steps_and_looks(
+    left_s: float, step_s: float, look_s: float, eval_every: int | None
+):
+    steps, every = fit(left_s, step_s, look_s, eval_every)
+    assert steps >= 1
+    assert every >= 1
+    assert every == (eval_every or every)
+    if steps > 1:
+        looks = -(-steps // every)
+        assert steps * step_s + (looks - 1) * look_s <= left_s + 1e-6
+
+
+def test_the_machine_s_rate_is_a_rate():
+    assert 1e8 < measure.matmul_flops(CPU, torch.float32, repeats=1) < 1e16
+
+
+def losses(out: Path, asked: TrainSettings) -> list[float]:
+    config = tiny(dropout=0.2)
+    job = Job(
+        config=config,
+        fill=lambda model: made(config) and model.load_state_dict(made(config).state_dict()),
+        make_loader=lambda shape: random_loader(shape.rows),
+        sequences_per_epoch=10,
+        learning_rate=1e-2,
+        probes=[Probe(lambda model, dtype: {"seen": 1})],
+    )
+    run(replace(asked, out=out), job)
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_measuring_leaves_no_trace_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Dropout draws from the global random state, which measuring uses too."""
+    asked = settings(steps=6, sequence_length=12, batch_tokens=48)
+    known = Chosen(dtype="float32", peak_flops=1e9)
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "_step_seconds", refuse)
+        patch.setattr(measure, "matmul_flops", refuse)
+        quiet = losses(tmp_path / "known", replace(asked, chosen=known))
+    measured: list[torch.dtype] = []
+    stopwatch = measure._step_seconds
+
+    def noted(trainer: Any, *more: Any) -> float:
+        measured.append(trainer.dtype)
+        stopwatch(trainer, *more)
+        return {torch.float32: 1.0, torch.bfloat16: 2.0}[trainer.dtype]
+
+    monkeypatch.setattr(measure, "_step_seconds", noted)
+    torch.manual_seed(1234)
+    assert losses(tmp_path / "measured", asked) == quiet
+    assert measured == [torch.float32, torch.bfloat16]
+    assert len(quiet) == 6
