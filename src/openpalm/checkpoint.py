@@ -11,6 +11,7 @@ Deleting `train/` publishes a model.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -36,7 +37,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from openpalm import __version__
-from openpalm.errors import CheckpointError, OpenPalmError, SettingsError, StorageError
+from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model.config import ModelConfig, config_from_json
 from openpalm.model.transformer import Transformer
 
@@ -92,9 +93,10 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if refused := _refusal(error):
+        cause = _cause(error)
+        if refused := _refusal(cause):
             raise StorageError(f"{directory}: cannot be saved ({refused})") from error
-        raise
+        raise cause from None
 
 
 def load(path: str | Path, device: str = "cpu", dtype: str = "float32") -> Transformer:
@@ -123,7 +125,8 @@ def load_config(directory: Path) -> ModelConfig:
     try:
         config = config_from_json(content.get("model"), str(where))
     except SettingsError as error:
-        raise CheckpointError(str(error)) from None
+        reason = str(error).removeprefix(f"{where}: ")
+        raise CheckpointError(f"{where}: {reason}") from None
     _check_tensors(config, directory)
     return config
 
@@ -148,16 +151,21 @@ def load_train_state(directory: Path) -> TrainState:
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: holds no train/ to resume; start from it with --init")
     reader = _TensorReader(folder)
-    tensors: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    index = reader.read_metadata().state_dict_metadata
     try:
+        tensors: dict[str, Any] = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in index.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
         with _alone():
             state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:  # an index that lies fails in many ways
-        raise CheckpointError(f"{folder}: cannot be read ({_first_line(error)})") from None
+        cause = _cause(error)
+        if not isinstance(cause, Exception):
+            raise cause from None
+        reason = str(cause).partition("\n")[0]
+        raise CheckpointError(f"{folder}: cannot be read ({reason})") from None
     return TrainState(tensors, _read_json(folder / "state.json"))
 
 
@@ -222,11 +230,14 @@ def verify(directory: Path) -> dict[str, Any]:
             raise CheckpointError(f"{directory}: {name} is missing; the checkpoint is incomplete")
         if file.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{directory}: {name} is torn ({file.stat().st_size} bytes)")
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: _hash_or_refuse(directory, name), files)
-        for (name, entry), found in zip(files.items(), hashes, strict=True):
-            if found != entry["sha256"]:
-                raise CheckpointError(f"{directory}: {name} was altered since it was written")
+    try:
+        with ThreadPoolExecutor() as pool:
+            hashes = list(pool.map(lambda name: _hash(directory / name), files))
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read ({error})") from None
+    for (name, entry), found in zip(files.items(), hashes, strict=True):
+        if found != entry["sha256"]:
+            raise CheckpointError(f"{directory}: {name} was altered since it was written")
     return manifest
 
 
@@ -347,13 +358,8 @@ def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
         name = file.relative_to(partial).as_posix()
         files[name] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
     versions = {"openpalm": __version__, "torch": torch.__version__}
-    body = {
-        "format": FORMAT,
-        "version": VERSION,
-        "files": files,
-        "lineage": lineage,
-        "versions": versions,
-    }
+    body = {"format": FORMAT, "version": VERSION, "files": files}
+    body |= {"lineage": lineage, "versions": versions}
     _write_text(partial / "manifest.json", _manifest_text(body))
     _sync(partial / "manifest.json")
     for folder in (partial / "train", partial):
@@ -404,6 +410,8 @@ def _wrong_in_index(metadata: Metadata, folder: Path) -> str | None:
         return "holds more than tensors"
     if any("/" in info.relative_path for info in metadata.storage_data.values()):
         return "points outside its directory"
+    if any(sum(math.prod(c.sizes) for c in e.chunks) != math.prod(e.size) for e in entries):
+        return "holds parts of tensors"
     wanted = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
     if wanted > sum(file.stat().st_size for file in folder.iterdir()):
         return f"promises {wanted:,} bytes of tensors, more than its files hold"
@@ -435,24 +443,22 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _refusal(error: BaseException) -> str | None:
-    """Why the system refused a write, if that is what the error says; libraries wrap it freely."""
-    if isinstance(error, OpenPalmError | KeyboardInterrupt | SystemExit):
-        return None
-    text = str(error)
-    for sign in ("No space left", "os error 28", "Read-only file system", "Permission denied"):
-        if sign in text:
-            return {"os error 28": "No space left on device"}.get(sign, sign)
-    if "PytorchStreamWriter" in text or "unexpected pos" in text:  # torch.save on a full disk
-        return "No space left on device"
-    return error.strerror if isinstance(error, OSError) else None
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of what failed; DCP wraps it once a rank."""
+def _cause(error: BaseException) -> BaseException:
+    """What failed: DCP wraps everything, an interrupt too, once a rank."""
     if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return str(error).partition("\n")[0]
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Why the system refused a write, if that is what the error says."""
+    if isinstance(error, OSError):
+        return error.strerror
+    if said := re.search(r"os error (\d+)", str(error)):  # safetensors
+        return os.strerror(int(said[1]))
+    if re.search("PytorchStreamWriter|unexpected pos", str(error)):  # torch.save on a full disk
+        return os.strerror(errno.ENOSPC)
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -471,13 +477,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _hash_or_refuse(directory: Path, name: str) -> str:
-    try:
-        return _hash(directory / name)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: {name} cannot be read ({error.strerror})") from None
 
 
 def _hash(path: Path) -> str:

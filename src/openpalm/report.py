@@ -25,12 +25,14 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { margin-bottom: .2rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d0d7de; }
 table { border-collapse: collapse; margin: .8rem 0; } caption { text-align: left; color: #57606a; }
 th, td { border-bottom: 1px solid #d8dee4; padding: .3rem .8rem .3rem 0; text-align: left;
-         vertical-align: top; }
+         vertical-align: top; overflow-wrap: anywhere; min-width: 5rem; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
 pre { background: #f6f8fa; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { color: #0550ae; } .muted { color: #57606a; }
 """
+
+_TRAINING_COLUMNS = {"loss", "tokens", "elapsed_s", "tokens_per_s"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def run_sections(run: Path) -> list[Section]:
     if not (run / "metrics.jsonl").is_file():
         raise DataError(f"{run}: holds no metrics.jsonl; give the directory of a run")
     rows = read_rows(run / "metrics.jsonl")
-    steps = [row for row in rows if "loss" in row]
+    steps = [row for row in rows if row.keys() >= _TRAINING_COLUMNS]
     if not steps:
         raise DataError(f"{run}: its metrics.jsonl has no training row yet")
     sections = [Section(f"{run.name}: learning", _learning(steps, rows))]
@@ -86,7 +88,11 @@ def environment_section() -> Section:
         ("OpenPaLM", __version__),
         ("Python", platform.python_version()),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"),
+        (
+            "machine",
+            f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+            f"{torch.backends.cpu.get_cpu_capability()}",
+        ),
     ]
     if torch.cuda.is_available():
         facts.append(("GPU", torch.cuda.get_device_name()))
@@ -103,7 +109,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f'<td class="number">{value:.4g}</td>'
+        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f'<td class="number">{text}</td>'
     if isinstance(value, int) and not isinstance(value, bool):
         return f'<td class="number">{value:,}</td>'
     return f"<td>{html.escape(str(value))}</td>"

@@ -70,7 +70,9 @@ def parse(
     for path in [] if "config" in options else _config_files(words):
         _check_config(path, options, verb)
     parser = _build(kind, verb, positional)
-    # Options first: argparse fills an optional positional at the first gap between options.
+    # The file first, so that the command line wins; bare words last, because argparse fills an
+    # optional positional at the first gap between options.
+    words.sort(key=lambda word: not word.startswith("--config="))
     words += ["--", *bare] if bare else []
     values = vars(parser.instantiate(parser.parse_args(words)))
     if "config" not in options:
@@ -221,7 +223,9 @@ def _check_config(path: Path, options: dict[str, Any], verb: str) -> None:
                 hint = f"did you mean {near[0]}?" if near else f"see `openpalm {verb} --help`"
                 raise SettingsError(f"--config {path}: unknown setting {name}; {hint}")
             elif value is None and type(None) not in typing.get_args(options[name]):
-                raise SettingsError(f"--config {path}: {name} has no value; give one or leave it out")
+                raise SettingsError(
+                    f"--config {path}: {name} has no value; give one or leave it out"
+                )
 
     try:
         content = read_yaml(path)

@@ -128,9 +128,7 @@ def test_log_probs_of_generation_are_the_score(any_model):
     engine = Engine(any_model)
     requests = mixed_requests()
     found = answers(engine, requests)
-    scores = engine.score(
-        [[*r.ids, *ids] for r, (ids, _, _) in zip(requests, found, strict=True)]
-    )
+    scores = engine.score([[*r.ids, *ids] for r, (ids, _, _) in zip(requests, found, strict=True)])
     for request, (_, log_probs, _), score in zip(requests, found, scores, strict=True):
         assert log_probs == pytest.approx(score[len(request.ids) - 1 :].tolist(), abs=1e-5)
 
@@ -174,9 +172,9 @@ def test_no_token_is_asked_for(model):
 @pytest.mark.parametrize("ids", [[], [265], [1, -1], [1, 10**9], [-(10**9), 3]])
 def test_bad_ids_are_refused_before_anything_is_made(model, ids):
     engine = Engine(model)
-    with pytest.raises(SettingsError, match="empty|vocabulary has 265"):
+    with pytest.raises(SettingsError, match=r"empty|vocabulary has 265"):
         next(engine.generate([Request([1], 3), Request(ids, 3)]))
-    with pytest.raises(SettingsError, match="empty|vocabulary has 265"):
+    with pytest.raises(SettingsError, match=r"empty|vocabulary has 265"):
         engine.score([[1, 2], ids])
 
 

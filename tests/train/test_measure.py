@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from train_samples import made, random_loader, tiny
+from train_samples import random_loader, tiny
 
+from openpalm.model.transformer import initialise
 from openpalm.train import measure
 from openpalm.train.config import Chosen, TrainSettings
 from openpalm.train.measure import choose, fit
@@ -61,7 +62,7 @@ def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("asked", ["float32", "bfloat16"])
-def test_an_explicit_dtype_wins_over_an_earlier_run_s(monkeypatch: pytest.MonkeyPatch, asked: str):
+def test_an_explicit_dtype_wins_over_the_chosen_one(monkeypatch: pytest.MonkeyPatch, asked: str):
     """--config RUN/config.yaml --dtype float32 asks for float32, whatever RUN had chosen."""
     monkeypatch.setattr(measure, "_step_seconds", refuse)
     for earlier in ("float32", "bfloat16"):
@@ -97,7 +98,7 @@ def test_a_budget_holds_its_steps_and_looks(
         assert steps * step_s + (looks - 1) * look_s <= left_s + 1e-6
 
 
-def test_the_machine_s_rate_is_a_rate():
+def test_the_rate_of_this_machine_is_a_rate():
     assert 1e8 < measure.matmul_flops(CPU, torch.float32, repeats=1) < 1e16
 
 
@@ -105,7 +106,7 @@ def losses(out: Path, asked: TrainSettings) -> list[float]:
     config = tiny(dropout=0.2)
     job = Job(
         config=config,
-        fill=lambda model: made(config) and model.load_state_dict(made(config).state_dict()),
+        fill=lambda model: initialise(model, 0),
         make_loader=lambda shape: random_loader(shape.rows),
         sequences_per_epoch=10,
         learning_rate=1e-2,

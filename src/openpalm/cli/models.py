@@ -4,11 +4,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from openpalm.model.config import PRESETS, ModelConfig
+from openpalm.model.config import PRESETS, ModelConfig, Preset
 from openpalm.settings import parse
 
 TRAIN_BYTES_PER_PARAMETER = 16
 """float32 weight, gradient and AdamW's two moments; activations come on top."""
+
+COLUMNS = (
+    "model",
+    "parameters",
+    "dim x depth",
+    "heads",
+    "context",
+    "serve bf16",
+    "train",
+    "FLOPs/token",
+    "about",
+)
 
 
 @dataclass(frozen=True)
@@ -31,27 +43,26 @@ def run(argv: Sequence[str]) -> None:
     if settings.json:
         print(json.dumps([_row(name, PRESETS[name].config) for name in PRESETS], indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
+    lines = [COLUMNS, *(_line(name, preset) for name, preset in PRESETS.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(cells).rstrip())
 
-    columns = ["model", "parameters", "dim x depth", "heads", "context", "serve bf16", "train"]
-    listing = Table(*columns, "FLOPs/token", "about", box=None)
-    for name, preset in PRESETS.items():
-        config = preset.config
-        listing.add_row(
-            name,
-            f"{config.parameters:,}",
-            f"{config.dim} x {config.depth}",
-            f"{config.heads} x {config.head_dim}",
-            str(config.context),
-            _size(2 * config.parameters),
-            _size(TRAIN_BYTES_PER_PARAMETER * config.parameters),
-            f"{config.flops_per_token():.2e}",
-            preset.about,
-        )
-    console = Console()
-    # A table cut off at the edge of a pipe would be unreadable to whatever reads it.
-    console.print(listing, width=None if console.is_terminal else 160)
+
+def _line(name: str, preset: Preset) -> tuple[str, ...]:
+    config = preset.config
+    return (
+        name,
+        f"{config.parameters:,}",
+        f"{config.dim} x {config.depth}",
+        f"{config.heads} x {config.head_dim}",
+        str(config.context),
+        _size(2 * config.parameters),
+        _size(TRAIN_BYTES_PER_PARAMETER * config.parameters),
+        f"{config.flops_per_token():.2e}",
+        preset.about,
+    )
 
 
 def _row(name: str, config: ModelConfig) -> dict[str, object]:
@@ -68,7 +79,7 @@ def _row(name: str, config: ModelConfig) -> dict[str, object]:
 
 def _size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
+        if count < 999.5:  # else three digits would round to 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} PB"

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 MODEL = "palm-5m"
 VOCABULARY = 4096
 PRETRAIN_SHARE, FINETUNE_SHARE = 0.65, 0.20
+BATCH_TOKENS = 8 * 512
+NAMES_A_MINUTE = 160
+"""Names that fine-tuning has the time to learn by heart."""
 QUESTIONS_A_MINUTE, MAX_QUESTIONS = 40, 200
-PHRASINGS_A_NAME = 2
+EXAMPLE = "shutil.copytree"
 
 
 @dataclass(frozen=True)
@@ -119,15 +122,17 @@ def pretrain(settings: QuickstartSettings, console: "Console") -> None:
         console.print(sample["text"], markup=False)
 
 
-BATCH_TOKENS = 8 * 512
-
-
 def finetune(settings: QuickstartSettings, console: "Console") -> None:
     from openpalm.cli.sft import finetune as sft_verb
 
     console.rule("3  fine-tuning on questions and answers", align="left")
     data = settings.out / "questions.jsonl"
-    _write_questions(data, settings.seed)
+    names = questions_about(settings)
+    written = _write_questions(data, names, settings.seed)
+    console.print(
+        f"{written:,} questions about {len(names):,} functions and classes, "
+        f"{len(names[0].train_questions)} phrasings each"
+    )
     outcome = sft_verb(
         TrainSettings(
             data=data,
@@ -137,7 +142,7 @@ def finetune(settings: QuickstartSettings, console: "Console") -> None:
             seed=settings.seed,
             sequence_length=128,
             batch_tokens=64 * 128,
-            optim=OptimSettings(lr=1e-3),
+            optim=OptimSettings(lr=2e-3, weight_decay=0.0),
         ),
     )
     console.print(f"{outcome.step} steps; checkpoint {outcome.checkpoint}")
@@ -145,12 +150,9 @@ def finetune(settings: QuickstartSettings, console: "Console") -> None:
 
 def question(settings: QuickstartSettings, console: "Console") -> list[Answered]:
     """Asks in phrasings that fine-tuning never saw, before and after it."""
-    from openpalm.data.builtin import question_answers
-
     console.rule("4  questions in words it was not trained on", align="left")
-    chosen = _sample(
-        question_answers(), int(min(MAX_QUESTIONS, QUESTIONS_A_MINUTE * settings.minutes)), settings
-    )
+    count = max(4, int(min(MAX_QUESTIONS, QUESTIONS_A_MINUTE * settings.minutes)))
+    chosen = questions_about(settings)[:count]
     questions = [item.held_out_questions[0] for item in chosen]
     with console.status("answering"):
         before = _answers(settings.out / "pretrain", questions)
@@ -205,26 +207,28 @@ def write_report(
     console.print(f"report: {page}")
 
 
-def _write_questions(path: Path, seed: int) -> None:
-    """Each name asked in a few of the training phrasings, in one shuffled order."""
+def questions_about(settings: QuickstartSettings) -> "list[QuestionAnswer]":
+    """As many of the library's top-level functions and classes as the budget can teach."""
     from openpalm.data.builtin import question_answers
 
-    draw = random.Random(seed)
+    everything = [item for item in question_answers() if item.name.count(".") == 1]
+    random.Random(settings.seed).shuffle(everything)
+    everything.sort(key=lambda item: item.name != EXAMPLE)
+    return everything[: max(8, int(NAMES_A_MINUTE * settings.minutes))]
+
+
+def _write_questions(path: Path, names: "list[QuestionAnswer]", seed: int) -> int:
+    """Every name in every training phrasing, in one shuffled order; returns how many."""
     rows = []
-    for item in question_answers():
-        for asked in draw.sample(item.train_questions, PHRASINGS_A_NAME):
+    for item in names:
+        for asked in item.train_questions:
             turns = [("user", asked), ("assistant", item.answer)]
             rows.append({"messages": [{"role": r, "content": c} for r, c in turns]})
-    draw.shuffle(rows)
+    random.Random(seed).shuffle(rows)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
-
-
-def _sample(
-    items: "list[QuestionAnswer]", count: int, settings: QuickstartSettings
-) -> "list[QuestionAnswer]":
-    return random.Random(settings.seed + 1).sample(items, max(1, min(count, len(items))))
+    return len(rows)
 
 
 def _answers(run_directory: Path, questions: list[str]) -> list[str]:
@@ -266,7 +270,7 @@ def _last_bits(settings: QuickstartSettings) -> float:
 
 def _next_commands(settings: QuickstartSettings, console: "Console") -> None:
     commands = [
-        f'openpalm sample {settings.out}/sft --chat "What does shutil.copytree do?" --stream',
+        f'openpalm sample {settings.out}/sft --chat "What does {EXAMPLE} do?" --stream',
         f'openpalm sample {settings.out}/pretrain "Return the"',
         "openpalm data prepare YOUR_TEXTS --out data/mine --tokenizer bpe:8192",
         "openpalm train --model palm-14m --data data/mine --out runs/mine --minutes 30",

@@ -55,8 +55,9 @@ def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
     start = starting_point(settings, directory, tokenizer)
     length = settings.sequence_length or start.config.context
     everything = records(tokenizer, read_conversations(settings.data))
-    held_out = min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(everything)))
-    trained = everything[: len(everything) - held_out]
+    kept = len(everything) - min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(everything)))
+    trained, held_out = everything[:kept], everything[kept:]
+    measurable = any(any(record.loss_mask[1 : length + 1]) for record in held_out)
     job = Job(
         config=start.config,
         fill=start.fill,
@@ -68,7 +69,7 @@ def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
         parent_hash=start.parent_hash,
-        probes=[_held_out_probe(everything[-held_out:], length)] if held_out else [],
+        probes=[_held_out_probe(held_out, length)] if measurable else [],
         label=label,
     )
     return run_job(settings, job)

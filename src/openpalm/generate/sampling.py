@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 _SMALLEST_TEMPERATURE = 1e-30
 """Still above zero in float32; the difference to less cannot be seen."""
 

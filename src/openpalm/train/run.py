@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from openpalm import checkpoint
 from openpalm.distributed import pick_device, world
@@ -126,8 +127,7 @@ class _Session:
         self._clear_later_than(self.trainer.step)
         with LiveLine(self.job.label, self.trainer.steps) as line, _signals() as stop:
             line.start_at(self.trainer.step)
-            if self.trainer.step:
-                line.say(f"{self.job.label}: going on after step {self.trainer.step}")
+            line.say(self._opening())
             while self.trainer.step < self.trainer.steps:
                 self._step(line)
                 if stop and self.trainer.step < self.trainer.steps:
@@ -137,6 +137,15 @@ class _Session:
                     _die_of(stop[0])
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
+
+    def _opening(self) -> str:
+        if self.trainer.step:
+            return f"{self.job.label}: going on after step {self.trainer.step}"
+        chosen, tokens = self.settings.chosen, self.shape.sequence_length * self.shape.sequences
+        return (
+            f"{self.job.label}: {self.job.config.parameters:,} parameters, {self.trainer.steps:,} "
+            f"steps of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}"
+        )
 
     def _step(self, line: LiveLine) -> None:
         before = time.monotonic()
@@ -154,8 +163,11 @@ class _Session:
 
     def _row(self, report: StepReport, seconds: float) -> dict[str, Any]:
         rate = report.count / seconds
-        chosen = self.settings.chosen
-        flops = self.job.config.flops_per_token(self.shape.sequence_length)
+        chosen, share = self.settings.chosen, None
+        step_tokens = self.shape.sequence_length * self.shape.sequences * self.trainer.world.size
+        if chosen.peak_flops and report.count == step_tokens:  # masked tokens cost FLOPs too
+            flops = self.job.config.flops_per_token(self.shape.sequence_length)
+            share = round(rate * flops / chosen.peak_flops, 4)
         row: dict[str, Any] = {
             "step": report.step,
             "loss": report.loss,
@@ -164,7 +176,7 @@ class _Session:
             "lr_factor": report.lr_factor,
             "grad_norm": report.grad_norm,
             "tokens_per_s": round(rate, 1),
-            "mfu": round(rate * flops / chosen.peak_flops, 4) if chosen.peak_flops else None,
+            "mfu": share,
         }
         if report.skipped:
             row["skipped"] = report.skipped
@@ -220,7 +232,7 @@ def _begin_or_recall(
     file = settings.out / "config.yaml"
     given = replace(settings.chosen, data=job.data_hash, parent=job.parent_hash)
     if file.exists():
-        stored = build(TrainSettings, read_yaml(file))
+        stored = _recall(file)
         _refuse_differences(stored, settings, given)
         return replace(settings, chosen=stored.chosen)
     for name in ("data", "parent"):
@@ -237,10 +249,20 @@ def _begin_or_recall(
     def make_trainer(dtype: torch.dtype) -> Trainer:
         return _make_trainer(settings, job, shape, device, lambda m: initialise(m, seed=0), dtype)
 
-    chosen = choose(settings, make_trainer, [probe.look for probe in job.probes], device)
+    with Console(stderr=True).status("timing a few steps to choose what was left open"):
+        chosen = choose(settings, make_trainer, [probe.look for probe in job.probes], device)
     settings = replace(settings, chosen=chosen)
     _write_whole(file, to_yaml(settings))
     return settings
+
+
+def _recall(file: Path) -> TrainSettings:
+    """The settings a run was made with; whatever is wrong with them is about that file."""
+    values = read_yaml(file)
+    try:
+        return build(TrainSettings, values)
+    except (SettingsError, TypeError, ValueError) as error:
+        raise SettingsError(f"{file}: is not the settings of a run ({error})") from None
 
 
 def _refuse_differences(stored: TrainSettings, asked: TrainSettings, given: Chosen) -> None:
@@ -264,7 +286,8 @@ def _first_difference(old: Any, new: Any) -> tuple[str, str]:
     if isinstance(old, dict) and isinstance(new, dict):
         key = next(k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
         return f"{key} {old.get(key, 'not set')}", str(new.get(key, "not set"))
-    return str(old or "not set"), str(new or "not set")
+    was, now = ("not set" if value is None else str(value) for value in (old, new))
+    return was, now
 
 
 def _refuse_strangers(out: Path) -> None:

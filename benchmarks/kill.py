@@ -1,0 +1,262 @@
+"""Is a run that is killed again and again the run that never was? Losses, bit for bit.
+
+    python benchmarks/kill.py [--kills 20] [--steps 80] [--save-every 5] [--seed 0] [--json]
+
+Trains a small model once without disturbance, then a second time killed with SIGKILL at random
+moments, the same command repeated after each. Moments are spread over the whole run and take
+turns: some time after a process was started (while it imports, measures, restores), after a row
+was written, and inside a save, which is seen by the checkpoint's unfinished directory. A kill
+counts as in a save where it left such a directory behind. Exits 1 on any difference.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from openpalm.train.metrics import read_rows
+
+CLOCK = {"elapsed_s", "tokens_per_s", "mfu"}
+KINDS = ("started", "row", "save")
+PATIENCE_S = 300.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What two runs of the same command came to."""
+
+    kills: int
+    places: dict[str, int]
+    """what the process was doing when it was killed"""
+    rows: int
+    rows_after_kills: int
+    differing_losses: int
+    differing_rows: int
+    same_samples: bool
+    same_weights: bool
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        return (
+            self.rows == self.rows_after_kills
+            and self.differing_rows == self.differing_losses == 0
+            and self.same_samples
+            and self.same_weights
+        )
+
+
+class Run:
+    """A run's directory and the command that makes it."""
+
+    def __init__(self, out: Path, options: Sequence[str]):
+        self.out = out
+        self.command = [sys.executable, "-m", "openpalm", "train", *options, f"--out={out}"]
+        self.metrics = out / "metrics.jsonl"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        # One thread: the same sums in the same order, however busy the machine is.
+        return subprocess.Popen(
+            self.command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    def finish(self) -> float:
+        """Runs the command to its end; returns the seconds until its first row.
+
+        Raises RuntimeError with what it said if it failed.
+        """
+        before, started = self.changed(), time.monotonic()
+        with self.start() as process:
+            _wait(process, lambda: self.changed() != before)
+            first_row_s = time.monotonic() - started
+            said = process.communicate()[1].decode(errors="replace")
+        if process.returncode:
+            raise RuntimeError(f"exit {process.returncode}: {said[-2000:]}")
+        return first_row_s
+
+    def changed(self) -> int:
+        """When rows were last written, or 0."""
+        return self.metrics.stat().st_mtime_ns if self.metrics.exists() else 0
+
+    def step(self) -> int:
+        """The last step that has a row."""
+        rows = read_rows(self.metrics) if self.metrics.exists() else []
+        return max((row["step"] for row in rows), default=0)
+
+    def unfinished(self, process: int) -> bool:
+        """Whether that process is inside a save, or was when it was killed."""
+        return any((self.out / "checkpoints").glob(f".step-*.partial-{process}"))
+
+    def columns(self) -> list[dict[str, Any]]:
+        """Every row without what a clock said."""
+        return [
+            {name: value for name, value in row.items() if name not in CLOCK}
+            for row in read_rows(self.metrics)
+        ]
+
+    def digest(self, pattern: str) -> str:
+        newest = sorted(self.out.glob(pattern))[-1]
+        return hashlib.sha256(newest.read_bytes()).hexdigest()
+
+
+def kill_once(
+    run: Run, kind: str, target: int, startup_s: float, drawn: random.Random
+) -> str | None:
+    """Starts the command and kills it at a moment of that kind; None if it ended before.
+
+    Otherwise says where it was: in a save, before its first row, or between rows.
+    """
+    before = run.changed()
+    with run.start() as process:
+        if kind == "started":
+            time.sleep(drawn.uniform(0.0, startup_s))
+        else:
+            _wait(process, lambda: run.changed() != before and run.step() >= target)
+        if kind == "row":
+            time.sleep(drawn.uniform(0.0, 0.05))
+        if kind == "save":
+            _wait(process, lambda: run.unfinished(process.pid))
+            time.sleep(drawn.uniform(0.0, 0.06))
+        ended = process.poll() is not None
+        process.send_signal(signal.SIGKILL)
+        said = process.communicate()[1].decode(errors="replace")
+    if ended and process.returncode:
+        raise RuntimeError(f"exit {process.returncode}: {said[-2000:]}")
+    if ended:
+        return None
+    if run.unfinished(process.pid):
+        return "in a save"
+    return "before its first row" if run.changed() == before else "between rows"
+
+
+def _wait(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+    """Until the condition holds or the process ends."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not reached() and process.poll() is None:
+        if time.monotonic() > deadline:
+            process.kill()
+            raise RuntimeError(f"nothing happened for {PATIENCE_S:.0f} s")
+        time.sleep(0.001)
+
+
+def prove(
+    data: Path,
+    work: Path,
+    *,
+    kills: int,
+    steps: int,
+    save_every: int,
+    seed: int,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Result:
+    """Both runs under `work`, compared."""
+    started = time.monotonic()
+    options = [
+        f"--data={data}",
+        "--model=palm-tiny",
+        f"--steps={steps}",
+        f"--save-every={save_every}",
+        f"--eval-every={max(1, steps // 2)}",
+        "--sequence-length=64",
+        "--batch-tokens=256",
+        "--dtype=float32",
+        "--arch.dropout=0.1",
+    ]
+    whole, killed = Run(work / "whole", options), Run(work / "killed", options)
+    startup_s = whole.finish()
+    tell(f"the undisturbed run took {time.monotonic() - started:.1f} s")
+    drawn = random.Random(seed)
+    last = max(1, steps - 2 * save_every)  # the last kills need something left to kill
+    targets = sorted(drawn.randint(1, last) for _ in range(kills))
+    places = Counter[str]()
+    for number, target in enumerate(targets, 1):
+        kind = KINDS[number % len(KINDS)]
+        place = kill_once(killed, kind, target, startup_s, drawn)
+        if place is not None:
+            places[place] += 1
+        tell(f"kill {number}/{kills}: {kind}, step {killed.step()}, {place or 'ended before'}")
+    killed.finish()
+    a, b = whole.columns(), killed.columns()
+    pairs = list(zip(a, b, strict=False))
+    names = ("loss", "val_loss", "val_bits_per_byte")
+    return Result(
+        kills=sum(places.values()),
+        places=dict(places),
+        rows=len(a),
+        rows_after_kills=len(b),
+        differing_losses=sum(x.get(n) != y.get(n) for x, y in pairs for n in names),
+        differing_rows=sum(x != y for x, y in pairs),
+        same_samples=whole.digest("samples.jsonl") == killed.digest("samples.jsonl"),
+        same_weights=whole.digest("checkpoints/step-*/model.safetensors")
+        == killed.digest("checkpoints/step-*/model.safetensors"),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def prepare(work: Path) -> Path:
+    """A part of the built-in corpus, so that evaluations stay short."""
+    from openpalm.data.builtin import python_docs
+    from openpalm.data.shards import PrepareRequest
+    from openpalm.data.shards import prepare as prepare_data
+
+    texts = [document.text for document in itertools.islice(python_docs(), 40)]
+    (work / "text.txt").write_text("\n".join(texts), encoding="utf-8")
+    out = work / "data"
+    prepare_data(
+        PrepareRequest(inputs=[str(work / "text.txt")], out=out, tokenizer="byte", val="tail:0.05")
+    )
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Kills a run again and again; compares losses.")
+    parser.add_argument("--data", type=Path, help="prepared data; not set takes built-in text")
+    parser.add_argument("--work", type=Path, help="new folder to keep both runs in")
+    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs (default: 20)")
+    parser.add_argument("--steps", type=int, default=80, help="of the run (default: 80)")
+    parser.add_argument("--save-every", type=int, default=5, help="steps (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        result = prove(
+            options.data or prepare(work),
+            work,
+            kills=options.kills,
+            steps=options.steps,
+            save_every=options.save_every,
+            seed=options.seed,
+            tell=lambda line: print(line, file=sys.stderr),
+        )
+    if options.json:
+        print(json.dumps(asdict(result) | {"equal": result.equal}))
+    else:
+        for place, count in result.places.items():
+            print(f"killed {place:<24}{count}")
+        for name, value in asdict(result).items():
+            if name == "places":
+                continue
+            print(f"{name.replace('_', ' '):<31}{value}")
+        print(f"{'':<31}{'equal bit for bit' if result.equal else 'DIFFERENT'}")
+    return 0 if result.equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

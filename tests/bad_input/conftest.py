@@ -1,0 +1,36 @@
+"""The command line of tests/cli, and a tiny run."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# Under --import-mode=importlib nothing else lets tests import what they share.
+sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
+
+from command_line import make_run
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A folder with text.txt, data/, base/ and run/; tests leave them as they are."""
+    return make_run(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="session")
+def run(work):
+    return work / "run"
+
+
+@pytest.fixture
+def said(capsys):
+    """Runs a verb in this process: (status, output, error lines)."""
+    from openpalm.cli.main import main
+
+    def call(*words):
+        capsys.readouterr()
+        status = main([str(word) for word in words])
+        output, errors = capsys.readouterr()
+        return status, output, errors.splitlines()
+
+    return call

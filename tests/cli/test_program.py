@@ -1,0 +1,133 @@
+"""The program itself: no arguments, versions, helps, pipes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import program
+
+import openpalm
+from openpalm.cli.main import VERBS, main
+
+CONSOLE_SCRIPT = Path(sys.executable).with_name("openpalm")
+
+
+def test_no_arguments_show_the_verbs_and_are_a_wrong_request():
+    done = program()
+    assert done.returncode == 2
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+    assert "examples:" in done.stdout
+
+
+def test_the_console_script_is_the_module():
+    if not CONSOLE_SCRIPT.exists():
+        pytest.skip("openpalm is not installed beside this Python")
+    for words in ([], ["--version"], ["sample", "--help"], ["nonsense"]):
+        script = subprocess.run([CONSOLE_SCRIPT, *words], capture_output=True, text=True)
+        module = program(*words)
+        assert (script.returncode, script.stdout, script.stderr) == (
+            module.returncode,
+            module.stdout,
+            module.stderr,
+        )
+
+
+@pytest.mark.parametrize("word", ["-h", "--help", "help"])
+def test_help_is_no_error(said, word):
+    status, output, errors = said(word)
+    assert (status, errors) == (0, [])
+    assert output.startswith("usage: openpalm VERB")
+
+
+def test_version(said):
+    assert said("--version") == (0, f"openpalm {openpalm.__version__}\n", [])
+
+
+def test_unknown_verb(said):
+    status, output, errors = said("trian")
+    assert (status, output) == (2, "")
+    assert errors == ["openpalm: error: unknown verb trian; see `openpalm --help`"]
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "data prepare", "data inspect"])
+def test_every_help_shows_options_and_examples(said, verb):
+    status, output, errors = said(*verb.split(), "--help")
+    assert (status, errors) == (0, [])
+    assert output.startswith(f"usage: openpalm {verb}")
+    if verb != "data":
+        examples = output.partition("examples:\n")[2].splitlines()
+        assert any(line.startswith(f"  openpalm {verb}") for line in examples)
+    assert all(len(line) <= 100 for line in output.splitlines())
+    for leak in ("null", "Optional[", "<class", "typing.", "CONFIG"):
+        assert leak not in output
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v != "data"])
+def test_an_unknown_option_is_one_line(said, verb):
+    status, output, errors = said(verb, "--no-such-option", "3")
+    assert (status, output) == (2, "")
+    assert len(errors) == 1
+    assert errors[0].startswith("openpalm: error: unknown option --no-such-option; ")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["models", "--json"]])
+def test_a_closed_pipe_is_silent(words):
+    """As `| head -1` leaves it: whatever is written finds no reader."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "openpalm", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0
+    assert errors == b""
+
+
+def test_piped_to_head():
+    line = '"$0" -m openpalm models --json | head -1'
+    done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("words", ["--help", "train --help", "models", "models --json"])
+@pytest.mark.parametrize("buffering", ["", "1"])
+def test_output_to_a_full_disk_fails_in_one_line(words, buffering):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "openpalm", *words.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={"PYTHONUNBUFFERED": buffering, "PATH": "/usr/bin:/bin"},
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("openpalm: error: the disk is full")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_bug_of_ours_is_one_line_and_says_how_to_see_more(said, monkeypatch):
+    def broken(argv):
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("openpalm.cli.models.run", broken)
+    status, _, errors = said("models")
+    assert status == 1
+    assert errors == [
+        "openpalm: error: ZeroDivisionError: division by zero "
+        "(set OPENPALM_TRACEBACK=1 to see where)"
+    ]
+    monkeypatch.setenv("OPENPALM_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["models"])
+
+
+def test_an_interrupt_is_one_line(said, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("openpalm.cli.models.run", interrupted)
+    assert said("models") == (130, "", ["openpalm: error: interrupted"])

@@ -1,0 +1,36 @@
+"""Alone, every sum is the value itself; a device that is not there is named."""
+
+import pytest
+import torch
+
+from openpalm.distributed import World, pick_device, world
+from openpalm.errors import SettingsError
+
+
+def test_alone_a_sum_is_the_value(monkeypatch: pytest.MonkeyPatch):
+    for size in (None, "1"):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        if size:
+            monkeypatch.setenv("WORLD_SIZE", size)
+        assert world() == World(rank=0, size=1)
+    assert world().sum(0.1) == 0.1
+
+
+def test_several_processes_are_refused_for_now(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match=r"WORLD_SIZE \(2\)"):
+        world()
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, gpu: bool):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert pick_device("auto").type == ("cuda" if gpu else "cpu")
+    assert pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cpu:x", "meta", "cuda"])
+def test_no_such_device_is_named(monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SettingsError, match=rf"^--device {name}: .*use .*cpu"):
+        pick_device(name)

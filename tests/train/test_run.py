@@ -1,0 +1,590 @@
+"""A run's directory: begun, gone on with, repeated, refused; what a resumed run computes."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import write_dataset
+from train_samples import same, weights
+
+from openpalm import checkpoint
+from openpalm.cli.main import main
+from openpalm.model.transformer import Transformer
+from openpalm.train import measure
+from openpalm.train.metrics import read_rows
+from openpalm.train.trainer import Trainer
+
+Train = Callable[..., int]
+TIMES = {"elapsed_s", "tokens_per_s", "mfu"}
+
+
+def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """What a run computed, without what a clock said."""
+    if not (run / name).exists():
+        return []
+    return [
+        {key: value for key, value in row.items() if key not in TIMES}
+        for row in read_rows(run / name)
+    ]
+
+
+def step_names(run: Path) -> list[str]:
+    return [directory.name for directory in checkpoint.steps(run)]
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return weights(checkpoint.load(checkpoint.steps(run)[-1]))
+
+
+def tree(folder: Path) -> dict[str, tuple[int, str]]:
+    """Every path below with its time of change and content."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+        )
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def same_run(a: Path, b: Path) -> bool:
+    """Equal losses, samples and weights, bit for bit."""
+    names = ("metrics.jsonl", "samples.jsonl")
+    return all(rows(a, name) == rows(b, name) for name in names) and same(
+        final_weights(a), final_weights(b)
+    )
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Calls something once, in the middle of the step of that number."""
+    original = Trainer.forward_backward
+
+    def arrange(step: int, action: Callable[[], object]) -> None:
+        todo = [action]
+
+        def patched(self: Trainer, batches: Any) -> Any:
+            if self.step + 1 == step and self.steps < 10**6 and todo:
+                todo.pop()()
+            return original(self, batches)
+
+        monkeypatch.setattr(Trainer, "forward_backward", patched)
+
+    return arrange
+
+
+class Killed(BaseException):
+    """Ends a run in the middle of a step without any of its care, as SIGKILL would."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def reference(train: Train, tmp_path: Path) -> Path:
+    """A run of eight steps that nothing disturbed."""
+    assert train(tmp_path / "reference") == 0
+    return tmp_path / "reference"
+
+
+def test_a_fresh_run_writes_all_it_should(
+    train: Train, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "new" / "run"
+    assert train(out) == 0
+    last = out / "checkpoints" / "step-00000008"
+    assert capsys.readouterr().out == f"{last}\n"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+    ]
+    assert step_names(out) == ["step-00000004", "step-00000008"]
+
+    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    assert config["steps"] == config["chosen"]["steps"] == 8
+    assert config["chosen"]["dtype"] == "float32"
+    manifest = (data / "manifest.json").read_bytes()
+    assert config["chosen"]["data"] == hashlib.sha256(manifest).hexdigest()
+
+    all_rows = read_rows(out / "metrics.jsonl")
+    training = [row for row in all_rows if "loss" in row]
+    evaluations = [row for row in all_rows if "val_loss" in row]
+    assert [row["step"] for row in training] == list(range(1, 9))
+    assert [row["tokens"] for row in training] == [128 * step for step in range(1, 9)]
+    for row in training:
+        assert row.keys() >= {"step", "loss", "tokens", "grad_norm", "lr_factor"} | TIMES
+        assert 0 < row["loss"] < 7
+    elapsed = [row["elapsed_s"] for row in training]
+    assert elapsed == sorted(elapsed)
+    assert [row["step"] for row in evaluations] == [4, 8]
+    assert all(row.keys() == {"step", "val_loss", "val_bits_per_byte"} for row in evaluations)
+    samples = read_rows(out / "samples.jsonl")
+    assert [row["step"] for row in samples] == [4, 8]
+    assert {"prompt", "text"} == samples[0]["samples"][0].keys()
+
+
+def test_the_last_checkpoint_is_what_its_rows_say(reference: Path, data: Path):
+    """The validation row against the checkpoint read back and torch's own mean."""
+    from openpalm.data.shards import open_dataset
+
+    model = checkpoint.load(reference)
+    ids = torch.from_numpy(open_dataset(data).tokens("val")[:].astype("int64"))
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 16):
+            window = ids[start : start + 17]
+            logits = model.logits(window[None, :-1])[0]
+            nats += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+    row = rows(reference)[-1]
+    assert row["val_loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    manifest = checkpoint.read_manifest(checkpoint.steps(reference)[-1])
+    assert manifest["lineage"]["step"] == 8
+    assert "out" not in manifest["lineage"]["settings"]
+    assert "fingerprint.safetensors" in manifest["files"]
+
+
+def test_repeating_a_finished_command_changes_nothing(
+    train: Train, reference: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = tree(reference)
+    capsys.readouterr()
+    assert train(reference) == 0
+    assert tree(reference) == before
+    assert "finished at step 8 before; nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"steps": 9}, "--steps (8, now 9)"),
+        ({"seed": 1}, "--seed (0, now 1)"),
+        ({"batch_tokens": 256}, "--batch-tokens (128, now 256)"),
+        ({"save_every": None}, "--save-every (4, now not set)"),
+        ({"model": "wide"}, "--model (tiny, now wide)"),
+        ({"dtype": "bfloat16"}, "--dtype (float32, now bfloat16)"),
+        ({"optim.lr": 0.5}, "--optim (lr not set, now 0.5)"),
+        ({"arch.dropout": 0.2}, "--arch (dropout 0.1, now 0.2)"),
+    ],
+)
+def test_other_settings_for_the_same_run_are_refused(
+    train: Train,
+    reference: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    named: str,
+):
+    before = tree(reference)
+    assert train(reference, **change) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        f"openpalm: error: --out {reference}: that run was made with another {named}; "
+        "choose another --out"
+    )
+    assert tree(reference) == before
+
+
+def test_other_data_under_the_same_name_is_refused(
+    train: Train, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copied = tmp_path / "data"
+    shutil.copytree(data, copied)
+    assert train(tmp_path / "run", data=copied) == 0
+    moved = tmp_path / "elsewhere"
+    copied.rename(moved)
+    assert train(tmp_path / "run", data=moved) == 0  # the same data, wherever it lies
+    shutil.copytree(write_dataset(tmp_path / "other", seed=1), copied)
+    before = tree(tmp_path / "run")
+    assert train(tmp_path / "run", data=copied) == 2
+    assert "made with another --data" in capsys.readouterr().err
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_settings_file_repeats_its_run(train: Train, reference: Path, tmp_path: Path):
+    again = tmp_path / "again"
+    assert main(["train", "--config", str(reference / "config.yaml"), "--out", str(again)]) == 0
+    assert same_run(again, reference)
+
+
+def test_a_settings_file_repeats_on_its_own_data_only(
+    train: Train, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = write_dataset(tmp_path / "other", seed=1)
+    config = str(reference / "config.yaml")
+    argv = ["train", "--config", config, "--out", str(tmp_path / "b"), "--data", str(other)]
+    assert main(argv) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_a_directory_of_something_else_is_refused(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    before = tree(tmp_path)
+    assert train(tmp_path) == 2
+    assert "holds notes.txt but no run; choose a new directory" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+    assert train(tmp_path / "notes.txt") == 2
+    assert "is a file; choose a directory" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_a_second_process_is_kept_out(
+    train: Train,
+    reference: Path,
+    tmp_path: Path,
+    at_step: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+):
+    out = tmp_path / "run"
+    statuses: list[int] = []
+    at_step(3, lambda: statuses.append(train(out)))
+    assert train(out) == 0
+    assert statuses == [2]
+    assert f"--out {out}: another process is training in it" in capsys.readouterr().err
+    assert same_run(out, reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [2, 4, 5])  # 4 is saved anyway
+def test_a_signal_saves_and_the_same_command_goes_on(
+    train: Train,
+    reference: Path,
+    tmp_path: Path,
+    at_step: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    step: int,
+):
+    out = tmp_path / "run"
+    at_step(step, send(number))
+    if number == signal.SIGTERM:
+        with pytest.raises(SystemExit) as ended:
+            train(out)
+        assert ended.value.code == 128 + number
+    else:
+        assert train(out) == 128 + number
+    assert checkpoint.steps(out)[-1].name == checkpoint.step_name(step)
+    assert rows(out)[-1]["step"] == step
+    assert f"stopped after step {step}; the same command goes on" in capsys.readouterr().err
+    assert train(out) == 0
+    assert f"going on after step {step}" in capsys.readouterr().err
+    assert same_run(out, reference)
+
+
+def test_a_second_signal_ends_at_once(
+    train: Train, reference: Path, tmp_path: Path, at_step: Callable[..., None]
+):
+    out = tmp_path / "run"
+    at_step(6, lambda: [send(signal.SIGINT)(), send(signal.SIGINT)()])
+    assert train(out) == 128 + signal.SIGINT
+    assert step_names(out) == ["step-00000004"]
+    assert train(out) == 0
+    assert same_run(out, reference)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 7, 8])
+def test_killed_in_any_step_the_same_command_goes_on(
+    train: Train, reference: Path, tmp_path: Path, at_step: Callable[..., None], step: int
+):
+    out = tmp_path / "run"
+    at_step(step, kill)
+    with pytest.raises(Killed):
+        train(out)
+    restored = 4 if step > 4 else 0
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, step))
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 9, "loss": 1.0}\n{"step": 9, "lo')  # later, and torn
+    leftover = out / "checkpoints" / ".step-00000008.partial-1"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(b"half")
+    assert len(checkpoint.steps(out)) == restored // 4
+    assert train(out) == 0
+    assert same_run(out, reference)
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_around_the_writing_of_the_settings(
+    train: Train,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+):
+    from openpalm.train import run as run_module
+
+    original = run_module._write_whole
+
+    def patched(path: Path, text: str) -> None:
+        if when == "after":
+            original(path, text)
+        else:
+            path.with_name(f".{path.name}.partial").write_text(text[:20], encoding="utf-8")
+        raise Killed
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_write_whole", patched)
+        with pytest.raises(Killed):
+            train(out)
+    assert train(out) == 0
+    assert same_run(out, reference)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json", "train/state.json"])
+def test_a_damaged_checkpoint_is_passed_over_and_set_aside(
+    train: Train,
+    reference: Path,
+    tmp_path: Path,
+    at_step: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+):
+    out = tmp_path / "run"
+    at_step(6, send(signal.SIGINT))
+    assert train(out) == 128 + signal.SIGINT
+    newest = out / "checkpoints" / "step-00000006"
+    content = bytearray((newest / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / file).write_bytes(content)
+    capsys.readouterr()
+    assert train(out) == 0
+    error = capsys.readouterr().err
+    assert "passing over a damaged checkpoint" in error
+    assert str(newest) in error
+    assert "going on after step 4" in error
+    assert (out / "checkpoints" / "damaged-step-00000006").is_dir()
+    assert step_names(out) == ["step-00000004", "step-00000008"]
+    assert same_run(out, reference)
+
+
+def test_all_checkpoints_damaged_starts_over(
+    train: Train, reference: Path, tmp_path: Path, at_step: Callable[..., None]
+):
+    out = tmp_path / "run"
+    at_step(6, kill)
+    with pytest.raises(Killed):
+        train(out)
+    (out / "checkpoints" / "step-00000004" / "manifest.json").unlink()
+    assert train(out) == 0
+    assert same_run(out, reference)
+
+
+def test_a_published_checkpoint_is_no_place_to_go_on_from(
+    train: Train,
+    tmp_path: Path,
+    at_step: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+):
+    out = tmp_path / "run"
+    at_step(6, kill)
+    with pytest.raises(Killed):
+        train(out)
+    shutil.rmtree(out / "checkpoints" / "step-00000004" / "train")
+    assert train(out) == 2
+    assert "holds no train/ to resume; start from it with --init" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [8]), (2, [6, 8]), (0, [2, 4, 6, 8])])
+def test_only_the_newest_are_kept(train: Train, tmp_path: Path, keep: int, left: list[int]):
+    assert train(tmp_path / "run", keep=keep, save_every=2) == 0
+    assert step_names(tmp_path / "run") == [checkpoint.step_name(step) for step in left]
+
+
+def test_minutes_are_turned_into_steps_once(
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at_step: Callable[..., None],
+):
+    out = tmp_path / "run"
+    ask: dict[str, Any] = {"steps": None, "minutes": 0.02, "save_every": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "_step_seconds", lambda trainer: 0.1)
+        patch.setattr(measure, "_look_seconds", lambda trainer, looks: 0.0)
+        at_step(5, kill)
+        with pytest.raises(Killed):
+            train(out, **ask)
+    written = (out / "config.yaml").read_text(encoding="utf-8")
+    steps = yaml.safe_load(written)["chosen"]["steps"]
+    assert 6 <= steps <= 12
+    for name in ("_step_seconds", "matmul_flops"):
+        monkeypatch.setattr(measure, name, lambda *_: pytest.fail("measured again"))
+    assert train(out, **ask) == 0
+    assert (out / "config.yaml").read_text(encoding="utf-8") == written
+    assert checkpoint.steps(out)[-1].name == checkpoint.step_name(steps)
+    assert train(out, **ask) == 0
+    assert train(out, **ask | {"minutes": 0.03}) == 2
+
+
+def test_epochs_are_passes_over_the_data(train: Train, data: Path, tmp_path: Path):
+    from openpalm.data.shards import open_dataset
+
+    assert train(tmp_path / "run", steps=None, epochs=0.5, batch_tokens=1024) == 0
+    tokens = len(open_dataset(data).tokens("train"))
+    training = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert training[-1]["tokens"] == pytest.approx(tokens / 2, abs=1024)
+
+
+@pytest.mark.parametrize("source", ["run", "checkpoint"])
+def test_init_takes_the_weights_and_nothing_else(train: Train, tmp_path: Path, source: str):
+    parent, child, fresh = tmp_path / "parent", tmp_path / "child", tmp_path / "fresh"
+    assert train(parent, steps=60, save_every=60, eval_every=60) == 0
+    assert train(fresh, steps=2) == 0
+    init = parent if source == "run" else checkpoint.steps(parent)[-1]
+    ask: dict[str, Any] = {"init": init, "model": None, "steps": 2, "save_every": 1}
+    assert train(child, **ask) == 0
+    trained, first, untrained = (rows(run) for run in (parent, child, fresh))
+    assert trained[59]["loss"] < untrained[0]["loss"] - 1
+    assert first[0]["loss"] == pytest.approx(trained[59]["loss"], abs=0.3)
+    state = checkpoint.load_train_state(checkpoint.steps(child)[0])
+    counters = {float(v) for name, v in state.tensors.items() if name.endswith("/step")}
+    assert counters == {1.0}
+    manifest = checkpoint.read_manifest(checkpoint.steps(child)[0])
+    newest = checkpoint.read_manifest(checkpoint.steps(parent)[-1])
+    assert manifest["lineage"]["parent"] == newest["sha256"]
+    before = tree(child)
+    assert train(child, **ask) == 0
+    assert tree(child) == before
+
+
+def test_init_from_what_does_not_fit_is_refused(
+    train: Train, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    assert train(out, init=reference, model="wide") == 2
+    assert "another model than wide (dim 16, not 32); leave --model out" in capsys.readouterr().err
+    other = write_dataset(tmp_path / "other", tokenizer="bpe:265")
+    assert train(out, init=reference, model=None, data=other) == 2
+    assert "another tokenizer than the data was prepared with" in capsys.readouterr().err
+    larger = write_dataset(tmp_path / "larger", tokenizer="bpe:280")
+    assert train(out, init=reference, model=None, data=larger) == 2
+    assert "265 ids, the data's tokenizer 280" in capsys.readouterr().err
+    assert train(out, init=tmp_path / "nowhere", model=None) == 2
+    assert "no such checkpoint or run" in capsys.readouterr().err
+    assert train(out, init=reference, model=None, **{"arch.kv_heads": 2}) == 2
+    assert "another model" in capsys.readouterr().err
+
+
+def test_init_from_another_parent_is_another_run(
+    train: Train, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ask: dict[str, Any] = {"model": None, "steps": 2}
+    assert train(tmp_path / "child", init=reference, **ask) == 0
+    assert train(tmp_path / "second", seed=5) == 0
+    assert train(tmp_path / "child", init=tmp_path / "second", **ask) == 2
+    assert "made with another --init" in capsys.readouterr().err
+
+
+def test_a_run_that_only_skips_stops_and_says_why(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def ruined(model: Transformer, seed: int) -> None:
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr("openpalm.train.start.initialise", ruined)
+    assert train(tmp_path / "run", max_skipped=3) == 1
+    error = capsys.readouterr().err
+    assert "step 2 skipped: loss not finite" in error
+    assert "loss not finite, 3 steps in a row" in error.splitlines()[-1]
+    assert [row["loss"] for row in rows(tmp_path / "run")] == [None, None]
+    assert rows(tmp_path / "run")[0]["skipped"] == "loss not finite"
+
+
+def test_a_full_disk_while_saving_loses_nothing(
+    train: Train,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    out = tmp_path / "run"
+    original = checkpoint._write_manifest
+
+    def full(partial: Path, lineage: dict[str, Any]) -> None:
+        if lineage["step"] == 8:
+            raise OSError(28, "No space left on device")
+        original(partial, lineage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_manifest", full)
+        assert train(out) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("step-00000008: cannot be saved (No space left on device)")
+    assert step_names(out) == ["step-00000004"]
+    assert train(out) == 0
+    assert same_run(out, reference)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "steps: [",
+        "nonsense",
+        "steps: 8\n",
+        "more: 1\n",
+        "data: d\nout: o\nsteps: [8]\nmodel: m",
+        "\x00",
+    ],
+)
+def test_a_damaged_settings_file_is_named(
+    train: Train, reference: Path, capsys: pytest.CaptureFixture[str], content: str
+):
+    (reference / "config.yaml").write_text(content, encoding="utf-8")
+    assert train(reference) == 2
+    assert "config.yaml" in capsys.readouterr().err.splitlines()[-1]
+
+
+def program(out: Path, data: Path) -> list[str]:
+    words = "--model palm-tiny --steps 30 --sequence-length 32 --batch-tokens 128 --dtype float32"
+    words += f" --save-every 10 --eval-every 30 --data {data} --out {out}"
+    return [sys.executable, "-m", "openpalm", "train", *words.split()]
+
+
+def test_the_program_stopped_from_outside_goes_on(data: Path, tmp_path: Path):
+    """Across processes: stopped and repeated there, uninterrupted here, equal bit for bit."""
+    out, whole = tmp_path / "stopped", tmp_path / "whole"
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    assert main(program(whole, data)[3:]) == 0
+
+    with subprocess.Popen(
+        program(out, data), env=environment, stderr=subprocess.PIPE, text=True
+    ) as running:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() and running.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        running.send_signal(signal.SIGTERM)
+        assert running.stderr is not None
+        error = running.stderr.read()
+    assert running.returncode == 128 + signal.SIGTERM, error
+    stopped_at = rows(out)[-1]["step"]
+    assert f"stopped after step {stopped_at}; the same command goes on" in error
+    assert stopped_at < 30
+
+    done = subprocess.run(program(out, data), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out / 'checkpoints' / 'step-00000030'}\n"
+    assert f"going on after step {stopped_at}" in done.stderr
+    assert same_run(out, whole)
+    assert json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
