@@ -4,7 +4,7 @@
     ├── RequestError            the request was wrong: exit 2
     │   ├── SettingsError       an option, a settings file, or values that contradict each other
     │   ├── DataError           a text, record or tokenizer that cannot be used
-    │   └── CheckpointError     a checkpoint that is missing, torn, altered, foreign or of another model
+    │   └── CheckpointError     a checkpoint missing, torn, altered, foreign or of another model
     └── WorkError               the request was right but the work failed: exit 1
         ├── StorageError        the disk is full or refuses us
         └── TrainingError       the run diverged or could not go on

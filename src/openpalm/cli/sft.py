@@ -1,6 +1,7 @@
 """`openpalm sft`: a checkpoint and conversations in, a model that answers out."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,13 @@ def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
     everything = records(tokenizer, read_conversations(settings.data))
     kept = len(everything) - min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(everything)))
     trained, held_out = everything[:kept], everything[kept:]
+    cut = sum(len(record.ids) > length + 1 for record in everything)
+    if cut:
+        print(
+            f"{label}: {cut} of {len(everything)} conversations are longer than {length} tokens "
+            "and are cut at the end; --sequence-length takes more",
+            file=sys.stderr,
+        )
     measurable = any(any(record.loss_mask[1 : length + 1]) for record in held_out)
     job = Job(
         config=start.config,

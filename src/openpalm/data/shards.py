@@ -115,17 +115,21 @@ class Dataset:
 
     def tokenizer(self) -> Tokenizer:
         """Raises DataError if tokenizer.json is not the one the tokens were made with."""
-        tokenizer = Tokenizer.load(self.path / "tokenizer.json")
+        file = self.path / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.load(file)
+        except DataError:
+            raise DataError(f"{file}: is missing or damaged; {manifest_file.REMEDY}") from None
         if tokenizer.digest != self.manifest.tokenizer:
             raise DataError(
-                f"{self.path / 'tokenizer.json'}: is not the one the tokens were made with; "
-                + manifest_file.REMEDY
+                f"{file}: is not the one the tokens were made with; " + manifest_file.REMEDY
             )
         return tokenizer
 
     def tokens(self, split: str) -> "TokenArray":
         files = self.manifest.splits[split].files[::2]
-        return TokenArray([self.path / file.name for file in files], self.manifest.dtype)
+        paths = [self.path / file.name for file in files]
+        return TokenArray(paths, self.manifest.dtype, self.manifest.vocab_size)
 
     def document_offsets(self, split: str) -> np.ndarray:
         """int64 [documents]: where each starts in the split's tokens. DataError if torn."""
@@ -138,9 +142,13 @@ class Dataset:
 
 
 class TokenArray:
-    """The tokens of all shards of a split as one array, memory-mapped; slices are NumPy arrays."""
+    """The tokens of all shards of a split as one array, memory-mapped; slices are NumPy arrays.
 
-    def __init__(self, paths: Sequence[Path], dtype: str):
+    A slice that holds an id beyond the vocabulary raises DataError: its file was altered.
+    """
+
+    def __init__(self, paths: Sequence[Path], dtype: str, vocab_size: int):
+        self._folder, self._vocab_size = paths[0].parent, vocab_size
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._shards = [np.memmap(path, dtype=self.dtype, mode="r") for path in paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
@@ -152,16 +160,20 @@ class TokenArray:
         start, stop, step = key.indices(len(self))
         if step != 1:
             raise ValueError("tokens are sliced with step 1")
-        found = []
+        found = [] if start < stop else [np.empty(0, dtype=self.dtype)]
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
             begin = int(self._ends[shard]) - len(self._shards[shard])
             found.append(self._shards[shard][start - begin : stop - begin])
             start += len(found[-1])
             shard += 1
-        if len(found) == 1:
-            return found[0]
-        return np.concatenate(found) if found else np.empty(0, dtype=self.dtype)
+        tokens = np.concatenate(found) if len(found) != 1 else found[0]
+        if len(tokens) and tokens.max() >= self._vocab_size:
+            raise DataError(
+                f"{self._folder}: holds token {tokens.max()} of a vocabulary of "
+                f"{self._vocab_size}, so a shard was altered; {manifest_file.REMEDY}"
+            )
+        return tokens
 
 
 class _Reading:

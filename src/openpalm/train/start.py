@@ -10,7 +10,7 @@ from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError
 from openpalm.model.config import PRESETS, ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise
-from openpalm.settings import plain
+from openpalm.settings import plain, spell
 from openpalm.train.config import TrainSettings
 
 
@@ -39,6 +39,12 @@ def starting_point(settings: TrainSettings, init: Path | None, tokenizer: Tokeni
     check_reads(directory, tokenizer)
     stored = checkpoint.load_config(directory)
     config = _changed(stored, settings)
+    for name in ("kv_heads", "qk_norm"):
+        if getattr(config, name) != getattr(stored, name):
+            raise CheckpointError(
+                f"{directory}: has {name} {getattr(stored, name)}, which its weights fix; "
+                f"leave {spell('arch.' + name)} out"
+            )
     if settings.model is not None:
         wanted = _changed(preset(settings.model).config, settings, vocab_size=stored.vocab_size)
         _same_sizes(directory, stored, wanted, settings.model)
