@@ -47,6 +47,7 @@ FINGERPRINT_TOKENS = 16
 FINGERPRINT_TOLERANCE = 1e-4
 _MAX_JSON_BYTES = 64 << 20
 _STEP = re.compile(r"step-(\d{8,})")
+_REMEDY = "take an older checkpoint or another copy"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -125,8 +126,7 @@ def load_config(directory: Path) -> ModelConfig:
     try:
         config = config_from_json(content.get("model"), str(where))
     except SettingsError as error:
-        reason = str(error).removeprefix(f"{where}: ")
-        raise CheckpointError(f"{where}: {reason}") from None
+        raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
     _check_tensors(config, directory)
     return config
 
@@ -227,9 +227,10 @@ def verify(directory: Path) -> dict[str, Any]:
     for name, entry in files.items():
         file = directory / name
         if not file.is_file():
-            raise CheckpointError(f"{directory}: {name} is missing; the checkpoint is incomplete")
-        if file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{directory}: {name} is torn ({file.stat().st_size} bytes)")
+            raise CheckpointError(f"{directory}: {name} is missing; {_REMEDY}")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{directory}: {name} is torn ({size} bytes); {_REMEDY}")
     try:
         with ThreadPoolExecutor() as pool:
             hashes = list(pool.map(lambda name: _hash(directory / name), files))
@@ -237,7 +238,9 @@ def verify(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory}: cannot be read ({error})") from None
     for (name, entry), found in zip(files.items(), hashes, strict=True):
         if found != entry["sha256"]:
-            raise CheckpointError(f"{directory}: {name} was altered since it was written")
+            raise CheckpointError(
+                f"{directory}: {name} was altered since it was written; {_REMEDY}"
+            )
     return manifest
 
 
@@ -245,11 +248,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest alone, its own hash checked, no file compared with it."""
     where = directory / "manifest.json"
     manifest = _read_json(where)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise CheckpointError(f"{where}: not of a checkpoint that this version reads; check PATH")
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     if where.read_bytes() != _manifest_text(body).encode():
-        raise CheckpointError(f"{where}: was altered since it was written")
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise CheckpointError(f"{where}: not a checkpoint this version of OpenPaLM reads")
+        raise CheckpointError(f"{where}: was altered since it was written; {_REMEDY}")
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(_is_entry(*item) for item in files.items()):
         raise CheckpointError(f"{where}: its list of files is not one this project writes")
@@ -303,8 +306,7 @@ def _check_tensors(config: ModelConfig, directory: Path) -> None:
     where = directory / "model.safetensors"
     try:
         with safetensors.safe_open(where, framework="pt") as file:
-            names = list(file.keys())
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            stored = {n: tuple(file.get_slice(n).get_shape()) for n in list(file.keys())}
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{where}: cannot be read ({error})") from None
     numbers = sum(math.prod(shape) for shape in stored.values())
@@ -316,11 +318,9 @@ def _check_tensors(config: ModelConfig, directory: Path) -> None:
     with torch.device("meta"):
         model = Transformer(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    differing = {name for name, _ in stored.items() ^ wanted.items()}
-    if differing:
-        raise CheckpointError(
-            f"{where}: a checkpoint of another model (differs in {min(differing)})"
-        )
+    odd = {name for name, _ in stored.items() ^ wanted.items()}
+    if odd:
+        raise CheckpointError(f"{where}: a checkpoint of another model (differs in {min(odd)})")
 
 
 def _write_contents(
@@ -467,7 +467,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: too large for what it should hold")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing; the checkpoint is incomplete") from None
+        raise CheckpointError(f"{path}: is missing; {_REMEDY}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content, dict):

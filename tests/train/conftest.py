@@ -1,6 +1,5 @@
 """A small dataset, and the command line with models small enough for a test."""
 
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,27 +9,11 @@ import pytest
 # Under --import-mode=importlib nothing else lets tests import what they share.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from train_samples import tiny
+from train_samples import tiny, write_dataset
 
 from openpalm.cli.main import main
-from openpalm.data.shards import PrepareRequest, prepare
 from openpalm.model.config import PRESETS, Preset
 from openpalm.train import measure
-
-SENTENCE = "the model reads a word and then it writes the next word after that one"
-
-
-def write_dataset(folder: Path, *, seed: int = 0, tokenizer: str = "byte") -> Path:
-    """`folder`/data: sentences of a few words, prepared with a tokenizer."""
-    folder.mkdir(parents=True)
-    drawn = random.Random(seed)
-    text = "".join(
-        " ".join(drawn.choices(SENTENCE.split(), k=drawn.randint(4, 9))) + ".\n" for _ in range(300)
-    )
-    (folder / "text.txt").write_text(text, encoding="utf-8")
-    out = folder / "data"
-    prepare(PrepareRequest(inputs=[str(folder / "text.txt")], out=out, tokenizer=tokenizer))
-    return out
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_samples import random_loader, tiny
+from train_samples import random_loader, tiny, trainer_of
 
 from openpalm.model.transformer import initialise
 from openpalm.train import measure
@@ -100,6 +100,17 @@ def test_a_budget_holds_its_steps_and_looks(
 
 def test_the_rate_of_this_machine_is_a_rate():
     assert 1e8 < measure.matmul_flops(CPU, torch.float32, repeats=1) < 1e16
+
+
+def test_every_look_is_timed_once():
+    seen: list[tuple[object, object]] = []
+    trainer = trainer_of()
+    looks = [lambda model, dtype: seen.append((model, dtype)) for _ in range(3)]
+    asked = settings(steps=None, minutes=0.01, dtype="float32", chosen=Chosen(peak_flops=1.0))
+    found = choose(asked, lambda dtype: trainer, looks, CPU)
+    assert seen == [(trainer.model, torch.float32)] * 3
+    assert found.steps is not None
+    assert 1 <= found.steps < 600  # a step takes more than a millisecond
 
 
 def losses(out: Path, asked: TrainSettings) -> list[float]:

@@ -1,5 +1,7 @@
 """Models, batches and trainers small enough for a test."""
 
+import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openpalm.data.loader import IGNORE, Batch, TokenLoader
+from openpalm.data.shards import PrepareRequest, prepare
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.train.config import OptimSettings
@@ -15,6 +18,7 @@ from openpalm.train.optim import Optimizer
 from openpalm.train.trainer import Trainer
 
 VOCAB = 80
+SENTENCE = "the model reads a word and then it writes the next word after that one"
 
 
 def tiny(**changes: Any) -> ModelConfig:
@@ -105,3 +109,16 @@ def trainer_of(
         steps=steps,
         **more,
     )
+
+
+def write_dataset(folder: Path, *, seed: int = 0, tokenizer: str = "byte") -> Path:
+    """`folder`/data: sentences of a few words, prepared with a tokenizer."""
+    folder.mkdir(parents=True)
+    drawn = random.Random(seed)
+    text = "".join(
+        " ".join(drawn.choices(SENTENCE.split(), k=drawn.randint(4, 9))) + ".\n" for _ in range(300)
+    )
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    out = folder / "data"
+    prepare(PrepareRequest(inputs=[str(folder / "text.txt")], out=out, tokenizer=tokenizer))
+    return out

@@ -10,6 +10,8 @@ from openpalm.settings import spell
 
 PROBES_A_RUN = 10
 """Evaluations and checkpoints of a run whose settings do not say how many."""
+LEAST_STEPS_APART = 20
+"""Between two of them, where the settings do not say."""
 
 
 def _check(condition: bool, name: str, value: object, wanted: str) -> None:
@@ -114,9 +116,9 @@ class TrainSettings:
     microbatch_tokens: int = 8192
     """tokens in memory at a time; a step accumulates as many microbatches as it needs"""
     save_every: int | None = None
-    """steps between checkpoints; not set is ten a run"""
+    """steps between checkpoints; not set is ten a run, at least 20 steps apart"""
     eval_every: int | None = None
-    """steps between evaluations; not set is ten a run"""
+    """steps between evaluations; not set is ten a run, at least 20 steps apart"""
     keep: int = 3
     """newest checkpoints to keep; 0 keeps all"""
     device: str = "auto"

@@ -29,7 +29,14 @@ from openpalm.errors import SettingsError
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.settings import build, plain, read_yaml, spell, to_yaml
-from openpalm.train.config import PROBES_A_RUN, BatchShape, Chosen, TrainSettings, batch_shape
+from openpalm.train.config import (
+    LEAST_STEPS_APART,
+    PROBES_A_RUN,
+    BatchShape,
+    Chosen,
+    TrainSettings,
+    batch_shape,
+)
 from openpalm.train.measure import choose
 from openpalm.train.metrics import LiveLine, RowFile
 from openpalm.train.objective import Loader, NextToken, Objective
@@ -113,7 +120,7 @@ class _Session:
         self.shape = shape
         self.rows = RowFile(settings.out / "metrics.jsonl")
         self.started = time.monotonic()
-        tenth = max(1, trainer.steps // PROBES_A_RUN)
+        tenth = max(LEAST_STEPS_APART, trainer.steps // PROBES_A_RUN)
         self.eval_every = settings.eval_every or settings.chosen.eval_every or tenth
         self.save_every = settings.save_every or tenth
 
@@ -173,7 +180,7 @@ class _Session:
             "loss": report.loss,
             "tokens": self.trainer.counted,
             "elapsed_s": round(self._elapsed_s(), 3),
-            "lr_factor": report.lr_factor,
+            "lr": report.lr_factor * (self.settings.optim.lr or self.job.learning_rate),
             "grad_norm": report.grad_norm,
             "tokens_per_s": round(rate, 1),
             "mfu": share,
@@ -344,14 +351,17 @@ def _locked(out: Path) -> Iterator[None]:
     """Keeps a second process out of the directory; leaves no file behind."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise SettingsError(f"--out {out}: is a file; choose a directory") from None
+    except (FileExistsError, NotADirectoryError):
+        raise SettingsError(f"--out {out}: is, or is under, a file; choose a directory") from None
+    except PermissionError:
+        raise SettingsError(f"--out {out}: may not be written; choose another place") from None
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"--out {out}: another process is training in it") from None
         yield
-    except BlockingIOError:
-        raise SettingsError(f"--out {out}: another process is training in it") from None
     finally:
         os.close(descriptor)
 
