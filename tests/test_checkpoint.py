@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import openpalm
-from openpalm import checkpoint
+from openpalm import checkpoint, tensor_store
 from openpalm.checkpoint import TrainState
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model.config import ModelConfig
@@ -476,7 +476,7 @@ def test_an_entry_that_would_be_unpickled_is_refused(copied: Path, tmp_path: Pat
     marker = tmp_path / "executed"
     for path in (copied / "train").iterdir():
         path.unlink()
-    with checkpoint._alone():
+    with tensor_store._alone():
         state_dict_saver.save(
             {"bomb": Bomb(marker)}, checkpoint_id=str(copied / "train"), no_dist=True
         )
@@ -562,9 +562,9 @@ FAILURES: dict[str, tuple[str, BaseException]] = {
         safetensors.SafetensorError(f"I/O error: {FULL} (os error 28)"),
     ),
     "weights, as an OSError": ("safetensors.torch.save_file", no_space()),
-    "tensors": ("state_dict_saver.save", wrapped(no_space())),
+    "tensors": ("tensor_store.write", wrapped(no_space())),
     "tensors, in torch.save": (
-        "state_dict_saver.save",
+        "tensor_store.write",
         wrapped(
             RuntimeError(
                 "[enforce fail at inline_container.cc:778] . PytorchStreamWriter failed "
@@ -573,7 +573,7 @@ FAILURES: dict[str, tuple[str, BaseException]] = {
         ),
     ),
     "tensors, at its end": (
-        "state_dict_saver.save",
+        "tensor_store.write",
         wrapped(RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0")),
     ),
     "texts": ("_write_text", no_space()),
@@ -632,7 +632,7 @@ def test_what_is_not_the_disk_s_fault_passes(
     def fail(*_: Any, **__: Any) -> None:
         raise wrapped(error) if wrap else error
 
-    monkeypatch.setattr(checkpoint.state_dict_saver, "save", fail)
+    monkeypatch.setattr(checkpoint.tensor_store, "write", fail)
     with pytest.raises(type(error)):
         save(tmp_path / "ckpt")
     assert list(tmp_path.iterdir()) == []

@@ -10,33 +10,26 @@ loaded from one whose files differ from its manifest, and loading never runs cod
 Deleting `train/` publishes a model.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from openpalm import __version__
+from openpalm import __version__, tensor_store
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model.config import ModelConfig, config_from_json
 from openpalm.model.transformer import Transformer
@@ -94,7 +87,7 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        cause = _cause(error)
+        cause = tensor_store.cause(error)
         if refused := _refusal(cause):
             raise StorageError(f"{directory}: cannot be saved ({refused})") from error
         raise cause from None
@@ -150,22 +143,7 @@ def load_train_state(directory: Path) -> TrainState:
     folder = directory / "train"
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: holds no train/ to resume; start from it with --init")
-    reader = _TensorReader(folder)
-    index = reader.read_metadata().state_dict_metadata
-    try:
-        tensors: dict[str, Any] = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in index.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        with _alone():
-            state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
-    except (Exception, CheckpointException) as error:  # an index that lies fails in many ways
-        cause = _cause(error)
-        if not isinstance(cause, Exception):
-            raise cause from None
-        reason = str(cause).partition("\n")[0]
-        raise CheckpointError(f"{folder}: cannot be read ({reason})") from None
+    tensors = tensor_store.read(folder)
     return TrainState(tensors, _read_json(folder / "state.json"))
 
 
@@ -343,9 +321,7 @@ def _write_contents(
         safetensors.torch.save_file(pair, partial / "fingerprint.safetensors")
     if train is not None:
         (partial / "train").mkdir()
-        writer = FileSystemWriter(partial / "train", thread_count=1)
-        with _alone():
-            state_dict_saver.save(dict(train.tensors), storage_writer=writer, no_dist=True)
+        tensor_store.write(partial / "train", train.tensors)
         _write_text(partial / "train" / "state.json", json.dumps(train.values, indent=1) + "\n")
     _write_text(partial / "card.md", card or default_card(model.config))
 
@@ -379,75 +355,6 @@ def default_card(config: ModelConfig) -> str:
         "Where it came from is in manifest.json under `lineage`.\n"
         "It repeats what its data says, true or not; look at its answers before relying on one.\n"
     )
-
-
-class _TensorReader(FileSystemReader):
-    """Reads DCP's index through an allow-list, and accepts tensors only.
-
-    The index is a pickle and non-tensor entries are unpickled, so a foreign directory could run
-    code; see docs on safety of files.
-    """
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        where = Path(self.path) / ".metadata"
-        try:
-            with where.open("rb") as file:
-                metadata = _IndexUnpickler(file).load()
-            wrong = _wrong_in_index(metadata, where.parent)
-            metadata.storage_meta.load_id = self.load_id
-        except Exception as error:  # a damaged pickle fails in many ways
-            raise CheckpointError(f"{where}: not an index of tensors ({error})") from None
-        if wrong:
-            raise CheckpointError(f"{where}: {wrong}; it was not written here")
-        return metadata
-
-
-def _wrong_in_index(metadata: Metadata, folder: Path) -> str | None:
-    """Why an index is not to be followed, or None."""
-    everything = metadata.state_dict_metadata.values()
-    entries = [entry for entry in everything if isinstance(entry, TensorStorageMetadata)]
-    if len(entries) != len(everything):
-        return "holds more than tensors"
-    if any("/" in info.relative_path for info in metadata.storage_data.values()):
-        return "points outside its directory"
-    if any(sum(math.prod(c.sizes) for c in e.chunks) != math.prod(e.size) for e in entries):
-        return "holds parts of tensors"
-    wanted = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
-    if wanted > sum(file.stat().st_size for file in folder.iterdir()):
-        return f"promises {wanted:,} bytes of tensors, more than its files hold"
-    return None
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    _ALLOWED: ClassVar = {
-        "pathlib": "PosixPath WindowsPath",
-        "pathlib._local": "PosixPath WindowsPath",
-        "torch": "Size float64 float32 float16 bfloat16 int64 int32 uint8 bool",
-        "torch.serialization": "_get_layout",
-        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
-        "torch.distributed.checkpoint.metadata": "Metadata TensorStorageMetadata TensorProperties "
-        "ChunkStorageMetadata MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self._ALLOWED.get(module, "").split():
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-        return super().find_class(module, name)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """DCP warns that no process group exists; with one process that is what we mean."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What failed: DCP wraps everything, an interrupt too, once a rank."""
-    if isinstance(error, CheckpointException):
-        return next(iter(error.failures.values()))[0]
-    return error
 
 
 def _refusal(error: BaseException) -> str | None:

@@ -299,7 +299,7 @@ def test_out_is_a_file(base, work, quickly):
     Path("out").write_text("mine")
     words = ["--data", work / "data", "--steps", 1]
     line = quickly("train", "--init", base, *words, "--out", "out")
-    assert "--out out: is a file; choose a directory" in line
+    assert "--out out: is, or is under, a file; choose a directory" in line
     line = quickly("data", "prepare", work / "text.txt", "--tokenizer", "byte", "--out", "out")
     assert "--out out: out is a file; name a folder" in line
     assert Path("out").read_text() == "mine"

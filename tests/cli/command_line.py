@@ -57,7 +57,8 @@ def make_run(folder: Path) -> Path:
     ok("data", "prepare", folder / "text.txt", "--out", folder / "data", "--tokenizer", "byte")
     base = write_base(folder / "base")
     words = ["--init", base, "--data", folder / "data", "--out", folder / "run"]
-    words += ["--steps", 8, "--batch-tokens", 192, "--dtype", "float32", "--eval-every", 4]
+    words += ["--steps", 8, "--batch-tokens", 192, "--dtype", "float32"]
+    words += ["--eval-every", 4, "--save-every", 4]
     ok("train", *words)
     return folder
 

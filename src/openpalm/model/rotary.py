@@ -34,8 +34,7 @@ class Rotary(nn.Module):
         """Tables for integer `positions` [time] or [batch, time], all below `longest`."""
         tables = self._tables
         if tables is None or tables.shape[1] < longest or tables.device != positions.device:
-            rounded = max(self.config.context, 1 << (longest - 1).bit_length())
-            length = longest if self.config.xpos_base else rounded
+            length = _rounded(longest, self.config)
             tables = self._tables = _tables(self.config, length, positions.device)
         query_cos, query_sin, key_cos, key_sin = tables[:, positions].unbind(0)
         return RotaryTables((query_cos, query_sin), (key_cos, key_sin))
@@ -57,6 +56,18 @@ class Rotary(nn.Module):
             return torch.cat([-second, first], dim=-1)
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([-second, first], dim=-1).flatten(-2)
+
+
+def _rounded(longest: int, config: ModelConfig) -> int:
+    """Positions to make at once: a power of two, where xPos can reach that far."""
+    length = max(256, 1 << (longest - 1).bit_length())
+    return max(longest, min(length, xpos_reach(config))) if config.xpos_base else length
+
+
+def xpos_reach(config: ModelConfig) -> int:
+    """Tokens whose xPos powers stay within float32."""
+    per_base = _MAX_LOG_SCALE / -math.log(0.4 / 1.4)
+    return int(per_base * config.xpos_base) + config.context // 2
 
 
 def _tables(config: ModelConfig, length: int, device: torch.device) -> Tensor:
@@ -94,9 +105,9 @@ def _xpos_scale(config: ModelConfig, position: Tensor) -> Tensor:
     power = (position - config.context // 2) / config.xpos_base
     largest = power.abs().max().item() * -log_scale[0].item()
     if largest > _MAX_LOG_SCALE:
-        reach = int(_MAX_LOG_SCALE / -math.log(0.4 / 1.4) * config.xpos_base) + config.context // 2
         raise SettingsError(
             f"{len(position)} tokens are too many for xPos with base {config.xpos_base:g}: its "
-            f"powers leave float32; stay below {reach} tokens or train with a larger context"
+            f"powers leave float32; stay below {xpos_reach(config)} tokens, or train with a "
+            "larger context"
         )
     return (power[:, None] * log_scale).exp().repeat(1, 2)

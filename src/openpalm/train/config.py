@@ -79,6 +79,8 @@ class Chosen:
     """the faster one on this machine, where --dtype is auto"""
     steps: int | None = None
     """steps that fit --minutes"""
+    minutes: float | None = None
+    """the --minutes that they fit"""
     eval_every: int | None = None
     """steps between evaluations, so that they take little of --minutes"""
     peak_flops: float | None = None

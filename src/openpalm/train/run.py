@@ -246,12 +246,17 @@ def _begin_or_recall(
         known = getattr(settings.chosen, name)
         if known not in (None, getattr(given, name)):
             what = "--data" if name == "data" else "--init"
-            raise SettingsError(f"{what}: not what --config's run used (chosen.{name} differs)")
+            raise SettingsError(
+                f"{what}: not what --config's run used (chosen.{name} differs); "
+                "remove `chosen` from the file to use this one"
+            )
     _refuse_strangers(settings.out)
+    if settings.minutes != given.minutes:
+        given = replace(given, steps=None, eval_every=None)
     steps = settings.steps or given.steps
     if settings.epochs:
         steps = max(1, round(settings.epochs * job.sequences_per_epoch / shape.sequences))
-    settings = replace(settings, chosen=replace(given, steps=steps))
+    settings = replace(settings, chosen=replace(given, steps=steps, minutes=settings.minutes))
 
     def make_trainer(dtype: torch.dtype) -> Trainer:
         return _make_trainer(settings, job, shape, device, lambda m: initialise(m, seed=0), dtype)
@@ -280,6 +285,8 @@ def _refuse_differences(stored: TrainSettings, asked: TrainSettings, given: Chos
             side.pop(name, None)
     old |= {"data": stored.chosen.data, "init": stored.chosen.parent}
     new |= {"data": given.data, "init": given.parent}
+    if stored.init == asked.init and checkpoint.steps(asked.out):
+        new["init"] = old["init"]  # the parent run may have gone on; this one has begun
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             was, now = _first_difference(old.get(name), new.get(name))

@@ -92,7 +92,7 @@ class Trainer:
         count = round(self.world.sum(sum(self.objective.count(batch) for batch in batches)))
         total, sums = 0.0, dict[str, float]()
         if count == 0:
-            return 0.0, 0, {}
+            return math.nan, 0, {}
         for batch in batches:
             with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
                 loss, metrics = self.objective.loss(self.model, batch.to(self.device))

@@ -1,0 +1,120 @@
+"""Named tensors in a directory, as torch.distributed.checkpoint lays them out; tensors only.
+
+The layout reshards on load, so one process or many write and read it. Its index is a pickle and
+it would unpickle anything that is not a tensor: here the index is read through an allow-list of
+data types, and what is not a tensor is refused.
+"""
+
+import contextlib
+import math
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from openpalm.errors import CheckpointError
+
+
+def write(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes the tensors into an existing directory, files forced to disk."""
+    with _alone():
+        writer = FileSystemWriter(folder, thread_count=1)
+        state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=True)
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the directory. Raises CheckpointError for anything `write` does not write."""
+    reader = _Reader(folder)
+    index = reader.read_metadata().state_dict_metadata
+    try:
+        tensors: dict[str, Any] = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in index.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        with _alone():
+            state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
+    except (Exception, CheckpointException) as error:  # an index that lies fails in many ways
+        failed = cause(error)
+        if not isinstance(failed, Exception):
+            raise failed from None
+        reason = str(failed).partition("\n")[0]
+        raise CheckpointError(f"{folder}: cannot be read ({reason})") from None
+    return tensors
+
+
+class _Reader(FileSystemReader):
+    """Reads DCP's index through an allow-list, and accepts tensors only.
+
+    The index is a pickle and non-tensor entries are unpickled, so a foreign directory could run
+    code; see docs on safety of files.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        where = Path(self.path) / ".metadata"
+        try:
+            with where.open("rb") as file:
+                metadata = _IndexUnpickler(file).load()
+            wrong = _wrong_in_index(metadata, where.parent)
+            metadata.storage_meta.load_id = self.load_id
+        except Exception as error:  # a damaged pickle fails in many ways
+            raise CheckpointError(f"{where}: not an index of tensors ({error})") from None
+        if wrong:
+            raise CheckpointError(f"{where}: {wrong}; it was not written here")
+        return metadata
+
+
+def _wrong_in_index(metadata: Metadata, folder: Path) -> str | None:
+    """Why an index is not to be followed, or None."""
+    everything = metadata.state_dict_metadata.values()
+    entries = [entry for entry in everything if isinstance(entry, TensorStorageMetadata)]
+    if len(entries) != len(everything):
+        return "holds more than tensors"
+    if any("/" in info.relative_path for info in metadata.storage_data.values()):
+        return "points outside its directory"
+    if any(sum(math.prod(c.sizes) for c in e.chunks) != math.prod(e.size) for e in entries):
+        return "holds parts of tensors"
+    wanted = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
+    if wanted > sum(file.stat().st_size for file in folder.iterdir()):
+        return f"promises {wanted:,} bytes of tensors, more than its files hold"
+    return None
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    _ALLOWED: ClassVar = {
+        "pathlib": "PosixPath WindowsPath",
+        "pathlib._local": "PosixPath WindowsPath",
+        "torch": "Size float64 float32 float16 bfloat16 int64 int32 uint8 bool",
+        "torch.serialization": "_get_layout",
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        "torch.distributed.checkpoint.metadata": "Metadata TensorStorageMetadata TensorProperties "
+        "ChunkStorageMetadata MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self._ALLOWED.get(module, "").split():
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        return super().find_class(module, name)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """DCP warns that no process group exists; with one process that is what we mean."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def cause(error: BaseException) -> BaseException:
+    """What failed: DCP wraps everything, an interrupt too, once a rank."""
+    if isinstance(error, CheckpointException):
+        return next(iter(error.failures.values()))[0]
+    return error
