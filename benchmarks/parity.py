@@ -6,7 +6,7 @@ python benchmarks/parity.py
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "parity"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 
 from parity_cases import CASES, Case
 

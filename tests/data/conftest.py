@@ -1,16 +1,9 @@
 """Small vocabularies of every kind."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from data_samples import TEXTS, definition
 
 from openpalm.data.tokenizer import Tokenizer
-
-# Under --import-mode=importlib nothing else lets tests import what they share.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from data_samples import TEXTS, definition
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,9 @@
 """A small dataset, and the command line with models small enough for a test."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-# Under --import-mode=importlib nothing else lets tests import what they share.
-sys.path.insert(0, str(Path(__file__).parent))
-
 from train_samples import tiny, write_dataset
 
 from openpalm.cli.main import main

@@ -328,7 +328,7 @@ def test_killed_around_the_writing_of_the_settings(
     monkeypatch: pytest.MonkeyPatch,
     when: str,
 ):
-    from openpalm.train import run as run_module
+    from openpalm.train import directory as run_module
 
     original = run_module._write_whole
 

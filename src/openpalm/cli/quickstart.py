@@ -90,8 +90,8 @@ def prepare_data(settings: QuickstartSettings, console: "Console") -> "Manifest"
         manifest = prepare(request)
     train, val = manifest.splits["train"], manifest.splits["val"]
     console.print(
-        f"{manifest.documents.read:,} documents, {manifest.documents.duplicates:,} repeated ones "
-        f"removed; {train.tokens:,} tokens to train on, {val.tokens:,} to validate, "
+        f"{manifest.documents.read:,} documents, {manifest.documents.duplicates:,} of them exact "
+        f"copies and left out; {train.tokens:,} tokens to train on, {val.tokens:,} to validate, "
         f"{train.bytes / train.tokens:.2f} bytes a token"
     )
     return manifest

@@ -9,8 +9,6 @@ At a step the rows are written first, then the probes', then the checkpoint: wha
 restores, its rows are there.
 """
 
-import fcntl
-import os
 import shutil
 import signal
 import time
@@ -25,15 +23,14 @@ from rich.console import Console
 
 from openpalm import checkpoint
 from openpalm.distributed import pick_device, world
-from openpalm.errors import SettingsError
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
-from openpalm.settings import build, plain, read_yaml, spell, to_yaml
+from openpalm.settings import plain
+from openpalm.train import directory
 from openpalm.train.config import (
     LEAST_STEPS_APART,
     PROBES_A_RUN,
     BatchShape,
-    Chosen,
     TrainSettings,
     batch_shape,
 )
@@ -95,8 +92,8 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
     device = pick_device(settings.device)
     shape = batch_shape(settings, settings.sequence_length or job.config.context, world().size)
     with ExitStack() as stack:
-        stack.enter_context(_locked(out))
-        settings = _begin_or_recall(settings, job, shape, device)
+        stack.enter_context(directory.locked(out))
+        settings = _settled(settings, job, shape, device)
         chosen = settings.chosen
         assert chosen.steps is not None
         newest = checkpoint.latest(out)
@@ -227,30 +224,19 @@ class _Session:
         checkpoint.remove_partial(self.settings.out)
         for name in {"metrics.jsonl", *(probe.file for probe in self.job.probes)}:
             RowFile(self.settings.out / name).cut_after(step)
-        for directory in checkpoint.steps(self.settings.out):
-            if _step_of(directory) > step:  # damaged: latest() passed over it
-                _set_aside(directory)
+        for newer in checkpoint.steps(self.settings.out):
+            if _step_of(newer) > step:  # damaged: latest() passed over it
+                _set_aside(newer)
 
 
-def _begin_or_recall(
+def _settled(
     settings: TrainSettings, job: Job, shape: BatchShape, device: torch.device
 ) -> TrainSettings:
     """The run's full settings: recalled where it exists, else measured and written."""
-    file = settings.out / "config.yaml"
     given = replace(settings.chosen, data=job.data_hash, parent=job.parent_hash)
-    if file.exists():
-        stored = _recall(file)
-        _refuse_differences(stored, settings, given)
-        return replace(settings, chosen=stored.chosen)
-    for name in ("data", "parent"):
-        known = getattr(settings.chosen, name)
-        if known not in (None, getattr(given, name)):
-            what = "--data" if name == "data" else "--init"
-            raise SettingsError(
-                f"{what}: not what --config's run used (chosen.{name} differs); "
-                "remove `chosen` from the file to use this one"
-            )
-    _refuse_strangers(settings.out)
+    if known := directory.recall(settings, given):
+        return known
+    directory.check_new(settings, given)
     if settings.minutes != given.minutes:
         given = replace(given, steps=None, eval_every=None)
     steps = settings.steps or given.steps
@@ -264,50 +250,8 @@ def _begin_or_recall(
     with Console(stderr=True).status("timing a few steps to choose what was left open"):
         chosen = choose(settings, make_trainer, [probe.look for probe in job.probes], device)
     settings = replace(settings, chosen=chosen)
-    _write_whole(file, to_yaml(settings))
+    directory.write_settings(settings)
     return settings
-
-
-def _recall(file: Path) -> TrainSettings:
-    """The settings a run was made with; whatever is wrong with them is about that file."""
-    values = read_yaml(file)
-    try:
-        return build(TrainSettings, values)
-    except (SettingsError, TypeError, ValueError) as error:
-        raise SettingsError(f"{file}: is not the settings of a run ({error})") from None
-
-
-def _refuse_differences(stored: TrainSettings, asked: TrainSettings, given: Chosen) -> None:
-    """The same --out with other settings is a mistake, not a wish."""
-    old, new = plain(stored), plain(asked)
-    for side in (old, new):
-        for name in ("out", "data", "init", "chosen"):
-            side.pop(name, None)
-    old |= {"data": stored.chosen.data, "init": stored.chosen.parent}
-    new |= {"data": given.data, "init": given.parent}
-    if stored.init == asked.init and checkpoint.steps(asked.out):
-        new["init"] = old["init"]  # the parent run may have gone on; this one has begun
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            was, now = _first_difference(old.get(name), new.get(name))
-            raise SettingsError(
-                f"--out {asked.out}: that run was made with another {spell(name)} "
-                f"({was}, now {now}); choose another --out"
-            )
-
-
-def _first_difference(old: Any, new: Any) -> tuple[str, str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        key = next(k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
-        return f"{key} {old.get(key, 'not set')}", str(new.get(key, "not set"))
-    was, now = ("not set" if value is None else str(value) for value in (old, new))
-    return was, now
-
-
-def _refuse_strangers(out: Path) -> None:
-    strangers = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-    if strangers:
-        raise SettingsError(f"--out {out}: holds {strangers[0]} but no run; choose a new directory")
 
 
 def _make_trainer(
@@ -333,44 +277,15 @@ def _make_trainer(
     )
 
 
-def _set_aside(directory: Path) -> None:
+def _set_aside(damaged: Path) -> None:
     """Renames a damaged checkpoint out of the way of the one that will take its name."""
-    aside = directory.with_name(f"damaged-{directory.name}")
+    aside = damaged.with_name(f"damaged-{damaged.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    directory.rename(aside)
+    damaged.rename(aside)
 
 
-def _step_of(directory: Path) -> int:
-    return int(directory.name.removeprefix("step-"))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keeps a second process out of the directory; leaves no file behind."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise SettingsError(f"--out {out}: is, or is under, a file; choose a directory") from None
-    except PermissionError:
-        raise SettingsError(f"--out {out}: may not be written; choose another place") from None
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"--out {out}: another process is training in it") from None
-        yield
-    finally:
-        os.close(descriptor)
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 @contextmanager

@@ -1,13 +1,6 @@
-"""The command line of tests/cli, and a tiny run."""
-
-import sys
-from pathlib import Path
+"""One tiny run for all tests that go through the command line."""
 
 import pytest
-
-# Under --import-mode=importlib nothing else lets tests import what they share.
-sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
-
 from command_line import make_run
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from openpalm.convert.eras import ERAS, Era, era_of
 from openpalm.convert.foreign import Foreign, read_foreign
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "parity" / "data"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,0 @@
-"""The tiny models of the generation tests."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "generate"))
