@@ -1,8 +1,8 @@
 """The parallel block: x + attention(norm(x)) + feedforward(norm(x)), for both families.
 
 `project_in` and `project_out` are the seam: they own the block's matrices under canonical names
-(q, kv, gate, up, out, down), and fused, sharded or adapted versions can take their place without
-the block, attention or rotary knowing.
+(q, kv, gate, up, out, down), and fused, packed, sharded or adapted versions can take their place
+without the block, attention or rotary knowing. `ProjectHead` is the same seam for the vocabulary.
 """
 
 from typing import Protocol
@@ -66,6 +66,13 @@ class ProjectOut(nn.Module):
 
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
         return F.linear(attended, self.out) + F.linear(hidden, self.down, self.down_bias)
+
+
+class ProjectHead(nn.Module):
+    """States [..., dim] -> logits [..., rows of the table]; the table is the model's own."""
+
+    def forward(self, states: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(states, table, bias)
 
 
 class Attend(Protocol):

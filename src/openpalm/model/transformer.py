@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openpalm.model.block import Attend, Block, Norm, attend_cached, attend_whole
+from openpalm.model.block import Attend, Block, Norm, ProjectHead, attend_cached, attend_whole
 from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
 from openpalm.model.rotary import Rotary
@@ -26,6 +26,7 @@ class Transformer(nn.Module):
         self.rotary = Rotary(config)
         self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.depth))
         self.norm = Norm(config)
+        self.project_head = ProjectHead()
         self.unembedding = None if config.tied else nn.Parameter(torch.empty_like(self.embedding))
         self.head_bias = nn.Parameter(torch.empty(config.padded_vocab)) if config.bias else None
 
@@ -62,7 +63,7 @@ class Transformer(nn.Module):
         """Logits, float32 [..., vocab_size], of residual-stream states [..., dim]."""
         states = self.norm(residual) if self.config.norm_before_head else residual
         table = self.embedding if self.unembedding is None else self.unembedding
-        logits = F.linear(states, table, self.head_bias)
+        logits = self.project_head(states, table, self.head_bias)
         return logits[..., : self.config.vocab_size].float()
 
     def _context(self, ids: Tensor, cache: KVCache | None) -> tuple[Tensor, Attend, int]:

@@ -1,0 +1,173 @@
+"""A model's matrices made ready for decoding: fused, and stored as its kernels read fastest.
+
+Decoding one token reads every weight once and does little else, so its speed is that of memory:
+fewer bytes a weight, laid out as they are read. Packed modules take the place of project_in,
+project_out and the head; the model stays the model.
+"""
+
+import copy
+from typing import Literal, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openpalm.errors import SettingsError
+from openpalm.model.transformer import Transformer
+
+Weights = Literal["float32", "bfloat16", "int8", "int4"]
+M = TypeVar("M", bound=nn.Module)
+INT4_GROUP = 32
+"""Neighbouring weights that share a scale and a zero point."""
+
+
+class Matrix(Protocol):
+    """A packed matrix [rows, columns]: x [..., columns] -> [..., rows]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def pack(model: Transformer, weights: Weights) -> Transformer:
+    """The model with its matrices packed; norms and embedding are shared with `model`.
+
+    int8 keeps a scale a row, int4 a scale and zero point for each 32 weights of a row; both compute
+    in bfloat16. Raises SettingsError where this device has no kernel for them.
+    """
+    table = model.embedding
+    if weights in ("int8", "int4") and table.device.type != "cpu":
+        raise SettingsError(f"--weights {weights}: needs a CPU so far; use bfloat16 on a GPU")
+    if weights != "float32":
+        model = _as(model, torch.bfloat16)
+    packed = _sharing(model)
+    packed.blocks = nn.ModuleList(_packed_block(block, weights) for block in model.blocks)
+    unembedding = model.embedding if model.unembedding is None else model.unembedding
+    packed.project_head = _PackedHead(_matrix(unembedding, weights))
+    return packed.eval()
+
+
+class _PackedIn(nn.Module):
+    def __init__(self, plain: nn.Module, weights: Weights):
+        super().__init__()
+        self.sizes = list(plain.rows.values())  # type: ignore[union-attr]
+        self.matrix = _matrix(torch.cat([getattr(plain, name) for name in plain.rows]), weights)  # type: ignore[union-attr]
+        self.up_bias = plain.up_bias
+
+    def forward(self, n: Tensor) -> tuple[Tensor, ...]:
+        *parts, up = self.matrix(n).split(self.sizes, dim=-1)
+        return *parts, up if self.up_bias is None else up + self.up_bias
+
+
+class _PackedOut(nn.Module):
+    """Both outputs as one matrix over [attended, hidden]."""
+
+    def __init__(self, plain: nn.Module, weights: Weights):
+        super().__init__()
+        self.matrix = _matrix(torch.cat([plain.out, plain.down], dim=1), weights)  # type: ignore[list-item]
+        self.down_bias = plain.down_bias
+
+    def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        update = self.matrix(torch.cat([attended, hidden], dim=-1))
+        return update if self.down_bias is None else update + self.down_bias
+
+
+class _PackedHead(nn.Module):
+    def __init__(self, matrix: Matrix):
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, states: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
+        logits = self.matrix(states)
+        return logits if bias is None else logits + bias
+
+
+class _Dense:
+    def __init__(self, weight: Tensor):
+        self.weight = weight.contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class _OneDnn:
+    """bfloat16 on a CPU, in the blocked layout that oneDNN's kernels want."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class _Int8:
+    """A scale a row; activations stay bfloat16."""
+
+    def __init__(self, weight: Tensor):
+        weight = weight.float()
+        scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
+        self.weight = (weight / scales[:, None]).round().to(torch.int8)
+        self.scales = scales.to(torch.bfloat16)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        out = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
+        return out.unflatten(0, x.shape[:-1])
+
+
+class _Int4:
+    """w = (q - 8) scale + zero, q in 0..15, for each group of a row."""
+
+    def __init__(self, weight: Tensor):
+        groups = weight.float().unflatten(1, (-1, INT4_GROUP))
+        low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+        scale = ((high - low) / 15).clamp_min(1e-12)
+        zero = low + 8 * scale
+        q = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15)
+        codes = q.to(torch.int32).flatten(1)
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self.scales_zeros = torch.stack([scale, zero], dim=-1).transpose(0, 1)
+        self.scales_zeros = self.scales_zeros.contiguous().to(torch.bfloat16)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self.weight, INT4_GROUP, self.scales_zeros
+        )
+        return out.unflatten(0, x.shape[:-1])
+
+
+def _matrix(weight: Tensor, weights: Weights) -> Matrix:
+    weight = weight.detach()
+    on_cpu = weight.device.type == "cpu"
+    if weights == "bfloat16" and on_cpu and torch.backends.mkldnn.is_available():
+        return _OneDnn(weight)
+    if weights == "int8":
+        return _Int8(weight)
+    if weights == "int4":
+        if weight.shape[1] % INT4_GROUP or weight.shape[0] % 16:
+            raise SettingsError(
+                f"--weights int4: needs matrices in multiples of 16 x {INT4_GROUP}, this model has "
+                f"{weight.shape[0]} x {weight.shape[1]}; use int8"
+            )
+        return _Int4(weight)
+    return _Dense(weight)
+
+
+def _packed_block(block: nn.Module, weights: Weights) -> nn.Module:
+    packed = _sharing(block)
+    packed.project_in = _PackedIn(block.project_in, weights)  # type: ignore[arg-type]
+    packed.project_out = _PackedOut(block.project_out, weights)  # type: ignore[arg-type]
+    return packed
+
+
+def _sharing(module: M) -> M:
+    """A module whose parts can be replaced without touching the original's."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _as(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model in `dtype`, itself where it is already."""
+    if model.embedding.dtype == dtype:
+        return model
+    return copy.deepcopy(model).to(dtype)
