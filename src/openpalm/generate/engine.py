@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from openpalm.errors import SettingsError
+from openpalm.generate.pack import Weights, pack
 from openpalm.generate.sampling import distribution, draw
 from openpalm.model.cache import KVCache
 from openpalm.model.transformer import Transformer
@@ -66,13 +67,22 @@ class Token:
 
 
 class Engine:
-    """Generates from one model, `slots` sequences at a time."""
+    """Generates from one model, `slots` sequences at a time.
 
-    def __init__(self, model: Transformer, *, slots: int = 16):
+    `weights` says how its matrices are kept, see generate.pack; not given, as the model has them.
+    """
+
+    def __init__(self, model: Transformer, *, slots: int = 16, weights: Weights | None = None):
         if not model.config.causal:
             raise SettingsError("a bidirectional model cannot generate text")
-        self.model = model.eval()
         self.slots = slots
+        self.weights = weights
+        self.refresh(model)
+
+    def refresh(self, model: Transformer) -> None:
+        """Takes the weights as they are now; later changes to `model` do not reach the engine."""
+        in_bfloat16 = model.embedding.dtype == torch.bfloat16
+        self.model = pack(model, self.weights or ("bfloat16" if in_bfloat16 else "float32"))
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Token]:
         """Tokens as they come, those of one request in order. Raises SettingsError for a bad id."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openpalm.errors import SettingsError
+from openpalm.model.block import Block, ProjectHead, ProjectIn, ProjectOut
 from openpalm.model.transformer import Transformer
 
 Weights = Literal["float32", "bfloat16", "int8", "int4"]
@@ -46,10 +47,10 @@ def pack(model: Transformer, weights: Weights) -> Transformer:
 
 
 class _PackedIn(nn.Module):
-    def __init__(self, plain: nn.Module, weights: Weights):
+    def __init__(self, plain: ProjectIn, weights: Weights):
         super().__init__()
-        self.sizes = list(plain.rows.values())  # type: ignore[union-attr]
-        self.matrix = _matrix(torch.cat([getattr(plain, name) for name in plain.rows]), weights)  # type: ignore[union-attr]
+        self.sizes = list(plain.rows.values())
+        self.matrix = _matrix(torch.cat([getattr(plain, name) for name in plain.rows]), weights)
         self.up_bias = plain.up_bias
 
     def forward(self, n: Tensor) -> tuple[Tensor, ...]:
@@ -60,9 +61,9 @@ class _PackedIn(nn.Module):
 class _PackedOut(nn.Module):
     """Both outputs as one matrix over [attended, hidden]."""
 
-    def __init__(self, plain: nn.Module, weights: Weights):
+    def __init__(self, plain: ProjectOut, weights: Weights):
         super().__init__()
-        self.matrix = _matrix(torch.cat([plain.out, plain.down], dim=1), weights)  # type: ignore[list-item]
+        self.matrix = _matrix(torch.cat([plain.out, plain.down], dim=1), weights)
         self.down_bias = plain.down_bias
 
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class _PackedOut(nn.Module):
         return update if self.down_bias is None else update + self.down_bias
 
 
-class _PackedHead(nn.Module):
+class _PackedHead(ProjectHead):
     def __init__(self, matrix: Matrix):
         super().__init__()
         self.matrix = matrix
@@ -153,9 +154,10 @@ def _matrix(weight: Tensor, weights: Weights) -> Matrix:
 
 
 def _packed_block(block: nn.Module, weights: Weights) -> nn.Module:
+    assert isinstance(block, Block)
     packed = _sharing(block)
-    packed.project_in = _PackedIn(block.project_in, weights)  # type: ignore[arg-type]
-    packed.project_out = _PackedOut(block.project_out, weights)  # type: ignore[arg-type]
+    packed._modules["project_in"] = _PackedIn(block.project_in, weights)
+    packed._modules["project_out"] = _PackedOut(block.project_out, weights)
     return packed
 
 

@@ -1,0 +1,101 @@
+"""Packed matrices compute what the plain ones do, as far as their bits go."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import KINDS, tiny
+
+from openpalm.errors import SettingsError
+from openpalm.generate.engine import Engine, Request, Sampling
+from openpalm.generate.pack import INT4_GROUP, _Int4, _Int8, pack
+from openpalm.model.config import ModelConfig
+from openpalm.model.transformer import Transformer, initialise
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def wide() -> Transformer:
+    """Matrices that int4's groups fit."""
+    model = Transformer(
+        ModelConfig(vocab_size=128, dim=64, depth=2, heads=4, head_dim=16, ff_dim=128)
+    )
+    initialise(model, seed=0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_packed_in_float32_is_the_model(kind):
+    model = tiny(**KINDS[kind])
+    packed = pack(model, "float32")
+    assert torch.allclose(packed.logits(IDS), model.logits(IDS), atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_in_bfloat16_is_the_model_in_bfloat16():
+    model = wide()
+    plain = wide().to(torch.bfloat16)
+    exact = model.logits(IDS)
+    rounded = (plain.logits(IDS) - exact).norm()
+    packed = (pack(model, "bfloat16").logits(IDS) - exact).norm()
+    assert packed < 1.5 * rounded
+
+
+@torch.no_grad()
+def test_int8_is_its_rounded_matrix():
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64), torch.randn(3, 64).to(torch.bfloat16)
+    matrix = _Int8(weight)
+    rounded = matrix.weight.float() * matrix.scales.float()[:, None]
+    assert (rounded - weight).abs().max() <= weight.abs().max() / 127
+    assert torch.allclose(matrix(x).float(), F.linear(x.float(), rounded), rtol=0.02, atol=0.05)
+
+
+@torch.no_grad()
+def test_int4_is_its_rounded_matrix():
+    """Each weight within half a step of its group, the product that of the rounded weights."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(32, 64), torch.randn(3, 64).to(torch.bfloat16)
+    matrix = _Int4(weight)
+    columns = matrix(torch.eye(64).to(torch.bfloat16)).float().T
+    groups = weight.unflatten(1, (-1, INT4_GROUP))
+    step = (groups.amax(-1) - groups.amin(-1)) / 15
+    error = (columns - weight).unflatten(1, (-1, INT4_GROUP)).abs().amax(-1)
+    assert (error <= 0.5 * step + 0.02).all()
+    assert torch.allclose(matrix(x).float(), F.linear(x.float(), columns), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize(("weights", "most"), [("bfloat16", 0.02), ("int8", 0.05), ("int4", 0.4)])
+@torch.no_grad()
+def test_fewer_bits_stay_near_the_model(weights, most):
+    exact = wide().logits(IDS)
+    packed = pack(wide(), weights).logits(IDS)
+    assert 0 < (packed - exact).norm() / exact.norm() < most
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_cached_decoding_works_in_every_form(weights):
+    engine = Engine(wide(), weights=weights)
+    requests = [Request([1, 2, 3], 6, Sampling(temperature=0)), Request([5], 4)]
+    assert [len(answer) for answer in engine.answers(requests)] == [6, 4]
+
+
+@torch.no_grad()
+def test_the_model_and_the_engine_do_not_disturb_each_other():
+    model = wide()
+    before = model.logits(IDS)
+    engine = Engine(model)
+    assert torch.equal(model.logits(IDS), before)
+    asked = Request([1, 2], 5, Sampling(temperature=0))
+    answer = engine.answers([asked])
+    for block in model.blocks:
+        block.project_out.down.neg_()
+    assert engine.answers([asked]) == answer
+    assert not torch.equal(model.logits(IDS), before)
+    engine.refresh(model)
+    assert torch.allclose(engine.model.logits(IDS), model.logits(IDS), atol=1e-5)
+
+
+def test_int4_says_which_matrix_does_not_fit():
+    with pytest.raises(SettingsError, match="multiples of 16 x 32"):
+        pack(tiny(dim=24), "int4")
