@@ -76,15 +76,13 @@ class Engine:
         if not model.config.causal:
             raise SettingsError("a bidirectional model cannot generate text")
         self.slots = slots
-        self.weights = weights
+        self.weights: Weights | None = weights
         self.refresh(model)
 
     def refresh(self, model: Transformer) -> None:
         """Takes the weights as they are now; later changes to `model` do not reach the engine."""
-        weights: Weights = "float32"
-        if model.embedding.dtype == torch.bfloat16:
-            weights = "bfloat16"
-        self.model = pack(model, self.weights or weights)
+        in_bfloat16 = model.embedding.dtype == torch.bfloat16
+        self.model = pack(model, self.weights or ("bfloat16" if in_bfloat16 else "float32"))
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Token]:
         """Tokens as they come, those of one request in order. Raises SettingsError for a bad id."""
