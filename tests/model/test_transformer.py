@@ -90,16 +90,24 @@ def test_ragged_batch_is_each_alone(name: str):
             assert (got[row] - alone).abs().max() < CLOSE
 
 
-def test_dropped_slots_leave_the_others_as_they_were():
+def test_slots_move_and_are_copied_whole():
+    """Swapped, copied in part, grown, and read through a span: the same logits as uncached."""
     model, ids = make(BASE), ids_for(BASE, rows=3)
-    cache = KVCache(BASE, slots=3, length=20)
+    cache = KVCache(BASE, slots=3, length=12)
     model.residual(ids[:, :10], cache, counts=[10, 3, 7])
-    cache.keep([2, 0])
-    assert cache.lengths == [7, 10]
-    new = torch.stack([ids[2, 7], ids[0, 10]])[:, None]
-    got = model.logits(new, cache)[:, 0]
+    cache.swap(0, 2)
+    cache.copy_slot(0, 1, 5)
+    cache.grow(20)
+    assert cache.lengths == [7, 5, 10]
+    span = cache.span(0, 2)
+    new = torch.stack([ids[2, 7], ids[2, 5]])[:, None]
+    got = model.logits(new, span)[:, 0]
     assert (got[0] - model.logits(ids[2:3, :8])[0, -1]).abs().max() < CLOSE
-    assert (got[1] - model.logits(ids[0:1, :11])[0, -1]).abs().max() < CLOSE
+    assert (got[1] - model.logits(ids[2:3, :6])[0, -1]).abs().max() < CLOSE
+    assert span.lengths == [8, 6]
+    assert cache.lengths == [7, 5, 10]
+    last = model.logits(ids[0:1, 10:11], cache.span(2, 3))[0, 0]
+    assert (last - model.logits(ids[0:1, :11])[0, -1]).abs().max() < CLOSE
 
 
 def test_a_full_cache_and_a_cached_encoder_are_our_bugs():

@@ -66,8 +66,9 @@ def run(argv: Sequence[str]) -> None:
 
 def _read(settings: ConvertSettings) -> "tuple[Transformer, Foreign | None]":
     """The model of SRC, and what it was if it is not ours."""
-    ours = any((settings.src / sign).exists() for sign in ("manifest.json", "checkpoints"))
-    if ours:
+    signs = ("manifest.json", "config.json")
+    is_checkpoint = all((settings.src / sign).exists() for sign in signs)
+    if is_checkpoint or (settings.src / "checkpoints").is_dir():
         from openpalm import checkpoint
 
         _check_ours(settings)

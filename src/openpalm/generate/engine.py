@@ -4,8 +4,10 @@ Sampling settings and seed travel with the request, and in float32 an answer doe
 which other requests share the batch.
 """
 
+import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -16,6 +18,11 @@ from openpalm.generate.pack import Weights, pack
 from openpalm.generate.sampling import distribution, draw
 from openpalm.model.cache import KVCache
 from openpalm.model.transformer import Transformer
+
+SHARED_AT_LEAST = 16
+"""Tokens two prompts must begin with alike for the second to copy them."""
+GROWTH = 256
+"""The cache grows by multiples of this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Token:
     """One generated token."""
 
     request: int
-    """index of its request"""
+    """index of its request, or its ticket where it was submitted"""
     id: int
     log_prob: float
     """natural log of the model's own probability, before temperature and filters"""
@@ -66,31 +73,117 @@ class Token:
     """why the answer ends here, or None"""
 
 
+@dataclass
+class _Row:
+    """A request in a slot of the cache."""
+
+    ticket: int
+    request: Request
+    ids: list[int]
+    """prompt, then what was generated; the last generated one is not in the cache yet"""
+    generator: torch.Generator
+    made: int = 0
+
+    @property
+    def reserve(self) -> int:
+        """Tokens it may come to hold: reserved when it is admitted, so nothing is evicted."""
+        return len(self.request.ids) + self.request.max_new_tokens
+
+
 class Engine:
-    """Generates from one model, `slots` sequences at a time.
+    """Generates from one model, at most `slots` sequences at a time, by continuous batching.
+
+    A step admits waiting requests to free slots, reads one chunk of their prompts (at most
+    `prefill_tokens`, so that a long prompt does not hold up the others' tokens), and decodes one
+    token for every request that is read. Slots are kept in that order: [decoding | reading |
+    what ended requests left, whose beginnings new prompts may share].
 
     `weights` says how its matrices are kept, see generate.pack; not given, as the model has them.
     """
 
-    def __init__(self, model: Transformer, *, slots: int = 16, weights: Weights | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        slots: int = 16,
+        weights: Weights | None = None,
+        prefill_tokens: int = 512,
+    ):
         if not model.config.causal:
             raise SettingsError("a bidirectional model cannot generate text")
         self.slots = slots
         self.weights: Weights | None = weights
+        self.prefill_tokens = prefill_tokens
+        self.prefilled = 0
+        """prompt tokens computed so far; shared beginnings are not computed again"""
+        self._tickets = itertools.count()
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row] = []
+        self._decoding = 0
+        self._left: dict[int, list[int]] = {}
         self.refresh(model)
 
     def refresh(self, model: Transformer) -> None:
         """Takes the weights as they are now; later changes to `model` do not reach the engine."""
+        if self.busy:
+            raise AssertionError("the engine has requests in flight")
         in_bfloat16 = model.embedding.dtype == torch.bfloat16
         self.model = pack(model, self.weights or ("bfloat16" if in_bfloat16 else "float32"))
+        table = self.model.embedding
+        self._cache = KVCache(
+            model.config, slots=self.slots, length=0, device=table.device, dtype=table.dtype
+        )
+        self._left.clear()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is waiting or in a slot."""
+        return bool(self._waiting or self._rows)
+
+    def submit(self, request: Request) -> int:
+        """Queues a request; its tokens carry the ticket returned. SettingsError for a bad id."""
+        self._check(request.ids)
+        ticket = next(self._tickets)
+        if request.max_new_tokens > 0:
+            generator = torch.Generator().manual_seed(request.sampling.seed)
+            self._waiting.append(_Row(ticket, request, list(request.ids), generator))
+        return ticket
+
+    @torch.inference_mode()
+    def cancel(self, ticket: int) -> None:
+        """Forgets a request, wherever it is; its slot is free at once."""
+        self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
+        for slot, row in enumerate(self._rows):
+            if row.ticket == ticket:
+                self._release(slot)
+                return
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """Admits, reads one chunk of prompts, decodes one token each; returns the new tokens."""
+        self._admit()
+        tokens = self._decode() if self._decoding else []
+        if len(self._rows) > self._decoding:
+            tokens += self._read_chunk()
+        return tokens
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Token]:
-        """Tokens as they come, those of one request in order. Raises SettingsError for a bad id."""
+        """Tokens as they come, those of one request in order. Raises SettingsError for a bad id.
+
+        Left early, it cancels what is unfinished.
+        """
         for request in requests:
             self._check(request.ids)
-        for start in range(0, len(requests), self.slots):
-            group = range(start, min(start + self.slots, len(requests)))
-            yield from self._decode({index: requests[index] for index in group})
+        if self.busy:
+            raise AssertionError("the engine has requests in flight")
+        index = {self.submit(request): position for position, request in enumerate(requests)}
+        try:
+            while self.busy:
+                for token in self.step():
+                    yield replace(token, request=index[token.request])
+        finally:
+            for ticket in index if self.busy else ():
+                self.cancel(ticket)
 
     def answers(self, requests: Sequence[Request]) -> list[list[int]]:
         """The generated ids of every request, in the order of the requests."""
@@ -133,57 +226,119 @@ class Engine:
         rows = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences]
         return torch.tensor(rows, device=self.model.embedding.device)
 
-    @torch.inference_mode()
-    def _decode(self, requests: dict[int, Request]) -> Iterator[Token]:
-        """One prefill of ragged prompts, then a token for every unfinished request a step."""
-        active = [index for index, request in requests.items() if request.max_new_tokens > 0]
-        if not active:
-            return
-        generators = {i: torch.Generator().manual_seed(requests[i].sampling.seed) for i in active}
-        made = dict.fromkeys(active, 0)
-        cache = self._cache([requests[index] for index in active])
-        prompts = [requests[index].ids for index in active]
-        counts = [len(prompt) for prompt in prompts]
-        states = self.model.residual(self._padded(prompts), cache, counts)
-        states = states[torch.arange(len(active)), torch.tensor(counts) - 1]
-        while True:
-            logits = self.model.head(states).cpu()
-            tokens = []
-            for row, index in enumerate(active):
-                request = requests[index]
-                made[index] += 1
-                tokens.append(_next(index, logits[row], request, generators[index], made[index]))
-            yield from tokens
-            alive = [row for row, token in enumerate(tokens) if token.finish is None]
-            if not alive:
-                return
-            if len(alive) < len(active):
-                cache.keep(alive)
-                active = [active[row] for row in alive]
-            ids = torch.tensor([[tokens[row].id] for row in alive], device=states.device)
-            states = self.model.residual(ids, cache)[:, -1]
+    def _admit(self) -> None:
+        """Fills free slots from the queue, with the longest beginning that is in the cache."""
+        later: deque[_Row] = deque()
+        while self._waiting and len(self._rows) < self.slots:
+            row = self._waiting.popleft()
+            if self._worth_waiting_for(row):
+                later.append(row)
+                continue
+            source, shared = self._longest_beginning(row)
+            slot = len(self._rows)
+            needed = row.reserve + self.prefill_tokens
+            self._cache.grow(-(-needed // GROWTH) * GROWTH)
+            if shared and source != slot:
+                self._cache.copy_slot(source, slot, shared)
+            self._cache.lengths[slot] = shared
+            self._left.pop(slot, None)
+            self._rows.append(row)
+        self._waiting.extendleft(reversed(later))
 
-    def _cache(self, requests: list[Request]) -> KVCache:
-        longest = max(len(request.ids) for request in requests)
-        room = longest + max(request.max_new_tokens for request in requests)
-        table = self.model.embedding
-        return KVCache(
-            self.model.config,
-            slots=len(requests),
-            length=room,
-            device=table.device,
-            dtype=table.dtype,
-        )
+    def _longest_beginning(self, row: _Row) -> tuple[int, int]:
+        """The slot that holds most of the prompt's beginning, and how many tokens of it.
+
+        At least the prompt's last token is left to compute: its logits are wanted.
+        """
+        held = [(slot, other.ids) for slot, other in enumerate(self._rows)]
+        best = (0, 0)
+        for slot, ids in [*held, *self._left.items()]:
+            most = min(self._cache.lengths[slot], len(row.ids) - 1)
+            shared = _common(ids[:most], row.ids)
+            if shared > best[1]:
+                best = (slot, shared)
+        return best if best[1] >= SHARED_AT_LEAST else (0, 0)
+
+    def _worth_waiting_for(self, row: _Row) -> bool:
+        """Whether a prompt being read now begins alike, further than what is in the cache."""
+        being_read = (other.ids for other in self._rows[self._decoding :])
+        soon = max((_common(ids, row.ids[:-1]) for ids in being_read), default=0)
+        return soon >= self._longest_beginning(row)[1] + SHARED_AT_LEAST
+
+    def _read_chunk(self) -> list[Token]:
+        """Computes the next part of every unread prompt; those read to the end get a token."""
+        first, last = self._decoding, len(self._rows)
+        width = max(1, self.prefill_tokens // (last - first))
+        cache = self._cache.span(first, last)
+        parts = [
+            row.ids[length : length + width]
+            for row, length in zip(self._rows[first:], cache.lengths, strict=True)
+        ]
+        counts = [len(part) for part in parts]
+        states = self.model.residual(self._padded(parts), cache, counts)
+        self._cache.lengths[first:last] = cache.lengths
+        self.prefilled += sum(counts)
+        slots = range(first, last)
+        read = [s for s in slots if self._cache.lengths[s] == len(self._rows[s].ids)]
+        if not read:
+            return []
+        ends = torch.tensor([counts[slot - first] - 1 for slot in read])
+        logits = self.model.head(states[torch.tensor(read) - first, ends]).cpu()
+        for slot in read:  # ascending, so what moves away was read before
+            self._swap(slot, self._decoding)
+            self._decoding += 1
+        return self._choose(range(first, self._decoding), logits)
+
+    def _decode(self) -> list[Token]:
+        """One more token for every request whose prompt is read."""
+        count = self._decoding
+        ids = torch.tensor([[row.ids[-1]] for row in self._rows[:count]])
+        cache = self._cache.span(0, count)
+        states = self.model.residual(ids.to(self._cache.keys.device), cache)[:, -1]
+        self._cache.lengths[:count] = cache.lengths
+        return self._choose(range(count), self.model.head(states).cpu())
+
+    def _choose(self, slots: range, logits: Tensor) -> list[Token]:
+        """A token for each of the slots; those that end are released."""
+        tokens = []
+        for slot, row_logits in zip(slots, logits, strict=True):
+            row = self._rows[slot]
+            row.made += 1
+            tokens.append(_next(row, row_logits))
+            row.ids.append(tokens[-1].id)
+        for slot, token in reversed(list(zip(slots, tokens, strict=True))):
+            if token.finish:
+                self._release(slot)
+        return tokens
+
+    def _release(self, slot: int) -> None:
+        """Frees a slot; what it held moves behind the slots in use and may be shared."""
+        if slot < self._decoding:
+            self._decoding -= 1
+            self._swap(slot, self._decoding)
+            slot = self._decoding
+        last = len(self._rows) - 1
+        self._swap(slot, last)
+        self._left[last] = self._rows.pop().ids
+
+    def _swap(self, a: int, b: int) -> None:
+        self._cache.swap(a, b)
+        self._rows[a], self._rows[b] = self._rows[b], self._rows[a]
 
 
-def _next(
-    index: int, logits: Tensor, request: Request, generator: torch.Generator, made: int
-) -> Token:
-    how = request.sampling
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens the two begin with alike."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def _next(row: _Row, logits: Tensor) -> Token:
+    request, how = row.request, row.request.sampling
     chances = distribution(logits, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
-    token = draw(chances, generator)
+    token = draw(chances, row.generator)
     log_prob = float(logits[token] - logits.logsumexp(dim=-1))
     finish = "stop" if token in request.stop_ids else None
-    if finish is None and made >= request.max_new_tokens:
+    if finish is None and row.made >= request.max_new_tokens:
         finish = "length"
-    return Token(index, token, log_prob, finish)
+    return Token(row.ticket, token, log_prob, finish)

@@ -144,10 +144,13 @@ def attend_whole(causal: bool, mask: Tensor | None) -> Attend:
 
 def attend_cached(cache: KVCache, positions: Tensor) -> Attend:
     """Attention of new tokens over all that their slots of the cache hold, and themselves."""
-    mask = cache.mask(positions)
+    empty = not any(cache.lengths)
+    mask = None if empty else cache.mask(positions)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = cache.write(layer, positions, k, v)
+        if empty:  # the new tokens are all there is: no mask to build
+            return causal_attention(q, k, v)
         return masked_attention(q, keys, values, mask)
 
     return attend

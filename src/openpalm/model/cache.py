@@ -3,7 +3,10 @@
 One slot a sequence, each with its own length, so sequences of different lengths share a batch.
 """
 
+import copy
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openpalm.model.config import ModelConfig
@@ -65,8 +68,33 @@ class KVCache:
         """Slot i now holds counts[i] more tokens; what was written beyond is padding."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
-    def keep(self, slots: list[int]) -> None:
-        """Drops every slot not named, moving the others together in the order given."""
-        self.keys = self.keys[:, slots]
-        self.values = self.values[:, slots]
-        self.lengths = [self.lengths[slot] for slot in slots]
+    def span(self, first: int, last: int) -> "KVCache":
+        """Slots first .. last - 1 as a cache of their own over the same memory.
+
+        Its lengths are a copy: whoever advances it writes them back.
+        """
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
+        part.lengths = self.lengths[first:last]
+        return part
+
+    def copy_slot(self, source: int, target: int, count: int) -> None:
+        """Slot `target` then holds the first `count` tokens of slot `source`."""
+        for kept in (self.keys, self.values):
+            kept[:, target, :count] = kept[:, source, :count]
+        self.lengths[target] = count
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchanges two slots."""
+        if a == b:
+            return
+        end = max(self.lengths[a], self.lengths[b])
+        for kept in (self.keys, self.values):
+            kept[:, [a, b], :end] = kept[:, [b, a], :end]
+        self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
+
+    def grow(self, length: int) -> None:
+        """Makes room for `length` tokens a slot; what is held stays."""
+        if length > self.room:
+            more = (0, 0, 0, 0, 0, length - self.room)
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
