@@ -335,8 +335,13 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _next(row: _Row, logits: Tensor) -> Token:
     request, how = row.request, row.request.sampling
-    chances = distribution(logits, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
-    token = draw(chances, row.generator)
+    if how.temperature == 0:
+        token = int(logits.argmax())
+    else:
+        chances = distribution(
+            logits, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p
+        )
+        token = draw(chances, row.generator)
     log_prob = float(logits[token] - logits.logsumexp(dim=-1))
     finish = "stop" if token in request.stop_ids else None
     if finish is None and row.made >= request.max_new_tokens:

@@ -37,5 +37,10 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> int:
-    """A token id by its probability; the generator is the request's own."""
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    """A token id by its probability; the generator is the request's own.
+
+    Inverts the cumulative sum: for a large vocabulary several times faster than multinomial.
+    """
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    point = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
+    return int(torch.searchsorted(cumulative, point, right=True))
