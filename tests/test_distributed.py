@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from openpalm.distributed import World, pick_device, world
+from openpalm.distributed import World, pick_device, pick_dtype, world
 from openpalm.errors import SettingsError
 
 
@@ -34,3 +34,13 @@ def test_no_such_device_is_named(monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SettingsError, match=rf"^--device {name}: .*use .*cpu"):
         pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype"),
+    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({}, "float32")],
+)
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(monkeypatch, able, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert pick_dtype("auto", torch.device("cpu")) == dtype
+    assert pick_dtype("float32", torch.device("cpu")) == "float32"

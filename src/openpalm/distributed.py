@@ -31,6 +31,18 @@ def world() -> World:
     return World()
 
 
+def pick_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bfloat16 where the device has instructions for it, else float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    return "bfloat16" if fast else "float32"
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one, else the CPU; SettingsError for no such device."""
     if name == "auto":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -11,6 +11,8 @@ from openpalm.convert import hub
 from openpalm.data.loader import evaluation_batches
 from openpalm.data.shards import Dataset
 from openpalm.data.tokenizer import Tokenizer
+from openpalm.distributed import pick_device, pick_dtype
+from openpalm.errors import CheckpointError
 from openpalm.evaluate.perplexity import SplitLoss, split_loss
 from openpalm.generate.engine import Engine, Sampling
 from openpalm.generate.text import complete
@@ -33,6 +35,33 @@ def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None
     if checkpoint.tokenizer_json(directory) is None:
         return None
     return Tokenizer.load(directory / "tokenizer.json")
+
+
+class ServingSettings(Protocol):
+    """What a verb that generates says about the model's form."""
+
+    @property
+    def tokenizer(self) -> Path | None: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def quantize(self) -> Literal["int8", "int4"] | None: ...
+
+
+def serving_engine(source: str, settings: ServingSettings) -> tuple[Engine, Tokenizer]:
+    """The engine and tokenizer of a run, checkpoint or hub name."""
+    directory = checkpoint.resolve(weights_path(source))
+    tokenizer = tokenizer_of(directory, settings.tokenizer)
+    if tokenizer is None:
+        raise CheckpointError(f"{directory}: has no tokenizer.json; give one with --tokenizer")
+    device = pick_device(settings.device)
+    model = checkpoint.load(directory, str(device), pick_dtype(settings.dtype, device))
+    return Engine(model, weights=settings.quantize), tokenizer
 
 
 def validation(

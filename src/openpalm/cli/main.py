@@ -21,6 +21,7 @@ VERBS = {
     "train": ("train", "train a model from scratch, or on from a checkpoint"),
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
     "sample": ("sample", "continue a prompt with a trained model"),
+    "chat": ("chat", "talk with a fine-tuned model"),
     "eval": ("eval", "loss and bits per byte of a checkpoint on prepared data"),
     "convert": ("convert", "read and write checkpoints of other projects"),
     "models": ("models", "list the model sizes: parameters, memory, FLOPs a token"),

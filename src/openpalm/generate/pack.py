@@ -36,7 +36,7 @@ def pack(model: Transformer, weights: Weights) -> Transformer:
     """
     table = model.embedding
     if weights in ("int8", "int4") and table.device.type != "cpu":
-        raise SettingsError(f"--weights {weights}: needs a CPU so far; use bfloat16 on a GPU")
+        raise SettingsError(f"--quantize {weights}: needs a CPU so far; leave it out on a GPU")
     if weights != "float32":
         model = _as(model, torch.bfloat16)
     packed = _sharing(model)
@@ -146,7 +146,7 @@ def _matrix(weight: Tensor, weights: Weights) -> Matrix:
     if weights == "int4":
         if weight.shape[1] % INT4_GROUP or weight.shape[0] % 16:
             raise SettingsError(
-                f"--weights int4: needs matrices in multiples of 16 x {INT4_GROUP}, this model has "
+                f"--quantize int4: needs matrices in multiples of 16 x {INT4_GROUP}, not "
                 f"{weight.shape[0]} x {weight.shape[1]}; use int8"
             )
         return _Int4(weight)

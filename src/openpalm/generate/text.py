@@ -1,6 +1,6 @@
 """Text in front of the engine: prompts to ids, ids to streamed text, stop strings."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from openpalm.data.tokenizer import StreamDecoder, Tokenizer
@@ -53,7 +53,7 @@ class StopStrings:
 
 def stream(
     engine: Engine, tokenizer: Tokenizer, request: Request, stops: Sequence[str], into: Completion
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Pieces of the answer as they become certain; `into` is filled on the way.
 
     The joined pieces are the answer's text, without its end marker and without a stop string.
