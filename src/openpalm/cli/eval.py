@@ -42,6 +42,7 @@ def run(argv: Sequence[str]) -> None:
         positional=["path"],
     )
     import torch
+    from rich.console import Console
 
     from openpalm import checkpoint
     from openpalm.cli.common import validation, weights_path
@@ -54,7 +55,8 @@ def run(argv: Sequence[str]) -> None:
     check_reads(directory, dataset.tokenizer())
     model = checkpoint.load(directory, str(pick_device(settings.device)))
     length = settings.sequence_length or model.config.context
-    result = validation(model, dataset, settings.split, length, torch.float32)
+    with Console(stderr=True).status(f"reading the {settings.split} split"):
+        result = validation(model, dataset, settings.split, length, torch.float32)
     row = {
         "split": settings.split,
         "nats_per_token": result.nats_per_token,

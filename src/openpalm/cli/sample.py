@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,8 @@ def run(argv: Sequence[str]) -> None:
         ],
         positional=["path", "prompt"],
     )
+    from rich.console import Console
+
     from openpalm.cli.common import serving_engine
     from openpalm.generate.text import Completion, stream
 
@@ -106,11 +109,14 @@ def run(argv: Sequence[str]) -> None:
     answer = Completion("", [], "")
     live = settings.stream and not settings.json
     shown = "" if settings.chat else settings.text
+    pieces = stream(engine, tokenizer, request, stops, answer)
     if live:
         print(shown, end="", flush=True)
-    for piece in stream(engine, tokenizer, request, stops, answer):
-        if live:
+        for piece in pieces:
             print(piece, end="", flush=True)
+    else:
+        with Console(stderr=True).status("generating"):
+            deque(pieces, maxlen=0)  # to its end: `answer` is filled on the way
     if settings.json:
         fields = {"text": answer.text, "tokens": answer.tokens, "finish": answer.finish}
         print(json.dumps({"prompt": settings.text} | fields))

@@ -60,15 +60,13 @@ def stream(
     """
     decoder = StreamDecoder(tokenizer)
     gate = StopStrings(stops)
-    pieces: list[str] = []
 
     def certain(piece: str) -> Iterator[str]:
         passed = gate.push(piece)
         if gate.stopped:
             into.finish = "stop"
         if passed:
-            pieces.append(passed)
-            into.text = "".join(pieces)
+            into.text += passed
             yield passed
 
     for token in engine.generate([request]):
