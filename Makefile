@@ -13,13 +13,12 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test test-slow lint style types layers docs format ci clean force
+.PHONY: help quickstart test lint style types layers docs format ci clean force
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make quickstart [MINUTES=5]  the whole line on this machine: text in, a trained model out'
 	@echo 'make test                    the tests (PYTEST_ARGS="-k shards" chooses some)'
-	@echo 'make test-slow               the tests that take minutes'
 	@echo 'make lint                    style (ruff), types (pyright) and layers (import-linter)'
 	@echo 'make format                  let ruff rewrite what it can'
 	@echo 'make docs                    run the code blocks of README.md and docs/'
@@ -34,10 +33,7 @@ quickstart: $(VENV)/.core
 	$(BIN)/openpalm quickstart $(if $(MINUTES),--minutes $(MINUTES))
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
-
-test-slow: $(VENV)/.dev
-	$(PYTEST) -m slow $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: style types layers
 
