@@ -15,6 +15,7 @@ from openpalm.data.loader import (
     TokenLoader,
     evaluation_batches,
     shuffled,
+    truncated,
 )
 from openpalm.data.shards import PrepareRequest, open_dataset, prepare
 from openpalm.errors import DataError
@@ -216,7 +217,7 @@ def test_records_are_padded_and_masked_and_each_comes_once_an_epoch():
         assert targets == wanted + [IGNORE] * (len(inputs) - len(wanted))
     assert sorted(seen) == [record.ids[0] for record in RECORDS]
     assert seen != sorted(seen)
-    assert loader.truncated == sum(len(record.ids) > 33 for record in RECORDS) > 0
+    assert truncated(RECORDS, 32) == sum(len(record.ids) > 33 for record in RECORDS) > 0
 
 
 def test_the_width_stops_at_an_odd_sequence_length():

@@ -42,7 +42,7 @@ def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
     from openpalm.align.sft import records
     from openpalm.cli.common import tokenizer_of, weights_path
     from openpalm.data.conversation import read_conversations
-    from openpalm.data.loader import RecordLoader
+    from openpalm.data.loader import RecordLoader, truncated
     from openpalm.train.run import Job
     from openpalm.train.run import run as run_job
     from openpalm.train.start import starting_point
@@ -58,8 +58,7 @@ def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
     everything = records(tokenizer, read_conversations(settings.data))
     kept = len(everything) - min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(everything)))
     trained, held_out = everything[:kept], everything[kept:]
-    cut = sum(len(record.ids) > length + 1 for record in everything)
-    if cut:
+    if cut := truncated(everything, length):
         print(
             f"{label}: {cut} of {len(everything)} conversations are longer than {length} tokens "
             "and are cut at the end; --sequence-length takes more",

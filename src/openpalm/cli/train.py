@@ -1,6 +1,5 @@
 """`openpalm train`: prepared data in, a run directory with checkpoints out."""
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,10 @@ EXAMPLES = [
     "openpalm train --init runs/laptop --data data/more --out runs/more --steps 500",
     "openpalm train --config runs/tiny/config.yaml --out runs/again",
 ]
+
+
+PROMPTS = ["The", "Return a", "This module"]
+"""What samples.jsonl continues."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -65,12 +68,9 @@ def pretrain(settings: TrainSettings, label: str = "train") -> "Outcome":
     return run_job(settings, job)
 
 
-PROMPTS = ["The", "Return a", "This module"]
-
-
 def report(outcome: "Outcome", settings: TrainSettings) -> None:
     """The last line of a run."""
     if outcome.was_finished:
         print(f"{settings.out}: finished at step {outcome.step} before; nothing to do")
         return
-    print(f"{outcome.checkpoint}", file=sys.stdout)
+    print(outcome.checkpoint)

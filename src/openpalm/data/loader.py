@@ -5,7 +5,7 @@ count of rows taken so far is all that resuming needs. Knows no model and no dev
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -137,7 +137,7 @@ class RecordLoader:
     """Records shuffled every epoch, one a row, padded on the right to the longest of the batch.
 
     The width is a multiple of PAD_MULTIPLE up to `sequence_length`; longer records are cut at the
-    end (`truncated` says how many). Targets outside the loss mask are IGNORE.
+    end (`truncated` counts them). Targets outside the loss mask are IGNORE.
     """
 
     def __init__(
@@ -157,7 +157,6 @@ class RecordLoader:
                 "leave them out, and give at least one"
             )
         self._records, self._seed, self._length = records, seed, sequence_length
-        self.truncated = sum(len(record.ids) > sequence_length + 1 for record in records)
         identity = {
             "kind": "records",
             "seed": seed,
@@ -194,6 +193,11 @@ class RecordLoader:
     def _record(self, row: int) -> Record:
         epoch, index = divmod(row, len(self._records))
         return self._records[shuffled(index, len(self._records), _key(self._seed, epoch))]
+
+
+def truncated(records: Iterable[Record], sequence_length: int) -> int:
+    """How many records a RecordLoader of that length cuts."""
+    return sum(len(record.ids) > sequence_length + 1 for record in records)
 
 
 def evaluation_batches(tokens: Tokens, *, sequence_length: int, rows: int) -> Iterator[Batch]:
