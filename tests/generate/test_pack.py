@@ -7,7 +7,7 @@ from tiny_models import KINDS, tiny
 
 from openpalm.errors import SettingsError
 from openpalm.generate.engine import Engine, Request, Sampling
-from openpalm.generate.pack import INT4_GROUP, _Int4, _Int8, pack
+from openpalm.generate.pack import INT4_GROUP, _Int4, _Int8, _Int8Dot, _multiplies_int8, pack
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 
@@ -49,6 +49,19 @@ def test_int8_is_its_rounded_matrix():
     rounded = matrix.weight.float() * matrix.scales.float()[:, None]
     assert (rounded - weight).abs().max() <= weight.abs().max() / 127
     assert torch.allclose(matrix(x).float(), F.linear(x.float(), rounded), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.skipif(not _multiplies_int8(), reason="no 8-bit dot products on this processor")
+@torch.no_grad()
+def test_int8_activations_are_rounded_to_a_255th_of_the_tokens_largest():
+    """Within the worst that rounding can do, each token by itself, for a token of zeros too."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64), torch.randn(5, 64) * torch.tensor([[1], [9], [0], [1e-3], [1]])
+    dot, plain = _Int8Dot(weight), _Int8(weight)
+    rounded = plain.weight.float() * dot.scales[:, None]
+    worst = (x.abs().amax(1) / 254)[:, None] * rounded.abs().sum(1)
+    assert ((dot(x) - x @ rounded.T).abs() <= worst + 1e-5).all()
+    assert torch.equal(dot(x)[1:2], dot(x[1:2]))
 
 
 @torch.no_grad()

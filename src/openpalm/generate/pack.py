@@ -31,8 +31,9 @@ class Matrix(Protocol):
 def pack(model: Transformer, weights: Weights) -> Transformer:
     """The model with its matrices packed; norms and embedding are shared with `model`.
 
-    int8 keeps a scale a row, int4 a scale and zero point for each 32 weights of a row; both compute
-    in bfloat16. Raises SettingsError where this device has no kernel for them.
+    int8 keeps a scale a row (and where the processor multiplies 8-bit numbers, rounds each token's
+    activations too), int4 a scale and zero point for each 32 weights of a row; both compute in
+    bfloat16. Raises SettingsError where this device has no kernel for them.
     """
     table = model.embedding
     if weights in ("int8", "int4") and table.device.type != "cpu":
@@ -100,18 +101,43 @@ class _OneDnn:
 
 
 class _Int8:
-    """A scale a row; activations stay bfloat16."""
+    """Weights in 8 bits with a scale a row; activations stay bfloat16."""
 
     def __init__(self, weight: Tensor):
-        weight = weight.float()
-        scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
-        self.weight = (weight / scales[:, None]).round().to(torch.int8)
-        self.scales = scales.to(torch.bfloat16)
+        codes, scales = _rounded_rows(weight)
+        self.weight, self.scales = codes, scales.to(torch.bfloat16)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         out = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
         return out.unflatten(0, x.shape[:-1])
+
+
+class _Int8Dot:
+    """Weights as _Int8, and each token's activations in 8 bits with a scale of their own.
+
+    For processors that multiply 8-bit numbers directly, where _Int8 is bound by arithmetic: 1.3
+    times the tokens/s alone, 2 times in a batch of 16 (benchmarks/RESULTS.md).
+    """
+
+    def __init__(self, weight: Tensor):
+        codes, self.scales = _rounded_rows(weight)
+        self.zeros = torch.zeros(len(codes), dtype=torch.int32)
+        self.weight = torch.ops.onednn.qlinear_prepack(codes, [1, codes.shape[1]])
+        # The kernel's activations are unsigned: 128 is zero, the half rounds to the nearest.
+        self.middle = torch.tensor(128.5)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2).float()
+        largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True)
+        largest.clamp_min_(1e-12)
+        codes = torch.addcmul(self.middle, rows, 127 / largest).to(torch.uint8)
+        out = torch.ops.onednn.qlinear_pointwise(
+            *(codes, 1 / 127, 128),
+            *(self.weight, self.scales, self.zeros, None),
+            *(1.0, 0, torch.float32, "none", [], ""),
+        )
+        return out.mul_(largest).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class _Int4:
@@ -142,7 +168,7 @@ def _matrix(weight: Tensor, weights: Weights) -> Matrix:
     if weights == "bfloat16" and on_cpu and torch.backends.mkldnn.is_available():
         return _OneDnn(weight)
     if weights == "int8":
-        return _Int8(weight)
+        return _Int8Dot(weight) if _multiplies_int8() else _Int8(weight)
     if weights == "int4":
         if weight.shape[1] % INT4_GROUP or weight.shape[0] % 16:
             raise SettingsError(
@@ -151,6 +177,20 @@ def _matrix(weight: Tensor, weights: Weights) -> Matrix:
             )
         return _Int4(weight)
     return _Dense(weight)
+
+
+def _rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes [rows, columns] and the float32 scale of each row."""
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
+    return (weight / scales[:, None]).round().to(torch.int8), scales
+
+
+def _multiplies_int8() -> bool:
+    """Whether this processor sums products of 8-bit numbers in 32 bits, and oneDNN is there."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    exact = any(able.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return exact and torch.backends.mkldnn.is_available()
 
 
 def _packed_block(block: nn.Module, weights: Weights) -> nn.Module:
