@@ -19,8 +19,9 @@ from collections.abc import Callable
 
 import torch
 
-from openpalm.generate.engine import Engine, Request, Sampling
+from openpalm.generate.engine import Engine, Request
 from openpalm.generate.pack import Weights
+from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise
 

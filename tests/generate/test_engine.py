@@ -5,8 +5,8 @@ import torch
 from tiny_models import tiny
 
 from openpalm.errors import SettingsError
-from openpalm.generate.engine import Engine, Request, Sampling
-from openpalm.generate.sampling import distribution, draw
+from openpalm.generate.engine import Engine, Request
+from openpalm.generate.sampling import Sampling, distribution, draw
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7, 8, 9], [60, 3], [9, 9, 9, 9], list(range(30)), [0, 69]]

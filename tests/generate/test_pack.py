@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from tiny_models import KINDS, tiny
 
 from openpalm.errors import SettingsError
-from openpalm.generate.engine import Engine, Request, Sampling
+from openpalm.generate.engine import Engine, Request
 from openpalm.generate.pack import INT4_GROUP, _Int4, _Int8, _Int8Dot, _multiplies_int8, pack
+from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from openpalm.errors import SettingsError
-from openpalm.generate.engine import Sampling
-from openpalm.generate.sampling import distribution, draw
+from openpalm.generate.sampling import Sampling, distribution, draw
 
 LOGITS = torch.tensor([2.0, 1.5, 1.5, 0.3, -1.0, -4.0, 0.9, 2.1])
 

@@ -7,7 +7,8 @@ import torch
 from tiny_models import tiny
 
 from openpalm.data.tokenizer import Tokenizer
-from openpalm.generate.engine import Engine, Request, Sampling, Token
+from openpalm.generate.engine import Engine, Request, Token
+from openpalm.generate.sampling import Sampling
 from openpalm.generate.text import Completion, StopStrings, complete, prompt_ids, stream
 
 TEXT = "naïve café, 日本語 and 😀😀; don't stop\n\nUser: no"

@@ -119,7 +119,8 @@ class _Conversation:
     def answer(self, text: str) -> None:
         """Streams the answer; Ctrl-C keeps what came so far."""
         from openpalm.data.conversation import Message, render, stop_ids
-        from openpalm.generate.engine import Request, Sampling
+        from openpalm.generate.engine import Request
+        from openpalm.generate.sampling import Sampling
         from openpalm.generate.text import Completion, stream
 
         self.messages.append(Message("user", text))

@@ -14,7 +14,8 @@ from openpalm.data.tokenizer import Tokenizer
 from openpalm.distributed import pick_device, pick_dtype
 from openpalm.errors import CheckpointError
 from openpalm.evaluate.perplexity import SplitLoss, split_loss
-from openpalm.generate.engine import Engine, Sampling
+from openpalm.generate.engine import Engine
+from openpalm.generate.sampling import Sampling
 from openpalm.generate.text import complete
 from openpalm.model.transformer import Transformer
 from openpalm.train.run import Probe

@@ -235,7 +235,8 @@ def _answers(run_directory: Path, questions: list[str]) -> list[str]:
     from openpalm import checkpoint
     from openpalm.cli.common import tokenizer_of
     from openpalm.data.conversation import Message, render, stop_ids
-    from openpalm.generate.engine import Engine, Request, Sampling
+    from openpalm.generate.engine import Engine, Request
+    from openpalm.generate.sampling import Sampling
 
     directory = checkpoint.resolve(run_directory)
     tokenizer = tokenizer_of(directory)

@@ -126,7 +126,8 @@ def run(argv: Sequence[str]) -> None:
 
 def _request(settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int) -> "Request":
     from openpalm.data.conversation import Message, render, stop_ids
-    from openpalm.generate.engine import Request, Sampling
+    from openpalm.generate.engine import Request
+    from openpalm.generate.sampling import Sampling
     from openpalm.generate.text import prompt_ids
 
     if settings.chat:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openpalm.errors import SettingsError
 from openpalm.generate.pack import Weights, pack
-from openpalm.generate.sampling import distribution, draw
+from openpalm.generate.sampling import Sampling, choose
 from openpalm.model.cache import KVCache
 from openpalm.model.transformer import Transformer
 
@@ -23,30 +23,6 @@ SHARED_AT_LEAST = 16
 """Tokens two prompts must begin with alike for the second to copy them."""
 GROWTH = 256
 """The cache grows by multiples of this many tokens."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 1.0
-    """0 takes the most likely token"""
-    top_k: int = 0
-    """keep only this many of the likeliest tokens; 0 keeps all"""
-    top_p: float = 1.0
-    """keep the likeliest tokens that together have this probability"""
-    seed: int = 0
-    """of this request's random draws"""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100:
-            raise SettingsError(f"--temperature {self.temperature}: must be in [0, 100]")
-        if self.top_k < 0:
-            raise SettingsError(f"--top-k {self.top_k}: must be 0 (all) or more")
-        if not 0 < self.top_p <= 1:
-            raise SettingsError(f"--top-p {self.top_p}: must be in (0, 1]")
-        if not -(2**63) <= self.seed < 2**63:
-            raise SettingsError(f"--seed {self.seed}: must be a 64-bit whole number")
 
 
 @dataclass(frozen=True)
@@ -58,11 +34,15 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
     """tokens that end the answer; the one that did is its last token"""
+    top_log_probs: int = 0
+    """how many of the likeliest tokens come with every token"""
+    score_prompt: bool = False
+    """the prompt's own tokens after the first come first, with their log-probabilities"""
 
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token."""
+    """One generated token, or one of a prompt that is scored."""
 
     request: int
     """index of its request, or its ticket where it was submitted"""
@@ -71,9 +51,12 @@ class Token:
     """natural log of the model's own probability, before temperature and filters"""
     finish: Literal["stop", "length"] | None = None
     """why the answer ends here, or None"""
+    top: tuple[tuple[int, float], ...] = ()
+    """the likeliest tokens in its place and their log-probabilities, best first"""
+    of_prompt: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A request in a slot of the cache."""
 
@@ -82,7 +65,20 @@ class _Row:
     ids: list[int]
     """prompt, then what was generated; the last generated one is not in the cache yet"""
     generator: torch.Generator
-    made: int = 0
+
+    @property
+    def made(self) -> int:
+        """Tokens generated so far."""
+        return len(self.ids) - len(self.request.ids)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.ids[len(self.request.ids) :]
+
+    @property
+    def to_read(self) -> int:
+        """Tokens to compute before the first is generated; a score needs nothing of the last."""
+        return len(self.ids) - (self.request.max_new_tokens == 0)
 
     @property
     def reserve(self) -> int:
@@ -140,11 +136,16 @@ class Engine:
         """Whether any request is waiting or in a slot."""
         return bool(self._waiting or self._rows)
 
+    @property
+    def active(self) -> int:
+        """Slots in use."""
+        return len(self._rows)
+
     def submit(self, request: Request) -> int:
         """Queues a request; its tokens carry the ticket returned. SettingsError for a bad id."""
         self._check(request.ids)
         ticket = next(self._tickets)
-        if request.max_new_tokens > 0:
+        if request.max_new_tokens > 0 or (request.score_prompt and len(request.ids) > 1):
             generator = torch.Generator().manual_seed(request.sampling.seed)
             self._waiting.append(_Row(ticket, request, list(request.ids), generator))
         return ticket
@@ -189,27 +190,20 @@ class Engine:
         """The generated ids of every request, in the order of the requests."""
         answers: list[list[int]] = [[] for _ in requests]
         for token in self.generate(requests):
-            answers[token.request].append(token.id)
+            if not token.of_prompt:
+                answers[token.request].append(token.id)
         return answers
 
-    @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probability of each token after the first, given those before: [len - 1] each.
 
         Raises SettingsError for an empty sequence or a bad id.
         """
-        for sequence in sequences:
-            self._check(sequence)
-        scores = []
-        for start in range(0, len(sequences), self.slots):
-            group = sequences[start : start + self.slots]
-            ids = self._padded(group)
-            log_probs = self.model.logits(ids).log_softmax(dim=-1)[:, :-1]
-            picked = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1).cpu()
-            scores += [
-                row[: len(sequence) - 1] for row, sequence in zip(picked, group, strict=True)
-            ]
-        return scores
+        scores: list[list[float]] = [[] for _ in sequences]
+        requests = [Request(sequence, 0, score_prompt=True) for sequence in sequences]
+        for token in self.generate(requests):
+            scores[token.request].append(token.log_prob)
+        return [torch.tensor(row) for row in scores]
 
     def _check(self, ids: Sequence[int]) -> None:
         vocab = self.model.config.vocab_size
@@ -250,6 +244,8 @@ class Engine:
 
         At least the prompt's last token is left to compute: its logits are wanted.
         """
+        if row.request.score_prompt:  # every position's logits are wanted
+            return 0, 0
         held = [(slot, other.ids) for slot, other in enumerate(self._rows)]
         best = (0, 0)
         for slot, ids in [*held, *self._left.items()]:
@@ -261,6 +257,8 @@ class Engine:
 
     def _worth_waiting_for(self, row: _Row) -> bool:
         """Whether a prompt being read now begins alike, further than what is in the cache."""
+        if row.request.score_prompt:
+            return False
         being_read = (other.ids for other in self._rows[self._decoding :])
         soon = max((_common(ids, row.ids[:-1]) for ids in being_read), default=0)
         return soon >= self._longest_beginning(row)[1] + SHARED_AT_LEAST
@@ -271,23 +269,43 @@ class Engine:
         width = max(1, self.prefill_tokens // (last - first))
         cache = self._cache.span(first, last)
         parts = [
-            row.ids[length : length + width]
+            row.ids[length : min(length + width, row.to_read)]
             for row, length in zip(self._rows[first:], cache.lengths, strict=True)
         ]
         counts = [len(part) for part in parts]
         states = self.model.residual(self._padded(parts), cache, counts)
         self._cache.lengths[first:last] = cache.lengths
         self.prefilled += sum(counts)
-        slots = range(first, last)
-        read = [s for s in slots if self._cache.lengths[s] == len(self._rows[s].ids)]
-        if not read:
+        rows = list(zip(self._rows[first:], cache.lengths, counts, states, strict=True))
+        tokens = [t for row, end, count, part in rows for t in self._scored(row, end, part[:count])]
+        read = [i for i, (row, end, _, _) in enumerate(rows) if end == row.to_read]
+        scored_only = [rows[i][0] for i in read if rows[i][0].request.max_new_tokens == 0]
+        read = [i for i in read if rows[i][0].request.max_new_tokens > 0]
+        if read:
+            ends = torch.tensor([counts[i] - 1 for i in read])
+            logits = self.model.head(states[torch.tensor(read), ends]).cpu()
+            for i in read:  # ascending, so what moves away was read before
+                self._swap(first + i, self._decoding)
+                self._decoding += 1
+            tokens += self._chosen(range(first, self._decoding), logits)
+        for row in scored_only:
+            self._release(self._rows.index(row))
+        return tokens
+
+    def _scored(self, row: _Row, end: int, states: Tensor) -> list[Token]:
+        """The prompt's tokens that follow the states [time, dim] of its positions before `end`."""
+        request = row.request
+        following = request.ids[end - len(states) + 1 : end + 1]
+        if not request.score_prompt or not following:
             return []
-        ends = torch.tensor([counts[slot - first] - 1 for slot in read])
-        logits = self.model.head(states[torch.tensor(read) - first, ends]).cpu()
-        for slot in read:  # ascending, so what moves away was read before
-            self._swap(slot, self._decoding)
-            self._decoding += 1
-        return self._choose(range(first, self._decoding), logits)
+        logits = self.model.head(states[: len(following)]).cpu()
+        tokens = [
+            replace(token, of_prompt=True)
+            for token in _tokens([row] * len(following), following, logits)
+        ]
+        if request.max_new_tokens == 0 and end == row.to_read:
+            tokens[-1] = replace(tokens[-1], finish="length")
+        return tokens
 
     def _decode(self) -> list[Token]:
         """One more token for every request whose prompt is read."""
@@ -296,16 +314,21 @@ class Engine:
         cache = self._cache.span(0, count)
         states = self.model.residual(ids.to(self._cache.keys.device), cache)[:, -1]
         self._cache.lengths[:count] = cache.lengths
-        return self._choose(range(count), self.model.head(states).cpu())
+        return self._chosen(range(count), self.model.head(states).cpu())
 
-    def _choose(self, slots: range, logits: Tensor) -> list[Token]:
+    def _chosen(self, slots: range, logits: Tensor) -> list[Token]:
         """A token for each of the slots; those that end are released."""
-        tokens = []
-        for slot, row_logits in zip(slots, logits, strict=True):
-            row = self._rows[slot]
-            row.made += 1
-            tokens.append(_next(row, row_logits))
-            row.ids.append(tokens[-1].id)
+        rows = [self._rows[slot] for slot in slots]
+        hows = [row.request.sampling for row in rows]
+        generated = [row.generated if row.request.sampling.adjusts else () for row in rows]
+        ids = choose(logits, hows, generated, [row.generator for row in rows])
+        for row, token in zip(rows, ids, strict=True):
+            row.ids.append(token)
+        ends = [_finish(row) for row in rows]
+        tokens = [
+            token if end is None else replace(token, finish=end)
+            for token, end in zip(_tokens(rows, ids, logits), ends, strict=True)
+        ]
         for slot, token in reversed(list(zip(slots, tokens, strict=True))):
             if token.finish:
                 self._release(slot)
@@ -327,23 +350,40 @@ class Engine:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens the two begin with alike."""
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    """How many tokens the two begin with alike: halving, since slices are compared at once."""
+    low, high = 0, min(len(a), len(b))
+    if not high or a[0] != b[0]:
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
-def _next(row: _Row, logits: Tensor) -> Token:
-    request, how = row.request, row.request.sampling
-    if how.temperature == 0:
-        token = int(logits.argmax())
-    else:
-        chances = distribution(
-            logits, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p
-        )
-        token = draw(chances, row.generator)
-    log_prob = float(logits[token] - logits.logsumexp(dim=-1))
-    finish = "stop" if token in request.stop_ids else None
-    if finish is None and row.made >= request.max_new_tokens:
-        finish = "length"
-    return Token(row.ticket, token, log_prob, finish)
+def _tokens(rows: Sequence[_Row], ids: Sequence[int], logits: Tensor) -> list[Token]:
+    """What each row says with its id, chosen by its row of logits [rows, vocab]."""
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    log_probs = (logits.gather(-1, torch.tensor(ids)[:, None]) - normaliser).squeeze(-1).tolist()
+    most = max(row.request.top_log_probs for row in rows)
+    top = [()] * len(rows) if most == 0 else _likeliest(logits, normaliser, most)
+    return [
+        Token(row.ticket, token, log_prob, top=best[: row.request.top_log_probs])
+        for row, token, log_prob, best in zip(rows, ids, log_probs, top, strict=True)
+    ]
+
+
+def _likeliest(
+    logits: Tensor, normaliser: Tensor, count: int
+) -> list[tuple[tuple[int, float], ...]]:
+    values, ids = logits.topk(min(count, logits.shape[-1]))
+    pairs = zip(ids.tolist(), (values - normaliser).tolist(), strict=True)
+    return [tuple(zip(*pair, strict=True)) for pair in pairs]
+
+
+def _finish(row: _Row) -> Literal["stop", "length"] | None:
+    if row.ids[-1] in row.request.stop_ids:
+        return "stop"
+    return "length" if row.made >= row.request.max_new_tokens else None

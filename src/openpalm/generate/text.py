@@ -1,10 +1,13 @@
 """Text in front of the engine: prompts to ids, ids to streamed text, stop strings."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from openpalm.data.tokenizer import StreamDecoder, Tokenizer
-from openpalm.generate.engine import Engine, Request, Sampling
+from openpalm.generate.engine import Engine, Request, Token
+from openpalm.generate.sampling import Sampling
 
 
 @dataclass
@@ -51,6 +54,54 @@ class StopStrings:
         return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that became certain, with the tokens that it is made of."""
+
+    text: str
+    tokens: list[tuple[Token, int]]
+    """each with the character of the answer where its text begins"""
+    finish: Literal["stop", "length"] | None = None
+    """why the answer ends here, or None"""
+
+
+class AnswerText:
+    """Turns the tokens of one answer into text, as far as it is certain.
+
+    The joined pieces are the answer's text, without its end marker and without a stop string; no
+    piece holds half a character. Tokens come with the piece their text begins in.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int], stops: Sequence[str]):
+        self._decoder = StreamDecoder(tokenizer)
+        self._gate = StopStrings(stops)
+        self._stop_ids = stop_ids
+        self._held: deque[tuple[Token, int]] = deque()
+        self._decoded = self._given = 0  # characters
+
+    def push(self, token: Token) -> Piece:
+        """What the next token makes certain. After a finish there is nothing more to push."""
+        ends_by_id = token.id in self._stop_ids
+        if not ends_by_id:
+            self._held.append((token, self._decoded))
+        text = self._certain("" if ends_by_id else self._decoder.push(token.id))
+        if token.finish and not self._gate.stopped:
+            text += self._certain(self._decoder.flush()) + self._gate.flush()
+        finish = "stop" if self._gate.stopped else token.finish
+        self._given += len(text)
+        return Piece(text, self._released(bool(finish) and not self._gate.stopped), finish)
+
+    def _certain(self, piece: str) -> str:
+        self._decoded += len(piece)
+        return "" if self._gate.stopped else self._gate.push(piece)
+
+    def _released(self, everything: bool) -> list[tuple[Token, int]]:
+        released = []
+        while self._held and (everything or self._held[0][1] < self._given):
+            released.append(self._held.popleft())
+        return released
+
+
 def stream(
     engine: Engine, tokenizer: Tokenizer, request: Request, stops: Sequence[str], into: Completion
 ) -> Generator[str, None, None]:
@@ -58,27 +109,16 @@ def stream(
 
     The joined pieces are the answer's text, without its end marker and without a stop string.
     """
-    decoder = StreamDecoder(tokenizer)
-    gate = StopStrings(stops)
-
-    def certain(piece: str) -> Iterator[str]:
-        passed = gate.push(piece)
-        if gate.stopped:
-            into.finish = "stop"
-        if passed:
-            into.text += passed
-            yield passed
-
+    answer = AnswerText(tokenizer, request.stop_ids, stops)
     for token in engine.generate([request]):
+        piece = answer.push(token)
         into.tokens.append(token.id)
-        into.finish = token.finish or ""
-        yield from certain("" if token.id in request.stop_ids else decoder.push(token.id))
-        if gate.stopped:
+        into.finish = piece.finish or ""
+        into.text += piece.text
+        if piece.text:
+            yield piece.text
+        if piece.finish:
             return
-    yield from certain(decoder.flush())
-    if rest := gate.flush():
-        into.text += rest
-        yield rest
 
 
 def complete(
