@@ -54,7 +54,9 @@ class ServingSettings(Protocol):
     def quantize(self) -> Literal["int8", "int4"] | None: ...
 
 
-def serving_engine(source: str, settings: ServingSettings) -> tuple[Engine, Tokenizer]:
+def serving_engine(
+    source: str, settings: ServingSettings, *, slots: int = 16
+) -> tuple[Engine, Tokenizer]:
     """The engine and tokenizer of a run, checkpoint or hub name."""
     directory = checkpoint.resolve(weights_path(source))
     tokenizer = tokenizer_of(directory, settings.tokenizer)
@@ -62,7 +64,7 @@ def serving_engine(source: str, settings: ServingSettings) -> tuple[Engine, Toke
         raise CheckpointError(f"{directory}: has no tokenizer.json; give one with --tokenizer")
     device = pick_device(settings.device)
     model = checkpoint.load(directory, str(device), pick_dtype(settings.dtype, device))
-    return Engine(model, weights=settings.quantize), tokenizer
+    return Engine(model, slots=slots, weights=settings.quantize), tokenizer
 
 
 def validation(

@@ -22,6 +22,7 @@ VERBS = {
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
     "sample": ("sample", "continue a prompt with a trained model"),
     "chat": ("chat", "talk with a fine-tuned model"),
+    "serve": ("serve", "answer over HTTP: the OpenAI API, and a page to chat"),
     "eval": ("eval", "loss and bits per byte of a checkpoint on prepared data"),
     "convert": ("convert", "read and write checkpoints of other projects"),
     "models": ("models", "list the model sizes: parameters, memory, FLOPs a token"),

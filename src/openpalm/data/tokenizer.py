@@ -192,6 +192,25 @@ class Tokenizer:
             table[i] = b""
         return table
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes an id adds to a text; a special token's are its name."""
+        if token_id in self.special_ids:
+            return self.decode([token_id], skip_special=False).encode()
+        if self.is_byte_level:
+            table = self.token_bytes
+            return table[token_id] if token_id < len(table) else b""
+        spelt = self._inner.id_to_token(token_id) or ""
+        if token_id in self.byte_fallback_ids:
+            return bytes([int(spelt[3:5], 16)])
+        before = self.decode([self._ordinary])
+        return self.decode([self._ordinary, token_id]).removeprefix(before).encode()
+
+    @cached_property
+    def _ordinary(self) -> int:
+        """An id of letters: the next one keeps the space that a word begins with."""
+        ids = range(self.vocab_size)
+        return next((i for i in ids if self.decode([i]).isalpha()), 0)
+
     @cached_property
     def byte_fallback_ids(self) -> frozenset[int]:
         """The ids spelt <0x00> to <0xFF>, whose meaning depends on the run they stand in."""
@@ -219,10 +238,9 @@ class Tokenizer:
 
     def _decoded_lengths(self) -> list[int]:
         """Bytes each id adds after an ordinary token, which keeps the space that a word begins."""
-        ids = range(self.vocab_size)
-        ordinary = next((i for i in ids if self.decode([i]).isalpha()), 0)
-        before = len(self.decode([ordinary]).encode())
-        texts = self._inner.decode_batch([[ordinary, i] for i in ids], skip_special_tokens=True)
+        before = len(self.decode([self._ordinary]).encode())
+        pairs = [[self._ordinary, i] for i in range(self.vocab_size)]
+        texts = self._inner.decode_batch(pairs, skip_special_tokens=True)
         fallback = self.byte_fallback_ids
         return [
             1 if i in fallback else max(0, len(text.encode()) - before)

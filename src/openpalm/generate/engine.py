@@ -131,6 +131,14 @@ class Engine:
         )
         self._left.clear()
 
+    def abandon(self) -> None:
+        """Forgets every request and all that was read: a new start after a step that raised."""
+        self._waiting.clear()
+        self._rows.clear()
+        self._left.clear()
+        self._decoding = 0
+        self._cache.lengths = [0] * self.slots
+
     @property
     def busy(self) -> bool:
         """Whether any request is waiting or in a slot."""
@@ -143,7 +151,7 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queues a request; its tokens carry the ticket returned. SettingsError for a bad id."""
-        self._check(request.ids)
+        self.check(request.ids)
         ticket = next(self._tickets)
         if request.max_new_tokens > 0 or (request.score_prompt and len(request.ids) > 1):
             generator = torch.Generator().manual_seed(request.sampling.seed)
@@ -174,7 +182,7 @@ class Engine:
         Left early, it cancels what is unfinished.
         """
         for request in requests:
-            self._check(request.ids)
+            self.check(request.ids)
         if self.busy:
             raise AssertionError("the engine has requests in flight")
         index = {self.submit(request): position for position, request in enumerate(requests)}
@@ -205,7 +213,8 @@ class Engine:
             scores[token.request].append(token.log_prob)
         return [torch.tensor(row) for row in scores]
 
-    def _check(self, ids: Sequence[int]) -> None:
+    def check(self, ids: Sequence[int]) -> None:
+        """Raises SettingsError for no ids, or one outside of the vocabulary."""
         vocab = self.model.config.vocab_size
         if not ids:
             raise SettingsError("the prompt is empty; give at least one token")

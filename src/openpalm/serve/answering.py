@@ -1,0 +1,147 @@
+"""Answers in the two shapes of OpenAI's API, whole or streamed.
+
+A Form says how one choice looks; everything else is the same for both.
+"""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from openpalm.data.tokenizer import Tokenizer
+from openpalm.generate.engine import Token
+from openpalm.generate.text import Piece
+from openpalm.serve.problems import as_api_error, error_body
+from openpalm.serve.stream import DONE, EventStream, answer_or_nothing, event
+from openpalm.serve.worker import Answers, EngineFailed, Job
+
+
+@dataclass
+class Said:
+    """What one choice consists of so far."""
+
+    text: str = ""
+    tokens: list[tuple[Token, int]] = field(default_factory=list)
+    finish: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.finish = piece.finish
+
+
+class Form(Protocol):
+    """How choices look in one of the two APIs."""
+
+    prefix: str
+    whole: str
+    chunk: str
+
+    def opening(self, job: Job) -> dict[str, Any] | None:
+        """The part of a streamed choice that comes before its text, if there is one."""
+        ...
+
+    def part(self, job: Job, piece: Piece) -> dict[str, Any]:
+        """A streamed choice's next part."""
+        ...
+
+    def ending(self, job: Job, finish: str) -> dict[str, Any]:
+        """A streamed choice's last part."""
+        ...
+
+    def choice(self, job: Job, said: Said) -> dict[str, Any]:
+        """A whole choice."""
+        ...
+
+
+async def respond(
+    request: Request, answers: Answers, form: Form, *, prompt_tokens: int, stream: bool, usage: bool
+) -> Response:
+    """The whole answer, or a stream of it that may end with its usage."""
+    head = {
+        "id": f"{form.prefix}-{secrets.token_hex(12)}",
+        "object": form.chunk if stream else form.whole,
+        "created": int(time.time()),
+        "model": answers.served.name,
+    }
+    if stream:
+        return EventStream(_events(answers, form, head, prompt_tokens, usage), answers.close)
+    whole = _whole(answers, form, head, prompt_tokens)
+    return await answer_or_nothing(request, whole, answers.close)
+
+
+async def collect(answers: Answers) -> list[Said]:
+    """Everything that is said, in the order of the requests. Raises EngineFailed."""
+    said = [Said() for _ in answers.jobs]
+    async for pieces in answers:
+        for job, piece in pieces:
+            said[job.index].add(piece)
+    return said
+
+
+async def _whole(
+    answers: Answers, form: Form, head: dict[str, Any], prompt_tokens: int
+) -> JSONResponse:
+    said = await collect(answers)
+    choices = [form.choice(job, said[job.index]) for job in answers.jobs]
+    usage = _usage(answers.jobs, prompt_tokens)
+    return JSONResponse(head | {"choices": choices, "usage": usage})
+
+
+async def _events(
+    answers: Answers, form: Form, head: dict[str, Any], prompt_tokens: int, usage: bool
+) -> AsyncIterator[bytes]:
+    """Chunks as bytes, everything that is ready in one write."""
+    if usage:
+        head = head | {"usage": None}
+
+    def chunk(choice: dict[str, Any]) -> bytes:
+        return event(head | {"choices": [choice]})
+
+    opened: set[Job] = set()
+    try:
+        async for pieces in answers:
+            ready = b""
+            for job, piece in pieces:
+                if job not in opened:
+                    opened.add(job)
+                    opening = form.opening(job)
+                    ready += chunk(opening) if opening else b""
+                if piece.text or piece.tokens:
+                    ready += chunk(form.part(job, piece))
+                if piece.finish:
+                    ready += chunk(form.ending(job, piece.finish))
+            if ready:
+                yield ready
+    except EngineFailed as error:
+        told = as_api_error(error)
+        yield event(error_body(told.status, told.message, code=told.code))
+        return
+    if usage:
+        yield event(head | {"choices": [], "usage": _usage(answers.jobs, prompt_tokens)})
+    yield DONE
+
+
+def _usage(jobs: Sequence[Job], prompt_tokens: int) -> dict[str, int]:
+    made = sum(job.generated for job in jobs)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": made,
+        "total_tokens": prompt_tokens + made,
+    }
+
+
+# --- what tokens are called
+
+
+def spelt(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's text; its bytes, where they are only a part of a character."""
+    piece = tokenizer.bytes_of(token_id)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)

@@ -1,0 +1,112 @@
+"""The HTTP application: rooms put together, life signs, the page at `/`."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from openpalm import __version__
+from openpalm.serve import chat, completions, operators, problems, tools
+from openpalm.serve.documented import ERRORS
+from openpalm.serve.incoming import Door
+from openpalm.serve.service import Service
+from openpalm.serve.worker import Draining
+
+PAGE = files("openpalm.serve") / "page"
+KINDS = {
+    "index.html": "text/html; charset=utf-8",
+    "chat.css": "text/css; charset=utf-8",
+    "chat.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def create_app(
+    service: Service,
+    *,
+    keys: Sequence[str] = (),
+    admin_keys: Sequence[str] = (),
+    allow_origins: Sequence[str] = (),
+) -> ASGIApp:
+    """The application; its lifespan is that of the worker's thread."""
+
+    @asynccontextmanager
+    async def running(_app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        service.worker.stop()
+        if service.sink:
+            service.sink.close()
+
+    app = FastAPI(
+        lifespan=running,
+        title="OpenPaLM",
+        version=__version__,
+        description="The OpenAI API, for one model.",
+        docs_url=None,  # its page would fetch scripts from elsewhere
+        redoc_url=None,
+    )
+    for room in (completions, chat, tools, operators):
+        app.include_router(room.routes(service))
+    _add_life_signs(app, service)
+    _add_page(app)
+    problems.install(app)
+    counted = service.metrics.counted(app)
+    admitted = Door(counted, keys=keys, admin_keys=admin_keys)
+    if not allow_origins:
+        return admitted
+    return CORSMiddleware(
+        admitted, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"]
+    )
+
+
+def _add_life_signs(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """The process lives."""
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready", responses={503: ERRORS[503]})
+    async def ready() -> Response:
+        """New requests are taken."""
+        if service.worker.draining:
+            return problems.error_response(problems.as_api_error(Draining()))
+        return JSONResponse({"status": "ready", "model": service.worker.current.name})
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _add_page(app: FastAPI) -> None:
+    def page(name: str) -> Response:
+        if name not in KINDS:
+            raise problems.ApiError(404, f"no such file: {name[:100]}")
+        content = PAGE.joinpath(name).read_bytes()
+        return Response(content, headers=PAGE_HEADERS, media_type=KINDS[name])
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return page("index.html")
+
+    @app.get("/static/{name}", include_in_schema=False)
+    async def static(name: str) -> Response:
+        return page(name)
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return page("icon.svg")

@@ -1,0 +1,112 @@
+"""`POST /v1/chat/completions`: the next turn of a conversation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from openpalm.generate.engine import Token
+from openpalm.generate.text import Piece
+from openpalm.serve import asking
+from openpalm.serve.answering import Said, respond, spelt
+from openpalm.serve.documented import ERRORS, ChatCompletion
+from openpalm.serve.incoming import StrictRoute
+from openpalm.serve.problems import ApiError
+from openpalm.serve.schema import ChatRequest
+from openpalm.serve.service import Keep, Service
+from openpalm.serve.worker import Job, Served
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=StrictRoute)
+
+    @router.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}, **ERRORS})
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        served = asking.pick_model(service.worker, body.model)
+        usage = asking.check_stream_options(body)
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")
+        prompt = await asking.encode_messages(served.tokenizer, body.messages)
+        service.check_count(body.n or 1)
+        requests = asking.requests(
+            body,
+            served,
+            [prompt],
+            max_new_tokens=body.max_completion_tokens or body.max_tokens,
+            top_log_probs=body.top_logprobs or 0,
+            chat=True,
+        )
+        answers = service.worker.submit(served, requests, asking.stop_strings(body))
+        form = _Form(body, served, service.keeper(body, served))
+        return await respond(
+            request,
+            answers,
+            form,
+            prompt_tokens=len(prompt),
+            stream=bool(body.stream),
+            usage=usage,
+        )
+
+    return router
+
+
+class _Form:
+    """Chat: messages, or deltas of them, and a list of tokens with their log-probabilities."""
+
+    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, body: ChatRequest, served: Served, keep: Keep | None):
+        self._tokenizer = served.tokenizer
+        self._log_probs = bool(body.logprobs)
+        self._keep = keep
+        self._texts: dict[Job, list[str]] = {}
+
+    def opening(self, job: Job) -> dict[str, Any]:
+        return _delta(job, {"role": "assistant", "content": ""})
+
+    def part(self, job: Job, piece: Piece) -> dict[str, Any]:
+        if self._keep:
+            self._texts.setdefault(job, []).append(piece.text)
+        return _delta(job, {"content": piece.text}, self._listed(piece.tokens))
+
+    def ending(self, job: Job, finish: str) -> dict[str, Any]:
+        if self._keep:
+            self._keep(job, "".join(self._texts.get(job, [])))
+        return _delta(job, {}, None, finish)
+
+    def choice(self, job: Job, said: Said) -> dict[str, Any]:
+        if self._keep:
+            self._keep(job, said.text)
+        return {
+            "index": job.index,
+            "message": {"role": "assistant", "content": said.text, "refusal": None},
+            "logprobs": self._listed(said.tokens),
+            "finish_reason": said.finish,
+        }
+
+    def _listed(self, tokens: Sequence[tuple[Token, int]]) -> dict[str, Any] | None:
+        if not self._log_probs:
+            return None
+        listed = [
+            self._token(token.id, token.log_prob)
+            | {"top_logprobs": [self._token(*other) for other in token.top]}
+            for token, _ in tokens
+        ]
+        return {"content": listed, "refusal": None}
+
+    def _token(self, token_id: int, log_prob: float) -> dict[str, Any]:
+        return {
+            "token": spelt(self._tokenizer, token_id),
+            "logprob": log_prob,
+            "bytes": list(self._tokenizer.bytes_of(token_id)),
+        }
+
+
+def _delta(
+    job: Job,
+    delta: dict[str, Any],
+    log_probs: dict[str, Any] | None = None,
+    finish: str | None = None,
+) -> dict[str, Any]:
+    return {"index": job.index, "delta": delta, "logprobs": log_probs, "finish_reason": finish}

@@ -1,0 +1,152 @@
+"""What callers may ask, field by field: OpenAI's names, the bounds of this server.
+
+Unknown fields are accepted and ignored; null is the same as not given; numbers are not strings.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 1024
+MAX_TOP_LOG_PROBS = 20
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class Body(BaseModel):
+    """Any request's body."""
+
+    model_config = ConfigDict(
+        strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class Generation(Body):
+    """What completions and chat have in common."""
+
+    model: str | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31, description="0 or -1: all")
+    min_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=300, description="token id, as a string: what is added to its logit"),
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = Field(None, description="generate on after an end marker")
+    user: str | None = None
+
+
+class CompletionRequest(Generation):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="16 where not given")
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOG_PROBS)
+    echo: bool | None = None
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None = None
+
+    @property
+    def text(self) -> str:
+        """The whole content as one text."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class ResponseFormat(Body):
+    type: Literal["text"]
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _only_text(cls, value: object) -> object:
+        if value != "text":
+            raise ValueError("this server only answers with text")
+        return value
+
+
+class ChatRequest(Generation):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="what the context has left")
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOG_PROBS)
+    response_format: ResponseFormat | None = None
+    store: bool | None = Field(
+        None, description="the user consents that this conversation is kept for training"
+    )
+
+
+class TokenizeRequest(Body):
+    """`POST /tokenize`: a text, or messages as the model reads them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_generation_prompt: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class LoadRequest(Body):
+    """`POST /admin/models`: what to load and serve from now on."""
+
+    path: Annotated[str, Field(min_length=1, max_length=4096, description="run, checkpoint or hub")]
+    name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
+class ScoreRequest(Body):
+    """`POST /v1/score`."""
+
+    model: str | None = None
+    sequences: (
+        Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+
+
+class LegacyRequest(BaseModel):
+    """mesh-transformer-jax's `POST /complete`; numbers may be strings, as there."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    context: Annotated[str, Field(strict=True)]
+    top_p: float = Field(0.9, gt=0, le=1)
+    temp: float = Field(1.0, ge=0, le=2)

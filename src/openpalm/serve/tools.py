@@ -1,0 +1,116 @@
+"""Small endpoints beside generation: models, tokens, mesh-transformer-jax's /complete."""
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from openpalm.data.conversation import stop_ids
+from openpalm.generate.engine import Request as EngineRequest
+from openpalm.generate.sampling import Sampling
+from openpalm.serve import asking, documented
+from openpalm.serve.answering import collect, spelt
+from openpalm.serve.documented import ERRORS
+from openpalm.serve.incoming import StrictRoute
+from openpalm.serve.problems import ApiError
+from openpalm.serve.schema import DetokenizeRequest, LegacyRequest, TokenizeRequest
+from openpalm.serve.service import Service
+from openpalm.serve.stream import answer_or_nothing
+from openpalm.serve.worker import Overloaded, Served
+
+LEGACY_TOKENS = 512
+"""What mesh-transformer-jax's server generated at most."""
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=StrictRoute)
+    worker = service.worker
+
+    @router.get("/v1/models", responses={200: {"model": documented.Models}, 401: ERRORS[401]})
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_model(worker.current)]})
+
+    @router.get("/v1/models/{name:path}", responses={200: {"model": documented.Model}, **ERRORS})
+    async def model(name: str) -> Response:
+        return JSONResponse(_model(asking.pick_model(worker, name)))
+
+    @router.post("/tokenize", responses={200: {"model": documented.Tokenized}, **ERRORS})
+    async def tokenize(body: TokenizeRequest) -> Response:
+        served = asking.pick_model(worker, body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "give prompt or messages, one of them", param="prompt")
+        if body.prompt is not None:
+            ids = (await asking.encode(served.tokenizer, [body.prompt]))[0] if body.prompt else []
+        else:
+            ids = await asking.encode_messages(
+                served.tokenizer,
+                body.messages or [],
+                answer_next=body.add_generation_prompt is not False,
+            )
+        told = {"tokens": ids, "count": len(ids), "max_model_len": served.context}
+        return JSONResponse(told)
+
+    @router.post("/detokenize", responses={200: {"model": documented.Detokenized}, **ERRORS})
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        tokenizer = asking.pick_model(worker, body.model).tokenizer
+        return JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special=False)})
+
+    @router.get("/tokenizer_info", responses={401: ERRORS[401]})
+    async def tokenizer_info() -> Response:
+        return JSONResponse(_tokenizer_info(worker.current))
+
+    @router.post(
+        "/complete",
+        responses={
+            200: {"model": documented.LegacyCompletion},
+            **ERRORS,
+            429: {"model": documented.LegacyError},
+        },
+    )
+    async def complete(body: LegacyRequest, request: Request) -> Response:
+        served = worker.current
+        (prompt,) = await asking.encode(served.tokenizer, [body.context])
+        served.engine.check(prompt)
+        room = min(LEGACY_TOKENS, served.context - len(prompt))
+        if room < 1:
+            raise ApiError(400, f"the context is too long; the model has {served.context} tokens")
+        how = Sampling(temperature=body.temp, top_p=body.top_p, seed=asking.drawn_seed())
+        ends = asking.ends(served.tokenizer, chat=False)
+        try:
+            answers = worker.submit(served, [EngineRequest(prompt, room, how, ends)])
+        except Overloaded:
+            busy = {"error": "queue full, try again later"}
+            return JSONResponse(busy, 429, {"Retry-After": "1"})
+
+        async def whole() -> Response:
+            return JSONResponse({"completion": (await collect(answers))[0].text})
+
+        return await answer_or_nothing(request, whole(), answers.close)
+
+    return router
+
+
+def _model(served: Served) -> dict[str, object]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "openpalm",
+        "max_model_len": served.context,
+    }
+
+
+def _tokenizer_info(served: Served) -> dict[str, object]:
+    """What a remote evaluation needs to know instead of loading the tokenizer."""
+    tokenizer = served.tokenizer
+    end = tokenizer.end_of_text
+    name = None if end is None else spelt(tokenizer, end)
+    return {
+        "tokenizer_class": "openpalm",
+        "vocab_size": tokenizer.vocab_size,
+        "model_max_length": served.context,
+        "eos_token": name,
+        "bos_token": None,
+        "pad_token": name,
+        "stop_token_ids": sorted(stop_ids(tokenizer)),
+        "chat_template": None,
+    }

@@ -1,0 +1,266 @@
+"""The thread that owns the engines: requests come from the event loop, pieces of text go back.
+
+Bounded: what fits neither a slot nor the queue is refused at once. A model that is replaced
+finishes what it began. Everything public here is called on the event loop, except where noted.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from openpalm.data.tokenizer import Tokenizer
+from openpalm.generate.engine import Engine, Request, Token
+from openpalm.generate.text import AnswerText, Piece
+
+
+class Overloaded(Exception):
+    """Slots and queue are full."""
+
+
+class Draining(Exception):
+    """The server is about to end and takes nothing new."""
+
+
+class EngineFailed(Exception):
+    """The engine broke off; its requests are lost, new ones may succeed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A model that answers, under the name it has in the API."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    source: str
+    """where it was loaded from"""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together at most."""
+        return self.engine.model.config.context
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence on its way."""
+
+    index: int
+    served: Served
+    request: Request
+    text: AnswerText
+    answers: "Answers"
+    began: float = field(default_factory=time.perf_counter)
+    prompt: list[Token] = field(default_factory=list)
+    """the prompt's own tokens, where they are scored; complete with the first piece"""
+    generated: int = 0
+    """tokens so far"""
+    first_s: float | None = None
+    """seconds to the first token, once it came"""
+
+
+class Answers:
+    """The pieces of one call's sequences as they come; leaving early cancels the rest."""
+
+    def __init__(self, worker: "Worker", served: Served, requests: Sequence[Request]):
+        self.served = served
+        self.jobs: list[Job] = []
+        self.pieces: asyncio.Queue[tuple[Job, Piece] | EngineFailed] = asyncio.Queue()
+        self._worker = worker
+        self._requests = requests
+
+    def start(self, stops: Sequence[str]) -> None:
+        for index, request in enumerate(self._requests):
+            text = AnswerText(self.served.tokenizer, request.stop_ids, stops)
+            self.jobs.append(Job(index, self.served, request, text, self))
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[Job, Piece]]]:
+        """All pieces that are there, at least one, until every sequence has finished.
+
+        Raises EngineFailed.
+        """
+        open_jobs = len(self.jobs)
+        while open_jobs:
+            batch = [await self.pieces.get()]
+            while not self.pieces.empty():
+                batch.append(self.pieces.get_nowait())
+            pieces = []
+            for item in batch:
+                if isinstance(item, EngineFailed):
+                    raise item
+                pieces.append(item)
+                open_jobs -= item[1].finish is not None
+            yield pieces
+
+    def close(self) -> None:
+        """Frees what these sequences still hold; nothing happens where all have finished."""
+        self._worker.cancel(self.jobs)
+
+
+class Worker:
+    """Runs the engines in one thread.
+
+    `slots + queue_limit` sequences at most are on their way; `observe(job, piece)` is told of
+    every piece, on the event loop.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        *,
+        queue_limit: int,
+        observe: Callable[[Job, Piece], None] = lambda job, piece: None,
+    ):
+        self.current = served
+        self.queue_limit = queue_limit
+        self.draining = False
+        self.load = 0
+        """sequences on their way"""
+        self._observe = observe
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._running: dict[Served, dict[int, Job]] = {}
+        self._tickets: dict[Job, int] = {}
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def most(self) -> int:
+        """Sequences that can be on their way."""
+        return self.current.engine.slots + self.queue_limit
+
+    @property
+    def active(self) -> int:
+        """Slots in use, of all models."""
+        return sum(served.engine.active for served in list(self._running) or [self.current])
+
+    def start(self) -> None:
+        """Begins; to be called on the event loop that will submit."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its present step; for when nothing is on its way. Any thread."""
+        if self._thread.is_alive():
+            self._orders.put(self._stop)
+            self._thread.join()
+
+    def submit(
+        self, served: Served, requests: Sequence[Request], stops: Sequence[str] = ()
+    ) -> Answers:
+        """Queues the requests of one call. Raises Overloaded or Draining."""
+        if self.draining:
+            raise Draining
+        if self.load + len(requests) > self.most:
+            raise Overloaded
+        answers = Answers(self, served, requests)
+        answers.start(stops)
+        self.load += len(requests)
+        self._orders.put(partial(self._admit, answers.jobs))
+        return answers
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Forgets these sequences where they are unfinished."""
+        self._orders.put(partial(self._drop, jobs))
+
+    # --- on the event loop, called by the thread
+
+    def _deliver(self, events: list[tuple[Job, Piece | EngineFailed | None]]) -> None:
+        for job, what in events:
+            if isinstance(what, Piece):
+                self._observe(job, what)
+                job.answers.pieces.put_nowait((job, what))
+                self.load -= what.finish is not None
+            else:
+                self.load -= 1
+                if what is not None:
+                    job.answers.pieces.put_nowait(what)
+
+    # --- in the thread
+
+    def _run(self) -> None:
+        while not self._stopped:
+            self._obey(wait=not self._tickets)
+            for served in list(self._running):
+                self._report(self._step(served))
+
+    def _obey(self, *, wait: bool) -> None:
+        try:
+            while True:
+                self._orders.get(block=wait)()
+                wait = False
+        except queue.Empty:
+            pass
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _admit(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            ticket = job.served.engine.submit(job.request)
+            self._tickets[job] = ticket
+            self._running.setdefault(job.served, {})[ticket] = job
+
+    def _drop(self, jobs: Sequence[Job]) -> None:
+        unfinished = [job for job in jobs if job in self._tickets]
+        for job in unfinished:
+            job.served.engine.cancel(self._tickets[job])
+            self._forget(job)
+        self._report([(job, None) for job in unfinished])
+
+    def _forget(self, job: Job) -> None:
+        ticket = self._tickets.pop(job)
+        running = self._running[job.served]
+        del running[ticket]
+        if not running:
+            del self._running[job.served]
+
+    def _step(self, served: Served) -> list[tuple[Job, Piece | EngineFailed | None]]:
+        try:
+            tokens = served.engine.step()
+        except Exception as error:
+            traceback.print_exc()
+            return self._fail(served, error)
+        running, events = self._running[served], []
+        for token in tokens:
+            job = running.get(token.request)
+            if job is None:  # a stop string ended it
+                continue
+            piece = _piece(job, token)
+            if piece is None:
+                continue
+            if piece.finish is not None:
+                if token.finish is None:
+                    served.engine.cancel(token.request)
+                self._forget(job)
+            events.append((job, piece))
+        return events
+
+    def _fail(
+        self, served: Served, error: Exception
+    ) -> list[tuple[Job, Piece | EngineFailed | None]]:
+        jobs = list(self._running[served].values())
+        served.engine.abandon()
+        for job in jobs:
+            self._forget(job)
+        return [(job, EngineFailed(f"{type(error).__name__}: {error}")) for job in jobs]
+
+    def _report(self, events: list[tuple[Job, Piece | EngineFailed | None]]) -> None:
+        if events:
+            self._loop.call_soon_threadsafe(self._deliver, events)
+
+
+def _piece(job: Job, token: Token) -> Piece | None:
+    """What a token adds to its sequence, None inside a prompt that is scored."""
+    if job.first_s is None:
+        job.first_s = time.perf_counter() - job.began
+    if token.of_prompt:
+        job.prompt.append(token)
+        return Piece("", [], token.finish) if token.finish else None
+    job.generated += 1
+    return job.text.push(token)

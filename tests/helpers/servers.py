@@ -1,0 +1,95 @@
+"""A server as users start it, in a process of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KEYLESS = {"OPENPALM_API_KEY", "OPENPALM_ADMIN_KEY"}
+
+
+@dataclass
+class Answer:
+    status: int
+    body: Any
+    headers: Mapping[str, str]
+
+
+@dataclass
+class Running:
+    """A server that takes requests."""
+
+    url: str
+    process: subprocess.Popen
+
+    def call(
+        self, path: str, body: object = None, *, key: str | None = None, raw: bytes | None = None
+    ) -> Answer:
+        """GET, or POST where there is a body; JSON is read, everything else is text."""
+        data = json.dumps(body).encode() if raw is None and body is not None else raw
+        headers = {"Content-Type": "application/json"} if data is not None else {}
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return _answer(response.status, response)
+        except urllib.error.HTTPError as error:
+            return _answer(error.code, error)
+
+    def metric(self, name: str) -> float:
+        """The value of a Prometheus line."""
+        text = self.call("/metrics").body
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
+
+    def stop(self, timeout_s: float = 60) -> tuple[int, str]:
+        """SIGTERM; the exit status and what was written to standard error."""
+        self.process.send_signal(signal.SIGTERM)
+        _, errors = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, errors
+
+
+@contextmanager
+def serving(run: Path, *options: object, env: Mapping[str, str] | None = None) -> Iterator[Running]:
+    """`openpalm serve RUN OPTIONS` on a free port of this machine."""
+    environment = {k: v for k, v in os.environ.items() if k not in KEYLESS}
+    environment |= {"OMP_NUM_THREADS": "1"} | dict(env or {})
+    words = [sys.executable, "-m", "openpalm", "serve", run, "--port", 0, *options]
+    with subprocess.Popen(
+        [str(word) for word in words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        try:
+            line = process.stdout.readline()
+            found = re.search(r"http://\S+?(?=/[,\s])", line)
+            if not found:
+                process.kill()
+                raise AssertionError(f"no server: {line}{process.stderr.read()}")
+            yield Running(found[0], process)
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def _answer(status: int, response: Any) -> Answer:
+    content = response.read().decode()
+    kind = response.headers.get("Content-Type", "")
+    return Answer(status, json.loads(content) if "json" in kind else content, response.headers)
+
+
+def events(text: str) -> list[Any]:
+    """The data of server-sent events, [DONE] left as it is."""
+    data = [line.removeprefix("data: ") for line in text.split("\n") if line]
+    return [item if item == "[DONE]" else json.loads(item) for item in data]
