@@ -198,3 +198,68 @@ def test_the_engine_leaves_dropout_off():
     model = tiny(dropout=0.5).train()
     requests = [Request([1, 2, 3], 20, GREEDY)]
     assert Engine(model).answers(requests) == Engine(tiny()).answers(requests)
+
+
+# --- what comes beside the tokens
+
+
+@torch.no_grad()
+def test_the_likeliest_tokens_are_those_of_the_model(any_model):
+    request = Request([1, 2, 3], 8, Sampling(seed=2), top_log_probs=4)
+    ids = [1, 2, 3]
+    for token in Engine(any_model).generate([request, Request([5], 9, GREEDY)]):
+        if token.request == 0:
+            log_probs = any_model.logits(torch.tensor([ids]))[0, -1].log_softmax(-1)
+            best = log_probs.topk(4)
+            assert [i for i, _ in token.top] == best.indices.tolist()
+            assert [p for _, p in token.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+            ids.append(token.id)
+        else:
+            assert token.top == ()
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 5, 64])
+def test_a_scored_prompt_comes_before_its_answer(any_model, prefill_tokens):
+    """Among others that read, decode and share beginnings."""
+    prompts = [list(range(i, i + 30)) for i in (0, 0, 7)]
+    engine = Engine(any_model, slots=4, prefill_tokens=prefill_tokens)
+    requests = [Request(p, 5, GREEDY, top_log_probs=2, score_prompt=True) for p in prompts]
+    found = list(engine.generate([*requests, Request(prompts[0], 9, GREEDY)]))
+    for position, prompt in enumerate(prompts):
+        mine = [token for token in found if token.request == position]
+        assert [t.of_prompt for t in mine] == [True] * 29 + [False] * 5
+        assert [t.id for t in mine[:29]] == prompt[1:]
+        assert all(len(t.top) == 2 and t.finish is None for t in mine[:-1])
+        expected = Engine(any_model).score([prompt])[0].tolist()
+        assert [t.log_prob for t in mine[:29]] == pytest.approx(expected, abs=1e-5)
+        assert [t.id for t in mine[29:]] == Engine(any_model).answers([requests[position]])[0]
+
+
+def test_a_score_ends_with_the_prompt(model):
+    tokens = list(Engine(model).generate([Request([1, 2, 3], 0, score_prompt=True)]))
+    assert [(t.id, t.of_prompt, t.finish) for t in tokens] == [
+        (2, True, None),
+        (3, True, "length"),
+    ]
+    assert list(Engine(model).generate([Request([1], 0, score_prompt=True)])) == []
+
+
+def test_penalties_look_at_the_answer_only(model):
+    """A penalty of 2 a time, on logits this far apart, in the end changes what is greedy."""
+    plain = Engine(model).answers([Request([1, 2, 3], 40, GREEDY)])[0]
+    how = Sampling(temperature=0, frequency_penalty=2.0)
+    penalised = Engine(model).answers([Request([1, 2, 3], 40, how)])[0]
+    first = next(i for i, (a, b) in enumerate(zip(plain, penalised, strict=True)) if a != b)
+    assert plain[first] in plain[:first], "only what was said before is penalised"
+    assert len(set(penalised)) > len(set(plain))
+
+
+def test_an_engine_that_was_abandoned_starts_anew(model):
+    engine, request = Engine(model, slots=2), Request([1, 2, 3], 9, GREEDY)
+    for _ in range(3):
+        engine.submit(request)
+    engine.step()
+    engine.abandon()
+    assert not engine.busy
+    assert engine.active == 0
+    assert engine.answers([request]) == Engine(model).answers([request])

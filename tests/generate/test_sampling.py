@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from openpalm.errors import SettingsError
-from openpalm.generate.sampling import Sampling, distribution, draw
+from openpalm.generate.sampling import Sampling, adjusted, choose, distribution, draw
 
 LOGITS = torch.tensor([2.0, 1.5, 1.5, 0.3, -1.0, -4.0, 0.9, 2.1])
 
@@ -226,6 +226,8 @@ def test_impossible_tokens_are_never_drawn():
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
         ("seed", 2**63),
     ],
 )
@@ -246,3 +248,75 @@ def test_probabilities_sum_to_one_whatever_is_asked():
         found = distribution(logits, **how)
         assert float(found.sum()) == pytest.approx(1, abs=1e-5)
         assert float(found.min()) >= 0
+
+
+# --- min-p, bias, penalties, rows
+
+
+@pytest.mark.parametrize("min_p", [0.05, 0.3, 0.6, 1.0])
+def test_min_p_keeps_a_share_of_the_best(min_p):
+    for logits in random_logits(20, 30):
+        chances = softmax(logits.double().tolist())
+        least = min_p * max(chances)
+        found = distribution(logits, min_p=min_p)
+        assert kept(found) == {i for i, p in enumerate(chances) if p >= least - 1e-9}
+        assert float(found.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_top_p_beyond_the_short_list_is_top_p():
+    """A flat distribution over more tokens than are looked at first."""
+    logits = torch.linspace(0, 0.1, 5000)
+    assert len(kept(distribution(logits, top_p=0.9))) == pytest.approx(4500, abs=30)
+    few = kept(distribution(logits, top_p=0.01))
+    assert few == set(range(5000 - len(few), 5000))
+
+
+def test_bias_and_penalties_are_the_documented_sum():
+    how = Sampling(
+        presence_penalty=0.5, frequency_penalty=0.25, logit_bias={0: 1.0, 3: -2.0, 5: 7.0}
+    )
+    generated = [3, 3, 3, 1]
+    expected = [
+        x + how.logit_bias.get(i, 0) - generated.count(i) * 0.25 - (0.5 if i in generated else 0)
+        for i, x in enumerate(LOGITS.tolist())
+    ]
+    assert adjusted(LOGITS, how, generated).tolist() == pytest.approx(expected)
+    assert adjusted(LOGITS, Sampling(), generated) is LOGITS
+
+
+def test_each_row_is_chosen_as_alone():
+    hows = [
+        Sampling(temperature=0),
+        Sampling(seed=1),
+        Sampling(temperature=0, logit_bias={2: 50.0}),
+        Sampling(top_k=3, top_p=0.8, min_p=0.1, seed=4),
+    ]
+    logits, generated = random_logits(4, 50), [[1, 2], [], [3], [4] * 5]
+
+    def generators():
+        return [torch.Generator().manual_seed(how.seed) for how in hows]
+
+    together = choose(logits, hows, generated, generators())
+    alone = [
+        choose(logits[i : i + 1], hows[i : i + 1], generated[i : i + 1], [generators()[i]])[0]
+        for i in range(4)
+    ]
+    assert together == alone
+    assert together[2] == 2
+    assert together[0] == int(logits[0].argmax())
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"min_p": 0.5}, [2.0, 1.5, 1.5, None, None, None, None, 2.1]),
+        ({"logit_bias": {5: 6.0}}, [2.0, 1.5, 1.5, 0.3, -1.0, 2.0, 0.9, 2.1]),
+        ({"presence_penalty": 2.0}, [0.0, 1.5, 1.5, 0.3, -1.0, -4.0, 0.9, 2.1]),
+    ],
+)
+def test_frequencies_of_whole_requests_follow_the_probabilities(how, expected):
+    """Through `choose`, as the engine draws; token 0 was said before."""
+    generator, settings = torch.Generator().manual_seed(9), Sampling(**how)
+    draws = [choose(LOGITS[None], [settings], [[0]], [generator])[0] for _ in range(30_000)]
+    chances = softmax([x if x is not None else -1e9 for x in expected])
+    assert chi_squared_chance(Counter(draws), chances, 30_000) > 1e-3

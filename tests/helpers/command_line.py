@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from openpalm.cli.main import main
@@ -37,14 +38,22 @@ def program(*words: object, **how) -> subprocess.CompletedProcess[str]:
     )
 
 
-def write_base(path: Path) -> Path:
-    """A checkpoint of a model much smaller than any preset, with the byte tokenizer."""
+def write_base(path: Path, *, context: int = TINY.context, clear: bool = False) -> Path:
+    """A checkpoint of a model much smaller than any preset, with the byte tokenizer.
+
+    A `clear` one has logits far apart, so that what is greedy does not hang on rounding.
+    """
+    import torch
+
     from openpalm import checkpoint
     from openpalm.data.tokenizer import Tokenizer
     from openpalm.model.transformer import Transformer, initialise
 
-    model = Transformer(TINY)
+    model = Transformer(replace(TINY, context=context))
     initialise(model, seed=0)
+    if clear:
+        with torch.no_grad():
+            model.embedding *= 20
     tokenizer = path.with_name(f"{path.name}-tokenizer.json")
     Tokenizer.byte().save(tokenizer)
     checkpoint.save(path, model, tokenizer_json=tokenizer.read_text(encoding="utf-8"))

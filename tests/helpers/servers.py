@@ -1,11 +1,13 @@
 """A server as users start it, in a process of its own."""
 
+import asyncio
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -51,6 +53,13 @@ class Running:
         text = self.call("/metrics").body
         return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
 
+    def wait_idle(self, timeout_s: float = 30) -> None:
+        """Until nothing is in a slot or waiting."""
+        deadline = time.monotonic() + timeout_s
+        while self.metric("openpalm_sequences_load") + self.metric("openpalm_slots_active"):
+            assert time.monotonic() < deadline, "slots are still in use"
+            time.sleep(0.01)
+
     def stop(self, timeout_s: float = 60) -> tuple[int, str]:
         """SIGTERM; the exit status and what was written to standard error."""
         self.process.send_signal(signal.SIGTERM)
@@ -93,3 +102,55 @@ def events(text: str) -> list[Any]:
     """The data of server-sent events, [DONE] left as it is."""
     data = [line.removeprefix("data: ") for line in text.split("\n") if line]
     return [item if item == "[DONE]" else json.loads(item) for item in data]
+
+
+@dataclass
+class Call:
+    """What came back of one asynchronous call."""
+
+    status: int
+    body: str
+    first_s: float | None = None
+    """seconds to the first event, of a stream"""
+
+    @property
+    def text(self) -> str:
+        """The streamed text of a completion."""
+        parts = [item for item in events(self.body) if item != "[DONE]"]
+        return "".join(choice["text"] for part in parts for choice in part["choices"])
+
+
+async def call_async(
+    url: str, path: str, body: object, *, leave_after: int | None = None, key: str | None = None
+) -> Call:
+    """POSTs; with `leave_after` hangs up after so many lines of the answer's body."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+    head += f"Authorization: Bearer {key}\r\n\r\n" if key else "\r\n"
+    began = time.perf_counter()
+    try:
+        writer.write(head.encode() + content)
+        if leave_after == 0:
+            await writer.drain()
+            return Call(0, "")
+        status = int((await reader.readline()).split()[1])
+        while (await reader.readline()).strip():
+            pass
+        lines, first_s = [], None
+        async for line in reader:
+            if line.startswith((b"data:", b"{", b"[")) or not lines:
+                first_s = first_s or time.perf_counter() - began
+                lines.append(line.decode())
+            if leave_after and len(lines) >= leave_after:
+                break
+        return Call(status, _unchunked(lines), first_s)
+    finally:
+        writer.close()
+
+
+def _unchunked(lines: list[str]) -> str:
+    """Without the sizes of chunks, which no line of ours looks like."""
+    return "".join(line for line in lines if line.startswith(("data:", "{", "[")))

@@ -193,9 +193,9 @@ class Tokenizer:
         return table
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes an id adds to a text; a special token's are its name."""
+        """The bytes an id adds to a text; none for special tokens."""
         if token_id in self.special_ids:
-            return self.decode([token_id], skip_special=False).encode()
+            return b""
         if self.is_byte_level:
             table = self.token_bytes
             return table[token_id] if token_id < len(table) else b""

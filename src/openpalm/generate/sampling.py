@@ -132,7 +132,8 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     if ordered.sum() < top_p:
         ordered, order = probabilities.sort(descending=True)
     before = ordered.cumsum(dim=-1) - ordered
-    kept = torch.where(before < top_p, ordered, 0)
+    # The best one always: the smallest top_p is zero in float32.
+    kept = torch.where((before < top_p) | (before == 0), ordered, 0)
     return torch.zeros_like(probabilities).scatter_(0, order, kept / kept.sum())
 
 

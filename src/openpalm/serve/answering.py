@@ -17,7 +17,7 @@ from openpalm.generate.engine import Token
 from openpalm.generate.text import Piece
 from openpalm.serve.problems import as_api_error, error_body
 from openpalm.serve.stream import DONE, EventStream, answer_or_nothing, event
-from openpalm.serve.worker import Answers, EngineFailed, Job
+from openpalm.serve.worker import Answers, Draining, EngineFailed, Job
 
 
 @dataclass
@@ -75,7 +75,7 @@ async def respond(
 
 
 async def collect(answers: Answers) -> list[Said]:
-    """Everything that is said, in the order of the requests. Raises EngineFailed."""
+    """Everything that is said, in the order of the requests. Raises EngineFailed, Draining."""
     said = [Said() for _ in answers.jobs]
     async for pieces in answers:
         for job, piece in pieces:
@@ -117,7 +117,7 @@ async def _events(
                     ready += chunk(form.ending(job, piece.finish))
             if ready:
                 yield ready
-    except EngineFailed as error:
+    except (EngineFailed, Draining) as error:
         told = as_api_error(error)
         yield event(error_body(told.status, told.message, code=told.code))
         return
@@ -139,7 +139,9 @@ def _usage(jobs: Sequence[Job], prompt_tokens: int) -> dict[str, int]:
 
 
 def spelt(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token's text; its bytes, where they are only a part of a character."""
+    """A token's text; its bytes, where they are part of a character; a special token's name."""
+    if token_id in tokenizer.special_ids:
+        return tokenizer.decode([token_id], skip_special=False)
     piece = tokenizer.bytes_of(token_id)
     try:
         return piece.decode()

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from pathlib import PurePath
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -19,10 +20,10 @@ from openpalm.serve.worker import Draining
 
 PAGE = files("openpalm.serve") / "page"
 KINDS = {
-    "index.html": "text/html; charset=utf-8",
-    "chat.css": "text/css; charset=utf-8",
-    "chat.js": "text/javascript; charset=utf-8",
-    "icon.svg": "image/svg+xml",
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
 }
 PAGE_HEADERS = {
     "Content-Security-Policy": (
@@ -93,11 +94,14 @@ def _add_life_signs(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
+    # Read once, so that no path of a caller ever names a file.
+    contents = {file.name: file.read_bytes() for file in PAGE.iterdir()}
+
     def page(name: str) -> Response:
-        if name not in KINDS:
+        if name not in contents:
             raise problems.ApiError(404, f"no such file: {name[:100]}")
-        content = PAGE.joinpath(name).read_bytes()
-        return Response(content, headers=PAGE_HEADERS, media_type=KINDS[name])
+        kind = KINDS[PurePath(name).suffix]
+        return Response(contents[name], headers=PAGE_HEADERS, media_type=kind)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

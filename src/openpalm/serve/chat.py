@@ -96,10 +96,11 @@ class _Form:
         return {"content": listed, "refusal": None}
 
     def _token(self, token_id: int, log_prob: float) -> dict[str, Any]:
+        special = token_id in self._tokenizer.special_ids
         return {
             "token": spelt(self._tokenizer, token_id),
             "logprob": log_prob,
-            "bytes": list(self._tokenizer.bytes_of(token_id)),
+            "bytes": None if special else list(self._tokenizer.bytes_of(token_id)),
         }
 
 

@@ -138,13 +138,19 @@ class _Lists:
         self._append(spelt(self._tokenizer, token.id), token.log_prob, self._top(token), start)
 
     def add_prompt(self, job: Job, scored: Sequence[Token]) -> None:
-        first = spelt(self._tokenizer, job.request.ids[0])
-        self._append(first, None, None, 0)
+        """The prompt is shown with the names of special tokens, so they take room in it."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        start = len(decoder.decode(self._tokenizer.bytes_of(job.request.ids[0])))
+
+        def length(token_id: int) -> int:
+            piece = self._tokenizer.bytes_of(token_id)
+            return len(decoder.decode(piece) if piece else spelt(self._tokenizer, token_id))
+
+        first = job.request.ids[0]
+        self._append(spelt(self._tokenizer, first), None, None, 0)
+        start = length(first)
         for token in scored:
             self.add(token, start)
-            start += len(decoder.decode(self._tokenizer.bytes_of(token.id)))
+            start += length(token.id)
 
     def _top(self, token: Token) -> dict[str, float]:
         """The likeliest by their text; of two that are spelt alike the likelier stays."""

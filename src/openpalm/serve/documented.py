@@ -63,7 +63,7 @@ class Completion(BaseModel):
 class TopToken(BaseModel):
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 class ChatToken(TopToken):

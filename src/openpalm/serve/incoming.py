@@ -126,11 +126,17 @@ class StrictRoute(APIRoute):
 class _StrictRequest(Request):
     async def json(self) -> Any:
         try:
-            return json.loads(await self.body(), parse_constant=_refuse)
+            text = (await self.body()).decode()
+            content = json.loads(text, parse_constant=_refuse)
+            if "\\ud" in text.lower():  # an escape that could be half of a character
+                json.dumps(content, ensure_ascii=False).encode()
         except RecursionError:
             raise HTTPException(400, "the body is nested too deeply") from None
+        except UnicodeEncodeError:
+            raise HTTPException(400, "the body has half a surrogate pair in it") from None
         except ValueError as error:
             raise HTTPException(400, f"the body is not JSON: {error}") from None
+        return content
 
 
 def _refuse(name: str) -> None:

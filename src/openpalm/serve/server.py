@@ -11,6 +11,8 @@ from openpalm.errors import SettingsError, WorkError
 from openpalm.serve.worker import Worker
 
 BACKLOG = 2048
+GRACE_S = 5
+"""Given to callers to take the last of an answer that was broken off."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -35,25 +37,28 @@ def run(
 ) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what is in flight, at most `drain_s` seconds.
 
-    A second signal ends at once. `ready` is called when requests are taken.
+    A second signal breaks it off at once. `ready` is called when requests are taken.
     """
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=drain_s,
+        timeout_graceful_shutdown=drain_s + GRACE_S,
         server_header=False,
         backlog=BACKLOG,
     )
-    server = _Server(config, worker, ready)
+    server = _Server(config, worker, drain_s, ready)
     server.run(sockets=[listener])
     if not server.started:
         raise WorkError("the server did not start; its log says why")
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, worker: Worker, ready: Callable[[], None]):
+    def __init__(
+        self, config: uvicorn.Config, worker: Worker, drain_s: int, ready: Callable[[], None]
+    ):
         super().__init__(config)
+        self._drain_s = drain_s
         self._worker = worker
         self._ready = ready
 
@@ -65,6 +70,5 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not the library's: that one raises the signal again at the end, and an orderly end
         # would look like a death.
-        self.force_exit = self.should_exit
-        self.should_exit = True
-        self._worker.draining = True
+        again, self.should_exit = self.should_exit, True
+        self._worker.drain(0 if again else self._drain_s)

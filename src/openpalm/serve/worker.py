@@ -30,6 +30,10 @@ class EngineFailed(Exception):
     """The engine broke off; its requests are lost, new ones may succeed."""
 
 
+Broken = EngineFailed | Draining
+"""Why a sequence ends without a finish."""
+
+
 @dataclass(frozen=True, eq=False)
 class Served:
     """A model that answers, under the name it has in the API."""
@@ -71,7 +75,7 @@ class Answers:
     def __init__(self, worker: "Worker", served: Served, requests: Sequence[Request]):
         self.served = served
         self.jobs: list[Job] = []
-        self.pieces: asyncio.Queue[tuple[Job, Piece] | EngineFailed] = asyncio.Queue()
+        self.pieces: asyncio.Queue[tuple[Job, Piece] | Broken] = asyncio.Queue()
         self._worker = worker
         self._requests = requests
 
@@ -83,7 +87,7 @@ class Answers:
     async def __aiter__(self) -> AsyncIterator[list[tuple[Job, Piece]]]:
         """All pieces that are there, at least one, until every sequence has finished.
 
-        Raises EngineFailed.
+        Raises EngineFailed, and Draining where the time for finishing is over.
         """
         open_jobs = len(self.jobs)
         while open_jobs:
@@ -92,7 +96,7 @@ class Answers:
                 batch.append(self.pieces.get_nowait())
             pieces = []
             for item in batch:
-                if isinstance(item, EngineFailed):
+                if isinstance(item, Broken):
                     raise item
                 pieces.append(item)
                 open_jobs -= item[1].finish is not None
@@ -168,9 +172,15 @@ class Worker:
         """Forgets these sequences where they are unfinished."""
         self._orders.put(partial(self._drop, jobs))
 
+    def drain(self, seconds: float) -> None:
+        """Takes nothing new from now on; what is unfinished after `seconds` is broken off."""
+        self.draining = True
+        give_up = partial(self._orders.put, self._give_up)
+        self._loop.call_soon_threadsafe(self._loop.call_later, seconds, give_up)
+
     # --- on the event loop, called by the thread
 
-    def _deliver(self, events: list[tuple[Job, Piece | EngineFailed | None]]) -> None:
+    def _deliver(self, events: list[tuple[Job, Piece | Broken | None]]) -> None:
         for job, what in events:
             if isinstance(what, Piece):
                 self._observe(job, what)
@@ -213,6 +223,10 @@ class Worker:
             self._forget(job)
         self._report([(job, None) for job in unfinished])
 
+    def _give_up(self) -> None:
+        for served in list(self._running):
+            self._report(self._break_off(served, Draining()))
+
     def _forget(self, job: Job) -> None:
         ticket = self._tickets.pop(job)
         running = self._running[job.served]
@@ -220,12 +234,12 @@ class Worker:
         if not running:
             del self._running[job.served]
 
-    def _step(self, served: Served) -> list[tuple[Job, Piece | EngineFailed | None]]:
+    def _step(self, served: Served) -> list[tuple[Job, Piece | Broken | None]]:
         try:
             tokens = served.engine.step()
         except Exception as error:
             traceback.print_exc()
-            return self._fail(served, error)
+            return self._break_off(served, EngineFailed(f"{type(error).__name__}: {error}"))
         running, events = self._running[served], []
         for token in tokens:
             job = running.get(token.request)
@@ -241,16 +255,14 @@ class Worker:
             events.append((job, piece))
         return events
 
-    def _fail(
-        self, served: Served, error: Exception
-    ) -> list[tuple[Job, Piece | EngineFailed | None]]:
+    def _break_off(self, served: Served, reason: Broken) -> list[tuple[Job, Piece | Broken | None]]:
         jobs = list(self._running[served].values())
         served.engine.abandon()
         for job in jobs:
             self._forget(job)
-        return [(job, EngineFailed(f"{type(error).__name__}: {error}")) for job in jobs]
+        return [(job, reason) for job in jobs]
 
-    def _report(self, events: list[tuple[Job, Piece | EngineFailed | None]]) -> None:
+    def _report(self, events: list[tuple[Job, Piece | Broken | None]]) -> None:
         if events:
             self._loop.call_soon_threadsafe(self._deliver, events)
 

@@ -1,0 +1,103 @@
+// The settings: where they are remembered, and the dialog that changes them.
+
+const dialog = document.getElementById("settings");
+const form = dialog.querySelector("form");
+
+// Storage may be refused or full; the page then works without it.
+export function recall(storage, name, otherwise) {
+  try {
+    return JSON.parse(window[storage].getItem(`openpalm.${name}`)) ?? otherwise;
+  } catch {
+    return otherwise;
+  }
+}
+
+export function remember(storage, name, value) {
+  try {
+    window[storage].setItem(`openpalm.${name}`, JSON.stringify(value));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+// By the names of the form's fields, which are the API's where it has them; null is unset.
+const DEFAULTS = {
+  model: "", system: "", temperature: 0.7, top_p: 0.95, top_k: 0, max_tokens: null, seed: null,
+  show_tokens: false, store: false, theme: "auto",
+};
+
+export const settings = { ...DEFAULTS, ...recall("localStorage", "settings", {}) };
+
+// Apart, and for this tab only.
+export const secret = { key: recall("sessionStorage", "key", "") };
+
+let keyBefore = "";
+
+// `changed(name)` is called after each change, `closed(keyChanged)` when the dialog is left.
+export function onSettings(changed, closed) {
+  form.addEventListener("input", ({ target }) => {
+    if (!target.validity.valid) return; // marked in the form; the last good value stays
+    change(target.name, valueOf(target));
+    changed(target.name);
+  });
+  document.getElementById("defaults").addEventListener("click", () => {
+    for (const [name, value] of Object.entries({ ...DEFAULTS, model: settings.model })) {
+      change(name, value);
+      changed(name);
+    }
+    fill();
+  });
+  dialog.addEventListener("close", () => closed(secret.key !== keyBefore));
+}
+
+export function openSettings(field) {
+  keyBefore = secret.key;
+  fill();
+  dialog.showModal();
+  form.elements[field]?.focus();
+}
+
+export function showModels(ids) {
+  form.elements.model.replaceChildren(...ids.map((id) => new Option(id, id)));
+  if (!ids.includes(settings.model)) settings.model = ids[0] ?? "";
+  form.elements.model.value = settings.model;
+}
+
+function change(name, value) {
+  if (name === "key") {
+    secret.key = value.trim();
+    remember("sessionStorage", "key", secret.key);
+  } else {
+    settings[name] = value;
+    remember("localStorage", "settings", settings);
+  }
+  showTheme();
+}
+
+function showTheme() {
+  document.documentElement.dataset.theme = settings.theme;
+}
+
+function valueOf(field) {
+  if (field.type === "checkbox") return field.checked;
+  if (field.type === "number") return field.value === "" ? null : field.valueAsNumber;
+  return field.value;
+}
+
+function fill() {
+  for (const [name, value] of Object.entries({ ...settings, ...secret })) {
+    const field = form.elements[name];
+    if (field.type === "checkbox") field.checked = value;
+    else field.value = value ?? "";
+  }
+}
+
+dialog.addEventListener("click", (event) => {
+  if (event.target === dialog) dialog.close(); // the backdrop
+});
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  dialog.close();
+});
+showTheme();

@@ -1,0 +1,157 @@
+"""Many at once: answers stay the same, slots come back, too many are refused, none is lost."""
+
+import asyncio
+import random
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+from servers import call_async, serving
+
+from openpalm.generate.engine import Request
+from openpalm.generate.sampling import Sampling
+
+COMPLETIONS = "/v1/completions"
+ENDLESS = {"prompt": "abc", "max_tokens": 100, "ignore_eos": True, "seed": 1, "stream": True}
+
+
+async def together(url, bodies, **how):
+    return await asyncio.gather(*(call_async(url, COMPLETIONS, body, **how) for body in bodies))
+
+
+def test_256_streams_at_once_are_each_the_request_alone(server, engine, tokenizer):
+    """Greedy, in float32, prompts of different lengths, some with a common beginning."""
+    draw = random.Random(0)
+    prompts = [
+        "The quick brown fox" * draw.randrange(2)
+        + "".join(draw.choices("abcdefgh .", k=draw.randrange(1, 40)))
+        for _ in range(256)
+    ]
+    bodies = [{"prompt": p, "temperature": 0, "max_tokens": 30, "stream": True} for p in prompts]
+    answers = asyncio.run(together(server.url, bodies))
+    assert Counter(answer.status for answer in answers) == {200: 256}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        request = Request(tokenizer.encode(prompt), 30, Sampling(temperature=0), frozenset({256}))
+        assert answer.text == tokenizer.decode(engine.answers([request])[0])
+    server.wait_idle()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_hangs_up_frees_the_slot_at_once(server, stream):
+    """Before the next two tokens: far fewer are generated than were asked for."""
+    server.wait_idle()
+    before = server.metric("openpalm_generated_tokens_total")
+    body = ENDLESS | {"stream": stream, "n": 4}
+    asyncio.run(together(server.url, [body] * 5, leave_after=1 if stream else 0))
+    server.wait_idle(timeout_s=5)
+    assert server.metric("openpalm_generated_tokens_total") == before, "some were finished"
+
+
+def test_1000_disconnects_leave_nothing_behind(server):
+    draw = random.Random(1)
+
+    async def leave(many):
+        calls = [
+            call_async(
+                server.url,
+                COMPLETIONS,
+                ENDLESS | {"stream": draw.random() < 0.7},
+                leave_after=draw.randrange(3),
+            )
+            for _ in range(many)
+        ]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    for _ in range(10):
+        asyncio.run(leave(100))
+    server.wait_idle()
+    whole = server.call(COMPLETIONS, {"prompt": "abc", "temperature": 0})
+    assert whole.status == 200
+
+
+def test_overload_is_refused_and_what_is_admitted_is_answered(base):
+    """Ten times what fits: only 200 and 429, each at once or whole."""
+    with serving(base, "--slots", 2, "--queue", 6) as server:
+        body = ENDLESS | {"stream": False}
+        answers = asyncio.run(together(server.url, [body] * 80))
+        statuses = Counter(answer.status for answer in answers)
+        assert set(statuses) == {200, 429}
+        assert statuses[200] >= 8
+        server.wait_idle()
+        assert len({answer.body for answer in answers if answer.status == 429}) == 1
+
+
+def test_a_refusal_says_when_to_come_back(base):
+    with serving(base, "--slots", 1, "--queue", 0) as server:
+        over = threading.Event()
+
+        def hold():
+            while not over.is_set():
+                server.call(COMPLETIONS, ENDLESS)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        deadline = time.monotonic() + 20
+        try:
+            while (answer := server.call(COMPLETIONS, ENDLESS)).status == 200:
+                assert time.monotonic() < deadline
+        finally:
+            over.set()
+            holder.join()
+        assert (answer.status, answer.body["error"]["code"]) == (429, "overloaded")
+        assert answer.headers["Retry-After"] == "1"
+
+
+def test_sigterm_under_load_loses_nothing_in_flight(base):
+    """Everything admitted is answered whole, new callers are turned away, the end is orderly."""
+    with serving(base, "--slots", 4) as server:
+
+        async def load():
+            bodies = [ENDLESS | {"stream": i % 2 == 0, "seed": i, "n": 8} for i in range(24)]
+            calls = [asyncio.create_task(call_async(server.url, COMPLETIONS, b)) for b in bodies]
+            while await asyncio.to_thread(server.metric, "openpalm_sequences_load") < 150:
+                assert not any(call.done() for call in calls)
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.2)
+            assert not all(call.done() for call in calls), "nothing was in flight"
+            late = await asyncio.gather(
+                call_async(server.url, COMPLETIONS, ENDLESS), return_exceptions=True
+            )
+            return await asyncio.gather(*calls), late[0]
+
+        answers, late = asyncio.run(load())
+        assert Counter(answer.status for answer in answers) == {200: 24}
+        for answer in answers:
+            assert answer.body.rstrip().endswith(("[DONE]", "}"))
+            assert answer.body.count('"length"') == 8
+        assert isinstance(late, OSError) or late.status == 503
+        server.process.wait(timeout=30)
+        assert server.process.returncode == 0
+        assert server.process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_drain_that_takes_too_long_is_cut_off_and_says_so(base, signals):
+    """Or one that is cut off by a second signal."""
+    drain_s = 1 if signals == 1 else 60
+    with serving(base, "--drain", drain_s, "--slots", 1) as server:
+
+        async def load():
+            bodies = [ENDLESS | {"stream": i % 2 == 0} for i in range(200)]
+            calls = asyncio.create_task(together(server.url, bodies))
+            while await asyncio.to_thread(server.metric, "openpalm_sequences_load") < 150:
+                assert not calls.done()
+            for _ in range(signals):
+                server.process.send_signal(signal.SIGTERM)
+                await asyncio.sleep(0.1)
+            return await calls
+
+        answers = asyncio.run(asyncio.wait_for(load(), 30))
+        assert server.process.wait(timeout=20) == 0
+        cut = [answer for answer in answers if "draining" in answer.body]
+        assert len(cut) > 50
+        assert {answer.status for answer in cut} == {200, 503}, "streams had begun"
+        assert all(answer.status == 200 for answer in answers if answer not in cut)
+        assert server.process.stderr.read() == ""
