@@ -64,3 +64,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(said, work, run, tmp_p
     assert json.loads(output)["tokens"] > 0
     assert len(errors) == 1
     assert f"passing over a damaged checkpoint: {newest}" in errors[0]
+
+
+@pytest.mark.parametrize("words", [("--dtype", "bfloat16"), ("--quantize", "int8")])
+def test_fewer_bits_cost_little_and_something(said, work, run, words):
+    exact = json.loads(said("eval", run, "--data", work / "data", "--json")[1])
+    found = json.loads(said("eval", run, "--data", work / "data", "--json", *words)[1])
+    assert found["weights"] == words[1]
+    assert found["nats_per_token"] != exact["nats_per_token"]
+    assert found["nats_per_token"] == pytest.approx(exact["nats_per_token"], rel=0.01)

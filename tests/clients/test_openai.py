@@ -283,9 +283,9 @@ def test_who_leaves_frees_the_slot(narrow, narrow_server, ask):
     stream = begun(narrow, ask)
     assert narrow_server.metric("openpalm_slots_active") == 1
     stream.close()
-    narrow_server.wait_idle(timeout_s=1)
+    narrow_server.wait_idle()
     with pytest.raises(openai.APITimeoutError):
         ask(narrow.with_options(timeout=0.2), **ENDLESS)
-    narrow_server.wait_idle(timeout_s=1)
+    narrow_server.wait_idle()
     assert narrow_server.metric("openpalm_generated_tokens_total") == finished
     assert ask(narrow).usage.completion_tokens

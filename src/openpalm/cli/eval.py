@@ -24,6 +24,10 @@ class EvalSettings:
     """tokens of a window; not set takes the model's context"""
     device: str = "auto"
     """auto, cpu or cuda"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of weights and arithmetic"""
+    quantize: Literal["int8", "int4"] | None = None
+    """with the matrices in fewer bits, to see what that costs"""
     json: bool = False
     """print JSON"""
 
@@ -37,8 +41,11 @@ def run(argv: Sequence[str]) -> None:
         EvalSettings,
         argv,
         verb="eval",
-        about="Loss in float32 over a whole split in non-overlapping windows.",
-        examples=["openpalm eval runs/tiny --data data/docs"],
+        about="Loss over a whole split in non-overlapping windows, in float32 unless told.",
+        examples=[
+            "openpalm eval runs/tiny --data data/docs",
+            "openpalm eval runs/tiny --data data/docs --quantize int4 --json",
+        ],
         positional=["path"],
     )
     import torch
@@ -48,17 +55,22 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.cli.common import validation, weights_path
     from openpalm.data.shards import open_dataset
     from openpalm.distributed import pick_device
+    from openpalm.generate.pack import pack
     from openpalm.train.start import check_reads
 
     dataset = open_dataset(settings.data)
     directory = checkpoint.resolve(weights_path(settings.path))
     check_reads(directory, dataset.tokenizer())
     model = checkpoint.load(directory, str(pick_device(settings.device)))
+    weights = settings.quantize or settings.dtype
+    if weights != "float32":
+        model = pack(model, weights)
     length = settings.sequence_length or model.config.context
     with Console(stderr=True).status(f"reading the {settings.split} split"):
         result = validation(model, dataset, settings.split, length, torch.float32)
     row = {
         "split": settings.split,
+        "weights": weights,
         "nats_per_token": result.nats_per_token,
         "bits_per_byte": result.bits_per_byte,
         "tokens": result.tokens,

@@ -23,8 +23,7 @@ class ServeSettings:
     port: int = 8000
     """0 takes a free one"""
     api_key: list[str] | str | None = None
-    """what callers must send as a bearer token; several as a JSON list. Better given in the
-    environment as OPENPALM_API_KEY, where other users of the machine cannot see it"""
+    """bearer token of callers, several as a JSON list; or OPENPALM_API_KEY, unseen by ps"""
     admin_key: str | None = None
     """for replacing the model and for scores; or OPENPALM_ADMIN_KEY. Without it nobody may"""
     name: str | None = None
@@ -81,8 +80,7 @@ def run(argv: Sequence[str]) -> None:
         examples=[
             "openpalm serve runs/quickstart/sft",
             "OPENPALM_API_KEY=... openpalm serve runs/chat --host 0.0.0.0 --port 80",
-            'curl http://127.0.0.1:8000/v1/completions -d \'{"prompt": "The"}\' '
-            "-H 'Content-Type: application/json'",
+            "openpalm serve runs/chat --name assistant --slots 64 --quantize int8",
         ],
         positional=["path"],
     )

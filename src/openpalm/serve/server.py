@@ -1,5 +1,6 @@
 """From an application to a process: a socket, signals, an orderly end."""
 
+import os
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -21,7 +22,9 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        number = getattr(error, "errno", None)
+        # create_server adds the address to the words, which say it twice then.
+        reason = os.strerror(number) if number and number > 0 else str(error)
         raise SettingsError(
             f"--host {host} --port {port}: cannot listen there ({reason}); try another --port"
         ) from None
