@@ -150,13 +150,17 @@ def load_train_state(directory: Path) -> TrainState:
 def resolve(path: str | Path) -> Path:
     """The checkpoint directory that `path`, a checkpoint or a run, stands for; verified whole."""
     path = Path(path)
+    try:
+        there = path.exists()
+    except OSError as error:  # a name too long
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if not there:
+        raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
     if (path / "checkpoints").is_dir():
         found = latest(path)
         if found is None:
             raise CheckpointError(f"{path}: this run has no whole checkpoint yet")
         return found
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
     if not (path / "manifest.json").is_file():
         raise CheckpointError(
             f"{path}: not a checkpoint of OpenPaLM (no manifest.json); "

@@ -231,7 +231,7 @@ def test_logit_bias_forces_a_token(client, ask):
         (openai.BadRequestError, "context_length_exceeded", {"max_tokens": 100_000}),
         (openai.BadRequestError, None, {"max_tokens": 0}),
         (openai.BadRequestError, None, {"temperature": 3}),
-        (openai.BadRequestError, None, {"stop": list("abcde")}),
+        (openai.BadRequestError, None, {"stop": ["a"] * 17}),
         (openai.BadRequestError, None, {"logit_bias": {"a": 1}}),
         (openai.BadRequestError, None, {"stream_options": USAGE}),
         (openai.BadRequestError, None, {"n": 9999}),

@@ -136,8 +136,10 @@ def test_top_p_at_the_very_edge():
     assert len(kept(distribution(logits, top_p=0.75 + 1e-3))) == 3
 
 
-def test_top_p_always_keeps_one():
-    assert kept(distribution(LOGITS, top_p=1e-9)) == {7}
+@pytest.mark.parametrize("p", [1e-9, 1e-40, 5e-324])
+def test_top_p_always_keeps_one(p):
+    """Also where float32 takes p for zero."""
+    assert kept(distribution(LOGITS, top_p=p)) == {7}
 
 
 def test_top_p_of_one_keeps_all():

@@ -121,7 +121,7 @@ def test_the_bytes_of_tokens_are_the_text(call):
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
-        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
     ],
 )
 def test_what_is_wrong_is_named(call, changes, param):

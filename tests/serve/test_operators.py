@@ -153,7 +153,7 @@ def test_a_model_is_replaced_while_requests_are_in_flight(base, other):
 
 
 def test_a_model_that_cannot_be_loaded_changes_nothing(guarded, tmp_path):
-    for path in (tmp_path, tmp_path / "none", "\0"):
+    for path in (tmp_path, tmp_path / "none", "\0", "0" * 4096):
         answer = guarded.call("/admin/models", {"path": str(path)}, key="boss")
         assert answer.status == 400
         assert "Traceback" not in answer.body["error"]["message"]

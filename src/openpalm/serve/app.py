@@ -66,6 +66,7 @@ def create_app(
     _add_life_signs(app, service)
     _add_page(app)
     problems.install(app)
+    _describe(app)
     counted = service.metrics.counted(app)
     admitted = Door(counted, keys=keys, admin_keys=admin_keys)
     if not allow_origins:
@@ -75,12 +76,24 @@ def create_app(
     )
 
 
+def _describe(app: FastAPI) -> None:
+    """Makes /openapi.json say what is answered: no 422, and keys as bearer tokens."""
+    schema = app.openapi()  # kept by the application
+    for methods in schema["paths"].values():
+        for operation in methods.values():
+            operation["responses"].pop("422", None)
+    schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    schema["security"] = [{}, {"key": []}]
+
+
 def _add_life_signs(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         """The process lives."""
         return JSONResponse({"status": "ok"})
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: ERRORS[503]})
     async def ready() -> Response:
         """New requests are taken."""

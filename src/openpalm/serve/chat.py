@@ -10,7 +10,7 @@ from openpalm.generate.engine import Token
 from openpalm.generate.text import Piece
 from openpalm.serve import asking
 from openpalm.serve.answering import Said, respond, spelt
-from openpalm.serve.documented import ERRORS, ChatCompletion
+from openpalm.serve.documented import ChatCompletion, answered
 from openpalm.serve.incoming import StrictRoute
 from openpalm.serve.problems import ApiError
 from openpalm.serve.schema import ChatRequest
@@ -21,7 +21,7 @@ from openpalm.serve.worker import Job, Served
 def routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=StrictRoute)
 
-    @router.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}, **ERRORS})
+    @router.post("/v1/chat/completions", responses=answered(ChatCompletion))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         served = asking.pick_model(service.worker, body.model)
         usage = asking.check_stream_options(body)

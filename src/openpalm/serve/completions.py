@@ -12,7 +12,7 @@ from openpalm.generate.engine import Token
 from openpalm.generate.text import Piece
 from openpalm.serve import asking
 from openpalm.serve.answering import Said, respond, spelt
-from openpalm.serve.documented import ERRORS, Completion
+from openpalm.serve.documented import Completion, answered
 from openpalm.serve.incoming import StrictRoute
 from openpalm.serve.schema import CompletionRequest
 from openpalm.serve.service import Service
@@ -24,7 +24,7 @@ DEFAULT_MAX_TOKENS = 16
 def routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=StrictRoute)
 
-    @router.post("/v1/completions", responses={200: {"model": Completion}, **ERRORS})
+    @router.post("/v1/completions", responses=answered(Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         served = asking.pick_model(service.worker, body.model)
         usage = asking.check_stream_options(body)

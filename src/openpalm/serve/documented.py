@@ -31,6 +31,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+def answered(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The responses of an endpoint that answers whole or, where asked, as a stream."""
+    events = {
+        "type": "object",
+        "properties": {"data": {"type": "string", "description": "a chunk as JSON, or [DONE]"}},
+        "required": ["data"],
+    }
+    return {200: {"model": model, "content": {"text/event-stream": {"schema": events}}}, **ERRORS}
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int

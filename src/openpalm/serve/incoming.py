@@ -135,6 +135,8 @@ class _StrictRequest(Request):
         except UnicodeEncodeError:
             raise HTTPException(400, "the body has half a surrogate pair in it") from None
         except ValueError as error:
+            if "integer string conversion" in str(error):
+                raise HTTPException(400, "a number in the body has too many digits") from None
             raise HTTPException(400, f"the body is not JSON: {error}") from None
         return content
 

@@ -22,7 +22,7 @@ _KINDS = {
 # What a field may be, where the validator's own words would list every alternative.
 _SHAPES = {
     "prompt": "must be a string, a list of strings, of token ids, or of lists of token ids",
-    "stop": "must be a string or a list of at most 4 strings",
+    "stop": "must be a string or a list of at most 16 strings",
     "content": "must be a string or a list of text parts",
     "role": "must be system, developer, user or assistant",
     "sequences": "must be a list of strings or of lists of token ids",
@@ -84,7 +84,9 @@ def install(app: FastAPI) -> None:
     """Answers every error of `app` in that shape."""
 
     async def answer(_request: Request, error: Exception) -> JSONResponse:
-        return error_response(as_api_error(error))
+        response = error_response(as_api_error(error))
+        response.headers.update(getattr(error, "headers", None) or {})  # Allow, of a 405
+        return response
 
     kinds = (ApiError, Overloaded, Draining, EngineFailed, OpenPalmError)
     for kind in (*kinds, RequestValidationError, HTTPException, Exception):

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 MAX_CHOICES = 128
+MAX_STOPS = 16
+"""OpenAI takes 4; lm-evaluation-harness sends more for some tasks."""
 MAX_PROMPTS = 1024
 MAX_TOP_LOG_PROBS = 20
 
@@ -36,7 +38,7 @@ class Generation(Body):
     top_k: int | None = Field(None, ge=-1, le=2**31, description="0 or -1: all")
     min_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)

@@ -109,6 +109,7 @@ def _tokenizer_info(served: Served) -> dict[str, object]:
         "vocab_size": tokenizer.vocab_size,
         "model_max_length": served.context,
         "eos_token": name,
+        "eos_token_id": end,
         "bos_token": None,
         "pad_token": name,
         "stop_token_ids": sorted(stop_ids(tokenizer)),
