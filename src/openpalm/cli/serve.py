@@ -109,7 +109,7 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
     from openpalm.serve.metrics import Metrics
     from openpalm.serve.service import Service
     from openpalm.serve.sink import Sink
-    from openpalm.serve.worker import Served, Worker
+    from openpalm.serve.worker import Served, Worker, in_own_thread
 
     def load(path: str, name: str | None) -> Served:
         engine, tokenizer = serving_engine(path, settings, slots=settings.slots)
@@ -118,7 +118,7 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
     sink = Sink(settings.sink) if settings.sink else None
     metrics = Metrics()
     with Console(stderr=True).status(f"loading {settings.path}"):
-        served = load(settings.path, settings.name)
+        served = in_own_thread(lambda: load(settings.path, settings.name))
     worker = Worker(served, queue_limit=settings.queue, observe=metrics.observe)
     metrics.watch(worker)
     app = create_app(

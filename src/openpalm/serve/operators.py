@@ -1,6 +1,7 @@
 """What only holders of the admin key may do: replace the model, score sequences."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,6 +16,7 @@ from openpalm.serve.incoming import StrictRoute
 from openpalm.serve.schema import LoadRequest, ScoreRequest
 from openpalm.serve.service import Service
 from openpalm.serve.stream import answer_or_nothing
+from openpalm.serve.worker import in_own_thread
 
 
 def routes(service: Service) -> APIRouter:
@@ -25,7 +27,8 @@ def routes(service: Service) -> APIRouter:
     async def load(body: LoadRequest) -> Response:
         """Loads a model and serves it from now on; requests in flight finish on the old one."""
         async with service.loading:  # two at once could be too much for the memory
-            served = await asyncio.to_thread(service.load, body.path, body.name)
+            work = partial(service.load, body.path, body.name)
+            served = await asyncio.to_thread(in_own_thread, work)
             before, worker.current = worker.current, served
         return JSONResponse({"model": served.name, "replaced": before.name})
 

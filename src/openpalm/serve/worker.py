@@ -10,12 +10,27 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.generate.engine import Engine, Request, Token
 from openpalm.generate.text import AnswerText, Piece
+
+T = TypeVar("T")
+
+
+def in_own_thread(work: Callable[[], T]) -> T:
+    """The result of `work`, done in a thread that ends with it: for loading models.
+
+    OpenMP keeps workers for every living thread that has computed something. As soon as these are
+    more than the machine has cores, all of them sleep between one loop and the next, and decoding
+    takes 1.6 times as long. So the engines' thread must be the only one that has workers.
+    """
+    with ThreadPoolExecutor(max_workers=1) as once:
+        return once.submit(work).result()
 
 
 class Overloaded(Exception):
