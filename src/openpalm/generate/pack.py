@@ -43,7 +43,8 @@ def pack(model: Transformer, weights: Weights) -> Transformer:
     packed = _sharing(model)
     packed.blocks = nn.ModuleList(_packed_block(block, weights) for block in model.blocks)
     unembedding = model.embedding if model.unembedding is None else model.unembedding
-    packed.project_head = _PackedHead(_matrix(unembedding, weights))
+    # In bfloat16 logits are 1/16 apart: too coarse, where they can be had in float32.
+    packed.project_head = _PackedHead(_matrix(unembedding, weights, torch.float32))
     return packed.eval()
 
 
@@ -120,8 +121,9 @@ class _Int8Dot:
     times the tokens/s alone, 2 times in a batch of 16 (benchmarks/RESULTS.md).
     """
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
         codes, self.scales = _rounded_rows(weight)
+        self.dtype = dtype
         self.zeros = torch.zeros(len(codes), dtype=torch.int32)
         self.weight = torch.ops.onednn.qlinear_prepack(codes, [1, codes.shape[1]])
         # The kernel's activations are unsigned: 128 is zero, the half rounds to the nearest.
@@ -137,7 +139,7 @@ class _Int8Dot:
             *(self.weight, self.scales, self.zeros, None),
             *(1.0, 0, torch.float32, "none", [], ""),
         )
-        return out.mul_(largest).to(x.dtype).unflatten(0, x.shape[:-1])
+        return out.mul_(largest).to(self.dtype).unflatten(0, x.shape[:-1])
 
 
 class _Int4:
@@ -162,13 +164,14 @@ class _Int4:
         return out.unflatten(0, x.shape[:-1])
 
 
-def _matrix(weight: Tensor, weights: Weights) -> Matrix:
+def _matrix(weight: Tensor, weights: Weights, result: torch.dtype = torch.bfloat16) -> Matrix:
+    """Packed; its products in `result` where the kernel leaves a choice."""
     weight = weight.detach()
     on_cpu = weight.device.type == "cpu"
     if weights == "bfloat16" and on_cpu and torch.backends.mkldnn.is_available():
         return _OneDnn(weight)
     if weights == "int8":
-        return _Int8Dot(weight) if _multiplies_int8() else _Int8(weight)
+        return _Int8Dot(weight, result) if _multiplies_int8() else _Int8(weight)
     if weights == "int4":
         if weight.shape[1] % INT4_GROUP or weight.shape[0] % 16:
             raise SettingsError(
