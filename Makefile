@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test browser clients lint style types layers docs format ci clean force
+.PHONY: help quickstart test browser clients ready-browser ready-clients lint style types layers docs format ci clean force
 .DELETE_ON_ERROR:
 
 help:
@@ -37,10 +37,14 @@ quickstart: $(VENV)/.core
 test: $(VENV)/.dev
 	$(PYTEST) $(PYTEST_ARGS)
 
-browser: $(VENV)/.browser
+ready-browser: $(VENV)/.browser
+
+ready-clients: $(VENV)-clients/.ready
+
+browser: ready-browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
-clients: $(VENV)-clients/.ready
+clients: ready-clients
 	OMP_NUM_THREADS=1 $(VENV)-clients/bin/python -m pytest tests/clients $(PYTEST_ARGS)
 
 lint: style types layers
