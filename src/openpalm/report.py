@@ -16,7 +16,7 @@ from typing import Any
 from openpalm import __version__
 from openpalm.errors import DataError, SettingsError
 from openpalm.settings import read_yaml
-from openpalm.train.metrics import read_rows
+from openpalm.train.metrics import read_rows, unit_of
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -32,7 +32,7 @@ pre { background: #f6f8fa; padding: .8rem; white-space: pre-wrap; overflow-wrap:
 .prompt { color: #0550ae; } .muted { color: #57606a; }
 """
 
-_TRAINING_COLUMNS = {"loss", "tokens", "elapsed_s", "tokens_per_s"}
+_TRAINING_COLUMNS = {"loss", "elapsed_s"}
 
 
 @dataclass(frozen=True)
@@ -118,24 +118,29 @@ def _cell(value: object) -> str:
 
 def _learning(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     last, evaluated = steps[-1], [row for row in rows if "val_loss" in row]
+    unit = unit_of(last)
     facts: list[tuple[str, object]] = [
         ("steps", last["step"]),
-        ("tokens", last["tokens"]),
+        (unit, last[unit]),
         ("minutes", last["elapsed_s"] / 60),
-        ("tokens a second, median", _median([row["tokens_per_s"] for row in steps])),
+        (f"{unit} a second, median", _median([row[f"{unit}_per_s"] for row in steps])),
         ("training loss, last tenth", _mean_of_last(steps)),
     ]
     shares = [row["mfu"] for row in steps if row.get("mfu") is not None]
     if shares:
         facts.append(("share of the measured matrix-multiply peak, median", _median(shares)))
     if evaluated:
-        facts.append(("validation loss, nats a token", evaluated[-1]["val_loss"]))
+        facts.append((f"validation loss, {_loss_unit(unit)}", evaluated[-1]["val_loss"]))
     if evaluated and evaluated[-1].get("val_bits_per_byte") is not None:
         facts.append(("validation bits a byte", evaluated[-1]["val_bits_per_byte"]))
     skipped = sum("skipped" in row for row in steps)
     if skipped:
         facts.append(("steps skipped", skipped))
     return table(["", ""], facts) + _curves(steps, evaluated)
+
+
+def _loss_unit(unit: str) -> str:
+    return "nats a token" if unit == "tokens" else f"mean over {unit}"
 
 
 def _curves(steps: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> str:
@@ -154,10 +159,12 @@ def _curves(steps: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> str
     if evaluated:
         at = [row["step"] for row in evaluated]
         loss.plot(at, [r["val_loss"] for r in evaluated], "o-", color="#bc4c00", label="validation")
-    loss.set(xlabel="step", ylabel="loss (nats a token)")
+    unit = unit_of(steps[-1])
+    loss.set(xlabel="step", ylabel=f"loss ({_loss_unit(unit)})")
     loss.legend(frameon=False)
-    speed.plot([r["step"] for r in steps], [r["tokens_per_s"] for r in steps], color="#57606a")
-    speed.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
+    rates = [row[f"{unit}_per_s"] for row in steps]
+    speed.plot([row["step"] for row in steps], rates, color="#57606a")
+    speed.set(xlabel="step", ylabel=f"{unit} a second", ylim=(0, None))
     for axes in (loss, speed):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -303,8 +303,9 @@ def _help_line(left: str, doc: str, field: dataclasses.Field[Any] | None) -> str
 
 
 def _docs(kind: type) -> dict[str, str]:
-    """The docstring under each field."""
-    params = docstring_parser.parse_from_object(kind).params
+    """The docstring under each field, its own and inherited ones."""
+    kinds = [k for k in reversed(kind.__mro__) if dataclasses.is_dataclass(k)]
+    params = [p for k in kinds for p in docstring_parser.parse_from_object(k).params]
     return {p.arg_name: " ".join((p.description or "").split()) for p in params}
 
 

@@ -12,13 +12,15 @@ from openpalm.data.loader import evaluation_batches
 from openpalm.data.shards import Dataset
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.distributed import pick_device, pick_dtype
-from openpalm.errors import CheckpointError
+from openpalm.errors import CheckpointError, SettingsError
 from openpalm.evaluate.perplexity import SplitLoss, split_loss
 from openpalm.generate.engine import Engine
 from openpalm.generate.sampling import Sampling
 from openpalm.generate.text import complete
 from openpalm.model.transformer import Transformer
+from openpalm.train.config import TrainSettings
 from openpalm.train.run import Probe
+from openpalm.train.start import Start, starting_point
 
 EVALUATION_TOKENS = 8192
 """Tokens of a validation split in memory at a time."""
@@ -36,6 +38,17 @@ def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None
     if checkpoint.tokenizer_json(directory) is None:
         return None
     return Tokenizer.load(directory / "tokenizer.json")
+
+
+def fine_tuning_start(settings: TrainSettings) -> tuple[Path, Tokenizer, Start]:
+    """The checkpoint that --init names, its tokenizer, and a start from it."""
+    if settings.init is None:
+        raise SettingsError("--init: needs the checkpoint or run to fine-tune")
+    directory = checkpoint.resolve(weights_path(settings.init))
+    tokenizer = tokenizer_of(directory)
+    if tokenizer is None:
+        raise CheckpointError(f"{directory}: has no tokenizer.json, so it cannot read text")
+    return directory, tokenizer, starting_point(settings, directory, tokenizer)
 
 
 class ServingSettings(Protocol):

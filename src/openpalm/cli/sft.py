@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from openpalm.errors import CheckpointError, SettingsError
 from openpalm.settings import parse
 from openpalm.train.config import TrainSettings
 
@@ -40,20 +39,13 @@ def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
     """Composes the run: weights, conversations as records, THE loop."""
     from openpalm import checkpoint
     from openpalm.align.sft import records
-    from openpalm.cli.common import tokenizer_of, weights_path
+    from openpalm.cli.common import fine_tuning_start
     from openpalm.data.conversation import read_conversations
     from openpalm.data.loader import RecordLoader, truncated
     from openpalm.train.run import Job
     from openpalm.train.run import run as run_job
-    from openpalm.train.start import starting_point
 
-    if settings.init is None:
-        raise SettingsError("--init: needs the checkpoint or run to fine-tune")
-    directory = checkpoint.resolve(weights_path(settings.init))
-    tokenizer = tokenizer_of(directory)
-    if tokenizer is None:
-        raise CheckpointError(f"{directory}: has no tokenizer.json, so it cannot read text")
-    start = starting_point(settings, directory, tokenizer)
+    directory, tokenizer, start = fine_tuning_start(settings)
     length = settings.sequence_length or start.config.context
     everything = records(tokenizer, read_conversations(settings.data))
     kept = len(everything) - min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(everything)))

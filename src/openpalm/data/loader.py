@@ -73,6 +73,39 @@ class _Cursor:
         self._consumed = consumed
 
 
+class Order:
+    """Indices of `size` items, all of them once an epoch, shuffled anew each time."""
+
+    def __init__(
+        self,
+        size: int,
+        identity: dict[str, Any],
+        *,
+        rows: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self._cursor = _Cursor(identity, rows, rank, world_size)
+        self._size, self._seed = size, seed
+
+    def take(self) -> list[int]:
+        """The next `rows` indices of this rank."""
+        return [self._index(row) for row in self._cursor.take()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, ready for JSON; the same on every rank."""
+        return self._cursor.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a cursor of any number of ranks. Raises DataError if it is of other data."""
+        self._cursor.load_state_dict(state)
+
+    def _index(self, row: int) -> int:
+        epoch, index = divmod(row, self._size)
+        return shuffled(index, self._size, _key(self._seed, epoch))
+
+
 class TokenLoader:
     """Windows of `sequence_length` + 1 tokens, each token of an epoch a target at most once.
 
@@ -136,8 +169,8 @@ class TokenLoader:
 class RecordLoader:
     """Records shuffled every epoch, one a row, padded on the right to the longest of the batch.
 
-    The width is a multiple of PAD_MULTIPLE up to `sequence_length`; longer records are cut at the
-    end (`truncated` counts them). Targets outside the loss mask are IGNORE.
+    Records longer than `sequence_length` are cut at the end (`truncated` counts them). Targets
+    outside the loss mask are IGNORE.
     """
 
     def __init__(
@@ -156,7 +189,7 @@ class RecordLoader:
                 f"{short} of {len(records)} records have fewer than 2 tokens to learn from; "
                 "leave them out, and give at least one"
             )
-        self._records, self._seed, self._length = records, seed, sequence_length
+        self._records, self._length = records, sequence_length
         identity = {
             "kind": "records",
             "seed": seed,
@@ -164,35 +197,40 @@ class RecordLoader:
             "records": len(records),
             "sample": _records_digest(records),
         }
-        self._cursor = _Cursor(identity, rows, rank, world_size)
+        self._order = Order(
+            len(records), identity, rows=rows, seed=seed, rank=rank, world_size=world_size
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        records = [self._record(row) for row in self._cursor.take()]
-        widest = max(min(len(record.ids) - 1, self._length) for record in records)
-        width = min(-(-widest // PAD_MULTIPLE) * PAD_MULTIPLE, self._length)
-        inputs = torch.zeros(len(records), width, dtype=torch.int64)
-        targets = torch.full_like(inputs, IGNORE)
-        for row, record in enumerate(records):
-            ids = torch.tensor(record.ids[: width + 1])
-            counts = torch.tensor(record.loss_mask[1 : width + 1])
-            inputs[row, : len(ids) - 1] = ids[:-1]
-            targets[row, : len(ids) - 1] = ids[1:].where(counts, IGNORE)
-        return Batch(inputs, targets)
+        return Batch(*padded([self._records[i] for i in self._order.take()], self._length))
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, ready for JSON; the same on every rank."""
-        return self._cursor.state_dict()
+        return self._order.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a cursor of any number of ranks. Raises DataError if it is of other data."""
-        self._cursor.load_state_dict(state)
+        self._order.load_state_dict(state)
 
-    def _record(self, row: int) -> Record:
-        epoch, index = divmod(row, len(self._records))
-        return self._records[shuffled(index, len(self._records), _key(self._seed, epoch))]
+
+def padded(records: Sequence[Record], sequence_length: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [records, time], padded on the right to the longest, cut at the end.
+
+    The width is a multiple of PAD_MULTIPLE up to `sequence_length`.
+    """
+    widest = max(min(len(record.ids) - 1, sequence_length) for record in records)
+    width = min(-(-widest // PAD_MULTIPLE) * PAD_MULTIPLE, sequence_length)
+    inputs = torch.zeros(len(records), width, dtype=torch.int64)
+    targets = torch.full_like(inputs, IGNORE)
+    for row, record in enumerate(records):
+        ids = torch.tensor(record.ids[: width + 1])
+        counts = torch.tensor(record.loss_mask[1 : width + 1])
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        targets[row, : len(ids) - 1] = ids[1:].where(counts, IGNORE)
+    return inputs, targets
 
 
 def truncated(records: Iterable[Record], sequence_length: int) -> int:

@@ -96,7 +96,7 @@ class TrainSettings:
     """A training run: what to train, on what, for how long, and where to keep it."""
 
     data: Path
-    """prepared data: a directory of `openpalm data prepare`; for sft a .jsonl of conversations"""
+    """a directory of `openpalm data prepare`; for sft a .jsonl of conversations, dpo of pairs"""
     out: Path
     """directory of the run; the same command goes on where it stopped"""
     model: str | None = None

@@ -45,7 +45,7 @@ def recall(asked: TrainSettings, given: Chosen) -> TrainSettings | None:
     file = asked.out / SETTINGS_FILE
     if not file.exists():
         return None
-    stored = _recall(file)
+    stored = _recall(file, type(asked))
     _refuse_differences(stored, asked, given)
     return replace(asked, chosen=stored.chosen)
 
@@ -68,11 +68,11 @@ def write_settings(settings: TrainSettings) -> None:
     _write_whole(settings.out / SETTINGS_FILE, to_yaml(settings))
 
 
-def _recall(file: Path) -> TrainSettings:
+def _recall(file: Path, kind: type[TrainSettings]) -> TrainSettings:
     """The settings a run was made with; whatever is wrong with them is about that file."""
     values = read_yaml(file)
     try:
-        return build(TrainSettings, values)
+        return build(kind, values)
     except (SettingsError, TypeError, ValueError) as error:
         raise SettingsError(f"{file}: is not the settings of a run ({error})") from None
 

@@ -111,10 +111,17 @@ class LiveLine:
 
 def describe(row: dict[str, Any]) -> str:
     """A training row in a few words."""
-    words = [f"loss {row['loss']:.3f}", f"{row['tokens_per_s']:,.0f} tok/s"]
+    unit = unit_of(row)
+    short = "tok" if unit == "tokens" else unit
+    words = [f"loss {row['loss']:.3f}", f"{row[f'{unit}_per_s']:,.0f} {short}/s"]
     if row.get("mfu") is not None:
         words.append(f"{row['mfu']:.0%} of peak")
     return "  ".join(words)
+
+
+def unit_of(row: dict[str, Any]) -> str:
+    """What a training row's loss averages over: tokens, pairs."""
+    return next(name.removesuffix("_per_s") for name in row if name.endswith("_per_s"))
 
 
 def last(rows: Iterable[dict[str, Any]], name: str) -> Any:

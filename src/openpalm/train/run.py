@@ -65,6 +65,8 @@ class Job:
     sequences_per_epoch: int
     learning_rate: float
     objective: Objective[Any] = field(default_factory=NextToken)
+    unit: str = "tokens"
+    """what the objective counts"""
     tokenizer_json: str | None = None
     data_hash: str | None = None
     parent_hash: str | None = None
@@ -175,11 +177,11 @@ class _Session:
         row: dict[str, Any] = {
             "step": report.step,
             "loss": report.loss,
-            "tokens": self.trainer.counted,
+            self.job.unit: self.trainer.counted,
             "elapsed_s": round(self._elapsed_s(), 3),
             "lr": report.lr_factor * (self.settings.optim.lr or self.job.learning_rate),
             "grad_norm": report.grad_norm,
-            "tokens_per_s": round(rate, 1),
+            f"{self.job.unit}_per_s": round(rate, 1),
             "mfu": share,
         }
         if report.skipped:

@@ -1,0 +1,139 @@
+"""Pairs of answers as batches: the chosen ones' rows, then the rejected ones'.
+
+What the reference thinks of them is computed once, before the run, and travels with the batch.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openpalm.align.logprobs import token_log_probs
+from openpalm.data.conversation import Message, render
+from openpalm.data.loader import Order, Record, padded
+from openpalm.data.preferences import Pair
+from openpalm.data.tokenizer import Tokenizer
+from openpalm.errors import DataError
+from openpalm.model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class PairRecord:
+    """Two answers to one prompt; each a record whose loss mask is on the answer alone."""
+
+    chosen: Record
+    rejected: Record
+    reference: tuple[float, float] = (0.0, 0.0)
+    """log-probabilities of the two answers under the reference"""
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """inputs, targets: int64 [2 pairs, time], the chosen half first; reference: [2 pairs]."""
+
+    inputs: Tensor
+    targets: Tensor
+    reference: Tensor
+
+    @property
+    def pairs(self) -> int:
+        return len(self.inputs) // 2
+
+    def to(self, device: torch.device | str) -> "PairBatch":
+        return PairBatch(self.inputs.to(device), self.targets.to(device), self.reference.to(device))
+
+
+def answer_record(
+    tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message]
+) -> Record:
+    """The conversation with its answer; only the assistant's part of that and its end count.
+
+    Earlier turns of the assistant are part of the prompt here: both sides share them.
+    """
+    before = render(tokenizer, prompt, answer_next=True).ids
+    ids, loss_mask = render(tokenizer, [*prompt, *answer])
+    assert ids[: len(before)] == before, "a prompt's ids depend on the answer that follows"
+    return Record(ids, [False] * len(before) + loss_mask[len(before) :])
+
+
+def records(
+    tokenizer: Tokenizer, pairs: Sequence[Pair], sequence_length: int
+) -> tuple[list[PairRecord], int]:
+    """The pairs that fit, and how many do not: an answer that is cut has no end to learn from.
+
+    Raises DataError where none fits.
+    """
+    made = [
+        PairRecord(
+            answer_record(tokenizer, pair.prompt, pair.chosen),
+            answer_record(tokenizer, pair.prompt, pair.rejected),
+        )
+        for pair in pairs
+    ]
+    fitting = [
+        pair
+        for pair in made
+        if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= sequence_length + 1
+    ]
+    if not fitting:
+        raise DataError(
+            f"none of {len(made)} pairs fits {sequence_length} tokens; take a longer "
+            "--sequence-length or a model with a longer context"
+        )
+    return fitting, len(made) - len(fitting)
+
+
+@torch.no_grad()
+def with_reference(
+    model: Transformer, pairs: Sequence[PairRecord], rows: int = 16
+) -> list[PairRecord]:
+    """The pairs with what `model`, the reference, thinks of their answers; in float32."""
+    model.eval()
+    device, done = model.embedding.device, []
+    for start in range(0, len(pairs), rows):
+        group = pairs[start : start + rows]
+        batch = collate(group).to(device)
+        sums = token_log_probs(model, batch.inputs, batch.targets).sum(dim=-1)
+        chosen, rejected = sums.cpu().chunk(2)
+        both = zip(chosen.tolist(), rejected.tolist(), strict=True)
+        done += [replace(pair, reference=sums) for pair, sums in zip(group, both, strict=True)]
+    return done
+
+
+def collate(pairs: Sequence[PairRecord]) -> PairBatch:
+    """One batch, padded on the right; padding is never a target."""
+    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    inputs, targets = padded(rows, max(len(row.ids) for row in rows) - 1)
+    reference = [pair.reference[0] for pair in pairs] + [pair.reference[1] for pair in pairs]
+    return PairBatch(inputs, targets, torch.tensor(reference))
+
+
+class PairLoader:
+    """Batches of `rows` pairs, shuffled every epoch; its cursor is a position in that order."""
+
+    def __init__(self, pairs: Sequence[PairRecord], *, rows: int, seed: int):
+        self._pairs = pairs
+        digest = hashlib.blake2b(digest_size=8)
+        for pair in pairs:
+            for record in (pair.chosen, pair.rejected):
+                digest.update(repr(record.ids).encode())
+        identity = {"kind": "pairs", "seed": seed, "pairs": len(pairs)}
+        identity["sample"] = digest.hexdigest()
+        self._order = Order(len(pairs), identity, rows=rows, seed=seed)
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        return self
+
+    def __next__(self) -> PairBatch:
+        return collate([self._pairs[i] for i in self._order.take()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, ready for JSON."""
+        return self._order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a cursor. Raises DataError if it is of other data."""
+        self._order.load_state_dict(state)

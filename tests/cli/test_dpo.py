@@ -1,0 +1,101 @@
+"""`openpalm dpo`: pairs in, a model that prefers the chosen answers, and what is refused."""
+
+import gzip
+import json
+
+import pytest
+from command_line import rows, write_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("dpo") / "base", context=96)
+
+
+def pair(i, **changes):
+    row = {"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": "No idea."}
+    return {key: value for key, value in (row | changes).items() if value is not None}
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair(i)) + "\n" for i in range(60)))
+    return path
+
+
+def run(said, base, data, out, *words):
+    steps = () if "--epochs" in words else ("--steps", 12)
+    return said(
+        *("dpo", "--init", base, "--data", data, "--out", out, *steps, "--batch-tokens", 768),
+        *("--optim.lr", 0.003, "--dtype", "float32", *words),
+    )
+
+
+@pytest.mark.parametrize("loss", ["dpo", "cdpo", "ipo", "simpo", "orpo"])
+def test_every_loss_learns_what_is_preferred(said, base, pairs, tmp_path, loss):
+    status, _, errors = run(said, base, pairs, tmp_path / "out", "--loss", loss)
+    assert status == 0, errors
+    logged = rows(tmp_path / "out" / "metrics.jsonl")
+    held_out = [row for row in logged if "val_accuracy" in row]
+    assert held_out[-1]["val_accuracy"] == 1
+    assert held_out[-1]["val_reward_margin"] > 0
+    steps = [row for row in logged if "loss" in row]
+    assert steps[-1]["pairs"] == 12 * 4
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    if loss == "dpo":
+        assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_the_same_command_again_does_nothing_and_another_beta_is_refused(
+    said, base, pairs, tmp_path
+):
+    assert run(said, base, pairs, tmp_path / "out")[0] == 0
+    status, output, _ = run(said, base, pairs, tmp_path / "out")
+    assert (status, "nothing to do" in output) == (0, True)
+    status, _, errors = run(said, base, pairs, tmp_path / "out", "--beta", 0.5)
+    assert status == 2
+    assert "another --beta (not set, now 0.5)" in errors[-1]
+
+
+def test_pairs_that_do_not_fit_are_left_out_and_told(said, base, pairs, tmp_path):
+    with pairs.open("a") as file:
+        file.write(json.dumps(pair(99, chosen="long " * 40)) + "\n")
+    status, _, errors = run(said, base, pairs, tmp_path / "out")
+    assert status == 0
+    assert "1 of 61 pairs are longer than 96 tokens and are left out" in "\n".join(errors)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rejected": None}, 'pairs.jsonl:61: field "rejected" is missing'),
+        ({"rejected": "Yes, 1."}, 'field "chosen" equals "rejected"'),
+        ({"chosen": " "}, 'field "chosen" has an empty answer'),
+        ({"prompt": ""}, 'field "prompt"'),
+        ({"chosen": 5}, "chosen"),
+    ],
+)
+def test_a_bad_row_is_named_and_nothing_is_begun(said, base, pairs, tmp_path, change, says):
+    with pairs.open("a") as file:
+        file.write(json.dumps(pair(1, **change)) + "\n")
+    status, _, errors = run(said, base, pairs, tmp_path / "out")
+    assert (status, len(errors)) == (2, 1)
+    assert says in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_beyond_the_context(said, base, tmp_path):
+    path = tmp_path / "long.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(pair(1, prompt="why " * 99)).encode()))
+    status, _, errors = run(said, base, path, tmp_path / "out")
+    assert status == 2
+    assert "none of 1 pairs fits 96 tokens" in errors[-1]
+
+
+def test_init_is_needed(said, pairs, tmp_path):
+    status, _, errors = said(
+        *("dpo", "--model", "palm-tiny", "--data", pairs, "--out", tmp_path / "o", "--steps", 1)
+    )
+    assert status == 2
+    assert "--init: needs the checkpoint" in errors[-1]
