@@ -138,12 +138,23 @@ def test_json_that_is_not_declared_as_such_is_refused(server):
     assert reply.startswith(b"HTTP/1.1 400")
 
 
-def test_another_sites_name_for_this_machine_is_refused(server):
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        (b"evil.example:8000", b"401"),
+        (b"127.0.0.1.evil.example", b"401"),
+        (b"", b"401"),
+        (b"localhost", b"200"),
+        (b"LOCALHOST:80", b"200"),
+        (b"[::1]", b"200"),
+        (b"[::1]:8000", b"200"),
+    ],
+)
+def test_only_this_machines_own_names_are_answered(server, host, status):
     """DNS rebinding: a page of evil.example whose name now means 127.0.0.1."""
-    reply = raw_request(
-        server, b"GET /v1/models HTTP/1.1\r\nHost: evil.example:8000\r\nConnection: close\r\n\r\n"
-    )
-    assert reply.startswith(b"HTTP/1.1 401")
+    head = b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n"
+    reply = raw_request(server, head)
+    assert reply.startswith(b"HTTP/1.1 " + status)
     assert b"access-control-allow-origin" not in reply.lower()
 
 

@@ -5,6 +5,7 @@ A body is read whole, within bounds, before anything looks at it.
 
 import hmac
 import json
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ MAX_BODY_BYTES = 8 << 20
 OPEN = frozenset({"/", "/health", "/ready", "/metrics", "/openapi.json", "/favicon.ico"})
 """Paths that need no key, beside /static/."""
 ADMIN = ("/admin/", "/v1/score")
-LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]", "testserver"})
+LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
 class Door:
@@ -51,7 +52,7 @@ class Door:
 
     def _admit(self, scope: Scope) -> None:
         path, headers = scope["path"], dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0]
+        host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1").lower())
         if not self._keys and host not in LOCAL_HOSTS:
             raise ApiError(401, f"host {host[:100]}: without an API key only localhost is answered")
         if path in OPEN or path.startswith("/static/") or scope["method"] == "OPTIONS":
