@@ -58,6 +58,17 @@ def test_the_same_command_again_does_nothing_and_another_beta_is_refused(
     assert "another --beta (not set, now 0.5)" in errors[-1]
 
 
+def test_a_reference_that_moved_is_refused(said, base, pairs, tmp_path):
+    """--init names a run that has gone on: resumed, the pairs would have another reference."""
+    parent = tmp_path / "parent"
+    (parent / "checkpoints").mkdir(parents=True)
+    for step in (1, 2):
+        write_base(parent / "checkpoints" / f"step-{step:08}", context=96, clear=step == 2)
+        status, _, errors = run(said, parent, pairs, tmp_path / "out")
+        assert status == (0 if step == 1 else 2)
+    assert "another --init" in errors[-1]
+
+
 def test_pairs_that_do_not_fit_are_left_out_and_told(said, base, pairs, tmp_path):
     with pairs.open("a") as file:
         file.write(json.dumps(pair(99, chosen="long " * 40)) + "\n")

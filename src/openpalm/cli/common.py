@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -22,6 +22,9 @@ from openpalm.train.config import TrainSettings
 from openpalm.train.run import Probe
 from openpalm.train.start import Start, starting_point
 
+T = TypeVar("T")
+HELD_OUT_SHARE = 0.05
+MAX_HELD_OUT = 64
 EVALUATION_TOKENS = 8192
 """Tokens of a validation split in memory at a time."""
 
@@ -49,6 +52,12 @@ def fine_tuning_start(settings: TrainSettings) -> tuple[Path, Tokenizer, Start]:
     if tokenizer is None:
         raise CheckpointError(f"{directory}: has no tokenizer.json, so it cannot read text")
     return directory, tokenizer, starting_point(settings, directory, tokenizer)
+
+
+def held_out(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """What is trained on, and the last items of a file, which only measure."""
+    kept = len(items) - min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(items)))
+    return items[:kept], items[kept:]
 
 
 class ServingSettings(Protocol):

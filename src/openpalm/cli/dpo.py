@@ -12,10 +12,6 @@ if TYPE_CHECKING:
     from openpalm.align.pairs import PairRecord
     from openpalm.train.run import Outcome, Probe
 
-HELD_OUT_SHARE = 0.05
-MAX_HELD_OUT = 64
-"""Pairs, the last of the file, that measure accuracy and are not trained on."""
-
 
 def run(argv: Sequence[str]) -> None:
     settings = parse(
@@ -42,7 +38,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     from openpalm import checkpoint
     from openpalm.align.dpo import PairObjective
     from openpalm.align.pairs import PairLoader, records, with_reference
-    from openpalm.cli.common import fine_tuning_start
+    from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.data.pair_files import read_pairs
     from openpalm.distributed import pick_device
     from openpalm.train.run import Job
@@ -65,8 +61,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
             reference = checkpoint.load(directory, str(pick_device(settings.device)))
             pairs = with_reference(reference, pairs)
             del reference
-    kept = len(pairs) - min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(pairs)))
-    trained, held_out = pairs[:kept], pairs[kept:]
+    trained, measured = held_out(pairs)
     job = Job(
         config=start.config,
         fill=start.fill,
@@ -80,13 +75,14 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
         parent_hash=start.parent_hash,
-        probes=[_held_out_probe(held_out, settings)] if held_out else [],
+        parent_fixed=settings.loss not in WITHOUT_REFERENCE,
+        probes=[_held_out_probe(measured, settings)] if measured else [],
         label=label,
     )
     return run_job(settings, job)
 
 
-def _held_out_probe(held_out: "list[PairRecord]", settings: DpoSettings) -> "Probe":
+def _held_out_probe(pairs: "Sequence[PairRecord]", settings: DpoSettings) -> "Probe":
     """How often the held-out chosen answer has the greater implicit reward."""
     import torch
 
@@ -95,14 +91,14 @@ def _held_out_probe(held_out: "list[PairRecord]", settings: DpoSettings) -> "Pro
     from openpalm.model.transformer import Transformer
     from openpalm.train.run import Probe
 
-    objective, batch = PairObjective(settings), collate(held_out)
+    objective, batch = PairObjective(settings), collate(pairs)
 
     def look(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
         device = model.embedding.device
         with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
             loss, metrics = objective.loss(model, batch.to(device))
         values = {"loss": loss.item(), **metrics}
-        return {f"val_{name}": value / len(held_out) for name, value in values.items()}
+        return {f"val_{name}": value / len(pairs) for name, value in values.items()}
 
     return Probe(
         look,

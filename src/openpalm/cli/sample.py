@@ -128,15 +128,14 @@ def _request(settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int) 
     from openpalm.data.conversation import Message, render, stop_ids
     from openpalm.generate.engine import Request
     from openpalm.generate.sampling import Sampling
-    from openpalm.generate.text import prompt_ids
+    from openpalm.generate.text import document_ends, prompt_ids
 
     if settings.chat:
         ids = render(tokenizer, [Message("user", settings.text)], answer_next=True).ids
         stops = stop_ids(tokenizer)
     else:
         ids = prompt_ids(tokenizer, settings.text)
-        end = tokenizer.end_of_text
-        stops = frozenset() if end is None else frozenset({end})
+        stops = document_ends(tokenizer)
     new_tokens = settings.max_new_tokens or 128
     if settings.seq_len is not None:
         new_tokens = settings.seq_len - len(ids)

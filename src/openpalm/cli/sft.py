@@ -12,10 +12,6 @@ if TYPE_CHECKING:
     from openpalm.data.loader import Record
     from openpalm.train.run import Outcome, Probe
 
-HELD_OUT_SHARE = 0.05
-MAX_HELD_OUT = 64
-"""Conversations, the last of the file, that measure the loss and are not trained on."""
-
 
 def run(argv: Sequence[str]) -> None:
     settings = parse(
@@ -39,7 +35,7 @@ def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
     """Composes the run: weights, conversations as records, THE loop."""
     from openpalm import checkpoint
     from openpalm.align.sft import records
-    from openpalm.cli.common import fine_tuning_start
+    from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.data.conversation import read_conversations
     from openpalm.data.loader import RecordLoader, truncated
     from openpalm.train.run import Job
@@ -48,15 +44,14 @@ def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
     directory, tokenizer, start = fine_tuning_start(settings)
     length = settings.sequence_length or start.config.context
     everything = records(tokenizer, read_conversations(settings.data))
-    kept = len(everything) - min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(everything)))
-    trained, held_out = everything[:kept], everything[kept:]
+    trained, measured = held_out(everything)
     if cut := truncated(everything, length):
         print(
             f"{label}: {cut} of {len(everything)} conversations are longer than {length} tokens "
             "and are cut at the end; --sequence-length takes more",
             file=sys.stderr,
         )
-    measurable = any(any(record.loss_mask[1 : length + 1]) for record in held_out)
+    measurable = any(any(record.loss_mask[1 : length + 1]) for record in measured)
     job = Job(
         config=start.config,
         fill=start.fill,
@@ -68,20 +63,20 @@ def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
         parent_hash=start.parent_hash,
-        probes=[_held_out_probe(held_out, length)] if measurable else [],
+        probes=[_held_out_probe(measured, length)] if measurable else [],
         label=label,
     )
     return run_job(settings, job)
 
 
-def _held_out_probe(held_out: "list[Record]", sequence_length: int) -> "Probe":
+def _held_out_probe(records: "Sequence[Record]", sequence_length: int) -> "Probe":
     """val_loss over the held-out answers, nats a token."""
     from openpalm.data.loader import RecordLoader
     from openpalm.evaluate.perplexity import split_loss
     from openpalm.train.run import Probe
 
-    rows = len(held_out)
-    loader = RecordLoader(held_out, rows=rows, seed=0, sequence_length=sequence_length)
+    rows = len(records)
+    loader = RecordLoader(records, rows=rows, seed=0, sequence_length=sequence_length)
     batch = next(loader)  # all of them, once
 
     return Probe(

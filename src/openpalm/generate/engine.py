@@ -76,6 +76,11 @@ class _Row:
         return self.ids[len(self.request.ids) :]
 
     @property
+    def copyable(self) -> list[int]:
+        """What it may copy: logits of its last token, or when scored of all, are wanted."""
+        return [] if self.request.score_prompt else self.ids[:-1]
+
+    @property
     def to_read(self) -> int:
         """Tokens to compute before the first is generated; a score needs nothing of the last."""
         return len(self.ids) - (self.request.max_new_tokens == 0)
@@ -234,10 +239,10 @@ class Engine:
         later: deque[_Row] = deque()
         while self._waiting and len(self._rows) < self.slots:
             row = self._waiting.popleft()
-            if self._worth_waiting_for(row):
+            source, shared = self._longest_beginning(row)
+            if self._soon_readable(row) >= shared + SHARED_AT_LEAST:
                 later.append(row)
                 continue
-            source, shared = self._longest_beginning(row)
             slot = len(self._rows)
             needed = row.reserve + self.prefill_tokens
             self._cache.grow(-(-needed // GROWTH) * GROWTH)
@@ -249,28 +254,21 @@ class Engine:
         self._waiting.extendleft(reversed(later))
 
     def _longest_beginning(self, row: _Row) -> tuple[int, int]:
-        """The slot that holds most of the prompt's beginning, and how many tokens of it.
-
-        At least the prompt's last token is left to compute: its logits are wanted.
-        """
-        if row.request.score_prompt:  # every position's logits are wanted
-            return 0, 0
+        """The slot that holds most of the prompt's beginning, and how many tokens of it."""
+        wanted = row.copyable
         held = [(slot, other.ids) for slot, other in enumerate(self._rows)]
         best = (0, 0)
         for slot, ids in [*held, *self._left.items()]:
-            most = min(self._cache.lengths[slot], len(row.ids) - 1)
-            shared = _common(ids[:most], row.ids)
+            shared = _common(ids[: self._cache.lengths[slot]], wanted)
             if shared > best[1]:
                 best = (slot, shared)
         return best if best[1] >= SHARED_AT_LEAST else (0, 0)
 
-    def _worth_waiting_for(self, row: _Row) -> bool:
-        """Whether a prompt being read now begins alike, further than what is in the cache."""
-        if row.request.score_prompt:
-            return False
+    def _soon_readable(self, row: _Row) -> int:
+        """Tokens of its beginning that prompts being read now have in common with it."""
+        wanted = row.copyable
         being_read = (other.ids for other in self._rows[self._decoding :])
-        soon = max((_common(ids, row.ids[:-1]) for ids in being_read), default=0)
-        return soon >= self._longest_beginning(row)[1] + SHARED_AT_LEAST
+        return max((_common(ids, wanted) for ids in being_read), default=0)
 
     def _read_chunk(self) -> list[Token]:
         """Computes the next part of every unread prompt; those read to the end get a token."""

@@ -117,8 +117,8 @@ class _Int8:
 class _Int8Dot:
     """Weights as _Int8, and each token's activations in 8 bits with a scale of their own.
 
-    For processors that multiply 8-bit numbers directly, where _Int8 is bound by arithmetic: 1.3
-    times the tokens/s alone, 2 times in a batch of 16 (benchmarks/RESULTS.md).
+    For processors that multiply 8-bit numbers directly, where _Int8 is bound by
+    arithmetic: 1.7 times the tokens/s in a batch of 16 (benchmarks/RESULTS.md).
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):

@@ -12,7 +12,7 @@ from openpalm.errors import SettingsError
 _SMALLEST_TEMPERATURE = 1e-30
 """Still above zero in float32; the difference to less cannot be seen."""
 _SHORT_LIST = 256
-"""Likeliest tokens that are looked at before all are put in order: 40 times cheaper."""
+"""Likeliest tokens that are looked at before all are put in order, which takes far longer."""
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,17 @@ def complete(
     sampling: Sampling,
 ) -> list[str]:
     """Continues every prompt; the prompts themselves are not repeated."""
-    stops = frozenset() if tokenizer.end_of_text is None else frozenset({tokenizer.end_of_text})
+    stops = document_ends(tokenizer)
     requests = [
         Request(prompt_ids(tokenizer, prompt), max_new_tokens, sampling, stops)
         for prompt in prompts
     ]
     return [tokenizer.decode(ids) for ids in engine.answers(requests)]
+
+
+def document_ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """The id that ends a continued document, where the vocabulary has one."""
+    return frozenset() if tokenizer.end_of_text is None else frozenset({tokenizer.end_of_text})
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

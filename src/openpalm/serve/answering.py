@@ -5,7 +5,7 @@ A Form says how one choice looks; everything else is the same for both.
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,6 +34,10 @@ class Said:
         self.finish = piece.finish
 
 
+Keep = Callable[[Job, str], None]
+"""Takes an answer, with its text, that its user agreed to share."""
+
+
 class Form(Protocol):
     """How choices look in one of the two APIs."""
 
@@ -59,9 +63,16 @@ class Form(Protocol):
 
 
 async def respond(
-    request: Request, answers: Answers, form: Form, *, prompt_tokens: int, stream: bool, usage: bool
+    request: Request,
+    answers: Answers,
+    form: Form,
+    *,
+    prompt_tokens: int,
+    stream: bool,
+    usage: bool,
+    keep: Keep | None = None,
 ) -> Response:
-    """The whole answer, or a stream of it that may end with its usage."""
+    """The whole answer, or a stream of it that may end with its usage; `keep` gets each choice."""
     head = {
         "id": f"{form.prefix}-{secrets.token_hex(12)}",
         "object": form.chunk if stream else form.whole,
@@ -69,8 +80,9 @@ async def respond(
         "model": answers.served.name,
     }
     if stream:
-        return EventStream(_events(answers, form, head, prompt_tokens, usage), answers.close)
-    whole = _whole(answers, form, head, prompt_tokens)
+        events = _events(answers, form, head, prompt_tokens, usage, keep)
+        return EventStream(events, answers.close)
+    whole = _whole(answers, form, head, prompt_tokens, keep)
     return await answer_or_nothing(request, whole, answers.close)
 
 
@@ -84,16 +96,24 @@ async def collect(answers: Answers) -> list[Said]:
 
 
 async def _whole(
-    answers: Answers, form: Form, head: dict[str, Any], prompt_tokens: int
+    answers: Answers, form: Form, head: dict[str, Any], prompt_tokens: int, keep: Keep | None
 ) -> JSONResponse:
     said = await collect(answers)
+    if keep:
+        for job in answers.jobs:
+            keep(job, said[job.index].text)
     choices = [form.choice(job, said[job.index]) for job in answers.jobs]
     usage = _usage(answers.jobs, prompt_tokens)
     return JSONResponse(head | {"choices": choices, "usage": usage})
 
 
 async def _events(
-    answers: Answers, form: Form, head: dict[str, Any], prompt_tokens: int, usage: bool
+    answers: Answers,
+    form: Form,
+    head: dict[str, Any],
+    prompt_tokens: int,
+    usage: bool,
+    keep: Keep | None,
 ) -> AsyncIterator[bytes]:
     """Chunks as bytes, everything that is ready in one write."""
     if usage:
@@ -102,18 +122,21 @@ async def _events(
     def chunk(choice: dict[str, Any]) -> bytes:
         return event(head | {"choices": [choice]})
 
-    opened: set[Job] = set()
+    opened: dict[Job, str] = {}
     try:
         async for pieces in answers:
             ready = b""
             for job, piece in pieces:
                 if job not in opened:
-                    opened.add(job)
+                    opened[job] = ""
                     opening = form.opening(job)
                     ready += chunk(opening) if opening else b""
                 if piece.text or piece.tokens:
                     ready += chunk(form.part(job, piece))
+                opened[job] += piece.text if keep else ""
                 if piece.finish:
+                    if keep:
+                        keep(job, opened[job])
                     ready += chunk(form.ending(job, piece.finish))
             if ready:
                 yield ready

@@ -9,7 +9,7 @@ from openpalm.data.conversation import Message, render, stop_ids
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.generate.engine import Request
 from openpalm.generate.sampling import Sampling
-from openpalm.generate.text import prompt_ids
+from openpalm.generate.text import document_ends, prompt_ids
 from openpalm.serve.problems import ApiError
 from openpalm.serve.schema import ChatMessage, Generation
 from openpalm.serve.worker import Served, Worker
@@ -119,9 +119,7 @@ def check_stream_options(body: Generation) -> bool:
 
 def ends(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
     """The ids that end an answer by themselves."""
-    if chat:
-        return stop_ids(tokenizer)
-    return frozenset() if tokenizer.end_of_text is None else frozenset({tokenizer.end_of_text})
+    return stop_ids(tokenizer) if chat else document_ends(tokenizer)
 
 
 def check_fits(served: Served, ids: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from openpalm.serve.documented import ChatCompletion, answered
 from openpalm.serve.incoming import StrictRoute
 from openpalm.serve.problems import ApiError
 from openpalm.serve.schema import ChatRequest
-from openpalm.serve.service import Keep, Service
+from openpalm.serve.service import Service
 from openpalm.serve.worker import Job, Served
 
 
@@ -38,7 +38,7 @@ def routes(service: Service) -> APIRouter:
             chat=True,
         )
         answers = service.worker.submit(served, requests, asking.stop_strings(body))
-        form = _Form(body, served, service.keeper(body, served))
+        form = _Form(body, served)
         return await respond(
             request,
             answers,
@@ -46,6 +46,7 @@ def routes(service: Service) -> APIRouter:
             prompt_tokens=len(prompt),
             stream=bool(body.stream),
             usage=usage,
+            keep=service.keeper(body, served),
         )
 
     return router
@@ -56,28 +57,20 @@ class _Form:
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, body: ChatRequest, served: Served, keep: Keep | None):
+    def __init__(self, body: ChatRequest, served: Served):
         self._tokenizer = served.tokenizer
         self._log_probs = bool(body.logprobs)
-        self._keep = keep
-        self._texts: dict[Job, list[str]] = {}
 
     def opening(self, job: Job) -> dict[str, Any]:
         return _delta(job, {"role": "assistant", "content": ""})
 
     def part(self, job: Job, piece: Piece) -> dict[str, Any]:
-        if self._keep:
-            self._texts.setdefault(job, []).append(piece.text)
         return _delta(job, {"content": piece.text}, self._listed(piece.tokens))
 
     def ending(self, job: Job, finish: str) -> dict[str, Any]:
-        if self._keep:
-            self._keep(job, "".join(self._texts.get(job, [])))
         return _delta(job, {}, None, finish)
 
     def choice(self, job: Job, said: Said) -> dict[str, Any]:
-        if self._keep:
-            self._keep(job, said.text)
         return {
             "index": job.index,
             "message": {"role": "assistant", "content": said.text, "refusal": None},

@@ -80,7 +80,11 @@ class _Form:
         self._choices = body.n or 1
         self._log_probs = body.logprobs is not None
         self._echo = bool(body.echo)
-        self._texts = texts
+        firsts = jobs[:: self._choices]
+        self._texts = [
+            self._tokenizer.decode(job.request.ids, skip_special=False) if text is None else text
+            for text, job in zip(texts, firsts, strict=True)
+        ]
         self._jobs = jobs
 
     def opening(self, job: Job) -> dict[str, Any] | None:
@@ -101,8 +105,7 @@ class _Form:
 
     def _prompt_text(self, job: Job) -> str:
         """The prompt as it was given, decoded where it was given as ids."""
-        text = self._texts[job.index // self._choices]
-        return self._tokenizer.decode(job.request.ids, skip_special=False) if text is None else text
+        return self._texts[job.index // self._choices]
 
     def _listed(
         self, job: Job, tokens: Sequence[tuple[Token, int]], *, prompt: bool = False

@@ -18,7 +18,7 @@ class Metrics:
             "openpalm_requests", "Requests answered", ["path", "status"], registry=self.registry
         )
         self._generated = Counter(
-            "openpalm_generated_tokens", "Tokens generated", registry=self.registry
+            "openpalm_generated_tokens", "Tokens of finished answers", registry=self.registry
         )
         self._prompt = Counter(
             "openpalm_prompt_tokens", "Tokens of prompts answered", registry=self.registry

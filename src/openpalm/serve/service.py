@@ -2,18 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
+from openpalm.serve.answering import Keep
 from openpalm.serve.metrics import Metrics
 from openpalm.serve.problems import ApiError
 from openpalm.serve.schema import ChatRequest
 from openpalm.serve.sink import Sink
 from openpalm.serve.worker import Job, Served, Worker
-
-Keep = Callable[[Job, str], None]
-"""Takes an answer, with its text, that its user agreed to share."""
 
 
 class Load(Protocol):

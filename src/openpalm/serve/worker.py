@@ -26,8 +26,8 @@ def in_own_thread(work: Callable[[], T]) -> T:
     """The result of `work`, done in a thread that ends with it: for loading models.
 
     OpenMP keeps workers for every living thread that has computed something. As soon as these are
-    more than the machine has cores, all of them sleep between one loop and the next, and decoding
-    takes 1.6 times as long. So the engines' thread must be the only one that has workers.
+    more than the machine has cores, all of them sleep between one loop and the next: one stream
+    had 81 tokens/s instead of 105 (benchmarks/RESULTS.md). So only the engines' thread keeps them.
     """
     with ThreadPoolExecutor(max_workers=1) as once:
         return once.submit(work).result()

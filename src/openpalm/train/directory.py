@@ -36,17 +36,20 @@ def locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def recall(asked: TrainSettings, given: Chosen) -> TrainSettings | None:
+def recall(
+    asked: TrainSettings, given: Chosen, *, parent_fixed: bool = False
+) -> TrainSettings | None:
     """The settings of the run that `asked.out` holds, with what it chose; None if it holds none.
 
-    `given` says what data and parent are there now. Raises SettingsError where the run was made
+    `given` says what data and parent are there now; the parent may have gone on since the run
+    began, unless `parent_fixed`. Raises SettingsError where the run was made
     with other settings.
     """
     file = asked.out / SETTINGS_FILE
     if not file.exists():
         return None
     stored = _recall(file, type(asked))
-    _refuse_differences(stored, asked, given)
+    _refuse_differences(stored, asked, given, parent_fixed)
     return replace(asked, chosen=stored.chosen)
 
 
@@ -77,7 +80,9 @@ def _recall(file: Path, kind: type[TrainSettings]) -> TrainSettings:
         raise SettingsError(f"{file}: is not the settings of a run ({error})") from None
 
 
-def _refuse_differences(stored: TrainSettings, asked: TrainSettings, given: Chosen) -> None:
+def _refuse_differences(
+    stored: TrainSettings, asked: TrainSettings, given: Chosen, parent_fixed: bool
+) -> None:
     """The same --out with other settings is a mistake, not a wish."""
     old, new = plain(stored), plain(asked)
     for side in (old, new):
@@ -85,7 +90,8 @@ def _refuse_differences(stored: TrainSettings, asked: TrainSettings, given: Chos
             side.pop(name, None)
     old |= {"data": stored.chosen.data, "init": stored.chosen.parent}
     new |= {"data": given.data, "init": given.parent}
-    if stored.init == asked.init and checkpoint.steps(asked.out):
+    same_name = stored.init == asked.init and not parent_fixed
+    if same_name and checkpoint.steps(asked.out):
         new["init"] = old["init"]  # the parent run may have gone on; this one has begun
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):

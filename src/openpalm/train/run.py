@@ -70,6 +70,8 @@ class Job:
     tokenizer_json: str | None = None
     data_hash: str | None = None
     parent_hash: str | None = None
+    parent_fixed: bool = False
+    """whether resuming needs the very parent, not only its name: it is the reference"""
     probes: Sequence[Probe] = ()
     label: str = "train"
 
@@ -236,7 +238,7 @@ def _settled(
 ) -> TrainSettings:
     """The run's full settings: recalled where it exists, else measured and written."""
     given = replace(settings.chosen, data=job.data_hash, parent=job.parent_hash)
-    if known := directory.recall(settings, given):
+    if known := directory.recall(settings, given, parent_fixed=job.parent_fixed):
         return known
     directory.check_new(settings, given)
     if settings.minutes != given.minutes:
