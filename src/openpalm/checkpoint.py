@@ -128,7 +128,7 @@ def load_config(directory: Path) -> ModelConfig:
 def load_weights(model: Transformer, directory: Path) -> None:
     """Fills `model` from the directory; its dtype and device stay the model's own."""
     with safetensors.safe_open(directory / "model.safetensors", framework="pt") as file:
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.published():
             stored = file.get_tensor(name)
             if stored.shape != parameter.shape:
                 raise CheckpointError(
@@ -315,7 +315,7 @@ def _write_contents(
 ) -> None:
     config = {"format": FORMAT, "version": VERSION, "model": asdict(model.config)}
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.published()}
     safetensors.torch.save_file(weights, partial / "model.safetensors")
     if tokenizer is not None:
         _write_text(partial / "tokenizer.json", tokenizer)

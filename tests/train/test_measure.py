@@ -118,7 +118,7 @@ def losses(out: Path, asked: TrainSettings) -> list[float]:
     job = Job(
         config=config,
         fill=lambda model: initialise(model, 0),
-        make_loader=lambda shape: random_loader(shape.rows),
+        make_loader=lambda shape, *_: random_loader(shape.rows),
         sequences_per_epoch=10,
         learning_rate=1e-2,
         probes=[Probe(lambda model, dtype: {"seen": 1})],

@@ -1,11 +1,12 @@
 """The settings of alignment runs, checked at birth."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from openpalm.errors import SettingsError
-from openpalm.train.config import TrainSettings
+from openpalm.train.config import TrainSettings, check
 
+GroupAdvantage = Literal["grpo", "dr-grpo", "dapo", "rloo"]
 PairLoss = Literal["dpo", "cdpo", "ipo", "simpo", "orpo"]
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
@@ -38,3 +39,159 @@ class DpoSettings(TrainSettings):
     def strength(self) -> float:
         """Beta, or its default for the loss."""
         return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
+
+
+@dataclass(frozen=True)
+class AlarmSettings:
+    """When a run stops because its held-out answers say that the reward is being gamed."""
+
+    gold_drop: float | None = None
+    """the gold reward falls this far below its best while the reward rises"""
+    max_kl: float | None = None
+    """nats an answer is away from the reference"""
+    max_length: float | None = None
+    """tokens of the mean answer"""
+    min_entropy: float | None = None
+    """nats of the policy's mean entropy"""
+
+
+@dataclass(frozen=True)
+class RolloutSettings(TrainSettings):
+    """A run that learns from its own answers; a step takes a share of a rollout's answers."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """of the arithmetic (weights stay float32); auto takes the faster one here"""
+    reward: list[str] | str | None = None
+    """[WEIGHT*]SOURCE, several in brackets: a reward model's run, FILE.py:FUNCTION, or exact"""
+    gold: str | None = None
+    """a SOURCE that is never trained on: what the held-out answers are judged by besides"""
+    prompts: int = 8
+    """prompts of a rollout"""
+    answers: int = 4
+    """answers to each prompt"""
+    max_new_tokens: int = 64
+    """tokens of an answer at most"""
+    temperature: float = 1.0
+    """of the policy: of its answers and of their probabilities alike"""
+    passes: int = 1
+    """times a rollout's answers are gone through"""
+    minibatches: int = 1
+    """optimizer steps of one pass"""
+    beta: float = 0.05
+    """what a nat of distance to the reference costs"""
+    kl: Literal["reward", "k2", "k3"] = "reward"
+    """where that is paid: in the reward (exact), or in the loss as k2 or k3"""
+    target_kl: float | None = None
+    """nats an answer may be away; beta is then steered towards it"""
+    kl_horizon: int = 1000
+    """answers over which beta follows --target-kl"""
+    clip_low: float = 0.2
+    """how far below one a token's probability ratio still counts"""
+    clip_high: float | None = None
+    """how far above one; not set is 0.2, and 0.28 for dapo"""
+    entropy: float = 0.0
+    """what a nat of the policy's entropy is worth"""
+    rollout_weights: Literal["float32", "bfloat16", "int8"] = "float32"
+    """of the engine that answers; fewer bits are faster and are corrected for"""
+    max_correction: float = 2.0
+    """largest weight of that correction"""
+    replay_bytes: int = 1 << 28
+    """of a rollout in memory; a larger one lies in a file beside the run"""
+    alarm: AlarmSettings = field(default_factory=AlarmSettings)
+    """when the held-out answers stop the run"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prompts", "max_new_tokens", "passes", "minibatches", "kl_horizon"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check(self.answers >= 1, "answers", self.answers, "1 or more")
+        check(0 < self.temperature <= 100, "temperature", self.temperature, "in (0, 100]")
+        check(0 <= self.beta < 1000, "beta", self.beta, "0 or more, below 1000")
+        for name in ("clip_low", "clip_high"):
+            value = getattr(self, name)
+            check(value is None or 0 < value < 100, name, value, "above 0")
+        check(self.clip_low < 1, "clip_low", self.clip_low, "below 1")
+        check(0 <= self.entropy < 100, "entropy", self.entropy, "0 or more")
+        check(self.max_correction >= 1, "max_correction", self.max_correction, "1 or more")
+        check(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "above 0")
+        if self.target_kl is not None and self.kl != "reward":
+            raise SettingsError(f"--target-kl: steers --kl reward, not {self.kl}; leave it out")
+        if self.rollout_weights != "float32" and self.temperature != 1:
+            raise SettingsError(
+                f"--rollout-weights {self.rollout_weights}: is corrected for at --temperature 1 "
+                f"only, not {self.temperature}; leave one of them out"
+            )
+        rows = self.prompts * self.answers
+        if rows % self.minibatches:
+            raise SettingsError(
+                f"--minibatches {self.minibatches}: must divide prompts x answers ({rows})"
+            )
+
+    @property
+    def highest_clip(self) -> float:
+        return 0.2 if self.clip_high is None else self.clip_high
+
+
+@dataclass(frozen=True)
+class PpoSettings(RolloutSettings):
+    """Proximal policy optimisation, with a critic."""
+
+    prompts: int = 32
+    """prompts of a rollout"""
+    answers: int = 1
+    """answers to each prompt"""
+    passes: int = 2
+    """times a rollout's answers are gone through"""
+    critic: Literal["shared", "detached", "separate"] = "shared"
+    """one trunk for both, the policy's trunk read but not changed, or a trunk of its own"""
+    critic_weight: float = 0.5
+    """of the critic's loss beside the policy's"""
+    critic_bins: int = 0
+    """bins of a critic that classifies (HL-Gauss); 0 is one that regresses"""
+    critic_range: float = 5.0
+    """the bins reach from minus this to this"""
+    clip_value: float = 0.2
+    """how far a value may move from the rollout's before its gain stops counting"""
+    discount: float = 1.0
+    """of the next token's value"""
+    gae_decay: float = 0.95
+    """lambda of generalised advantage estimation"""
+    whiten: bool = True
+    """give a rollout's advantages mean 0 and deviation 1"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.critic_weight < 100, "critic_weight", self.critic_weight, "0 or more")
+        wanted = "0, or at least 2 and at most 1024"
+        bins = self.critic_bins
+        check(bins == 0 or 2 <= bins <= 1024, "critic_bins", bins, wanted)
+        check(self.critic_range > 0, "critic_range", self.critic_range, "above 0")
+        check(self.clip_value > 0, "clip_value", self.clip_value, "above 0")
+        for name in ("discount", "gae_decay"):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class GrpoSettings(RolloutSettings):
+    """Group-relative policy optimisation and its kin."""
+
+    advantage: GroupAdvantage = "dr-grpo"
+    """how answers to one prompt are measured against each other, and what losses average over"""
+    answers: int = 8
+    """answers to each prompt"""
+    redraws: int | None = None
+    """times that prompts with equal rewards are drawn anew; not set is 0, and 3 for dapo"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.answers >= 2, "answers", self.answers, "2 or more: they are compared")
+        check(self.redraws is None or self.redraws >= 0, "redraws", self.redraws, "0 or more")
+
+    @property
+    def highest_clip(self) -> float:
+        higher = self.clip_high is None and self.advantage == "dapo"
+        return 0.28 if higher else super().highest_clip
+
+    @property
+    def most_redraws(self) -> int:
+        return self.redraws if self.redraws is not None else 3 * (self.advantage == "dapo")

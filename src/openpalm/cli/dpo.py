@@ -65,7 +65,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     job = Job(
         config=start.config,
         fill=start.fill,
-        make_loader=lambda shape: PairLoader(
+        make_loader=lambda shape, *_: PairLoader(
             trained, rows=max(1, shape.rows // 2), seed=settings.seed
         ),
         sequences_per_epoch=2 * len(trained),

@@ -55,7 +55,7 @@ def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
     job = Job(
         config=start.config,
         fill=start.fill,
-        make_loader=lambda shape: RecordLoader(
+        make_loader=lambda shape, *_: RecordLoader(
             trained, rows=shape.rows, seed=settings.seed, sequence_length=shape.sequence_length
         ),
         sequences_per_epoch=len(trained),

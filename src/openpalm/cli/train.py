@@ -54,7 +54,7 @@ def pretrain(settings: TrainSettings, label: str = "train") -> "Outcome":
     job = Job(
         config=start.config,
         fill=start.fill,
-        make_loader=lambda shape: TokenLoader(
+        make_loader=lambda shape, *_: TokenLoader(
             tokens, sequence_length=shape.sequence_length, rows=shape.rows, seed=settings.seed
         ),
         sequences_per_epoch=max(1, len(tokens) // length),

@@ -3,6 +3,8 @@
 Sees integer ids and tensors only, never a batch, a tokenizer or a file.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,10 @@ class Transformer(nn.Module):
         self.project_head = ProjectHead()
         self.unembedding = None if config.tied else nn.Parameter(torch.empty_like(self.embedding))
         self.head_bias = nn.Parameter(torch.empty(config.padded_vocab)) if config.bias else None
+
+    def published(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters that a checkpoint holds for whoever uses the model."""
+        return self.named_parameters()
 
     def logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Unnormalised log-probabilities of the next token.

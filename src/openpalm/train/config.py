@@ -14,7 +14,8 @@ LEAST_STEPS_APART = 20
 """Between two of them, where the settings do not say."""
 
 
-def _check(condition: bool, name: str, value: object, wanted: str) -> None:
+def check(condition: bool, name: str, value: object, wanted: str) -> None:
+    """Raises SettingsError that names the option, its value and what is wanted."""
     if not condition:
         raise SettingsError(f"{spell(name)} {value}: must be {wanted}")
 
@@ -45,16 +46,16 @@ class OptimSettings:
     """largest global norm of the gradient"""
 
     def __post_init__(self) -> None:
-        _check(self.lr is None or 0 < self.lr < 10, "optim.lr", self.lr, "above 0 and below 10")
-        _check(0 < self.muon_lr < 10, "optim.muon_lr", self.muon_lr, "above 0 and below 10")
-        _check(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "in [0, 1)")
+        check(self.lr is None or 0 < self.lr < 10, "optim.lr", self.lr, "above 0 and below 10")
+        check(0 < self.muon_lr < 10, "optim.muon_lr", self.muon_lr, "above 0 and below 10")
+        check(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "in [0, 1)")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _check(0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
-        _check(self.eps > 0, "optim.eps", self.eps, "above 0")
-        _check(0 <= self.warmup <= 1, "optim.warmup", self.warmup, "in [0, 1]")
-        _check(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "in [0, 1]")
-        _check(self.clip > 0, "optim.clip", self.clip, "above 0")
+            check(0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
+        check(self.eps > 0, "optim.eps", self.eps, "above 0")
+        check(0 <= self.warmup <= 1, "optim.warmup", self.warmup, "in [0, 1]")
+        check(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "in [0, 1]")
+        check(self.clip > 0, "optim.clip", self.clip, "above 0")
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,12 @@ class TrainSettings:
             raise SettingsError("give exactly one of --steps, --minutes and --epochs")
         for name in ("steps", "minutes", "epochs", "sequence_length", "save_every", "eval_every"):
             value = getattr(self, name)
-            _check(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
-        _check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
-        _check(self.keep >= 0, "keep", self.keep, "0 or more")
-        _check(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
-        _check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
-        _check(
+            check(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
+        check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
+        check(self.keep >= 0, "keep", self.keep, "0 or more")
+        check(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
+        check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
+        check(
             self.batch_tokens is None or self.batch_tokens > 0,
             "batch_tokens",
             self.batch_tokens,

@@ -4,7 +4,7 @@ An objective SUMS over the batch; the trainer divides by a count taken over all 
 all processes, so that k microbatches, or n processes, give the gradient of one whole batch.
 """
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,3 +48,15 @@ class Loader(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """What a loader has besides, whose batches are made on the way: rollouts."""
+
+    facts: dict[str, float]
+    """about the newest batches, for the log"""
+
+    def state_tensors(self) -> dict[str, Tensor]: ...
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None: ...

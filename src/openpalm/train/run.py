@@ -23,6 +23,7 @@ from rich.console import Console
 
 from openpalm import checkpoint
 from openpalm.distributed import pick_device, world
+from openpalm.errors import TrainingError
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.settings import plain
@@ -35,7 +36,7 @@ from openpalm.train.config import (
     batch_shape,
 )
 from openpalm.train.measure import choose
-from openpalm.train.metrics import LiveLine, RowFile
+from openpalm.train.metrics import LiveLine, RowFile, read_rows
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optim import Optimizer
 from openpalm.train.trainer import StepReport, Trainer
@@ -52,6 +53,8 @@ class Probe:
     file: str = "metrics.jsonl"
     tell: Callable[[dict[str, Any]], str] | None = None
     """a row as one line for the terminal"""
+    judge: Callable[[list[dict[str, Any]]], str | None] | None = None
+    """all rows of the run so far: why it must stop, or None"""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,14 @@ class Job:
     config: ModelConfig
     fill: Callable[[Transformer], None]
     """gives a fresh model its first weights"""
-    make_loader: Callable[[BatchShape], Loader]
+    make_loader: Callable[[BatchShape, Transformer, torch.dtype], Loader]
+    """of the run's model, which a loader of rollouts asks for answers, and its dtype"""
     sequences_per_epoch: int
     learning_rate: float
     objective: Objective[Any] = field(default_factory=NextToken)
+    make_model: Callable[[ModelConfig], Transformer] = Transformer
+    shape: BatchShape | None = None
+    """of a step, where it does not follow from --batch-tokens"""
     unit: str = "tokens"
     """what the objective counts"""
     tokenizer_json: str | None = None
@@ -73,6 +80,8 @@ class Job:
     parent_fixed: bool = False
     """whether resuming needs the very parent, not only its name: it is the reference"""
     probes: Sequence[Probe] = ()
+    best: str | None = None
+    """the column of evaluations whose highest value marks the best checkpoint, which is kept"""
     label: str = "train"
 
 
@@ -94,7 +103,8 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
     """
     out = settings.out
     device = pick_device(settings.device)
-    shape = batch_shape(settings, settings.sequence_length or job.config.context, world().size)
+    length = settings.sequence_length or job.config.context
+    shape = job.shape or batch_shape(settings, length, world().size)
     with ExitStack() as stack:
         stack.enter_context(directory.locked(out))
         settings = _settled(settings, job, shape, device)
@@ -163,11 +173,13 @@ class _Session:
         line.show(row)
         if report.skipped:
             line.say(f"step {report.step} skipped: {report.skipped}")
-        last = report.step == self.trainer.steps
+        last, alarm = report.step == self.trainer.steps, None
         if last or report.step % self.eval_every == 0:
-            self._probe(report.step, line)
-        if last or report.step % self.save_every == 0:
+            alarm = self._probe(report.step, line)
+        if last or alarm or report.step % self.save_every == 0:
             self._save()
+        if alarm:
+            raise TrainingError(f"step {report.step}: {alarm}; {self._best_told()}")
 
     def _row(self, report: StepReport, seconds: float) -> dict[str, Any]:
         rate = report.count / seconds
@@ -193,13 +205,35 @@ class _Session:
     def _elapsed_s(self) -> float:
         return time.monotonic() - self.started
 
-    def _probe(self, step: int, line: LiveLine) -> None:
+    def _probe(self, step: int, line: LiveLine) -> str | None:
+        """Looks at the model; returns why the run must stop, or None."""
         self.trainer.model.eval()
+        alarm = None
         for probe in self.job.probes:
             seen = probe.look(self.trainer.model, self.trainer.dtype)
             RowFile(self.settings.out / probe.file).append({"step": step} | seen)
             if probe.tell:
                 line.say(f"{self.job.label} step {step}: {probe.tell(seen)}")
+            if probe.judge:
+                alarm = alarm or probe.judge(read_rows(self.settings.out / probe.file))
+        return alarm
+
+    def _best(self) -> int | None:
+        """The step of the best saved checkpoint, where the job says what is best."""
+        column = self.job.best
+        if column is None:
+            return None
+        saved = {_step_of(path) for path in checkpoint.steps(self.settings.out)}
+        rows = [row for row in read_rows(self.rows.path) if row.get(column) is not None]
+        known = [row for row in rows if row["step"] in saved]
+        return max(known, key=lambda row: row[column])["step"] if known else None
+
+    def _best_told(self) -> str:
+        best = self._best()
+        if best is None:
+            return "no checkpoint was evaluated"
+        path = self.settings.out / "checkpoints" / checkpoint.step_name(best)
+        return f"the best checkpoint is {path}"
 
     def _save(self) -> None:
         self.rows.sync()
@@ -214,8 +248,10 @@ class _Session:
             fingerprint=step == self.trainer.steps,
         )
         if self.settings.keep:
+            best = self._best()
             for old in checkpoint.steps(self.settings.out)[: -self.settings.keep]:
-                shutil.rmtree(old)
+                if _step_of(old) != best:
+                    shutil.rmtree(old)
 
     def _lineage(self, step: int) -> dict[str, Any]:
         settings = plain(self.settings)
@@ -266,16 +302,17 @@ def _make_trainer(
     fill: Callable[[Transformer], None],
     dtype: torch.dtype | None = None,
 ) -> Trainer:
-    model = Transformer(job.config).to(device)
+    model = job.make_model(job.config).to(device)
     fill(model)
+    arithmetic: torch.dtype = dtype or getattr(torch, settings.chosen.dtype or "float32")
     return Trainer(
         model,
         job.objective,
         Optimizer(model, settings.optim, settings.optim.lr or job.learning_rate),
-        job.make_loader(shape),
+        job.make_loader(shape, model, arithmetic),
         steps=settings.chosen.steps or _WHILE_MEASURING,
         accumulation=shape.accumulation,
-        dtype=dtype or getattr(torch, settings.chosen.dtype or "float32"),
+        dtype=arithmetic,
         max_skipped=settings.max_skipped,
         world=world(),
     )

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openpalm.distributed import World
 from openpalm.errors import TrainingError
 from openpalm.model.transformer import Transformer
-from openpalm.train.objective import Loader, Metrics, Objective
+from openpalm.train.objective import Loader, Metrics, Objective, Remembering
 from openpalm.train.optim import Optimizer, learning_rate_factor
 
 
@@ -81,6 +81,8 @@ class Trainer:
         factor = learning_rate_factor(self.step, self.steps, self.optimizer.settings)
         norm, skipped = self.optimizer_step(loss, count, factor)
         self._watch(skipped)
+        if isinstance(self.loader, Remembering):
+            metrics |= self.loader.facts
         return StepReport(self.step, loss, count, norm, factor, skipped, metrics)
 
     def forward_backward(self, batches: Sequence[Any]) -> tuple[float, int, Metrics]:
@@ -126,8 +128,11 @@ class Trainer:
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON-able values that `restore` needs, the model's weights apart."""
+        """Tensors and JSON-able values that `restore` needs, the published weights apart."""
         tensors = {f"optimizer/{k}": v for k, v in self.optimizer.state_tensors().items()}
+        tensors |= {f"model/{k}": v.detach() for k, v in self._unpublished()}
+        if isinstance(self.loader, Remembering):
+            tensors |= {f"loader/{k}": v for k, v in self.loader.state_tensors().items()}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
@@ -141,9 +146,11 @@ class Trainer:
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Goes on exactly where `state` was taken."""
-        prefix = "optimizer/"
-        moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        self.optimizer.load_state_tensors(moments)
+        self.optimizer.load_state_tensors(_under("optimizer/", tensors))
+        own = _under("model/", tensors)
+        with torch.no_grad():
+            for name, parameter in self._unpublished():
+                parameter.copy_(own[name])
         torch.set_rng_state(tensors["random/cpu"])
         if self.device.type == "cuda" and "random/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
@@ -151,3 +158,14 @@ class Trainer:
         self.counted = values["counted"]
         self.skipped_in_a_row = values["skipped_in_a_row"]
         self.loader.load_state_dict(values["loader"])
+        if isinstance(self.loader, Remembering):
+            self.loader.load_state_tensors(_under("loader/", tensors))
+
+    def _unpublished(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters that only training needs, such as a critic's."""
+        published = {name for name, _ in self.model.published()}
+        return [item for item in self.model.named_parameters() if item[0] not in published]
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

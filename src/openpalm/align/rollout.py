@@ -1,0 +1,332 @@
+"""Prompts, engine and reward become batches of experience: a loader like any other.
+
+A rollout asks the engine, which takes the live weights first, for answers to the next prompts, has
+them rewarded, and looks at them once with the policy as it is (old log-probabilities, values) and
+with the reference. Then its answers are gone through in minibatches. Works on token ids; text is
+the reward's business.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from openpalm.align.advantages import explained_variance, zero_variance
+from openpalm.align.config import GrpoSettings, RolloutSettings
+from openpalm.align.logprobs import evaluate
+from openpalm.data.conversation import Rendered
+from openpalm.data.loader import IGNORE, Order, padded
+from openpalm.errors import WorkError
+from openpalm.generate.engine import Engine, Request
+from openpalm.generate.sampling import Sampling
+from openpalm.model.heads import ActorCritic
+from openpalm.model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the engine said to a prompt."""
+
+    prompt: int
+    """which of the prompts"""
+    prompt_ids: Sequence[int]
+    ids: list[int]
+    """its end marker included, where it came to one"""
+    log_probs: list[float]
+    """the sampler's, of each token"""
+    ended: bool
+    """False where it was cut at --max-new-tokens"""
+
+
+Reward = Callable[[Sequence[Answer]], Sequence[float]]
+"""A number for each answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """Answers as a batch; all [rows, time], position t about the target t, 0 outside of answers."""
+
+    inputs: Tensor
+    targets: Tensor
+    """int64, IGNORE outside of the answers"""
+    old: Tensor
+    """log-probabilities under the policy that the rollout began with"""
+    reference: Tensor
+    correction: Tensor
+    """weight of a token whose sampler was not exactly the policy; 1 where it was"""
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        return self.targets != IGNORE
+
+    def take(self, rows: Tensor) -> "Experience":
+        """Some of the rows, as wide as the longest of them."""
+        width = int(self.mask[rows].any(dim=0).nonzero().max()) + 1
+        return Experience(*(getattr(self, f.name)[rows, :width] for f in fields(self)))
+
+    def to(self, device: torch.device | str) -> "Experience":
+        return Experience(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What advantages are made of: as Experience, and a reward for each row."""
+
+    inputs: Tensor
+    targets: Tensor
+    old: Tensor
+    reference: Tensor
+    correction: Tensor
+    values: Tensor
+    rewards: Tensor
+    """[rows], prompt by prompt"""
+
+    @property
+    def mask(self) -> Tensor:
+        return self.targets != IGNORE
+
+
+class Estimated(NamedTuple):
+    """[rows, time] each."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+LogProbs = Callable[[Tensor, Tensor], Tensor]
+"""The reference: log-probabilities [rows, time] of inputs and targets."""
+
+
+class Sampler:
+    """Answers of the live weights, each drawn with a seed of its own."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        stop_ids: frozenset[int],
+        settings: RolloutSettings,
+        slots: int = 64,
+    ):
+        self.model, self.prompts, self.stop_ids = model, prompts, stop_ids
+        self.settings = settings
+        self._engine: Engine | None = None
+        self._slots = slots
+        self.drawn = 0
+
+    def refresh(self) -> None:
+        """Takes the weights as they are now."""
+        if self._engine is None:
+            weights, slots = self.settings.rollout_weights, self._slots
+            self._engine = Engine(self.model, slots=slots, weights=weights, prefill_tokens=2048)
+        else:
+            self._engine.refresh(self.model)
+
+    def answers(self, chosen: Sequence[int], each: int) -> list[Answer]:
+        """`each` answers to every prompt of `chosen`, prompt by prompt."""
+        assert self._engine is not None, "refresh first"
+        requests, made = [], []
+        for prompt in chosen:
+            for _ in range(each):
+                how = Sampling(self.settings.temperature, seed=_seed(self.settings, self.drawn))
+                self.drawn += 1
+                ids = self.prompts[prompt]
+                requests.append(Request(ids, self.settings.max_new_tokens, how, self.stop_ids))
+                made.append(Answer(prompt, ids, [], [], ended=False))
+        for token in self._engine.generate(requests):
+            answer = made[token.request]
+            answer.ids.append(token.id)
+            answer.log_probs.append(token.log_prob)
+            if token.finish == "stop":
+                made[token.request] = replace(answer, ended=True)
+        return made
+
+
+class RolloutLoader:
+    """Microbatches of `rows` answers; `facts` are about the rollout they are of.
+
+    estimate: advantages and returns of a rollout, at the present beta.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        reward: Reward,
+        estimate: Callable[[Any, Rollout, float], Estimated],
+        reference: LogProbs,
+        *,
+        rows: int,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.sampler, self.reward, self.estimate = sampler, reward, estimate
+        self.reference, self.dtype, self.rows = reference, dtype, rows
+        self.settings = settings = sampler.settings
+        self.beta = settings.beta
+        self.facts: dict[str, float] = {}
+        identity = {"kind": "rollouts", "seed": settings.seed, "prompts": len(sampler.prompts)}
+        self._order = Order(
+            len(sampler.prompts), identity, rows=settings.prompts, seed=settings.seed
+        )
+        self._rollouts = 0
+        self._queue: list[Tensor] = []
+        self._memory: Experience | None = None
+
+    def __next__(self) -> Experience:
+        if not self._queue:
+            self._roll_out()
+        assert self._memory is not None
+        return self._memory.take(self._queue.pop(0))
+
+    @torch.no_grad()
+    def _roll_out(self) -> None:
+        self.sampler.refresh()
+        answers, rewards = self._rewarded()
+        rollout = self._looked_at(answers, rewards)
+        advantages, returns = self.estimate(self.settings, rollout, self.beta)
+        columns = {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name != "rewards"}
+        self._memory = Experience(**columns, advantages=advantages, returns=returns)
+        self.facts = self._told(answers, rollout, returns)
+        self._steer(self.facts["kl"], len(answers))
+        self._rollouts += 1
+        self._queue = self._minibatches()
+
+    def _rewarded(self) -> tuple[list[Answer], list[float]]:
+        """Answers to the next prompts; groups of equal rewards drawn anew while that is allowed."""
+        each, settings = self.settings.answers, self.settings
+        answers = self.sampler.answers(self._order.take(), each)
+        rewards = checked(self.reward, answers)
+        redraws = settings.most_redraws if isinstance(settings, GrpoSettings) else 0
+        for _ in range(redraws):
+            equal = zero_variance(torch.tensor(rewards), each).nonzero().flatten().tolist()
+            if not equal:
+                break
+            anew = self.sampler.answers(self._order.take()[: len(equal)], each)
+            for group, at in enumerate(equal):
+                spot, found = at * each, anew[group * each : (group + 1) * each]
+                answers[spot : spot + each] = found
+                rewards[spot : spot + each] = checked(self.reward, found)
+        return answers, rewards
+
+    def _looked_at(self, answers: Sequence[Answer], rewards: Sequence[float]) -> Rollout:
+        inputs, targets = batch_of(answers)
+        device = self.sampler.model.embedding.device
+        looks = [
+            self._look(inputs[i : i + self.rows].to(device), targets[i : i + self.rows].to(device))
+            for i in range(0, len(inputs), self.rows)
+        ]
+        old, values, reference = (torch.cat(part).cpu() for part in zip(*looks, strict=True))
+        correction = torch.ones_like(old)
+        if self.settings.rollout_weights != "float32":
+            sampled = torch.cat([torch.tensor(answer.log_probs) for answer in answers])
+            mask = targets != IGNORE
+            ratio = (old[mask] - sampled).exp()
+            correction[mask] = ratio.clamp_max(self.settings.max_correction)
+        return Rollout(inputs, targets, old, reference, correction, values, torch.tensor(rewards))
+
+    def _look(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        model = self.sampler.model
+        with torch.autocast(inputs.device.type, self.dtype, self.dtype != torch.float32):
+            now = evaluate(model, inputs, targets, temperature=self.settings.temperature)
+            reference = self.reference(inputs, targets)
+        values = torch.zeros_like(now.log_probs)
+        if now.values is not None:
+            assert isinstance(model, ActorCritic)
+            values = model.as_value(now.values) * (targets != IGNORE)
+        return now.log_probs, values, reference
+
+    def _minibatches(self) -> list[Tensor]:
+        """Row numbers of each microbatch to come, every row once a pass."""
+        total = self.settings.prompts * self.settings.answers
+        generator = torch.Generator().manual_seed(_seed(self.settings, -self._rollouts))
+        passes = [torch.randperm(total, generator=generator) for _ in range(self.settings.passes)]
+        return [rows for order in passes for rows in order.split(self.rows)]
+
+    def _told(
+        self, answers: Sequence[Answer], rollout: Rollout, returns: Tensor
+    ) -> dict[str, float]:
+        lengths = torch.tensor([float(len(answer.ids)) for answer in answers])
+        equal = zero_variance(rollout.rewards, self.settings.answers)
+        facts = {
+            "reward": rollout.rewards.mean().item(),
+            "reward_std": rollout.rewards.std(correction=0).item(),
+            "kl": (rollout.old - rollout.reference).sum(dim=-1).mean().item(),
+            "beta": self.beta,
+            "length": lengths.mean().item(),
+            "ended": sum(answer.ended for answer in answers) / len(answers),
+        }
+        if self.settings.answers > 1:
+            facts["equal_groups"] = equal.float().mean().item()
+        if isinstance(self.sampler.model, ActorCritic):
+            facts["explained"] = explained_variance(rollout.values, returns, rollout.mask)
+        return facts
+
+    def _steer(self, kl: float, answers: int) -> None:
+        """Moves beta towards the KL that is wanted (Ziegler et al. 2019, section 2.2)."""
+        if self.settings.target_kl is not None:
+            error = min(0.2, max(-0.2, kl / self.settings.target_kl - 1))
+            self.beta *= 1 + error * answers / self.settings.kl_horizon
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, ready for JSON; the rollout that is gone through is in the tensors."""
+        return {
+            "order": self._order.state_dict(),
+            "rollouts": self._rollouts,
+            "left": len(self._queue),
+            "drawn": self.sampler.drawn,
+            "beta": self.beta,
+            "facts": self.facts,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a cursor; `load_state_tensors` besides."""
+        self._order.load_state_dict(state["order"])
+        self._rollouts, self.beta = state["rollouts"], state["beta"]
+        self.sampler.drawn, self.facts = state["drawn"], state["facts"]
+        left = state["left"]
+        self._queue = self._minibatches()[-left:] if left else []
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The answers that are still to be gone through."""
+        if not self._queue or self._memory is None:
+            return {}
+        return {f.name: getattr(self._memory, f.name) for f in fields(self._memory)}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self._memory = Experience(**tensors) if tensors else None
+
+
+def batch_of(answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [answers, time]; the targets are the answers' tokens alone."""
+    rows = [
+        Rendered(
+            [*answer.prompt_ids, *answer.ids],
+            [False] * len(answer.prompt_ids) + [True] * len(answer.ids),
+        )
+        for answer in answers
+    ]
+    return padded(rows, max(len(row.ids) for row in rows) - 1)
+
+
+def checked(reward: Reward, answers: Sequence[Answer]) -> list[float]:
+    """The rewards. Raises WorkError for one that is not finite, or not one for each answer."""
+    rewards = [float(value) for value in reward(answers)]
+    if len(rewards) != len(answers):
+        raise WorkError(f"the reward gave {len(rewards)} numbers for {len(answers)} answers")
+    for answer, value in zip(answers, rewards, strict=True):
+        if not math.isfinite(value):
+            raise WorkError(
+                f"the reward of an answer to prompt {answer.prompt} is {value}; it must be a "
+                "finite number: correct the reward and give the same command, which goes on"
+            )
+    return rewards
+
+
+def _seed(settings: RolloutSettings, draw: int) -> int:
+    """A seed of its own for every answer ever drawn in a run."""
+    return (settings.seed * 0x9E3779B97F4A7C15 + draw * 0xD1B54A32D192ED03) % (1 << 63)
