@@ -1,0 +1,205 @@
+"""What an answer is worth: functions, reward models and exact matches behind one call.
+
+A source is named in a word, `[WEIGHT*]SOURCE`:
+
+    FILE.py:FUNCTION   called with (prompt, answer, row): the last question, the answer's text and
+                       the prompt's row from the data; returns a number. The user's own code.
+    RUN or CHECKPOINT  a reward model of `openpalm reward`, reading the same tokenizer's ids
+    hub:NAME           a sequence classifier for `transformers`: its logit, or with several classes
+                       the last class's log-odds
+    exact              1 where the answer is the row's `answer`, else 0
+
+Several are added up with their weights.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from openpalm import checkpoint
+from openpalm.align.rollout import Answer, Reward, batch_of
+from openpalm.data.preferences import Messages
+from openpalm.data.tokenizer import Tokenizer
+from openpalm.errors import CheckpointError, SettingsError, WorkError
+from openpalm.model.reward import RewardModel
+from openpalm.settings import spell
+
+
+class Asked(NamedTuple):
+    """A prompt as a reward sees it."""
+
+    question: str
+    """what the user said last"""
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Answers' ids as texts, and the prompts they are to."""
+
+    tokenizer: Tokenizer
+    asked: Sequence[Asked]
+    stop_ids: frozenset[int]
+
+    def text(self, answer: Answer) -> str:
+        """Without its end marker."""
+        return self.tokenizer.decode([i for i in answer.ids if i not in self.stop_ids])
+
+
+def question_of(prompt: Messages) -> str:
+    """The last turn of the user."""
+    return next((m.content for m in reversed(prompt) if m.role == "user"), "")
+
+
+def rewards_of(words: Sequence[str], reader: Reader, option: str = "reward") -> Reward:
+    """The sum of the sources that `words` name. Raises SettingsError or CheckpointError."""
+    parts = []
+    for word in words:
+        before, star, after = word.partition("*")
+        try:
+            weight, source = (float(before), after) if star else (1.0, word)
+        except ValueError:
+            raise SettingsError(
+                f"{spell(option)} {word}: {before!r} is no weight; write it as 0.5*SOURCE"
+            ) from None
+        parts.append((weight, source_of(source.strip(), reader, option)))
+
+    def total(answers: Sequence[Answer]) -> list[float]:
+        columns = [[weight * value for value in part(answers)] for weight, part in parts]
+        return [sum(values) for values in zip(*columns, strict=True)]
+
+    return total
+
+
+def source_of(word: str, reader: Reader, option: str = "reward") -> Reward:
+    """One source. Raises SettingsError or CheckpointError, naming it."""
+    path, colon, name = word.rpartition(":")
+    if word == "exact":
+        return lambda answers: [exact(reader, answer) for answer in answers]
+    if colon and path.endswith(".py"):
+        return of_function(_function(Path(path), name, option), word, reader)
+    if word.startswith("hub:"):
+        return of_classifier(word.removeprefix("hub:"), reader)
+    if Path(word).exists():
+        return of_model(Path(word), reader, option)
+    raise SettingsError(
+        f"{spell(option)} {word}: no such run; give a reward model's, FILE.py:FUNCTION, "
+        "hub:NAME or exact"
+    )
+
+
+def exact(reader: Reader, answer: Answer) -> float:
+    """Whether the answer is the row's own."""
+    wanted = reader.asked[answer.prompt].row.get("answer")
+    return float(wanted is not None and reader.text(answer).strip() == str(wanted).strip())
+
+
+def of_function(
+    function: Callable[[str, str, dict[str, Any]], float], name: str, reader: Reader
+) -> Reward:
+    """Of a function of (prompt, answer, row). Raises WorkError, when called, if it raises."""
+
+    def reward(answers: Sequence[Answer]) -> list[float]:
+        values = []
+        for answer in answers:
+            asked, text = reader.asked[answer.prompt], reader.text(answer)
+            try:
+                values.append(float(function(asked.question, text, asked.row)))
+            except Exception as error:
+                raise WorkError(
+                    f"--reward {name}: raised {type(error).__name__} ({error}) for the answer "
+                    f"{text[:60]!a}; correct it and give the same command, which goes on"
+                ) from error
+        return values
+
+    return reward
+
+
+def of_model(path: Path, reader: Reader, option: str = "reward", rows: int = 32) -> Reward:
+    """Of a reward model. Raises CheckpointError where it is none or reads other ids."""
+    directory = checkpoint.resolve(path)
+    model = checkpoint.load(directory)
+    if not isinstance(model, RewardModel):
+        raise CheckpointError(
+            f"{spell(option)} {directory}: is no reward model; train one with `openpalm reward`"
+        )
+    text = checkpoint.tokenizer_json(directory)
+    if text is not None and (
+        Tokenizer.load(directory / "tokenizer.json").digest != reader.tokenizer.digest
+    ):
+        raise CheckpointError(
+            f"{spell(option)} {directory}: reads another tokenizer's ids than the policy; train it "
+            "from a checkpoint with the policy's tokenizer"
+        )
+    model.requires_grad_(False)
+
+    @torch.no_grad()
+    def reward(answers: Sequence[Answer]) -> list[float]:
+        values: list[float] = []
+        for start in range(0, len(answers), rows):
+            group = answers[start : start + rows]
+            inputs, _ = batch_of(group)
+            ends = [len(answer.prompt_ids) + len(answer.ids) for answer in group]
+            ids = torch.zeros(len(group), max(ends), dtype=torch.int64)
+            ids[:, :-1] = inputs[:, : max(ends) - 1]
+            for row, answer in enumerate(group):
+                ids[row, ends[row] - 1] = answer.ids[-1]
+            mask = torch.arange(max(ends)) < torch.tensor(ends)[:, None]
+            lengths = torch.tensor([len(answer.prompt_ids) for answer in group])
+            values += model.value(ids, mask, lengths).tolist()
+        return values
+
+    return reward
+
+
+def of_classifier(name: str, reader: Reader) -> Reward:
+    """Of a sequence classifier on the hub, or in a folder. Raises SettingsError without its package.
+
+    Only safetensors are read, and no code of the repository is run.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise SettingsError(
+            f"--reward hub:{name}: needs the package transformers; pip install transformers"
+        ) from None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        name, trust_remote_code=False, use_safetensors=True
+    ).eval()
+
+    @torch.no_grad()
+    def reward(answers: Sequence[Answer]) -> list[float]:
+        texts = [reader.text(answer) for answer in answers]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
+        logits = model(**batch).logits.float()
+        if logits.shape[-1] == 1:
+            return logits[:, 0].tolist()
+        chances = logits.log_softmax(dim=-1)
+        others = chances[:, :-1].logsumexp(dim=-1)
+        return (chances[:, -1] - others).tolist()
+
+    return reward
+
+
+def _function(path: Path, name: str, option: str) -> Callable[[str, str, dict[str, Any]], float]:
+    if not path.is_file():
+        raise SettingsError(f"{spell(option)} {path}:{name}: no such file; check the path")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise SettingsError(
+            f"{spell(option)} {path}: cannot be imported ({type(error).__name__}: {error})"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise SettingsError(f"{spell(option)} {path}: has no function {name}; check the name")
+    return function
