@@ -6,7 +6,6 @@ an adapter that was just attached changes nothing. Attached from outside: `proje
 names, and the factors of matrix q of block 0 are `blocks.0.project_in.lora.q.a` and `.b`.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
@@ -70,7 +69,8 @@ class AdaptedOut(_Adapted, ProjectOut):
         return update
 
 
-_PLAIN: dict[type, type[nn.Module]] = {AdaptedIn: ProjectIn, AdaptedOut: ProjectOut}
+A = TypeVar("A", AdaptedIn, AdaptedOut)
+_PLAIN = {AdaptedIn: ProjectIn, AdaptedOut: ProjectOut}
 
 
 def attach(model: Transformer, config: LoraConfig, seed: int | None = None) -> None:
@@ -144,19 +144,19 @@ def merged(model: Transformer) -> Transformer:
     """
     if not is_attached(model):
         return model
-    twin = sharing(model)
-    twin.blocks = nn.ModuleList(sharing(block) for block in model.blocks)
+    twin = sharing(model, type(model))
+    twin.blocks = nn.ModuleList(sharing(block, type(block)) for block in model.blocks)
     for block in _blocks(twin):
         block._modules["project_in"] = _folded(block.project_in, copied=True)
         block._modules["project_out"] = _folded(block.project_out, copied=True)
     return twin
 
 
-def sharing(module: M) -> M:
-    """A module whose parts can be replaced without touching the original's."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    twin._parameters = dict(module._parameters)
+def sharing(module: nn.Module, kind: type[M]) -> M:
+    """A `kind` with the module's own parts, which can be replaced without touching the module."""
+    twin = kind.__new__(kind)
+    twin.__dict__.update(module.__dict__)
+    twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
     return twin
 
 
@@ -171,22 +171,19 @@ def _adapters(model: Transformer) -> Iterator[_Adapted]:
                 yield module
 
 
-def _adapted(kind: type[M], plain: nn.Module, config: LoraConfig, model: Transformer) -> M:
+def _adapted(kind: type[A], plain: nn.Module, config: LoraConfig, model: Transformer) -> A:
     """`plain` as an adapted module that holds the same parameters."""
-    twin = sharing(plain)
-    twin.__class__ = kind
-    adapted = cast(_Adapted, twin)
     shapes = model.config.matrices
-    inputs = kind is AdaptedIn
+    adapted = sharing(plain, kind)
     adapted.config, adapted.active = config, True
     adapted.lora = nn.ModuleDict(
         {
             target: Factors(config.rank, *shapes[target], config.scale, model.embedding)
             for target in LORA_TARGETS
-            if target in config.targets and (target in INPUTS) == inputs
+            if target in config.targets and (target in INPUTS) == (kind is AdaptedIn)
         }
     )
-    return cast(M, adapted)
+    return adapted
 
 
 def _draw(model: Transformer, seed: int) -> None:
@@ -207,8 +204,7 @@ def _folded(module: M, *, copied: bool = False) -> M:
     """The module without its adapter, B A added to its matrices or, if `copied`, to copies."""
     if not isinstance(module, _Adapted):
         return module
-    plain = sharing(module)
-    plain.__class__ = _PLAIN[type(module)]
+    plain = sharing(module, _PLAIN[type(module)])
     del plain._modules["lora"]
     for target, factors in module.lora.items() if module.active else ():
         assert isinstance(factors, Factors)
