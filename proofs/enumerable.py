@@ -13,7 +13,7 @@ and nothing is sampled to find out.
 """
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -110,8 +110,7 @@ def make(seed: int) -> Task:
         (-token_log_probs(model, inputs, targets).sum() / len(pairs)).backward()
         optimizer.step()
     model.eval().requires_grad_(False)
-    task = Task(rewards, model)
-    return replace(task, rewards=_standardised(rewards, task.log_reference))
+    return Task(_standardised(rewards), model)
 
 
 def _rewards(generator: torch.Generator) -> Tensor:
@@ -130,8 +129,7 @@ def _rewards(generator: torch.Generator) -> Tensor:
     return rewards
 
 
-def _standardised(rewards: Tensor, log_reference: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 under the reference, for each prompt."""
-    p = log_reference.exp().float()
-    centred = rewards - (p * rewards).sum(dim=-1, keepdim=True)
-    return centred / (p * centred.square()).sum(dim=-1, keepdim=True).sqrt()
+def _standardised(rewards: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over the answers to each prompt."""
+    centred = rewards - rewards.mean(dim=-1, keepdim=True)
+    return centred / centred.std(dim=-1, correction=0, keepdim=True)
