@@ -26,9 +26,7 @@ from openpalm.model.transformer import Transformer, initialise
 
 END, LONGEST, BETA = 4, 4, 0.3
 PROMPTS = [[0, 1], [2, 3], [1, 3], [3, 0]]
-CONFIG = ModelConfig(
-    vocab_size=5, dim=32, depth=2, heads=4, head_dim=8, ff_dim=64, context=8
-)
+CONFIG = ModelConfig(vocab_size=5, dim=32, depth=2, heads=4, head_dim=8, ff_dim=64, context=8)
 
 
 def every_answer() -> list[list[int]]:

@@ -157,7 +157,7 @@ def of_model(path: Path, reader: Reader, option: str = "reward", rows: int = 32)
 
 
 def of_classifier(name: str, reader: Reader) -> Reward:
-    """Of a sequence classifier on the hub, or in a folder. Raises SettingsError without its package.
+    """Of a sequence classifier on the hub, or in a folder. SettingsError without its package.
 
     Only safetensors are read, and no code of the repository is run.
     """

@@ -13,7 +13,7 @@ import torch
 
 from openpalm.align.config import AlarmSettings
 from openpalm.align.logprobs import evaluate
-from openpalm.align.rollout import LogProbs, Reward, Sampler, batch_of, checked
+from openpalm.align.rollout import Answer, LogProbs, Reward, Sampler, batch_of, checked
 from openpalm.data.loader import IGNORE
 
 Row = dict[str, Any]
@@ -27,7 +27,7 @@ def look(
     reward: Reward,
     gold: Reward | None,
     rows: int = 32,
-) -> tuple[Row, list[list[int]]]:
+) -> tuple[Row, list[Answer]]:
     """One answer to each prompt, always with the same seeds: means over them, and the answers."""
     drawn, sampler.drawn = sampler.drawn, -len(prompts)  # seeds that no training answer has
     sampler.refresh()
@@ -52,7 +52,7 @@ def look(
     }
     if gold is not None:
         row["val_gold"] = sum(checked(gold, answers)) / count
-    return row, [answer.ids for answer in answers]
+    return row, answers
 
 
 def alarm(settings: AlarmSettings, rows: Sequence[Row]) -> str | None:

@@ -22,6 +22,8 @@ VERBS = {
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
     "dpo": ("dpo", "train a checkpoint on pairs of answers: dpo, ipo, simpo, orpo"),
     "merge-lora": ("merge_lora", "fold a low-rank adapter into the weights"),
+    "ppo": ("ppo", "train a checkpoint on its own answers by a reward, with a critic"),
+    "grpo": ("grpo", "the same without a critic, in groups: grpo, dr-grpo, dapo, rloo"),
     "sample": ("sample", "continue a prompt with a trained model"),
     "chat": ("chat", "talk with a fine-tuned model"),
     "serve": ("serve", "answer over HTTP: the OpenAI API, and a page to chat"),

@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from openpalm.align.config import RolloutSettings
@@ -10,8 +11,10 @@ from openpalm.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
-    from openpalm.align.rollout import LogProbs, Reward, Sampler
+    from openpalm.align.rewards import Reader
+    from openpalm.align.rollout import LogProbs, Reward
     from openpalm.data.prompt_files import PromptRow
     from openpalm.data.tokenizer import Tokenizer
     from openpalm.model.config import ModelConfig
@@ -36,8 +39,6 @@ def learn_from_answers(
     """Composes the run; `prepare` gets the model after its weights were filled in."""
     import dataclasses
 
-    import torch
-
     from openpalm import checkpoint
     from openpalm.align.rewards import Asked, Reader, question_of, rewards_of
     from openpalm.align.rollout import RolloutLoader, Sampler
@@ -50,12 +51,12 @@ def learn_from_answers(
     from openpalm.train.run import run as run_job
 
     if not settings.reward:
-        raise SettingsError("--reward: says what an answer is worth; give FILE.py:FUNCTION or a run")
+        raise SettingsError("--reward: what is an answer worth? give FILE.py:FUNCTION or a run")
     directory, tokenizer, start = fine_tuning_start(settings)
     given = read_prompts(settings.data)
     for reason, count in given.unused.items():
         print(f"{label}: {count} records are not used: {reason}", file=sys.stderr)
-    asked, ids = fitting(given.items, tokenizer, start.config.context, settings, label)
+    asked, ids = fitting(given.items, tokenizer, settings, start.config.context)
     reader = Reader(
         tokenizer, [Asked(question_of(row.prompt), row.row) for row in asked], stop_ids(tokenizer)
     )
@@ -74,9 +75,7 @@ def learn_from_answers(
 
     def make_loader(shape: BatchShape, model: Transformer, dtype: torch.dtype) -> RolloutLoader:
         sampler = Sampler(model, ids[: len(trained)], reader.stop_ids, settings)
-        return RolloutLoader(
-            sampler, reward, estimate, reference, rows=shape.rows, dtype=dtype
-        )
+        return RolloutLoader(sampler, reward, estimate, reference, rows=shape.rows, dtype=dtype)
 
     job = Job(
         config=dataclasses.replace(start.config, dropout=0.0),
@@ -97,3 +96,88 @@ def learn_from_answers(
         label=label,
     )
     return run_job(settings, job)
+
+
+def fitting(
+    rows: "Sequence[PromptRow]", tokenizer: "Tokenizer", settings: RolloutSettings, context: int
+) -> "tuple[list[PromptRow], list[list[int]]]":
+    """The prompts that leave room for an answer in `context` tokens, and their ids.
+
+    Raises DataError where none does.
+    """
+    from openpalm.data.conversation import render
+
+    both = [(row, render(tokenizer, row.prompt, answer_next=True).ids) for row in rows]
+    room = context - settings.max_new_tokens
+    kept = [(row, ids) for row, ids in both if len(ids) <= room]
+    if not kept:
+        raise DataError(
+            f"--data {settings.data}: none of {len(rows)} prompts leaves room for "
+            f"{settings.max_new_tokens} tokens in a context of {context}; lower --max-new-tokens"
+        )
+    if len(kept) < len(both):
+        left_out = f"{len(both) - len(kept)} of {len(both)} prompts"
+        print(f"{left_out} are longer than {room} tokens and are left out", file=sys.stderr)
+    return [row for row, _ in kept], [ids for _, ids in kept]
+
+
+def _reference(directory: Path, settings: RolloutSettings) -> "LogProbs":
+    """What the checkpoint that the run began from thinks of answers, at the run's temperature."""
+    from openpalm import checkpoint
+    from openpalm.align.logprobs import evaluate
+    from openpalm.distributed import pick_device
+
+    model = checkpoint.load(directory, str(pick_device(settings.device))).requires_grad_(False)
+
+    def log_probs(inputs: "Tensor", targets: "Tensor") -> "Tensor":
+        return evaluate(model, inputs, targets, temperature=settings.temperature).log_probs
+
+    return log_probs
+
+
+def _shape(settings: RolloutSettings, longest: int) -> "BatchShape":
+    """How a rollout's answers are cut into steps and microbatches."""
+    from openpalm.train.config import BatchShape
+
+    step = settings.prompts * settings.answers // settings.minibatches
+    room = max(1, settings.microbatch_tokens // longest)
+    rows = max(r for r in range(1, min(room, step) + 1) if step % r == 0)
+    return BatchShape(longest, rows, step // rows)
+
+
+def _probes(
+    settings: RolloutSettings,
+    reader: "Reader",
+    ids: "list[list[int]]",
+    looked_at: list[int],
+    reference: "LogProbs",
+    reward: "Reward",
+    gold: "Reward | None",
+) -> "list[Probe]":
+    """Figures of the held-out answers, with the alarm; and some of the answers."""
+    from openpalm.align.rollout import Sampler
+    from openpalm.align.watch import alarm, look
+    from openpalm.train.run import Probe
+
+    shown: list[dict[str, str]] = []
+
+    def figures(model: "Transformer", dtype: object) -> dict[str, Any]:
+        sampler = Sampler(model, ids, reader.stop_ids, settings)
+        row, answers = look(sampler, looked_at, reference, reward, gold)
+        shown[:] = [
+            {"prompt": reader.asked[answer.prompt].question, "text": reader.text(answer)}
+            for answer in answers[:SHOWN]
+        ]
+        return row
+
+    def tell(row: dict[str, Any]) -> str:
+        gold_told = f", gold {row['val_gold']:.3f}" if "val_gold" in row else ""
+        return (
+            f"held-out answers: reward {row['val_reward']:.3f}{gold_told}, "
+            f"{row['val_kl']:.2f} nats from the reference, {row['val_length']:.0f} tokens"
+        )
+
+    return [
+        Probe(figures, tell=tell, judge=lambda rows: alarm(settings.alarm, rows)),
+        Probe(lambda *_: {"samples": list(shown)}, file="samples.jsonl"),
+    ]
