@@ -31,7 +31,8 @@ from torch import Tensor
 
 from openpalm import __version__, tensor_store
 from openpalm.errors import CheckpointError, SettingsError, StorageError
-from openpalm.model.config import ModelConfig, config_from_json
+from openpalm.model.config import ModelConfig, RewardConfig, config_from_json, reward_from_json
+from openpalm.model.reward import RewardModel, make_model
 from openpalm.model.transformer import Transformer
 
 FORMAT = "openpalm-checkpoint"
@@ -96,13 +97,15 @@ def save(
 def load(path: str | Path, device: str = "cpu", dtype: str = "float32") -> Transformer:
     """The model of a checkpoint or of a run's newest whole checkpoint, in eval mode.
 
+    It is a RewardModel where config.json has a "reward" object.
     Every file is checked against the manifest first, and in float32 the fingerprint, where there
     is one, against what this code computes. Raises CheckpointError naming the path and reason.
     """
     directory = resolve(path)
     if dtype not in DTYPES:
         raise SettingsError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
-    model = Transformer(load_config(directory)).to(device=device, dtype=DTYPES[dtype])
+    model = make_model(load_config(directory), load_reward_config(directory))
+    model = model.to(device=device, dtype=DTYPES[dtype])
     load_weights(model, directory)
     model.eval()
     if dtype == "float32":
@@ -120,8 +123,27 @@ def load_config(directory: Path) -> ModelConfig:
         config = config_from_json(content.get("model"), str(where))
     except SettingsError as error:
         raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
-    _check_tensors(config, directory)
+    _check_tensors(config, load_reward_config(directory), directory)
     return config
+
+
+def load_reward_config(directory: Path) -> RewardConfig | None:
+    """What kind of reward model it is, or None for one that writes text."""
+    where = directory / "config.json"
+    values = _read_json(where).get("reward")
+    try:
+        return None if values is None else reward_from_json(values, str(where))
+    except SettingsError as error:
+        raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+
+
+def check_writes(directory: Path) -> None:
+    """Raises CheckpointError for a reward model, which scores answers and writes none."""
+    if load_reward_config(directory) is not None:
+        raise CheckpointError(
+            f"{directory}: is a reward model, which scores answers and writes none; "
+            "take the checkpoint of a language model"
+        )
 
 
 @torch.no_grad()
@@ -253,15 +275,23 @@ def tokenizer_json(directory: Path) -> str | None:
 
 
 def fingerprint_logits(model: Transformer) -> tuple[Tensor, Tensor]:
-    """16 fixed tokens [1, 16] and their float32 logits [1, 16, vocab_size]."""
+    """16 fixed tokens [1, 16] and the model's `output` for them."""
     vocab = model.config.vocab_size
     tokens = torch.arange(FINGERPRINT_TOKENS, device=model.embedding.device)[None] * 7919 % vocab
     training = model.training
     model.eval()
     with torch.no_grad():
-        logits = model.logits(tokens)
+        logits = output(model, tokens)
     model.train(training)
     return tokens, logits
+
+
+def output(model: Transformer, ids: Tensor) -> Tensor:
+    """What the model is for, float32: logits, or the scores of each half prompt, half answer."""
+    if not isinstance(model, RewardModel):
+        return model.logits(ids)
+    lengths = torch.full(ids.shape[:1], ids.shape[1] // 2, device=ids.device)
+    return model.score(ids, prompt_lengths=lengths)
 
 
 def _check_fingerprint(model: Transformer, directory: Path) -> None:
@@ -283,7 +313,7 @@ def _check_fingerprint(model: Transformer, directory: Path) -> None:
         )
 
 
-def _check_tensors(config: ModelConfig, directory: Path) -> None:
+def _check_tensors(config: ModelConfig, reward: RewardConfig | None, directory: Path) -> None:
     """The stored names and shapes against the config's, so that a hostile size builds no model."""
     where = directory / "model.safetensors"
     try:
@@ -298,7 +328,7 @@ def _check_tensors(config: ModelConfig, directory: Path) -> None:
             f"config.json ({config.depth} blocks, {config.parameters:,} parameters)"
         )
     with torch.device("meta"):
-        model = Transformer(config)
+        model = make_model(config, reward)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     odd = {name for name, _ in stored.items() ^ wanted.items()}
     if odd:
@@ -314,6 +344,8 @@ def _write_contents(
     card: str | None,
 ) -> None:
     config = {"format": FORMAT, "version": VERSION, "model": asdict(model.config)}
+    reward = model.reward if isinstance(model, RewardModel) else None
+    config |= {"reward": asdict(reward)} if reward else {}
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     safetensors.torch.save_file(weights, partial / "model.safetensors")
@@ -327,7 +359,7 @@ def _write_contents(
         (partial / "train").mkdir()
         tensor_store.write(partial / "train", train.tensors)
         _write_text(partial / "train" / "state.json", json.dumps(train.values, indent=1) + "\n")
-    _write_text(partial / "card.md", card or default_card(model.config))
+    _write_text(partial / "card.md", card or default_card(model.config, reward))
 
 
 def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
@@ -347,11 +379,12 @@ def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
             _sync(folder)
 
 
-def default_card(config: ModelConfig) -> str:
+def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str:
     """A model card that says what can be known from the config alone."""
+    what = "PaLM-style language model" if reward is None else f"{reward.kind} reward model"
     return (
         "# Model card\n\n"
-        f"A PaLM-style language model of {config.parameters:,} parameters made with OpenPaLM "
+        f"A {what} of {config.parameters:,} parameters made with OpenPaLM "
         f"{__version__}.\n\n"
         f"| | |\n|---|---|\n| width x depth | {config.dim} x {config.depth} |\n"
         f"| heads | {config.heads} of {config.head_dim}, {config.kv_heads} key/value |\n"

@@ -64,6 +64,8 @@ class Job:
     make_loader: Callable[[BatchShape], Loader]
     sequences_per_epoch: int
     learning_rate: float
+    make_model: Callable[[ModelConfig], Transformer] = Transformer
+    """its parameters are filled later"""
     objective: Objective[Any] = field(default_factory=NextToken)
     unit: str = "tokens"
     """what the objective counts"""
@@ -266,7 +268,7 @@ def _make_trainer(
     fill: Callable[[Transformer], None],
     dtype: torch.dtype | None = None,
 ) -> Trainer:
-    model = Transformer(job.config).to(device)
+    model = job.make_model(job.config).to(device)
     fill(model)
     return Trainer(
         model,

@@ -24,8 +24,12 @@ class Start:
     parent_hash: str | None = None
 
 
-def starting_point(settings: TrainSettings, init: Path | None, tokenizer: Tokenizer) -> Start:
+def starting_point(
+    settings: TrainSettings, init: Path | None, tokenizer: Tokenizer, *, may_score: bool = False
+) -> Start:
     """The start that `--model` and `--init` ask for; `init` is --init's checkpoint or run.
+
+    Only where it `may_score` can that be a reward model.
 
     Raises SettingsError for an unknown preset, CheckpointError where the checkpoint is of another
     model or reads another tokenizer's ids.
@@ -36,6 +40,8 @@ def starting_point(settings: TrainSettings, init: Path | None, tokenizer: Tokeni
         config = _changed(named.config, settings, vocab_size=tokenizer.vocab_size)
         return Start(config, lambda model: initialise(model, settings.seed), named.learning_rate)
     directory = checkpoint.resolve(init)
+    if not may_score:
+        checkpoint.check_writes(directory)
     check_reads(directory, tokenizer)
     stored = checkpoint.load_config(directory)
     config = _changed(stored, settings)
