@@ -21,6 +21,7 @@ VERBS = {
     "train": ("train", "train a model from scratch, or on from a checkpoint"),
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
     "dpo": ("dpo", "train a checkpoint on pairs of answers: dpo, ipo, simpo, orpo"),
+    "reward": ("reward", "train a reward model on pairs of answers or on ratings"),
     "sample": ("sample", "continue a prompt with a trained model"),
     "chat": ("chat", "talk with a fine-tuned model"),
     "serve": ("serve", "answer over HTTP: the OpenAI API, and a page to chat"),

@@ -43,7 +43,9 @@ def read_ratings(path: str | Path, axis: str | None = None) -> Usable[Rating]:
         else:
             found.append(at(where, _rating, row))
         if records and found:
-            raise DataError(f"{where}: this row is of another format than the first; split the file")
+            raise DataError(
+                f"{where}: this row is of another format than the first; split the file"
+            )
     if not records and not found:
         raise DataError(f"{path}: is empty; give a file with at least one rating")
     return _of_axis(ratings(records) if records else Usable(found, {}), path, axis)
@@ -73,8 +75,10 @@ def _one_of(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
     """The field of those that a row has, and its value."""
     present = [name for name in names if row.get(name) is not None]
     if len(present) != 1:
-        raise DataError(f"has {' and '.join(present) or 'none'} of the fields {', '.join(names)}; "
-                        "a rating is one answer and one number")
+        raise DataError(
+            f"has {' and '.join(present) or 'none'} of the fields {', '.join(names)}; "
+            "a rating is one answer and one number"
+        )
     return present[0], row[present[0]]
 
 

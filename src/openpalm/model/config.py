@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from openpalm.errors import SettingsError
 
@@ -319,7 +319,9 @@ C = TypeVar("C", ModelConfig, RewardConfig)
 
 
 def _from_json(kind: type[C], values: object, where: str, what: str) -> C:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields: dict[str, dataclasses.Field[Any]] = {
+        field.name: field for field in dataclasses.fields(kind)
+    }
     if not isinstance(values, dict):
         raise SettingsError(f"{where}: the {what}'s settings must be a JSON object")
     for name, value in values.items():
@@ -334,7 +336,8 @@ def _from_json(kind: type[C], values: object, where: str, what: str) -> C:
     ]
     if missing:
         raise SettingsError(f"{where}: the {what}'s settings lack {', '.join(missing)}")
-    return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+    given: dict[str, Any] = {n: tuple(v) if type(v) is list else v for n, v in values.items()}
+    return kind(**given)
 
 
 def _fits(value: object, kind: object) -> bool:

@@ -106,7 +106,7 @@ def initialise_heads(model: RewardModel, seed: int, offset: float = 0.0) -> None
 
 
 def _marked(marks: Tensor, ids: Tensor, prompt_lengths: Tensor | None) -> Tensor | None:
-    """What is added to the embeddings, [rows, time, dim]: row 0 of `marks` in the prompt, else 1."""
+    """What goes on top of the embeddings, [rows, time, dim]: `marks` are prompt's and answer's."""
     if prompt_lengths is None:
         return None
     answer = torch.arange(ids.shape[1], device=ids.device) >= prompt_lengths[:, None]

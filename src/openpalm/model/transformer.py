@@ -51,8 +51,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The residual stream after the last block, [batch, time, dim].
 
-        `added`, of that shape, goes on top of the embeddings. With a cache the ids follow what each slot holds, and the cache advances: by `counts`
-        tokens in each slot where given (the rest of the row is padding), else by all of them.
+        `added`, of that shape, goes on top of the embeddings. With a cache the ids follow what
+        each slot holds, and the cache advances: by `counts` tokens in each slot where given (the
+        rest of the row is padding), else by all of them.
         """
         positions, attend, longest = self._context(ids, cache)
         tables = self.rotary(positions, longest)

@@ -8,7 +8,7 @@ from pathlib import Path
 from openpalm import checkpoint
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError
-from openpalm.model.config import PRESETS, ModelConfig, preset
+from openpalm.model.config import PRESETS, ModelConfig, RewardConfig, preset
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.settings import plain, spell
 from openpalm.train.config import TrainSettings
@@ -22,6 +22,8 @@ class Start:
     fill: Callable[[Transformer], None]
     learning_rate: float
     parent_hash: str | None = None
+    reward: RewardConfig | None = None
+    """of a start from a reward model"""
 
 
 def starting_point(
@@ -59,6 +61,7 @@ def starting_point(
         lambda model: checkpoint.load_weights(model, directory),
         _learning_rate_of_size(config),
         checkpoint.read_manifest(directory)["sha256"],
+        checkpoint.load_reward_config(directory),
     )
 
 
