@@ -36,7 +36,6 @@ from openpalm.data.loader import Record
 from openpalm.data.preferences import Rating
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
-from openpalm.model import lora
 from openpalm.model.config import MAX_BINS, RewardConfig
 from openpalm.model.reward import RewardModel, initialise_heads
 from openpalm.model.transformer import Transformer
@@ -177,7 +176,6 @@ def fill(
         return
     trunk = Transformer(model.config).to(model.embedding.device)
     start.fill(trunk)
-    lora.merge(trunk)
     model.load_state_dict(trunk.state_dict(), strict=False)
     initialise_heads(model, settings.seed, sum(ratings) / max(1, len(ratings)))
 

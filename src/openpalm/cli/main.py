@@ -22,6 +22,7 @@ VERBS = {
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
     "dpo": ("dpo", "train a checkpoint on pairs of answers: dpo, ipo, simpo, orpo"),
     "reward": ("reward", "train a reward model on pairs of answers or on ratings"),
+    "merge-lora": ("merge_lora", "fold a low-rank adapter into the weights"),
     "sample": ("sample", "continue a prompt with a trained model"),
     "chat": ("chat", "talk with a fine-tuned model"),
     "serve": ("serve", "answer over HTTP: the OpenAI API, and a page to chat"),

@@ -52,7 +52,7 @@ def as_openpalm(
 
 
 def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]:
-    """Writes palm.pt, or a reward model's reward.pt, and config.json in palm-rlhf-pytorch's form.
+    """Writes config.json and palm.pt, adapters merged, or reward.pt in palm-rlhf-pytorch's form.
 
     Returns how far the logits differ when read back, and notes. Raises CheckpointError for a
     model that the original cannot express, StorageError when the disk refuses, WorkError, leaving
