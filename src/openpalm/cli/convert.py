@@ -63,7 +63,7 @@ def run(argv: Sequence[str]) -> None:
         difference = write.as_openpalm(model, settings.dst, lineage=foreign.lineage())
         written = "a checkpoint without a tokenizer"
     print(f"wrote {settings.dst}: {written}")
-    what = "logits" if foreign is None or foreign.reward is None else "scores"
+    what = "scores" if write.written_name(model) == "reward.pt" else "logits"
     print(f"reloaded: {what} within {difference:.1e} of the model that was read")
 
 

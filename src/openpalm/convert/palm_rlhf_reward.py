@@ -12,7 +12,7 @@ from openpalm.convert.palm_rlhf_out import write_palm_rlhf
 from openpalm.convert.state import Converted
 from openpalm.errors import CheckpointError
 from openpalm.model import lora
-from openpalm.model.config import LoraConfig, ModelConfig, RewardConfig
+from openpalm.model.config import MAX_BINS, LoraConfig, ModelConfig, RewardConfig
 from openpalm.model.reward import RewardModel
 
 TARGETS = {"q": "project_in", "k": "project_in", "v": "project_in", "out": "project_out"}
@@ -142,6 +142,8 @@ def _read_head(
     bins = 0
     if "to_pred.weight" in tensors:
         bins = tensors.shape("to_pred.weight", 2)[0]
+        if not 2 <= bins <= MAX_BINS:
+            raise CheckpointError(f"{tensors.where}: has {bins} bins, not 2 to {MAX_BINS}")
         state["reward_head"] = tensors.take("to_pred.weight", bins, dim)
         state["reward_bias"] = tensors.take("to_pred.bias", bins)
     else:
