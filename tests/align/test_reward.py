@@ -395,7 +395,7 @@ def test_heads_follow_the_loss_and_the_ratings():
     [
         ("binned", [1.0, 2.5, 4.0], RewardConfig("binned", (1.0, 2.0)), "rating 2.5 is none of"),
         ("hl-gauss", [1.0, 9.0], RewardConfig("binned", (1.0, 2.0)), "rating 9 is none of"),
-        ("ordinal", [0.0, 0.33, 1.0], None, "rating 0.33 is none of the 21 values"),
+        ("ordinal", [0.0, 0.33, 1.0], None, "rating 0.33 is none of the 2 values from 0 to 1"),
         ("binned", [0.0, 1e6], None, "give 1000001 bins; set --bins"),
         ("binned", [2.0, 2.0], None, "all 2 ratings are 2"),
         ("regression", [2.0, 2.0], None, "all 2 ratings are 2"),

@@ -61,7 +61,7 @@ class RewardSettings(TrainSettings):
     """of bradley-terry: weight of (r_w + r_l)^2, which keeps rewards around zero; try 0.01"""
     bins: int | None = None
     """of binned, hl-gauss and ordinal: values from the lowest rating to the highest; not set
-    takes each whole number, and 21 where ratings are not whole"""
+    takes each whole number, and of hl-gauss 21 where ratings are not whole"""
     axis: str | None = None
     """which ratings to learn, where preference records rate several axes"""
 

@@ -21,6 +21,7 @@ from heads that begin apart, and the loss is the mean over members. A departure 
 implementations: the answer is read to its last token, the end marker, and never beyond.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -149,14 +150,18 @@ def head_for(
 
 
 def _values(settings: RewardSettings, ratings: Sequence[float]) -> tuple[float, ...]:
-    """Evenly from the lowest rating to the highest."""
+    """From the lowest rating to the highest: so many, or whole numbers where nothing is said."""
     lowest, highest = min(ratings), max(ratings)
-    whole = all(rating.is_integer() for rating in ratings)
-    bins = settings.bins or (int(highest - lowest) + 1 if whole else DEFAULT_BINS)
+    bins = settings.bins
+    if bins is None and settings.loss == "hl-gauss" and not all(r.is_integer() for r in ratings):
+        bins = DEFAULT_BINS
+    if bins is None:
+        lowest, highest = math.floor(lowest), math.ceil(highest)
+        bins = max(2, highest - lowest + 1)
     if bins > MAX_BINS:
         raise DataError(f"ratings from {lowest:g} to {highest:g} give {bins} bins; set --bins")
-    step = (highest - lowest) / max(1, bins - 1)
-    return tuple(lowest + step * k for k in range(bins)) if step else (lowest, lowest + 1)
+    step = (highest - lowest) / (bins - 1) or 1.0
+    return tuple(lowest + step * k for k in range(bins))
 
 
 def _is_value(rating: float, values: Sequence[float], between: bool) -> bool:
