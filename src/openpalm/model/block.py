@@ -50,9 +50,12 @@ class ProjectIn(nn.Module):
         self.up_bias = nn.Parameter(torch.empty(config.ff_dim)) if config.bias else None
 
     def forward(self, n: Tensor) -> tuple[Tensor, ...]:
-        weight = torch.cat([getattr(self, name) for name in self.rows])
-        *parts, up = F.linear(n, weight).split(list(self.rows.values()), dim=-1)
+        *parts, up = self.multiply(n).split(list(self.rows.values()), dim=-1)
         return *parts, up if self.up_bias is None else up + self.up_bias
+
+    def multiply(self, n: Tensor) -> Tensor:
+        """All matrices' products side by side, in the order of `rows`."""
+        return F.linear(n, torch.cat([getattr(self, name) for name in self.rows]))
 
 
 class ProjectOut(nn.Module):

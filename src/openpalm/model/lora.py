@@ -43,29 +43,30 @@ class _Adapted(nn.Module):
     active: bool
     lora: nn.ModuleDict
 
-    def shift(self, target: str, part: Tensor, x: Tensor) -> Tensor:
-        """The target's output `part`, plus its factors' where it has them."""
-        return part + self.lora[target](x) if target in self.lora else part
-
 
 class AdaptedIn(_Adapted, ProjectIn):
-    def forward(self, n: Tensor) -> tuple[Tensor, ...]:
-        parts = super().forward(n)
-        if not self.active:
-            return parts
-        q, kv, *ff = parts
-        k, v = (self.shift(*half, n) for half in zip("kv", kv.chunk(2, dim=-1), strict=True))
-        names = list(self.rows)[2:]
-        ff = (self.shift(name, part, n) for name, part in zip(names, ff, strict=True))
-        return self.shift("q", q, n), torch.cat([k, v], dim=-1), *ff
+    def multiply(self, n: Tensor) -> Tensor:
+        products = super().multiply(n)
+        if not (self.active and self.lora):
+            return products
+        half = self.rows["kv"] // 2
+        rows = {"q": self.rows["q"], "k": half, "v": half} | self.rows
+        del rows["kv"]
+        # Side by side, so that what follows reads the layout, and runs the kernels, of the base.
+        leading = n.shape[:-1]
+        shifts = [
+            self.lora[name](n) if name in self.lora else products.new_zeros(*leading, count)
+            for name, count in rows.items()
+        ]
+        return products + torch.cat(shifts, dim=-1)
 
 
 class AdaptedOut(_Adapted, ProjectOut):
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
         update = super().forward(attended, hidden)
-        if self.active:
-            for name, x in (("out", attended), ("down", hidden)):
-                update = self.shift(name, update, x)
+        for name, x in (("out", attended), ("down", hidden)):
+            if self.active and name in self.lora:
+                update = update + self.lora[name](x)
         return update
 
 
