@@ -23,7 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -34,7 +34,15 @@ from openpalm import __version__, adapter, tensor_store
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.json_file import read_json
 from openpalm.model import lora
-from openpalm.model.config import LoraConfig, ModelConfig, config_from_json, lora_from_json
+from openpalm.model.config import (
+    LoraConfig,
+    ModelConfig,
+    RewardConfig,
+    config_from_json,
+    lora_from_json,
+    reward_from_json,
+)
+from openpalm.model.reward import RewardModel, make_model
 from openpalm.model.transformer import Transformer
 
 FORMAT = "openpalm-checkpoint"
@@ -98,13 +106,16 @@ def save(
 def load(path: str | Path, device: str = "cpu", dtype: str = "float32") -> Transformer:
     """The model of a checkpoint or of a run's newest whole checkpoint, in eval mode.
 
+    It is a RewardModel where config.json has a "reward" object.
     Every file is checked against the manifest first, and in float32 the fingerprint, where there
     is one, against what this code computes. Raises CheckpointError naming the path and reason.
     """
     directory = resolve(path)
     if dtype not in DTYPES:
         raise SettingsError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
-    model = Transformer(load_config(directory)).to(device=device, dtype=DTYPES[dtype])
+    configs = _load_configs(directory)
+    model = make_model(configs.model, configs.reward)
+    model = model.to(device=device, dtype=DTYPES[dtype])
     load_weights(model, directory)
     model.eval()
     if dtype == "float32":
@@ -114,11 +125,23 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "float32") -> Trans
 
 def load_config(directory: Path) -> ModelConfig:
     """The model's config, cheap: no weight is read."""
-    return _load_configs(directory)[0]
+    return _load_configs(directory).model
 
 
-def _load_configs(directory: Path) -> tuple[ModelConfig, LoraConfig | None]:
-    """Of the model, and of the adapter where one is attached."""
+def load_reward_config(directory: Path) -> RewardConfig | None:
+    """What kind of reward model it is, or None for one that writes text."""
+    return _load_configs(directory).reward
+
+
+class Configs(NamedTuple):
+    """Of the model, of the adapter where one is attached, of the heads of a reward model."""
+
+    model: ModelConfig
+    lora: LoraConfig | None
+    reward: RewardConfig | None
+
+
+def _load_configs(directory: Path) -> Configs:
     where = directory / "config.json"
     content = read_json(where, _REMEDY)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
@@ -128,10 +151,21 @@ def _load_configs(directory: Path) -> tuple[ModelConfig, LoraConfig | None]:
         low_rank = lora_from_json(content["lora"], str(where)) if "lora" in content else None
         if low_rank is not None:
             low_rank.check(config)
+        reward = reward_from_json(content["reward"], str(where)) if "reward" in content else None
     except SettingsError as error:
         raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
-    _check_tensors(config, low_rank, directory)
-    return config, low_rank
+    configs = Configs(config, low_rank, reward)
+    _check_tensors(configs, directory)
+    return configs
+
+
+def check_writes(directory: Path) -> None:
+    """Raises CheckpointError for a reward model, which scores answers and writes none."""
+    if load_reward_config(directory) is not None:
+        raise CheckpointError(
+            f"{directory}: is a reward model, which scores answers and writes none; "
+            "take the checkpoint of a language model"
+        )
 
 
 @torch.no_grad()
@@ -140,7 +174,7 @@ def load_weights(model: Transformer, directory: Path) -> None:
 
     A model without an adapter gets the one that the checkpoint has.
     """
-    low_rank = _load_configs(directory)[1]
+    low_rank = _load_configs(directory).lora
     if low_rank is not None and not lora.is_attached(model):
         lora.attach(model, low_rank)
     if lora.config_of(model) != low_rank:
@@ -271,15 +305,23 @@ def tokenizer_json(directory: Path) -> str | None:
 
 
 def fingerprint_logits(model: Transformer) -> tuple[Tensor, Tensor]:
-    """16 fixed tokens [1, 16] and their float32 logits [1, 16, vocab_size]."""
+    """16 fixed tokens [1, 16] and the model's `output` for them."""
     vocab = model.config.vocab_size
     tokens = torch.arange(FINGERPRINT_TOKENS, device=model.embedding.device)[None] * 7919 % vocab
     training = model.training
     model.eval()
     with torch.no_grad():
-        logits = model.logits(tokens)
+        logits = output(model, tokens)
     model.train(training)
     return tokens, logits
+
+
+def output(model: Transformer, ids: Tensor) -> Tensor:
+    """What the model is for, float32: logits, or the scores of each half prompt, half answer."""
+    if not isinstance(model, RewardModel):
+        return model.logits(ids)
+    lengths = torch.full(ids.shape[:1], ids.shape[1] // 2, device=ids.device)
+    return model.score(ids, prompt_lengths=lengths)
 
 
 def _check_fingerprint(model: Transformer, directory: Path) -> None:
@@ -301,8 +343,9 @@ def _check_fingerprint(model: Transformer, directory: Path) -> None:
         )
 
 
-def _check_tensors(config: ModelConfig, low_rank: LoraConfig | None, directory: Path) -> None:
+def _check_tensors(configs: Configs, directory: Path) -> None:
     """The stored names and shapes against the config's, so that a hostile size builds no model."""
+    config, low_rank = configs.model, configs.lora
     where = directory / "model.safetensors"
     try:
         with safetensors.safe_open(where, framework="pt") as file:
@@ -317,7 +360,7 @@ def _check_tensors(config: ModelConfig, low_rank: LoraConfig | None, directory: 
             f"config.json ({config.depth} blocks, {parameters:,} parameters)"
         )
     with torch.device("meta"):
-        model = Transformer(config)
+        model = make_model(config, configs.reward)
         if low_rank is not None:
             lora.attach(model, low_rank)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -339,6 +382,8 @@ def _write_contents(
     if low_rank is not None:
         config["lora"] = asdict(low_rank)
         adapter.write(partial / "adapter", model)
+    reward = model.reward if isinstance(model, RewardModel) else None
+    config |= {"reward": asdict(reward)} if reward else {}
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     weights = {name: p.detach().cpu().contiguous() for name, p in model.published()}
     safetensors.torch.save_file(weights, partial / "model.safetensors")
@@ -352,7 +397,7 @@ def _write_contents(
         (partial / "train").mkdir()
         tensor_store.write(partial / "train", train.tensors)
         _write_text(partial / "train" / "state.json", json.dumps(train.values, indent=1) + "\n")
-    _write_text(partial / "card.md", card or default_card(model.config))
+    _write_text(partial / "card.md", card or default_card(model.config, reward))
 
 
 def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
@@ -372,11 +417,12 @@ def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
             _sync(folder)
 
 
-def default_card(config: ModelConfig) -> str:
+def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str:
     """A model card that says what can be known from the config alone."""
+    what = "PaLM-style language model" if reward is None else f"{reward.kind} reward model"
     return (
         "# Model card\n\n"
-        f"A PaLM-style language model of {config.parameters:,} parameters made with OpenPaLM "
+        f"A {what} of {config.parameters:,} parameters made with OpenPaLM "
         f"{__version__}.\n\n"
         f"| | |\n|---|---|\n| width x depth | {config.dim} x {config.depth} |\n"
         f"| heads | {config.heads} of {config.head_dim}, {config.kv_heads} key/value |\n"

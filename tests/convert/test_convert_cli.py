@@ -82,9 +82,6 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str], data: Path, tmp_path
     assert "no such file" in refused(capsys, palm, out, "--config", tmp_path / "none.json")
     assert "missing" in refused(capsys, palm)
     assert "did you mean --era" in refused(capsys, palm, out, "--eras", "0.2.1")
-    assert "RewardModel" in refused(
-        capsys, data / "palm-rlhf-pytorch/v0.8.0/reward_scalar/reward.pt", out
-    )
     assert "cannot express rotary nanopalm" in refused(
         capsys, data / "nanoPALM/palm/ckpt.pt", out, "--to", "palm-rlhf-pytorch"
     )

@@ -177,9 +177,9 @@ def test_adapters_are_left_out_and_said(saved: Save, palm: dict[str, Tensor]):
     assert "LoRA" in "".join(read_foreign(saved(palm)).notes)
 
 
-def test_a_reward_model_is_refused(data: Path):
-    with pytest.raises(CheckpointError, match="RewardModel"):
-        read_foreign(data / "palm-rlhf-pytorch/v0.8.0/reward_scalar")
+def test_an_actor_critic_is_refused(saved: Save, palm: dict[str, Tensor]):
+    with pytest.raises(CheckpointError, match="ActorCritic"):
+        read_foreign(saved({f"actor_palm.{name}": tensor for name, tensor in palm.items()}))
 
 
 def test_another_project_than_said(data: Path):

@@ -5,17 +5,19 @@ from dataclasses import replace
 import pytest
 
 from openpalm.data.conversation import Message
-from openpalm.data.pair_files import read_pairs
+from openpalm.data.pair_files import read_pairs, read_ties
 from openpalm.data.preferences import (
     Candidate,
     Pair,
     Preference,
     Rating,
+    Tie,
     Verdict,
     binary,
     demonstrations,
     pairs,
     ratings,
+    ties,
 )
 from openpalm.errors import DataError
 
@@ -278,6 +280,20 @@ def test_pairs_that_teach_nothing_are_counted():
         rate(2, "a", x=1),
     ]
     assert pairs(records) == ([], {"empty answer": 1, "equal answers": 3})
+
+
+def test_ties_of_every_kind(tmp_path):
+    found = ties([*EVERY, judge("rank", {"order": [[0, 1, 2]]}, id="p10")])
+    assert found.items == [
+        Tie(ASK, say("a"), say("c")),
+        Tie(ASK, say("a"), say("b")),
+        *(Tie(ASK, say(i), say(j)) for i, j in ("ab", "ac", "bc")),
+    ]
+    assert found.unused["compare gives no tie"] == 2
+    path = save(tmp_path, *(record.to_json() for record in EVERY))
+    assert read_ties(path) == found.items[:2]
+    plain = save(tmp_path, {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Red."})
+    assert read_ties(plain) == []
 
 
 def test_the_scalars_of_ratings():

@@ -22,6 +22,7 @@ from openpalm.align.advantages import generalised_advantages, token_rewards, whi
 from openpalm.align.config import PpoSettings
 from openpalm.align.logprobs import evaluate
 from openpalm.align.policy import as_sums, mean, surrogate
+from openpalm.align.reward import gaussian_bins
 from openpalm.align.rollout import Estimated, Experience, Rollout
 from openpalm.model.heads import ActorCritic
 from openpalm.model.transformer import Transformer
@@ -60,7 +61,8 @@ def critic_losses(model: ActorCritic, read: Tensor, batch: Experience, clip: flo
     """[rows, time]: clipped squares, or the cross entropy of a critic that has bins."""
     bins = model.critic.bins
     if bins is not None:
-        targets = bins.soft(batch.returns)
+        inside = batch.returns.clamp(bins.low, bins.high)
+        targets = gaussian_bins(inside, bins.centres(read.device))
         return -(targets * read.log_softmax(dim=-1)).sum(dim=-1)
     near = batch.values + (read - batch.values).clamp(-clip, clip)
     squares = (read - batch.returns).square(), (near - batch.returns).square()

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 
 from openpalm import checkpoint
-from openpalm.align.rollout import Answer, Reward, batch_of
+from openpalm.align.reward import RatingRecord, collate
+from openpalm.align.rollout import Answer, Reward, record_of
 from openpalm.data.preferences import Messages
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError, WorkError
@@ -99,7 +100,7 @@ def exact(reader: Reader, answer: Answer) -> float:
 
 
 def of_function(
-    function: Callable[[str, str, dict[str, Any]], float], name: str, reader: Reader
+    function: Callable[[str, str, dict[str, Any]], Any], name: str, reader: Reader
 ) -> Reward:
     """Of a function of (prompt, answer, row). Raises WorkError, when called, if it raises."""
 
@@ -142,15 +143,8 @@ def of_model(path: Path, reader: Reader, option: str = "reward", rows: int = 32)
         values: list[float] = []
         for start in range(0, len(answers), rows):
             group = answers[start : start + rows]
-            inputs, _ = batch_of(group)
-            ends = [len(answer.prompt_ids) + len(answer.ids) for answer in group]
-            ids = torch.zeros(len(group), max(ends), dtype=torch.int64)
-            ids[:, :-1] = inputs[:, : max(ends) - 1]
-            for row, answer in enumerate(group):
-                ids[row, ends[row] - 1] = answer.ids[-1]
-            mask = torch.arange(max(ends)) < torch.tensor(ends)[:, None]
-            lengths = torch.tensor([len(answer.prompt_ids) for answer in group])
-            values += model.value(ids, mask, lengths).tolist()
+            batch = collate([RatingRecord(record_of(answer), 0.0) for answer in group])
+            values += model.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
         return values
 
     return reward
@@ -186,7 +180,7 @@ def of_classifier(name: str, reader: Reader) -> Reward:
     return reward
 
 
-def _function(path: Path, name: str, option: str) -> Callable[[str, str, dict[str, Any]], float]:
+def _function(path: Path, name: str, option: str) -> Callable[..., Any]:
     if not path.is_file():
         raise SettingsError(f"{spell(option)} {path}:{name}: no such file; check the path")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -199,7 +193,7 @@ def _function(path: Path, name: str, option: str) -> Callable[[str, str, dict[st
         raise SettingsError(
             f"{spell(option)} {path}: cannot be imported ({type(error).__name__}: {error})"
         ) from error
-    function = getattr(module, name, None)
+    function: Any = getattr(module, name, None)
     if not callable(function):
         raise SettingsError(f"{spell(option)} {path}: has no function {name}; check the name")
     return function

@@ -17,8 +17,7 @@ from torch import Tensor
 from openpalm.align.advantages import explained_variance, zero_variance
 from openpalm.align.config import GrpoSettings, RolloutSettings
 from openpalm.align.logprobs import evaluate
-from openpalm.data.conversation import Rendered
-from openpalm.data.loader import IGNORE, Order, padded
+from openpalm.data.loader import IGNORE, Order, Record, padded
 from openpalm.errors import WorkError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
@@ -303,14 +302,14 @@ class RolloutLoader:
 
 def batch_of(answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
     """Inputs and targets [answers, time]; the targets are the answers' tokens alone."""
-    rows = [
-        Rendered(
-            [*answer.prompt_ids, *answer.ids],
-            [False] * len(answer.prompt_ids) + [True] * len(answer.ids),
-        )
-        for answer in answers
-    ]
+    rows = [record_of(answer) for answer in answers]
     return padded(rows, max(len(row.ids) for row in rows) - 1)
+
+
+def record_of(answer: Answer) -> Record:
+    """The prompt and its answer, whose tokens alone count."""
+    ids = [*answer.prompt_ids, *answer.ids]
+    return Record(ids, [False] * len(answer.prompt_ids) + [True] * len(answer.ids))
 
 
 def checked(reward: Reward, answers: Sequence[Answer]) -> list[float]:

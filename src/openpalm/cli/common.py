@@ -44,15 +44,20 @@ def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None
     return Tokenizer.load(directory / "tokenizer.json")
 
 
-def fine_tuning_start(settings: TrainSettings) -> tuple[Path, Tokenizer, Start]:
-    """The checkpoint that --init names, its tokenizer, and a start from it."""
+def fine_tuning_start(
+    settings: TrainSettings, *, may_score: bool = False
+) -> tuple[Path, Tokenizer, Start]:
+    """The checkpoint that --init names, its tokenizer, and a start from it.
+
+    Only where it `may_score` can it be a reward model.
+    """
     if settings.init is None:
         raise SettingsError("--init: needs the checkpoint or run to fine-tune")
     directory = checkpoint.resolve(weights_path(settings.init))
     tokenizer = tokenizer_of(directory)
     if tokenizer is None:
         raise CheckpointError(f"{directory}: has no tokenizer.json, so it cannot read text")
-    return directory, tokenizer, starting_point(settings, directory, tokenizer)
+    return directory, tokenizer, starting_point(settings, directory, tokenizer, may_score=may_score)
 
 
 def held_out(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
@@ -85,6 +90,7 @@ def serving_engine(
 ) -> tuple[Engine, Tokenizer]:
     """The engine and tokenizer of a run, checkpoint or hub name."""
     directory = checkpoint.resolve(weights_path(source))
+    checkpoint.check_writes(directory)
     tokenizer = tokenizer_of(directory, settings.tokenizer)
     if tokenizer is None:
         raise CheckpointError(f"{directory}: has no tokenizer.json; give one with --tokenizer")

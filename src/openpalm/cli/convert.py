@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ABOUT = "Read a checkpoint of another project, or write one of ours for it. Runs nothing in it."
 EXAMPLES = (
     "openpalm convert palm.pt models/palm",
+    "openpalm convert reward.pt models/reward",
     "openpalm convert palm.pt models/palm --from palm-rlhf-pytorch --era 0.2.1",
     "openpalm convert runs/tiny exported --to palm-rlhf-pytorch",
 )
@@ -30,7 +31,8 @@ class ConvertSettings:
     from_: Literal["palm-rlhf-pytorch", "palm-pytorch", "nanopalm"] | None = None
     """the project that wrote SRC; told from its keys if not given"""
     to: Literal["openpalm", "palm-rlhf-pytorch"] = "openpalm"
-    """the form to write; palm-rlhf-pytorch is its newest form, palm.pt and config.json"""
+    """the form to write; palm-rlhf-pytorch is its newest form, config.json and palm.pt, or
+    reward.pt of a reward model"""
     era: str | None = None
     """the version of palm-rlhf-pytorch that wrote SRC, such as 0.2.1: the same keys compute
     different functions in different versions; guessed, and said, if not given"""
@@ -55,13 +57,14 @@ def run(argv: Sequence[str]) -> None:
         difference, notes = write.as_palm_rlhf(model, settings.dst)
         for note in notes:
             print(f"  {note}")
-        written = "palm.pt and config.json for palm-rlhf-pytorch"
+        written = f"{write.written_name(model)} and config.json for palm-rlhf-pytorch"
     else:
         assert foreign is not None
         difference = write.as_openpalm(model, settings.dst, lineage=foreign.lineage())
         written = "a checkpoint without a tokenizer"
     print(f"wrote {settings.dst}: {written}")
-    print(f"reloaded: logits within {difference:.1e} of the model that was read")
+    what = "scores" if write.written_name(model) == "reward.pt" else "logits"
+    print(f"reloaded: {what} within {difference:.1e} of the model that was read")
 
 
 def _read(settings: ConvertSettings) -> "tuple[Transformer, Foreign | None]":

@@ -60,6 +60,7 @@ def run(argv: Sequence[str]) -> None:
 
     dataset = open_dataset(settings.data)
     directory = checkpoint.resolve(weights_path(settings.path))
+    checkpoint.check_writes(directory)
     check_reads(directory, dataset.tokenizer())
     model = checkpoint.load(directory, str(pick_device(settings.device)))
     weights = settings.quantize or settings.dtype

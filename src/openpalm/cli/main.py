@@ -21,6 +21,7 @@ VERBS = {
     "train": ("train", "train a model from scratch, or on from a checkpoint"),
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
     "dpo": ("dpo", "train a checkpoint on pairs of answers: dpo, ipo, simpo, orpo"),
+    "reward": ("reward", "train a reward model on pairs of answers or on ratings"),
     "merge-lora": ("merge_lora", "fold a low-rank adapter into the weights"),
     "ppo": ("ppo", "train a checkpoint on its own answers by a reward, with a critic"),
     "grpo": ("grpo", "the same without a critic, in groups: grpo, dr-grpo, dapo, rloo"),

@@ -4,7 +4,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from openpalm.align.config import RolloutSettings
 from openpalm.errors import DataError, SettingsError
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     from openpalm.train.objective import Objective
     from openpalm.train.run import Outcome, Probe
 
-S = TypeVar("S", bound=RolloutSettings)
 MAX_LOOKED_AT = 64
 SHOWN = 4
 
 
 def learn_from_answers(
-    settings: S,
+    settings: RolloutSettings,
     objective: "Objective[Any]",
     estimate: Callable[..., Any],
     label: str,

@@ -90,6 +90,12 @@ class Tensors:
             del self._left[name]
         return names
 
+    def under(self, prefix: str) -> "Tensors":
+        """The tensors whose names begin so, without it; they count as used here."""
+        names = [name for name in self._left if name.startswith(prefix)]
+        moved = {name.removeprefix(prefix): self._left.pop(name) for name in names}
+        return Tensors(self.where, moved)
+
     def finish(self) -> None:
         """Refuses what nobody took."""
         if self._left:

@@ -11,6 +11,7 @@ from openpalm import __version__
 from openpalm.convert.files import Tensors, find_file, read_hyperparameters, read_tensors
 from openpalm.convert.nanopalm import read_nanopalm
 from openpalm.convert.palm_rlhf import read_palm_pytorch, read_palm_rlhf
+from openpalm.convert.palm_rlhf_reward import is_reward, read_reward
 from openpalm.convert.state import Converted
 from openpalm.errors import CheckpointError
 
@@ -22,10 +23,10 @@ _SIGNS: dict[Source, tuple[str, ...]] = {
     "palm-pytorch": ("1.fn.attn_out.weight",),
     "nanopalm": ("decoder.blocks.0.mqa_ln.weight",),
 }
-_REWARD_SIGNS = ("palm.", "to_pred.", "actor_palm.", "critic_palm.")
+_ACTOR_SIGNS = ("actor_palm.", "critic_palm.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Foreign(Converted):
     """A foreign checkpoint that was read: where from, and as what."""
 
@@ -67,7 +68,8 @@ def read_foreign(
         raise CheckpointError(f"{file}: --from {source}, but its keys are those of {found}")
     given = read_hyperparameters(config_path, file)
     if found == "palm-rlhf-pytorch":
-        converted = read_palm_rlhf(tensors, given, era)
+        read = read_reward if is_reward(tensors) else read_palm_rlhf
+        converted = read(tensors, given, era)
     elif found == "palm-pytorch":
         converted = read_palm_pytorch(tensors, given, era)
     elif era is not None:
@@ -81,9 +83,11 @@ def _detect(tensors: Tensors) -> Source:
     for source, signs in _SIGNS.items():
         if all(sign in tensors for sign in signs):
             return source
-    if any(name.startswith(_REWARD_SIGNS) for name in tensors.names):
+    if is_reward(tensors):
+        return "palm-rlhf-pytorch"
+    if any(name.startswith(_ACTOR_SIGNS) for name in tensors.names):
         raise CheckpointError(
-            f"{tensors.where}: holds a RewardModel or ActorCritic; only the PaLM in it can be "
+            f"{tensors.where}: holds an ActorCritic; only the PaLM in it can be "
             "converted: save that one's state_dict() alone"
         )
     shown = ", ".join(sorted(tensors.names)[:3])

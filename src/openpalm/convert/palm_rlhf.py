@@ -30,6 +30,12 @@ _ARGUMENTS = frozenset(
     )
 )
 _LABELS = frozenset({"system", "version", "commit", "kind"})
+REWARD_ARGUMENTS = frozenset(
+    (
+        *("dropout", "num_binned_output", "use_lora", "lora_r", "reward_lora_scope"),
+        *("sample_from_bins", "sample_temperature"),
+    )
+)
 _OLDEST_NOTE = (
     "warning: the package 0.0.2 adds the residual stream twice a block; that is not reproduced, "
     "each block is added once as in every later version"
@@ -253,7 +259,7 @@ def _sources(given: Hyperparameters, config: ModelConfig) -> list[str]:
     xpos = f"xPos base {config.xpos_base:g}" if config.xpos_base else "no xPos"
     sizes = f"dim {config.dim}, depth {config.depth}, heads {config.heads} x {config.head_dim}"
     reads = "causal" if config.causal else "reading in both directions"
-    unknown = sorted(given.values.keys() - _ARGUMENTS - _LABELS)
+    unknown = sorted(given.values.keys() - _ARGUMENTS - REWARD_ARGUMENTS - _LABELS)
     return [
         f"hyperparameters from {source}: {sizes}, {xpos}, {reads}",
         *([f"{given.where}: not used: {', '.join(unknown)}"] if unknown else []),

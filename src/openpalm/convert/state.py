@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openpalm.model.config import ModelConfig
+from openpalm.model import lora
+from openpalm.model.config import LoraConfig, ModelConfig, RewardConfig
+from openpalm.model.reward import make_model
 from openpalm.model.transformer import Transformer
 
 
@@ -21,11 +23,15 @@ class Converted:
     """what that assumption rests on"""
     notes: list[str]
     """one line each: what was read, folded, left out or doubtful"""
+    reward: RewardConfig | None = None
+    lora: LoraConfig | None = None
 
     def model(self) -> Transformer:
         """The model itself, in eval mode; shares memory with `state`."""
         with torch.device("meta"):
-            model = Transformer(self.config)
+            model = make_model(self.config, self.reward)
+            if self.lora is not None:
+                lora.attach(model, self.lora)
         model.load_state_dict(self.state, assign=True)
         return model.eval().requires_grad_(False)
 

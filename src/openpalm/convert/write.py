@@ -13,8 +13,10 @@ from openpalm import checkpoint
 from openpalm.convert.eras import NEWEST
 from openpalm.convert.foreign import read_foreign
 from openpalm.convert.palm_rlhf_out import write_palm_rlhf
+from openpalm.convert.palm_rlhf_reward import write_reward
 from openpalm.errors import CheckpointError, OpenPalmError, StorageError, WorkError
-from openpalm.model.lora import merged
+from openpalm.model import lora
+from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer
 
 TOLERANCE = 1e-4
@@ -50,18 +52,22 @@ def as_openpalm(
 
 
 def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]:
-    """Writes palm.pt and its config.json in the newest form of palm-rlhf-pytorch; merges adapters.
+    """Writes config.json and palm.pt, adapters merged, or reward.pt in palm-rlhf-pytorch's form.
 
     Returns how far the logits differ when read back, and notes. Raises CheckpointError for a
     model that the original cannot express, StorageError when the disk refuses, WorkError, leaving
     nothing, where the logits differ by more than TOLERANCE.
     """
     check_vacant(directory)
-    arguments, state, notes = write_palm_rlhf(model.config, merged(model).state_dict())
+    arguments, state, notes = (
+        write_reward(model)
+        if isinstance(model, RewardModel)
+        else write_palm_rlhf(model.config, lora.merged(model).state_dict())
+    )
     partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
     try:
         partial.mkdir(parents=True)
-        torch.save(state, partial / "palm.pt")
+        torch.save(state, partial / written_name(model))
         (partial / "config.json").write_text(json.dumps(arguments, indent=2) + "\n")
         partial.rename(directory)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -72,6 +78,11 @@ def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]
     return _checked(
         model, directory, lambda: read_foreign(directory, era=NEWEST.last).model()
     ), notes
+
+
+def written_name(model: Transformer) -> str:
+    """The file that `as_palm_rlhf` writes for it."""
+    return "reward.pt" if isinstance(model, RewardModel) else "palm.pt"
 
 
 def _checked(model: Transformer, directory: Path, reload: Callable[[], Transformer]) -> float:
@@ -91,8 +102,10 @@ def _checked(model: Transformer, directory: Path, reload: Callable[[], Transform
 
 @torch.no_grad()
 def _difference(model: Transformer, reloaded: Transformer) -> tuple[float, float]:
-    """The largest difference of logits on fixed ids, and the largest logit."""
+    """The largest difference of outputs on fixed ids, and the largest output."""
     rows, time = _CHECK_SHAPE
     ids = (torch.arange(rows * time) * 7919 % model.config.vocab_size).view(rows, time)
-    expected = model.logits(ids)
-    return (expected - reloaded.logits(ids)).abs().max().item(), expected.abs().max().item()
+    expected = checkpoint.output(model, ids)
+    return (
+        expected - checkpoint.output(reloaded, ids)
+    ).abs().max().item(), expected.abs().max().item()

@@ -15,6 +15,7 @@ from openpalm.data.preferences import (
     Messages,
     Pair,
     Preference,
+    Tie,
     Usable,
     at,
     check_prompt,
@@ -23,6 +24,7 @@ from openpalm.data.preferences import (
     messages_of,
     pairs,
     says,
+    ties,
 )
 from openpalm.errors import DataError
 
@@ -41,7 +43,17 @@ def read_pairs(path: str | Path) -> Usable[Pair]:
     lists, Anthropic HH texts, or plain texts, parted at a white space. A row may have a `margin`.
     Raises DataError with line, field and remedy.
     """
-    path = Path(path)
+    records, found = _read(Path(path))
+    return pairs(records) if records else Usable(found, {})
+
+
+def read_ties(path: str | Path) -> list[Tie]:
+    """The ties of a file that `read_pairs` reads; only Preference records can have any."""
+    return ties(_read(Path(path))[0]).items
+
+
+def _read(path: Path) -> tuple[list[Preference], list[Pair]]:
+    """The rows of a file: records, or pairs."""
     if not is_rows(path):
         raise DataError(f"{path}: pairs are read from .jsonl or .jsonl.gz; convert it")
     records: list[Preference] = []
@@ -58,7 +70,7 @@ def read_pairs(path: str | Path) -> Usable[Pair]:
             found.append(at(where, _pair, row, form))
     if not first:
         raise DataError(f"{path}: is empty; give a file with at least one pair")
-    return pairs(records) if records else Usable(found, {})
+    return records, found
 
 
 def _format(row: dict[str, Any]) -> str:
@@ -79,7 +91,7 @@ def _format(row: dict[str, Any]) -> str:
 
 def _pair(row: dict[str, Any], form: str) -> Pair:
     if form == _EXPLICIT:
-        prompt = _prompt(row)
+        prompt = prompt_of(row)
         chosen, rejected = (_answer(row, name, prompt) for name in ("chosen", "rejected"))
     elif form == _TEXTS:
         prompt, chosen, rejected = _part_texts(row["chosen"], row["rejected"])
@@ -119,7 +131,8 @@ def _part_texts(chosen: str, rejected: str) -> tuple[Messages, Messages, Message
     return prompt, says(chosen[n:].strip()), says(rejected[n:].strip())
 
 
-def _prompt(row: dict[str, Any]) -> Messages:
+def prompt_of(row: dict[str, Any]) -> Messages:
+    """The messages of a row's "prompt": a text, messages, or Anthropic's HH text."""
     prompt = row.get("prompt")
     if not isinstance(prompt, str):
         messages = messages_of(prompt, "prompt")

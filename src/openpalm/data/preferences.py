@@ -112,11 +112,20 @@ class Pair(NamedTuple):
     margin: float | None = None
 
 
+class Tie(NamedTuple):
+    """Two answers to one prompt of which neither was found better; the order says nothing."""
+
+    prompt: Messages
+    first: Messages
+    second: Messages
+
+
 class Rating(NamedTuple):
     prompt: Messages
     answer: Messages
     axis: str
-    value: int
+    value: float
+    """whole and 1 to 5 in a Preference record, any number in a file's own rows"""
 
 
 class Verdict(NamedTuple):
@@ -178,6 +187,22 @@ def pairs(preferences: list[Preference]) -> Iterator[Pair | str]:
         for (low, worse), (high, better) in map(sorted, combinations(group, 2)):
             gap = high - low
             yield _contest(prompt, better, worse, gap) if gap >= 1 else "rating gap below 1"
+
+
+@_export
+def ties(preferences: list[Preference]) -> Iterator[Tie | str]:
+    """What `pairs` leaves out as a tie, for agreement figures: from compare and rank."""
+    for p in preferences:
+        match p.kind, p.payload:
+            case "compare", {"tie": [i, j]}:
+                found = [(i, j)]
+            case "rank", {"order": order}:
+                found = chain.from_iterable(combinations(group, 2) for group in order)
+            case _:
+                yield f"{p.kind} gives no tie"
+                continue
+        for i, j in found:
+            yield Tie(p.prompt, says(p.candidates[i].text), says(p.candidates[j].text))
 
 
 @_export

@@ -7,10 +7,12 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from openpalm.errors import SettingsError
 
+MAX_MEMBERS = 64
+MAX_BINS = 4096
 VOCAB_MULTIPLE = 64
 """Embedding rows are padded to a multiple of this, for aligned matrix multiplies."""
 
@@ -188,6 +190,49 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """What a reward model's head says and what it reads; every value is checked at birth.
+
+    Raises SettingsError when values contradict each other.
+    """
+
+    kind: Literal["scalar", "binned", "ordinal"] = "scalar"
+    """one number; a distribution over `values`; or the odds of lying above each of them"""
+    values: tuple[float, ...] = ()
+    """what each bin stands for, rising; empty for a scalar"""
+    read: Literal["last", "mean"] = "last"
+    """the state of the last real token, or the mean over the real ones (palm-rlhf-pytorch)"""
+    marks: bool = False
+    """learned vectors added to the embeddings tell prompt from answer (palm-rlhf-pytorch)"""
+    members: int = 1
+    """heads over the one trunk; the reward is their mean"""
+    bias: bool = False
+    """of a scalar head; the other kinds always have one"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.members <= MAX_MEMBERS:
+            raise SettingsError(f"reward members ({self.members}) must be in 1..{MAX_MEMBERS}")
+        least, most = (0, 0) if self.kind == "scalar" else (2, MAX_BINS)
+        if not least <= len(self.values) <= most:
+            raise SettingsError(
+                f"reward values ({len(self.values)}) must be {least} to {most} for {self.kind}"
+            )
+        rising = all(a < b for a, b in zip(self.values, self.values[1:], strict=False))
+        if not rising or not all(abs(value) < 1e30 for value in self.values):
+            raise SettingsError("reward values must rise and be finite")
+
+    @property
+    def outputs(self) -> int:
+        """Numbers a head gives: 1, a logit a bin, or one for each step between ordinal values."""
+        return max(1, len(self.values) - (self.kind == "ordinal"))
+
+    @property
+    def directions(self) -> int:
+        """Rows of a head's matrix: all steps of an ordinal head share one, with own biases."""
+        return len(self.values) if self.kind == "binned" else 1
+
+
+@dataclass(frozen=True)
 class Preset:
     """A named size; `vocab_size` is the default where no tokenizer says otherwise."""
 
@@ -262,22 +307,37 @@ def preset(name: str) -> Preset:
 
 def config_from_json(values: object, where: str) -> ModelConfig:
     """A ModelConfig from a parsed config.json. Raises SettingsError naming the file and field."""
-    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    return _from_json(ModelConfig, values, where, "model")
+
+
+def reward_from_json(values: object, where: str) -> RewardConfig:
+    """The same for a RewardConfig."""
+    return _from_json(RewardConfig, values, where, "reward")
+
+
+C = TypeVar("C", ModelConfig, RewardConfig)
+
+
+def _from_json(kind: type[C], values: object, where: str, what: str) -> C:
+    fields: dict[str, dataclasses.Field[Any]] = {
+        field.name: field for field in dataclasses.fields(kind)
+    }
     if not isinstance(values, dict):
-        raise SettingsError(f"{where}: the model's settings must be a JSON object")
+        raise SettingsError(f"{where}: the {what}'s settings must be a JSON object")
     for name, value in values.items():
         if name not in fields:
-            raise SettingsError(f"{where}: unknown model field {name}; a newer OpenPaLM wrote it")
+            raise SettingsError(f"{where}: unknown {what} field {name}; a newer OpenPaLM wrote it")
         if not _fits(value, fields[name].type):
-            raise SettingsError(f"{where}: model field {name} cannot be {value!r}")
+            raise SettingsError(f"{where}: {what} field {name} cannot be {value!r:.100}")
     missing = [
         name
         for name, field in fields.items()
         if field.default is dataclasses.MISSING and name not in values
     ]
     if missing:
-        raise SettingsError(f"{where}: the model's settings lack {', '.join(missing)}")
-    return ModelConfig(**values)
+        raise SettingsError(f"{where}: the {what}'s settings lack {', '.join(missing)}")
+    given: dict[str, Any] = {n: tuple(v) if type(v) is list else v for n, v in values.items()}
+    return kind(**given)
 
 
 def lora_from_json(values: object, where: str) -> LoraConfig:
@@ -295,4 +355,6 @@ def _fits(value: object, kind: object) -> bool:
         return type(value) is kind
     if kind is float:
         return type(value) in (int, float)
+    if kind == tuple[float, ...]:
+        return isinstance(value, list) and all(_fits(v, float) for v in value)
     return value in getattr(kind, "__args__", ())

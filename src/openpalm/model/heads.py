@@ -30,21 +30,6 @@ class Bins:
         """The mean value [...] of logits [..., count]."""
         return logits.softmax(dim=-1) @ self.centres(logits.device)
 
-    def soft(self, values: Tensor, width: float = 0.75) -> Tensor:
-        """A Gaussian around each value, in bins: [..., count] that sum to one.
-
-        HL-Gauss (Imani and White 2018); `width` is its deviation in bins, the choice of Farebrother
-        et al. 2024.
-        """
-        step = (self.high - self.low) / (self.count - 1)
-        edges = torch.linspace(
-            self.low - step / 2, self.high + step / 2, self.count + 1, device=values.device
-        )
-        inside = values.clamp(self.low, self.high)
-        below = torch.special.ndtr((edges - inside[..., None]) / (width * step))
-        mass = below.diff(dim=-1)
-        return mass / mass.sum(dim=-1, keepdim=True)
-
 
 CriticKind = Literal["shared", "detached", "separate"]
 

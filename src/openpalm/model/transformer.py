@@ -49,16 +49,22 @@ class Transformer(nn.Module):
         return self.norm(self.residual(ids, cache))
 
     def residual(
-        self, ids: Tensor, cache: KVCache | None = None, counts: list[int] | None = None
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        counts: list[int] | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after the last block, [batch, time, dim].
 
-        With a cache the ids follow what each slot holds, and the cache advances: by `counts`
-        tokens in each slot where given (the rest of the row is padding), else by all of them.
+        `added`, of that shape, goes on top of the embeddings. With a cache the ids follow what
+        each slot holds, and the cache advances: by `counts` tokens in each slot where given (the
+        rest of the row is padding), else by all of them.
         """
         positions, attend, longest = self._context(ids, cache)
         tables = self.rotary(positions, longest)
         x = F.embedding(ids.clamp_min(0) if not self.config.causal else ids, self.embedding)
+        x = x if added is None else x + added
         for layer, block in enumerate(self.blocks):
             x = block(layer, x, tables, attend)
         if cache is not None:

@@ -43,8 +43,8 @@ class Optimizer:
                 group["peak_lr"] = group["lr"]
 
     def _suits_muon(self, parameter: nn.Parameter) -> bool:
-        """Muon orthogonalises matrices that map states to states, not tables of tokens."""
-        return parameter.dim() == 2 and "embedding" not in self.names[parameter]
+        """Muon orthogonalises matrices that map states to states, not tables or reward heads."""
+        return parameter.dim() == 2 and self.names[parameter].startswith("blocks.")
 
     def _adamw(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         groups = [

@@ -71,8 +71,9 @@ class Job:
     """of the run's model, which a loader of rollouts asks for answers, and its dtype"""
     sequences_per_epoch: int
     learning_rate: float
-    objective: Objective[Any] = field(default_factory=NextToken)
     make_model: Callable[[ModelConfig], Transformer] = Transformer
+    """its parameters are filled later"""
+    objective: Objective[Any] = field(default_factory=NextToken)
     shape: BatchShape | None = None
     """of a step, where it does not follow from --batch-tokens"""
     unit: str = "tokens"

@@ -9,7 +9,7 @@ from openpalm import checkpoint
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.model import lora
-from openpalm.model.config import PRESETS, ModelConfig, preset
+from openpalm.model.config import PRESETS, ModelConfig, RewardConfig, preset
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.settings import plain, spell
 from openpalm.train.config import TrainSettings
@@ -23,10 +23,16 @@ class Start:
     fill: Callable[[Transformer], None]
     learning_rate: float
     parent_hash: str | None = None
+    reward: RewardConfig | None = None
+    """of a start from a reward model"""
 
 
-def starting_point(settings: TrainSettings, init: Path | None, tokenizer: Tokenizer) -> Start:
+def starting_point(
+    settings: TrainSettings, init: Path | None, tokenizer: Tokenizer, *, may_score: bool = False
+) -> Start:
     """The start that `--model` and `--init` ask for; `init` is --init's checkpoint or run.
+
+    Only where it `may_score` can that be a reward model.
 
     Raises SettingsError for an unknown preset, CheckpointError where the checkpoint is of another
     model or reads another tokenizer's ids.
@@ -37,6 +43,8 @@ def starting_point(settings: TrainSettings, init: Path | None, tokenizer: Tokeni
         config = _changed(named.config, settings, vocab_size=tokenizer.vocab_size)
         return Start(config, lambda model: initialise(model, settings.seed), named.learning_rate)
     directory = checkpoint.resolve(init)
+    if not may_score:
+        checkpoint.check_writes(directory)
     check_reads(directory, tokenizer)
     stored = checkpoint.load_config(directory)
     config = _changed(stored, settings)
@@ -54,6 +62,7 @@ def starting_point(settings: TrainSettings, init: Path | None, tokenizer: Tokeni
         lambda model: _fill_merged(model, directory),
         _learning_rate_of_size(config),
         checkpoint.read_manifest(directory)["sha256"],
+        checkpoint.load_reward_config(directory),
     )
 
 

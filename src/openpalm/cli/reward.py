@@ -1,0 +1,164 @@
+"""`openpalm reward`: a checkpoint and judgements of answers in, a model that scores answers out."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from openpalm.align.config import RewardSettings
+from openpalm.errors import DataError
+from openpalm.settings import parse
+
+if TYPE_CHECKING:
+    from openpalm.align.reward import Judged, ScoreBatch
+    from openpalm.data.tokenizer import Tokenizer
+    from openpalm.train.run import Outcome, Probe
+
+
+def run(argv: Sequence[str]) -> None:
+    settings = parse(
+        RewardSettings,
+        argv,
+        verb="reward",
+        about="Trains a reward model. From pairs (bradley-terry): the files of `openpalm dpo`. "
+        'From ratings (the other losses): a .jsonl of {"prompt": ..., "response": ..., "rating": '
+        "...} or of preference records.",
+        examples=[
+            "openpalm reward --init runs/chat --data pairs.jsonl --out runs/reward --epochs 1",
+            "openpalm reward --init runs/chat --data ratings.jsonl --out runs/r --epochs 1 "
+            "--loss ordinal",
+        ],
+    )
+    from openpalm.cli.train import report
+
+    report(judge(settings), settings)
+
+
+def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
+    """Composes the run: weights and heads, judgements, THE loop."""
+    from openpalm import checkpoint
+    from openpalm.align.pairs import PairLoader
+    from openpalm.align.reward import RewardObjective, collate, fill, head_for
+    from openpalm.cli.common import fine_tuning_start, held_out
+    from openpalm.model.reward import RewardModel
+    from openpalm.train.run import Job
+    from openpalm.train.run import run as run_job
+
+    directory, tokenizer, start = fine_tuning_start(settings, may_score=True)
+    length = settings.sequence_length or start.config.context
+    read = _pairs if settings.reads_pairs else _ratings
+    judged, ties = read(settings, tokenizer, length, label)
+    ratings = [] if settings.reads_pairs else [record.label for record in judged]
+    head = head_for(settings, ratings, start.reward)
+    trained, measured = held_out(judged)
+    sides = len(judged[0].sides)
+    job = Job(
+        config=start.config,
+        make_model=lambda config: RewardModel(config, head),
+        fill=lambda model: fill(model, settings, start, ratings),
+        make_loader=lambda shape, *_: PairLoader(
+            trained, rows=max(1, shape.rows // sides), seed=settings.seed, collate=collate
+        ),
+        sequences_per_epoch=sides * len(trained),
+        learning_rate=start.learning_rate,
+        objective=RewardObjective(settings),
+        unit="pairs" if settings.reads_pairs else "ratings",
+        tokenizer_json=checkpoint.tokenizer_json(directory),
+        data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
+        parent_hash=start.parent_hash,
+        probes=[_held_out_probe(settings, measured, ties)] if measured else [],
+        label=label,
+    )
+    return run_job(settings, job)
+
+
+def _pairs(
+    settings: RewardSettings, tokenizer: "Tokenizer", length: int, label: str
+) -> "tuple[Sequence[Judged], Sequence[Judged]]":
+    """The pairs, and the held-out ties."""
+    from openpalm.align.pairs import records
+    from openpalm.cli.common import held_out
+    from openpalm.data.pair_files import read_pairs, read_ties
+    from openpalm.data.preferences import Pair
+
+    given = read_pairs(settings.data)
+    _tell(label, given.unused)
+    pairs, too_long = records(tokenizer, given.items, length - 1)
+    _tell_too_long(label, too_long, len(given.items), length)
+    ties = held_out([Pair(*tie) for tie in read_ties(settings.data)])[1]
+    try:
+        return pairs, records(tokenizer, ties, length - 1)[0]
+    except DataError:  # none fits, or there is none
+        return pairs, []
+
+
+def _ratings(
+    settings: RewardSettings, tokenizer: "Tokenizer", length: int, label: str
+) -> "tuple[Sequence[Judged], Sequence[Judged]]":
+    """The ratings; no ties."""
+    from openpalm.align.reward import rating_records
+    from openpalm.data.rating_files import read_ratings
+
+    given = read_ratings(settings.data, settings.axis)
+    _tell(label, given.unused)
+    ratings, too_long = rating_records(tokenizer, given.items, length)
+    _tell_too_long(label, too_long, len(given.items), length)
+    return ratings, []
+
+
+def _tell(label: str, unused: dict[str, int]) -> None:
+    for reason, count in unused.items():
+        print(f"{label}: {count} records are not used: {reason}", file=sys.stderr)
+
+
+def _tell_too_long(label: str, too_long: int, of: int, length: int) -> None:
+    if too_long:
+        what = f"{too_long} of {of} judgements are longer than {length} tokens"
+        print(f"{label}: {what} and are left out", file=sys.stderr)
+
+
+def _held_out_probe(
+    settings: RewardSettings, measured: "Sequence[Judged]", ties: "Sequence[Judged]"
+) -> "Probe":
+    """Loss on held-out judgements, and how well the rewards agree with them."""
+    import torch
+
+    from openpalm.align.reward import RewardObjective, collate
+    from openpalm.evaluate import agreement
+    from openpalm.model.reward import RewardModel
+    from openpalm.model.transformer import Transformer
+    from openpalm.train.run import Probe
+
+    objective, batch = RewardObjective(settings), collate(measured)
+    tied = collate(ties) if ties else None
+
+    def rewards(model: RewardModel, batch: "ScoreBatch") -> torch.Tensor:
+        batch = batch.to(model.embedding.device)
+        return model.value(batch.ids, batch.mask, batch.prompt_lengths).cpu()
+
+    def differences(model: RewardModel, batch: "ScoreBatch") -> list[float]:
+        chosen, rejected = rewards(model, batch).chunk(2)
+        return (chosen - rejected).tolist()
+
+    def look(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
+        assert isinstance(model, RewardModel)
+        device = model.embedding.device
+        with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
+            loss, metrics = objective.loss(model, batch.to(device))
+            values = {"loss": loss.item(), **metrics}
+            row = {f"val_{name}": value / len(measured) for name, value in values.items()}
+            if not settings.reads_pairs:
+                found = rewards(model, batch).tolist()
+                return row | {"val_spearman": agreement.spearman(found, batch.labels.tolist())}
+            apart = differences(model, batch)
+            row["val_calibration_error"] = agreement.calibration_error(apart)
+            close = differences(model, tied) if tied else []
+            return row | {"val_agreement": agreement.agreement(apart, close)}
+
+    def tell(row: dict[str, float]) -> str:
+        said = f"held-out {'pairs' if settings.reads_pairs else 'ratings'}: "
+        names = ["loss", "accuracy", "calibration_error", "agreement", "squared_error", "spearman"]
+        figures = [n for n in names if f"val_{n}" in row]
+        return said + ", ".join(f"{n.replace('_', ' ')} {row[f'val_{n}']:.3f}" for n in figures)
+
+    return Probe(look, tell=tell)

@@ -1,0 +1,134 @@
+"""The reward model: a transformer whose heads score a whole text instead of its next token.
+
+A head reads one state of the final norm (the last real token's, as in Stiennon et al. 2020, or the
+mean over the real ones, as in palm-rlhf-pytorch) and says one number, a distribution over bins, or
+the cumulative log-odds of an ordinal scale. Knows no loss.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from openpalm.errors import DataError
+from openpalm.model.config import ModelConfig, RewardConfig
+from openpalm.model.transformer import Transformer
+
+
+class RewardModel(Transformer):
+    """The trunk keeps its names; beside it are `reward_head`, `reward_bias` and `marks`."""
+
+    def __init__(self, config: ModelConfig, reward: RewardConfig):
+        super().__init__(config)
+        self.reward = reward
+        self.reward_head = nn.Parameter(torch.empty(reward.members * reward.directions, config.dim))
+        biased = reward.bias or reward.kind != "scalar"
+        size = reward.members * reward.outputs
+        self.reward_bias = nn.Parameter(torch.empty(size)) if biased else None
+        self.marks = nn.Parameter(torch.empty(2, config.dim)) if reward.marks else None
+
+    def score(
+        self, ids: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
+        """What the heads say, their mean: float32 [rows], or [rows, outputs] unless scalar.
+
+        ids: int64 [rows, time]; mask: bool [rows, time], True where a token is real (None: all);
+        it says what is read, and padding on the right can reach nothing else. prompt_lengths: int
+        [rows]; where the model has marks, its first ids are marked prompt and the rest answer
+        (None: none is marked), else they change nothing. Raises DataError for a row without a
+        real token.
+        """
+        scores = self.member_scores(ids, mask, prompt_lengths).mean(dim=0)
+        return scores[:, 0] if self.reward.kind == "scalar" else scores
+
+    def value(
+        self, ids: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
+        """The reward, float32 [rows], arguments as for `score`: the mean of the members'."""
+        return self.expected(self.member_scores(ids, mask, prompt_lengths)).mean(dim=0)
+
+    def spread(
+        self, ids: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
+        """The standard deviation of the members' rewards, float32 [rows]; 0 for one member."""
+        members = self.expected(self.member_scores(ids, mask, prompt_lengths))
+        return members.std(dim=0, correction=0)
+
+    def member_scores(
+        self, ids: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
+        """What each head says, float32 [members, rows, outputs]; arguments as for `score`."""
+        marks = None if self.marks is None else _marked(self.marks, ids, prompt_lengths)
+        states = self.norm(self.residual(ids, added=marks))
+        read = _last if self.reward.read == "last" else _mean
+        head = self.reward_head.view(self.reward.members, -1, self.config.dim)
+        # In float32 throughout: rewards are compared, and bfloat16 keeps three digits.
+        with torch.autocast(ids.device.type, enabled=False):
+            scores = torch.einsum("rd,mod->mro", read(states, mask).float(), head.float())
+            if self.reward_bias is None:
+                return scores
+            return scores + self.reward_bias.float().view(self.reward.members, 1, -1)
+
+    def expected(self, scores: Tensor) -> Tensor:
+        """The reward [...] that scores [..., outputs] mean: the expectation over the bins."""
+        if self.reward.kind == "scalar":
+            return scores[..., 0]
+        values = scores.new_tensor(self.reward.values)
+        if self.reward.kind == "binned":
+            return scores.softmax(dim=-1) @ values
+        return values[0] + scores.sigmoid() @ values.diff()  # E[y] = sum of P(y > k) steps
+
+
+def make_model(config: ModelConfig, reward: RewardConfig | None) -> Transformer:
+    """A model whose parameters are yet to be filled: with reward heads where `reward` is given."""
+    return Transformer(config) if reward is None else RewardModel(config, reward)
+
+
+@torch.no_grad()
+def initialise_heads(model: RewardModel, seed: int, offset: float = 0.0) -> None:
+    """Fills what the trunk does not have; the rewards of a fresh head scatter around `offset`.
+
+    Heads are normal with variance 1 / (dim + 1) (Stiennon et al. 2020, appendix B.1), each member
+    its own; an ordinal head begins with equal chances of all values, marks begin at zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = model.reward_head.shape
+    drawn = torch.randn(shape, generator=generator) * (model.config.dim + 1) ** -0.5
+    model.reward_head.copy_(drawn)
+    if model.marks is not None:
+        model.marks.zero_()
+    if model.reward_bias is not None:
+        bias = torch.full((model.reward.outputs,), offset)
+        if model.reward.kind == "binned":
+            bias.zero_()
+        elif model.reward.kind == "ordinal":
+            below = torch.arange(1, len(bias) + 1) / (len(bias) + 1)
+            bias = -below.logit()
+        model.reward_bias.copy_(bias.repeat(model.reward.members))
+
+
+def _marked(marks: Tensor, ids: Tensor, prompt_lengths: Tensor | None) -> Tensor | None:
+    """What goes on top of the embeddings, [rows, time, dim]: `marks` are prompt's and answer's."""
+    if prompt_lengths is None:
+        return None
+    answer = torch.arange(ids.shape[1], device=ids.device) >= prompt_lengths[:, None]
+    return marks[answer.long()]
+
+
+def _last(states: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return states[:, -1]
+    _check_real(mask)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (positions * mask).amax(dim=-1)
+    return states[torch.arange(len(states), device=mask.device), last]
+
+
+def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return states.float().mean(dim=1)
+    _check_real(mask)
+    return (states.float() * mask[..., None]).sum(dim=1) / mask.sum(dim=-1, keepdim=True)
+
+
+def _check_real(mask: Tensor) -> None:
+    if not mask.any(dim=-1).all():
+        raise DataError("mask: a row has no real token to read; leave that row out")

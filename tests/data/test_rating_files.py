@@ -1,0 +1,91 @@
+import json
+
+import pytest
+
+from openpalm.data.conversation import Message
+from openpalm.data.preferences import Candidate, Preference, Rating
+from openpalm.data.rating_files import read_ratings
+from openpalm.errors import DataError
+
+ASK = (Message("user", "Sky?"),)
+ROW = {"prompt": "Sky?", "response": "Blue.", "rating": 4}
+
+
+def save(tmp_path, *rows):
+    path = tmp_path / "ratings.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rate(number, text, **axes):
+    return Preference(
+        id=f"r{number}",
+        prompt=ASK,
+        candidates=(Candidate(text),),
+        kind="rate",
+        payload={"ratings": axes, "candidate": 0},
+        author="ann",
+        author_kind="person",
+        created="2026-01-31T12:00:00Z",
+    ).to_json()
+
+
+@pytest.mark.parametrize("answer", ["response", "completion"])
+@pytest.mark.parametrize("value", ["rating", "label", "score"])
+def test_every_spelling(tmp_path, answer, value):
+    turns = [{"role": "user", "content": "Sky?"}]
+    rows = [{"prompt": asked, answer: "Blue.", value: 2.5} for asked in ("Sky?", turns)]
+    found = read_ratings(save(tmp_path, *rows))
+    assert found == ([Rating(ASK, (Message("assistant", "Blue."),), "", 2.5)] * 2, {})
+
+
+def test_preference_records(tmp_path):
+    thumb = rate(3, "c", true=1) | {"kind": "thumb", "payload": {"up": True, "candidate": 0}}
+    found = read_ratings(save(tmp_path, rate(1, "a", true=5), rate(2, "b", true=1), thumb))
+    assert [(rating.value, rating.axis) for rating in found.items] == [(5, "true"), (1, "true")]
+    assert found.unused == {"thumb gives no rating": 1}
+
+
+def test_one_axis_is_learnt_at_a_time(tmp_path):
+    path = save(tmp_path, rate(1, "a", true=5, kind=2))
+    with pytest.raises(DataError, match=r"rates 2 axes \('kind', 'true'\); say which with --axis"):
+        read_ratings(path)
+    found = read_ratings(path, "kind")
+    assert [rating.value for rating in found.items] == [2]
+    assert found.unused == {"another axis": 1}
+    with pytest.raises(DataError, match="--axis 'wit'"):
+        read_ratings(path, "wit")
+    with pytest.raises(DataError, match="no axis"):
+        read_ratings(save(tmp_path, ROW), "wit")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rating": None}, "none of the fields rating, label, score"),
+        ({"score": 1}, "rating and score of the fields"),
+        ({"completion": "x"}, "response and completion of the fields"),
+        ({"rating": True}, 'field "rating" is True; it must be a number'),
+        ({"rating": "4"}, 'field "rating"'),
+        ({"rating": 1e301}, 'field "rating"'),
+        ({"response": " "}, 'field "response"'),
+        ({"response": 4}, 'field "response"'),
+        ({"prompt": None}, 'field "prompt"'),
+        ({"prompt": ""}, 'field "prompt"'),
+        ({"kind": "rate", "payload": {}}, "unknown"),
+    ],
+)
+def test_rows_that_are_no_ratings(tmp_path, change, says):
+    path = save(tmp_path, ROW, ROW | change)
+    with pytest.raises(DataError, match=f"{path}:2") as caught:
+        read_ratings(path)
+    assert says in str(caught.value)
+
+
+def test_files_that_hold_no_ratings(tmp_path):
+    with pytest.raises(DataError, match="is empty"):
+        read_ratings(save(tmp_path))
+    with pytest.raises(DataError, match="another format than the first"):
+        read_ratings(save(tmp_path, ROW, rate(1, "a", true=5)))
+    with pytest.raises(DataError, match=r"from .jsonl or .jsonl.gz"):
+        read_ratings(tmp_path / "ratings.csv")
