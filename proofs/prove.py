@@ -1,0 +1,168 @@
+"""Proves, on a task whose optimum is known, what every alignment algorithm here reaches.
+
+    python proofs/prove.py [--only ppo,dpo] [--seeds 5] [--processes 2]
+
+Each algorithm is run as its verb runs it: the same loader, objective, trainer and engine. Writes
+runs/prove/proofs.json, one object a run, and prints a table; ends with status 1 where a minimum
+over the seeds is below its floor. The task is in enumerable.py.
+"""
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import enumerable
+import torch
+from enumerable import ANSWERS, BETA, END, LONGEST, PROMPTS, Task
+from rich.progress import Progress
+from torch import Tensor
+
+from openpalm.align import grpo, kto, ppo
+from openpalm.align.config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
+from openpalm.align.dpo import PairObjective
+from openpalm.align.logprobs import token_log_probs
+from openpalm.align.pairs import PairLoader, PairRecord, with_reference
+from openpalm.align.reward import RewardObjective
+from openpalm.align.reward import collate as reward_collate
+from openpalm.align.rollout import Answer, RolloutLoader, Sampler, record_of
+from openpalm.evaluate.agreement import spearman
+from openpalm.model.config import RewardConfig
+from openpalm.model.heads import ActorCritic
+from openpalm.model.reward import RewardModel, initialise_heads
+from openpalm.model.transformer import Transformer
+from openpalm.train.config import OptimSettings
+from openpalm.train.optim import Optimizer
+from openpalm.train.trainer import Trainer
+
+OUT = Path("runs/prove/proofs.json")
+PAIRS, HELD_OUT = 20_000, 4_000
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An algorithm, how it is run, and the floors that its minimum over seeds must reach."""
+
+    run: Callable[[Task, int], Figures]
+    floors: dict[str, float]
+    """figure -> least value; -figure -> the negative of its greatest"""
+
+
+def settings(kind: type, lr: float, seed: int, **changes: Any) -> Any:
+    optim = OptimSettings(lr=lr, weight_decay=0.0, beta2=0.99, warmup=0.02, final_lr=0.0)
+    return kind(
+        data=Path("-"), out=Path("-"), init="-", seed=seed, optim=optim, beta=BETA, **changes
+    )
+
+
+def start_of(task: Task) -> Transformer:
+    return copy.deepcopy(task.reference).requires_grad_(True)
+
+
+def stepped(model: Transformer, objective: Any, loader: Any, how: Any) -> None:
+    """Through all of the run's steps."""
+    trainer = Trainer(
+        model, objective, Optimizer(model, how.optim, how.optim.lr), loader, steps=how.steps
+    )
+    for _ in range(how.steps):
+        trainer.train_step()
+
+
+def judged(task: Task, model: Transformer) -> Figures:
+    log_policy = enumerable.log_probs(model)
+    return {"gain": task.gain(log_policy), "total_variation": task.total_variation(log_policy)}
+
+
+def rolled_out(task: Task, model: Transformer, objective: Any, estimate: Any, how: Any) -> Figures:
+    sampler = Sampler(
+        model, PROMPTS, frozenset({END}), how, slots=how.prompts * how.answers
+    )
+    reference = partial(token_log_probs, task.reference)
+    rows = how.prompts * how.answers // how.minibatches
+    loader = RolloutLoader(sampler, task.reward, estimate, reference, rows=rows)
+    stepped(model, objective, loader, how)
+    return judged(task, model)
+
+
+def by_ppo(task: Task, seed: int, **changes: Any) -> Figures:
+    options = {"steps": 1600, "answers": 32, "minibatches": 2, "critic": "separate"} | changes
+    how = settings(PpoSettings, 2e-3, seed, prompts=4, max_new_tokens=LONGEST, **options)
+    from openpalm.model.heads import Bins
+
+    bins = Bins(how.critic_bins, -how.critic_range, how.critic_range) if how.critic_bins else None
+    model = ActorCritic(enumerable.CONFIG, how.critic, bins)
+    model.load_state_dict(task.reference.state_dict(), strict=False)
+    model.reset_critic()
+    return rolled_out(task, model, ppo.PpoObjective(how), ppo.estimate, how)
+
+
+def by_group(task: Task, seed: int, **changes: Any) -> Figures:
+    options = {"steps": 600, "answers": 32} | changes
+    how = settings(GrpoSettings, 3e-3, seed, prompts=4, max_new_tokens=LONGEST, **options)
+    return rolled_out(task, start_of(task), grpo.GroupObjective(how), grpo.estimate, how)
+
+
+def drawn_pairs(task: Task, seed: int, count: int) -> list[tuple[int, int, int]]:
+    """(prompt, preferred, other): two answers of the reference, by a judge of Bradley-Terry."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    prompts = torch.randint(len(PROMPTS), (count,), generator=generator)
+    chances = task.log_reference.exp()[prompts].float()
+    two = torch.multinomial(chances, 2, replacement=True, generator=generator)
+    rewards = task.rewards[prompts[:, None], two]
+    first = torch.rand(count, generator=generator) < (rewards[:, 0] - rewards[:, 1]).sigmoid()
+    better = torch.where(first, two[:, 0], two[:, 1])
+    worse = torch.where(first, two[:, 1], two[:, 0])
+    kept = better != worse
+    return list(
+        zip(prompts[kept].tolist(), better[kept].tolist(), worse[kept].tolist(), strict=True)
+    )
+
+
+def pair_record(pair: tuple[int, int, int]) -> PairRecord:
+    prompt, better, worse = pair
+    sides = [record_of(Answer(prompt, PROMPTS[prompt], ANSWERS[i], [], True)) for i in (better, worse)]
+    return PairRecord(*sides)
+
+
+def accuracy(scores: Tensor, pairs: list[tuple[int, int, int]]) -> float:
+    """How often the preferred answer scores higher; half where they are equal."""
+    p, better, worse = torch.tensor(pairs).T
+    difference = scores[p, better] - scores[p, worse]
+    return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
+
+
+def by_pairs(task: Task, seed: int, loss: str, lr: float = 1e-3, **changes: Any) -> Figures:
+    how = settings(DpoSettings, lr, seed, loss=loss, **({"steps": 600} | changes))
+    given, held_out = drawn_pairs(task, seed, PAIRS), drawn_pairs(task, seed + 1, HELD_OUT)
+    known = with_reference(task.reference, [pair_record(pair) for pair in given], rows=512)
+    model = start_of(task)
+    stepped(model, PairObjective(how), PairLoader(known, rows=128, seed=seed), how)
+    implied = enumerable.log_probs(model) - task.log_reference
+    accurate = accuracy(implied, held_out) - accuracy(task.rewards.double(), held_out)
+    return judged(task, model) | {"accuracy_over_true": accurate}
+
+
+def by_reward_model(task: Task, seed: int) -> Figures:
+    how = settings(RewardSettings, 2e-3, seed, steps=600, loss="bradley-terry")
+    given, held_out = drawn_pairs(task, seed, PAIRS), drawn_pairs(task, seed + 1, HELD_OUT)
+    model = RewardModel(enumerable.CONFIG, RewardConfig())
+    model.load_state_dict(task.reference.state_dict(), strict=False)
+    initialise_heads(model, seed)
+    loader = PairLoader(
+        [pair_record(pair) for pair in given], rows=128, seed=seed, collate=reward_collate
+    )
+    stepped(model, RewardObjective(how), loader, how)
+    scores = scored(model)
+    accurate = accuracy(scores, held_out) - accuracy(task.rewards.double(), held_out)
+    rhos = [spearman(a.tolist(), b.tolist()) for a, b in zip(scores, task.rewards, strict=True)]
+    return {"accuracy_over_true": accurate, "spearman": sum(rhos) / len(rhos)}
