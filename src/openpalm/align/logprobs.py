@@ -3,26 +3,37 @@
 Position t of `inputs` predicts `targets[t]`, which is the token after it: the shift is made once,
 where a batch is built, and nowhere again. A target of IGNORE (prompt, padding) has no probability
 and contributes exactly zero, to the sum and to the gradient; the end marker is a target like any
-other, so that the probabilities of all answers sum to one.
+other, so that the probabilities of all answers sum to one. Only states that predict a target reach
+the head: with a large vocabulary that is most of the time and memory of a prompt.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from openpalm.data.loader import IGNORE
+from openpalm.model.layout import Layout
 from openpalm.model.transformer import Transformer
 
 
-def token_log_probs(model: Transformer, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Natural log of the probability of each target, 0 where it is IGNORE.
+def token_log_probs(
+    model: Transformer,
+    inputs: Tensor,
+    targets: Tensor,
+    layout: Layout | None = None,
+    reads: Tensor | None = None,
+) -> Tensor:
+    """Natural log of the probability of each target, 0 where it is IGNORE; float32, its shape.
 
-    inputs, targets: int64 [rows, time]; returns float32 [rows, time].
+    inputs, targets: int64 [rows, time]. Where rows hold several answers (align/shared.py), with
+    their `layout`, targets are [answers, tokens] and `reads`, of that shape, is the place in
+    `inputs`, flattened, that predicts each.
     """
-    logits = model.logits(inputs)
-    nats = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return -nats.view_as(targets)
+    counts = targets != IGNORE
+    states = model.residual(inputs, layout=layout).flatten(0, 1)
+    logits = model.head(states[counts.flatten() if reads is None else reads[counts]])
+    nats = F.cross_entropy(logits, targets[counts], reduction="none")
+    return torch.zeros(targets.shape, device=nats.device).masked_scatter(counts, -nats)
 
 
 def lengths(targets: Tensor) -> Tensor:

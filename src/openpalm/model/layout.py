@@ -59,3 +59,22 @@ def packed(segments: Tensor) -> Layout:
 def _rows_at(x: Tensor, index: Tensor) -> Tensor:
     # index_select: its backward is an index_add, much cheaper than that of x[index].
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def shared(segments: Tensor) -> Layout:
+    """Answers that share a prompt in one row: each is computed as if it alone followed it.
+
+    segments: int64 [rows, time]; 0 is the prompt, at the row's beginning, and neighbours with one
+    other number are an answer. Every answer's positions go on from the prompt's end.
+    """
+    here = torch.arange(segments.shape[1], device=segments.device)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    prompt = (segments == 0).sum(dim=1, keepdim=True)
+    within = here - (here * begins).cummax(dim=1).values
+    query, key = segments[:, :, None], segments[:, None]
+    mask = ((key == 0) | (key == query)).tril()
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(q, k, v, mask)
+
+    return Layout(within + prompt * (segments != 0), attend)
