@@ -5,6 +5,7 @@ Knows the arithmetic of a size (parameters, FLOPs, bytes) and nothing of tensors
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,6 +101,16 @@ class ModelConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of a block's matrices, keys and values apart."""
+        inner, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        rows = {"q": inner, "k": keys, "v": keys, "gate": self.ff_dim, "up": self.ff_dim}
+        if self.feedforward != "swiglu":
+            del rows["gate"]
+        inputs = {name: (count, self.dim) for name, count in rows.items()}
+        return inputs | {"out": (self.dim, inner), "down": (self.dim, self.ff_dim)}
+
+    @property
     def parameters(self) -> int:
         """Trained numbers, without the padding rows of the vocabulary."""
         d, inner = self.dim, self.heads * self.head_dim
@@ -124,6 +135,56 @@ class ModelConfig:
     def kv_bytes_per_token(self, bytes_per_number: int = 2) -> int:
         """Bytes of key/value cache that one token of one sequence takes."""
         return 2 * self.depth * self.kv_heads * self.head_dim * bytes_per_number
+
+
+LORA_TARGETS = ("q", "k", "v", "gate", "up", "out", "down")
+"""The matrices of a block that can be adapted; gate is there with swiglu only."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter: W x + (alpha / rank) B A x for the target matrices of every block.
+
+    Raises SettingsError for values that no model could have.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rank < 1 << 31:
+            raise SettingsError(f"lora rank ({self.rank}) must be at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise SettingsError(f"lora alpha ({self.alpha}) must be above 0 and finite")
+        for target in self.targets:
+            if target not in LORA_TARGETS:
+                raise SettingsError(
+                    f"lora target {target}: no such matrix; take some of {', '.join(LORA_TARGETS)}"
+                )
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise SettingsError("lora targets must name at least one matrix, each once")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises SettingsError where the model has no such matrix, or only smaller ones."""
+        for target in self.targets:
+            if target not in model.matrices:
+                raise SettingsError(f"lora target {target}: a {model.feedforward} model has none")
+            least = min(model.matrices[target])
+            if self.rank > least:
+                rows, columns = model.matrices[target]
+                raise SettingsError(
+                    f"lora rank ({self.rank}) must be at most {least}: {target} is {rows} x "
+                    f"{columns}; lower it or leave {target} out of the targets"
+                )
+
+    def parameters(self, model: ModelConfig) -> int:
+        """Numbers in the adapter of such a model."""
+        return model.depth * sum(self.rank * sum(model.matrices[name]) for name in self.targets)
 
 
 @dataclass(frozen=True)

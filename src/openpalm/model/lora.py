@@ -1,0 +1,218 @@
+"""Low-rank adaptation: W x becomes W x + (alpha / rank) B A x, and only A and B learn.
+
+Source: Hu et al. 2021 (LoRA), equation 3; A starts as their implementation draws it, B at zero, so
+an adapter that was just attached changes nothing. Attached from outside: `project_in` and
+`project_out` of every block are replaced by versions that hold the same parameters under the same
+names, and the factors of matrix q of block 0 are `blocks.0.project_in.lora.q.a` and `.b`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openpalm.model.block import Block, ProjectIn, ProjectOut
+from openpalm.model.config import LORA_TARGETS, LoraConfig
+from openpalm.model.transformer import Transformer
+
+M = TypeVar("M", bound=nn.Module)
+INPUTS = ("q", "k", "v", "gate", "up")
+"""The targets in project_in; the others are in project_out."""
+
+
+class Factors(nn.Module):
+    """A [rank, columns] and B [rows, rank] of one target: x [..., columns] -> [..., rows]."""
+
+    def __init__(self, rank: int, rows: int, columns: int, scale: float, like: Tensor):
+        super().__init__()
+        self.a = nn.Parameter(like.new_empty(rank, columns))
+        self.b = nn.Parameter(like.new_empty(rows, rank))
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.a) * self.scale, self.b)
+
+
+class _Adapted(nn.Module):
+    """What both adapted projections have beside their matrices."""
+
+    config: LoraConfig
+    active: bool
+    lora: nn.ModuleDict
+
+    def shift(self, target: str, part: Tensor, x: Tensor) -> Tensor:
+        """The target's output `part`, plus its factors' where it has them."""
+        return part + self.lora[target](x) if target in self.lora else part
+
+
+class AdaptedIn(_Adapted, ProjectIn):
+    def forward(self, n: Tensor) -> tuple[Tensor, ...]:
+        parts = super().forward(n)
+        if not self.active:
+            return parts
+        q, kv, *ff = parts
+        k, v = (self.shift(*half, n) for half in zip("kv", kv.chunk(2, dim=-1), strict=True))
+        names = list(self.rows)[2:]
+        ff = (self.shift(name, part, n) for name, part in zip(names, ff, strict=True))
+        return self.shift("q", q, n), torch.cat([k, v], dim=-1), *ff
+
+
+class AdaptedOut(_Adapted, ProjectOut):
+    def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        update = super().forward(attended, hidden)
+        if self.active:
+            for name, x in (("out", attended), ("down", hidden)):
+                update = self.shift(name, update, x)
+        return update
+
+
+A = TypeVar("A", AdaptedIn, AdaptedOut)
+_PLAIN = {AdaptedIn: ProjectIn, AdaptedOut: ProjectOut}
+
+
+def attach(model: Transformer, config: LoraConfig, seed: int | None = None) -> None:
+    """Gives every block an adapter, and freezes all that makes up the Transformer but that.
+
+    Heads that a subclass adds stay as they are. Factors are on the device and in the dtype of
+    what they adapt; A is drawn from `seed`, the same on every device, and B is zero; without a
+    seed both are left for a checkpoint to fill. Raises SettingsError where the config does not
+    fit the model.
+    """
+    assert not is_attached(model), "this model has an adapter already"
+    config.check(model.config)
+    for parameter in trunk(model):
+        parameter.requires_grad_(False)
+    for block in _blocks(model):
+        block.project_in = _adapted(AdaptedIn, block.project_in, config, model)
+        block.project_out = _adapted(AdaptedOut, block.project_out, config, model)
+    if seed is not None:
+        _draw(model, seed)
+
+
+def is_attached(model: Transformer) -> bool:
+    return any(_adapters(model))
+
+
+def config_of(model: Transformer) -> LoraConfig | None:
+    """What was attached, or None."""
+    return next((adapter.config for adapter in _adapters(model)), None)
+
+
+def adapter_parameters(model: Transformer) -> dict[str, nn.Parameter]:
+    """The factors by their full names; none where no adapter is attached."""
+    return {name: p for name, p in model.named_parameters() if ".lora." in name}
+
+
+def trunk(model: Transformer) -> Iterator[nn.Parameter]:
+    """What makes up a Transformer, without the heads that a subclass adds."""
+    yield from (model.embedding, *model.blocks.parameters(), *model.norm.parameters())
+    yield from (p for p in (model.unembedding, model.head_bias) if p is not None)
+
+
+@contextmanager
+def detached(model: Transformer) -> Iterator[None]:
+    """Inside, the model computes what its base does, bit for bit."""
+    were = [(adapter, adapter.active) for adapter in _adapters(model)]
+    try:
+        for adapter, _ in were:
+            adapter.active = False
+        yield
+    finally:
+        for adapter, active in were:
+            adapter.active = active
+
+
+def merge(model: Transformer) -> None:
+    """Adds B A to the matrices for good and removes the adapter; every parameter can learn again.
+
+    Does nothing to a model without one.
+    """
+    for block in _blocks(model):
+        block.project_in = _folded(block.project_in)
+        block.project_out = _folded(block.project_out)
+    model.requires_grad_(True)
+
+
+def merged(model: Transformer) -> Transformer:
+    """The function the model computes now, without an adapter; `model` itself where it has none.
+
+    Only the adapted matrices are copied, everything else is shared with `model`, which stays
+    as it is.
+    """
+    if not is_attached(model):
+        return model
+    twin = sharing(model, type(model))
+    twin.blocks = nn.ModuleList(sharing(block, type(block)) for block in model.blocks)
+    for block in _blocks(twin):
+        block._modules["project_in"] = _folded(block.project_in, copied=True)
+        block._modules["project_out"] = _folded(block.project_out, copied=True)
+    return twin
+
+
+def sharing(module: nn.Module, kind: type[M]) -> M:
+    """A `kind` with the module's own parts, which can be replaced without touching the module."""
+    twin = kind.__new__(kind)
+    twin.__dict__.update(module.__dict__)
+    twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
+    return twin
+
+
+def _blocks(model: Transformer) -> Iterator[Block]:
+    return (cast(Block, block) for block in model.blocks)
+
+
+def _adapters(model: Transformer) -> Iterator[_Adapted]:
+    for block in _blocks(model):
+        for module in (block.project_in, block.project_out):
+            if isinstance(module, _Adapted):
+                yield module
+
+
+def _adapted(kind: type[A], plain: nn.Module, config: LoraConfig, model: Transformer) -> A:
+    """`plain` as an adapted module that holds the same parameters."""
+    shapes = model.config.matrices
+    adapted = sharing(plain, kind)
+    adapted.config, adapted.active = config, True
+    adapted.lora = nn.ModuleDict(
+        {
+            target: Factors(config.rank, *shapes[target], config.scale, model.embedding)
+            for target in LORA_TARGETS
+            if target in config.targets and (target in INPUTS) == (kind is AdaptedIn)
+        }
+    )
+    return adapted
+
+
+def _draw(model: Transformer, seed: int) -> None:
+    """Kaiming-uniform with a = sqrt(5), which is uniform in +-1/sqrt(columns)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, factor in adapter_parameters(model).items():
+        if name.endswith(".b"):
+            nn.init.zeros_(factor)
+            continue
+        bound = factor.shape[1] ** -0.5
+        drawn = (2 * torch.rand(factor.shape, generator=generator) - 1) * bound
+        with torch.no_grad():
+            factor.copy_(drawn)
+
+
+@torch.no_grad()
+def _folded(module: M, *, copied: bool = False) -> M:
+    """The module without its adapter, B A added to its matrices or, if `copied`, to copies."""
+    if not isinstance(module, _Adapted):
+        return module
+    plain = sharing(module, _PLAIN[type(module)])
+    del plain._modules["lora"]
+    for target, factors in module.lora.items() if module.active else ():
+        assert isinstance(factors, Factors)
+        name = "kv" if target in ("k", "v") else target
+        matrix = plain._parameters[name]
+        assert matrix is not None
+        if copied and matrix is getattr(module, name):
+            matrix = plain._parameters[name] = nn.Parameter(matrix.clone())
+        rows = matrix.chunk(2)["kv".index(target)] if name == "kv" else matrix
+        rows.addmm_(factors.b, factors.a, alpha=factors.scale)
+    return cast(M, plain)
