@@ -3,8 +3,8 @@
 Position t of `inputs` predicts `targets[t]`, which is the token after it: the shift is made once,
 where a batch is built, and nowhere again. A target of IGNORE (prompt, padding) has no probability
 and contributes exactly zero, to the sum and to the gradient; the end marker is a target like any
-other, so that the probabilities of all answers sum to one. Only states that predict a target reach
-the head: with a large vocabulary that is most of the time and memory of a prompt.
+other, so that the probabilities of all answers sum to one. Only states that predict a target are
+computed after the last attention: with a large vocabulary logits are most of a prompt's memory.
 """
 
 import torch
@@ -30,8 +30,8 @@ def token_log_probs(
     `inputs`, flattened, that predicts each.
     """
     counts = targets != IGNORE
-    states = model.residual(inputs, layout=layout).flatten(0, 1)
-    logits = model.head(states[counts.flatten() if reads is None else reads[counts]])
+    places = counts.flatten().nonzero()[:, 0] if reads is None else reads[counts]
+    logits = model.head(model.residual(inputs, layout=layout, places=places))
     nats = F.cross_entropy(logits, targets[counts], reduction="none")
     return torch.zeros(targets.shape, device=nats.device).masked_scatter(counts, -nats)
 

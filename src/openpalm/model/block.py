@@ -5,6 +5,7 @@
 without the block, attention or rotary knowing. `ProjectHead` is the same seam for the vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -33,7 +34,8 @@ class Norm(nn.Module):
 class ProjectIn(nn.Module):
     """norm(x) [..., dim] -> queries, keys and values, and the feed-forward's input parts.
 
-    Separate matrices in memory and in checkpoints, one matrix multiply when it runs.
+    Separate matrices in memory and in checkpoints, one matrix multiply when it runs. With
+    `names`, only those parts.
     """
 
     def __init__(self, config: ModelConfig):
@@ -49,10 +51,11 @@ class ProjectIn(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(rows, config.dim)))
         self.up_bias = nn.Parameter(torch.empty(config.ff_dim)) if config.bias else None
 
-    def forward(self, n: Tensor) -> tuple[Tensor, ...]:
-        weight = torch.cat([getattr(self, name) for name in self.rows])
-        *parts, up = F.linear(n, weight).split(list(self.rows.values()), dim=-1)
-        return *parts, up if self.up_bias is None else up + self.up_bias
+    def forward(self, n: Tensor, names: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        names = names or tuple(self.rows)
+        weight = torch.cat([getattr(self, name) for name in names])
+        *parts, last = F.linear(n, weight).split([self.rows[name] for name in names], dim=-1)
+        return *parts, last if self.up_bias is None or names[-1] != "up" else last + self.up_bias
 
 
 class ProjectOut(nn.Module):
@@ -121,7 +124,20 @@ class Block(nn.Module):
 
     def forward(self, layer: int, x: Tensor, tables: RotaryTables, attend: Attend) -> Tensor:
         q, kv, *ff = self.project_in(self.norm(x))
-        update = self.project_out(self.attention(layer, q, kv, tables, attend), _activate(*ff))
+        return self._add(x, self.attention(layer, q, kv, tables, attend), ff)
+
+    def at(
+        self, layer: int, x: Tensor, tables: RotaryTables, attend: Attend, places: Tensor
+    ) -> Tensor:
+        """The same at `places` [n] of the flattened x alone: [n, dim]."""
+        n, (q, kv, *feeds) = self.norm(x), self.project_in.rows
+        q, kv = self.project_in(n, (q, kv))
+        attended = self.attention(layer, q, kv, tables, attend)
+        x, n, attended = (t.flatten(0, 1).index_select(0, places) for t in (x, n, attended))
+        return self._add(x, attended, self.project_in(n, feeds))
+
+    def _add(self, x: Tensor, attended: Tensor, ff: Sequence[Tensor]) -> Tensor:
+        update = self.project_out(attended, _activate(*ff))
         return x + F.dropout(update, self.dropout, self.training)
 
 

@@ -6,7 +6,7 @@ an adapter that was just attached changes nothing. Attached from outside: `proje
 names, and the factors of matrix q of block 0 are `blocks.0.project_in.lora.q.a` and `.b`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -49,15 +49,18 @@ class _Adapted(nn.Module):
 
 
 class AdaptedIn(_Adapted, ProjectIn):
-    def forward(self, n: Tensor) -> tuple[Tensor, ...]:
-        parts = super().forward(n)
+    def forward(self, n: Tensor, names: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        names = names or tuple(self.rows)
+        parts = super().forward(n, names)
         if not self.active:
             return parts
-        q, kv, *ff = parts
-        k, v = (self.shift(*half, n) for half in zip("kv", kv.chunk(2, dim=-1), strict=True))
-        names = list(self.rows)[2:]
-        ff = (self.shift(name, part, n) for name, part in zip(names, ff, strict=True))
-        return self.shift("q", q, n), torch.cat([k, v], dim=-1), *ff
+        return tuple(self._shifted(*named, n) for named in zip(names, parts, strict=True))
+
+    def _shifted(self, name: str, part: Tensor, n: Tensor) -> Tensor:
+        if name != "kv":
+            return self.shift(name, part, n)
+        halves = zip("kv", part.chunk(2, dim=-1), strict=True)
+        return torch.cat([self.shift(*half, n) for half in halves], dim=-1)
 
 
 class AdaptedOut(_Adapted, ProjectOut):

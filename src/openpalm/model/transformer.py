@@ -53,17 +53,22 @@ class Transformer(nn.Module):
         counts: list[int] | None = None,
         *,
         layout: Layout | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after the last block, [batch, time, dim].
 
-        With a cache the ids follow what each slot holds, and the cache advances: by `counts`
+        `places`, int64 [n], are those of the flattened ids whose states are wanted, [n, dim]; what
+        nothing else needs is not computed. With a cache the ids follow what each slot holds, and the cache advances: by `counts`
         tokens in each slot where given (the rest of the row is padding), else by all of them.
         """
         positions, attend, longest = self._context(ids, cache, layout)
         tables = self.rotary(positions, longest)
         x = F.embedding(ids.clamp_min(0) if not self.config.causal else ids, self.embedding)
-        for layer, block in enumerate(self.blocks):
+        *blocks, last = self.blocks
+        for layer, block in enumerate(blocks):
             x = block(layer, x, tables, attend)
+        how = (len(blocks), x, tables, attend)
+        x = last(*how) if places is None else last.at(*how, places)
         if cache is not None:
             cache.advance(counts or [ids.shape[1]] * ids.shape[0])
         return x
