@@ -51,7 +51,7 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.view(rows, 1, heads, width)
 
 
-def _blocked_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _blocked_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Query heads folded into rows, one block of positions at a time.
 
     In bfloat16 on a CPU this trains 1.6-2.1x faster than SDPA's kernel, which is only good there

@@ -57,9 +57,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The residual stream after the last block, [batch, time, dim].
 
-        `places`, int64 [n], are those of the flattened ids whose states are wanted, [n, dim]; what
-        nothing else needs is not computed. With a cache the ids follow what each slot holds, and the cache advances: by `counts`
+        With a cache the ids follow what each slot holds, and the cache advances: by `counts`
         tokens in each slot where given (the rest of the row is padding), else by all of them.
+        `places`, int64 [n], are those of the flattened ids whose states are wanted, [n, dim]:
+        what only the others need is not computed.
         """
         positions, attend, longest = self._context(ids, cache, layout)
         tables = self.rotary(positions, longest)
