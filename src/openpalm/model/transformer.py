@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from openpalm.model.block import Attend, Block, Norm, ProjectHead, attend_cached, attend_whole
 from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
+from openpalm.model.layout import Layout
 from openpalm.model.rotary import Rotary
 
 
@@ -30,27 +31,35 @@ class Transformer(nn.Module):
         self.unembedding = None if config.tied else nn.Parameter(torch.empty_like(self.embedding))
         self.head_bias = nn.Parameter(torch.empty(config.padded_vocab)) if config.bias else None
 
-    def logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def logits(
+        self, ids: Tensor, cache: KVCache | None = None, *, layout: Layout | None = None
+    ) -> Tensor:
         """Unnormalised log-probabilities of the next token.
 
         ids: integers [batch, time]. Returns float32 [batch, time, vocab_size]: the padding rows
-        of the table are cut off here, so no loss, sampler or metric can meet them.
+        of the table are cut off here, so no loss, sampler or metric can meet them. A `layout`
+        says where the tokens stand, in rows that hold more than one sequence.
         """
-        return self.head(self.residual(ids, cache))
+        return self.head(self.residual(ids, cache, layout=layout))
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final-norm states [batch, time, dim] of ids [batch, time]."""
         return self.norm(self.residual(ids, cache))
 
     def residual(
-        self, ids: Tensor, cache: KVCache | None = None, counts: list[int] | None = None
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        counts: list[int] | None = None,
+        *,
+        layout: Layout | None = None,
     ) -> Tensor:
         """The residual stream after the last block, [batch, time, dim].
 
         With a cache the ids follow what each slot holds, and the cache advances: by `counts`
         tokens in each slot where given (the rest of the row is padding), else by all of them.
         """
-        positions, attend, longest = self._context(ids, cache)
+        positions, attend, longest = self._context(ids, cache, layout)
         tables = self.rotary(positions, longest)
         x = F.embedding(ids.clamp_min(0) if not self.config.causal else ids, self.embedding)
         for layer, block in enumerate(self.blocks):
@@ -66,9 +75,15 @@ class Transformer(nn.Module):
         logits = self.project_head(states, table, self.head_bias)
         return logits[..., : self.config.vocab_size].float()
 
-    def _context(self, ids: Tensor, cache: KVCache | None) -> tuple[Tensor, Attend, int]:
+    def _context(
+        self, ids: Tensor, cache: KVCache | None, layout: Layout | None
+    ) -> tuple[Tensor, Attend, int]:
         """Positions of the ids, how they attend, and one more than the last position."""
         time = ids.shape[1]
+        if layout is not None:
+            if cache is not None or not self.config.causal:
+                raise AssertionError("a layout is for causal models without a cache")
+            return layout.positions, layout.attend, time
         if cache is None:
             positions = torch.arange(time, device=ids.device)
             mask = None if self.config.causal else (ids >= 0)[:, None]
