@@ -11,6 +11,16 @@ WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
 @dataclass(frozen=True)
+class SftSettings(TrainSettings):
+    """A fine-tuning run on conversations."""
+
+    pack: bool = False
+    """several conversations in a sequence, none seeing another: less padding, larger steps"""
+    template: Literal["chat", "none"] = "chat"
+    """chat marks the turns; none joins a prompt and its completion as plain text"""
+
+
+@dataclass(frozen=True)
 class DpoSettings(TrainSettings):
     """A run on pairs of answers; --batch-tokens counts both sides."""
 

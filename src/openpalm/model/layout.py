@@ -30,9 +30,7 @@ def packed(segments: Tensor) -> Layout:
     so that attention costs the sum of their squares, not the square of the row.
     """
     rows, time = segments.shape
-    here = torch.arange(time, device=segments.device)
-    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    positions = here - (here * begins).cummax(dim=1).values
+    begins, positions = _begins_and_within(segments)
     first = begins.flatten().nonzero()[:, 0]
     lengths = first.diff(append=first.new_tensor([rows * time]))
     groups = []
@@ -61,16 +59,21 @@ def _rows_at(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
+def _begins_and_within(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token, whether a sequence begins with it, and how many of its own are before it."""
+    here = torch.arange(segments.shape[1], device=segments.device)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return begins, here - (here * begins).cummax(dim=1).values
+
+
 def shared(segments: Tensor) -> Layout:
     """Answers that share a prompt in one row: each is computed as if it alone followed it.
 
     segments: int64 [rows, time]; 0 is the prompt, at the row's beginning, and neighbours with one
     other number are an answer. Every answer's positions go on from the prompt's end.
     """
-    here = torch.arange(segments.shape[1], device=segments.device)
-    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     prompt = (segments == 0).sum(dim=1, keepdim=True)
-    within = here - (here * begins).cummax(dim=1).values
+    _, within = _begins_and_within(segments)
     query, key = segments[:, :, None], segments[:, None]
     mask = ((key == 0) | (key == query)).tril()
 
