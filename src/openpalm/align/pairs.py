@@ -5,9 +5,9 @@ What the reference thinks of them is computed once, before the run, and travels 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ class PairRecord:
     rejected: Record
     reference: tuple[float, float] = (0.0, 0.0)
     """log-probabilities of the two answers under the reference"""
+    label: float = 0.0
+    """the margin: by how much the chosen answer is better, where the data says"""
+
+    @property
+    def sides(self) -> tuple[Record, ...]:
+        return self.chosen, self.rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +61,8 @@ class PairBatch:
         return len(self.targets) // 2
 
     def to(self, device: torch.device | str) -> "PairBatch":
-        values = (getattr(self, field.name) for field in fields(self))
-        return PairBatch(*(None if v is None else v.to(device) for v in values))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if v is not None})
 
     def log_probs(self, model: Transformer) -> Tensor:
         """Of each answer's tokens, 0 where nothing counts: the shape of `targets`."""
@@ -88,6 +94,7 @@ def records(
         PairRecord(
             answer_record(tokenizer, pair.prompt, pair.chosen),
             answer_record(tokenizer, pair.prompt, pair.rejected),
+            label=pair.margin or 0.0,
         )
         for pair in pairs
     ]
@@ -141,30 +148,44 @@ def _references(pairs: Sequence[PairRecord]) -> Tensor:
     return torch.tensor([pair.reference for pair in pairs]).T.flatten()
 
 
-class PairLoader:
-    """Batches of `rows` pairs, shuffled every epoch; its cursor is a position in that order."""
+class Judged(Protocol):
+    """A judgement of one answer, or of two, the better one first."""
+
+    @property
+    def sides(self) -> tuple[Record, ...]: ...
+
+    @property
+    def label(self) -> float: ...
+
+
+J = TypeVar("J", bound=Judged)
+B = TypeVar("B")
+
+
+class PairLoader(Generic[J, B]):
+    """Batches of `rows` judgements, shuffled every epoch; its cursor is a place in that order."""
 
     def __init__(
         self,
-        pairs: Sequence[PairRecord],
+        pairs: Sequence[J],
         *,
         rows: int,
         seed: int,
-        collate: Callable[[Sequence[PairRecord]], PairBatch] = collate,
+        collate: Callable[[Sequence[J]], B] = collate,
     ):
         self._pairs, self._collate = pairs, collate
         digest = hashlib.blake2b(digest_size=8)
         for pair in pairs:
-            for record in (pair.chosen, pair.rejected):
+            for record in pair.sides:
                 digest.update(repr(record.ids).encode())
         identity = {"kind": "pairs", "seed": seed, "pairs": len(pairs)}
         identity["sample"] = digest.hexdigest()
         self._order = Order(len(pairs), identity, rows=rows, seed=seed)
 
-    def __iter__(self) -> Iterator[PairBatch]:
+    def __iter__(self) -> "PairLoader[J, B]":
         return self
 
-    def __next__(self) -> PairBatch:
+    def __next__(self) -> B:
         return self._collate([self._pairs[i] for i in self._order.take()])
 
     def state_dict(self) -> dict[str, Any]:

@@ -47,11 +47,11 @@ def read_pairs(path: str | Path) -> Usable[Pair]:
     responses from 0, best first; those in a list of their own are tied). A pair may have a
     `margin`. Raises DataError with line, field and remedy.
     """
-    makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), _pair) | {RANKING: _ranking}
+    makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), row_pair) | {RANKING: _ranking}
     return read_forms(path, "pair", makers, pairs)
 
 
-def _pair(row: dict[str, Any]) -> Iterator[Pair]:
+def row_pair(row: dict[str, Any]) -> Iterator[Pair]:
     sides = ("chosen", "rejected")
     for name in sides:
         if row.get(name) is None:

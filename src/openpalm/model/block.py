@@ -17,6 +17,9 @@ from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
 from openpalm.model.rotary import Rotary, RotaryTables
 
+ATTENDS = ("q", "kv")
+"""The parts that attention reads; the feed-forward reads the others."""
+
 
 class Norm(nn.Module):
     """Layer norm with a learned scale, and a bias only where the config asks for one."""
@@ -122,21 +125,24 @@ class Block(nn.Module):
         self.attention = Attention(config, rotary)
         self.project_out = ProjectOut(config)
 
-    def forward(self, layer: int, x: Tensor, tables: RotaryTables, attend: Attend) -> Tensor:
-        q, kv, *ff = self.project_in(self.norm(x))
-        return self._add(x, self.attention(layer, q, kv, tables, attend), ff)
-
-    def at(
-        self, layer: int, x: Tensor, tables: RotaryTables, attend: Attend, places: Tensor
+    def forward(
+        self,
+        layer: int,
+        x: Tensor,
+        tables: RotaryTables,
+        attend: Attend,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """The same at `places` [n] of the flattened x alone: [n, dim]."""
-        n, (q, kv, *feeds) = self.norm(x), self.project_in.rows
-        q, kv = self.project_in(n, (q, kv))
-        attended = self.attention(layer, q, kv, tables, attend)
-        x, n, attended = (t.flatten(0, 1).index_select(0, places) for t in (x, n, attended))
-        return self._add(x, attended, self.project_in(n, feeds))
-
-    def _add(self, x: Tensor, attended: Tensor, ff: Sequence[Tensor]) -> Tensor:
+        """x [batch, time, dim] to the same, or at `places` [n] of it, flattened, to [n, dim]."""
+        n = self.norm(x)
+        if places is None:
+            q, kv, *ff = self.project_in(n)
+            attended = self.attention(layer, q, kv, tables, attend)
+        else:
+            q, kv = self.project_in(n, ATTENDS)
+            attended = self.attention(layer, q, kv, tables, attend)
+            x, n, attended = (t.flatten(0, 1).index_select(0, places) for t in (x, n, attended))
+            ff = self.project_in(n, list(self.project_in.rows)[len(ATTENDS) :])
         update = self.project_out(attended, _activate(*ff))
         return x + F.dropout(update, self.dropout, self.training)
 

@@ -65,11 +65,9 @@ class Transformer(nn.Module):
         positions, attend, longest = self._context(ids, cache, layout)
         tables = self.rotary(positions, longest)
         x = F.embedding(ids.clamp_min(0) if not self.config.causal else ids, self.embedding)
-        *blocks, last = self.blocks
-        for layer, block in enumerate(blocks):
-            x = block(layer, x, tables, attend)
-        how = (len(blocks), x, tables, attend)
-        x = last(*how) if places is None else last.at(*how, places)
+        for layer, block in enumerate(self.blocks):
+            last = layer == self.config.depth - 1
+            x = block(layer, x, tables, attend, places if last else None)
         if cache is not None:
             cache.advance(counts or [ids.shape[1]] * ids.shape[0])
         return x
