@@ -7,14 +7,8 @@ runs/prove/proofs.json, one object a run, and prints a table; ends with status 1
 over the seeds is below its floor. The task is in enumerable.py.
 """
 
-import argparse
 import copy
-import json
-import math
-import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +17,9 @@ from typing import Any
 import enumerable
 import torch
 from enumerable import ANSWERS, BETA, END, LONGEST, PROMPTS, Task
-from rich.progress import Progress
 from torch import Tensor
 
-from openpalm.align import grpo, kto, ppo
+from openpalm.align import grpo, ppo
 from openpalm.align.config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
 from openpalm.align.dpo import PairObjective
 from openpalm.align.logprobs import token_log_probs
@@ -36,7 +29,7 @@ from openpalm.align.reward import collate as reward_collate
 from openpalm.align.rollout import Answer, RolloutLoader, Sampler, record_of
 from openpalm.evaluate.agreement import spearman
 from openpalm.model.config import RewardConfig
-from openpalm.model.heads import ActorCritic
+from openpalm.model.heads import ActorCritic, Bins
 from openpalm.model.reward import RewardModel, initialise_heads
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import OptimSettings
@@ -84,9 +77,7 @@ def judged(task: Task, model: Transformer) -> Figures:
 
 
 def rolled_out(task: Task, model: Transformer, objective: Any, estimate: Any, how: Any) -> Figures:
-    sampler = Sampler(
-        model, PROMPTS, frozenset({END}), how, slots=how.prompts * how.answers
-    )
+    sampler = Sampler(model, PROMPTS, frozenset({END}), how, slots=how.prompts * how.answers)
     reference = partial(token_log_probs, task.reference)
     rows = how.prompts * how.answers // how.minibatches
     loader = RolloutLoader(sampler, task.reward, estimate, reference, rows=rows)
@@ -97,8 +88,6 @@ def rolled_out(task: Task, model: Transformer, objective: Any, estimate: Any, ho
 def by_ppo(task: Task, seed: int, **changes: Any) -> Figures:
     options = {"steps": 1600, "answers": 32, "minibatches": 2, "critic": "separate"} | changes
     how = settings(PpoSettings, 2e-3, seed, prompts=4, max_new_tokens=LONGEST, **options)
-    from openpalm.model.heads import Bins
-
     bins = Bins(how.critic_bins, -how.critic_range, how.critic_range) if how.critic_bins else None
     model = ActorCritic(enumerable.CONFIG, how.critic, bins)
     model.load_state_dict(task.reference.state_dict(), strict=False)
@@ -130,7 +119,9 @@ def drawn_pairs(task: Task, seed: int, count: int) -> list[tuple[int, int, int]]
 
 def pair_record(pair: tuple[int, int, int]) -> PairRecord:
     prompt, better, worse = pair
-    sides = [record_of(Answer(prompt, PROMPTS[prompt], ANSWERS[i], [], True)) for i in (better, worse)]
+    sides = [
+        record_of(Answer(prompt, PROMPTS[prompt], ANSWERS[i], [], True)) for i in (better, worse)
+    ]
     return PairRecord(*sides)
 
 
@@ -166,3 +157,45 @@ def by_reward_model(task: Task, seed: int) -> Figures:
     accurate = accuracy(scores, held_out) - accuracy(task.rewards.double(), held_out)
     rhos = [spearman(a.tolist(), b.tolist()) for a, b in zip(scores, task.rewards, strict=True)]
     return {"accuracy_over_true": accurate, "spearman": sum(rhos) / len(rhos)}
+
+
+@torch.no_grad()
+def scored(model: RewardModel) -> Tensor:
+    """The reward model's value of every answer, [prompts, answers]."""
+    rows = []
+    for i, prompt in enumerate(PROMPTS):
+        records = [
+            RatingRecord(record_of(Answer(i, prompt, answer, [], True)), 0.0) for answer in ANSWERS
+        ]
+        batch = reward_collate(records)
+        rows.append(model.value(batch.ids, batch.mask, batch.prompt_lengths))
+    return torch.stack(rows).double()
+
+
+def by_verdicts(task: Task, seed: int) -> Figures:
+    """KTO on the same pairs, each two verdicts."""
+    how = settings(DpoSettings, 1e-3, seed, loss="kto", steps=600)
+    given = [pair_record(pair) for pair in drawn_pairs(task, seed, PAIRS)]
+    verdicts = kto.of_pairs(given)
+    known = kto.with_reference(task.reference, verdicts, rows=512)
+    model = start_of(task)
+    loader = PairLoader(known, rows=128, seed=seed, collate=kto.collate)
+    stepped(model, kto.VerdictObjective(how), loader, how)
+    return judged(task, model)
+
+
+def by_best_of(task: Task, seed: int, n: int = 4) -> Figures:
+    """Best of n, against enumeration: its mean reward, and its distance from the reference."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = 20_000
+    p, rewards = task.log_reference[0].exp(), task.rewards[0].double()
+    chosen = torch.multinomial(p, draws * n, replacement=True, generator=generator).view(draws, n)
+    best = rewards[chosen].amax(dim=1)
+    order = rewards.argsort()
+    below = p[order].cumsum(0).clamp_max(1.0) ** n
+    exact = below.diff(prepend=below.new_zeros(1))
+    wanted = (exact * rewards[order]).sum().item()
+    error = (best.mean().item() - wanted) / (best.std().item() / math.sqrt(draws))
+    kl = torch.special.xlogy(exact, exact / p[order]).sum().item()
+    bound = math.log(n) - (n - 1) / n
+    return {"standard_errors": abs(error), "kl_under_bound": bound - kl}

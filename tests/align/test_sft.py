@@ -56,8 +56,9 @@ def loss_and_gradient(model, batch):
     logits = model.logits(batch.inputs).detach().requires_grad_()
 
     class Fixed:
-        def logits(self, ids):
+        def logits(self, ids, layout=None):
             assert torch.equal(ids, batch.inputs)
+            assert layout is None
             return logits
 
     loss, _ = NextToken().loss(Fixed(), batch)
@@ -219,7 +220,7 @@ def refused(said, tuned, tmp_path):
 
 
 def test_conversations_without_an_assistant(refused):
-    assert "no conversation has an assistant turn" in refused([("user", "hi")])
+    assert "no row can be used: no assistant turn (1)" in refused([("user", "hi")])
 
 
 def test_a_role_that_does_not_exist(refused):

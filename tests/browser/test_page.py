@@ -211,7 +211,8 @@ def test_copy(visit, scripted):
 
 
 def test_save_writes_a_conversation_that_training_reads(chat, tmp_path):
-    from openpalm.data.conversation import Message, read_conversations
+    from openpalm.data.conversation import Message
+    from openpalm.data.demonstration_files import read_demonstrations
 
     set_fields(chat, system="Be brief.")
     converse(chat, "Grüße, “you”")
@@ -220,7 +221,7 @@ def test_save_writes_a_conversation_that_training_reads(chat, tmp_path):
     path = tmp_path / download.value.suggested_filename
     download.value.save_as(path)
     assert re.fullmatch(r"chat-[-\dT]+\.jsonl", path.name)
-    assert read_conversations(path) == [
+    assert read_demonstrations(path).items == [
         (
             Message("system", "Be brief."),
             Message("user", "Grüße, “you”"),

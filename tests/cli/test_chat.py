@@ -48,11 +48,11 @@ def test_reset_forgets_and_the_system_message_stays(talk, asked):
 
 
 def test_a_saved_conversation_is_one_that_sft_reads(talk, tmp_path):
-    from openpalm.data.conversation import read_conversations
+    from openpalm.data.demonstration_files import read_demonstrations
 
     file = tmp_path / "kept.jsonl"
     talk("hello", f"/save {file}", "/reset", "again", f"/save {file}")
-    conversations = read_conversations(file)
+    conversations = read_demonstrations(file).items
     assert [[m.role for m in c] for c in conversations] == [["user", "assistant"]] * 2
     assert conversations[1][0].content == "again"
 

@@ -47,6 +47,62 @@ def test_every_loss_learns_what_is_preferred(said, base, pairs, tmp_path, loss):
         assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
+@pytest.fixture
+def thumbs(tmp_path):
+    path = tmp_path / "thumbs.jsonl"
+    rows = [
+        {"prompt": f"Question {i}?", "completion": answer, "label": good}
+        for i in range(60)
+        for answer, good in ((f"Yes, {i}.", True), ("No idea.", False))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("form", ["thumbs", "pairs"])
+def test_kto_learns_what_is_good(said, base, tmp_path, form, request):
+    """Of verdicts, and of pairs, which are one good and one bad verdict each."""
+    data = request.getfixturevalue(form)
+    status, _, errors = run(said, base, data, tmp_path / "out", "--loss", "kto", "--beta", 0.5)
+    assert status == 0, errors
+    logged = rows(tmp_path / "out" / "metrics.jsonl")
+    held_out = [row for row in logged if "val_accuracy" in row]
+    assert held_out[-1]["val_accuracy"] == 1
+    assert held_out[-1]["val_reward_margin"] > 0
+    steps = [row for row in logged if "loss" in row]
+    assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-3)
+    assert steps[-1]["loss"] < 0.45
+    assert steps[-1]["verdicts"] == 12 * 8
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"completion": " "}, 'field "completion" has an empty answer'),
+        ({"prompt": ""}, 'field "prompt"'),
+        ({"label": "yes"}, "thumbs.jsonl:121"),
+        ({"completion": None}, "thumbs.jsonl:121"),
+    ],
+)
+def test_a_bad_verdict_is_named(said, base, thumbs, tmp_path, row, says):
+    good = {"prompt": "Why?", "completion": "So.", "label": True}
+    with thumbs.open("a") as file:
+        file.write(json.dumps(good | row) + "\n")
+    status, _, errors = run(said, base, thumbs, tmp_path / "out", "--loss", "kto")
+    assert (status, len(errors)) == (2, 1)
+    assert says in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_verdicts_of_one_prompt_are_refused(said, base, tmp_path):
+    path = tmp_path / "one.jsonl"
+    row = {"prompt": "Why?", "completion": "So.", "label": True}
+    path.write_text(f"{json.dumps(row)}\n" * 3)
+    status, _, errors = run(said, base, path, tmp_path / "out", "--loss", "kto")
+    assert status == 2
+    assert "kto needs answers to at least two" in errors[-1]
+
+
 def test_the_same_command_again_does_nothing_and_another_beta_is_refused(
     said, base, pairs, tmp_path
 ):

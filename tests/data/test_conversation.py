@@ -1,11 +1,8 @@
-import json
-
 import pytest
 
 from openpalm.data.conversation import (
     Message,
     parse_messages,
-    read_conversations,
     render,
     stop_ids,
 )
@@ -90,13 +87,6 @@ def test_what_ends_a_turn(byte, unigram):
     assert stop_ids(unigram) == {unigram.special_id("</s>")}
 
 
-def test_reading_conversations(tmp_path):
-    path = tmp_path / "talks.jsonl"
-    row = {"messages": [{"role": m.role, "content": m.content} for m in TALK], "id": 7}
-    path.write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
-    assert read_conversations(path) == [tuple(TALK)] * 2
-
-
 @pytest.mark.parametrize(
     ("row", "says"),
     [
@@ -115,21 +105,7 @@ def test_reading_conversations(tmp_path):
         ),
     ],
 )
-def test_rows_that_are_no_conversations(row, says, tmp_path):
-    with pytest.raises(DataError, match=says):
+def test_rows_that_are_no_conversations(row, says):
+    with pytest.raises(DataError, match=says) as error:
         parse_messages(row, "talks.jsonl:4")
-    path = tmp_path / "talks.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError) as error:
-        read_conversations(path)
-    assert str(error.value).startswith(f"{path}:1: ")
-
-
-def test_files_that_hold_no_conversations(tmp_path):
-    (tmp_path / "a.jsonl").touch()
-    with pytest.raises(DataError, match="is empty"):
-        read_conversations(tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match="no such file"):
-        read_conversations(tmp_path / "b.jsonl")
-    with pytest.raises(DataError, match=r"read from \.jsonl or \.jsonl\.gz"):
-        read_conversations(tmp_path / "c.json")
+    assert str(error.value).startswith("talks.jsonl:4: ")

@@ -433,7 +433,6 @@ def test_answers_of_several_turns_and_margins(tmp_path):
     [
         ({"prompt": "q", "chosen": "a"}, 'field "rejected" is missing; write "prompt", "chosen"'),
         ({"prompt": "q", "chosen": None, "rejected": "a"}, 'field "chosen" is missing'),
-        ({"text": "q"}, 'field "chosen" is missing'),
         ({"prompt": "q", "chosen": "a", "rejected": "a "}, '"chosen" equals "rejected"; mend'),
         ({"chosen": "a", "rejected": "a"}, '"chosen" equals "rejected"'),
         ({"chosen": HH + " a", "rejected": HH + " a"}, '"chosen" equals "rejected"'),

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openpalm.align.config import DpoSettings
-from openpalm.align.logprobs import lengths, token_log_probs
+from openpalm.align.logprobs import lengths
 from openpalm.align.pairs import PairBatch
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Metrics
@@ -36,7 +36,7 @@ class PairObjective:
         return batch.pairs
 
     def loss(self, model: Transformer, batch: PairBatch, /) -> tuple[Tensor, Metrics]:
-        log_probs = token_log_probs(model, batch.inputs, batch.targets).sum(dim=-1)
+        log_probs = batch.log_probs(model).sum(dim=-1)
         tokens = lengths(batch.targets)
         losses, rewards = pair_losses(self.settings, log_probs, tokens, batch.reference)
         chosen, rejected = rewards.detach().chunk(2)

@@ -3,7 +3,8 @@
 Position t of `inputs` predicts `targets[t]`, which is the token after it: the shift is made once,
 where a batch is built, and nowhere again. A target of IGNORE (prompt, padding) has no probability
 and contributes exactly zero, to the sum and to the gradient; the end marker is a target like any
-other, so that the probabilities of all answers sum to one.
+other, so that the probabilities of all answers sum to one. Only states that predict a target are
+computed after the last attention: with a large vocabulary logits are most of a prompt's memory.
 """
 
 from typing import NamedTuple
@@ -14,23 +15,36 @@ from torch import Tensor
 
 from openpalm.data.loader import IGNORE
 from openpalm.model.heads import ActorCritic
+from openpalm.model.layout import Layout
 from openpalm.model.transformer import Transformer
 
 
-def token_log_probs(model: Transformer, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Natural log of the probability of each target, 0 where it is IGNORE.
+def token_log_probs(
+    model: Transformer,
+    inputs: Tensor,
+    targets: Tensor,
+    layout: Layout | None = None,
+    reads: Tensor | None = None,
+) -> Tensor:
+    """Natural log of the probability of each target, 0 where it is IGNORE; float32, its shape.
 
-    inputs, targets: int64 [rows, time]; returns float32 [rows, time].
+    inputs, targets: int64 [rows, time]. Where rows hold several answers (align/shared.py), with
+    their `layout`, targets are [answers, tokens] and `reads`, of that shape, is the place in
+    `inputs`, flattened, that predicts each.
     """
-    return log_probs_of(model.logits(inputs), targets)
+    counts = targets != IGNORE
+    places = counts.flatten().nonzero()[:, 0] if reads is None else reads[counts]
+    logits = model.head(model.residual(inputs, layout=layout, places=places))
+    return _spread(counts, _log_probs(logits, targets[counts]))
 
 
-def log_probs_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same of logits [..., vocab] that are there already: targets' shape."""
-    nats = F.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return -nats.view_as(targets)
+def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def _spread(counts: Tensor, values: Tensor) -> Tensor:
+    """The values where `counts` [rows, time] is True, in its order, and zeros elsewhere."""
+    return torch.zeros(counts.shape, device=values.device).masked_scatter(counts, values)
 
 
 def lengths(targets: Tensor) -> Tensor:
@@ -44,7 +58,7 @@ class Evaluated(NamedTuple):
     log_probs: Tensor
     entropy: Tensor
     values: Tensor | None
-    """of a model with a critic: [rows, time], or [rows, time, bins] of one that has bins"""
+    """what a critic read before each of those tokens: [tokens], or [tokens, bins]"""
 
 
 def evaluate(
@@ -60,15 +74,15 @@ def evaluate(
     With dropout on, two passes differ and the ratio of an unchanged policy would not be one.
     """
     model.eval()
-    residual = model.residual(inputs)
-    counted = targets != IGNORE
-    logits = model.head(residual[counted]) / temperature
-    log_probs = torch.zeros(targets.shape, device=targets.device)
-    entropy = torch.zeros_like(log_probs)
-    log_probs[counted] = log_probs_of(logits, targets[counted])
-    entropy[counted] = entropies(logits if train_entropy else logits.detach())
-    values = model.values(inputs, residual) if isinstance(model, ActorCritic) else None
-    return Evaluated(log_probs, entropy, values)
+    counts = targets != IGNORE
+    residual = model.residual(inputs, places=counts.flatten().nonzero()[:, 0])
+    logits = model.head(residual) / temperature
+    entropy = entropies(logits if train_entropy else logits.detach())
+    values = None
+    if isinstance(model, ActorCritic):
+        values = model.values(inputs, residual, counts)
+    log_probs = _log_probs(logits, targets[counts])
+    return Evaluated(_spread(counts, log_probs), _spread(counts, entropy), values)
 
 
 def entropies(logits: Tensor) -> Tensor:

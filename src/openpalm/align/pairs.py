@@ -1,23 +1,29 @@
-"""Pairs of answers as batches: the chosen ones' rows, then the rejected ones'.
+"""Pairs of answers as batches: the chosen ones, then the rejected ones.
 
+Both are in one row with the prompt that they share, or each in a row of its own.
 What the reference thinks of them is computed once, before the run, and travels with the batch.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from openpalm.align.logprobs import token_log_probs
+from openpalm.align.shared import common_prompt, row_length, share
 from openpalm.data.conversation import Message, render
 from openpalm.data.loader import Order, Record, padded
 from openpalm.data.preferences import Pair
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError
+from openpalm.model.layout import shared
 from openpalm.model.transformer import Transformer
+
+WORTH_SHARING = 0.875
+"""Tokens in shared rows, of those in rows of their own, up to which sharing is faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +44,30 @@ class PairRecord:
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """inputs, targets: int64 [2 pairs, time], the chosen half first; reference: [2 pairs]."""
+    """inputs, targets: int64 [2 pairs, time], the chosen half first; reference: [2 pairs].
+
+    Where prompts are shared, inputs and `segments` are [pairs, time], targets and `reads`
+    [2 pairs, tokens]; see SharedRows.
+    """
 
     inputs: Tensor
     targets: Tensor
     reference: Tensor
+    segments: Tensor | None = None
+    reads: Tensor | None = None
 
     @property
     def pairs(self) -> int:
-        return len(self.inputs) // 2
+        return len(self.targets) // 2
 
     def to(self, device: torch.device | str) -> "PairBatch":
-        return PairBatch(self.inputs.to(device), self.targets.to(device), self.reference.to(device))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if v is not None})
+
+    def log_probs(self, model: Transformer) -> Tensor:
+        """Of each answer's tokens, 0 where nothing counts: the shape of `targets`."""
+        layout = None if self.segments is None else shared(self.segments)
+        return token_log_probs(model, self.inputs, self.targets, layout, self.reads)
 
 
 def answer_record(
@@ -102,8 +120,7 @@ def with_reference(
     device, done = model.embedding.device, []
     for start in range(0, len(pairs), rows):
         group = pairs[start : start + rows]
-        batch = collate(group).to(device)
-        sums = token_log_probs(model, batch.inputs, batch.targets).sum(dim=-1)
+        sums = collate_shared(group).to(device).log_probs(model).sum(dim=-1)
         chosen, rejected = sums.cpu().chunk(2)
         both = zip(chosen.tolist(), rejected.tolist(), strict=True)
         done += [replace(pair, reference=sums) for pair, sums in zip(group, both, strict=True)]
@@ -111,11 +128,24 @@ def with_reference(
 
 
 def collate(pairs: Sequence[PairRecord]) -> PairBatch:
-    """One batch, padded on the right; padding is never a target."""
+    """One batch of two rows a pair, padded on the right; padding is never a target."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     inputs, targets = padded(rows, max(len(row.ids) for row in rows) - 1)
-    reference = [pair.reference[0] for pair in pairs] + [pair.reference[1] for pair in pairs]
-    return PairBatch(inputs, targets, torch.tensor(reference))
+    return PairBatch(inputs, targets, _references(pairs))
+
+
+def collate_shared(pairs: Sequence[PairRecord]) -> PairBatch:
+    """One batch of one row a pair where that saves work, else as `collate` makes it."""
+    groups = [(pair.chosen, pair.rejected) for pair in pairs]
+    alone = 2 * max(len(record.ids) - 1 for group in groups for record in group)
+    if not all(map(common_prompt, groups)) or max(map(row_length, groups)) > WORTH_SHARING * alone:
+        return collate(pairs)
+    rows = share(groups)
+    return PairBatch(rows.inputs, rows.targets, _references(pairs), rows.segments, rows.reads)
+
+
+def _references(pairs: Sequence[PairRecord]) -> Tensor:
+    return torch.tensor([pair.reference for pair in pairs]).T.flatten()
 
 
 class Judged(Protocol):

@@ -21,7 +21,7 @@ from torch import Tensor
 from openpalm.align.advantages import generalised_advantages, token_rewards, whitened
 from openpalm.align.config import PpoSettings
 from openpalm.align.logprobs import evaluate
-from openpalm.align.policy import as_sums, mean, surrogate
+from openpalm.align.policy import as_sums, surrogate
 from openpalm.align.reward import gaussian_bins
 from openpalm.align.rollout import Estimated, Experience, Rollout
 from openpalm.model.heads import ActorCritic
@@ -51,21 +51,19 @@ class PpoObjective:
         assert now.values is not None
         policy, means = surrogate(self.settings, now, batch)
         critic = critic_losses(model, now.values, batch, self.settings.clip_value)
-        with torch.no_grad():
-            means["critic_loss"] = mean(critic, batch.mask)
-        total = policy.sum() + self.settings.critic_weight * (critic * batch.mask).sum()
+        means["critic_loss"] = critic.mean().item()
+        total = policy.sum() + self.settings.critic_weight * critic.sum()
         return total, as_sums(means, self.count(batch))
 
 
 def critic_losses(model: ActorCritic, read: Tensor, batch: Experience, clip: float) -> Tensor:
-    """[rows, time]: clipped squares, or the cross entropy of a critic that has bins."""
-    bins = model.critic.bins
+    """Of each token, [tokens]: clipped squares, or the cross entropy of a critic that has bins."""
+    bins, returns, old = model.critic.bins, batch.returns[batch.mask], batch.values[batch.mask]
     if bins is not None:
-        inside = batch.returns.clamp(bins.low, bins.high)
-        targets = gaussian_bins(inside, bins.centres(read.device))
+        targets = gaussian_bins(returns.clamp(bins.low, bins.high), bins.centres(read.device))
         return -(targets * read.log_softmax(dim=-1)).sum(dim=-1)
-    near = batch.values + (read - batch.values).clamp(-clip, clip)
-    squares = (read - batch.returns).square(), (near - batch.returns).square()
+    near = old + (read - old).clamp(-clip, clip)
+    squares = (read - returns).square(), (near - returns).square()
     return torch.maximum(*squares) / 2
 
 

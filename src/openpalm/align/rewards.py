@@ -12,6 +12,7 @@ A source is named in a word, `[WEIGHT*]SOURCE`:
 Several are added up with their weights.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def of_classifier(name: str, reader: Reader) -> Reward:
     Only safetensors are read, and no code of the repository is run.
     """
     try:
-        import transformers
+        transformers: Any = importlib.import_module("transformers")
     except ImportError:
         raise SettingsError(
             f"--reward hub:{name}: needs the package transformers; pip install transformers"

@@ -236,7 +236,7 @@ class RolloutLoader:
         values = torch.zeros_like(now.log_probs)
         if now.values is not None:
             assert isinstance(model, ActorCritic)
-            values = model.as_value(now.values) * (targets != IGNORE)
+            values[targets != IGNORE] = model.as_value(now.values)
         return now.log_probs, values, reference
 
     def _minibatches(self) -> list[Tensor]:

@@ -3,10 +3,12 @@
 The loss is next-token prediction (Ouyang et al. 2022, section 3.5, "SFT") over the assistant's
 tokens and the end marker of each of its turns, and over nothing else: what the user wrote is read,
 never imitated. So SFT needs no loss of its own: records in, train.objective.NextToken on THE loop.
-One conversation is one row; nothing is packed, so nothing can attend across conversations.
+A conversation is a row of its own, or shares one where nothing can attend from one conversation to
+another (Batch.segments); its loss and its gradient are the same either way.
 """
 
 from collections.abc import Iterable
+from typing import Literal
 
 from openpalm.data.conversation import Message, render
 from openpalm.data.loader import Record
@@ -14,9 +16,33 @@ from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError
 
 
-def records(tokenizer: Tokenizer, conversations: Iterable[tuple[Message, ...]]) -> list[Record]:
-    """Each conversation as ids and loss mask. Raises DataError where none has an assistant turn."""
-    rendered = [Record(*render(tokenizer, messages)) for messages in conversations]
+def records(
+    tokenizer: Tokenizer,
+    conversations: Iterable[tuple[Message, ...]],
+    template: Literal["chat", "none"] = "chat",
+) -> list[Record]:
+    """Each conversation as ids and loss mask. Raises DataError where none has an assistant turn.
+
+    Without a template a conversation is a prompt and its continuation, up to the end of the text.
+    """
+    make = _continuation if template == "none" else _conversation
+    rendered = [make(tokenizer, messages) for messages in conversations]
     if not any(any(record.loss_mask) for record in rendered):
         raise DataError("no conversation has an assistant turn; there is nothing to learn from")
     return rendered
+
+
+def _conversation(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Record:
+    return Record(*render(tokenizer, messages))
+
+
+def _continuation(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Record:
+    roles = [message.role for message in messages]
+    if roles != ["user", "assistant"]:
+        raise DataError(
+            f"--template none: joins one prompt and one answer, not {', '.join(roles)}; "
+            "use --template chat"
+        )
+    asked, answered = (tokenizer.encode(message.content) for message in messages)
+    answered += [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    return Record(asked + answered, [False] * len(asked) + [True] * len(answered))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openpalm.align.config import SftSettings
 from openpalm.errors import SettingsError
 from openpalm.settings import parse
 from openpalm.train.config import OptimSettings, TrainSettings
@@ -134,7 +135,7 @@ def finetune(settings: QuickstartSettings, console: "Console") -> None:
         f"{len(names[0].train_questions)} phrasings each"
     )
     outcome = sft_verb(
-        TrainSettings(
+        SftSettings(
             data=data,
             out=settings.out / "sft",
             init=str(settings.out / "pretrain"),

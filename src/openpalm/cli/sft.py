@@ -1,29 +1,36 @@
 """`openpalm sft`: a checkpoint and conversations in, a model that answers out."""
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from openpalm.align.config import SftSettings
+from openpalm.errors import DataError
 from openpalm.settings import parse
-from openpalm.train.config import TrainSettings
 
 if TYPE_CHECKING:
     from openpalm.data.loader import Record
+    from openpalm.data.mixture import Mixture
+    from openpalm.data.tokenizer import Tokenizer
     from openpalm.train.run import Outcome, Probe
+
+_PROBE_ROWS = 16
 
 
 def run(argv: Sequence[str]) -> None:
     settings = parse(
-        TrainSettings,
+        SftSettings,
         argv,
         verb="sft",
-        about="Fine-tunes a checkpoint on conversations: a .jsonl whose lines are "
-        '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}. '
-        "The loss is on what the assistant says and on its end marker.",
+        about="Fine-tunes a checkpoint on conversations: a .jsonl of "
+        '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, of '
+        '{"prompt": ..., "completion": ...} (the user\'s turn and the assistant\'s), ShareGPT, '
+        "Alpaca, questions with answers, or preference records: the keys tell. A .yaml is a "
+        "mixture of such files. The loss is on what the assistant says and on its end marker.",
         examples=[
             "openpalm sft --init runs/tiny --data questions.jsonl --out runs/chat --epochs 2",
-            "openpalm sft --init runs/tiny --data questions.jsonl --out runs/chat2 --minutes 5",
+            "openpalm sft --init runs/tiny --data questions.jsonl --out runs/c2 --minutes 5 --pack",
+            "openpalm sft --init runs/tiny --data mixture.yaml --out runs/mixed --epochs 1",
         ],
     )
     from openpalm.cli.train import report
@@ -31,37 +38,44 @@ def run(argv: Sequence[str]) -> None:
     report(finetune(settings), settings)
 
 
-def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
+def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     """Composes the run: weights, conversations as records, THE loop."""
     from openpalm import checkpoint
-    from openpalm.align.sft import records
     from openpalm.cli.common import fine_tuning_start, held_out
-    from openpalm.data.conversation import read_conversations
-    from openpalm.data.loader import RecordLoader, truncated
+    from openpalm.data.loader import PackedLoader, RecordLoader, truncated
+    from openpalm.data.mixture import read_mixture
+    from openpalm.data.order import mixture as mixed_draws
     from openpalm.train.run import Job
     from openpalm.train.run import run as run_job
 
     directory, tokenizer, start = fine_tuning_start(settings)
     length = settings.sequence_length or start.config.context
-    everything = records(tokenizer, read_conversations(settings.data))
-    trained, measured = held_out(everything)
-    if cut := truncated(everything, length):
+    mixture = read_mixture(settings.data)
+    tasks = [held_out(task) for task in _tasks(mixture, tokenizer, settings, label)]
+    trained = [record for training, _ in tasks for record in training]
+    measured = [record for _, measuring in tasks for record in measuring]
+    sizes = [len(training) for training, _ in tasks]
+    draws = mixed_draws(sizes, mixture.shares(sizes), settings.seed) if len(sizes) > 1 else None
+    if cut := truncated([*trained, *measured], length):
         print(
-            f"{label}: {cut} of {len(everything)} conversations are longer than {length} tokens "
-            "and are cut at the end; --sequence-length takes more",
+            f"{label}: {cut} of {len(trained) + len(measured)} conversations are longer than "
+            f"{length} tokens and are cut at the end; --sequence-length takes more",
             file=sys.stderr,
         )
+    kind = PackedLoader if settings.pack else RecordLoader
+
+    def loader(rows: int) -> PackedLoader | RecordLoader:
+        return kind(trained, rows=rows, seed=settings.seed, sequence_length=length, draws=draws)
+
     measurable = any(any(record.loss_mask[1 : length + 1]) for record in measured)
     job = Job(
         config=start.config,
         fill=start.fill,
-        make_loader=lambda shape, *_: RecordLoader(
-            trained, rows=shape.rows, seed=settings.seed, sequence_length=shape.sequence_length
-        ),
-        sequences_per_epoch=len(trained),
+        make_loader=lambda shape, *_: loader(shape.rows),
+        sequences_per_epoch=loader(1).rows_per_epoch,
         learning_rate=start.learning_rate,
         tokenizer_json=checkpoint.tokenizer_json(directory),
-        data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
+        data_hash=mixture.digest(settings.data),
         parent_hash=start.parent_hash,
         probes=[_held_out_probe(measured, length)] if measurable else [],
         label=label,
@@ -69,17 +83,36 @@ def finetune(settings: TrainSettings, label: str = "sft") -> "Outcome":
     return run_job(settings, job)
 
 
+def _tasks(
+    mixture: "Mixture", tokenizer: "Tokenizer", settings: SftSettings, label: str
+) -> "list[list[Record]]":
+    """Each task's conversations as records; what is not used is told."""
+    from openpalm.align.sft import records
+    from openpalm.data.mixture import conversations
+
+    made = []
+    for number, task in enumerate(mixture.tasks):
+        given = conversations(task, settings.seed + number)
+        if not given.items:
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in given.unused.items())
+            raise DataError(f"{task.data}: no row can be used: {reasons}")
+        for reason, count in given.unused.items():
+            print(f"{label}: {task.data}: {count} rows are not used: {reason}", file=sys.stderr)
+        made.append(records(tokenizer, given.items, settings.template))
+    return made
+
+
 def _held_out_probe(records: "Sequence[Record]", sequence_length: int) -> "Probe":
     """val_loss over the held-out answers, nats a token."""
-    from openpalm.data.loader import RecordLoader
+    from openpalm.data.loader import Batch, padded
     from openpalm.evaluate.perplexity import split_loss
     from openpalm.train.run import Probe
 
-    rows = len(records)
-    loader = RecordLoader(records, rows=rows, seed=0, sequence_length=sequence_length)
-    batch = next(loader)  # all of them, once
-
+    batches = [
+        Batch(*padded(records[first : first + _PROBE_ROWS], sequence_length))
+        for first in range(0, len(records), _PROBE_ROWS)
+    ]
     return Probe(
-        lambda model, dtype: {"val_loss": split_loss(model, [batch], 1, dtype).nats_per_token},
+        lambda model, dtype: {"val_loss": split_loss(model, batches, 1, dtype).nats_per_token},
         tell=lambda row: f"held-out answers {row['val_loss']:.4f} nats a token",
     )

@@ -5,10 +5,9 @@ Roles are special tokens placed here and nowhere else, so no text can pretend to
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-from openpalm.data.corpus import is_rows, read_rows, shown
+from openpalm.data.corpus import shown
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError
 
@@ -71,17 +70,6 @@ def parse_messages(obj: object, where: str) -> tuple[Message, ...]:
             f"it is {_shape(messages)}"
         )
     return tuple(_message(item, f"{where}: messages[{i}]") for i, item in enumerate(messages))
-
-
-def read_conversations(path: str | Path) -> list[tuple[Message, ...]]:
-    """The conversations of a .jsonl or .jsonl.gz file, one a line. Raises DataError."""
-    path = Path(path)
-    if not is_rows(path):
-        raise DataError(f"{path}: conversations are read from .jsonl or .jsonl.gz; convert it")
-    found = [parse_messages(row, where) for where, row in read_rows(path)]
-    if not found:
-        raise DataError(f"{path}: is empty; give a file with at least one conversation")
-    return found
 
 
 class _Template:

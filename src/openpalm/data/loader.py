@@ -5,6 +5,7 @@ count of rows taken so far is all that resuming needs. Knows no model and no dev
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,22 +15,28 @@ import torch
 from torch import Tensor
 
 from openpalm.data.conversation import Rendered as Record
+from openpalm.data.order import Cursor, Draws, Order, mixed, order_key, shuffle, shuffled
+from openpalm.data.packing import best_fit
 from openpalm.errors import DataError
 
 IGNORE = -100
 PAD_MULTIPLE = 16
-_MASK64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """inputs, targets: int64 [rows, time]; a target of IGNORE does not count."""
+    """inputs, targets: int64 [rows, time]; a target of IGNORE does not count.
+
+    segments: which sequence of its row each position belongs to, where a row holds several.
+    """
 
     inputs: Tensor
     targets: Tensor
+    segments: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.inputs.to(device), self.targets.to(device))
+        segments = None if self.segments is None else self.segments.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), segments)
 
 
 class Tokens(Protocol):
@@ -37,73 +44,6 @@ class Tokens(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, key: slice, /) -> np.ndarray: ...
-
-
-class _Cursor:
-    """Which global rows come next on this rank, and what identifies their order.
-
-    A step takes world_size * rows consecutive global rows; a rank's share of them is contiguous.
-    """
-
-    def __init__(self, identity: dict[str, Any], rows: int, rank: int, world_size: int):
-        if rows < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"rows {rows}, rank {rank} of {world_size}: out of range")
-        self._identity, self._rows = identity, rows
-        self._rank, self._world_size = rank, world_size
-        self._consumed = 0
-
-    def take(self) -> range:
-        first = self._consumed + self._rank * self._rows
-        self._consumed += self._world_size * self._rows
-        return range(first, first + self._rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows_consumed": self._consumed, **self._identity}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        differing = [k for k, v in self._identity.items() if state.get(k) != v]
-        if differing:
-            told = ", ".join(
-                f"{k} {state.get(k)} instead of {self._identity[k]}" for k in differing
-            )
-            raise DataError(f"the data cursor is of other data ({told}); resume with the same data")
-        consumed = state.get("rows_consumed")
-        if type(consumed) is not int or consumed < 0:
-            raise DataError(f"the data cursor's rows_consumed is {consumed!r}; it is damaged")
-        self._consumed = consumed
-
-
-class Order:
-    """Indices of `size` items, all of them once an epoch, shuffled anew each time."""
-
-    def __init__(
-        self,
-        size: int,
-        identity: dict[str, Any],
-        *,
-        rows: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self._cursor = _Cursor(identity, rows, rank, world_size)
-        self._size, self._seed = size, seed
-
-    def take(self) -> list[int]:
-        """The next `rows` indices of this rank."""
-        return [self._index(row) for row in self._cursor.take()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor, ready for JSON; the same on every rank."""
-        return self._cursor.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a cursor of any number of ranks. Raises DataError if it is of other data."""
-        self._cursor.load_state_dict(state)
-
-    def _index(self, row: int) -> int:
-        epoch, index = divmod(row, self._size)
-        return shuffled(index, self._size, _key(self._seed, epoch))
 
 
 class TokenLoader:
@@ -140,7 +80,7 @@ class TokenLoader:
             "tokens": len(tokens),
             "sample": _sample(tokens),
         }
-        self._cursor = _Cursor(identity, rows, rank, world_size)
+        self._cursor = Cursor(identity, rows, rank, world_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -160,8 +100,8 @@ class TokenLoader:
 
     def _window(self, row: int) -> np.ndarray:
         epoch, index = divmod(row, self.windows)
-        key = _key(self._seed, epoch)
-        phase = _mix(key) % self._length if self._moves else 0
+        key = order_key(self._seed, epoch)
+        phase = mixed(key) % self._length if self._moves else 0
         start = phase + shuffled(index, self.windows, key) * self._length
         return self._tokens[start : start + self._length + 1].astype(np.int64)
 
@@ -170,7 +110,8 @@ class RecordLoader:
     """Records shuffled every epoch, one a row, padded on the right to the longest of the batch.
 
     Records longer than `sequence_length` are cut at the end (`truncated` counts them). Targets
-    outside the loss mask are IGNORE.
+    outside the loss mask are IGNORE. `draws` puts a mixture in the place of the
+    shuffle.
     """
 
     def __init__(
@@ -182,23 +123,20 @@ class RecordLoader:
         sequence_length: int,
         rank: int = 0,
         world_size: int = 1,
+        draws: Draws | None = None,
     ):
-        short = sum(len(record.ids) < 2 for record in records)
-        if short or not records:
-            raise DataError(
-                f"{short} of {len(records)} records have fewer than 2 tokens to learn from; "
-                "leave them out, and give at least one"
-            )
         self._records, self._length = records, sequence_length
-        identity = {
-            "kind": "records",
-            "seed": seed,
-            "sequence_length": sequence_length,
-            "records": len(records),
-            "sample": _records_digest(records),
-        }
+        identity = {"kind": "records", **_identity(records, seed, sequence_length)}
+        draws = draws or shuffle(len(records), seed)
+        self.rows_per_epoch = draws.epoch
         self._order = Order(
-            len(records), identity, rows=rows, seed=seed, rank=rank, world_size=world_size
+            len(records),
+            identity,
+            rows=rows,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            draws=draws,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -216,21 +154,97 @@ class RecordLoader:
         self._order.load_state_dict(state)
 
 
+class PackedLoader:
+    """Rows of up to `sequence_length` tokens that hold several records each, one after the other.
+
+    Every epoch the records come in an order of its own and are packed by best fit, and the rows
+    are shuffled. As many records are seen, cut and learnt from as by a RecordLoader.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        rows: int,
+        seed: int,
+        sequence_length: int,
+        rank: int = 0,
+        world_size: int = 1,
+        draws: Draws | None = None,
+    ):
+        self._records, self._length, self._seed = records, sequence_length, seed
+        identity = {"kind": "packed", **_identity(records, seed, sequence_length)}
+        self._draws = draws or shuffle(len(records), seed)
+        self._cursor = Cursor(identity | self._draws.identity, rows, rank, world_size)
+        self._starts = [0]  # the first row of every epoch that was packed so far, and of the next
+        self._epoch, self._packed = -1, list[list[int]]()
+        self._pack(0)
+        self.rows_per_epoch = len(self._packed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        rows = [[self._records[i] for i in self._row(row)] for row in self._cursor.take()]
+        return packed(rows, self._length)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, ready for JSON; the same on every rank."""
+        return self._cursor.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a cursor of any number of ranks. Raises DataError if it is of other data."""
+        self._cursor.load_state_dict(state)
+
+    def _row(self, row: int) -> list[int]:
+        while row >= self._starts[-1]:
+            self._pack(len(self._starts) - 1)
+        epoch = bisect_right(self._starts, row) - 1
+        self._pack(epoch)
+        index = row - self._starts[epoch]
+        return self._packed[shuffled(index, len(self._packed), order_key(mixed(self._seed), epoch))]
+
+    def _pack(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        first = epoch * self._draws.epoch
+        items = [self._draws.item(first + draw) for draw in range(self._draws.epoch)]
+        lengths = (min(len(self._records[i].ids) - 1, self._length) for i in items)
+        self._packed = [[items[n] for n in row] for row in best_fit(lengths, self._length)]
+        self._epoch = epoch
+        if epoch == len(self._starts) - 1:
+            self._starts.append(self._starts[-1] + len(self._packed))
+
+
 def padded(records: Sequence[Record], sequence_length: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets [records, time], padded on the right to the longest, cut at the end.
 
     The width is a multiple of PAD_MULTIPLE up to `sequence_length`.
     """
-    widest = max(min(len(record.ids) - 1, sequence_length) for record in records)
+    batch = packed([[record] for record in records], sequence_length)
+    return batch.inputs, batch.targets
+
+
+def packed(rows: Sequence[Sequence[Record]], sequence_length: int) -> Batch:
+    """Each row's records one after the other, each cut at the end; what is left is padding.
+
+    A record is a segment of its row; the padding, too, is one of its own.
+    """
+    sizes = [[min(len(record.ids) - 1, sequence_length) for record in row] for row in rows]
+    widest = max(map(sum, sizes))
     width = min(-(-widest // PAD_MULTIPLE) * PAD_MULTIPLE, sequence_length)
-    inputs = torch.zeros(len(records), width, dtype=torch.int64)
-    targets = torch.full_like(inputs, IGNORE)
-    for row, record in enumerate(records):
-        ids = torch.tensor(record.ids[: width + 1])
-        counts = torch.tensor(record.loss_mask[1 : width + 1])
-        inputs[row, : len(ids) - 1] = ids[:-1]
-        targets[row, : len(ids) - 1] = ids[1:].where(counts, IGNORE)
-    return inputs, targets
+    inputs = torch.zeros(len(rows), width, dtype=torch.int64)
+    targets, segments = torch.full_like(inputs, IGNORE), torch.full_like(inputs, -1)
+    for n, row in enumerate(rows):
+        end = 0
+        for segment, (record, size) in enumerate(zip(row, sizes[n], strict=True)):
+            start, end = end, end + size
+            ids = torch.tensor(record.ids[: size + 1])
+            counts = torch.tensor(record.loss_mask[1 : size + 1])
+            inputs[n, start:end] = ids[:-1]
+            targets[n, start:end] = ids[1:].where(counts, IGNORE)
+            segments[n, start:end] = segment
+    return Batch(inputs, targets, segments)
 
 
 def truncated(records: Iterable[Record], sequence_length: int) -> int:
@@ -258,42 +272,28 @@ def evaluation_batches(tokens: Tokens, *, sequence_length: int, rows: int) -> It
         yield Batch(torch.from_numpy(inputs), torch.from_numpy(wanted))
 
 
-def shuffled(index: int, size: int, key: int) -> int:
-    """Where `index` goes in the permutation of range(size) that `key` names.
-
-    A four-round Feistel network over the next even power of two, walked until it is back inside
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): no table in memory however
-    many windows, and an order that no library's next version changes.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for turn in range(4):
-            left, right = right, left ^ (_mix(key + (turn << 56) + right) & mask)
-        index = left << half | right
-        if index < size:
-            return index
-
-
-def _key(seed: int, epoch: int) -> int:
-    return _mix(_mix(seed) + epoch)
-
-
-def _mix(value: int) -> int:
-    """A 64-bit number that looks random (the finaliser of SplitMix64, Steele et al. 2014)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
-
-
 def _sample(tokens: Tokens) -> str:
     """A digest of both ends of the data: cheap, and different data differ there."""
     digest = hashlib.blake2b(digest_size=8)
     for part in (tokens[:4096], tokens[max(0, len(tokens) - 4096) :]):
         digest.update(part.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _identity(records: Sequence[Record], seed: int, sequence_length: int) -> dict[str, Any]:
+    """What tells these records from others; raises DataError where one teaches nothing."""
+    short = sum(len(record.ids) < 2 for record in records)
+    if short or not records:
+        raise DataError(
+            f"{short} of {len(records)} records have fewer than 2 tokens to learn from; "
+            "leave them out, and give at least one"
+        )
+    return {
+        "seed": seed,
+        "sequence_length": sequence_length,
+        "records": len(records),
+        "sample": _records_digest(records),
+    }
 
 
 def _records_digest(records: Sequence[Record]) -> str:

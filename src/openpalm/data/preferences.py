@@ -171,9 +171,7 @@ def pairs(preferences: list[Preference]) -> Iterator[Pair | str]:
             case "compare", payload:
                 yield "tie" if "tie" in payload else "both bad"
             case "rank", {"order": order}:
-                for i, j in chain(*(product(*groups) for groups in combinations(order, 2))):
-                    yield _contest(p.prompt, texts[i], texts[j])
-                yield from ["tie"] * sum(comb(len(group), 2) for group in order)
+                yield from ranked(p.prompt, texts, order)
             case "edit", {"candidate": i, "text": text}:
                 yield _contest(p.prompt, text, texts[i])
             case "rate", {"candidate": i, "ratings": axes}:
@@ -187,6 +185,13 @@ def pairs(preferences: list[Preference]) -> Iterator[Pair | str]:
         for (low, worse), (high, better) in map(sorted, combinations(group, 2)):
             gap = high - low
             yield _contest(prompt, better, worse, gap) if gap >= 1 else "rating gap below 1"
+
+
+def ranked(prompt: Messages, texts: list[str], order: list[list[int]]) -> Iterator[Pair | str]:
+    """Pairs of answers to one prompt, between the groups of their order from best to worst."""
+    for i, j in chain(*(product(*groups) for groups in combinations(order, 2))):
+        yield _contest(prompt, texts[i], texts[j])
+    yield from ["tie"] * sum(comb(len(group), 2) for group in order)
 
 
 @_export

@@ -12,14 +12,15 @@ BLOCK = 256
 """Query positions scored at a time on a CPU in bfloat16."""
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position attends to itself and before.
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Each position attends to itself and before, of that to what `mask` leaves.
 
     q [batch, time, heads, head_dim]; k, v [batch, time, kv_heads, head_dim]; returns q's shape.
+    mask: bool [batch, time, time], itself causal, or None.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return _blocked_causal(q, k, v)
-    return _sdpa(q, k, v, is_causal=True)
+        return _blocked_causal(q, k, v, mask)
+    return _sdpa(q, k, v, is_causal=True) if mask is None else masked_attention(q, k, v, mask)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -50,7 +51,7 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.view(rows, 1, heads, width)
 
 
-def _blocked_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _blocked_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Query heads folded into rows, one block of positions at a time.
 
     In bfloat16 on a CPU this trains 1.6-2.1x faster than SDPA's kernel, which is only good there
@@ -66,7 +67,10 @@ def _blocked_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         end = min(start + BLOCK, time)
         rows = q[:, :, :, start:end].flatten(2, 3)  # [batch, kv_heads, groups * block, width]
         scores = (rows @ k[:, :, :end].transpose(-1, -2)).unflatten(2, (groups, -1))
-        scores[..., start:] += future[: end - start, : end - start]
+        if mask is None:
+            scores[..., start:] += future[: end - start, : end - start]
+        else:
+            scores.masked_fill_(~mask[:, None, None, start:end, :end], -torch.inf)
         weights = scores.softmax(dim=-1).flatten(2, 3)
         blocks.append((weights @ v[:, :, :end]).unflatten(2, (groups, -1)))
     out = torch.cat(blocks, dim=3)  # [batch, kv_heads, groups, time, width]

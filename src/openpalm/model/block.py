@@ -5,6 +5,7 @@
 without the block, attention or rotary knowing. `ProjectHead` is the same seam for the vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +16,9 @@ from openpalm.model.attention import causal_attention, masked_attention
 from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
 from openpalm.model.rotary import Rotary, RotaryTables
+
+ATTENDS = ("q", "kv")
+"""The parts that attention reads; the feed-forward reads the others."""
 
 
 class Norm(nn.Module):
@@ -33,7 +37,8 @@ class Norm(nn.Module):
 class ProjectIn(nn.Module):
     """norm(x) [..., dim] -> queries, keys and values, and the feed-forward's input parts.
 
-    Separate matrices in memory and in checkpoints, one matrix multiply when it runs.
+    Separate matrices in memory and in checkpoints, one matrix multiply when it runs. With
+    `names`, only those parts.
     """
 
     def __init__(self, config: ModelConfig):
@@ -49,13 +54,15 @@ class ProjectIn(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(rows, config.dim)))
         self.up_bias = nn.Parameter(torch.empty(config.ff_dim)) if config.bias else None
 
-    def forward(self, n: Tensor) -> tuple[Tensor, ...]:
-        *parts, up = self.multiply(n).split(list(self.rows.values()), dim=-1)
-        return *parts, up if self.up_bias is None else up + self.up_bias
+    def forward(self, n: Tensor, names: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        names = names or tuple(self.rows)
+        products = self.multiply(n, names)
+        *parts, last = products.split([self.rows[name] for name in names], dim=-1)
+        return *parts, last if self.up_bias is None or names[-1] != "up" else last + self.up_bias
 
-    def multiply(self, n: Tensor) -> Tensor:
-        """All matrices' products side by side, in the order of `rows`."""
-        return F.linear(n, torch.cat([getattr(self, name) for name in self.rows]))
+    def multiply(self, n: Tensor, names: Sequence[str]) -> Tensor:
+        """The named matrices' products side by side."""
+        return F.linear(n, torch.cat([getattr(self, name) for name in names]))
 
 
 class ProjectOut(nn.Module):
@@ -122,9 +129,25 @@ class Block(nn.Module):
         self.attention = Attention(config, rotary)
         self.project_out = ProjectOut(config)
 
-    def forward(self, layer: int, x: Tensor, tables: RotaryTables, attend: Attend) -> Tensor:
-        q, kv, *ff = self.project_in(self.norm(x))
-        update = self.project_out(self.attention(layer, q, kv, tables, attend), _activate(*ff))
+    def forward(
+        self,
+        layer: int,
+        x: Tensor,
+        tables: RotaryTables,
+        attend: Attend,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """x [batch, time, dim] to the same, or at `places` [n] of it, flattened, to [n, dim]."""
+        n = self.norm(x)
+        if places is None:
+            q, kv, *ff = self.project_in(n)
+            attended = self.attention(layer, q, kv, tables, attend)
+        else:
+            q, kv = self.project_in(n, ATTENDS)
+            attended = self.attention(layer, q, kv, tables, attend)
+            x, n, attended = (t.flatten(0, 1).index_select(0, places) for t in (x, n, attended))
+            ff = self.project_in(n, list(self.project_in.rows)[len(ATTENDS) :])
+        update = self.project_out(attended, _activate(*ff))
         return x + F.dropout(update, self.dropout, self.training)
 
 

@@ -73,16 +73,16 @@ class ActorCritic(Transformer):
             for name, parameter in self.published():
                 own[name].copy_(parameter)
 
-    def values(self, inputs: Tensor, residual: Tensor) -> Tensor:
-        """Values [rows, time], or logits of bins [rows, time, bins], before each next token.
+    def values(self, inputs: Tensor, residual: Tensor, counts: Tensor) -> Tensor:
+        """What the critic reads where `counts` [rows, time] is True: [tokens], or [tokens, bins].
 
-        residual: the policy's states of inputs [rows, time].
+        residual: the policy's states there, [tokens, dim], of inputs [rows, time].
         """
         if self.critic.trunk is not None:
-            return self.critic(self.critic.trunk.hidden(inputs))
+            return self.critic(self.critic.trunk.hidden(inputs)[counts])
         states = self.norm(residual)
         return self.critic(states.detach() if self.critic.kind == "detached" else states)
 
     def as_value(self, read: Tensor) -> Tensor:
-        """The value [rows, time] of what `values` gave."""
+        """The values [tokens] of what `values` gave."""
         return self.critic.bins.expected(read) if self.critic.bins else read

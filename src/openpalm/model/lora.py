@@ -6,7 +6,7 @@ an adapter that was just attached changes nothing. Attached from outside: `proje
 names, and the factors of matrix q of block 0 are `blocks.0.project_in.lora.q.a` and `.b`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -45,18 +45,19 @@ class _Adapted(nn.Module):
 
 
 class AdaptedIn(_Adapted, ProjectIn):
-    def multiply(self, n: Tensor) -> Tensor:
-        products = super().multiply(n)
+    def multiply(self, n: Tensor, names: Sequence[str]) -> Tensor:
+        products = super().multiply(n, names)
         if not (self.active and self.lora):
             return products
         half = self.rows["kv"] // 2
-        rows = {"q": self.rows["q"], "k": half, "v": half} | self.rows
-        del rows["kv"]
+        rows = self.rows | {"k": half, "v": half}
+        each = [part for name in names for part in (("k", "v") if name == "kv" else (name,))]
         # Side by side, so that what follows reads the layout, and runs the kernels, of the base.
-        leading = n.shape[:-1]
         shifts = [
-            self.lora[name](n) if name in self.lora else products.new_zeros(*leading, count)
-            for name, count in rows.items()
+            self.lora[name](n)
+            if name in self.lora
+            else products.new_zeros(*n.shape[:-1], rows[name])
+            for name in each
         ]
         return products + torch.cat(shifts, dim=-1)
 

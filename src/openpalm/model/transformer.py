@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openpalm.model.block import Attend, Block, Norm, ProjectHead, attend_cached, attend_whole
 from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
+from openpalm.model.layout import Layout
 from openpalm.model.rotary import Rotary
 
 
@@ -36,13 +37,16 @@ class Transformer(nn.Module):
         """Named parameters that a checkpoint holds for whoever uses the model."""
         return self.named_parameters()
 
-    def logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def logits(
+        self, ids: Tensor, cache: KVCache | None = None, *, layout: Layout | None = None
+    ) -> Tensor:
         """Unnormalised log-probabilities of the next token.
 
         ids: integers [batch, time]. Returns float32 [batch, time, vocab_size]: the padding rows
-        of the table are cut off here, so no loss, sampler or metric can meet them.
+        of the table are cut off here, so no loss, sampler or metric can meet them. A `layout`
+        says where the tokens stand, in rows that hold more than one sequence.
         """
-        return self.head(self.residual(ids, cache))
+        return self.head(self.residual(ids, cache, layout=layout))
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final-norm states [batch, time, dim] of ids [batch, time]."""
@@ -53,20 +57,25 @@ class Transformer(nn.Module):
         ids: Tensor,
         cache: KVCache | None = None,
         counts: list[int] | None = None,
+        *,
         added: Tensor | None = None,
+        layout: Layout | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after the last block, [batch, time, dim].
 
         `added`, of that shape, goes on top of the embeddings. With a cache the ids follow what
         each slot holds, and the cache advances: by `counts` tokens in each slot where given (the
-        rest of the row is padding), else by all of them.
+        rest of the row is padding), else by all of them. `places`, int64 [n], are those of the
+        flattened ids whose states are wanted, [n, dim]: what only the others need is not computed.
         """
-        positions, attend, longest = self._context(ids, cache)
+        positions, attend, longest = self._context(ids, cache, layout)
         tables = self.rotary(positions, longest)
         x = F.embedding(ids.clamp_min(0) if not self.config.causal else ids, self.embedding)
         x = x if added is None else x + added
         for layer, block in enumerate(self.blocks):
-            x = block(layer, x, tables, attend)
+            last = layer == self.config.depth - 1
+            x = block(layer, x, tables, attend, places if last else None)
         if cache is not None:
             cache.advance(counts or [ids.shape[1]] * ids.shape[0])
         return x
@@ -78,9 +87,15 @@ class Transformer(nn.Module):
         logits = self.project_head(states, table, self.head_bias)
         return logits[..., : self.config.vocab_size].float()
 
-    def _context(self, ids: Tensor, cache: KVCache | None) -> tuple[Tensor, Attend, int]:
+    def _context(
+        self, ids: Tensor, cache: KVCache | None, layout: Layout | None
+    ) -> tuple[Tensor, Attend, int]:
         """Positions of the ids, how they attend, and one more than the last position."""
         time = ids.shape[1]
+        if layout is not None:
+            if cache is not None or not self.config.causal:
+                raise AssertionError("a layout is for causal models without a cache")
+            return layout.positions, layout.attend, time
         if cache is None:
             positions = torch.arange(time, device=ids.device)
             mask = None if self.config.causal else (ids >= 0)[:, None]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openpalm.data.loader import IGNORE, Batch
+from openpalm.model.layout import packed
 from openpalm.model.transformer import Transformer
 
 Metrics = dict[str, float]
@@ -33,7 +34,8 @@ class NextToken:
         return int((batch.targets != IGNORE).sum())
 
     def loss(self, model: Transformer, batch: Batch, /) -> tuple[Tensor, Metrics]:
-        logits = model.logits(batch.inputs)
+        layout = None if batch.segments is None else packed(batch.segments)
+        logits = model.logits(batch.inputs, layout=layout)
         loss = F.cross_entropy(
             logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
         )

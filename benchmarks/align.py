@@ -1,0 +1,233 @@
+"""Alignment training beside its peers and a bare PyTorch loop, in one run, interleaved.
+
+    python benchmarks/align.py [--rows dpo,grpo,ppo] [--rounds 5] [--peers PATH/python] [--json]
+
+About 4 million parameters (the palm-5m shape with a vocabulary of 512, for the Llama of TRL and for
+palm-rlhf-pytorch the nearest of the same width and depth), prompts of 64 tokens and answers of 64,
+batches of 8, float32, AdamW, no gradient checkpointing. Every contender is a process of its own
+that waits for its turn; a figure is the median over the rounds, in which each takes one turn of a
+few optimizer steps, data and bookkeeping included. The peers run in the interpreter that --peers
+names, in which they are installed; what cannot be imported there is left out and named.
+
+    dpo     pairs a second; the reference's log-probabilities are computed before
+    grpo    completions a second: 8 of one prompt, sampled, rewarded and learnt from
+    ppo     episodes a second: sampled, rewarded by a reward model, learnt from in one epoch
+"""
+
+import os
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+VOCAB, PROMPT, ANSWER, BATCH, DATA = 512, 64, 64, 8, 256
+DIM, DEPTH, HEADS, HEAD_DIM, FF_DIM = 256, 4, 4, 64, 1024
+LEARNING_RATE = 1e-5
+FOREVER = 10**6
+
+
+class Turns:
+    """A contender's side: it tells every step, and is held back while others take their turn."""
+
+    def __init__(self, steps: int):
+        self._steps, self._done, self._start = steps, 0, 0.0
+        self._out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what the peers print is no answer
+
+    def step(self) -> None:
+        """One optimizer step is done. The first turn warms up."""
+        self._done += 1
+        if self._done % self._steps == 0:
+            print(time.perf_counter() - self._start, file=self._out, flush=True)
+            if not sys.stdin.readline():
+                os._exit(0)
+            self._start = time.perf_counter()
+
+
+def random_ids(rows: int, tokens: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCAB, (rows, tokens), generator=generator).tolist()
+
+
+# --- ours
+
+
+def our_model() -> Any:
+    from openpalm.model.config import preset
+    from openpalm.model.transformer import Transformer, initialise
+
+    config = replace(preset("palm-5m").config, vocab_size=VOCAB)
+    assert (config.dim, config.depth, config.ff_dim) == (DIM, DEPTH, FF_DIM)
+    model = Transformer(config)
+    initialise(model, seed=0)
+    return model
+
+
+def our_pairs() -> Any:
+    from openpalm.align.pairs import PairRecord
+    from openpalm.data.conversation import Rendered
+
+    prompts, chosen, rejected = (
+        random_ids(DATA, n, i) for i, n in enumerate((PROMPT, ANSWER, ANSWER))
+    )
+    mask = [False] * PROMPT + [True] * ANSWER
+    return [
+        PairRecord(Rendered(p + c, mask), Rendered(p + r, mask))
+        for p, c, r in zip(prompts, chosen, rejected, strict=True)
+    ]
+
+
+def our_trainer(model: Any, objective: Any, loader: Any) -> Any:
+    from openpalm.train.config import OptimSettings
+    from openpalm.train.optim import Optimizer
+    from openpalm.train.trainer import Trainer
+
+    optimizer = Optimizer(model, OptimSettings(), LEARNING_RATE)
+    return Trainer(model, objective, optimizer, loader, steps=FOREVER)
+
+
+def our_dpo(turns: Turns) -> None:
+    from openpalm.align.config import DpoSettings
+    from openpalm.align.dpo import PairObjective
+    from openpalm.align.pairs import PairLoader, collate_shared, with_reference
+
+    model = our_model()
+    settings = DpoSettings(data=Path("-"), out=Path("-"), init="-", steps=1)
+    pairs = with_reference(model, our_pairs())
+    loader = PairLoader(pairs, rows=BATCH, seed=0, collate=collate_shared)
+    trainer = our_trainer(model, PairObjective(settings), loader)
+    while True:
+        trainer.train_step()
+        turns.step()
+
+
+def bare_dpo(turns: Turns) -> None:
+    """What one writes in PyTorch in an afternoon: our model, two rows a pair, logits everywhere."""
+    model = our_model()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True)
+    prompts, chosen, rejected = (
+        torch.tensor(random_ids(DATA, n, i)) for i, n in enumerate((PROMPT, ANSWER, ANSWER))
+    )
+
+    def answers(index: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the chosen, then of the rejected answers."""
+        rows = [torch.cat([prompts[index], a[index]], 1) for a in (chosen, rejected)]
+        ids = torch.cat(rows)
+        logs = model.logits(ids[:, :-1]).log_softmax(-1)
+        return logs.gather(-1, ids[:, 1:, None])[:, PROMPT - 1 :, 0].sum(-1)
+
+    model.eval()
+    with torch.no_grad():
+        columns = [answers(torch.arange(i, i + BATCH)) for i in range(0, DATA, BATCH)]
+    reference = torch.stack([torch.cat([c.chunk(2)[i] for c in columns]) for i in (0, 1)])
+    model.train()
+    while True:
+        for index in torch.randperm(DATA).split(BATCH):
+            margin = answers(index) - reference[:, index].flatten()
+            better, worse = margin.chunk(2)
+            loss = -F.logsigmoid(0.1 * (better - worse)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            loss.item()
+            turns.step()
+
+
+# --- TRL
+
+
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=DIM,
+        intermediate_size=FF_DIM,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=1,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def word_tokenizer() -> Any:
+    """Every id is a word, so that texts have exactly the tokens asked for."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>"])}
+    words |= {f"w{i}": i for i in range(len(words), VOCAB)}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+def texts(rows: int, tokens: int, seed: int) -> list[str]:
+    return [" ".join(f"w{i}" for i in ids) for ids in random_ids(rows, tokens, seed)]
+
+
+def told(turns: Turns) -> Any:
+    from transformers import TrainerCallback
+
+    class Told(TrainerCallback):
+        def on_step_end(self, *given: Any, **more: Any) -> None:
+            turns.step()
+
+    return Told()
+
+
+TRL = {
+    "learning_rate": LEARNING_RATE,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "max_steps": FOREVER,
+    "logging_steps": FOREVER,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def trl_dpo(turns: Turns) -> None:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    answers = [texts(DATA, ANSWER - 1, seed) for seed in (1, 2)]  # its end marker is the 64th
+    rows = {
+        "prompt": texts(DATA, PROMPT, 0),
+        "chosen": [f" {text} </s>" for text in answers[0]],
+        "rejected": [f" {text} </s>" for text in answers[1]],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        how = DPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=BATCH,
+            precompute_ref_log_probs=True,
+            precompute_ref_batch_size=BATCH,
+            **TRL,
+        )
+        trainer = DPOTrainer(
+            model=llama(),
+            args=how,
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=word_tokenizer(),
+            callbacks=[told(turns)],
+        )
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert batch["input_ids"].shape == (2 * BATCH, PROMPT + ANSWER), batch["input_ids"].shape
+        trainer.train()

@@ -1,0 +1,152 @@
+"""Which item comes next: shuffled by one seed, shared by any number of ranks, resumed anywhere.
+
+An order is a function of a row's number, so that the count of rows taken so far is all that
+resuming needs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from openpalm.errors import DataError
+
+_MASK64 = (1 << 64) - 1
+
+
+class Draws(NamedTuple):
+    """An endless sequence of items."""
+
+    epoch: int
+    """draws in an epoch"""
+    item: Callable[[int], int]
+    """the item of a draw, counted through all epochs"""
+    identity: dict[str, Any]
+    """what tells it from other sequences of as many items"""
+
+
+class Cursor:
+    """Which global rows come next on this rank, and what identifies their order.
+
+    A step takes world_size * rows consecutive global rows; a rank's share of them is contiguous.
+    """
+
+    def __init__(self, identity: dict[str, Any], rows: int, rank: int, world_size: int):
+        if rows < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"rows {rows}, rank {rank} of {world_size}: out of range")
+        self._identity, self._rows = identity, rows
+        self._rank, self._world_size = rank, world_size
+        self._consumed = 0
+
+    def take(self) -> range:
+        first = self._consumed + self._rank * self._rows
+        self._consumed += self._world_size * self._rows
+        return range(first, first + self._rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows_consumed": self._consumed, **self._identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        differing = [k for k, v in self._identity.items() if state.get(k) != v]
+        if differing:
+            told = ", ".join(
+                f"{k} {state.get(k)} instead of {self._identity[k]}" for k in differing
+            )
+            raise DataError(f"the data cursor is of other data ({told}); resume with the same data")
+        consumed = state.get("rows_consumed")
+        if type(consumed) is not int or consumed < 0:
+            raise DataError(f"the data cursor's rows_consumed is {consumed!r}; it is damaged")
+        self._consumed = consumed
+
+
+class Order:
+    """Indices of `size` items, all of them once an epoch, shuffled anew each time.
+
+    `draws` puts another order in the place of that one.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        identity: dict[str, Any],
+        *,
+        rows: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        draws: Draws | None = None,
+    ):
+        draws = draws or shuffle(size, seed)
+        self._cursor = Cursor(identity | draws.identity, rows, rank, world_size)
+        self._item = draws.item
+
+    def take(self) -> list[int]:
+        """The next `rows` indices of this rank."""
+        return [self._item(row) for row in self._cursor.take()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, ready for JSON; the same on every rank."""
+        return self._cursor.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a cursor of any number of ranks. Raises DataError if it is of other data."""
+        self._cursor.load_state_dict(state)
+
+
+def shuffle(size: int, seed: int) -> Draws:
+    """All of `size` items once an epoch, in an order of its own each time."""
+
+    def item(draw: int) -> int:
+        epoch, index = divmod(draw, size)
+        return shuffled(index, size, order_key(seed, epoch))
+
+    return Draws(size, item, {})
+
+
+def mixture(sizes: Sequence[int], shares: Sequence[int], seed: int) -> Draws:
+    """Items of several tasks, numbered through all of them.
+
+    sizes: items of each task; shares: how many of an epoch's draws each has. A task goes through
+    all its items before it repeats one, from one epoch into the next.
+    """
+    epoch_size = sum(shares)
+    own = [shuffle(size, mixed(seed + task + 1)).item for task, size in enumerate(sizes)]
+
+    def item(draw: int) -> int:
+        epoch, index = divmod(draw, epoch_size)
+        place, first, task = shuffled(index, epoch_size, order_key(seed, epoch)), 0, 0
+        while place >= shares[task]:
+            place -= shares[task]
+            first += sizes[task]
+            task += 1
+        return first + own[task](epoch * shares[task] + place)
+
+    return Draws(epoch_size, item, {"sizes": list(sizes), "shares": list(shares)})
+
+
+def shuffled(index: int, size: int, key: int) -> int:
+    """Where `index` goes in the permutation of range(size) that `key` names.
+
+    A four-round Feistel network over the next even power of two, walked until it is back inside
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): no table in memory however
+    many windows, and an order that no library's next version changes.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            left, right = right, left ^ (mixed(key + (turn << 56) + right) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def order_key(seed: int, epoch: int) -> int:
+    return mixed(mixed(seed) + epoch)
+
+
+def mixed(value: int) -> int:
+    """A 64-bit number that looks random (the finaliser of SplitMix64, Steele et al. 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
