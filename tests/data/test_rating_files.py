@@ -85,6 +85,9 @@ def test_rows_that_are_no_ratings(tmp_path, change, says):
 def test_files_that_hold_no_ratings(tmp_path):
     with pytest.raises(DataError, match="is empty"):
         read_ratings(save(tmp_path))
+    thumb = rate(3, "c", true=1) | {"kind": "thumb", "payload": {"up": True, "candidate": 0}}
+    with pytest.raises(DataError, match="holds no rating"):
+        read_ratings(save(tmp_path, thumb))
     with pytest.raises(DataError, match="another format than the first"):
         read_ratings(save(tmp_path, ROW, rate(1, "a", true=5)))
     with pytest.raises(DataError, match=r"from .jsonl or .jsonl.gz"):

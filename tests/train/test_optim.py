@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from train_samples import made, same, tiny, weights
 
+from openpalm.model.config import RewardConfig
+from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import OptimSettings
 from openpalm.train.optim import Optimizer, learning_rate_factor
@@ -95,6 +97,14 @@ def test_muon_gets_the_blocks_matrices_only():
     assert len(expected) == 2 * 6  # q, kv, gate, up, out, down
     muons = {optimizer.names[p] for group in muon.param_groups for p in group["params"]}
     assert muons == expected
+
+
+def test_muon_leaves_reward_heads_alone():
+    model = RewardModel(tiny(), RewardConfig(marks=True, members=2))
+    optimizer = Optimizer(model, OptimSettings(name="muon"), 1e-3)
+    placed = [{*part.param_groups[0]["params"]} for part in optimizer.parts]
+    assert {model.reward_head, model.marks} <= placed[0]
+    assert {model.blocks[0].project_in.q} <= placed[1]
 
 
 def test_frozen_parameters_are_left_alone():

@@ -52,6 +52,8 @@ def read_ratings(path: str | Path, axis: str | None = None) -> Usable[Rating]:
 
 
 def _of_axis(given: Usable[Rating], path: Path, axis: str | None) -> Usable[Rating]:
+    if not given.items:
+        raise DataError(f"{path}: holds no rating; records of kind rate, or rows with one, give it")
     axes = sorted({rating.axis for rating in given.items})
     said = ", ".join(shown(name) for name in axes[:8])
     if axis is not None and axis not in axes:
