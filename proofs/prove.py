@@ -1,14 +1,20 @@
 """Proves, on a task whose optimum is known, what every alignment algorithm here reaches.
 
-    python proofs/prove.py [--only ppo,dpo] [--seeds 5] [--processes 2]
+    python proofs/prove.py [--only 'ppo;dpo'] [--seeds 5] [--processes 2]
 
 Each algorithm is run as its verb runs it: the same loader, objective, trainer and engine. Writes
 runs/prove/proofs.json, one object a run, and prints a table; ends with status 1 where a minimum
 over the seeds is below its floor. The task is in enumerable.py.
 """
 
+import argparse
 import copy
+import json
+import math
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +23,15 @@ from typing import Any
 import enumerable
 import torch
 from enumerable import ANSWERS, BETA, END, LONGEST, PROMPTS, Task
+from rich.progress import Progress
 from torch import Tensor
 
-from openpalm.align import grpo, ppo
+from openpalm.align import grpo, kto, ppo
 from openpalm.align.config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
 from openpalm.align.dpo import PairObjective
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import PairLoader, PairRecord, with_reference
-from openpalm.align.reward import RewardObjective
+from openpalm.align.reward import RatingRecord, RewardObjective
 from openpalm.align.reward import collate as reward_collate
 from openpalm.align.rollout import Answer, RolloutLoader, Sampler, record_of
 from openpalm.evaluate.agreement import spearman
@@ -175,9 +182,17 @@ def scored(model: RewardModel) -> Tensor:
 def by_verdicts(task: Task, seed: int) -> Figures:
     """KTO on the same pairs, each two verdicts."""
     how = settings(DpoSettings, 1e-3, seed, loss="kto", steps=600)
-    given = [pair_record(pair) for pair in drawn_pairs(task, seed, PAIRS)]
-    verdicts = kto.of_pairs(given)
-    known = kto.with_reference(task.reference, verdicts, rows=512)
+    verdicts = [
+        (prompt, answer, good)
+        for prompt, *both in drawn_pairs(task, seed, PAIRS)
+        for answer, good in zip(both, (True, False), strict=True)
+    ]
+    partners = kto.others([prompt for prompt, _, _ in verdicts])
+    made = [
+        kto.VerdictRecord(pair_record((prompt, answer, verdicts[partner][1])), good)
+        for (prompt, answer, good), partner in zip(verdicts, partners, strict=True)
+    ]
+    known = kto.with_reference(task.reference, made)
     model = start_of(task)
     loader = PairLoader(known, rows=128, seed=seed, collate=kto.collate)
     stepped(model, kto.VerdictObjective(how), loader, how)
@@ -199,3 +214,102 @@ def by_best_of(task: Task, seed: int, n: int = 4) -> Figures:
     kl = torch.special.xlogy(exact, exact / p[order]).sum().item()
     bound = math.log(n) - (n - 1) / n
     return {"standard_errors": abs(error), "kl_under_bound": bound - kl}
+
+
+ROWS: dict[str, Row] = {
+    "ppo": Row(by_ppo, {"gain": 0.97, "-total_variation": -0.08}),
+    "ppo, critic on one trunk": Row(partial(by_ppo, critic="shared"), {"gain": 0.90}),
+    "ppo, HL-Gauss critic": Row(partial(by_ppo, critic_bins=51), {"gain": 0.90}),
+    "rloo": Row(partial(by_group, advantage="rloo"), {"gain": 0.97}),
+    "dr-grpo": Row(partial(by_group, advantage="dr-grpo"), {"gain": 0.95}),
+    "dr-grpo, k2": Row(partial(by_group, advantage="dr-grpo", kl="k2"), {"gain": 0.95}),
+    "dr-grpo, k3": Row(partial(by_group, advantage="dr-grpo", kl="k3"), {"gain": 0.85}),
+    "grpo, k3": Row(partial(by_group, advantage="grpo", kl="k3"), {"gain": 0.85}),
+    "dapo": Row(partial(by_group, advantage="dapo"), {"gain": 0.85}),
+    "dpo": Row(partial(by_pairs, loss="dpo"), {"gain": 0.80, "accuracy_over_true": -0.02}),
+    "cdpo": Row(partial(by_pairs, loss="cdpo"), {}),
+    "ipo": Row(partial(by_pairs, loss="ipo"), {}),
+    "simpo": Row(partial(by_pairs, loss="simpo"), {}),
+    "orpo": Row(partial(by_pairs, loss="orpo"), {}),
+    "kto": Row(by_verdicts, {}),
+    "reward model": Row(by_reward_model, {"accuracy_over_true": -0.06, "spearman": 0.82}),
+    "best of 4": Row(by_best_of, {"-standard_errors": -3.0, "kl_under_bound": 0.0}),
+}
+
+
+def one(name: str, seed: int) -> dict[str, Any]:
+    """One run, in a process of one thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    task, began = enumerable.make(seed), time.perf_counter()
+    figures = ROWS[name].run(task, seed)
+    rounded = {figure: round(value, 4) for figure, value in figures.items()}
+    return {"algorithm": name, "seed": seed, **rounded} | {
+        "seconds": round(time.perf_counter() - began, 1)
+    }
+
+
+def missed(name: str, runs: list[dict[str, Any]]) -> list[str]:
+    """The floors that the worst seed does not reach."""
+    told = []
+    for figure, floor in ROWS[name].floors.items():
+        sign = -1 if figure.startswith("-") else 1
+        column = figure.removeprefix("-")
+        worst = min(sign * run[column] for run in runs)
+        if not worst >= floor:
+            told.append(f"{name}: {column} {sign * worst:.4f}, must be {sign * floor:g}")
+    return told
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Worst to best over the seeds, in Markdown."""
+    figures = ["gain", "total_variation", "accuracy_over_true", "spearman", "seconds"]
+    lines = [f"| algorithm | {' | '.join(f.replace('_', ' ') for f in figures)} |"]
+    lines.append("|---|" + "---|" * len(figures))
+    for name in dict.fromkeys(run["algorithm"] for run in results):
+        cells = []
+        for figure in figures:
+            values = [r[figure] for r in results if r["algorithm"] == name and figure in r]
+            digits = 0 if figure == "seconds" else 3
+            span = f"{min(values):.{digits}f} to {max(values):.{digits}f}" if values else ""
+            cells.append(span)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="algorithms, with semicolons; all of them if not given")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=OUT)
+    asked = parser.parse_args()
+    names = asked.only.split(";") if asked.only else list(ROWS)
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        print(f"--only {unknown[0]}: must be of {'; '.join(ROWS)}", file=sys.stderr)
+        return 2
+    results = []
+    with ProcessPoolExecutor(asked.processes) as pool, Progress() as progress:
+        jobs = [pool.submit(one, name, seed) for name in names for seed in range(asked.seeds)]
+        bar = progress.add_task("proving", total=len(jobs))
+        for job in as_completed(jobs):
+            results.append(job.result())
+            progress.console.print(json.dumps(results[-1]), markup=False, highlight=False)
+            progress.advance(bar)
+    results.sort(key=lambda run: (names.index(run["algorithm"]), run["seed"]))
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(results))
+    floors = [
+        told
+        for name in names
+        for told in missed(name, [run for run in results if run["algorithm"] == name])
+    ]
+    for told in floors:
+        print(f"below its floor: {told}", file=sys.stderr)
+    return 1 if floors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,10 +19,8 @@ def run(argv: Sequence[str]) -> None:
         "to the same prompt: GRPO, Dr. GRPO, DAPO, RLOO. The data is a .jsonl of prompts: "
         '{"prompt": ...} with whatever the reward needs beside.',
         examples=[
-            "openpalm grpo --init runs/chat --data prompts.jsonl --out runs/g --steps 200 "
-            "--reward exact",
-            "openpalm grpo --init runs/chat --data prompts.jsonl --out runs/r --steps 200 "
-            "--reward my.py:f --advantage rloo",
+            "openpalm grpo --init runs/chat --data p.jsonl --out runs/g --steps 9 --reward exact",
+            "openpalm grpo --init runs/chat --data p.jsonl --out runs/h --steps 9 --reward a.py:f",
         ],
     )
     from openpalm.cli.train import report

@@ -20,10 +20,8 @@ def run(argv: Sequence[str]) -> None:
         about="Trains a checkpoint on its own answers to prompts by a reward, with a critic. "
         'The data is a .jsonl of prompts: {"prompt": ...} with whatever the reward needs beside.',
         examples=[
-            "openpalm ppo --init runs/chat --data prompts.jsonl --out runs/ppo --steps 200 "
-            "--reward runs/reward",
-            "openpalm ppo --init runs/chat --data prompts.jsonl --out runs/short --steps 50 "
-            "--reward my.py:score",
+            "openpalm ppo --init runs/chat --data p.jsonl --out runs/p --steps 9 --reward runs/rm",
+            "openpalm ppo --init runs/chat --data p.jsonl --out runs/q --steps 9 --reward a.py:f",
         ],
     )
     from openpalm.cli.train import report

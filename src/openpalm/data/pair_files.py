@@ -59,8 +59,8 @@ def read_ties(path: str | Path) -> list[Tie]:
     def none(row: dict[str, Any]) -> Iterator[Tie]:
         return iter(())
 
-    makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE, RANKING), none)
-    return read_forms(path, "pair", makers, ties).items
+    forms = (EXPLICIT, HH, TEXTS, WHOLE, RANKING)
+    return read_forms(path, "pair", dict.fromkeys(forms, none), ties).items
 
 
 def row_pair(row: dict[str, Any]) -> Iterator[Pair]:
