@@ -95,6 +95,7 @@ def test_a_mixture(said, base, colours, tmp_path, pack):
     out = tmp_path / "out"
     status, _, errors = run(said, base, data, out, "--steps", 30, *pack)
     assert status == 0, errors
+    assert "colours.jsonl: 20 draws an epoch of 76 examples" in "\n".join(errors)
     assert any("val_loss" in row for row in rows(out / "metrics.jsonl"))
     found = losses(out)
     assert found[-1] < found[0] / 3
