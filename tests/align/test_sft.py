@@ -1,6 +1,7 @@
 """Fine-tuning: who carries the loss, and a question learnt by heart."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from command_line import TINY, ok, rows, talk, write_base
 
 from openpalm.align.sft import records
 from openpalm.data.conversation import Message
-from openpalm.data.loader import IGNORE, Batch, RecordLoader
+from openpalm.data.loader import IGNORE, Batch, RecordLoader, packed, padded
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError
 from openpalm.model.transformer import Transformer, initialise
@@ -149,6 +150,65 @@ def test_gradient_of_the_loss_is_softmax_minus_target(byte, model):
     chances = model.logits(batch.inputs)[0, at].softmax(dim=-1)
     expected = chances - F.one_hot(torch.tensor(record.ids[at + 1]), 265)
     torch.testing.assert_close(gradient[0, at], expected, rtol=1e-4, atol=1e-6)
+
+
+# --- packing
+
+
+def check_packed_is_alone(objective, model, conversations):
+    """Loss, count and gradients of rows that several share, against each in a row of its own."""
+
+    def gradients(batches):
+        model.zero_grad()
+        total = 0.0
+        for batch in batches:
+            loss, _ = objective.loss(model, batch)
+            loss.backward()
+            total += loss.item()
+        count = sum(objective.count(batch) for batch in batches)
+        return total, count, [p.grad.clone() for p in model.parameters()]
+
+    together = packed([conversations[:3], conversations[3:]], 96)
+    alone = [Batch(*padded([record], 96)) for record in conversations]
+    loss, count, found = gradients([together])
+    expected, expected_count, wanted = gradients(alone)
+    assert count == expected_count
+    assert abs(loss - expected) < 1e-5 * expected
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max().item())
+
+
+def test_packed_conversations_are_each_alone(byte):
+    config = replace(TINY, context=96)
+    model = Transformer(config)
+    initialise(model, seed=0)
+    talks = [MULTI_TURN, MULTI_TURN[1:3], MULTI_TURN[2:3], MULTI_TURN[3:], MULTI_TURN[:3]]
+    conversations = records(byte, map(messages, talks))
+    check_packed_is_alone(NextToken(), model, conversations)
+
+    class CrossTalk(NextToken):
+        def loss(self, model, batch):
+            return super().loss(model, Batch(batch.inputs, batch.targets))
+
+    class OffByOne(NextToken):
+        def loss(self, model, batch):
+            segments = None if batch.segments is None else batch.segments.roll(1, dims=1)
+            return super().loss(model, Batch(batch.inputs, batch.targets, segments))
+
+    for bug in (CrossTalk(), OffByOne()):
+        with pytest.raises(AssertionError):
+            check_packed_is_alone(bug, model, conversations)
+
+
+# --- without a template
+
+
+def test_without_a_template_a_prompt_goes_on_into_its_answer(byte):
+    (record,) = records(byte, [messages([("user", "Hi "), ("assistant", "YO")])], "none")
+    assert record.ids == [*b"Hi YO", byte.end_of_text]
+    assert record.loss_mask == [False] * 3 + [True] * 3
+    with pytest.raises(DataError, match="joins one prompt and one answer, not system, user"):
+        records(byte, [messages(MULTI_TURN)], "none")
 
 
 # --- through the command line

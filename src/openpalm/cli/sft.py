@@ -55,7 +55,10 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     trained = [record for training, _ in tasks for record in training]
     measured = [record for _, measuring in tasks for record in measuring]
     sizes = [len(training) for training, _ in tasks]
-    draws = mixed_draws(sizes, mixture.shares(sizes), settings.seed) if len(sizes) > 1 else None
+    shares = mixture.shares(sizes)
+    draws = mixed_draws(sizes, shares, settings.seed) if len(sizes) > 1 else None
+    for task, size, share in zip(mixture.tasks, sizes, shares, strict=True) if draws else ():
+        print(f"{label}: {task.data}: {share} draws an epoch of {size} examples", file=sys.stderr)
     if cut := truncated([*trained, *measured], length):
         print(
             f"{label}: {cut} of {len(trained) + len(measured)} conversations are longer than "

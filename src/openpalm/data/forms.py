@@ -109,7 +109,7 @@ def read_forms(
     for where, row in read_rows(path):
         form = form_of(row)
         if form is None or form not in (RECORD, *makers):
-            wanted = "; ".join(makers)
+            wanted = "; ".join((*makers, RECORD))
             raise DataError(f"{where}: {_unread(row, form)}; {what}s are one of: {wanted}")
         first = first or form
         if form != first:
