@@ -5,6 +5,7 @@ PYTHON ?=
 PIP_ARGS ?=
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
+PROVE_ARGS ?=
 MINUTES ?=
 
 VENV := .venv
@@ -13,12 +14,13 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test browser clients ready-browser ready-clients lint style types layers docs format ci clean force
+.PHONY: help quickstart test prove browser clients ready-browser ready-clients lint style types layers docs format ci clean force
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make quickstart [MINUTES=5]  the whole line on this machine: text in, a trained model out'
 	@echo 'make test                    the tests (PYTEST_ARGS="-k shards" chooses some)'
+	@echo 'make prove                   what every alignment algorithm reaches where the optimum is known'
 	@echo 'make browser                 the chat page in a headless Chromium (fetched from npm where there is none)'
 	@echo 'make clients                 the server with the packages that people call it with, from PyPI'
 	@echo 'make lint                    style (ruff), types (pyright) and layers (import-linter)'
@@ -36,6 +38,9 @@ quickstart: $(VENV)/.core
 
 test: $(VENV)/.dev
 	$(PYTEST) $(PYTEST_ARGS)
+
+prove: $(VENV)/.dev
+	$(BIN)/python proofs/prove.py $(PROVE_ARGS)
 
 ready-browser: $(VENV)/.browser
 

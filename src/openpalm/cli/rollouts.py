@@ -10,7 +10,6 @@ from openpalm.align.config import RolloutSettings
 from openpalm.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from openpalm.align.rewards import Reader
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from openpalm.train.objective import Objective
     from openpalm.train.run import Outcome, Probe
 
-MAX_LOOKED_AT = 64
+LEAST_LOOKED_AT, MAX_LOOKED_AT = 16, 64
+"""Prompts of the evaluations; fewer held-out ones say too little, then some of training's serve."""
 SHOWN = 4
 
 
@@ -37,6 +37,8 @@ def learn_from_answers(
 ) -> "Outcome":
     """Composes the run; `prepare` gets the model after its weights were filled in."""
     import dataclasses
+
+    import torch
 
     from openpalm import checkpoint
     from openpalm.align.rewards import Asked, Reader, question_of, rewards_of
@@ -64,7 +66,8 @@ def learn_from_answers(
     gold = rewards_of([settings.gold], reader, "gold") if settings.gold else None
     numbers = range(len(ids))
     trained, measured = held_out(numbers)
-    looked_at = list(measured or numbers)[:MAX_LOOKED_AT]
+    enough = len(measured) >= LEAST_LOOKED_AT
+    looked_at = list(measured if enough else numbers)[:MAX_LOOKED_AT]
     reference = _reference(directory, settings)
     shape = _shape(settings, max(map(len, ids)) + settings.max_new_tokens)
 

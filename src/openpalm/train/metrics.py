@@ -106,7 +106,7 @@ class LiveLine:
 
     def say(self, line: str) -> None:
         """A lasting line above the bar."""
-        self.console.print(line, markup=False, highlight=False)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def describe(row: dict[str, Any]) -> str:
