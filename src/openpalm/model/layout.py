@@ -84,14 +84,15 @@ def shared(segments: Tensor) -> Layout:
     earlier = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool, device=first.device).tril()
     before = in_prompt[row, None].expand(-1, len(earlier), -1)
     mask = torch.cat([before, earlier.expand(len(first), -1, -1)], dim=2)
-    places = torch.cat([of_rows[in_prompt], own[inside]])
+    kept = torch.cat([in_prompt.flatten(), inside.flatten()]).nonzero()[:, 0]
+    places = torch.cat([of_rows.flatten(), own.flatten()])[kept]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         flat = [x.flatten(0, 1) for x in (q, k, v)]
         of_prompts = causal_attention(*(_rows_at(x, of_rows) for x in flat))
         key, value = (_rows_at(x, keys) for x in flat[1:])
         answering = causal_attention(_rows_at(flat[0], own), key, value, mask)
-        done = torch.cat([of_prompts[in_prompt], answering[inside]])
+        done = torch.cat([x.flatten(0, 1) for x in (of_prompts, answering)]).index_select(0, kept)
         return torch.zeros_like(flat[0]).index_copy(0, places, done).view_as(q)
 
     return Layout(within + prompts[:, None] * (segments > 0), attend)
