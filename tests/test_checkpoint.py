@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import openpalm
-from openpalm import checkpoint, tensor_store
+from openpalm import checkpoint, json_file, tensor_store
 from openpalm.checkpoint import TrainState
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model.config import ModelConfig
@@ -402,10 +402,10 @@ def test_a_config_that_is_none(copied: Path, text: str):
 @pytest.mark.parametrize("file", ["manifest.json", "config.json"])
 def test_json_of_any_size_is_not_read(copied: Path, file: str, monkeypatch: pytest.MonkeyPatch):
     with (copied / file).open("r+b") as stream:
-        stream.truncate(checkpoint._MAX_JSON_BYTES + 1)  # sparse
+        stream.truncate(json_file.MAX_BYTES + 1)  # sparse
     monkeypatch.setattr(Path, "read_text", lambda *_: pytest.fail("read it"))
     with pytest.raises(CheckpointError, match="too large"):
-        checkpoint._read_json(copied / file)
+        json_file.read_json(copied / file, "take another copy")
 
 
 @pytest.mark.parametrize("kind", ["other shapes", "other names", "no tensors", "header", "empty"])

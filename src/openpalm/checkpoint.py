@@ -2,6 +2,7 @@
 
     step-00002000/
       config.json  tokenizer.json  model.safetensors  fingerprint.safetensors  card.md
+      adapter/         where one is attached: its factors once more, as PEFT lays them out
       train/           optimizer and random state as tensors (DCP), the rest as state.json
       manifest.json    written last: every file's size and hash, its own hash, lineage
 
@@ -29,16 +30,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from openpalm import __version__, tensor_store
+from openpalm import __version__, adapter, tensor_store
 from openpalm.errors import CheckpointError, SettingsError, StorageError
-from openpalm.model.config import ModelConfig, config_from_json
+from openpalm.json_file import read_json
+from openpalm.model import lora
+from openpalm.model.config import LoraConfig, ModelConfig, config_from_json, lora_from_json
 from openpalm.model.transformer import Transformer
 
 FORMAT = "openpalm-checkpoint"
 VERSION = 1
 FINGERPRINT_TOKENS = 16
 FINGERPRINT_TOLERANCE = 1e-4
-_MAX_JSON_BYTES = 64 << 20
 _STEP = re.compile(r"step-(\d{8,})")
 _REMEDY = "take an older checkpoint or another copy"
 
@@ -112,21 +114,37 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "float32") -> Trans
 
 def load_config(directory: Path) -> ModelConfig:
     """The model's config, cheap: no weight is read."""
+    return _load_configs(directory)[0]
+
+
+def _load_configs(directory: Path) -> tuple[ModelConfig, LoraConfig | None]:
+    """Of the model, and of the adapter where one is attached."""
     where = directory / "config.json"
-    content = _read_json(where)
+    content = read_json(where, _REMEDY)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise CheckpointError(f"{where}: not a config.json of this version; see `openpalm convert`")
     try:
         config = config_from_json(content.get("model"), str(where))
+        low_rank = lora_from_json(content["lora"], str(where)) if "lora" in content else None
+        if low_rank is not None:
+            low_rank.check(config)
     except SettingsError as error:
         raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
-    _check_tensors(config, directory)
-    return config
+    _check_tensors(config, low_rank, directory)
+    return config, low_rank
 
 
 @torch.no_grad()
 def load_weights(model: Transformer, directory: Path) -> None:
-    """Fills `model` from the directory; its dtype and device stay the model's own."""
+    """Fills `model` from the directory; its dtype and device stay the model's own.
+
+    A model without an adapter gets the one that the checkpoint has.
+    """
+    low_rank = _load_configs(directory)[1]
+    if low_rank is not None and not lora.is_attached(model):
+        lora.attach(model, low_rank)
+    if lora.config_of(model) != low_rank:
+        raise CheckpointError(f"{directory}: has not the adapter that this model has")
     with safetensors.safe_open(directory / "model.safetensors", framework="pt") as file:
         for name, parameter in model.named_parameters():
             stored = file.get_tensor(name)
@@ -144,7 +162,7 @@ def load_train_state(directory: Path) -> TrainState:
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: holds no train/ to resume; start from it with --init")
     tensors = tensor_store.read(folder)
-    return TrainState(tensors, _read_json(folder / "state.json"))
+    return TrainState(tensors, read_json(folder / "state.json", _REMEDY))
 
 
 def resolve(path: str | Path) -> Path:
@@ -229,7 +247,7 @@ def verify(directory: Path) -> dict[str, Any]:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest alone, its own hash checked, no file compared with it."""
     where = directory / "manifest.json"
-    manifest = _read_json(where)
+    manifest = read_json(where, _REMEDY)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise CheckpointError(f"{where}: not of a checkpoint that this version reads; check PATH")
     body = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -283,7 +301,7 @@ def _check_fingerprint(model: Transformer, directory: Path) -> None:
         )
 
 
-def _check_tensors(config: ModelConfig, directory: Path) -> None:
+def _check_tensors(config: ModelConfig, low_rank: LoraConfig | None, directory: Path) -> None:
     """The stored names and shapes against the config's, so that a hostile size builds no model."""
     where = directory / "model.safetensors"
     try:
@@ -292,13 +310,16 @@ def _check_tensors(config: ModelConfig, directory: Path) -> None:
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{where}: cannot be read ({error})") from None
     numbers = sum(math.prod(shape) for shape in stored.values())
-    if config.depth > len(stored) or config.parameters > numbers:
+    parameters = config.parameters + (low_rank.parameters(config) if low_rank else 0)
+    if config.depth > len(stored) or parameters > numbers:
         raise CheckpointError(
             f"{where}: holds {len(stored)} tensors of {numbers:,} numbers, too few for its "
-            f"config.json ({config.depth} blocks, {config.parameters:,} parameters)"
+            f"config.json ({config.depth} blocks, {parameters:,} parameters)"
         )
     with torch.device("meta"):
         model = Transformer(config)
+        if low_rank is not None:
+            lora.attach(model, low_rank)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     odd = {name for name, _ in stored.items() ^ wanted.items()}
     if odd:
@@ -314,6 +335,10 @@ def _write_contents(
     card: str | None,
 ) -> None:
     config = {"format": FORMAT, "version": VERSION, "model": asdict(model.config)}
+    low_rank = lora.config_of(model)
+    if low_rank is not None:
+        config["lora"] = asdict(low_rank)
+        adapter.write(partial / "adapter", model)
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     safetensors.torch.save_file(weights, partial / "model.safetensors")
@@ -342,7 +367,7 @@ def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
     body |= {"lineage": lineage, "versions": versions}
     _write_text(partial / "manifest.json", _manifest_text(body))
     _sync(partial / "manifest.json")
-    for folder in (partial / "train", partial):
+    for folder in (partial / "train", partial / "adapter", partial):
         if folder.is_dir():
             _sync(folder)
 
@@ -370,20 +395,6 @@ def _refusal(error: BaseException) -> str | None:
     if re.search("PytorchStreamWriter|unexpected pos", str(error)):  # torch.save on a full disk
         return os.strerror(errno.ENOSPC)
     return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: too large for what it should hold")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing; {_REMEDY}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return content
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -9,7 +9,8 @@ from openpalm.errors import SettingsError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.pack import INT4_GROUP, _Int4, _Int8, _Int8Dot, _multiplies_int8, pack
 from openpalm.generate.sampling import Sampling
-from openpalm.model.config import ModelConfig
+from openpalm.model import lora
+from openpalm.model.config import LoraConfig, ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -40,6 +41,56 @@ def test_packed_in_bfloat16_is_the_model_in_bfloat16():
     rounded = (plain.logits(IDS) - exact).norm()
     packed = (pack(model, "bfloat16").logits(IDS) - exact).norm()
     assert packed < 1.5 * rounded
+
+
+def adapted(**changes) -> Transformer:
+    model = tiny(**changes)
+    lora.attach(model, LoraConfig(3, 12.0, tuple(model.config.matrices)), seed=0)
+    for factor in lora.adapter_parameters(model.requires_grad_(False)).values():
+        factor += 0.2 * torch.randn(factor.shape, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_an_adapter_is_packed_and_the_live_model_stays(kind):
+    model = adapted(**KINDS[kind])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    expected = model.logits(IDS)
+    assert torch.allclose(pack(model, "float32").logits(IDS), expected, atol=1e-4)
+    with lora.detached(model):
+        base = pack(model, "float32").logits(IDS)
+    assert (base - expected).abs().max() > 0.1
+    assert torch.allclose(base, tiny(**KINDS[kind]).logits(IDS), atol=1e-5)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert torch.equal(model.logits(IDS), expected)
+
+
+@torch.no_grad()
+def test_the_engine_follows_an_adapter_when_it_is_refreshed():
+    model = adapted()
+    engine = Engine(model)
+    ids = list(range(20))
+
+    def scores_are_the_model_s():
+        exact = model.logits(torch.tensor([ids])).log_softmax(-1)[0, :-1]
+        exact = exact.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+        return torch.allclose(engine.score([ids])[0], exact, atol=1e-4)
+
+    assert scores_are_the_model_s()
+    for factor in lora.adapter_parameters(model).values():
+        factor *= 1.3
+    assert not scores_are_the_model_s()
+    engine.refresh(model)
+    assert scores_are_the_model_s()
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@torch.no_grad()
+def test_an_adapter_is_merged_before_it_is_rounded(weights):
+    model = adapted()
+    merged = lora.merged(model)
+    assert torch.equal(pack(model, weights).logits(IDS), pack(merged, weights).logits(IDS))
 
 
 @torch.no_grad()

@@ -40,6 +40,8 @@ class ChatSettings:
     """of the random draws"""
     tokenizer: Path | None = None
     """tokenizer.json for a checkpoint that has none"""
+    adapter: Path | None = None
+    """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

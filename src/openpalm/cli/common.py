@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 
 from openpalm import checkpoint
+from openpalm.adapter import load_adapter
 from openpalm.convert import hub
 from openpalm.data.loader import evaluation_batches
 from openpalm.data.shards import Dataset
@@ -67,6 +68,9 @@ class ServingSettings(Protocol):
     def tokenizer(self) -> Path | None: ...
 
     @property
+    def adapter(self) -> Path | None: ...
+
+    @property
     def device(self) -> str: ...
 
     @property
@@ -86,7 +90,17 @@ def serving_engine(
         raise CheckpointError(f"{directory}: has no tokenizer.json; give one with --tokenizer")
     device = pick_device(settings.device)
     model = checkpoint.load(directory, str(device), pick_dtype(settings.dtype, device))
+    give_adapter(model, settings.adapter)
     return Engine(model, slots=slots, weights=settings.quantize), tokenizer
+
+
+def give_adapter(model: Transformer, path: Path | None) -> None:
+    """Attaches the adapter at `path`: a directory of its own, a run's or a checkpoint's."""
+    if path is None:
+        return
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+        path = checkpoint.resolve(path) / "adapter"
+    load_adapter(model, path)
 
 
 def validation(

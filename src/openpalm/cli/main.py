@@ -21,6 +21,7 @@ VERBS = {
     "train": ("train", "train a model from scratch, or on from a checkpoint"),
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
     "dpo": ("dpo", "train a checkpoint on pairs of answers: dpo, ipo, simpo, orpo"),
+    "merge-lora": ("merge_lora", "fold a low-rank adapter into the weights"),
     "sample": ("sample", "continue a prompt with a trained model"),
     "chat": ("chat", "talk with a fine-tuned model"),
     "serve": ("serve", "answer over HTTP: the OpenAI API, and a page to chat"),

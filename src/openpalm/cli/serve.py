@@ -3,7 +3,7 @@
 import ipaddress
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
 from typing import Literal
@@ -40,6 +40,8 @@ class ServeSettings:
     """URL that gets conversations whose user agreed (the request's `store`), as JSON"""
     tokenizer: Path | None = None
     """tokenizer.json for a checkpoint that has none"""
+    adapter: Path | None = None
+    """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -112,7 +114,8 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
     from openpalm.serve.worker import Served, Worker, in_own_thread
 
     def load(path: str, name: str | None) -> Served:
-        engine, tokenizer = serving_engine(path, settings, slots=settings.slots)
+        own = settings if path == settings.path else replace(settings, adapter=None)
+        engine, tokenizer = serving_engine(path, own, slots=settings.slots)
         return Served(name or _name(path), engine, tokenizer, path)
 
     sink = Sink(settings.sink) if settings.sink else None

@@ -14,6 +14,7 @@ from openpalm.convert.eras import NEWEST
 from openpalm.convert.foreign import read_foreign
 from openpalm.convert.palm_rlhf_out import write_palm_rlhf
 from openpalm.errors import CheckpointError, OpenPalmError, StorageError, WorkError
+from openpalm.model.lora import merged
 from openpalm.model.transformer import Transformer
 
 TOLERANCE = 1e-4
@@ -49,14 +50,14 @@ def as_openpalm(
 
 
 def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]:
-    """Writes palm.pt and its config.json in the newest form of palm-rlhf-pytorch.
+    """Writes palm.pt and its config.json in the newest form of palm-rlhf-pytorch; merges adapters.
 
     Returns how far the logits differ when read back, and notes. Raises CheckpointError for a
     model that the original cannot express, StorageError when the disk refuses, WorkError, leaving
     nothing, where the logits differ by more than TOLERANCE.
     """
     check_vacant(directory)
-    arguments, state, notes = write_palm_rlhf(model.config, model.state_dict())
+    arguments, state, notes = write_palm_rlhf(model.config, merged(model).state_dict())
     partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
     try:
         partial.mkdir(parents=True)

@@ -6,7 +6,7 @@ project_out and the head; the model stays the model.
 """
 
 import copy
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from openpalm.errors import SettingsError
 from openpalm.model.block import Block, ProjectHead, ProjectIn, ProjectOut
+from openpalm.model.lora import merged, sharing
 from openpalm.model.transformer import Transformer
 
 Weights = Literal["float32", "bfloat16", "int8", "int4"]
-M = TypeVar("M", bound=nn.Module)
 INT4_GROUP = 32
 """Neighbouring weights that share a scale and a zero point."""
 
@@ -29,7 +29,7 @@ class Matrix(Protocol):
 
 
 def pack(model: Transformer, weights: Weights) -> Transformer:
-    """The model with its matrices packed; norms and embedding are shared with `model`.
+    """The model with its matrices packed, an adapter's part folded in; the rest is shared.
 
     int8 keeps a scale a row (and where the processor multiplies 8-bit numbers, rounds each token's
     activations too), int4 a scale and zero point for each 32 weights of a row; both compute in
@@ -38,9 +38,10 @@ def pack(model: Transformer, weights: Weights) -> Transformer:
     table = model.embedding
     if weights in ("int8", "int4") and table.device.type != "cpu":
         raise SettingsError(f"--quantize {weights}: needs a CPU so far; leave it out on a GPU")
+    model = merged(model)
     if weights != "float32":
         model = _as(model, torch.bfloat16)
-    packed = _sharing(model)
+    packed = sharing(model, type(model))
     packed.blocks = nn.ModuleList(_packed_block(block, weights) for block in model.blocks)
     unembedding = model.embedding if model.unembedding is None else model.unembedding
     # In bfloat16 logits are 1/16 apart: too coarse, where they can be had in float32.
@@ -198,17 +199,10 @@ def _multiplies_int8() -> bool:
 
 def _packed_block(block: nn.Module, weights: Weights) -> nn.Module:
     assert isinstance(block, Block)
-    packed = _sharing(block)
+    packed = sharing(block, Block)
     packed._modules["project_in"] = _PackedIn(block.project_in, weights)
     packed._modules["project_out"] = _PackedOut(block.project_out, weights)
     return packed
-
-
-def _sharing(module: M) -> M:
-    """A module whose parts can be replaced without touching the original's."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
 
 
 def _as(model: Transformer, dtype: torch.dtype) -> Transformer:

@@ -56,9 +56,13 @@ class ProjectIn(nn.Module):
 
     def forward(self, n: Tensor, names: Sequence[str] = ()) -> tuple[Tensor, ...]:
         names = names or tuple(self.rows)
-        weight = torch.cat([getattr(self, name) for name in names])
-        *parts, last = F.linear(n, weight).split([self.rows[name] for name in names], dim=-1)
+        sizes = [self.rows[name] for name in names]
+        *parts, last = self.multiply(n, names).split(sizes, dim=-1)
         return *parts, last if self.up_bias is None or names[-1] != "up" else last + self.up_bias
+
+    def multiply(self, n: Tensor, names: Sequence[str]) -> Tensor:
+        """The products of these matrices side by side."""
+        return F.linear(n, torch.cat([getattr(self, name) for name in names]))
 
 
 class ProjectOut(nn.Module):

@@ -280,6 +280,16 @@ def config_from_json(values: object, where: str) -> ModelConfig:
     return ModelConfig(**values)
 
 
+def lora_from_json(values: object, where: str) -> LoraConfig:
+    """A LoraConfig from a parsed config.json. Raises SettingsError naming the file."""
+    if isinstance(values, dict) and values.keys() == {"rank", "alpha", "targets"}:
+        targets = values["targets"]
+        named = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+        if named and _fits(values["rank"], int) and _fits(values["alpha"], float):
+            return LoraConfig(values["rank"], values["alpha"], tuple(targets))
+    raise SettingsError(f"{where}: its lora must be rank, alpha and targets")
+
+
 def _fits(value: object, kind: object) -> bool:
     if kind is bool or kind is int:
         return type(value) is kind

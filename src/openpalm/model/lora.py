@@ -43,32 +43,30 @@ class _Adapted(nn.Module):
     active: bool
     lora: nn.ModuleDict
 
-    def shift(self, target: str, part: Tensor, x: Tensor) -> Tensor:
-        """The target's output `part`, plus its factors' where it has them."""
-        return part + self.lora[target](x) if target in self.lora else part
-
 
 class AdaptedIn(_Adapted, ProjectIn):
-    def forward(self, n: Tensor, names: Sequence[str] = ()) -> tuple[Tensor, ...]:
-        names = names or tuple(self.rows)
-        parts = super().forward(n, names)
-        if not self.active:
-            return parts
-        return tuple(self._shifted(*named, n) for named in zip(names, parts, strict=True))
-
-    def _shifted(self, name: str, part: Tensor, n: Tensor) -> Tensor:
-        if name != "kv":
-            return self.shift(name, part, n)
-        halves = zip("kv", part.chunk(2, dim=-1), strict=True)
-        return torch.cat([self.shift(*half, n) for half in halves], dim=-1)
+    def multiply(self, n: Tensor, names: Sequence[str]) -> Tensor:
+        products = super().multiply(n, names)
+        if not (self.active and self.lora):
+            return products
+        half, rows = self.rows["kv"] // 2, dict[str, int]()
+        for name in names:
+            rows |= {"k": half, "v": half} if name == "kv" else {name: self.rows[name]}
+        # Side by side, so that what follows reads the layout, and runs the kernels, of the base.
+        leading = n.shape[:-1]
+        shifts = [
+            self.lora[name](n) if name in self.lora else products.new_zeros(*leading, count)
+            for name, count in rows.items()
+        ]
+        return products + torch.cat(shifts, dim=-1)
 
 
 class AdaptedOut(_Adapted, ProjectOut):
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
         update = super().forward(attended, hidden)
-        if self.active:
-            for name, x in (("out", attended), ("down", hidden)):
-                update = self.shift(name, update, x)
+        for name, x in (("out", attended), ("down", hidden)):
+            if self.active and name in self.lora:
+                update = update + self.lora[name](x)
         return update
 
 

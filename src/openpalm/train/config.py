@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from openpalm.errors import SettingsError
+from openpalm.model.config import LORA_TARGETS, LoraConfig, ModelConfig
 from openpalm.settings import spell
 
 PROBES_A_RUN = 10
@@ -72,6 +73,43 @@ class ArchSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """A low-rank adapter, trained in place of the weights (Hu et al. 2021)."""
+
+    rank: int = 0
+    """of the adapter, 8 or 16 as a rule; 0 trains the weights themselves"""
+    alpha: float = 32.0
+    """scales what it adds, by alpha / rank: the best learning rate then hardly depends on rank"""
+    targets: str = "all"
+    """matrices that are adapted: all, or some of q,k,v,gate,up,out,down"""
+
+    def __post_init__(self) -> None:
+        _check(self.rank >= 0, "lora.rank", self.rank, "0 or more")
+        _check(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "above 0 and finite")
+        known = self.targets == "all" or {*self._names} <= {*LORA_TARGETS}
+        once = len({*self._names}) == len(self._names)
+        wanted = f"all, or some of {','.join(LORA_TARGETS)}, each once"
+        _check(known and once, "lora.targets", self.targets, wanted)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.targets.split(","))
+
+    def config(self, model: ModelConfig) -> LoraConfig | None:
+        """The adapter of such a model, or None. Raises SettingsError where it cannot have it.
+
+        By default every matrix is adapted: queries and values alone, as in the paper, learn
+        less (Dettmers et al. 2023, QLoRA, figure 2; Schulman et al. 2025, LoRA Without Regret).
+        """
+        if self.rank == 0:
+            return None
+        names = tuple(model.matrices) if self.targets == "all" else self._names
+        config = LoraConfig(self.rank, self.alpha, names)
+        config.check(model)
+        return config
+
+
+@dataclass(frozen=True)
 class Chosen:
     """What was chosen by measuring before step 1; written by the run, read back on resume."""
 
@@ -129,6 +167,10 @@ class TrainSettings:
     """of the arithmetic (weights stay float32); auto takes the faster one here"""
     max_skipped: int = 10
     """steps in a row without a finite loss and gradient before the run stops"""
+    last_layers: int | None = None
+    """train only so many of the last blocks, and the final norm; not set trains everything"""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """a low-rank adapter in place of the weights"""
     arch: ArchSettings = field(default_factory=ArchSettings)
     """changes to the preset"""
     optim: OptimSettings = field(default_factory=OptimSettings)
@@ -142,7 +184,12 @@ class TrainSettings:
         lengths = [self.steps, self.minutes, self.epochs]
         if sum(length is not None for length in lengths) != 1:
             raise SettingsError("give exactly one of --steps, --minutes and --epochs")
-        for name in ("steps", "minutes", "epochs", "sequence_length", "save_every", "eval_every"):
+        if self.lora.rank and self.last_layers is not None:
+            raise SettingsError("give --lora.rank or --last-layers, not both")
+        for name in (
+            *("steps", "minutes", "epochs", "sequence_length", "save_every", "eval_every"),
+            "last_layers",
+        ):
             value = getattr(self, name)
             _check(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
         _check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
@@ -155,6 +202,11 @@ class TrainSettings:
             self.batch_tokens,
             "above 0",
         )
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight learns."""
+        return not self.lora.rank and self.last_layers is None
 
 
 @dataclass(frozen=True)

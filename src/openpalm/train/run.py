@@ -38,9 +38,12 @@ from openpalm.train.measure import choose
 from openpalm.train.metrics import LiveLine, RowFile
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optim import Optimizer
+from openpalm.train.start import check_trained, choose_trained
 from openpalm.train.trainer import StepReport, Trainer
 
 _WHILE_MEASURING = 10**6  # steps of a schedule that is only timed
+LORA_RATE = 10
+"""How much larger the learning rate of an adapter is (Schulman et al. 2025, LoRA Without Regret)"""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
     Raises SettingsError where the directory belongs to other settings or another process,
     TrainingError where the run diverges.
     """
+    check_trained(settings, job.config)
     out = settings.out
     device = pick_device(settings.device)
     shape = batch_shape(settings, settings.sequence_length or job.config.context, world().size)
@@ -150,8 +154,11 @@ class _Session:
         if self.trainer.step:
             return f"{self.job.label}: going on after step {self.trainer.step}"
         chosen, tokens = self.settings.chosen, self.shape.sequence_length * self.shape.sequences
+        trained = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
+        part = "" if self.settings.trains_all else f" ({trained:,} of them learn)"
         return (
-            f"{self.job.label}: {self.job.config.parameters:,} parameters, {self.trainer.steps:,} "
+            f"{self.job.label}: {self.job.config.parameters:,} parameters{part}, "
+            f"{self.trainer.steps:,} "
             f"steps of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}"
         )
 
@@ -173,7 +180,8 @@ class _Session:
         rate = report.count / seconds
         chosen, share = self.settings.chosen, None
         step_tokens = self.shape.sequence_length * self.shape.sequences * self.trainer.world.size
-        if chosen.peak_flops and report.count == step_tokens:  # masked tokens cost FLOPs too
+        whole = self.settings.trains_all and report.count == step_tokens
+        if chosen.peak_flops and whole:  # masked tokens and frozen weights cost other FLOPs
             flops = self.job.config.flops_per_token(self.shape.sequence_length)
             share = round(rate * flops / chosen.peak_flops, 4)
         row: dict[str, Any] = {
@@ -181,7 +189,7 @@ class _Session:
             "loss": report.loss,
             self.job.unit: self.trainer.counted,
             "elapsed_s": round(self._elapsed_s(), 3),
-            "lr": report.lr_factor * (self.settings.optim.lr or self.job.learning_rate),
+            "lr": report.lr_factor * _peak_rate(self.settings, self.job),
             "grad_norm": report.grad_norm,
             f"{self.job.unit}_per_s": round(rate, 1),
             "mfu": share,
@@ -268,10 +276,11 @@ def _make_trainer(
 ) -> Trainer:
     model = Transformer(job.config).to(device)
     fill(model)
+    choose_trained(model, settings)
     return Trainer(
         model,
         job.objective,
-        Optimizer(model, settings.optim, settings.optim.lr or job.learning_rate),
+        Optimizer(model, settings.optim, _peak_rate(settings, job)),
         job.make_loader(shape),
         steps=settings.chosen.steps or _WHILE_MEASURING,
         accumulation=shape.accumulation,
@@ -279,6 +288,10 @@ def _make_trainer(
         max_skipped=settings.max_skipped,
         world=world(),
     )
+
+
+def _peak_rate(settings: TrainSettings, job: Job) -> float:
+    return settings.optim.lr or job.learning_rate * (LORA_RATE if settings.lora.rank else 1)
 
 
 def _set_aside(damaged: Path) -> None:

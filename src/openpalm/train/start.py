@@ -7,7 +7,8 @@ from pathlib import Path
 
 from openpalm import checkpoint
 from openpalm.data.tokenizer import Tokenizer
-from openpalm.errors import CheckpointError
+from openpalm.errors import CheckpointError, SettingsError
+from openpalm.model import lora
 from openpalm.model.config import PRESETS, ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.settings import plain, spell
@@ -50,10 +51,38 @@ def starting_point(settings: TrainSettings, init: Path | None, tokenizer: Tokeni
         _same_sizes(directory, stored, wanted, settings.model)
     return Start(
         config,
-        lambda model: checkpoint.load_weights(model, directory),
+        lambda model: _fill_merged(model, directory),
         _learning_rate_of_size(config),
         checkpoint.read_manifest(directory)["sha256"],
     )
+
+
+def check_trained(settings: TrainSettings, config: ModelConfig) -> None:
+    """Raises SettingsError where such a model cannot be trained in the part that is asked for."""
+    settings.lora.config(config)
+    if settings.last_layers is not None and settings.last_layers > config.depth:
+        raise SettingsError(
+            f"--last-layers {settings.last_layers}: the model has {config.depth} blocks; "
+            "take fewer, or leave it out to train everything"
+        )
+
+
+def choose_trained(model: Transformer, settings: TrainSettings) -> None:
+    """Attaches the adapter, or freezes all but the last blocks and the final norm, if asked to."""
+    config = settings.lora.config(model.config)
+    if config is not None:
+        lora.attach(model, config, settings.seed)
+    elif settings.last_layers is not None:
+        for parameter in lora.trunk(model):
+            parameter.requires_grad_(False)
+        for part in (*model.blocks[-settings.last_layers :], model.norm):
+            part.requires_grad_(True)
+
+
+def _fill_merged(model: Transformer, directory: Path) -> None:
+    """The checkpoint's weights, its adapter folded in: a run begins from what it computes."""
+    checkpoint.load_weights(model, directory)
+    lora.merge(model)
 
 
 def _changed(

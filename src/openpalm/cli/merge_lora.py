@@ -1,0 +1,51 @@
+"""`openpalm merge-lora`: a checkpoint with an adapter in, the same function without one out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from openpalm.errors import CheckpointError
+from openpalm.settings import parse
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    path: str
+    """run or checkpoint that has an adapter, or whose model --adapter is for"""
+    out: Path
+    """the checkpoint to make; must not exist, or be empty"""
+    adapter: Path | None = None
+    """directory in PEFT's layout, or a run or checkpoint that has an adapter"""
+
+
+def run(argv: Sequence[str]) -> None:
+    settings = parse(
+        MergeSettings,
+        argv,
+        verb="merge-lora",
+        about="Adds a low-rank adapter to the matrices it adapts, and writes a checkpoint without "
+        "one. The model computes what it did.",
+        examples=[
+            "openpalm merge-lora runs/chat-lora --out models/chat",
+            "openpalm merge-lora runs/tiny --adapter runs/chat-lora --out models/chat",
+        ],
+        positional=["path"],
+    )
+    from openpalm import checkpoint
+    from openpalm.cli.common import give_adapter, weights_path
+    from openpalm.convert import write
+    from openpalm.model import lora
+
+    directory = checkpoint.resolve(weights_path(settings.path))
+    write.check_vacant(settings.out)
+    model = checkpoint.load(directory)
+    give_adapter(model, settings.adapter)
+    if not lora.is_attached(model):
+        raise CheckpointError(f"{directory}: has no adapter; name one with --adapter")
+    before = checkpoint.fingerprint_logits(model)[1]
+    lora.merge(model)
+    change = (checkpoint.fingerprint_logits(model)[1] - before).abs().max().item()
+    lineage = {"parent": checkpoint.read_manifest(directory)["sha256"], "merged": True}
+    text = checkpoint.tokenizer_json(directory)
+    write.as_openpalm(model, settings.out, lineage=lineage, tokenizer_json=text)
+    print(f"wrote {settings.out}: logits within {change:.1e} of those with the adapter")
