@@ -137,6 +137,8 @@ class RolloutSettings(TrainSettings):
         check(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "above 0")
         if self.target_kl is not None and self.kl != "reward":
             raise SettingsError(f"--target-kl: steers --kl reward, not {self.kl}; leave it out")
+        if self.target_kl is not None and not self.beta:
+            raise SettingsError("--target-kl: steers a --beta above 0; give one")
         if self.rollout_weights != "float32" and self.temperature != 1:
             raise SettingsError(
                 f"--rollout-weights {self.rollout_weights}: is corrected for at --temperature 1 "

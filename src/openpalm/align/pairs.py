@@ -22,7 +22,7 @@ from openpalm.errors import DataError
 from openpalm.model.layout import shared
 from openpalm.model.transformer import Transformer
 
-WORTH_SHARING = 0.875
+WORTH_SHARING = 0.9
 """Tokens in shared rows, of those in rows of their own, up to which sharing is faster."""
 
 

@@ -99,7 +99,7 @@ class Estimated(NamedTuple):
 
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]
-"""The reference: log-probabilities [rows, time] of inputs and targets."""
+"""A reference: log-probabilities [rows, time] of inputs and targets."""
 
 
 class Sampler:
@@ -150,7 +150,8 @@ class Sampler:
 class RolloutLoader:
     """Microbatches of `rows` answers; `facts` are about the rollout they are of.
 
-    estimate: advantages and returns of a rollout, at the present beta.
+    estimate: advantages and returns of a rollout, at the present beta. reference: None where
+    leaving it costs nothing, so that nobody looks.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class RolloutLoader:
         sampler: Sampler,
         reward: Reward,
         estimate: Callable[[Any, Rollout, float], Estimated],
-        reference: LogProbs,
+        reference: LogProbs | None,
         *,
         rows: int,
         dtype: torch.dtype = torch.float32,
@@ -191,7 +192,7 @@ class RolloutLoader:
         columns = {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name != "rewards"}
         self._memory = Experience(**columns, advantages=advantages, returns=returns)
         self.facts = self._told(answers, rollout, returns)
-        self._steer(self.facts["kl"], len(answers))
+        self._steer(len(answers))
         self._rollouts += 1
         self._queue = self._minibatches()
 
@@ -232,7 +233,7 @@ class RolloutLoader:
         model = self.sampler.model
         with torch.autocast(inputs.device.type, self.dtype, self.dtype != torch.float32):
             now = evaluate(model, inputs, targets, temperature=self.settings.temperature)
-            reference = self.reference(inputs, targets)
+            reference = self.reference(inputs, targets) if self.reference else now.log_probs
         values = torch.zeros_like(now.log_probs)
         if now.values is not None:
             assert isinstance(model, ActorCritic)
@@ -254,21 +255,22 @@ class RolloutLoader:
         facts = {
             "reward": rollout.rewards.mean().item(),
             "reward_std": rollout.rewards.std(correction=0).item(),
-            "kl": (rollout.old - rollout.reference).sum(dim=-1).mean().item(),
-            "beta": self.beta,
             "length": lengths.mean().item(),
             "ended": sum(answer.ended for answer in answers) / len(answers),
         }
+        if self.reference:
+            facts["kl"] = (rollout.old - rollout.reference).sum(dim=-1).mean().item()
+            facts["beta"] = self.beta
         if self.settings.answers > 1:
             facts["equal_groups"] = equal.float().mean().item()
         if isinstance(self.sampler.model, ActorCritic):
             facts["explained"] = explained_variance(rollout.values, returns, rollout.mask)
         return facts
 
-    def _steer(self, kl: float, answers: int) -> None:
+    def _steer(self, answers: int) -> None:
         """Moves beta towards the KL that is wanted (Ziegler et al. 2019, section 2.2)."""
         if self.settings.target_kl is not None:
-            error = min(0.2, max(-0.2, kl / self.settings.target_kl - 1))
+            error = min(0.2, max(-0.2, self.facts["kl"] / self.settings.target_kl - 1))
             self.beta *= 1 + error * answers / self.settings.kl_horizon
 
     def state_dict(self) -> dict[str, Any]:

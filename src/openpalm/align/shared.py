@@ -51,13 +51,13 @@ def row_length(group: Sequence[Record]) -> int:
 def share(groups: Sequence[Sequence[Record]]) -> SharedRows:
     """Rows of equally many records each, with a common beginning of at least one token.
 
-    Padding, on the right, belongs to the last answer and is never a target.
+    Padding, on the right, is in no segment (-1) and never a target.
     """
     numbers, widest = len(groups[0]), max(map(row_length, groups))
     time = -(-widest // PAD_MULTIPLE) * PAD_MULTIPLE
     tokens = max(len(r.ids) - common_prompt(group) for group in groups for r in group)
     inputs = torch.zeros(len(groups), time, dtype=torch.int64)
-    segments = torch.full_like(inputs, numbers)
+    segments = torch.full_like(inputs, -1)
     targets = torch.full((numbers, len(groups), tokens), IGNORE)
     reads = torch.zeros_like(targets)
     for row, group in enumerate(groups):
