@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import SHAPES, make
 
-from openpalm.align import pairs as pairs_module
+from openpalm.align import shared as shared_module
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import PairRecord, collate, collate_shared
 from openpalm.align.shared import SharedRows, common_prompt, row_length, share
@@ -154,7 +154,7 @@ def test_pairs_share_only_where_that_is_less_work(groups, monkeypatch):
     assert collate_shared([pair(64, 64), strangers]).inputs.shape[0] == 4
     batch = collate_shared([pair(64, 64)])
     assert batch.pairs == 1 == collate([pair(64, 64)]).pairs
-    monkeypatch.setattr(pairs_module, "WORTH_SHARING", 2)
+    monkeypatch.setattr(shared_module, "WORTH_SHARING", 2)
     assert collate_shared([pair(8, 64)] * 2).segments is not None
 
 

@@ -151,6 +151,11 @@ class RolloutSettings(TrainSettings):
             )
 
     @property
+    def one_step(self) -> bool:
+        """Whether every answer is learnt from in the first step after it was given."""
+        return self.passes * self.minibatches == 1
+
+    @property
     def highest_clip(self) -> float:
         return 0.2 if self.clip_high is None else self.clip_high
 

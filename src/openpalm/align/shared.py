@@ -21,6 +21,9 @@ from torch import Tensor
 from openpalm.data.conversation import Rendered as Record
 from openpalm.data.loader import IGNORE, PAD_MULTIPLE
 
+WORTH_SHARING = 0.9
+"""Tokens in shared rows, of those in rows of their own, up to which sharing is faster."""
+
 
 class SharedRows(NamedTuple):
     """inputs, segments: int64 [prompts, time]; targets, reads: int64 [answers, tokens].
@@ -46,6 +49,14 @@ def row_length(group: Sequence[Record]) -> int:
     """Inputs of the row that these records share; the last token of each is only a target."""
     prompt = common_prompt(group)
     return prompt + sum(len(record.ids) - prompt - 1 for record in group)
+
+
+def saves_work(groups: Sequence[Sequence[Record]]) -> bool:
+    """Whether these groups, each with a common beginning, are computed faster in shared rows."""
+    if not all(map(common_prompt, groups)):
+        return False
+    alone = len(groups[0]) * max(len(record.ids) - 1 for group in groups for record in group)
+    return max(map(row_length, groups)) <= WORTH_SHARING * alone
 
 
 def share(groups: Sequence[Sequence[Record]]) -> SharedRows:
