@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,13 @@ def our_pairs() -> Any:
     ]
 
 
-def our_trainer(model: Any, objective: Any, loader: Any) -> Any:
+def our_trainer(model: Any, objective: Any, loader: Any, dtype: torch.dtype = torch.float32) -> Any:
     from openpalm.train.config import OptimSettings
     from openpalm.train.optim import Optimizer
     from openpalm.train.trainer import Trainer
 
     optimizer = Optimizer(model, OptimSettings(), LEARNING_RATE)
-    return Trainer(model, objective, optimizer, loader, steps=FOREVER)
+    return Trainer(model, objective, optimizer, loader, steps=FOREVER, dtype=dtype)
 
 
 def our_dpo(turns: Turns) -> None:
@@ -156,14 +157,15 @@ def our_rollouts(turns: Turns, model: Any, how: Any, objective: Any, rules: Any)
 
     sampler = Sampler(model, random_ids(DATA, PROMPT, 0), frozenset(), how, slots=BATCH)
     reward, estimate, reference = rules
-    loader = RolloutLoader(sampler, reward, estimate, reference, rows=BATCH)
-    trainer = our_trainer(model, objective, loader)
+    dtype = getattr(torch, how.rollout_weights)
+    loader = RolloutLoader(sampler, reward, estimate, reference, rows=BATCH, dtype=dtype)
+    trainer = our_trainer(model, objective, loader, dtype)
     while True:
         trainer.train_step()
         turns.step()
 
 
-def our_grpo(turns: Turns) -> None:
+def our_grpo(turns: Turns, weights: str = "float32") -> None:
     from openpalm.align.config import GrpoSettings
     from openpalm.align.grpo import GroupObjective, estimate
 
@@ -185,9 +187,7 @@ def our_grpo(turns: Turns) -> None:
     our_rollouts(turns, our_model(), how, GroupObjective(how), (reward, estimate, None))
 
 
-def our_ppo(turns: Turns) -> None:
-    from functools import partial
-
+def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") -> None:
     from openpalm.align.config import PpoSettings
     from openpalm.align.logprobs import token_log_probs
     from openpalm.align.ppo import PpoObjective, estimate
@@ -199,9 +199,8 @@ def our_ppo(turns: Turns) -> None:
     from openpalm.model.transformer import initialise
 
     paths = {"data": Path("-"), "out": Path("-"), "init": "-"}
-    how = PpoSettings(
-        **paths, steps=1, prompts=BATCH, max_new_tokens=ANSWER, passes=1, critic="separate"
-    )
+    sizes = {"prompts": BATCH, "max_new_tokens": ANSWER, "passes": 1}
+    how = PpoSettings(**paths, **sizes, steps=1, critic=critic, rollout_weights=weights)
     reference = our_model().requires_grad_(False)
     model = ActorCritic(reference.config, how.critic)
     model.load_state_dict(reference.state_dict(), strict=False)
@@ -345,7 +344,7 @@ def trl_dpo(turns: Turns) -> None:
         trainer.train()
 
 
-def trl_grpo(turns: Turns) -> None:
+def trl_grpo(turns: Turns, **how_else: Any) -> None:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -361,7 +360,7 @@ def trl_grpo(turns: Turns) -> None:
             max_completion_length=ANSWER,
             generation_kwargs={"min_new_tokens": ANSWER},
             beta=0.0,
-            **TRL,
+            **(TRL | how_else),
         )
         trainer = GRPOTrainer(
             model=llama(),
@@ -428,13 +427,26 @@ ROWS = {
     "grpo": Row(
         "completions",
         2,
-        {"OpenPaLM": our_grpo, "bare PyTorch, no cache": bare_grpo, "TRL GRPOTrainer": trl_grpo},
+        {
+            "OpenPaLM": our_grpo,
+            "bare PyTorch, no cache": bare_grpo,
+            "TRL GRPOTrainer": trl_grpo,
+            "OpenPaLM, bfloat16": partial(our_grpo, weights="bfloat16"),
+            "TRL GRPOTrainer, bf16": partial(trl_grpo, bf16=True),
+        },
     ),
     "ppo": Row(
-        "episodes", 1, {"OpenPaLM": our_ppo, "palm-rlhf-pytorch RLHFTrainer": palm_rlhf_ppo}
+        "episodes",
+        1,
+        {
+            "OpenPaLM": our_ppo,
+            "palm-rlhf-pytorch RLHFTrainer": palm_rlhf_ppo,
+            "OpenPaLM, bfloat16": partial(our_ppo, weights="bfloat16"),
+            "OpenPaLM, bfloat16, one trunk": partial(our_ppo, weights="bfloat16", critic="shared"),
+        },
     ),
 }
-PEERS = (trl_dpo, trl_grpo, palm_rlhf_ppo)
+PEERS = ("TRL", "palm-rlhf-pytorch")
 
 
 def contend(row: str, name: str) -> None:
@@ -478,8 +490,8 @@ def measure(row: str, rounds: int, peers: str, threads: int) -> list[dict[str, A
     what, rates = ROWS[row], {}
     with ExitStack() as stack:
         running = {}
-        for name, function in what.contenders.items():  # one builds after the other
-            python = peers if function in PEERS else sys.executable
+        for name in what.contenders:  # one builds after the other
+            python = peers if name.startswith(PEERS) else sys.executable
             process = stack.enter_context(contender(row, name, python, threads))
             if seconds_of(process, name) is not None:
                 running[name], rates[name] = process, []
