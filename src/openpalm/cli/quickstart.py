@@ -30,8 +30,9 @@ BATCH_TOKENS = 8 * 512
 NAMES_A_MINUTE = 160
 """Names that fine-tuning has the time to learn by heart."""
 QUESTIONS_A_MINUTE, MAX_QUESTIONS = 40, 200
-JUDGED_A_MINUTE, ANSWERS_EACH, LEAST_GAP = 30, 4, 0.1
-"""Questions whose answers are judged, answers to each, and token F1 that two must differ by."""
+JUDGED_A_MINUTE, ANSWERS_EACH, LEAST_GAP, LEAST_JUDGED = 30, 4, 0.1, 16
+"""Questions whose answers are judged, answers to each, token F1 that two must differ by, and the
+judgements without which nothing can be learnt."""
 EXAMPLE = "shutil.copytree"
 
 
@@ -88,7 +89,7 @@ def run(argv: Sequence[str]) -> None:
     answered = question(settings, console)
     preferred = prefer(settings, console)
     write_report(settings, console, manifest, answered, preferred)
-    _next_commands(settings, console)
+    _next_commands(settings.out / ("dpo" if preferred else "sft"), settings, console)
 
 
 def prepare_data(settings: QuickstartSettings, console: "Console") -> "Manifest":
@@ -185,8 +186,11 @@ def question(settings: QuickstartSettings, console: "Console") -> list[Answered]
     return answered
 
 
-def prefer(settings: QuickstartSettings, console: "Console") -> Preferred:
-    """Judges the model's own answers by their docstrings, and trains on the judgements."""
+def prefer(settings: QuickstartSettings, console: "Console") -> Preferred | None:
+    """Judges the model's own answers by their docstrings, and trains on the judgements.
+
+    None where its answers are too much alike, or all as bad, to prefer any.
+    """
     from openpalm.align.config import DpoSettings
     from openpalm.cli.dpo import prefer as dpo_verb
 
@@ -198,6 +202,10 @@ def prefer(settings: QuickstartSettings, console: "Console") -> Preferred:
         with console.status(f"answering {len(asked)} questions {ANSWERS_EACH} times"):
             judged = _judgements(settings, asked)
         data.write_text("".join(json.dumps(row) + "\n" for row in judged), encoding="utf-8")
+    judgements = len(data.read_text(encoding="utf-8").splitlines())
+    if judgements < LEAST_JUDGED:
+        console.print(f"{judgements} judgements: its answers are too much alike to prefer any")
+        return None
     outcome = dpo_verb(
         DpoSettings(
             data=data,
@@ -217,7 +225,7 @@ def prefer(settings: QuickstartSettings, console: "Console") -> Preferred:
             _mean_f1(_answers(settings.out / run, questions, temperature=1.0), asked)
             for run in ("sft", "dpo")
         ]
-    result = Preferred(len(data.read_text(encoding="utf-8").splitlines()), *f1s)
+    result = Preferred(judgements, *f1s)
     console.print(
         f"{result.judgements} judgements; token F1 of answers drawn at temperature 1 to held-out "
         f"phrasings: {result.before:.3f} before, {result.after:.3f} after"
@@ -258,7 +266,7 @@ def write_report(
     console: "Console",
     manifest: "Manifest",
     answered: list[Answered],
-    preferred: Preferred,
+    preferred: Preferred | None,
 ) -> None:
     from openpalm.report import Section, environment_section, run_sections, table, write_page
 
@@ -271,10 +279,15 @@ def write_report(
         ("questions asked", len(answered)),
         ("token F1 before fine-tuning", round(_f1(answered, "before"), 4)),
         ("token F1 after fine-tuning", round(_f1(answered, "after"), 4)),
-        ("judgements of its own answers", preferred.judgements),
-        ("token F1 at temperature 1 before preferences", round(preferred.before, 4)),
-        ("token F1 at temperature 1 after preferences", round(preferred.after, 4)),
     ]
+    runs = ["pretrain", "sft"]
+    if preferred is not None:
+        runs.append("dpo")
+        summary += [
+            ("judgements of its own answers", preferred.judgements),
+            ("token F1 at temperature 1 before preferences", round(preferred.before, 4)),
+            ("token F1 at temperature 1 after preferences", round(preferred.after, 4)),
+        ]
     columns = ["question", "docstring", "before fine-tuning", "after"]
     shown = [(i.question, i.reference, i.before, i.after) for i in answered[:12]]
     page = settings.out / "report.html"
@@ -284,9 +297,7 @@ def write_report(
         [
             Section("Summary", table(["", ""], summary)),
             Section("Questions in held-out words", table(columns, shown)),
-            *run_sections(settings.out / "pretrain"),
-            *run_sections(settings.out / "sft"),
-            *run_sections(settings.out / "dpo"),
+            *(section for run in runs for section in run_sections(settings.out / run)),
             environment_section(),
         ],
     )
@@ -364,10 +375,10 @@ def _last_bits(settings: QuickstartSettings) -> float:
     return last(read_rows(settings.out / "pretrain" / "metrics.jsonl"), "val_bits_per_byte")
 
 
-def _next_commands(settings: QuickstartSettings, console: "Console") -> None:
+def _next_commands(best: Path, settings: QuickstartSettings, console: "Console") -> None:
     commands = [
-        f'openpalm sample {settings.out}/dpo --chat "What does {EXAMPLE} do?" --stream',
-        f"openpalm serve {settings.out}/dpo",
+        f'openpalm sample {best} --chat "What does {EXAMPLE} do?" --stream',
+        f"openpalm serve {best}",
         f'openpalm sample {settings.out}/pretrain "Return the"',
         "openpalm data prepare YOUR_TEXTS --out data/mine --tokenizer bpe:8192",
         "openpalm train --model palm-14m --data data/mine --out runs/mine --minutes 30",
