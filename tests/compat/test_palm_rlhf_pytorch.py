@@ -542,6 +542,7 @@ def check_learns(trainer: RLHFTrainer) -> None:
     facts = trainer.train(num_episodes=10, max_timesteps=64, update_timesteps=64, max_seq_len=10)
     assert len(facts) == 10
     assert facts[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert facts[-1]["kl"] > 0.3  # from the palm as it was given, which did not move
     assert facts[-1]["reward"] > facts[0]["reward"] + 0.15
 
 
@@ -594,7 +595,7 @@ def test_training_repeats_under_one_seed():
 def test_a_critic_of_ones_own_learns_too():
     critic = small(seed=3, num_tokens=8, dim=24)
     before = kept(critic)
-    trainer = learner(critic=critic, critic_lora=False)
+    trainer = learner(critic=critic, critic_lora=False, critic_num_pred_bins=0)
     check_learns(trainer)
     now = critic.state_dict()
     assert not torch.equal(
@@ -706,6 +707,8 @@ def test_prompts_can_be_text(tmp_path: Path):
         ({"prompt_token_ids": [[0.5]]}, DataError, "whole numbers"),
         ({"eps_clip": 1.5}, SettingsError, r"1\.5: must be"),
         ({"actor_lora_r": 99}, SettingsError, "rank"),
+        ({"critic_num_pred_bins": 1}, SettingsError, "critic-bins 1: must be 0"),
+        ({"hl_gauss_loss_kwargs": {"max_value": 0.0}}, SettingsError, "above min_value"),
     ],
 )
 def test_what_cannot_be_used_is_one_clear_line(

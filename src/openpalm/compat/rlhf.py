@@ -113,6 +113,7 @@ class RLHFTrainer:
             clip_value=value_clip,
             entropy=beta_s,
             critic="separate",
+            critic_bins=critic_num_pred_bins,
         )
         self._scope = _SCOPE if actor_lora else None
         if actor_lora:
@@ -125,7 +126,7 @@ class RLHFTrainer:
         self.actor_critic.critic = _critic(
             adapted(trunk, critic_lora_r) if critic_lora else trunk,
             _bins(critic_num_pred_bins, **(hl_gauss_loss_kwargs or {})),
-        ).to(palm.device)
+        ).to(palm.model.embedding)
         with _still(self._frozen):
             self._optimizer = Optimizer(self.actor_critic, self._settings.optim, actor_lr)
 
@@ -268,7 +269,7 @@ def _texts(
 
 def _prompts(given: Tensor | Sequence[Any], pad: int) -> list[list[int]]:
     padded = isinstance(given, Tensor)
-    prompts = [_ids(row) for row in given]
+    prompts = [_ids(row) for row in (given.cpu() if padded else given)]
     for number, ids in enumerate(prompts):
         while padded and ids and ids[-1] == pad:
             ids.pop()
@@ -297,14 +298,17 @@ def _room(ids: Sequence[int], longest: int, what: str) -> int:
     return longest - len(ids)
 
 
-def _bins(count: int, min_value: float = 0.0, max_value: float = 5.0, **unused: Any) -> Bins:
+def _bins(count: int, min_value: float = 0.0, max_value: float = 5.0, **unused: Any) -> Bins | None:
+    """Raises SettingsError for an empty range."""
     for name, value in unused.items():
         warnings.warn(f"hl_gauss_loss_kwargs: {name} {value} changes nothing", stacklevel=4)
-    return Bins(count, min_value, max_value)
+    if not min_value < max_value:
+        raise SettingsError(f"max_value {max_value}: must be above min_value ({min_value})")
+    return Bins(count, min_value, max_value) if count else None
 
 
-def _critic(trunk: Transformer, bins: Bins) -> Critic:
-    """One that says the middle bin at first."""
+def _critic(trunk: Transformer, bins: Bins | None) -> Critic:
+    """One that says zero, or the middle bin, at first."""
     critic = Critic(trunk.config, "detached", bins)
     critic.kind, critic.trunk = "separate", trunk
     nn.init.zeros_(critic.read.weight)
