@@ -140,7 +140,10 @@ LogProbs = Callable[[Tensor, Tensor], Tensor]
 
 
 class Sampler:
-    """Answers of the live weights, each drawn with a seed of its own."""
+    """Answers of the live weights, each drawn with a seed of its own.
+
+    context: tokens that a prompt and its answer may have together, where that is bounded.
+    """
 
     def __init__(
         self,
@@ -149,11 +152,12 @@ class Sampler:
         stop_ids: frozenset[int],
         settings: RolloutSettings,
         slots: int = 64,
+        context: int | None = None,
     ):
         self.model, self.prompts, self.stop_ids = model, prompts, stop_ids
         self.settings = settings
         self._engine: Engine | None = None
-        self._slots = slots
+        self._slots, self._context = slots, context
         self.drawn = 0
 
     def refresh(self) -> None:
@@ -172,8 +176,10 @@ class Sampler:
             for _ in range(each):
                 how = Sampling(self.settings.temperature, seed=_seed(self.settings, self.drawn))
                 self.drawn += 1
-                ids = self.prompts[prompt]
-                requests.append(Request(ids, self.settings.max_new_tokens, how, self.stop_ids))
+                ids, room = self.prompts[prompt], self.settings.max_new_tokens
+                if self._context is not None:
+                    room = min(room, self._context - len(ids))
+                requests.append(Request(ids, room, how, self.stop_ids))
                 made.append(Answer(prompt, ids, [], [], ended=False))
         for token in self._engine.generate(requests):
             answer = made[token.request]
