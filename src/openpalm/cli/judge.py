@@ -169,11 +169,11 @@ class _Session:
 
         for i, j in self._open(item, "compare", numbered_pairs(item.origins)):
             both = item.candidates()[i], item.candidates()[j]
-            texts = [candidate.text.strip() for candidate in both]
-            if not all(texts) or texts[0] == texts[1]:
-                self._leave_out("empty answer" if not all(texts) else "equal answers")
+            first, second = (candidate.text.strip() for candidate in both)
+            if not (first and second) or first == second:
+                self._leave_out("equal answers" if first == second else "empty answer")
                 continue
-            questions = comparison_questions(item.prompt, *texts, self.constitution)
+            questions = comparison_questions(item.prompt, first, second, self.constitution)
             if not all(self.judge.fits(question.text, LABEL_TOKENS) for question in questions):
                 self._leave_out("longer than the judge's context")
                 continue
