@@ -13,7 +13,8 @@ from openpalm.settings import parse
 from openpalm.train.config import LoraSettings
 
 if TYPE_CHECKING:
-    from openpalm.align.doctor import Check, Patient
+    from openpalm.align.checks import Check
+    from openpalm.align.doctor import Patient
     from openpalm.align.pairs import PairRecord
     from openpalm.data.preferences import Messages, Pair
     from openpalm.data.prompt_files import PromptRow
