@@ -11,21 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from openpalm.data.corpus import read_rows
 from openpalm.errors import DataError, SettingsError, StorageError
 
 
 class GrowingRows:
-    """Appends rows behind `found`, those that were there."""
+    """Appends rows behind `found`, those that are there; a torn end goes when the first comes."""
 
-    def __init__(self, file: BinaryIO, path: Path, found: list[dict[str, Any]]):
-        self._file, self._path, self.found = file, path, found
+    def __init__(self, file: BinaryIO, path: Path, found: list[dict[str, Any]], end: int):
+        self._file, self._path, self._end = file, path, end
+        self.found = found
 
     def append(self, row: dict[str, Any]) -> None:
         """Hands one row to the system at once. Raises StorageError where it is refused."""
+        line = json.dumps(row).encode() + b"\n"
         try:
-            self._file.write(json.dumps(row).encode() + b"\n")
-            self._file.flush()
+            self._file.truncate(self._end)
+            self._end += len(line)
+            while line:  # an unbuffered write may take a part
+                line = line[self._file.write(line) :]
         except OSError as error:
             raise StorageError(
                 f"--out {self._path}: cannot be written ({error.strerror}); the rows so far are "
@@ -53,12 +56,13 @@ def growing(path: Path) -> Iterator[GrowingRows]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SettingsError(f"--out {path}: another process is writing it") from None
-        _cut_torn_end(file)
-        try:
-            found = [row for _, row in read_rows(path)]
-        except DataError as error:
-            raise DataError(f"--out {error}; choose a new file") from None
-        yield GrowingRows(file, path, found)
+        file.seek(0)
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if content[end : end + 1] not in (b"", b"{"):
+            raise DataError(f"--out {path}: is no file of rows; choose a new file")
+        rows = [_row(line, f"{path}:{i}") for i, line in enumerate(content[:end].splitlines(), 1)]
+        yield GrowingRows(file, path, rows, end)
         os.fsync(file.fileno())
 
 
@@ -79,16 +83,11 @@ def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     return count
 
 
-def _cut_torn_end(file: BinaryIO) -> None:
-    """Removes what follows the last line's end."""
-    end = size = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - 65536)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    if end < size:
-        file.truncate(end)
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise DataError(f"--out {where}: is no row of JSON; choose a new file")
+    return row
