@@ -7,6 +7,8 @@ A source is named in a word, `[WEIGHT*]SOURCE`:
     RUN or CHECKPOINT  a reward model of `openpalm reward`, reading the same tokenizer's ids
     hub:NAME           a sequence classifier for `transformers`: its logit, or with several classes
                        the last class's log-odds
+    rules:FILE@CHECKPOINT  minus the weighted mean probability that the answer breaks a rule of the
+                       YAML file, as the checkpoint says (align/judge.py)
     exact              1 where the answer is the row's `answer`, else 0
 
 Several are added up with their weights.
@@ -22,11 +24,15 @@ from typing import Any, NamedTuple
 import torch
 
 from openpalm import checkpoint
+from openpalm.align.judge import LABEL_TOKENS, EngineJudge, rule_questions, rule_reward
 from openpalm.align.reward import RatingRecord, collate
 from openpalm.align.rollout import Answer, Reward, record_of
+from openpalm.data.constitution import read_constitution
+from openpalm.data.conversation import Message
 from openpalm.data.preferences import Messages
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError, WorkError
+from openpalm.generate.engine import Engine
 from openpalm.model.reward import RewardModel
 from openpalm.settings import spell
 
@@ -84,13 +90,15 @@ def source_of(word: str, reader: Reader, option: str = "reward") -> Reward:
         return lambda answers: [exact(reader, answer) for answer in answers]
     if colon and path.endswith(".py"):
         return of_function(_function(Path(path), name, option), word, reader)
+    if word.startswith("rules:"):
+        return of_rules(word, reader, option)
     if word.startswith("hub:"):
         return of_classifier(word.removeprefix("hub:"), reader)
     if Path(word).exists():
         return of_model(Path(word), reader, option)
     raise SettingsError(
         f"{spell(option)} {word}: no such run; give a reward model's, FILE.py:FUNCTION, "
-        "hub:NAME or exact"
+        "hub:NAME, rules:FILE@CHECKPOINT or exact"
     )
 
 
@@ -147,6 +155,39 @@ def of_model(path: Path, reader: Reader, option: str = "reward", rows: int = 32)
             batch = collate([RatingRecord(record_of(answer), 0.0) for answer in group])
             values += model.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
         return values
+
+    return reward
+
+
+def of_rules(word: str, reader: Reader, option: str = "reward") -> Reward:
+    """Of `rules:FILE@CHECKPOINT`. Raises DataError for a bad file, WorkError for a long answer."""
+    file, mark, path = word.removeprefix("rules:").partition("@")
+    if not (file and mark and path):
+        raise SettingsError(f"{spell(option)} {word}: must be rules:FILE.yaml@CHECKPOINT")
+    rules = read_constitution(Path(file), "rules")
+    directory = checkpoint.resolve(path)
+    checkpoint.check_writes(directory)
+    if checkpoint.tokenizer_json(directory) is None:
+        raise CheckpointError(f"{spell(option)} {word}: the checkpoint has no tokenizer.json")
+    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    judge = EngineJudge(Engine(checkpoint.load(directory), slots=32), tokenizer, word)
+
+    def reward(answers: Sequence[Answer]) -> list[float]:
+        questions = [
+            question
+            for answer in answers
+            for question in rule_questions(
+                (Message("user", reader.asked[answer.prompt].question),), reader.text(answer), rules
+            )
+        ]
+        if not all(judge.fits(question.text, LABEL_TOKENS) for question in questions):
+            raise WorkError(
+                f"{spell(option)} {word}: an answer with its prompt and rule is longer than that "
+                "checkpoint's context; lower --max-new-tokens, or take another judge"
+            )
+        broken, each = judge.first(questions), len(rules.articles)
+        parts = [broken[start : start + each] for start in range(0, len(broken), each)]
+        return [rule_reward(part, rules) for part in parts]
 
     return reward
 

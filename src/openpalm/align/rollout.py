@@ -171,23 +171,30 @@ class Sampler:
     def answers(self, chosen: Sequence[int], each: int) -> list[Answer]:
         """`each` answers to every prompt of `chosen`, prompt by prompt."""
         assert self._engine is not None, "refresh first"
-        requests, made = [], []
-        for prompt in chosen:
-            for _ in range(each):
-                how = Sampling(self.settings.temperature, seed=_seed(self.settings, self.drawn))
-                self.drawn += 1
-                ids, room = self.prompts[prompt], self.settings.max_new_tokens
-                if self._context is not None:
-                    room = min(room, self._context - len(ids))
-                requests.append(Request(ids, room, how, self.stop_ids))
-                made.append(Answer(prompt, ids, [], [], ended=False))
-        for token in self._engine.generate(requests):
-            answer = made[token.request]
-            answer.ids.append(token.id)
-            answer.log_probs.append(token.log_prob)
-            if token.finish == "stop":
-                made[token.request] = replace(answer, ended=True)
-        return made
+        asked, requests = [prompt for prompt in chosen for _ in range(each)], []
+        for prompt in asked:
+            how = Sampling(self.settings.temperature, seed=seed_of(self.settings.seed, self.drawn))
+            self.drawn += 1
+            ids, room = self.prompts[prompt], self.settings.max_new_tokens
+            if self._context is not None:
+                room = min(room, self._context - len(ids))
+            requests.append(Request(ids, room, how, self.stop_ids))
+        return answers_of(self._engine, requests, asked)
+
+
+def answers_of(engine: Engine, requests: Sequence[Request], asked: Sequence[int]) -> list[Answer]:
+    """What the engine says to each request, which is about prompt `asked` of the same place."""
+    made = [
+        Answer(prompt, request.ids, [], [], ended=False)
+        for prompt, request in zip(asked, requests, strict=True)
+    ]
+    for token in engine.generate(requests):
+        answer = made[token.request]
+        answer.ids.append(token.id)
+        answer.log_probs.append(token.log_prob)
+        if token.finish == "stop":
+            made[token.request] = replace(answer, ended=True)
+    return made
 
 
 class RolloutLoader:
@@ -309,7 +316,7 @@ class RolloutLoader:
         """Row numbers of each microbatch to come, every row once a pass."""
         whole = self.settings.answers if self._in_groups else 1
         rows = torch.arange(self.settings.prompts * self.settings.answers).view(-1, whole)
-        generator = torch.Generator().manual_seed(_seed(self.settings, -self._rollouts))
+        generator = torch.Generator().manual_seed(seed_of(self.settings.seed, -self._rollouts))
         passes = [
             rows[torch.randperm(len(rows), generator=generator)].flatten()
             for _ in range(self.settings.passes)
@@ -405,6 +412,6 @@ def checked(reward: Reward, answers: Sequence[Answer]) -> list[float]:
     return rewards
 
 
-def _seed(settings: RolloutSettings, draw: int) -> int:
+def seed_of(seed: int, draw: int) -> int:
     """A seed of its own for every answer ever drawn in a run."""
-    return (settings.seed * 0x9E3779B97F4A7C15 + draw * 0xD1B54A32D192ED03) % (1 << 63)
+    return (seed * 0x9E3779B97F4A7C15 + draw * 0xD1B54A32D192ED03) % (1 << 63)

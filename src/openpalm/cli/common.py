@@ -1,10 +1,13 @@
 """What several verbs compose alike: where weights come from, and what is looked at in training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openpalm import checkpoint
 from openpalm.adapter import load_adapter
@@ -148,3 +151,14 @@ def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: i
         return {"samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]}
 
     return Probe(look, file="samples.jsonl")
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar in a terminal, nothing elsewhere; call what it gives with how many more are done."""
+    columns = (TextColumn(label), BarColumn(bar_width=24), MofNCompleteColumn())
+    console = Console(stderr=True)
+    remaining = TimeRemainingColumn(compact=True)
+    with Progress(*columns, remaining, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda more: bar.advance(task, more)

@@ -4,7 +4,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from openpalm.align.config import RolloutSettings
 from openpalm.errors import DataError, SettingsError
@@ -101,8 +101,18 @@ def learn_from_answers(
     return run_job(settings, job)
 
 
+class AsksSettings(Protocol):
+    """What a verb says about the answers that it has the model write."""
+
+    @property
+    def data(self) -> Path: ...
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
 def fitting(
-    rows: "Sequence[PromptRow]", tokenizer: "Tokenizer", settings: RolloutSettings, context: int
+    rows: "Sequence[PromptRow]", tokenizer: "Tokenizer", settings: AsksSettings, context: int
 ) -> "tuple[list[PromptRow], list[list[int]]]":
     """The prompts that leave room for an answer in `context` tokens, and their ids.
 

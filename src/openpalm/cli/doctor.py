@@ -1,0 +1,216 @@
+"""`openpalm doctor`: a checkpoint, data and rewards in; what would go wrong in silence out."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from openpalm.align.config import GrpoSettings
+from openpalm.errors import WorkError
+from openpalm.settings import parse
+from openpalm.train.config import LoraSettings
+
+if TYPE_CHECKING:
+    from openpalm.align.checks import Check
+    from openpalm.align.doctor import Patient
+    from openpalm.align.pairs import PairRecord
+    from openpalm.data.preferences import Messages, Pair
+    from openpalm.data.prompt_files import PromptRow
+    from openpalm.data.tokenizer import Tokenizer
+
+MAX_EXAMPLES = 256
+"""Rows of the data that are looked at."""
+
+
+@dataclass(frozen=True)
+class DoctorSettings:
+    """The run that is about to begin."""
+
+    init: str
+    """checkpoint, run or hub name that it begins with"""
+    data: Path
+    """its data: prompts, pairs or conversations, as grpo, dpo and sft take them"""
+    reward: list[str] | str | None = None
+    """its rewards, as grpo takes them"""
+    prompts: int = 8
+    """prompts that are answered"""
+    answers: int = 4
+    """answers to each"""
+    max_new_tokens: int = 64
+    """tokens of an answer at most"""
+    temperature: float = 1.0
+    """of the answers"""
+    seed: int = 0
+    """of the answers"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    json: bool = False
+    """print the checks as JSON"""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """its adapter"""
+
+    def __post_init__(self) -> None:
+        self.as_run()
+
+    def as_run(self) -> GrpoSettings:
+        """What `openpalm grpo` would be told. Raises SettingsError."""
+        return GrpoSettings(
+            data=self.data,
+            out=Path("doctor"),
+            init=self.init,
+            steps=1,
+            reward=self.reward,
+            prompts=self.prompts,
+            answers=self.answers,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            device=self.device,
+            lora=self.lora,
+        )
+
+
+def run(argv: Sequence[str]) -> None:
+    settings = parse(
+        DoctorSettings,
+        argv,
+        verb="doctor",
+        about="Checks a model, its data and its rewards before an alignment run, for what would go "
+        "wrong without an error: masks, end markers, log-probabilities, the reference, rewards, "
+        "swapped pairs. Stops at the first failure, with its remedy and exit status 1.",
+        examples=[
+            "openpalm doctor --init runs/chat --data prompts.jsonl --reward runs/rm",
+            "openpalm doctor --init runs/chat --data pairs.jsonl --lora.rank 8 --json",
+        ],
+    )
+    from openpalm.align.doctor import examine
+    from openpalm.cli.common import progress
+
+    patient = admit(settings)
+    checks: list[Check] = []
+    with progress("doctor", _expected(patient)) as advance:
+        for check in examine(patient):
+            checks.append(check)
+            advance(1)
+            if not check.ok:
+                break
+    if settings.json:
+        print(json.dumps([check._asdict() for check in checks]))
+    else:
+        _show(checks)
+    if not checks[-1].ok:
+        raise WorkError("{0.name}: failed: {0.found}; {0.remedy}".format(checks[-1]))
+
+
+def admit(settings: DoctorSettings) -> "Patient":
+    """Composes what the run would begin with."""
+    from openpalm import checkpoint
+    from openpalm.align.doctor import Patient
+    from openpalm.align.rewards import Asked, Reader, question_of, rewards_of
+    from openpalm.cli.common import fine_tuning_start
+    from openpalm.cli.rollouts import fitting
+    from openpalm.data.conversation import stop_ids
+    from openpalm.data.prompt_files import PromptRow
+    from openpalm.distributed import pick_device
+    from openpalm.model.transformer import Transformer
+    from openpalm.train.optim import Optimizer
+    from openpalm.train.run import LORA_RATE
+    from openpalm.train.start import check_trained, choose_trained
+
+    run = settings.as_run()
+    directory, tokenizer, start = fine_tuning_start(run)
+    check_trained(run, start.config)
+    given = _read(settings.data)
+    stops = stop_ids(tokenizer)
+    pairs = _fitting_pairs(given.pairs, tokenizer, start.config.context)
+    asked, ids = fitting(given.prompts, tokenizer, settings, start.config.context)
+    answered = [*asked, *(PromptRow(pair.prompt, {}) for pair, _ in pairs)]
+    reader = Reader(tokenizer, [Asked(question_of(row.prompt), row.row) for row in answered], stops)
+    words = [settings.reward] if isinstance(settings.reward, str) else settings.reward
+    device = pick_device(settings.device)
+    model = Transformer(start.config).to(device)
+    start.fill(model)
+    choose_trained(model, run)
+    rate = start.learning_rate / 10 * (LORA_RATE if settings.lora.rank else 1)
+    return Patient(
+        settings=run,
+        model=model,
+        optimizer=Optimizer(model, run.optim, rate),
+        reference=checkpoint.load(directory, str(device)).requires_grad_(False),
+        tokenizer=tokenizer,
+        prompts=ids,
+        conversations=given.conversations,
+        pairs=[record for _, record in pairs],
+        stop_ids=stops,
+        reward=rewards_of(words, reader) if words else None,
+    )
+
+
+class _Given(NamedTuple):
+    """What the data holds, at most MAX_EXAMPLES of each."""
+
+    prompts: "Sequence[PromptRow]"
+    conversations: "Sequence[tuple[Messages, Messages]]"
+    pairs: "Sequence[Pair]"
+
+
+def _read(path: Path) -> _Given:
+    """The file in whichever form it is. Raises DataError."""
+    from openpalm.data.corpus import is_rows, read_rows
+    from openpalm.data.demonstration_files import read_demonstrations
+    from openpalm.data.forms import ALPACA, COMPLETION, MESSAGES, PAIRS, SHAREGPT, form_of
+    from openpalm.data.pair_files import read_pairs
+    from openpalm.data.preferences import says
+    from openpalm.data.prompt_files import PromptRow, read_prompts
+
+    first = next(read_rows(path), None) if is_rows(path) else None
+    form = None if first is None else form_of(first[1])
+    if form in PAIRS:
+        pairs = read_pairs(path).items[:MAX_EXAMPLES]
+        both = [(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
+        return _Given([PromptRow(pair.prompt, {}) for pair in pairs], both, pairs)
+    prompts = read_prompts(path).items[:MAX_EXAMPLES]
+    if form not in (MESSAGES, SHAREGPT, ALPACA, COMPLETION):
+        return _Given(prompts, [(row.prompt, says("An answer.")) for row in prompts], [])
+    shown = read_demonstrations(path).items[:MAX_EXAMPLES]
+    ends = [max(i for i, m in enumerate(turns) if m.role == "assistant") for turns in shown]
+    cut = [(turns[:end], turns[end : end + 1]) for turns, end in zip(shown, ends, strict=True)]
+    return _Given(prompts, cut, [])
+
+
+def _fitting_pairs(
+    pairs: "Sequence[Pair]", tokenizer: "Tokenizer", context: int
+) -> "list[tuple[Pair, PairRecord]]":
+    """Those whose answers the model can read whole."""
+    from openpalm.align.pairs import records
+
+    if not pairs:
+        return []
+    records(tokenizer, pairs, context)  # raises where none fits
+    both = zip(pairs, records(tokenizer, pairs, sys.maxsize)[0], strict=True)
+    return [
+        (pair, record)
+        for pair, record in both
+        if max(len(side.ids) for side in record.sides) <= context + 1
+    ]
+
+
+def _expected(patient: "Patient") -> int:
+    """How many checks there will be."""
+    with_reward = patient.reward is not None
+    return 10 + 4 * with_reward + bool(patient.pairs) * (2 + 2 * with_reward)
+
+
+def _show(checks: "Sequence[Check]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("check", "", "found"):
+        table.add_column(title, no_wrap=title != "found")
+    for check in checks:
+        mark = "[green]ok[/]" if check.ok else "[red]failed[/]"
+        table.add_row(check.name, mark, check.found)
+    Console().print(table)

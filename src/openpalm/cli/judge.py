@@ -1,0 +1,349 @@
+"""`openpalm judge`: answers and written principles in, preference records of a model out."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from openpalm.errors import SettingsError
+from openpalm.settings import parse
+
+if TYPE_CHECKING:
+    from openpalm.align.judge import Judge
+    from openpalm.data.constitution import Constitution
+    from openpalm.data.growing import GrowingRows
+    from openpalm.data.preferences import Candidate, Messages
+
+KEY = "OPENPALM_JUDGE_KEY"
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Whose answers are judged, by whom, and by what principles."""
+
+    data: Path
+    """a .jsonl of prompt and responses, or preference records; with --model of prompts"""
+    constitution: Path
+    """YAML: principles, each a text or a text and its weight"""
+    out: Path
+    """a .jsonl of preference records; what is in it is not judged again"""
+    judge: str | None = None
+    """run, checkpoint or hub name that judges"""
+    endpoint: str | None = None
+    """instead of --judge: URL of an OpenAI-compatible server, up to /v1"""
+    judge_model: str | None = None
+    """which of that server's models; the key is read from OPENPALM_JUDGE_KEY"""
+    model: str | None = None
+    """run, checkpoint or hub name that writes the answers, where --data has prompts alone"""
+    answers: int = 2
+    """answers to each prompt, of --model"""
+    temperature: float = 1.0
+    """of --model's answers"""
+    seed: int = 0
+    """of --model's answers"""
+    max_new_tokens: int = 64
+    """tokens of an answer, and of a revision, at most"""
+    revise: bool = False
+    """write each prompt's first answer better, as edits, instead of comparing answers"""
+    parallel: int = 4
+    """requests to the endpoint at a time"""
+    timeout: float = 60.0
+    """seconds that the endpoint may take for a reply"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """of weights and arithmetic"""
+    json: bool = False
+    """print the figures as JSON"""
+
+    def __post_init__(self) -> None:
+        if (self.judge is None) == (self.endpoint is None):
+            raise SettingsError("who judges? give --judge or --endpoint, one of them")
+        if (self.endpoint is None) != (self.judge_model is None):
+            raise SettingsError("--endpoint and --judge-model: give both or neither")
+        for name in ("answers", "max_new_tokens", "parallel"):
+            least = 2 if name == "answers" and not self.revise else 1
+            if not least <= getattr(self, name) <= 4096:
+                option = name.replace("_", "-")
+                raise SettingsError(f"--{option} {getattr(self, name)}: must be {least} to 4096")
+        if not 0 < self.temperature <= 100:
+            raise SettingsError(f"--temperature {self.temperature}: must be in (0, 100]")
+        if not 0 < self.timeout <= 3600:
+            raise SettingsError(f"--timeout {self.timeout}: must be above 0, at most 3600")
+        if not -(2**63) <= self.seed < 2**63:
+            raise SettingsError(f"--seed {self.seed}: must be a 64-bit whole number")
+        if self.out == self.data:
+            raise SettingsError(f"--out {self.out}: must be another file than --data")
+
+
+class Form(NamedTuple):
+    """In which form a model is loaded."""
+
+    device: str
+    dtype: str
+    tokenizer: Path | None = None
+    adapter: Path | None = None
+    quantize: Literal["int8", "int4"] | None = None
+
+
+class Item(NamedTuple):
+    """A prompt, what each of its answers is known by, and the answers, made when wanted."""
+
+    prompt: "Messages"
+    origins: Sequence[Any]
+    candidates: "Callable[[], Sequence[Candidate]]"
+
+
+def run(argv: Sequence[str]) -> None:
+    settings = parse(
+        JudgeSettings,
+        argv,
+        verb="judge",
+        about="Compares answers by the principles of a constitution, every two of a prompt in both "
+        "orders, and writes preference records as a person's, for `openpalm dpo` and `openpalm "
+        "reward`. The judge is a checkpoint of ours or a model behind an OpenAI-compatible server.",
+        examples=[
+            "openpalm judge --data answers.jsonl --constitution c.yaml --judge runs/chat "
+            "--out j.jsonl",
+            "openpalm judge --data prompts.jsonl --model runs/chat --constitution c.yaml "
+            "--out k.jsonl \\",
+            "    --endpoint http://127.0.0.1:8000/v1 --judge-model chat",
+        ],
+    )
+    told = judged(settings)
+    if settings.json:
+        print(json.dumps(told))
+        return
+    what = "revised" if settings.revise else f"compared, {told['ties']} of them ties"
+    print(f"{told['written']} {what}; {told['known']} were there before")
+    if told["left_out"]:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in told["left_out"].items())
+        print(f"left out: {reasons}")
+    if told["first_place"] is not None:
+        print(f"the first place won {told['first_place']:.1%} of the questions (50% is fair)")
+    print(settings.out)
+
+
+def judged(settings: JudgeSettings) -> dict[str, Any]:
+    """Appends a record for whatever has none yet; figures of what was done."""
+    from openpalm.cli.common import progress
+    from openpalm.data.constitution import read_constitution
+    from openpalm.data.growing import growing
+    from openpalm.data.preferences import Preference
+
+    constitution = read_constitution(settings.constitution, "principles")
+    items = _items(settings)
+    session = _Session(_judge(settings), constitution, settings.max_new_tokens)
+    work = session.revise if settings.revise else session.compare
+    with growing(settings.out) as file, progress("judge", len(items)) as advance:
+        for number, row in enumerate(file.found, 1):
+            session.known.add(Preference.from_json(row, f"--out {settings.out}:{number}").id)
+        for item in items:
+            work(item, file)
+            advance(1)
+    return session.told()
+
+
+class _Session:
+    """A judge at work; counts what it does."""
+
+    def __init__(self, judge: "Judge", constitution: "Constitution", max_new_tokens: int):
+        self.judge, self.constitution, self.max_new_tokens = judge, constitution, max_new_tokens
+        self.known: set[str] = set()
+        self.written = self.found = self.ties = 0
+        self.chances: list[float] = []
+        self.left_out: dict[str, int] = {}
+
+    def compare(self, item: Item, file: "GrowingRows") -> None:
+        from openpalm.align.judge import (
+            LABEL_TOKENS,
+            compared,
+            comparison_questions,
+            numbered_pairs,
+        )
+
+        for i, j in self._open(item, "compare", numbered_pairs(item.origins)):
+            both = item.candidates()[i], item.candidates()[j]
+            first, second = (candidate.text.strip() for candidate in both)
+            if not (first and second) or first == second:
+                self._leave_out("equal answers" if first == second else "empty answer")
+                continue
+            questions = comparison_questions(item.prompt, first, second, self.constitution)
+            if not all(self.judge.fits(question.text, LABEL_TOKENS) for question in questions):
+                self._leave_out("longer than the judge's context")
+                continue
+            began = time.monotonic()
+            chances = self.judge.first(questions)
+            payload = compared(chances, self.constitution).payload
+            self.chances += chances
+            self.ties += "tie" in payload
+            self._write(file, item, "compare", (i, j), both, payload, began)
+
+    def revise(self, item: Item, file: "GrowingRows") -> None:
+        import random
+
+        from openpalm.align.judge import revision
+
+        for (i,) in self._open(item, "edit", [(0,)]):
+            answer = item.candidates()[i]
+            draw = random.Random(self._id(item, "edit", (i,)))
+            articles, weights = self.constitution.articles, self.constitution.weights
+            article = draw.choices(articles, weights)[0]
+            began = time.monotonic()
+            text = revision(self.judge, item.prompt, answer.text, article, self.max_new_tokens)
+            if not text:
+                self._leave_out("longer than the judge's context" if text is None else "no reply")
+                continue
+            self._write(file, item, "edit", (i,), (answer,), {"candidate": 0, "text": text}, began)
+
+    def told(self) -> dict[str, Any]:
+        mean = sum(self.chances) / len(self.chances) if self.chances else None
+        undecided = getattr(self.judge, "undecided", 0)
+        left_out = self.left_out | ({"undecided replies": undecided} if undecided else {})
+        return {
+            "judge": self.judge.name,
+            "guideline_version": self.constitution.version,
+            "written": self.written,
+            "known": self.found,
+            "ties": self.ties,
+            "left_out": left_out,
+            "first_place": mean,
+        }
+
+    def _open(
+        self, item: Item, kind: str, places: Sequence[tuple[int, ...]]
+    ) -> Iterator[tuple[int, ...]]:
+        """Those of the places that have no record yet."""
+        for numbers in places:
+            if self._id(item, kind, numbers) in self.known:
+                self.found += 1
+            else:
+                yield numbers
+
+    def _id(self, item: Item, kind: str, numbers: tuple[int, ...]) -> str:
+        from openpalm.align.judge import judgement_id
+
+        about = [item.origins[i] for i in numbers]
+        version = self.constitution.version
+        return judgement_id(kind, self.judge.name, version, item.prompt, *about)
+
+    def _leave_out(self, reason: str) -> None:
+        self.left_out[reason] = self.left_out.get(reason, 0) + 1
+
+    def _write(
+        self,
+        file: "GrowingRows",
+        item: Item,
+        kind: Literal["compare", "edit"],
+        numbers: tuple[int, ...],
+        candidates: "tuple[Candidate, ...]",
+        payload: dict[str, Any],
+        began: float,
+    ) -> None:
+        from openpalm.data.preferences import Preference
+
+        record = Preference(
+            id=self._id(item, kind, numbers),
+            prompt=item.prompt,
+            candidates=candidates,
+            kind=kind,
+            payload=payload,
+            author=self.judge.name,
+            author_kind="model",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            elapsed_s=round(time.monotonic() - began, 3),
+            guideline_version=self.constitution.version,
+        )
+        file.append(record.to_json())
+        self.known.add(record.id)
+        self.written += 1
+
+
+def _judge(settings: JudgeSettings) -> "Judge":
+    from openpalm.align.endpoint import EndpointJudge
+    from openpalm.align.judge import EngineJudge
+    from openpalm.cli.common import serving_engine
+
+    if settings.endpoint is not None and settings.judge_model is not None:
+        return EndpointJudge(
+            settings.endpoint,
+            settings.judge_model,
+            os.environ.get(KEY) or None,
+            timeout_s=settings.timeout,
+            parallel=settings.parallel,
+        )
+    assert settings.judge is not None
+    engine, tokenizer = serving_engine(settings.judge, Form(settings.device, settings.dtype))
+    return EngineJudge(engine, tokenizer, f"openpalm-{_hash_of(settings.judge)[:16]}")
+
+
+def _items(settings: JudgeSettings) -> list[Item]:
+    """What is to be judged: the file's answers, or prompts whose answers --model will write."""
+    from openpalm.data.candidate_files import read_candidates
+
+    if settings.model is not None:
+        return _answered(settings, settings.model)
+    given = read_candidates(settings.data)
+    _tell(given.unused)
+    return [
+        Item(row.prompt, [c.text for c in row.candidates], lambda row=row: row.candidates)
+        for row in given.items
+    ]
+
+
+def _answered(settings: JudgeSettings, model: str) -> list[Item]:
+    from functools import cache
+
+    from openpalm.align.best_of_n import Draw
+    from openpalm.cli.common import serving_engine
+    from openpalm.cli.rollouts import fitting
+    from openpalm.data.conversation import stop_ids
+    from openpalm.data.preferences import Candidate
+    from openpalm.data.prompt_files import read_prompts
+
+    given = read_prompts(settings.data)
+    _tell(given.unused)
+    engine, tokenizer = serving_engine(model, Form(settings.device, settings.dtype))
+    rows, ids = fitting(given.items, tokenizer, settings, engine.model.config.context)
+    draw = Draw(settings.answers, settings.max_new_tokens, settings.temperature, settings.seed)
+    sampling, stops = asdict(settings), stop_ids(tokenizer)
+    sampling = {name: sampling[name] for name in ("temperature", "seed", "max_new_tokens")}
+    digest = _hash_of(model)
+
+    @cache
+    def candidates(number: int) -> tuple[Candidate, ...]:
+        return tuple(
+            Candidate(
+                tokenizer.decode([i for i in answer.ids if i not in stops]),
+                digest,
+                sampling | {"draw": number * settings.answers + n},
+            )
+            for n, answer in enumerate(draw.answers(engine, ids, [number], stops))
+        )
+
+    return [
+        Item(
+            row.prompt,
+            [[digest, sampling, number * settings.answers + n] for n in range(settings.answers)],
+            lambda number=number: candidates(number),
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def _hash_of(name: str) -> str:
+    from openpalm import checkpoint
+    from openpalm.cli.common import weights_path
+
+    directory = checkpoint.resolve(weights_path(name))
+    return checkpoint.read_manifest(directory)["sha256"]
+
+
+def _tell(unused: dict[str, int]) -> None:
+    for reason, count in unused.items():
+        print(f"judge: {count} records are not used: {reason}", file=sys.stderr)
