@@ -23,7 +23,7 @@ def kept(columns: dict[str, Tensor], limit: int, folder: Path) -> dict[str, Tens
     begins: dict[str, int] = {}
     with tempfile.TemporaryFile(dir=folder) as file:
         for name, column in columns.items():
-            file.write(b"\0" * (-file.tell() % mmap.ALLOCATIONGRANULARITY))  # aligned for any dtype
+            file.write(b"\0" * (-file.tell() % 8))  # aligned for any dtype
             begins[name] = file.tell()
             file.write(column.contiguous().numpy().data)
         file.flush()
