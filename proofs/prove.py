@@ -60,9 +60,9 @@ class Row:
 
 def settings(kind: type, lr: float, seed: int, **changes: Any) -> Any:
     optim = OptimSettings(lr=lr, weight_decay=0.0, beta2=0.99, warmup=0.02, final_lr=0.0)
-    return kind(
-        data=Path("-"), out=Path("-"), init="-", seed=seed, optim=optim, beta=BETA, **changes
-    )
+    if kind is not RewardSettings:
+        changes = {"beta": BETA} | changes
+    return kind(data=Path("-"), out=Path("-"), init="-", seed=seed, optim=optim, **changes)
 
 
 def start_of(task: Task) -> Transformer:
@@ -139,8 +139,8 @@ def accuracy(scores: Tensor, pairs: list[tuple[int, int, int]]) -> float:
     return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
 
 
-def by_pairs(task: Task, seed: int, loss: str, lr: float = 1e-3, **changes: Any) -> Figures:
-    how = settings(DpoSettings, lr, seed, loss=loss, **({"steps": 600} | changes))
+def by_pairs(task: Task, seed: int, loss: str, lr: float = 3e-3, **changes: Any) -> Figures:
+    how = settings(DpoSettings, lr, seed, loss=loss, **({"steps": 1800} | changes))
     given, held_out = drawn_pairs(task, seed, PAIRS), drawn_pairs(task, seed + 1, HELD_OUT)
     known = with_reference(task.reference, [pair_record(pair) for pair in given], rows=512)
     model = start_of(task)
@@ -151,7 +151,7 @@ def by_pairs(task: Task, seed: int, loss: str, lr: float = 1e-3, **changes: Any)
 
 
 def by_reward_model(task: Task, seed: int) -> Figures:
-    how = settings(RewardSettings, 2e-3, seed, steps=600, loss="bradley-terry")
+    how = settings(RewardSettings, 4e-3, seed, steps=800, loss="bradley-terry")
     given, held_out = drawn_pairs(task, seed, PAIRS), drawn_pairs(task, seed + 1, HELD_OUT)
     model = RewardModel(enumerable.CONFIG, RewardConfig())
     model.load_state_dict(task.reference.state_dict(), strict=False)
@@ -181,7 +181,7 @@ def scored(model: RewardModel) -> Tensor:
 
 def by_verdicts(task: Task, seed: int) -> Figures:
     """KTO on the same pairs, each two verdicts."""
-    how = settings(DpoSettings, 1e-3, seed, loss="kto", steps=600)
+    how = settings(DpoSettings, 3e-3, seed, loss="kto", steps=1800)
     verdicts = [
         (prompt, answer, good)
         for prompt, *both in drawn_pairs(task, seed, PAIRS)

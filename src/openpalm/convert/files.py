@@ -96,6 +96,10 @@ class Tensors:
         moved = {name.removeprefix(prefix): self._left.pop(name) for name in names}
         return Tensors(self.where, moved)
 
+    def left(self) -> dict[str, Tensor]:
+        """What nobody took so far."""
+        return dict(self._left)
+
     def finish(self) -> None:
         """Refuses what nobody took."""
         if self._left:

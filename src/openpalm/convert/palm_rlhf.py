@@ -110,6 +110,12 @@ def xpos_scale(head_dim: int) -> Tensor:
     return (torch.arange(0, head_dim, 2) + 0.4 * head_dim) / (1.4 * head_dim)
 
 
+def qk_factor(era: Era, head_dim: int) -> float:
+    """What an era's q_scale and k_scale are multiplied by to be ours."""
+    root = head_dim**-0.5
+    return ((era.qk_scale or root) * root) ** 0.5
+
+
 def _depth(tensors: Tensors, block: Callable[[int], str]) -> int:
     depth = 0
     while f"{block(depth)}attn_out.weight" in tensors:
@@ -230,8 +236,7 @@ def _matrices(tensors: Tensors, block: str, ff_out: str, config: ModelConfig) ->
 
 def _scales(tensors: Tensors, block: str, config: ModelConfig, era: Era) -> dict[str, Tensor]:
     """scale l2(q)a . l2(k)b = d^-0.5 rms(q)fa . rms(k)fb; rms = d^0.5 l2, so f^2 = scale d^-0.5."""
-    root = config.head_dim**-0.5
-    factor = ((era.qk_scale or root) * root) ** 0.5
+    factor = qk_factor(era, config.head_dim)
     return {
         f"attention.{name}": tensors.take(f"{block}{name}", config.head_dim) * factor
         for name in ("q_scale", "k_scale")

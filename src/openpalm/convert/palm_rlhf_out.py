@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from openpalm.convert.eras import NEWEST
-from openpalm.convert.palm_rlhf import NO_XPOS_BASE, inverse_frequencies, xpos_scale
+from openpalm.convert.eras import NEWEST, Era
+from openpalm.convert.palm_rlhf import NO_XPOS_BASE, inverse_frequencies, qk_factor, xpos_scale
 from openpalm.errors import CheckpointError
 from openpalm.model.config import ModelConfig
 
@@ -30,6 +30,20 @@ def write_palm_rlhf(
     if config.causal and not config.xpos_base:
         notes.append(f"no xPos: said as rotary_xpos_scale_base {NO_XPOS_BASE}, where it vanishes")
     return _arguments(config), out, notes
+
+
+def in_era(state: dict[str, Tensor], era: Era, head_dim: int) -> dict[str, Tensor]:
+    """A state dict of the newest form as that era's versions have it."""
+    scale = qk_factor(NEWEST, head_dim) / qk_factor(era, head_dim)
+    written = {}
+    for name, tensor in state.items():
+        if name.endswith("gamma") and not era.gamma_minus_one:
+            tensor = tensor + 1
+        elif name.endswith((".q_scale", ".k_scale")):
+            tensor = tensor * scale
+        if era.xpos or not name.endswith("rotary_emb.scale"):
+            written[name] = tensor
+    return written
 
 
 def _arguments(config: ModelConfig) -> dict[str, object]:

@@ -37,7 +37,7 @@ def read_reward(tensors: Tensors, given: Hyperparameters, era: str | None) -> Co
     factors = palm.under(f"{_SCOPES}{scope}.")
     palm.drop(r"finetune_modules\.")
     trunk = read_palm_rlhf(palm, given, era)
-    adapter, state = _read_factors(factors, trunk.config, given)
+    adapter, state = read_factors(factors, trunk.config, given)
     reward, head = _read_head(tensors, trunk.config, given)
     tensors.finish()
     notes = [*trunk.notes, f"reads the mean state; {reward.kind} head, {reward.outputs} outputs"]
@@ -65,7 +65,8 @@ def write_reward(
     state = {"prompt_embed": marks[0].clone(), "response_embed": marks[1].clone()}
     state |= {f"palm.{name}": tensor for name, tensor in palm.items()}
     if adapter is not None:
-        state |= _written_factors(ours, model.config, adapter)
+        scope = f"palm.{_SCOPES}{_DEFAULT_SCOPE}."
+        state |= written_factors(ours, model.config, adapter, scope)
     if model.reward.kind == "scalar":
         state["to_pred.0.weight"] = ours["reward_head"]
     else:
@@ -98,9 +99,10 @@ def _scope(palm: Tensors, given: Hyperparameters) -> tuple[str, list[str]]:
     return wanted, [scope for scope in scopes if scope != wanted]
 
 
-def _read_factors(
+def read_factors(
     factors: Tensors, config: ModelConfig, given: Hyperparameters
 ) -> tuple[LoraConfig | None, dict[str, Tensor]]:
+    """The adapter in one scope's factors, and those by our names."""
     if not factors.names:
         return None, {}
     rank = factors.shape("0.0.A", 2)[1]
@@ -117,8 +119,8 @@ def _read_factors(
     return adapter, state
 
 
-def _written_factors(
-    ours: dict[str, Tensor], config: ModelConfig, adapter: LoraConfig
+def written_factors(
+    ours: dict[str, Tensor], config: ModelConfig, adapter: LoraConfig, prefix: str
 ) -> dict[str, Tensor]:
     """The four matrices' factors, zeros where ours has none; the scale is folded into B."""
     state = {}
@@ -128,7 +130,7 @@ def _written_factors(
             name = f"blocks.{i}.{home}.lora.{target}"
             a = ours.get(f"{name}.a", torch.zeros(adapter.rank, columns))
             b = ours.get(f"{name}.b", torch.zeros(rows, adapter.rank)) * adapter.scale
-            out = f"palm.{_SCOPES}{_DEFAULT_SCOPE}.{i}.{j}."
+            out = f"{prefix}{i}.{j}."
             state |= {f"{out}A": a.T.contiguous(), f"{out}B": b.T.contiguous()}
     return state
 
