@@ -155,7 +155,14 @@ def _step_checks(patient: Patient, sampler: Sampler) -> Iterator[Check]:
     loader = RolloutLoader(sampler, reward, estimate, reference, rows=rows)
     batch = next(loader).to(patient.model.embedding.device)
     with torch.no_grad():
-        now = evaluate(patient.model, batch.inputs, batch.targets, temperature=settings.temperature)
+        now = evaluate(
+            patient.model,
+            batch.inputs,
+            batch.targets,
+            batch.layout,
+            batch.reads,
+            temperature=settings.temperature,
+        )
     yield check_ratio(batch.old, now.log_probs, batch.mask)
     before = digest(patient.reference)
     objective: Objective[Any] = GroupObjective(settings)
