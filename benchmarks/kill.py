@@ -1,8 +1,10 @@
 """Is a run that is killed again and again the run that never was? Losses, bit for bit.
 
-    python benchmarks/kill.py [--kills 20] [--steps 80] [--save-every 5] [--seed 0] [--json]
+    python benchmarks/kill.py [--verb train] [--kills 20] [--steps 80] [--save-every 5] [--seed 0]
+                              [--json]
 
-Trains a small model once without disturbance, then a second time killed with SIGKILL at random
+Trains a small model once (with --verb grpo or ppo on its own answers, rollouts gone through in
+several passes, one critic of its own, KL held at a target) without disturbance, then a second time killed with SIGKILL at random
 moments, the same command repeated after each. Moments are spread over the whole run and take
 turns: some time after a process was started (while it imports, measures, restores), after a row
 was written, and inside a save, which is seen by the checkpoint's unfinished directory. A kill
@@ -28,7 +30,7 @@ from typing import Any
 
 from openpalm.train.metrics import read_rows
 
-CLOCK = {"elapsed_s", "tokens_per_s", "mfu"}
+CLOCK = {"elapsed_s", "tokens_per_s", "answers_per_s", "mfu"}
 KINDS = ("started", "row", "save")
 PATIENCE_S = 300.0
 
@@ -61,9 +63,9 @@ class Result:
 class Run:
     """A run's directory and the command that makes it."""
 
-    def __init__(self, out: Path, options: Sequence[str]):
+    def __init__(self, out: Path, verb: str, options: Sequence[str]):
         self.out = out
-        self.command = [sys.executable, "-m", "openpalm", "train", *options, f"--out={out}"]
+        self.command = [sys.executable, "-m", "openpalm", verb, *options, f"--out={out}"]
         self.metrics = out / "metrics.jsonl"
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -155,7 +157,8 @@ def _wait(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None
 
 
 def prove(
-    data: Path,
+    verb: str,
+    options: Sequence[str],
     work: Path,
     *,
     kills: int,
@@ -167,17 +170,13 @@ def prove(
     """Both runs under `work`, compared."""
     started = time.monotonic()
     options = [
-        f"--data={data}",
-        "--model=palm-tiny",
+        *options,
         f"--steps={steps}",
         f"--save-every={save_every}",
         f"--eval-every={max(1, steps // 2)}",
-        "--sequence-length=64",
-        "--batch-tokens=256",
         "--dtype=float32",
-        "--arch.dropout=0.1",
     ]
-    whole, killed = Run(work / "whole", options), Run(work / "killed", options)
+    whole, killed = Run(work / "whole", verb, options), Run(work / "killed", verb, options)
     startup_s = whole.finish()
     tell(f"the undisturbed run took {time.monotonic() - started:.1f} s")
     drawn = random.Random(seed)
@@ -193,7 +192,7 @@ def prove(
     killed.finish()
     a, b = whole.columns(), killed.columns()
     pairs = list(zip(a, b, strict=False))
-    names = ("loss", "val_loss", "val_bits_per_byte")
+    names = ("loss", "val_loss", "val_bits_per_byte", "reward", "val_reward", "beta")
     return Result(
         kills=sum(places.values()),
         places=dict(places),
@@ -206,6 +205,43 @@ def prove(
         == killed.digest("checkpoints/step-*/model.safetensors"),
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def pretraining(data: Path) -> list[str]:
+    shape = ["--sequence-length=64", "--batch-tokens=256"]
+    return [f"--data={data}", "--model=palm-tiny", *shape, "--arch.dropout=0.1"]
+
+
+def alignment(verb: str, work: Path) -> list[str]:
+    """A model that answers in twelve bytes, prompts, and a reward for lower-case letters."""
+    from openpalm import checkpoint
+    from openpalm.data.tokenizer import Tokenizer
+    from openpalm.model.config import ModelConfig
+    from openpalm.model.transformer import Transformer, initialise
+
+    config = ModelConfig(
+        vocab_size=265, dim=32, depth=2, heads=4, head_dim=8, ff_dim=64, context=48
+    )
+    model = Transformer(config)
+    initialise(model, 0)
+    Tokenizer.byte().save(work / "tokenizer.json")
+    checkpoint.save(
+        work / "base", model, tokenizer_json=(work / "tokenizer.json").read_text(encoding="utf-8")
+    )
+    prompts = "".join(json.dumps({"prompt": f"Question {i}"}) + "\n" for i in range(24))
+    (work / "prompts.jsonl").write_text(prompts, encoding="utf-8")
+    (work / "pay.py").write_text(
+        "def letters(prompt, answer, row):\n    return sum(c.islower() for c in answer)\n",
+        encoding="utf-8",
+    )
+    options = [f"--init={work / 'base'}", f"--data={work / 'prompts.jsonl'}"]
+    options += [f"--reward={work / 'pay.py'}:letters", "--max-new-tokens=12", "--optim.lr=0.01"]
+    options += ["--passes=2", "--minibatches=2", "--prompts=4"]
+    own = {
+        "grpo": ["--advantage=dapo", "--answers=4", "--kl=k3"],
+        "ppo": ["--critic=separate", "--critic-bins=21", "--answers=4", "--target-kl=1"],
+    }
+    return [*options, *own[verb]]
 
 
 def prepare(work: Path) -> Path:
@@ -225,6 +261,7 @@ def prepare(work: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kills a run again and again; compares losses.")
+    parser.add_argument("--verb", choices=["train", "grpo", "ppo"], default="train")
     parser.add_argument("--data", type=Path, help="prepared data; not set takes built-in text")
     parser.add_argument("--work", type=Path, help="new folder to keep both runs in")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs (default: 20)")
@@ -236,8 +273,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
+        given = (
+            pretraining(options.data or prepare(work))
+            if options.verb == "train"
+            else alignment(options.verb, work)
+        )
         result = prove(
-            options.data or prepare(work),
+            options.verb,
+            given,
             work,
             kills=options.kills,
             steps=options.steps,

@@ -135,6 +135,7 @@ class RolloutSettings(TrainSettings):
         check(0 <= self.entropy < 100, "entropy", self.entropy, "0 or more")
         check(self.max_correction >= 1, "max_correction", self.max_correction, "1 or more")
         check(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "above 0")
+        check(self.replay_bytes >= 0, "replay_bytes", self.replay_bytes, "0 or more")
         if self.target_kl is not None and self.kl != "reward":
             raise SettingsError(f"--target-kl: steers --kl reward, not {self.kl}; leave it out")
         if self.target_kl is not None and not self.beta:

@@ -16,6 +16,7 @@ Several are added up with their weights.
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +90,11 @@ def source_of(word: str, reader: Reader, option: str = "reward") -> Reward:
     if word == "exact":
         return lambda answers: [exact(reader, answer) for answer in answers]
     if colon and path.endswith(".py"):
-        return of_function(_function(Path(path), name, option), word, reader)
+        return of_function(_function(Path(path), name, option), word, reader, option)
     if word.startswith("rules:"):
         return of_rules(word, reader, option)
     if word.startswith("hub:"):
-        return of_classifier(word.removeprefix("hub:"), reader)
+        return of_classifier(word.removeprefix("hub:"), reader, option)
     if Path(word).exists():
         return of_model(Path(word), reader, option)
     raise SettingsError(
@@ -109,24 +110,37 @@ def exact(reader: Reader, answer: Answer) -> float:
 
 
 def of_function(
-    function: Callable[[str, str, dict[str, Any]], Any], name: str, reader: Reader
+    function: Callable[[str, str, dict[str, Any]], Any],
+    name: str,
+    reader: Reader,
+    option: str = "reward",
 ) -> Reward:
-    """Of a function of (prompt, answer, row). Raises WorkError, when called, if it raises."""
+    """Of a function of (prompt, answer, row).
 
-    def reward(answers: Sequence[Answer]) -> list[float]:
-        values = []
-        for answer in answers:
-            asked, text = reader.asked[answer.prompt], reader.text(answer)
-            try:
-                values.append(float(function(asked.question, text, asked.row)))
-            except Exception as error:
-                raise WorkError(
-                    f"--reward {name}: raised {type(error).__name__} ({error}) for the answer "
-                    f"{text[:60]!a}; correct it and give the same command, which goes on"
-                ) from error
-        return values
+    When called, raises WorkError where that raises, or returns no finite number.
+    """
 
-    return reward
+    def reward_of(answer: Answer) -> float:
+        asked, text = reader.asked[answer.prompt], reader.text(answer)
+        try:
+            value = function(asked.question, text, asked.row)
+        except Exception as error:
+            raise failed(f"raised {type(error).__name__} ({error})", text) from error
+        try:
+            number = math.nan if isinstance(value, str) else float(value)
+        except (TypeError, ValueError, RuntimeError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise failed(f"returned {value!r:.60}, which is no finite number,", text)
+        return number
+
+    def failed(what: str, text: str) -> WorkError:
+        return WorkError(
+            f"{spell(option)} {name}: {what} for the answer {text[:60]!a}; "
+            "correct it and give the same command, which goes on"
+        )
+
+    return lambda answers: [reward_of(answer) for answer in answers]
 
 
 def of_model(path: Path, reader: Reader, option: str = "reward", rows: int = 32) -> Reward:
@@ -192,21 +206,25 @@ def of_rules(word: str, reader: Reader, option: str = "reward") -> Reward:
     return reward
 
 
-def of_classifier(name: str, reader: Reader) -> Reward:
-    """Of a sequence classifier on the hub, or in a folder. SettingsError without its package.
+def of_classifier(name: str, reader: Reader, option: str = "reward") -> Reward:
+    """Of a sequence classifier on the hub, or in a folder. SettingsError where there is none.
 
     Only safetensors are read, and no code of the repository is run.
     """
+    where = f"{spell(option)} hub:{name}"
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError:
         raise SettingsError(
-            f"--reward hub:{name}: needs the package transformers; pip install transformers"
+            f"{where}: needs the package transformers; pip install transformers"
         ) from None
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        name, trust_remote_code=False, use_safetensors=True
-    ).eval()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, trust_remote_code=False, use_safetensors=True
+        ).eval()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{where}: cannot be read ({error}); check the name") from error
 
     @torch.no_grad()
     def reward(answers: Sequence[Answer]) -> list[float]:

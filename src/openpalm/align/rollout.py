@@ -17,6 +17,7 @@ from torch import Tensor
 from openpalm.align.advantages import explained_variance, zero_variance
 from openpalm.align.config import GrpoSettings, RolloutSettings
 from openpalm.align.logprobs import evaluate
+from openpalm.align.replay import kept
 from openpalm.align.shared import saves_work, share
 from openpalm.data.loader import IGNORE, Order, Record, padded
 from openpalm.errors import WorkError
@@ -252,11 +253,17 @@ class RolloutLoader:
     @torch.no_grad()
     def _roll_out(self) -> None:
         self.sampler.refresh()
-        answers, rewards = self._rewarded()
+        order, drawn = self._order.state_dict(), self.sampler.drawn
+        try:
+            answers, rewards = self._rewarded()
+        except WorkError:  # as if it had not begun, so that the run can be saved
+            self._order.load_state_dict(order)
+            self.sampler.drawn = drawn
+            raise
         rollout = self._looked_at(answers, rewards)
         advantages, returns = self.estimate(self.settings, rollout, self.beta)
         columns = {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name != "rewards"}
-        self._memory = Experience(**columns, advantages=advantages, returns=returns)
+        self._remember(columns | {"advantages": advantages, "returns": returns})
         self.facts = self._told(answers, rollout, returns)
         self._steer(len(answers))
         self._rollouts += 1
@@ -375,7 +382,14 @@ class RolloutLoader:
         return self._memory.columns
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self._memory = Experience(**tensors) if tensors else None
+        self._memory = None
+        if tensors:
+            self._remember(tensors)
+
+    def _remember(self, columns: dict[str, Tensor]) -> None:
+        self._memory = None  # the last rollout's file goes before another is written
+        settings = self.settings
+        self._memory = Experience(**kept(columns, settings.replay_bytes, settings.out))
 
 
 def batch_of(answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:

@@ -256,6 +256,8 @@ class Engine:
     def _longest_beginning(self, row: _Row) -> tuple[int, int]:
         """The slot that holds most of the prompt's beginning, and how many tokens of it."""
         wanted = row.copyable
+        if len(wanted) < SHARED_AT_LEAST:
+            return (0, 0)
         held = [(slot, other.ids) for slot, other in enumerate(self._rows)]
         best = (0, 0)
         for slot, ids in [*held, *self._left.items()]:
@@ -267,6 +269,8 @@ class Engine:
     def _soon_readable(self, row: _Row) -> int:
         """Tokens of its beginning that prompts being read now have in common with it."""
         wanted = row.copyable
+        if len(wanted) < SHARED_AT_LEAST:
+            return 0
         being_read = (other.ids for other in self._rows[self._decoding :])
         return max((_common(ids, wanted) for ids in being_read), default=0)
 

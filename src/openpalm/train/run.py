@@ -23,7 +23,7 @@ from rich.console import Console
 
 from openpalm import checkpoint
 from openpalm.distributed import pick_device, world
-from openpalm.errors import TrainingError
+from openpalm.errors import TrainingError, WorkError
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.settings import plain
@@ -57,7 +57,7 @@ class Probe:
     tell: Callable[[dict[str, Any]], str] | None = None
     """a row as one line for the terminal"""
     judge: Callable[[list[dict[str, Any]]], str | None] | None = None
-    """all rows of the run so far: why it must stop, or None"""
+    """the run's rows so far: why it must stop, or None"""
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,7 @@ class _Session:
             while self.trainer.step < self.trainer.steps:
                 self._step(line)
                 if stop and self.trainer.step < self.trainer.steps:
-                    if self.trainer.step % self.save_every:  # else it has just been saved
-                        self._save()
+                    self._save_what_is_not()
                     line.say(f"stopped after step {self.trainer.step}; the same command goes on")
                     _die_of(stop[0])
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
@@ -175,7 +174,13 @@ class _Session:
 
     def _step(self, line: LiveLine) -> None:
         before = time.monotonic()
-        report = self.trainer.train_step()
+        try:
+            report = self.trainer.train_step()
+        except TrainingError:
+            raise
+        except WorkError:  # no batch could be made: a reward failed
+            self._save_what_is_not()
+            raise
         row = self._row(report, time.monotonic() - before)
         self.rows.append(row)
         line.show(row)
@@ -217,32 +222,43 @@ class _Session:
     def _probe(self, step: int, line: LiveLine) -> str | None:
         """Looks at the model; returns why the run must stop, or None."""
         self.trainer.model.eval()
-        alarm = None
         for probe in self.job.probes:
             seen = probe.look(self.trainer.model, self.trainer.dtype)
             RowFile(self.settings.out / probe.file).append({"step": step} | seen)
             if probe.tell:
                 line.say(f"{self.job.label} step {step}: {probe.tell(seen)}")
-            if probe.judge:
-                alarm = alarm or probe.judge(read_rows(self.settings.out / probe.file))
-        return alarm
+        return self._alarm(read_rows(self.rows.path))
+
+    def _alarm(self, rows: list[dict[str, Any]]) -> str | None:
+        """Why a run of these rows must stop, or None."""
+        said = (probe.judge(rows) for probe in self.job.probes if probe.judge)
+        return next((alarm for alarm in said if alarm), None)
 
     def _best(self) -> int | None:
-        """The step of the best saved checkpoint, where the job says what is best."""
+        """The step of the best saved checkpoint without alarm, where the job says what is best."""
         column = self.job.best
         if column is None:
             return None
         saved = {_step_of(path) for path in checkpoint.steps(self.settings.out)}
         rows = [row for row in read_rows(self.rows.path) if row.get(column) is not None]
-        known = [row for row in rows if row["step"] in saved]
+        known = [
+            row
+            for n, row in enumerate(rows, 1)
+            if row["step"] in saved and not self._alarm(rows[:n])
+        ]
         return max(known, key=lambda row: row[column])["step"] if known else None
 
     def _best_told(self) -> str:
         best = self._best()
         if best is None:
-            return "no checkpoint was evaluated"
+            return "no checkpoint before it was looked at; set --eval-every lower"
         path = self.settings.out / "checkpoints" / checkpoint.step_name(best)
         return f"the best checkpoint is {path}"
+
+    def _save_what_is_not(self) -> None:
+        """Saves before the process ends, unless the last step has just been saved."""
+        if self.trainer.step % self.save_every:
+            self._save()
 
     def _save(self) -> None:
         self.rows.sync()
