@@ -77,7 +77,7 @@ def test_a_failing_reward_loses_nothing(said, base, given):
     status, _, errors = run(said, base, given, "--n", 32, reward="nan")
     assert status == 1
     assert len(errors) == 1
-    assert "the reward of an answer to prompt 4 is nan" in errors[0]
+    assert "returned nan, which is no finite number" in errors[0]
     assert len(rows(given / "b.jsonl")) == 4
     status, _, errors = run(said, base, given, reward="fails")
     assert (status, len(errors)) == (2, 1)

@@ -79,7 +79,7 @@ def test_rewards_and_an_adapter(said, base, given):
     [
         (["pairs.jsonl", "--reward", "r.py:shorter"], "not swapped: failed: the reward likes"),
         (["prompts.jsonl", "--reward", "r.py:same"], "rewards vary: failed: 6 of 6 prompts"),
-        (["prompts.jsonl", "--reward", "r.py:nan"], "rewards are finite: failed: 24 of 24"),
+        (["prompts.jsonl", "--reward", "r.py:nan"], "returned nan, which is no finite number"),
         (["prompts.jsonl", "--reward", "r.py:fails"], "raised ZeroDivisionError"),
         (["prompts.jsonl", "--max-new-tokens", 1, "--seed", 3], "answers come to an end: failed"),
     ],

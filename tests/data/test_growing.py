@@ -1,10 +1,11 @@
 """Files that grow: nothing whole is lost, nothing torn is kept."""
 
 import json
+import os
 
 import pytest
 
-from openpalm.data.growing import GrowingRows, growing, write_rows
+from openpalm.data.growing import MAX_BYTES, GrowingRows, growing, write_rows
 from openpalm.errors import DataError, SettingsError, StorageError
 
 
@@ -60,9 +61,15 @@ def test_a_second_process_is_kept_out(tmp_path):
 def test_what_is_no_file_of_rows_is_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"must be a .jsonl"):
         add(tmp_path / "rows.txt")
+    (tmp_path / "rows.txt").touch()
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(SettingsError, match="choose another place"):
+    with pytest.raises(SettingsError, match="is no file"):
         add(tmp_path / "folder.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(SettingsError, match="is no file"):
+        add(tmp_path / "pipe.jsonl")
+    with pytest.raises(SettingsError, match="choose another place"):
+        add(tmp_path / "rows.txt" / "rows.jsonl")
 
 
 class Disk:
@@ -99,6 +106,14 @@ def test_a_file_of_another_kind_is_left_as_it_is(tmp_path, content):
     with pytest.raises(DataError, match="choose a new file"):
         add(path, {"a": 1})
     assert path.read_text() == content
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # a hole: nothing is on the disk
+    with pytest.raises(DataError, match="larger than"):
+        add(path)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

@@ -131,7 +131,7 @@ def _pair_checks(patient: Patient) -> Iterator[Check]:
         numbered = list(enumerate(patient.pairs, len(patient.prompts)))
         sides = [[_as_answer(n, pair.sides[side]) for n, pair in numbered] for side in (0, 1)]
         chosen, rejected = (list(patient.reward(side)) for side in sides)
-        yield check_finite([*chosen, *rejected])
+        yield check_finite([*chosen, *rejected])._replace(name="rewards of pairs are finite")
         yield check_order(chosen, rejected)
     batch = collate(with_reference(patient.reference, patient.pairs)).to(
         patient.model.embedding.device

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from openpalm.data.preferences import Candidate, Messages
 
 KEY = "OPENPALM_JUDGE_KEY"
+PROMPTS_AT_A_TIME = 8
+"""Whose answers are drawn together."""
 
 
 @dataclass(frozen=True)
@@ -316,15 +318,21 @@ def _answered(settings: JudgeSettings, model: str) -> list[Item]:
     digest = _hash_of(model)
 
     @cache
-    def candidates(number: int) -> tuple[Candidate, ...]:
-        return tuple(
+    def block(first: int) -> list[Candidate]:
+        chosen = range(first, min(first + PROMPTS_AT_A_TIME, len(ids)))
+        return [
             Candidate(
                 tokenizer.decode([i for i in answer.ids if i not in stops]),
                 digest,
-                sampling | {"draw": number * settings.answers + n},
+                sampling | {"draw": first * settings.answers + n},
             )
-            for n, answer in enumerate(draw.answers(engine, ids, [number], stops))
-        )
+            for n, answer in enumerate(draw.answers(engine, ids, chosen, stops))
+        ]
+
+    def candidates(number: int) -> list[Candidate]:
+        within = number % PROMPTS_AT_A_TIME
+        start = within * settings.answers
+        return block(number - within)[start : start + settings.answers]
 
     return [
         Item(

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 from openpalm.errors import DataError, SettingsError, StorageError
 
+MAX_BYTES = 1 << 31
+
 
 class GrowingRows:
     """Appends rows behind `found`, those that are there; a torn end goes when the first comes."""
@@ -44,6 +46,8 @@ def growing(path: Path) -> Iterator[GrowingRows]:
     """
     if path.suffix != ".jsonl":
         raise SettingsError(f"--out {path}: must be a .jsonl")
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"--out {path}: is no file; choose another place")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b", buffering=0)
@@ -56,6 +60,8 @@ def growing(path: Path) -> Iterator[GrowingRows]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SettingsError(f"--out {path}: another process is writing it") from None
+        if file.seek(0, os.SEEK_END) > MAX_BYTES:
+            raise DataError(f"--out {path}: larger than {MAX_BYTES} bytes; choose a new file")
         file.seek(0)
         content = file.read()
         end = content.rfind(b"\n") + 1
