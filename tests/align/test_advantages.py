@@ -84,9 +84,7 @@ def by_hand(rewards, values, mask, discount, decay):
             following = values[row][t + 1] if t + 1 in inside else 0.0
             deltas[t] = rewards[row][t] + discount * following - values[row][t]
         for t in inside:
-            found[row][t] = sum(
-                (discount * decay) ** (k - t) * deltas[k] for k in inside if k >= t
-            )
+            found[row][t] = sum((discount * decay) ** (k - t) * deltas[k] for k in inside if k >= t)
     return found
 
 

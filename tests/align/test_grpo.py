@@ -94,9 +94,9 @@ def check_estimate(estimate, settings):
         mean, spread = statistics.mean(group), statistics.stdev(group)
         for r in group:
             others = (r - mean) * 4 / 3
-            wanted.append({"rloo": others, "dr-grpo": r - mean}.get(
-                settings.advantage, (r - mean) / spread
-            ))
+            wanted.append(
+                {"rloo": others, "dr-grpo": r - mean}.get(settings.advantage, (r - mean) / spread)
+            )
     for row, gain in enumerate(wanted):
         assert found.advantages[row][rollout.mask[row]].tolist() == pytest.approx(
             [gain] * int(rollout.mask[row].sum()), rel=1e-4

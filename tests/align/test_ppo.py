@@ -1,5 +1,6 @@
 """PPO's losses and estimates against Python's doubles, and where its gradients may go."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -46,7 +47,7 @@ def bins_by_hand(logits, returns):
 
     target = min(max(returns, BINS.low), BINS.high)
     edges = [BINS.low + (i - 0.5) * width for i in range(BINS.count + 1)]
-    shares = [below(high) - below(low) for low, high in zip(edges, edges[1:], strict=False)]
+    shares = [below(high) - below(low) for low, high in itertools.pairwise(edges)]
     total = math.log(sum(map(math.exp, logits)))
     return -sum(s / sum(shares) * (x - total) for s, x in zip(shares, logits, strict=True))
 
@@ -126,9 +127,9 @@ def test_the_entropy_bonus_has_a_gradient_only_where_it_is_asked_for():
         return gradient(model, PpoObjective(settings).loss(model, batch)[0])
 
     assert not found(0.0).any()
-    wanted = gradient(model, -evaluate(
-        model, batch.inputs, batch.targets, train_entropy=True
-    ).entropy.sum())
+    wanted = gradient(
+        model, -evaluate(model, batch.inputs, batch.targets, train_entropy=True).entropy.sum()
+    )
     assert torch.allclose(found(0.5), 0.5 * wanted, atol=1e-5)
 
 
@@ -157,10 +158,12 @@ def test_the_penalty_is_in_the_reward_or_in_the_loss_not_in_both():
     rollout = ragged()
     for kl in ("k2", "k3"):
         settings = ppo(kl=kl)
-        assert torch.equal(estimate(settings, rollout, 9.0).returns,
-                           estimate(settings, rollout, 0.0).returns)
-    assert not torch.equal(estimate(ppo(), rollout, 9.0).returns,
-                           estimate(ppo(), rollout, 0.0).returns)
+        assert torch.equal(
+            estimate(settings, rollout, 9.0).returns, estimate(settings, rollout, 0.0).returns
+        )
+    assert not torch.equal(
+        estimate(ppo(), rollout, 9.0).returns, estimate(ppo(), rollout, 0.0).returns
+    )
 
 
 def test_a_perfect_critic_leaves_only_the_noise():

@@ -96,7 +96,11 @@ def test_the_answers_are_the_task():
 
 def row(**changes):
     return {
-        "val_reward": 1.0, "val_gold": 1.0, "val_kl": 1.0, "val_length": 10.0, "val_entropy": 2.0
+        "val_reward": 1.0,
+        "val_gold": 1.0,
+        "val_kl": 1.0,
+        "val_length": 10.0,
+        "val_entropy": 2.0,
     } | changes
 
 
@@ -114,14 +118,19 @@ CASES = {
     "fallen by less": (GOLD, [row(), row(val_reward=2.0, val_gold=0.6)], None),
     "both fell": (GOLD, [row(), row(val_reward=0.5, val_gold=0.0)], None),
     "recovered": (
-        GOLD, [row(), row(val_reward=2.0, val_gold=0.0), row(val_reward=3.0, val_gold=0.9)], None
+        GOLD,
+        [row(), row(val_reward=2.0, val_gold=0.0), row(val_reward=3.0, val_gold=0.9)],
+        None,
     ),
     "no gold": (
-        GOLD, [{k: v for k, v in row(val_reward=r).items() if k != "val_gold"} for r in (1, 9)],
+        GOLD,
+        [{k: v for k, v in row(val_reward=r).items() if k != "val_gold"} for r in (1, 9)],
         None,
     ),
     "steps between": (
-        GOLD, [row(), {"loss": 1.0}, row(val_reward=2.0, val_gold=0.0), {"loss": 1.0}], "gamed"
+        GOLD,
+        [row(), {"loss": 1.0}, row(val_reward=2.0, val_gold=0.0), {"loss": 1.0}],
+        "gamed",
     ),
     "far": (AlarmSettings(max_kl=2.0), [row(val_kl=2.5)], r"2.5 nats .*--alarm.max-kl 2"),
     "near": (AlarmSettings(max_kl=2.0), [row(val_kl=2.0)], None),
