@@ -9,6 +9,7 @@ import torch
 from rollouts import actor, enumerated, experience, gradient, ppo, ragged, task
 
 from openpalm.align.advantages import generalised_advantages
+from openpalm.align.config import AlarmSettings
 from openpalm.align.logprobs import evaluate
 from openpalm.align.policy import surrogate
 from openpalm.align.ppo import PpoObjective, critic_losses, estimate
@@ -236,6 +237,7 @@ def test_the_critics_gradient_reaches_a_shared_trunk_only(kind):
         ({"minibatches": 3}, r"--minibatches 3: must divide prompts x answers \(8\)"),
         ({"temperature": 0.0}, "--temperature 0.0: must be in"),
         ({"temperature": 0.7, "rollout_weights": "int8"}, "corrected for at --temperature 1"),
+        ({"alarm": AlarmSettings(gold_drop=1.0)}, "--alarm.gold-drop: needs --gold"),
         ({"replay_bytes": -1}, "--replay-bytes -1: must be 0 or more"),
     ],
 )

@@ -296,6 +296,8 @@ def test_a_reward_that_fails_at_once(said, base, prompts, pay, tmp_path):
         (("--reward", "exact", "--max-new-tokens", 48), "none of 12 prompts leaves room for 48"),
         (("--reward", "exact", "--minibatches", 7), "--minibatches 7: must divide"),
         (("--reward", "exact", "--target-kl", 1, "--kl", "k3"), "--target-kl: steers --kl"),
+        (("--reward", "exact", "--alarm.gold-drop", 1), "--alarm.gold-drop: needs --gold"),
+        (("--reward", "exact", "--alarm.max-kl", -1), "--alarm.max-kl -1.0: must be 0 or more"),
     ],
 )
 def test_a_wrong_request_begins_nothing(said, base, prompts, tmp_path, verb, words, says):

@@ -228,7 +228,8 @@ class RolloutLoader:
         ]
         old, values, reference = (torch.cat(part).cpu() for part in zip(*looks, strict=True))
         correction = torch.ones_like(old)
-        if self.settings.rollout_weights != "float32":
+        fewer_bits = self.settings.rollout_weights != "float32" or self.dtype != torch.float32
+        if fewer_bits and self.settings.temperature == 1:  # only there the engine tells log pi
             sampled = torch.cat([torch.tensor(answer.log_probs) for answer in answers])
             mask = targets != IGNORE
             ratio = (old[mask] - sampled).exp()
