@@ -14,13 +14,14 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test prove browser clients ready-browser ready-clients lint style types layers docs format ci clean force
+.PHONY: help quickstart test prove kills browser clients ready-browser ready-clients lint style types layers docs format ci clean force
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make quickstart [MINUTES=5]  the whole line on this machine: text in, a trained model out'
 	@echo 'make test                    the tests (PYTEST_ARGS="-k shards" chooses some)'
 	@echo 'make prove                   what every alignment algorithm reaches where the optimum is known'
+	@echo 'make kills                   runs killed at random moments go on as if they never were'
 	@echo 'make browser                 the chat page in a headless Chromium (fetched from npm where there is none)'
 	@echo 'make clients                 the server with the packages that people call it with, from PyPI'
 	@echo 'make lint                    style (ruff), types (pyright) and layers (import-linter)'
@@ -41,6 +42,11 @@ test: $(VENV)/.dev
 
 prove: $(VENV)/.dev
 	$(BIN)/python proofs/prove.py $(PROVE_ARGS)
+
+kills: $(VENV)/.dev
+	$(BIN)/python benchmarks/kill.py --kills 10
+	$(BIN)/python benchmarks/kill.py --verb grpo --kills 10
+	$(BIN)/python benchmarks/kill.py --verb ppo --kills 10
 
 ready-browser: $(VENV)/.browser
 

@@ -3,11 +3,12 @@
     python benchmarks/kill.py [--verb train] [--kills 20] [--steps 80] [--save-every 5] [--seed 0]
                               [--json]
 
-Trains a small model once (with --verb grpo or ppo on its own answers, rollouts gone through in
-several passes, one critic of its own, KL held at a target) without disturbance, then a second time killed with SIGKILL at random
-moments, the same command repeated after each. Moments are spread over the whole run and take
-turns: some time after a process was started (while it imports, measures, restores), after a row
-was written, and inside a save, which is seen by the checkpoint's unfinished directory. A kill
+Trains a small model once without disturbance, then a second time killed with SIGKILL at random
+moments, the same command repeated after each; with --verb grpo or ppo on its own answers, in
+several passes over a rollout, so that kills come in the middle of one. Moments are spread over
+the whole run and take turns: some time after a process was started (while it imports, measures,
+restores), after a row was written, and inside a save, which is seen by the checkpoint's
+unfinished directory. A kill
 counts as in a save where it left such a directory behind. Exits 1 on any difference.
 """
 

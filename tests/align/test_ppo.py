@@ -1,5 +1,6 @@
 """PPO's losses and estimates against Python's doubles, and where its gradients may go."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import torch
 from rollouts import actor, enumerated, experience, gradient, ppo, ragged, task
 
 from openpalm.align.advantages import generalised_advantages
+from openpalm.align.config import AlarmSettings
 from openpalm.align.logprobs import evaluate
 from openpalm.align.policy import surrogate
 from openpalm.align.ppo import PpoObjective, critic_losses, estimate
@@ -46,7 +48,7 @@ def bins_by_hand(logits, returns):
 
     target = min(max(returns, BINS.low), BINS.high)
     edges = [BINS.low + (i - 0.5) * width for i in range(BINS.count + 1)]
-    shares = [below(high) - below(low) for low, high in zip(edges, edges[1:], strict=False)]
+    shares = [below(high) - below(low) for low, high in itertools.pairwise(edges)]
     total = math.log(sum(map(math.exp, logits)))
     return -sum(s / sum(shares) * (x - total) for s, x in zip(shares, logits, strict=True))
 
@@ -235,6 +237,7 @@ def test_the_critics_gradient_reaches_a_shared_trunk_only(kind):
         ({"minibatches": 3}, r"--minibatches 3: must divide prompts x answers \(8\)"),
         ({"temperature": 0.0}, "--temperature 0.0: must be in"),
         ({"temperature": 0.7, "rollout_weights": "int8"}, "corrected for at --temperature 1"),
+        ({"alarm": AlarmSettings(gold_drop=1.0)}, "--alarm.gold-drop: needs --gold"),
         ({"replay_bytes": -1}, "--replay-bytes -1: must be 0 or more"),
     ],
 )

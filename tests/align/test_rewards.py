@@ -115,7 +115,7 @@ def test_a_source_that_is_none(source, says):
 
 
 def test_a_gold_source_that_is_none_is_named_by_its_option():
-    with pytest.raises(SettingsError, match="^--gold nothing: no such run"):
+    with pytest.raises(SettingsError, match=r"^--gold nothing: no such run"):
         rewards_of(["nothing"], READER, "gold")
     with pytest.raises(SettingsError, match=r"^--gold none.py:f: no such file"):
         rewards_of(["none.py:f"], READER, "gold")
@@ -236,5 +236,5 @@ def test_a_classifier_that_is_not_there(monkeypatch):
     with pytest.raises(SettingsError, match=r"^--gold hub:any: cannot be read \(no such repo"):
         rewards_of(["hub:any"], READER, "gold")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SettingsError, match="^--reward hub:any: needs the package transformers"):
+    with pytest.raises(SettingsError, match=r"^--reward hub:any: needs the package transformers"):
         rewards_of(["hub:any"], READER)

@@ -13,7 +13,7 @@ from openpalm.align.config import AlarmSettings
 from openpalm.align.logprobs import entropies, evaluate
 from openpalm.align.rollout import Sampler
 from openpalm.align.watch import alarm, look
-from openpalm.errors import WorkError
+from openpalm.errors import SettingsError, WorkError
 
 
 def sampler_of(model, **changes):
@@ -92,6 +92,12 @@ def test_the_answers_are_the_task():
 
 
 # --- the alarm
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_bands_are_numbers(value):
+    with pytest.raises(SettingsError, match=r"--alarm.max-kl .*: must be 0 or more, and finite"):
+        AlarmSettings(max_kl=value)
 
 
 def row(**changes):

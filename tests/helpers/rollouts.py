@@ -44,6 +44,7 @@ def ppo(**changes: Any) -> PpoSettings:
 
 
 @cache
+@torch.enable_grad()
 def task() -> enumerable.Task:
     return enumerable.make(0)
 
@@ -132,12 +133,18 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def loader_of(
-    model: Transformer, settings: Any, estimate: Any, reward: Any = None, *, rows: int = 4
+    model: Transformer,
+    settings: Any,
+    estimate: Any,
+    reward: Any = None,
+    *,
+    rows: int = 4,
+    **more: Any,
 ) -> RolloutLoader:
     """Rollouts of the task, by the engine."""
     sampler = Sampler(model, PROMPTS, frozenset({END}), settings)
     reference = partial(_reference, settings.temperature)
-    return RolloutLoader(sampler, reward or task().reward, estimate, reference, rows=rows)
+    return RolloutLoader(sampler, reward or task().reward, estimate, reference, rows=rows, **more)
 
 
 def _reference(temperature: float, inputs: Tensor, targets: Tensor) -> Tensor:

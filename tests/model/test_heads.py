@@ -104,7 +104,7 @@ def test_the_optimizer_steps_the_critic(kind, name):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_what_is_published_is_the_policy_alone(kind, tmp_path):
-    model = actor(kind, BINS, **{"dropout": 0.0}).eval()
+    model = actor(kind, BINS, dropout=0.0).eval()
     assert {n for n, _ in model.published()} == {n for n, _ in moved().named_parameters()}
     checkpoint.save(tmp_path / "step", model, fingerprint=True)
     found = checkpoint.load(tmp_path / "step")

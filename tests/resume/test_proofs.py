@@ -31,6 +31,16 @@ def test_three_kills_change_no_loss():
     assert found["equal"]
 
 
+@pytest.mark.parametrize("verb", ["grpo", "ppo"])
+def test_kills_change_nothing_of_a_run_on_its_own_answers(verb: str):
+    """In the middle of a rollout too: answers, critic and beta go on where they were."""
+    status, found = proof("kill.py", f"--verb={verb}", "--kills=2", "--steps=18", "--save-every=3")
+    assert status == 0, found
+    assert found["kills"] >= 1
+    assert found["rows"] == found["rows_after_kills"] == 18 + 2
+    assert found["equal"]
+
+
 def test_no_damage_is_loaded_silently():
     status, found = proof("tear.py", "--damages=30", "--seed=7")
     assert status == 0, found

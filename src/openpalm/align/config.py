@@ -1,5 +1,6 @@
 """The settings of alignment runs, checked at birth."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -75,6 +76,12 @@ class AlarmSettings:
     min_entropy: float | None = None
     """nats of the policy's mean entropy"""
 
+    def __post_init__(self) -> None:
+        for name in ("gold_drop", "max_kl", "max_length", "min_entropy"):
+            value = getattr(self, name)
+            known = value is None or 0 <= value < math.inf
+            check(known, f"alarm.{name}", value, "0 or more, and finite")
+
 
 @dataclass(frozen=True)
 class RolloutSettings(TrainSettings):
@@ -145,6 +152,8 @@ class RolloutSettings(TrainSettings):
                 f"--rollout-weights {self.rollout_weights}: is corrected for at --temperature 1 "
                 f"only, not {self.temperature}; leave one of them out"
             )
+        if self.alarm.gold_drop is not None and self.gold is None:
+            raise SettingsError("--alarm.gold-drop: needs --gold, a reward that is not trained on")
         rows = self.prompts * self.answers
         if rows % self.minibatches:
             raise SettingsError(

@@ -297,22 +297,24 @@ class RolloutLoader:
             for i in range(0, len(inputs), self.rows)
         ]
         old, values, correction = sampled, torch.zeros_like(sampled), torch.ones_like(sampled)
-        if not self._sampler_is_policy:
-            looks = zip(*(self._look(*part) for part in parts), strict=True)
-            old, values = (torch.cat(look).cpu() for look in looks)
-            if self.settings.temperature == 1:
-                ratio = (old - sampled).exp()
-                correction = ratio.clamp_max(self.settings.max_correction)
-        reference = old
-        if self.reference is not None:
-            reference = torch.cat([self.reference(*part) for part in parts]).cpu()
+        with torch.autocast(device.type, self.dtype, self.dtype != torch.float32):
+            if not self._sampler_is_policy:
+                looks = zip(*(self._look(*part) for part in parts), strict=True)
+                old, values = (torch.cat(look).cpu() for look in looks)
+            reference = old
+            if self.reference is not None:
+                reference = torch.cat([self.reference(*part) for part in parts]).cpu()
+        if (
+            self._fewer_bits and self.settings.temperature == 1
+        ):  # only there the engine tells log pi
+            ratio = (old[mask] - sampled[mask]).exp()
+            correction[mask] = ratio.clamp_max(self.settings.max_correction)
         return Rollout(inputs, targets, old, reference, correction, values, torch.tensor(rewards))
 
     def _look(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The policy's log-probabilities and the critic's values, [rows, time]."""
         model = self.sampler.model
-        with torch.autocast(inputs.device.type, self.dtype, self.dtype != torch.float32):
-            now = evaluate(model, inputs, targets, temperature=self.settings.temperature)
+        now = evaluate(model, inputs, targets, temperature=self.settings.temperature)
         values = torch.zeros_like(now.log_probs)
         if now.values is not None:
             assert isinstance(model, ActorCritic)
