@@ -14,13 +14,14 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test prove browser clients ready-browser ready-clients lint style types layers docs format ci clean force
+.PHONY: help quickstart test prove prove-tasks browser clients ready-browser ready-clients lint style types layers docs format ci clean force
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make quickstart [MINUTES=5]  the whole line on this machine: text in, a trained model out'
 	@echo 'make test                    the tests (PYTEST_ARGS="-k shards" chooses some)'
 	@echo 'make prove                   what every alignment algorithm reaches where the optimum is known'
+	@echo 'make prove-tasks             even tokens, addition, sentiment: base models aligned by commands'
 	@echo 'make browser                 the chat page in a headless Chromium (fetched from npm where there is none)'
 	@echo 'make clients                 the server with the packages that people call it with, from PyPI'
 	@echo 'make lint                    style (ruff), types (pyright) and layers (import-linter)'
@@ -41,6 +42,11 @@ test: $(VENV)/.dev
 
 prove: $(VENV)/.dev
 	$(BIN)/python proofs/prove.py $(PROVE_ARGS)
+
+prove-tasks: $(VENV)/.proofs
+	$(BIN)/python proofs/even.py $(PROVE_ARGS)
+	$(BIN)/python proofs/addition.py $(PROVE_ARGS)
+	$(BIN)/python proofs/sentiment.py $(PROVE_ARGS)
 
 ready-browser: $(VENV)/.browser
 
@@ -96,6 +102,11 @@ $(VENV)/.core $(VENV)/.dev: pyproject.toml constraints.txt $(BIN)/python $(MOVED
 	  || { echo 'make: pip could not install OpenPaLM; its lines above say why' >&2; exit 1; }
 	@echo '$(CURDIR)' > $(VENV)/.folder
 	@touch $(VENV)/.core $@
+
+$(VENV)/.proofs: $(VENV)/.dev
+	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	    $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev,proofs]'
+	@touch $@
 
 # A Chromium and axe-core come from npm, npm from PyPI.
 $(VENV)/.browser: $(VENV)/.dev tests/browser/fetch
