@@ -60,9 +60,9 @@ class Row:
 
 def settings(kind: type, lr: float, seed: int, **changes: Any) -> Any:
     optim = OptimSettings(lr=lr, weight_decay=0.0, beta2=0.99, warmup=0.02, final_lr=0.0)
-    return kind(
-        data=Path("-"), out=Path("-"), init="-", seed=seed, optim=optim, beta=BETA, **changes
-    )
+    if kind is not RewardSettings:
+        changes = {"beta": BETA} | changes
+    return kind(data=Path("-"), out=Path("-"), init="-", seed=seed, optim=optim, **changes)
 
 
 def start_of(task: Task) -> Transformer:

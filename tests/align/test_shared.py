@@ -4,13 +4,13 @@ import pytest
 import torch
 from small_models import SHAPES, make
 
-from openpalm.align import pairs as pairs_module
+from openpalm.align import shared as shared_module
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import PairRecord, collate, collate_shared
 from openpalm.align.shared import SharedRows, common_prompt, row_length, share
 from openpalm.data.conversation import Rendered
 from openpalm.data.loader import padded
-from openpalm.model.layout import Layout, shared
+from openpalm.model.layout import Layout, packed, shared
 from openpalm.model.lora import LoraConfig, attach
 
 DECODERS = {name: config for name, config in SHAPES.items() if config.causal}
@@ -89,7 +89,7 @@ def test_the_bugs_are_noticed(groups):
     model = make(SHAPES["multi-query"]).requires_grad_()
 
     def sees_the_other_answers(segments):
-        causal = shared(torch.zeros_like(segments)).attend
+        causal = packed(torch.zeros_like(segments)).attend
         return Layout(shared(segments).positions, causal)
 
     def positions_go_on(segments):
@@ -99,7 +99,7 @@ def test_the_bugs_are_noticed(groups):
     def positions_restart(segments):
         right = shared(segments).positions
         prompts = (segments == 0).sum(1, keepdim=True)
-        return Layout(right - prompts * (segments != 0), shared(segments).attend)
+        return Layout(right - prompts * (segments > 0), shared(segments).attend)
 
     def first_token_from_the_place_before(groups):
         """Of a second answer that is the end of the first one, not of the prompt."""
@@ -154,7 +154,7 @@ def test_pairs_share_only_where_that_is_less_work(groups, monkeypatch):
     assert collate_shared([pair(64, 64), strangers]).inputs.shape[0] == 4
     batch = collate_shared([pair(64, 64)])
     assert batch.pairs == 1 == collate([pair(64, 64)]).pairs
-    monkeypatch.setattr(pairs_module, "WORTH_SHARING", 2)
+    monkeypatch.setattr(shared_module, "WORTH_SHARING", 2)
     assert collate_shared([pair(8, 64)] * 2).segments is not None
 
 

@@ -137,6 +137,8 @@ class RolloutSettings(TrainSettings):
         check(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "above 0")
         if self.target_kl is not None and self.kl != "reward":
             raise SettingsError(f"--target-kl: steers --kl reward, not {self.kl}; leave it out")
+        if self.target_kl is not None and not self.beta:
+            raise SettingsError("--target-kl: steers a --beta above 0; give one")
         if self.rollout_weights != "float32" and self.temperature != 1:
             raise SettingsError(
                 f"--rollout-weights {self.rollout_weights}: is corrected for at --temperature 1 "
@@ -147,6 +149,11 @@ class RolloutSettings(TrainSettings):
             raise SettingsError(
                 f"--minibatches {self.minibatches}: must divide prompts x answers ({rows})"
             )
+
+    @property
+    def one_step(self) -> bool:
+        """Whether every answer is learnt from in the first step after it was given."""
+        return self.passes * self.minibatches == 1
 
     @property
     def highest_clip(self) -> float:

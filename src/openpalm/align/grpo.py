@@ -35,13 +35,15 @@ class GroupObjective:
         """Tokens for dapo, else answers."""
         if self.settings.advantage == "dapo":
             return int(batch.mask.sum())
-        return len(batch.inputs)
+        return len(batch.targets)
 
     def loss(self, model: Transformer, batch: Experience, /) -> tuple[Tensor, Metrics]:
         now = evaluate(
             model,
             batch.inputs,
             batch.targets,
+            batch.layout,
+            batch.reads,
             temperature=self.settings.temperature,
             train_entropy=self.settings.entropy > 0,
         )

@@ -33,9 +33,12 @@ def token_log_probs(
     `inputs`, flattened, that predicts each.
     """
     counts = targets != IGNORE
-    places = counts.flatten().nonzero()[:, 0] if reads is None else reads[counts]
-    logits = model.head(model.residual(inputs, layout=layout, places=places))
+    logits = model.head(model.residual(inputs, layout=layout, places=_places(counts, reads)))
     return _spread(counts, _log_probs(logits, targets[counts]))
+
+
+def _places(counts: Tensor, reads: Tensor | None) -> Tensor:
+    return counts.flatten().nonzero()[:, 0] if reads is None else reads[counts]
 
 
 def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -65,17 +68,20 @@ def evaluate(
     model: Transformer,
     inputs: Tensor,
     targets: Tensor,
+    layout: Layout | None = None,
+    reads: Tensor | None = None,
     *,
     temperature: float = 1.0,
     train_entropy: bool = False,
 ) -> Evaluated:
     """The policy softmax(logits / temperature) and its critic, in one pass, dropout off.
 
-    With dropout on, two passes differ and the ratio of an unchanged policy would not be one.
+    Rows may hold several answers as for `token_log_probs`, unless there is a critic. With dropout
+    on, two passes differ and the ratio of an unchanged policy would not be one.
     """
     model.eval()
     counts = targets != IGNORE
-    residual = model.residual(inputs, places=counts.flatten().nonzero()[:, 0])
+    residual = model.residual(inputs, layout=layout, places=_places(counts, reads))
     logits = model.head(residual) / temperature
     entropy = entropies(logits if train_entropy else logits.detach())
     values = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openpalm.align.logprobs import token_log_probs
-from openpalm.align.shared import common_prompt, row_length, share
+from openpalm.align.shared import saves_work, share
 from openpalm.data.conversation import Message, render
 from openpalm.data.loader import Order, Record, padded
 from openpalm.data.preferences import Pair
@@ -21,9 +21,6 @@ from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError
 from openpalm.model.layout import shared
 from openpalm.model.transformer import Transformer
-
-WORTH_SHARING = 0.875
-"""Tokens in shared rows, of those in rows of their own, up to which sharing is faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +134,7 @@ def collate(pairs: Sequence[PairRecord]) -> PairBatch:
 def collate_shared(pairs: Sequence[PairRecord]) -> PairBatch:
     """One batch of one row a pair where that saves work, else as `collate` makes it."""
     groups = [(pair.chosen, pair.rejected) for pair in pairs]
-    alone = 2 * max(len(record.ids) - 1 for group in groups for record in group)
-    if not all(map(common_prompt, groups)) or max(map(row_length, groups)) > WORTH_SHARING * alone:
+    if not saves_work(groups):
         return collate(pairs)
     rows = share(groups)
     return PairBatch(rows.inputs, rows.targets, _references(pairs), rows.segments, rows.reads)

@@ -32,7 +32,9 @@ def surrogate(
 ) -> tuple[Tensor, Metrics]:
     """Each token's loss [rows, time], 0 outside of the answers, and means over the tokens."""
     mask = batch.mask
-    ratio = (now.log_probs - batch.old).exp()
+    # One step a rollout: the policy is still the one that answered, whatever rounds otherwise.
+    old = now.log_probs.detach() if settings.one_step else batch.old
+    ratio = (now.log_probs - old).exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.highest_clip)
     gained = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
     losses = -gained * batch.correction - settings.entropy * now.entropy
@@ -44,7 +46,7 @@ def surrogate(
             "ratio": mean(ratio, mask),
             "clipped": mean((ratio != clipped).float(), mask),
             "entropy": mean(now.entropy, mask),
-            "kl_old": mean(batch.old - now.log_probs, mask),
+            "kl_old": mean(old - now.log_probs, mask),
             "correction": mean(batch.correction, mask),
         }
     return losses * mask, metrics

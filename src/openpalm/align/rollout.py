@@ -17,11 +17,13 @@ from torch import Tensor
 from openpalm.align.advantages import explained_variance, zero_variance
 from openpalm.align.config import GrpoSettings, RolloutSettings
 from openpalm.align.logprobs import evaluate
+from openpalm.align.shared import saves_work, share
 from openpalm.data.loader import IGNORE, Order, Record, padded
 from openpalm.errors import WorkError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.heads import ActorCritic
+from openpalm.model.layout import Layout, shared
 from openpalm.model.transformer import Transformer
 
 
@@ -46,7 +48,11 @@ Reward = Callable[[Sequence[Answer]], Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """Answers as a batch; all [rows, time], position t about the target t, 0 outside of answers."""
+    """Answers as a batch; all [rows, time], position t about the target t, 0 outside of answers.
+
+    Where answers share their prompt's row (align/shared.py), inputs and `segments` are [prompts,
+    time] and everything else [rows, tokens], with the place in the inputs that `reads` names.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -59,18 +65,49 @@ class Experience:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    segments: Tensor | None = None
+    reads: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
         return self.targets != IGNORE
 
+    @property
+    def layout(self) -> Layout | None:
+        return None if self.segments is None else shared(self.segments)
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in named if value is not None}
+
     def take(self, rows: Tensor) -> "Experience":
         """Some of the rows, as wide as the longest of them."""
         width = int(self.mask[rows].any(dim=0).nonzero().max()) + 1
-        return Experience(*(getattr(self, f.name)[rows, :width] for f in fields(self)))
+        return Experience(**{name: value[rows, :width] for name, value in self.columns.items()})
+
+    def sharing(self, answers: int) -> "Experience":
+        """The same with the answers to each prompt, `answers` rows, in one row if that is less."""
+        records = [_record(*row) for row in zip(self.inputs, self.targets, strict=True)]
+        groups = [records[i : i + answers] for i in range(0, len(records), answers)]
+        if not saves_work(groups):
+            return self
+        rows = share(groups)
+        # Shared rows have the first answer of every prompt first, then every second.
+        order = torch.arange(len(records)).view(-1, answers).T.flatten()
+        counts, mask = rows.targets != IGNORE, self.mask[order]
+        moved = {
+            name: torch.zeros(counts.shape).masked_scatter(counts, value[order][mask])
+            for name, value in self.columns.items()
+            if value.is_floating_point()
+        }
+        return Experience(
+            rows.inputs, rows.targets, **moved, segments=rows.segments, reads=rows.reads
+        )
 
     def to(self, device: torch.device | str) -> "Experience":
-        return Experience(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return Experience(**{name: value.to(device) for name, value in self.columns.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +136,7 @@ class Estimated(NamedTuple):
 
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]
-"""The reference: log-probabilities [rows, time] of inputs and targets."""
+"""A reference: log-probabilities [rows, time] of inputs and targets, without a gradient."""
 
 
 class Sampler:
@@ -150,7 +187,8 @@ class Sampler:
 class RolloutLoader:
     """Microbatches of `rows` answers; `facts` are about the rollout they are of.
 
-    estimate: advantages and returns of a rollout, at the present beta.
+    estimate: advantages and returns of a rollout, at the present beta. reference: None where
+    leaving it costs nothing, so that nobody looks.
     """
 
     def __init__(
@@ -158,7 +196,7 @@ class RolloutLoader:
         sampler: Sampler,
         reward: Reward,
         estimate: Callable[[Any, Rollout, float], Estimated],
-        reference: LogProbs,
+        reference: LogProbs | None,
         *,
         rows: int,
         dtype: torch.dtype = torch.float32,
@@ -180,7 +218,23 @@ class RolloutLoader:
         if not self._queue:
             self._roll_out()
         assert self._memory is not None
-        return self._memory.take(self._queue.pop(0))
+        batch = self._memory.take(self._queue.pop(0))
+        return batch.sharing(self.settings.answers) if self._in_groups else batch
+
+    @property
+    def _in_groups(self) -> bool:
+        """Whether microbatches hold all answers to a prompt, so that these can share its row."""
+        whole = self.settings.answers > 1 and self.rows % self.settings.answers == 0
+        return whole and not isinstance(self.sampler.model, ActorCritic)
+
+    @property
+    def _sampler_is_policy(self) -> bool:
+        """Whether the engine's log-probabilities are the policy's, up to float32's rounding."""
+        settings = self.settings
+        exact = settings.rollout_weights == "float32" and self.dtype == torch.float32
+        return (
+            exact and settings.temperature == 1 and not isinstance(self.sampler.model, ActorCritic)
+        )
 
     @torch.no_grad()
     def _roll_out(self) -> None:
@@ -191,7 +245,7 @@ class RolloutLoader:
         columns = {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name != "rewards"}
         self._memory = Experience(**columns, advantages=advantages, returns=returns)
         self.facts = self._told(answers, rollout, returns)
-        self._steer(self.facts["kl"], len(answers))
+        self._steer(len(answers))
         self._rollouts += 1
         self._queue = self._minibatches()
 
@@ -214,37 +268,47 @@ class RolloutLoader:
 
     def _looked_at(self, answers: Sequence[Answer], rewards: Sequence[float]) -> Rollout:
         inputs, targets = batch_of(answers)
+        mask = targets != IGNORE
+        sampled = torch.zeros(mask.shape)
+        sampled[mask] = torch.tensor([p for answer in answers for p in answer.log_probs])
         device = self.sampler.model.embedding.device
-        looks = [
-            self._look(inputs[i : i + self.rows].to(device), targets[i : i + self.rows].to(device))
+        parts = [
+            (inputs[i : i + self.rows].to(device), targets[i : i + self.rows].to(device))
             for i in range(0, len(inputs), self.rows)
         ]
-        old, values, reference = (torch.cat(part).cpu() for part in zip(*looks, strict=True))
-        correction = torch.ones_like(old)
-        if self.settings.rollout_weights != "float32":
-            sampled = torch.cat([torch.tensor(answer.log_probs) for answer in answers])
-            mask = targets != IGNORE
-            ratio = (old[mask] - sampled).exp()
-            correction[mask] = ratio.clamp_max(self.settings.max_correction)
+        old, values, correction = sampled, torch.zeros_like(sampled), torch.ones_like(sampled)
+        if not self._sampler_is_policy:
+            looks = zip(*(self._look(*part) for part in parts), strict=True)
+            old, values = (torch.cat(look).cpu() for look in looks)
+            if self.settings.temperature == 1:
+                ratio = (old - sampled).exp()
+                correction = ratio.clamp_max(self.settings.max_correction)
+        reference = old
+        if self.reference is not None:
+            reference = torch.cat([self.reference(*part) for part in parts]).cpu()
         return Rollout(inputs, targets, old, reference, correction, values, torch.tensor(rewards))
 
-    def _look(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _look(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The policy's log-probabilities and the critic's values, [rows, time]."""
         model = self.sampler.model
         with torch.autocast(inputs.device.type, self.dtype, self.dtype != torch.float32):
             now = evaluate(model, inputs, targets, temperature=self.settings.temperature)
-            reference = self.reference(inputs, targets)
         values = torch.zeros_like(now.log_probs)
         if now.values is not None:
             assert isinstance(model, ActorCritic)
             values[targets != IGNORE] = model.as_value(now.values)
-        return now.log_probs, values, reference
+        return now.log_probs, values
 
     def _minibatches(self) -> list[Tensor]:
         """Row numbers of each microbatch to come, every row once a pass."""
-        total = self.settings.prompts * self.settings.answers
+        whole = self.settings.answers if self._in_groups else 1
+        rows = torch.arange(self.settings.prompts * self.settings.answers).view(-1, whole)
         generator = torch.Generator().manual_seed(_seed(self.settings, -self._rollouts))
-        passes = [torch.randperm(total, generator=generator) for _ in range(self.settings.passes)]
-        return [rows for order in passes for rows in order.split(self.rows)]
+        passes = [
+            rows[torch.randperm(len(rows), generator=generator)].flatten()
+            for _ in range(self.settings.passes)
+        ]
+        return [part for order in passes for part in order.split(self.rows)]
 
     def _told(
         self, answers: Sequence[Answer], rollout: Rollout, returns: Tensor
@@ -254,21 +318,22 @@ class RolloutLoader:
         facts = {
             "reward": rollout.rewards.mean().item(),
             "reward_std": rollout.rewards.std(correction=0).item(),
-            "kl": (rollout.old - rollout.reference).sum(dim=-1).mean().item(),
-            "beta": self.beta,
             "length": lengths.mean().item(),
             "ended": sum(answer.ended for answer in answers) / len(answers),
         }
+        if self.reference:
+            facts["kl"] = (rollout.old - rollout.reference).sum(dim=-1).mean().item()
+            facts["beta"] = self.beta
         if self.settings.answers > 1:
             facts["equal_groups"] = equal.float().mean().item()
         if isinstance(self.sampler.model, ActorCritic):
             facts["explained"] = explained_variance(rollout.values, returns, rollout.mask)
         return facts
 
-    def _steer(self, kl: float, answers: int) -> None:
+    def _steer(self, answers: int) -> None:
         """Moves beta towards the KL that is wanted (Ziegler et al. 2019, section 2.2)."""
         if self.settings.target_kl is not None:
-            error = min(0.2, max(-0.2, kl / self.settings.target_kl - 1))
+            error = min(0.2, max(-0.2, self.facts["kl"] / self.settings.target_kl - 1))
             self.beta *= 1 + error * answers / self.settings.kl_horizon
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,7 +359,7 @@ class RolloutLoader:
         """The answers that are still to be gone through."""
         if not self._queue or self._memory is None:
             return {}
-        return {f.name: getattr(self._memory, f.name) for f in fields(self._memory)}
+        return self._memory.columns
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         self._memory = Experience(**tensors) if tensors else None
@@ -310,6 +375,14 @@ def record_of(answer: Answer) -> Record:
     """The prompt and its answer, whose tokens alone count."""
     ids = [*answer.prompt_ids, *answer.ids]
     return Record(ids, [False] * len(answer.prompt_ids) + [True] * len(answer.ids))
+
+
+def _record(inputs: Tensor, targets: Tensor) -> Record:
+    """What a row [time] of a batch was made of."""
+    places = (targets != IGNORE).nonzero()[:, 0]
+    first, last = int(places[0]), int(places[-1])
+    ids = [*inputs[: last + 1].tolist(), int(targets[last])]
+    return Record(ids, [False] * (first + 1) + [True] * (last - first + 1))
 
 
 def checked(reward: Reward, answers: Sequence[Answer]) -> list[float]:

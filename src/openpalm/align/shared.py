@@ -21,6 +21,9 @@ from torch import Tensor
 from openpalm.data.conversation import Rendered as Record
 from openpalm.data.loader import IGNORE, PAD_MULTIPLE
 
+WORTH_SHARING = 0.9
+"""Tokens in shared rows, of those in rows of their own, up to which sharing is faster."""
+
 
 class SharedRows(NamedTuple):
     """inputs, segments: int64 [prompts, time]; targets, reads: int64 [answers, tokens].
@@ -48,16 +51,24 @@ def row_length(group: Sequence[Record]) -> int:
     return prompt + sum(len(record.ids) - prompt - 1 for record in group)
 
 
+def saves_work(groups: Sequence[Sequence[Record]]) -> bool:
+    """Whether these groups, each with a common beginning, are computed faster in shared rows."""
+    if not all(map(common_prompt, groups)):
+        return False
+    alone = len(groups[0]) * max(len(record.ids) - 1 for group in groups for record in group)
+    return max(map(row_length, groups)) <= WORTH_SHARING * alone
+
+
 def share(groups: Sequence[Sequence[Record]]) -> SharedRows:
     """Rows of equally many records each, with a common beginning of at least one token.
 
-    Padding, on the right, belongs to the last answer and is never a target.
+    Padding, on the right, is in no segment (-1) and never a target.
     """
     numbers, widest = len(groups[0]), max(map(row_length, groups))
     time = -(-widest // PAD_MULTIPLE) * PAD_MULTIPLE
     tokens = max(len(r.ids) - common_prompt(group) for group in groups for r in group)
     inputs = torch.zeros(len(groups), time, dtype=torch.int64)
-    segments = torch.full_like(inputs, numbers)
+    segments = torch.full_like(inputs, -1)
     targets = torch.full((numbers, len(groups), tokens), IGNORE)
     reads = torch.zeros_like(targets)
     for row, group in enumerate(groups):

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 
 MODEL = "palm-5m"
 VOCABULARY = 4096
-PRETRAIN_SHARE, FINETUNE_SHARE = 0.65, 0.20
+PRETRAIN_SHARE, FINETUNE_SHARE, PREFER_SHARE = 0.60, 0.20, 0.08
 BATCH_TOKENS = 8 * 512
 NAMES_A_MINUTE = 160
 """Names that fine-tuning has the time to learn by heart."""
 QUESTIONS_A_MINUTE, MAX_QUESTIONS = 40, 200
+JUDGED_A_MINUTE, ANSWERS_EACH, LEAST_GAP = 30, 4, 0.1
+"""Questions whose answers are judged, answers to each, and token F1 that two must differ by."""
 EXAMPLE = "shutil.copytree"
 
 
@@ -37,7 +40,7 @@ class QuickstartSettings:
     """How long, and where to."""
 
     minutes: float = 5.0
-    """budget: about 65 % pretraining, 20 % fine-tuning"""
+    """budget: about 60 % pretraining, 20 % fine-tuning, 10 % preferences"""
     out: Path = Path("runs/quickstart")
     """directory for data, runs and report"""
     seed: int = 0
@@ -58,6 +61,15 @@ class Answered:
     after: str
 
 
+@dataclass(frozen=True)
+class Preferred:
+    """What learning from judgements changed: mean token F1 of answers drawn at temperature 1."""
+
+    judgements: int
+    before: float
+    after: float
+
+
 def run(argv: Sequence[str]) -> None:
     settings = parse(
         QuickstartSettings,
@@ -74,7 +86,8 @@ def run(argv: Sequence[str]) -> None:
     pretrain(settings, console)
     finetune(settings, console)
     answered = question(settings, console)
-    write_report(settings, console, manifest, answered)
+    preferred = prefer(settings, console)
+    write_report(settings, console, manifest, answered, preferred)
     _next_commands(settings, console)
 
 
@@ -172,15 +185,84 @@ def question(settings: QuickstartSettings, console: "Console") -> list[Answered]
     return answered
 
 
+def prefer(settings: QuickstartSettings, console: "Console") -> Preferred:
+    """Judges the model's own answers by their docstrings, and trains on the judgements."""
+    from openpalm.align.config import DpoSettings
+    from openpalm.cli.dpo import prefer as dpo_verb
+
+    console.rule("5  preferring the better of its own answers", align="left")
+    names = questions_about(settings)
+    asked = names[: max(16, int(JUDGED_A_MINUTE * settings.minutes))]
+    data = settings.out / "preferences.jsonl"
+    if not data.exists():
+        with console.status(f"answering {len(asked)} questions {ANSWERS_EACH} times"):
+            judged = _judgements(settings, asked)
+        data.write_text("".join(json.dumps(row) + "\n" for row in judged), encoding="utf-8")
+    outcome = dpo_verb(
+        DpoSettings(
+            data=data,
+            out=settings.out / "dpo",
+            init=str(settings.out / "sft"),
+            minutes=settings.minutes * PREFER_SHARE,
+            seed=settings.seed,
+            sequence_length=128,
+            batch_tokens=32 * 128,
+            optim=OptimSettings(lr=3e-4, weight_decay=0.0),
+        ),
+    )
+    console.print(f"{outcome.step} steps; checkpoint {outcome.checkpoint}")
+    questions = [item.held_out_questions[0] for item in asked]
+    with console.status("answering"):
+        f1s = [
+            _mean_f1(_answers(settings.out / run, questions, temperature=1.0), asked)
+            for run in ("sft", "dpo")
+        ]
+    result = Preferred(len(data.read_text(encoding="utf-8").splitlines()), *f1s)
+    console.print(
+        f"{result.judgements} judgements; token F1 of answers drawn at temperature 1 to held-out "
+        f"phrasings: {result.before:.3f} before, {result.after:.3f} after"
+    )
+    return result
+
+
+def _judgements(settings: QuickstartSettings, asked: "list[QuestionAnswer]") -> list[dict]:
+    """The best and the worst of several answers to each question, as Preference records."""
+    from openpalm.data.conversation import Message
+    from openpalm.data.preferences import Candidate, Preference
+    from openpalm.evaluate.answers import token_f1
+
+    questions = [q for item in asked for q in [item.train_questions[0]] * ANSWERS_EACH]
+    texts = _answers(settings.out / "sft", questions, temperature=1.0)
+    records = []
+    for i, item in enumerate(asked):
+        group = texts[i * ANSWERS_EACH : (i + 1) * ANSWERS_EACH]
+        scored = sorted((token_f1(text, item.answer), text) for text in group if text)
+        if len(scored) < 2 or scored[-1][0] - scored[0][0] < LEAST_GAP:
+            continue
+        record = Preference(
+            id=f"quickstart-{i}",
+            prompt=(Message("user", item.train_questions[0]),),
+            candidates=(Candidate(scored[-1][1]), Candidate(scored[0][1])),
+            kind="compare",
+            payload={"better": 0, "worse": 1, "strength": 1},
+            author="token F1 against the docstring",
+            author_kind="model",
+            created=datetime.now(UTC).isoformat(),
+        )
+        records.append(record.to_json())
+    return records
+
+
 def write_report(
     settings: QuickstartSettings,
     console: "Console",
     manifest: "Manifest",
     answered: list[Answered],
+    preferred: Preferred,
 ) -> None:
     from openpalm.report import Section, environment_section, run_sections, table, write_page
 
-    console.rule("5  report", align="left")
+    console.rule("6  report", align="left")
     train, val = manifest.splits["train"], manifest.splits["val"]
     summary = [
         ("training text", f"{train.bytes:,} bytes, {train.tokens:,} tokens"),
@@ -189,6 +271,9 @@ def write_report(
         ("questions asked", len(answered)),
         ("token F1 before fine-tuning", round(_f1(answered, "before"), 4)),
         ("token F1 after fine-tuning", round(_f1(answered, "after"), 4)),
+        ("judgements of its own answers", preferred.judgements),
+        ("token F1 at temperature 1 before preferences", round(preferred.before, 4)),
+        ("token F1 at temperature 1 after preferences", round(preferred.after, 4)),
     ]
     columns = ["question", "docstring", "before fine-tuning", "after"]
     shown = [(i.question, i.reference, i.before, i.after) for i in answered[:12]]
@@ -201,6 +286,7 @@ def write_report(
             Section("Questions in held-out words", table(columns, shown)),
             *run_sections(settings.out / "pretrain"),
             *run_sections(settings.out / "sft"),
+            *run_sections(settings.out / "dpo"),
             environment_section(),
         ],
     )
@@ -232,7 +318,7 @@ def _write_questions(path: Path, names: "list[QuestionAnswer]", seed: int) -> in
     return len(rows)
 
 
-def _answers(run_directory: Path, questions: list[str]) -> list[str]:
+def _answers(run_directory: Path, questions: list[str], *, temperature: float = 0.0) -> list[str]:
     from openpalm import checkpoint
     from openpalm.cli.common import tokenizer_of
     from openpalm.data.conversation import Message, render, stop_ids
@@ -243,10 +329,11 @@ def _answers(run_directory: Path, questions: list[str]) -> list[str]:
     tokenizer = tokenizer_of(directory)
     assert tokenizer is not None
     engine = Engine(checkpoint.load(directory), slots=32)
-    greedy, stops = Sampling(temperature=0), stop_ids(tokenizer)
+    stops = stop_ids(tokenizer)
+    prompts = [render(tokenizer, [Message("user", q)], answer_next=True).ids for q in questions]
     requests = [
-        Request(render(tokenizer, [Message("user", q)], answer_next=True).ids, 64, greedy, stops)
-        for q in questions
+        Request(ids, 64, Sampling(temperature=temperature, seed=i), stops)
+        for i, ids in enumerate(prompts)
     ]
     return [tokenizer.decode(ids).strip() for ids in engine.answers(requests)]
 
@@ -255,6 +342,13 @@ def _f1(answered: list[Answered], when: str) -> float:
     from openpalm.evaluate.answers import token_f1
 
     scores = [token_f1(getattr(item, when), item.reference) for item in answered]
+    return sum(scores) / len(scores)
+
+
+def _mean_f1(texts: list[str], asked: "list[QuestionAnswer]") -> float:
+    from openpalm.evaluate.answers import token_f1
+
+    scores = [token_f1(t, item.answer) for t, item in zip(texts, asked, strict=True)]
     return sum(scores) / len(scores)
 
 
@@ -272,8 +366,8 @@ def _last_bits(settings: QuickstartSettings) -> float:
 
 def _next_commands(settings: QuickstartSettings, console: "Console") -> None:
     commands = [
-        f'openpalm sample {settings.out}/sft --chat "What does {EXAMPLE} do?" --stream',
-        f"openpalm serve {settings.out}/sft",
+        f'openpalm sample {settings.out}/dpo --chat "What does {EXAMPLE} do?" --stream',
+        f"openpalm serve {settings.out}/dpo",
         f'openpalm sample {settings.out}/pretrain "Return the"',
         "openpalm data prepare YOUR_TEXTS --out data/mine --tokenizer bpe:8192",
         "openpalm train --model palm-14m --data data/mine --out runs/mine --minutes 30",

@@ -77,7 +77,8 @@ def learn_from_answers(
 
     def make_loader(shape: BatchShape, model: Transformer, dtype: torch.dtype) -> RolloutLoader:
         sampler = Sampler(model, ids[: len(trained)], reader.stop_ids, settings)
-        return RolloutLoader(sampler, reward, estimate, reference, rows=shape.rows, dtype=dtype)
+        held = reference if settings.beta else None
+        return RolloutLoader(sampler, reward, estimate, held, rows=shape.rows, dtype=dtype)
 
     job = Job(
         config=dataclasses.replace(start.config, dropout=0.0),

@@ -16,7 +16,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     """Each position attends to itself and before, of that to what `mask` leaves.
 
     q [batch, time, heads, head_dim]; k, v [batch, time, kv_heads, head_dim]; returns q's shape.
-    mask: bool [batch, time, time], itself causal, or None.
+    mask: bool [batch, time, keys], itself causal; with one there can be more keys, before the
+    queries' own.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return _blocked_causal(q, k, v, mask)
@@ -58,7 +59,7 @@ def _blocked_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     in float32; blocks skip the half of the scores that the causal mask would throw away.
     """
     batch, time, heads, width = q.shape
-    groups = heads // k.shape[2]
+    groups, earlier = heads // k.shape[2], k.shape[1] - time
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [batch, kv_heads, time, width]
     q = (q * width**-0.5).unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4)
     future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
@@ -66,12 +67,13 @@ def _blocked_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     for start in range(0, time, BLOCK):
         end = min(start + BLOCK, time)
         rows = q[:, :, :, start:end].flatten(2, 3)  # [batch, kv_heads, groups * block, width]
-        scores = (rows @ k[:, :, :end].transpose(-1, -2)).unflatten(2, (groups, -1))
+        seen = earlier + end
+        scores = (rows @ k[:, :, :seen].transpose(-1, -2)).unflatten(2, (groups, -1))
         if mask is None:
             scores[..., start:] += future[: end - start, : end - start]
         else:
-            scores.masked_fill_(~mask[:, None, None, start:end, :end], -torch.inf)
+            scores.masked_fill_(~mask[:, None, None, start:end, :seen], -torch.inf)
         weights = scores.softmax(dim=-1).flatten(2, 3)
-        blocks.append((weights @ v[:, :, :end]).unflatten(2, (groups, -1)))
+        blocks.append((weights @ v[:, :, :seen]).unflatten(2, (groups, -1)))
     out = torch.cat(blocks, dim=3)  # [batch, kv_heads, groups, time, width]
     return out.permute(0, 3, 1, 2, 4).reshape(batch, time, heads, width)

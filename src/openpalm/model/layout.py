@@ -37,10 +37,7 @@ def packed(segments: Tensor) -> Layout:
     for doubling in range(time.bit_length()):  # lengths of a group differ by less than two times
         among = (lengths >> doubling) == 1
         if among.any():
-            offsets = torch.arange(int(lengths[among].max()), device=segments.device)
-            inside = offsets < lengths[among, None]
-            # Beyond its end a sequence is filled with its first token, which nothing attends to.
-            groups.append((first[among, None] + offsets * inside, inside))
+            groups.append(_taken(first[among], lengths[among]))
     taken = torch.cat([index[inside] for index, inside in groups])
     back = torch.empty_like(taken).scatter_(0, taken, torch.arange(len(taken), device=taken.device))
 
@@ -69,15 +66,43 @@ def _begins_and_within(segments: Tensor) -> tuple[Tensor, Tensor]:
 def shared(segments: Tensor) -> Layout:
     """Answers that share a prompt in one row: each is computed as if it alone followed it.
 
-    segments: int64 [rows, time]; 0 is the prompt, at the row's beginning, and neighbours with one
-    other number are an answer. Every answer's positions go on from the prompt's end.
+    segments: int64 [rows, time]; 0 is the prompt, at the row's beginning, neighbours with one
+    number above 0 are an answer, -1 is padding. Every answer's positions go on from the prompt's
+    end. Answers are taken out of their rows with the prompt as more keys, so that none is scored
+    against another.
     """
-    prompt = (segments == 0).sum(dim=1, keepdim=True)
-    _, within = _begins_and_within(segments)
-    query, key = segments[:, :, None], segments[:, None]
-    mask = ((key == 0) | (key == query)).tril()
+    rows, time = segments.shape
+    prompts = (segments == 0).sum(dim=1)
+    begins, within = _begins_and_within(segments)
+    begin = begins.flatten().nonzero()[:, 0]
+    answers = segments.flatten()[begin] > 0
+    first, lengths = begin[answers], begin.diff(append=begin.new_tensor([rows * time]))[answers]
+    of_rows, in_prompt = _taken(torch.arange(rows, device=first.device) * time, prompts)
+    own, inside = _taken(first, lengths)
+    row = first // time
+    keys = torch.cat([of_rows[row], own], dim=1)
+    earlier = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool, device=first.device).tril()
+    before = in_prompt[row, None].expand(-1, len(earlier), -1)
+    mask = torch.cat([before, earlier.expand(len(first), -1, -1)], dim=2)
+    kept = torch.cat([in_prompt.flatten(), inside.flatten()]).nonzero()[:, 0]
+    places = torch.cat([of_rows.flatten(), own.flatten()])[kept]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal_attention(q, k, v, mask)
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
+        of_prompts = causal_attention(*(_rows_at(x, of_rows) for x in flat))
+        key, value = (_rows_at(x, keys) for x in flat[1:])
+        answering = causal_attention(_rows_at(flat[0], own), key, value, mask)
+        done = torch.cat([x.flatten(0, 1) for x in (of_prompts, answering)]).index_select(0, kept)
+        return torch.zeros_like(flat[0]).index_copy(0, places, done).view_as(q)
 
-    return Layout(within + prompt * (segments != 0), attend)
+    return Layout(within + prompts[:, None] * (segments > 0), attend)
+
+
+def _taken(first: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Where sequences' tokens are, as rows of one width, and which of these are inside.
+
+    Beyond its end a sequence is filled with its first token.
+    """
+    offsets = torch.arange(int(lengths.max()), device=first.device)
+    inside = offsets < lengths[:, None]
+    return first[:, None] + offsets * inside, inside
