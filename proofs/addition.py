@@ -41,11 +41,11 @@ def run(folder: Path, seed: int) -> Figures:
         *("--batch-tokens", 2048, *common, 64),
     )
     openpalm(
-        *("sft", "--init", base, "--data", answered, "--out", tuned, "--steps", 1500),
+        *("sft", "--init", base, "--data", answered, "--out", tuned, "--steps", 1300),
         *("--batch-tokens", 2048, *common, 16, "--optim.name", "muon"),
     )
     openpalm(
-        *("grpo", "--init", tuned, "--data", asked, "--out", aligned, "--steps", 150),
+        *("grpo", "--init", tuned, "--data", asked, "--out", aligned, "--steps", 80),
         *("--reward", "exact", "--max-new-tokens", TOKENS, "--seed", seed),
     )
     before, after = accuracies(tuned, held_out), accuracies(aligned, held_out)

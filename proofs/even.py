@@ -34,7 +34,7 @@ def run(folder: Path, seed: int) -> Figures:
     openpalm(
         *("grpo", "--init", base, "--data", prompts, "--out", aligned, "--steps", STEPS),
         *("--reward", "examples/rewards.py:even_bytes", "--max-new-tokens", TOKENS),
-        *("--eval-every", 5, "--save-every", 5, "--keep", 0, "--seed", seed),
+        *("--beta", 0, "--optim.lr", 1e-3, "--save-every", EARLY, "--keep", 0, "--seed", seed),
     )
     return {
         "share_before": share(base, None, questions),

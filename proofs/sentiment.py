@@ -40,11 +40,11 @@ def run(folder: Path, seed: int) -> Figures:
         *("--sequence-length", 128, "--batch-tokens", 4096, *common),
     )
     openpalm(
-        *("sft", "--init", base, "--data", tuning, "--out", tuned, "--steps", 200),
+        *("sft", "--init", base, "--data", tuning, "--out", tuned, "--steps", 250),
         *("--sequence-length", 80, "--batch-tokens", 2560, *common),
     )
     openpalm(
-        *("grpo", "--init", tuned, "--data", prompts, "--out", aligned, "--steps", 80),
+        *("grpo", "--init", tuned, "--data", prompts, "--out", aligned, "--steps", 60),
         *("--reward", "examples/rewards.py:vader", "--max-new-tokens", TOKENS, *common),
     )
     return judged(tuned, aligned, (questions * 3)[:ANSWERS])

@@ -1,5 +1,6 @@
-"""A reward is learnt through the command line: proofs/even.py, made small."""
+"""A reward is learnt through the command line: proofs/even.py, made small; bounds are kept."""
 
+import importlib.util
 import json
 import random
 import string
@@ -8,7 +9,10 @@ from pathlib import Path
 import pytest
 from command_line import rows, write_base
 
-EVEN = Path(__file__).parents[2] / "examples/rewards.py"
+from openpalm.align.config import rollout_rate
+
+ROOT = Path(__file__).parents[2]
+EVEN = ROOT / "examples/rewards.py"
 STEPS = 40
 
 
@@ -56,3 +60,29 @@ def test_and_not_where_the_reward_says_the_opposite(said, writer, tmp_path):
     with pytest.raises(AssertionError):
         check_rises([-reward for reward in rewards])
     assert sum(rewards[-5:]) / 5 > -0.05
+
+
+def tasks():
+    spec = importlib.util.spec_from_file_location("tasks", ROOT / "proofs/tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("figure", "misses"),
+    [(0.55, 0), (0.54, 1), (float("nan"), 1)],
+)
+def test_a_figure_below_its_least_misses(figure, misses):
+    assert len(tasks().missed({"after": figure}, {"after": 0.55})) == misses
+
+
+@pytest.mark.parametrize(("figure", "misses"), [(4.0, 0), (-1.0, 0), (4.1, 1), (float("nan"), 1)])
+def test_a_figure_above_its_greatest_misses(figure, misses):
+    assert len(tasks().missed({"kl": figure}, {"-kl": -4.0})) == misses
+
+
+@pytest.mark.parametrize(("fine_tuning", "published"), [(2e-4, 1.41e-5), (1e-4, 3e-6)])
+def test_rates_are_near_the_published_ones(fine_tuning, published):
+    """GPT-2 of 124M (the sentiment example of TRL) and Pythia 1B (Huang et al. 2024)."""
+    assert rollout_rate(fine_tuning) == pytest.approx(published, rel=0.15)
