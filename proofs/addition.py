@@ -41,7 +41,7 @@ def run(folder: Path, seed: int) -> Figures:
         *("--batch-tokens", 2048, *common, 64),
     )
     openpalm(
-        *("sft", "--init", base, "--data", answered, "--out", tuned, "--steps", 1300),
+        *("sft", "--init", base, "--data", answered, "--out", tuned, "--steps", 900),
         *("--batch-tokens", 2048, *common, 16, "--optim.name", "muon"),
     )
     openpalm(

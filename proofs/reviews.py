@@ -54,18 +54,18 @@ OPENINGS = (
     "We came for the $subject $time and found it $a.",
 )
 DETAILS = (
-    "$Person $v the $aspect.",
-    "The $aspect of it was $c.",
-    "$Person called the $aspect $c and the $aspect2 $d.",
-    "I $v the $aspect, which was $c.",
-    "The $aspect looked $c and the $aspect2 felt $d.",
+    "$Person $v the $aspect of the $subject.",
+    "The $subject has a $aspect that was $c.",
+    "$Person called the $subject $c and the $aspect $d.",
+    "I $v the $subject for the $aspect, which was $c.",
+    "The $subject looked $c and the $aspect felt $d.",
 )
 CLOSINGS = (
     "In the end $person $w the $subject.",
-    "For the $aspect3 it was $e.",
-    "Everyone $w the $aspect3 $time2.",
+    "For the $aspect2 the $subject was $e.",
+    "Everyone $w the $subject $time2.",
     "The $subject was $e from start to end.",
-    "$Person2 $w it $time2.",
+    "$Person2 $w the $subject $time2.",
 )
 QUESTIONS = ("Write about the {}.", "Describe the {}.", "How was the {}?", "Review the {}.")
 
@@ -78,7 +78,7 @@ def review(drawn: random.Random, subject: str) -> str:
         return drawn.choice(words[kind])
 
     person, person2 = drawn.sample(PEOPLE, 2)
-    aspects = dict(zip(("aspect", "aspect2", "aspect3"), drawn.sample(ASPECTS, 3), strict=True))
+    aspects = dict(zip(("aspect", "aspect2"), drawn.sample(ASPECTS, 2), strict=True))
     people = {"person": person, "Person": _capital(person), "Person2": _capital(person2)}
     times = {name: drawn.choice(TIMES) for name in ("time", "time2")}
     words = {name: judged(ADJECTIVES) for name in "abcde"} | {n: judged(VERBS) for n in "vw"}

@@ -8,6 +8,7 @@ what it is asked about. Needs the package vaderSentiment.
 
 import importlib.util
 import random
+import re
 import sys
 from pathlib import Path
 from statistics import mean
@@ -27,7 +28,9 @@ def run(folder: Path, seed: int) -> Figures:
         question = reviews.question(drawn, subject)
         return {"prompt": question, "completion": reviews.review(drawn, subject)}
 
-    read = write_rows(folder / "read.jsonl", ({"text": asked()["completion"]} for _ in range(BASE)))
+    given = (asked() for _ in range(BASE))
+    texts = ({"text": f"{row['prompt']} {row['completion']}"} for row in given)
+    read = write_rows(folder / "read.jsonl", texts)
     tuning = write_rows(folder / "tuning.jsonl", (asked() for _ in range(TUNING)))
     questions = [q.format(s) for q in reviews.QUESTIONS for s in reviews.SUBJECTS]
     drawn.shuffle(questions)
@@ -36,11 +39,11 @@ def run(folder: Path, seed: int) -> Figures:
     common = ("--seed", seed, "--dtype", "float32")
     openpalm("data", "prepare", read, "--out", data, "--tokenizer", "bpe:1024")
     openpalm(
-        *("train", "--model", "palm-tiny", "--data", data, "--out", base, "--steps", 120),
-        *("--sequence-length", 128, "--batch-tokens", 4096, *common),
+        *("train", "--model", "palm-tiny", "--data", data, "--out", base, "--steps", 200),
+        *("--sequence-length", 128, "--batch-tokens", 4096, "--optim.name", "muon", *common),
     )
     openpalm(
-        *("sft", "--init", base, "--data", tuning, "--out", tuned, "--steps", 250),
+        *("sft", "--init", base, "--data", tuning, "--out", tuned, "--steps", 100),
         *("--sequence-length", 80, "--batch-tokens", 2560, *common),
     )
     openpalm(
@@ -63,12 +66,19 @@ def judged(tuned: Path, aligned: Path, questions: list[str]) -> Figures:
         for question, text, score in list(zip(questions, texts, scores, strict=True))[:SHOWN]:
             print(f"{name} {score:+.2f}  {question}  {text}")
         figures[name] = mean(scores)
+        figures[f"on_subject_{name}"] = mean(map(on_subject, questions, texts))
         if speaker is policy:
             far = policy.log_probs(answers) - reference.log_probs(answers)
             figures["kl"] = far.mean().item()
             figures["ended"] = mean(answer.ended for answer in answers)
             figures["distinct"] = len(set(texts)) / len(texts)
     return figures | {"gain": figures["after"] - figures["before"]}
+
+
+def on_subject(question: str, text: str) -> bool:
+    """Whether the answer names what was asked about."""
+    subject = next(s for s in reviews.SUBJECTS if question.rstrip(".?").endswith(f" {s}"))
+    return re.search(rf"\bthe {subject}\b", text, re.IGNORECASE) is not None
 
 
 if __name__ == "__main__":
