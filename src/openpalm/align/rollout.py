@@ -244,11 +244,13 @@ class RolloutLoader:
     @property
     def _sampler_is_policy(self) -> bool:
         """Whether the engine's log-probabilities are the policy's, up to float32's rounding."""
-        settings = self.settings
-        exact = settings.rollout_weights == "float32" and self.dtype == torch.float32
-        return (
-            exact and settings.temperature == 1 and not isinstance(self.sampler.model, ActorCritic)
-        )
+        valued = isinstance(self.sampler.model, ActorCritic)
+        return not (self._fewer_bits or valued) and self.settings.temperature == 1
+
+    @property
+    def _fewer_bits(self) -> bool:
+        """Whether sampler or trainer rounds more than the other."""
+        return self.settings.rollout_weights != "float32" or self.dtype != torch.float32
 
     @torch.no_grad()
     def _roll_out(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from openpalm.align.config import RolloutSettings
+from openpalm.align.config import RolloutSettings, rollout_rate
 from openpalm.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def learn_from_answers(
         fill=fill,
         make_loader=make_loader,
         sequences_per_epoch=len(trained) * settings.answers * settings.passes,
-        learning_rate=start.learning_rate / 10,
+        learning_rate=rollout_rate(start.learning_rate),
         objective=objective,
         unit="answers",
         make_model=make_model or Transformer,
