@@ -8,8 +8,8 @@ moments, the same command repeated after each; with --verb grpo or ppo on its ow
 several passes over a rollout, so that kills come in the middle of one. Moments are spread over
 the whole run and take turns: some time after a process was started (while it imports, measures,
 restores), after a row was written, and inside a save, which is seen by the checkpoint's
-unfinished directory. A kill
-counts as in a save where it left such a directory behind. Exits 1 on any difference.
+unfinished directory. A kill counts as in a save where it left such a directory behind. Exits 1 on
+any difference.
 """
 
 import argparse
