@@ -189,10 +189,10 @@ def our_grpo(turns: Turns, weights: str = "float32") -> None:
 
 def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") -> None:
     from openpalm.align.config import PpoSettings
+    from openpalm.align.experience import record_of
     from openpalm.align.logprobs import token_log_probs
     from openpalm.align.ppo import PpoObjective, estimate
     from openpalm.align.reward import RatingRecord, collate
-    from openpalm.align.rollout import record_of
     from openpalm.model.config import RewardConfig
     from openpalm.model.heads import ActorCritic
     from openpalm.model.reward import RewardModel, initialise_heads

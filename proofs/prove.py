@@ -29,11 +29,12 @@ from torch import Tensor
 from openpalm.align import grpo, kto, ppo
 from openpalm.align.config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
 from openpalm.align.dpo import PairObjective
+from openpalm.align.experience import Answer, record_of
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import PairLoader, PairRecord, with_reference
 from openpalm.align.reward import RatingRecord, RewardObjective
 from openpalm.align.reward import collate as reward_collate
-from openpalm.align.rollout import Answer, RolloutLoader, Sampler, record_of
+from openpalm.align.rollout import RolloutLoader, Sampler
 from openpalm.evaluate.agreement import spearman
 from openpalm.model.config import RewardConfig
 from openpalm.model.heads import ActorCritic, Bins

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from openpalm import checkpoint
+from openpalm.align.experience import Answer, batch_of
 from openpalm.align.logprobs import evaluate
-from openpalm.align.rollout import Answer, batch_of
 from openpalm.data.conversation import Message, render, stop_ids
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.generate.engine import Engine, Request

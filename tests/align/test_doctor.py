@@ -13,9 +13,9 @@ from openpalm.align import checks, doctor
 from openpalm.align.checks import Example
 from openpalm.align.config import GrpoSettings
 from openpalm.align.doctor import Patient, examine
+from openpalm.align.experience import Answer, batch_of
 from openpalm.align.logprobs import Evaluated, evaluate
 from openpalm.align.pairs import answer_record, records
-from openpalm.align.rollout import Answer, batch_of
 from openpalm.data.conversation import Message, render, stop_ids
 from openpalm.data.loader import IGNORE, Record
 from openpalm.data.preferences import Pair, says

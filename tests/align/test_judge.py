@@ -12,6 +12,7 @@ from servers import serving
 
 from openpalm import checkpoint
 from openpalm.align.endpoint import MAX_REPLY_BYTES, TRIES, EndpointJudge
+from openpalm.align.experience import Answer
 from openpalm.align.judge import (
     Comparison,
     EngineJudge,
@@ -24,7 +25,6 @@ from openpalm.align.judge import (
     rule_reward,
 )
 from openpalm.align.rewards import Asked, Reader, rewards_of
-from openpalm.align.rollout import Answer
 from openpalm.data.constitution import Article, Constitution
 from openpalm.data.conversation import Message, render
 from openpalm.data.tokenizer import Tokenizer

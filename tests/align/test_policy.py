@@ -26,9 +26,10 @@ from rollouts import (
 from openpalm.align import grpo as group_file
 from openpalm.align import policy as policy_file
 from openpalm.align import ppo as ppo_file
+from openpalm.align.experience import Estimated
 from openpalm.align.logprobs import Evaluated, evaluate, token_log_probs
 from openpalm.align.policy import k1, k2, k3, surrogate
-from openpalm.align.rollout import Estimated, Sampler
+from openpalm.align.rollout import Sampler
 
 EVERY = {"prompts": 1, "answers": 341}
 

@@ -10,10 +10,10 @@ from rollouts import actor, enumerated, experience, gradient, ppo, ragged, task
 
 from openpalm.align.advantages import generalised_advantages
 from openpalm.align.config import AlarmSettings
+from openpalm.align.experience import Estimated
 from openpalm.align.logprobs import evaluate
 from openpalm.align.policy import surrogate
 from openpalm.align.ppo import PpoObjective, critic_losses, estimate
-from openpalm.align.rollout import Estimated
 from openpalm.errors import SettingsError
 from openpalm.model.heads import Bins
 

@@ -10,8 +10,8 @@ import torch
 from command_line import ok, write_base
 
 from openpalm import checkpoint
+from openpalm.align.experience import Answer
 from openpalm.align.rewards import Asked, Reader, question_of, rewards_of
-from openpalm.align.rollout import Answer
 from openpalm.data.conversation import Message, render, stop_ids
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError, WorkError

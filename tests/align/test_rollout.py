@@ -16,8 +16,9 @@ from rollouts import actor, every_answer, grpo, loader_of, moved, ppo, task
 from openpalm.align import grpo as group_file
 from openpalm.align import ppo as ppo_file
 from openpalm.align import rollout as rollout_file
+from openpalm.align.experience import Answer, Experience, batch_of
 from openpalm.align.logprobs import evaluate, token_log_probs
-from openpalm.align.rollout import Answer, Experience, Sampler, batch_of, checked
+from openpalm.align.rollout import Sampler, checked
 from openpalm.errors import WorkError
 from openpalm.generate.sampling import Sampling
 from openpalm.model import lora
@@ -44,7 +45,8 @@ def trainer_of(loader, objective, lr=1e-3):
 
 
 def same(a, b):
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Experience))
+    same = a.columns.keys() == b.columns.keys()
+    return same and all(torch.equal(a.columns[name], b.columns[name]) for name in a.columns)
 
 
 # --- 7: dropout
@@ -378,13 +380,14 @@ def test_it_goes_on_with_redraws():
 
 
 def test_a_rollout_that_is_gone_through_is_not_saved():
-    loader = loader_of(moved(), grpo(), group_file.estimate)
+    loader = loader_of(moved(), grpo(passes=1), group_file.estimate)
     assert loader.state_tensors() == {}
     for _ in range(4):
         next(loader)
     assert loader.state_tensors() == {}
     next(loader)
-    assert loader.state_tensors().keys() == {f.name for f in fields(Experience)}
+    wanted = {f.name for f in fields(Experience)} - {"segments", "reads"}
+    assert loader.state_tensors().keys() == wanted
 
 
 def seeds(monkeypatch, run):
@@ -560,7 +563,6 @@ def test_fewer_bits_are_corrected_for(weights):
     inside = batch.correction[batch.mask]
     assert inside.max() == pytest.approx(1.005)
     assert inside.min() < 0.999
-    assert (batch.correction[~batch.mask] == 1).all()
 
 
 def test_a_trainer_of_fewer_bits_is_corrected_for():
@@ -569,7 +571,7 @@ def test_a_trainer_of_fewer_bits_is_corrected_for():
         settings = grpo(answers=8, temperature=temperature)
         loader = loader_of(moved(), settings, group_file.estimate, rows=32, dtype=torch.bfloat16)
         batch = next(loader)
-        away = (batch.correction - 1).abs()
+        away = (batch.correction[batch.mask] - 1).abs()
         assert (away.max() > 1e-3) == corrected
         assert away.max() < 0.5
 

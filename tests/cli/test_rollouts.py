@@ -144,7 +144,8 @@ def test_an_adapter_alone_learns(said, base, prompts, pay, tmp_path, verb):
     learnt = [p for name, p in after.items() if name.endswith(".b")]
     assert learnt
     assert all(p.any() for p in learnt)
-    assert steps_of(out)[-1]["kl"] > steps_of(out)[0]["kl"] == 0
+    assert steps_of(out)[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert steps_of(out)[-1]["kl"] > 1e-4
 
 
 def test_fewer_prompts_than_a_rollout_takes(said, base, pay, tmp_path):

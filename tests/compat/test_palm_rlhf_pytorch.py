@@ -14,8 +14,8 @@ from parity_cases import DATA, RLHF_CASES, Case
 from torch import Tensor, nn
 
 import openpalm.compat.rlhf as rlhf
+from openpalm.align.experience import Estimated
 from openpalm.align.ppo import estimate
-from openpalm.align.rollout import Estimated
 from openpalm.compat.palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer, top_p
 from openpalm.convert.foreign import read_foreign
 from openpalm.errors import CheckpointError, DataError, OpenPalmError, SettingsError

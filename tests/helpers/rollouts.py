@@ -12,16 +12,9 @@ from enumerable import ANSWERS, CONFIG, END, LONGEST, PROMPTS
 from torch import Tensor
 
 from openpalm.align.config import GrpoSettings, PpoSettings
+from openpalm.align.experience import Answer, Estimated, Experience, Rollout, batch_of
 from openpalm.align.logprobs import evaluate, token_log_probs
-from openpalm.align.rollout import (
-    Answer,
-    Estimated,
-    Experience,
-    Rollout,
-    RolloutLoader,
-    Sampler,
-    batch_of,
-)
+from openpalm.align.rollout import RolloutLoader, Sampler
 from openpalm.model.heads import ActorCritic, Bins, CriticKind
 from openpalm.model.transformer import Transformer, initialise
 
@@ -32,6 +25,7 @@ _GIVEN: dict[str, Any] = {
     "steps": 9,
     "max_new_tokens": LONGEST,
     "prompts": 4,
+    "passes": 2,
 }
 
 

@@ -21,7 +21,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from openpalm.align.rollout import Answer, answers_of, seed_of
+from openpalm.align.experience import Answer
+from openpalm.align.rollout import answers_of, seed_of
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 

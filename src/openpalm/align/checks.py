@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from openpalm.align.advantages import zero_variance
+from openpalm.align.experience import Answer
 from openpalm.align.pairs import PairRecord
-from openpalm.align.rollout import Answer
 from openpalm.data.loader import IGNORE, Record
 from openpalm.model import lora
 from openpalm.model.transformer import Transformer

@@ -36,10 +36,11 @@ from openpalm.align.checks import (
 )
 from openpalm.align.config import DpoSettings, GrpoSettings
 from openpalm.align.dpo import PairObjective
+from openpalm.align.experience import Answer, Reward, batch_of
 from openpalm.align.grpo import GroupObjective, estimate
 from openpalm.align.logprobs import evaluate
 from openpalm.align.pairs import PairRecord, collate, with_reference
-from openpalm.align.rollout import Answer, Reward, RolloutLoader, Sampler, batch_of
+from openpalm.align.rollout import RolloutLoader, Sampler
 from openpalm.data.conversation import render
 from openpalm.data.loader import IGNORE, Record
 from openpalm.data.preferences import Messages

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from openpalm.align.advantages import group_advantages
 from openpalm.align.config import GroupAdvantage, GrpoSettings
+from openpalm.align.experience import Estimated, Experience, Rollout
 from openpalm.align.logprobs import evaluate
 from openpalm.align.policy import as_sums, surrogate
-from openpalm.align.rollout import Estimated, Experience, Rollout
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Metrics
 

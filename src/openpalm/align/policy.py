@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from openpalm.align.config import RolloutSettings
+from openpalm.align.experience import Experience
 from openpalm.align.logprobs import Evaluated
-from openpalm.align.rollout import Experience
 from openpalm.train.objective import Metrics
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from openpalm.align.advantages import generalised_advantages, token_rewards, whitened
 from openpalm.align.config import PpoSettings
+from openpalm.align.experience import Estimated, Experience, Rollout
 from openpalm.align.logprobs import evaluate
 from openpalm.align.policy import as_sums, surrogate
 from openpalm.align.reward import gaussian_bins
-from openpalm.align.rollout import Estimated, Experience, Rollout
 from openpalm.model.heads import ActorCritic
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Metrics

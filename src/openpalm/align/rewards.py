@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 
 from openpalm import checkpoint
+from openpalm.align.experience import Answer, Reward, record_of
 from openpalm.align.judge import LABEL_TOKENS, EngineJudge, rule_questions, rule_reward
 from openpalm.align.reward import RatingRecord, collate
-from openpalm.align.rollout import Answer, Reward, record_of
 from openpalm.data.constitution import read_constitution
 from openpalm.data.conversation import Message
 from openpalm.data.preferences import Messages

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from openpalm.align.config import AlarmSettings
+from openpalm.align.experience import Answer, Reward, batch_of
 from openpalm.align.logprobs import evaluate
-from openpalm.align.rollout import Answer, LogProbs, Reward, Sampler, batch_of, checked
+from openpalm.align.rollout import LogProbs, Sampler, checked
 from openpalm.data.loader import IGNORE
 
 Row = dict[str, Any]

@@ -12,8 +12,8 @@ from openpalm.errors import DataError, SettingsError
 from openpalm.settings import parse
 
 if TYPE_CHECKING:
+    from openpalm.align.experience import Answer
     from openpalm.align.rewards import Reader
-    from openpalm.align.rollout import Answer
 
 ANSWERS_AT_A_TIME = 64
 

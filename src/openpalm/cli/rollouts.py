@@ -12,8 +12,9 @@ from openpalm.errors import DataError, SettingsError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from openpalm.align.experience import Reward
     from openpalm.align.rewards import Reader
-    from openpalm.align.rollout import LogProbs, Reward
+    from openpalm.align.rollout import LogProbs
     from openpalm.data.prompt_files import PromptRow
     from openpalm.data.tokenizer import Tokenizer
     from openpalm.model.config import ModelConfig

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from openpalm.align.config import PpoSettings
+from openpalm.align.experience import Answer
 from openpalm.align.logprobs import evaluate
 from openpalm.align.ppo import PpoObjective, estimate
-from openpalm.align.rollout import Answer, RolloutLoader, Sampler
+from openpalm.align.rollout import RolloutLoader, Sampler
 from openpalm.compat.original import draw_seed
 from openpalm.compat.palm import PaLM, adapted
 from openpalm.compat.reward import RewardModel
