@@ -1,6 +1,6 @@
 """Sentiment steering: GRPO with the VADER lexicon as the reward, on a writer of short reviews.
 
-    python proofs/sentiment.py [--seeds 1]
+    python proofs/sentiment.py [--seeds 1] [--first 0]
 
 The base model has read reviews that are good as often as bad; fine-tuning makes it write one of
 what it is asked about. Needs the package vaderSentiment.
