@@ -1,6 +1,6 @@
 """Two-digit addition: GRPO after fine-tuning on answers half of which are wrong.
 
-    python proofs/addition.py [--seeds 1]
+    python proofs/addition.py [--seeds 1] [--first 0]
 
 The fine-tuned model has seen the right answer to a problem as often as a random wrong one, and says
 either. GRPO with --reward exact makes it say the one it already thinks likeliest: its accuracy at
@@ -41,7 +41,7 @@ def run(folder: Path, seed: int) -> Figures:
         *("--batch-tokens", 2048, *common, 64),
     )
     openpalm(
-        *("sft", "--init", base, "--data", answered, "--out", tuned, "--steps", 900),
+        *("sft", "--init", base, "--data", answered, "--out", tuned, "--steps", 1500),
         *("--batch-tokens", 2048, *common, 16, "--optim.name", "muon"),
     )
     openpalm(

@@ -1,6 +1,6 @@
 """The even-token task: GRPO on the share of even token ids among the 12 of an answer.
 
-    python proofs/even.py [--seeds 1]
+    python proofs/even.py [--seeds 1] [--first 0]
 
 The base model has learnt to write random letters, half of whose bytes are even, and nothing else.
 """
@@ -34,7 +34,7 @@ def run(folder: Path, seed: int) -> Figures:
     openpalm(
         *("grpo", "--init", base, "--data", prompts, "--out", aligned, "--steps", STEPS),
         *("--reward", "examples/rewards.py:even_bytes", "--max-new-tokens", TOKENS),
-        *("--beta", 0, "--optim.lr", 1e-3, "--save-every", EARLY, "--keep", 0, "--seed", seed),
+        *("--beta", 0, "--optim.lr", 2e-3, "--save-every", EARLY, "--keep", 0, "--seed", seed),
     )
     return {
         "share_before": share(base, None, questions),

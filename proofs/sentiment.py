@@ -1,6 +1,6 @@
 """Sentiment steering: GRPO with the VADER lexicon as the reward, on a writer of short reviews.
 
-    python proofs/sentiment.py [--seeds 1]
+    python proofs/sentiment.py [--seeds 1] [--first 0]
 
 The base model has read reviews that are good as often as bad; fine-tuning makes it write one of
 what it is asked about. Needs the package vaderSentiment.
@@ -16,7 +16,7 @@ from statistics import mean
 import reviews
 from tasks import Figures, Speaker, openpalm, prove, write_rows
 
-TOKENS, BASE, TUNING, ANSWERS, SHOWN = 64, 20_000, 8_000, 512, 4
+TOKENS, BASE, TUNING, ANSWERS, SHOWN = 80, 20_000, 8_000, 512, 4
 BOUNDS = {"after": 0.55, "gain": 0.45, "-kl": -4.0, "ended": 0.98, "distinct": 0.9}
 
 
@@ -29,7 +29,7 @@ def run(folder: Path, seed: int) -> Figures:
         return {"prompt": question, "completion": reviews.review(drawn, subject)}
 
     given = (asked() for _ in range(BASE))
-    texts = ({"text": f"{row['prompt']} {row['completion']}"} for row in given)
+    texts = ({"text": f"{row['prompt']}\n{row['completion']}"} for row in given)
     read = write_rows(folder / "read.jsonl", texts)
     tuning = write_rows(folder / "tuning.jsonl", (asked() for _ in range(TUNING)))
     questions = [q.format(s) for q in reviews.QUESTIONS for s in reviews.SUBJECTS]
@@ -43,7 +43,7 @@ def run(folder: Path, seed: int) -> Figures:
         *("--sequence-length", 128, "--batch-tokens", 4096, "--optim.name", "muon", *common),
     )
     openpalm(
-        *("sft", "--init", base, "--data", tuning, "--out", tuned, "--steps", 100),
+        *("sft", "--init", base, "--data", tuning, "--out", tuned, "--steps", 150),
         *("--sequence-length", 80, "--batch-tokens", 2560, *common),
     )
     openpalm(

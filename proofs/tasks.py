@@ -95,9 +95,10 @@ def prove(
     """Runs seeds of a task; `bounds`: figure -> least value, -figure -> minus its greatest."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1)
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--first", type=int, default=0, help="the first of the seeds")
+    asked = parser.parse_args()
     results, misses = [], []
-    for seed in range(seeds):
+    for seed in range(asked.first, asked.first + asked.seeds):
         folder = OUT / name / f"seed-{seed}"
         shutil.rmtree(folder, ignore_errors=True)  # an older proof's runs would be gone on with
         folder.mkdir(parents=True)
