@@ -309,7 +309,6 @@ def test_verdicts(save):
         (VERDICT | {"completion": " "}, 'field "completion" has an empty answer'),
         (VERDICT | {"completion": turns(*SKY)}, '"completion" must begin and end with an assist'),
         (VERDICT | {"prompt": 7}, 'field "prompt" is 7'),
-        (PAIR, "which `openpalm dpo` reads"),
     ],
 )
 def test_rows_that_are_no_verdicts(save, row, says):
