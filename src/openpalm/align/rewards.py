@@ -17,6 +17,7 @@ Several are added up with their weights.
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,10 +244,11 @@ def of_classifier(name: str, reader: Reader, option: str = "reward") -> Reward:
 def _function(path: Path, name: str, option: str) -> Callable[..., Any]:
     if not path.is_file():
         raise SettingsError(f"{spell(option)} {path}:{name}: no such file; check the path")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"reward {path}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their own module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -78,7 +78,7 @@ def learn_from_answers(
 
     def make_loader(shape: BatchShape, model: Transformer, dtype: torch.dtype) -> RolloutLoader:
         sampler = Sampler(model, ids[: len(trained)], reader.stop_ids, settings)
-        held = reference if settings.beta else None
+        held = reference(model) if settings.beta else None
         return RolloutLoader(sampler, reward, estimate, held, rows=shape.rows, dtype=dtype)
 
     job = Job(
@@ -135,18 +135,33 @@ def fitting(
     return [row for row, _ in kept], [ids for _, ids in kept]
 
 
-def _reference(directory: Path, settings: RolloutSettings) -> "LogProbs":
-    """What the checkpoint that the run began from thinks of answers, at the run's temperature."""
+def _reference(directory: Path, settings: RolloutSettings) -> "Callable[[Transformer], LogProbs]":
+    """What the checkpoint that the run began from thinks of answers, at the run's temperature.
+
+    Of a policy with an adapter that is the policy with the adapter off; else a copy is kept.
+    """
+    from contextlib import nullcontext
+
+    import torch
+
     from openpalm import checkpoint
     from openpalm.align.logprobs import evaluate
     from openpalm.distributed import pick_device
+    from openpalm.model import lora
 
-    model = checkpoint.load(directory, str(pick_device(settings.device))).requires_grad_(False)
+    device = str(pick_device(settings.device))
+    copy = None if settings.lora.rank else checkpoint.load(directory, device)
 
-    def log_probs(inputs: "Tensor", targets: "Tensor") -> "Tensor":
-        return evaluate(model, inputs, targets, temperature=settings.temperature).log_probs
+    def of(policy: "Transformer") -> "LogProbs":
+        @torch.no_grad()
+        def log_probs(inputs: "Tensor", targets: "Tensor") -> "Tensor":
+            with lora.detached(policy) if copy is None else nullcontext():
+                model = policy if copy is None else copy
+                return evaluate(model, inputs, targets, temperature=settings.temperature).log_probs
 
-    return log_probs
+        return log_probs
+
+    return of
 
 
 def _shape(settings: RolloutSettings, longest: int) -> "BatchShape":
@@ -164,7 +179,7 @@ def _probes(
     reader: "Reader",
     ids: "list[list[int]]",
     looked_at: list[int],
-    reference: "LogProbs",
+    reference: "Callable[[Transformer], LogProbs]",
     reward: "Reward",
     gold: "Reward | None",
 ) -> "list[Probe]":
@@ -177,7 +192,7 @@ def _probes(
 
     def figures(model: "Transformer", dtype: object) -> dict[str, Any]:
         sampler = Sampler(model, ids, reader.stop_ids, settings)
-        row, answers = look(sampler, looked_at, reference, reward, gold)
+        row, answers = look(sampler, looked_at, reference(model), reward, gold)
         shown[:] = [
             {"prompt": reader.asked[answer.prompt].question, "text": reader.text(answer)}
             for answer in answers[:SHOWN]
