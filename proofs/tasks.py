@@ -48,12 +48,6 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
-def evaluations(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's evaluations."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "val_reward" in row]
-
-
 class Speaker:
     """A run's newest checkpoint, or one of a step, answering questions in the chat template."""
 

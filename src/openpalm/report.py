@@ -136,7 +136,8 @@ def _learning(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     skipped = sum("skipped" in row for row in steps)
     if skipped:
         facts.append(("steps skipped", skipped))
-    return table(["", ""], facts) + _curves(steps, evaluated)
+    rewarded = _reward_curves(steps, rows) if "reward" in last else ""
+    return table(["", ""], facts) + rewarded + _curves(steps, evaluated)
 
 
 def _loss_unit(unit: str) -> str:
@@ -145,36 +146,63 @@ def _loss_unit(unit: str) -> str:
 
 def _curves(steps: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> str:
     """Loss against steps, and throughput, as one inline SVG."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasSVG(figure)
-    loss, speed = figure.subplots(1, 2, width_ratios=[2, 1])
+    figure, (loss, speed) = _figure(width_ratios=[2, 1])
     whole = [row for row in steps if row["loss"] is not None]
     x = [row["step"] for row in whole]
     y = [row["loss"] for row in whole]
     loss.plot(x, y, color="#9ecbff", linewidth=0.8, label="training, each step")
     loss.plot(x, _smooth(y), color="#0550ae", label="training, smoothed")
-    if evaluated:
-        at = [row["step"] for row in evaluated]
-        loss.plot(at, [r["val_loss"] for r in evaluated], "o-", color="#bc4c00", label="validation")
+    _dots(loss, evaluated, "val_loss", "validation")
     unit = unit_of(steps[-1])
     loss.set(xlabel="step", ylabel=f"loss ({_loss_unit(unit)})")
     loss.legend(frameon=False)
     rates = [row[f"{unit}_per_s"] for row in steps]
     speed.plot([row["step"] for row in steps], rates, color="#57606a")
     speed.set(xlabel="step", ylabel=f"{unit} a second", ylim=(0, None))
-    for axes in (loss, speed):
+    return _svg(figure, "Loss and throughput against steps")
+
+
+def _reward_curves(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """Of a run on its own answers: rewards, and the distance to the reference."""
+    figure, (reward, distance) = _figure(width_ratios=[2, 1])
+    x, y = [row["step"] for row in steps], [row["reward"] for row in steps]
+    reward.plot(x, y, color="#9ecbff", linewidth=0.8, label="rollouts")
+    reward.plot(x, _smooth(y), color="#0550ae", label="rollouts, smoothed")
+    _dots(reward, rows, "val_reward", "held-out answers")
+    _dots(reward, rows, "val_gold", "held-out answers, gold", color="#1a7f37")
+    reward.set(xlabel="step", ylabel="mean reward")
+    reward.legend(frameon=False)
+    _dots(distance, rows, "val_kl", "held-out answers")
+    distance.set(xlabel="step", ylabel="nats from the reference")
+    return _svg(figure, "Reward and distance to the reference against steps")
+
+
+def _figure(width_ratios: list[int]) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.subplots(1, 2, width_ratios=width_ratios)
+
+
+def _dots(
+    axes: Any, rows: list[dict[str, Any]], column: str, label: str, color: str = "#bc4c00"
+) -> None:
+    """The rows that have the column."""
+    known = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), "o-", color=color, label=label)
+
+
+def _svg(figure: Any, label: str) -> str:
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
-    return (
-        '<figure role="img" aria-label="Loss and throughput against steps">'
-        f"{svg[svg.index('<svg') :]}</figure>"
-    )
+    return f'<figure role="img" aria-label="{label}">{svg[svg.index("<svg") :]}</figure>'
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:

@@ -20,7 +20,7 @@ VERBS = {
     "data": ("data", "prepare text as token shards; inspect them"),
     "train": ("train", "train a model from scratch, or on from a checkpoint"),
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
-    "dpo": ("dpo", "train a checkpoint on pairs of answers: dpo, ipo, simpo, orpo"),
+    "dpo": ("dpo", "train a checkpoint on pairs or verdicts: dpo, ipo, simpo, orpo, kto"),
     "reward": ("reward", "train a reward model on pairs of answers or on ratings"),
     "merge-lora": ("merge_lora", "fold a low-rank adapter into the weights"),
     "ppo": ("ppo", "train a checkpoint on its own answers by a reward, with a critic"),
@@ -39,7 +39,7 @@ VERBS = {
 
 USAGE = """usage: openpalm VERB [options]
 
-Train a PaLM-style language model from text, fine-tune it, serve it.
+Train a PaLM-style language model from text, align it, serve it.
 
 verbs:
 {verbs}
