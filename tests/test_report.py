@@ -241,3 +241,13 @@ def test_the_smoothed_curve_is_a_mean():
     assert report._smooth([3.0] * 40) == pytest.approx([3.0] * 40)
     smoothed = report._smooth([0.0, 1.0] * 200)
     assert smoothed[-1] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_run_on_its_own_answers_shows_rewards(tmp_path):
+    rows = [row(i, reward=0.1 * i) for i in range(1, 21)]
+    judged = {"step": 20, "val_reward": 1.5, "val_kl": 0.5}
+    make_run(tmp_path / "rl", rows=[*rows, judged, judged | {"step": 30, "val_gold": 0.25}])
+    body = run_sections(tmp_path / "rl")[0].body
+    assert "Reward and distance to the reference" in body
+    make_run(tmp_path / "plain")
+    assert "Reward and distance" not in run_sections(tmp_path / "plain")[0].body

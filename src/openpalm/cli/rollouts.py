@@ -194,7 +194,7 @@ def _probes(
         sampler = Sampler(model, ids, reader.stop_ids, settings)
         row, answers = look(sampler, looked_at, reference(model), reward, gold)
         shown[:] = [
-            {"prompt": reader.asked[answer.prompt].question, "text": reader.text(answer)}
+            {"prompt": f"{reader.asked[answer.prompt].question}\n", "text": reader.text(answer)}
             for answer in answers[:SHOWN]
         ]
         return row
