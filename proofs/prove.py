@@ -94,7 +94,7 @@ def rolled_out(task: Task, model: Transformer, objective: Any, estimate: Any, ho
 
 
 def by_ppo(task: Task, seed: int, **changes: Any) -> Figures:
-    options = {"steps": 1600, "answers": 32, "minibatches": 2, "critic": "separate"} | changes
+    options = {"steps": 2400, "answers": 32, "minibatches": 2} | changes
     how = settings(PpoSettings, 2e-3, seed, prompts=4, max_new_tokens=LONGEST, **options)
     bins = Bins(how.critic_bins, -how.critic_range, how.critic_range) if how.critic_bins else None
     model = ActorCritic(enumerable.CONFIG, how.critic, bins)
@@ -219,14 +219,19 @@ def by_best_of(task: Task, seed: int, n: int = 4) -> Figures:
 
 ROWS: dict[str, Row] = {
     "ppo": Row(by_ppo, {"gain": 0.97, "-total_variation": -0.08}),
-    "ppo, critic on one trunk": Row(partial(by_ppo, critic="shared"), {"gain": 0.90}),
-    "ppo, HL-Gauss critic": Row(partial(by_ppo, critic_bins=51), {"gain": 0.90}),
+    "ppo, critic of its own": Row(partial(by_ppo, critic="separate", steps=1600), {"gain": 0.97}),
+    "ppo, HL-Gauss critic": Row(
+        partial(by_ppo, critic="separate", critic_bins=51, steps=1600), {"gain": 0.97}
+    ),
     "rloo": Row(partial(by_group, advantage="rloo"), {"gain": 0.97}),
     "dr-grpo": Row(partial(by_group, advantage="dr-grpo"), {"gain": 0.95}),
     "dr-grpo, k2": Row(partial(by_group, advantage="dr-grpo", kl="k2"), {"gain": 0.95}),
     "dr-grpo, k3": Row(partial(by_group, advantage="dr-grpo", kl="k3"), {"gain": 0.85}),
-    "grpo, k3": Row(partial(by_group, advantage="grpo", kl="k3"), {"gain": 0.85}),
-    "dapo": Row(partial(by_group, advantage="dapo"), {"gain": 0.85}),
+    "grpo, mean over tokens, k3": Row(
+        partial(by_group, advantage="dapo", kl="k3", clip_high=0.2, redraws=0), {"gain": 0.85}
+    ),
+    "grpo, mean over each answer, k3": Row(partial(by_group, advantage="grpo", kl="k3"), {}),
+    "dapo": Row(partial(by_group, advantage="dapo"), {"gain": 0.95}),
     "dpo": Row(partial(by_pairs, loss="dpo"), {"gain": 0.80, "accuracy_over_true": -0.02}),
     "cdpo": Row(partial(by_pairs, loss="cdpo"), {}),
     "ipo": Row(partial(by_pairs, loss="ipo"), {}),
