@@ -2,9 +2,9 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
+from data_samples import shared_file
 
 from openpalm.data.conversation import Message
 from openpalm.data.demonstration_files import read_demonstrations
@@ -15,7 +15,6 @@ from openpalm.data.prompt_files import PromptRow, read_prompts
 from openpalm.data.verdict_files import read_verdicts
 from openpalm.errors import DataError
 
-GSM8K = Path("/work/shared/data/gsm8k-train-2000.jsonl")
 SKY = (Message("user", "Why is the sky blue?"),)
 BLUE = (Message("assistant", "Air scatters blue light most."),)
 SYSTEM = Message("system", "Be brief.")
@@ -215,13 +214,13 @@ def test_all_keys_tell():
         check_all_keys_tell(lambda row: form_of({k: v or "" for k, v in row.items()}))
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="needs the shared data")
 def test_gsm8k_is_questions_and_answers():
-    found, unused = read_demonstrations(GSM8K)
+    path = shared_file("gsm8k-train-2000.jsonl")
+    found, unused = read_demonstrations(path)
     assert (len(found), unused) == (2000, {})
     assert found[0][0].content.startswith("Natalia sold clips")
     assert found[0][1].content.endswith("#### 72")
-    prompt, row = read_prompts(GSM8K).items[0]
+    prompt, row = read_prompts(path).items[0]
     assert prompt == found[0][:1]
     assert row["answer"] == found[0][1].content
 
