@@ -135,7 +135,8 @@ class TrainSettings:
     """A training run: what to train, on what, for how long, and where to keep it."""
 
     data: Path
-    """a directory of `openpalm data prepare`; for sft a .jsonl of conversations, dpo of pairs"""
+    """a directory of `openpalm data prepare`, or a .yaml of several; for sft a .jsonl of
+    conversations, dpo of pairs"""
     out: Path
     """directory of the run; the same command goes on where it stopped"""
     model: str | None = None
@@ -208,6 +209,14 @@ class TrainSettings:
     def trains_all(self) -> bool:
         """Whether every weight learns."""
         return not self.lora.rank and self.last_layers is None
+
+
+@dataclass(frozen=True)
+class PretrainSettings(TrainSettings):
+    """A run on prepared text: one dataset, or a mixture of several."""
+
+    document_mask: bool = False
+    """attention stays inside documents, in training and validation"""
 
 
 @dataclass(frozen=True)
