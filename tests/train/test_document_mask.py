@@ -83,9 +83,9 @@ def check_each_document_is_alone(model, batch, ends):
         F.cross_entropy(model.logits(inputs)[0], targets, ignore_index=IGNORE, reduction="sum")
         for inputs, targets in pieces(batch, ends)
     )
-    assert abs(together - alone) < 1e-9 * abs(alone)
+    assert abs(together - alone) < 1e-6 * abs(alone)
     for a, b in zip(gradients(together), gradients(alone), strict=True):
-        assert (a - b).abs().max() < 1e-9 * max(1, b.abs().max())
+        assert (a - b).abs().max() < 2e-6 * max(1, b.abs().max())
 
 
 @pytest.mark.parametrize("batches_of", [training, validation])

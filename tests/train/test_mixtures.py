@@ -59,7 +59,7 @@ def test_a_run_goes_on_and_is_repeated(
     assert train(halves, **ask) == 0
     assert measured(halves) == measured(whole)
     assert read_yaml(whole / "config.yaml")["document_mask"] is True
-    assert train(again, config=whole / "config.yaml") == 0
+    assert train(again, config=whole / "config.yaml", data=None) == 0
     assert measured(again) == measured(whole)
     assert train(whole, **ask | {"document_mask": "false"}) == 2
     assert "another --document-mask (True, now False)" in capfd.readouterr().err

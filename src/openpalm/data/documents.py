@@ -34,7 +34,7 @@ class Documents:
                 # An empty file cannot be mapped: a document longer than a shard leaves one.
                 empty = np.empty(0, dtype="<u8")
                 starts = np.memmap(path, dtype="<u8", mode="r") if index.size else empty
-                self._indices.append(_Index(starts, base, dataset))
+                self._indices.append(_Index(np.asarray(starts), base, dataset))
                 end += tokens.size // ITEM_BYTES[manifest.dtype]
                 self._ends.append(end)
 

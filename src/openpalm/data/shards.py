@@ -7,9 +7,11 @@ DIR/manifest.json           written last: while it is missing, there is no datas
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,20 +152,22 @@ class TokenArray:
     def __init__(self, paths: Sequence[Path], dtype: str, vocab_size: int):
         self._folder, self._vocab_size = paths[0].parent, vocab_size
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._shards = [np.memmap(path, dtype=self.dtype, mode="r") for path in paths]
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        # As plain arrays: slices of NumPy's memmap class cost several times as much.
+        maps = (np.memmap(path, dtype=self.dtype, mode="r") for path in paths)
+        self._shards = [np.asarray(shard) for shard in maps]
+        self._ends = list(accumulate(map(len, self._shards)))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, key: slice) -> np.ndarray:
         start, stop, step = key.indices(len(self))
         if step != 1:
             raise ValueError("tokens are sliced with step 1")
         found = [] if start < stop else [np.empty(0, dtype=self.dtype)]
-        shard = int(np.searchsorted(self._ends, start, side="right"))
+        shard = bisect_right(self._ends, start)
         while start < stop:
-            begin = int(self._ends[shard]) - len(self._shards[shard])
+            begin = self._ends[shard] - len(self._shards[shard])
             found.append(self._shards[shard][start - begin : stop - begin])
             start += len(found[-1])
             shard += 1
