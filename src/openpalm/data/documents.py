@@ -41,7 +41,7 @@ class Documents:
     def segments(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: how many documents have begun since token `start`, at each token.
 
-        Raises DataError where the index is torn there.
+        Raises DataError where the index is seen to be torn there.
         """
         begins = np.zeros(stop - start, dtype=np.int64)
         here, shard = start, bisect_right(self._ends, start)

@@ -171,7 +171,7 @@ def _task(task: object, folder: Path) -> Task:
     assert isinstance(task, dict)
     _known(task, {"data", "weight", "templates"})
     data, weight, templates = (task.get(name) for name in ("data", "weight", "templates"))
-    expect("data", data, "the path of a .jsonl", lambda v: isinstance(v, str) and v != "")
+    expect("data", data, "the path of its data", lambda v: isinstance(v, str) and v != "")
     wanted = "a number above 0"
     expect("weight", weight, wanted, lambda v: v is None or (is_number(v) and 1e-9 < v < 1e9))
     wanted = "a list of templates"
