@@ -41,3 +41,10 @@ def tiny(seed: int = 0, **changes: object) -> Transformer:
             if table is not None:
                 table *= 20
     return model.eval()
+
+
+def deaf(model: Transformer) -> Transformer:
+    """The model in training mode for good: its dropout stays on, whatever it is told."""
+    model.train()
+    model.eval = lambda: model  # type: ignore[method-assign]
+    return model
