@@ -82,10 +82,28 @@ class Transformer(nn.Module):
 
     def head(self, residual: Tensor) -> Tensor:
         """Logits, float32 [..., vocab_size], of residual-stream states [..., dim]."""
-        states = self.norm(residual) if self.config.norm_before_head else residual
-        table = self.embedding if self.unembedding is None else self.unembedding
-        logits = self.project_head(states, table, self.head_bias)
+        logits = self.project_head(self._states(residual), self._table, self.head_bias)
         return logits[..., : self.config.vocab_size].float()
+
+    def cross_entropy(
+        self, residual: Tensor, targets: Tensor, *, z_loss: float = 0.0, chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Summed cross entropy and z-loss of residual-stream states [n, dim], int64 targets [n].
+
+        The same as of `head`'s logits, without holding them: see linear_cross_entropy.
+        """
+        size = self.config.vocab_size
+        bias = None if self.head_bias is None else self.head_bias[:size]
+        return self.project_head.cross_entropy(
+            self._states(residual), self._table[:size], bias, targets, z_loss, chunk
+        )
+
+    @property
+    def _table(self) -> Tensor:
+        return self.embedding if self.unembedding is None else self.unembedding
+
+    def _states(self, residual: Tensor) -> Tensor:
+        return self.norm(residual) if self.config.norm_before_head else residual
 
     def _context(
         self, ids: Tensor, cache: KVCache | None, layout: Layout | None

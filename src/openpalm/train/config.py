@@ -111,6 +111,20 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class MemorySettings:
+    """Memory for time; the weights come out the same."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """what the backward pass computes again: nothing, all but large matrices, or whole blocks"""
+    loss_chunk: int | None = None
+    """positions whose logits are in memory at a time; not set takes as many as are quick"""
+
+    def __post_init__(self) -> None:
+        chunk = self.loss_chunk
+        check(chunk is None or chunk >= 1, "memory.loss_chunk", chunk, "1 or more")
+
+
+@dataclass(frozen=True)
 class Chosen:
     """What was chosen by measuring before step 1; written by the run, read back on resume."""
 
@@ -170,6 +184,10 @@ class TrainSettings:
     """steps in a row without a finite loss and gradient before the run stops"""
     last_layers: int | None = None
     """train only so many of the last blocks, and the final norm; not set trains everything"""
+    z_loss: float = 0.0
+    """weight of log^2 Z beside the cross entropy (PaLM: 1e-4); keeps logits from drifting"""
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    """what is kept for the backward pass"""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """a low-rank adapter in place of the weights"""
     arch: ArchSettings = field(default_factory=ArchSettings)
@@ -194,6 +212,7 @@ class TrainSettings:
             value = getattr(self, name)
             check(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
         check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
+        check(0 <= self.z_loss < 1, "z_loss", self.z_loss, "in [0, 1)")
         check(self.keep >= 0, "keep", self.keep, "0 or more")
         check(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
         check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")

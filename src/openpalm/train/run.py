@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import torch
 from rich.console import Console
 
 from openpalm import checkpoint
-from openpalm.distributed import pick_device, world
+from openpalm.distributed import keep_freed_memory, pick_device, world
 from openpalm.errors import TrainingError, WorkError
 from openpalm.model.config import ModelConfig
+from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.settings import plain
 from openpalm.train import directory
@@ -73,7 +74,8 @@ class Job:
     learning_rate: float
     make_model: Callable[[ModelConfig], Transformer] = Transformer
     """its parameters are filled later"""
-    objective: Objective[Any] = field(default_factory=NextToken)
+    objective: Objective[Any] | None = None
+    """not given is next-token prediction"""
     shape: BatchShape | None = None
     """of a step, where it does not follow from --batch-tokens"""
     unit: str = "tokens"
@@ -109,6 +111,7 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
     out = settings.out
     device = pick_device(settings.device)
     length = settings.sequence_length or job.config.context
+    keep_freed_memory()
     shape = job.shape or batch_shape(settings, length, world().size)
     with ExitStack() as stack:
         stack.enter_context(directory.locked(out))
@@ -330,10 +333,11 @@ def _make_trainer(
     model = job.make_model(job.config).to(device)
     fill(model)
     choose_trained(model, settings)
+    recompute(model, settings.memory.recompute)
     arithmetic: torch.dtype = dtype or getattr(torch, settings.chosen.dtype or "float32")
     return Trainer(
         model,
-        job.objective,
+        job.objective or NextToken(settings.z_loss, settings.memory.loss_chunk),
         Optimizer(model, settings.optim, _peak_rate(settings, job)),
         job.make_loader(shape, model, arithmetic),
         steps=settings.chosen.steps or _WHILE_MEASURING,
