@@ -70,7 +70,8 @@ def comparison(lines: Sequence[Line], panels: Sequence[Panel], axis: Axis, label
             tops.append((low.min(), high[int(_BEGINNING * len(high)) :].max()))
         unit = lines[0].runs[0].unit
         axes.set(xlabel=axis_label(axis, unit), title=panel.title)
-        axes.xaxis.set_major_formatter(_engineering())
+        if axis != "minutes":
+            axes.xaxis.set_major_formatter(_engineering())
         _limit(axes, panel, tops)
         _number(axes, ends)
     for axes in grid[len(panels) :]:

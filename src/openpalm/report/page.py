@@ -26,9 +26,9 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
 pre { background: #f6f8fa; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { color: #0550ae; } .muted { color: #57606a; }
-.wide { overflow-x: auto; } .wide th, .wide td { min-width: 4.2rem; }
-.wide th { vertical-align: bottom; line-height: 1.25; overflow-wrap: normal; }
-.wide td:nth-child(2) { min-width: 6rem; }
+.wide { overflow-x: auto; }
+.wide th, .wide td { min-width: 4.2rem; overflow-wrap: break-word; }
+.wide th { vertical-align: bottom; line-height: 1.25; }
 .key { white-space: nowrap; margin-right: 1.2rem; } .key svg { vertical-align: middle; }
 .key span { white-space: normal; }
 .switch > input { margin-left: 1rem; }
@@ -122,4 +122,5 @@ def switch(name: str, question: str, panes: Sequence[tuple[str, str]]) -> str:
         f'<label for="{name}-{i}"> {html.escape(label)}</label>'
         for i, (label, _) in enumerate(panes)
     )
-    return f'<div class="switch">{html.escape(question)}{buttons}{"".join(f"<div>{body}</div>" for _, body in panes)}</div>'
+    bodies = "".join(f"<div>{body}</div>" for _, body in panes)
+    return f'<div class="switch">{html.escape(question)}{buttons}{bodies}</div>'

@@ -51,8 +51,7 @@ class Run:
     @property
     def planned(self) -> int | None:
         """Steps that the run shall have."""
-        steps = self.settings.get("chosen.steps", "")
-        return int(steps) if steps.isdecimal() else None
+        return _whole(self.settings.get("chosen.steps"))
 
     def curve(self, column: str, axis: Axis) -> Curve:
         """A column's known values against an axis; empty where the run cannot tell."""
@@ -131,8 +130,11 @@ def _sizes(path: Path, sequence_length: str | None) -> tuple[int | None, int | N
         config = None
     if config is None:
         return None, None
-    length = int(sequence_length) if (sequence_length or "").isdecimal() else None
-    return config.parameters, config.flops_per_token(length)
+    return config.parameters, config.flops_per_token(_whole(sequence_length))
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() else None
 
 
 def is_number(value: Any) -> bool:

@@ -110,6 +110,25 @@ class LoraSettings:
         return config
 
 
+BOARDS = ("tensorboard", "wandb")
+
+
+def board_names(log: str) -> list[str]:
+    """The boards that --log names, each once."""
+    return [*dict.fromkeys(name.strip() for name in log.split(",") if name.strip())]
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """A trace of some steps into RUN/profile, with the operators that take most time."""
+
+    steps: int | None = None
+    """how many, after three to warm up; not set traces none"""
+
+    def __post_init__(self) -> None:
+        check(self.steps is None or self.steps >= 1, "profile.steps", self.steps, "1 or more")
+
+
 @dataclass(frozen=True)
 class Chosen:
     """What was chosen by measuring before step 1; written by the run, read back on resume."""
@@ -176,6 +195,10 @@ class TrainSettings:
     """changes to the preset"""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """optimizer and schedule"""
+    log: str = ""
+    """boards that get the run's rows too: tensorboard, wandb, or both with a comma between"""
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
+    """a trace of some steps"""
     chosen: Chosen = field(default_factory=Chosen)
     """filled in by the run"""
 
@@ -195,6 +218,8 @@ class TrainSettings:
             check(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
         check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
         check(self.keep >= 0, "keep", self.keep, "0 or more")
+        known = {*board_names(self.log)} <= {*BOARDS}
+        check(known, "log", self.log, f"some of {','.join(BOARDS)}")
         check(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
         check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
         check(
