@@ -87,13 +87,14 @@ def test_a_board_that_fails_is_told_once_and_left(
     assert plain == logged, "logging changes nothing that is computed"
 
 
-@pytest.mark.parametrize("log", ["tensorbord", "tensorboard;wandb", "none"])
+@pytest.mark.parametrize("log", ["tensorbord", "tensorboard;wandb", "none", "wandb,"])
 def test_a_board_that_nobody_knows(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], log: str
 ):
     assert train(tmp_path / "run", log=log) == 2
     assert capsys.readouterr().err == (
-        f"openpalm: error: --log {log}: must be some of tensorboard,wandb\n"
+        f"openpalm: error: --log {log}: must be tensorboard or wandb, "
+        "or both with a comma between\n"
     )
 
 

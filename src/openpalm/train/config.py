@@ -113,9 +113,9 @@ class LoraSettings:
 BOARDS = ("tensorboard", "wandb")
 
 
-def board_names(log: str) -> list[str]:
+def board_names(log: str | None) -> list[str]:
     """The boards that --log names, each once."""
-    return [*dict.fromkeys(name.strip() for name in log.split(",") if name.strip())]
+    return [*dict.fromkeys(name.strip() for name in log.split(","))] if log is not None else []
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class TrainSettings:
     """changes to the preset"""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """optimizer and schedule"""
-    log: str = ""
+    log: str | None = None
     """boards that get the run's rows too: tensorboard, wandb, or both with a comma between"""
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     """a trace of some steps"""
@@ -219,7 +219,7 @@ class TrainSettings:
         check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
         check(self.keep >= 0, "keep", self.keep, "0 or more")
         known = {*board_names(self.log)} <= {*BOARDS}
-        check(known, "log", self.log, f"some of {','.join(BOARDS)}")
+        check(known, "log", self.log, f"{' or '.join(BOARDS)}, or both with a comma between")
         check(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
         check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
         check(
