@@ -1,8 +1,13 @@
 """`openpalm report`: runs in, one page out."""
 
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from openpalm.cli import train
+from openpalm.train.run import Outcome
 
 
 def test_report_is_written_into_the_run(said, run):
@@ -57,3 +62,15 @@ def test_out_is_a_directory(said, run, tmp_path):
     assert status == 2
     assert f"--out {tmp_path}: is a directory" in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_ends_with_its_curve_in_a_terminal_only(run, capsys, monkeypatch, terminal):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1") if terminal else monkeypatch.delenv("FORCE_COLOR", False)
+    train.report(Outcome(Path("step"), 8, was_finished=False), SimpleNamespace(out=run))
+    output, errors = capsys.readouterr()
+    assert output == "step\n"
+    assert errors.count("training loss") == terminal
+    train.report(Outcome(Path("step"), 8, was_finished=True), SimpleNamespace(out=run))
+    assert capsys.readouterr().err == ""

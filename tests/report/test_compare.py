@@ -70,8 +70,8 @@ def pairs(i):
 def test_runs_whose_losses_mean_another_thing_get_figures_of_their_own(tmp_path):
     dpo = make_run(tmp_path / "dpo", [pairs(1), pairs(2)], config="loss: dpo\n")
     page = Page(page_of([*made(tmp_path, 2), dpo]))
-    assert "Learning: runs 1, 2, whose losses" in page.text
-    assert "Learning: run 3, whose losses" in page.text
+    assert "Learning: runs 1, 2" in page.text
+    assert "Learning: run 3" in page.text
     assert "against steps pairs minutes" in page.text
     assert "16 pairs" in page.text
     assert [v for n, v in page.attributes if n == "aria-label"].count(

@@ -60,8 +60,8 @@ def test_a_profile_is_no_setting_of_the_run(train: Train, tmp_path: Path):
 def test_a_run_shorter_than_its_profile(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert train(tmp_path / "short", **{"profile.steps": 50}) == 0
-    assert optimizer_steps(tmp_path / "short") == 5
+    assert train(tmp_path / "short", steps=4, **{"profile.steps": 50}) == 0
+    assert optimizer_steps(tmp_path / "short") == 1
     assert train(tmp_path / "shorter", steps=3, **{"profile.steps": 1}) == 0
     assert "--profile.steps: no step was left after 3 to warm up" in capsys.readouterr().err
     assert not (tmp_path / "shorter" / "profile").exists()

@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> None:
         from openpalm.report.single import sections_of
 
         out = settings.out or Path(settings.runs[0]) / "report.html"
-        title = "OpenPaLM: " + ", ".join(run.name for run in runs)
+        names = ", ".join(run.name for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
         sections = sections_of(runs[0]) if len(runs) == 1 else comparison_sections(runs)
-        write_page(out, title, [*sections, environment_section()])
+        write_page(out, f"OpenPaLM: {names}", [*sections, environment_section()])
         print(out)

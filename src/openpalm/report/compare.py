@@ -35,7 +35,7 @@ def comparison_sections(runs: Sequence[Run]) -> list[Section]:
     kinds = [[line for line in lines if line.runs[0] in kind] for kind in of_a_kind(runs)]
     kinds = [kind for kind in kinds if kind]
     for i, kind in enumerate(kinds):
-        of = "" if len(kinds) == 1 else f": {_numbers(kind)}, whose losses mean the same"
+        of = "" if len(kinds) == 1 else f": {_numbers(kind)}"
         sections.append(Section(f"Learning{of}", _learning(kind, f"kind{i}")))
     sections.append(Section("Throughput", "".join(map(_throughput, _of_a_unit(lines)))))
     sections.append(Section("Settings that differ", _differences(lines)))
@@ -113,7 +113,7 @@ def _seeds(lines: Sequence[Line]) -> str:
             mean, deviation = statistics.mean(known), statistics.stdev(known)
             body.append((_key(line), len(known), mean, deviation, min(known), max(known)))
     head = ["", "seeds", "validation loss, mean", "standard deviation", "lowest", "highest"]
-    return table(head, body) if body else ""
+    return f'<div class="wide">{table(head, body)}</div>' if body else ""
 
 
 def _learning(lines: list[Line], name: str) -> str:
