@@ -271,7 +271,8 @@ def write_report(
     answered: list[Answered],
     preferred: Preferred | None,
 ) -> None:
-    from openpalm.report import Section, environment_section, run_sections, table, write_page
+    from openpalm.report.page import Section, environment_section, table, write_page
+    from openpalm.report.single import run_sections
 
     console.rule("6  report", align="left")
     train, val = manifest.splits["train"], manifest.splits["val"]

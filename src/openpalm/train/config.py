@@ -110,6 +110,25 @@ class LoraSettings:
         return config
 
 
+BOARDS = ("tensorboard", "wandb")
+
+
+def board_names(log: str | None) -> list[str]:
+    """The boards that --log names, each once."""
+    return [*dict.fromkeys(name.strip() for name in log.split(","))] if log is not None else []
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """A trace of some steps into RUN/profile, with the operators that take most time."""
+
+    steps: int | None = None
+    """how many, after three to warm up; not set traces none"""
+
+    def __post_init__(self) -> None:
+        check(self.steps is None or self.steps >= 1, "profile.steps", self.steps, "1 or more")
+
+
 @dataclass(frozen=True)
 class MemorySettings:
     """Memory for time; the weights come out the same."""
@@ -194,6 +213,10 @@ class TrainSettings:
     """changes to the preset"""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """optimizer and schedule"""
+    log: str | None = None
+    """boards that get the run's rows too: tensorboard, wandb, or both with a comma between"""
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
+    """a trace of some steps"""
     chosen: Chosen = field(default_factory=Chosen)
     """filled in by the run"""
 
@@ -214,6 +237,8 @@ class TrainSettings:
         check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
         check(0 <= self.z_loss < 1, "z_loss", self.z_loss, "in [0, 1)")
         check(self.keep >= 0, "keep", self.keep, "0 or more")
+        known = {*board_names(self.log)} <= {*BOARDS}
+        check(known, "log", self.log, f"{' or '.join(BOARDS)}, or both with a comma between")
         check(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
         check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
         check(

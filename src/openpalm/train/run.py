@@ -3,6 +3,7 @@
     RUN/config.yaml        the settings, with what was chosen by measuring
     RUN/metrics.jsonl      a row a step, and rows of evaluations
     RUN/samples.jsonl      what the model wrote on the way
+    RUN/profile/           with --profile.steps; tensorboard/ and wandb/ with --log
     RUN/checkpoints/       step-NNNNNNNN directories
 
 At a step the rows are written first, then the probes', then the checkpoint: whatever a checkpoint
@@ -13,7 +14,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.settings import plain
 from openpalm.train import directory
+from openpalm.train.boards import Boards, check_installed
 from openpalm.train.config import (
     LEAST_STEPS_APART,
     PROBES_A_RUN,
@@ -40,6 +42,7 @@ from openpalm.train.measure import choose
 from openpalm.train.metrics import LiveLine, RowFile, read_rows
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optim import Optimizer
+from openpalm.train.profile import Profiler
 from openpalm.train.start import check_trained, choose_trained
 from openpalm.train.trainer import StepReport, Trainer
 
@@ -108,6 +111,7 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
     TrainingError where the run diverges.
     """
     check_trained(settings, job.config)
+    check_installed(settings)
     out = settings.out
     device = pick_device(settings.device)
     length = settings.sequence_length or job.config.context
@@ -151,9 +155,16 @@ class _Session:
 
     def run(self) -> Outcome:
         self._clear_later_than(self.trainer.step)
-        with LiveLine(self.job.label, self.trainer.steps) as line, _signals() as stop:
+        with ExitStack() as stack:
+            line = LiveLine(self.job.label, self.trainer.steps)
+            boards = Boards(self.settings, self.trainer.step, line.say)  # may ask for a password
+            self.boards = stack.enter_context(closing(boards))
+            stop = stack.enter_context(_signals())
+            stack.enter_context(line)
             line.start_at(self.trainer.step)
             line.say(self._opening())
+            profiler = Profiler(self.settings, self.trainer.device, line.say)
+            self.profiler = stack.enter_context(closing(profiler))
             while self.trainer.step < self.trainer.steps:
                 self._step(line)
                 if stop and self.trainer.step < self.trainer.steps:
@@ -176,6 +187,7 @@ class _Session:
         )
 
     def _step(self, line: LiveLine) -> None:
+        self.profiler.before_step()
         before = time.monotonic()
         try:
             report = self.trainer.train_step()
@@ -185,7 +197,8 @@ class _Session:
             self._save_what_is_not()
             raise
         row = self._row(report, time.monotonic() - before)
-        self.rows.append(row)
+        self.profiler.after_step()
+        self.boards.write(self.rows.append(row))
         line.show(row)
         if report.skipped:
             line.say(f"step {report.step} skipped: {report.skipped}")
@@ -227,7 +240,8 @@ class _Session:
         self.trainer.model.eval()
         for probe in self.job.probes:
             seen = probe.look(self.trainer.model, self.trainer.dtype)
-            RowFile(self.settings.out / probe.file).append({"step": step} | seen)
+            row = RowFile(self.settings.out / probe.file).append({"step": step} | seen)
+            self.boards.write(row)
             if probe.tell:
                 line.say(f"{self.job.label} step {step}: {probe.tell(seen)}")
         return self._alarm(read_rows(self.rows.path))
@@ -283,8 +297,9 @@ class _Session:
 
     def _lineage(self, step: int) -> dict[str, Any]:
         settings = plain(self.settings)
-        for path in ("data", "out", "init"):  # a published model does not tell where it was made
-            settings.pop(path, None)
+        # A published model does not tell where it was made, nor how that was watched.
+        for name in ("data", "out", "init", "log", "profile"):
+            settings.pop(name, None)
         chosen = self.settings.chosen
         return {"step": step, "data": chosen.data, "parent": chosen.parent, "settings": settings}
 
