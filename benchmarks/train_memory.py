@@ -54,7 +54,8 @@ def theory(config: ModelConfig, length: int, dtype: str, way: str) -> tuple[floa
     Weights, gradient and two moments in float32; 20 d numbers a token a layer that backward needs,
     or, where all is recomputed, the layer's input and one layer's numbers (nan where only a part
     is); the logits in float32, of a chunk if there are chunks. On a CPU in bfloat16 attention keeps
-    its probabilities: of the causal half, T/2 a head and token.
+    its probabilities: of the causal half, T/2 a head and token. Not counted: the gradient of the
+    logits, copies of matrices (joined for one multiply, cast to bfloat16), the allocator's slack.
     """
     number = 4 if dtype == "float32" else 2
     recompute, _, chunk = way.partition(":")
@@ -117,6 +118,7 @@ def measured(model: str, length: int, dtype: str, way: str) -> Row | None:
         say(f"{label}: left out, its process ended with {done.returncode}")
         return None
     row = json.loads(done.stdout)[0]
+    expected += row["bytes_before"]
     row |= {"theory_bytes": expected, "theory_s": flops / peak(dtype), "peak_flops": peak(dtype)}
     say(f"{label}: {row['peak_bytes'] / 1e9:.2f} GB, {row['step_s']:.2f} s a step")
     return row
@@ -188,44 +190,44 @@ def draw(rows: list[Row], how: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "openpalm"
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
+    sizes = how.models.split(",")
+    grown = [row for row in rows if row["length"] == how.size_length and row["model"] in sizes]
+    lengthened = [row for row in rows if row["model"] == how.model]
     sides = (
-        ("length", f"tokens of context, {how.model}", lambda r: r["model"] == how.model),
-        ("parameters", f"parameters, {how.size_length} tokens", lambda r: in_sizes(r, how)),
+        ("length", f"tokens of context, {how.model}", lengthened),
+        ("parameters", f"parameters, {how.size_length} tokens", grown),
     )
-    values = (("bytes", "peak memory, GB", 1e9), ("s", "seconds a step", 1.0))
-    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7.5), constrained_layout=True)
-    for column, (x, x_label, wanted) in enumerate(sides):
-        for line, (name, y_label, unit) in enumerate(values):
+    values = (
+        ("peak_bytes", "theory_bytes", "peak memory, GB", 1e9),
+        ("step_s", "theory_s", "seconds a step", 1.0),
+    )
+    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7.5), sharex="col", layout="constrained")
+    for column, (x, x_label, side) in enumerate(sides):
+        for line, (seen, expected, y_label, unit) in enumerate(values):
             panel = panels[line][column]
             for n, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
-                chosen = [row for row in rows if row["way"] == way and wanted(row)]
-                chosen.sort(key=lambda row: row[x])
-                xs = [row[x] for row in chosen]
-                ours = [row["peak_bytes" if name == "bytes" else "step_s"] / unit for row in chosen]
-                panel.plot(xs, ours, "o-", color=f"C{n}", label=way)
-                said = [with_start(row, name) / unit for row in chosen]
-                panel.plot(xs, said, "--", color=f"C{n}", alpha=0.6)
-            panel.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
-            panel.set_xticks(xs, [shortened(value) for value in xs], minor=False)
+                chosen = sorted((r for r in side if r["way"] == way), key=lambda row: row[x])
+                for name, style in ((seen, "o-"), (expected, "--")):
+                    points = [row[x] for row in chosen], [row[name] / unit for row in chosen]
+                    panel.plot(*points, style, color=f"C{n}", label=way if name == seen else None)
+            panel.set(xscale="log", yscale="log", ylabel=y_label)
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.minorticks_off()
             panel.grid(alpha=0.3)
+        ticks = sorted({row[x] for row in side})
+        panels[1][column].set_xticks(ticks, [shortened(tick) for tick in ticks], minor=False)
+        panels[1][column].set_xlabel(x_label)
     panels[0][0].legend(title="recompute:loss chunk (dashes: theory)")
+    figure.suptitle(f"A training step on one sequence, {how.dtype}, CPU")
     figure.savefig(how.picture, metadata={"Date": None} if how.picture.suffix == ".svg" else None)
     say(f"drawn: {how.picture}")
 
 
-def in_sizes(row: Row, how: argparse.Namespace) -> bool:
-    return row["length"] == how.size_length and row["model"] in how.models.split(",")
-
-
-def with_start(row: Row, name: str) -> float:
-    """What theory says of this point, on top of the memory of a process that did nothing yet."""
-    return row[f"theory_{name}"] + (row["bytes_before"] if name == "bytes" else 0)
-
-
 def shortened(value: int) -> str:
-    return f"{value / 1e6:.0f}M" if value >= 10**6 else f"{value / 1024:g}k"
+    return f"{value / 1e6:.0f}M" if value > 500_000 else f"{value / 1024:g}k"
 
 
 def curves_table(rows: list[Row]) -> str:
@@ -239,7 +241,7 @@ def curves_table(rows: list[Row]) -> str:
                 row["dtype"],
                 row["way"],
                 f"{row['peak_bytes'] / 1e9:.2f}",
-                f"{with_start(row, 'bytes') / 1e9:.2f}",
+                f"{row['theory_bytes'] / 1e9:.2f}",
                 f"{row['step_s']:.2f}",
                 f"{row['theory_s']:.2f}",
             )
