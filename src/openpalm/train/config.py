@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from openpalm.errors import SettingsError
 from openpalm.model.config import LORA_TARGETS, LoraConfig, ModelConfig
@@ -15,48 +15,115 @@ LEAST_STEPS_APART = 20
 """Between two of them, where the settings do not say."""
 
 
+def given(value: float | None) -> float:
+    """A value that its settings filled in at birth."""
+    assert value is not None
+    return value
+
+
 def check(condition: bool, name: str, value: object, wanted: str) -> None:
     """Raises SettingsError that names the option, its value and what is wanted."""
     if not condition:
         raise SettingsError(f"{spell(name)} {value}: must be {wanted}")
 
 
+OptimizerName = Literal["adamw", "stable-adamw", "lion", "adafactor", "muon"]
+DecayRule = Literal["fixed", "palm", "nanopalm"]
+
+PUBLISHED: dict[OptimizerName, dict[str, float]] = {
+    "adamw": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
+    "stable-adamw": {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1},
+    "lion": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.5},
+    "adafactor": {"beta1": 0.9, "eps": 1e-30, "weight_decay": 0.1},
+    "muon": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
+}
+"""What each optimizer's authors take for a language model; muon's betas are its AdamW's."""
+
+LION_SHARE = 0.2
+"""of AdamW's learning rate suits Lion, at five times the decay (Chen et al. 2023, section 5)"""
+
+
 @dataclass(frozen=True)
 class OptimSettings:
-    """The optimizer and its schedule."""
+    """The optimizer and its schedule; what is not set takes the named optimizer's own default."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon for the blocks' matrices with adamw for the rest"""
+    name: OptimizerName = "adamw"
+    """muon is for the blocks' matrices, with adamw for the rest; adafactor is PaLM's"""
     lr: float | None = None
-    """peak learning rate; not set takes the model preset's"""
+    """peak learning rate; not set takes the model preset's (lion a fifth of it, adafactor
+    sqrt(dim) times it, relative to each parameter's root mean square)"""
     muon_lr: float = 0.02
     """peak learning rate of muon's matrices"""
-    weight_decay: float = 0.1
-    """decoupled decay of matrices; norm scales and biases never decay"""
-    beta1: float = 0.9
-    """decay of the first moment"""
-    beta2: float = 0.95
-    """decay of the second moment"""
-    eps: float = 1e-8
-    """added to the root of the second moment"""
-    warmup: float = 0.05
-    """share of the steps over which the learning rate rises from zero"""
+    weight_decay: float | None = None
+    """decoupled decay of matrices, norm scales and biases never decay; not set is 0.1 (lion 0.5),
+    or 1 with another --optim.decay-rule than fixed"""
+    decay_rule: DecayRule | None = None
+    """a step shrinks matrices by weight_decay times lr (fixed), its square (palm; adafactor's
+    where not set) or its cube (nanopalm)"""
+    beta1: float | None = None
+    """decay of the first moment; not set is 0.9"""
+    beta2: float | None = None
+    """decay of the second moment (of lion's only one); not set is 0.95, stable-adamw and lion
+    0.99; adafactor's is 1 - k^-0.8 at step k"""
+    eps: float | None = None
+    """added to the root of the second moment; not set is 1e-8, stable-adamw 1e-6; adafactor adds
+    1e-30 to the squares"""
+    schedule: Literal["cosine", "linear", "wsd", "palm"] = "cosine"
+    """after the warm-up: a cosine, a line, constant until the cooldown (wsd), or constant for 4 %
+    of the steps and then falling as 1/sqrt(step) (palm)"""
+    warmup: float | None = None
+    """share of the steps over which the learning rate rises from zero; not set is 0.05, palm 0"""
+    cooldown: float = 0.2
+    """share of the steps over which wsd falls in a line"""
     final_lr: float = 0.1
-    """share of the peak learning rate that the cosine ends at"""
+    """share of the peak learning rate that cosine, linear and wsd end at"""
     clip: float = 1.0
     """largest global norm of the gradient"""
 
     def __post_init__(self) -> None:
+        self._resolve()
         check(self.lr is None or 0 < self.lr < 10, "optim.lr", self.lr, "above 0 and below 10")
         check(0 < self.muon_lr < 10, "optim.muon_lr", self.muon_lr, "above 0 and below 10")
-        check(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "in [0, 1)")
+        decay, fixed = given(self.weight_decay), self.decay_rule == "fixed"
+        in_range = 0 <= decay < 1 or (decay == 1 and not fixed)
+        check(in_range, "optim.weight_decay", decay, f"in [0, 1{')' if fixed else ']'}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            check(0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
-        check(self.eps > 0, "optim.eps", self.eps, "above 0")
-        check(0 <= self.warmup <= 1, "optim.warmup", self.warmup, "in [0, 1]")
-        check(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "in [0, 1]")
+            check(value is None or 0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
+        check(self.eps is None or self.eps > 0, "optim.eps", self.eps, "above 0")
+        for name in ("warmup", "final_lr", "cooldown"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"optim.{name}", value, "in [0, 1]")
+        if self.schedule == "wsd":
+            room = f"at most 1 - warmup ({1 - given(self.warmup):g})"
+            fits = given(self.warmup) + self.cooldown <= 1
+            check(fits, "optim.cooldown", self.cooldown, room)
         check(self.clip > 0, "optim.clip", self.clip, "above 0")
+
+    def _resolve(self) -> None:
+        """Writes the defaults into what was not set, so that a run's file holds every value."""
+        rule = self.decay_rule or ("palm" if self.name == "adafactor" else "fixed")
+        own: dict[str, Any] = dict(PUBLISHED[self.name], decay_rule=rule)
+        own["warmup"] = 0.0 if self.schedule == "palm" else 0.05
+        if rule != "fixed":
+            own["weight_decay"] = 1.0
+        for name in ("weight_decay", "decay_rule", "beta1", "beta2", "eps", "warmup"):
+            value = getattr(self, name)
+            if value is None:
+                object.__setattr__(self, name, own.get(name))
+            elif name not in own:
+                option = spell(f"optim.{name}")
+                raise SettingsError(f"{option} {value}: {self.name} has none; leave it out")
+
+    def peak(self, adamw_rate: float, dim: int) -> float:
+        """The peak learning rate for a model of that width which suits AdamW's `adamw_rate`.
+
+        Matrices start with a root mean square of 1/sqrt(dim), so Adafactor's relative step is then
+        AdamW's; at PaLM's sizes that gives about its 1e-2.
+        """
+        if self.lr is not None:
+            return self.lr
+        return adamw_rate * {"lion": LION_SHARE, "adafactor": dim**0.5}.get(self.name, 1.0)
 
 
 @dataclass(frozen=True)

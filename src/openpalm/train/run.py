@@ -169,7 +169,8 @@ class _Session:
         return (
             f"{self.job.label}: {self.job.config.parameters:,} parameters{part}, "
             f"{self.trainer.steps:,} "
-            f"steps of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}"
+            f"steps of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}, "
+            f"{self.settings.optim.name} at lr {_peak_rate(self.settings, self.job):.3g}"
         )
 
     def _step(self, line: LiveLine) -> None:
@@ -345,7 +346,8 @@ def _make_trainer(
 
 
 def _peak_rate(settings: TrainSettings, job: Job) -> float:
-    return settings.optim.lr or job.learning_rate * (LORA_RATE if settings.lora.rank else 1)
+    adamw_rate = job.learning_rate * (LORA_RATE if settings.lora.rank else 1)
+    return settings.optim.peak(adamw_rate, job.config.dim)
 
 
 def _set_aside(damaged: Path) -> None:
