@@ -32,9 +32,12 @@ class Listwise(torch.optim.Optimizer):
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for step, parameters in self._of_equal_age(group["params"]).items():
-                gradients = [p.grad for p in parameters if p.grad is not None]
-                moments = [[self.state[p][slot] for p in parameters] for slot in self.slots]
-                self.update(group, step, parameters, gradients, *moments)
+                # A processor's cache holds what one tensor needs, not what all of them do.
+                on_cpu = parameters[0].device.type == "cpu"
+                for some in [[p] for p in parameters] if on_cpu else [parameters]:
+                    gradients = [p.grad for p in some if p.grad is not None]
+                    moments = [[self.state[p][slot] for p in some] for slot in self.slots]
+                    self.update(group, step, some, gradients, *moments)
 
     def _of_equal_age(self, parameters: list[Tensor]) -> dict[int, list[Tensor]]:
         """Those with a gradient, by the number (from 1) of the step that they take now."""
@@ -77,15 +80,15 @@ class StableAdamW(Listwise):
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        surprise = torch._foreach_mul(gradients, gradients)
-        torch._foreach_div_(surprise, torch._foreach_clamp_min(second, eps**2))
-        rms = torch.stack([ratio.mean() for ratio in surprise]).sqrt()
-        rates = group["lr"] / rms.clamp_min(1)
+        roots = torch._foreach_sqrt(second)
+        ratios = torch._foreach_div(gradients, torch._foreach_clamp_min(roots, eps))
+        sizes = [p.numel() ** 0.5 for p in parameters]
+        rms = torch._foreach_div(torch._foreach_norm(ratios), sizes)
+        rates = group["lr"] / torch.stack(rms).clamp_min(1)
         torch._foreach_mul_(parameters, (1 - rates * group["weight_decay"]).unbind())
-        divisors = torch._foreach_sqrt(second)
-        torch._foreach_add_(divisors, eps)
-        torch._foreach_div_(divisors, rates.unbind())
-        torch._foreach_addcdiv_(parameters, first, divisors, -1)
+        torch._foreach_add_(roots, eps)
+        torch._foreach_div_(roots, rates.unbind())
+        torch._foreach_addcdiv_(parameters, first, roots, -1)
 
 
 def _debiased(beta: float, step: int) -> float:
