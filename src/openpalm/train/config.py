@@ -1,7 +1,10 @@
 """The settings of a training run, checked at birth."""
 
 import math
+import re
 from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +16,8 @@ PROBES_A_RUN = 10
 """Evaluations and checkpoints of a run whose settings do not say how many."""
 LEAST_STEPS_APART = 20
 """Between two of them, where the settings do not say."""
+_STAGE = re.compile(r"([1-9]\d{0,3}/[1-9]\d{0,3})@(0?\.\d{1,9})")
+"""of a ramp: a share and a place"""
 
 
 def given(value: float | None) -> float:
@@ -221,6 +226,9 @@ class TrainSettings:
     """tokens in a sequence; not set takes the preset's context"""
     batch_tokens: int | None = None
     """tokens in a step over all microbatches and processes; not set is 16 sequences"""
+    batch_ramp: str | None = None
+    """smaller batches first, such as 1/4@0.1,1/2@0.3: a quarter of --batch-tokens for the first
+    tenth of the steps, half until three tenths; not set is whole batches throughout"""
     microbatch_tokens: int = 8192
     """tokens in memory at a time; a step accumulates as many microbatches as it needs"""
     save_every: int | None = None
@@ -261,6 +269,7 @@ class TrainSettings:
             value = getattr(self, name)
             check(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
         check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
+        Ramp.parse(self.batch_ramp)
         check(self.keep >= 0, "keep", self.keep, "0 or more")
         check(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
         check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
@@ -278,12 +287,46 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """How batches grow: each stage is a share of the whole batch, until a share of the steps."""
+
+    stages: tuple[tuple[Fraction, float], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Ramp":
+        """Reads `1/4@0.1,1/2@0.3`. Raises SettingsError unless shares and places rise below 1."""
+        parts = [] if text is None else [_STAGE.fullmatch(part) for part in text.split(",")]
+        stages = [(Fraction(p[1]), float(p[2])) if p else (Fraction(0), 0.0) for p in parts]
+        rising = all(
+            a < b for side in zip(*stages, strict=True) for a, b in pairwise((0, *side, 1))
+        )
+        wanted = "SHARE@UNTIL, both rising and between 0 and 1, such as 1/4@0.1,1/2@0.3"
+        check(rising, "batch_ramp", text, wanted)
+        return cls(tuple(stages))
+
+    def share(self, step: int, steps: int) -> Fraction:
+        """Of the whole batch that `step` (from 1) of `steps` takes."""
+        reached = (share for share, until in self.stages if step <= round(until * steps))
+        return next(reached, Fraction(1))
+
+    @property
+    def mean(self) -> float:
+        """Of the shares over all steps."""
+        ends = [0.0, *(until for _, until in self.stages), 1.0]
+        shares = [*(share for share, _ in self.stages), Fraction(1)]
+        pieces = zip(shares, pairwise(ends), strict=True)
+        return sum(float(share) * (end - start) for share, (start, end) in pieces)
+
+
+@dataclass(frozen=True)
 class BatchShape:
     """How a step's tokens are cut: `accumulation` microbatches of `rows` sequences a process."""
 
     sequence_length: int
     rows: int
     accumulation: int
+    ramp: Ramp = Ramp()
+    """of the number of microbatches; the figures here are of a whole batch"""
 
     @property
     def sequences(self) -> int:
@@ -300,6 +343,15 @@ def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 
             f"({sequence_length} x {processes})"
         )
     sequences = wanted // (sequence_length * processes)
+    ramp = Ramp.parse(settings.batch_ramp)
+    parts = [sequences * share for share, _ in ramp.stages]
+    if any(part.denominator > 1 for part in parts):
+        multiple = math.lcm(*(share.denominator for share, _ in ramp.stages))
+        raise SettingsError(
+            f"--batch-ramp {settings.batch_ramp}: does not cut {sequences} sequences a process "
+            f"whole; take --batch-tokens a multiple of {multiple * sequence_length * processes}"
+        )
     room = max(1, settings.microbatch_tokens // sequence_length)
-    rows = max(r for r in range(1, min(room, sequences) + 1) if sequences % r == 0)
-    return BatchShape(sequence_length, rows, sequences // rows)
+    whole = math.gcd(sequences, *(int(part) for part in parts))
+    rows = max(r for r in range(1, min(room, whole) + 1) if whole % r == 0)
+    return BatchShape(sequence_length, rows, sequences // rows, ramp)

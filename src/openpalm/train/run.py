@@ -23,7 +23,7 @@ from rich.console import Console
 
 from openpalm import checkpoint
 from openpalm.distributed import pick_device, world
-from openpalm.errors import TrainingError, WorkError
+from openpalm.errors import SettingsError, TrainingError, WorkError
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.settings import plain
@@ -32,6 +32,7 @@ from openpalm.train.config import (
     LEAST_STEPS_APART,
     PROBES_A_RUN,
     BatchShape,
+    Ramp,
     TrainSettings,
     batch_shape,
 )
@@ -109,6 +110,8 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
     out = settings.out
     device = pick_device(settings.device)
     length = settings.sequence_length or job.config.context
+    if job.shape is not None and settings.batch_ramp is not None:
+        raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
     shape = job.shape or batch_shape(settings, length, world().size)
     with ExitStack() as stack:
         stack.enter_context(directory.locked(out))
@@ -198,7 +201,9 @@ class _Session:
     def _row(self, report: StepReport, seconds: float) -> dict[str, Any]:
         rate = report.count / seconds
         chosen, share = self.settings.chosen, None
-        step_tokens = self.shape.sequence_length * self.shape.sequences * self.trainer.world.size
+        ramped = self.shape.ramp.share(report.step, self.trainer.steps)
+        sequences = ramped * self.shape.sequences * self.trainer.world.size
+        step_tokens = self.shape.sequence_length * sequences
         whole = self.settings.trains_all and report.count == step_tokens
         if chosen.peak_flops and whole:  # masked tokens and frozen weights cost other FLOPs
             flops = self.job.config.flops_per_token(self.shape.sequence_length)
@@ -307,11 +312,14 @@ def _settled(
         given = replace(given, steps=None, eval_every=None)
     steps = settings.steps or given.steps
     if settings.epochs:
-        steps = max(1, round(settings.epochs * job.sequences_per_epoch / shape.sequences))
+        a_step = shape.sequences * shape.ramp.mean
+        steps = max(1, round(settings.epochs * job.sequences_per_epoch / a_step))
     settings = replace(settings, chosen=replace(given, steps=steps, minutes=settings.minutes))
 
+    whole = replace(shape, ramp=Ramp())
+
     def make_trainer(dtype: torch.dtype) -> Trainer:
-        return _make_trainer(settings, job, shape, device, lambda m: initialise(m, seed=0), dtype)
+        return _make_trainer(settings, job, whole, device, lambda m: initialise(m, seed=0), dtype)
 
     with Console(stderr=True).status("timing a few steps to choose what was left open"):
         chosen = choose(settings, make_trainer, [probe.look for probe in job.probes], device)
@@ -339,6 +347,7 @@ def _make_trainer(
         job.make_loader(shape, model, arithmetic),
         steps=settings.chosen.steps or _WHILE_MEASURING,
         accumulation=shape.accumulation,
+        ramp=shape.ramp,
         dtype=arithmetic,
         max_skipped=settings.max_skipped,
         world=world(),
