@@ -85,10 +85,10 @@ def test_a_wrong_optimizer_setting(name: str, value: float, remedy: str):
 @pytest.mark.parametrize(
     ("asked", "line"),
     [
-        ({"name": "lion", "eps": 1e-8}, "--optim.eps 1e-08: lion has none; leave it out"),
+        ({"name": "lion", "eps": 1e-8}, "--optim.eps 1e-08: must be left out: lion has none"),
         (
             {"name": "adafactor", "beta2": 0.9},
-            "--optim.beta2 0.9: adafactor has none; leave it out",
+            "--optim.beta2 0.9: must be left out: adafactor has none",
         ),
         (
             {"schedule": "wsd", "warmup": 0.5, "cooldown": 0.6},
@@ -120,7 +120,7 @@ def test_a_file_from_before_these_options_means_the_same():
         "final_lr": 0.1,
         "clip": 1.0,
     }
-    assert build(OptimSettings, old) == OptimSettings()
+    assert build(OptimSettings, old).resolved() == OptimSettings().resolved()
 
 
 def test_zero_is_a_value():

@@ -139,7 +139,7 @@ def distance(a: Transformer, b: Transformer) -> float:
 
 def differences(settings: OptimSettings) -> Iterator[float]:
     """Ours and the equations on the same gradients; how far apart they are after each step."""
-    lr = RATES[settings.name]
+    settings, lr = settings.resolved(), RATES[settings.name]
     ours = model_in_float64()
     theirs = copy.deepcopy(ours)
     optimizer, plain = Optimizer(ours, settings, lr), Plain(theirs, settings, lr)
@@ -258,7 +258,7 @@ def _lion_pytorch(model: Transformer, s: OptimSettings) -> torch.optim.Optimizer
     ],
 )
 def test_a_hundred_steps_are_those_of_a_library(name: OptimizerName, theirs: Any, ours: Any):
-    settings = OptimSettings(name=name)
+    settings = OptimSettings(name=name).resolved()
     model = model_in_float64()
     other = copy.deepcopy(model)
     reference = theirs(other, settings)

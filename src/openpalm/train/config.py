@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ _STAGE = re.compile(r"([1-9]\d{0,3}/[1-9]\d{0,3})@(0?\.\d{1,9})")
 
 
 def given(value: float | None) -> float:
-    """A value that its settings filled in at birth."""
+    """A value that resolved settings have."""
     assert value is not None
     return value
 
@@ -86,39 +86,37 @@ class OptimSettings:
     """largest global norm of the gradient"""
 
     def __post_init__(self) -> None:
-        self._resolve()
         check(self.lr is None or 0 < self.lr < 10, "optim.lr", self.lr, "above 0 and below 10")
         check(0 < self.muon_lr < 10, "optim.muon_lr", self.muon_lr, "above 0 and below 10")
-        decay, fixed = given(self.weight_decay), self.decay_rule == "fixed"
-        in_range = 0 <= decay < 1 or (decay == 1 and not fixed)
-        check(in_range, "optim.weight_decay", decay, f"in [0, 1{')' if fixed else ']'}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "eps"):
+            value, own = getattr(self, name), name in PUBLISHED[self.name]
+            check(value is None or own, f"optim.{name}", value, f"left out: {self.name} has none")
+            fits = value is None or (value > 0 if name == "eps" else 0 <= value < 1)
+            check(fits, f"optim.{name}", value, "above 0" if name == "eps" else "in [0, 1)")
+        for name in ("weight_decay", "warmup", "final_lr", "cooldown"):
             value = getattr(self, name)
-            check(value is None or 0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
-        check(self.eps is None or self.eps > 0, "optim.eps", self.eps, "above 0")
-        for name in ("warmup", "final_lr", "cooldown"):
-            value = getattr(self, name)
-            check(0 <= value <= 1, f"optim.{name}", value, "in [0, 1]")
-        if self.schedule == "wsd":
-            room = f"at most 1 - warmup ({1 - given(self.warmup):g})"
-            fits = given(self.warmup) + self.cooldown <= 1
-            check(fits, "optim.cooldown", self.cooldown, room)
+            closed = name != "weight_decay" or self.decay_rule not in (None, "fixed")
+            fits = value is None or 0 <= value < 1 or (value == 1 and closed)
+            check(fits, f"optim.{name}", value, f"in [0, 1{']' if closed else ')'}")
+        fits = self.schedule != "wsd" or self.warm + self.cooldown <= 1
+        room = f"at most 1 - warmup ({1 - self.warm:g})"
+        check(fits, "optim.cooldown", self.cooldown, room)
         check(self.clip > 0, "optim.clip", self.clip, "above 0")
 
-    def _resolve(self) -> None:
-        """Writes the defaults into what was not set, so that a run's file holds every value."""
+    @property
+    def warm(self) -> float:
+        """The warm-up's share of the steps."""
+        if self.warmup is not None:
+            return self.warmup
+        return 0.0 if self.schedule == "palm" else 0.05
+
+    def resolved(self) -> "OptimSettings":
+        """With the defaults in place of what was not set."""
         rule = self.decay_rule or ("palm" if self.name == "adafactor" else "fixed")
-        own: dict[str, Any] = dict(PUBLISHED[self.name], decay_rule=rule)
-        own["warmup"] = 0.0 if self.schedule == "palm" else 0.05
+        own: dict[str, Any] = PUBLISHED[self.name] | {"decay_rule": rule, "warmup": self.warm}
         if rule != "fixed":
             own["weight_decay"] = 1.0
-        for name in ("weight_decay", "decay_rule", "beta1", "beta2", "eps", "warmup"):
-            value = getattr(self, name)
-            if value is None:
-                object.__setattr__(self, name, own.get(name))
-            elif name not in own:
-                option = spell(f"optim.{name}")
-                raise SettingsError(f"{option} {value}: {self.name} has none; leave it out")
+        return replace(self, **{n: v for n, v in own.items() if getattr(self, n) is None})
 
     def peak(self, adamw_rate: float, dim: int) -> float:
         """The peak learning rate for a model of that width which suits AdamW's `adamw_rate`.
@@ -135,6 +133,8 @@ class OptimSettings:
 class ArchSettings:
     """Changes to the preset's architecture; what is not set stays as the preset has it."""
 
+    init: Literal["default", "palm"] | None = None
+    """of fresh weights: palm has embeddings of deviation 1 and logits scaled by 1/sqrt(dim)"""
     kv_heads: int | None = None
     """key/value heads: 1 is multi-query, as many as heads is multi-head"""
     qk_norm: bool | None = None
@@ -255,6 +255,8 @@ class TrainSettings:
     """filled in by the run"""
 
     def __post_init__(self) -> None:
+        # Here, not in OptimSettings: a file or an option may still change its optimizer's name.
+        object.__setattr__(self, "optim", self.optim.resolved())
         if self.model is None and self.init is None:
             raise SettingsError("give --model (see `openpalm models`) or --init")
         lengths = [self.steps, self.minutes, self.epochs]

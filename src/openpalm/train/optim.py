@@ -20,7 +20,7 @@ def learning_rate_factor(step: int, steps: int, settings: OptimSettings) -> floa
 
     palm is PaLM's min(1, sqrt(h / step)), whose h of 10,000 is here the same share of the run.
     """
-    warmup = round(given(settings.warmup) * steps)
+    warmup = round(settings.warm * steps)
     if step <= warmup:
         return step / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -54,7 +54,7 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, settings: OptimSettings, lr: float):
-        self.settings = settings
+        self.settings = settings = settings.resolved()
         self.names: dict[Tensor, str] = {
             parameter: name for name, parameter in model.named_parameters()
         }
