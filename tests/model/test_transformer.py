@@ -154,6 +154,7 @@ def test_initialise_is_the_same_for_a_seed_and_dtype():
     assert not first.embedding[BASE.vocab_size :].any()
 
 
+@torch.no_grad()
 def check_starts_as_palm(model: Transformer) -> None:
     """Chowdhery et al. 2022, section 5; logits of a tied head then have deviation 1."""
     for name, parameter in model.named_parameters():
