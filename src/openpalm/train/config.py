@@ -95,7 +95,7 @@ class OptimSettings:
             check(fits, f"optim.{name}", value, "above 0" if name == "eps" else "in [0, 1)")
         for name in ("weight_decay", "warmup", "final_lr", "cooldown"):
             value = getattr(self, name)
-            closed = name != "weight_decay" or self.decay_rule not in (None, "fixed")
+            closed = name != "weight_decay" or self.rule != "fixed"
             fits = value is None or 0 <= value < 1 or (value == 1 and closed)
             check(fits, f"optim.{name}", value, f"in [0, 1{']' if closed else ')'}")
         fits = self.schedule != "wsd" or self.warm + self.cooldown <= 1
@@ -110,11 +110,15 @@ class OptimSettings:
             return self.warmup
         return 0.0 if self.schedule == "palm" else 0.05
 
+    @property
+    def rule(self) -> DecayRule:
+        """How far a step shrinks matrices."""
+        return self.decay_rule or ("palm" if self.name == "adafactor" else "fixed")
+
     def resolved(self) -> "OptimSettings":
         """With the defaults in place of what was not set."""
-        rule = self.decay_rule or ("palm" if self.name == "adafactor" else "fixed")
-        own: dict[str, Any] = PUBLISHED[self.name] | {"decay_rule": rule, "warmup": self.warm}
-        if rule != "fixed":
+        own: dict[str, Any] = PUBLISHED[self.name] | {"decay_rule": self.rule, "warmup": self.warm}
+        if self.rule != "fixed":
             own["weight_decay"] = 1.0
         return replace(self, **{n: v for n, v in own.items() if getattr(self, n) is None})
 

@@ -44,7 +44,7 @@ def decay_coefficient(lr: float, settings: OptimSettings) -> float:
     by lr once more, that square.
     """
     powers = {"fixed": 0, "palm": 1, "nanopalm": 2}
-    return given(settings.weight_decay) * lr ** powers[settings.decay_rule or "fixed"]
+    return given(settings.weight_decay) * lr ** powers[settings.rule]
 
 
 class Optimizer:
