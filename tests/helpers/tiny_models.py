@@ -21,6 +21,7 @@ KINDS = {
     "xpos": {"xpos_base": 512.0},
     "qk-norm": {"qk_norm": True},
     "padded-vocabulary": {"vocab_size": 70},
+    "logit-scale": {"logit_scale": 0.5},
     "gpt-j": {
         "kv_heads": 4,
         "feedforward": "gelu",

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from openpalm import checkpoint
 from openpalm.distributed import keep_freed_memory, pick_device, world
-from openpalm.errors import TrainingError, WorkError
+from openpalm.errors import SettingsError, TrainingError, WorkError
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer, initialise
@@ -35,6 +35,7 @@ from openpalm.train.config import (
     LEAST_STEPS_APART,
     PROBES_A_RUN,
     BatchShape,
+    Ramp,
     TrainSettings,
     batch_shape,
 )
@@ -116,6 +117,8 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
     device = pick_device(settings.device)
     length = settings.sequence_length or job.config.context
     keep_freed_memory()
+    if job.shape is not None and settings.batch_ramp is not None:
+        raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
     shape = job.shape or batch_shape(settings, length, world().size)
     with ExitStack() as stack:
         stack.enter_context(directory.locked(out))
@@ -183,7 +186,8 @@ class _Session:
         return (
             f"{self.job.label}: {self.job.config.parameters:,} parameters{part}, "
             f"{self.trainer.steps:,} "
-            f"steps of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}"
+            f"steps of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}, "
+            f"{self.settings.optim.name} at lr {_peak_rate(self.settings, self.job):.3g}"
         )
 
     def _step(self, line: LiveLine) -> None:
@@ -213,7 +217,9 @@ class _Session:
     def _row(self, report: StepReport, seconds: float) -> dict[str, Any]:
         rate = report.count / seconds
         chosen, share = self.settings.chosen, None
-        step_tokens = self.shape.sequence_length * self.shape.sequences * self.trainer.world.size
+        ramped = self.shape.ramp.share(report.step, self.trainer.steps)
+        sequences = ramped * self.shape.sequences * self.trainer.world.size
+        step_tokens = self.shape.sequence_length * sequences
         whole = self.settings.trains_all and report.count == step_tokens
         if chosen.peak_flops and whole:  # masked tokens and frozen weights cost other FLOPs
             flops = self.job.config.flops_per_token(self.shape.sequence_length)
@@ -324,11 +330,14 @@ def _settled(
         given = replace(given, steps=None, eval_every=None)
     steps = settings.steps or given.steps
     if settings.epochs:
-        steps = max(1, round(settings.epochs * job.sequences_per_epoch / shape.sequences))
+        a_step = shape.sequences * shape.ramp.mean
+        steps = max(1, round(settings.epochs * job.sequences_per_epoch / a_step))
     settings = replace(settings, chosen=replace(given, steps=steps, minutes=settings.minutes))
 
+    whole = replace(shape, ramp=Ramp())
+
     def make_trainer(dtype: torch.dtype) -> Trainer:
-        return _make_trainer(settings, job, shape, device, lambda m: initialise(m, seed=0), dtype)
+        return _make_trainer(settings, job, whole, device, lambda m: initialise(m, seed=0), dtype)
 
     with Console(stderr=True).status("timing a few steps to choose what was left open"):
         chosen = choose(settings, make_trainer, [probe.look for probe in job.probes], device)
@@ -357,6 +366,7 @@ def _make_trainer(
         job.make_loader(shape, model, arithmetic),
         steps=settings.chosen.steps or _WHILE_MEASURING,
         accumulation=shape.accumulation,
+        ramp=shape.ramp,
         dtype=arithmetic,
         max_skipped=settings.max_skipped,
         world=world(),
@@ -364,7 +374,8 @@ def _make_trainer(
 
 
 def _peak_rate(settings: TrainSettings, job: Job) -> float:
-    return settings.optim.lr or job.learning_rate * (LORA_RATE if settings.lora.rank else 1)
+    adamw_rate = job.learning_rate * (LORA_RATE if settings.lora.rank else 1)
+    return settings.optim.peak(adamw_rate, job.config.dim)
 
 
 def _set_aside(damaged: Path) -> None:
