@@ -1,6 +1,6 @@
 """Proves, on a task whose optimum is known, what every alignment algorithm here reaches.
 
-    python proofs/prove.py [--only 'ppo;dpo'] [--seeds 5] [--processes 2]
+    python proofs/prove.py [--only 'ppo;dpo'] [--seeds 5] [--steps 1500]
 
 Each algorithm is run as its verb runs it: the same loader, objective, trainer and engine. Writes
 runs/prove/proofs.json, one object a run, and prints a table; ends with status 1 where a minimum
@@ -46,6 +46,7 @@ from openpalm.train.trainer import Trainer
 
 OUT = Path("runs/prove/proofs.json")
 PAIRS, HELD_OUT = 20_000, 4_000
+STEPLESS = "best of 4"
 
 Figures = dict[str, float]
 
@@ -54,7 +55,8 @@ Figures = dict[str, float]
 class Row:
     """An algorithm, how it is run, and the floors that its minimum over seeds must reach."""
 
-    run: Callable[[Task, int], Figures]
+    run: Callable[..., Figures]
+    """takes a task, a seed and, where it has steps, `steps`"""
     floors: dict[str, float]
     """figure -> least value; -figure -> the negative of its greatest"""
 
@@ -151,8 +153,8 @@ def by_pairs(task: Task, seed: int, loss: str, lr: float = 3e-3, **changes: Any)
     return judged(task, model) | {"accuracy_over_true": accurate}
 
 
-def by_reward_model(task: Task, seed: int) -> Figures:
-    how = settings(RewardSettings, 4e-3, seed, steps=800, loss="bradley-terry")
+def by_reward_model(task: Task, seed: int, steps: int = 800) -> Figures:
+    how = settings(RewardSettings, 4e-3, seed, steps=steps, loss="bradley-terry")
     given, held_out = drawn_pairs(task, seed, PAIRS), drawn_pairs(task, seed + 1, HELD_OUT)
     model = RewardModel(enumerable.CONFIG, RewardConfig())
     model.load_state_dict(task.reference.state_dict(), strict=False)
@@ -180,9 +182,9 @@ def scored(model: RewardModel) -> Tensor:
     return torch.stack(rows).double()
 
 
-def by_verdicts(task: Task, seed: int) -> Figures:
+def by_verdicts(task: Task, seed: int, steps: int = 1800) -> Figures:
     """KTO on the same pairs, each two verdicts."""
-    how = settings(DpoSettings, 3e-3, seed, loss="kto", steps=1800)
+    how = settings(DpoSettings, 3e-3, seed, loss="kto", steps=steps)
     verdicts = [
         (prompt, answer, good)
         for prompt, *both in drawn_pairs(task, seed, PAIRS)
@@ -239,16 +241,16 @@ ROWS: dict[str, Row] = {
     "orpo": Row(partial(by_pairs, loss="orpo"), {}),
     "kto": Row(by_verdicts, {}),
     "reward model": Row(by_reward_model, {"accuracy_over_true": -0.06, "spearman": 0.82}),
-    "best of 4": Row(by_best_of, {"-standard_errors": -3.0, "kl_under_bound": 0.0}),
+    STEPLESS: Row(by_best_of, {"-standard_errors": -3.0, "kl_under_bound": 0.0}),
 }
 
 
-def one(name: str, seed: int) -> dict[str, Any]:
+def one(name: str, seed: int, changes: dict[str, int]) -> dict[str, Any]:
     """One run, in a process of one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     task, began = enumerable.make(seed), time.perf_counter()
-    figures = ROWS[name].run(task, seed)
+    figures = ROWS[name].run(task, seed, **changes)
     rounded = {figure: round(value, 4) for figure, value in figures.items()}
     return {"algorithm": name, "seed": seed, **rounded} | {
         "seconds": round(time.perf_counter() - began, 1)
@@ -287,6 +289,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="algorithms, with semicolons; all of them if not given")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="instead of each algorithm's own")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
@@ -295,9 +298,15 @@ def main() -> int:
     if unknown:
         print(f"--only {unknown[0]}: must be of {'; '.join(ROWS)}", file=sys.stderr)
         return 2
+    if asked.steps is not None and STEPLESS in names:
+        print(f"--steps {asked.steps}: {STEPLESS} has none; name others by --only", file=sys.stderr)
+        return 2
+    changes = {} if asked.steps is None else {"steps": asked.steps}
     results = []
     with ProcessPoolExecutor(asked.processes) as pool, Progress() as progress:
-        jobs = [pool.submit(one, name, seed) for name in names for seed in range(asked.seeds)]
+        jobs = [
+            pool.submit(one, name, seed, changes) for name in names for seed in range(asked.seeds)
+        ]
         bar = progress.add_task("proving", total=len(jobs))
         for job in as_completed(jobs):
             results.append(job.result())

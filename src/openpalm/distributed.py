@@ -3,12 +3,16 @@
 The seam for many processes: everything that sums over ranks or picks a device comes through here.
 """
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
 
 from openpalm.errors import SettingsError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,20 @@ def world() -> World:
     if size != "1":
         raise SettingsError(f"WORLD_SIZE ({size}): training on several processes is still to come")
     return World()
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep what it frees, so that the next step need not ask for it again.
+
+    By default glibc gives every large block back at once, and the kernel clears its pages anew:
+    a tenth to a fifth of a training step on a CPU. Elsewhere than on glibc nothing is done.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def pick_dtype(name: str, device: torch.device) -> str:

@@ -9,10 +9,10 @@ from openpalm.errors import CheckpointError
 MAX_BYTES = 64 << 20
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The object. Raises CheckpointError; `remedy` says what to do where the file is missing."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if path.stat().st_size > max_bytes:
             raise CheckpointError(f"{path}: too large for what it should hold")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import tiny
+from tiny_models import deaf, tiny
 
 from openpalm.align.logprobs import lengths, token_log_probs
 from openpalm.align.pairs import answer_record
@@ -46,6 +46,28 @@ def batch_of(prompt, answers):
 def fails(check, *given):
     with pytest.raises(AssertionError):
         check(*given)
+
+
+# --- 7: dropout
+
+
+def check_dropout_is_off(model, log_probs):
+    inputs, targets = batch_of([0, 1, 2], every_answer())
+    exact = log_probs(model.eval(), inputs, targets)
+    assert torch.equal(log_probs(model.train(), inputs, targets), exact)
+    assert not model.training  # and backward, which may compute blocks anew, sees the same
+
+
+def test_dropout_is_off():
+    check_dropout_is_off(tiny(vocab_size=5, dropout=0.5), token_log_probs)
+    fails(check_dropout_is_off, deaf(tiny(vocab_size=5, dropout=0.5)), token_log_probs)
+
+    def back_on(model, inputs, targets):
+        found = token_log_probs(model, inputs, targets)
+        model.train()
+        return found
+
+    fails(check_dropout_is_off, tiny(vocab_size=5, dropout=0.5), back_on)
 
 
 # --- 1: shifted by one

@@ -8,6 +8,7 @@ from openpalm.align.config import GrpoSettings
 from openpalm.align.experience import Answer, Experience, batch_of
 from openpalm.align.grpo import GroupObjective
 from openpalm.align.logprobs import evaluate
+from openpalm.data.loader import IGNORE
 
 SETTINGS = GrpoSettings(
     data="-", out="-", init="-", steps=1, answers=3, passes=2, kl="k3", max_new_tokens=12
@@ -25,7 +26,7 @@ def ragged() -> Experience:
     for prompt in (draw(20), draw(25)):
         answers += [Answer(0, prompt, draw(size), [], True) for size in (3, 12, 7)]
     inputs, targets = batch_of(answers)
-    mask = targets != -100
+    mask = targets != IGNORE
     columns = [torch.randn(mask.shape, generator=generator) * mask for _ in range(6)]
     with torch.no_grad():  # near what the model thinks, so that no ratio vanishes
         near = evaluate(tiny(), inputs, targets).log_probs

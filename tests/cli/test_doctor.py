@@ -1,9 +1,13 @@
 """`openpalm doctor`: a table where all is well, one line and status 1 where it is not."""
 
 import json
+from pathlib import Path
 
 import pytest
-from command_line import write_base
+from command_line import rows, write_base
+
+from openpalm.cli.doctor import DoctorSettings, admit
+from openpalm.train.config import LoraSettings
 
 REWARD = """
 def vowels(prompt, answer, row):
@@ -72,6 +76,18 @@ def test_rewards_and_an_adapter(said, base, given):
     assert (status, errors) == (0, [])
     assert output.count(" ok ") == 18
     assert "chosen and rejected are not swapped" in output
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_its_step_is_the_runs(said, base, given, rank):
+    """The learning rate of a run on rollouts that is told nothing else."""
+    patient = admit(DoctorSettings(str(base), Path("prompts.jsonl"), lora=LoraSettings(rank)))
+    words = ["--reward", "r.py:vowels", "--steps", 1, "--lora.rank", rank, "--out", given / "out"]
+    words += ["--optim.warmup", 0, "--optim.final-lr", 1, "--max-new-tokens", 8]
+    status, _, errors = said("grpo", "--init", base, "--data", "prompts.jsonl", *words)
+    assert status == 0, errors
+    [rate] = {group["lr"] for group in patient.optimizer.parts[0].param_groups}
+    assert rate == pytest.approx(rows(given / "out" / "metrics.jsonl")[0]["lr"])
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,16 @@ def test_every_loss_learns_what_is_preferred(said, base, pairs, tmp_path, loss):
         assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
+@pytest.mark.parametrize(("loss", "at_first"), [("dpo", 0.6931), ("kto", 0.5)])
+def test_dropout_is_off(said, base, pairs, tmp_path, loss, at_first):
+    """The policy is its reference at first, and would not be with it."""
+    words = ("--loss", loss, "--arch.dropout", 0.5, "--steps", 1)
+    assert run(said, base, pairs, tmp_path / "out", *words)[0] == 0
+    logged = [row for row in rows(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
+    assert logged[0]["loss"] == pytest.approx(at_first, abs=1e-4)
+    assert logged[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
+
+
 @pytest.fixture
 def thumbs(tmp_path):
     path = tmp_path / "thumbs.jsonl"

@@ -1,6 +1,13 @@
 """`openpalm report`: runs in, one page out."""
 
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+
+from openpalm.cli import train
+from openpalm.train.run import Outcome
 
 
 def test_report_is_written_into_the_run(said, run):
@@ -13,10 +20,31 @@ def test_report_is_written_into_the_run(said, run):
     page.unlink()
 
 
-def test_two_runs_on_one_page(said, run, tmp_path):
+@pytest.fixture
+def other(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "other")
+
+
+def test_two_runs_on_one_page(said, run, other, tmp_path):
     page = tmp_path / "deep" / "both.html"
+    assert said("report", run, other, "--out", page) == (0, f"{page}\n", [])
+    text = page.read_text(encoding="utf-8")
+    assert "<title>OpenPaLM: run, other</title>" in text
+    assert text.count('aria-label="Learning against') == 4
+    assert "the runs have the same settings" in text
     assert said("report", run, run, "--out", page)[0] == 0
-    assert page.read_text(encoding="utf-8").count("<svg") == 2
+    assert "<title>OpenPaLM: run</title>" in page.read_text(encoding="utf-8"), "twice is once"
+
+
+@pytest.mark.parametrize("axis", ["steps", "tokens", "minutes", "flops"])
+def test_a_plot_in_the_terminal(said, run, other, tmp_path, axis):
+    status, output, errors = said("report", run, other, "--plot", axis)
+    assert (status, errors) == (0, [])
+    assert output.count("training loss") == output.count("validation loss") == 1
+    assert not (run / "report.html").exists()
+    page = tmp_path / "page.html"
+    assert said("report", run, "--plot", axis, "--out", page)[1].endswith(f"{page}\n")
+    assert page.exists()
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])
@@ -34,3 +62,15 @@ def test_out_is_a_directory(said, run, tmp_path):
     assert status == 2
     assert f"--out {tmp_path}: is a directory" in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_ends_with_its_curve_in_a_terminal_only(run, capsys, monkeypatch, terminal):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1") if terminal else monkeypatch.delenv("FORCE_COLOR", False)
+    train.report(Outcome(Path("step"), 8, was_finished=False), SimpleNamespace(out=run))
+    output, errors = capsys.readouterr()
+    assert output == "step\n"
+    assert errors.count("training loss") == terminal
+    train.report(Outcome(Path("step"), 8, was_finished=True), SimpleNamespace(out=run))
+    assert capsys.readouterr().err == ""

@@ -148,6 +148,20 @@ def test_an_adapter_alone_learns(said, base, prompts, pay, tmp_path, verb):
     assert steps_of(out)[-1]["kl"] > 1e-4
 
 
+@pytest.mark.parametrize("verb", ["grpo", "ppo"])
+def test_dropout_is_off(said, base, prompts, pay, tmp_path, verb):
+    """A model that has some learns as one that has none, and keeps it in its config."""
+    runs = []
+    for dropout in (0.0, 0.5):
+        out = tmp_path / f"{dropout}"
+        words = ("--arch.dropout", dropout, "--steps", 3, "--passes", 2, "--beta", 0.1)
+        assert run(said, base, prompts, out, *words, verb=verb, reward=f"{pay}:letters")[0] == 0
+        assert checkpoint.load_config(checkpoint.resolve(out)).dropout == dropout
+        runs.append((untimed(out), weights(out)))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(each, runs[1][1][name]) for name, each in runs[0][1].items())
+
+
 def test_fewer_prompts_than_a_rollout_takes(said, base, pay, tmp_path):
     prompts = write_prompts(tmp_path / "few.jsonl", ["A", "B", "C"])
     out = tmp_path / "out"

@@ -38,6 +38,16 @@ def test_ours_to_theirs_and_back(tmp_path: Path, config: ModelConfig, model: Mak
     assert read_foreign(tmp_path / "out").config == config
 
 
+def test_a_scale_of_the_logits_goes_into_the_last_norm(
+    tmp_path: Path, config: ModelConfig, model: Make
+):
+    scaled = replace(config, logit_scale=0.3)
+    difference, notes = write.as_palm_rlhf(model(scaled), tmp_path / "out")
+    assert difference < 1e-5
+    assert "logit_scale 0.3 folded" in "".join(notes)
+    assert read_foreign(tmp_path / "out").config == config
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [

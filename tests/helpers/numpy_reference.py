@@ -28,7 +28,7 @@ def _sequence(config: ModelConfig, w: dict[str, Array], ids: Array) -> Array:
     if config.norm_before_head:
         x = _layer_norm(x, w["norm.weight"], w.get("norm.bias"), config.norm_eps)
     table = w["embedding"] if config.tied else w["unembedding"]
-    return (x @ table.T + w.get("head_bias", 0.0))[:, : config.vocab_size]
+    return (config.logit_scale * (x @ table.T) + w.get("head_bias", 0.0))[:, : config.vocab_size]
 
 
 def _layer_norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:

@@ -11,12 +11,17 @@ import torch
 from enumerable import ANSWERS, CONFIG, END, LONGEST, PROMPTS
 from torch import Tensor
 
+from openpalm.align import grpo as group_file
+from openpalm.align import ppo as ppo_file
 from openpalm.align.config import GrpoSettings, PpoSettings
 from openpalm.align.experience import Answer, Estimated, Experience, Rollout, batch_of
 from openpalm.align.logprobs import evaluate, token_log_probs
 from openpalm.align.rollout import RolloutLoader, Sampler
 from openpalm.model.heads import ActorCritic, Bins, CriticKind
 from openpalm.model.transformer import Transformer, initialise
+from openpalm.train.config import OptimSettings
+from openpalm.train.optim import Optimizer
+from openpalm.train.trainer import Trainer
 
 _GIVEN: dict[str, Any] = {
     "data": Path("-"),
@@ -143,3 +148,21 @@ def loader_of(
 
 def _reference(temperature: float, inputs: Tensor, targets: Tensor) -> Tensor:
     return evaluate(task().reference, inputs, targets, temperature=temperature).log_probs
+
+
+KINDS: dict[str, Any] = {
+    "grpo": (grpo, group_file.GroupObjective, group_file.estimate, moved),
+    "ppo": (ppo, ppo_file.PpoObjective, ppo_file.estimate, actor),
+}
+"""Settings, objective, estimate and model of each verb."""
+
+
+def trainer_of(loader: RolloutLoader, objective: Any, lr: float = 1e-3) -> Trainer:
+    model = loader.sampler.model
+    return Trainer(model, objective, Optimizer(model, OptimSettings(), lr), loader, steps=99)
+
+
+def same(a: Experience, b: Experience) -> bool:
+    """Bit for bit."""
+    same = a.columns.keys() == b.columns.keys()
+    return same and all(torch.equal(a.columns[name], b.columns[name]) for name in a.columns)

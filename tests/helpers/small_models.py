@@ -20,6 +20,7 @@ SHAPES = {
     "partial": replace(BASE, rotary_dims=4),
     "partial-xpos": replace(BASE, rotary_dims=4, xpos_base=16.0),
     "raw-head": replace(BASE, norm_before_head=False),
+    "logit-scale": replace(BASE, logit_scale=24**-0.5),
     "gpt-j": replace(
         BASE,
         kv_heads=4,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from openpalm.model.attention import (
     BLOCK,
-    _blocked_causal,
+    blocked_causal,
     causal_attention,
     masked_attention,
 )
@@ -36,7 +36,7 @@ def test_causal_kernels_agree(time: int, kv_heads: int):
     causal = torch.ones(time, time).tril().bool().expand(2, -1, -1)
     expected = plain(q, k, v, causal)
     assert (causal_attention(q, k, v) - expected).abs().max() < 1e-5
-    assert (_blocked_causal(q, k, v) - expected).abs().max() < 1e-5
+    assert (blocked_causal(q, k, v) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
@@ -72,7 +72,7 @@ def test_gradients(kernel: str, kv_heads: int):
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if kernel == "blocked":
-            return _blocked_causal(q, k, v)
+            return blocked_causal(q, k, v)
         if kernel == "masked":
             return masked_attention(q, k, v, mask)
         return masked_attention(q[:, -1:], k, v, mask[:, -1:])
@@ -83,4 +83,4 @@ def test_gradients(kernel: str, kv_heads: int):
 def test_blocked_gradients_across_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("openpalm.model.attention.BLOCK", 2)
     q, k, v = (x[..., :4].requires_grad_() for x in draw(5, 2, 1, torch.float64))
-    assert torch.autograd.gradcheck(_blocked_causal, (q, k, v))
+    assert torch.autograd.gradcheck(blocked_causal, (q, k, v))

@@ -1,5 +1,6 @@
 """The model is its equations, cached or not, in every shape."""
 
+import dataclasses
 from dataclasses import replace
 
 import numpy_reference
@@ -9,6 +10,7 @@ from small_models import BASE, SHAPES, ids_for, make
 
 from openpalm.errors import SettingsError
 from openpalm.model.cache import KVCache
+from openpalm.model.config import config_from_json
 from openpalm.model.transformer import Transformer, initialise
 
 DECODERS = {name: config for name, config in SHAPES.items() if config.causal}
@@ -150,6 +152,44 @@ def test_initialise_is_the_same_for_a_seed_and_dtype():
         assert torch.equal(a.to(torch.bfloat16), b)
     assert not torch.equal(first.embedding, other.embedding)
     assert not first.embedding[BASE.vocab_size :].any()
+
+
+@torch.no_grad()
+def check_starts_as_palm(model: Transformer) -> None:
+    """Chowdhery et al. 2022, section 5; logits of a tied head then have deviation 1."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            wanted = 1.0 if name == "embedding" else parameter.shape[1] ** -0.5
+            assert float(parameter.std()) == pytest.approx(wanted, rel=0.05), name
+    ids = torch.randint(model.config.vocab_size, (4, 64))
+    assert float(model.logits(ids).std()) == pytest.approx(1.0, rel=0.25)
+
+
+WIDE = replace(BASE, vocab_size=256, dim=64, heads=4, head_dim=16, ff_dim=256, logit_scale=64**-0.5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_papers_initialisation(tied: bool):
+    config = replace(WIDE, tied=tied, logit_scale=WIDE.logit_scale if tied else 1.0)
+    model = Transformer(config)
+    initialise(model, 0, "palm")
+    check_starts_as_palm(model)
+
+
+@pytest.mark.parametrize("bug", ["default matrices", "unscaled logits"])
+def test_another_start_is_noticed(bug: str):
+    model = Transformer(replace(WIDE, logit_scale=1.0) if bug == "unscaled logits" else WIDE)
+    initialise(model, 0, "default" if bug == "default matrices" else "palm")
+    with pytest.raises(AssertionError):
+        check_starts_as_palm(model)
+
+
+def test_a_config_from_before_logits_were_scaled_reads():
+    old = dataclasses.asdict(BASE)
+    del old["logit_scale"]
+    assert config_from_json(old, "config.json") == BASE
+    with pytest.raises(SettingsError, match=r"logit_scale \(0\) must be above 0"):
+        replace(BASE, logit_scale=0)
 
 
 def test_dropout_works_in_training_only():

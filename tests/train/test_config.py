@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from openpalm.errors import SettingsError
-from openpalm.settings import build, parse, read_yaml, to_yaml
+from openpalm.settings import build, parse, plain, read_yaml, to_yaml
 from openpalm.train.config import (
     ArchSettings,
     BatchShape,
@@ -73,12 +73,54 @@ def test_a_wrong_length_of_the_run(name: str, value: float):
         ("final_lr", -0.1, r"\[0, 1\]"),
         ("clip", 0.0, "above 0"),
         ("clip", NAN, "above 0"),
+        ("cooldown", 1.5, r"\[0, 1\]"),
     ],
 )
 def test_a_wrong_optimizer_setting(name: str, value: float, remedy: str):
     option = "optim." + name.replace("_", "-")
     with pytest.raises(SettingsError, match=rf"^--{option} {value}: must be .*{remedy}"):
         OptimSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ({"name": "lion", "eps": 1e-8}, "--optim.eps 1e-08: must be left out: lion has none"),
+        (
+            {"name": "adafactor", "beta2": 0.9},
+            "--optim.beta2 0.9: must be left out: adafactor has none",
+        ),
+        (
+            {"schedule": "wsd", "warmup": 0.5, "cooldown": 0.6},
+            "--optim.cooldown 0.6: must be at most 1 - warmup (0.5)",
+        ),
+    ],
+)
+def test_what_an_optimizer_does_not_have(asked: dict[str, Any], line: str):
+    with pytest.raises(SettingsError) as caught:
+        OptimSettings(**asked)
+    assert str(caught.value) == line
+
+
+def test_a_file_of_a_run_holds_what_was_not_set():
+    values = plain(settings(optim=OptimSettings(name="lion")))["optim"]
+    assert (values["beta2"], values["weight_decay"], values["warmup"]) == (0.99, 0.5, 0.05)
+    assert values["decay_rule"] == "fixed"
+
+
+def test_a_file_from_before_these_options_means_the_same():
+    old = {
+        "name": "adamw",
+        "muon_lr": 0.02,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "warmup": 0.05,
+        "final_lr": 0.1,
+        "clip": 1.0,
+    }
+    assert build(OptimSettings, old).resolved() == OptimSettings().resolved()
 
 
 def test_zero_is_a_value():

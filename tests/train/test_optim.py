@@ -59,10 +59,13 @@ def test_adamw_equals_its_equations_in_float64():
         np.testing.assert_allclose(parameter.detach().numpy(), theta[name], rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+NAMES = ["adamw", "stable-adamw", "lion", "adafactor", "muon"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_matrices_decay_and_vectors_never(name: str):
     model = made(tiny(bias=True, qk_norm=True, tied=False))
-    settings = OptimSettings(name=name, weight_decay=0.5)  # type: ignore[arg-type]
+    settings = OptimSettings(name=name, weight_decay=0.5, decay_rule="fixed")  # type: ignore[arg-type]
     before = weights(model)
     optimizer = Optimizer(model, settings, lr=0.02)
     for parameter in model.parameters():
@@ -75,7 +78,7 @@ def test_matrices_decay_and_vectors_never(name: str):
             assert torch.allclose(value, before[key] * (1 - 0.02 * 0.5)), key
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_has_one_place(name: str):
     model = made(tiny(bias=True, qk_norm=True, tied=False))
     optimizer = Optimizer(model, OptimSettings(name=name), 1e-3)  # type: ignore[arg-type]
@@ -159,7 +162,7 @@ def test_short_runs_have_a_rate_at_every_step(warmup: float, steps: int):
     assert all(0 < factor <= 1 for factor in factors)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", NAMES)
 def test_state_goes_on_where_it_was_taken(name: str):
     settings = OptimSettings(name=name)  # type: ignore[arg-type]
     model = made()
@@ -175,7 +178,8 @@ def test_state_goes_on_where_it_was_taken(name: str):
         optimizer.step(0.5)
     copied = copy.deepcopy(model)
     state = {key: value.clone() for key, value in optimizer.state_tensors().items()}
-    assert {key.rsplit("/", 1)[1] for key in state} >= {"exp_avg", "exp_avg_sq", "step"}
+    slots = {"exp_avg", "step"} if name == "lion" else {"exp_avg", "exp_avg_sq", "step"}
+    assert {key.rsplit("/", 1)[1] for key in state} >= slots
 
     other = Optimizer(copied, settings, 1e-2)
     other.load_state_tensors(state)
@@ -191,3 +195,76 @@ def test_state_goes_on_where_it_was_taken(name: str):
         stepped.append(weights(of))
     assert same(stepped[0], stepped[1])
     assert not same(stepped[0], stepped[2])
+
+
+def factors_of(settings: OptimSettings, steps: int) -> list[float]:
+    return [learning_rate_factor(step, steps, settings) for step in range(1, steps + 1)]
+
+
+def test_linear_falls_in_a_line():
+    factors = factors_of(OptimSettings(schedule="linear", warmup=0.2, final_lr=0.1), 50)
+    assert factors[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert factors[29] == pytest.approx(0.55)  # half of the way from 1 to 0.1
+    assert factors[49] == pytest.approx(0.1)
+    falls = [a - b for a, b in itertools.pairwise(factors[9:])]
+    assert falls == pytest.approx([0.9 / 40] * 40)
+
+
+def test_wsd_waits_for_its_cooldown():
+    settings = OptimSettings(schedule="wsd", warmup=0.1, cooldown=0.25, final_lr=0.0)
+    factors = factors_of(settings, 40)
+    assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert factors[4:30] == [1.0] * 26
+    assert factors[30:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    never = OptimSettings(schedule="wsd", warmup=0.0, cooldown=0.0)
+    assert factors_of(never, 7) == [1.0] * 7
+
+
+def test_palm_is_the_papers_rate_over_its_own_steps():
+    """1e-2 for 10,000 steps, then 1/sqrt(k), of 255,000 (section 5)."""
+    settings = OptimSettings(name="adafactor", schedule="palm", lr=1e-2)
+    for step in (1, 9_999, 10_000, 10_001, 40_000, 255_000):
+        rate = 1e-2 * learning_rate_factor(step, 255_000, settings)
+        assert rate == pytest.approx(min(1e-2, step**-0.5), rel=1e-12)
+
+
+def test_palm_keeps_its_shape_in_short_runs():
+    settings = OptimSettings(schedule="palm")
+    long, short = factors_of(settings, 2550), factors_of(settings, 255)
+    assert short == pytest.approx([long[10 * step - 1] for step in range(1, 256)])
+    warmed = factors_of(OptimSettings(schedule="palm", warmup=0.1), 100)
+    assert warmed[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert warmed[39] == pytest.approx(0.5)  # sqrt(10 / 40)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "palm"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_every_schedule_has_a_rate_in_short_runs(schedule: str, steps: int):
+    settings = OptimSettings(schedule=schedule)  # type: ignore[arg-type]
+    assert all(0 < factor <= 1 for factor in factors_of(settings, steps))
+
+
+@pytest.mark.parametrize(("rule", "shrinks"), [("fixed", 0.2 * 0.3), ("palm", 0.3 * 0.04)])
+def test_what_a_step_shrinks_by(rule: str, shrinks: float):
+    """Weights of zero gradient: by lr x 0.3, and by lr^2 x 0.3."""
+    model = Few()
+    settings = OptimSettings(weight_decay=0.3, decay_rule=rule)  # type: ignore[arg-type]
+    optimizer = Optimizer(model, settings, 0.4)
+    before = model.matrix.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.5)
+    assert torch.allclose(model.matrix, before * (1 - shrinks))
+
+
+def test_defaults_are_each_optimizers_own():
+    lion, adafactor = (OptimSettings(name=name).resolved() for name in ("lion", "adafactor"))
+    assert (lion.beta1, lion.beta2, lion.eps, lion.weight_decay) == (0.9, 0.99, None, 0.5)
+    assert lion.peak(1e-3, 512) == pytest.approx(2e-4)
+    assert (adafactor.beta2, adafactor.decay_rule, adafactor.weight_decay) == (None, "palm", 1.0)
+    assert adafactor.peak(1e-4, 18432) == pytest.approx(1e-2, rel=0.4)  # PaLM 540B
+    assert OptimSettings(name="lion", lr=0.1).peak(1e-3, 512) == 0.1
+    assert OptimSettings().peak(1e-3, 512) == 1e-3
+    assert OptimSettings(schedule="palm").resolved().warmup == 0.0
+    assert OptimSettings(weight_decay=0.0, decay_rule="palm").resolved().weight_decay == 0.0
+    assert lion.resolved() == lion

@@ -496,7 +496,7 @@ def test_init_from_another_parent_is_another_run(
 def test_a_run_that_only_skips_stops_and_says_why(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    def ruined(model: Transformer, seed: int) -> None:
+    def ruined(model: Transformer, seed: int, init: str) -> None:
         for parameter in model.parameters():
             parameter.data.fill_(float("nan"))
 
@@ -587,3 +587,56 @@ def test_the_program_stopped_from_outside_goes_on(data: Path, tmp_path: Path):
     assert f"going on after step {stopped_at}" in done.stderr
     assert same_run(out, whole)
     assert json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+
+
+def test_a_run_with_all_of_palms_recipe(train: Train, tmp_path: Path):
+    """Initialisation, logits, Adafactor, schedule and ramp: killed or not, and continued from."""
+    recipe = {
+        "arch.init": "palm",
+        "optim.name": "adafactor",
+        "optim.schedule": "palm",
+        "batch_ramp": "1/4@0.25,1/2@0.5",
+    }
+    assert train(tmp_path / "run", **recipe) == 0
+    assert train(tmp_path / "again", config=tmp_path / "run" / "config.yaml", **recipe) == 0
+    assert same_run(tmp_path / "run", tmp_path / "again")
+    model = checkpoint.load(checkpoint.steps(tmp_path / "run")[-1])
+    assert model.config.logit_scale == model.config.dim**-0.5
+    values = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert values["optim"]["decay_rule"] == "palm"
+    assert train(tmp_path / "more", model=None, init=tmp_path / "run") == 0
+    more = checkpoint.load(checkpoint.steps(tmp_path / "more")[-1])
+    assert more.config.logit_scale == model.config.logit_scale
+
+
+def test_weights_that_are_there_are_not_initialised(
+    train: Train, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ask = {"init": reference, "model": None, "arch.init": "palm"}
+    assert train(tmp_path / "run", **ask) == 2
+    assert "--arch.init palm: --init brings weights of its own" in capsys.readouterr().err
+
+
+def test_a_run_from_before_these_options_goes_on(train: Train, reference: Path, tmp_path: Path):
+    """Its file lacks what is new and spells out what was then a default."""
+    file = reference / "config.yaml"
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    old = {"name", "muon_lr", "weight_decay", "beta1", "beta2", "eps", "warmup", "final_lr", "clip"}
+    values["optim"] = {name: values["optim"][name] for name in old}
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    shutil.rmtree(checkpoint.steps(reference)[-1])
+    assert train(reference) == 0
+    assert step_names(reference)[-1] == "step-00000008"
+
+
+@pytest.mark.parametrize("name", ["stable-adamw", "lion", "adafactor", "muon"])
+def test_killed_with_any_optimizer_the_same_command_goes_on(
+    train: Train, tmp_path: Path, at_step: Callable[..., None], name: str
+):
+    ask = {"optim.name": name}
+    assert train(tmp_path / "whole", **ask) == 0
+    at_step(6, kill)
+    with pytest.raises(Killed):
+        train(tmp_path / "cut", **ask)
+    assert train(tmp_path / "cut", **ask) == 0
+    assert same_run(tmp_path / "whole", tmp_path / "cut")

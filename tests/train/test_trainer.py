@@ -178,7 +178,7 @@ def test_skips_in_a_row_stop_the_run_and_a_good_step_starts_over():
         trainer.train_step()
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "stable-adamw", "lion", "adafactor", "muon"])
 def test_restored_equals_uninterrupted(name: str):
     """With dropout on, a scheduled learning rate, and noise in the global random state between."""
     settings = OptimSettings(name=name)  # type: ignore[arg-type]

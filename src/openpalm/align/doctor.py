@@ -40,7 +40,7 @@ from openpalm.align.experience import Answer, Reward, batch_of
 from openpalm.align.grpo import GroupObjective, estimate
 from openpalm.align.logprobs import evaluate
 from openpalm.align.pairs import PairRecord, collate, with_reference
-from openpalm.align.rollout import RolloutLoader, Sampler
+from openpalm.align.rollout import RolloutLoader, Sampler, reference_log_probs
 from openpalm.data.conversation import render
 from openpalm.data.loader import IGNORE, Record
 from openpalm.data.preferences import Messages
@@ -102,7 +102,7 @@ def _policy_checks(patient: Patient, answers: Sequence[Answer]) -> Iterator[Chec
     mask = targets != IGNORE
     with torch.no_grad():
         first = evaluate(patient.model, inputs, targets).log_probs
-        patient.model.train()  # as a step leaves it
+        patient.model.train()  # as a step finds it
         second = evaluate(patient.model, inputs, targets).log_probs
         reference = evaluate(patient.reference, inputs, targets).log_probs
     yield check_dropout(first, second)
@@ -138,7 +138,7 @@ def _pair_checks(patient: Patient) -> Iterator[Check]:
         patient.model.embedding.device
     )
     settings = DpoSettings(data=patient.settings.data, out=patient.settings.out, init="", steps=1)
-    patient.model.eval()
+    patient.model.train()  # as a step finds it
     with torch.no_grad():
         loss = PairObjective(settings).loss(patient.model, batch)[0].item()
     yield check_pair_loss(loss / batch.pairs)
@@ -146,11 +146,7 @@ def _pair_checks(patient: Patient) -> Iterator[Check]:
 
 def _step_checks(patient: Patient, sampler: Sampler) -> Iterator[Check]:
     settings = patient.settings
-
-    def reference(inputs: Tensor, targets: Tensor) -> Tensor:
-        log_probs = evaluate(patient.reference, inputs, targets, temperature=settings.temperature)
-        return log_probs.log_probs
-
+    reference = reference_log_probs(patient.reference, settings.temperature)
     reward = patient.reward or (lambda answers: [0.0] * len(answers))
     rows = settings.prompts * settings.answers
     loader = RolloutLoader(sampler, reward, estimate, reference, rows=rows)

@@ -5,6 +5,9 @@ where a batch is built, and nowhere again. A target of IGNORE (prompt, padding) 
 and contributes exactly zero, to the sum and to the gradient; the end marker is a target like any
 other, so that the probabilities of all answers sum to one. Only states that predict a target are
 computed after the last attention: with a large vocabulary logits are most of a prompt's memory.
+
+Dropout is off in every pass: two passes would differ with it, so that an unchanged policy would be
+no ratio of one from the policy that answered, and not at its reference.
 """
 
 from typing import NamedTuple
@@ -33,12 +36,24 @@ def token_log_probs(
     `inputs`, flattened, that predicts each.
     """
     counts = targets != IGNORE
-    logits = model.head(model.residual(inputs, layout=layout, places=_places(counts, reads)))
+    logits = model.head(_residual(model, inputs, counts, layout, reads))
     return _spread(counts, _log_probs(logits, targets[counts]))
 
 
-def _places(counts: Tensor, reads: Tensor | None) -> Tensor:
-    return counts.flatten().nonzero()[:, 0] if reads is None else reads[counts]
+def _residual(
+    model: Transformer,
+    inputs: Tensor,
+    counts: Tensor,
+    layout: Layout | None,
+    reads: Tensor | None,
+) -> Tensor:
+    """The states [n, dim] that predict the targets that count; leaves the model in eval mode.
+
+    It stays so through backward, which may compute blocks anew; a loop that wants dropout says
+    train() before its step, as THE loop does.
+    """
+    places = counts.flatten().nonzero()[:, 0] if reads is None else reads[counts]
+    return model.eval().residual(inputs, layout=layout, places=places)
 
 
 def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -74,14 +89,12 @@ def evaluate(
     temperature: float = 1.0,
     train_entropy: bool = False,
 ) -> Evaluated:
-    """The policy softmax(logits / temperature) and its critic, in one pass, dropout off.
+    """The policy softmax(logits / temperature) and its critic, in one pass.
 
-    Rows may hold several answers as for `token_log_probs`, unless there is a critic. With dropout
-    on, two passes differ and the ratio of an unchanged policy would not be one.
+    Rows may hold several answers as for `token_log_probs`, unless there is a critic.
     """
-    model.eval()
     counts = targets != IGNORE
-    residual = model.residual(inputs, layout=layout, places=_places(counts, reads))
+    residual = _residual(model, inputs, counts, layout, reads)
     logits = model.head(residual) / temperature
     entropy = entropies(logits if train_entropy else logits.detach())
     values = None

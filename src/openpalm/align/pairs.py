@@ -83,7 +83,15 @@ def answer_record(
 def records(
     tokenizer: Tokenizer, pairs: Sequence[Pair], sequence_length: int
 ) -> tuple[list[PairRecord], int]:
-    """The pairs that fit, and how many do not: an answer that is cut has no end to learn from.
+    """The pairs that fit, and how many do not. Raises DataError where none fits."""
+    found = fitting(tokenizer, pairs, sequence_length)
+    return [record for _, record in found], len(pairs) - len(found)
+
+
+def fitting(
+    tokenizer: Tokenizer, pairs: Sequence[Pair], sequence_length: int
+) -> list[tuple[Pair, PairRecord]]:
+    """The pairs that fit, with their records: an answer that is cut has no end to learn from.
 
     Raises DataError where none fits.
     """
@@ -95,17 +103,17 @@ def records(
         )
         for pair in pairs
     ]
-    fitting = [
-        pair
-        for pair in made
-        if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= sequence_length + 1
+    found = [
+        (pair, record)
+        for pair, record in zip(pairs, made, strict=True)
+        if max(len(side.ids) for side in record.sides) <= sequence_length + 1
     ]
-    if not fitting:
+    if not found:
         raise DataError(
             f"none of {len(made)} pairs fits {sequence_length} tokens; take a longer "
             "--sequence-length or a model with a longer context"
         )
-    return fitting, len(made) - len(fitting)
+    return found
 
 
 @torch.no_grad()
@@ -113,7 +121,6 @@ def with_reference(
     model: Transformer, pairs: Sequence[PairRecord], rows: int = 16
 ) -> list[PairRecord]:
     """The pairs with what `model`, the reference, thinks of their answers; in float32."""
-    model.eval()
     device, done = model.embedding.device, []
     for start in range(0, len(pairs), rows):
         group = pairs[start : start + rows]

@@ -52,11 +52,6 @@ def surrogate(
     return losses * mask, metrics
 
 
-def k1(difference: Tensor) -> Tensor:
-    """Per token; its sum over an answer drawn from pi is an unbiased estimate of KL(pi || ref)."""
-    return difference
-
-
 def k2(difference: Tensor) -> Tensor:
     """Per token; the sum over an answer is (sum_t d_t)^2 / 2."""
     return 0.5 * difference * difference.sum(dim=-1, keepdim=True)

@@ -69,10 +69,9 @@ def critic_losses(model: ActorCritic, read: Tensor, batch: Experience, clip: flo
 
 def estimate(settings: PpoSettings, rollout: Rollout, beta: float) -> Estimated:
     """GAE over rewards that carry the penalty; advantages whitened, returns not."""
-    penalty = rollout.old - rollout.reference
-    rewards = token_rewards(
-        rollout.rewards, rollout.mask, beta * penalty if settings.kl == "reward" else 0 * penalty
-    )
+    price = beta if settings.kl == "reward" else 0.0
+    penalty = price * (rollout.old - rollout.reference)
+    rewards = token_rewards(rollout.rewards, rollout.mask, penalty)
     advantages = generalised_advantages(
         rewards,
         rollout.values,

@@ -8,6 +8,7 @@ the reward's business.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -23,11 +24,25 @@ from openpalm.data.loader import IGNORE, Order
 from openpalm.errors import WorkError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
+from openpalm.model import lora
 from openpalm.model.heads import ActorCritic
 from openpalm.model.transformer import Transformer
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]
 """A reference: log-probabilities [rows, time] of inputs and targets, without a gradient."""
+
+
+def reference_log_probs(
+    model: Transformer, temperature: float, *, below_adapter: bool = False
+) -> LogProbs:
+    """What `model` thinks at that temperature, or the model below its adapter."""
+
+    @torch.no_grad()
+    def log_probs(inputs: Tensor, targets: Tensor) -> Tensor:
+        with lora.detached(model) if below_adapter else nullcontext():
+            return evaluate(model, inputs, targets, temperature=temperature).log_probs
+
+    return log_probs
 
 
 class Sampler:

@@ -1,13 +1,12 @@
 """`openpalm doctor`: a checkpoint, data and rewards in; what would go wrong in silence out."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from openpalm.align.config import GrpoSettings
+from openpalm.align.config import GrpoSettings, rollout_rate
 from openpalm.errors import WorkError
 from openpalm.settings import parse
 from openpalm.train.config import LoraSettings
@@ -15,10 +14,8 @@ from openpalm.train.config import LoraSettings
 if TYPE_CHECKING:
     from openpalm.align.checks import Check
     from openpalm.align.doctor import Patient
-    from openpalm.align.pairs import PairRecord
     from openpalm.data.preferences import Messages, Pair
     from openpalm.data.prompt_files import PromptRow
-    from openpalm.data.tokenizer import Tokenizer
 
 MAX_EXAMPLES = 256
 """Rows of the data that are looked at."""
@@ -108,6 +105,7 @@ def admit(settings: DoctorSettings) -> "Patient":
     """Composes what the run would begin with."""
     from openpalm import checkpoint
     from openpalm.align.doctor import Patient
+    from openpalm.align.pairs import fitting as fitting_pairs
     from openpalm.align.rewards import Asked, Reader, question_of, rewards_of
     from openpalm.cli.common import fine_tuning_start
     from openpalm.cli.rollouts import fitting
@@ -124,7 +122,7 @@ def admit(settings: DoctorSettings) -> "Patient":
     check_trained(run, start.config)
     given = _read(settings.data)
     stops = stop_ids(tokenizer)
-    pairs = _fitting_pairs(given.pairs, tokenizer, start.config.context)
+    pairs = fitting_pairs(tokenizer, given.pairs, start.config.context) if given.pairs else []
     asked, ids = fitting(given.prompts, tokenizer, settings, start.config.context)
     answered = [*asked, *(PromptRow(pair.prompt, {}) for pair, _ in pairs)]
     reader = Reader(tokenizer, [Asked(question_of(row.prompt), row.row) for row in answered], stops)
@@ -133,7 +131,7 @@ def admit(settings: DoctorSettings) -> "Patient":
     model = Transformer(start.config).to(device)
     start.fill(model)
     choose_trained(model, run)
-    rate = start.learning_rate / 10 * (LORA_RATE if settings.lora.rank else 1)
+    rate = rollout_rate(start.learning_rate) * (LORA_RATE if settings.lora.rank else 1)
     return Patient(
         settings=run,
         model=model,
@@ -178,23 +176,6 @@ def _read(path: Path) -> _Given:
     ends = [max(i for i, m in enumerate(turns) if m.role == "assistant") for turns in shown]
     cut = [(turns[:end], turns[end : end + 1]) for turns, end in zip(shown, ends, strict=True)]
     return _Given(prompts, cut, [])
-
-
-def _fitting_pairs(
-    pairs: "Sequence[Pair]", tokenizer: "Tokenizer", context: int
-) -> "list[tuple[Pair, PairRecord]]":
-    """Those whose answers the model can read whole."""
-    from openpalm.align.pairs import records
-
-    if not pairs:
-        return []
-    records(tokenizer, pairs, context)  # raises where none fits
-    both = zip(pairs, records(tokenizer, pairs, sys.maxsize)[0], strict=True)
-    return [
-        (pair, record)
-        for pair, record in both
-        if max(len(side.ids) for side in record.sides) <= context + 1
-    ]
 
 
 def _expected(patient: "Patient") -> int:

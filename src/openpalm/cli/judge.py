@@ -3,10 +3,8 @@
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,13 +13,9 @@ from openpalm.settings import parse
 
 if TYPE_CHECKING:
     from openpalm.align.judge import Judge
-    from openpalm.data.constitution import Constitution
-    from openpalm.data.growing import GrowingRows
-    from openpalm.data.preferences import Candidate, Messages
+    from openpalm.align.judging import Item
 
 KEY = "OPENPALM_JUDGE_KEY"
-PROMPTS_AT_A_TIME = 8
-"""Whose answers are drawn together."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +87,6 @@ class Form(NamedTuple):
     quantize: Literal["int8", "int4"] | None = None
 
 
-class Item(NamedTuple):
-    """A prompt, what each of its answers is known by, and the answers, made when wanted."""
-
-    prompt: "Messages"
-    origins: Sequence[Any]
-    candidates: "Callable[[], Sequence[Candidate]]"
-
-
 def run(argv: Sequence[str]) -> None:
     settings = parse(
         JudgeSettings,
@@ -133,137 +119,23 @@ def run(argv: Sequence[str]) -> None:
 
 def judged(settings: JudgeSettings) -> dict[str, Any]:
     """Appends a record for whatever has none yet; figures of what was done."""
+    from openpalm.align.judging import Session
     from openpalm.cli.common import progress
     from openpalm.data.constitution import read_constitution
     from openpalm.data.growing import growing
     from openpalm.data.preferences import Preference
 
     constitution = read_constitution(settings.constitution, "principles")
-    items = _items(settings)
-    session = _Session(_judge(settings), constitution, settings.max_new_tokens)
-    work = session.revise if settings.revise else session.compare
+    items, judge = _items(settings), _judge(settings)
     with growing(settings.out) as file, progress("judge", len(items)) as advance:
-        for number, row in enumerate(file.found, 1):
-            session.known.add(Preference.from_json(row, f"--out {settings.out}:{number}").id)
+        rows = enumerate(file.found, 1)
+        known = {Preference.from_json(row, f"--out {settings.out}:{i}").id for i, row in rows}
+        session = Session(judge, constitution, settings.max_new_tokens, file, known)
+        work = session.revise if settings.revise else session.compare
         for item in items:
-            work(item, file)
+            work(item)
             advance(1)
     return session.told()
-
-
-class _Session:
-    """A judge at work; counts what it does."""
-
-    def __init__(self, judge: "Judge", constitution: "Constitution", max_new_tokens: int):
-        self.judge, self.constitution, self.max_new_tokens = judge, constitution, max_new_tokens
-        self.known: set[str] = set()
-        self.written = self.found = self.ties = 0
-        self.chances: list[float] = []
-        self.left_out: dict[str, int] = {}
-
-    def compare(self, item: Item, file: "GrowingRows") -> None:
-        from openpalm.align.judge import (
-            LABEL_TOKENS,
-            compared,
-            comparison_questions,
-            numbered_pairs,
-        )
-
-        for i, j in self._open(item, "compare", numbered_pairs(item.origins)):
-            both = item.candidates()[i], item.candidates()[j]
-            first, second = (candidate.text.strip() for candidate in both)
-            if not (first and second) or first == second:
-                self._leave_out("equal answers" if first == second else "empty answer")
-                continue
-            questions = comparison_questions(item.prompt, first, second, self.constitution)
-            if not all(self.judge.fits(question.text, LABEL_TOKENS) for question in questions):
-                self._leave_out("longer than the judge's context")
-                continue
-            began = time.monotonic()
-            chances = self.judge.first(questions)
-            payload = compared(chances, self.constitution).payload
-            self.chances += chances
-            self.ties += "tie" in payload
-            self._write(file, item, "compare", (i, j), both, payload, began)
-
-    def revise(self, item: Item, file: "GrowingRows") -> None:
-        import random
-
-        from openpalm.align.judge import revision
-
-        for (i,) in self._open(item, "edit", [(0,)]):
-            answer = item.candidates()[i]
-            draw = random.Random(self._id(item, "edit", (i,)))
-            articles, weights = self.constitution.articles, self.constitution.weights
-            article = draw.choices(articles, weights)[0]
-            began = time.monotonic()
-            text = revision(self.judge, item.prompt, answer.text, article, self.max_new_tokens)
-            if not text:
-                self._leave_out("longer than the judge's context" if text is None else "no reply")
-                continue
-            self._write(file, item, "edit", (i,), (answer,), {"candidate": 0, "text": text}, began)
-
-    def told(self) -> dict[str, Any]:
-        mean = sum(self.chances) / len(self.chances) if self.chances else None
-        undecided = getattr(self.judge, "undecided", 0)
-        left_out = self.left_out | ({"undecided replies": undecided} if undecided else {})
-        return {
-            "judge": self.judge.name,
-            "guideline_version": self.constitution.version,
-            "written": self.written,
-            "known": self.found,
-            "ties": self.ties,
-            "left_out": left_out,
-            "first_place": mean,
-        }
-
-    def _open(
-        self, item: Item, kind: str, places: Sequence[tuple[int, ...]]
-    ) -> Iterator[tuple[int, ...]]:
-        """Those of the places that have no record yet."""
-        for numbers in places:
-            if self._id(item, kind, numbers) in self.known:
-                self.found += 1
-            else:
-                yield numbers
-
-    def _id(self, item: Item, kind: str, numbers: tuple[int, ...]) -> str:
-        from openpalm.align.judge import judgement_id
-
-        about = [item.origins[i] for i in numbers]
-        version = self.constitution.version
-        return judgement_id(kind, self.judge.name, version, item.prompt, *about)
-
-    def _leave_out(self, reason: str) -> None:
-        self.left_out[reason] = self.left_out.get(reason, 0) + 1
-
-    def _write(
-        self,
-        file: "GrowingRows",
-        item: Item,
-        kind: Literal["compare", "edit"],
-        numbers: tuple[int, ...],
-        candidates: "tuple[Candidate, ...]",
-        payload: dict[str, Any],
-        began: float,
-    ) -> None:
-        from openpalm.data.preferences import Preference
-
-        record = Preference(
-            id=self._id(item, kind, numbers),
-            prompt=item.prompt,
-            candidates=candidates,
-            kind=kind,
-            payload=payload,
-            author=self.judge.name,
-            author_kind="model",
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            elapsed_s=round(time.monotonic() - began, 3),
-            guideline_version=self.constitution.version,
-        )
-        file.append(record.to_json())
-        self.known.add(record.id)
-        self.written += 1
 
 
 def _judge(settings: JudgeSettings) -> "Judge":
@@ -284,28 +156,23 @@ def _judge(settings: JudgeSettings) -> "Judge":
     return EngineJudge(engine, tokenizer, f"openpalm-{_hash_of(settings.judge)[:16]}")
 
 
-def _items(settings: JudgeSettings) -> list[Item]:
+def _items(settings: JudgeSettings) -> "list[Item]":
     """What is to be judged: the file's answers, or prompts whose answers --model will write."""
+    from openpalm.align.judging import given_items
     from openpalm.data.candidate_files import read_candidates
 
     if settings.model is not None:
         return _answered(settings, settings.model)
     given = read_candidates(settings.data)
     _tell(given.unused)
-    return [
-        Item(row.prompt, [c.text for c in row.candidates], lambda row=row: row.candidates)
-        for row in given.items
-    ]
+    return given_items(given.items)
 
 
-def _answered(settings: JudgeSettings, model: str) -> list[Item]:
-    from functools import cache
-
+def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
     from openpalm.align.best_of_n import Draw
+    from openpalm.align.judging import Writer, drawn_items
     from openpalm.cli.common import serving_engine
     from openpalm.cli.rollouts import fitting
-    from openpalm.data.conversation import stop_ids
-    from openpalm.data.preferences import Candidate
     from openpalm.data.prompt_files import read_prompts
 
     given = read_prompts(settings.data)
@@ -313,35 +180,7 @@ def _answered(settings: JudgeSettings, model: str) -> list[Item]:
     engine, tokenizer = serving_engine(model, Form(settings.device, settings.dtype))
     rows, ids = fitting(given.items, tokenizer, settings, engine.model.config.context)
     draw = Draw(settings.answers, settings.max_new_tokens, settings.temperature, settings.seed)
-    sampling, stops = asdict(settings), stop_ids(tokenizer)
-    sampling = {name: sampling[name] for name in ("temperature", "seed", "max_new_tokens")}
-    digest = _hash_of(model)
-
-    @cache
-    def block(first: int) -> list[Candidate]:
-        chosen = range(first, min(first + PROMPTS_AT_A_TIME, len(ids)))
-        return [
-            Candidate(
-                tokenizer.decode([i for i in answer.ids if i not in stops]),
-                digest,
-                sampling | {"draw": first * settings.answers + n},
-            )
-            for n, answer in enumerate(draw.answers(engine, ids, chosen, stops))
-        ]
-
-    def candidates(number: int) -> list[Candidate]:
-        within = number % PROMPTS_AT_A_TIME
-        start = within * settings.answers
-        return block(number - within)[start : start + settings.answers]
-
-    return [
-        Item(
-            row.prompt,
-            [[digest, sampling, number * settings.answers + n] for n in range(settings.answers)],
-            lambda number=number: candidates(number),
-        )
-        for number, row in enumerate(rows)
-    ]
+    return drawn_items(Writer(engine, tokenizer, _hash_of(model), draw), rows, ids)
 
 
 def _hash_of(name: str) -> str:

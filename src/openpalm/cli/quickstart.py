@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from openpalm.align.config import SftSettings
@@ -179,9 +180,10 @@ def question(settings: QuickstartSettings, console: "Console") -> list[Answered]
     for item in answered[:4]:
         console.print(f"[blue]{item.question}[/blue]")
         console.print(item.after, markup=False)
+    f1 = _before_and_after(answered)
     console.print(
         f"token F1 against the docstrings over {len(answered)} questions: "
-        f"{_f1(answered, 'before'):.3f} before fine-tuning, {_f1(answered, 'after'):.3f} after"
+        f"{f1[0]:.3f} before fine-tuning, {f1[1]:.3f} after"
     )
     return answered
 
@@ -220,9 +222,10 @@ def prefer(settings: QuickstartSettings, console: "Console") -> Preferred | None
     )
     console.print(f"{outcome.step} steps; checkpoint {outcome.checkpoint}")
     questions = [item.held_out_questions[0] for item in asked]
+    references = [item.answer for item in asked]
     with console.status("answering"):
         f1s = [
-            _mean_f1(_answers(settings.out / run, questions, temperature=1.0), asked)
+            _mean_f1(_answers(settings.out / run, questions, temperature=1.0), references)
             for run in ("sft", "dpo")
         ]
     result = Preferred(judgements, *f1s)
@@ -268,17 +271,19 @@ def write_report(
     answered: list[Answered],
     preferred: Preferred | None,
 ) -> None:
-    from openpalm.report import Section, environment_section, run_sections, table, write_page
+    from openpalm.report.page import Section, environment_section, table, write_page
+    from openpalm.report.single import run_sections
 
     console.rule("6  report", align="left")
     train, val = manifest.splits["train"], manifest.splits["val"]
+    before, after = _before_and_after(answered)
     summary = [
         ("training text", f"{train.bytes:,} bytes, {train.tokens:,} tokens"),
         ("validation text", f"{val.bytes:,} bytes, {val.tokens:,} tokens"),
         ("validation bits a byte", round(_last_bits(settings), 4)),
         ("questions asked", len(answered)),
-        ("token F1 before fine-tuning", round(_f1(answered, "before"), 4)),
-        ("token F1 after fine-tuning", round(_f1(answered, "after"), 4)),
+        ("token F1 before fine-tuning", round(before, 4)),
+        ("token F1 after fine-tuning", round(after, 4)),
     ]
     runs = ["pretrain", "sft"]
     if preferred is not None:
@@ -349,18 +354,17 @@ def _answers(run_directory: Path, questions: list[str], *, temperature: float = 
     return [tokenizer.decode(ids).strip() for ids in engine.answers(requests)]
 
 
-def _f1(answered: list[Answered], when: str) -> float:
+def _before_and_after(answered: list[Answered]) -> list[float]:
+    """Mean token F1 of either's answers."""
+    references = [item.reference for item in answered]
+    sides = zip(*((item.before, item.after) for item in answered), strict=True)
+    return [_mean_f1(side, references) for side in sides]
+
+
+def _mean_f1(texts: Sequence[str], references: Sequence[str]) -> float:
     from openpalm.evaluate.answers import token_f1
 
-    scores = [token_f1(getattr(item, when), item.reference) for item in answered]
-    return sum(scores) / len(scores)
-
-
-def _mean_f1(texts: list[str], asked: "list[QuestionAnswer]") -> float:
-    from openpalm.evaluate.answers import token_f1
-
-    scores = [token_f1(t, item.answer) for t, item in zip(texts, asked, strict=True)]
-    return sum(scores) / len(scores)
+    return fmean(token_f1(*pair) for pair in zip(texts, references, strict=True))
 
 
 def _last_row(path: Path) -> dict:

@@ -1,8 +1,9 @@
-"""`openpalm report`: runs in, one HTML page out."""
+"""`openpalm report`: runs in, one HTML page or a plot in the terminal out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from openpalm.settings import parse
 
@@ -12,9 +13,11 @@ class ReportSettings:
     """What to draw, and where to."""
 
     runs: list[str]
-    """directories of runs"""
+    """directories of runs; several are compared"""
     out: Path | None = None
     """the page; not set is report.html in the first run"""
+    plot: Literal["steps", "tokens", "minutes", "flops"] | None = None
+    """draw the losses against this in the terminal instead; with --out, the page as well"""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -22,15 +25,29 @@ def run(argv: Sequence[str]) -> None:
         ReportSettings,
         argv,
         verb="report",
-        about="Draws runs as one HTML page: loss, throughput, samples, settings, environment.",
-        examples=["openpalm report runs/tiny", "openpalm report runs/a runs/b --out ab.html"],
+        about="Draws runs as one HTML page, or in the terminal. Several runs are compared: loss "
+        "against steps, tokens, time and FLOPs, throughput, samples, the settings that differ.",
+        examples=[
+            "openpalm report runs/tiny",
+            "openpalm report runs/a runs/b --out ab.html",
+            "openpalm report runs/a runs/b --plot minutes",
+        ],
         positional=["runs"],
     )
-    from openpalm.report import environment_section, run_sections, write_page
+    from openpalm.report.runs import read_runs
 
-    runs = [Path(path) for path in settings.runs]
-    sections = [section for path in runs for section in run_sections(path)]
-    out = settings.out or runs[0] / "report.html"
-    title = "OpenPaLM: " + ", ".join(path.name for path in runs)
-    write_page(out, title, [*sections, environment_section()])
-    print(out)
+    runs = read_runs([Path(path) for path in settings.runs])
+    if settings.plot:
+        from openpalm.report.terminal import print_losses
+
+        print_losses(runs, settings.plot)
+    if settings.plot is None or settings.out:
+        from openpalm.report.compare import comparison_sections
+        from openpalm.report.page import environment_section, write_page
+        from openpalm.report.single import sections_of
+
+        out = settings.out or Path(settings.runs[0]) / "report.html"
+        names = ", ".join(run.name for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
+        sections = sections_of(runs[0]) if len(runs) == 1 else comparison_sections(runs)
+        write_page(out, f"OpenPaLM: {names}", [*sections, environment_section()])
+        print(out)

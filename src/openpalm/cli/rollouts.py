@@ -10,8 +10,6 @@ from openpalm.align.config import RolloutSettings, rollout_rate
 from openpalm.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from openpalm.align.experience import Reward
     from openpalm.align.rewards import Reader
     from openpalm.align.rollout import LogProbs
@@ -37,8 +35,6 @@ def learn_from_answers(
     prepare: "Callable[[Transformer], None]" = lambda model: None,
 ) -> "Outcome":
     """Composes the run; `prepare` gets the model after its weights were filled in."""
-    import dataclasses
-
     import torch
 
     from openpalm import checkpoint
@@ -82,7 +78,7 @@ def learn_from_answers(
         return RolloutLoader(sampler, reward, estimate, held, rows=shape.rows, dtype=dtype)
 
     job = Job(
-        config=dataclasses.replace(start.config, dropout=0.0),
+        config=start.config,
         fill=fill,
         make_loader=make_loader,
         sequences_per_epoch=len(trained) * settings.answers * settings.passes,
@@ -140,26 +136,16 @@ def _reference(directory: Path, settings: RolloutSettings) -> "Callable[[Transfo
 
     Of a policy with an adapter that is the policy with the adapter off; else a copy is kept.
     """
-    from contextlib import nullcontext
-
-    import torch
-
     from openpalm import checkpoint
-    from openpalm.align.logprobs import evaluate
+    from openpalm.align.rollout import reference_log_probs
     from openpalm.distributed import pick_device
-    from openpalm.model import lora
 
     device = str(pick_device(settings.device))
     copy = None if settings.lora.rank else checkpoint.load(directory, device)
 
     def of(policy: "Transformer") -> "LogProbs":
-        @torch.no_grad()
-        def log_probs(inputs: "Tensor", targets: "Tensor") -> "Tensor":
-            with lora.detached(policy) if copy is None else nullcontext():
-                model = policy if copy is None else copy
-                return evaluate(model, inputs, targets, temperature=settings.temperature).log_probs
-
-        return log_probs
+        model, below = (policy, True) if copy is None else (copy, False)
+        return reference_log_probs(model, settings.temperature, below_adapter=below)
 
     return of
 

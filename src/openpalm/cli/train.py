@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openpalm.settings import parse
@@ -85,4 +86,16 @@ def report(outcome: "Outcome", settings: TrainSettings) -> None:
     if outcome.was_finished:
         print(f"{settings.out}: finished at step {outcome.step} before; nothing to do")
         return
+    _curve(settings.out)
     print(outcome.checkpoint)
+
+
+def _curve(run: Path) -> None:
+    """The loss as a small plot, where somebody looks at a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        from openpalm.report.terminal import print_loss
+
+        print_loss(run, console)

@@ -20,9 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from openpalm.align.config import PpoSettings
 from openpalm.align.experience import Answer
-from openpalm.align.logprobs import evaluate
 from openpalm.align.ppo import PpoObjective, estimate
-from openpalm.align.rollout import RolloutLoader, Sampler
+from openpalm.align.rollout import RolloutLoader, Sampler, reference_log_probs
 from openpalm.compat.original import draw_seed
 from openpalm.compat.palm import PaLM, adapted
 from openpalm.compat.reward import RewardModel
@@ -171,9 +170,8 @@ class RLHFTrainer:
             context=max_seq_len,
         )
         rows = min(self.minibatch_size, settings.prompts)
-        loader = RolloutLoader(
-            sampler, self._rewards, estimate, self._reference_log_probs(temperature), rows=rows
-        )
+        reference = reference_log_probs(self._reference, temperature)
+        loader = RolloutLoader(sampler, self._rewards, estimate, reference, rows=rows)
         each = settings.passes * -(-settings.prompts // rows)
         steps = rollouts * each
         loop = Trainer(
@@ -209,12 +207,6 @@ class RLHFTrainer:
         rewards = self._judged([ids] * num_samples, answers)
         best = max(range(num_samples), key=rewards.__getitem__)
         return torch.tensor([*ids, *answers[best]], device=self.palm.device)
-
-    def _reference_log_probs(self, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
-        def log_probs(inputs: Tensor, targets: Tensor) -> Tensor:
-            return evaluate(self._reference, inputs, targets, temperature=temperature).log_probs
-
-        return log_probs
 
     def _rewards(self, answers: Sequence[Answer]) -> list[float]:
         return self._judged([a.prompt_ids for a in answers], [a.ids for a in answers])

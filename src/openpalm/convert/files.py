@@ -4,7 +4,6 @@ Gives tensors that are surely backed by bytes of the file, and hyperparameters w
 ranges were checked. Knows no project's key names.
 """
 
-import json
 import math
 import re
 import warnings
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from openpalm.errors import CheckpointError
+from openpalm.json_file import read_json
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
@@ -191,17 +191,8 @@ def read_hyperparameters(config: Path | None, checkpoint: Path) -> Hyperparamete
     path = config or checkpoint.parent / "config.json"
     if config is None and not path.is_file():
         return Hyperparameters(str(path), {})
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: more than {_MAX_JSON_BYTES} bytes is no config.json")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"--config {path}: no such file; check the path") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object of the model's hyperparameters")
-    return Hyperparameters(str(path), values)
+    remedy = "check the path that --config gives"
+    return Hyperparameters(str(path), read_json(path, remedy, _MAX_JSON_BYTES))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -24,9 +24,11 @@ def write_palm_rlhf(
         ours = f"blocks.{i}."
         parts = {n.removeprefix(ours): t for n, t in state.items() if n.startswith(ours)}
         out |= {f"layers.{i}.fn.{n}": t for n, t in _block(config, parts).items()}
-    out |= _norm("norm.", state["norm.weight"])
+    out |= _norm("norm.", state["norm.weight"] * config.logit_scale)
     out["to_logits.weight"] = table  # the same storage, as the original ties it
     notes = [f"matrices fused, norm scales written minus one: this is era {NEWEST}"]
+    if config.logit_scale != 1:
+        notes.append(f"logit_scale {config.logit_scale:g} folded into the final norm's scale")
     if config.causal and not config.xpos_base:
         notes.append(f"no xPos: said as rotary_xpos_scale_base {NO_XPOS_BASE}, where it vanishes")
     return _arguments(config), out, notes

@@ -3,6 +3,8 @@
 The factors stay an adapter: delta = A B there, (alpha / rank) B A here, A and B transposed.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,8 @@ def write_reward(
     _check_writable(model)
     adapter = lora.config_of(model)
     ours = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
-    arguments, palm, notes = write_palm_rlhf(model.config, ours)
+    unscaled = dataclasses.replace(model.config, logit_scale=1.0)  # of logits, not of rewards
+    arguments, palm, notes = write_palm_rlhf(unscaled, ours)
     dim = model.config.dim
     marks = ours.get("marks", torch.zeros(2, dim)).view(2, 1, 1, dim).clone()
     state = {"prompt_embed": marks[0].clone(), "response_embed": marks[1].clone()}

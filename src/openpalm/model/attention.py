@@ -4,12 +4,18 @@ Takes and returns tensors; knows nothing of weights, rotations or caches. Query 
 key/value head h // (heads / kv_heads).
 """
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 256
 """Query positions scored at a time on a CPU in bfloat16."""
+KEPT = 1024
+"""Positions up to which their attention weights are kept for the backward pass."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -20,7 +26,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     queries' own.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return _blocked_causal(q, k, v, mask)
+        return blocked_causal(q, k, v, mask)
     return _sdpa(q, k, v, is_causal=True) if mask is None else masked_attention(q, k, v, mask)
 
 
@@ -52,28 +58,102 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.view(rows, 1, heads, width)
 
 
-def _blocked_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Query heads folded into rows, one block of positions at a time.
+def blocked_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """causal_attention, query heads folded into rows, one block of positions at a time.
 
-    In bfloat16 on a CPU this trains 1.6-2.1x faster than SDPA's kernel, which is only good there
-    in float32; blocks skip the half of the scores that the causal mask would throw away.
+    In bfloat16 on a CPU this trains 2 times faster than SDPA's kernel, which is only good there
+    in float32; blocks skip the half of the scores that the causal mask would throw away. Weights
+    of short sequences are kept for the backward pass, those of long ones computed again, so that
+    memory grows with the length and not with its square.
     """
-    batch, time, heads, width = q.shape
-    groups, earlier = heads // k.shape[2], k.shape[1] - time
-    k, v = k.transpose(1, 2), v.transpose(1, 2)  # [batch, kv_heads, time, width]
-    q = (q * width**-0.5).unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4)
-    future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    blocks = []
-    for start in range(0, time, BLOCK):
-        end = min(start + BLOCK, time)
-        rows = q[:, :, :, start:end].flatten(2, 3)  # [batch, kv_heads, groups * block, width]
-        seen = earlier + end
-        scores = (rows @ k[:, :, :seen].transpose(-1, -2)).unflatten(2, (groups, -1))
-        if mask is None:
-            scores[..., start:] += future[: end - start, : end - start]
+    return _Blocked.apply(q, k, v, mask)
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch, time, heads, width = q.shape
+        parts = _Parts(heads // k.shape[2], k.shape[1] - time, mask)
+        q, k, v = parts.fold_queries(q * width**-0.5), _fold(k), _fold(v)
+        out, kept = torch.empty_like(q), []
+        for block in _blocks(time):
+            weights = parts.weights(q, k, block)
+            out[:, :, block] = (weights @ v[:, : weights.shape[2]]).unflatten(1, (parts.groups, -1))
+            if time <= KEPT:
+                kept.append(weights)
+        ctx.parts, ctx.batch = parts, batch
+        ctx.save_for_backward(q, k, v, *kept)
+        return parts.unfold_queries(out, batch)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        parts, batch = ctx.parts, ctx.batch
+        grad = parts.fold_queries(grad_outputs[0])
+        grad_q = torch.empty_like(q)
+        wide = torch.promote_types(k.dtype, torch.float32)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (k, v))
+        for n, block in enumerate(_blocks(q.shape[2])):
+            weights = kept[n] if kept else parts.weights(q, k, block)
+            seen = weights.shape[2]
+            rows = grad[:, :, block].flatten(1, 2)
+            grad_v[:, :seen] += weights.transpose(1, 2) @ rows
+            grad_weights = rows @ v[:, :seen].transpose(1, 2)
+            scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_q[:, :, block] = (scores @ k[:, :seen]).unflatten(1, (parts.groups, -1))
+            grad_k[:, :seen] += scores.transpose(1, 2) @ q[:, :, block].flatten(1, 2)
+        grad_q = parts.unfold_queries(grad_q * q.shape[-1] ** -0.5, batch)
+        grad_k, grad_v = (_unfold(x.to(k.dtype), batch) for x in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None
+
+
+class _Parts(NamedTuple):
+    """How query heads fold into rows, and what a block of them sees."""
+
+    groups: int
+    """query heads of a key head"""
+    earlier: int
+    """keys before the queries' own"""
+    mask: Tensor | None
+
+    def fold_queries(self, q: Tensor) -> Tensor:
+        """[batch, time, heads, width] -> [batch * kv_heads, groups, time, width]."""
+        return q.unflatten(2, (-1, self.groups)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+
+    def unfold_queries(self, q: Tensor, batch: int) -> Tensor:
+        return q.unflatten(0, (batch, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def weights(self, q: Tensor, k: Tensor, block: slice) -> Tensor:
+        """Attention weights [batch * kv_heads, groups * block, keys that it can see]."""
+        seen = self.earlier + block.stop
+        scores = q[:, :, block].flatten(1, 2) @ k[:, :seen].transpose(1, 2)
+        by_head = scores.unflatten(1, (self.groups, -1))
+        if self.mask is None:
+            size = block.stop - block.start
+            by_head[..., seen - size :] += _future(size, q)
         else:
-            scores.masked_fill_(~mask[:, None, None, start:end, :seen], -torch.inf)
-        weights = scores.softmax(dim=-1).flatten(2, 3)
-        blocks.append((weights @ v[:, :, :seen]).unflatten(2, (groups, -1)))
-    out = torch.cat(blocks, dim=3)  # [batch, kv_heads, groups, time, width]
-    return out.permute(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
+            kv_heads = len(q) // len(self.mask)
+            hidden = ~self.mask[:, block, :seen].repeat_interleave(kv_heads, dim=0)
+            by_head.masked_fill_(hidden[:, None], -torch.inf)
+        return scores.softmax(dim=-1)
+
+
+def _blocks(time: int) -> Iterator[slice]:
+    for start in range(0, time, BLOCK):
+        yield slice(start, min(start + BLOCK, time))
+
+
+def _future(size: int, like: Tensor) -> Tensor:
+    return like.new_full((size, size), -torch.inf).triu(1)
+
+
+def _fold(x: Tensor) -> Tensor:
+    """[batch, time, kv_heads, width] -> [batch * kv_heads, time, width]."""
+    return x.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _unfold(x: Tensor, batch: int) -> Tensor:
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)

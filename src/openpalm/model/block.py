@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from openpalm.model.attention import causal_attention, masked_attention
 from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
+from openpalm.model.cross_entropy import linear_cross_entropy
 from openpalm.model.rotary import Rotary, RotaryTables
 
 ATTENDS = ("q", "kv")
@@ -83,6 +84,18 @@ class ProjectHead(nn.Module):
 
     def forward(self, states: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(states, table, bias)
+
+    def cross_entropy(
+        self,
+        states: Tensor,
+        table: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        z_loss: float,
+        chunk: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Of these logits, summed: see linear_cross_entropy."""
+        return linear_cross_entropy(states, table, bias, targets, z_loss=z_loss, chunk=chunk)
 
 
 class Attend(Protocol):

@@ -60,6 +60,8 @@ class ModelConfig:
     """positions over which xPos decays by its scale (palm-rlhf-pytorch: 512); 0 is plain rotary"""
     norm_before_head: bool = True
     """False computes logits from the raw residual stream (palm-rlhf-pytorch before 0.2.1)"""
+    logit_scale: float = 1.0
+    """factor on the states that the head reads: PaLM's logits are scaled by 1/sqrt(dim)"""
     norm_eps: float = 1e-5
     """added to the variance in layer norms"""
     dropout: float = 0.0
@@ -86,6 +88,10 @@ class ModelConfig:
             raise SettingsError(
                 f"model rotary_dims ({self.rotary_dims}) must be even "
                 f"and at most head_dim ({self.head_dim})"
+            )
+        if not 0 < self.logit_scale < math.inf:
+            raise SettingsError(
+                f"model logit_scale ({self.logit_scale}) must be above 0 and finite"
             )
         if not 0 <= self.dropout < 1:
             raise SettingsError(f"model dropout ({self.dropout}) must be in [0, 1)")

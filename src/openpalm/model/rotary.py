@@ -4,9 +4,11 @@ Angles and scales are computed and applied in float32 whatever the model's dtype
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from openpalm.errors import SettingsError
 from openpalm.model.config import ModelConfig
@@ -43,19 +45,43 @@ class Rotary(nn.Module):
         """Rotates the first coordinates of `x` [batch, time, heads, head_dim]; keeps its dtype."""
         cos, sin = (t.unsqueeze(-2) for t in table)
         rotated = self.config.rotated
-        head = x[..., :rotated].float()
-        turned = head * cos + self._companion(head) * sin
-        if rotated == x.shape[-1]:
-            return turned.to(x.dtype)
-        return torch.cat([turned.to(x.dtype), x[..., rotated:]], dim=-1)
+        turned = _Rotation.apply(x[..., :rotated], cos, sin, self.config.rotary == "halves")
+        return turned if rotated == x.shape[-1] else torch.cat([turned, x[..., rotated:]], dim=-1)
 
-    def _companion(self, x: Tensor) -> Tensor:
-        """Each coordinate's partner in its pair, signed: (a, b) -> (-b, a)."""
-        if self.config.rotary == "halves":
-            first, second = x.chunk(2, dim=-1)
-            return torch.cat([-second, first], dim=-1)
-        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([-second, first], dim=-1).flatten(-2)
+
+class _Rotation(torch.autograd.Function):
+    """(a, b) -> (a cos - b sin, b cos + a sin) for every pair; four passes over x each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.halves = halves
+        wide = x.to(cos.dtype)
+        turned = wide * cos
+        (a, b), (sin_a, sin_b), (to_a, to_b) = (_pairs(t, halves) for t in (wide, sin, turned))
+        to_a.addcmul_(b, sin_a, value=-1)
+        to_b.addcmul_(a, sin_b)
+        return turned.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        cos, sin = ctx.saved_tensors
+        wide = grad.to(cos.dtype)
+        turned = wide * cos
+        (a, b), (sin_a, sin_b), (to_a, to_b) = (_pairs(t, ctx.halves) for t in (wide, sin, turned))
+        to_a.addcmul_(b, sin_b)
+        to_b.addcmul_(a, sin_a, value=-1)
+        return turned.to(grad.dtype), None, None, None
+
+
+def _pairs(x: Tensor, halves: bool) -> tuple[Tensor, Tensor]:
+    """Views of the coordinates that are rotated together: first and second half, or neighbours."""
+    first, second = x.chunk(2, dim=-1) if halves else x.unflatten(-1, (-1, 2)).unbind(-1)
+    return first, second
 
 
 def _rounded(longest: int, config: ModelConfig) -> int:

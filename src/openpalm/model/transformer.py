@@ -4,6 +4,7 @@ Sees integer ids and tensors only, never a batch, a tokenizer or a file.
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -82,10 +83,30 @@ class Transformer(nn.Module):
 
     def head(self, residual: Tensor) -> Tensor:
         """Logits, float32 [..., vocab_size], of residual-stream states [..., dim]."""
-        states = self.norm(residual) if self.config.norm_before_head else residual
-        table = self.embedding if self.unembedding is None else self.unembedding
-        logits = self.project_head(states, table, self.head_bias)
+        logits = self.project_head(self._states(residual), self._table, self.head_bias)
         return logits[..., : self.config.vocab_size].float()
+
+    def cross_entropy(
+        self, residual: Tensor, targets: Tensor, *, z_loss: float = 0.0, chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Summed cross entropy and z-loss of residual-stream states [n, dim], int64 targets [n].
+
+        The same as of `head`'s logits, without holding them: see linear_cross_entropy.
+        """
+        size = self.config.vocab_size
+        bias = None if self.head_bias is None else self.head_bias[:size]
+        return self.project_head.cross_entropy(
+            self._states(residual), self._table[:size], bias, targets, z_loss, chunk
+        )
+
+    @property
+    def _table(self) -> Tensor:
+        return self.embedding if self.unembedding is None else self.unembedding
+
+    def _states(self, residual: Tensor) -> Tensor:
+        """What the head multiplies by its table."""
+        states = self.norm(residual) if self.config.norm_before_head else residual
+        return states if self.config.logit_scale == 1 else states * self.config.logit_scale
 
     def _context(
         self, ids: Tensor, cache: KVCache | None, layout: Layout | None
@@ -106,16 +127,20 @@ class Transformer(nn.Module):
         return positions, attend_cached(cache, positions), max(cache.lengths) + time
 
 
+Init = Literal["default", "palm"]
+
+
 @torch.no_grad()
-def initialise(model: Transformer, seed: int) -> None:
+def initialise(model: Transformer, seed: int, init: Init = "default") -> None:
     """Fills every parameter from `seed`, the same on every device and for any dtype.
 
-    Matrices are normal with deviation 1/sqrt(fan-in), those that write to the residual stream
-    divided by sqrt(2 depth) so that its variance does not grow with depth; norms start at one.
+    Matrices are normal with deviation 1/sqrt(fan-in); norms start at one, biases at zero. By
+    default those that write to the residual stream are divided by sqrt(2 depth), so that its
+    variance does not grow with depth, and tables have deviation 0.02. palm shrinks none, and its
+    embeddings have deviation 1 (Chowdhery et al. 2022, section 5), which the config's logit_scale
+    answers.
     """
     generator = torch.Generator().manual_seed(seed)
-    config = model.config
-    shrink = (2 * config.depth) ** -0.5
     for name, parameter in model.named_parameters():
         kind = name.rsplit(".", 1)[-1]
         if kind.endswith("bias"):
@@ -123,11 +148,17 @@ def initialise(model: Transformer, seed: int) -> None:
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
-            deviation = 0.02 if "embedding" in kind else parameter.shape[1] ** -0.5
-            if kind in ("out", "down"):
-                deviation *= shrink
-            drawn = torch.randn(parameter.shape, generator=generator) * deviation
-            parameter.copy_(drawn)
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn * _deviation(kind, parameter, model.config, init))
     for table in (model.embedding, model.unembedding):
         if table is not None:
-            table[config.vocab_size :] = 0
+            table[model.config.vocab_size :] = 0
+
+
+def _deviation(kind: str, matrix: Tensor, config: ModelConfig, init: Init) -> float:
+    fan_in = matrix.shape[1] ** -0.5
+    if init == "palm":
+        return 1.0 if kind == "embedding" else fan_in
+    if "embedding" in kind:
+        return 0.02
+    return fan_in * (2 * config.depth) ** -0.5 if kind in ("out", "down") else fan_in

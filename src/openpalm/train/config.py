@@ -1,9 +1,12 @@
 """The settings of a training run, checked at birth."""
 
 import math
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from openpalm.errors import SettingsError
 from openpalm.model.config import LORA_TARGETS, LoraConfig, ModelConfig
@@ -13,6 +16,14 @@ PROBES_A_RUN = 10
 """Evaluations and checkpoints of a run whose settings do not say how many."""
 LEAST_STEPS_APART = 20
 """Between two of them, where the settings do not say."""
+_STAGE = re.compile(r"([1-9]\d{0,3}/[1-9]\d{0,3})@(0?\.\d{1,9})")
+"""of a ramp: a share and a place"""
+
+
+def given(value: float | None) -> float:
+    """A value that resolved settings have."""
+    assert value is not None
+    return value
 
 
 def check(condition: bool, name: str, value: object, wanted: str) -> None:
@@ -21,48 +32,113 @@ def check(condition: bool, name: str, value: object, wanted: str) -> None:
         raise SettingsError(f"{spell(name)} {value}: must be {wanted}")
 
 
+OptimizerName = Literal["adamw", "stable-adamw", "lion", "adafactor", "muon"]
+DecayRule = Literal["fixed", "palm", "nanopalm"]
+
+PUBLISHED: dict[OptimizerName, dict[str, float]] = {
+    "adamw": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
+    "stable-adamw": {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1},
+    "lion": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.5},
+    "adafactor": {"beta1": 0.9, "eps": 1e-30, "weight_decay": 0.1},
+    "muon": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
+}
+"""What each optimizer's authors take for a language model; muon's betas are its AdamW's."""
+
+LION_SHARE = 0.2
+"""of AdamW's learning rate suits Lion, at five times the decay (Chen et al. 2023, section 5)"""
+
+
 @dataclass(frozen=True)
 class OptimSettings:
-    """The optimizer and its schedule."""
+    """The optimizer and its schedule; what is not set takes the named optimizer's own default."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon for the blocks' matrices with adamw for the rest"""
+    name: OptimizerName = "adamw"
+    """muon is for the blocks' matrices, with adamw for the rest; adafactor is PaLM's"""
     lr: float | None = None
-    """peak learning rate; not set takes the model preset's"""
+    """peak learning rate; not set takes the model preset's (lion a fifth of it, adafactor
+    sqrt(dim) times it, relative to each parameter's root mean square)"""
     muon_lr: float = 0.02
     """peak learning rate of muon's matrices"""
-    weight_decay: float = 0.1
-    """decoupled decay of matrices; norm scales and biases never decay"""
-    beta1: float = 0.9
-    """decay of the first moment"""
-    beta2: float = 0.95
-    """decay of the second moment"""
-    eps: float = 1e-8
-    """added to the root of the second moment"""
-    warmup: float = 0.05
-    """share of the steps over which the learning rate rises from zero"""
+    weight_decay: float | None = None
+    """decoupled decay of matrices, norm scales and biases never decay; not set is 0.1 (lion 0.5),
+    or 1 with another --optim.decay-rule than fixed"""
+    decay_rule: DecayRule | None = None
+    """a step shrinks matrices by weight_decay times lr (fixed), its square (palm; adafactor's
+    where not set) or its cube (nanopalm)"""
+    beta1: float | None = None
+    """decay of the first moment; not set is 0.9"""
+    beta2: float | None = None
+    """decay of the second moment (of lion's only one); not set is 0.95, stable-adamw and lion
+    0.99; adafactor's is 1 - k^-0.8 at step k"""
+    eps: float | None = None
+    """added to the root of the second moment; not set is 1e-8, stable-adamw 1e-6; adafactor adds
+    1e-30 to the squares"""
+    schedule: Literal["cosine", "linear", "wsd", "palm"] = "cosine"
+    """after the warm-up: a cosine, a line, constant until the cooldown (wsd), or constant for 4 %
+    of the steps and then falling as 1/sqrt(step) (palm)"""
+    warmup: float | None = None
+    """share of the steps over which the learning rate rises from zero; not set is 0.05, palm 0"""
+    cooldown: float = 0.2
+    """share of the steps over which wsd falls in a line"""
     final_lr: float = 0.1
-    """share of the peak learning rate that the cosine ends at"""
+    """share of the peak learning rate that cosine, linear and wsd end at"""
     clip: float = 1.0
     """largest global norm of the gradient"""
 
     def __post_init__(self) -> None:
         check(self.lr is None or 0 < self.lr < 10, "optim.lr", self.lr, "above 0 and below 10")
         check(0 < self.muon_lr < 10, "optim.muon_lr", self.muon_lr, "above 0 and below 10")
-        check(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "in [0, 1)")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "eps"):
+            value, own = getattr(self, name), name in PUBLISHED[self.name]
+            check(value is None or own, f"optim.{name}", value, f"left out: {self.name} has none")
+            fits = value is None or (value > 0 if name == "eps" else 0 <= value < 1)
+            check(fits, f"optim.{name}", value, "above 0" if name == "eps" else "in [0, 1)")
+        for name in ("weight_decay", "warmup", "final_lr", "cooldown"):
             value = getattr(self, name)
-            check(0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
-        check(self.eps > 0, "optim.eps", self.eps, "above 0")
-        check(0 <= self.warmup <= 1, "optim.warmup", self.warmup, "in [0, 1]")
-        check(0 <= self.final_lr <= 1, "optim.final_lr", self.final_lr, "in [0, 1]")
+            closed = name != "weight_decay" or self.rule != "fixed"
+            fits = value is None or 0 <= value < 1 or (value == 1 and closed)
+            check(fits, f"optim.{name}", value, f"in [0, 1{']' if closed else ')'}")
+        fits = self.schedule != "wsd" or self.warm + self.cooldown <= 1
+        room = f"at most 1 - warmup ({1 - self.warm:g})"
+        check(fits, "optim.cooldown", self.cooldown, room)
         check(self.clip > 0, "optim.clip", self.clip, "above 0")
+
+    @property
+    def warm(self) -> float:
+        """The warm-up's share of the steps."""
+        if self.warmup is not None:
+            return self.warmup
+        return 0.0 if self.schedule == "palm" else 0.05
+
+    @property
+    def rule(self) -> DecayRule:
+        """How far a step shrinks matrices."""
+        return self.decay_rule or ("palm" if self.name == "adafactor" else "fixed")
+
+    def resolved(self) -> "OptimSettings":
+        """With the defaults in place of what was not set."""
+        own: dict[str, Any] = PUBLISHED[self.name] | {"decay_rule": self.rule, "warmup": self.warm}
+        if self.rule != "fixed":
+            own["weight_decay"] = 1.0
+        return replace(self, **{n: v for n, v in own.items() if getattr(self, n) is None})
+
+    def peak(self, adamw_rate: float, dim: int) -> float:
+        """The peak learning rate for a model of that width which suits AdamW's `adamw_rate`.
+
+        Matrices start with a root mean square of 1/sqrt(dim), so Adafactor's relative step is then
+        AdamW's; at PaLM's sizes that gives about its 1e-2.
+        """
+        if self.lr is not None:
+            return self.lr
+        return adamw_rate * {"lion": LION_SHARE, "adafactor": dim**0.5}.get(self.name, 1.0)
 
 
 @dataclass(frozen=True)
 class ArchSettings:
     """Changes to the preset's architecture; what is not set stays as the preset has it."""
 
+    init: Literal["default", "palm"] | None = None
+    """of fresh weights: palm has embeddings of deviation 1 and logits scaled by 1/sqrt(dim)"""
     kv_heads: int | None = None
     """key/value heads: 1 is multi-query, as many as heads is multi-head"""
     qk_norm: bool | None = None
@@ -110,6 +186,39 @@ class LoraSettings:
         return config
 
 
+BOARDS = ("tensorboard", "wandb")
+
+
+def board_names(log: str | None) -> list[str]:
+    """The boards that --log names, each once."""
+    return [*dict.fromkeys(name.strip() for name in log.split(","))] if log is not None else []
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """A trace of some steps into RUN/profile, with the operators that take most time."""
+
+    steps: int | None = None
+    """how many, after three to warm up; not set traces none"""
+
+    def __post_init__(self) -> None:
+        check(self.steps is None or self.steps >= 1, "profile.steps", self.steps, "1 or more")
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """Memory for time; the weights come out the same."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """what the backward pass computes again: nothing, all but large matrices, or whole blocks"""
+    loss_chunk: int | None = None
+    """positions whose logits are in memory at a time; not set takes as many as are quick"""
+
+    def __post_init__(self) -> None:
+        chunk = self.loss_chunk
+        check(chunk is None or chunk >= 1, "memory.loss_chunk", chunk, "1 or more")
+
+
 @dataclass(frozen=True)
 class Chosen:
     """What was chosen by measuring before step 1; written by the run, read back on resume."""
@@ -155,6 +264,9 @@ class TrainSettings:
     """tokens in a sequence; not set takes the preset's context"""
     batch_tokens: int | None = None
     """tokens in a step over all microbatches and processes; not set is 16 sequences"""
+    batch_ramp: str | None = None
+    """smaller batches first, such as 1/4@0.1,1/2@0.3: a quarter of --batch-tokens for the first
+    tenth of the steps, half until three tenths; not set is whole batches throughout"""
     microbatch_tokens: int = 8192
     """tokens in memory at a time; a step accumulates as many microbatches as it needs"""
     save_every: int | None = None
@@ -171,16 +283,26 @@ class TrainSettings:
     """steps in a row without a finite loss and gradient before the run stops"""
     last_layers: int | None = None
     """train only so many of the last blocks, and the final norm; not set trains everything"""
+    z_loss: float = 0.0
+    """weight of log^2 Z beside the cross entropy (PaLM: 1e-4); keeps logits from drifting"""
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    """what is kept for the backward pass"""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """a low-rank adapter in place of the weights"""
     arch: ArchSettings = field(default_factory=ArchSettings)
     """changes to the preset"""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """optimizer and schedule"""
+    log: str | None = None
+    """boards that get the run's rows too: tensorboard, wandb, or both with a comma between"""
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
+    """a trace of some steps"""
     chosen: Chosen = field(default_factory=Chosen)
     """filled in by the run"""
 
     def __post_init__(self) -> None:
+        # Here, not in OptimSettings: a file or an option may still change its optimizer's name.
+        object.__setattr__(self, "optim", self.optim.resolved())
         if self.model is None and self.init is None:
             raise SettingsError("give --model (see `openpalm models`) or --init")
         lengths = [self.steps, self.minutes, self.epochs]
@@ -195,7 +317,11 @@ class TrainSettings:
             value = getattr(self, name)
             check(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
         check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
+        check(0 <= self.z_loss < 1, "z_loss", self.z_loss, "in [0, 1)")
+        Ramp.parse(self.batch_ramp)
         check(self.keep >= 0, "keep", self.keep, "0 or more")
+        known = {*board_names(self.log)} <= {*BOARDS}
+        check(known, "log", self.log, f"{' or '.join(BOARDS)}, or both with a comma between")
         check(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
         check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
         check(
@@ -220,12 +346,46 @@ class PretrainSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """How batches grow: each stage is a share of the whole batch, until a share of the steps."""
+
+    stages: tuple[tuple[Fraction, float], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Ramp":
+        """Reads `1/4@0.1,1/2@0.3`. Raises SettingsError unless shares and places rise below 1."""
+        parts = [] if text is None else [_STAGE.fullmatch(part) for part in text.split(",")]
+        stages = [(Fraction(p[1]), float(p[2])) if p else (Fraction(0), 0.0) for p in parts]
+        rising = all(
+            a < b for side in zip(*stages, strict=True) for a, b in pairwise((0, *side, 1))
+        )
+        wanted = "SHARE@UNTIL, both rising and between 0 and 1, such as 1/4@0.1,1/2@0.3"
+        check(rising, "batch_ramp", text, wanted)
+        return cls(tuple(stages))
+
+    def share(self, step: int, steps: int) -> Fraction:
+        """Of the whole batch that `step` (from 1) of `steps` takes."""
+        reached = (share for share, until in self.stages if step <= round(until * steps))
+        return next(reached, Fraction(1))
+
+    @property
+    def mean(self) -> float:
+        """Of the shares over all steps."""
+        ends = [0.0, *(until for _, until in self.stages), 1.0]
+        shares = [*(share for share, _ in self.stages), Fraction(1)]
+        pieces = zip(shares, pairwise(ends), strict=True)
+        return sum(float(share) * (end - start) for share, (start, end) in pieces)
+
+
+@dataclass(frozen=True)
 class BatchShape:
     """How a step's tokens are cut: `accumulation` microbatches of `rows` sequences a process."""
 
     sequence_length: int
     rows: int
     accumulation: int
+    ramp: Ramp = Ramp()
+    """of the number of microbatches; the figures here are of a whole batch"""
 
     @property
     def sequences(self) -> int:
@@ -242,6 +402,15 @@ def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 
             f"({sequence_length} x {processes})"
         )
     sequences = wanted // (sequence_length * processes)
+    ramp = Ramp.parse(settings.batch_ramp)
+    parts = [sequences * share for share, _ in ramp.stages]
+    if any(part.denominator > 1 for part in parts):
+        multiple = math.lcm(*(share.denominator for share, _ in ramp.stages))
+        raise SettingsError(
+            f"--batch-ramp {settings.batch_ramp}: does not cut {sequences} sequences a process "
+            f"whole; take --batch-tokens a multiple of {multiple * sequence_length * processes}"
+        )
     room = max(1, settings.microbatch_tokens // sequence_length)
-    rows = max(r for r in range(1, min(room, sequences) + 1) if sequences % r == 0)
-    return BatchShape(sequence_length, rows, sequences // rows)
+    whole = math.gcd(sequences, *(int(part) for part in parts))
+    rows = max(r for r in range(1, min(room, whole) + 1) if whole % r == 0)
+    return BatchShape(sequence_length, rows, sequences // rows, ramp)

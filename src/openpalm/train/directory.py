@@ -11,7 +11,7 @@ from typing import Any
 from openpalm import checkpoint
 from openpalm.errors import SettingsError
 from openpalm.settings import build, plain, read_yaml, spell, to_yaml
-from openpalm.train.config import Chosen, TrainSettings
+from openpalm.train.config import Chosen, ProfileSettings, TrainSettings
 
 SETTINGS_FILE = "config.yaml"
 
@@ -67,7 +67,8 @@ def check_new(settings: TrainSettings, given: Chosen) -> None:
 
 
 def write_settings(settings: TrainSettings) -> None:
-    """Makes the directory this run's."""
+    """Makes the directory this run's; a repeated run is not profiled again."""
+    settings = replace(settings, profile=ProfileSettings())
     _write_whole(settings.out / SETTINGS_FILE, to_yaml(settings))
 
 
@@ -86,7 +87,7 @@ def _refuse_differences(
     """The same --out with other settings is a mistake, not a wish."""
     old, new = plain(stored), plain(asked)
     for side in (old, new):
-        for name in ("out", "data", "init", "chosen"):
+        for name in ("out", "data", "init", "chosen", "log", "profile"):
             side.pop(name, None)
     old |= {"data": stored.chosen.data, "init": stored.chosen.parent}
     new |= {"data": given.data, "init": given.parent}

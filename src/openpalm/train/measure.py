@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from openpalm.model.transformer import Transformer
-from openpalm.train.config import PROBES_A_RUN, Chosen, TrainSettings
+from openpalm.train.config import PROBES_A_RUN, Chosen, Ramp, TrainSettings
 from openpalm.train.trainer import Trainer
 
 _BFLOAT16_GAIN = 1.05
@@ -45,7 +45,8 @@ def choose(
     if known.steps is not None or settings.minutes is None:
         return chosen
     trainer = make_trainer(torch_dtype)
-    step_s = timed.get(dtype) or _step_seconds(trainer)
+    whole_step_s = timed.get(dtype) or _step_seconds(trainer)
+    step_s = whole_step_s * Ramp.parse(settings.batch_ramp).mean
     look_s = _look_seconds(trainer, looks)
     left_s = settings.minutes * 60 - (time.perf_counter() - started)
     steps, eval_every = fit(left_s, step_s, look_s, settings.eval_every)

@@ -19,10 +19,12 @@ class RowFile:
     def __init__(self, path: Path):
         self.path = path
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Adds one row; numbers that JSON does not have (nan, inf) become null."""
+    def append(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Adds one row and returns it; numbers that JSON does not have (nan, inf) become null."""
+        row = {name: _json_number(value) for name, value in row.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: _json_number(v) for name, v in row.items()}) + "\n")
+            file.write(json.dumps(row) + "\n")
+        return row
 
     def cut_after(self, step: int) -> None:
         """Removes rows later than `step` and a torn last line, by rewriting the file at once."""

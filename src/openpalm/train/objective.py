@@ -4,9 +4,9 @@ An objective SUMS over the batch; the trainer divides by a count taken over all 
 all processes, so that k microbatches, or n processes, give the gradient of one whole batch.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from openpalm.data.loader import IGNORE, Batch
@@ -27,19 +27,30 @@ class Objective(Protocol[B]):
         ...
 
 
+@dataclass(frozen=True)
 class NextToken:
     """Cross entropy of the next token in nats: pretraining, and fine-tuning by its mask."""
+
+    z_loss: float = 0.0
+    """weight of log^2 Z in the gradient; the loss itself is reported without it"""
+    chunk: int | None = None
+    """positions whose logits are in memory at a time; not set takes as many as are quick"""
 
     def count(self, batch: Batch, /) -> int:
         return int((batch.targets != IGNORE).sum())
 
     def loss(self, model: Transformer, batch: Batch, /) -> tuple[Tensor, Metrics]:
         layout = None if batch.segments is None else packed(batch.segments)
-        logits = model.logits(batch.inputs, layout=layout)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
+        targets, places = batch.targets.flatten(), None
+        counts = targets != IGNORE
+        if not counts.all():
+            places = counts.nonzero()[:, 0]
+            targets = targets[places]
+        states = model.residual(batch.inputs, layout=layout, places=places)
+        loss, z = model.cross_entropy(
+            states.flatten(0, -2), targets, z_loss=self.z_loss, chunk=self.chunk
         )
-        return loss, {}
+        return loss, {"z_loss": z.item()} if self.z_loss else {}
 
 
 class Loader(Protocol):

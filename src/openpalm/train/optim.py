@@ -8,17 +8,43 @@ import math
 import torch
 from torch import Tensor, nn
 
-from openpalm.train.config import OptimSettings
+from openpalm.train.config import OptimSettings, given
+from openpalm.train.optimizers import Adafactor, Lion, Listwise, StableAdamW
+
+PALM_HOLD = 10_000 / 255_000
+"""Share of its steps that PaLM kept its learning rate constant for (section 5)."""
 
 
 def learning_rate_factor(step: int, steps: int, settings: OptimSettings) -> float:
-    """Share of the peak at `step` (from 1) of `steps`: linear warm-up, then a cosine."""
-    warmup = round(settings.warmup * steps)
+    """Share of the peak at `step` (from 1) of `steps`: a linear warm-up, then the schedule.
+
+    palm is PaLM's min(1, sqrt(h / step)), whose h of 10,000 is here the same share of the run.
+    """
+    warmup = round(settings.warm * steps)
     if step <= warmup:
         return step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return settings.final_lr + (1 - settings.final_lr) * cosine
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    match settings.schedule:
+        case "palm":
+            return min(1.0, (max(1, warmup, PALM_HOLD * steps) / step) ** 0.5)
+        case "cosine":
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            share = 1 - progress
+        case "wsd":
+            falling = round(settings.cooldown * steps)
+            share = min(1.0, max(0, steps - step) / falling) if falling else 1.0
+    return settings.final_lr + (1 - settings.final_lr) * share
+
+
+def decay_coefficient(lr: float, settings: OptimSettings) -> float:
+    """What decoupled decay multiplies with the learning rate `lr` of this moment.
+
+    PaLM shrinks by lr^2 a step (section 5, in T5X so); nanoPALM gives its AdamW, which multiplies
+    by lr once more, that square.
+    """
+    powers = {"fixed": 0, "palm": 1, "nanopalm": 2}
+    return given(settings.weight_decay) * lr ** powers[settings.rule]
 
 
 class Optimizer:
@@ -28,16 +54,18 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, settings: OptimSettings, lr: float):
-        self.settings = settings
+        self.settings = settings = settings.resolved()
         self.names: dict[Tensor, str] = {
             parameter: name for name, parameter in model.named_parameters()
         }
         trained = [p for p in model.parameters() if p.requires_grad]
         muon = [p for p in trained if settings.name == "muon" and self._suits_muon(p)]
-        adamw = [p for p in trained if not any(p is other for other in muon)]
-        self.parts: list[torch.optim.Optimizer] = [self._adamw(adamw, lr)]
+        others = [p for p in trained if not any(p is other for other in muon)]
+        self.parts: list[torch.optim.Optimizer] = [self._main(others, lr)]
         if muon:
-            self.parts.append(self._muon(muon))
+            self.parts.append(
+                torch.optim.Muon([{"params": muon, "decays": True}], lr=settings.muon_lr)
+            )
         for part in self.parts:
             for group in part.param_groups:
                 group["peak_lr"] = group["lr"]
@@ -46,27 +74,30 @@ class Optimizer:
         """Muon orthogonalises matrices that map states to states, not tables or reward heads."""
         return parameter.dim() == 2 and self.names[parameter].startswith("blocks.")
 
-    def _adamw(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    def _main(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """Of all parameters, but for those that Muon takes."""
         groups = [
-            {
-                "params": [p for p in parameters if p.dim() >= 2],
-                "weight_decay": self.settings.weight_decay,
-            },
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.dim() >= 2], "decays": True},
+            {"params": [p for p in parameters if p.dim() < 2], "decays": False},
         ]
-        betas = (self.settings.beta1, self.settings.beta2)
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=self.settings.eps, fused=True)
-
-    def _muon(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Muon(
-            parameters, lr=self.settings.muon_lr, weight_decay=self.settings.weight_decay
-        )
+        beta1, beta2, eps = self.settings.beta1, self.settings.beta2, self.settings.eps
+        match self.settings.name:
+            case "stable-adamw":
+                return StableAdamW(groups, lr, beta1=beta1, beta2=beta2, eps=eps)
+            case "lion":
+                return Lion(groups, lr, beta1=beta1, beta2=beta2)
+            case "adafactor":
+                return Adafactor(groups, lr, beta1=beta1, eps=eps)
+            case "adamw" | "muon":
+                betas = given(beta1), given(beta2)
+                return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=given(eps), fused=True)
 
     def step(self, factor: float) -> None:
         """One update at `factor` times each group's peak learning rate; clears the gradients."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+                lr = group["lr"] = group["peak_lr"] * factor
+                group["weight_decay"] = group["decays"] * decay_coefficient(lr, self.settings)
             part.step()
         self.zero_grad()
 
@@ -94,5 +125,7 @@ class Optimizer:
         for key, value in tensors.items():
             name, slot = key.rsplit("/", 1)
             parameter = by_name[name]
-            # Counters too: the fused kernels want them beside their parameter.
-            owner[parameter].state[parameter][slot] = value.to(parameter.device)
+            # Counters too: the fused kernels want them beside their parameter, ours on the CPU.
+            stays = slot == "step" and isinstance(owner[parameter], Listwise)
+            place = value.device if stays else parameter.device
+            owner[parameter].state[parameter][slot] = value.to(place)

@@ -3,6 +3,7 @@
     RUN/config.yaml        the settings, with what was chosen by measuring
     RUN/metrics.jsonl      a row a step, and rows of evaluations
     RUN/samples.jsonl      what the model wrote on the way
+    RUN/profile/           with --profile.steps; tensorboard/ and wandb/ with --log
     RUN/checkpoints/       step-NNNNNNNN directories
 
 At a step the rows are written first, then the probes', then the checkpoint: whatever a checkpoint
@@ -13,8 +14,8 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ import torch
 from rich.console import Console
 
 from openpalm import checkpoint
-from openpalm.distributed import pick_device, world
-from openpalm.errors import TrainingError, WorkError
+from openpalm.distributed import keep_freed_memory, pick_device, world
+from openpalm.errors import SettingsError, TrainingError, WorkError
 from openpalm.model.config import ModelConfig
+from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.settings import plain
 from openpalm.train import directory
+from openpalm.train.boards import Boards, check_installed
 from openpalm.train.config import (
     LEAST_STEPS_APART,
     PROBES_A_RUN,
     BatchShape,
+    Ramp,
     TrainSettings,
     batch_shape,
 )
@@ -39,6 +43,7 @@ from openpalm.train.measure import choose
 from openpalm.train.metrics import LiveLine, RowFile, read_rows
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optim import Optimizer
+from openpalm.train.profile import Profiler
 from openpalm.train.start import check_trained, choose_trained
 from openpalm.train.trainer import StepReport, Trainer
 
@@ -73,7 +78,8 @@ class Job:
     learning_rate: float
     make_model: Callable[[ModelConfig], Transformer] = Transformer
     """its parameters are filled later"""
-    objective: Objective[Any] = field(default_factory=NextToken)
+    objective: Objective[Any] | None = None
+    """not given is next-token prediction"""
     shape: BatchShape | None = None
     """of a step, where it does not follow from --batch-tokens"""
     unit: str = "tokens"
@@ -106,9 +112,13 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
     TrainingError where the run diverges.
     """
     check_trained(settings, job.config)
+    check_installed(settings)
     out = settings.out
     device = pick_device(settings.device)
     length = settings.sequence_length or job.config.context
+    keep_freed_memory()
+    if job.shape is not None and settings.batch_ramp is not None:
+        raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
     shape = job.shape or batch_shape(settings, length, world().size)
     with ExitStack() as stack:
         stack.enter_context(directory.locked(out))
@@ -148,9 +158,16 @@ class _Session:
 
     def run(self) -> Outcome:
         self._clear_later_than(self.trainer.step)
-        with LiveLine(self.job.label, self.trainer.steps) as line, _signals() as stop:
+        with ExitStack() as stack:
+            line = LiveLine(self.job.label, self.trainer.steps)
+            boards = Boards(self.settings, self.trainer.step, line.say)  # may ask for a password
+            self.boards = stack.enter_context(closing(boards))
+            stop = stack.enter_context(_signals())
+            stack.enter_context(line)
             line.start_at(self.trainer.step)
             line.say(self._opening())
+            profiler = Profiler(self.settings, self.trainer.device, line.say)
+            self.profiler = stack.enter_context(closing(profiler))
             while self.trainer.step < self.trainer.steps:
                 self._step(line)
                 if stop and self.trainer.step < self.trainer.steps:
@@ -169,10 +186,12 @@ class _Session:
         return (
             f"{self.job.label}: {self.job.config.parameters:,} parameters{part}, "
             f"{self.trainer.steps:,} "
-            f"steps of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}"
+            f"steps of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}, "
+            f"{self.settings.optim.name} at lr {_peak_rate(self.settings, self.job):.3g}"
         )
 
     def _step(self, line: LiveLine) -> None:
+        self.profiler.before_step()
         before = time.monotonic()
         try:
             report = self.trainer.train_step()
@@ -182,7 +201,8 @@ class _Session:
             self._save_what_is_not()
             raise
         row = self._row(report, time.monotonic() - before)
-        self.rows.append(row)
+        self.profiler.after_step()
+        self.boards.write(self.rows.append(row))
         line.show(row)
         if report.skipped:
             line.say(f"step {report.step} skipped: {report.skipped}")
@@ -197,7 +217,9 @@ class _Session:
     def _row(self, report: StepReport, seconds: float) -> dict[str, Any]:
         rate = report.count / seconds
         chosen, share = self.settings.chosen, None
-        step_tokens = self.shape.sequence_length * self.shape.sequences * self.trainer.world.size
+        ramped = self.shape.ramp.share(report.step, self.trainer.steps)
+        sequences = ramped * self.shape.sequences * self.trainer.world.size
+        step_tokens = self.shape.sequence_length * sequences
         whole = self.settings.trains_all and report.count == step_tokens
         if chosen.peak_flops and whole:  # masked tokens and frozen weights cost other FLOPs
             flops = self.job.config.flops_per_token(self.shape.sequence_length)
@@ -224,7 +246,8 @@ class _Session:
         self.trainer.model.eval()
         for probe in self.job.probes:
             seen = probe.look(self.trainer.model, self.trainer.dtype)
-            RowFile(self.settings.out / probe.file).append({"step": step} | seen)
+            row = RowFile(self.settings.out / probe.file).append({"step": step} | seen)
+            self.boards.write(row)
             if probe.tell:
                 line.say(f"{self.job.label} step {step}: {probe.tell(seen)}")
         return self._alarm(read_rows(self.rows.path))
@@ -280,8 +303,9 @@ class _Session:
 
     def _lineage(self, step: int) -> dict[str, Any]:
         settings = plain(self.settings)
-        for path in ("data", "out", "init"):  # a published model does not tell where it was made
-            settings.pop(path, None)
+        # A published model does not tell where it was made, nor how that was watched.
+        for name in ("data", "out", "init", "log", "profile"):
+            settings.pop(name, None)
         chosen = self.settings.chosen
         return {"step": step, "data": chosen.data, "parent": chosen.parent, "settings": settings}
 
@@ -306,11 +330,14 @@ def _settled(
         given = replace(given, steps=None, eval_every=None)
     steps = settings.steps or given.steps
     if settings.epochs:
-        steps = max(1, round(settings.epochs * job.sequences_per_epoch / shape.sequences))
+        a_step = shape.sequences * shape.ramp.mean
+        steps = max(1, round(settings.epochs * job.sequences_per_epoch / a_step))
     settings = replace(settings, chosen=replace(given, steps=steps, minutes=settings.minutes))
 
+    whole = replace(shape, ramp=Ramp())
+
     def make_trainer(dtype: torch.dtype) -> Trainer:
-        return _make_trainer(settings, job, shape, device, lambda m: initialise(m, seed=0), dtype)
+        return _make_trainer(settings, job, whole, device, lambda m: initialise(m, seed=0), dtype)
 
     with Console(stderr=True).status("timing a few steps to choose what was left open"):
         chosen = choose(settings, make_trainer, [probe.look for probe in job.probes], device)
@@ -330,14 +357,16 @@ def _make_trainer(
     model = job.make_model(job.config).to(device)
     fill(model)
     choose_trained(model, settings)
+    recompute(model, settings.memory.recompute)
     arithmetic: torch.dtype = dtype or getattr(torch, settings.chosen.dtype or "float32")
     return Trainer(
         model,
-        job.objective,
+        job.objective or NextToken(settings.z_loss, settings.memory.loss_chunk),
         Optimizer(model, settings.optim, _peak_rate(settings, job)),
         job.make_loader(shape, model, arithmetic),
         steps=settings.chosen.steps or _WHILE_MEASURING,
         accumulation=shape.accumulation,
+        ramp=shape.ramp,
         dtype=arithmetic,
         max_skipped=settings.max_skipped,
         world=world(),
@@ -345,7 +374,8 @@ def _make_trainer(
 
 
 def _peak_rate(settings: TrainSettings, job: Job) -> float:
-    return settings.optim.lr or job.learning_rate * (LORA_RATE if settings.lora.rank else 1)
+    adamw_rate = job.learning_rate * (LORA_RATE if settings.lora.rank else 1)
+    return settings.optim.peak(adamw_rate, job.config.dim)
 
 
 def _set_aside(damaged: Path) -> None:

@@ -41,7 +41,18 @@ def starting_point(
         assert settings.model is not None
         named = preset(settings.model)
         config = _changed(named.config, settings, vocab_size=tokenizer.vocab_size)
-        return Start(config, lambda model: initialise(model, settings.seed), named.learning_rate)
+        init_as = settings.arch.init or "default"
+        if init_as == "palm" and config.tied:  # an untied head is a matrix like any other
+            config = dataclasses.replace(config, logit_scale=config.dim**-0.5)
+        return Start(
+            config,
+            lambda model: initialise(model, settings.seed, init_as),
+            named.learning_rate,
+        )
+    if settings.arch.init is not None:
+        raise SettingsError(
+            f"--arch.init {settings.arch.init}: --init brings weights of its own; leave one out"
+        )
     directory = checkpoint.resolve(init)
     if not may_score:
         checkpoint.check_writes(directory)
@@ -98,6 +109,7 @@ def _changed(
     config: ModelConfig, settings: TrainSettings, vocab_size: int | None = None
 ) -> ModelConfig:
     changes = plain(settings.arch)
+    changes.pop("init", None)  # says nothing of the model's shape
     if vocab_size is not None:
         changes["vocab_size"] = vocab_size
         changes["context"] = settings.sequence_length or config.context

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from openpalm.distributed import World
 from openpalm.errors import TrainingError
 from openpalm.model.transformer import Transformer
+from openpalm.train.config import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, Remembering
 from openpalm.train.optim import Optimizer, learning_rate_factor
 
@@ -50,6 +51,7 @@ class Trainer:
         *,
         steps: int,
         accumulation: int = 1,
+        ramp: Ramp | None = None,
         dtype: torch.dtype = torch.float32,
         max_skipped: int = 10,
         world: World | None = None,
@@ -60,6 +62,7 @@ class Trainer:
         self.loader = loader
         self.steps = steps
         self.accumulation = accumulation
+        self.ramp = ramp or Ramp()
         self.dtype = dtype
         self.max_skipped = max_skipped
         self.world = world or World()
@@ -73,7 +76,8 @@ class Trainer:
 
     def train_step(self) -> StepReport:
         """Takes the next global batch through one optimizer step."""
-        batches = [next(self.loader) for _ in range(self.accumulation)]
+        microbatches = int(self.accumulation * self.ramp.share(self.step + 1, self.steps))
+        batches = [next(self.loader) for _ in range(microbatches)]
         self.model.train()
         loss, count, metrics = self.forward_backward(batches)
         self.step += 1

@@ -1,69 +1,14 @@
-"""The page: the run's figures, whatever a model wrote, and nothing from elsewhere."""
+"""One run's page: its figures, whatever a model wrote, and nothing from elsewhere."""
 
 import json
 import re
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from report_pages import HOSTILE, Page, make_run, row
 
-from openpalm import report
 from openpalm.errors import DataError, SettingsError
-from openpalm.report import Section, environment_section, run_sections, table, write_page
-
-HOSTILE = '<script>alert(1)</script><img src="http://evil.example/x.png" onerror="x()">&amp;'
-VOID = {"meta", "br", "img", "link", "path", "use", "rect", "circle", "line"}
-
-
-class Page(HTMLParser):
-    """Tags, their attributes and the text of a page; refuses what is not closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.words, self.open = [], [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self):
-        return "".join(self.words)
-
-
-def row(step, **more):
-    values = {"loss": 6 / step, "tokens": 1000 * step, "elapsed_s": 30.0 * step}
-    return {"step": step, **values, "tokens_per_s": 100.0 + step, "mfu": 0.25, **more}
-
-
-def evaluation(step):
-    return {"step": step, "val_loss": 7.77 / step, "val_bits_per_byte": 3.25 / step}
-
-
-def make_run(path, rows=None, samples=None, config="model: palm-tiny\noptim:\n  lr: 0.0625\n"):
-    path.mkdir(parents=True)
-    rows = rows or [*(row(i) for i in range(1, 21)), evaluation(10), evaluation(20)]
-    texts = {"metrics.jsonl": rows, "samples.jsonl": samples or []}
-    for name, content in texts.items():
-        if content:
-            lines = "".join(json.dumps(line) + "\n" for line in content)
-            (path / name).write_text(lines, encoding="utf-8")
-    (path / "config.yaml").write_text(config, encoding="utf-8")
-    return path
+from openpalm.report.page import environment_section, write_page
+from openpalm.report.single import run_sections
 
 
 def drawn(*runs):
@@ -146,12 +91,6 @@ def test_samples_of_the_beginning_the_middle_and_the_end(tmp_path):
     assert re.findall(r"text-(\d)", text) == ["1", "4", "7"]
 
 
-def test_several_runs_on_one_page(tmp_path):
-    page = Page(drawn(make_run(tmp_path / "first"), make_run(tmp_path / "second")))
-    assert page.tags.count("svg") == 2
-    assert page.text.index("first: learning") < page.text.index("second: learning")
-
-
 def test_a_run_without_evaluations_and_samples(tmp_path):
     page = Page(drawn(make_run(tmp_path / "mine", [row(1, mfu=None)])))
     assert "validation" not in page.text
@@ -203,44 +142,6 @@ def test_settings_that_are_missing_are_named(tmp_path):
     with pytest.raises(SettingsError) as error:
         run_sections(run)
     assert str(error.value) == f"{run / 'config.yaml'}: no such file; check the path"
-
-
-def test_the_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    out = tmp_path / "new" / "page.html"
-    write_page(out, "old", [])
-    before = out.read_text(encoding="utf-8")
-    write = Path.write_text
-
-    def torn(self, text, **how):
-        write(self, text[: len(text) // 2], **how)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", torn)
-    with pytest.raises(OSError, match="No space left"):
-        write_page(out, "new", [Section("heading", "body")])
-    assert out.read_text(encoding="utf-8") == before
-    monkeypatch.undo()
-    write_page(out, "new", [Section("heading", "body")])
-    assert [path.name for path in out.parent.iterdir()] == ["page.html"]
-
-
-def test_a_page_cannot_take_the_place_of_a_directory(tmp_path):
-    with pytest.raises(SettingsError, match="is a directory"):
-        write_page(tmp_path, "title", [])
-
-
-def test_a_table_aligns_numbers_and_escapes_the_rest():
-    text = table(["name", "value"], [("<x>", 1234567), ("y", 0.00012345), ("z", True)])
-    assert "<td>&lt;x&gt;</td>" in text
-    assert '<td class="number">1,234,567</td>' in text
-    assert '<td class="number">0.0001234</td>' in text or '"number">0.0001235</td>' in text
-    assert "<td>True</td>" in text
-
-
-def test_the_smoothed_curve_is_a_mean():
-    assert report._smooth([3.0] * 40) == pytest.approx([3.0] * 40)
-    smoothed = report._smooth([0.0, 1.0] * 200)
-    assert smoothed[-1] == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_run_on_its_own_answers_shows_rewards(tmp_path):

@@ -1,0 +1,130 @@
+"""Cross entropy of a linear head, without ever holding the logits of a whole batch.
+
+The table of logits, [positions, vocabulary], is the largest tensor of a training step. Here a few
+positions at a time go through the head, and the gradient is taken while their logits are at hand:
+the three matrix multiplies of head and backward, no more, and memory for one chunk.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 64 << 20
+"""Of float32 logits at a time on a CPU: smaller ones cost passes over the table's gradient."""
+_CHUNK_BYTES_CUDA = 1 << 30
+
+
+def linear_cross_entropy(
+    states: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy in nats of logits = states @ table^T + bias, and its z-loss.
+
+    states [positions, dim], table [vocabulary, dim], bias [vocabulary], targets int64 [positions];
+    `chunk` positions at a time, not set takes as many as CHUNK_BYTES hold. The z-loss is
+    `z_loss` * sum of log^2 Z, which keeps the normaliser Z near 1 (PaLM, section 5, with 1e-4).
+    The first result's gradient is that of both; its value leaves the z-loss out, so that runs with
+    and without compare. Matrices are multiplied in autocast's dtype, all else is float32.
+    """
+    device = states.device.type
+    dtype = states.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if chunk is None:
+        room = CHUNK_BYTES if device == "cpu" else _CHUNK_BYTES_CUDA
+        chunk = max(1, room // (4 * len(table)))
+    return _LinearCrossEntropy.apply(states, table, bias, targets, z_loss, chunk, dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        table: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        z_loss: float,
+        chunk: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(dtype, torch.float32)
+        with torch.autocast(states.device.type, enabled=False):
+            rows, matrix = states.to(dtype), table.to(dtype)
+            grads = _Gradients(ctx.needs_input_grad, rows, matrix, bias, wide)
+            nll, z = rows.new_zeros((), dtype=wide), rows.new_zeros((), dtype=wide)
+            for part in _chunks(len(rows), chunk):
+                logits = rows[part] @ matrix.T
+                if bias is not None:
+                    logits += bias
+                index = targets[part, None]
+                share, log_z = _softmax(logits, wide)
+                nll += (log_z - logits.gather(1, index).to(wide)).sum()
+                z += z_loss * log_z.square().sum()
+                if any(ctx.needs_input_grad):
+                    # d/dlogits of log Z - logit_target + z log^2 Z
+                    if z_loss:
+                        share *= 1 + 2 * z_loss * log_z
+                    share.scatter_add_(1, index, share.new_full((), -1.0).expand(index.shape))
+                    grads.add(part, share.to(dtype))
+        ctx.save_for_backward(*grads.of(states, table, bias))
+        ctx.mark_non_differentiable(z)
+        return nll, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        grads = [None if g is None else g * grad_outputs[0] for g in ctx.saved_tensors]
+        return *grads, None, None, None, None
+
+
+def _chunks(length: int, chunk: int) -> Iterator[slice]:
+    for start in range(0, length, chunk):
+        yield slice(start, start + chunk)
+
+
+def _softmax(logits: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Softmax [rows, vocabulary], and log Z [rows, 1] = the largest logit less its log share."""
+    logits = logits.to(wide)
+    share = logits.softmax(dim=-1)
+    return share, logits.amax(-1, keepdim=True) - share.amax(-1, keepdim=True).log()
+
+
+class _Gradients:
+    """Sums of a chunk's gradients, for what needs one."""
+
+    def __init__(
+        self, needed: tuple[bool, ...], rows: Tensor, matrix: Tensor, bias: Tensor | None, wide: Any
+    ):
+        self._rows, self._matrix = rows, matrix
+        self._states = torch.empty_like(rows) if needed[0] else None
+        self._table = torch.zeros_like(matrix, dtype=wide) if needed[1] else None
+        self._bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+
+    def add(self, part: slice, grad: Tensor) -> None:
+        """grad: [rows of the part, vocabulary], of the logits."""
+        if self._states is not None:
+            torch.mm(grad, self._matrix, out=self._states[part])
+        if self._table is not None and grad.dtype == self._table.dtype:
+            self._table.addmm_(grad.T, self._rows[part])
+        elif self._table is not None:
+            self._table += grad.T @ self._rows[part]
+        if self._bias is not None:
+            self._bias += grad.sum(dim=0)
+
+    def of(self, *inputs: Tensor | None) -> list[Tensor | None]:
+        found = (self._states, self._table, self._bias)
+        return [
+            None if grad is None or given is None else grad.to(given.dtype)
+            for grad, given in zip(found, inputs, strict=True)
+        ]
