@@ -45,8 +45,8 @@ PUBLISHED: dict[OptimizerName, dict[str, float]] = {
 """What each optimizer's authors take for a language model; muon's betas are its AdamW's."""
 
 LION_SHARE = 1 / 3
-"""of AdamW's learning rate, at three times the decay: Chen et al. 2023, section 5, give a third to a
-tenth, and in short runs on small batches the largest was the best"""
+"""of AdamW's learning rate, at three times the decay: Chen et al. 2023, section 5, give a third to
+a tenth, and in short runs on small batches the largest was the best"""
 
 
 @dataclass(frozen=True)
