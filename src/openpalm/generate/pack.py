@@ -83,6 +83,21 @@ class _PackedHead(ProjectHead):
         logits = self.matrix(states)
         return logits if bias is None else logits + bias
 
+    def cross_entropy(
+        self,
+        states: Tensor,
+        table: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        z_loss: float,
+        chunk: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Without a gradient: there is nothing to train in a packed matrix."""
+        logits = self.matrix(states)[:, : len(table)].float()
+        logits = logits if bias is None else logits + bias
+        z = z_loss * logits.logsumexp(-1).square().sum()
+        return F.cross_entropy(logits, targets, reduction="sum"), z
+
 
 class _Dense:
     def __init__(self, weight: Tensor):
