@@ -102,7 +102,7 @@ def run_prepare(argv: Sequence[str]) -> None:
             "openpalm data prepare builtin:python-docs --out data/docs",
             "openpalm data prepare 'books/*.txt' notes/ --out data/mine --tokenizer bpe:8192",
             "openpalm data prepare posts.jsonl.zst --text-field body --out data/posts --workers 4",
-            "openpalm data prepare c4/*.parquet --tokenizer neox/tokenizer.json --out p1 --shard 1/8",
+            "openpalm data prepare c4/ --tokenizer neox.json --out parts/1 --shard 1/8",
             "openpalm data prepare hub:roneneldan/TinyStories:train --out data/stories",
         ),
         positional=("inputs",),

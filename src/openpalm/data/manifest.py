@@ -136,7 +136,7 @@ def _checked(path: Path, content: dict[str, Any], *, whole: bool) -> Manifest:
         if whole or entry.files:
             _check_split(path, manifest, split, entry)
         for file in entry.files:
-            _check_size(path.parent / file.name, file.size)
+            check_size(path.parent / file.name, file.size)
     return manifest
 
 
@@ -193,7 +193,8 @@ def _check_split(path: Path, manifest: Manifest, split: str, entry: SplitEntry) 
         raise DataError(f"{path}: the sizes of {split} contradict its counts; {REMEDY}")
 
 
-def _check_size(path: Path, size: int) -> None:
+def check_size(path: Path, size: int) -> None:
+    """Raises DataError where a file is not there, or not of the size it should have."""
     try:
         found = path.stat().st_size
     except OSError:

@@ -1,4 +1,4 @@
-"""The parts that several jobs have prepared, joined into the bytes that one job would have written."""
+"""Parts that several jobs have prepared, joined into the bytes that one would have written."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -59,26 +59,25 @@ def build(
 
 def _in_order(folders: Sequence[Path]) -> list[Part]:
     """Part 1 to part N, all of one preparation."""
+    read = [(folder, *manifest_file.read_part(folder)) for folder in folders]
+    first, shard, wanted = read[0]
+    jobs = job_of(shard)[1]
     found: dict[int, Part] = {}
-    total = 0
-    for folder in folders:
-        shard, manifest = manifest_file.read_part(folder)
-        index, total = job_of(shard)
-        _, first = next(iter(found.values()), (folder, manifest))
+    for folder, shard, manifest in read:
+        index, count = job_of(shard)
         if index in found:
             raise DataError(f"{folder}: is part {shard} as {found[index][0]} is; leave one out")
-        if replace(manifest, splits={}) != replace(first, splits={}):
+        if count != jobs or replace(manifest, splits={}) != replace(wanted, splits={}):
             raise DataError(
-                f"{folder}: was made from other inputs or with other settings than "
-                f"{next(iter(found.values()))[0]}; prepare all parts with one command"
+                f"{folder}: was made from other inputs or with other settings than {first}; "
+                "prepare all parts with one command"
             )
         if Tokenizer.load(folder).digest != manifest.tokenizer:
             raise DataError(f"{folder / TOKENIZER}: was altered; {manifest_file.REMEDY}")
         found[index] = (folder, manifest)
-    missing = [i for i in range(1, total + 1) if i not in found]
-    if missing or len(found) > total:
-        told = ", ".join(f"{i}/{total}" for i in missing[:8])
-        raise DataError(f"parts {told or 'of different N'}: missing; prepare them with --shard")
+    missing = [f"{i}/{jobs}" for i in range(1, jobs + 1) if i not in found]
+    if missing:
+        raise DataError(f"parts missing: {', '.join(missing[:8])}; prepare them with --shard")
     return [found[i] for i in sorted(found)]
 
 

@@ -72,11 +72,12 @@ def scan(
             raw, found = Raw(advance), done.scanning
             for measured in _measured(source, workers, text_field, lengths, raw, found.blocks):
                 records.write(measured.tobytes())
+                blocks = 0
                 if not source.is_one:
                     counts.write(len(measured).to_bytes(COUNT_BYTES, "little"))
-                blocks = found.blocks + (not source.is_one)
+                    blocks = found.blocks + 1
                 found = Scanning(found.documents + len(measured), blocks)
-                if unfinished.is_due():
+                if unfinished.is_due() and not source.is_one:
                     unfinished.note(found)
                     unfinished.checkpoint(records, counts)
             refuse_empty(source, found.documents)
@@ -84,6 +85,8 @@ def scan(
             done.scanned.append(row)
             done.scanning = Scanning(0, 0)
             unfinished.note(row)
+            if unfinished.is_due():
+                unfinished.checkpoint(records, counts)
         unfinished.checkpoint(records, counts)
     return done.scanned
 

@@ -67,6 +67,8 @@ class SplitWriter:
         self.documents, self.tokens, self.bytes = done.documents, done.tokens, done.bytes
         self._files = list(done.files)
         self._open: tuple[_HashedFile, _HashedFile] | None = None
+        for entry in self._files[:-2]:
+            manifest_file.check_size(folder / entry.name, entry.size)
         if self._files:
             last, self._files = self._files[-2:], self._files[:-2]
             tokens, index = (_HashedFile(folder / entry.name, entry.size) for entry in last)
