@@ -12,12 +12,12 @@ import numpy as np
 
 from openpalm.data.corpus import MAX_LINE_BYTES, names, shown
 from openpalm.data.document import Document
-from openpalm.data.streams import readable
 from openpalm.errors import DataError
 
 IDS_COLUMN = "input_ids"
 # Beyond these a file is hostile, or made for a machine much larger than those that read it.
 MAX_FOOTER_BYTES = 64 << 20
+MAX_FOOTER_ITEMS = 1 << 20
 MAX_CHUNK_BYTES = 4 << 30
 BATCH_BYTES = 1 << 20
 MAX_BATCH_ROWS = 1024
@@ -28,16 +28,13 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
     pyarrow, parquet = _arrow(path)
     number = 0
     try:
-        with (
-            readable(path),
-            parquet.ParquetFile(
-                path,
-                pre_buffer=False,
-                buffer_size=BATCH_BYTES,
-                thrift_string_size_limit=MAX_FOOTER_BYTES,
-                thrift_container_size_limit=1 << 20,
-            ) as file,
-        ):
+        with parquet.ParquetFile(
+            path,
+            pre_buffer=False,
+            buffer_size=BATCH_BYTES,
+            thrift_string_size_limit=MAX_FOOTER_BYTES,
+            thrift_container_size_limit=MAX_FOOTER_ITEMS,
+        ) as file:
             column = _column(file.schema_arrow.names, text_field, str(path))
             wide = [_batch_rows(file.metadata, group, column, path) for group in _groups(file)]
             for group, rows in enumerate(wide):
@@ -48,7 +45,7 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
                     for value in _values(batch.column(0)):
                         number += 1
                         yield _document(value, f"{path}:row {number}", column)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{path}: parquet data damaged after row {number} ({reason}); fetch the file again"
