@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import as_completed
 
 import pytest
 
-from openpalm.data import corpus, fates, journal, preparation
+from openpalm.data import corpus, fates, journal, preparation, scan, workers, writing
 from openpalm.data.parts import build
 from openpalm.data.preparation import PrepareRequest, prepare
 from openpalm.data.shards import open_dataset
@@ -56,6 +58,51 @@ CASES = [
     {"tokenizer": "byte"},
     {"tokenizer": "bpe:400", "val": "hash", "dedup": "none"},
 ]
+
+
+def as_they_come(self, work, tasks):
+    """The mistake of taking results when they are ready."""
+    return (done.result() for done in as_completed([self._pool.submit(work, t) for t in tasks]))
+
+
+def slow_at_first(self, segment, encode=preparation.Encoder.__call__):
+    if segment.number % 3 == 0:
+        time.sleep(0.02)
+    return encode(self, segment)
+
+
+MISTAKES = {
+    "results as they come": (workers.Workers, "map", as_they_come),
+    "no hash goes on": (writing, "_beginning", lambda path, entry: hashlib.sha256()),
+    "all written twice": (
+        preparation.Segments,
+        "read",
+        lambda self, share, begin=(0, 0), read=preparation.Segments.read: read(self, share),
+    ),
+    "scanned blocks scanned again": (scan, "islice", lambda blocks, begin, end: blocks),
+}
+
+
+def check_bytes(inputs, folder, killed):
+    """Gone on after a kill, and begun anew by other threads: as the first run wrote them."""
+    run(inputs, killed, workers=3)
+    run(inputs, folder / "anew", workers=3)
+    for out in (killed, folder / "anew"):
+        assert contents(out) == contents(folder / "right")
+
+
+@pytest.mark.parametrize("mistake", [None, *MISTAKES])
+def test_the_check_sees_mistakes(mistake, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation.Encoder, "__call__", slow_at_first)
+    after = 60 if mistake == "scanned blocks scanned again" else 180
+    assert until_killed(inputs, tmp_path / "killed", after, monkeypatch)
+    run(inputs, tmp_path / "right")
+    if mistake is None:
+        check_bytes(inputs, tmp_path, tmp_path / "killed")
+        return
+    monkeypatch.setattr(*MISTAKES[mistake])
+    with pytest.raises((AssertionError, DataError)):
+        check_bytes(inputs, tmp_path, tmp_path / "killed")
 
 
 @pytest.mark.parametrize("options", CASES)

@@ -14,14 +14,14 @@ from openpalm.errors import DataError
 
 
 class _HashedFile:
-    """A file being written, hashed on the way; the first `size` bytes are already there."""
+    """A file being written, hashed on the way; the first `size` bytes are there and in `sha256`."""
 
-    def __init__(self, path: Path, size: int = 0):
+    def __init__(self, path: Path, size: int = 0, sha256: "hashlib._Hash | None" = None):
         self.path, self.size = path, size
-        self._sha256 = hashlib.sha256()
+        self._sha256 = sha256 or hashlib.sha256()
         self.file: BinaryIO = path.open("r+b" if size else "wb")
-        if size:
-            self._reread()
+        self.file.truncate(size)
+        self.file.seek(size)
 
     def write(self, data: bytes | memoryview) -> None:
         self.file.write(data)
@@ -36,14 +36,17 @@ class _HashedFile:
             flush(self.file)
         return self.entry()
 
-    def _reread(self) -> None:
-        left = self.size
-        while left and (data := self.file.read(min(left, 1 << 20))):
-            self._sha256.update(data)
+
+def _beginning(path: Path, entry: FileEntry) -> "hashlib._Hash":
+    """The hash of a file's first bytes, those that `entry` tells of."""
+    sha256, left = hashlib.sha256(), entry.size
+    with path.open("rb") as file:
+        while left and (data := file.read(min(left, 1 << 20))):
+            sha256.update(data)
             left -= len(data)
-        if left:
-            raise DataError(f"{self.path}: is torn; {manifest_file.REMEDY}")
-        self.file.truncate()
+    if sha256.hexdigest() != entry.sha256:
+        raise DataError(f"{path}: is torn or was altered; {manifest_file.REMEDY}")
+    return sha256
 
 
 class SplitWriter:
@@ -71,10 +74,10 @@ class SplitWriter:
             manifest_file.check_size(folder / entry.name, entry.size)
         if self._files:
             last, self._files = self._files[-2:], self._files[:-2]
-            tokens, index = (_HashedFile(folder / entry.name, entry.size) for entry in last)
-            if [tokens.entry(), index.entry()] != last:
-                raise DataError(f"{folder / last[0].name}: was altered; {manifest_file.REMEDY}")
-            self._open = (tokens, index)
+            known = [
+                (folder / one.name, one.size, _beginning(folder / one.name, one)) for one in last
+            ]
+            self._open = (_HashedFile(*known[0]), _HashedFile(*known[1]))
 
     def __enter__(self) -> "SplitWriter":
         return self
