@@ -133,9 +133,27 @@ def test_damaged_parquet_is_named(table):
 
 def test_row_groups_of_unreasonable_size_are_not_read(table, monkeypatch):
     path = table({"text": ["a" * 100] * 1000}, use_dictionary=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "MAX_CHUNK_VALUES", 999)
+        with pytest.raises(DataError, match="1000 values in one row group, the limits are"):
+            texts(path)
     monkeypatch.setattr(tables, "MAX_CHUNK_BYTES", 1000)
-    with pytest.raises(DataError, match="bytes in one row group, the limit is 1000"):
+    with pytest.raises(DataError, match="bytes, 1000 values in one row group"):
         texts(path)
+
+
+def test_a_text_repeated_in_a_small_file_is_not_repeated_in_memory(table):
+    pyarrow = pytest.importorskip("pyarrow")
+    path = table({"text": ["a" * (8 << 20)] * 500}, dictionary_pagesize_limit=1 << 30)
+    assert path.stat().st_size < 8 << 20
+    pool = pyarrow.system_memory_pool()
+    before = pyarrow.default_memory_pool()
+    pyarrow.set_memory_pool(pool)
+    try:
+        assert next(iter(read_documents([str(path)]))).text == "a" * (8 << 20)
+        assert pool.max_memory() < 64 << 20
+    finally:
+        pyarrow.set_memory_pool(before)
 
 
 def test_damaged_zstd_is_named(tmp_path):

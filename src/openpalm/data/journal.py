@@ -22,9 +22,11 @@ from openpalm.errors import DataError, StorageError
 
 PARTIAL = manifest_file.NAME + ".partial"
 OUR_NAMES = re.compile(
-    r"(train|val)-\d{5}\.(bin|idx)|tokenizer\.json|[a-z]+(-\d+)?\.partial|(manifest|part)\.json\.\w+"
+    r"(train|val)-\d{5}\.(bin|idx)|tokenizer\.json|(manifest|part)\.json\.(partial|new)"
+    r"|(documents|blocks|fates|bucket-\d+)\.partial"
 )
-MAX_JOURNAL_BYTES = 4 << 30
+MAX_JOURNAL_BYTES = 64 << 30
+MAX_ROW_BYTES = 64 << 20
 CHECKPOINT_S = 5.0
 
 
@@ -114,7 +116,7 @@ class Unfinished:
             raise DataError(f"{where}: more than {MAX_JOURNAL_BYTES} bytes; {manifest_file.REMEDY}")
         begun, end = None, 0
         with where.open("rb") as file:
-            for line in file:
+            while line := file.readline(MAX_ROW_BYTES):
                 if not line.endswith(b"\n"):
                     break
                 end += len(line)

@@ -19,6 +19,7 @@ IDS_COLUMN = "input_ids"
 MAX_FOOTER_BYTES = 64 << 20
 MAX_FOOTER_ITEMS = 1 << 20
 MAX_CHUNK_BYTES = 4 << 30
+MAX_CHUNK_VALUES = 1 << 28
 BATCH_BYTES = 1 << 20
 MAX_BATCH_ROWS = 1024
 
@@ -26,17 +27,23 @@ MAX_BATCH_ROWS = 1024
 def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
     """The rows of a .parquet file, in order. Raises DataError for a damaged or oversized one."""
     pyarrow, parquet = _arrow(path)
+    limits = {
+        "pre_buffer": False,
+        "buffer_size": BATCH_BYTES,
+        "thrift_string_size_limit": MAX_FOOTER_BYTES,
+        "thrift_container_size_limit": MAX_FOOTER_ITEMS,
+    }
     number = 0
     try:
-        with parquet.ParquetFile(
-            path,
-            pre_buffer=False,
-            buffer_size=BATCH_BYTES,
-            thrift_string_size_limit=MAX_FOOTER_BYTES,
-            thrift_container_size_limit=MAX_FOOTER_ITEMS,
-        ) as file:
+        with parquet.ParquetFile(path, **limits) as file:
+            metadata = file.metadata
             column = _column(file.schema_arrow.names, text_field, str(path))
-            wide = [_batch_rows(file.metadata, group, column, path) for group in _groups(file)]
+            kind = file.schema_arrow.field(column).type
+        groups = range(metadata.num_row_groups)
+        wide = [_batch_rows(metadata, group, column, path) for group in groups]
+        # A text that a small file repeats a million times stays one text in memory.
+        as_one = [column] if str(kind) in ("string", "large_string") else []
+        with parquet.ParquetFile(path, read_dictionary=as_one, **limits) as file:
             for group, rows in enumerate(wide):
                 batches = file.iter_batches(
                     rows, row_groups=[group], columns=[column], use_threads=False
@@ -81,23 +88,20 @@ def _arrow(path: Path) -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def _groups(file: Any) -> range:
-    return range(file.metadata.num_row_groups)
-
-
 def _batch_rows(metadata: Any, group: int, column: str, path: Path) -> int:
     """How many rows of a row group are some BATCH_BYTES, by what the footer says of them."""
     rows = metadata.row_group(group).num_rows
     chunks = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
-    size = sum(
-        c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == column
-    )
-    if size > MAX_CHUNK_BYTES:
+    ours = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
+    size = sum(chunk.total_uncompressed_size for chunk in ours)
+    values = sum(chunk.num_values for chunk in ours)
+    if size > MAX_CHUNK_BYTES or values > MAX_CHUNK_VALUES:
         raise DataError(
-            f"{path}: {size} bytes in one row group, the limit is {MAX_CHUNK_BYTES}; "
-            "write it with smaller row groups"
+            f"{path}: {size} bytes, {values} values in one row group, the limits are "
+            f"{MAX_CHUNK_BYTES} and {MAX_CHUNK_VALUES}; write it with smaller row groups"
         )
-    return max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
+    # Repeated numbers take next to nothing in the file, but not in memory.
+    return max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * rows // max(1, size, 4 * values)))
 
 
 def _values(column: Any) -> Iterator[Any]:
