@@ -31,19 +31,23 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """Segment -> what each split gets of it. Text that was already ids gets no end marker."""
+    """Segment -> (its source, its number, what each split gets of it).
+
+    Text that was already ids gets no end marker.
+    """
 
     tokenizer: Tokenizer
     dtype: str
     text_field: str
     lengths: np.ndarray | None
 
-    def __call__(self, segment: Segment) -> dict[str, Encoded]:
+    def __call__(self, segment: Segment) -> tuple[int, int, dict[str, Encoded]]:
         found = list(parts(segment, self.text_field, self.lengths))
-        return {
+        encoded = {
             split: self._encoded([part for part in found if part.split == split])
             for split in SPLITS
         }
+        return segment.source, segment.number, encoded
 
     def _encoded(self, found: list[Part]) -> Encoded:
         tokens, starts, length = [], [], 0

@@ -231,8 +231,7 @@ class _Preparation:
             }
             workers = stack.enter_context(working(self.request.workers))
             begin = (done.source, done.segment)
-            work = lambda segment: (segment.source, segment.number, encoder(segment))  # noqa: E731
-            for source, number, encoded in workers.map(work, segments.read(share, begin)):
+            for source, number, encoded in workers.map(encoder, segments.read(share, begin)):
                 for split, found in encoded.items():
                     writers[split].extend(*found)
                 if self.unfinished.is_due():
