@@ -16,10 +16,11 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from openpalm.data.conversation import Message
-from openpalm.data.corpus import is_rows, read_rows, shown
+from openpalm.data.corpus import read_rows, shown
 from openpalm.data.demonstration_files import read_demonstrations, usable
 from openpalm.data.order import mixed
 from openpalm.data.preferences import Messages, Usable, at, check_prompt, expect, is_number, says
+from openpalm.data.sources import is_rows
 from openpalm.errors import DataError
 from openpalm.settings import read_yaml
 
