@@ -1,11 +1,13 @@
 """`openpalm train`: prepared data in, a run directory with checkpoints out."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openpalm.settings import parse
+from openpalm.settings import parse, spell
 from openpalm.train.config import TrainSettings
+from openpalm.train.scaling import scaled
 
 if TYPE_CHECKING:
     from openpalm.train.run import Outcome
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 EXAMPLES = [
     "openpalm train --model palm-tiny --data data/docs --out runs/tiny --steps 200",
     "openpalm train --model palm-14m --data data/docs --out runs/laptop --minutes 30",
+    "openpalm train --depth 4 --data data/docs --out runs/d4",
+    "openpalm train --config configs/laptop.yaml --data data/docs --out runs/laptop",
     "openpalm train --init runs/laptop --data data/more --out runs/more --steps 500",
     "openpalm train --config runs/tiny/config.yaml --out runs/again",
 ]
@@ -45,6 +49,10 @@ def pretrain(settings: TrainSettings, label: str = "train") -> "Outcome":
 
     dataset = open_dataset(settings.data)
     tokenizer = dataset.tokenizer()
+    if settings.depth is not None:
+        settings, derived = scaled(settings, tokenizer.vocab_size)
+        told = "  ".join(f"{spell(name)} {value}" for name, value in derived.items())
+        print(f"--depth {settings.depth}: {told}", file=sys.stderr)
     init = weights_path(settings.init) if settings.init else None
     start = starting_point(settings, init, tokenizer)
     tokens = dataset.tokens("train")

@@ -44,6 +44,7 @@ PUBLISHED: dict[OptimizerName, dict[str, float]] = {
 }
 """What each optimizer's authors take for a language model; muon's betas are its AdamW's."""
 
+MUON_RATE = 0.02
 LION_SHARE = 0.2
 """of AdamW's learning rate suits Lion, at five times the decay (Chen et al. 2023, section 5)"""
 
@@ -52,13 +53,14 @@ LION_SHARE = 0.2
 class OptimSettings:
     """The optimizer and its schedule; what is not set takes the named optimizer's own default."""
 
-    name: OptimizerName = "adamw"
-    """muon is for the blocks' matrices, with adamw for the rest; adafactor is PaLM's"""
+    name: OptimizerName | None = None
+    """muon is for the blocks' matrices, with adamw for the rest; adafactor is PaLM's; not set is
+    adamw, with --depth muon"""
     lr: float | None = None
     """peak learning rate; not set takes the model preset's (lion a fifth of it, adafactor
     sqrt(dim) times it, relative to each parameter's root mean square)"""
-    muon_lr: float = 0.02
-    """peak learning rate of muon's matrices"""
+    muon_lr: float | None = None
+    """peak learning rate of muon's matrices; not set is 0.02"""
     weight_decay: float | None = None
     """decoupled decay of matrices, norm scales and biases never decay; not set is 0.1 (lion 0.5),
     or 1 with another --optim.decay-rule than fixed"""
@@ -87,10 +89,11 @@ class OptimSettings:
 
     def __post_init__(self) -> None:
         check(self.lr is None or 0 < self.lr < 10, "optim.lr", self.lr, "above 0 and below 10")
-        check(0 < self.muon_lr < 10, "optim.muon_lr", self.muon_lr, "above 0 and below 10")
+        muon_lr = self.muon_lr
+        check(muon_lr is None or 0 < muon_lr < 10, "optim.muon_lr", muon_lr, "above 0 and below 10")
         for name in ("beta1", "beta2", "eps"):
-            value, own = getattr(self, name), name in PUBLISHED[self.name]
-            check(value is None or own, f"optim.{name}", value, f"left out: {self.name} has none")
+            value, own = getattr(self, name), name in PUBLISHED[self.kind]
+            check(value is None or own, f"optim.{name}", value, f"left out: {self.kind} has none")
             fits = value is None or (value > 0 if name == "eps" else 0 <= value < 1)
             check(fits, f"optim.{name}", value, "above 0" if name == "eps" else "in [0, 1)")
         for name in ("weight_decay", "warmup", "final_lr", "cooldown"):
@@ -104,6 +107,11 @@ class OptimSettings:
         check(self.clip > 0, "optim.clip", self.clip, "above 0")
 
     @property
+    def kind(self) -> OptimizerName:
+        """Which optimizer it is."""
+        return self.name or "adamw"
+
+    @property
     def warm(self) -> float:
         """The warm-up's share of the steps."""
         if self.warmup is not None:
@@ -113,11 +121,12 @@ class OptimSettings:
     @property
     def rule(self) -> DecayRule:
         """How far a step shrinks matrices."""
-        return self.decay_rule or ("palm" if self.name == "adafactor" else "fixed")
+        return self.decay_rule or ("palm" if self.kind == "adafactor" else "fixed")
 
     def resolved(self) -> "OptimSettings":
         """With the defaults in place of what was not set."""
-        own: dict[str, Any] = PUBLISHED[self.name] | {"decay_rule": self.rule, "warmup": self.warm}
+        own: dict[str, Any] = PUBLISHED[self.kind] | {"name": self.kind, "muon_lr": MUON_RATE}
+        own |= {"decay_rule": self.rule, "warmup": self.warm}
         if self.rule != "fixed":
             own["weight_decay"] = 1.0
         return replace(self, **{n: v for n, v in own.items() if getattr(self, n) is None})
@@ -130,7 +139,7 @@ class OptimSettings:
         """
         if self.lr is not None:
             return self.lr
-        return adamw_rate * {"lion": LION_SHARE, "adafactor": dim**0.5}.get(self.name, 1.0)
+        return adamw_rate * {"lion": LION_SHARE, "adafactor": dim**0.5}.get(self.kind, 1.0)
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,16 @@ class ArchSettings:
 
     init: Literal["default", "palm"] | None = None
     """of fresh weights: palm has embeddings of deviation 1 and logits scaled by 1/sqrt(dim)"""
+    dim: int | None = None
+    """width of the residual stream"""
+    depth: int | None = None
+    """blocks"""
+    heads: int | None = None
+    """query heads"""
+    head_dim: int | None = None
+    """width of one head"""
+    ff_dim: int | None = None
+    """hidden width of the feed-forward branch"""
     kv_heads: int | None = None
     """key/value heads: 1 is multi-query, as many as heads is multi-head"""
     qk_norm: bool | None = None
@@ -248,7 +267,10 @@ class TrainSettings:
     out: Path
     """directory of the run; the same command goes on where it stopped"""
     model: str | None = None
-    """preset, see `openpalm models`; may be left out with --init"""
+    """preset, see `openpalm models`; may be left out with --depth or --init"""
+    depth: int | None = None
+    """instead of --model, the one dial: so many blocks; width, heads, batch, learning rates, decay
+    and steps then follow by rules, are printed, and give way to options of their own"""
     init: str | None = None
     """checkpoint, run or hub name to take the weights from, with a fresh optimizer"""
     steps: int | None = None
@@ -301,17 +323,19 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         # Here, not in OptimSettings: a file or an option may still change its optimizer's name.
-        object.__setattr__(self, "optim", self.optim.resolved())
-        if self.model is None and self.init is None:
-            raise SettingsError("give --model (see `openpalm models`) or --init")
-        lengths = [self.steps, self.minutes, self.epochs]
-        if sum(length is not None for length in lengths) != 1:
+        if self.depth is None:
+            object.__setattr__(self, "optim", self.optim.resolved())
+        if self.model is None and self.init is None and self.depth is None:
+            raise SettingsError("give --model (see `openpalm models`), --depth or --init")
+        if self.depth is not None and (self.model or self.init or self.arch.depth):
+            raise SettingsError("give --depth alone, without --model, --init or --arch.depth")
+        if self.lengths != 1 and not (self.lengths == 0 and self.depth is not None):
             raise SettingsError("give exactly one of --steps, --minutes and --epochs")
         if self.lora.rank and self.last_layers is not None:
             raise SettingsError("give --lora.rank or --last-layers, not both")
         for name in (
             *("steps", "minutes", "epochs", "sequence_length", "save_every", "eval_every"),
-            "last_layers",
+            *("last_layers", "depth"),
         ):
             value = getattr(self, name)
             check(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
@@ -329,6 +353,11 @@ class TrainSettings:
             self.batch_tokens,
             "above 0",
         )
+
+    @property
+    def lengths(self) -> int:
+        """How many options say how long the run is."""
+        return sum(length is not None for length in (self.steps, self.minutes, self.epochs))
 
     @property
     def trains_all(self) -> bool:
