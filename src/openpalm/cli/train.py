@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from openpalm.settings import parse, spell
@@ -51,8 +52,10 @@ def pretrain(settings: TrainSettings, label: str = "train") -> "Outcome":
     tokenizer = dataset.tokenizer()
     if settings.depth is not None:
         settings, derived = scaled(settings, tokenizer.vocab_size)
-        told = "  ".join(f"{spell(name)} {value}" for name, value in derived.items())
-        print(f"--depth {settings.depth}: {told}", file=sys.stderr)
+        told = " ".join(f"{spell(name)}={value}" for name, value in derived.items())
+        print(
+            fill(f"--depth {settings.depth}: {told}", 98, break_on_hyphens=False), file=sys.stderr
+        )
     init = weights_path(settings.init) if settings.init else None
     start = starting_point(settings, init, tokenizer)
     tokens = dataset.tokens("train")
