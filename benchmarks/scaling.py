@@ -184,13 +184,25 @@ SWEEPS = {
 }
 
 
+def optima(losses: dict[Run, float], sweep: str) -> dict[int, Optimum]:
+    rate, over, base = SWEEPS[sweep]
+    return {v: Optimum.of(points) for v, points in swept(losses, rate, over, base).items()}
+
+
+def best_batch(losses: dict[Run, float]) -> float:
+    """Tokens in a step, where each batch has its own best rate."""
+    found = optima(losses, "muon_lr against batch")
+    return Optimum.of({batch: optimum.loss for batch, optimum in found.items()}).rate
+
+
 def fit(losses: dict[Run, float]) -> None:
     """Prints the optimum of each sweep, and the power law through those of several."""
-    for name, (rate, over, base) in SWEEPS.items():
-        optima = {v: Optimum.of(points) for v, points in swept(losses, rate, over, base).items()}
-        told = ", ".join(f"{v}: {o.rate:.3g} (loss {o.loss:.3f})" for v, o in optima.items())
-        law = f"; exponent {power(optima)[0]:.2f}" if len(optima) > 1 else ""
+    for name in SWEEPS:
+        found = optima(losses, name)
+        told = ", ".join(f"{v}: {o.rate:.3g} (loss {o.loss:.3f})" for v, o in found.items())
+        law = f"; exponent {power(found)[0]:.2f}" if len(found) > 1 else ""
         print(f"{name}: {told}{law}")
+    print(f"best batch: {best_batch(losses):.0f}")
 
 
 def draw(losses: dict[Run, float], path: Path) -> None:

@@ -1,8 +1,8 @@
 """--depth: what it derives fits together, gives way to options, and is what the runs say."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from openpalm.settings import build, plain, read_yaml
 from openpalm.train.config import ArchSettings, OptimSettings, TrainSettings, batch_shape
 from openpalm.train.scaling import RATE_BATCH_POWER, TOKENS_A_PARAMETER, of_depth, scaled
 
-VOCAB = 1024
+VOCAB, EPOCH = 1024, 1_000_000
 DEPTHS = [1, 2, 3, 4, 6, 8, 12, 20, 40]
 
 
@@ -24,7 +24,7 @@ def dial(depth: int, **changes: Any) -> TrainSettings:
 
 
 def derived(depth: int, **changes: Any) -> TrainSettings:
-    return scaled(dial(depth, **changes), VOCAB)[0]
+    return scaled(dial(depth, **changes), VOCAB, EPOCH)[0]
 
 
 def config(depth: int) -> ModelConfig:
@@ -59,7 +59,7 @@ def test_length_is_twenty_tokens_a_parameter(depth: int):
 
 def check_order(values: list[tuple[int, int, float, float, float]]) -> None:
     """A deeper model never has smaller batches, fewer steps or higher rates, nor an odd decay."""
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in pairwise(values):
         assert after[0] >= before[0]
         assert after[0] * after[1] > before[0] * before[1]
     first, last = values[0], values[-1]
@@ -102,7 +102,7 @@ def with_choice(name: str, value: Any) -> tuple[TrainSettings, dict[str, Any]]:
     part, _, field = name.rpartition(".")
     kinds = {"arch": ArchSettings, "optim": OptimSettings}
     changes = {part: kinds[part](**{field: value})} if part else {field: value}
-    return scaled(dial(2, **changes), VOCAB)
+    return scaled(dial(2, **changes), VOCAB, EPOCH)
 
 
 @pytest.mark.parametrize(("name", "value"), CHOICES)
@@ -118,10 +118,22 @@ def test_an_option_wins(name: str, value: Any):
 
 @pytest.mark.parametrize("length", [{"minutes": 1.0}, {"epochs": 2.0}])
 def test_another_length_stands_for_steps(length: dict[str, float]):
-    settings, told = scaled(dial(3, **length), VOCAB)
+    settings, told = scaled(dial(3, **length), VOCAB, EPOCH)
     assert settings.steps is None
     assert "steps" not in told
-    assert settings.optim == derived(3).optim
+
+
+def test_the_rules_follow_the_length_that_is_asked_for():
+    whole = derived(3)
+    assert derived(3, minutes=1.0).optim == whole.optim
+    batch, steps, *_ = numbers(whole)
+    as_long = derived(3, epochs=batch * steps / EPOCH)
+    assert (as_long.batch_tokens, as_long.optim) == (batch, whole.optim)
+    rates = [numbers(derived(3, steps=n)) for n in (steps // 64, steps // 8, steps)]
+    assert rates[-1] == numbers(whole)
+    assert [r[0] for r in rates] == sorted(r[0] for r in rates)
+    for place in (2, 3):
+        assert sorted((r[place] for r in rates), reverse=True) == [r[place] for r in rates]
 
 
 def test_a_width_changes_what_follows():
@@ -187,5 +199,3 @@ def test_a_run_prints_keeps_and_goes_on_with_what_was_derived(
     assert main(["train", f"--config={run / 'config.yaml'}", f"--out={again}"]) == 0
     repeated = build(TrainSettings, read_yaml(again / "config.yaml"))
     assert plain(repeated) == plain(stored) | {"out": str(again)}
-
-

@@ -50,15 +50,15 @@ def pretrain(settings: TrainSettings, label: str = "train") -> "Outcome":
 
     dataset = open_dataset(settings.data)
     tokenizer = dataset.tokenizer()
+    tokens = dataset.tokens("train")
     if settings.depth is not None:
-        settings, derived = scaled(settings, tokenizer.vocab_size)
+        settings, derived = scaled(settings, tokenizer.vocab_size, len(tokens))
         told = " ".join(f"{spell(name)}={value}" for name, value in derived.items())
         print(
             fill(f"--depth {settings.depth}: {told}", 98, break_on_hyphens=False), file=sys.stderr
         )
     init = weights_path(settings.init) if settings.init else None
     start = starting_point(settings, init, tokenizer)
-    tokens = dataset.tokens("train")
     length = settings.sequence_length or start.config.context
     probes = [sample_probe(tokenizer, PROMPTS)]
     if len(dataset.tokens("val")) > 1:

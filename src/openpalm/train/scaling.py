@@ -5,10 +5,23 @@ et al. 2020, section 3.2), heads of 64 that fill the width, one key/value head, 
 times the width, 128 tokens of context a block rounded up to a power of two, 256 to 2048, as in
 our presets.
 
-Length: D = 20 tokens a parameter (Hoffmann et al. 2022).
+Length: D = 20 N tokens for N parameters (Hoffmann et al. 2022), or what is asked for.
 
-Batch, in tokens: B = 2048 (D / 2^19)^0.383. The exponent is Bergsma et al.'s (2025, Power Lines),
-who find it free of the model's size; the constant is ours.
+Batch, in tokens: B = 1130 (D / 2^19)^0.383, rounded to a power of two of sequences. The constant
+is of our runs, the exponent of Bergsma et al. (2025, Power Lines), who find it free of the size.
+
+Optimizer: muon, which beats adamw by 0.13 nats a token at depth 2. Peak learning rates, of
+muon's matrices and of the rest (by far most of it the embedding), whose exponents of B and D are
+those of muon_lr:
+
+    muon_lr = 0.0276 (dim / 128)^-0.45 (B / 2048)^0.51 (D / 2^19)^-0.38
+    lr      = 0.052  (dim / 128)^-0.30 (B / 2048)^0.51 (D / 2^19)^-0.38
+
+Fitted on runs at depths 1 to 4, batches of 512 to 4096 tokens and lengths of 2^17 to 2^20
+(benchmarks/scaling.py); what lies beyond is extrapolated. adamw alone has 0.006 for 0.052.
+
+Weight decay: 1 / (tau rate steps), tau = 1.084 (D / N)^-0.527: the span over which the weights
+average their updates is a fixed share of the run (Bergsma et al., after Wang and Aitchison 2024).
 """
 
 import math
@@ -22,13 +35,13 @@ HEAD_DIM = 64
 CONTEXT_A_BLOCK, LEAST_CONTEXT, MOST_CONTEXT = 128, 256, 2048
 TOKENS_A_PARAMETER = 20
 
-BATCH, BATCH_POWER = 2048, 0.383
-RATES = {"muon": 0.06, "adamw": 0.006}
-MUON_RATE = 0.04
-RATE_BATCH_POWER, RATE_TOKENS_POWER = 0.5, -0.3
-FITTED_AT = 2**19
-"""Tokens of the runs that the constants above are of."""
-TIMESCALE = 1.084 * TOKENS_A_PARAMETER**-0.527
+FITTED_DIM, FITTED_BATCH, FITTED_TOKENS = 128, 2048, 2**19
+"""The runs in whose powers the rules are written."""
+BEST_BATCH, BATCH_POWER = 1130, 0.383
+MUON_RATE, MUON_DIM_POWER = 0.0276, -0.45
+REST_RATE, ADAMW_RATE, DIM_POWER = 0.052, 0.006, -0.3
+RATE_BATCH_POWER, RATE_TOKENS_POWER = 0.51, -0.38
+TIMESCALE, TIMESCALE_POWER = 1.084, -0.527
 MOST_DECAY = 0.5
 
 
@@ -45,16 +58,18 @@ def of_depth(depth: int) -> Preset:
         ff_dim=4 * dim,
         context=min(MOST_CONTEXT, max(LEAST_CONTEXT, context)),
     )
-    return Preset(config, RATES["adamw"], "of --depth")
+    return Preset(config, ADAMW_RATE, "of --depth")
 
 
-def scaled(settings: TrainSettings, vocab_size: int) -> tuple[TrainSettings, dict[str, Any]]:
-    """The settings with what --depth derives for such a vocabulary, and that, by option.
+def scaled(
+    settings: TrainSettings, vocab_size: int, epoch_tokens: int
+) -> tuple[TrainSettings, dict[str, Any]]:
+    """The settings with what --depth derives, and that, by option.
 
-    What is set already stays, and what follows from it follows from that.
+    What is set stays, and what follows from it follows from that; only --minutes, whose steps are
+    not known yet, counts as D = 20 N.
     """
     assert settings.depth is not None
-    arch, optim = settings.arch, settings.optim
     values: dict[str, Any] = {}
 
     def derive(name: str, given: Any, value: Any) -> Any:
@@ -63,29 +78,41 @@ def scaled(settings: TrainSettings, vocab_size: int) -> tuple[TrainSettings, dic
         return given
 
     config = replace(of_depth(settings.depth).config, vocab_size=vocab_size)
-    sizes = ("dim", "heads", "head_dim", "ff_dim", "kv_heads")
-    own = {
-        name: derive(f"arch.{name}", getattr(arch, name), getattr(config, name)) for name in sizes
-    }
-    config = replace(config, **own)
-    tokens = TOKENS_A_PARAMETER * config.parameters
+    for name in ("dim", "heads", "head_dim", "ff_dim", "kv_heads"):
+        size = derive(f"arch.{name}", getattr(settings.arch, name), getattr(config, name))
+        config = replace(config, **{name: size})
     length = derive("sequence_length", settings.sequence_length, config.context)
-    whole = 2 ** round(math.log2(BATCH * (tokens / FITTED_AT) ** BATCH_POWER / length))
-    batch = derive("batch_tokens", settings.batch_tokens, length * max(1, whole))
-    steps = math.ceil(tokens / batch / Ramp.parse(settings.batch_ramp).mean)
+
+    whole = Ramp.parse(settings.batch_ramp).mean
+    tokens = TOKENS_A_PARAMETER * config.parameters
+    if settings.epochs:
+        tokens = settings.epochs * epoch_tokens
+    best = BEST_BATCH * (tokens / FITTED_TOKENS) ** BATCH_POWER
+    if settings.steps:  # then D = steps B, and the rule is solved for B
+        best = BEST_BATCH * (settings.steps * whole / FITTED_TOKENS) ** BATCH_POWER
+        best **= 1 / (1 - BATCH_POWER)
+    rows = max(1, 2 ** round(math.log2(best / length)))
+    batch = derive("batch_tokens", settings.batch_tokens, length * rows)
+    steps = settings.steps or math.ceil(tokens / (batch * whole))
     if not settings.lengths:
         derive("steps", None, steps)
 
-    name = derive("optim.name", optim.name, "muon")
-    optim = replace(optim, name=name)
-    factor = (batch / BATCH) ** RATE_BATCH_POWER * (tokens / FITTED_AT) ** RATE_TOKENS_POWER
-    rate = RATES.get(name, RATES["adamw"]) * factor
-    lr = derive("optim.lr", optim.lr, optim.peak(rate, config.dim))
+    tokens = steps * batch * whole
+    name = derive("optim.name", settings.optim.name, "muon")
+    optim = replace(settings.optim, name=name)
+    width = config.dim / FITTED_DIM
+    factor = (batch / FITTED_BATCH) ** RATE_BATCH_POWER
+    factor *= (tokens / FITTED_TOKENS) ** RATE_TOKENS_POWER
+    rate = (REST_RATE if name == "muon" else ADAMW_RATE) * width**DIM_POWER * factor
+    rate = derive("optim.lr", optim.lr, optim.peak(rate, config.dim))
     if name == "muon":
-        lr = derive("optim.muon_lr", optim.muon_lr, MUON_RATE * factor)
+        rate = MUON_RATE * width**MUON_DIM_POWER * factor
+        rate = derive("optim.muon_lr", optim.muon_lr, rate)
     if optim.rule == "fixed":
-        decay = min(MOST_DECAY, 1 / (TIMESCALE * lr * steps))
-        derive("optim.weight_decay", optim.weight_decay, decay)
+        share = TIMESCALE * (tokens / config.parameters) ** TIMESCALE_POWER
+        derive(
+            "optim.weight_decay", optim.weight_decay, min(MOST_DECAY, 1 / (share * rate * steps))
+        )
     return _with(settings, values), values
 
 
