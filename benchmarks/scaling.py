@@ -129,13 +129,11 @@ def sweeps(runs: Runs) -> None:
         runs.sweep(replace(tuned, depth=1, tokens=tokens), "muon_lr")
     for batch in (512, 1024, 4096):
         runs.sweep(replace(tuned, batch_tokens=batch), "muon_lr")
-    adamw = runs.sweep(Run(2, "adamw", lr=4e-3), "lr")
+    runs.sweep(Run(2, "adamw", lr=4e-3), "lr")
     runs.sweep(replace(tuned, depth=4), "muon_lr")
-    runs.sweep(replace(adamw, depth=3), "lr")
     for depth in (2, 3):
         runs.sweep(replace(tuned, depth=depth, muon_lr=0.04), "lr")
     runs.sweep(replace(tuned, tokens=1 << 20), "muon_lr")
-    runs.sweep(tuned, "weight_decay")
 
 
 Points = dict[float, float]
