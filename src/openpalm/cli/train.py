@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
-from openpalm.settings import parse
+from openpalm.settings import parse, spell
 from openpalm.train.config import PretrainSettings, TrainSettings
+from openpalm.train.scaling import scaled
 
 if TYPE_CHECKING:
     from openpalm.train.run import Outcome
@@ -15,6 +17,8 @@ EXAMPLES = [
     "openpalm train --model palm-tiny --data data/docs --out runs/tiny --steps 200",
     "openpalm train --model palm-14m --data data/docs --out runs/laptop --minutes 30",
     "openpalm train --model palm-14m --data mixture.yaml --out runs/mixed --epochs 2",
+    "openpalm train --depth 4 --data data/docs --out runs/d4",
+    "openpalm train --config configs/laptop.yaml --data data/docs --out runs/laptop",
     "openpalm train --init runs/laptop --data data/more --out runs/more --steps 500",
     "openpalm train --config runs/tiny/config.yaml --out runs/again",
 ]
@@ -47,6 +51,12 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
 
     sets = open_sets(settings.data)
     tokenizer = sets.datasets[0].tokenizer()
+    if settings.depth is not None:
+        settings, derived = scaled(settings, tokenizer.vocab_size, len(sets.tokens("train")))
+        told = " ".join(f"{spell(name)}={value}" for name, value in derived.items())
+        print(
+            fill(f"--depth {settings.depth}: {told}", 98, break_on_hyphens=False), file=sys.stderr
+        )
     init = weights_path(settings.init) if settings.init else None
     start = starting_point(settings, init, tokenizer)
     length = settings.sequence_length or start.config.context

@@ -44,6 +44,7 @@ PUBLISHED: dict[OptimizerName, dict[str, float]] = {
 }
 """What each optimizer's authors take for a language model; muon's betas are its AdamW's."""
 
+MUON_RATE = 0.02
 LION_SHARE = 1 / 3
 """of AdamW's learning rate, at three times the decay: Chen et al. 2023, section 5, give a third to
 a tenth, and in short runs on small batches the largest was the best"""
@@ -53,13 +54,14 @@ a tenth, and in short runs on small batches the largest was the best"""
 class OptimSettings:
     """The optimizer and its schedule; what is not set takes the named optimizer's own default."""
 
-    name: OptimizerName = "adamw"
-    """muon is for the blocks' matrices, with adamw for the rest; adafactor is PaLM's"""
+    name: OptimizerName | None = None
+    """muon is for the blocks' matrices, with adamw for the rest; adafactor is PaLM's; not set is
+    adamw, with --depth muon"""
     lr: float | None = None
     """peak learning rate; not set takes the model preset's (lion a third of it, adafactor
     sqrt(dim) times it, relative to each parameter's root mean square)"""
-    muon_lr: float = 0.02
-    """peak learning rate of muon's matrices"""
+    muon_lr: float | None = None
+    """peak learning rate of muon's matrices; not set is 0.02"""
     weight_decay: float | None = None
     """decoupled decay of matrices, norm scales and biases never decay; not set is 0.1 (lion 0.3),
     or 1 with another --optim.decay-rule than fixed"""
@@ -88,10 +90,11 @@ class OptimSettings:
 
     def __post_init__(self) -> None:
         check(self.lr is None or 0 < self.lr < 10, "optim.lr", self.lr, "above 0 and below 10")
-        check(0 < self.muon_lr < 10, "optim.muon_lr", self.muon_lr, "above 0 and below 10")
+        muon_lr = self.muon_lr
+        check(muon_lr is None or 0 < muon_lr < 10, "optim.muon_lr", muon_lr, "above 0 and below 10")
         for name in ("beta1", "beta2", "eps"):
-            value, own = getattr(self, name), name in PUBLISHED[self.name]
-            check(value is None or own, f"optim.{name}", value, f"left out: {self.name} has none")
+            value, own = getattr(self, name), name in PUBLISHED[self.kind]
+            check(value is None or own, f"optim.{name}", value, f"left out: {self.kind} has none")
             fits = value is None or (value > 0 if name == "eps" else 0 <= value < 1)
             check(fits, f"optim.{name}", value, "above 0" if name == "eps" else "in [0, 1)")
         for name in ("weight_decay", "warmup", "final_lr", "cooldown"):
@@ -105,6 +108,11 @@ class OptimSettings:
         check(self.clip > 0, "optim.clip", self.clip, "above 0")
 
     @property
+    def kind(self) -> OptimizerName:
+        """Which optimizer it is."""
+        return self.name or "adamw"
+
+    @property
     def warm(self) -> float:
         """The warm-up's share of the steps."""
         if self.warmup is not None:
@@ -114,11 +122,12 @@ class OptimSettings:
     @property
     def rule(self) -> DecayRule:
         """How far a step shrinks matrices."""
-        return self.decay_rule or ("palm" if self.name == "adafactor" else "fixed")
+        return self.decay_rule or ("palm" if self.kind == "adafactor" else "fixed")
 
     def resolved(self) -> "OptimSettings":
         """With the defaults in place of what was not set."""
-        own: dict[str, Any] = PUBLISHED[self.name] | {"decay_rule": self.rule, "warmup": self.warm}
+        own: dict[str, Any] = PUBLISHED[self.kind] | {"name": self.kind, "muon_lr": MUON_RATE}
+        own |= {"decay_rule": self.rule, "warmup": self.warm}
         if self.rule != "fixed":
             own["weight_decay"] = 1.0
         return replace(self, **{n: v for n, v in own.items() if getattr(self, n) is None})
@@ -131,7 +140,7 @@ class OptimSettings:
         """
         if self.lr is not None:
             return self.lr
-        return adamw_rate * {"lion": LION_SHARE, "adafactor": dim**0.5}.get(self.name, 1.0)
+        return adamw_rate * {"lion": LION_SHARE, "adafactor": dim**0.5}.get(self.kind, 1.0)
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,16 @@ class ArchSettings:
 
     init: Literal["default", "palm"] | None = None
     """of fresh weights: palm has embeddings of deviation 1 and logits scaled by 1/sqrt(dim)"""
+    dim: int | None = None
+    """width of the residual stream"""
+    depth: int | None = None
+    """blocks"""
+    heads: int | None = None
+    """query heads"""
+    head_dim: int | None = None
+    """width of one head"""
+    ff_dim: int | None = None
+    """hidden width of the feed-forward branch"""
     kv_heads: int | None = None
     """key/value heads: 1 is multi-query, as many as heads is multi-head"""
     qk_norm: bool | None = None
@@ -305,11 +324,11 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         # Here, not in OptimSettings: a file or an option may still change its optimizer's name.
-        object.__setattr__(self, "optim", self.optim.resolved())
-        if self.model is None and self.init is None:
+        if self.dial is None:
+            object.__setattr__(self, "optim", self.optim.resolved())
+        if self.model is None and self.init is None and self.dial is None:
             raise SettingsError("give --model (see `openpalm models`) or --init")
-        lengths = [self.steps, self.minutes, self.epochs]
-        if sum(length is not None for length in lengths) != 1:
+        if self.lengths != 1 and not (self.lengths == 0 and self.dial is not None):
             raise SettingsError("give exactly one of --steps, --minutes and --epochs")
         if self.lora.rank and self.last_layers is not None:
             raise SettingsError("give --lora.rank or --last-layers, not both")
@@ -335,6 +354,16 @@ class TrainSettings:
         )
 
     @property
+    def dial(self) -> int | None:
+        """--depth, of runs that have it."""
+        return None
+
+    @property
+    def lengths(self) -> int:
+        """How many options say how long the run is."""
+        return sum(length is not None for length in (self.steps, self.minutes, self.epochs))
+
+    @property
     def trains_all(self) -> bool:
         """Whether every weight learns."""
         return not self.lora.rank and self.last_layers is None
@@ -344,8 +373,21 @@ class TrainSettings:
 class PretrainSettings(TrainSettings):
     """A run on prepared text: one dataset, or a mixture of several."""
 
+    depth: int | None = None
+    """instead of --model, the one dial: so many blocks; width, heads, batch, learning rates, decay
+    and steps then follow by rules, are printed, and give way to options of their own"""
     document_mask: bool = False
     """attention stays inside documents, in training and validation"""
+
+    def __post_init__(self) -> None:
+        check(self.depth is None or self.depth > 0, "depth", self.depth, "above 0 and finite")
+        if self.depth is not None and (self.model or self.init or self.arch.depth):
+            raise SettingsError("give --depth alone, without --model, --init or --arch.depth")
+        super().__post_init__()
+
+    @property
+    def dial(self) -> int | None:
+        return self.depth
 
 
 @dataclass(frozen=True)

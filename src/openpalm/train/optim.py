@@ -59,13 +59,12 @@ class Optimizer:
             parameter: name for name, parameter in model.named_parameters()
         }
         trained = [p for p in model.parameters() if p.requires_grad]
-        muon = [p for p in trained if settings.name == "muon" and self._suits_muon(p)]
+        muon = [p for p in trained if settings.kind == "muon" and self._suits_muon(p)]
         others = [p for p in trained if not any(p is other for other in muon)]
         self.parts: list[torch.optim.Optimizer] = [self._main(others, lr)]
         if muon:
-            self.parts.append(
-                torch.optim.Muon([{"params": muon, "decays": True}], lr=settings.muon_lr)
-            )
+            rate = given(settings.muon_lr)
+            self.parts.append(torch.optim.Muon([{"params": muon, "decays": True}], lr=rate))
         for part in self.parts:
             for group in part.param_groups:
                 group["peak_lr"] = group["lr"]
@@ -81,7 +80,7 @@ class Optimizer:
             {"params": [p for p in parameters if p.dim() < 2], "decays": False},
         ]
         beta1, beta2, eps = self.settings.beta1, self.settings.beta2, self.settings.eps
-        match self.settings.name:
+        match self.settings.kind:
             case "stable-adamw":
                 return StableAdamW(groups, lr, beta1=beta1, beta2=beta2, eps=eps)
             case "lion":

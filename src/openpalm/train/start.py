@@ -9,10 +9,14 @@ from openpalm import checkpoint
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.model import lora
-from openpalm.model.config import PRESETS, ModelConfig, RewardConfig, preset
+from openpalm.model.config import PRESETS, ModelConfig, Preset, RewardConfig, preset
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.settings import plain, spell
 from openpalm.train.config import TrainSettings
+from openpalm.train.scaling import of_depth
+
+SIZES = ("dim", "depth", "heads", "head_dim", "ff_dim", "kv_heads")
+"""What the shapes of a model's weights fix."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,7 @@ def starting_point(
     model or reads another tokenizer's ids.
     """
     if init is None:
-        assert settings.model is not None
-        named = preset(settings.model)
+        named = _named(settings)
         config = _changed(named.config, settings, vocab_size=tokenizer.vocab_size)
         init_as = settings.arch.init or "default"
         if init_as == "palm" and config.tied:  # an untied head is a matrix like any other
@@ -59,7 +62,7 @@ def starting_point(
     check_reads(directory, tokenizer)
     stored = checkpoint.load_config(directory)
     config = _changed(stored, settings)
-    for name in ("kv_heads", "qk_norm"):
+    for name in (*SIZES, "qk_norm"):
         if getattr(config, name) != getattr(stored, name):
             raise CheckpointError(
                 f"{directory}: has {name} {getattr(stored, name)}, which its weights fix; "
@@ -75,6 +78,14 @@ def starting_point(
         checkpoint.read_manifest(directory)["sha256"],
         checkpoint.load_reward_config(directory),
     )
+
+
+def _named(settings: TrainSettings) -> Preset:
+    """What --depth or --model asks for."""
+    if settings.dial is not None:
+        return of_depth(settings.dial)
+    assert settings.model is not None
+    return preset(settings.model)
 
 
 def check_trained(settings: TrainSettings, config: ModelConfig) -> None:
@@ -136,7 +147,7 @@ def check_reads(directory: Path, tokenizer: Tokenizer) -> None:
 
 
 def _same_sizes(directory: Path, stored: ModelConfig, wanted: ModelConfig, name: str) -> None:
-    for size in ("dim", "depth", "heads", "head_dim", "ff_dim", "kv_heads"):
+    for size in SIZES:
         has, needs = getattr(stored, size), getattr(wanted, size)
         if has != needs:
             raise CheckpointError(

@@ -1,0 +1,126 @@
+"""`--depth N`: what else a run needs, from one number by rules. Knows no data and no clock.
+
+Shape: PaLM's block, 64 of width a block deep (within wide bounds the ratio hardly matters: Kaplan
+et al. 2020, section 3.2), heads of 64 that fill the width, one key/value head, feed-forward four
+times the width, 128 tokens of context a block rounded up to a power of two, 256 to 2048, as in
+our presets.
+
+Length: D = 20 N tokens for N parameters (Hoffmann et al. 2022), or what is asked for.
+
+Batch, in tokens: B = 1130 (D / 2^19)^0.383, rounded to a power of two of sequences. The constant
+is of our runs, the exponent of Bergsma et al. (2025, Power Lines), who find it free of the size.
+
+Optimizer: muon, which beats adamw by 0.13 nats a token at depth 2. Peak learning rates, of
+muon's matrices and of the rest (by far most of it the embedding), whose exponents of B and D are
+those of muon_lr:
+
+    muon_lr = 0.0276 (dim / 128)^-0.45 (B / 2048)^0.51 (D / 2^19)^-0.38
+    lr      = 0.052  (dim / 128)^-0.30 (B / 2048)^0.51 (D / 2^19)^-0.38
+
+Fitted on runs at depths 1 to 4, batches of 512 to 4096 tokens and lengths of 2^17 to 2^20
+(benchmarks/scaling.py); what lies beyond is extrapolated. adamw alone has 0.006 for 0.052.
+
+Weight decay: 1 / (tau rate steps), tau = 1.084 (D / N)^-0.527: the span over which the weights
+average their updates is a fixed share of the run (Bergsma et al., after Wang and Aitchison 2024).
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from openpalm.model.config import ModelConfig, Preset
+from openpalm.train.config import PretrainSettings, Ramp
+
+HEAD_DIM = 64
+CONTEXT_A_BLOCK, LEAST_CONTEXT, MOST_CONTEXT = 128, 256, 2048
+TOKENS_A_PARAMETER = 20
+
+FITTED_DIM, FITTED_BATCH, FITTED_TOKENS = 128, 2048, 2**19
+"""The runs in whose powers the rules are written."""
+BEST_BATCH, BATCH_POWER = 1130, 0.383
+MUON_RATE, MUON_DIM_POWER = 0.0276, -0.45
+REST_RATE, ADAMW_RATE, DIM_POWER = 0.052, 0.006, -0.3
+RATE_BATCH_POWER, RATE_TOKENS_POWER = 0.51, -0.38
+TIMESCALE, TIMESCALE_POWER = 1.084, -0.527
+MOST_DECAY = 0.5
+
+
+def of_depth(depth: int) -> Preset:
+    """The model of that depth; its vocabulary and learning rate are not settled yet."""
+    dim = HEAD_DIM * depth
+    context = 1 << (CONTEXT_A_BLOCK * depth - 1).bit_length()
+    config = ModelConfig(
+        vocab_size=1,
+        dim=dim,
+        depth=depth,
+        heads=depth,
+        head_dim=HEAD_DIM,
+        ff_dim=4 * dim,
+        context=min(MOST_CONTEXT, max(LEAST_CONTEXT, context)),
+    )
+    return Preset(config, ADAMW_RATE, "of --depth")
+
+
+def scaled(
+    settings: PretrainSettings, vocab_size: int, epoch_tokens: int
+) -> tuple[PretrainSettings, dict[str, Any]]:
+    """The settings with what --depth derives, and that, by option.
+
+    What is set stays, and what follows from it follows from that; only --minutes, whose steps are
+    not known yet, counts as D = 20 N.
+    """
+    assert settings.depth is not None
+    values: dict[str, Any] = {}
+
+    def derive(name: str, given: Any, value: Any) -> Any:
+        if given is None:
+            values[name] = given = float(f"{value:.3g}") if isinstance(value, float) else value
+        return given
+
+    config = replace(of_depth(settings.depth).config, vocab_size=vocab_size)
+    for name in ("dim", "heads", "head_dim", "ff_dim", "kv_heads"):
+        size = derive(f"arch.{name}", getattr(settings.arch, name), getattr(config, name))
+        config = replace(config, **{name: size})
+    length = derive("sequence_length", settings.sequence_length, config.context)
+
+    whole = Ramp.parse(settings.batch_ramp).mean
+    tokens = TOKENS_A_PARAMETER * config.parameters
+    if settings.epochs:
+        tokens = settings.epochs * epoch_tokens
+    best = BEST_BATCH * (tokens / FITTED_TOKENS) ** BATCH_POWER
+    if settings.steps:  # then D = steps B, and the rule is solved for B
+        best = BEST_BATCH * (settings.steps * whole / FITTED_TOKENS) ** BATCH_POWER
+        best **= 1 / (1 - BATCH_POWER)
+    rows = max(1, 2 ** round(math.log2(best / length)))
+    batch = derive("batch_tokens", settings.batch_tokens, length * rows)
+    steps = settings.steps or math.ceil(tokens / (batch * whole))
+    if not settings.lengths:
+        derive("steps", None, steps)
+
+    tokens = steps * batch * whole
+    name = derive("optim.name", settings.optim.name, "muon")
+    optim = replace(settings.optim, name=name)
+    width = config.dim / FITTED_DIM
+    factor = (batch / FITTED_BATCH) ** RATE_BATCH_POWER
+    factor *= (tokens / FITTED_TOKENS) ** RATE_TOKENS_POWER
+    rate = (REST_RATE if name == "muon" else ADAMW_RATE) * width**DIM_POWER * factor
+    rate = derive("optim.lr", optim.lr, optim.peak(rate, config.dim))
+    if name == "muon":
+        rate = MUON_RATE * width**MUON_DIM_POWER * factor
+        rate = derive("optim.muon_lr", optim.muon_lr, rate)
+    if optim.rule == "fixed":
+        share = TIMESCALE * (tokens / config.parameters) ** TIMESCALE_POWER
+        derive(
+            "optim.weight_decay", optim.weight_decay, min(MOST_DECAY, 1 / (share * rate * steps))
+        )
+    return _with(settings, values), values
+
+
+def _with(settings: PretrainSettings, values: dict[str, Any]) -> PretrainSettings:
+    """The settings with values at dotted names."""
+    parts: dict[str, dict[str, Any]] = {"": {}, "arch": {}, "optim": {}}
+    for name, value in values.items():
+        part, _, field = name.rpartition(".")
+        parts[part][field] = value
+    optim = replace(settings.optim, **parts["optim"]).resolved()
+    return replace(settings, arch=replace(settings.arch, **parts["arch"]), optim=optim, **parts[""])

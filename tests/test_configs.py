@@ -1,0 +1,83 @@
+"""Every recipe of configs/ trains: as its file says, but for a model and batches made small."""
+
+from pathlib import Path
+
+import pytest
+from train_samples import write_dataset
+
+from openpalm.cli.main import main
+from openpalm.settings import build, plain, read_yaml
+from openpalm.train import measure
+from openpalm.train.config import PretrainSettings
+
+RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+SMALL = {
+    "arch.dim": 32,
+    "arch.depth": 2,
+    "arch.heads": 2,
+    "arch.head_dim": 16,
+    "arch.ff_dim": 64,
+    "sequence_length": 32,
+    "batch_tokens": 256,
+    "microbatch_tokens": 64,
+    "dtype": "float32",
+}
+STEPS = 3
+LENGTHS = ("steps", "minutes", "epochs")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "plain")
+
+
+def shrunk(recipe: Path, folder: Path) -> Path:
+    """The recipe's copy that runs a few steps, whatever it says about its length."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line.partition(":")[0] not in LENGTHS]
+    copy = folder / recipe.name
+    copy.write_text("\n".join([*lines, f"steps: {STEPS}", ""]), encoding="utf-8")
+    return copy
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains(recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "matmul_flops", lambda *_: 1e9)
+    out = tmp_path / "run"
+    small = [f"--{name}={value}" for name, value in SMALL.items()]
+    words = [f"--config={shrunk(recipe, tmp_path)}", f"--data={data}", f"--out={out}", *small]
+    assert main(["train", *words]) == 0
+    assert (out / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").is_file()
+    check_as_in_the_file(plain(build(PretrainSettings, read_yaml(out / "config.yaml"))), recipe)
+
+
+def check_as_in_the_file(used: dict, recipe: Path) -> None:
+    """Nothing but what was made small differs from the recipe."""
+
+    def flat(values: dict, prefix: str = "") -> dict:
+        parts = [
+            flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+            for k, v in values.items()
+        ]
+        return {name: value for part in parts for name, value in part.items()}
+
+    asked, got = flat(read_yaml(recipe)), flat(used)
+    kept = asked.keys() - {*SMALL, *LENGTHS}
+    assert {name: got.get(name) for name in kept} == {name: asked[name] for name in kept}
+
+
+def test_a_setting_that_is_lost_is_found(tmp_path: Path):
+    recipe = RECIPES[0]
+    settings = build(PretrainSettings, {"data": "d", "out": "o"} | read_yaml(recipe))
+    check_as_in_the_file(plain(settings), recipe)
+    used = plain(settings)
+    used["optim"]["lr"] = 0.5
+    with pytest.raises(AssertionError):
+        check_as_in_the_file(used, recipe)
+
+
+def test_all_recipes_are_looked_at():
+    assert {path.stem for path in RECIPES} >= {
+        *("enwik8", "laptop", "nanopalm-213m", "palm-paper"),
+        *("palm-150m", "palm-410m", "palm-1b", "palm-2.1b"),
+    }
