@@ -58,7 +58,7 @@ POSITIONS = {"rotary": (), "xPos": ("--arch.xpos-base", "512")}
 
 def read(name: str) -> list[Row]:
     path = LOGS / name
-    return [json.loads(line) for line in path.open()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def append(name: str, row: Row) -> None:
