@@ -82,6 +82,12 @@ def test_larger_batches_have_the_fitted_share_of_rate():
         assert large[place] / small[place] == pytest.approx(4**RATE_BATCH_POWER, rel=0.01)
 
 
+def test_the_fitted_runs_have_the_decay_they_had():
+    *_, rate, decay = numbers(derived(2, batch_tokens=2048, sequence_length=256, steps=256))
+    assert rate == 0.033
+    assert decay == pytest.approx(0.1, rel=0.01)
+
+
 CHOICES: list[tuple[str, Any]] = [
     ("batch_tokens", 1024),
     ("steps", 7),

@@ -22,8 +22,9 @@ Fitted on runs of 0.13M to 4.1M parameters, batches of 512 to 4096 tokens and le
 2^20 tokens (benchmarks/scaling.py); what lies beyond is extrapolated. adamw alone has 0.006 for
 0.038, measured at depth 2 only.
 
-Weight decay: 1 / (tau rate steps), tau = 1.084 (D / N)^-0.527: the span over which the weights
-average their updates is a fixed share of the run (Bergsma et al., after Wang and Aitchison 2024).
+Weight decay: 1 / (tau rate steps), tau = 1.08 (D / N)^-0.527: the weights average their updates
+over a share tau of the run (Wang and Aitchison 2024), which falls with the tokens a parameter by
+Bergsma et al.'s exponent; the constant gives our runs the 0.1 they had.
 """
 
 import math
@@ -43,7 +44,7 @@ BEST_BATCH, BATCH_POWER = 1130, 0.383
 MUON_RATE, MUON_DIM_POWER = 0.033, -0.42
 REST_RATE, ADAMW_RATE, DIM_POWER = 0.038, 0.006, -0.67
 RATE_BATCH_POWER, RATE_TOKENS_POWER = 0.51, -0.38
-TIMESCALE, TIMESCALE_POWER = 1.084, -0.527
+TIMESCALE, TIMESCALE_POWER = 1.08, -0.527
 MOST_DECAY = 0.5
 
 
