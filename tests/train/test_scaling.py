@@ -12,18 +12,18 @@ from openpalm.cli.main import main
 from openpalm.errors import SettingsError
 from openpalm.model.config import ModelConfig
 from openpalm.settings import build, plain, read_yaml
-from openpalm.train.config import ArchSettings, OptimSettings, TrainSettings, batch_shape
+from openpalm.train.config import ArchSettings, OptimSettings, PretrainSettings, batch_shape
 from openpalm.train.scaling import RATE_BATCH_POWER, TOKENS_A_PARAMETER, of_depth, scaled
 
 VOCAB, EPOCH = 1024, 1_000_000
 DEPTHS = [1, 2, 3, 4, 6, 8, 12, 20, 40]
 
 
-def dial(depth: int, **changes: Any) -> TrainSettings:
-    return TrainSettings(data=Path("d"), out=Path("o"), depth=depth, **changes)
+def dial(depth: int, **changes: Any) -> PretrainSettings:
+    return PretrainSettings(data=Path("d"), out=Path("o"), depth=depth, **changes)
 
 
-def derived(depth: int, **changes: Any) -> TrainSettings:
+def derived(depth: int, **changes: Any) -> PretrainSettings:
     return scaled(dial(depth, **changes), VOCAB, EPOCH)[0]
 
 
@@ -31,7 +31,7 @@ def config(depth: int) -> ModelConfig:
     return replace(of_depth(depth).config, vocab_size=VOCAB)
 
 
-def numbers(settings: TrainSettings) -> tuple[int, int, float, float, float]:
+def numbers(settings: PretrainSettings) -> tuple[int, int, float, float, float]:
     """Batch, steps, lr, muon_lr and decay, which are all there."""
     optim = settings.optim
     found = settings.batch_tokens, settings.steps, optim.lr, optim.muon_lr, optim.weight_decay
@@ -104,7 +104,7 @@ CHOICES: list[tuple[str, Any]] = [
 ]
 
 
-def with_choice(name: str, value: Any) -> tuple[TrainSettings, dict[str, Any]]:
+def with_choice(name: str, value: Any) -> tuple[PretrainSettings, dict[str, Any]]:
     part, _, field = name.rpartition(".")
     kinds = {"arch": ArchSettings, "optim": OptimSettings}
     changes = {part: kinds[part](**{field: value})} if part else {field: value}
@@ -163,7 +163,7 @@ def test_a_depth_is_above_zero():
 DERIVED = ("arch.kv_heads", "optim.name", "optim.lr", "optim.muon_lr", "optim.weight_decay")
 
 
-def check_told(printed: str, stored: TrainSettings) -> None:
+def check_told(printed: str, stored: PretrainSettings) -> None:
     """The opening lines have what the run's file has, as the options that would set it."""
     words = printed.split()
     for name in DERIVED:
@@ -196,12 +196,12 @@ def test_a_run_prints_keeps_and_goes_on_with_what_was_derived(
     run, again = tmp_path / "run", tmp_path / "again"
     assert main(words(run, "--steps=4")) == 0
     printed = capsys.readouterr().err
-    stored = build(TrainSettings, read_yaml(run / "config.yaml"))
+    stored = build(PretrainSettings, read_yaml(run / "config.yaml"))
     check_told(printed, stored)
     with pytest.raises(AssertionError):
         check_told(printed, replace(stored, optim=replace(stored.optim, muon_lr=0.5)))
     assert main(words(run, "--steps=4")) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert main(["train", f"--config={run / 'config.yaml'}", f"--out={again}"]) == 0
-    repeated = build(TrainSettings, read_yaml(again / "config.yaml"))
+    repeated = build(PretrainSettings, read_yaml(again / "config.yaml"))
     assert plain(repeated) == plain(stored) | {"out": str(again)}

@@ -12,12 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from openpalm import checkpoint
 from openpalm.adapter import load_adapter
 from openpalm.convert import hub
+from openpalm.data.documents import Documents
 from openpalm.data.loader import evaluation_batches
+from openpalm.data.sets import TokenSets
 from openpalm.data.shards import Dataset
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.distributed import pick_device, pick_dtype
 from openpalm.errors import CheckpointError, SettingsError
-from openpalm.evaluate.perplexity import SplitLoss, split_loss
+from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
 from openpalm.generate.engine import Engine
 from openpalm.generate.sampling import Sampling
 from openpalm.generate.text import complete
@@ -113,28 +115,57 @@ def give_adapter(model: Transformer, path: Path | None) -> None:
 
 
 def validation(
-    model: Transformer, dataset: Dataset, split: str, sequence_length: int, dtype: torch.dtype
+    model: Transformer,
+    dataset: Dataset,
+    split: str,
+    sequence_length: int,
+    dtype: torch.dtype,
+    *,
+    document_mask: bool = False,
 ) -> SplitLoss:
     """The model's loss over a whole split, in windows of `sequence_length`."""
-    rows = max(1, EVALUATION_TOKENS // sequence_length)
-    batches = evaluation_batches(dataset.tokens(split), sequence_length=sequence_length, rows=rows)
+    batches = evaluation_batches(
+        dataset.tokens(split),
+        sequence_length=sequence_length,
+        rows=max(1, EVALUATION_TOKENS // sequence_length),
+        documents=Documents([dataset], split) if document_mask else None,
+    )
     return split_loss(model, batches, dataset.manifest.splits[split].bytes, dtype)
 
 
-def validation_probe(dataset: Dataset, sequence_length: int) -> Probe:
-    """val_loss in nats a token and val_bits_per_byte over the whole validation split."""
+def validation_probe(sets: TokenSets, sequence_length: int, *, document_mask: bool) -> Probe:
+    """val_loss in nats a token and val_bits_per_byte over the whole validation split.
+
+    Of several sets each has columns of its own, and the figures without a name are those of a
+    text mixed as they are trained on.
+    """
+    shares = sets.shares(sequence_length)
 
     def look(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
-        result = validation(model, dataset, "val", sequence_length, dtype)
-        return {"val_loss": result.nats_per_token, "val_bits_per_byte": result.bits_per_byte}
+        found = [
+            validation(model, dataset, "val", sequence_length, dtype, document_mask=document_mask)
+            for dataset in sets.datasets
+        ]
+        if len(found) == 1:
+            return _validation_columns(found[0])
+        row = _validation_columns(mixed_loss(found, shares))
+        for name, result in zip(sets.names, found, strict=True):
+            row |= _validation_columns(result, f"/{name}")
+        return row
 
     def tell(row: dict[str, Any]) -> str:
-        return (
+        said = (
             f"validation {row['val_loss']:.4f} nats a token, "
             f"{row['val_bits_per_byte']:.4f} bits a byte"
         )
+        each = [f"{n} {row[f'val_loss/{n}']:.4f}" for n in sets.names if f"val_loss/{n}" in row]
+        return f"{said} ({', '.join(each)})" if each else said
 
     return Probe(look, tell=tell)
+
+
+def _validation_columns(loss: SplitLoss, of: str = "") -> dict[str, Any]:
+    return {f"val_loss{of}": loss.nats_per_token, f"val_bits_per_byte{of}": loss.bits_per_byte}
 
 
 def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int = 48) -> Probe:

@@ -1,4 +1,4 @@
-"""`openpalm data prepare|inspect`: text to token shards, and a look at them."""
+"""`openpalm data prepare|build|inspect`: text to token shards, and a look at them."""
 
 import dataclasses
 import json
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from openpalm.data.manifest import Manifest
 
 USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
+       openpalm data build PART... --out DIR
        openpalm data inspect DIR [options]
 
-  prepare     text, .jsonl and built-in corpora -> token shards to train on
+  prepare     text, .jsonl, .parquet, Hub datasets, built-in corpora -> token shards to train on
+  build       the parts that several jobs prepared -> the shards that one would have made
   inspect     what a prepared folder holds, and whether it is intact
 
-`openpalm data prepare --help` and `openpalm data inspect --help` show the options.
+`openpalm data prepare --help` and so on show the options.
 """
 SHOWN_AFTER_S = 2.0
 
@@ -31,14 +33,15 @@ SHOWN_AFTER_S = 2.0
 @dataclass(frozen=True)
 class Prepare:
     inputs: list[str]
-    """Files, folders, globs, or builtin:python-docs. A .jsonl or .jsonl.gz file has a document a
-    line; any other file is one document."""
+    """Files, folders, globs, hub:NAME[:SPLIT] or builtin:python-docs. A .jsonl, .jsonl.gz or
+    .jsonl.zst file has a document a line, a .parquet file one a row; a .bin holds uint16 token
+    ids; any other file is one document."""
     out: Path
     """Folder for the dataset, new or holding this very dataset."""
     tokenizer: str = "bpe:4096"
     """byte, bpe:VOCAB (trained on the training text, VOCAB ids in all), or a tokenizer.json."""
     text_field: str = "text"
-    """Field of a .jsonl line that holds the text."""
+    """Field of a line or row that holds the text; where it is missing, `input_ids`."""
     val_fraction: float = 0.05
     """Share held out for validation, between 0 and 1."""
     val: str = "hash"
@@ -46,6 +49,20 @@ class Prepare:
     documents, the tail) or tail:F (the last part F of the text)."""
     dedup: Literal["exact", "none"] = "exact"
     """Whether repeated documents are left out."""
+    workers: int | None = None
+    """Threads that parse and encode (all cores when not set); the bytes are always the same."""
+    shard: str | None = None
+    """I/N: prepare only part I (from 1) of N, for `openpalm data build` to join."""
+    json: bool = False
+    """Print the manifest as JSON."""
+
+
+@dataclass(frozen=True)
+class Build:
+    parts: list[str]
+    """The folders of --shard 1/N to N/N, in any order."""
+    out: Path
+    """Folder for the dataset."""
     json: bool = False
     """Print the manifest as JSON."""
 
@@ -65,10 +82,14 @@ def run(argv: Sequence[str]) -> None:
         print(USAGE)
     elif argv[0] == "prepare":
         run_prepare(argv[1:])
+    elif argv[0] == "build":
+        run_build(argv[1:])
     elif argv[0] == "inspect":
         run_inspect(argv[1:])
     else:
-        raise SettingsError(f"data {argv[0]}: must be prepare or inspect; see `openpalm data`")
+        raise SettingsError(
+            f"data {argv[0]}: must be prepare, build or inspect; see `openpalm data`"
+        )
 
 
 def run_prepare(argv: Sequence[str]) -> None:
@@ -80,7 +101,9 @@ def run_prepare(argv: Sequence[str]) -> None:
         examples=(
             "openpalm data prepare builtin:python-docs --out data/docs",
             "openpalm data prepare 'books/*.txt' notes/ --out data/mine --tokenizer bpe:8192",
-            "openpalm data prepare posts.jsonl.gz --text-field body --out data/posts",
+            "openpalm data prepare posts.jsonl.zst --text-field body --out data/posts --workers 4",
+            "openpalm data prepare c4/ --tokenizer neox.json --out parts/1 --shard 1/8",
+            "openpalm data prepare hub:roneneldan/TinyStories:train --out data/stories",
         ),
         positional=("inputs",),
     )
@@ -91,6 +114,26 @@ def run_prepare(argv: Sequence[str]) -> None:
     request = PrepareRequest(**values)
     with _progress("preparing") as progress:
         manifest = prepare(request, progress)
+    print(
+        manifest.to_json().decode().rstrip()
+        if given.json
+        else _prepared(given.out, manifest, given.shard)
+    )
+
+
+def run_build(argv: Sequence[str]) -> None:
+    given = settings.parse(
+        Build,
+        argv,
+        verb="data build",
+        about="Join the parts that several jobs prepared into the bytes one would have written.",
+        examples=("openpalm data build parts/* --out data/c4",),
+        positional=("parts",),
+    )
+    from openpalm.data.parts import build
+
+    with _progress("joining") as progress:
+        manifest = build([Path(part) for part in given.parts], given.out, progress)
     print(manifest.to_json().decode().rstrip() if given.json else _prepared(given.out, manifest))
 
 
@@ -116,7 +159,7 @@ def run_inspect(argv: Sequence[str]) -> None:
         print(_inspected(given.data, found))
 
 
-def _prepared(out: Path, manifest: "Manifest") -> str:
+def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
     counts = manifest.documents
     lines = [f"{out}: already holds this dataset, nothing changed"] if manifest.unchanged else []
     lines.append(
@@ -124,12 +167,16 @@ def _prepared(out: Path, manifest: "Manifest") -> str:
         "blank left out"
     )
     for name, split in manifest.splits.items():
+        per_token = split.bytes / max(1, split.tokens)
         lines.append(
             f"{name:<6}{split.documents:>10,} documents {split.tokens:>14,} tokens "
-            f"{split.bytes:>14,} bytes {split.bytes / split.tokens:6.2f} bytes a token"
+            f"{split.bytes:>14,} bytes {per_token:6.2f} bytes a token"
         )
     lines.append(f"vocabulary {manifest.vocab_size:,}, validation split by {manifest.split_by}")
-    lines.append(f"next: openpalm train --model palm-tiny --data {out} --out runs/NAME")
+    if shard:
+        lines.append(f"part {shard}; next: openpalm data build PART... --out DIR")
+    else:
+        lines.append(f"next: openpalm train --model palm-tiny --data {out} --out runs/NAME")
     return "\n".join(lines)
 
 

@@ -156,12 +156,13 @@ class _Given(NamedTuple):
 
 def _read(path: Path) -> _Given:
     """The file in whichever form it is. Raises DataError."""
-    from openpalm.data.corpus import is_rows, read_rows
+    from openpalm.data.corpus import read_rows
     from openpalm.data.demonstration_files import read_demonstrations
     from openpalm.data.forms import ALPACA, COMPLETION, MESSAGES, PAIRS, SHAREGPT, form_of
     from openpalm.data.pair_files import read_pairs
     from openpalm.data.preferences import says
     from openpalm.data.prompt_files import PromptRow, read_prompts
+    from openpalm.data.sources import is_rows
 
     first = next(read_rows(path), None) if is_rows(path) else None
     form = None if first is None else form_of(first[1])

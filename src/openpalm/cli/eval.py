@@ -22,6 +22,8 @@ class EvalSettings:
     """part of the data"""
     sequence_length: int | None = None
     """tokens of a window; not set takes the model's context"""
+    document_mask: bool = False
+    """attention stays inside documents, as in a model trained so"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -68,7 +70,14 @@ def run(argv: Sequence[str]) -> None:
         model = pack(model, weights)
     length = settings.sequence_length or model.config.context
     with Console(stderr=True).status(f"reading the {settings.split} split"):
-        result = validation(model, dataset, settings.split, length, torch.float32)
+        result = validation(
+            model,
+            dataset,
+            settings.split,
+            length,
+            torch.float32,
+            document_mask=settings.document_mask,
+        )
     row = {
         "split": settings.split,
         "weights": weights,
@@ -77,6 +86,7 @@ def run(argv: Sequence[str]) -> None:
         "tokens": result.tokens,
         "bytes": result.bytes,
         "sequence_length": length,
+        "document_mask": settings.document_mask,
     }
     if settings.json:
         print(json.dumps(row))

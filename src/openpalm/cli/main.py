@@ -17,7 +17,7 @@ from openpalm.errors import OpenPalmError
 # verb -> (module with `run(argv)`, what it does)
 VERBS = {
     "quickstart": ("quickstart", "the whole line in minutes on this machine, no download"),
-    "data": ("data", "prepare text as token shards; inspect them"),
+    "data": ("data", "prepare text as token shards, join parts of them, inspect them"),
     "train": ("train", "train a model from scratch, or on from a checkpoint"),
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
     "dpo": ("dpo", "train a checkpoint on pairs or verdicts: dpo, ipo, simpo, orpo, kto"),

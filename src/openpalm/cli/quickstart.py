@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from openpalm.align.config import SftSettings
 from openpalm.errors import SettingsError
 from openpalm.settings import parse
-from openpalm.train.config import OptimSettings, TrainSettings
+from openpalm.train.config import OptimSettings, PretrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,7 +118,7 @@ def pretrain(settings: QuickstartSettings, console: "Console") -> None:
 
     console.rule(f"2  pretraining {MODEL} from scratch", align="left")
     outcome = train_verb(
-        TrainSettings(
+        PretrainSettings(
             data=settings.out / "data",
             out=settings.out / "pretrain",
             model=MODEL,

@@ -7,7 +7,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from openpalm.settings import parse, spell
-from openpalm.train.config import TrainSettings
+from openpalm.train.config import PretrainSettings, TrainSettings
 from openpalm.train.scaling import scaled
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 EXAMPLES = [
     "openpalm train --model palm-tiny --data data/docs --out runs/tiny --steps 200",
     "openpalm train --model palm-14m --data data/docs --out runs/laptop --minutes 30",
+    "openpalm train --model palm-14m --data mixture.yaml --out runs/mixed --epochs 2",
     "openpalm train --depth 4 --data data/docs --out runs/d4",
     "openpalm train --config configs/laptop.yaml --data data/docs --out runs/laptop",
     "openpalm train --init runs/laptop --data data/more --out runs/more --steps 500",
@@ -29,7 +30,7 @@ PROMPTS = ["The", "Return a", "This module"]
 
 def run(argv: Sequence[str]) -> None:
     settings = parse(
-        TrainSettings,
+        PretrainSettings,
         argv,
         verb="train",
         about="Trains a model on prepared data. The same command goes on where a run stopped; "
@@ -39,20 +40,19 @@ def run(argv: Sequence[str]) -> None:
     report(pretrain(settings), settings)
 
 
-def pretrain(settings: TrainSettings, label: str = "train") -> "Outcome":
+def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     """Composes the run: data, start, what is looked at on the way."""
     from openpalm.cli.common import sample_probe, validation_probe, weights_path
     from openpalm.data.loader import TokenLoader
-    from openpalm.data.shards import open_dataset
+    from openpalm.data.sets import open_sets
     from openpalm.train.run import Job
     from openpalm.train.run import run as run_job
     from openpalm.train.start import starting_point
 
-    dataset = open_dataset(settings.data)
-    tokenizer = dataset.tokenizer()
-    tokens = dataset.tokens("train")
+    sets = open_sets(settings.data)
+    tokenizer = sets.datasets[0].tokenizer()
     if settings.depth is not None:
-        settings, derived = scaled(settings, tokenizer.vocab_size, len(tokens))
+        settings, derived = scaled(settings, tokenizer.vocab_size, len(sets.tokens("train")))
         told = " ".join(f"{spell(name)}={value}" for name, value in derived.items())
         print(
             fill(f"--depth {settings.depth}: {told}", 98, break_on_hyphens=False), file=sys.stderr
@@ -60,19 +60,30 @@ def pretrain(settings: TrainSettings, label: str = "train") -> "Outcome":
     init = weights_path(settings.init) if settings.init else None
     start = starting_point(settings, init, tokenizer)
     length = settings.sequence_length or start.config.context
+    tokens, draws = sets.tokens("train"), sets.draws(length, settings.seed)
+    documents = sets.documents("train") if settings.document_mask else None
+    shares = sets.shares(length)
+    for name, share in zip(sets.names, shares, strict=True) if len(shares) > 1 else ():
+        print(f"{label}: {name}: {share:,} of {sum(shares):,} sequences an epoch", file=sys.stderr)
     probes = [sample_probe(tokenizer, PROMPTS)]
-    if len(dataset.tokens("val")) > 1:
-        probes.insert(0, validation_probe(dataset, length))
+    if all(dataset.manifest.splits["val"].tokens > 1 for dataset in sets.datasets):
+        measured = validation_probe(sets, length, document_mask=settings.document_mask)
+        probes.insert(0, measured)
     job = Job(
         config=start.config,
         fill=start.fill,
         make_loader=lambda shape, *_: TokenLoader(
-            tokens, sequence_length=shape.sequence_length, rows=shape.rows, seed=settings.seed
+            tokens,
+            sequence_length=shape.sequence_length,
+            rows=shape.rows,
+            seed=settings.seed,
+            draws=draws,
+            documents=documents,
         ),
-        sequences_per_epoch=max(1, len(tokens) // length),
+        sequences_per_epoch=sum(shares),
         learning_rate=start.learning_rate,
-        tokenizer_json=(dataset.path / "tokenizer.json").read_text(encoding="utf-8"),
-        data_hash=dataset.manifest.digest,
+        tokenizer_json=(sets.datasets[0].path / "tokenizer.json").read_text(encoding="utf-8"),
+        data_hash=sets.digest,
         parent_hash=start.parent_hash,
         probes=probes,
         label=label,

@@ -1,97 +1,110 @@
-"""Files, folders, globs and built-in corpora as documents, one after the other.
+"""Sources as documents, one after the other: blocks of whole documents, or one in pieces.
 
 Owns what counts as readable text, and the message for everything that does not. Bounds whatever
-it reads, executes none of it, and knows nothing about tokens.
+it reads, executes none of it, and knows nothing about tokens. Blocks are raw, so that they can be
+parsed elsewhere: where they begin and end depends on the source alone.
 """
 
-import glob
-import gzip
-import io
+import codecs
 import itertools
 import json
-import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, NamedTuple, cast
+
+import numpy as np
 
 from openpalm.data.builtin import BUILTINS
 from openpalm.data.document import Document
+from openpalm.data.sources import BUILTIN_PREFIX, HUB_PREFIX, Source, find_sources
+from openpalm.data.streams import Tap, no_tap, open_lines, readable, tap_file
 from openpalm.errors import DataError
 
-FOLDER_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl", ".jsonl.gz")
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz")
+BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1 << 30
 MAX_LINE_BYTES = 64 << 20
-BUILTIN_PREFIX = "builtin:"
-
-Tap = Callable[[bytes], None]
+BOM = "\ufeff"
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One thing to read: a file, or a built-in corpus where `path` is None.
+class Lines(NamedTuple):
+    """Whole lines of a .jsonl file, not yet parsed; `first` is the number of the first."""
 
-    `given` is the input as the user wrote it; `named` says that it was this very file, so that
-    its being empty is a mistake and not a detail of a folder.
-    """
+    path: Path
+    first: int
+    data: bytes
 
-    given: str
-    path: Path | None
-    named: bool
+
+Block = Lines | list[Document]
 
 
 def read_documents(inputs: Sequence[str], *, text_field: str = "text") -> Iterator[Document]:
     """All documents of `inputs` in order, blank ones included.
 
-    An input is a file (.jsonl and .jsonl.gz: a document a line, under `text_field`; any other: one
-    text), a folder (recursively, sorted), a glob (sorted) or `builtin:NAME`. Raises DataError with
-    file, line and remedy for what cannot be read.
+    An input is a file (.jsonl, .jsonl.gz, .jsonl.zst: a document a line, under `text_field`;
+    .parquet: a document a row; any other: one text), a folder (recursively, sorted), a glob
+    (sorted), `builtin:NAME` or `hub:NAME`. Raises DataError with file, line and remedy for what
+    cannot be read.
     """
     for source in find_sources(inputs):
-        yield from read_source(source, text_field=text_field)
+        if source.is_one:
+            pieces = list(read_pieces(source))
+            yield Document("".join(piece.text for piece in pieces), source.name)
+        else:
+            count = 0
+            for block in read_blocks(source, text_field=text_field):
+                for document in documents(block, text_field):
+                    count += 1
+                    yield document
+            refuse_empty(source, count)
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """Expands folders and globs, and checks that everything exists, without reading it."""
-    if not inputs:
-        raise DataError("no input; name a file, a folder, a glob or builtin:python-docs")
-    return [source for given in inputs for source in _expand(given)]
+def read_blocks(source: Source, *, text_field: str, tap: Tap = no_tap) -> Iterator[Block]:
+    """The documents of a source in blocks of some BLOCK_BYTES; not for those that are one.
 
+    `tap` is handed every raw byte of the source, in order.
+    """
+    if source.is_rows:
+        blocks: Iterator[Block] = _line_blocks(cast(Path, source.path), tap)
+    elif source.is_table:
+        from openpalm.data.tables import parquet_documents
 
-def read_source(
-    source: Source, *, text_field: str = "text", tap: Tap | None = None
-) -> Iterator[Document]:
-    """The documents of one source; `tap` is handed every raw byte that was read, in order."""
-    tap = tap or (lambda data: None)
-    if source.path is None:
-        documents = _builtin(source.given, tap)
-    elif is_rows(source.path):
-        documents = _row_documents(source.path, text_field, tap)
+        tap_file(cast(Path, source.path), tap)
+        blocks = _grouped(parquet_documents(cast(Path, source.path), text_field))
+    elif source.given.startswith(HUB_PREFIX):
+        from openpalm.data.tables import hub_documents
+
+        name = source.given.removeprefix(HUB_PREFIX)
+        blocks = _grouped(_tapped(hub_documents(name, text_field), tap))
     else:
-        documents = iter([Document(_read_text(source, tap), str(source.path))])
-    first = next(documents, None)
-    if first is None:
-        if source.named:
-            raise DataError(f"{source.given}: is empty; give a file with at least one document")
+        builtin = BUILTINS[source.given.removeprefix(BUILTIN_PREFIX)]
+        blocks = _grouped(_tapped(builtin(), tap))
+    return blocks
+
+
+def refuse_empty(source: Source, count: int) -> None:
+    """Raises DataError where a file that was named has no document."""
+    if source.named and not count:
+        raise DataError(f"{source.given}: is empty; give a file with at least one document")
+
+
+def documents(block: Block, text_field: str) -> Iterator[Document]:
+    """The documents of a block, parsed and validated."""
+    if not isinstance(block, Lines):
+        yield from block
         return
-    yield from itertools.chain([first], documents)
+    for where, row in _rows(block):
+        yield Document(_text_of(row, text_field, where), where)
 
 
-def read_rows(path: Path, tap: Tap | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("path:line", object) for each line of a .jsonl or .jsonl.gz file; empty lines skipped."""
-    for number, line in _lines(path, tap or (lambda data: None)):
-        where = f"{path}:{number}"
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield where, _parse_row(line, where)
+def read_pieces(source: Source, tap: Tap = no_tap) -> Iterator[Document]:
+    """A source that is one document, in pieces of some BLOCK_BYTES; characters stay whole."""
+    return (_id_pieces if source.is_ids else _text_pieces)(source, cast(Path, source.path), tap)
 
 
-def is_rows(path: Path) -> bool:
-    return path.name.lower().endswith(ROW_SUFFIXES)
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("path:line", object) for each line of a .jsonl file, compressed or not; empty skipped."""
+    for block in _line_blocks(path, no_tap):
+        yield from _rows(block)
 
 
 def shown(value: object) -> str:
@@ -100,119 +113,121 @@ def shown(value: object) -> str:
     return ascii(text if len(text) <= 60 else text[:57] + "...")
 
 
-def _expand(given: str) -> list[Source]:
-    if given.startswith(BUILTIN_PREFIX):
-        if given.removeprefix(BUILTIN_PREFIX) not in BUILTINS:
-            known = ", ".join(BUILTIN_PREFIX + name for name in BUILTINS)
-            raise DataError(f"{given}: no such built-in corpus; known: {known}")
-        return [Source(given, None, True)]
-    path = Path(given)
-    with _readable(path):
-        if path.is_dir():
-            return [Source(given, file, False) for file in _folder(path)]
-        if path.exists():
-            return [Source(given, _regular(path), True)]
-    if glob.has_magic(given):
-        return [Source(given, file, False) for file in _glob(given)]
-    raise DataError(f"{given}: no such file or folder; check the path")
+def names(row: Iterable[str]) -> str:
+    """The fields of a row, as a message shows them."""
+    names = [shown(name) for name in itertools.islice(row, 9)]
+    return ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "no field at all"
 
 
-def _folder(folder: Path) -> list[Path]:
-    """The text files below a folder, sorted by path."""
-
-    def refuse(error: OSError) -> NoReturn:
-        raise error
-
-    walk = os.walk(folder, onerror=refuse)
-    files = (Path(where, name) for where, _, names in walk for name in names)
-    found = sorted(p for p in files if p.name.lower().endswith(FOLDER_SUFFIXES) and p.is_file())
-    if not found:
-        wanted = " ".join("*" + suffix for suffix in FOLDER_SUFFIXES)
-        raise DataError(f"{folder}: holds no {wanted}; name other files or use a glob")
-    return found
-
-
-def _glob(pattern: str) -> list[Path]:
-    found = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
-    if not found:
-        raise DataError(f"{pattern}: matches no file; check the pattern (and quote it)")
-    return found
-
-
-def _regular(path: Path) -> Path:
-    # A device or a pipe has no end, or never a beginning.
-    if not path.is_file():
-        raise DataError(f"{path}: is not a regular file; save it as a file first")
-    return path
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Whatever the operating system says against reading becomes a DataError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file or folder; check the path") from None
-    except OSError as error:
-        name = error.filename or path
-        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from None
-
-
-def _builtin(given: str, tap: Tap) -> Iterator[Document]:
-    for document in BUILTINS[given.removeprefix(BUILTIN_PREFIX)]():
+def _tapped(found: Iterable[Document], tap: Tap) -> Iterator[Document]:
+    for document in found:
         # The NUL keeps "ab", "c" and "a", "bc" apart in whatever hashes these bytes.
-        tap(document.text.encode() + b"\0")
+        ids = document.ids
+        tap(document.text.encode() + b"\0" if ids is None else ids.astype("<u4").tobytes())
         yield document
 
 
-def _read_text(source: Source, tap: Tap) -> str:
-    path = cast(Path, source.path)
-    with _readable(path):
+def _grouped(found: Iterable[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    size = 0
+    for document in found:
+        group.append(document)
+        size += len(document.text) + 64 if document.ids is None else document.ids.nbytes
+        if size >= BLOCK_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _text_pieces(source: Source, path: Path, tap: Tap) -> Iterator[Document]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    with readable(path):
         size = path.stat().st_size
         if size > MAX_TEXT_BYTES:
             raise DataError(
                 f"{path}: {size} bytes in one text, the limit is {MAX_TEXT_BYTES}; "
                 "split it, or write a document a line as .jsonl"
             )
+        if source.named and not size:
+            raise DataError(f"{path}: is empty; give a file with text in it")
         with path.open("rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
-    tap(data)
-    if source.named and not data:
-        raise DataError(f"{path}: is empty; give a file with text in it")
-    _refuse_binary(data, str(path))
-    return _decode(data.removeprefix(b"\xef\xbb\xbf"), str(path), len(data))
+            while offset <= MAX_TEXT_BYTES:
+                data = file.read(BLOCK_BYTES)
+                tap(data)
+                _refuse_binary(data, source.name, offset)
+                held = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    raise _no_text(error, source.name, offset - held) from None
+                if not data:
+                    return
+                yield Document(text if offset else text.removeprefix(BOM), source.name)
+                offset += len(data)
 
 
-def _refuse_binary(data: bytes, where: str) -> None:
+def _id_pieces(source: Source, path: Path, tap: Tap) -> Iterator[Document]:
+    """The ids of a nanoGPT .bin, little-endian uint16 and nothing else."""
+    with readable(path), path.open("rb") as file:
+        size = path.stat().st_size
+        if not size or size % 2:
+            raise DataError(f"{path}: {size} bytes are no uint16 token ids; write the file again")
+        while data := file.read(BLOCK_BYTES):
+            tap(data)
+            yield Document("", source.name, np.frombuffer(data, dtype="<u2").astype(np.uint32))
+
+
+def _line_blocks(path: Path, tap: Tap) -> Iterator[Lines]:
+    first = 1
+    with open_lines(path, tap) as stream:
+        while data := stream.read(BLOCK_BYTES):
+            if not data.endswith(b"\n"):
+                data += stream.readline(MAX_LINE_BYTES + 1)
+            count = data.count(b"\n")
+            # Only the last line can be too long, for it alone reaches behind the block.
+            if len(data) - 1 - data.rfind(b"\n", 0, -1) > MAX_LINE_BYTES:
+                ended = data.endswith(b"\n")
+                raise DataError(
+                    f"{path}:{first + count - ended}: a line of more than {MAX_LINE_BYTES} bytes; "
+                    "split this document"
+                )
+            yield Lines(path, first, data)
+            first += count
+
+
+def _rows(block: Lines) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(block.data.split(b"\n"), start=block.first):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line and not line.isspace():
+            where = f"{block.path}:{number}"
+            _refuse_binary(line, where)
+            yield where, _parse_row(line, where)
+
+
+def _refuse_binary(data: bytes, where: str, offset: int = 0) -> None:
     position = data.find(b"\0")
     if position >= 0:
         raise DataError(
-            f"{where}: NUL byte at offset {position}, so this is binary, not text; "
+            f"{where}: NUL byte at offset {offset + position}, so this is binary, not text; "
             "leave it out, or convert it to UTF-8 if it is UTF-16"
         )
 
 
-def _decode(data: bytes, where: str, size: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        # An offset in what the user has on disk: a stripped BOM counts.
-        offset = error.start + size - len(data)
-        raise DataError(
-            f"{where}: not valid UTF-8, byte 0x{data[error.start]:02x} at offset {offset}; "
-            "convert it, e.g. with iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def _row_documents(path: Path, text_field: str, tap: Tap) -> Iterator[Document]:
-    for where, row in read_rows(path, tap):
-        yield Document(_text_of(row, text_field, where), where)
+def _no_text(error: UnicodeDecodeError, where: str, offset: int) -> DataError:
+    byte = error.object[error.start]
+    return DataError(
+        f"{where}: not valid UTF-8, byte 0x{byte:02x} at offset {offset + error.start}; "
+        "convert it, e.g. with iconv -f latin1 -t utf-8"
+    )
 
 
 def _text_of(row: dict[str, Any], field: str, where: str) -> str:
     if field not in row:
         raise DataError(
-            f"{where}: no field {shown(field)}; it has {_names(row)}; name one with --text-field"
+            f"{where}: no field {shown(field)}; it has {names(row)}; name one with --text-field"
         )
     text = row[field]
     if not isinstance(text, str):
@@ -223,13 +238,11 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
     return text
 
 
-def _names(row: Iterable[str]) -> str:
-    names = [shown(name) for name in itertools.islice(row, 9)]
-    return ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "no field at all"
-
-
 def _parse_row(line: bytes, where: str) -> dict[str, Any]:
-    text = _decode(line, where, len(line))
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise _no_text(error, where, 0) from None
     try:
         row = json.loads(text)
         half = _half_pair(text, row)
@@ -258,44 +271,3 @@ def _half_pair(line: str, row: object) -> str | None:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         return ascii(error.object[error.start])
-
-
-def _lines(path: Path, tap: Tap) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    with _readable(path), path.open("rb", buffering=0) as raw:
-        try:
-            stream = _uncompressed(path, io.BufferedReader(_Tapped(raw, tap), 1 << 20))
-            while line := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise DataError(
-                        f"{path}:{number}: a line of more than {MAX_LINE_BYTES} bytes; "
-                        "split this document"
-                    )
-                _refuse_binary(line, f"{path}:{number}")
-                yield number, line
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(
-                f"{path}: gzip data damaged after line {number} ({error}); fetch the file again"
-            ) from None
-
-
-def _uncompressed(path: Path, stream: io.BufferedReader) -> BinaryIO:
-    if path.name.lower().endswith(".gz"):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=stream))
-    return stream
-
-
-class _Tapped(io.RawIOBase):
-    """A raw file that shows every byte it delivers to `tap`."""
-
-    def __init__(self, raw: io.RawIOBase | io.FileIO, tap: Tap):
-        self._raw, self._tap = raw, tap
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        count = self._raw.readinto(buffer) or 0
-        self._tap(bytes(buffer[:count]))
-        return count

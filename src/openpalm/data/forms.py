@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from openpalm.data.conversation import Message
-from openpalm.data.corpus import is_rows, read_rows, shown
+from openpalm.data.corpus import read_rows, shown
 from openpalm.data.preferences import (
     Messages,
     Preference,
@@ -24,6 +24,7 @@ from openpalm.data.preferences import (
     messages_of,
     says,
 )
+from openpalm.data.sources import is_rows
 from openpalm.errors import DataError
 
 T = TypeVar("T")

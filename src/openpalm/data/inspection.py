@@ -1,12 +1,13 @@
 """What is in a prepared dataset: counts, lengths, samples, and whether its files are intact."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from openpalm.data.manifest import Manifest
 from openpalm.data.shards import Dataset
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError
@@ -46,7 +47,7 @@ def inspect_dataset(
 
     `progress` is told (bytes done, bytes in total).
     """
-    checked = _check_hashes(dataset, progress)
+    checked = check_hashes([(dataset.path, dataset.manifest)], progress)
     tokenizer = dataset.tokenizer()
     return Inspection(
         vocab_size=dataset.manifest.vocab_size,
@@ -81,19 +82,27 @@ def _report(dataset: Dataset, split: str, tokenizer: Tokenizer, samples: int) ->
     )
 
 
-def _check_hashes(dataset: Dataset, progress: Callable[[int, int], None] | None) -> int:
-    files = [file for entry in dataset.manifest.splits.values() for file in entry.files]
-    total, done = sum(file.size for file in files), 0
-    for file in files:
+def check_hashes(
+    datasets: Sequence[tuple[Path, Manifest]], progress: Callable[[int, int], None] | None
+) -> int:
+    """Reads the files of all folders; how many. DataError for the first that was altered."""
+    files = [
+        (folder / file.name, file)
+        for folder, manifest in datasets
+        for entry in manifest.splits.values()
+        for file in entry.files
+    ]
+    total, done = sum(file.size for _, file in files), 0
+    for path, file in files:
         digest = hashlib.sha256()
-        for chunk in _chunks(dataset.path / file.name):
+        for chunk in _chunks(path):
             digest.update(chunk)
             done += len(chunk)
             if progress:
                 progress(done, total)
         if digest.hexdigest() != file.sha256:
             raise DataError(
-                f"{dataset.path / file.name}: was altered, its SHA-256 is not the manifest's; "
+                f"{path}: was altered, its SHA-256 is not the manifest's; "
                 "remove the folder and prepare it again"
             )
     return len(files)

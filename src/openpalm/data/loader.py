@@ -7,7 +7,7 @@ count of rows taken so far is all that resuming needs. Knows no model and no dev
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from openpalm.data.conversation import Rendered as Record
-from openpalm.data.order import Cursor, Draws, Order, mixed, order_key, shuffle, shuffled
+from openpalm.data.documents import Documents
+from openpalm.data.order import (
+    Cursor,
+    Draws,
+    Order,
+    mixed,
+    order_key,
+    shuffle,
+    shuffled,
+    windows,
+)
 from openpalm.data.packing import best_fit
 from openpalm.errors import DataError
 
@@ -49,8 +59,9 @@ class Tokens(Protocol):
 class TokenLoader:
     """Windows of `sequence_length` + 1 tokens, each token of an epoch a target at most once.
 
-    An epoch starts at a phase drawn from (seed, epoch), so that the windows' edges move, and
-    shuffles its windows. `rows` is for each rank. Raises DataError if there are too few tokens.
+    `rows` is for each rank; `draws` says where windows begin, in the place of `order.windows`.
+    With `documents`, each of them is a segment of its row; the first token of one is still a
+    target, of the end of the one before. Raises DataError if there are too few tokens.
     """
 
     def __init__(
@@ -62,17 +73,12 @@ class TokenLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        draws: Draws | None = None,
+        documents: Documents | None = None,
     ):
-        if len(tokens) < sequence_length + 1:
-            raise DataError(
-                f"sequence_length {sequence_length}: needs {sequence_length + 1} tokens, the data "
-                f"has {len(tokens)}; use a shorter sequence or more text"
-            )
-        self._tokens, self._length, self._seed = tokens, sequence_length, seed
-        # Room for the largest phase, unless that would leave no window.
-        moved = (len(tokens) - sequence_length) // sequence_length
-        self._moves = moved >= 1
-        self.windows = moved if self._moves else (len(tokens) - 1) // sequence_length
+        self._tokens, self._length, self._documents = tokens, sequence_length, documents
+        self._draws = draws or windows(len(tokens), sequence_length, seed)
+        self.windows = self._draws.epoch
         identity = {
             "kind": "tokens",
             "seed": seed,
@@ -80,15 +86,21 @@ class TokenLoader:
             "tokens": len(tokens),
             "sample": _sample(tokens),
         }
-        self._cursor = Cursor(identity, rows, rank, world_size)
+        self._cursor = Cursor(identity | self._draws.identity, rows, rank, world_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        windows = np.stack([self._window(row) for row in self._cursor.take()])
-        whole = torch.from_numpy(windows)
-        return Batch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous())
+        starts = [self._draws.item(row) for row in self._cursor.take()]
+        length, documents = self._length, self._documents
+        taken = np.stack([self._tokens[start : start + length + 1] for start in starts])
+        whole = torch.from_numpy(taken.astype(np.int64))
+        batch = Batch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous())
+        if documents is None:
+            return batch
+        segments = np.stack([documents.segments(start, start + length) for start in starts])
+        return replace(batch, segments=torch.from_numpy(segments))
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, ready for JSON; the same on every rank."""
@@ -97,13 +109,6 @@ class TokenLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a cursor of any number of ranks. Raises DataError if it is of other data."""
         self._cursor.load_state_dict(state)
-
-    def _window(self, row: int) -> np.ndarray:
-        epoch, index = divmod(row, self.windows)
-        key = order_key(self._seed, epoch)
-        phase = mixed(key) % self._length if self._moves else 0
-        start = phase + shuffled(index, self.windows, key) * self._length
-        return self._tokens[start : start + self._length + 1].astype(np.int64)
 
 
 class RecordLoader:
@@ -252,24 +257,32 @@ def truncated(records: Iterable[Record], sequence_length: int) -> int:
     return sum(len(record.ids) > sequence_length + 1 for record in records)
 
 
-def evaluation_batches(tokens: Tokens, *, sequence_length: int, rows: int) -> Iterator[Batch]:
+def evaluation_batches(
+    tokens: Tokens, *, sequence_length: int, rows: int, documents: Documents | None = None
+) -> Iterator[Batch]:
     """The whole split in order: each token but the first is a target exactly once.
 
-    The last window is padded with IGNORE; the last batch may have fewer rows. Raises DataError
-    where there is nothing to predict.
+    The last window is padded with IGNORE; the last batch may have fewer rows. `documents` are
+    segments as a TokenLoader's. Raises DataError where there is nothing to predict.
     """
     targets = len(tokens) - 1
     if targets < 1:
         raise DataError(f"{len(tokens)} tokens give nothing to predict; use more validation text")
     for first in range(0, targets, rows * sequence_length):
         chunk = tokens[first : first + rows * sequence_length + 1].astype(np.int64)
-        count = len(chunk) - 1
-        shape = (-(-count // sequence_length), sequence_length)
-        inputs = np.zeros(shape, dtype=np.int64)
-        wanted = np.full(shape, IGNORE, dtype=np.int64)
-        inputs.flat[:count] = chunk[:-1]
-        wanted.flat[:count] = chunk[1:]
-        yield Batch(torch.from_numpy(inputs), torch.from_numpy(wanted))
+        inputs = _windowed(chunk[:-1], sequence_length, 0)
+        batch = Batch(inputs, _windowed(chunk[1:], sequence_length, IGNORE))
+        if documents is not None:
+            segments = documents.segments(first, first + len(chunk) - 1)
+            batch = replace(batch, segments=_windowed(segments, sequence_length, -1))
+        yield batch
+
+
+def _windowed(values: np.ndarray, sequence_length: int, fill: int) -> Tensor:
+    """Rows of `sequence_length`, one after the other; `fill` is what is left of the last."""
+    rows = np.full((-(-len(values) // sequence_length), sequence_length), fill, dtype=np.int64)
+    rows.flat[: len(values)] = values
+    return torch.from_numpy(rows)
 
 
 def _sample(tokens: Tokens) -> str:

@@ -16,7 +16,9 @@ from typing import Any
 from openpalm.errors import DataError
 
 NAME = "manifest.json"
+PART_NAME = "part.json"
 FORMAT = "openpalm-tokens"
+PART_FORMAT = "openpalm-part"
 VERSION = 1
 SPLITS = ("train", "val")
 ITEM_BYTES = {"uint16": 2, "uint32": 4}
@@ -99,6 +101,11 @@ class Manifest:
         del content["unchanged"]
         return (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode()
 
+    def to_part(self, shard: str) -> bytes:
+        """What one job of several has written, as `read_part` reads it."""
+        part = {"format": PART_FORMAT, "shard": shard, "manifest": json.loads(self.to_json())}
+        return (json.dumps(part, indent=2, ensure_ascii=True) + "\n").encode()
+
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a dataset folder, and every file's presence and size checked.
@@ -106,12 +113,15 @@ def read_manifest(folder: Path) -> Manifest:
     Raises DataError where there is none, or it is torn, altered or of another version.
     """
     path = folder / NAME
-    manifest = _parse(_content(path), path)
-    for split, entry in manifest.splits.items():
-        _check_split(path, manifest, split, entry)
-        for file in entry.files:
-            _check_size(folder / file.name, file.size)
-    return manifest
+    return _checked(path, _content(path, FORMAT), whole=True)
+
+
+def read_part(folder: Path) -> tuple[str, Manifest]:
+    """I/N and the manifest of one job's part, checked as `read_manifest` does."""
+    path = folder / PART_NAME
+    part = _content(path, PART_FORMAT)
+    content = typed(dict[str, Any], part.get("manifest"), f"{path}: manifest")
+    return typed(str, part.get("shard"), f"{path}: shard"), _checked(path, content, whole=False)
 
 
 def shard_names(split: str, shard: int) -> tuple[str, str]:
@@ -119,32 +129,45 @@ def shard_names(split: str, shard: int) -> tuple[str, str]:
     return f"{split}-{shard:05d}.bin", f"{split}-{shard:05d}.idx"
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _checked(path: Path, content: dict[str, Any], *, whole: bool) -> Manifest:
+    manifest = _parse(content, path)
+    for split, entry in manifest.splits.items():
+        # A job may have found nothing for one of the splits.
+        if whole or entry.files:
+            _check_split(path, manifest, split, entry)
+        for file in entry.files:
+            check_size(path.parent / file.name, file.size)
+    return manifest
+
+
+def _content(path: Path, wanted: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise DataError(f"{path}: more than {MAX_MANIFEST_BYTES} bytes is no manifest")
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
+        job = wanted == FORMAT and (path.parent / PART_NAME).exists()
+        verb = "build` on all parts" if job else "prepare`"
         raise DataError(
-            f"{path.parent}: no prepared dataset here (no {NAME}); run `openpalm data prepare`"
+            f"{path.parent}: no prepared dataset here (no {path.name}); run `openpalm data {verb}"
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error}); {REMEDY}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"{path}: is not a manifest of {FORMAT}; name a folder that prepare wrote")
+    if not isinstance(content, dict) or content.get("format") != wanted:
+        raise DataError(f"{path}: is not a manifest of {wanted}; name a folder that prepare wrote")
+    return content
+
+
+def _parse(content: dict[str, Any], path: Path) -> Manifest:
     if content.get("version") != VERSION:
         raise DataError(
             f"{path}: format version {str(content.get('version'))[:20]}, this OpenPaLM reads "
             f"{VERSION}; prepare the data again"
         )
     content.pop("unchanged", None)
-    return content
-
-
-def _parse(content: dict[str, Any], path: Path) -> Manifest:
-    manifest: Manifest = _typed(Manifest, content, str(path))
+    manifest: Manifest = typed(Manifest, content, str(path))
     if manifest.dtype not in ITEM_BYTES:
         raise DataError(f"{path}: dtype must be {' or '.join(ITEM_BYTES)}; {REMEDY}")
     if set(manifest.splits) != set(SPLITS):
@@ -170,7 +193,8 @@ def _check_split(path: Path, manifest: Manifest, split: str, entry: SplitEntry) 
         raise DataError(f"{path}: the sizes of {split} contradict its counts; {REMEDY}")
 
 
-def _check_size(path: Path, size: int) -> None:
+def check_size(path: Path, size: int) -> None:
+    """Raises DataError where a file is not there, or not of the size it should have."""
     try:
         found = path.stat().st_size
     except OSError:
@@ -179,15 +203,17 @@ def _check_size(path: Path, size: int) -> None:
         raise DataError(f"{path}: {found} bytes, the manifest says {size}; {REMEDY}")
 
 
-def _typed(kind: Any, value: object, where: str) -> Any:
+def typed(kind: Any, value: object, where: str) -> Any:
     """`value` from JSON as the dataclass, tuple, dict or scalar that `kind` says, or DataError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _typed_dataclass(typing.cast(type, kind), value, where)
     if origin is tuple and isinstance(value, list):
-        return tuple(_typed(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(typed(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {k: _typed(arguments[1], v, f"{where}.{k}"[:200]) for k, v in value.items()}
+        return {k: typed(arguments[1], v, f"{where}.{k}"[:200]) for k, v in value.items()}
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is kind and not (kind is int and typing.cast(int, value) < 0):
@@ -202,4 +228,4 @@ def _typed_dataclass(kind: type, value: dict[str, Any], where: str) -> Any:
     if set(value) != set(hints):
         odd = sorted(str(name)[:40] for name in set(value) ^ set(hints))[:3]
         raise DataError(f"{where}: fields missing or unknown ({', '.join(odd)}); {REMEDY}")
-    return kind(**{n: _typed(hint, value[n], f"{where}: {n}") for n, hint in hints.items()})
+    return kind(**{n: typed(hint, value[n], f"{where}: {n}") for n, hint in hints.items()})

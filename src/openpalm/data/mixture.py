@@ -16,10 +16,11 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from openpalm.data.conversation import Message
-from openpalm.data.corpus import is_rows, read_rows, shown
+from openpalm.data.corpus import read_rows, shown
 from openpalm.data.demonstration_files import read_demonstrations, usable
 from openpalm.data.order import mixed
 from openpalm.data.preferences import Messages, Usable, at, check_prompt, expect, is_number, says
+from openpalm.data.sources import is_rows
 from openpalm.errors import DataError
 from openpalm.settings import read_yaml
 
@@ -171,7 +172,7 @@ def _task(task: object, folder: Path) -> Task:
     assert isinstance(task, dict)
     _known(task, {"data", "weight", "templates"})
     data, weight, templates = (task.get(name) for name in ("data", "weight", "templates"))
-    expect("data", data, "the path of a .jsonl", lambda v: isinstance(v, str) and v != "")
+    expect("data", data, "the path of its data", lambda v: isinstance(v, str) and v != "")
     wanted = "a number above 0"
     expect("weight", weight, wanted, lambda v: v is None or (is_number(v) and 1e-9 < v < 1e9))
     wanted = "a list of templates"

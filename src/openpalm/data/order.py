@@ -101,6 +101,30 @@ def shuffle(size: int, seed: int) -> Draws:
     return Draws(size, item, {})
 
 
+def windows(tokens: int, length: int, seed: int) -> Draws:
+    """Where windows of `length` + 1 of so many tokens begin: each a target at most once an epoch.
+
+    An epoch starts at a phase drawn from (seed, epoch), so that the windows' edges move, and
+    shuffles its windows. Raises DataError if there are too few tokens.
+    """
+    if tokens < length + 1:
+        raise DataError(
+            f"sequence_length {length}: needs {length + 1} tokens, the data has {tokens}; use a "
+            "shorter sequence or more text"
+        )
+    # Room for the largest phase, unless that would leave no window.
+    moved = (tokens - length) // length
+    count = moved or (tokens - 1) // length
+
+    def item(draw: int) -> int:
+        epoch, index = divmod(draw, count)
+        key = order_key(seed, epoch)
+        phase = mixed(key) % length if moved else 0
+        return phase + shuffled(index, count, key) * length
+
+    return Draws(count, item, {})
+
+
 def mixture(sizes: Sequence[int], shares: Sequence[int], seed: int) -> Draws:
     """Items of several tasks, numbered through all of them.
 
@@ -118,6 +142,26 @@ def mixture(sizes: Sequence[int], shares: Sequence[int], seed: int) -> Draws:
             first += sizes[task]
             task += 1
         return first + own[task](epoch * shares[task] + place)
+
+    return Draws(epoch_size, item, {"sizes": list(sizes), "shares": list(shares)})
+
+
+def interleaved(own: Sequence[Draws], sizes: Sequence[int], shares: Sequence[int]) -> Draws:
+    """Draws of several sets, each in its own order, in the proportion of `shares` all along.
+
+    Of any number of first draws, a set has its share but for one draw for each set. Its items,
+    below its size, are numbered on from those of the sets before it.
+    """
+    epoch_size = sum(shares)
+
+    def item(draw: int) -> int:
+        left, first = epoch_size, 0
+        for task, size, share in zip(own, sizes, shares, strict=True):
+            before = draw * share // left
+            if (draw + 1) * share // left > before:
+                return first + task.item(before)
+            draw, left, first = draw - before, left - share, first + size
+        raise AssertionError("the last set takes every draw that is left")
 
     return Draws(epoch_size, item, {"sizes": list(sizes), "shares": list(shares)})
 

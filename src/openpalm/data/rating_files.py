@@ -7,7 +7,7 @@ and what to do.
 from pathlib import Path
 from typing import Any
 
-from openpalm.data.corpus import is_rows, read_rows, shown
+from openpalm.data.corpus import read_rows, shown
 from openpalm.data.pair_files import prompt_of
 from openpalm.data.preferences import (
     Preference,
@@ -19,6 +19,7 @@ from openpalm.data.preferences import (
     ratings,
     says,
 )
+from openpalm.data.sources import is_rows
 from openpalm.errors import DataError
 
 ANSWER_FIELDS = ("response", "completion")

@@ -149,7 +149,10 @@ class Tokenizer:
             encoded = iter(self._inner.encode_batch_fast(flat, add_special_tokens=False))
         except TypeError:
             raise DataError("text with half a surrogate pair in it; give valid UTF-8") from None
-        rows = [[i for _ in group for i in next(encoded).ids] for group in pieces]
+        rows = [
+            next(encoded).ids if len(group) == 1 else [i for _ in group for i in next(encoded).ids]
+            for group in pieces
+        ]
         return [
             row if self._forgeable.isdisjoint(row) else self._defused(text)
             for text, row in zip(texts, rows, strict=True)
@@ -158,6 +161,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
         return self._inner.decode(list(ids), skip_special_tokens=skip_special)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the ids of a text are those of its pieces, cut at seams, one after another."""
+        return self._in_pieces
 
     def cut(self, text: str) -> list[str]:
         """`text` in pieces whose ids, joined, are the ids of the whole; one where unsure."""

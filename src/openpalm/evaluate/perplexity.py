@@ -1,7 +1,7 @@
 """How well a model predicts a split: nats a token and bits a byte of text."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,11 @@ from openpalm.train.objective import NextToken
 
 @dataclass(frozen=True)
 class SplitLoss:
-    """Sums over a whole split."""
+    """Sums over a whole split, or what a mixture of splits has in their place."""
 
     nats: float
-    tokens: int
-    bytes: int
+    tokens: float
+    bytes: float
 
     @property
     def nats_per_token(self) -> float:
@@ -27,6 +27,17 @@ class SplitLoss:
     def bits_per_byte(self) -> float:
         """Comparable across tokenizers: bits for all tokens, end markers too, per text byte."""
         return self.nats / math.log(2) / self.bytes
+
+
+def mixed_loss(losses: Sequence[SplitLoss], shares: Sequence[float]) -> SplitLoss:
+    """Of a text whose tokens are from the splits in the proportion of `shares`."""
+    rates = [share / loss.tokens for loss, share in zip(losses, shares, strict=True)]
+    rated = list(zip(losses, rates, strict=True))
+    return SplitLoss(
+        sum(loss.nats * rate for loss, rate in rated),
+        sum(shares),
+        sum(loss.bytes * rate for loss, rate in rated),
+    )
 
 
 @torch.no_grad()

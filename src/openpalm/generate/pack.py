@@ -6,6 +6,7 @@ project_out and the head; the model stays the model.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -52,13 +53,16 @@ def pack(model: Transformer, weights: Weights) -> Transformer:
 class _PackedIn(nn.Module):
     def __init__(self, plain: ProjectIn, weights: Weights):
         super().__init__()
-        self.sizes = list(plain.rows.values())
+        self.rows = plain.rows
         self.matrix = _matrix(torch.cat([getattr(plain, name) for name in plain.rows]), weights)
         self.up_bias = plain.up_bias
 
-    def forward(self, n: Tensor) -> tuple[Tensor, ...]:
-        *parts, up = self.matrix(n).split(self.sizes, dim=-1)
-        return *parts, up if self.up_bias is None else up + self.up_bias
+    def forward(self, n: Tensor, names: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        *parts, up = self.matrix(n).split(list(self.rows.values()), dim=-1)
+        parts.append(up if self.up_bias is None else up + self.up_bias)
+        return tuple(
+            x for name, x in zip(self.rows, parts, strict=True) if name in (names or self.rows)
+        )
 
 
 class _PackedOut(nn.Module):
@@ -82,6 +86,21 @@ class _PackedHead(ProjectHead):
     def forward(self, states: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
         logits = self.matrix(states)
         return logits if bias is None else logits + bias
+
+    def cross_entropy(
+        self,
+        states: Tensor,
+        table: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        z_loss: float,
+        chunk: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Without a gradient: there is nothing to train in a packed matrix."""
+        logits = self.matrix(states)[:, : len(table)].float()
+        logits = logits if bias is None else logits + bias
+        z = z_loss * logits.logsumexp(-1).square().sum()
+        return F.cross_entropy(logits, targets, reduction="sum"), z
 
 
 class _Dense:

@@ -38,15 +38,16 @@ DecayRule = Literal["fixed", "palm", "nanopalm"]
 PUBLISHED: dict[OptimizerName, dict[str, float]] = {
     "adamw": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
     "stable-adamw": {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1},
-    "lion": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.5},
+    "lion": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.3},
     "adafactor": {"beta1": 0.9, "eps": 1e-30, "weight_decay": 0.1},
     "muon": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
 }
 """What each optimizer's authors take for a language model; muon's betas are its AdamW's."""
 
 MUON_RATE = 0.02
-LION_SHARE = 0.2
-"""of AdamW's learning rate suits Lion, at five times the decay (Chen et al. 2023, section 5)"""
+LION_SHARE = 1 / 3
+"""of AdamW's learning rate, at three times the decay: Chen et al. 2023, section 5, give a third to
+a tenth, and in short runs on small batches the largest was the best"""
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,12 @@ class OptimSettings:
     """muon is for the blocks' matrices, with adamw for the rest; adafactor is PaLM's; not set is
     adamw, with --depth muon"""
     lr: float | None = None
-    """peak learning rate; not set takes the model preset's (lion a fifth of it, adafactor
+    """peak learning rate; not set takes the model preset's (lion a third of it, adafactor
     sqrt(dim) times it, relative to each parameter's root mean square)"""
     muon_lr: float | None = None
     """peak learning rate of muon's matrices; not set is 0.02"""
     weight_decay: float | None = None
-    """decoupled decay of matrices, norm scales and biases never decay; not set is 0.1 (lion 0.5),
+    """decoupled decay of matrices, norm scales and biases never decay; not set is 0.1 (lion 0.3),
     or 1 with another --optim.decay-rule than fixed"""
     decay_rule: DecayRule | None = None
     """a step shrinks matrices by weight_decay times lr (fixed), its square (palm; adafactor's
@@ -263,14 +264,12 @@ class TrainSettings:
     """A training run: what to train, on what, for how long, and where to keep it."""
 
     data: Path
-    """a directory of `openpalm data prepare`; for sft a .jsonl of conversations, dpo of pairs"""
+    """a directory of `openpalm data prepare`, or a .yaml of several; for sft a .jsonl of
+    conversations, dpo of pairs"""
     out: Path
     """directory of the run; the same command goes on where it stopped"""
     model: str | None = None
-    """preset, see `openpalm models`; may be left out with --depth or --init"""
-    depth: int | None = None
-    """instead of --model, the one dial: so many blocks; width, heads, batch, learning rates, decay
-    and steps then follow by rules, are printed, and give way to options of their own"""
+    """preset, see `openpalm models`; may be left out with --init"""
     init: str | None = None
     """checkpoint, run or hub name to take the weights from, with a fresh optimizer"""
     steps: int | None = None
@@ -306,6 +305,8 @@ class TrainSettings:
     """train only so many of the last blocks, and the final norm; not set trains everything"""
     z_loss: float = 0.0
     """weight of log^2 Z beside the cross entropy (PaLM: 1e-4); keeps logits from drifting"""
+    compile: bool = False
+    """torch.compile of each block: a minute or two before the first step; see docs/training.md"""
     memory: MemorySettings = field(default_factory=MemorySettings)
     """what is kept for the backward pass"""
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -323,19 +324,17 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         # Here, not in OptimSettings: a file or an option may still change its optimizer's name.
-        if self.depth is None:
+        if self.dial is None:
             object.__setattr__(self, "optim", self.optim.resolved())
-        if self.model is None and self.init is None and self.depth is None:
-            raise SettingsError("give --model (see `openpalm models`), --depth or --init")
-        if self.depth is not None and (self.model or self.init or self.arch.depth):
-            raise SettingsError("give --depth alone, without --model, --init or --arch.depth")
-        if self.lengths != 1 and not (self.lengths == 0 and self.depth is not None):
+        if self.model is None and self.init is None and self.dial is None:
+            raise SettingsError("give --model (see `openpalm models`) or --init")
+        if self.lengths != 1 and not (self.lengths == 0 and self.dial is not None):
             raise SettingsError("give exactly one of --steps, --minutes and --epochs")
         if self.lora.rank and self.last_layers is not None:
             raise SettingsError("give --lora.rank or --last-layers, not both")
         for name in (
             *("steps", "minutes", "epochs", "sequence_length", "save_every", "eval_every"),
-            *("last_layers", "depth"),
+            "last_layers",
         ):
             value = getattr(self, name)
             check(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
@@ -355,6 +354,11 @@ class TrainSettings:
         )
 
     @property
+    def dial(self) -> int | None:
+        """--depth, of runs that have it."""
+        return None
+
+    @property
     def lengths(self) -> int:
         """How many options say how long the run is."""
         return sum(length is not None for length in (self.steps, self.minutes, self.epochs))
@@ -363,6 +367,27 @@ class TrainSettings:
     def trains_all(self) -> bool:
         """Whether every weight learns."""
         return not self.lora.rank and self.last_layers is None
+
+
+@dataclass(frozen=True)
+class PretrainSettings(TrainSettings):
+    """A run on prepared text: one dataset, or a mixture of several."""
+
+    depth: int | None = None
+    """instead of --model, the one dial: so many blocks; width, heads, batch, learning rates, decay
+    and steps then follow by rules, are printed, and give way to options of their own"""
+    document_mask: bool = False
+    """attention stays inside documents, in training and validation"""
+
+    def __post_init__(self) -> None:
+        check(self.depth is None or self.depth > 0, "depth", self.depth, "above 0 and finite")
+        if self.depth is not None and (self.model or self.init or self.arch.depth):
+            raise SettingsError("give --depth alone, without --model, --init or --arch.depth")
+        super().__post_init__()
+
+    @property
+    def dial(self) -> int | None:
+        return self.depth
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from openpalm.train.config import Chosen, ProfileSettings, TrainSettings
 
 SETTINGS_FILE = "config.yaml"
 
+MAY_CHANGE = ("out", "data", "init", "chosen", "log", "profile", "memory", "compile")
+"""Settings that a run may go on with otherwise; data and parent are compared by their hashes."""
+
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
@@ -87,7 +90,7 @@ def _refuse_differences(
     """The same --out with other settings is a mistake, not a wish."""
     old, new = plain(stored), plain(asked)
     for side in (old, new):
-        for name in ("out", "data", "init", "chosen", "log", "profile"):
+        for name in MAY_CHANGE:
             side.pop(name, None)
     old |= {"data": stored.chosen.data, "init": stored.chosen.parent}
     new |= {"data": given.data, "init": given.parent}

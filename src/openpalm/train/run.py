@@ -358,6 +358,9 @@ def _make_trainer(
     fill(model)
     choose_trained(model, settings)
     recompute(model, settings.memory.recompute)
+    if settings.compile:
+        for block in model.blocks:
+            block.compile()
     arithmetic: torch.dtype = dtype or getattr(torch, settings.chosen.dtype or "float32")
     return Trainer(
         model,

@@ -32,7 +32,7 @@ from dataclasses import replace
 from typing import Any
 
 from openpalm.model.config import ModelConfig, Preset
-from openpalm.train.config import Ramp, TrainSettings
+from openpalm.train.config import PretrainSettings, Ramp
 
 HEAD_DIM = 64
 CONTEXT_A_BLOCK, LEAST_CONTEXT, MOST_CONTEXT = 128, 256, 2048
@@ -65,8 +65,8 @@ def of_depth(depth: int) -> Preset:
 
 
 def scaled(
-    settings: TrainSettings, vocab_size: int, epoch_tokens: int
-) -> tuple[TrainSettings, dict[str, Any]]:
+    settings: PretrainSettings, vocab_size: int, epoch_tokens: int
+) -> tuple[PretrainSettings, dict[str, Any]]:
     """The settings with what --depth derives, and that, by option.
 
     What is set stays, and what follows from it follows from that; only --minutes, whose steps are
@@ -115,7 +115,7 @@ def scaled(
     return _with(settings, values), values
 
 
-def _with(settings: TrainSettings, values: dict[str, Any]) -> TrainSettings:
+def _with(settings: PretrainSettings, values: dict[str, Any]) -> PretrainSettings:
     """The settings with values at dotted names."""
     parts: dict[str, dict[str, Any]] = {"": {}, "arch": {}, "optim": {}}
     for name, value in values.items():

@@ -82,8 +82,8 @@ def starting_point(
 
 def _named(settings: TrainSettings) -> Preset:
     """What --depth or --model asks for."""
-    if settings.depth is not None:
-        return of_depth(settings.depth)
+    if settings.dial is not None:
+        return of_depth(settings.dial)
     assert settings.model is not None
     return preset(settings.model)
 

@@ -1,0 +1,131 @@
+"""The bytes of a file of lines, uncompressed on the way, every raw byte shown to a tap.
+
+Bounded: a compressed file never unfolds further than its reader asks, but for one small chunk.
+"""
+
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn, cast
+
+from openpalm.errors import DataError
+
+Tap = Callable[[bytes], None]
+
+BUFFER_BYTES = 1 << 20
+# zstd repeats a byte 128 KiB long in four: what one chunk may become stays below 64 MiB.
+ZSTD_CHUNK_BYTES = 2048
+MAX_ZSTD_WINDOW_BYTES = 128 << 20
+
+
+def no_tap(data: bytes) -> None:
+    """For readers whose raw bytes nobody wants."""
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Whatever the operating system says against reading becomes a DataError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file or folder; check the path") from None
+    except OSError as error:
+        name = error.filename or path
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from None
+
+
+@contextmanager
+def open_lines(path: Path, tap: Tap) -> Iterator[io.BufferedReader]:
+    """The file's content as a stream, by its suffix .gz, .zst or neither. Raises DataError."""
+    kind = path.suffix.lower()
+    with readable(path), path.open("rb", buffering=0) as raw:
+        stream = _Tapped(raw, tap)
+        if kind == ".zst":
+            stream = _Zstandard(stream, path)
+        elif kind == ".gz":
+            stream = gzip.GzipFile(fileobj=io.BufferedReader(stream, BUFFER_BYTES))
+        try:
+            yield io.BufferedReader(cast(io.RawIOBase, stream), BUFFER_BYTES)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: gzip data damaged ({error}); fetch the file again") from None
+
+
+def tap_file(path: Path, tap: Tap) -> None:
+    """Shows a whole file to `tap`."""
+    with readable(path), path.open("rb") as file:
+        while data := file.read(BUFFER_BYTES):
+            tap(data)
+
+
+class _Tapped(io.RawIOBase):
+    """A raw file that shows every byte it delivers to `tap`."""
+
+    def __init__(self, raw: io.RawIOBase | io.FileIO, tap: Tap):
+        self._raw, self._tap = raw, tap
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = self._raw.readinto(buffer) or 0
+        self._tap(bytes(buffer[:count]))
+        return count
+
+
+class _Zstandard(io.RawIOBase):
+    """The frames of a .zst file, one after the other; a frame that does not end is damage."""
+
+    def __init__(self, raw: io.RawIOBase, path: Path):
+        self._raw, self._path = io.BufferedReader(raw, BUFFER_BYTES), path
+        self._zstandard = _zstandard(path)
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._ready:
+            data = self._left or self._raw.read(ZSTD_CHUNK_BYTES)
+            if not data:
+                if self._frame:
+                    self._refuse("the last frame is not whole")
+                return 0
+            self._ready = memoryview(self._decompressed(data))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _decompressed(self, data: bytes) -> bytes:
+        if not self._frame:
+            limit = MAX_ZSTD_WINDOW_BYTES
+            whole = self._zstandard.ZstdDecompressor(max_window_size=limit)
+            self._frame = whole.decompressobj()
+        try:
+            text = self._frame.decompress(data)
+        except self._zstandard.ZstdError as error:
+            self._refuse(str(error))
+        self._left = b""
+        if self._frame.eof:
+            self._left, self._frame = self._frame.unused_data, None
+        return text
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise DataError(
+            f"{self._path}: zstd data damaged, or made with a window of more than "
+            f"{MAX_ZSTD_WINDOW_BYTES} bytes ({reason}); fetch the file again"
+        )
+
+
+def _zstandard(path: Path) -> ModuleType:
+    try:
+        import zstandard
+    except ImportError:
+        raise DataError(f"{path}: needs zstandard; pip install 'openpalm[data]'") from None
+    return zstandard

@@ -1,0 +1,69 @@
+"""What a run keeps in memory is free to choose, at any time, and changes no loss."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from openpalm.train.metrics import read_rows
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.fixture
+def plain(train: Callable[..., int], tmp_path: Path) -> list[float]:
+    assert train(tmp_path / "plain") == 0
+    return losses(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_changes_no_loss(
+    train: Callable[..., int], tmp_path: Path, plain: list[float], recompute: str
+):
+    assert train(tmp_path / "run", **{"memory.recompute": recompute}) == 0
+    assert losses(tmp_path / "run") == plain
+
+
+def test_chunks_of_the_loss(train: Callable[..., int], tmp_path: Path, plain: list[float]):
+    assert train(tmp_path / "run", **{"memory.loss_chunk": 7}) == 0
+    assert losses(tmp_path / "run") == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_run_goes_on_with_less_memory(
+    train: Callable[..., int], tmp_path: Path, plain: list[float]
+):
+    run = tmp_path / "run"
+    assert train(run) == 0
+    for newest in (run / "checkpoints").glob("step-00000008"):
+        (newest / "manifest.json").unlink()  # as if killed inside the last save
+    assert train(run, **{"memory.recompute": "full"}) == 0
+    assert losses(run) == plain
+
+
+def test_z_loss_is_logged_and_changes_the_run(
+    train: Callable[..., int], tmp_path: Path, plain: list[float]
+):
+    assert train(tmp_path / "run", z_loss=0.01) == 0
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert all(row["z_loss"] > 0 for row in rows)
+    assert rows[-1]["z_loss"] < rows[0]["z_loss"]
+    assert rows[0]["loss"] == pytest.approx(plain[0])  # reported without it
+    assert rows[-1]["loss"] != plain[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("memory.loss_chunk", 0), ("z_loss", -1), ("memory.recompute", "some")]
+)
+def test_values_that_make_no_sense(
+    train: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: object,
+):
+    assert train(tmp_path / "run", **{name: value}) == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1
+    assert name.replace("_", "-") in said
