@@ -133,7 +133,10 @@ def sweeps(runs: Runs) -> None:
     runs.sweep(replace(tuned, depth=4), "muon_lr")
     for depth in (2, 3):
         runs.sweep(replace(tuned, depth=depth, muon_lr=0.04), "lr")
-    runs.sweep(replace(tuned, muon_lr=0.04, tokens=1 << 20), "muon_lr")  # not fitted to: foretold?
+    # Not fitted to: are they foretold? The second is all that --depth 1 derives.
+    runs.sweep(replace(tuned, muon_lr=0.04, tokens=1 << 20), "muon_lr")
+    whole = Run(1, "muon", lr=0.0328, muon_lr=0.0239, weight_decay=0.146, tokens=1282 * 2048)
+    runs.sweep(whole, "muon_lr")
 
 
 Points = dict[float, float]

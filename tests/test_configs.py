@@ -70,11 +70,11 @@ def check_as_in_the_file(used: dict, recipe: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_the_command_line_wins_over_a_recipe(recipe: Path):
     words = ["--optim.lr", "0.5", "--data", "d", f"--config={recipe}", "--out", "o"]
-    asked = parse(TrainSettings, words, verb="train", about="", examples=[])
+    asked = parse(PretrainSettings, words, verb="train", about="", examples=[])
     assert asked.optim.lr == 0.5
     assert (asked.data, asked.out) == (Path("d"), Path("o"))
     with pytest.raises(SettingsError, match="--data, --out"):
-        parse(TrainSettings, [f"--config={recipe}"], verb="train", about="", examples=[])
+        parse(PretrainSettings, [f"--config={recipe}"], verb="train", about="", examples=[])
 
 
 def test_a_setting_that_is_lost_is_found(tmp_path: Path):
