@@ -133,7 +133,10 @@ def sweeps(runs: Runs) -> None:
     runs.sweep(replace(tuned, depth=4), "muon_lr")
     for depth in (2, 3):
         runs.sweep(replace(tuned, depth=depth, muon_lr=0.04), "lr")
-    runs.sweep(replace(tuned, tokens=1 << 20), "muon_lr")
+    # Not fitted to: are they foretold? The second is all that --depth 1 derives.
+    runs.sweep(replace(tuned, muon_lr=0.04, tokens=1 << 20), "muon_lr")
+    whole = Run(1, "muon", lr=0.0328, muon_lr=0.0239, weight_decay=0.146, tokens=1282 * 2048)
+    runs.sweep(whole, "muon_lr")
 
 
 Points = dict[float, float]
@@ -173,6 +176,11 @@ def power(optima: dict[int, Optimum]) -> tuple[float, float]:
     return float(exponent), math.exp(offset)
 
 
+TITLES = {
+    "depth": "depth (2^19 tokens, batch 2,048)",
+    "tokens": "tokens (depth 1, batch 2,048)",
+    "batch_tokens": "batch (depth 2, 2^19 tokens)",
+}
 SWEEPS = {
     "muon_lr against depth": ("muon_lr", "depth", Run(2, "muon", lr=0.064)),
     "muon_lr against tokens": ("muon_lr", "tokens", Run(1, "muon", lr=0.064)),
@@ -198,7 +206,7 @@ def fit(losses: dict[Run, float]) -> None:
     for name in SWEEPS:
         found = optima(losses, name)
         told = ", ".join(f"{v}: {o.rate:.3g} (loss {o.loss:.3f})" for v, o in found.items())
-        law = f"; exponent {power(found)[0]:.2f}" if len(found) > 1 else ""
+        law = "; {1:.3g} x^{0:.2f}".format(*power(found)) if len(found) > 1 else ""
         print(f"{name}: {told}{law}")
     print(f"best batch: {best_batch(losses):.0f}")
 
@@ -222,10 +230,11 @@ def draw(losses: dict[Run, float], path: Path) -> None:
             xs = np.geomspace(min(three), max(three), 60)
             axis.plot(xs, np.polyval(parabola, np.log2(xs)), color=line.get_color())
             axis.axvline(best.rate, color=line.get_color(), linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", xlabel="muon_lr", title=f"by {over.replace('_', ' ')}")
-        axis.xaxis.set_major_formatter(matplotlib.ticker.LogFormatter())
+        axis.set(xscale="log", xlabel="muon_lr", title=TITLES[over])
+        axis.set_xticks(ticks := [0.01, 0.02, 0.04, 0.08, 0.16], [f"{t:g}" for t in ticks])
+        axis.minorticks_off()
         axis.legend(fontsize=8)
-    axes[0].set_ylabel("validation loss above the optimum's, nats a token")
+    axes[0].set_ylabel("nats a token above the optimum")
     figure.savefig(path, dpi=110)
 
 

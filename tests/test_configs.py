@@ -6,7 +6,8 @@ import pytest
 from train_samples import write_dataset
 
 from openpalm.cli.main import main
-from openpalm.settings import build, plain, read_yaml
+from openpalm.errors import SettingsError
+from openpalm.settings import build, parse, plain, read_yaml
 from openpalm.train import measure
 from openpalm.train.config import PretrainSettings
 
@@ -64,6 +65,16 @@ def check_as_in_the_file(used: dict, recipe: Path) -> None:
     asked, got = flat(read_yaml(recipe)), flat(used)
     kept = asked.keys() - {*SMALL, *LENGTHS}
     assert {name: got.get(name) for name in kept} == {name: asked[name] for name in kept}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_command_line_wins_over_a_recipe(recipe: Path):
+    words = ["--optim.lr", "0.5", "--data", "d", f"--config={recipe}", "--out", "o"]
+    asked = parse(PretrainSettings, words, verb="train", about="", examples=[])
+    assert asked.optim.lr == 0.5
+    assert (asked.data, asked.out) == (Path("d"), Path("o"))
+    with pytest.raises(SettingsError, match="--data, --out"):
+        parse(PretrainSettings, [f"--config={recipe}"], verb="train", about="", examples=[])
 
 
 def test_a_setting_that_is_lost_is_found(tmp_path: Path):

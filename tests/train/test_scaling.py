@@ -82,6 +82,12 @@ def test_larger_batches_have_the_fitted_share_of_rate():
         assert large[place] / small[place] == pytest.approx(4**RATE_BATCH_POWER, rel=0.01)
 
 
+def test_the_fitted_runs_have_the_decay_they_had():
+    *_, rate, decay = numbers(derived(2, batch_tokens=2048, sequence_length=256, steps=256))
+    assert rate == 0.033
+    assert decay == pytest.approx(0.1, rel=0.01)
+
+
 CHOICES: list[tuple[str, Any]] = [
     ("batch_tokens", 1024),
     ("steps", 7),
@@ -130,8 +136,8 @@ def test_the_rules_follow_the_length_that_is_asked_for():
     as_long = derived(3, epochs=batch * steps / EPOCH)
     assert (as_long.batch_tokens, as_long.optim) == (batch, whole.optim)
     rates = [numbers(derived(3, steps=n)) for n in (steps // 64, steps // 8, steps)]
-    assert rates[-1][0] in (batch // 2, batch, 2 * batch)  # two roundings to powers of two
-    assert [r[0] for r in rates] == sorted(r[0] for r in rates)
+    assert rates[-1] == numbers(whole)
+    assert {r[0] for r in rates} == {batch}
     for place in (2, 3):
         assert sorted((r[place] for r in rates), reverse=True) == [r[place] for r in rates]
 
