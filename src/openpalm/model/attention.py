@@ -78,7 +78,9 @@ class _Blocked(torch.autograd.Function):
         out, kept = torch.empty_like(q), []
         for block in _blocks(time):
             weights = parts.weights(q, k, block)
-            out[:, :, block] = (weights @ v[:, : weights.shape[2]]).unflatten(1, (parts.groups, -1))
+            seen = weights.shape[2]
+            # Everywhere torch.bmm: @ copies its operands where the batch is one.
+            out[:, :, block] = torch.bmm(weights, v[:, :seen]).unflatten(1, (parts.groups, -1))
             if time <= KEPT:
                 kept.append(weights)
         ctx.parts, ctx.batch = parts, batch
@@ -100,11 +102,11 @@ class _Blocked(torch.autograd.Function):
             weights = kept[n] if kept else parts.weights(q, k, block)
             seen = weights.shape[2]
             rows = grad[:, :, block].flatten(1, 2)
-            grad_v[:, :seen] += weights.transpose(1, 2) @ rows
-            grad_weights = rows @ v[:, :seen].transpose(1, 2)
+            grad_v[:, :seen] += torch.bmm(weights.transpose(1, 2), rows)
+            grad_weights = torch.bmm(rows, v[:, :seen].transpose(1, 2))
             scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_q[:, :, block] = (scores @ k[:, :seen]).unflatten(1, (parts.groups, -1))
-            grad_k[:, :seen] += scores.transpose(1, 2) @ q[:, :, block].flatten(1, 2)
+            grad_q[:, :, block] = torch.bmm(scores, k[:, :seen]).unflatten(1, (parts.groups, -1))
+            grad_k[:, :seen] += torch.bmm(scores.transpose(1, 2), q[:, :, block].flatten(1, 2))
         grad_q = parts.unfold_queries(grad_q * q.shape[-1] ** -0.5, batch)
         grad_k, grad_v = (_unfold(x.to(k.dtype), batch) for x in (grad_k, grad_v))
         return grad_q, grad_k, grad_v, None
@@ -121,7 +123,7 @@ class _Parts(NamedTuple):
 
     def fold_queries(self, q: Tensor) -> Tensor:
         """[batch, time, heads, width] -> [batch * kv_heads, groups, time, width]."""
-        return q.unflatten(2, (-1, self.groups)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+        return q.unflatten(2, (-1, self.groups)).permute(0, 2, 3, 1, 4).flatten(0, 1)
 
     def unfold_queries(self, q: Tensor, batch: int) -> Tensor:
         return q.unflatten(0, (batch, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
@@ -129,7 +131,7 @@ class _Parts(NamedTuple):
     def weights(self, q: Tensor, k: Tensor, block: slice) -> Tensor:
         """Attention weights [batch * kv_heads, groups * block, keys that it can see]."""
         seen = self.earlier + block.stop
-        scores = q[:, :, block].flatten(1, 2) @ k[:, :seen].transpose(1, 2)
+        scores = torch.bmm(q[:, :, block].flatten(1, 2), k[:, :seen].transpose(1, 2))
         by_head = scores.unflatten(1, (self.groups, -1))
         if self.mask is None:
             size = block.stop - block.start
