@@ -28,8 +28,12 @@ def random_batch(vocab_size: int, rows: int, length: int) -> Batch:
     return Batch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous())
 
 
-def step_seconds(who: Contender, batch: Batch, steps: int, device: torch.device) -> float:
-    """Mean seconds of so many steps in a row."""
+def step_seconds(
+    who: Contender, batch: Batch, steps: int, device: torch.device, *, unmeasured: int = 0
+) -> float:
+    """Mean seconds of so many steps in a row, after some that are not measured."""
+    for _ in range(unmeasured):
+        who.step(batch)
     start = time.perf_counter()
     for _ in range(steps):
         who.step(batch)
