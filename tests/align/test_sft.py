@@ -13,6 +13,7 @@ from openpalm.data.conversation import Message
 from openpalm.data.loader import IGNORE, Batch, RecordLoader, packed, padded
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError
+from openpalm.model.cross_entropy import linear_cross_entropy
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.train.objective import NextToken
 
@@ -57,10 +58,16 @@ def loss_and_gradient(model, batch):
     logits = model.logits(batch.inputs).detach().requires_grad_()
 
     class Fixed:
-        def logits(self, ids, layout=None):
+        """Its states are the logits already: the head is the identity."""
+
+        def residual(self, ids, *, layout, places):
             assert torch.equal(ids, batch.inputs)
             assert layout is None
-            return logits
+            return logits if places is None else logits.flatten(0, 1)[places]
+
+        def cross_entropy(self, states, targets, *, z_loss, chunk):
+            head = torch.eye(states.shape[-1])
+            return linear_cross_entropy(states, head, None, targets, z_loss=z_loss, chunk=chunk)
 
     loss, _ = NextToken().loss(Fixed(), batch)
     loss.backward()
