@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openpalm.data.loader import Batch
+from openpalm.distributed import keep_freed_memory
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import initialise
 from openpalm.settings import build
@@ -98,6 +99,7 @@ class OpenPalm:
         )
         shape = BatchShape(config.context, rows=1, accumulation=1)
         made = build(TrainSettings, whole | {"chosen": chosen} | settings)
+        keep_freed_memory()  # as a run does; it serves the peers of this process too
         self._trainer = _make_trainer(made, job, shape, rules.device, job.fill)
         self.parameters, self.looked_up = config.parameters, 0
         self.attention = config.depth * config.heads * config.head_dim
