@@ -80,6 +80,24 @@ def test_gradients(kernel: str, kv_heads: int):
     assert torch.autograd.gradcheck(run, (q, k, v))
 
 
+@pytest.mark.parametrize("kept", [0, 1024])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_blocked_gradients_under_a_mask(monkeypatch: pytest.MonkeyPatch, kv_heads: int, kept: int):
+    """Earlier keys and a row's own mask, with the weights kept and computed again."""
+    monkeypatch.setattr("openpalm.model.attention.BLOCK", 2)
+    monkeypatch.setattr("openpalm.model.attention.KEPT", kept)
+    q, k, v = (x[..., :4] for x in draw(5, 2, kv_heads, torch.float64))
+    q = q[:, 2:]
+    mask = torch.ones(2, 3, 5).tril(2).bool()
+    mask[1, :, 1] = False
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return blocked_causal(q, k, v, mask)
+
+    assert (run(q, k, v) - plain(q, k, v, mask)).abs().max() < 1e-12
+    assert torch.autograd.gradcheck(run, tuple(x.clone().requires_grad_() for x in (q, k, v)))
+
+
 def test_blocked_gradients_across_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("openpalm.model.attention.BLOCK", 2)
     q, k, v = (x[..., :4].requires_grad_() for x in draw(5, 2, 1, torch.float64))

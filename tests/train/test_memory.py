@@ -4,8 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from train_samples import random_loader, tiny
 
+from openpalm.errors import SettingsError
+from openpalm.train.config import TrainSettings
 from openpalm.train.metrics import read_rows
+from openpalm.train.objective import NextToken
+from openpalm.train.run import Job, run
 
 
 def losses(run: Path) -> list[float]:
@@ -67,3 +72,18 @@ def test_values_that_make_no_sense(
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) == 1
     assert name.replace("_", "-") in said
+
+
+def test_what_only_next_tokens_have_is_refused_elsewhere(tmp_path: Path):
+    job = Job(
+        config=tiny(),
+        fill=lambda model: None,
+        make_loader=lambda *_: random_loader(),
+        sequences_per_epoch=1,
+        learning_rate=1e-3,
+        objective=NextToken(),
+    )
+    settings = TrainSettings(tmp_path, tmp_path / "run", model="palm-tiny", steps=1, z_loss=1e-4)
+    with pytest.raises(SettingsError, match=r"--z-loss 0\.0001: is of `train` and `sft`"):
+        run(settings, job)
+    assert not (tmp_path / "run").exists()

@@ -306,7 +306,7 @@ class TrainSettings:
     z_loss: float = 0.0
     """weight of log^2 Z beside the cross entropy (PaLM: 1e-4); keeps logits from drifting"""
     compile: bool = False
-    """torch.compile of each block: a minute or two before the first step; see docs/training.md"""
+    """torch.compile of each block: a minute or two before the first step, for GPUs"""
     memory: MemorySettings = field(default_factory=MemorySettings)
     """what is kept for the backward pass"""
     lora: LoraSettings = field(default_factory=LoraSettings)

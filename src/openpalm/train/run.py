@@ -28,7 +28,7 @@ from openpalm.errors import SettingsError, TrainingError, WorkError
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer, initialise
-from openpalm.settings import plain
+from openpalm.settings import plain, spell
 from openpalm.train import directory
 from openpalm.train.boards import Boards, check_installed
 from openpalm.train.config import (
@@ -119,6 +119,8 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
     keep_freed_memory()
     if job.shape is not None and settings.batch_ramp is not None:
         raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
+    if job.objective is not None:
+        _refuse_next_tokens_own(settings)
     shape = job.shape or batch_shape(settings, length, world().size)
     with ExitStack() as stack:
         stack.enter_context(directory.locked(out))
@@ -134,6 +136,15 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
         if newest is not None:
             session.restore(newest)
         return session.run()
+
+
+def _refuse_next_tokens_own(settings: TrainSettings) -> None:
+    for name, value in (
+        ("z_loss", settings.z_loss or None),
+        ("memory.loss_chunk", settings.memory.loss_chunk),
+    ):
+        if value is not None:
+            raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
 
 
 class _Session:
