@@ -1,6 +1,6 @@
 """The chunked loss of a linear head against torch's own, and against the z-loss written out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -111,14 +111,32 @@ def test_a_frozen_table_gets_no_gradient():
 
 def test_chunks_follow_the_memory_allowed(monkeypatch: pytest.MonkeyPatch):
     rows: list[int] = []
-    softmax = cross_entropy._softmax
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 4 * 17)  # four rows of float32
+    pieces = cross_entropy._pieces
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 8 * 4 * 17)  # four rows of float64
 
-    def watched(logits: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-        rows.append(len(logits))
-        return softmax(logits, wide)
+    def watched(x: Tensor) -> Iterator[slice]:
+        rows.append(len(x))
+        return pieces(x)
 
-    monkeypatch.setattr(cross_entropy, "_softmax", watched)
+    monkeypatch.setattr(cross_entropy, "_pieces", watched)
     states, table, bias, targets = draw()
     linear_cross_entropy(states, table, bias, targets)
     assert rows == [4, 4, 3]
+
+
+@pytest.mark.parametrize("size", [1, 4 * 17, 2 * 4 * 17, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pieces_of_any_size_give_the_same(
+    dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
+):
+    states, table, bias, targets = draw(torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def found() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            nll, z = linear_cross_entropy(states, table, bias, targets, z_loss=Z, chunk=4)
+        return [nll, z, *torch.autograd.grad(nll, [states, table, bias])]
+
+    whole = found()
+    monkeypatch.setattr(cross_entropy, "_PIECE_BYTES", size)
+    for ours, theirs in zip(found(), whole, strict=True):
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()

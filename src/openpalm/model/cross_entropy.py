@@ -5,6 +5,7 @@ positions at a time go through the head, and the gradient is taken while their l
 the three matrix multiplies of head and backward, no more, and memory for one chunk.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 << 20
-"""Of float32 logits at a time on a CPU: smaller ones cost passes over the table's gradient."""
+CHUNK_BYTES = 128 << 20
+"""Of logits at a time on a CPU: smaller ones cost passes over the table's gradient."""
 _CHUNK_BYTES_CUDA = 1 << 30
+
+_PIECE_BYTES = 4 << 20
+"""What is worked on between two multiplications on a CPU: it stays in the processor's cache."""
+_PIECE_BYTES_CUDA = 256 << 20
 
 
 def linear_cross_entropy(
@@ -40,7 +45,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
     if chunk is None:
         room = CHUNK_BYTES if device == "cpu" else _CHUNK_BYTES_CUDA
-        chunk = max(1, room // (4 * len(table)))
+        chunk = max(1, room // (dtype.itemsize * len(table)))
     return _LinearCrossEntropy.apply(states, table, bias, targets, z_loss, chunk, dtype)
 
 
@@ -57,24 +62,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
+        needed = ctx.needs_input_grad
         with torch.autocast(states.device.type, enabled=False):
             rows, matrix = states.to(dtype), table.to(dtype)
-            grads = _Gradients(ctx.needs_input_grad, rows, matrix, bias, wide)
+            grads = _Gradients(needed, rows, matrix, bias, wide)
             nll, z = rows.new_zeros((), dtype=wide), rows.new_zeros((), dtype=wide)
-            for part in _chunks(len(rows), chunk):
+            for part in _evenly(len(rows), chunk):
                 logits = rows[part] @ matrix.T
                 if bias is not None:
                     logits += bias
-                index = targets[part, None]
-                share, log_z = _softmax(logits, wide)
-                nll += (log_z - logits.gather(1, index).to(wide)).sum()
-                z += z_loss * log_z.square().sum()
-                if any(ctx.needs_input_grad):
-                    # d/dlogits of log Z - logit_target + z log^2 Z
-                    if z_loss:
-                        share *= 1 + 2 * z_loss * log_z
-                    share.scatter_add_(1, index, share.new_full((), -1.0).expand(index.shape))
-                    grads.add(part, share.to(dtype))
+                for piece in _pieces(logits):
+                    part_nll, part_z = _turn_to_gradient(
+                        logits[piece], targets[part][piece, None], z_loss, wide, any(needed)
+                    )
+                    nll, z = nll + part_nll, z + part_z
+                grads.add(part, logits)
         ctx.save_for_backward(*grads.of(states, table, bias))
         ctx.mark_non_differentiable(z)
         return nll, z
@@ -88,20 +90,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _chunks(length: int, chunk: int) -> Iterator[slice]:
-    for start in range(0, length, chunk):
-        yield slice(start, start + chunk)
+def _evenly(length: int, most: int) -> Iterator[slice]:
+    """Parts of nearly the same length, of at most `most`."""
+    size = max(1, math.ceil(length / max(1, math.ceil(length / most))))
+    for start in range(0, length, size):
+        yield slice(start, start + size)
 
 
-def _softmax(logits: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Softmax [rows, vocabulary], and log Z [rows, 1] = the largest logit less its log share."""
-    logits = logits.to(wide)
-    share = logits.softmax(dim=-1)
-    return share, logits.amax(-1, keepdim=True) - share.amax(-1, keepdim=True).log()
+def _pieces(x: Tensor) -> Iterator[slice]:
+    """Rows of x at a time that are small enough for a cache."""
+    room = _PIECE_BYTES if x.device.type == "cpu" else _PIECE_BYTES_CUDA
+    return _evenly(len(x), max(1, room // (4 * x.shape[1])))
+
+
+def _turn_to_gradient(
+    logits: Tensor, index: Tensor, z_loss: float, wide: torch.dtype, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """Summed nll and z-loss; if `wanted`, `logits` [rows, vocabulary] become their gradient.
+
+    index: int64 [rows, 1], the targets. d/dlogits of log Z - logit_target + z log^2 Z.
+    """
+    exact = logits.to(wide)
+    share = exact.softmax(dim=-1)
+    log_z = exact.amax(-1, keepdim=True) - share.amax(-1, keepdim=True).log()
+    nll = (log_z - exact.gather(1, index)).sum()
+    if wanted:
+        if z_loss:
+            share *= 1 + 2 * z_loss * log_z
+        share.scatter_add_(1, index, share.new_full((), -1.0).expand(index.shape))
+        logits.copy_(share)
+    return nll, z_loss * log_z.square().sum()
 
 
 class _Gradients:
-    """Sums of a chunk's gradients, for what needs one."""
+    """Sums of the chunks' gradients, for what needs one."""
 
     def __init__(
         self, needed: tuple[bool, ...], rows: Tensor, matrix: Tensor, bias: Tensor | None, wide: Any
@@ -118,7 +140,8 @@ class _Gradients:
         if self._table is not None and grad.dtype == self._table.dtype:
             self._table.addmm_(grad.T, self._rows[part])
         elif self._table is not None:
-            self._table += grad.T @ self._rows[part]
+            for piece in _pieces(self._table):
+                self._table[piece] += grad[:, piece].T @ self._rows[part]
         if self._bias is not None:
             self._bias += grad.sum(dim=0)
 

@@ -6,7 +6,7 @@ an adapter that was just attached changes nothing. Attached from outside: `proje
 names, and the factors of matrix q of block 0 are `blocks.0.project_in.lora.q.a` and `.b`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -45,21 +45,17 @@ class _Adapted(nn.Module):
 
 
 class AdaptedIn(_Adapted, ProjectIn):
-    def multiply(self, n: Tensor, names: Sequence[str]) -> Tensor:
-        products = super().multiply(n, names)
-        if not (self.active and self.lora):
-            return products
-        half = self.rows["kv"] // 2
-        rows = self.rows | {"k": half, "v": half}
-        each = [part for name in names for part in (("k", "v") if name == "kv" else (name,))]
-        # Side by side, so that what follows reads the layout, and runs the kernels, of the base.
+    def multiply(self, n: Tensor, name: str) -> Tensor:
+        product = super().multiply(n, name)
+        parts = ("k", "v") if name == "kv" else (name,)
+        if not self.active or not any(part in self.lora for part in parts):
+            return product
+        width = product.shape[-1] // len(parts)
         shifts = [
-            self.lora[name](n)
-            if name in self.lora
-            else products.new_zeros(*n.shape[:-1], rows[name])
-            for name in each
+            self.lora[part](n) if part in self.lora else product.new_zeros(*n.shape[:-1], width)
+            for part in parts
         ]
-        return products + torch.cat(shifts, dim=-1)
+        return product + (shifts[0] if len(shifts) == 1 else torch.cat(shifts, dim=-1))
 
 
 class AdaptedOut(_Adapted, ProjectOut):

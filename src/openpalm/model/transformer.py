@@ -93,10 +93,11 @@ class Transformer(nn.Module):
 
         The same as of `head`'s logits, without holding them: see linear_cross_entropy.
         """
-        size = self.config.vocab_size
-        bias = None if self.head_bias is None else self.head_bias[:size]
+        table, bias, size = self._table, self.head_bias, self.config.vocab_size
+        if len(table) > size:  # not always: the gradient of a slice is a copy of the table's size
+            table, bias = table[:size], None if bias is None else bias[:size]
         return self.project_head.cross_entropy(
-            self._states(residual), self._table[:size], bias, targets, z_loss, chunk
+            self._states(residual), table, bias, targets, z_loss, chunk
         )
 
     @property
