@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openpalm.data.loader import Batch
-from openpalm.distributed import keep_freed_memory
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import initialise
 from openpalm.settings import build
 from openpalm.train.config import BatchShape, OptimSettings, TrainSettings
+from openpalm.train.job import Job, make_trainer
 from openpalm.train.optim import Optimizer, learning_rate_factor
-from openpalm.train.run import Job, _make_trainer
 
 ENDLESS = 10**6
 
@@ -53,6 +52,8 @@ class Contender(Protocol):
 
     def logits(self, ids: Tensor) -> Tensor: ...
 
+    def forget_moments(self) -> None: ...
+
 
 Makers = dict[str, Callable[[Rules], Contender]]
 
@@ -73,6 +74,13 @@ def flops_per_token(who: Contender, length: int) -> int:
     return 6 * (who.parameters - who.looked_up) + 12 * who.attention * length
 
 
+def without_moments(optimizer: Optimizer) -> None:
+    """From now on it is SGD, which has no state."""
+    sgd = torch.optim.SGD(list(optimizer.names), lr=0.0)
+    sgd.param_groups[0] |= {"decays": False, "peak_lr": 0.0}
+    optimizer.parts = [sgd]
+
+
 def has_memory_settings() -> bool:
     """Whether a run can be told to recompute activations and to cut the loss into chunks."""
     return any(field.name == "memory" for field in fields(TrainSettings))
@@ -81,12 +89,12 @@ def has_memory_settings() -> bool:
 class OpenPalm:
     """The run's own Trainer; it is also the Trainer's loader, of the batch that `step` was given.
 
-    `settings` are groups of TrainSettings: optim={"name": "muon"}.
+    `settings` are of TrainSettings: optim={"name": "muon"}.
     """
 
     name = "OpenPaLM"
 
-    def __init__(self, rules: Rules, **settings: dict[str, Any]):
+    def __init__(self, rules: Rules, **settings: Any):
         config, dtype = rules.config, str(rules.dtype).removeprefix("torch.")
         whole = {"data": "-", "out": "-", "model": "-", "steps": rules.steps}
         chosen = {"dtype": dtype, "steps": rules.steps}
@@ -99,8 +107,7 @@ class OpenPalm:
         )
         shape = BatchShape(config.context, rows=1, accumulation=1)
         made = build(TrainSettings, whole | {"chosen": chosen} | settings)
-        keep_freed_memory()  # as a run does; it serves the peers of this process too
-        self._trainer = _make_trainer(made, job, shape, rules.device, job.fill)
+        self._trainer = make_trainer(made, job, shape, rules.device, job.fill)
         self.parameters, self.looked_up = config.parameters, 0
         self.attention = config.depth * config.heads * config.head_dim
 
@@ -110,6 +117,9 @@ class OpenPalm:
 
     def logits(self, ids: Tensor) -> Tensor:
         return self._trainer.model.eval().logits(ids)
+
+    def forget_moments(self) -> None:
+        without_moments(self._trainer.optimizer)
 
     def __next__(self) -> Batch:
         return self._batch
@@ -153,6 +163,9 @@ class Peer:
     def loss(self, batch: Batch) -> Tensor:
         logits = self.forward(batch.inputs).float()
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+
+    def forget_moments(self) -> None:
+        without_moments(self.optimizer)
 
     def logits(self, ids: Tensor) -> Tensor:
         self.module.eval()

@@ -29,6 +29,7 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from train_common import DTYPES, Row, peaks_line, random_batch, say, sized, step
 from train_memory import curves, curves_table, memory, memory_table, point
 from train_minutes import equal_minutes, equal_minutes_table
 
+from openpalm.distributed import keep_freed_memory
 from openpalm.train.measure import matmul_flops
 
 
@@ -49,6 +51,7 @@ def speed(how: argparse.Namespace) -> list[Row]:
         rules = Rules(sized(name, length), getattr(torch, dtype), device)
         known = {"OpenPaLM": OpenPalm} | PEERS
         wanted = how.who.split(";") if how.who else list(known)
+        known["OpenPaLM, compiled"] = partial(OpenPalm, compile=True)
         found = built({name: known[name] for name in wanted}, rules)
         rates: dict[str, list[float]] = {who: [] for who in found}
         for turn in range(how.rounds + 1):  # the first warms up
@@ -119,8 +122,17 @@ def parsed() -> argparse.Namespace:
     of.add_argument("--rows", default=default, help="PRESET:LENGTHxROWS:DTYPE, separated by commas")
     of.add_argument("--rounds", type=int, default=5)
     of.add_argument("--steps", type=int, default=2, help="of a turn")
-    of.add_argument("--who", default="", help="only these, with semicolons between")
+    of.add_argument(
+        "--who",
+        default="",
+        help="only these, with semicolons between; also 'OpenPaLM, compiled'",
+    )
     of.add_argument("--device", default="cpu")
+    of.add_argument(
+        "--give-back",
+        action="store_true",
+        help="what is freed goes back to the system, as by default; `openpalm train` keeps it",
+    )
 
     of = verb(memory, memory_table)
     of.add_argument("--ways", default="none,none:1024,selective:1024,full:1024")
@@ -134,6 +146,11 @@ def parsed() -> argparse.Namespace:
     of.add_argument("--model", default="palm-150m")
     of.add_argument("--length", type=int, default=8192)
     of.add_argument("--dtype", default="float32", choices=DTYPES)
+
+    for of in (verbs.choices["memory"], verbs.choices["point"]):
+        of.add_argument(
+            "--without-moments", action="store_true", help="SGD, which has no state, not AdamW"
+        )
 
     of = verb(curves, curves_table)
     of.add_argument(
@@ -162,6 +179,8 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     how, load = parsed(), os.getloadavg()[0]
     warnings.filterwarnings("ignore")
+    if not getattr(how, "give_back", False):
+        keep_freed_memory()  # as a run does; it serves the peers too
     rows = how.run(how)
     if how.json:
         print(json.dumps(rows, indent=1))

@@ -17,7 +17,9 @@ import torch
 from peers_train import Contender, OpenPalm, PalmRlhfFlash, Rules, has_memory_settings
 from train_common import Row, peaks_line, random_batch, say, sized, step_seconds, table
 
+from openpalm.model.attention import KEPT
 from openpalm.model.config import ModelConfig
+from openpalm.model.cross_entropy import CHUNK_BYTES
 from openpalm.train.measure import matmul_flops
 
 PROGRAM = Path(__file__).with_name("train.py")
@@ -53,18 +55,20 @@ def theory(config: ModelConfig, length: int, dtype: str, way: str) -> tuple[floa
 
     Weights, gradient and two moments in float32; 20 d numbers a token a layer that backward needs,
     or, where all is recomputed, the layer's input and one layer's numbers (nan where only a part
-    is); the logits in float32, of a chunk if there are chunks. On a CPU in bfloat16 attention keeps
-    its probabilities: of the causal half, T/2 a head and token. Not counted: the gradient of the
-    logits, copies of matrices (joined for one multiply, cast to bfloat16), the allocator's slack.
+    is); the logits of a chunk. On a CPU in bfloat16 attention keeps the probabilities of short
+    sequences: of the causal half, T/2 a head and token. Not counted: further gradients of the
+    table, matrices cast to bfloat16, the allocator's slack.
     """
     number = 4 if dtype == "float32" else 2
     recompute, _, chunk = way.partition(":")
     layer = 20 * config.dim * number
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and length <= KEPT:
         layer += config.heads * length // 2 * number
-    full = config.dim * number * config.depth + layer
+    full = 4 * config.dim * config.depth + layer  # the residual stream is float32
     kept = {"none": layer * config.depth, "full": full}.get(recompute, math.nan)
-    logits = 4 * config.vocab_size * min(length, int(chunk or length))
+    logits = number * config.vocab_size * min(length, int(chunk or length))
+    if not chunk:
+        logits = min(logits, CHUNK_BYTES)
     flops = config.flops_per_token(length) * (4 / 3 if recompute == "full" else 1)
     return 16 * config.parameters + kept * length + logits, flops * length
 
@@ -79,6 +83,8 @@ def point(how: argparse.Namespace) -> list[Row]:
     for name in ("palm-tiny", how.model):  # a small step first loads what every step needs
         before, config = resident_bytes("VmRSS"), sized(name, how.length)
         who: Contender = make(Rules(config, dtype, CPU))
+        if how.without_moments:
+            who.forget_moments()
         who.step(random_batch(config.vocab_size, 1, WARM_UP_TOKENS))  # the moments are made
     batch, seconds = random_batch(config.vocab_size, 1, how.length), list[float]()
     while not seconds or (sum(seconds) < ENOUGH_S and len(seconds) < ENOUGH_STEPS):
@@ -102,8 +108,11 @@ def peak(dtype: str) -> float:
     return max(matmul_flops(CPU, getattr(torch, dtype)) for _ in range(3))
 
 
-def measured(model: str, length: int, dtype: str, way: str) -> Row | None:
-    """That point in a process of its own, with its theory; None where it cannot be had."""
+def measured(model: str, length: int, dtype: str, way: str, *more: str) -> Row | None:
+    """That point in a process of its own, with its theory; None where it cannot be had.
+
+    `more` are further words for it.
+    """
     peer = way == PalmRlhfFlash.name
     expected, flops = theory(sized(model, length), length, dtype, "none" if peer else way)
     label = f"{model} {length} {dtype} {way}"
@@ -112,7 +121,7 @@ def measured(model: str, length: int, dtype: str, way: str) -> Row | None:
         return None
     words = [sys.executable, str(PROGRAM), "point", "--model", model, "--length", str(length)]
     done = subprocess.run(
-        [*words, "--dtype", dtype, "--way", way, "--json"], stdout=subprocess.PIPE, text=True
+        [*words, "--dtype", dtype, "--way", way, *more, "--json"], stdout=subprocess.PIPE, text=True
     )
     if done.returncode:
         say(f"{label}: left out, its process ended with {done.returncode}")
@@ -126,11 +135,12 @@ def measured(model: str, length: int, dtype: str, way: str) -> Row | None:
 
 def memory(how: argparse.Namespace) -> list[Row]:
     ways = [*chosen_ways(how.ways), PalmRlhfFlash.name]
+    more = ["--without-moments"] if how.without_moments else []
     tried = [
         row
         for _ in range(how.rounds)
         for way in ways
-        if (row := measured(how.model, how.length, how.dtype, way))
+        if (row := measured(how.model, how.length, how.dtype, way, *more))
     ]
     found = {way: [row for row in tried if row["way"] == way] for way in ways}
     return [

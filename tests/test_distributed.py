@@ -1,5 +1,9 @@
 """Alone, every sum is the value itself; a device that is not there is named."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -44,3 +48,28 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_it(monkeypatch, able, d
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     assert pick_dtype("auto", torch.device("cpu")) == dtype
     assert pick_dtype("float32", torch.device("cpu")) == "float32"
+
+
+FAULTS = """
+import resource, sys, torch
+from openpalm.distributed import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+
+def faults(numbers):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(numbers)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(16 << 20)
+print(faults(15 << 20))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_there_for_the_next_tensor():
+    def faults(how: str) -> int:
+        words = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+    assert faults("kept") * 10 < faults("given back")

@@ -10,7 +10,7 @@ from command_line import rows, talk, write_base
 
 from openpalm import checkpoint
 from openpalm.model import lora
-from openpalm.train import run as training
+from openpalm.train.job import LORA_RATE
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_only_the_adapter_learns(folder, adapted, said, tmp_path):
         check_base_kept(folder, tmp_path / "all")
     ordinary = [row for row in rows(tmp_path / "all" / "metrics.jsonl") if "loss" in row]
     assert logged[0]["loss"] == ordinary[0]["loss"]  # attaching changed nothing
-    assert logged[0]["lr"] == pytest.approx(training.LORA_RATE * ordinary[0]["lr"])
+    assert logged[0]["lr"] == pytest.approx(LORA_RATE * ordinary[0]["lr"])
 
 
 def test_a_run_that_stopped_goes_on_exactly(folder, adapted, said, tmp_path):

@@ -12,8 +12,9 @@ from train_samples import random_loader, tiny, trainer_of
 from openpalm.model.transformer import initialise
 from openpalm.train import measure
 from openpalm.train.config import Chosen, TrainSettings
+from openpalm.train.job import Job, Probe
 from openpalm.train.measure import choose, fit
-from openpalm.train.run import Job, Probe, run
+from openpalm.train.run import run
 
 CPU = torch.device("cpu")
 

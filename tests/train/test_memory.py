@@ -8,9 +8,10 @@ from train_samples import random_loader, tiny
 
 from openpalm.errors import SettingsError
 from openpalm.train.config import TrainSettings
+from openpalm.train.job import Job
 from openpalm.train.metrics import read_rows
 from openpalm.train.objective import NextToken
-from openpalm.train.run import Job, run
+from openpalm.train.run import run
 
 
 def losses(run: Path) -> list[float]:

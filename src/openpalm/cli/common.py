@@ -25,7 +25,7 @@ from openpalm.generate.sampling import Sampling
 from openpalm.generate.text import complete
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import TrainSettings
-from openpalm.train.run import Probe
+from openpalm.train.job import Probe
 from openpalm.train.start import Start, starting_point
 
 T = TypeVar("T")

@@ -113,8 +113,8 @@ def admit(settings: DoctorSettings) -> "Patient":
     from openpalm.data.prompt_files import PromptRow
     from openpalm.distributed import pick_device
     from openpalm.model.transformer import Transformer
+    from openpalm.train.job import LORA_RATE
     from openpalm.train.optim import Optimizer
-    from openpalm.train.run import LORA_RATE
     from openpalm.train.start import check_trained, choose_trained
 
     run = settings.as_run()

@@ -11,8 +11,9 @@ from openpalm.settings import parse
 
 if TYPE_CHECKING:
     from openpalm.data.tokenizer import Tokenizer
+    from openpalm.train.job import Probe
     from openpalm.train.objective import Objective
-    from openpalm.train.run import Outcome, Probe
+    from openpalm.train.run import Outcome
 
 
 def run(argv: Sequence[str]) -> None:
@@ -40,7 +41,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     from openpalm import checkpoint
     from openpalm.align.pairs import PairLoader
     from openpalm.cli.common import fine_tuning_start, held_out
-    from openpalm.train.run import Job
+    from openpalm.train.job import Job
     from openpalm.train.run import run as run_job
 
     directory, tokenizer, start = fine_tuning_start(settings)
@@ -111,7 +112,7 @@ def _held_out_probe(batch: Any, objective: "Objective[Any]", unit: str) -> "Prob
     import torch
 
     from openpalm.model.transformer import Transformer
-    from openpalm.train.run import Probe
+    from openpalm.train.job import Probe
 
     def look(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
         device = model.embedding.device

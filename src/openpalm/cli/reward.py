@@ -12,7 +12,8 @@ from openpalm.settings import parse
 if TYPE_CHECKING:
     from openpalm.align.reward import Judged, ScoreBatch
     from openpalm.data.tokenizer import Tokenizer
-    from openpalm.train.run import Outcome, Probe
+    from openpalm.train.job import Probe
+    from openpalm.train.run import Outcome
 
 
 def run(argv: Sequence[str]) -> None:
@@ -41,7 +42,7 @@ def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
     from openpalm.align.reward import RewardObjective, collate, fill, head_for
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.model.reward import RewardModel
-    from openpalm.train.run import Job
+    from openpalm.train.job import Job
     from openpalm.train.run import run as run_job
 
     directory, tokenizer, start = fine_tuning_start(settings, may_score=True)
@@ -127,7 +128,7 @@ def _held_out_probe(
     from openpalm.evaluate import agreement
     from openpalm.model.reward import RewardModel
     from openpalm.model.transformer import Transformer
-    from openpalm.train.run import Probe
+    from openpalm.train.job import Probe
 
     objective, batch = RewardObjective(settings), collate(measured)
     tied = collate(ties) if ties else None

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
+    from openpalm.train.job import Probe
     from openpalm.train.objective import Objective
-    from openpalm.train.run import Outcome, Probe
+    from openpalm.train.run import Outcome
 
 LEAST_LOOKED_AT, MAX_LOOKED_AT = 16, 64
 """Prompts of the evaluations; fewer held-out ones say too little, then some of training's serve."""
@@ -45,7 +46,7 @@ def learn_from_answers(
     from openpalm.data.prompt_files import read_prompts
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
-    from openpalm.train.run import Job
+    from openpalm.train.job import Job
     from openpalm.train.run import run as run_job
 
     if not settings.reward:
@@ -172,7 +173,7 @@ def _probes(
     """Figures of the held-out answers, with the alarm; and some of the answers."""
     from openpalm.align.rollout import Sampler
     from openpalm.align.watch import alarm, look
-    from openpalm.train.run import Probe
+    from openpalm.train.job import Probe
 
     shown: list[dict[str, str]] = []
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from openpalm.data.loader import Record
     from openpalm.data.mixture import Mixture
     from openpalm.data.tokenizer import Tokenizer
-    from openpalm.train.run import Outcome, Probe
+    from openpalm.train.job import Probe
+    from openpalm.train.run import Outcome
 
 _PROBE_ROWS = 16
 
@@ -45,7 +46,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     from openpalm.data.loader import PackedLoader, RecordLoader, truncated
     from openpalm.data.mixture import read_mixture
     from openpalm.data.order import mixture as mixed_draws
-    from openpalm.train.run import Job
+    from openpalm.train.job import Job
     from openpalm.train.run import run as run_job
 
     directory, tokenizer, start = fine_tuning_start(settings)
@@ -109,7 +110,7 @@ def _held_out_probe(records: "Sequence[Record]", sequence_length: int) -> "Probe
     """val_loss over the held-out answers, nats a token."""
     from openpalm.data.loader import Batch, padded
     from openpalm.evaluate.perplexity import split_loss
-    from openpalm.train.run import Probe
+    from openpalm.train.job import Probe
 
     batches = [
         Batch(*padded(records[first : first + _PROBE_ROWS], sequence_length))

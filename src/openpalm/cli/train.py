@@ -45,7 +45,7 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     from openpalm.cli.common import sample_probe, validation_probe, weights_path
     from openpalm.data.loader import TokenLoader
     from openpalm.data.sets import open_sets
-    from openpalm.train.run import Job
+    from openpalm.train.job import Job
     from openpalm.train.run import run as run_job
     from openpalm.train.start import starting_point
 

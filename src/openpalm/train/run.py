@@ -13,7 +13,7 @@ restores, its rows are there.
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +25,7 @@ from rich.console import Console
 from openpalm import checkpoint
 from openpalm.distributed import keep_freed_memory, pick_device, world
 from openpalm.errors import SettingsError, TrainingError, WorkError
-from openpalm.model.config import ModelConfig
-from openpalm.model.recompute import recompute
-from openpalm.model.transformer import Transformer, initialise
+from openpalm.model.transformer import initialise
 from openpalm.settings import plain, spell
 from openpalm.train import directory
 from openpalm.train.boards import Boards, check_installed
@@ -39,60 +37,12 @@ from openpalm.train.config import (
     TrainSettings,
     batch_shape,
 )
+from openpalm.train.job import Job, make_trainer
 from openpalm.train.measure import choose
 from openpalm.train.metrics import LiveLine, RowFile, read_rows
-from openpalm.train.objective import Loader, NextToken, Objective
-from openpalm.train.optim import Optimizer
 from openpalm.train.profile import Profiler
-from openpalm.train.start import check_trained, choose_trained
+from openpalm.train.start import check_trained
 from openpalm.train.trainer import StepReport, Trainer
-
-_WHILE_MEASURING = 10**6  # steps of a schedule that is only timed
-LORA_RATE = 10
-"""How much larger the learning rate of an adapter is (Schulman et al. 2025, LoRA Without Regret)"""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Something looked at every `eval_every` steps and after the last one."""
-
-    look: Callable[[Transformer, torch.dtype], dict[str, Any]]
-    """at the model, computing in the run's dtype"""
-    file: str = "metrics.jsonl"
-    tell: Callable[[dict[str, Any]], str] | None = None
-    """a row as one line for the terminal"""
-    judge: Callable[[list[dict[str, Any]]], str | None] | None = None
-    """the run's rows so far: why it must stop, or None"""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained on what; the settings say how long, how fast and where."""
-
-    config: ModelConfig
-    fill: Callable[[Transformer], None]
-    """gives a fresh model its first weights"""
-    make_loader: Callable[[BatchShape, Transformer, torch.dtype], Loader]
-    """of the run's model, which a loader of rollouts asks for answers, and its dtype"""
-    sequences_per_epoch: int
-    learning_rate: float
-    make_model: Callable[[ModelConfig], Transformer] = Transformer
-    """its parameters are filled later"""
-    objective: Objective[Any] | None = None
-    """not given is next-token prediction"""
-    shape: BatchShape | None = None
-    """of a step, where it does not follow from --batch-tokens"""
-    unit: str = "tokens"
-    """what the objective counts"""
-    tokenizer_json: str | None = None
-    data_hash: str | None = None
-    parent_hash: str | None = None
-    parent_fixed: bool = False
-    """whether resuming needs the very parent, not only its name: it is the reference"""
-    probes: Sequence[Probe] = ()
-    best: str | None = None
-    """the column of evaluations whose highest value marks the best checkpoint, which is kept"""
-    label: str = "train"
 
 
 @dataclass(frozen=True)
@@ -131,7 +81,7 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
         if newest is not None and _step_of(newest) >= chosen.steps:
             return Outcome(newest, chosen.steps, was_finished=True)
         torch.manual_seed(settings.seed)
-        trainer = _make_trainer(settings, job, shape, device, job.fill)
+        trainer = make_trainer(settings, job, shape, device, job.fill)
         session = _Session(settings, job, trainer, shape)
         if newest is not None:
             session.restore(newest)
@@ -198,7 +148,7 @@ class _Session:
             f"{self.job.label}: {self.job.config.parameters:,} parameters{part}, "
             f"{self.trainer.steps:,} "
             f"steps of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}, "
-            f"{self.settings.optim.name} at lr {_peak_rate(self.settings, self.job):.3g}"
+            f"{self.settings.optim.name} at lr {self.job.peak_rate(self.settings):.3g}"
         )
 
     def _step(self, line: LiveLine) -> None:
@@ -240,7 +190,7 @@ class _Session:
             "loss": report.loss,
             self.job.unit: self.trainer.counted,
             "elapsed_s": round(self._elapsed_s(), 3),
-            "lr": report.lr_factor * _peak_rate(self.settings, self.job),
+            "lr": report.lr_factor * self.job.peak_rate(self.settings),
             "grad_norm": report.grad_norm,
             f"{self.job.unit}_per_s": round(rate, 1),
             "mfu": share,
@@ -347,49 +297,14 @@ def _settled(
 
     whole = replace(shape, ramp=Ramp())
 
-    def make_trainer(dtype: torch.dtype) -> Trainer:
-        return _make_trainer(settings, job, whole, device, lambda m: initialise(m, seed=0), dtype)
+    def timed(dtype: torch.dtype) -> Trainer:
+        return make_trainer(settings, job, whole, device, lambda m: initialise(m, seed=0), dtype)
 
     with Console(stderr=True).status("timing a few steps to choose what was left open"):
-        chosen = choose(settings, make_trainer, [probe.look for probe in job.probes], device)
+        chosen = choose(settings, timed, [probe.look for probe in job.probes], device)
     settings = replace(settings, chosen=chosen)
     directory.write_settings(settings)
     return settings
-
-
-def _make_trainer(
-    settings: TrainSettings,
-    job: Job,
-    shape: BatchShape,
-    device: torch.device,
-    fill: Callable[[Transformer], None],
-    dtype: torch.dtype | None = None,
-) -> Trainer:
-    model = job.make_model(job.config).to(device)
-    fill(model)
-    choose_trained(model, settings)
-    recompute(model, settings.memory.recompute)
-    if settings.compile:
-        for block in model.blocks:
-            block.compile()
-    arithmetic: torch.dtype = dtype or getattr(torch, settings.chosen.dtype or "float32")
-    return Trainer(
-        model,
-        job.objective or NextToken(settings.z_loss, settings.memory.loss_chunk),
-        Optimizer(model, settings.optim, _peak_rate(settings, job)),
-        job.make_loader(shape, model, arithmetic),
-        steps=settings.chosen.steps or _WHILE_MEASURING,
-        accumulation=shape.accumulation,
-        ramp=shape.ramp,
-        dtype=arithmetic,
-        max_skipped=settings.max_skipped,
-        world=world(),
-    )
-
-
-def _peak_rate(settings: TrainSettings, job: Job) -> float:
-    adamw_rate = job.learning_rate * (LORA_RATE if settings.lora.rank else 1)
-    return settings.optim.peak(adamw_rate, job.config.dim)
 
 
 def _set_aside(damaged: Path) -> None:
