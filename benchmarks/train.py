@@ -179,7 +179,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     how, load = parsed(), os.getloadavg()[0]
     warnings.filterwarnings("ignore")
-    if not getattr(how, "give_back", False):
+    if how.verb == "equal-minutes" or (how.verb == "speed" and not how.give_back):
         keep_freed_memory()  # as a run does; it serves the peers too
     rows = how.run(how)
     if how.json:

@@ -17,6 +17,7 @@ import torch
 from peers_train import Contender, OpenPalm, PalmRlhfFlash, Rules, has_memory_settings
 from train_common import Row, peaks_line, random_batch, say, sized, step_seconds, table
 
+from openpalm.distributed import keep_freed_memory
 from openpalm.model.attention import KEPT
 from openpalm.model.config import ModelConfig
 from openpalm.model.cross_entropy import CHUNK_BYTES
@@ -79,6 +80,8 @@ def point(how: argparse.Namespace) -> list[Row]:
     Path("/proc/self/oom_score_adj").write_text("1000")
     peer, dtype = how.way == PalmRlhfFlash.name, getattr(torch, how.dtype)
     make = PalmRlhfFlash if peer else partial(OpenPalm, **way_settings(how.way))
+    if not peer and how.way.startswith("none"):
+        keep_freed_memory()  # as a run does that recomputes nothing
     before = 0
     for name in ("palm-tiny", how.model):  # a small step first loads what every step needs
         before, config = resident_bytes("VmRSS"), sized(name, how.length)

@@ -37,6 +37,25 @@ def test_chunks_of_the_loss(train: Callable[..., int], tmp_path: Path, plain: li
     assert losses(tmp_path / "run") == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("recompute", "keep", "kept"),
+    [("none", None, 1), ("full", None, 0), ("full", True, 1), ("none", False, 0)],
+)
+def test_freed_memory_is_kept_where_time_counts_for_more(
+    train: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recompute: str,
+    keep: bool | None,
+    kept: int,
+):
+    calls: list[int] = []
+    monkeypatch.setattr("openpalm.train.run.keep_freed_memory", lambda: calls.append(1))
+    how = {} if keep is None else {"memory.keep_freed": keep}
+    assert train(tmp_path / "run", **how, **{"memory.recompute": recompute}) == 0
+    assert len(calls) == kept
+
+
 def test_a_run_goes_on_with_less_memory(
     train: Callable[..., int], tmp_path: Path, plain: list[float]
 ):

@@ -233,6 +233,13 @@ class MemorySettings:
     """what the backward pass computes again: nothing, all but large matrices, or whole blocks"""
     loss_chunk: int | None = None
     """positions whose logits are in memory at a time; not set takes as many as are quick"""
+    keep_freed: bool | None = None
+    """whether freed memory stays with the process (Linux, glibc): faster steps, gaps in memory;
+    not set keeps it where nothing is recomputed"""
+
+    @property
+    def keeps_freed(self) -> bool:
+        return self.recompute == "none" if self.keep_freed is None else self.keep_freed
 
     def __post_init__(self) -> None:
         chunk = self.loss_chunk

@@ -66,7 +66,8 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
     out = settings.out
     device = pick_device(settings.device)
     length = settings.sequence_length or job.config.context
-    keep_freed_memory()
+    if settings.memory.keeps_freed:
+        keep_freed_memory()
     if job.shape is not None and settings.batch_ramp is not None:
         raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
     if job.objective is not None:
