@@ -39,7 +39,7 @@ def keep_freed_memory() -> None:
     """Lets this process keep what it frees, so that the next step need not ask for it again.
 
     By default glibc gives every large block back at once, and the kernel clears its pages anew:
-    a tenth to a fifth of a training step on a CPU. The price is gaps between blocks: up to a third
+    about a tenth of a training step on a CPU. The price is gaps between blocks: up to a third
     more memory where activations are large. Elsewhere than on glibc nothing is done.
     """
     if not sys.platform.startswith("linux"):
