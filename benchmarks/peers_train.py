@@ -8,7 +8,7 @@ that is not installed costs the others nothing.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -79,11 +79,6 @@ def without_moments(optimizer: Optimizer) -> None:
     sgd = torch.optim.SGD(list(optimizer.names), lr=0.0)
     sgd.param_groups[0] |= {"decays": False, "peak_lr": 0.0}
     optimizer.parts = [sgd]
-
-
-def has_memory_settings() -> bool:
-    """Whether a run can be told to recompute activations and to cut the loss into chunks."""
-    return any(field.name == "memory" for field in fields(TrainSettings))
 
 
 class OpenPalm:

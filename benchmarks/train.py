@@ -147,11 +147,6 @@ def parsed() -> argparse.Namespace:
     of.add_argument("--length", type=int, default=8192)
     of.add_argument("--dtype", default="float32", choices=DTYPES)
 
-    for of in (verbs.choices["memory"], verbs.choices["point"]):
-        of.add_argument(
-            "--without-moments", action="store_true", help="SGD, which has no state, not AdamW"
-        )
-
     of = verb(curves, curves_table)
     of.add_argument(
         "--ways", default="none,selective:1024,full:1024", help="RECOMPUTE[:LOSS CHUNK], by commas"
@@ -162,6 +157,14 @@ def parsed() -> argparse.Namespace:
     of.add_argument("--size-length", type=int, default=1024, help="context where the size varies")
     of.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     of.add_argument("--picture", type=Path, default=Path(__file__).with_name("memory.svg"))
+
+    for name in ("memory", "point", "curves"):
+        verbs.choices[name].add_argument(
+            "--without-moments", action="store_true", help="SGD, which has no state, not AdamW"
+        )
+        verbs.choices[name].add_argument(
+            "--keep-freed", action="store_true", help="memory.keep_freed of ours, whatever the way"
+        )
 
     of = verb(equal_minutes, equal_minutes_table)
     of.add_argument("--data", default="builtin:python-docs", help="prepared, or text, or builtin")

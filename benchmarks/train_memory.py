@@ -9,18 +9,20 @@ import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers_train import Contender, OpenPalm, PalmRlhfFlash, Rules, has_memory_settings
+from peers_train import Contender, OpenPalm, PalmRlhfFlash, Rules
 from train_common import Row, peaks_line, random_batch, say, sized, step_seconds, table
 
 from openpalm.distributed import keep_freed_memory
 from openpalm.model.attention import KEPT
 from openpalm.model.config import ModelConfig
 from openpalm.model.cross_entropy import CHUNK_BYTES
+from openpalm.train.config import MemorySettings
 from openpalm.train.measure import matmul_flops
 
 PROGRAM = Path(__file__).with_name("train.py")
@@ -43,12 +45,15 @@ def available_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-def way_settings(way: str) -> dict[str, Any]:
-    """TrainSettings of `none`, `full:1024`: how to recompute, and the chunk of the loss."""
-    if not has_memory_settings():
-        return {}
+def memory_settings(way: str, *, keep_freed: bool) -> dict[str, Any]:
+    """TrainSettings.memory of `none`, `full:1024`: how to recompute, and the chunk of the loss."""
     recompute, _, chunk = way.partition(":")
-    return {"memory": {"recompute": recompute} | ({"loss_chunk": int(chunk)} if chunk else {})}
+    made: dict[str, Any] = {"recompute": recompute}
+    if chunk:
+        made["loss_chunk"] = int(chunk)
+    if keep_freed:
+        made["keep_freed"] = True
+    return made
 
 
 def theory(config: ModelConfig, length: int, dtype: str, way: str) -> tuple[float, float]:
@@ -79,9 +84,12 @@ def point(how: argparse.Namespace) -> list[Row]:
     # Where memory ends, the kernel shall end this process and no other.
     Path("/proc/self/oom_score_adj").write_text("1000")
     peer, dtype = how.way == PalmRlhfFlash.name, getattr(torch, how.dtype)
-    make = PalmRlhfFlash if peer else partial(OpenPalm, **way_settings(how.way))
-    if not peer and how.way.startswith("none"):
-        keep_freed_memory()  # as a run does that recomputes nothing
+    make: Callable[[Rules], Contender] = PalmRlhfFlash
+    if not peer:
+        settings = memory_settings(how.way, keep_freed=how.keep_freed)
+        make = partial(OpenPalm, memory=settings)
+        if MemorySettings(**settings).keeps_freed:
+            keep_freed_memory()  # as a run does
     before = 0
     for name in ("palm-tiny", how.model):  # a small step first loads what every step needs
         before, config = resident_bytes("VmRSS"), sized(name, how.length)
@@ -117,7 +125,8 @@ def measured(model: str, length: int, dtype: str, way: str, *more: str) -> Row |
     `more` are further words for it.
     """
     peer = way == PalmRlhfFlash.name
-    expected, flops = theory(sized(model, length), length, dtype, "none" if peer else way)
+    config = sized(model, length)
+    expected, flops = theory(config, length, dtype, f"none:{length}" if peer else way)
     label = f"{model} {length} {dtype} {way}"
     if expected * SPARE > available_bytes():
         say(f"{label}: left out, needs some {expected * SPARE / 1e9:.0f} GB")
@@ -137,13 +146,12 @@ def measured(model: str, length: int, dtype: str, way: str, *more: str) -> Row |
 
 
 def memory(how: argparse.Namespace) -> list[Row]:
-    ways = [*chosen_ways(how.ways), PalmRlhfFlash.name]
-    more = ["--without-moments"] if how.without_moments else []
+    ways = [*how.ways.split(","), PalmRlhfFlash.name]
     tried = [
         row
         for _ in range(how.rounds)
         for way in ways
-        if (row := measured(how.model, how.length, how.dtype, way, *more))
+        if (row := measured(how.model, how.length, how.dtype, way, *passed_on(how)))
     ]
     found = {way: [row for row in tried if row["way"] == way] for way in ways}
     return [
@@ -155,11 +163,10 @@ def memory(how: argparse.Namespace) -> list[Row]:
     ]
 
 
-def chosen_ways(ways: str) -> list[str]:
-    if has_memory_settings():
-        return ways.split(",")
-    say("this version's settings have no `memory`: nothing is recomputed, the loss is whole")
-    return ["none"]
+def passed_on(how: argparse.Namespace) -> list[str]:
+    """The words of this command that a point of its own must hear too."""
+    flags = {"--without-moments": how.without_moments, "--keep-freed": how.keep_freed}
+    return [flag for flag, given in flags.items() if given]
 
 
 def memory_table(rows: list[Row]) -> str:
@@ -187,8 +194,8 @@ def curves(how: argparse.Namespace) -> list[Row]:
     points = [(how.model, int(length)) for length in how.lengths.split(",")]
     points += [(model, how.size_length) for model in how.models.split(",")]
     found = [
-        measured(model, length, how.dtype, way)
-        for way in chosen_ways(how.ways)
+        measured(model, length, how.dtype, way, *passed_on(how))
+        for way in how.ways.split(",")
         for model, length in dict.fromkeys(points)
     ]
     rows = [row for row in found if row]

@@ -105,3 +105,14 @@ def test_validation_loss_is_evals():
     batches = evaluation_batches(tokens, sequence_length=CONFIG.context, rows=4)
     expected = split_loss(model, batches, 500).nats_per_token
     assert train_minutes.validation_loss(who, tokens, rules()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [peers_train.OpenPalm, OursAsPeer])
+def test_without_moments_nothing_is_kept_beside_the_gradient(make: type):
+    who = make(rules())
+    optimizer = who.optimizer if isinstance(who, peers_train.Peer) else who._trainer.optimizer
+    who.step(train_common.random_batch(CONFIG.vocab_size, 2, 32))
+    assert optimizer.state_tensors()
+    who.forget_moments()
+    who.step(train_common.random_batch(CONFIG.vocab_size, 2, 32))
+    assert not optimizer.state_tensors()

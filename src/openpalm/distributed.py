@@ -39,8 +39,8 @@ def keep_freed_memory() -> None:
     """Lets this process keep what it frees, so that the next step need not ask for it again.
 
     By default glibc gives every large block back at once, and the kernel clears its pages anew:
-    about a tenth of a training step on a CPU. The price is gaps between blocks: up to a third
-    more memory where activations are large. Elsewhere than on glibc nothing is done.
+    about a tenth of a training step on a CPU. The price is gaps between blocks: a third to
+    two thirds more memory where activations are large. Elsewhere than on glibc nothing is done.
     """
     if not sys.platform.startswith("linux"):
         return

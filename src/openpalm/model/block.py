@@ -38,8 +38,8 @@ class Norm(nn.Module):
 class ProjectIn(nn.Module):
     """norm(x) [..., dim] -> queries, keys and values, and the feed-forward's input parts.
 
-    With `names`, only those parts. A matrix multiply each: training, one for all of them costs
-    more in gradients put together and halves read with a stride than it saves.
+    With `names`, only those parts. A matrix multiply each: no gradients to put together, and
+    every part contiguous.
     """
 
     def __init__(self, config: ModelConfig):
