@@ -18,7 +18,7 @@ import torch
 from peers_train import Contender, OpenPalm, PalmRlhfFlash, Rules
 from train_common import Row, peaks_line, random_batch, say, sized, step_seconds, table
 
-from openpalm.distributed import keep_freed_memory
+from openpalm.device import keep_freed_memory
 from openpalm.model.attention import KEPT
 from openpalm.model.config import ModelConfig
 from openpalm.model.cross_entropy import CHUNK_BYTES

@@ -1,18 +1,22 @@
 """Packed matrices compute what the plain ones do, as far as their bits go."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import KINDS, tiny
 
+from openpalm.device import multiplies_int8
 from openpalm.errors import SettingsError
 from openpalm.generate.engine import Engine, Request
-from openpalm.generate.pack import INT4_GROUP, _Int4, _Int8, _Int8Dot, _multiplies_int8, pack
+from openpalm.generate.pack import INT4_GROUP, _Int4, _Int8, _Int8Dot, _OneDnn, _Widened, pack
 from openpalm.generate.sampling import Sampling
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig, ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 
+pack_module = importlib.import_module("openpalm.generate.pack")
 IDS = torch.arange(24).reshape(2, 12)
 
 
@@ -41,6 +45,50 @@ def test_packed_in_bfloat16_is_the_model_in_bfloat16():
     rounded = (plain.logits(IDS) - exact).norm()
     packed = (pack(model, "bfloat16").logits(IDS) - exact).norm()
     assert packed < 1.5 * rounded
+
+
+ROWS = [1, 2, 3, 7, 8, 16, 40]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("shape", [(265, 32), (512, 768), (768, 3072), (100, 17)])
+@torch.no_grad()
+def test_in_float32_a_row_alone_is_the_row_among_others(shape: tuple[int, int]):
+    generator = torch.Generator().manual_seed(0)
+    matrix = _OneDnn(torch.randn(shape, generator=generator))
+    x = torch.randn(max(ROWS), shape[1], generator=generator)
+    whole = matrix(x)
+    for rows in ROWS:
+        assert torch.equal(matrix(x[:rows]), whole[:rows]), rows
+    assert torch.equal(matrix(x[None, :1])[0], whole[:1])
+
+
+@torch.no_grad()
+def test_emulated_bfloat16_is_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pack_module, "multiplies_bfloat16", lambda: False)
+    weight = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    monkeypatch.setattr(pack_module, "WIDENED_NUMBERS", 64 * 7)  # several blocks, the last smaller
+    exact = F.linear(x.double(), weight.double())
+    matrix = pack_module._matrix(weight, "bfloat16", torch.float32)
+    assert isinstance(matrix, _Widened)
+    assert (matrix(x) - exact).norm() < 1e-6 * exact.norm()
+    model = wide()
+    packed = pack(model, "bfloat16").logits(IDS)
+    rounded = wide().to(torch.bfloat16).logits(IDS) - model.logits(IDS)
+    assert (packed - model.logits(IDS)).norm() < 1.5 * rounded.norm()
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_where_onednn_refuses_to_pack_plain_products_serve(weights, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("mkldnn_reorder_linear_weight: needs another processor")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    model = wide()
+    found = pack(model, weights).logits(IDS) - model.logits(IDS)
+    assert found.norm() < (1e-5 if weights == "float32" else 0.05) * model.logits(IDS).norm()
 
 
 def adapted(**changes) -> Transformer:
@@ -103,7 +151,7 @@ def test_int8_is_its_rounded_matrix():
     assert torch.allclose(matrix(x).float(), F.linear(x.float(), rounded), rtol=0.02, atol=0.05)
 
 
-@pytest.mark.skipif(not _multiplies_int8(), reason="no 8-bit dot products on this processor")
+@pytest.mark.skipif(not multiplies_int8(), reason="no 8-bit dot products on this processor")
 @torch.no_grad()
 def test_int8_activations_are_rounded_to_a_255th_of_the_tokens_largest():
     """Within the worst that rounding can do, each token by itself, for a token of zeros too."""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from train_samples import Repeating, made, ragged, tiny, trainer_of, weights
 
+from openpalm.device import multiplies_bfloat16
 from openpalm.model.transformer import Transformer
-from openpalm.train import optimizers
+from openpalm.train import optim, optimizers
 from openpalm.train.config import OptimizerName, OptimSettings
 from openpalm.train.objective import NextToken
 from openpalm.train.optim import Optimizer, learning_rate_factor
@@ -30,6 +31,9 @@ RATES: dict[OptimizerName, float] = {
 }
 CLOSE = 1e-12
 """Largest relative difference of any tensor over 100 steps in float64."""
+
+MUON_DTYPE = [torch.bfloat16 if multiplies_bfloat16() else torch.float32]
+"""What Muon iterates in on this processor; a test may put another one last."""
 
 Equation = Callable[[Tensor, Tensor, dict[str, Tensor], int, float, float, OptimSettings], Tensor]
 """(theta, gradient, its moments, step from 1, rate, decay coefficient, settings) -> new theta"""
@@ -72,9 +76,9 @@ def adafactor(w, g, state, t, lr, decay, s):
 
 
 def muon(w, g, state, t, lr, decay, s):
-    """Jordan et al. 2024: Nesterov momentum, orthogonalised by five quintic steps in bfloat16."""
+    """Jordan et al. 2024: Nesterov momentum, orthogonalised by five quintic steps."""
     state["m"] = 0.95 * state.get("m", 0) + 0.05 * g
-    x = (0.05 * g + 0.95 * state["m"]).bfloat16()
+    x = (0.05 * g + 0.95 * state["m"]).to(MUON_DTYPE[-1])
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)
@@ -159,6 +163,37 @@ def check_follows_its_equations(settings: OptimSettings) -> None:
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_a_hundred_steps_are_those_of_the_paper(name: OptimizerName):
     check_follows_its_equations(OptimSettings(name=name))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_muon_iterates_in_what_the_processor_multiplies(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: native)
+    MUON_DTYPE.append(torch.bfloat16 if native else torch.float32)
+    try:
+        check_follows_its_equations(OptimSettings(name="muon"))
+    finally:
+        MUON_DTYPE.pop()
+
+
+def test_muon_in_bfloat16_is_torch_s():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 16), (16, 24), (16, 16)]
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = copy.deepcopy(ours)
+    pair = (
+        optimizers.Muon([{"params": ours, "weight_decay": 0.1}], 0.02, dtype=torch.bfloat16),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1),
+    )
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() < 1e-6 * b.norm()
 
 
 @pytest.mark.parametrize("rule", ["palm", "nanopalm"])

@@ -136,7 +136,9 @@ def test_minutes_hold_more_steps_where_batches_are_small(monkeypatch: pytest.Mon
     for ramp in (None, "1/2@0.5"):
         asked = settings(steps=None, minutes=1.0, dtype="float32", batch_ramp=ramp)
         asked = replace(asked, chosen=Chosen(peak_flops=1.0))
-        chosen = measure.choose(asked, lambda _: trainer_of(), [], torch.device("cpu"))
+        chosen = measure.choose(
+            asked, lambda _: trainer_of(), [], torch.device("cpu"), step_tokens=100
+        )
         steps.append(chosen.steps)
     assert steps[1] == pytest.approx(steps[0] / 0.75, rel=0.02)
 

@@ -418,7 +418,7 @@ def test_minutes_are_turned_into_steps_once(
     ask: dict[str, Any] = {"steps": None, "minutes": 0.02, "save_every": 3}
     with monkeypatch.context() as patch:
         patch.setattr(measure, "_step_seconds", lambda trainer: 0.1)
-        patch.setattr(measure, "_look_seconds", lambda trainer, looks: 0.0)
+        patch.setattr(measure, "_look_seconds", lambda *_: 0.0)
         at_step(5, kill)
         with pytest.raises(Killed):
             train(out, **ask)

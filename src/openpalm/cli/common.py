@@ -17,7 +17,7 @@ from openpalm.data.loader import evaluation_batches
 from openpalm.data.sets import TokenSets
 from openpalm.data.shards import Dataset
 from openpalm.data.tokenizer import Tokenizer
-from openpalm.distributed import pick_device, pick_dtype
+from openpalm.device import pick_device, pick_dtype
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
 from openpalm.generate.engine import Engine
@@ -161,7 +161,8 @@ def validation_probe(sets: TokenSets, sequence_length: int, *, document_mask: bo
         each = [f"{n} {row[f'val_loss/{n}']:.4f}" for n in sets.names if f"val_loss/{n}" in row]
         return f"{said} ({', '.join(each)})" if each else said
 
-    return Probe(look, tell=tell)
+    tokens = sum(dataset.manifest.splits["val"].tokens for dataset in sets.datasets)
+    return Probe(look, tell=tell, tokens=tokens)
 
 
 def _validation_columns(loss: SplitLoss, of: str = "") -> dict[str, Any]:

@@ -111,7 +111,7 @@ def admit(settings: DoctorSettings) -> "Patient":
     from openpalm.cli.rollouts import fitting
     from openpalm.data.conversation import stop_ids
     from openpalm.data.prompt_files import PromptRow
-    from openpalm.distributed import pick_device
+    from openpalm.device import pick_device
     from openpalm.model.transformer import Transformer
     from openpalm.train.job import LORA_RATE
     from openpalm.train.optim import Optimizer

@@ -87,7 +87,7 @@ def _judgements(
     from openpalm.align import kto, pairs
     from openpalm.data.pair_files import read_pairs
     from openpalm.data.verdict_files import read_verdicts
-    from openpalm.distributed import pick_device
+    from openpalm.device import pick_device
 
     unit, made = ("verdicts", kto) if settings.loss == "kto" else ("pairs", pairs)
     given = (read_verdicts if settings.loss == "kto" else read_pairs)(settings.data)

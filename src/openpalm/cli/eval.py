@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
     from openpalm import checkpoint
     from openpalm.cli.common import validation, weights_path
     from openpalm.data.shards import open_dataset
-    from openpalm.distributed import pick_device
+    from openpalm.device import pick_device
     from openpalm.generate.pack import pack
     from openpalm.train.start import check_reads
 

@@ -139,7 +139,7 @@ def _reference(directory: Path, settings: RolloutSettings) -> "Callable[[Transfo
     """
     from openpalm import checkpoint
     from openpalm.align.rollout import reference_log_probs
-    from openpalm.distributed import pick_device
+    from openpalm.device import pick_device
 
     device = str(pick_device(settings.device))
     copy = None if settings.lora.rank else checkpoint.load(directory, device)

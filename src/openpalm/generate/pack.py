@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openpalm.device import multiplies_bfloat16, multiplies_int8
 from openpalm.errors import SettingsError
 from openpalm.model.block import Block, ProjectHead, ProjectIn, ProjectOut
 from openpalm.model.lora import merged, sharing
@@ -21,6 +22,10 @@ from openpalm.model.transformer import Transformer
 Weights = Literal["float32", "bfloat16", "int8", "int4"]
 INT4_GROUP = 32
 """Neighbouring weights that share a scale and a zero point."""
+FEW_ROWS = 8
+"""Rows that oneDNN's float32 layout is chosen for: fast for one row and for hundreds."""
+WIDENED_NUMBERS = 1 << 18
+"""Weights that are widened to float32 at a time: a megabyte."""
 
 
 class Matrix(Protocol):
@@ -112,13 +117,45 @@ class _Dense:
 
 
 class _OneDnn:
-    """bfloat16 on a CPU, in the blocked layout that oneDNN's kernels want."""
+    """float32 or bfloat16 on a CPU, in the blocked layout that oneDNN's kernels want.
+
+    In float32 a row's products do not depend on how many rows there are. F.linear's do: it
+    changes kernels with the number of rows.
+    """
 
     def __init__(self, weight: Tensor):
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+        rows = 1 if weight.dtype == torch.bfloat16 else FEW_ROWS
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        self.pairs = False
+        if weight.dtype == torch.float32:
+            generator = torch.Generator().manual_seed(0)
+            one = torch.randn(1, weight.shape[1], generator=generator)
+            self.pairs = not torch.equal(self._multiply(one), self._multiply(one.tile(2, 1))[:1])
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.pairs and x.numel() == x.shape[-1]:
+            twice = x.reshape(1, -1).tile(2, 1)
+            return self._multiply(twice)[:1].view(*x.shape[:-1], -1)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class _Widened:
+    """bfloat16 weights on a CPU that only emulates bfloat16: multiplied in float32, by blocks.
+
+    A block of the weights is widened into the processor's cache and used there.
+    """
+
+    def __init__(self, weight: Tensor, result: torch.dtype):
+        self.weight, self.result = weight.contiguous(), result
+        self.rows = max(1, WIDENED_NUMBERS // weight.shape[1])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        parts = [F.linear(wide, block.float()) for block in self.weight.split(self.rows)]
+        return torch.cat(parts, dim=-1).to(self.result)
 
 
 class _Int8:
@@ -187,19 +224,30 @@ class _Int4:
 def _matrix(weight: Tensor, weights: Weights, result: torch.dtype = torch.bfloat16) -> Matrix:
     """Packed; its products in `result` where the kernel leaves a choice."""
     weight = weight.detach()
-    on_cpu = weight.device.type == "cpu"
-    if weights == "bfloat16" and on_cpu and torch.backends.mkldnn.is_available():
-        return _OneDnn(weight)
+    if weight.device.type != "cpu":
+        return _Dense(weight)
+    if weights == "bfloat16" and not multiplies_bfloat16():
+        return _Widened(weight, result)
+    if weights in ("float32", "bfloat16"):
+        return _blocked(weight)
     if weights == "int8":
-        return _Int8Dot(weight, result) if _multiplies_int8() else _Int8(weight)
-    if weights == "int4":
-        if weight.shape[1] % INT4_GROUP or weight.shape[0] % 16:
-            raise SettingsError(
-                f"--quantize int4: needs matrices in multiples of 16 x {INT4_GROUP}, not "
-                f"{weight.shape[0]} x {weight.shape[1]}; use int8"
-            )
-        return _Int4(weight)
-    return _Dense(weight)
+        return _Int8Dot(weight, result) if multiplies_int8() else _Int8(weight)
+    if weight.shape[1] % INT4_GROUP or weight.shape[0] % 16:
+        raise SettingsError(
+            f"--quantize int4: needs matrices in multiples of 16 x {INT4_GROUP}, not "
+            f"{weight.shape[0]} x {weight.shape[1]}; use int8"
+        )
+    return _Int4(weight)
+
+
+def _blocked(weight: Tensor) -> Matrix:
+    """In oneDNN's layout where torch has oneDNN and it takes the matrix on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return _Dense(weight)
+    try:
+        return _OneDnn(weight)
+    except RuntimeError:
+        return _Dense(weight)
 
 
 def _rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,13 +255,6 @@ def _rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.float()
     scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
     return (weight / scales[:, None]).round().to(torch.int8), scales
-
-
-def _multiplies_int8() -> bool:
-    """Whether this processor sums products of 8-bit numbers in 32 bits, and oneDNN is there."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    exact = any(able.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-    return exact and torch.backends.mkldnn.is_available()
 
 
 def _packed_block(block: nn.Module, weights: Weights) -> nn.Module:

@@ -32,6 +32,8 @@ class Probe:
     """a row as one line for the terminal"""
     judge: Callable[[list[dict[str, Any]]], str | None] | None = None
     """the run's rows so far: why it must stop, or None"""
+    tokens: int | None = None
+    """that a look computes the loss of, where that is all it does: so its time can be foretold"""
 
 
 @dataclass(frozen=True)

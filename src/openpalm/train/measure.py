@@ -1,42 +1,69 @@
 """What is chosen by measuring, once, before step 1: dtype, steps that fit a time, peak rate.
 
 Works on a model of its own, so that nothing it does can reach the run's weights or random state.
+Measuring is bounded: it ends after `_limit_seconds`, or after the one step or look in progress.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
+from openpalm.device import multiplies_bfloat16
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import PROBES_A_RUN, Chosen, Ramp, TrainSettings
+from openpalm.train.objective import Remembering
 from openpalm.train.trainer import Trainer
 
+LIMIT_SHARE, LIMIT_S = 0.05, 20.0
+"""Measuring may take this share of --minutes, and no more than this many seconds."""
 _BFLOAT16_GAIN = 1.05
 """bfloat16 must be this much faster than float32 to be worth its rounding"""
+_HOPELESS = 3.0
+"""A dtype is given up when its first step takes this many times the best first step."""
 _LOOKS_SHARE = 0.1
 """of a time budget that evaluations may take"""
+_FORWARD_SHARE = 0.4
+"""of a training step's time that the loss alone takes, no gradient wanted"""
+
+
+class Look(Protocol):
+    """Something looked at now and then, whose time a budget must hold."""
+
+    @property
+    def look(self) -> Callable[[Transformer, torch.dtype], object]: ...
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that it computes the loss of, where that is all it does."""
+        ...
 
 
 def choose(
     settings: TrainSettings,
     make_trainer: Callable[[torch.dtype], Trainer],
-    looks: Sequence[Callable[[Transformer, torch.dtype], object]],
+    looks: Sequence[Look],
     device: torch.device,
+    *,
+    step_tokens: int,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Chosen:
     """Fills what the settings left open; what an earlier run chose stays.
 
-    `make_trainer` gives a scratch trainer; `looks` are the probes whose time a budget must hold.
+    `make_trainer` gives a scratch trainer; a step of it is of `step_tokens`. `say` hears what is
+    being timed.
     """
     started = time.perf_counter()
+    until = started + _limit_seconds(settings)
     known = settings.chosen
     dtype: str = settings.dtype if settings.dtype != "auto" else known.dtype or "auto"
-    timed: dict[str, float] = {}
+    timed: dict[str, _Timed] = {}
     if dtype == "auto":
-        timed = {name: _step_seconds(make_trainer(d)) for name, d in _candidates(device)}
-        faster = timed.get("bfloat16", math.inf) * _BFLOAT16_GAIN < timed["float32"]
+        timed = _time_candidates(make_trainer, device, until, say)
+        faster = len(timed) > 1 and timed["bfloat16"].best * _BFLOAT16_GAIN < timed["float32"].best
         dtype = "bfloat16" if faster else "float32"
     assert dtype in ("float32", "bfloat16")
     torch_dtype = getattr(torch, dtype)
@@ -45,12 +72,19 @@ def choose(
     if known.steps is not None or settings.minutes is None:
         return chosen
     trainer = make_trainer(torch_dtype)
-    whole_step_s = timed.get(dtype) or _step_seconds(trainer)
-    step_s = whole_step_s * Ramp.parse(settings.batch_ramp).mean
-    look_s = _look_seconds(trainer, looks)
+    if dtype not in timed:
+        say(f"timing a step in {dtype}")
+        timed[dtype] = _time_steps(trainer, until)
+    step_s = timed[dtype].best * Ramp.parse(settings.batch_ramp).mean
+    say("timing an evaluation")
+    look_s = _look_seconds(trainer, looks, timed[dtype].best / step_tokens, until)
     left_s = settings.minutes * 60 - (time.perf_counter() - started)
     steps, eval_every = fit(left_s, step_s, look_s, settings.eval_every)
     return replace(chosen, steps=steps, eval_every=eval_every)
+
+
+def _limit_seconds(settings: TrainSettings) -> float:
+    return min(LIMIT_S, LIMIT_SHARE * 60 * (settings.minutes or math.inf))
 
 
 def fit(left_s: float, step_s: float, look_s: float, eval_every: int | None) -> tuple[int, int]:
@@ -65,32 +99,77 @@ def fit(left_s: float, step_s: float, look_s: float, eval_every: int | None) -> 
     return steps, max(1, -(-steps // looks))
 
 
-def _look_seconds(
-    trainer: Trainer, looks: Sequence[Callable[[Transformer, torch.dtype], object]]
-) -> float:
-    start = time.perf_counter()
+@dataclass(frozen=True)
+class _Timed:
+    """Seconds of an optimizer step: the first, and the best of all."""
+
+    first: float
+    best: float
+
+
+def _time_candidates(
+    make_trainer: Callable[[torch.dtype], Trainer],
+    device: torch.device,
+    until: float,
+    say: Callable[[str], None],
+) -> dict[str, _Timed]:
+    """By dtype. Empty where bfloat16 is only emulated: float32 is then known to be faster."""
+    if not multiplies_bfloat16(device):
+        return {}
+    timed: dict[str, _Timed] = {}
+    for name in ("float32", "bfloat16"):
+        say(f"timing a step in {name}")
+        left_s = until - time.perf_counter()
+        share = until - left_s / 2 if name == "float32" else until
+        hopeless = _HOPELESS * min((t.first for t in timed.values()), default=math.inf)
+        trainer = make_trainer(getattr(torch, name))
+        timed[name] = _time_steps(trainer, share, hopeless=hopeless)
+    return timed
+
+
+def _look_seconds(trainer: Trainer, looks: Sequence[Look], token_s: float, until: float) -> float:
+    """Seconds of all looks: timed where there is time, else foretold from a step's."""
+    total = 0.0
     for look in looks:
-        look(trainer.model, trainer.dtype)
-    return time.perf_counter() - start
-
-
-def _candidates(device: torch.device) -> list[tuple[str, torch.dtype]]:
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return [("float32", torch.float32)]
-    return [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
-
-
-def _step_seconds(trainer: Trainer, repeats: int = 2) -> float:
-    """Seconds of an optimizer step, the best of a few after one to warm up."""
-    trainer.train_step()
-    times = []
-    for _ in range(repeats):
-        _wait(trainer.device)
+        foretold = None if look.tokens is None else look.tokens * token_s * _FORWARD_SHARE
+        if foretold is not None and time.perf_counter() + foretold > until:
+            total += foretold
+            continue
         start = time.perf_counter()
+        look.look(trainer.model, trainer.dtype)
+        total += time.perf_counter() - start
+    return total
+
+
+def _time_steps(
+    trainer: Trainer, until: float, *, hopeless: float = math.inf, repeats: int = 2
+) -> _Timed:
+    """One step to warm up, then a few while there is time; the first alone where it is hopeless."""
+    first = best = _step_seconds(trainer)
+    if first > hopeless:
+        return _Timed(first, math.inf)
+    for _ in range(repeats):
+        if time.perf_counter() + best > until:
+            break
+        best = min(best, _step_seconds(trainer))
+    return _Timed(first, best)
+
+
+def _step_seconds(trainer: Trainer) -> float:
+    """Seconds of an optimizer step, of whose microbatches one alone is computed."""
+    _wait(trainer.device)
+    start = time.perf_counter()
+    if isinstance(trainer.loader, Remembering):  # its batches come by the step
         trainer.train_step()
         _wait(trainer.device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+        return time.perf_counter() - start
+    trainer.model.train()
+    loss, count, _ = trainer.forward_backward([next(trainer.loader)])
+    _wait(trainer.device)
+    between = time.perf_counter()
+    trainer.optimizer_step(loss, count, 1.0)
+    _wait(trainer.device)
+    return (between - start) * trainer.accumulation + time.perf_counter() - between
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:

@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from openpalm.device import multiplies_bfloat16
 from openpalm.train.config import OptimSettings, given
-from openpalm.train.optimizers import Adafactor, Lion, Listwise, StableAdamW
+from openpalm.train.optimizers import Adafactor, Lion, Listwise, Muon, StableAdamW
 
 PALM_HOLD = 10_000 / 255_000
 """Share of its steps that PaLM kept its learning rate constant for (section 5)."""
@@ -64,7 +65,9 @@ class Optimizer:
         self.parts: list[torch.optim.Optimizer] = [self._main(others, lr)]
         if muon:
             rate = given(settings.muon_lr)
-            self.parts.append(torch.optim.Muon([{"params": muon, "decays": True}], lr=rate))
+            native = multiplies_bfloat16(muon[0].device)
+            dtype = torch.bfloat16 if native else torch.float32
+            self.parts.append(Muon([{"params": muon, "decays": True}], rate, dtype=dtype))
         for part in self.parts:
             for group in part.param_groups:
                 group["peak_lr"] = group["lr"]

@@ -23,7 +23,8 @@ import torch
 from rich.console import Console
 
 from openpalm import checkpoint
-from openpalm.distributed import keep_freed_memory, pick_device, world
+from openpalm.device import keep_freed_memory, pick_device
+from openpalm.distributed import world
 from openpalm.errors import SettingsError, TrainingError, WorkError
 from openpalm.model.transformer import initialise
 from openpalm.settings import plain, spell
@@ -301,8 +302,15 @@ def _settled(
     def timed(dtype: torch.dtype) -> Trainer:
         return make_trainer(settings, job, whole, device, lambda m: initialise(m, seed=0), dtype)
 
-    with Console(stderr=True).status("timing a few steps to choose what was left open"):
-        chosen = choose(settings, timed, [probe.look for probe in job.probes], device)
+    with Console(stderr=True).status("timing a few steps") as status:
+        chosen = choose(
+            settings,
+            timed,
+            job.probes,
+            device,
+            step_tokens=shape.sequences * shape.sequence_length,
+            say=status.update,
+        )
     settings = replace(settings, chosen=chosen)
     directory.write_settings(settings)
     return settings
