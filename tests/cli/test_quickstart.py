@@ -4,14 +4,16 @@ import json
 
 import pytest
 
+from openpalm import checkpoint
 from openpalm.cli import quickstart
+from openpalm.device import multiplies_bfloat16
+from openpalm.train import budget
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A finished quickstart's directory, and what was printed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart, "MODEL", "palm-tiny")
         patch.setattr(quickstart, "VOCABULARY", 512)
         out = tmp_path_factory.mktemp("quickstart") / "runs"
         words = ["--minutes", "0.1", "--out", str(out)]
@@ -24,9 +26,16 @@ def test_every_station_left_its_work(done):
     assert (out / "data" / "manifest.json").is_file()
     for run in ("pretrain", "sft"):
         assert list((out / run / "checkpoints").glob("step-*"))
-    results = json.loads((out / "results.json").read_text())
-    assert 0 < results["validation bits a byte"] < 8
-    assert 0 <= results["token F1 after fine-tuning"] <= 1
+    summary = json.loads((out / "summary.json").read_text())
+    assert 0 < summary["bits_per_byte"] < 8
+    assert summary["order5"] < summary["gzip"] < 8
+    assert 0 <= summary["f1_before"] <= 1
+    assert 0 <= summary["f1_after"] <= 1
+    assert 0 < summary["train_seconds"] < summary["seconds"]
+    assert summary["steps"] >= 1
+    assert summary["parameters"] == checkpoint.load(out / "pretrain").config.parameters
+    assert summary["native_bfloat16"] == multiplies_bfloat16()
+    assert summary["processor"]
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 2
     assert "shutil.copytree" in page
@@ -46,3 +55,28 @@ def test_repeated_it_trains_nothing_again(done, capsys):
     quickstart.run(words)
     assert [(file, file.stat().st_mtime_ns) for file in weights] == before
     assert "next, try" in capsys.readouterr().out
+
+
+GOOD = {"bits_per_byte": 1.7, "order5": 1.9, "f1_after": 0.9, "steps": 600}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({}, 0),
+        ({"bits_per_byte": 8.3}, 2),
+        ({"f1_after": 0.1}, 2),
+        ({"bits_per_byte": 2.0, "f1_after": 0.1}, 3),
+    ],
+)
+def test_a_poor_result_is_called_poor_and_what_to_do_is_said(changes, lines):
+    said = quickstart.shortcomings(GOOD | changes, quickstart.QuickstartSettings())
+    assert len(said) == lines
+    assert not said or "--minutes 15" in said[-1]
+
+
+def test_more_time_or_a_faster_machine_trains_a_larger_model():
+    assert budget.affordable(1e10).model == "palm-tiny"
+    assert budget.affordable(1e15).model == "palm-5m"
+    assert budget.facts(60, 8000) == 2 * budget.facts(30, 8000)
+    assert budget.facts(0.1, 10) == 8

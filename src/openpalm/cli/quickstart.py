@@ -6,12 +6,13 @@ is already done is not done again.
 
 import json
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
 
 from openpalm.align.config import SftSettings
 from openpalm.errors import SettingsError
@@ -23,18 +24,17 @@ if TYPE_CHECKING:
 
     from openpalm.data.builtin import QuestionAnswer
     from openpalm.data.manifest import Manifest
+    from openpalm.train.budget import Size
 
-MODEL = "palm-5m"
 VOCABULARY = 4096
 PRETRAIN_SHARE, FINETUNE_SHARE = 0.62, 0.20
-BATCH_TOKENS = 8 * 512
-NAMES_A_MINUTE = 160
-"""Names that fine-tuning has the time to learn by heart."""
 QUESTIONS_A_MINUTE, MAX_QUESTIONS = 40, 200
 JUDGED_A_MINUTE, ANSWERS_EACH, LEAST_GAP, LEAST_JUDGED = 60, 4, 0.1, 16
 """Questions whose answers are judged, answers to each, token F1 that two must differ by, and the
 judgements without which nothing can be learnt."""
 EXAMPLE = "shutil.copytree"
+GOOD_F1 = 0.8
+"""Token F1 from which on the answers are worth showing."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,17 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
+    started = time.monotonic()
     manifest = prepare_data(settings, console)
-    pretrain(settings, console)
+    compared = baselines(settings)
+    pretrain(settings, console, compared)
     finetune(settings, console)
     answered = question(settings, console)
     preferred = prefer(settings, console)
-    write_report(settings, console, manifest, answered, preferred)
+    summary = summarise(settings, compared, answered, time.monotonic() - started)
+    write_report(settings, console, manifest, answered, preferred, summary)
+    for line in shortcomings(summary, settings):
+        console.print(line, style="yellow", markup=False)
     _next_commands(settings.out / ("dpo" if preferred else "sft"), settings, console)
 
 
@@ -113,29 +118,59 @@ def prepare_data(settings: QuickstartSettings, console: "Console") -> "Manifest"
     return manifest
 
 
-def pretrain(settings: QuickstartSettings, console: "Console") -> None:
+def baselines(settings: QuickstartSettings) -> dict[str, float]:
+    """Bits a byte of the validation text under gzip and a model that counts five bytes back."""
+    from openpalm.data.shards import open_dataset
+    from openpalm.evaluate.compression import WittenBell, documents, gzip_bits
+
+    dataset = open_dataset(settings.out / "data")
+    training, validation = documents(dataset, "train"), documents(dataset, "val")
+    text = b"".join(validation)
+    order5 = WittenBell(training).bits(validation)
+    return {"gzip": gzip_bits(text) / len(text), "order5": order5 / len(text)}
+
+
+def pretrain(settings: QuickstartSettings, console: "Console", compared: dict[str, float]) -> None:
     from openpalm.cli.train import pretrain as train_verb
 
-    console.rule(f"2  pretraining {MODEL} from scratch", align="left")
+    size = _size(settings)
+    console.rule(f"2  pretraining {size.model} from scratch", align="left")
     outcome = train_verb(
         PretrainSettings(
             data=settings.out / "data",
             out=settings.out / "pretrain",
-            model=MODEL,
+            model=size.model,
             minutes=settings.minutes * PRETRAIN_SHARE,
             seed=settings.seed,
-            batch_tokens=BATCH_TOKENS,
+            sequence_length=size.sequence_length,
+            batch_tokens=size.batch_tokens,
             optim=OptimSettings(name="muon"),
         ),
         label="pretrain",
     )
     console.print(f"{outcome.step} steps; checkpoint {outcome.checkpoint}")
-    console.print(f"validation: {_last_bits(settings):.3f} bits a byte")
+    console.print(
+        f"validation: {_last_bits(settings):.3f} bits a byte; a model that counts five bytes back "
+        f"has {compared['order5']:.3f}, gzip {compared['gzip']:.3f}"
+    )
     samples = _last_row(settings.out / "pretrain" / "samples.jsonl")["samples"]
     for sample in samples:
         console.print(f"[dim]{'-' * 20}[/dim]")
         console.print(sample["prompt"], style="blue", end="", markup=False)
         console.print(sample["text"], markup=False)
+
+
+def _size(settings: QuickstartSettings) -> "Size":
+    """What this machine can train in the time; a quickstart that goes on keeps what it has."""
+    from openpalm.train.budget import SIZES, affordable, training_flops
+
+    kept = settings.out / "size.json"
+    if kept.exists():
+        model = json.loads(kept.read_text(encoding="utf-8"))["model"]
+        return next(size for size in SIZES if size.model == model)
+    size = affordable(training_flops(settings.minutes * 60 * PRETRAIN_SHARE))
+    kept.write_text(json.dumps({"model": size.model}) + "\n", encoding="utf-8")
+    return size
 
 
 def finetune(settings: QuickstartSettings, console: "Console") -> None:
@@ -264,34 +299,91 @@ def _judgements(settings: QuickstartSettings, asked: "list[QuestionAnswer]") -> 
     return records
 
 
+def summarise(
+    settings: QuickstartSettings,
+    compared: dict[str, float],
+    answered: list[Answered],
+    seconds: float,
+) -> dict[str, Any]:
+    """Writes summary.json and returns it; one that is there already keeps its seconds."""
+    from openpalm import checkpoint
+    from openpalm.device import multiplies_bfloat16, processor
+    from openpalm.train.metrics import last, read_rows
+
+    before, after = _before_and_after(answered)
+    rows = {run: read_rows(settings.out / run / "metrics.jsonl") for run in ("pretrain", "sft")}
+    path = settings.out / "summary.json"
+    if path.exists():
+        seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    newest = checkpoint.resolve(settings.out / "pretrain")
+    summary = {
+        "bits_per_byte": _last_bits(settings),
+        **compared,
+        "f1_before": before,
+        "f1_after": after,
+        "seconds": round(seconds, 1),
+        "train_seconds": round(sum(last(r, "elapsed_s") for r in rows.values()), 1),
+        "steps": last(rows["pretrain"], "step"),
+        "parameters": checkpoint.load_config(newest).parameters,
+        "processor": processor(),
+        "native_bfloat16": multiplies_bfloat16(),
+    }
+    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def shortcomings(summary: dict[str, Any], settings: QuickstartSettings) -> list[str]:
+    """What is not worth showing, why, and what to do."""
+    found = []
+    if summary["bits_per_byte"] > summary["order5"]:
+        found.append(
+            f"The language model is poor: {summary['bits_per_byte']:.3f} bits a byte, where "
+            f"counting five bytes back gives {summary['order5']:.3f}."
+        )
+    if summary["f1_after"] < GOOD_F1:
+        found.append(
+            f"The answers are poor: token F1 {summary['f1_after']:.2f}, where {GOOD_F1} is good."
+        )
+    if found:
+        longer = max(15, round(3 * settings.minutes))
+        found.append(
+            f"{summary['steps']:,} steps in {settings.minutes:g} minutes are too few on this "
+            f"processor; openpalm quickstart --minutes {longer} --out runs/longer takes more."
+        )
+    return found
+
+
 def write_report(
     settings: QuickstartSettings,
     console: "Console",
     manifest: "Manifest",
     answered: list[Answered],
     preferred: Preferred | None,
+    summary: dict[str, Any],
 ) -> None:
     from openpalm.report.page import Section, environment_section, table, write_page
     from openpalm.report.single import run_sections
 
     console.rule("6  report", align="left")
     train, val = manifest.splits["train"], manifest.splits["val"]
-    before, after = _before_and_after(answered)
-    summary = [
+    rows = [
+        ("processor", summary["processor"]),
         ("training text", f"{train.bytes:,} bytes, {train.tokens:,} tokens"),
         ("validation text", f"{val.bytes:,} bytes, {val.tokens:,} tokens"),
-        ("validation bits a byte", round(_last_bits(settings), 4)),
+        ("validation bits a byte", round(summary["bits_per_byte"], 3)),
+        ("gzip -9, bits a byte", round(summary["gzip"], 3)),
+        ("order-5 model, bits a byte", round(summary["order5"], 3)),
         ("questions asked", len(answered)),
-        ("token F1 before fine-tuning", round(before, 4)),
-        ("token F1 after fine-tuning", round(after, 4)),
+        ("token F1 before fine-tuning", round(summary["f1_before"], 3)),
+        ("token F1 after fine-tuning", round(summary["f1_after"], 3)),
     ]
     runs = ["pretrain", "sft"]
     if preferred is not None:
         runs.append("dpo")
-        summary += [
+        rows += [
             ("judgements of its own answers", preferred.judgements),
-            ("token F1 at temperature 1 before preferences", round(preferred.before, 4)),
-            ("token F1 at temperature 1 after preferences", round(preferred.after, 4)),
+            ("token F1 at temperature 1 before preferences", round(preferred.before, 3)),
+            ("token F1 at temperature 1 after preferences", round(preferred.after, 3)),
         ]
     columns = ["question", "docstring", "before fine-tuning", "after"]
     shown = [(i.question, i.reference, i.before, i.after) for i in answered[:12]]
@@ -300,24 +392,24 @@ def write_report(
         page,
         "OpenPaLM quickstart",
         [
-            Section("Summary", table(["", ""], summary)),
+            Section("Summary", table(["", ""], rows)),
             Section("Questions in held-out words", table(columns, shown)),
             *(section for run in runs for section in run_sections(settings.out / run)),
             environment_section(),
         ],
     )
-    (settings.out / "results.json").write_text(json.dumps(dict(summary), indent=1) + "\n")
     console.print(f"report: {page}")
 
 
 def questions_about(settings: QuickstartSettings) -> "list[QuestionAnswer]":
     """As many of the library's top-level functions and classes as the budget can teach."""
     from openpalm.data.builtin import question_answers
+    from openpalm.train.budget import facts
 
     everything = [item for item in question_answers() if item.name.count(".") == 1]
     random.Random(settings.seed).shuffle(everything)
     everything.sort(key=lambda item: item.name != EXAMPLE)
-    return everything[: max(8, int(NAMES_A_MINUTE * settings.minutes))]
+    return everything[: facts(settings.minutes * 60 * FINETUNE_SHARE, _tokens_per_s(settings))]
 
 
 def _write_questions(path: Path, names: "list[QuestionAnswer]", seed: int) -> int:
@@ -371,6 +463,14 @@ def _last_row(path: Path) -> dict:
     from openpalm.train.metrics import read_rows
 
     return read_rows(path)[-1]
+
+
+def _tokens_per_s(settings: QuickstartSettings) -> float:
+    """The pace of pretraining: the median of its steps."""
+    from openpalm.train.metrics import read_rows
+
+    rows = read_rows(settings.out / "pretrain" / "metrics.jsonl")
+    return median(row["tokens_per_s"] for row in rows if "tokens_per_s" in row)
 
 
 def _last_bits(settings: QuickstartSettings) -> float:

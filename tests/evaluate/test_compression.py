@@ -1,7 +1,6 @@
 """The baselines: the count model against a written-out one, and what compressors may see."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import random
@@ -15,14 +14,9 @@ import pytest
 
 from openpalm.data.shards import PrepareRequest, open_dataset, prepare
 from openpalm.errors import DataError
+from openpalm.evaluate import compression
 
-_path = Path(__file__).resolve().parent.parent / "benchmarks" / "compression.py"
-_spec = importlib.util.spec_from_file_location("compression", _path)
-assert _spec
-assert _spec.loader
-compression = importlib.util.module_from_spec(_spec)
-sys.modules["compression"] = compression  # dataclasses look their module up there
-_spec.loader.exec_module(compression)
+_path = Path(__file__).resolve().parents[2] / "benchmarks" / "compression.py"
 WittenBell = compression.WittenBell
 
 TRAINING = [
