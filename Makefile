@@ -14,12 +14,13 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test prove prove-tasks kills browser clients ready-browser ready-clients lint style types layers docs format ci clean force
+.PHONY: help quickstart test test-avx2 prove prove-tasks kills browser clients ready-browser ready-clients lint style types layers docs format ci clean force
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make quickstart [MINUTES=5]  the whole line on this machine: text in, a trained model out'
 	@echo 'make test                    the tests (PYTEST_ARGS="-k shards" chooses some)'
+	@echo 'make test-avx2               tests of packing, dtype and training, with wide instructions hidden'
 	@echo 'make prove                   what every alignment algorithm reaches where the optimum is known'
 	@echo 'make kills                   runs killed at random moments go on as if they never were'
 	@echo 'make prove-tasks             even tokens, addition, sentiment: base models aligned by commands'
@@ -40,6 +41,11 @@ quickstart: $(VENV)/.core
 
 test: $(VENV)/.dev
 	$(PYTEST) $(PYTEST_ARGS)
+
+# What depends on the processor, on one without bfloat16 and 8-bit dot products.
+test-avx2: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) tests/generate tests/train \
+	  tests/align/test_rollout.py tests/cli/test_quickstart.py tests/cli/test_sample.py tests/test_device.py $(PYTEST_ARGS)
 
 prove: $(VENV)/.dev
 	$(BIN)/python proofs/prove.py $(PROVE_ARGS)

@@ -1,12 +1,13 @@
 """Decoding speed of the palm-150m shape beside its peers, in one run, interleaved.
 
-    python benchmarks/decode.py [--rounds 3] [--new 256] [--batches 1,16] [--json]
+    python benchmarks/decode.py [--rounds 3] [--new 256] [--batches 1,16] [--dtype auto] [--json]
 
 Random weights, prompt of 128 tokens, greedy. A figure is decode only: the time of the new tokens
 after the first, the median over rounds in which every contender takes its turn. Peers that are not
 installed are left out and named: transformers (Llama of equal size, one key/value head, its cache),
 litgpt (the same, one sequence at a time), palm-rlhf-pytorch (its own generate, without a cache).
 The share is of the machine's measured read bandwidth: weights and cache that one step must read.
+Peers compute in --dtype; auto is bfloat16 where the processor has instructions for it.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 
+from openpalm.device import pick_dtype, processor
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.pack import Weights
 from openpalm.generate.sampling import Sampling
@@ -64,7 +66,7 @@ def ours(model: Transformer, weights: Weights) -> Decode:
     return decode
 
 
-def transformers_llama() -> Decode:
+def transformers_llama(dtype: torch.dtype) -> Decode:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -77,7 +79,7 @@ def transformers_llama() -> Decode:
         head_dim=CONFIG.head_dim,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model = LlamaForCausalLM(config).to(dtype).eval()
 
     def decode(batch: int, new: int) -> float:
         ids = torch.randint(0, CONFIG.vocab_size, (batch, PROMPT))
@@ -100,7 +102,7 @@ def transformers_llama() -> Decode:
     return decode
 
 
-def litgpt_llama() -> Decode:
+def litgpt_llama(dtype: torch.dtype) -> Decode:
     from litgpt.config import Config
     from litgpt.generate.base import generate
     from litgpt.model import GPT
@@ -121,7 +123,7 @@ def litgpt_llama() -> Decode:
         norm_class_name="RMSNorm",
         mlp_class_name="LLaMAMLP",
     )
-    model = GPT(config).to(torch.bfloat16).eval()
+    model = GPT(config).to(dtype).eval()
     model.lm_head.weight = model.transformer.wte.weight
 
     def decode(batch: int, new: int) -> float:
@@ -141,7 +143,7 @@ def litgpt_llama() -> Decode:
     return decode
 
 
-def palm_rlhf() -> Decode:
+def palm_rlhf(dtype: torch.dtype) -> Decode:
     from palm_rlhf_pytorch import PaLM
 
     model = PaLM(
@@ -151,7 +153,7 @@ def palm_rlhf() -> Decode:
         heads=CONFIG.heads,
         dim_head=CONFIG.head_dim,
     )
-    model = model.to(torch.bfloat16).eval()
+    model = model.to(dtype).eval()
 
     def decode(batch: int, new: int) -> float:
         if batch > 1:
@@ -165,18 +167,18 @@ def palm_rlhf() -> Decode:
     return decode
 
 
-def contenders(model: Transformer) -> dict[str, tuple[Decode, float]]:
+def contenders(model: Transformer, dtype: str) -> dict[str, tuple[Decode, float]]:
     """Name -> how it decodes, and its bytes a weight."""
     weights: tuple[Weights, ...] = ("float32", "bfloat16", "int8", "int4")
     found = {f"OpenPaLM {w}": (ours(model, w), BYTES_A_WEIGHT[w]) for w in weights}
     peers = {
-        "transformers bfloat16": transformers_llama,
-        "litgpt bfloat16": litgpt_llama,
-        "palm-rlhf-pytorch bfloat16": palm_rlhf,
+        f"transformers {dtype}": transformers_llama,
+        f"litgpt {dtype}": litgpt_llama,
+        f"palm-rlhf-pytorch {dtype}": palm_rlhf,
     }
     for name, make in peers.items():
         try:
-            found[name] = (make(), 2.0)
+            found[name] = (make(getattr(torch, dtype)), BYTES_A_WEIGHT[dtype])
         except ImportError as error:
             print(f"{name}: left out, {error}", file=sys.stderr)
     return found
@@ -187,12 +189,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     model = Transformer(CONFIG)
     initialise(model, seed=0)
-    decoders, rows = contenders(model), []
+    dtype = pick_dtype(arguments.dtype, torch.device("cpu"))
+    print(processor(), file=sys.stderr)
+    decoders, rows = contenders(model, dtype), []
     for batch in map(int, arguments.batches.split(",")):
         rates: dict[str, list[float]] = {name: [] for name in decoders}
         reads = []
@@ -210,7 +215,8 @@ def main() -> None:
             if not measured:
                 continue
             rate = statistics.median(measured)
-            cache = batch * CONFIG.kv_bytes_per_token(2) * (PROMPT + arguments.new / 2)
+            number = 4 if "float32" in name else 2
+            cache = batch * CONFIG.kv_bytes_per_token(number) * (PROMPT + arguments.new / 2)
             bytes_a_step = CONFIG.parameters * decoders[name][1] + cache
             share = rate / batch * bytes_a_step / max(reads)
             row = {"batch": batch, "who": name, "tokens_per_s": rate, "share_of_bandwidth": share}
