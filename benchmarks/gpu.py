@@ -6,7 +6,7 @@
 Parts, smallest risk first; each row is printed, and written to --out, as soon as it is known, and
 a part that fails prints its error and leaves the others their turn (exit 1 at the end):
 
-agreement  logits, optimizers, engine, a resumed run, compiled blocks: see gpu_checks.py
+agreement  logits, engine, optimizers, a resumed run, gradients also compiled: see gpu_checks.py
 ceilings   best rates of an 8192 x 8192 x 8192 matrix product and of a copy on the device
 attention  time and memory of one layer's attention, each way that torch can be asked for it
 training   tokens/s, share of the measured product's rate and peak memory of whole steps (forward,
@@ -23,12 +23,14 @@ import argparse
 import gc
 import json
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ from openpalm.train.measure import matmul_flops
 
 ROWS = {"palm-150m": 8, "palm-410m": 4, "palm-1b": 2}
 """Sequences of a step to try first; half as many where memory runs out."""
+PEER_ROWS = 2
+"""It hands torch a mask of every row and head: cuDNN fails from 2^31 of its entries on."""
 PART_S = 150
 """Most seconds of a part: building and compiling must not take the other parts' time."""
 
@@ -57,7 +61,8 @@ class Bench:
 
     device: torch.device
     tiny: bool
-    peer: bool
+    peer: Path | None
+    """folder of palm-rlhf-pytorch"""
     minutes: float
     started: float
     models: list[str]
@@ -82,7 +87,7 @@ def agreement(bench: Bench) -> Iterator[Row]:
     yield from gpu_checks.engine(bench.device)
     yield from gpu_checks.optimizers(bench.device)
     yield from gpu_checks.resumed(bench.device)
-    yield from gpu_checks.compiled(bench.device, backend)
+    yield from gpu_checks.gradients(bench.device, backend)
 
 
 def ceilings(bench: Bench) -> Iterator[Row]:
@@ -175,8 +180,30 @@ def memory(device: torch.device) -> Iterator[Row]:
 def training(bench: Bench) -> Iterator[Row]:
     for model in bench.models:
         yield from trained(bench, model, OpenPalm, profiled=model == bench.models[0])
-        if bench.peer and model != "palm-1b":
-            yield from trained(bench, model, PalmRlhfFlash)
+        if bench.peer is not None and model != "palm-1b":
+            yield from peer_alone(bench, model)
+
+
+def peer_alone(bench: Bench, model: str) -> Iterator[Row]:
+    """The peer in a process of its own: a kernel that fails leaves a CUDA context unusable."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.jsonl"
+        command = [sys.executable, __file__, "--parts", "peer_training", "--models", model]
+        command += ["--out", out, "--peer", bench.peer, "--device", bench.device.type]
+        command += ["--ceiling", str(bench.matmul), *(["--tiny"] if bench.tiny else [])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=bench.left_s)
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+    found = [row for row in rows if row["part"] == "peer_training" and "error" not in row]
+    last = (done.stderr.strip().splitlines() or [""])[-1][:200]
+    missing = {"training": model, "who": PalmRlhfFlash.name, "left_out": last}
+    for row in found or [missing]:
+        yield {name: value for name, value in row.items() if name != "part"}
+
+
+def peer_training(bench: Bench) -> Iterator[Row]:
+    """One row of palm-rlhf-pytorch for each model, on fewer sequences where it fails."""
+    for model in bench.models:
+        yield from trained(bench, model, PalmRlhfFlash)
 
 
 def trained(
@@ -187,7 +214,8 @@ def trained(
     who = make(rules)
     row = {"training": model, "who": who.name, "length": config.context}
     try:
-        rows, eager = stepped(bench, who, ROWS[model])
+        most = ROWS[model] if isinstance(who, OpenPalm) else PEER_ROWS
+        rows, eager = stepped(bench, who, most)
         yield row | eager
         if profiled:
             yield from spent(bench, who, rows)
@@ -250,6 +278,9 @@ def spent(bench: Bench, who: Contender, rows: int) -> Iterator[Row]:
         wait(bench.device)
     events = profile.key_averages()
     used = {e.key: e.self_device_time_total or e.self_cpu_time_total for e in events}
+    if bench.device.type == "cuda":  # the calls that launch kernels are of the host's time
+        host = ("cudaLaunch", "cudaStream", "cudaDevice", "cudaMem", "cudaEvent", "Command")
+        used = {name: spent_us for name, spent_us in used.items() if not name.startswith(host)}
     total = sum(used.values())
     for name, time_us in sorted(used.items(), key=lambda item: -item[1])[:14]:
         calls = sum(e.count for e in events if e.key == name)
@@ -264,19 +295,22 @@ def decoding(bench: Bench) -> Iterator[Row]:
         initialise(model, seed=0)
         for batch in (1, 32):
             decoder = decode.ours(model, "bfloat16", slots=batch)
-            decoder(batch, new)
+            cold = decoder(batch, new)
             seconds = decoder(batch, new)
             rate = batch * (new - 1) / seconds
             cache = batch * config.kv_bytes_per_token(2) * (decode.PROMPT + new / 2)
             read = 2 * config.parameters + cache
             row = {"decoding": name, "batch": batch, "tokens_per_s": rate}
             share = {"share_of_copy": rate / batch * read / bench.copy} if bench.copy else {}
-            yield row | {"step_ms": batch / rate * 1e3} | share
+            yield row | {"step_ms": batch / rate * 1e3, "first_pass_s": cold} | share
         del model, decoder
         clear()
 
 
-PARTS = {part.__name__: part for part in (agreement, ceilings, attention, training, decoding)}
+PARTS = {
+    part.__name__: part
+    for part in (agreement, ceilings, decoding, attention, training, peer_training)
+}
 ORDER = ("agreement", "ceilings", "decoding", "attention", "training")
 
 
@@ -309,7 +343,8 @@ def measure(bench: Bench, parts: list[str], out: Path | None) -> bool:
             good = False
             traceback.print_exc()
             tell(part, {"error": f"{type(error).__name__}: {error}"[:300]}, out)
-        clear()
+        with suppress(RuntimeError):  # of a failed kernel, which was told of
+            clear()
     return good
 
 
@@ -330,6 +365,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(ORDER), help="in this order")
     parser.add_argument("--models", default="palm-150m,palm-410m,palm-1b", help="that are trained")
     parser.add_argument("--peer", type=Path, help="folder that palm-rlhf-pytorch is installed in")
+    parser.add_argument("--ceiling", type=float, default=0.0, help="FLOP/s, where known already")
     parser.add_argument("--minutes", type=float, default=6, help="for everything")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="rehearse with small shapes")
@@ -343,7 +379,8 @@ def main() -> int:
     device = torch.device(how.device)
     started = time.monotonic()
     models = how.models.split(",")
-    bench = Bench(device, how.tiny, how.peer is not None, how.minutes, started, models)
+    bench = Bench(device, how.tiny, how.peer, how.minutes, started, models)
+    bench.matmul = how.ceiling
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     tell("machine", {"device": name, "torch": torch.__version__, "tiny": how.tiny}, how.out)
     return 0 if measure(bench, how.parts.split(","), how.out) else 1
