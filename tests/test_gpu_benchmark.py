@@ -31,7 +31,7 @@ def test_what_a_gpu_computes_is_sdpas():
     q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     wide = [_for_each_query_head(x, q) for x in (k, v)]
-    mask = torch.tensor([True, True, False, True, False])
+    mask = torch.tensor([[True, True, False, True, False]])
     torch.testing.assert_close(sdpa(q, *wide), sdpa(q, k, v, enable_gqa=True))
     torch.testing.assert_close(_by_products(q, *wide, mask), sdpa(q, *wide, attn_mask=mask))
 
