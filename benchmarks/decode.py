@@ -46,13 +46,14 @@ def bandwidth() -> float:
     return best
 
 
-def ours(model: Transformer, weights: Weights) -> Decode:
-    engine = Engine(model, weights=weights)
+def ours(model: Transformer, weights: Weights, slots: int = 16) -> Decode:
+    engine = Engine(model, weights=weights, slots=slots)
     greedy = Sampling(temperature=0)
 
     def decode(batch: int, new: int) -> float:
         generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(0, CONFIG.vocab_size, (batch, PROMPT), generator=generator)
+        vocab = model.config.vocab_size
+        prompts = torch.randint(0, vocab, (batch, PROMPT), generator=generator)
         for prompt in prompts.tolist():
             engine.submit(Request(prompt, new, greedy))
         firsts = 0

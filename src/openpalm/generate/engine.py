@@ -294,7 +294,7 @@ class Engine:
         read = [i for i in read if rows[i][0].request.max_new_tokens > 0]
         if read:
             ends = torch.tensor([counts[i] - 1 for i in read])
-            logits = self.model.head(states[torch.tensor(read), ends]).cpu()
+            logits = self.model.head(states[torch.tensor(read), ends])
             for i in read:  # ascending, so what moves away was read before
                 self._swap(first + i, self._decoding)
                 self._decoding += 1
@@ -309,7 +309,7 @@ class Engine:
         following = request.ids[end - len(states) + 1 : end + 1]
         if not request.score_prompt or not following:
             return []
-        logits = self.model.head(states[: len(following)]).cpu()
+        logits = self.model.head(states[: len(following)])
         tokens = [
             replace(token, of_prompt=True)
             for token in _tokens([row] * len(following), following, logits)
@@ -325,7 +325,7 @@ class Engine:
         cache = self._cache.span(0, count)
         states = self.model.residual(ids.to(self._cache.keys.device), cache)[:, -1]
         self._cache.lengths[:count] = cache.lengths
-        return self._chosen(range(count), self.model.head(states).cpu())
+        return self._chosen(range(count), self.model.head(states))
 
     def _chosen(self, slots: range, logits: Tensor) -> list[Token]:
         """A token for each of the slots; those that end are released."""
@@ -377,7 +377,8 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 def _tokens(rows: Sequence[_Row], ids: Sequence[int], logits: Tensor) -> list[Token]:
     """What each row says with its id, chosen by its row of logits [rows, vocab]."""
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
-    log_probs = (logits.gather(-1, torch.tensor(ids)[:, None]) - normaliser).squeeze(-1).tolist()
+    chosen = torch.tensor(ids, device=logits.device)[:, None]
+    log_probs = (logits.gather(-1, chosen) - normaliser).squeeze(-1).tolist()
     most = max(row.request.top_log_probs for row in rows)
     top = [()] * len(rows) if most == 0 else _likeliest(logits, normaliser, most)
     return [

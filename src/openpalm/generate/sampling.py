@@ -65,9 +65,11 @@ def choose(
     `generated` are the tokens of each answer so far; only penalties look at them.
     """
     best = logits.argmax(dim=-1).tolist()
-    for row, how in enumerate(hows):
-        if how.temperature == 0 and not how.adjusts:
-            continue
+    drawn = [row for row, how in enumerate(hows) if how.temperature > 0 or how.adjusts]
+    if drawn:  # on the CPU, where the generators are
+        logits = logits.cpu()
+    for row in drawn:
+        how = hows[row]
         mine = adjusted(logits[row], how, generated[row])
         chances = distribution(
             mine,

@@ -42,10 +42,19 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: object) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    # enable_gqa: letting SDPA broadcast a single key head by itself is 1.5-3x slower.
     grouped = q.shape[1] != k.shape[1]
+    # On a CPU letting SDPA broadcast a single key head by itself is 1.5-3x slower. On a GPU no
+    # float32 kernel takes enable_gqa: it falls back to holding all scores, [heads, time, time].
+    if grouped and q.device.type == "cuda":
+        k, v, grouped = _for_each_query_head(k, q), _for_each_query_head(v, q), False
     out = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **how)  # type: ignore[arg-type]
     return out.transpose(1, 2)
+
+
+def _for_each_query_head(x: Tensor, q: Tensor) -> Tensor:
+    """[batch, kv_heads, time, width] -> [batch, heads, time, width]; no copy of a single head."""
+    groups = q.shape[1] // x.shape[1]
+    return x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -54,8 +63,22 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q = q.view(rows, k.shape[2], -1, width)
     bias = None if mask is None else mask[:, None]
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return out.view(rows, 1, heads, width)
+    if q.device.type == "cuda":
+        out = _by_products(q, k, v, bias)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return out.reshape(rows, 1, heads, width)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(width)) v, the scores held: those of one query are few.
+
+    On a GPU SDPA takes cuDNN, which plans anew for every number of keys: for every token.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def blocked_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
