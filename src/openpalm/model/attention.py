@@ -71,9 +71,9 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(width)) v, the scores held: those of one query are few.
+    """softmax(q k^T / sqrt(width)) v by plain products: the scores of one query are few.
 
-    On a GPU SDPA takes cuDNN, which plans anew for every number of keys: for every token.
+    For decoding on a GPU, where the number of keys changes with every token.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
