@@ -5,13 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
-from openpalm.errors import SettingsError
 from openpalm.model.attention import _by_products, _for_each_query_head
-from openpalm.train.config import TrainSettings
-from openpalm.train.job import _compiles_right
 
 GPU = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
 
@@ -34,12 +30,3 @@ def test_what_a_gpu_computes_is_sdpas():
     mask = torch.tensor([[True, True, False, True, False]])
     torch.testing.assert_close(sdpa(q, *wide), sdpa(q, k, v, enable_gqa=True))
     torch.testing.assert_close(_by_products(q, *wide, mask), sdpa(q, *wide, attn_mask=mask))
-
-
-def test_compile_in_float32_on_a_gpu_is_refused(tmp_path):
-    cuda, where = torch.device("cuda"), {"data": tmp_path, "out": tmp_path, "model": "palm-tiny"}
-    with pytest.raises(SettingsError, match="--compile: wrong in float32"):
-        _compiles_right(TrainSettings(**where, steps=1, dtype="float32"), cuda, torch.float32)
-    auto = TrainSettings(**where, steps=1)
-    assert not _compiles_right(auto, cuda, torch.float32)
-    assert _compiles_right(auto, cuda, torch.bfloat16)

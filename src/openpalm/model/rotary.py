@@ -45,7 +45,9 @@ class Rotary(nn.Module):
         """Rotates the first coordinates of `x` [batch, time, heads, head_dim]; keeps its dtype."""
         cos, sin = (t.unsqueeze(-2) for t in table)
         rotated = self.config.rotated
-        turned = _Rotation.apply(x[..., :rotated], cos, sin, self.config.rotary == "halves")
+        # torch 2.11 compiles _Rotation's writes into views wrongly: float32 gradients on a GPU.
+        turn = _plainly if torch.compiler.is_compiling() else _Rotation.apply
+        turned = turn(x[..., :rotated], cos, sin, self.config.rotary == "halves")
         return turned if rotated == x.shape[-1] else torch.cat([turned, x[..., rotated:]], dim=-1)
 
 
@@ -76,6 +78,13 @@ class _Rotation(torch.autograd.Function):
         to_a.addcmul_(b, sin_b)
         to_b.addcmul_(a, sin_a, value=-1)
         return turned.to(grad.dtype), None, None, None
+
+
+def _plainly(x: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
+    """_Rotation by operations that a compiler fuses by itself; more passes without one."""
+    a, b = _pairs(x, halves)
+    crossed = torch.cat([-b, a], -1) if halves else torch.stack([-b, a], -1).flatten(-2)
+    return (x * cos + crossed * sin).to(x.dtype)
 
 
 def _pairs(x: Tensor, halves: bool) -> tuple[Tensor, Tensor]:

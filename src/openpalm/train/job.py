@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from openpalm.distributed import world
-from openpalm.errors import SettingsError
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
@@ -86,7 +85,7 @@ def make_trainer(
     choose_trained(model, settings)
     recompute(model, settings.memory.recompute)
     arithmetic: torch.dtype = dtype or getattr(torch, settings.chosen.dtype or "float32")
-    if settings.compile and _compiles_right(settings, device, arithmetic):
+    if settings.compile:
         for block in model.blocks:
             block.compile()
     return Trainer(
@@ -101,15 +100,3 @@ def make_trainer(
         max_skipped=settings.max_skipped,
         world=world(),
     )
-
-
-def _compiles_right(settings: TrainSettings, device: torch.device, dtype: torch.dtype) -> bool:
-    """False in float32 on a GPU: there torch 2.11 compiles blocks to a wrong gradient.
-
-    Measured on an H100 (benchmarks/RESULTS.md). --dtype auto still times float32, uncompiled;
-    SettingsError where float32 was asked for.
-    """
-    right = device.type != "cuda" or dtype != torch.float32
-    if not right and settings.dtype == "float32":
-        raise SettingsError("--compile: wrong in float32 on a GPU; use --dtype bfloat16")
-    return right
