@@ -102,7 +102,7 @@ def serving_engine(
     device = pick_device(settings.device)
     model = checkpoint.load(directory, str(device), pick_dtype(settings.dtype, device))
     give_adapter(model, settings.adapter)
-    return Engine(model, slots=slots, weights=settings.quantize), tokenizer
+    return Engine(model, slots=slots, weights=settings.quantize, owned=True), tokenizer
 
 
 def give_adapter(model: Transformer, path: Path | None) -> None:
@@ -173,7 +173,7 @@ def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: i
 
     def look(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
         texts = complete(
-            Engine(model),
+            Engine(model, owned=True),
             tokenizer,
             prompts,
             max_new_tokens=max_new_tokens,
