@@ -77,14 +77,16 @@ def load_adapter(
     directory: Path,
     *,
     bases: Collection[str] = (),
+    made_for: str | None = None,
     allow: Callable[[str], None] | None = None,
 ) -> None:
     """Attaches the adapter in `directory` to a model that has none.
 
     Raises CheckpointError where a file is missing or damaged, or is an adapter of another model.
     Where it is known to be made for other weights than the model's, the error is raised unless
-    `allow` is given, which gets the message: one that was trained on none of `bases`, where these
-    hashes of checkpoints with the model's weights are given, or that changed its base's weights.
+    `allow` is given, which gets the message: one that changed its base's weights, or was trained
+    on none of `bases`, the hashes of checkpoints that have the model's weights. What it was
+    trained on is `made_for`, else what its config says.
     """
     if lora.is_attached(model):
         raise CheckpointError(
@@ -94,7 +96,7 @@ def load_adapter(
     where = directory / WEIGHTS_FILE
     if not where.is_file():
         raise CheckpointError(f"{where}: is missing; other formats than safetensors are not read")
-    if misfit := _misfit(values, bases):
+    if misfit := _misfit(values, bases, made_for):
         if allow is None:
             raise CheckpointError(f"{directory}: {misfit}")
         allow(f"{directory}: {misfit}")
@@ -117,7 +119,7 @@ def load_adapter(
         factor.copy_(factors[_foreign(name)])
 
 
-def _misfit(values: dict[str, Any], bases: Collection[str]) -> str | None:
+def _misfit(values: dict[str, Any], bases: Collection[str], made_for: str | None) -> str | None:
     """Why the adapter is for other weights than these, or None where nothing says so."""
     start = values.get("init_lora_weights")
     if start not in _KEEPS_BASE:
@@ -126,9 +128,9 @@ def _misfit(values: dict[str, Any], bases: Collection[str]) -> str | None:
             "not; convert it with PEFT's save_pretrained(path_initial_model_for_weight_"
             "conversion=...)"
         )
-    base = values.get("revision")
+    base = made_for or values.get("revision")
     if bases and isinstance(base, str) and _DIGEST.fullmatch(base) and base not in bases:
-        return f"was trained on another checkpoint (its manifest's hash is {base[:12]}...)"
+        return f"an adapter of another checkpoint (the hash of that one's manifest: {base[:12]}...)"
     return None
 
 
