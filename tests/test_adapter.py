@@ -96,6 +96,16 @@ HOSTILE = {
     "dora": (lambda d: change(d, use_dora=True), "use_dora is set"),
     "ranks that differ": (lambda d: change(d, rank_pattern={"k": 8}), "rank_pattern is set"),
     "trained biases": (lambda d: change(d, bias="all"), "bias 'all'"),
+    "pissa": (lambda d: change(d, init_lora_weights="pissa"), "'pissa' can change the base"),
+    "pissa, fast": (lambda d: change(d, init_lora_weights="pissa_niter_16"), "can change the base"),
+    "olora": (lambda d: change(d, init_lora_weights="olora"), "can change the base"),
+    "eva": (lambda d: change(d, init_lora_weights="eva"), "can change the base"),
+    "corda": (lambda d: change(d, init_lora_weights="corda"), "can change the base"),
+    "loftq": (lambda d: change(d, init_lora_weights="loftq"), "can change the base"),
+    "a factor that is nan": (
+        lambda d: replace_weights(d, lambda s: {k: v * float("nan") for k, v in s.items()}),
+        "not finite",
+    ),
     "rank of another": (lambda d: change(d, r=4), "another model"),
     "rank too large": (lambda d: change(d, r=1 << 40), "make no adapter"),
     "rank above the sizes": (lambda d: change(d, r=1 << 20), "must be at most"),
@@ -129,6 +139,39 @@ def test_what_is_no_adapter_of_this_model_is_refused(written, kind):
         adapter.load_adapter(model, written)
     assert "\n" not in str(caught.value)
     assert not lora.is_attached(model)
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "orthogonal"])
+def test_an_initialisation_that_keeps_the_base_is_fine(model, written, start):
+    change(written, init_lora_weights=start)
+    check_read_back(model, written)
+
+
+OURS, OTHER = "a" * 64, "b" * 64
+
+
+@pytest.mark.parametrize(
+    ("written_for", "made_for", "fits"),
+    [
+        (OURS, None, True),
+        (OTHER, None, False),
+        (None, OTHER, False),
+        (None, OURS, True),
+        (None, None, True),
+        ("main", None, True),  # what PEFT calls a revision
+    ],
+)
+def test_an_adapter_of_another_checkpoint_is_refused(model, tmp_path, written_for, made_for, fits):
+    adapter.write(tmp_path / "adapter", model, base=written_for)
+    given = {"bases": {OURS}, "made_for": made_for}
+    said = []
+    fresh = make(CONFIG)
+    if not fits:
+        with pytest.raises(CheckpointError, match="an adapter of another checkpoint"):
+            adapter.load_adapter(fresh, tmp_path / "adapter", **given)
+    adapter.load_adapter(fresh, tmp_path / "adapter", **given, allow=said.append)
+    assert len(said) == (not fits)
+    assert lora.is_attached(fresh)
 
 
 def test_a_second_adapter_is_refused(model, written):

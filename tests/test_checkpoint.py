@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import openpalm
-from openpalm import checkpoint, json_file, tensor_store
+from openpalm import checkpoint, hashing, json_file, tensor_store
 from openpalm.checkpoint import TrainState
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model.config import ModelConfig
@@ -202,9 +202,10 @@ def test_deleting_train_publishes(copied: Path):
 
 
 def refused(directory: Path, file: str = "") -> str:
-    """What loading says when it refuses, which names the directory and the file."""
+    """What the reader of `file` says when it refuses, which names the directory and the file."""
+    read = checkpoint.load_train_state if file.startswith("train/") else openpalm.load
     with pytest.raises(CheckpointError) as caught:
-        openpalm.load(directory)
+        read(directory)
     message = str(caught.value)
     assert str(directory) in message
     assert file in message
@@ -247,20 +248,21 @@ def test_a_longer_file_is_named(copied: Path, file: str):
 def test_a_directory_in_a_file_s_place_is_named(copied: Path, file: str):
     (copied / file).unlink()
     (copied / file).mkdir()
-    refused(copied)
+    refused(copied, file)
 
 
 def test_damage_anywhere_is_refused(copied: Path):
     """Truncations and changed bytes at seeded places of every file, white space too."""
     drawn = random.Random(0)
     for _ in range(60):
-        file = copied / drawn.choice(FILES)
+        name = drawn.choice(FILES)
+        file = copied / name
         content = file.read_bytes()
         at = drawn.randrange(len(content))
         other = bytes([content[at] ^ drawn.randrange(1, 256)])
         changed = [content[:at], content[:at] + other + content[at + 1 :]][drawn.randrange(2)]
         file.write_bytes(changed)
-        refused(copied)
+        refused(copied, name)
         file.write_bytes(content)
     openpalm.load(copied)
 
@@ -280,12 +282,163 @@ def test_a_half_deleted_train_is_damage(copied: Path):
     refused(copied, "train/")
 
 
-def test_an_unreadable_file_is_damage(copied: Path, monkeypatch: pytest.MonkeyPatch):
-    def broken(path: Path) -> str:
-        raise OSError(errno.EIO, "Input/output error")
+UNREADABLE = (errno.EIO, errno.EACCES, errno.EMFILE)
 
-    monkeypatch.setattr(checkpoint, "_hash", broken)
-    assert "Input/output error" in refused(copied)
+
+@pytest.mark.parametrize("number", UNREADABLE)
+def test_a_file_that_the_system_fails_to_read_is_no_damage(
+    a_run: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    """No older checkpoint takes its place: the work stops, and says which file."""
+    newest = checkpoint.steps(a_run)[-1]
+
+    def broken(path: Path, *more: Any, **named: Any) -> Any:
+        if path == newest / file:
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *more, **named)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", broken)
+    for file in ("model.safetensors", "config.json", "manifest.json"):
+        with pytest.raises(StorageError) as caught:
+            openpalm.load(a_run)
+        assert str(newest / file) in str(caught.value)
+        assert os.strerror(number) in str(caught.value)
+    file = "train/.metadata"
+    assert checkpoint.latest(a_run) == newest
+    with pytest.raises(StorageError, match=rf"train/.metadata.*{os.strerror(number)}"):
+        checkpoint.latest(a_run, training=True)
+    with pytest.raises(StorageError, match=r"train/\.metadata"):
+        checkpoint.load_train_state(newest)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
+    a_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(path: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", broken)
+    with pytest.raises(StorageError, match=r"checkpoints: cannot be read \(Permission denied\)"):
+        checkpoint.latest(a_run)
+    monkeypatch.undo()
+    assert checkpoint.steps(a_run / "nowhere") == []
+
+
+def hashed_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files whose content is hashed from now on, in the order of hashing."""
+    names: list[str] = []
+    digest = hashing.hashlib.file_digest
+
+    def counted(file: Any, algorithm: str) -> Any:
+        names.append(Path(file.name).name)
+        return digest(file, algorithm)
+
+    monkeypatch.setattr(hashing.hashlib, "file_digest", counted)
+    return names
+
+
+MODEL = ["card.md", "config.json", "fingerprint.safetensors", "model.safetensors", "tokenizer.json"]
+TRAIN = [".metadata", "__0_0.distcp", "state.json"]
+
+
+def test_only_what_is_read_is_hashed_and_once(copied: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hashing, "SETTLED_NS", -1)
+    names = hashed_files(monkeypatch)
+    openpalm.load(copied)
+    checkpoint.load(checkpoint.resolve(copied))
+    assert checkpoint.tokenizer_json(copied) == TOKENIZER
+    assert sorted(names) == MODEL
+    checkpoint.resolve(copied, training=True)
+    checkpoint.load_train_state(copied)
+    checkpoint.verify(copied)
+    assert sorted(names) == sorted([*MODEL, *TRAIN])
+    (copied / "card.md").touch()
+    checkpoint.verify(copied)
+    assert names[len(MODEL) + len(TRAIN) :] == ["card.md"]
+
+
+def test_damage_in_train_counts_where_train_is_read(copied: Path):
+    content = bytearray((copied / "train" / "__0_0.distcp").read_bytes())
+    content[-1] ^= 1
+    (copied / "train" / "__0_0.distcp").write_bytes(content)
+    openpalm.load(copied)
+    for read in (checkpoint.verify, checkpoint.load_train_state):
+        with pytest.raises(CheckpointError, match=r"train/__0_0.distcp was altered"):
+            read(copied)
+    with pytest.raises(CheckpointError, match="was altered"):
+        checkpoint.resolve(copied, training=True)
+
+
+LISTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "emptied": (lambda files: files.clear(), "does not list config.json"),
+    "no weights": (lambda files: files.pop("model.safetensors"), "does not list model.safetensors"),
+    "no config": (lambda files: files.pop("config.json"), "does not list config.json"),
+    **{
+        f"name {name[:12]!r}": (
+            lambda files, name=name: files.update({name: {"bytes": 1, "sha256": "0" * 64}}),
+            "its list of files",
+        )
+        for name in (
+            "x" * 300,
+            "/etc/passwd",
+            "../up",
+            "a/../b",
+            "a//b",
+            "./a",
+            "",
+            "a\0b",
+            "\ud800",
+        )
+    },
+    "name of 4,500": (
+        lambda files: files.update({"a/" * 2250 + "b": {"bytes": 1, "sha256": "0" * 64}}),
+        "File name too long",
+    ),
+    "no hash": (lambda files: files["card.md"].update(sha256=7), "its list of files"),
+    "no size": (lambda files: files["card.md"].update(bytes="7"), "its list of files"),
+    "no entry": (lambda files: files.update({"card.md": None}), "its list of files"),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_of_files_that_was_not_written_here(copied: Path, kind: str):
+    change, says = LISTS[kind]
+    files = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))["files"]
+    change(files)
+    rewrite_manifest(copied, files=files)
+    assert says in refused(copied)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_used(copied: Path):
+    files = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))["files"]
+    for name in ("tokenizer.json", "fingerprint.safetensors", "train/__0_0.distcp"):
+        del files[name]
+    (copied / "fingerprint.safetensors").write_bytes(b"none")
+    rewrite_manifest(copied, files=files)
+    openpalm.load(copied)
+    assert checkpoint.tokenizer_json(copied) is None
+    with pytest.raises(CheckpointError, match=r"does not list __0_0.distcp"):
+        checkpoint.load_train_state(copied)
+    del files["train/state.json"]
+    rewrite_manifest(copied, files=files)
+    with pytest.raises(CheckpointError, match=r"lists no train/state.json"):
+        checkpoint.load_train_state(copied)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_not_finite(copied: Path, number: float, dtype: str):
+    weights = safetensors.torch.load_file(copied / "model.safetensors")
+    weights["norm.weight"][3] = number
+    safetensors.torch.save_file(weights, copied / "model.safetensors")
+    (copied / "fingerprint.safetensors").unlink()
+    rewrite_manifest(copied)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: norm.weight .* not finite"):
+        openpalm.load(copied, dtype=dtype)
+    said: list[str] = []
+    assert not checkpoint.load(copied, allow=said.append).norm.weight.isfinite().all()
+    assert len(said) == 1
 
 
 def test_the_fingerprint_notices_other_weights_with_a_valid_manifest(copied: Path):

@@ -10,13 +10,14 @@ their own, k and v. Nothing but safetensors is read.
 
 import json
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 
+from openpalm import weights_file
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.json_file import read_json
 from openpalm.model import lora
@@ -33,8 +34,18 @@ _UNSUPPORTED = (
 """Variants of PEFT that compute something else: none may be set."""
 
 
-def write(directory: Path, model: Transformer) -> None:
-    """Makes the directory with the model's adapter in it."""
+_KEEPS_BASE = (None, True, False, "gaussian", "orthogonal")
+"""PEFT's init_lora_weights that leave the base as it is; pissa, olora, corda and loftq subtract
+from its weights what the factors start with, so the factors fit the changed weights only."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def write(directory: Path, model: Transformer, *, base: str | None = None) -> None:
+    """Makes the directory with the model's adapter in it.
+
+    `base` is the hash of the manifest of the checkpoint that it was trained on. It is kept as
+    PEFT's `revision`, "the specific base model version".
+    """
     config = lora.config_of(model)
     assert config is not None
     directory.mkdir()
@@ -42,6 +53,7 @@ def write(directory: Path, model: Transformer) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
+        "revision": base,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": 0.0,
@@ -60,10 +72,21 @@ def write(directory: Path, model: Transformer) -> None:
 
 
 @torch.no_grad()
-def load_adapter(model: Transformer, directory: Path) -> None:
+def load_adapter(
+    model: Transformer,
+    directory: Path,
+    *,
+    bases: Collection[str] = (),
+    made_for: str | None = None,
+    allow: Callable[[str], None] | None = None,
+) -> None:
     """Attaches the adapter in `directory` to a model that has none.
 
     Raises CheckpointError where a file is missing or damaged, or is an adapter of another model.
+    Where it is known to be made for other weights than the model's, the error is raised unless
+    `allow` is given, which gets the message: one that changed its base's weights, or was trained
+    on none of `bases`, the hashes of checkpoints that have the model's weights. What it was
+    trained on is `made_for`, else what its config says.
     """
     if lora.is_attached(model):
         raise CheckpointError(
@@ -73,25 +96,42 @@ def load_adapter(model: Transformer, directory: Path) -> None:
     where = directory / WEIGHTS_FILE
     if not where.is_file():
         raise CheckpointError(f"{where}: is missing; other formats than safetensors are not read")
+    if misfit := _misfit(values, bases, made_for):
+        if allow is None:
+            raise CheckpointError(f"{directory}: {misfit}")
+        allow(f"{directory}: {misfit}")
     try:
-        with safetensors.safe_open(where, framework="pt") as file:
-            keys = list(file.keys())
-            config = _config(values, keys, directory)
+        with weights_file.opened(where) as file:
+            stored = file.shapes()
+            config = _config(values, list(stored), directory)
             config.check(model.config)
             shapes = _shapes(config, model)
-            stored = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
             if odd := min((key for key, _ in stored.items() ^ shapes.items()), default=None):
                 raise CheckpointError(
                     f"{directory}: an adapter of another model ({odd} is "
                     f"{_told(stored.get(odd))}, this model needs {_told(shapes.get(odd))})"
                 )
-            lora.attach(model, config)
-            for name, factor in lora.adapter_parameters(model).items():
-                factor.copy_(file.get_tensor(_foreign(name)))
+            factors = {key: file.finite(key) for key in stored}
     except SettingsError as error:
         raise CheckpointError(f"{directory}: {error}") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{where}: cannot be read ({error})") from None
+    lora.attach(model, config)
+    for name, factor in lora.adapter_parameters(model).items():
+        factor.copy_(factors[_foreign(name)])
+
+
+def _misfit(values: dict[str, Any], bases: Collection[str], made_for: str | None) -> str | None:
+    """Why the adapter is for other weights than these, or None where nothing says so."""
+    start = values.get("init_lora_weights")
+    if start not in _KEEPS_BASE:
+        return (
+            f"init_lora_weights {str(start)[:40]!r} can change the base's weights, which these are "
+            "not; convert it with PEFT's save_pretrained(path_initial_model_for_weight_"
+            "conversion=...)"
+        )
+    base = made_for or values.get("revision")
+    if bases and isinstance(base, str) and _DIGEST.fullmatch(base) and base not in bases:
+        return f"an adapter of another checkpoint (the hash of that one's manifest: {base[:12]}...)"
+    return None
 
 
 def _config(values: dict[str, Any], keys: list[str], directory: Path) -> LoraConfig:

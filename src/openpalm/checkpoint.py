@@ -6,18 +6,18 @@
       train/           optimizer and random state as tensors (DCP), the rest as state.json
       manifest.json    written last: every file's size and hash, its own hash, lineage
 
-A directory is written beside its final name and renamed, so it is whole or absent. Nothing is
-loaded from one whose files differ from its manifest, and loading never runs code from a file.
-Deleting `train/` publishes a model.
+A directory is written beside its final name and renamed, so it is whole or absent. A file is used
+only where the manifest lists it and its hash agrees; train/ is hashed only where a run resumes.
+Loading never runs code from a file. Deleting `train/` publishes a model.
 """
 
-import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +25,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from openpalm import __version__, adapter, tensor_store
+from openpalm import __version__, adapter, tensor_store, weights_file
 from openpalm.errors import CheckpointError, SettingsError, StorageError
-from openpalm.json_file import read_json
+from openpalm.hashing import sha256_of as _hash
+from openpalm.json_file import read_failure, read_json
 from openpalm.model import lora
 from openpalm.model.config import (
     LoraConfig,
@@ -50,8 +50,12 @@ VERSION = 1
 FINGERPRINT_TOKENS = 16
 FINGERPRINT_TOLERANCE = 1e-4
 _STEP = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"[\w.-]{1,255}(/[\w.-]{1,255})*", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "take an older checkpoint or another copy"
+_WEIGHTS, _FINGERPRINT = "model.safetensors", "fingerprint.safetensors"
 
+Allow = Callable[[str], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -87,7 +91,8 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
         partial.mkdir(parents=True)
-        _write_contents(partial, model, tokenizer_json, train, fingerprint, card)
+        parent = (lineage or {}).get("parent")
+        _write_contents(partial, model, tokenizer_json, train, fingerprint, card, parent)
         _write_manifest(partial, lineage or {})
         if directory.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -98,25 +103,31 @@ def save(
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         cause = tensor_store.cause(error)
-        if refused := _refusal(cause):
+        if refused := tensor_store.refusal(cause):
             raise StorageError(f"{directory}: cannot be saved ({refused})") from error
         raise cause from None
 
 
-def load(path: str | Path, device: str = "cpu", dtype: str = "float32") -> Transformer:
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    *,
+    allow: Allow | None = None,
+) -> Transformer:
     """The model of a checkpoint or of a run's newest whole checkpoint, in eval mode.
 
     It is a RewardModel where config.json has a "reward" object.
-    Every file is checked against the manifest first, and in float32 the fingerprint, where there
-    is one, against what this code computes. Raises CheckpointError naming the path and reason.
+    Every file but train/'s is checked against the manifest first, and in float32 the fingerprint,
+    where there is one, against what this code computes. Raises CheckpointError naming the path and
+    reason. Weights that are not finite are such a reason; `allow` gets it in place of the error.
     """
     directory = resolve(path)
     if dtype not in DTYPES:
         raise SettingsError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
     configs = _load_configs(directory)
-    model = make_model(configs.model, configs.reward)
-    model = model.to(device=device, dtype=DTYPES[dtype])
-    load_weights(model, directory)
+    model = make_model(configs.model, configs.reward).to(device=device, dtype=DTYPES[dtype])
+    load_weights(model, directory, allow=allow)
     model.eval()
     if dtype == "float32":
         _check_fingerprint(model, directory)
@@ -169,19 +180,20 @@ def check_writes(directory: Path) -> None:
 
 
 @torch.no_grad()
-def load_weights(model: Transformer, directory: Path) -> None:
+def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = None) -> None:
     """Fills `model` from the directory; its dtype and device stay the model's own.
 
-    A model without an adapter gets the one that the checkpoint has.
+    A model without an adapter gets the one that the checkpoint has. Raises CheckpointError where
+    the weights fit another model or are not finite; `allow` gets the latter in place of the error.
     """
     low_rank = _load_configs(directory).lora
     if low_rank is not None and not lora.is_attached(model):
         lora.attach(model, low_rank)
     if lora.config_of(model) != low_rank:
-        raise CheckpointError(f"{directory}: has not the adapter that this model has")
-    with safetensors.safe_open(directory / "model.safetensors", framework="pt") as file:
+        raise CheckpointError(f"{directory}: its adapter differs from this model's")
+    with weights_file.opened(directory / _WEIGHTS) as file:
         for name, parameter in model.published():
-            stored = file.get_tensor(name)
+            stored = file.finite(name, allow)
             if stored.shape != parameter.shape:
                 raise CheckpointError(
                     f"{directory}: {name} is {list(stored.shape)}, this model needs "
@@ -195,21 +207,23 @@ def load_train_state(directory: Path) -> TrainState:
     folder = directory / "train"
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: holds no train/ to resume; start from it with --init")
-    tensors = tensor_store.read(folder)
+    own = {n.removeprefix("train/") for n in verify(directory)["files"] if n.startswith("train/")}
+    if "state.json" not in own:
+        raise CheckpointError(f"{directory}: its manifest lists no train/state.json; {_REMEDY}")
+    tensors = tensor_store.read(folder, own)
     return TrainState(tensors, read_json(folder / "state.json", _REMEDY))
 
 
-def resolve(path: str | Path) -> Path:
-    """The checkpoint directory that `path`, a checkpoint or a run, stands for; verified whole."""
+def resolve(path: str | Path, *, training: bool = False) -> Path:
+    """The checkpoint directory that `path`, a checkpoint or a run, stands for; verified.
+
+    train/ is verified only with `training`. Raises StorageError where the system fails to read.
+    """
     path = Path(path)
-    try:
-        there = path.exists()
-    except OSError as error:  # a name too long
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    if not there:
+    if _size(path) is None:
         raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
     if (path / "checkpoints").is_dir():
-        found = latest(path)
+        found = latest(path, training=training)
         if found is None:
             raise CheckpointError(f"{path}: this run has no whole checkpoint yet")
         return found
@@ -218,16 +232,21 @@ def resolve(path: str | Path) -> Path:
             f"{path}: not a checkpoint of OpenPaLM (no manifest.json); "
             "foreign ones are read by `openpalm convert`"
         )
-    verify(path)
+    verify(path, training=training)
     return path
 
 
-def latest(run: Path, say: Callable[[str], None] | None = None) -> Path | None:
-    """The newest whole checkpoint of a run, or None; says which newer ones it passed over."""
+def latest(
+    run: Path, say: Callable[[str], None] | None = None, *, training: bool = False
+) -> Path | None:
+    """The newest whole checkpoint of a run, or None; says which newer ones it passed over.
+
+    train/ counts only with `training`. Raises StorageError where the system fails to read.
+    """
     say = say or (lambda line: print(line, file=sys.stderr))
     for directory in reversed(steps(run)):
         try:
-            verify(directory)
+            verify(directory, training=training)
             return directory
         except CheckpointError as error:
             say(f"passing over a damaged checkpoint: {error}")
@@ -236,7 +255,13 @@ def latest(run: Path, say: Callable[[str], None] | None = None) -> Path | None:
 
 def steps(run: Path) -> list[Path]:
     """The run's checkpoint directories, oldest first, damaged ones included."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if _STEP.fullmatch(path.name)]
+    folder = run / "checkpoints"
+    try:  # unlike Path.glob, which finds nothing in a folder that cannot be read
+        found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise read_failure(folder, error) from None
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -246,36 +271,50 @@ def remove_partial(run: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def verify(directory: Path) -> dict[str, Any]:
-    """The manifest, after checking every file's size and hash against it.
+def verify(directory: Path, *, training: bool = True) -> dict[str, Any]:
+    """The manifest, after checking every file's size, and the hashes, against it.
 
-    A missing `train/` is a published model, not damage. Raises CheckpointError naming the file.
+    Without `training` the files in train/ are not hashed; a missing train/ is a published model.
+    A file is hashed once a process while it does not change. Raises CheckpointError naming the
+    file that is damaged, StorageError where the system fails to read one.
     """
     manifest = read_manifest(directory)
-    published = not (directory / "train").exists()
-    files = {
-        name: entry
-        for name, entry in manifest["files"].items()
-        if not (published and name.startswith("train/"))
-    }
+    files = manifest["files"]
+    if _size(directory / "train") is None:
+        files = {name: entry for name, entry in files.items() if not name.startswith("train/")}
     for name, entry in files.items():
-        file = directory / name
-        if not file.is_file():
+        size = _size(directory / name, regular=True)
+        if size is None:
             raise CheckpointError(f"{directory}: {name} is missing; {_REMEDY}")
-        size = file.stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{directory}: {name} is torn ({size} bytes); {_REMEDY}")
-    try:
-        with ThreadPoolExecutor() as pool:
-            hashes = list(pool.map(lambda name: _hash(directory / name), files))
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be read ({error})") from None
-    for (name, entry), found in zip(files.items(), hashes, strict=True):
-        if found != entry["sha256"]:
+    names = [name for name in files if training or not name.startswith("train/")]
+
+    def hashed(name: str) -> str:
+        try:
+            return _hash(directory / name)
+        except OSError as error:
+            raise read_failure(directory / name, error) from None
+
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        hashes = list(pool.map(hashed, names))
+    for name, found in zip(names, hashes, strict=True):
+        if found != files[name]["sha256"]:
             raise CheckpointError(
                 f"{directory}: {name} was altered since it was written; {_REMEDY}"
             )
     return manifest
+
+
+def _size(path: Path, *, regular: bool = False) -> int | None:
+    """The size in bytes, or None where there is nothing, or where `regular` no regular file."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        return None
+    except OSError as error:
+        raise read_failure(path, error) from None
+    return found.st_size if stat.S_ISREG(found.st_mode) or not regular else None
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -290,18 +329,29 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(_is_entry(*item) for item in files.items()):
         raise CheckpointError(f"{where}: its list of files is not one this project writes")
+    if missing := {"config.json", _WEIGHTS} - files.keys():
+        raise CheckpointError(f"{where}: does not list {min(missing)}; {_REMEDY}")
     return manifest
 
 
 def _is_entry(name: str, entry: object) -> bool:
-    inside = not name.startswith("/") and ".." not in Path(name).parts
-    return inside and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+    """Whether `save` could have written it: a file inside, spelled one way, a size and a hash."""
+    inside = _NAME.fullmatch(name) and {".", ".."}.isdisjoint(name.split("/"))
+    if not inside or not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+        return False
+    return _SHA256.fullmatch(str(entry.get("sha256"))) is not None
+
+
+def lists(directory: Path, name: str) -> bool:
+    """Whether the checkpoint's manifest lists the file; one that it does not list is not used."""
+    return name in read_manifest(directory)["files"]
 
 
 def tokenizer_json(directory: Path) -> str | None:
-    """The checkpoint's tokenizer.json as text, or None where it has none."""
-    file = directory / "tokenizer.json"
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    """The checkpoint's tokenizer.json as text, or None where its manifest lists none."""
+    if not lists(directory, "tokenizer.json"):
+        return None
+    return (directory / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def fingerprint_logits(model: Transformer) -> tuple[Tensor, Tensor]:
@@ -325,13 +375,10 @@ def output(model: Transformer, ids: Tensor) -> Tensor:
 
 
 def _check_fingerprint(model: Transformer, directory: Path) -> None:
-    file = directory / "fingerprint.safetensors"
-    if not file.is_file():
+    if not lists(directory, _FINGERPRINT):
         return
-    try:
-        written = safetensors.torch.load_file(file).get("logits")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error})") from None
+    with weights_file.opened(directory / _FINGERPRINT) as file:
+        written = file.tensor("logits") if "logits" in file.shapes() else None
     computed = fingerprint_logits(model)[1].cpu()
     if written is None or written.shape != computed.shape:
         raise CheckpointError(f"{directory}: its fingerprint is of another model")
@@ -346,12 +393,9 @@ def _check_fingerprint(model: Transformer, directory: Path) -> None:
 def _check_tensors(configs: Configs, directory: Path) -> None:
     """The stored names and shapes against the config's, so that a hostile size builds no model."""
     config, low_rank = configs.model, configs.lora
-    where = directory / "model.safetensors"
-    try:
-        with safetensors.safe_open(where, framework="pt") as file:
-            stored = {n: tuple(file.get_slice(n).get_shape()) for n in list(file.keys())}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{where}: cannot be read ({error})") from None
+    where = directory / _WEIGHTS
+    with weights_file.opened(where) as file:
+        stored = file.shapes()
     numbers = sum(math.prod(shape) for shape in stored.values())
     parameters = config.parameters + (low_rank.parameters(config) if low_rank else 0)
     if config.depth > len(stored) or parameters > numbers:
@@ -376,23 +420,24 @@ def _write_contents(
     train: TrainState | None,
     fingerprint: bool,
     card: str | None,
+    parent: str | None,
 ) -> None:
     config = {"format": FORMAT, "version": VERSION, "model": asdict(model.config)}
     low_rank = lora.config_of(model)
     if low_rank is not None:
         config["lora"] = asdict(low_rank)
-        adapter.write(partial / "adapter", model)
+        adapter.write(partial / "adapter", model, base=parent)
     reward = model.reward if isinstance(model, RewardModel) else None
     config |= {"reward": asdict(reward)} if reward else {}
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     weights = {name: p.detach().cpu().contiguous() for name, p in model.published()}
-    safetensors.torch.save_file(weights, partial / "model.safetensors")
+    safetensors.torch.save_file(weights, partial / _WEIGHTS)
     if tokenizer is not None:
         _write_text(partial / "tokenizer.json", tokenizer)
     if fingerprint:
         tokens, logits = fingerprint_logits(model)
         pair = {"tokens": tokens.cpu(), "logits": logits.cpu().contiguous()}
-        safetensors.torch.save_file(pair, partial / "fingerprint.safetensors")
+        safetensors.torch.save_file(pair, partial / _FINGERPRINT)
     if train is not None:
         (partial / "train").mkdir()
         tensor_store.write(partial / "train", train.tensors)
@@ -432,24 +477,8 @@ def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str
     )
 
 
-def _refusal(error: BaseException) -> str | None:
-    """Why the system refused a write, if that is what the error says."""
-    if isinstance(error, OSError):
-        return error.strerror
-    if said := re.search(r"os error (\d+)", str(error)):  # safetensors
-        return os.strerror(int(said[1]))
-    if re.search("PytorchStreamWriter|unexpected pos", str(error)):  # torch.save on a full disk
-        return os.strerror(errno.ENOSPC)
-    return None
-
-
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest_text(body: dict[str, Any]) -> str:

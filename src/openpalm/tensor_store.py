@@ -6,10 +6,13 @@ data types, and what is not a tensor is refused.
 """
 
 import contextlib
+import errno
 import math
+import os
 import pickle
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from openpalm.errors import CheckpointError
+from openpalm.json_file import read_failure
 
 
 def write(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -30,9 +34,12 @@ def write(folder: Path, tensors: dict[str, Tensor]) -> None:
         state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=True)
 
 
-def read(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the directory. Raises CheckpointError for anything `write` does not write."""
-    reader = _Reader(folder)
+def read(folder: Path, listed: Container[str]) -> dict[str, Tensor]:
+    """All tensors of the directory, from the `listed` files alone.
+
+    Raises CheckpointError for anything `write` does not write, StorageError where reading fails.
+    """
+    reader = _Reader(folder, listed)
     index = reader.read_metadata().state_dict_metadata
     try:
         tensors: dict[str, Any] = {
@@ -46,6 +53,8 @@ def read(folder: Path) -> dict[str, Tensor]:
         failed = cause(error)
         if not isinstance(failed, Exception):
             raise failed from None
+        if isinstance(failed, OSError):
+            raise read_failure(folder, failed) from None
         reason = str(failed).partition("\n")[0]
         raise CheckpointError(f"{folder}: cannot be read ({reason})") from None
     return tensors
@@ -58,13 +67,19 @@ class _Reader(FileSystemReader):
     code; see docs on safety of files.
     """
 
+    def __init__(self, folder: Path, listed: Container[str]):
+        super().__init__(folder)
+        self.listed = listed
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         where = Path(self.path) / ".metadata"
         try:
             with where.open("rb") as file:
                 metadata = _IndexUnpickler(file).load()
-            wrong = _wrong_in_index(metadata, where.parent)
+            wrong = _wrong_in_index(metadata, where.parent, self.listed)
             metadata.storage_meta.load_id = self.load_id
+        except OSError as error:
+            raise read_failure(where, error) from None
         except Exception as error:  # a damaged pickle fails in many ways
             raise CheckpointError(f"{where}: not an index of tensors ({error})") from None
         if wrong:
@@ -72,7 +87,7 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-def _wrong_in_index(metadata: Metadata, folder: Path) -> str | None:
+def _wrong_in_index(metadata: Metadata, folder: Path, listed: Container[str]) -> str | None:
     """Why an index is not to be followed, or None."""
     everything = metadata.state_dict_metadata.values()
     entries = [entry for entry in everything if isinstance(entry, TensorStorageMetadata)]
@@ -80,6 +95,9 @@ def _wrong_in_index(metadata: Metadata, folder: Path) -> str | None:
         return "holds more than tensors"
     if any("/" in info.relative_path for info in metadata.storage_data.values()):
         return "points outside its directory"
+    for name in (".metadata", *(info.relative_path for info in metadata.storage_data.values())):
+        if name not in listed:
+            return f"the manifest does not list {name}"
     if any(sum(math.prod(c.sizes) for c in e.chunks) != math.prod(e.size) for e in entries):
         return "holds parts of tensors"
     wanted = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
@@ -118,3 +136,14 @@ def cause(error: BaseException) -> BaseException:
     if isinstance(error, CheckpointException):
         return next(iter(error.failures.values()))[0]
     return error
+
+
+def refusal(error: BaseException) -> str | None:
+    """Why the system refused a write, if that is what the error says."""
+    if isinstance(error, OSError):
+        return error.strerror
+    if said := re.search(r"os error (\d+)", str(error)):  # safetensors
+        return os.strerror(int(said[1]))
+    if re.search("PytorchStreamWriter|unexpected pos", str(error)):  # torch.save on a full disk
+        return os.strerror(errno.ENOSPC)
+    return None

@@ -126,6 +126,59 @@ def test_merged_given_and_attached_answer_alike(folder, adapted, said, tmp_path)
         assert sampled(said, out) == expected
 
 
+def test_an_adapter_on_another_base_is_refused_unless_forced(folder, adapted, said, tmp_path):
+    other = tmp_path / "other"
+    write_base(other, context=96)
+    own = shutil.copytree(checkpoint.resolve(adapted) / "adapter", tmp_path / "alone")
+    greedy = ("--temperature", 0, "--max-new-tokens", 2, "--dtype", "float32")
+    for number, given in enumerate((adapted, checkpoint.resolve(adapted) / "adapter", own)):
+        words = ("sample", other, "Question?", "--adapter", given, *greedy)
+        status, _, errors = said(*words)
+        assert (status, len(errors)) == (2, 1)
+        assert "an adapter of another checkpoint" in errors[0]
+        status, _, errors = said(*words, "--force")
+        assert status == 0
+        assert "--force: used all the same:" in errors[0]
+        out = tmp_path / f"merged{number}"
+        assert said("merge-lora", other, "--adapter", given, "--out", out)[0] == 2
+        assert said("merge-lora", other, "--adapter", given, "--out", out, "--force")[0] == 0
+
+
+def test_an_adapter_fits_the_base_that_its_parent_s_own_adapter_was_merged_into(
+    folder, adapted, said, tmp_path
+):
+    status, _, errors = said(*words(folder, tmp_path / "second", "--lora.rank", 2, init="adapted"))
+    assert status == 0, errors
+    merged, other = tmp_path / "merged", tmp_path / "with another"
+    assert said("merge-lora", adapted, "--out", merged)[0] == 0
+    assert sampled(said, merged, "--adapter", tmp_path / "second")
+    assert said("merge-lora", folder / "base", "--adapter", adapted, "--out", other)[0] == 0
+    status, _, errors = said("sample", other, "x", "--adapter", adapted)
+    assert (status, len(errors)) == (2, 1)
+    assert "an adapter of another checkpoint" in errors[0]
+
+
+def test_an_adapter_that_no_manifest_lists_is_not_used(folder, adapted, said, tmp_path):
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    shutil.copytree(checkpoint.resolve(adapted) / "adapter", base / "adapter")
+    for given in (base, base / "adapter"):
+        status, _, errors = said("sample", folder / "base", "x", "--adapter", given)
+        assert (status, len(errors)) == (2, 1)
+        assert "its manifest lists no adapter/adapter_config.json" in errors[0]
+
+
+def test_verify_reads_the_optimizer_s_state_too(folder, adapted, said, tmp_path):
+    run = shutil.copytree(checkpoint.resolve(adapted), tmp_path / "step-00000006")
+    content = bytearray((run / "train" / "__0_0.distcp").read_bytes())
+    content[-1] ^= 1
+    (run / "train" / "__0_0.distcp").write_bytes(content)
+    assert sampled(said, run)
+    for verb in (("sample", run, "x"), ("merge-lora", run, "--out", tmp_path / "out")):
+        status, _, errors = said(*verb, "--verify")
+        assert (status, len(errors)) == (2, 1)
+        assert "train/__0_0.distcp was altered" in errors[0]
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

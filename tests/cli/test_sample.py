@@ -216,7 +216,9 @@ def test_a_checkpoint_without_tokenizer(said, work, run, sampled, tmp_path):
     checkpoint.save(bare, openpalm.load(run))
     status, _, errors = said("sample", bare, PROMPT)
     assert status == 2
-    assert errors == [f"openpalm: error: {bare}: has no tokenizer.json; give one with --tokenizer"]
+    assert errors == [
+        f"openpalm: error: {bare}: its manifest lists no tokenizer.json; give one with --tokenizer"
+    ]
     words = ["--tokenizer", work / "data" / "tokenizer.json", "--max-new-tokens", 5]
     assert sampled(*words, path=bare) == sampled("--max-new-tokens", 5)
 

@@ -185,7 +185,7 @@ def of_rules(word: str, reader: Reader, option: str = "reward") -> Reward:
     if checkpoint.tokenizer_json(directory) is None:
         raise CheckpointError(f"{spell(option)} {word}: the checkpoint has no tokenizer.json")
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
-    judge = EngineJudge(Engine(checkpoint.load(directory), slots=32), tokenizer, word)
+    judge = EngineJudge(Engine(checkpoint.load(directory), slots=32, owned=True), tokenizer, word)
 
     def reward(answers: Sequence[Answer]) -> list[float]:
         questions = [

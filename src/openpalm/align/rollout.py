@@ -275,7 +275,15 @@ class RolloutLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a cursor; `load_state_tensors` besides."""
+        """Goes on from a cursor; `load_state_tensors` besides.
+
+        Raises KeyError or ValueError for what no `state_dict` gave.
+        """
+        for name, kinds in _STATE.items():
+            if type(state[name]) not in kinds:
+                raise ValueError(f"{name} is {state[name]!r:.40}")
+        if min(state["rollouts"], state["left"]) < 0:
+            raise ValueError(f"{state['left']} minibatches left of {state['rollouts']} rollouts")
         self._order.load_state_dict(state["order"])
         self._rollouts, self.beta = state["rollouts"], state["beta"]
         self.sampler.drawn, self.facts = state["drawn"], state["facts"]
@@ -297,6 +305,16 @@ class RolloutLoader:
         self._memory = None  # the last rollout's file goes before another is written
         settings = self.settings
         self._memory = Experience(**kept(columns, settings.replay_bytes, settings.out))
+
+
+_STATE = {
+    "rollouts": (int,),
+    "left": (int,),
+    "drawn": (int,),
+    "beta": (int, float),
+    "facts": (dict,),
+}
+"""What a loader's state holds beside its order."""
 
 
 def checked(reward: Reward, answers: Sequence[Answer]) -> list[float]:

@@ -46,6 +46,10 @@ class BestOfNSettings:
     """tokenizer.json for a checkpoint that has none"""
     adapter: Path | None = None
     """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
+    force: bool = False
+    """use an adapter that was made for another checkpoint"""
+    verify: bool = False
+    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"

@@ -42,6 +42,10 @@ class ChatSettings:
     """tokenizer.json for a checkpoint that has none"""
     adapter: Path | None = None
     """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
+    force: bool = False
+    """use an adapter that was made for another checkpoint"""
+    verify: bool = False
+    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

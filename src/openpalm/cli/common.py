@@ -1,5 +1,6 @@
 """What several verbs compose alike: where weights come from, and what is looked at in training."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openpalm import checkpoint
-from openpalm.adapter import load_adapter
+from openpalm.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from openpalm.convert import hub
 from openpalm.data.documents import Documents
 from openpalm.data.loader import evaluation_batches
@@ -23,6 +24,7 @@ from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
 from openpalm.generate.engine import Engine
 from openpalm.generate.sampling import Sampling
 from openpalm.generate.text import complete
+from openpalm.hashing import sha256_of
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import TrainSettings
 from openpalm.train.job import Probe
@@ -61,7 +63,9 @@ def fine_tuning_start(
     directory = checkpoint.resolve(weights_path(settings.init))
     tokenizer = tokenizer_of(directory)
     if tokenizer is None:
-        raise CheckpointError(f"{directory}: has no tokenizer.json, so it cannot read text")
+        raise CheckpointError(
+            f"{directory}: its manifest lists no tokenizer.json, so it cannot read text"
+        )
     return directory, tokenizer, starting_point(settings, directory, tokenizer, may_score=may_score)
 
 
@@ -89,29 +93,73 @@ class ServingSettings(Protocol):
     @property
     def quantize(self) -> Literal["int8", "int4"] | None: ...
 
+    @property
+    def verify(self) -> bool: ...
+
+    @property
+    def force(self) -> bool: ...
+
 
 def serving_engine(
-    source: str, settings: ServingSettings, *, slots: int = 16
+    source: str,
+    settings: ServingSettings,
+    *,
+    slots: int = 16,
+    allow: Callable[[str], None] | None = None,
 ) -> tuple[Engine, Tokenizer]:
-    """The engine and tokenizer of a run, checkpoint or hub name."""
-    directory = checkpoint.resolve(weights_path(source))
+    """The engine and tokenizer of a run, checkpoint or hub name.
+
+    Weights that are not finite raise CheckpointError, unless `allow` is given, which gets the
+    message.
+    """
+    directory = checkpoint.resolve(weights_path(source), training=settings.verify)
     checkpoint.check_writes(directory)
     tokenizer = tokenizer_of(directory, settings.tokenizer)
     if tokenizer is None:
-        raise CheckpointError(f"{directory}: has no tokenizer.json; give one with --tokenizer")
+        raise CheckpointError(
+            f"{directory}: its manifest lists no tokenizer.json; give one with --tokenizer"
+        )
     device = pick_device(settings.device)
-    model = checkpoint.load(directory, str(device), pick_dtype(settings.dtype, device))
-    give_adapter(model, settings.adapter)
-    return Engine(model, slots=slots, weights=settings.quantize), tokenizer
+    dtype = pick_dtype(settings.dtype, device)
+    model = checkpoint.load(directory, str(device), dtype, allow=allow)
+    give_adapter(model, settings.adapter, directory, force=settings.force)
+    return Engine(model, slots=slots, weights=settings.quantize, owned=True), tokenizer
 
 
-def give_adapter(model: Transformer, path: Path | None) -> None:
-    """Attaches the adapter at `path`: a directory of its own, a run's or a checkpoint's."""
+def give_adapter(
+    model: Transformer, path: Path | None, base: Path, *, force: bool = False
+) -> str | None:
+    """Attaches the adapter at `path` to the model of checkpoint `base`; returns its hash.
+
+    `path` is a directory of its own, a run's or a checkpoint's. Raises CheckpointError for an
+    adapter that is known to be made for other weights; with `force` it is used, and that is said.
+    """
     if path is None:
-        return
-    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
-        path = checkpoint.resolve(path) / "adapter"
-    load_adapter(model, path)
+        return None
+    holder = path.parent if (path.parent / "manifest.json").is_file() else path
+    made_for = None
+    if (holder / "manifest.json").is_file() or (holder / "checkpoints").is_dir():
+        holder = checkpoint.resolve(holder)
+        path = holder / "adapter"
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not checkpoint.lists(holder, f"adapter/{name}"):
+                raise CheckpointError(f"{holder}: its manifest lists no adapter/{name}")
+        made_for = checkpoint.read_manifest(holder)["lineage"].get("parent")
+
+    def forced(reason: str) -> None:
+        print(f"--force: used all the same: {reason}", file=sys.stderr)
+
+    allow = forced if force else None
+    load_adapter(model, path, bases=_computing_as(base), made_for=made_for, allow=allow)
+    return sha256_of(path / WEIGHTS_FILE)
+
+
+def _computing_as(directory: Path) -> set[str]:
+    """Hashes of the checkpoint and of the one whose own adapter was merged to make it."""
+    manifest = checkpoint.read_manifest(directory)
+    lineage = manifest["lineage"]
+    merged = {lineage["parent"]} if lineage.get("adapter") == "own" else set()
+    return {manifest["sha256"]} | merged
 
 
 def validation(
@@ -174,7 +222,7 @@ def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: i
 
     def look(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
         texts = complete(
-            Engine(model),
+            Engine(model, owned=True),
             tokenizer,
             prompts,
             max_new_tokens=max_new_tokens,

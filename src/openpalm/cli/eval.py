@@ -32,6 +32,8 @@ class EvalSettings:
     """with the matrices in fewer bits, to see what that costs"""
     json: bool = False
     """print JSON"""
+    verify: bool = False
+    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
 
     def __post_init__(self) -> None:
         if self.sequence_length is not None and self.sequence_length < 1:
@@ -61,7 +63,7 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.train.start import check_reads
 
     dataset = open_dataset(settings.data)
-    directory = checkpoint.resolve(weights_path(settings.path))
+    directory = checkpoint.resolve(weights_path(settings.path), training=settings.verify)
     checkpoint.check_writes(directory)
     check_reads(directory, dataset.tokenizer())
     model = checkpoint.load(directory, str(pick_device(settings.device)))

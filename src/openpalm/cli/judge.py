@@ -85,6 +85,8 @@ class Form(NamedTuple):
     tokenizer: Path | None = None
     adapter: Path | None = None
     quantize: Literal["int8", "int4"] | None = None
+    verify: bool = False
+    force: bool = False
 
 
 def run(argv: Sequence[str]) -> None:

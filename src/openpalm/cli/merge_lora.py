@@ -16,6 +16,10 @@ class MergeSettings:
     """the checkpoint to make; must not exist, or be empty"""
     adapter: Path | None = None
     """directory in PEFT's layout, or a run or checkpoint that has an adapter"""
+    force: bool = False
+    """use an adapter that was made for another checkpoint"""
+    verify: bool = False
+    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -36,16 +40,18 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.convert import write
     from openpalm.model import lora
 
-    directory = checkpoint.resolve(weights_path(settings.path))
+    directory = checkpoint.resolve(weights_path(settings.path), training=settings.verify)
     write.check_vacant(settings.out)
     model = checkpoint.load(directory)
-    give_adapter(model, settings.adapter)
+    given = give_adapter(model, settings.adapter, directory, force=settings.force)
     if not lora.is_attached(model):
         raise CheckpointError(f"{directory}: has no adapter; name one with --adapter")
     before = checkpoint.fingerprint_logits(model)[1]
     lora.merge(model)
     change = (checkpoint.fingerprint_logits(model)[1] - before).abs().max().item()
-    lineage = {"parent": checkpoint.read_manifest(directory)["sha256"], "merged": True}
+    parent = checkpoint.read_manifest(directory)["sha256"]
+    # "own": the merged checkpoint computes what its parent does, so its adapters fit here too.
+    lineage = {"parent": parent, "merged": True, "adapter": given or "own"}
     text = checkpoint.tokenizer_json(directory)
     write.as_openpalm(model, settings.out, lineage=lineage, tokenizer_json=text)
     print(f"wrote {settings.out}: logits within {change:.1e} of those with the adapter")

@@ -436,7 +436,7 @@ def _answers(run_directory: Path, questions: list[str], *, temperature: float = 
     directory = checkpoint.resolve(run_directory)
     tokenizer = tokenizer_of(directory)
     assert tokenizer is not None
-    engine = Engine(checkpoint.load(directory), slots=32)
+    engine = Engine(checkpoint.load(directory), slots=32, owned=True)
     stops = stop_ids(tokenizer)
     prompts = [render(tokenizer, [Message("user", q)], answer_next=True).ids for q in questions]
     requests = [

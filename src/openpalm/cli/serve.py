@@ -2,7 +2,8 @@
 
 import ipaddress
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
@@ -42,6 +43,10 @@ class ServeSettings:
     """tokenizer.json for a checkpoint that has none"""
     adapter: Path | None = None
     """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
+    force: bool = False
+    """use an adapter that was made for another checkpoint"""
+    verify: bool = False
+    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -113,15 +118,18 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
     from openpalm.serve.sink import Sink
     from openpalm.serve.worker import Served, Worker, in_own_thread
 
-    def load(path: str, name: str | None) -> Served:
+    def warn(reason: str) -> None:
+        print(f"warning: {reason}; requests that meet them are answered 503", file=sys.stderr)
+
+    def load(path: str, name: str | None, allow: Callable[[str], None] | None = None) -> Served:
         own = settings if path == settings.path else replace(settings, adapter=None)
-        engine, tokenizer = serving_engine(path, own, slots=settings.slots)
+        engine, tokenizer = serving_engine(path, own, slots=settings.slots, allow=allow)
         return Served(name or _name(path), engine, tokenizer, path)
 
     sink = Sink(settings.sink) if settings.sink else None
     metrics = Metrics()
     with Console(stderr=True).status(f"loading {settings.path}"):
-        served = in_own_thread(lambda: load(settings.path, settings.name))
+        served = in_own_thread(lambda: load(settings.path, settings.name, warn))
     worker = Worker(served, queue_limit=settings.queue, observe=metrics.observe)
     metrics.watch(worker)
     app = create_app(

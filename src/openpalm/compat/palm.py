@@ -178,7 +178,7 @@ class PaLM(Original):
             Request(ids, max_new_tokens, Sampling(temperature, seed=draw_seed(), **kept), stop)
             for ids in prompts
         ]
-        engine = Engine(self.scoped(finetune_scope), slots=min(SLOTS, len(prompts)))
+        engine = Engine(self.scoped(finetune_scope), slots=min(SLOTS, len(prompts)), owned=True)
         self.train(self.training)  # packing shares modules, which it puts in eval mode
         return engine.answers(requests)
 

@@ -45,6 +45,8 @@ class Cursor:
         return {"rows_consumed": self._consumed, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, dict):
+            raise DataError(f"the data cursor is {state!r:.40}; it is damaged")
         differing = [k for k, v in self._identity.items() if state.get(k) != v]
         if differing:
             told = ", ".join(

@@ -4,6 +4,7 @@ Sampling settings and seed travel with the request, and in float32 an answer doe
 which other requests share the batch.
 """
 
+import copy
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from openpalm.errors import SettingsError
 from openpalm.generate.pack import Weights, pack
 from openpalm.generate.sampling import Sampling, choose
+from openpalm.model.block import Block
 from openpalm.model.cache import KVCache
 from openpalm.model.transformer import Transformer
 
@@ -100,6 +102,8 @@ class Engine:
     what ended requests left, whose beginnings new prompts may share].
 
     `weights` says how its matrices are kept, see generate.pack; not given, as the model has them.
+    `owned` says that nobody changes the model while the engine uses it: nothing is copied that
+    packing does not copy.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Engine:
         slots: int = 16,
         weights: Weights | None = None,
         prefill_tokens: int = 512,
+        owned: bool = False,
     ):
         if not model.config.causal:
             raise SettingsError("a bidirectional model cannot generate text")
@@ -122,12 +127,16 @@ class Engine:
         self._rows: list[_Row] = []
         self._decoding = 0
         self._left: dict[int, list[int]] = {}
-        self.refresh(model)
+        self.refresh(model, owned=owned)
 
-    def refresh(self, model: Transformer) -> None:
-        """Takes the weights as they are now; later changes to `model` do not reach the engine."""
+    def refresh(self, model: Transformer, *, owned: bool = False) -> None:
+        """Takes the weights as they are now; later changes to `model` do not reach the engine.
+
+        Unless it is `owned`, see above.
+        """
         if self.busy:
             raise AssertionError("the engine has requests in flight")
+        model = model if owned else _apart(model)
         in_bfloat16 = model.embedding.dtype == torch.bfloat16
         self.model = pack(model, self.weights or ("bfloat16" if in_bfloat16 else "float32"))
         table = self.model.embedding
@@ -358,6 +367,20 @@ class Engine:
     def _swap(self, a: int, b: int) -> None:
         self._cache.swap(a, b)
         self._rows[a], self._rows[b] = self._rows[b], self._rows[a]
+
+
+def _apart(model: Transformer) -> Transformer:
+    """The model with its own copy of all that packing does not copy: tables, norms and biases.
+
+    The blocks' matrices, and what only training needs (a critic), are shared with `model`.
+    """
+    used = {id(parameter) for _, parameter in model.published()}
+    shared = [parameter for parameter in model.parameters() if id(parameter) not in used]
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        for projection in (block.project_in, block.project_out):
+            shared += [p for p in projection.parameters(recurse=False) if p.dim() == 2]
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

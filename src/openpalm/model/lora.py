@@ -151,9 +151,14 @@ def merged(model: Transformer) -> Transformer:
 
 
 def sharing(module: nn.Module, kind: type[M]) -> M:
-    """A `kind` with the module's own parts, which can be replaced without touching the module."""
+    """A `kind` with the module's own parts, which can be replaced without touching the module.
+
+    It is neither compiled nor recomputed where the module is: both run the module's own forward.
+    """
     twin = kind.__new__(kind)
     twin.__dict__.update(module.__dict__)
+    for replaced in ("forward", "_compiled_call_impl"):
+        twin.__dict__.pop(replaced, None)
     twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
     return twin
 

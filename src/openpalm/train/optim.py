@@ -121,12 +121,14 @@ class Optimizer:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes back what `state_tensors` gave."""
+        """Takes back what `state_tensors` gave. Raises KeyError or ValueError for anything else."""
         by_name = {name: parameter for parameter, name in self.names.items()}
         owner = {p: part for part in self.parts for g in part.param_groups for p in g["params"]}
         for key, value in tensors.items():
             name, slot = key.rsplit("/", 1)
             parameter = by_name[name]
+            if value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"{key} is {list(value.shape)}, not {list(parameter.shape)}")
             # Counters too: the fused kernels want them beside their parameter, ours on the CPU.
             stays = slot == "step" and isinstance(owner[parameter], Listwise)
             place = value.device if stays else parameter.device

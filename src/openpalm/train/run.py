@@ -10,6 +10,7 @@ At a step the rows are written first, then the probes', then the checkpoint: wha
 restores, its rows are there.
 """
 
+import math
 import shutil
 import signal
 import time
@@ -25,7 +26,7 @@ from rich.console import Console
 from openpalm import checkpoint
 from openpalm.device import keep_freed_memory, pick_device
 from openpalm.distributed import world
-from openpalm.errors import SettingsError, TrainingError, WorkError
+from openpalm.errors import CheckpointError, SettingsError, TrainingError, WorkError
 from openpalm.model.transformer import initialise
 from openpalm.settings import plain, spell
 from openpalm.train import directory
@@ -44,6 +45,9 @@ from openpalm.train.metrics import LiveLine, RowFile, read_rows
 from openpalm.train.profile import Profiler
 from openpalm.train.start import check_trained
 from openpalm.train.trainer import StepReport, Trainer
+
+_NOT_ITS_STATE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What restoring raises where a field or tensor is missing, or of another type or shape."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,10 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
         settings = _settled(settings, job, shape, device)
         chosen = settings.chosen
         assert chosen.steps is not None
-        newest = checkpoint.latest(out)
+        newest = checkpoint.latest(out, say=lambda line: None)
         if newest is not None and _step_of(newest) >= chosen.steps:
             return Outcome(newest, chosen.steps, was_finished=True)
+        newest = checkpoint.latest(out, training=True)
         torch.manual_seed(settings.seed)
         trainer = make_trainer(settings, job, shape, device, job.fill)
         session = _Session(settings, job, trainer, shape)
@@ -114,10 +119,22 @@ class _Session:
         self.save_every = settings.save_every or tenth
 
     def restore(self, newest: Path) -> None:
+        """Raises CheckpointError where the state in train/ is not one that `_save` wrote."""
         checkpoint.load_weights(self.trainer.model, newest)
         state = checkpoint.load_train_state(newest)
-        self.trainer.restore(state.tensors, state.values)
-        self.started = time.monotonic() - state.values["elapsed_s"]
+        try:
+            self.trainer.restore(state.tensors, state.values)
+            elapsed_s = float(state.values["elapsed_s"])
+            if not 0 <= elapsed_s < math.inf or self.trainer.step != _step_of(newest):
+                raise ValueError(f"step {self.trainer.step} after {elapsed_s} s")
+        except torch.OutOfMemoryError:
+            raise
+        except _NOT_ITS_STATE as error:
+            raise CheckpointError(
+                f"{newest / 'train'}: its state is not one that this run saves "
+                f"({_wrong_in_state(error)}); remove this checkpoint to continue from an older one"
+            ) from error
+        self.started = time.monotonic() - elapsed_s
 
     def run(self) -> Outcome:
         self._clear_later_than(self.trainer.step)
@@ -314,6 +331,14 @@ def _settled(
     settings = replace(settings, chosen=chosen)
     directory.write_settings(settings)
     return settings
+
+
+def _wrong_in_state(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, (RuntimeError, ValueError)):
+        return str(error).partition("\n")[0][:200]
+    return "a value has another type"
 
 
 def _set_aside(damaged: Path) -> None:

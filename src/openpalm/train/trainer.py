@@ -149,7 +149,13 @@ class Trainer:
         return tensors, values
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Goes on exactly where `state` was taken."""
+        """Goes on exactly where `state` was taken.
+
+        Raises KeyError, TypeError, ValueError or RuntimeError for what no `state` gave.
+        """
+        step, counted, skipped = (
+            _whole(values, name) for name in ("step", "counted", "skipped_in_a_row")
+        )
         self.optimizer.load_state_tensors(_under("optimizer/", tensors))
         own = _under("model/", tensors)
         with torch.no_grad():
@@ -158,9 +164,7 @@ class Trainer:
         torch.set_rng_state(tensors["random/cpu"])
         if self.device.type == "cuda" and "random/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
-        self.step = values["step"]
-        self.counted = values["counted"]
-        self.skipped_in_a_row = values["skipped_in_a_row"]
+        self.step, self.counted, self.skipped_in_a_row = step, counted, skipped
         self.loader.load_state_dict(values["loader"])
         if isinstance(self.loader, Remembering):
             self.loader.load_state_tensors(_under("loader/", tensors))
@@ -169,6 +173,13 @@ class Trainer:
         """Parameters that only training needs, such as a critic's."""
         published = {name for name, _ in self.model.published()}
         return [item for item in self.model.named_parameters() if item[0] not in published]
+
+
+def _whole(values: dict[str, Any], name: str) -> int:
+    value = values[name]
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is {value!r}, not a whole number")
+    return value
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
