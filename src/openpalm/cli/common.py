@@ -20,6 +20,7 @@ from openpalm.data.tokenizer import Tokenizer
 from openpalm.distributed import pick_device, pick_dtype
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
+from openpalm.generate.defaults import Defaults, defaults_of
 from openpalm.generate.engine import Engine
 from openpalm.generate.sampling import Sampling
 from openpalm.generate.text import complete
@@ -94,6 +95,13 @@ def serving_engine(
     source: str, settings: ServingSettings, *, slots: int = 16
 ) -> tuple[Engine, Tokenizer]:
     """The engine and tokenizer of a run, checkpoint or hub name."""
+    return serving_model(source, settings, slots=slots)[:2]
+
+
+def serving_model(
+    source: str, settings: ServingSettings, *, slots: int = 16
+) -> tuple[Engine, Tokenizer, Defaults]:
+    """Those, and how tokens are chosen where nobody says."""
     directory = checkpoint.resolve(weights_path(source))
     checkpoint.check_writes(directory)
     tokenizer = tokenizer_of(directory, settings.tokenizer)
@@ -102,7 +110,8 @@ def serving_engine(
     device = pick_device(settings.device)
     model = checkpoint.load(directory, str(device), pick_dtype(settings.dtype, device))
     give_adapter(model, settings.adapter)
-    return Engine(model, slots=slots, weights=settings.quantize), tokenizer
+    engine = Engine(model, slots=slots, weights=settings.quantize)
+    return engine, tokenizer, defaults_of(directory)
 
 
 def give_adapter(model: Transformer, path: Path | None) -> None:
