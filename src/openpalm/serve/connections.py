@@ -45,20 +45,18 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        # Small slices, so that no more than one is parsed beyond a bound.
-        for start in range(0, len(data), _SLICE):
-            if self.transport.is_closing():
+        start = 0
+        while start < len(data) and not self.transport.is_closing():
+            # Trailers and the framing of chunks count like a head: the parser keeps them too.
+            # Not one byte beyond the bound is parsed; large parts are parsed in small ones.
+            left = MAX_HEAD_BYTES + OVERHEAD * self._body - self._framing
+            if left <= 0:
+                self._refuse(431, _TOO_LARGE)
                 return
-            part = data[start : start + _SLICE]
+            part = data[start : start + min(left, _SLICE)]
+            start += len(part)
             self._framing += len(part)
             super().data_received(part)
-            # Trailers and the framing of chunks count like a head: the parser keeps them too.
-            if self._framing > MAX_HEAD_BYTES + OVERHEAD * self._body:
-                self._refuse(431, _TOO_LARGE)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._framing = self._body = self._unread = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
@@ -79,6 +77,10 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._framing = self._body = self._unread = 0
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
