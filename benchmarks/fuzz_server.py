@@ -412,7 +412,7 @@ def server(model: Path) -> Iterator[int]:
 async def measure(port: int, models: dict[str, Path], options: argparse.Namespace) -> dict:
     draw = random.Random(options.seed)
     counts = {name: Counts() for name in models}
-    share = options.requests // (ROUNDS * len(models))
+    share = -(-options.requests // (ROUNDS * len(models)))
     for _ in range(ROUNDS):
         for name, path in models.items():
             await swap(port, path)

@@ -75,11 +75,11 @@ def served(swapping, base):
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/completions", HELLO),
+        ("/v1/completions", HELLO | {"temperature": 0}),
         ("/v1/completions", HELLO | {"temperature": 0, "logprobs": 2, "n": 2}),
         ("/v1/completions", HELLO | {"max_tokens": 0, "echo": True, "logprobs": 2}),
-        ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2}),
-        ("/complete", {"context": "Hello"}),
+        ("/v1/chat/completions", CHAT | {"temperature": 0, "logprobs": True, "top_logprobs": 2}),
+        ("/complete", {"context": "Hello", "temp": 0}),
         ("/v1/score", {"sequences": ["Hello"]}),
     ],
 )
@@ -89,6 +89,12 @@ def test_a_model_of_nan_is_answered_503(served, broken, path, body):
     assert answer.status == 503
     assert "finite" in answer.body["error"]["message"]
     assert answer.body["error"]["type"] == "service_unavailable_error"
+
+
+@pytest.mark.parametrize("body", [HELLO, HELLO | {"n": 8, "top_p": 0.5, "seed": 1}])
+def test_nothing_is_drawn_from_nan(served, broken, body):
+    assert swap(served, broken).status == 200
+    assert served.call("/v1/completions", body).status == 503
 
 
 def test_a_stream_of_nan_ends_with_the_error(served, broken):

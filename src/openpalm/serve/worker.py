@@ -340,7 +340,8 @@ def _piece(job: Job, token: Token) -> Piece | None:
 
     Raises WorkError where its log-probabilities are no numbers, which JSON could not hold.
     """
-    if not all(map(math.isfinite, (token.log_prob, *(value for _, value in token.top)))):
+    numbers = (token.log_prob, *(value for _, value in token.top))
+    if token.finish == "error" or not all(map(math.isfinite, numbers)):
         raise WorkError(NOT_FINITE)
     if job.first_s is None:
         job.first_s = time.perf_counter() - job.began
