@@ -13,7 +13,8 @@ from servers import events, serving
 from openpalm import checkpoint
 from openpalm.generate.defaults import Defaults, defaults_of
 
-ADMIN = {"OPENPALM_ADMIN_KEY": "boss"}
+# A panic's trace may be longer than the pipe that nobody reads here.
+ADMIN = {"OPENPALM_ADMIN_KEY": "boss", "RUST_BACKTRACE": "0"}
 HELLO = {"prompt": "Hello", "max_tokens": 3}
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
 FATAL = "a" * 40 + "b"
