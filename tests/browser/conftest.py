@@ -185,6 +185,7 @@ class Scripted(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/"
         self.key: str | None = None
+        self.sharing = True
         self.received: list[dict] = []
         self.script: list = []
         self.disconnected = threading.Event()
@@ -206,7 +207,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/v1/models":
             if self._allowed():
-                self._json(200, {"object": "list", "data": [{"id": "tiny"}, {"id": "other"}]})
+                about = {"sampling": {"temperature": 0.6, "top_p": 1.0, "top_k": 0}}
+                about |= {"takes_conversations": self.server.sharing}
+                models = [{"id": name} | about for name in ("tiny", "other")]
+                self._json(200, {"object": "list", "data": models})
             return
         name = self.path.removeprefix("/static/") if self.path != "/" else "index.html"
         path = PAGE / name

@@ -258,10 +258,29 @@ def test_settings_are_sent(chat, scripted):
 
 def test_what_is_unset_is_not_sent(chat, scripted):
     converse(chat)
-    assert not {"seed", "max_tokens", "store"} & scripted.received[0].keys()
+    unset = {"temperature", "top_p", "top_k", "seed", "max_tokens", "store"}
+    assert not unset & scripted.received[0].keys()
+    set_fields(chat, temperature=1)
     set_fields(chat, temperature="")
     converse(chat)
     assert "temperature" not in scripted.received[1]
+
+
+def test_the_servers_own_temperature_is_shown(chat):
+    named(chat, "Settings").click()
+    assert chat.locator("[name=temperature]").get_attribute("placeholder") == "0.6"
+
+
+def test_only_a_server_that_keeps_conversations_offers_it(visit, scripted):
+    scripted.sharing = False
+    page = visit(scripted.url)
+    page.evaluate("localStorage.setItem('openpalm.settings', JSON.stringify({ store: true }))")
+    page.reload()
+    named(page, "Settings").click()
+    assert page.locator("[name=store]").is_hidden()
+    named(page, "Done").click()
+    converse(page)
+    assert "store" not in scripted.received[0]
 
 
 def test_a_value_out_of_bounds_is_marked_and_not_used(chat, scripted):
@@ -272,7 +291,7 @@ def test_a_value_out_of_bounds_is_marked_and_not_used(chat, scripted):
     assert field.evaluate("field => field.matches(':user-invalid')")
     chat.keyboard.press("Escape")
     converse(chat)
-    assert scripted.received[0]["temperature"] == 0.7
+    assert "temperature" not in scripted.received[0]
 
 
 def test_a_reload_keeps_conversation_draft_and_settings(chat, scripted):

@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from openpalm.cli.serve import ServeSettings
+from openpalm.errors import SettingsError
+
 
 @pytest.fixture(autouse=True)
 def keyless(monkeypatch):
@@ -20,7 +23,15 @@ def keyless(monkeypatch):
         (["--queue", -1], "--queue -1: must be 0 or more"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0: others could use the model; give --api-key"),
         (["--host", "models.example"], "give --api-key"),
-        (["--api-key", ""], "a key is empty"),
+        (["--api-key", ""], "--api-key (or OPENPALM_API_KEY): the key is empty"),
+        (["--api-key", "two words"], "the key has a character in it that callers cannot send"),
+        (["--admin-key", "schlüssel"], "--admin-key (or OPENPALM_ADMIN_KEY): the key has a"),
+        (["--api-key", '["good", "b\\nad"]'], "key 2 of 2 has a character"),
+        (["--api-key", "[]"], "has no key in it"),
+        (["--allow-origin", "web.example"], "--allow-origin web.example: must be a site as in"),
+        (["--allow-origin", "https://web.example/page"], "without a path"),
+        (["--allow-origin", "ftp://web.example"], "must be a site"),
+        (["--allow-origin", "https://web.example:x"], "must be a site"),
         (["--sink", "ftp://x", "--port", 0], "--sink ftp://x: must be an http:// or https:// URL"),
         (["--host", "192.0.2.1", "--api-key", "k", "--port", 0], "cannot listen there"),
     ],
@@ -29,6 +40,45 @@ def test_wrong_settings_are_one_line(said, run, words, says):
     status, output, errors = said("serve", run, *words)
     assert (status, output, len(errors)) == (2, "", 1)
     assert says in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "keys"),
+    [
+        ("sesame\n", ["sesame"]),
+        (" sesame ", ["sesame"]),
+        ('["one", "two\\n"]', ["one", "two"]),
+        ('\n["one"]\n', ["one"]),
+    ],
+)
+def test_keys_of_the_environment(monkeypatch, given, keys):
+    monkeypatch.setenv("OPENPALM_API_KEY", given)
+    assert ServeSettings("run").keys == keys
+
+
+@pytest.mark.parametrize("given", ["", " \n", "[", '["a", 1]', "[1]", '["a", ""]', "clé"])
+def test_keys_of_the_environment_that_nobody_could_send(monkeypatch, given):
+    monkeypatch.setenv("OPENPALM_API_KEY", given)
+    with pytest.raises(SettingsError, match="OPENPALM_API_KEY"):
+        ServeSettings("run")
+
+
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("*", "*"),
+        ("https://web.example/", "https://web.example"),
+        ("HTTPS://Web.Example", "https://web.example"),
+        ("https://web.example:443", "https://web.example"),
+        ("http://web.example:80/", "http://web.example"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("https://bücher.example", "https://xn--bcher-kva.example"),
+        ("http://[::1]:5000", "http://[::1]:5000"),
+    ],
+)
+def test_origins_are_spelt_as_browsers_do(given, origin):
+    """As of the fetch standard: lower case, punycode, no usual port, no slash."""
+    assert ServeSettings("run", allow_origin=given).origins == [origin]
 
 
 def test_a_port_in_use(said, run):

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +68,16 @@ class Running:
 
 
 @contextmanager
-def serving(run: Path, *options: object, env: Mapping[str, str] | None = None) -> Iterator[Running]:
+def serving(
+    run: Path,
+    *options: object,
+    env: Mapping[str, str] | None = None,
+    program: Sequence[str] = ("-m", "openpalm"),
+) -> Iterator[Running]:
     """`openpalm serve RUN OPTIONS` on a free port of this machine."""
     environment = {k: v for k, v in os.environ.items() if k not in KEYLESS}
     environment |= {"OMP_NUM_THREADS": "1"} | dict(env or {})
-    words = [sys.executable, "-m", "openpalm", "serve", run, "--port", 0, *options]
+    words = [sys.executable, *program, "serve", run, "--port", 0, *options]
     with subprocess.Popen(
         [str(word) for word in words],
         stdout=subprocess.PIPE,

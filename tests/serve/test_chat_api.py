@@ -25,7 +25,7 @@ def test_the_answer_is_the_engines_to_the_rendered_conversation(call, engine, to
     body = ask(call, max_tokens=20)
     turns = [Message(m["role"], m["content"]) for m in TALK]
     ids = render(tokenizer, turns, answer_next=True).ids
-    request = Request(ids, 20, Sampling(seed=1), stop_ids(tokenizer))
+    request = Request(ids, 20, Sampling(temperature=0.8, seed=1), stop_ids(tokenizer))
     expected = engine.answers([request])[0]
     (choice,) = body["choices"]
     assert choice["message"]["role"] == "assistant"
@@ -54,6 +54,38 @@ def test_content_may_be_parts_and_developers_are_the_system(call):
         {"role": "user", "content": parts},
     ]
     assert ask(call, same, max_tokens=9)["choices"] == ask(call, max_tokens=9)["choices"]
+
+
+def test_a_last_message_is_continued(call, engine, tokenizer):
+    """Its ids are those of the turn as it was trained on, without its end."""
+    begun = [*TALK, {"role": "assistant", "content": "I am"}]
+    goes_on = {"continue_final_message": True, "add_generation_prompt": False}
+    turns = [Message(m["role"], m["content"]) for m in begun]
+    ids = render(tokenizer, turns).ids[:-1]
+    assert call("/tokenize", {"messages": begun} | goes_on).body["tokens"] == ids
+    body = ask(call, begun, temperature=0, max_tokens=20, **goes_on)
+    request = Request(ids, 20, Sampling(temperature=0), stop_ids(tokenizer))
+    text = tokenizer.decode(engine.answers([request])[0])
+    assert body["choices"][0]["message"]["content"] == text
+    assert body["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_no_turn_is_begun_where_none_is_asked_for(call, tokenizer):
+    turns = [Message(m["role"], m["content"]) for m in TALK]
+    body = ask(call, max_tokens=2, add_generation_prompt=False)
+    assert body["usage"]["prompt_tokens"] == len(render(tokenizer, turns).ids)
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"tools": [], "tool_choice": "none"},
+        {"tools": None, "tool_choice": "auto", "functions": [], "function_call": "none"},
+        {"n": 2, "best_of": 2},
+    ],
+)
+def test_what_asks_for_nothing_is_no_fault(call, neutral):
+    ask(call, max_tokens=1, **neutral)
 
 
 def test_the_end_of_a_turn_ends_the_answer(call, tokenizer):
@@ -121,6 +153,26 @@ def test_the_bytes_of_tokens_are_the_text(call):
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"best_of": 2}, "best_of"),
+        ({"n": 2, "best_of": 3}, "best_of"),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+            "messages.0.tool_calls",
+        ),
+        ({"continue_final_message": True}, "continue_final_message"),
+        (
+            {
+                "messages": [{"role": "assistant", "content": "I"}],
+                "continue_final_message": True,
+                "add_generation_prompt": True,
+            },
+            "continue_final_message",
+        ),
         ({"stop": ["a"] * 17}, "stop"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from servers import events
 
 from openpalm.generate.engine import Request
-from openpalm.generate.sampling import Sampling
+from openpalm.generate.sampling import Sampling, seed_of_answer
 from openpalm.generate.text import Completion, stream
 
 GREEDY = {"temperature": 0, "max_tokens": 20}
@@ -15,6 +15,7 @@ GREEDY = {"temperature": 0, "max_tokens": 20}
 
 def direct(engine, tokenizer, prompt, *, stops=(), new=20, **how):
     """The same answer from the engine itself."""
+    how = {"temperature": 0.8} | how
     request = Request(
         tokenizer.encode(prompt), new, Sampling(**how), frozenset({tokenizer.end_of_text})
     )
@@ -71,8 +72,8 @@ def test_the_answer_is_the_engines(call, engine, tokenizer, how):
     }
 
 
-def test_settings_not_given_are_openais(call, engine, tokenizer):
-    """16 tokens, temperature and top_p 1; null is the same as not given."""
+def test_settings_not_given(call, engine, tokenizer):
+    """16 tokens, the temperature of `openpalm sample`; null is the same as not given."""
     nothing = dict.fromkeys(["temperature", "top_p", "max_tokens", "n", "stop", "logit_bias"])
     body = ask(call, prompt="abc", seed=7, **nothing)
     expected = direct(engine, tokenizer, "abc", new=16, seed=7)
@@ -80,7 +81,7 @@ def test_settings_not_given_are_openais(call, engine, tokenizer):
 
 
 def test_without_a_seed_answers_differ(call):
-    texts = {ask(call, prompt="abc")["choices"][0]["text"] for _ in range(4)}
+    texts = {ask(call, prompt="abc", temperature=2)["choices"][0]["text"] for _ in range(4)}
     assert len(texts) > 1
 
 
@@ -90,10 +91,19 @@ def test_several_prompts_and_choices_come_in_order(call, engine, tokenizer, prom
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     expected = [
         direct(engine, tokenizer, text, seed=seed).text
-        for text, seed in itertools.product(["ab", "c"], [4, 5])
+        for text, seed in itertools.product(["ab", "c"], [4, seed_of_answer(4, 1)])
     ]
     assert [choice["text"] for choice in body["choices"]] == expected
     assert body["usage"]["prompt_tokens"] == 3
+
+
+def test_neighbouring_seeds_share_no_answer(call):
+    def texts(seed):
+        body = ask(call, prompt="ab", n=8, seed=seed, temperature=2, max_tokens=20)
+        return {choice["text"] for choice in body["choices"]}
+
+    seen = [texts(seed) for seed in (4, 5, 6)]
+    assert len(set.union(*seen)) == 24
 
 
 def test_one_prompt_as_ids(call):
@@ -147,6 +157,43 @@ def test_echoed_log_probs_are_the_engines_score(call, engine):
         score = engine.score([prompt])[0].tolist()
         assert found["token_logprobs"][1:-1] == pytest.approx(score, abs=1e-4)
         assert choice["text"].startswith("".join(map(chr, prompt)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_scored_without_generating(call, engine, stream):
+    """As HELM asks: max_tokens 0, echo, logprobs. A single token has no score."""
+    prompts = [list(range(60, 100)), [5], list(range(128))]  # the last fills the context
+    asked = {"prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 1, "n": 2}
+    if stream:
+        chunks = streamed(call, **asked)
+        parts = [choice for chunk in chunks for choice in chunk["choices"]]
+        assert sorted(p["index"] for p in parts if p["finish_reason"]) == list(range(6))
+        choices = {p["index"]: p for p in parts if p["logprobs"]}
+    else:
+        body = ask(call, **asked)
+        assert body["usage"]["completion_tokens"] == 0
+        choices = {choice["index"]: choice for choice in body["choices"]}
+        assert {choice["finish_reason"] for choice in choices.values()} == {"length"}
+    assert sorted(choices) == list(range(6))
+    for index, choice in choices.items():
+        prompt = prompts[index // 2]
+        score = engine.score([prompt])[0].tolist()
+        first, *scored = choice["logprobs"]["token_logprobs"]
+        assert first is None
+        assert scored == pytest.approx(score, abs=1e-4)
+        assert choice["text"] == "".join(map(chr, prompt))
+
+
+def test_an_echo_alone_needs_no_model(call):
+    (choice,) = ask(call, prompt="abc", max_tokens=0, echo=True)["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
+    assert call("/v1/completions", {"prompt": "abc", "max_tokens": 0}).status == 400
+
+
+def test_the_limits_newer_name(call):
+    assert ask(call, prompt="a", max_completion_tokens=3)["usage"]["completion_tokens"] == 3
+    both = {"prompt": "a", "max_tokens": 3, "max_completion_tokens": 4}
+    assert call("/v1/completions", both).body["error"]["param"] == "max_completion_tokens"
 
 
 def test_log_probs_line_up_with_the_text(call):

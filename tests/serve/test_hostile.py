@@ -93,6 +93,9 @@ def test_bodies(call, raw, status, says):
         ("logit_bias", {"١": 1}, "is no token id"),
         ("logit_bias", {"1": 101}, "logit_bias.1: should be less than or equal to 100"),
         ("logit_bias", [1], "logit_bias"),
+        ("max_completion_tokens", 0, "only with echo"),
+        ("suffix", "end", "suffix: not supported"),
+        ("best_of", 2, "best_of: not supported above n"),
         ("stream", "yes", "stream: should be a valid boolean"),
         ("stream_options", {"include_usage": True}, "only with stream"),
     ],
@@ -105,7 +108,7 @@ def test_fields(call, field, value, says):
 
 
 def test_unknown_fields_and_nul_bytes_are_no_fault(call):
-    body = {"prompt": "a\u0000b", "max_tokens": 2, "best_of": 3, "x": {"y": [None]}}
+    body = {"prompt": "a\u0000b", "max_tokens": 2, "suffix": "", "best_of": 1, "x": {"y": [None]}}
     assert call(COMPLETIONS, body).status == 200
 
 
@@ -128,14 +131,39 @@ def test_wrong_paths_and_methods(call):
         assert ("Allow" in answer.headers) == (status == 405)
 
 
-def test_json_that_is_not_declared_as_such_is_refused(server):
-    """A form on another web site can send no JSON; so it can start nothing here."""
+@pytest.mark.parametrize(
+    ("headers", "says"),
+    [
+        (b"Content-Type: text/plain\r\n", b"Content-Type is 'text/plain'; send"),
+        (b"", b"Content-Type is missing; send"),
+        (
+            b"Content-Type: application/json\r\nContent-Encoding: gzip\r\n",
+            b"Content-Encoding 'gzip': send the body uncompressed",
+        ),
+    ],
+)
+def test_json_that_is_not_declared_as_such_is_refused(server, headers, says):
+    """A page on another web site can send no JSON unasked; so it can start nothing here."""
     reply = raw_request(
         server,
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n"
-        b"Content-Length: 15\r\nConnection: close\r\n\r\n" + b'{"prompt": "a"}',
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        + headers
+        + b"Content-Length: 15\r\n"
+        b"Connection: close\r\n\r\n" + b'{"prompt": "a"}',
     )
-    assert reply.startswith(b"HTTP/1.1 400")
+    assert reply.startswith(b"HTTP/1.1 415")
+    assert says in reply
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/x+json"])
+def test_json_by_its_other_names(server, kind):
+    reply = raw_request(
+        server,
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+        "Content-Length: 15\r\nConnection: close\r\n\r\n".encode()
+        + b'{"prompt": "a"}',
+    )
+    assert reply.startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(

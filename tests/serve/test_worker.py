@@ -2,11 +2,13 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 from tiny_models import tiny
 
 from openpalm.data.tokenizer import Tokenizer
+from openpalm.errors import WorkError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 from openpalm.serve.answering import collect
@@ -92,6 +94,95 @@ def test_an_engine_that_breaks_loses_its_requests_and_goes_on(capfd):
 
     run(test)
     assert "out of memory" in capfd.readouterr().err
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it: no Exception."""
+
+
+class Fussy(Tokenizer):
+    """Panics at the bytes of one token."""
+
+    refused = -1
+
+    @property
+    def token_bytes(self):
+        return _Fussily(super().token_bytes, self.refused)
+
+
+class _Fussily(list):
+    def __init__(self, table, refused):
+        super().__init__(table)
+        self.refused = refused
+
+    def __getitem__(self, index):
+        if index == self.refused:
+            raise Panic("not this one")
+        return super().__getitem__(index)
+
+
+def test_a_tokenizers_panic_ends_one_request_alone(capfd):
+    async def test(worker, engine):
+        other = replace(LONG, sampling=Sampling(seed=2))
+        first, second = (Engine(tiny()).answers([asked])[0] for asked in (LONG, other))
+        tokenizer = Fussy.byte()
+        tokenizer.refused = next(i for i in first if i not in second)
+        served = Served("tiny", engine, tokenizer, "-")
+        fails, goes = (worker.submit(served, [asked]) for asked in (LONG, other))
+        with pytest.raises(EngineFailed, match="Panic: not this one"):
+            await collect(fails)
+        said = await collect(goes)
+        assert [token.id for token, _ in said[0].tokens] == second
+        await until(lambda: worker.load == 0)
+
+    run(test)
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_an_engine_that_panics_does_not_end_the_thread(capfd):
+    async def test(worker, engine):
+        def panic(request):
+            raise Panic("at once")
+
+        engine.submit, kept = panic, engine.submit
+        with pytest.raises(EngineFailed, match="Panic: at once"):
+            await collect(worker.submit(worker.current, [LONG] * 2))
+        engine.submit = kept
+        await collect(worker.submit(worker.current, [LONG]))
+        assert worker.load == 0
+
+    run(test)
+    assert "at once" in capfd.readouterr().err
+
+
+def test_log_probs_that_are_no_numbers_end_one_request_alone():
+    async def test(worker, engine):
+        step = engine.step
+
+        def spoilt():
+            nan = float("nan")
+            return [replace(t, log_prob=nan) if t.request == 0 else t for t in step()]
+
+        engine.step = spoilt
+        answers = [worker.submit(worker.current, [LONG]) for _ in range(2)]
+        with pytest.raises(WorkError, match="not finite"):
+            await collect(answers[0])
+        said = await collect(answers[1])
+        assert len(said[0].tokens) == 50
+        await until(lambda: worker.load == 0)
+        assert engine.active == 0
+
+    run(test)
+
+
+def test_what_asks_for_nothing_is_answered_at_once():
+    async def test(worker, engine):
+        nothing = [Request([1, 2], 0), Request([1], 0, score_prompt=True)]
+        said = await collect(worker.submit(worker.current, nothing))
+        assert [one.finish for one in said] == ["length"] * 2
+        assert (worker.load, engine.steps) == (0, 0)
+
+    run(test)
 
 
 def test_a_drain_takes_nothing_new_and_ends_what_does_not_end():

@@ -13,6 +13,7 @@ from openpalm.settings import parse
 if TYPE_CHECKING:
     from openpalm.data.conversation import Message
     from openpalm.data.tokenizer import Tokenizer
+    from openpalm.generate.defaults import Defaults
     from openpalm.generate.engine import Engine
 
 HELP = """/reset       begin a new conversation
@@ -30,12 +31,12 @@ class ChatSettings:
     """instructions that begin the conversation"""
     max_new_tokens: int = 512
     """tokens of an answer at most"""
-    temperature: float = 0.7
-    """0 always takes the most likely token"""
-    top_k: int = 0
-    """keep only this many of the likeliest tokens; 0 keeps all"""
-    top_p: float = 0.95
-    """keep the likeliest tokens that together have this probability"""
+    temperature: float | None = None
+    """0 always takes the most likely token; not set is the model's own, else 0.8"""
+    top_k: int | None = None
+    """keep only this many of the likeliest tokens, 0 all; not set is the model's own, else all"""
+    top_p: float | None = None
+    """keep the likeliest tokens with this probability; not set is the model's own, else 1"""
     seed: int = 0
     """of the random draws"""
     tokenizer: Path | None = None
@@ -70,9 +71,9 @@ def run(argv: Sequence[str]) -> None:
         ],
         positional=["path"],
     )
-    from openpalm.cli.common import serving_engine
+    from openpalm.cli.common import serving_model
 
-    conversation = _Conversation(*serving_engine(settings.path, settings), settings)
+    conversation = _Conversation(*serving_model(settings.path, settings), settings)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
 
@@ -100,9 +101,12 @@ def _read() -> str | None:
 class _Conversation:
     """What was said so far; the engine keeps what it has read of it."""
 
-    def __init__(self, engine: "Engine", tokenizer: "Tokenizer", settings: ChatSettings):
+    def __init__(
+        self, engine: "Engine", tokenizer: "Tokenizer", own: "Defaults", settings: ChatSettings
+    ):
         self.engine = engine
         self.tokenizer = tokenizer
+        self.how = own.given(settings.temperature, settings.top_p, settings.top_k)
         self.settings = settings
         self.messages: list[Message] = []
         self.reset()
@@ -126,14 +130,16 @@ class _Conversation:
         """Streams the answer; Ctrl-C keeps what came so far."""
         from openpalm.data.conversation import Message, render, stop_ids
         from openpalm.generate.engine import Request
-        from openpalm.generate.sampling import Sampling
+        from openpalm.generate.sampling import Sampling, seed_of_answer
         from openpalm.generate.text import Completion, stream
 
         self.messages.append(Message("user", text))
-        how = self.settings
+        how, settings = self.how, self.settings
         ids = render(self.tokenizer, self.messages, answer_next=True).ids
-        sampling = Sampling(how.temperature, how.top_k, how.top_p, how.seed + len(self.messages))
-        request = Request(ids, how.max_new_tokens, sampling, stop_ids(self.tokenizer))
+        # Not seed + turn: the next seed's conversation would repeat these draws a turn later.
+        seed = seed_of_answer(settings.seed, len(self.messages))
+        sampling = Sampling(how.temperature, how.top_k, how.top_p, seed)
+        request = Request(ids, settings.max_new_tokens, sampling, stop_ids(self.tokenizer))
         answer = Completion("", [], "")
         pieces = stream(self.engine, self.tokenizer, request, (), answer)
         try:

@@ -21,6 +21,7 @@ from openpalm.data.tokenizer import Tokenizer
 from openpalm.device import pick_device, pick_dtype
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
+from openpalm.generate.defaults import Defaults, defaults_of
 from openpalm.generate.engine import Engine
 from openpalm.generate.sampling import Sampling
 from openpalm.generate.text import complete
@@ -107,7 +108,18 @@ def serving_engine(
     slots: int = 16,
     allow: Callable[[str], None] | None = None,
 ) -> tuple[Engine, Tokenizer]:
-    """The engine and tokenizer of a run, checkpoint or hub name.
+    """The engine and tokenizer of a run, checkpoint or hub name."""
+    return serving_model(source, settings, slots=slots, allow=allow)[:2]
+
+
+def serving_model(
+    source: str,
+    settings: ServingSettings,
+    *,
+    slots: int = 16,
+    allow: Callable[[str], None] | None = None,
+) -> tuple[Engine, Tokenizer, Defaults]:
+    """Those, and how tokens are chosen where nobody says.
 
     Weights that are not finite raise CheckpointError, unless `allow` is given, which gets the
     message.
@@ -123,7 +135,8 @@ def serving_engine(
     dtype = pick_dtype(settings.dtype, device)
     model = checkpoint.load(directory, str(device), dtype, allow=allow)
     give_adapter(model, settings.adapter, directory, force=settings.force)
-    return Engine(model, slots=slots, weights=settings.quantize, owned=True), tokenizer
+    engine = Engine(model, slots=slots, weights=settings.quantize, owned=True)
+    return engine, tokenizer, defaults_of(directory)
 
 
 def give_adapter(

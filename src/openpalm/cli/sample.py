@@ -14,6 +14,7 @@ from openpalm.settings import parse
 
 if TYPE_CHECKING:
     from openpalm.data.tokenizer import Tokenizer
+    from openpalm.generate.defaults import Defaults
     from openpalm.generate.engine import Request
 
 
@@ -27,12 +28,12 @@ class SampleSettings:
     """text to continue"""
     max_new_tokens: int | None = None
     """tokens to add at most; not set is 128"""
-    temperature: float = 0.8
-    """0 always takes the most likely token"""
-    top_k: int = 0
-    """keep only this many of the likeliest tokens; 0 keeps all"""
-    top_p: float = 1.0
-    """keep the likeliest tokens that together have this probability"""
+    temperature: float | None = None
+    """0 always takes the most likely token; not set is the model's own, else 0.8"""
+    top_k: int | None = None
+    """keep only this many of the likeliest tokens, 0 all; not set is the model's own, else all"""
+    top_p: float | None = None
+    """keep the likeliest tokens with this probability; not set is the model's own, else 1"""
     seed: int = 0
     """of the random draws"""
     stop: list[str] | str | None = None
@@ -106,11 +107,11 @@ def run(argv: Sequence[str]) -> None:
     )
     from rich.console import Console
 
-    from openpalm.cli.common import serving_engine
+    from openpalm.cli.common import serving_model
     from openpalm.generate.text import Completion, stream
 
-    engine, tokenizer = serving_engine(settings.source, settings)
-    request = _request(settings, tokenizer, engine.model.config.vocab_size)
+    engine, tokenizer, defaults = serving_model(settings.source, settings)
+    request = _request(settings, tokenizer, engine.model.config.vocab_size, defaults)
     stops = [settings.stop] if isinstance(settings.stop, str) else settings.stop or []
     answer = Completion("", [], "")
     live = settings.stream and not settings.json
@@ -130,7 +131,9 @@ def run(argv: Sequence[str]) -> None:
         print("" if live else shown + answer.text, file=sys.stdout)
 
 
-def _request(settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int) -> "Request":
+def _request(
+    settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int, defaults: "Defaults"
+) -> "Request":
     from openpalm.data.conversation import Message, render, stop_ids
     from openpalm.generate.engine import Request
     from openpalm.generate.sampling import Sampling
@@ -152,5 +155,6 @@ def _request(settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int) 
     top_k = settings.top_k
     if settings.filter_thres is not None:
         top_k = math.ceil((1 - settings.filter_thres) * vocab_size)
-    how = Sampling(settings.temperature, top_k, settings.top_p, settings.seed)
+    own = defaults.given(settings.temperature, settings.top_p, top_k)
+    how = Sampling(own.temperature, own.top_k, own.top_p, settings.seed)
     return Request(ids, new_tokens, how, stops)

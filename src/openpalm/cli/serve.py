@@ -1,13 +1,16 @@
 """`openpalm serve`: a model behind the OpenAI API, with a chat page."""
 
 import ipaddress
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
 from typing import Literal
+from urllib.parse import urlsplit
 
 from openpalm.errors import SettingsError
 from openpalm.settings import parse
@@ -61,8 +64,9 @@ class ServeSettings:
             value = getattr(self, name)
             if value < least:
                 raise SettingsError(f"--{name} {value}: must be {least} or more")
-        if "" in (*self.keys, *self.admin_keys):
-            raise SettingsError("a key is empty; give one that cannot be guessed")
+        _check_keys("--api-key (or OPENPALM_API_KEY)", self.keys, given=self.api_key is not None)
+        _check_keys("--admin-key (or OPENPALM_ADMIN_KEY)", self.admin_keys)
+        _ = self.origins  # checked as they are read
         if not self.keys and not _is_local(self.host):
             raise SettingsError(
                 f"--host {self.host}: others could use the model; give --api-key (or "
@@ -76,6 +80,11 @@ class ServeSettings:
     @property
     def admin_keys(self) -> list[str]:
         return _listed(self.admin_key, "OPENPALM_ADMIN_KEY")
+
+    @property
+    def origins(self) -> list[str]:
+        """As browsers spell them. Raises SettingsError for what no browser sends."""
+        return [_origin(text) for text in _listed(self.allow_origin)]
 
 
 def run(argv: Sequence[str]) -> None:
@@ -110,7 +119,7 @@ def run(argv: Sequence[str]) -> None:
 def _serve(settings: ServeSettings, listener: socket) -> None:
     from rich.console import Console
 
-    from openpalm.cli.common import serving_engine
+    from openpalm.cli.common import serving_model
     from openpalm.serve import server
     from openpalm.serve.app import create_app
     from openpalm.serve.metrics import Metrics
@@ -123,8 +132,8 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
 
     def load(path: str, name: str | None, allow: Callable[[str], None] | None = None) -> Served:
         own = settings if path == settings.path else replace(settings, adapter=None)
-        engine, tokenizer = serving_engine(path, own, slots=settings.slots, allow=allow)
-        return Served(name or _name(path), engine, tokenizer, path)
+        engine, tokenizer, defaults = serving_model(path, own, slots=settings.slots, allow=allow)
+        return Served(name or _name(path), engine, tokenizer, path, defaults)
 
     sink = Sink(settings.sink) if settings.sink else None
     metrics = Metrics()
@@ -136,7 +145,7 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
         Service(worker, load, metrics, sink),
         keys=settings.keys,
         admin_keys=settings.admin_keys,
-        allow_origins=_listed(settings.allow_origin),
+        allow_origins=settings.origins,
     )
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -158,9 +167,60 @@ def _name(path: str) -> str:
 
 
 def _listed(given: list[str] | str | None, variable: str | None = None) -> list[str]:
+    """The values, without the white space around them; one that is a JSON list is several."""
     if given is None and variable:
         given = os.environ.get(variable)
-    return given if isinstance(given, list) else [given] if given is not None else []
+    if isinstance(given, str) and given.strip().startswith("["):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            raise SettingsError(
+                f"{variable or given}: begins like a JSON list and is none; "
+                'give one value, or several as ["one", "two"]'
+            ) from None
+    values = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(value, str) for value in values):
+        raise SettingsError(f'{variable or given}: give strings, as in ["one", "two"]')
+    return [value.strip() for value in values]
+
+
+def _check_keys(option: str, keys: Sequence[str], *, given: bool = False) -> None:
+    """Raises SettingsError for a key that nobody can send, without showing it."""
+    if given and not keys:
+        raise SettingsError(f"{option}: has no key in it; leave it out, or give one")
+    for number, key in enumerate(keys, 1):
+        which = f"key {number} of {len(keys)}" if len(keys) > 1 else "the key"
+        if not key:
+            raise SettingsError(f"{option}: {which} is empty; give one that cannot be guessed")
+        if not re.fullmatch(r"[!-~]+", key):
+            raise SettingsError(
+                f"{option}: {which} has a character in it that callers cannot send; "
+                "take ASCII letters, digits and signs, without spaces"
+            )
+
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def _origin(text: str) -> str:
+    """A web site as browsers name it in `Origin`: scheme, host, a port that is not the usual."""
+    if text == "*":
+        return text
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+        if host and ":" not in host:  # an IPv6 address stays as it is
+            host = host.encode("idna").decode()
+    except ValueError:
+        parts, host, port = urlsplit(""), None, None
+    more = parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None
+    if parts.scheme not in _DEFAULT_PORTS or not host or more:
+        raise SettingsError(
+            f"--allow-origin {text}: must be a site as in https://web.example, without a path; or *"
+        )
+    name = f"[{host}]" if ":" in host else host
+    usual = port in (None, _DEFAULT_PORTS[parts.scheme])
+    return f"{parts.scheme}://{name}" + ("" if usual else f":{port}")
 
 
 def _is_local(host: str) -> bool:

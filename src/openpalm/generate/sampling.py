@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from openpalm.data.order import mixed
 from openpalm.errors import SettingsError
 
 _SMALLEST_TEMPERATURE = 1e-30
@@ -52,6 +53,15 @@ class Sampling:
     def adjusts(self) -> bool:
         """Whether logits are changed before anything is chosen by them."""
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
+
+
+def seed_of_answer(seed: int, index: int) -> int:
+    """The seed of the answer `index` to one prompt: of the first `seed` itself, of the others a
+    mixture, so that neighbouring seeds share no answer."""
+    if index == 0:
+        return seed
+    value = mixed(mixed(seed) + index)
+    return value - 2**64 if value >= 2**63 else value
 
 
 def choose(

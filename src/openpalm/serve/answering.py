@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse, Response
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.generate.engine import Token
 from openpalm.generate.text import Piece
-from openpalm.serve.problems import as_api_error, error_body
+from openpalm.serve.problems import as_api_error, error_body, is_failure
 from openpalm.serve.stream import DONE, EventStream, answer_or_nothing, event
-from openpalm.serve.worker import Answers, Draining, EngineFailed, Job
+from openpalm.serve.worker import Answers, Job
 
 
 @dataclass
@@ -87,7 +87,7 @@ async def respond(
 
 
 async def collect(answers: Answers) -> list[Said]:
-    """Everything that is said, in the order of the requests. Raises EngineFailed, Draining."""
+    """Everything that is said, in the order of the requests. Raises as Answers do."""
     said = [Said() for _ in answers.jobs]
     async for pieces in answers:
         for job, piece in pieces:
@@ -140,7 +140,9 @@ async def _events(
                     ready += chunk(form.ending(job, piece.finish))
             if ready:
                 yield ready
-    except (EngineFailed, Draining) as error:
+    except BaseException as error:  # whatever happens: the status is long sent
+        if not is_failure(error):
+            raise
         told = as_api_error(error)
         yield event(error_body(told.status, told.message, code=told.code))
         return

@@ -87,13 +87,11 @@ def _describe(app: FastAPI) -> None:
 
 
 def _add_life_signs(app: FastAPI, service: Service) -> None:
-    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         """The process lives."""
         return JSONResponse({"status": "ok"})
 
-    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: ERRORS[503]})
     async def ready() -> Response:
         """New requests are taken."""

@@ -2,17 +2,19 @@
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from openpalm.data.conversation import Message, render, stop_ids
 from openpalm.data.tokenizer import Tokenizer
+from openpalm.errors import OpenPalmError
 from openpalm.generate.engine import Request
-from openpalm.generate.sampling import Sampling
+from openpalm.generate.sampling import Sampling, seed_of_answer
 from openpalm.generate.text import document_ends, prompt_ids
-from openpalm.serve.problems import ApiError
-from openpalm.serve.schema import ChatMessage, Generation
-from openpalm.serve.worker import Served, Worker
+from openpalm.serve.problems import ApiError, is_failure
+from openpalm.serve.schema import ChatMessage, Conversation, Generation
+from openpalm.serve.worker import Served, Worker, reason
 
 LONG_TEXT = 20_000
 """Characters above which a text is encoded beside the event loop, which must not stand still."""
@@ -35,7 +37,8 @@ async def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The ids of prompts; an empty one starts where documents do."""
 
     def work() -> list[list[int]]:
-        return [prompt_ids(tokenizer, text) for text in texts]
+        with tokenizing():
+            return [prompt_ids(tokenizer, text) for text in texts]
 
     if sum(map(len, texts)) > LONG_TEXT:
         return await asyncio.to_thread(work)
@@ -43,17 +46,52 @@ async def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 async def encode_messages(
-    tokenizer: Tokenizer, messages: Sequence[ChatMessage], *, answer_next: bool = True
+    tokenizer: Tokenizer, messages: Sequence[ChatMessage], body: Conversation
 ) -> list[int]:
-    """The ids of a conversation, where the assistant's answer begins."""
+    """The ids of a conversation, up to where the model goes on. Raises ApiError.
+
+    That is the begin of the assistant's next turn; with continue_final_message the end of what the
+    last one says; with add_generation_prompt false the end of the conversation.
+    """
     turns = [Message("system" if m.role == "developer" else m.role, m.text) for m in messages]
+    continued = bool(body.continue_final_message)
+    if continued and body.add_generation_prompt:
+        raise ApiError(
+            400,
+            "continue_final_message: not with add_generation_prompt, which begins another turn",
+            param="continue_final_message",
+        )
+    if continued and (not turns or turns[-1].role != "assistant"):
+        raise ApiError(
+            400,
+            "continue_final_message: the last message must be the assistant's, to be continued",
+            param="continue_final_message",
+        )
 
     def work() -> list[int]:
-        return render(tokenizer, turns, answer_next=answer_next).ids
+        with tokenizing():
+            if continued:
+                begun = render(tokenizer, turns[:-1], answer_next=True).ids
+                return begun + tokenizer.encode(turns[-1].content)
+            answer_next = body.add_generation_prompt is not False
+            return render(tokenizer, turns, answer_next=answer_next).ids
 
     if sum(len(turn.content) for turn in turns) > LONG_TEXT:
         return await asyncio.to_thread(work)
     return work()
+
+
+@contextmanager
+def tokenizing() -> Iterator[None]:
+    """Raises ApiError for a text or ids that the model's tokenizer fails on, panics included."""
+    try:
+        yield
+    except OpenPalmError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise ApiError(400, f"the model's tokenizer fails on this ({reason(error)})") from None
 
 
 def requests(
@@ -77,25 +115,39 @@ def requests(
     for prompt in prompts:
         room = _room(served, prompt, max_new_tokens)
         for choice in range(choices):
-            own = replace(how, seed=_as_int64(how.seed + choice))
-            # The prompt is scored once; the other choices copy what was read of it.
-            scored = score_prompt and choice == 0
+            own = replace(how, seed=seed_of_answer(how.seed, choice))
+            # The prompt is scored once; the other choices copy what was read of it. Where nothing
+            # is generated they have nothing to copy it for.
+            scored = score_prompt and (choice == 0 or room == 0)
             found.append(Request(prompt, room, own, stops, top_log_probs, scored))
     return found
 
 
 def sampling(body: Generation, served: Served) -> Sampling:
-    """The settings of a body; a seed is drawn where none is given."""
+    """The settings of a body, else the model's own; a seed is drawn where none is given."""
+    how = served.defaults.given(body.temperature, body.top_p, body.top_k)
     return Sampling(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(0, body.top_k or 0),
-        top_p=1.0 if body.top_p is None else body.top_p,
+        temperature=how.temperature,
+        top_k=max(0, how.top_k),
+        top_p=how.top_p,
         min_p=body.min_p or 0.0,
         seed=drawn_seed() if body.seed is None else body.seed,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=_bias(body.logit_bias or {}, served),
     )
+
+
+def token_limit(body: Generation) -> int | None:
+    """max_completion_tokens, max_tokens in its older name; None for neither. Raises ApiError."""
+    new, old = body.max_completion_tokens, body.max_tokens
+    if None not in (new, old) and new != old:
+        raise ApiError(
+            400,
+            f"max_tokens {old} and max_completion_tokens {new}: give one of them",
+            param="max_completion_tokens",
+        )
+    return old if new is None else new
 
 
 def drawn_seed() -> int:
@@ -136,7 +188,7 @@ def check_fits(served: Served, ids: Sequence[int]) -> None:
 def _room(served: Served, prompt: list[int], wanted: int | None) -> int:
     served.engine.check(prompt)
     left = served.context - len(prompt)
-    if left < (wanted or 1):
+    if left < (1 if wanted is None else wanted):
         asked = "" if wanted is None else f" and {wanted} tokens to generate"
         raise ApiError(
             400,
@@ -162,8 +214,3 @@ def _bias(given: dict[str, float], served: Served) -> dict[int, float]:
             )
         bias[int(name)] = value
     return bias
-
-
-def _as_int64(number: int) -> int:
-    """Wraps around, so that every seed has successors."""
-    return (number + 2**63) % 2**64 - 2**63

@@ -27,13 +27,13 @@ def routes(service: Service) -> APIRouter:
         usage = asking.check_stream_options(body)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")
-        prompt = await asking.encode_messages(served.tokenizer, body.messages)
+        prompt = await asking.encode_messages(served.tokenizer, body.messages, body)
         service.check_count(body.n or 1)
         requests = asking.requests(
             body,
             served,
             [prompt],
-            max_new_tokens=body.max_completion_tokens or body.max_tokens,
+            max_new_tokens=asking.token_limit(body),
             top_log_probs=body.top_logprobs or 0,
             chat=True,
         )

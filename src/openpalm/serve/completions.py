@@ -14,6 +14,7 @@ from openpalm.serve import asking
 from openpalm.serve.answering import Said, respond, spelt
 from openpalm.serve.documented import Completion, answered
 from openpalm.serve.incoming import StrictRoute
+from openpalm.serve.problems import ApiError
 from openpalm.serve.schema import CompletionRequest
 from openpalm.serve.service import Service
 from openpalm.serve.worker import Job, Served
@@ -30,11 +31,14 @@ def routes(service: Service) -> APIRouter:
         usage = asking.check_stream_options(body)
         texts, prompts = await _prompts(body, served)
         service.check_count(len(prompts) * (body.n or 1))
+        limit = asking.token_limit(body)
+        if limit == 0 and not body.echo:
+            raise ApiError(400, "max_tokens 0: only with echo", param="max_tokens")
         requests = asking.requests(
             body,
             served,
             prompts,
-            max_new_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
+            max_new_tokens=DEFAULT_MAX_TOKENS if limit is None else limit,
             top_log_probs=body.logprobs or 0,
             score_prompt=bool(body.echo and body.logprobs is not None),
         )
@@ -122,7 +126,9 @@ class _Form:
         return lists.fields
 
     def _scored(self, job: Job) -> list[Token]:
-        """The prompt is scored with the first of its choices."""
+        """The prompt is scored with the first of its choices, or with each of them."""
+        if job.request.score_prompt:
+            return job.prompt
         return self._jobs[job.index - job.index % self._choices].prompt
 
 

@@ -24,9 +24,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         400: "a wrong request",
         401: "no key, or a wrong one",
         404: "no such model",
+        408: "a body that did not arrive in time",
         413: "a body too large",
+        415: "a body that is not declared as plain JSON",
         429: "overloaded: try again after Retry-After seconds",
-        503: "shutting down, or generation failed",
+        503: "shutting down, or the model failed",
     }.items()
 }
 
@@ -107,12 +109,20 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class SamplingDefaults(BaseModel):
+    temperature: float
+    top_p: float
+    top_k: int
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    sampling: SamplingDefaults
+    takes_conversations: bool
 
 
 class Models(BaseModel):

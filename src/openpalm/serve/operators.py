@@ -1,6 +1,8 @@
 """What only holders of the admin key may do: replace the model, score sequences."""
 
 import asyncio
+import traceback
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,15 +10,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from openpalm.errors import OpenPalmError
 from openpalm.generate.engine import Request as EngineRequest
 from openpalm.serve import asking, documented
 from openpalm.serve.answering import collect
 from openpalm.serve.documented import ERRORS
 from openpalm.serve.incoming import StrictRoute
+from openpalm.serve.problems import ApiError, is_failure
 from openpalm.serve.schema import LoadRequest, ScoreRequest
 from openpalm.serve.service import Service
 from openpalm.serve.stream import answer_or_nothing
-from openpalm.serve.worker import in_own_thread
+from openpalm.serve.worker import Served, in_own_thread, reason
 
 
 def routes(service: Service) -> APIRouter:
@@ -27,8 +31,7 @@ def routes(service: Service) -> APIRouter:
     async def load(body: LoadRequest) -> Response:
         """Loads a model and serves it from now on; requests in flight finish on the old one."""
         async with service.loading:  # two at once could be too much for the memory
-            work = partial(service.load, body.path, body.name)
-            served = await asyncio.to_thread(in_own_thread, work)
+            served = await asyncio.to_thread(_loaded, partial(service.load, body.path, body.name))
             before, worker.current = worker.current, served
         return JSONResponse({"model": served.name, "replaced": before.name})
 
@@ -43,16 +46,11 @@ def routes(service: Service) -> APIRouter:
         requests = [EngineRequest(ids, 0, score_prompt=True) for ids in given]
         for asked in requests:
             asking.check_fits(served, asked.ids)
-        # A single token has nothing before it, and the engine nothing to do.
-        answers = worker.submit(served, [r for r in requests if len(r.ids) > 1])
+        answers = worker.submit(served, requests)
 
         async def whole() -> Response:
             await collect(answers)
-            jobs = iter(answers.jobs)
-            rows = [
-                [token.log_prob for token in next(jobs).prompt] if len(r.ids) > 1 else []
-                for r in requests
-            ]
+            rows = [[token.log_prob for token in job.prompt] for job in answers.jobs]
             scores = [
                 {"index": i, "score": sum(row), "log_probs": row} for i, row in enumerate(rows)
             ]
@@ -62,3 +60,16 @@ def routes(service: Service) -> APIRouter:
         return await answer_or_nothing(request, whole(), answers.close)
 
     return router
+
+
+def _loaded(load: Callable[[], Served]) -> Served:
+    """Raises ApiError for whatever is wrong with a checkpoint; a hostile one breaks anything."""
+    try:
+        return in_own_thread(load)
+    except OpenPalmError as error:
+        raise ApiError(400, str(error), param="path") from None
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        traceback.print_exception(error)
+        raise ApiError(400, f"path: cannot be loaded ({reason(error)})", param="path") from None

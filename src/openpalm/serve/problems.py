@@ -1,5 +1,6 @@
 """What goes wrong, in the shape and with the statuses that OpenAI's API uses; never 422."""
 
+import asyncio
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from openpalm.errors import OpenPalmError
+from openpalm.errors import OpenPalmError, RequestError
 from openpalm.serve.worker import Draining, EngineFailed, Overloaded
 
 RETRY_AFTER_S = 1
@@ -54,13 +55,21 @@ def error_body(
 
 def error_response(error: ApiError) -> JSONResponse:
     headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else {}
+    if error.status == 408:  # the rest of the body may still come
+        headers["Connection"] = "close"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     body = error_body(error.status, error.message, error.param, error.code)
     return JSONResponse(body, error.status, headers)
 
 
-def as_api_error(error: Exception) -> ApiError:
+def is_failure(error: BaseException) -> bool:
+    """Whether something went wrong: also a panic in a library, which is no Exception."""
+    ends = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+    return not isinstance(error, ends)
+
+
+def as_api_error(error: BaseException) -> ApiError:
     """What the caller is told of an error."""
     if isinstance(error, ApiError):
         return error
@@ -75,9 +84,13 @@ def as_api_error(error: Exception) -> ApiError:
         return _invalid(error.errors())
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
-    if isinstance(error, OpenPalmError):
+    if isinstance(error, RequestError):
         return ApiError(400, str(error))
-    return ApiError(500, f"{type(error).__name__}: a bug of the server; see its log")
+    if isinstance(error, OpenPalmError):  # of the model, whatever was asked
+        return ApiError(503, str(error), code="model_failed")
+    # Never 500: what is no fault of the caller is 503 in this API.
+    message = f"{type(error).__name__}: a bug of the server; see its log"
+    return ApiError(503, message, code="internal_error")
 
 
 def install(app: FastAPI) -> None:

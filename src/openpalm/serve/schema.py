@@ -3,9 +3,15 @@
 Unknown fields are accepted and ignored; null is the same as not given; numbers are not strings.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -23,6 +29,16 @@ class Body(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
     )
+
+
+def _no_tools(value: object) -> object:
+    """Lets through what asks for no tool: nothing, an empty list, a choice of none or auto."""
+    if value not in (None, [], "none", "auto"):
+        raise ValueError("not supported: this model calls no tools")
+    return value
+
+
+_TOOLS = ("tools", "functions", "tool_choice", "function_call")
 
 
 class StreamOptions(Body):
@@ -49,10 +65,20 @@ class Generation(Body):
         ]
         | None
     ) = None
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="max_tokens")
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="no more than n")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = Field(None, description="generate on after an end marker")
     user: str | None = None
+
+    @field_validator("best_of")
+    @classmethod
+    def _no_best_of(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if (value or 1) > (info.data.get("n") or 1):
+            raise ValueError("not supported above n: every answer is returned, none is chosen")
+        return value
 
 
 class CompletionRequest(Generation):
@@ -64,9 +90,20 @@ class CompletionRequest(Generation):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="16 where not given")
+    max_tokens: int | None = Field(
+        None, ge=0, lt=2**31, description="16 where not given; 0 only with echo"
+    )
+    max_completion_tokens: int | None = Field(None, ge=0, lt=2**31, description="max_tokens")
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOG_PROBS)
     echo: bool | None = None
+    suffix: str | None = Field(None, description="not supported: only empty")
+
+    @field_validator("suffix")
+    @classmethod
+    def _no_suffix(cls, value: str | None) -> str | None:
+        if value:
+            raise ValueError("not supported: this model only continues a prompt")
+        return value
 
 
 class TextPart(Body):
@@ -77,6 +114,10 @@ class TextPart(Body):
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None
+    tool_calls: list[Any] | None = Field(None, description="not supported: only empty")
+    function_call: Any = Field(None, description="not supported")
+
+    _asks_no_tools = field_validator("tool_calls", "function_call")(_no_tools)
 
     @property
     def text(self) -> str:
@@ -97,12 +138,26 @@ class ResponseFormat(Body):
         return value
 
 
-class ChatRequest(Generation):
+class Conversation(Body):
+    """Where in its messages the model goes on."""
+
+    add_generation_prompt: bool | None = Field(
+        None, description="begin the assistant's next turn; true where not given"
+    )
+    continue_final_message: bool | None = Field(
+        None, description="continue the last message, the assistant's, in place of a new turn"
+    )
+
+
+class ChatRequest(Conversation, Generation):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="what the context has left")
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    tools: list[Any] | None = Field(None, description="not supported: only empty")
+    functions: list[Any] | None = Field(None, description="not supported: only empty")
+    tool_choice: Any = Field(None, description="not supported: only none or auto")
+    function_call: Any = Field(None, description="not supported: only none or auto")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOG_PROBS)
     response_format: ResponseFormat | None = None
@@ -110,14 +165,17 @@ class ChatRequest(Generation):
         None, description="the user consents that this conversation is kept for training"
     )
 
+    _asks_no_tools = field_validator("tools", "functions", "tool_choice", "function_call")(
+        _no_tools
+    )
 
-class TokenizeRequest(Body):
+
+class TokenizeRequest(Conversation):
     """`POST /tokenize`: a text, or messages as the model reads them."""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
-    add_generation_prompt: bool | None = None
 
 
 class DetokenizeRequest(Body):

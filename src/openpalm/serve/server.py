@@ -9,6 +9,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from openpalm.errors import SettingsError, WorkError
+from openpalm.serve.connections import BoundedProtocol
 from openpalm.serve.worker import Worker
 
 BACKLOG = 2048
@@ -44,7 +45,9 @@ def run(
     """
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        http=BoundedProtocol,
+        ws="none",
+        log_level="error",  # a warning for each stranger who sends no HTTP would fill the log
         access_log=False,
         timeout_graceful_shutdown=drain_s + GRACE_S,
         server_header=False,

@@ -1,5 +1,7 @@
 """Small endpoints beside generation: models, tokens, mesh-transformer-jax's /complete."""
 
+from dataclasses import asdict
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
@@ -25,13 +27,14 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=StrictRoute)
     worker = service.worker
 
+    @router.get("/v1/models/", include_in_schema=False)
     @router.get("/v1/models", responses={200: {"model": documented.Models}, 401: ERRORS[401]})
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [_model(worker.current)]})
+        return JSONResponse({"object": "list", "data": [_model(worker.current, service)]})
 
     @router.get("/v1/models/{name:path}", responses={200: {"model": documented.Model}, **ERRORS})
     async def model(name: str) -> Response:
-        return JSONResponse(_model(asking.pick_model(worker, name)))
+        return JSONResponse(_model(asking.pick_model(worker, name), service))
 
     @router.post("/tokenize", responses={200: {"model": documented.Tokenized}, **ERRORS})
     async def tokenize(body: TokenizeRequest) -> Response:
@@ -41,18 +44,16 @@ def routes(service: Service) -> APIRouter:
         if body.prompt is not None:
             ids = (await asking.encode(served.tokenizer, [body.prompt]))[0] if body.prompt else []
         else:
-            ids = await asking.encode_messages(
-                served.tokenizer,
-                body.messages or [],
-                answer_next=body.add_generation_prompt is not False,
-            )
+            ids = await asking.encode_messages(served.tokenizer, body.messages or [], body)
         told = {"tokens": ids, "count": len(ids), "max_model_len": served.context}
         return JSONResponse(told)
 
     @router.post("/detokenize", responses={200: {"model": documented.Detokenized}, **ERRORS})
     async def detokenize(body: DetokenizeRequest) -> Response:
         tokenizer = asking.pick_model(worker, body.model).tokenizer
-        return JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special=False)})
+        with asking.tokenizing():
+            text = tokenizer.decode(body.tokens, skip_special=False)
+        return JSONResponse({"prompt": text})
 
     @router.get("/tokenizer_info", responses={401: ERRORS[401]})
     async def tokenizer_info() -> Response:
@@ -89,13 +90,15 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _model(served: Served) -> dict[str, object]:
+def _model(served: Served, service: Service) -> dict[str, object]:
     return {
         "id": served.name,
         "object": "model",
         "created": served.created,
         "owned_by": "openpalm",
         "max_model_len": served.context,
+        "sampling": asdict(served.defaults),
+        "takes_conversations": service.sink is not None,
     }
 
 

@@ -5,6 +5,7 @@ finishes what it began. Everything public here is called on the event loop, exce
 """
 
 import asyncio
+import math
 import queue
 import threading
 import time
@@ -16,6 +17,8 @@ from functools import partial
 from typing import TypeVar
 
 from openpalm.data.tokenizer import Tokenizer
+from openpalm.errors import OpenPalmError, WorkError
+from openpalm.generate.defaults import Defaults
 from openpalm.generate.engine import Engine, Request, Token
 from openpalm.generate.text import AnswerText, Piece
 
@@ -41,12 +44,20 @@ class Draining(Exception):
     """The server is about to end and takes nothing new."""
 
 
+def reason(error: BaseException) -> str:
+    """An error in one short line."""
+    said = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
 class EngineFailed(Exception):
     """The engine broke off; its requests are lost, new ones may succeed."""
 
 
-Broken = EngineFailed | Draining
+Broken = EngineFailed | Draining | OpenPalmError
 """Why a sequence ends without a finish."""
+
+NOT_FINITE = "the model's log-probabilities are not finite; serve another checkpoint"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +69,8 @@ class Served:
     tokenizer: Tokenizer
     source: str
     """where it was loaded from"""
+    defaults: Defaults = field(default_factory=Defaults)
+    """how tokens are chosen where a request does not say"""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -102,7 +115,8 @@ class Answers:
     async def __aiter__(self) -> AsyncIterator[list[tuple[Job, Piece]]]:
         """All pieces that are there, at least one, until every sequence has finished.
 
-        Raises EngineFailed, and Draining where the time for finishing is over.
+        Raises EngineFailed, OpenPalmError where the model failed at one of the sequences, and
+        Draining where the time for finishing is over.
         """
         open_jobs = len(self.jobs)
         while open_jobs:
@@ -120,6 +134,10 @@ class Answers:
     def close(self) -> None:
         """Frees what these sequences still hold; nothing happens where all have finished."""
         self._worker.cancel(self.jobs)
+
+
+Event = tuple[Job, Piece | Broken | None]
+"""What happened to a sequence; None where its caller left it."""
 
 
 class Worker:
@@ -146,6 +164,7 @@ class Worker:
         self._running: dict[Served, dict[int, Job]] = {}
         self._tickets: dict[Job, int] = {}
         self._stopped = False
+        self._logged = ""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -195,7 +214,7 @@ class Worker:
 
     # --- on the event loop, called by the thread
 
-    def _deliver(self, events: list[tuple[Job, Piece | Broken | None]]) -> None:
+    def _deliver(self, events: list[Event]) -> None:
         for job, what in events:
             if isinstance(what, Piece):
                 self._observe(job, what)
@@ -210,9 +229,14 @@ class Worker:
 
     def _run(self) -> None:
         while not self._stopped:
-            self._obey(wait=not self._tickets)
-            for served in list(self._running):
-                self._report(self._step(served))
+            try:
+                self._obey(wait=not self._tickets)
+                for served in list(self._running):
+                    self._report(self._step(served))
+            except BaseException as error:  # the thread outlives whatever goes wrong in it
+                failure = self._failure(error)
+                for served in list(self._running):
+                    self._report(self._break_off(served, failure))
 
     def _obey(self, *, wait: bool) -> None:
         try:
@@ -227,7 +251,14 @@ class Worker:
 
     def _admit(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            ticket = job.served.engine.submit(job.request)
+            if _asks_nothing(job.request):
+                self._report([(job, Piece("", [], "length"))])
+                continue
+            try:
+                ticket = job.served.engine.submit(job.request)
+            except BaseException as error:
+                self._report([(job, self._failure(error))])
+                continue
             self._tickets[job] = ticket
             self._running.setdefault(job.served, {})[ticket] = job
 
@@ -249,41 +280,69 @@ class Worker:
         if not running:
             del self._running[job.served]
 
-    def _step(self, served: Served) -> list[tuple[Job, Piece | Broken | None]]:
+    def _step(self, served: Served) -> list[Event]:
         try:
             tokens = served.engine.step()
-        except Exception as error:
-            traceback.print_exc()
-            return self._break_off(served, EngineFailed(f"{type(error).__name__}: {error}"))
+        except BaseException as error:  # a panic of a library is no Exception
+            return self._break_off(served, self._failure(error))
         running, events = self._running[served], []
         for token in tokens:
             job = running.get(token.request)
             if job is None:  # a stop string ended it
                 continue
-            piece = _piece(job, token)
-            if piece is None:
+            what = self._said(job, token)
+            if what is None:
                 continue
-            if piece.finish is not None:
+            if not isinstance(what, Piece) or what.finish is not None:
                 if token.finish is None:
                     served.engine.cancel(token.request)
                 self._forget(job)
-            events.append((job, piece))
+            events.append((job, what))
         return events
 
-    def _break_off(self, served: Served, reason: Broken) -> list[tuple[Job, Piece | Broken | None]]:
+    def _said(self, job: Job, token: Token) -> Piece | Broken | None:
+        """What a token adds to its sequence; why it ends here, where that fails."""
+        try:
+            return _piece(job, token)
+        except BaseException as error:  # the tokenizer's panic, say
+            return self._failure(error)
+
+    def _failure(self, error: BaseException) -> Broken:
+        """The reason that callers get; the log has the trace, once where it repeats itself."""
+        if isinstance(error, OpenPalmError):
+            return error
+        said = reason(error)
+        if said != self._logged:
+            traceback.print_exception(error)
+            self._logged = said
+        return EngineFailed(said)
+
+    def _break_off(self, served: Served, reason: Broken) -> list[Event]:
         jobs = list(self._running[served].values())
         served.engine.abandon()
         for job in jobs:
             self._forget(job)
         return [(job, reason) for job in jobs]
 
-    def _report(self, events: list[tuple[Job, Piece | Broken | None]]) -> None:
+    def _report(self, events: list[Event]) -> None:
         if events:
             self._loop.call_soon_threadsafe(self._deliver, events)
 
 
+def _asks_nothing(request: Request) -> bool:
+    """No new token and no score: a single token has nothing before it that could predict it."""
+    scores = request.score_prompt and len(request.ids) > 1
+    return request.max_new_tokens == 0 and not scores
+
+
 def _piece(job: Job, token: Token) -> Piece | None:
-    """What a token adds to its sequence, None inside a prompt that is scored."""
+    """What a token adds to its sequence, None inside a prompt that is scored.
+
+    Raises WorkError where its log-probabilities are no numbers, which JSON could not hold.
+    """
+    numbers = (token.log_prob, *(value for _, value in token.top))
+    if token.finish == "error" or not all(map(math.isfinite, numbers)):
+        raise WorkError(NOT_FINITE)
     if job.first_s is None:
         job.first_s = time.perf_counter() - job.began
     if token.of_prompt:

@@ -3,7 +3,7 @@
 
 import { Refusal, chunks, request } from "./api.js";
 import {
-  onSettings, openSettings, recall, remember, secret, settings, showModels,
+  onSettings, openSettings, recall, remember, secret, settings, showModels, showServer,
 } from "./settings.js";
 import { Tip } from "./tip.js";
 import { Aligner, level } from "./tokens.js";
@@ -19,6 +19,7 @@ let cleared = null; // the conversation before New chat, until something new is 
 let answering = null; // the AbortController of the answer that is coming in
 let editing = null; // { index, draft } while an earlier message is being changed
 let models = [];
+let sharing = false; // whether the server keeps what its users agree to share
 
 function keepConversation() {
   const said = messages.filter((message) => message.content);
@@ -34,6 +35,8 @@ async function loadModels() {
   const { data } = await (await request("v1/models", secret)).json();
   models = data.map((model) => model.id);
   showModels(models);
+  sharing = data.some((model) => model.takes_conversations);
+  showServer(data.find((model) => model.id === settings.model)?.sampling, sharing);
   $("model-name").textContent = settings.model;
 }
 
@@ -44,7 +47,7 @@ function withSystemPrompt(conversation) {
 
 function completionRequest(conversation) {
   const { model, temperature, top_p, top_k, max_tokens, seed, store } = settings;
-  const options = { temperature, top_p, top_k, max_tokens, seed, store: store || null };
+  const options = { temperature, top_p, top_k, max_tokens, seed, store: (sharing && store) || null };
   return {
     model,
     messages: withSystemPrompt(conversation),

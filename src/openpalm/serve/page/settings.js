@@ -23,7 +23,7 @@ export function remember(storage, name, value) {
 
 // By the names of the form's fields, which are the API's where it has them; null is unset.
 const DEFAULTS = {
-  model: "", system: "", temperature: 0.7, top_p: 0.95, top_k: 0, max_tokens: null, seed: null,
+  model: "", system: "", temperature: null, top_p: null, top_k: null, max_tokens: null, seed: null,
   show_tokens: false, store: false, theme: "auto",
 };
 
@@ -56,6 +56,14 @@ export function openSettings(field) {
   fill();
   dialog.showModal();
   form.elements[field]?.focus();
+}
+
+// What the server does without a setting: shown in the empty field, as a hint.
+export function showServer(sampling, sharing) {
+  for (const name of ["temperature", "top_p", "top_k"]) {
+    form.elements[name].placeholder = sampling?.[name] ?? "";
+  }
+  form.elements.store.closest("label").hidden = !sharing;
 }
 
 export function showModels(ids) {
