@@ -85,9 +85,7 @@ def row_pair(row: Row) -> Iterator[Pair]:
     if stripped(chosen) == stripped(rejected):
         raise Unusable("equal answers", 'field "chosen" equals "rejected"; correct this row')
     if not prompt:
-        raise DataError(
-            'field "prompt" is missing, and the answers have no common beginning; add it'
-        )
+        raise Unusable("no prompt, and the answers have no common beginning")
     check_prompt(prompt)
     check_answer(chosen, "chosen")
     check_answer(rejected, "rejected")
@@ -108,7 +106,7 @@ def _sides(row: Row, form: str | None) -> tuple[Messages, Messages, Messages]:
     before = {*row.used}
     prompt = prompt_of(row)
     answers = [answer_of(row, side, prompt) for side in SIDES]
-    if any(answer and answer[0].role != "assistant" for answer in answers):
+    if all(answer and answer[0].role != "assistant" for answer in answers):
         # Whole conversations that do not begin with the prompt as it stands here: what they share
         # is the prompt, and the field's own text must be in it.
         row.used = before

@@ -38,9 +38,9 @@ def read_prompts(path: str | Path) -> Usable[PromptRow]:
     """Prompts of a .jsonl or .jsonl.gz file.
 
     Forms: a prompt (or question, problem; a text or messages) with any other fields beside it;
-    what other verbs read, of which the prompt is taken; messages and ShareGPT's conversations, cut before the last
-    turn of the assistant; Preference records, each prompt once. Raises DataError with line,
-    field and remedy.
+    the rows of other verbs, of which the prompt is taken; messages and ShareGPT's conversations,
+    cut before the last turn of the assistant; Preference records, each prompt once. Raises
+    DataError with line, field and remedy.
     """
     forms = (PROMPT, PROBLEM, ALPACA, COMPLETION, EXPLICIT, RANKING, SCORED, RATING, VERDICT)
     unanswered = _maker(lambda row: _unanswered(conversation_of(row)))

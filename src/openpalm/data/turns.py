@@ -36,11 +36,8 @@ def messages_of(value: object, field: str, row: Row | None = None) -> Messages:
     Without a row such a field is an error. Raises DataError naming the field.
     """
     if not isinstance(value, list):
-        is_text = isinstance(value, str)
-        said = shown(value) if is_text else _shape(value)
-        said = str(value)[:60] if isinstance(value, bool | int | float) else said
         raise DataError(
-            f'field "{field}" is {said}; it must be a list of messages '
+            f'field "{field}" is {_said(value)}; it must be a list of messages '
             "(or a text, beside a prompt or as one)"
         )
     return tuple(_message(turn, f"{field}[{i}]", field, row) for i, turn in enumerate(value))
@@ -49,7 +46,7 @@ def messages_of(value: object, field: str, row: Row | None = None) -> Messages:
 def _message(turn: object, where: str, field: str, row: Row | None) -> Message:
     if not isinstance(turn, Mapping):
         raise DataError(
-            f'field "{where}" is {_shape(turn)}; it must be an object with role and content '
+            f'field "{where}" is {_said(turn)}; it must be an object with role and content '
             "(or from and value)"
         )
     who, what = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
@@ -74,8 +71,7 @@ def _role(value: object, where: str) -> Role:
         return SPEAKERS[value]
     if isinstance(value, str) and value in TOOL_ROLES:
         raise Unusable(f"a turn of {value}, which the chat template cannot write")
-    said = shown(value) if isinstance(value, str) else _shape(value)
-    raise DataError(f'field "{where}" is {said}; it must be one of {", ".join(SPEAKERS)}')
+    raise DataError(f'field "{where}" is {_said(value)}; it must be one of {", ".join(SPEAKERS)}')
 
 
 def text_of(value: object, where: str) -> str:
@@ -83,7 +79,7 @@ def text_of(value: object, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise DataError(f'field "{where}" is {_shape(value)}; it must be a text')
+        raise DataError(f'field "{where}" is {_said(value)}; it must be a text')
     texts = []
     for i, part in enumerate(value):
         text = part.get("text") if isinstance(part, dict) else part
@@ -91,7 +87,7 @@ def text_of(value: object, where: str) -> str:
         if not isinstance(kind, str) or kind not in ("text", "input_text", "output_text"):
             raise Unusable(f"a part of type {shown(kind)}, which the model cannot read")
         if not isinstance(text, str):
-            raise DataError(f'field "{where}[{i}].text" is {_shape(text)}; it must be a text')
+            raise DataError(f'field "{where}[{i}].text" is {_said(text)}; it must be a text')
         texts.append(text)
     return "".join(texts)
 
@@ -137,5 +133,10 @@ def stripped(messages: Messages) -> list[tuple[str, str]]:
     return [(m.role, m.content.strip()) for m in messages]
 
 
-def _shape(value: object) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"
+def _said(value: object) -> str:
+    """A value that is wrong, as a message shows it."""
+    if value is None:
+        return "missing"
+    if isinstance(value, str):
+        return shown(value)
+    return str(value)[:60] if isinstance(value, bool | int | float) else f"a {type(value).__name__}"

@@ -55,6 +55,10 @@ class Usable(NamedTuple, Generic[T]):
         }
         return Usable(found.items, unused, found.places, left_out, self.fields)
 
+    def first(self, count: int) -> "Usable[T]":
+        """At most `count` of the items."""
+        return self._replace(items=self.items[:count], places=self.places[:count])
+
     def report(self) -> list[str]:
         """One line for each reason, and one for the fields that are not used."""
         lines = [
