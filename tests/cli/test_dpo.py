@@ -88,8 +88,8 @@ def test_kto_learns_what_is_good(said, base, tmp_path, form, request):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"completion": " "}, 'field "completion" has an empty answer'),
-        ({"prompt": ""}, 'field "prompt"'),
+        ({"completion": 7}, 'field "completion" is 7'),
+        ({"prompt": 7}, 'field "prompt" is 7'),
         ({"label": "yes"}, "thumbs.jsonl:121"),
         ({"completion": None}, "thumbs.jsonl:121"),
     ],

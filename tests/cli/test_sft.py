@@ -142,7 +142,10 @@ def test_plain_continuation(said, base, tmp_path):
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "data.jsonl:1: this row is prompt, ch"),
         ({"prompt": "q", "completion": "a", "label": True}, "`openpalm dpo --loss kto` reads"),
         ({"instruction": "q", "output": 7}, 'data.jsonl:1: field "output" is 7'),
-        ({"messages": [{"role": "user", "content": "q"}]}, "no row can be used: no assistant"),
+        (
+            {"messages": [{"role": "user", "content": "q"}]},
+            "no conversation can be used: no assistant",
+        ),
     ],
 )
 def test_a_bad_file_is_refused_and_nothing_is_begun(said, base, tmp_path, row, says):

@@ -84,6 +84,12 @@ class Row:
             self.used.add(other)
         return first
 
+    def note(self, where: str, nested: Mapping[str, Any], used: Iterable[str]) -> None:
+        """Notes the fields of an object inside the row that are not used."""
+        for name in nested.keys() - {*used}:
+            if not is_blank(nested[name]):
+                self.unread[f"{where}.{name}"] = None
+
     def check_weight(self) -> None:
         """Raises Unusable for a row that carries no loss, DataError for any other weight but 1."""
         for name in WEIGHTS:
@@ -105,7 +111,7 @@ class Row:
                     f"field {shown(name)} beside {read} would not reach the model; "
                     "write it into one of them, or leave it out"
                 )
-        return [*unread, *self.unread]
+        return [*unread, *sorted(self.unread)]
 
 
 def carries_loss(value: object, field: str) -> bool:

@@ -184,7 +184,8 @@ def _items(
                 raise DataError(_refusal(f"{shape.name} ({form})", form, reading))
             made, also = _made(part, reading)
             items += made
-            texts += [text for item in made for text in reading.texts(item)]
+            used = [item for item in made if not isinstance(item, str)]
+            texts += [text for item in used for text in reading.texts(item)]
             unread |= dict.fromkeys(also)
         return items, [*unread, *row.leftover(texts, reading.roles)]
     except Unusable as error:

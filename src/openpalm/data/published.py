@@ -63,8 +63,7 @@ def _ultrafeedback(row: Row, what: str) -> Rows:
         scores.append(completion.get(field))
         expect(f"{at}.response", texts[-1], "a text", lambda v: isinstance(v, str))
         expect(f"{at}.{field}", scores[-1], "a number", is_number)
-        used = {"response", field}
-        row.unread |= {f"completions[].{n}": None for n in completion if n not in used}
+        row.note("completions[]", completion, ("response", field))
     yield {"prompt": row.get("instruction"), "responses": texts, "scores": scores}
 
 
@@ -162,7 +161,7 @@ def _openai_pair(row: Row, what: str) -> Rows:
     expect("input.messages", given.get("messages"), "messages", lambda v: isinstance(v, list))
     if not is_blank(given.get("tools")):
         raise Unusable("tools, which the chat template cannot write")
-    row.unread |= {f"input.{n}": None for n in given if n not in ("messages", "tools")}
+    row.note("input", given, ("messages", "tools"))
     sides = {"chosen": row.get("preferred_output"), "rejected": row.get("non_preferred_output")}
     yield {"prompt": given["messages"], **sides}
 
@@ -228,6 +227,7 @@ def _paths(root: Any, before: tuple[dict[str, Any], ...], row: Row) -> Iterator[
     while stack:
         node, before = stack.pop()
         expect("prompt", node, "a message with text, role and replies", _is_node)
+        row.note("prompt", node, ("text", "role", "replies", "rank", "deleted"))
         if node.get("deleted"):
             continue
         path = (*before, {"role": _oasst_role(node["role"]), "content": node["text"]})
@@ -267,7 +267,7 @@ def _argilla(row: Row, what: str) -> Rows:
     """The fields, with every annotator's answers to the questions beside them."""
     fields = row.get("fields")
     answers = row.get("responses")
-    annotators = _argilla_answers(answers)
+    annotators = _argilla_answers(answers, row)
     if not annotators and what in ("conversation", "prompt", "set of answers"):
         annotators = [{}]
     if not annotators:
@@ -277,7 +277,7 @@ def _argilla(row: Row, what: str) -> Rows:
         yield fields | given
 
 
-def _argilla_answers(answers: Any) -> list[dict[str, Any]]:
+def _argilla_answers(answers: Any, row: Row) -> list[dict[str, Any]]:
     """The answers of each annotator, by question."""
     if isinstance(answers, list):  # Argilla 1: a list of responses with their values
         return [
@@ -294,6 +294,7 @@ def _argilla_answers(answers: Any) -> list[dict[str, Any]]:
             expect(
                 f"responses.{question}[{i}]", response, "an object", lambda v: isinstance(v, dict)
             )
+            row.note("responses[]", response, ("value", "status"))
             if response.get("status", "submitted") == "submitted":
                 user = users.setdefault(response.get("user_id", i), {})
                 user[question] = response.get("value")
@@ -308,20 +309,23 @@ def _label_studio(row: Row, what: str) -> Rows:
         raise Unusable("no annotation")
     for annotation in used:
         results = annotation.get("result")
+        row.note("annotations[]", annotation, ("result", "was_cancelled"))
         expect("annotations[].result", results, "a list of results", lambda v: isinstance(v, list))
         assert isinstance(results, list)
         values = dict(data)
         for result in results:
-            _label_studio_result(result, values)
+            _label_studio_result(result, values, row)
         yield values
 
 
-def _label_studio_result(result: Any, values: dict[str, Any]) -> None:
+def _label_studio_result(result: Any, values: dict[str, Any], row: Row) -> None:
     """Writes what one result says into the task's data."""
     right = isinstance(result, dict) and isinstance(result.get("value"), dict)
     if not right:
         raise DataError('field "annotations[].result[]" must be an object with a value')
     kind, value, name = result.get("type"), result["value"], str(result.get("from_name"))
+    row.note("annotations[].result[]", result, ("type", "value", "to_name"))
+    row.note("annotations[].result[].value", value, ("rating", "selected", "text", "number"))
     if kind == "rating":
         given: dict[str, Any] = {"rating": value.get("rating")}
     elif kind == "pairwise":

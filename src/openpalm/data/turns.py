@@ -62,7 +62,10 @@ def _message(turn: object, where: str, field: str, row: Row | None) -> Message:
                 f'field "{where}.{name}" would be lost; write it into "{what}" or leave it out'
             )
     trained = _trained(turn, role, where)
-    _note_unread(turn.keys() - {who, what, *TOOLS, *WEIGHTS, *_SPOKEN}, turn, where, field, row)
+    noted = row or Row({})
+    noted.note(f"{field}[]", turn, (who, what, *TOOLS, *WEIGHTS, *_SPOKEN))
+    if row is None and noted.unread:
+        raise DataError(f'field "{next(iter(noted.unread))}" is unknown; leave it out')
     return Message(role, content, trained)
 
 
@@ -78,12 +81,13 @@ def text_of(value: object, where: str) -> str:
     """A text, or the joined texts of a list of parts. Raises Unusable for any other part."""
     if isinstance(value, str):
         return value
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not value:
         raise DataError(f'field "{where}" is {_said(value)}; it must be a text')
     texts = []
     for i, part in enumerate(value):
-        text = part.get("text") if isinstance(part, dict) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if not isinstance(part, dict):
+            raise DataError(f'field "{where}[{i}]" is {_said(part)}; it must be a part with a text')
+        text, kind = part.get("text"), part.get("type", "text")
         if not isinstance(kind, str) or kind not in ("text", "input_text", "output_text"):
             raise Unusable(f"a part of type {shown(kind)}, which the model cannot read")
         if not isinstance(text, str):
@@ -104,17 +108,6 @@ def _trained(turn: Mapping[str, Any], role: Role, where: str) -> bool:
             "says is learnt: leave the weight out"
         )
     return all(given)
-
-
-def _note_unread(
-    names: set[str], turn: Mapping[str, Any], where: str, field: str, row: Row | None
-) -> None:
-    for name in sorted(names):
-        if is_blank(turn[name]):
-            continue
-        if row is None:
-            raise DataError(f'field "{where}" has an unknown field {shown(name)}; leave it out')
-        row.unread[f"{field}[].{name}"] = None
 
 
 def hh_messages(text: str, field: str) -> Messages:
