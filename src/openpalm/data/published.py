@@ -53,7 +53,7 @@ def _ultrafeedback(row: Row, what: str) -> Rows:
     completions = row.get("completions")
     if len(completions) < 2:
         raise Unusable("fewer than two completions")
-    fine = all(isinstance(c, dict) and is_number(c.get("fine-grained_score")) for c in completions)
+    fine = all(isinstance(c, dict) and c.get("fine-grained_score") is not None for c in completions)
     field = "fine-grained_score" if fine else "overall_score"
     texts, scores = [], []
     for i, completion in enumerate(completions):
@@ -205,7 +205,9 @@ def _oasst(row: Row, what: str) -> Rows:
     for path, replies in paths:
         if path[-1]["role"] != "user" or not replies:
             continue
-        ranked = [r for r in replies if is_number(r.get("rank"))]
+        ranked = [r for r in replies if r.get("rank") is not None]
+        if len(ranked) < len(replies):
+            row.unread["prompt.replies without a rank"] = None
         texts = [r["text"] for r in ranked]
         if what == "prompt":
             yield {"prompt": list(path)}
@@ -230,21 +232,28 @@ def _paths(root: Any, before: tuple[dict[str, Any], ...], row: Row) -> Iterator[
         row.note("prompt", node, ("text", "role", "replies", "rank", "deleted"))
         if node.get("deleted"):
             continue
-        path = (*before, {"role": _oasst_role(node["role"]), "content": node["text"]})
-        replies = [
-            r for r in node.get("replies") or () if not (isinstance(r, dict) and r.get("deleted"))
-        ]
+        path = (
+            *before,
+            {
+                "role": "user" if node["role"] == "prompter" else "assistant",
+                "content": node["text"],
+            },
+        )
+        replies = [r for r in node.get("replies") or () if not r.get("deleted")]
         yield path, replies
         stack += [(reply, path) for reply in reversed(replies)]
 
 
 def _is_node(value: Any) -> bool:
-    names = ("text", "role")
-    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names)
-
-
-def _oasst_role(role: str) -> str:
-    return {"prompter": "user"}.get(role, role)
+    if not isinstance(value, dict) or not isinstance(value.get("replies", []), list | None):
+        return False
+    return all(
+        isinstance(message, dict)
+        and isinstance(message.get("text"), str)
+        and message.get("role") in ("prompter", "assistant")
+        and (message.get("rank") is None or is_number(message["rank"]))
+        for message in (value, *(value.get("replies") or ()))
+    )
 
 
 def _threads(paths: list[_Path]) -> Rows:
@@ -287,8 +296,9 @@ def _argilla_answers(answers: Any, row: Row) -> list[dict[str, Any]]:
             and response.get("status", "submitted") == "submitted"
             and isinstance(response.get("values"), dict)
         ]
-    users: dict[Any, dict[str, Any]] = {}
-    for question, given in (answers or {}).items():
+    users: dict[str, dict[str, Any]] = {}
+    expect("responses", answers, "responses by question", lambda v: isinstance(v, dict))
+    for question, given in answers.items():
         expect(f"responses.{question}", given, "a list of responses", lambda v: isinstance(v, list))
         for i, response in enumerate(given):
             expect(
@@ -296,7 +306,7 @@ def _argilla_answers(answers: Any, row: Row) -> list[dict[str, Any]]:
             )
             row.note("responses[]", response, ("value", "status"))
             if response.get("status", "submitted") == "submitted":
-                user = users.setdefault(response.get("user_id", i), {})
+                user = users.setdefault(repr(response.get("user_id", i)), {})
                 user[question] = response.get("value")
     return list(users.values())
 
