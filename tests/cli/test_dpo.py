@@ -174,7 +174,7 @@ def test_rows_that_teach_nothing_are_left_out_and_told(said, base, pairs, tmp_pa
         "1 left out: equal answers (line 61)",
         "1 left out: empty answer (line 62)",
         "1 left out: empty prompt (line 63)",
-        "1 rows carry fields that are not used: 'id' (1)",
+        "1 row carries fields that are not used: 'id' (1)",
     ]
 
 

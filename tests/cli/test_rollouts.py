@@ -334,7 +334,7 @@ def test_a_wrong_request_begins_nothing(said, base, prompts, tmp_path, verb, wor
         ('{"text": "no prompt"}\n', "prompts.jsonl:1"),
         (
             '{"prompt": ""}\n',
-            "no prompt can be used: nothing is asked before the last answer (1; line 1)",
+            "no prompt can be used: empty prompt (1; line 1)",
         ),
         ('{"prompt": "a"}\n{"prompt": 5}\n', "prompts.jsonl:2"),
         ("not json\n", "prompts.jsonl:1"),

@@ -352,3 +352,80 @@ def test_prompts_of_nobody(save):
     assert found[:2] == ([], {"the prompt ends with an assistant turn": 1})
     with pytest.raises(DataError, match="Anthropic HH texts, which `openpalm dpo` reads"):
         read_prompts(save(HH))
+
+
+# --- a field beside a known form is used, refused or named
+
+
+@pytest.mark.parametrize(
+    ("read", "row"),
+    [
+        (read_demonstrations, CONVERSATION | {"context": "Mine."}),
+        (read_demonstrations, CONVERSATION | {"instruction": "Mine."}),
+        (read_demonstrations, {**CONVERSATION, "tools": [{"name": "add"}]}),
+        (read_demonstrations, {"system": "Mine.", "messages": turns(SYSTEM, *SKY, *BLUE)}),
+        (read_demonstrations, COMPLETION | {"answer": "Mine."}),
+        (read_demonstrations, PROBLEM | {"solution": "Mine."}),
+        (read_demonstrations, {"prompt": turns(*SKY), "completion": "a", "input": "Mine."}),
+        (read_pairs, PAIR | {"messages": turns(*SKY)}),
+        (read_pairs, PAIR | {"question": "Mine."}),
+        (read_pairs, HH | {"history": "Mine."}),
+        (read_prompts, PROMPT | {"images": ["a.png"]}),
+        (read_prompts, SHAREGPT | {"instruction": "Mine."}),
+    ],
+)
+def test_a_field_that_would_be_lost_is_refused(save, read, row):
+    path = save(row)
+    with pytest.raises(DataError, match=r"beside .* would not reach|have the same role") as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}:1: field")
+
+
+def test_fields_that_are_understood_are_used(save):
+    row = {"input": "2 and 3", "history": [["Hi", "Hello"]], "system": "Be brief."}
+    [found] = read_demonstrations(save(row | {"instruction": "Add.", "output": "5"})).items
+    texts = ["Be brief.", "Hi", "Hello", "Add.\n\n2 and 3", "5"]
+    assert [message.content for message in found] == texts
+    [pair] = read_pairs(save(PAIR | {"score_chosen": 8.5, "score_rejected": 6})).items
+    assert pair.margin == 2.5
+    for row in (HH, {"chosen": "The sky is", "rejected": "The sky was"}, PAIR):
+        [pair] = read_pairs(save(row | {"system_prompt": "Be brief."})).items
+        assert pair.prompt[0] == SYSTEM
+        assert pair.prompt[1:] == read_pairs(save(row)).items[0].prompt
+    parts = [{"type": "text", "text": "Why"}, {"type": "text", "text": "?"}]
+    talk = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
+    [row] = read_prompts(save({"messages": talk})).items
+    assert row.prompt == (SYSTEM, Message("user", "Why?"))
+
+
+def test_what_changes_nothing_is_named_once(save):
+    told = CONVERSATION | {"prompt": SKY[0].content, "messages": turns(*SKY, *BLUE)}
+    told["messages"][0]["name"] = "ann"
+    found = read_demonstrations(save(told, CONVERSATION))
+    assert len(found.items) == 2
+    assert found.report() == [
+        "2 rows carry fields that are not used: 'source' (2), 'prompt' (1), 'messages[].name' (1)"
+    ]
+
+
+@pytest.mark.parametrize("turn", [{"role": "tool", "content": "5"}, {"tool_calls": [{"id": 1}]}])
+def test_turns_of_tools_are_left_out(save, turn):
+    talk = turns(*SKY, *BLUE)
+    talk.append({"role": "assistant", "content": None} | turn)
+    found = read_demonstrations(save(CONVERSATION, {"messages": talk}))
+    assert len(found.items) == 1
+    [(reason, where)] = found.left_out.items()
+    assert "which the chat template cannot write" in reason
+    assert [place.rpartition(":")[2] for place in where] == ["2"]
+
+
+def test_weights(save):
+    talk = turns(*SKY, *BLUE, *SKY, *BLUE)
+    talk[1]["weight"], talk[3]["train"] = 0, True
+    [found] = read_demonstrations(save({"messages": talk})).items
+    assert [message.trained for message in found] == [True, False, True, True]
+    for wrong in ({"weight": 0.5}, {"train": "yes"}):
+        with pytest.raises(DataError, match="it must be 0 or 1"):
+            read_demonstrations(save({"messages": [talk[0], talk[1] | wrong]}))
+    with pytest.raises(DataError, match="asks for the loss on a turn of the user"):
+        read_demonstrations(save({"messages": [talk[0] | {"weight": 1}, talk[1]]}))

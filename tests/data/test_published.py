@@ -13,6 +13,7 @@ import pytest
 from openpalm.data.demonstration_files import read_demonstrations
 from openpalm.data.pair_files import read_pairs
 from openpalm.data.preferences import Pair, Rating
+from openpalm.data.prompt_files import read_prompts
 from openpalm.data.rating_files import read_ratings
 from openpalm.errors import DataError
 
@@ -414,3 +415,36 @@ def test_a_thousand_altered_rows(read, make, sees, tmp_path):
         lost = check_nothing_is_lost(row, found)
         assert not lost, (row, found)
     assert min(outcomes.values()) >= 10, outcomes
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_oasst_conversations_learn_every_answer_once(tmp_path, flat):
+    def message(name, role, parent, **more):
+        ids = {"message_id": name, "parent_id": parent, "message_tree_id": "a"}
+        return ids | {"role": role, "text": f"text {name}"} | more
+
+    rows = [
+        message("d", "assistant", "c"),
+        message("a", "prompter", None),
+        message("b", "assistant", "a"),
+        message("c", "prompter", "b"),
+        message("e", "assistant", "c"),
+        message("f", "assistant", "a", deleted=True),
+    ]
+    if not flat:
+        by_name = {row["message_id"]: row | {"replies": []} for row in rows}
+        for row in by_name.values():
+            if row["parent_id"]:
+                by_name[row["parent_id"]]["replies"].append(row)
+        rows = [{"message_tree_id": "a", "prompt": by_name["a"]}]
+    path = tmp_path / "trees.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = read_demonstrations(path).items
+    assert said(first) == list(
+        zip(("user", "assistant") * 2, (f"text {name}" for name in "abcd"), strict=True)
+    )
+    assert said(second)[-1] == ("assistant", "text e")
+    learnt = [m.content for talk in (first, second) for m in talk if m.trained]
+    assert [text for text in learnt if text[-1] in "bdef"] == ["text b", "text d", "text e"]
+    asked = read_prompts(path).items
+    assert [row.prompt[-1].content for row in asked] == ["text a", "text c"]

@@ -22,6 +22,7 @@ from openpalm.data.forms import (
     read_forms,
     responses_of,
     texts_of,
+    with_system,
 )
 from openpalm.data.preferences import (
     Messages,
@@ -89,7 +90,7 @@ def row_pair(row: Row) -> Iterator[Pair]:
     check_prompt(prompt)
     check_answer(chosen, "chosen")
     check_answer(rejected, "rejected")
-    yield Pair(prompt, chosen, rejected, _margin(row))
+    yield Pair(with_system(row, prompt), chosen, rejected, _margin(row))
 
 
 def _sides(row: Row, form: str | None) -> tuple[Messages, Messages, Messages]:

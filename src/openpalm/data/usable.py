@@ -70,7 +70,8 @@ class Usable(NamedTuple, Generic[T]):
             more = [f"{len(counted) - MAX_LISTED} more"] if len(counted) > MAX_LISTED else []
             names = ", ".join(counted[:MAX_LISTED] + more)
             rows = max(self.fields.values())
-            lines.append(f"{rows} rows carry fields that are not used: {names}")
+            carry = "row carries" if rows == 1 else "rows carry"
+            lines.append(f"{rows} {carry} fields that are not used: {names}")
         return lines
 
     def refuse_empty(self, path: object, what: str) -> None:
