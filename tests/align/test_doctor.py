@@ -18,7 +18,7 @@ from openpalm.align.logprobs import Evaluated, evaluate
 from openpalm.align.pairs import answer_record, records
 from openpalm.data.conversation import Message, render, stop_ids
 from openpalm.data.loader import IGNORE, Record
-from openpalm.data.preferences import Pair, says
+from openpalm.data.preferences import Pair, Usable, says
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig
@@ -59,7 +59,7 @@ def healthy(**changes):
         "tokenizer": TOKENIZER,
         "prompts": [render(TOKENIZER, prompt, answer_next=True).ids for prompt in ASKED],
         "conversations": [(pair.prompt, pair.chosen) for pair in pairs],
-        "pairs": records(TOKENIZER, pairs, 64)[0],
+        "pairs": records(TOKENIZER, Usable(pairs, {}), 64).items,
         "stop_ids": STOPS,
         "reward": length_of,
     }

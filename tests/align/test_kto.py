@@ -21,7 +21,7 @@ from openpalm.align.kto import (
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import PairLoader, PairRecord
 from openpalm.data.conversation import Message, Rendered
-from openpalm.data.preferences import Verdict
+from openpalm.data.preferences import Usable, Verdict
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
 
@@ -211,9 +211,11 @@ def test_the_next_other_prompt():
 def test_an_answer_to_another_prompt_is_cut_to_fit():
     tokenizer = Tokenizer.byte()
     given = [verdict("a question", "1"), verdict("b", "2" * 9, good=False), verdict("c", "3" * 99)]
-    length = len(records(tokenizer, given, 200)[0][0].sides[0].ids) - 1
-    made, left_out = records(tokenizer, given, length)
-    assert left_out == 1
+    given = Usable(given, {}, ["v:1", "v:2", "v:3"])
+    length = len(records(tokenizer, given, 200).items[0].sides[0].ids) - 1
+    made, left_out = records(tokenizer, given, length)[:2]
+    assert [*left_out.values()] == [1]
+    assert records(tokenizer, given, length).left_out == {reason: ["v:3"] for reason in left_out}
     assert [record.good for record in made] == [True, False]
     cut = made[0].sides[1]
     assert len(cut.ids) == length + 1
@@ -224,16 +226,19 @@ def test_an_answer_to_another_prompt_is_cut_to_fit():
 def test_records():
     tokenizer = Tokenizer.byte()
     given = [verdict("one", "1"), verdict("one", "11", good=False), verdict("two", "222")]
-    made, left_out = records(tokenizer, given, 64)
-    assert left_out == 0
+    given = Usable(given, {})
+    made, left_out = records(tokenizer, given, 64)[:2]
+    assert left_out == {}
     for record, judged, other in zip(made, ["1", "11", "222"], ["222", "222", "1"], strict=True):
         for side, text in zip(record.sides, (judged, other), strict=True):
             counted = [i for i, counts in zip(side.ids, side.loss_mask, strict=True) if counts]
             assert counted == [*tokenizer.encode(text), tokenizer.special_id("<|end|>")]
         prompts = [side.ids[: side.loss_mask.index(True)] for side in record.sides]
         assert prompts[0] == prompts[1]
-    with pytest.raises(DataError, match="none of 3 verdicts fits 3 tokens"):
-        records(tokenizer, given, 3)
+    assert records(tokenizer, given, 3)[:2] == (
+        [],
+        {"longer than 4 tokens, see --sequence-length": 3},
+    )
 
 
 def test_the_loader_takes_verdicts_and_knows_others():

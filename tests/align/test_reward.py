@@ -28,7 +28,7 @@ from openpalm.align.reward import (
     rating_records,
 )
 from openpalm.data.conversation import Message, Rendered
-from openpalm.data.preferences import Rating
+from openpalm.data.preferences import Rating, Usable
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
 from openpalm.model.config import ModelConfig, RewardConfig
@@ -256,11 +256,13 @@ def test_answers_that_do_not_fit_are_counted():
     given = [
         Rating((Message("user", "?"),), (Message("assistant", "a" * n),), "", n) for n in (1, 30)
     ]
-    fitting, too_long = rating_records(TOKENIZER, given, 12)
-    assert ([rating.label for rating in fitting], too_long) == ([1.0], 1)
-    assert rating_records(TOKENIZER, given, len(fitting[0].answer.ids))[1] == 1
-    with pytest.raises(DataError, match="none of 2 rated answers fits 3 tokens"):
-        rating_records(TOKENIZER, given, 3)
+    given = Usable(given, {})
+    fitting, unused = rating_records(TOKENIZER, given, 12)[:2]
+    assert [rating.label for rating in fitting] == [1.0]
+    assert unused == {"longer than 12 tokens, see --sequence-length": 1}
+    longest = len(fitting[0].answer.ids)
+    assert len(rating_records(TOKENIZER, given, longest).items) == 1
+    assert rating_records(TOKENIZER, given, longest - 1).items == []
 
 
 def test_the_loader_gives_the_same_ratings_after_a_stop():

@@ -93,7 +93,7 @@ def test_a_failing_reward_loses_nothing(said, base, given):
     [
         (["--n", 0], "--n 0: must be 1 to 4096"),
         (["--max-new-tokens", 0], "--max-new-tokens 0"),
-        (["--max-new-tokens", 60], "leaves room for 60 tokens"),
+        (["--max-new-tokens", 60], "longer than 4 tokens, which --max-new-tokens leaves of 64"),
         (["--temperature", 0], "--temperature 0"),
         (["--reward", "nothing"], "--reward nothing: no such run"),
         (["--out", "b.txt"], "--out b.txt: must be a .jsonl"),

@@ -115,7 +115,10 @@ def test_a_failure_is_named_with_its_remedy(said, base, given, words, says):
         (["prompts.jsonl", "--reward", "nothing"], "--reward nothing: no such run"),
         (["prompts.jsonl", "--answers", 1], "--answers 1"),
         (["prompts.jsonl", "--lora.rank", 10_000], "rank"),
-        (["prompts.jsonl", "--max-new-tokens", 96], "leaves room for 96 tokens"),
+        (
+            ["prompts.jsonl", "--max-new-tokens", 96],
+            "longer than 0 tokens, which --max-new-tokens leaves of 96",
+        ),
         (["prompts.jsonl", "--init", "nowhere"], "nowhere: no such checkpoint"),
     ],
 )

@@ -88,8 +88,8 @@ def test_kto_learns_what_is_good(said, base, tmp_path, form, request):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"completion": " "}, 'field "completion" has an empty answer'),
-        ({"prompt": ""}, 'field "prompt"'),
+        ({"completion": 7}, 'field "completion" is 7'),
+        ({"prompt": 7}, 'field "prompt" is 7'),
         ({"label": "yes"}, "thumbs.jsonl:121"),
         ({"completion": None}, "thumbs.jsonl:121"),
     ],
@@ -140,16 +140,16 @@ def test_pairs_that_do_not_fit_are_left_out_and_told(said, base, pairs, tmp_path
         file.write(json.dumps(pair(99, chosen="long " * 40)) + "\n")
     status, _, errors = run(said, base, pairs, tmp_path / "out")
     assert status == 0
-    assert "1 of 61 pairs are longer than 96 tokens and are left out" in "\n".join(errors)
+    assert "1 left out: longer than 97 tokens, see --sequence-length (line 61)" in "\n".join(errors)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"rejected": None}, 'pairs.jsonl:61: field "rejected" is missing'),
-        ({"rejected": "Yes, 1."}, 'field "chosen" equals "rejected"'),
-        ({"chosen": " "}, 'field "chosen" has an empty answer'),
-        ({"prompt": ""}, 'field "prompt"'),
+        ({"prompt": 7}, 'field "prompt" is 7'),
+        ({"context": ["Mine."]}, 'field "context" is a list; it must be a text'),
+        ({"messages": [{"role": "user", "content": "Other."}]}, "field 'messages' beside chosen,"),
         ({"chosen": 5}, "chosen"),
     ],
 )
@@ -162,12 +162,28 @@ def test_a_bad_row_is_named_and_nothing_is_begun(said, base, pairs, tmp_path, ch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_rows_that_teach_nothing_are_left_out_and_told(said, base, pairs, tmp_path, loss):
+    with pairs.open("a") as file:
+        for change in ({"rejected": "Yes, 1."}, {"chosen": " "}, {"prompt": ""}, {"id": 7}):
+            file.write(json.dumps(pair(1) | change) + "\n")
+    status, _, errors = run(said, base, pairs, tmp_path / "out", "--loss", loss)
+    assert status == 0
+    told = [line.partition("pairs.jsonl: ")[2] for line in errors if "pairs.jsonl: " in line]
+    assert told == [
+        "1 left out: equal answers (line 61)",
+        "1 left out: empty answer (line 62)",
+        "1 left out: empty prompt (line 63)",
+        "1 row carries fields that are not used: 'id' (1)",
+    ]
+
+
 def test_prompts_beyond_the_context(said, base, tmp_path):
     path = tmp_path / "long.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(pair(1, prompt="why " * 99)).encode()))
     status, _, errors = run(said, base, path, tmp_path / "out")
     assert status == 2
-    assert "none of 1 pairs fits 96 tokens" in errors[-1]
+    assert "no pair can be used: longer than 97 tokens, see --sequence-len" in errors[-1]
 
 
 def test_init_is_needed(said, pairs, tmp_path):

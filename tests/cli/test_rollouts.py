@@ -308,7 +308,10 @@ def test_a_reward_that_fails_at_once(said, base, prompts, pay, tmp_path):
         (("--reward", "exact", "--gold", "nothing"), "--gold nothing: no such run"),
         (("--reward", "exact", "--gold", "x.py:f"), "--gold x.py:f: no such file"),
         (("--reward", "none*exact"), "--reward none*exact: 'none' is no weight"),
-        (("--reward", "exact", "--max-new-tokens", 48), "none of 12 prompts leaves room for 48"),
+        (
+            ("--reward", "exact", "--max-new-tokens", 48),
+            "no prompt can be used: longer than 0 tokens, which --max-new-tokens leaves of 48 (12",
+        ),
         (("--reward", "exact", "--minibatches", 7), "--minibatches 7: must divide"),
         (("--reward", "exact", "--target-kl", 1, "--kl", "k3"), "--target-kl: steers --kl"),
         (("--reward", "exact", "--alarm.gold-drop", 1), "--alarm.gold-drop: needs --gold"),
@@ -329,7 +332,10 @@ def test_a_wrong_request_begins_nothing(said, base, prompts, tmp_path, verb, wor
         ("", "prompts.jsonl"),
         ("\n\n", "prompts.jsonl"),
         ('{"text": "no prompt"}\n', "prompts.jsonl:1"),
-        ('{"prompt": ""}\n', 'field "prompt"'),
+        (
+            '{"prompt": ""}\n',
+            "no prompt can be used: empty prompt (1; line 1)",
+        ),
         ('{"prompt": "a"}\n{"prompt": 5}\n', "prompts.jsonl:2"),
         ("not json\n", "prompts.jsonl:1"),
     ],
@@ -348,14 +354,20 @@ def test_prompts_that_do_not_fit_are_left_out_and_told(said, base, prompts, pay,
     out = tmp_path / "out"
     status, _, errors = run(said, base, prompts, out, "--steps", 1, reward=f"{pay}:letters")
     assert status == 0
-    assert "1 of 13 prompts are longer than 36 tokens and are left out" in "\n".join(errors)
+    assert (
+        "1 left out: longer than 36 tokens, which --max-new-tokens leaves of 48 (line 13)"
+        in "\n".join(errors)
+    )
 
 
 def test_prompts_of_which_none_fits(said, base, tmp_path):
     prompts = write_prompts(tmp_path / "long.jsonl", ["long " * 20] * 3)
     status, _, errors = run(said, base, prompts, tmp_path / "out", reward="exact")
     assert status == 2
-    assert "none of 3 prompts leaves room for 12 tokens in a context of 48" in one_line(errors)
+    assert (
+        "longer than 36 tokens, which --max-new-tokens leaves of 48 (3; lines 1, 2, 3)"
+        in one_line(errors)
+    )
 
 
 def test_a_reward_model_of_another_tokenizer(said, base, prompts, tmp_path):

@@ -109,7 +109,23 @@ def test_what_is_not_used_is_told(said, base, tmp_path):
     data = write(tmp_path / "data.jsonl", good, good | {"output": ""})
     status, _, errors = run(said, base, data, tmp_path / "out", "--steps", 1)
     assert status == 0
-    assert "data.jsonl: 1 rows are not used: empty answer" in errors[0]
+    assert "data.jsonl: 1 left out: empty answer (line 2)" in errors[0]
+
+
+def test_prompts_that_fill_the_window_teach_nothing(said, base, tmp_path):
+    long = FORMS["completion"]("why " * 400, "yes")
+    data = write(tmp_path / "data.jsonl", long, long)
+    status, _, errors = run(said, base, data, tmp_path / "out", "--steps", 1)
+    assert (status, len(errors)) == (2, 1)
+    assert "no conversation can be used: the prompt fills" in errors[0]
+    assert "(2; lines 1, 2)" in errors[0]
+    assert not (tmp_path / "out").exists()
+    data = write(tmp_path / "data.jsonl", long, FORMS["completion"]("why", "yes"))
+    status, _, errors = run(said, base, data, tmp_path / "out", "--steps", 1)
+    assert status == 0
+    assert "1 left out: the prompt fills" in errors[0]
+    [row] = losses(tmp_path / "out")
+    assert row > 0
 
 
 def test_plain_continuation(said, base, tmp_path):
@@ -126,7 +142,10 @@ def test_plain_continuation(said, base, tmp_path):
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "data.jsonl:1: this row is prompt, ch"),
         ({"prompt": "q", "completion": "a", "label": True}, "`openpalm dpo --loss kto` reads"),
         ({"instruction": "q", "output": 7}, 'data.jsonl:1: field "output" is 7'),
-        ({"messages": [{"role": "user", "content": "q"}]}, "no row can be used: no assistant"),
+        (
+            {"messages": [{"role": "user", "content": "q"}]},
+            "no conversation can be used: no assistant",
+        ),
     ],
 )
 def test_a_bad_file_is_refused_and_nothing_is_begun(said, base, tmp_path, row, says):

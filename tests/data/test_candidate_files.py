@@ -50,7 +50,7 @@ def test_records_are_judged_anew(tmp_path):
     )
     found = read_candidates(path)
     assert [[c.text for c in item.candidates] for item in found.items] == [["a", "b"]]
-    assert found.unused == {"fewer than two answers": 1}
+    assert found.unused == {"repeated answers": 1, "fewer than two answers": 1}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,6 @@ def test_records_are_judged_anew(tmp_path):
         ({"prompt": "Why?"}, r"a.jsonl:1: field \"responses\" is missing.*--model"),
         ({"prompt": "Why?", "responses": ["So."]}, "two or more texts"),
         ({"prompt": "Why?", "responses": ["So.", 3]}, r"responses\[1\]"),
-        ({"prompt": "", "responses": ["a", "b"]}, 'field "prompt"'),
         ({"text": "So."}, "openpalm data prepare"),
     ],
 )

@@ -1,12 +1,8 @@
-import pytest
-
 from openpalm.data.conversation import (
     Message,
-    parse_messages,
     render,
     stop_ids,
 )
-from openpalm.errors import DataError
 
 TALK = [
     Message("system", "Be brief."),
@@ -20,7 +16,7 @@ TALK = [
 def learnt(tokenizer, rendered):
     """The ids under the loss, as runs."""
     runs, run = [], []
-    for token, counts in zip(rendered.ids, rendered.loss_mask, strict=True):
+    for token, counts in zip(*rendered, strict=True):
         if counts:
             run.append(token)
         elif run:
@@ -87,25 +83,17 @@ def test_what_ends_a_turn(byte, unigram):
     assert stop_ids(unigram) == {unigram.special_id("</s>")}
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ([], '"messages" must be a list of at least one'),
-        ({}, "it is missing"),
-        ({"messages": "hi"}, "it is a str"),
-        ({"messages": []}, "must be a list of at least one"),
-        ({"messages": ["hi"]}, r"messages\[0\] is a str"),
-        ({"messages": [{"content": "a"}]}, '"role" is missing; it must be system, user, assistant'),
-        ({"messages": [{"role": "bot\n", "content": "a"}]}, r"\"role\" is 'bot\\n'"),
-        ({"messages": [{"role": ["user"], "content": "a"}]}, '"role" is a list'),
-        ({"messages": [{"role": "user"}]}, '"content" is missing; it must be a text'),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": 1}]},
-            r'messages\[1\]: "content" is a int',
-        ),
-    ],
-)
-def test_rows_that_are_no_conversations(row, says):
-    with pytest.raises(DataError, match=says) as error:
-        parse_messages(row, "talks.jsonl:4")
-    assert str(error.value).startswith("talks.jsonl:4: ")
+def test_a_turn_that_is_not_trained_has_no_loss(any_tokenizer):
+    bad, good = Message("assistant", "bad", trained=False), Message("assistant", "good")
+    talk = [Message("user", "q"), bad, Message("user", "r"), good]
+    ids, mask = render(any_tokenizer, talk)
+    plain = [Message(turn.role, turn.content) for turn in talk]
+    assert ids == render(any_tokenizer, plain).ids
+    assert (
+        learnt(any_tokenizer, (ids, mask))
+        == learnt(any_tokenizer, render(any_tokenizer, plain))[1:]
+    )
+    assert [turn.to_json() for turn in talk[1:3]] == [
+        {"role": "assistant", "content": "bad", "weight": 0},
+        {"role": "user", "content": "r"},
+    ]

@@ -36,7 +36,7 @@ def test_every_spelling(tmp_path, answer, value):
     turns = [{"role": "user", "content": "Sky?"}]
     rows = [{"prompt": asked, answer: "Blue.", value: 2.5} for asked in ("Sky?", turns)]
     found = read_ratings(save(tmp_path, *rows))
-    assert found == ([Rating(ASK, (Message("assistant", "Blue."),), "", 2.5)] * 2, {})
+    assert found[:2] == ([Rating(ASK, (Message("assistant", "Blue."),), "", 2.5)] * 2, {})
 
 
 def test_preference_records(tmp_path):
@@ -62,17 +62,16 @@ def test_one_axis_is_learnt_at_a_time(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"rating": None}, "none of the fields rating, label, score"),
-        ({"score": 1}, "rating and score of the fields"),
-        ({"completion": "x"}, "response and completion of the fields"),
+        ({"rating": None}, "this row is prompt, completion, which `openpalm sft` reads"),
+        ({"score": 1}, 'fields "rating" and "score" have the same role'),
+        ({"completion": "x"}, 'fields "completion" and "response" have the same role'),
         ({"rating": True}, 'field "rating" is True; it must be a number'),
         ({"rating": "4"}, 'field "rating"'),
         ({"rating": 1e301}, 'field "rating"'),
-        ({"response": " "}, 'field "response"'),
+        ({"rating": None, "ratings": {"wit": "4"}}, 'field "ratings.wit"'),
         ({"response": 4}, 'field "response"'),
-        ({"prompt": None}, 'field "prompt"'),
-        ({"prompt": ""}, 'field "prompt"'),
-        ({"kind": "rate", "payload": {}}, "unknown"),
+        ({"prompt": None}, "make no form that is known"),
+        ({"kind": "rate", "payload": {}}, "split the file"),
     ],
 )
 def test_rows_that_are_no_ratings(tmp_path, change, says):
@@ -86,9 +85,29 @@ def test_files_that_hold_no_ratings(tmp_path):
     with pytest.raises(DataError, match="is empty"):
         read_ratings(save(tmp_path))
     thumb = rate(3, "c", true=1) | {"kind": "thumb", "payload": {"up": True, "candidate": 0}}
-    with pytest.raises(DataError, match="holds no rating"):
+    with pytest.raises(
+        DataError, match=r"no rating can be used: thumb gives no rating \(1; line 1\)"
+    ):
         read_ratings(save(tmp_path, thumb))
-    with pytest.raises(DataError, match="another format than the first"):
+    with pytest.raises(
+        DataError, match="this row is a Preference record, the first is prompt, response, rating"
+    ):
         read_ratings(save(tmp_path, ROW, rate(1, "a", true=5)))
     with pytest.raises(DataError, match=r"from .jsonl or .jsonl.gz"):
         read_ratings(tmp_path / "ratings.csv")
+
+
+def test_rows_without_an_answer_are_left_out(tmp_path):
+    found = read_ratings(save(tmp_path, ROW, ROW | {"response": " "}, ROW | {"prompt": ""}))
+    assert [rating.value for rating in found.items] == [4]
+    assert found.report() == [
+        "1 left out: empty answer (line 2)",
+        "1 left out: empty prompt (line 3)",
+    ]
+
+
+def test_a_row_rates_several_axes(tmp_path):
+    row = {"prompt": "Sky?", "response": "Blue.", "ratings": {"wit": 1, "truth": 5}}
+    found = read_ratings(save(tmp_path, row, row), "truth")
+    assert [(rating.value, rating.axis) for rating in found.items] == [(5, "truth")] * 2
+    assert found.report() == ["2 left out: another axis (lines 1, 2)"]

@@ -28,9 +28,9 @@ from torch import Tensor
 from openpalm.align import pairs
 from openpalm.align.config import DpoSettings
 from openpalm.align.logprobs import token_log_probs
-from openpalm.align.pairs import PairBatch, PairRecord, answer_record
+from openpalm.align.pairs import PairBatch, PairRecord, answer_record, fitted
 from openpalm.data.loader import Record
-from openpalm.data.preferences import Verdict
+from openpalm.data.preferences import Usable, Verdict
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError
 from openpalm.model.transformer import Transformer
@@ -110,25 +110,26 @@ def reference_point(log_ratios: Tensor) -> Tensor:
 
 
 def records(
-    tokenizer: Tokenizer, verdicts: Sequence[Verdict], sequence_length: int
-) -> tuple[list[VerdictRecord], int]:
-    """The verdicts that fit, and how many do not; answers to other prompts are cut to fit.
+    tokenizer: Tokenizer, verdicts: Usable[Verdict], sequence_length: int
+) -> Usable[VerdictRecord]:
+    """The verdicts that fit, and why the others are left out; answers to other prompts are cut.
 
-    Raises DataError where none fits, or all are of one prompt.
+    Raises DataError where all are of one prompt.
     """
-    made = [(v, answer_record(tokenizer, v.prompt, v.answer)) for v in verdicts]
-    fitting = [(v, answer) for v, answer in made if len(answer.ids) <= sequence_length + 1]
-    if not fitting:
-        raise DataError(
-            f"none of {len(made)} verdicts fits {sequence_length} tokens; take a longer "
-            "--sequence-length or a model with a longer context"
-        )
-    partners = [fitting[i][1] for i in others([v.prompt for v, _ in fitting])]
-    found = [
-        VerdictRecord(PairRecord(answer, _after(answer, other, sequence_length)), v.good)
-        for (v, answer), other in zip(fitting, partners, strict=True)
+
+    def fitting(verdict: Verdict) -> tuple[Verdict, Record] | str:
+        made = answer_record(tokenizer, verdict.prompt, verdict.answer)
+        answer = fitted(made, sequence_length + 1)
+        return answer if isinstance(answer, str) else (verdict, answer)
+
+    found = verdicts.then(fitting)
+    partners = others([verdict.prompt for verdict, _ in found.items]) if found.items else []
+    after = [found.items[i][1] for i in partners]
+    made = [
+        VerdictRecord(PairRecord(answer, _after(answer, other, sequence_length)), verdict.good)
+        for (verdict, answer), other in zip(found.items, after, strict=True)
     ]
-    return found, len(made) - len(fitting)
+    return Usable(made, found.unused, found.places, found.left_out, found.fields)
 
 
 def others(prompts: Sequence[object]) -> list[int]:

@@ -16,9 +16,8 @@ from openpalm.align.logprobs import token_log_probs
 from openpalm.align.shared import saves_work, share
 from openpalm.data.conversation import Message, render
 from openpalm.data.loader import Order, Record, padded
-from openpalm.data.preferences import Pair
+from openpalm.data.preferences import Pair, Usable
 from openpalm.data.tokenizer import Tokenizer
-from openpalm.errors import DataError
 from openpalm.model.layout import shared
 from openpalm.model.transformer import Transformer
 
@@ -80,40 +79,36 @@ def answer_record(
     return Record(ids, [False] * len(before) + loss_mask[len(before) :])
 
 
-def records(
-    tokenizer: Tokenizer, pairs: Sequence[Pair], sequence_length: int
-) -> tuple[list[PairRecord], int]:
-    """The pairs that fit, and how many do not. Raises DataError where none fits."""
-    found = fitting(tokenizer, pairs, sequence_length)
-    return [record for _, record in found], len(pairs) - len(found)
+def fitted(record: Record, length: int) -> Record | str:
+    """An answer of at most `length` tokens, or the reason for leaving it out.
+
+    One that is cut has no end to learn from.
+    """
+    if len(record.ids) > length:
+        return f"longer than {length} tokens, see --sequence-length"
+    return record if any(record.loss_mask) else "no turn of the answer has a weight"
+
+
+def records(tokenizer: Tokenizer, pairs: Usable[Pair], sequence_length: int) -> Usable[PairRecord]:
+    """The pairs that fit, and why the others are left out."""
+    return fitting(tokenizer, pairs, sequence_length).then(lambda both: both[1])
 
 
 def fitting(
-    tokenizer: Tokenizer, pairs: Sequence[Pair], sequence_length: int
-) -> list[tuple[Pair, PairRecord]]:
-    """The pairs that fit, with their records: an answer that is cut has no end to learn from.
+    tokenizer: Tokenizer, pairs: Usable[Pair], sequence_length: int
+) -> Usable[tuple[Pair, PairRecord]]:
+    """The pairs that fit, with their records."""
 
-    Raises DataError where none fits.
-    """
-    made = [
-        PairRecord(
-            answer_record(tokenizer, pair.prompt, pair.chosen),
-            answer_record(tokenizer, pair.prompt, pair.rejected),
-            label=pair.margin or 0.0,
-        )
-        for pair in pairs
-    ]
-    found = [
-        (pair, record)
-        for pair, record in zip(pairs, made, strict=True)
-        if max(len(side.ids) for side in record.sides) <= sequence_length + 1
-    ]
-    if not found:
-        raise DataError(
-            f"none of {len(made)} pairs fits {sequence_length} tokens; take a longer "
-            "--sequence-length or a model with a longer context"
-        )
-    return found
+    def made(pair: Pair) -> tuple[Pair, PairRecord] | str:
+        sides = []
+        for answer in (pair.chosen, pair.rejected):
+            side = fitted(answer_record(tokenizer, pair.prompt, answer), sequence_length + 1)
+            if isinstance(side, str):
+                return side
+            sides.append(side)
+        return pair, PairRecord(*sides, label=pair.margin or 0.0)
+
+    return pairs.then(made)
 
 
 @torch.no_grad()

@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from openpalm.align.config import RewardLoss, RewardSettings
-from openpalm.align.pairs import Judged, answer_record
+from openpalm.align.pairs import Judged, answer_record, fitted
 from openpalm.data.loader import Record
-from openpalm.data.preferences import Rating
+from openpalm.data.preferences import Rating, Usable
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
 from openpalm.model.config import MAX_BINS, RewardConfig
@@ -100,23 +100,15 @@ def collate(judged: Sequence[Judged]) -> ScoreBatch:
 
 
 def rating_records(
-    tokenizer: Tokenizer, ratings: Sequence[Rating], longest: int
-) -> tuple[list[RatingRecord], int]:
-    """The ratings whose answers fit `longest` tokens, and how many do not.
+    tokenizer: Tokenizer, ratings: Usable[Rating], longest: int
+) -> Usable[RatingRecord]:
+    """The ratings whose answers fit `longest` tokens, and why the others are left out."""
 
-    Raises DataError where none fits.
-    """
-    made = [
-        RatingRecord(answer_record(tokenizer, rating.prompt, rating.answer), float(rating.value))
-        for rating in ratings
-    ]
-    fitting = [rating for rating in made if len(rating.answer.ids) <= longest]
-    if not fitting:
-        raise DataError(
-            f"none of {len(made)} rated answers fits {longest} tokens; take a longer "
-            "--sequence-length or a model with a longer context"
-        )
-    return fitting, len(made) - len(fitting)
+    def made(rating: Rating) -> RatingRecord | str:
+        answer = fitted(answer_record(tokenizer, rating.prompt, rating.answer), longest)
+        return answer if isinstance(answer, str) else RatingRecord(answer, float(rating.value))
+
+    return ratings.then(made)
 
 
 def head_for(

@@ -13,6 +13,7 @@ from typing import Literal
 from openpalm.data.conversation import Message, render
 from openpalm.data.loader import Record
 from openpalm.data.tokenizer import Tokenizer
+from openpalm.data.usable import Usable
 from openpalm.errors import DataError
 
 
@@ -30,6 +31,29 @@ def records(
     if not any(any(record.loss_mask) for record in rendered):
         raise DataError("no conversation has an assistant turn; there is nothing to learn from")
     return rendered
+
+
+def fitting(
+    tokenizer: Tokenizer,
+    conversations: Usable[tuple[Message, ...]],
+    template: Literal["chat", "none"],
+    sequence_length: int,
+) -> Usable[Record]:
+    """The conversations with something to learn within the window, and why the others have none.
+
+    A conversation that is longer stays and is cut at its end (data.loader.truncated counts them).
+    """
+    make = _continuation if template == "none" else _conversation
+
+    def made(messages: tuple[Message, ...]) -> Record | str:
+        record = make(tokenizer, messages)
+        if not any(record.loss_mask):
+            return "no assistant turn has a weight"
+        if not any(record.loss_mask[1 : sequence_length + 1]):
+            return f"the prompt fills {sequence_length} tokens, see --sequence-length"
+        return record
+
+    return conversations.then(made)
 
 
 def _conversation(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Record:

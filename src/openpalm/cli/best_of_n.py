@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,10 +116,9 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
     from openpalm.data.prompt_files import read_prompts
 
     given = read_prompts(settings.data)
-    for reason, count in given.unused.items():
-        print(f"best-of-n: {count} records are not used: {reason}", file=sys.stderr)
     engine, tokenizer = serving_engine(settings.path, settings, slots=ANSWERS_AT_A_TIME)
-    asked, ids = fitting(given.items, tokenizer, settings, engine.model.config.context)
+    context = engine.model.config.context
+    asked, ids = fitting(given, tokenizer, settings, context, "best-of-n")
     reader = Reader(
         tokenizer, [Asked(question_of(row.prompt), row.row) for row in asked], stop_ids(tokenizer)
     )
@@ -139,7 +137,7 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
             for i, prompt in enumerate(chosen):
                 group = slice(i * settings.n, (i + 1) * settings.n)
                 row = {
-                    "prompt": [asdict(message) for message in asked[prompt].prompt],
+                    "prompt": [message.to_json() for message in asked[prompt].prompt],
                     **_best_and_worst(answers[group], rewards[group], reader),
                     "drawn": drawn,
                 }

@@ -18,6 +18,7 @@ from openpalm.data.loader import evaluation_batches
 from openpalm.data.sets import TokenSets
 from openpalm.data.shards import Dataset
 from openpalm.data.tokenizer import Tokenizer
+from openpalm.data.usable import Usable
 from openpalm.device import pick_device, pick_dtype
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
@@ -74,6 +75,17 @@ def held_out(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     """What is trained on, and the last items of a file, which only measure."""
     kept = len(items) - min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(items)))
     return items[:kept], items[kept:]
+
+
+def report_unused(label: str, path: Path, given: Usable[T], what: str) -> Usable[T]:
+    """Says what of a file is left out, by reason and line, and which fields are not used.
+
+    Raises DataError where nothing is left.
+    """
+    given.refuse_empty(path, what)
+    for line in given.report():
+        print(f"{label}: {path}: {line}", file=sys.stderr)
+    return given
 
 
 class ServingSettings(Protocol):

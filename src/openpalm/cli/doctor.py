@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from openpalm.align.doctor import Patient
     from openpalm.data.preferences import Messages, Pair
     from openpalm.data.prompt_files import PromptRow
+    from openpalm.data.usable import Usable
 
 MAX_EXAMPLES = 256
 """Rows of the data that are looked at."""
@@ -122,9 +123,11 @@ def admit(settings: DoctorSettings) -> "Patient":
     check_trained(run, start.config)
     given = _read(settings.data)
     stops = stop_ids(tokenizer)
-    pairs = fitting_pairs(tokenizer, given.pairs, start.config.context) if given.pairs else []
-    asked, ids = fitting(given.prompts, tokenizer, settings, start.config.context)
-    answered = [*asked, *(PromptRow(pair.prompt, {}) for pair, _ in pairs)]
+    pairs = fitting_pairs(tokenizer, given.pairs, start.config.context)
+    if given.pairs.items:
+        pairs.refuse_empty(settings.data, "pair")
+    asked, ids = fitting(given.prompts, tokenizer, settings, start.config.context, "doctor")
+    answered = [*asked, *(PromptRow(pair.prompt, {}) for pair, _ in pairs.items)]
     reader = Reader(tokenizer, [Asked(question_of(row.prompt), row.row) for row in answered], stops)
     words = [settings.reward] if isinstance(settings.reward, str) else settings.reward
     device = pick_device(settings.device)
@@ -140,7 +143,7 @@ def admit(settings: DoctorSettings) -> "Patient":
         tokenizer=tokenizer,
         prompts=ids,
         conversations=given.conversations,
-        pairs=[record for _, record in pairs],
+        pairs=[record for _, record in pairs.items],
         stop_ids=stops,
         reward=rewards_of(words, reader) if words else None,
     )
@@ -149,13 +152,14 @@ def admit(settings: DoctorSettings) -> "Patient":
 class _Given(NamedTuple):
     """What the data holds, at most MAX_EXAMPLES of each."""
 
-    prompts: "Sequence[PromptRow]"
+    prompts: "Usable[PromptRow]"
     conversations: "Sequence[tuple[Messages, Messages]]"
-    pairs: "Sequence[Pair]"
+    pairs: "Usable[Pair]"
 
 
 def _read(path: Path) -> _Given:
     """The file in whichever form it is. Raises DataError."""
+    from openpalm.cli.common import report_unused
     from openpalm.data.corpus import read_rows
     from openpalm.data.demonstration_files import read_demonstrations
     from openpalm.data.forms import ALPACA, COMPLETION, MESSAGES, PAIRS, SHAREGPT, form_of
@@ -163,20 +167,25 @@ def _read(path: Path) -> _Given:
     from openpalm.data.preferences import says
     from openpalm.data.prompt_files import PromptRow, read_prompts
     from openpalm.data.sources import is_rows
+    from openpalm.data.usable import Usable
 
     first = next(read_rows(path), None) if is_rows(path) else None
     form = None if first is None else form_of(first[1])
     if form in PAIRS:
-        pairs = read_pairs(path).items[:MAX_EXAMPLES]
-        both = [(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
-        return _Given([PromptRow(pair.prompt, {}) for pair in pairs], both, pairs)
-    prompts = read_prompts(path).items[:MAX_EXAMPLES]
+        pairs = report_unused("doctor", path, read_pairs(path), "pair").first(MAX_EXAMPLES)
+        pairs = Usable(pairs.items, {}, pairs.places)
+        both = [
+            (pair.prompt, side) for pair in pairs.items for side in (pair.chosen, pair.rejected)
+        ]
+        return _Given(pairs.then(lambda pair: PromptRow(pair.prompt, {})), both, pairs)
+    none, prompts = Usable([], {}), read_prompts(path).first(MAX_EXAMPLES)
     if form not in (MESSAGES, SHAREGPT, ALPACA, COMPLETION):
-        return _Given(prompts, [(row.prompt, says("An answer.")) for row in prompts], [])
-    shown = read_demonstrations(path).items[:MAX_EXAMPLES]
+        return _Given(prompts, [(row.prompt, says("An answer.")) for row in prompts.items], none)
+    found = read_demonstrations(path)
+    shown = report_unused("doctor", path, found, "conversation").items[:MAX_EXAMPLES]
     ends = [max(i for i, m in enumerate(turns) if m.role == "assistant") for turns in shown]
     cut = [(turns[:end], turns[end : end + 1]) for turns, end in zip(shown, ends, strict=True)]
-    return _Given(prompts, cut, [])
+    return _Given(prompts, cut, none)
 
 
 def _expected(patient: "Patient") -> int:

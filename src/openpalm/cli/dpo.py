@@ -1,7 +1,6 @@
 """`openpalm dpo`: a fine-tuned checkpoint and judged answers in, one that prefers alike out."""
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,26 +79,20 @@ def _kind(settings: DpoSettings) -> "tuple[str, int, Objective[Any], Callable[..
 def _judgements(
     settings: DpoSettings, directory: Path, tokenizer: "Tokenizer", length: int, label: str
 ) -> "Sequence[Any]":
-    """What fits of the file, with what the reference thinks of it; what is left out is told."""
+    """What fits of the file, with the reference's log-probabilities; reports what is left out."""
     from rich.console import Console
 
     from openpalm import checkpoint
     from openpalm.align import kto, pairs
+    from openpalm.cli.common import report_unused
     from openpalm.data.pair_files import read_pairs
     from openpalm.data.verdict_files import read_verdicts
     from openpalm.device import pick_device
 
     unit, made = ("verdicts", kto) if settings.loss == "kto" else ("pairs", pairs)
     given = (read_verdicts if settings.loss == "kto" else read_pairs)(settings.data)
-    for reason, count in given.unused.items():
-        print(f"{label}: {count} records are not used: {reason}", file=sys.stderr)
-    fitting, too_long = made.records(tokenizer, given.items, length)
-    if too_long:
-        print(
-            f"{label}: {too_long} of {len(given.items)} {unit} are longer than {length} tokens and "
-            "are left out; --sequence-length takes more",
-            file=sys.stderr,
-        )
+    found = made.records(tokenizer, given, length)
+    fitting = report_unused(label, settings.data, found, unit.removesuffix("s")).items
     if settings.loss in WITHOUT_REFERENCE:
         return fitting
     with Console(stderr=True).status(f"what {directory} thinks of {len(fitting)} {unit}"):

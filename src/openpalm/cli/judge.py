@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,13 +160,14 @@ def _judge(settings: JudgeSettings) -> "Judge":
 def _items(settings: JudgeSettings) -> "list[Item]":
     """What is to be judged: the file's answers, or prompts whose answers --model will write."""
     from openpalm.align.judging import given_items
+    from openpalm.cli.common import report_unused
     from openpalm.data.candidate_files import read_candidates
 
     if settings.model is not None:
         return _answered(settings, settings.model)
     given = read_candidates(settings.data)
-    _tell(given.unused)
-    return given_items(given.items)
+    found = report_unused("judge", settings.data, given, "set of answers")
+    return given_items(found.items)
 
 
 def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
@@ -178,9 +178,8 @@ def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
     from openpalm.data.prompt_files import read_prompts
 
     given = read_prompts(settings.data)
-    _tell(given.unused)
     engine, tokenizer = serving_engine(model, Form(settings.device, settings.dtype))
-    rows, ids = fitting(given.items, tokenizer, settings, engine.model.config.context)
+    rows, ids = fitting(given, tokenizer, settings, engine.model.config.context, "judge")
     draw = Draw(settings.answers, settings.max_new_tokens, settings.temperature, settings.seed)
     return drawn_items(Writer(engine, tokenizer, _hash_of(model), draw), rows, ids)
 
@@ -191,8 +190,3 @@ def _hash_of(name: str) -> str:
 
     directory = checkpoint.resolve(weights_path(name))
     return checkpoint.read_manifest(directory)["sha256"]
-
-
-def _tell(unused: dict[str, int]) -> None:
-    for reason, count in unused.items():
-        print(f"judge: {count} records are not used: {reason}", file=sys.stderr)

@@ -1,12 +1,10 @@
 """`openpalm reward`: a checkpoint and judgements of answers in, a model that scores answers out."""
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from openpalm.align.config import RewardSettings
-from openpalm.errors import DataError
 from openpalm.settings import parse
 
 if TYPE_CHECKING:
@@ -78,19 +76,14 @@ def _pairs(
 ) -> "tuple[Sequence[Judged], Sequence[Judged]]":
     """The pairs, and the held-out ties."""
     from openpalm.align.pairs import records
-    from openpalm.cli.common import held_out
+    from openpalm.cli.common import held_out, report_unused
     from openpalm.data.pair_files import read_pairs, read_ties
-    from openpalm.data.preferences import Pair
+    from openpalm.data.preferences import Pair, Usable
 
-    given = read_pairs(settings.data)
-    _tell(label, given.unused)
-    pairs, too_long = records(tokenizer, given.items, length - 1)
-    _tell_too_long(label, too_long, len(given.items), length)
+    found = records(tokenizer, read_pairs(settings.data), length - 1)
+    pairs = report_unused(label, settings.data, found, "pair").items
     ties = held_out([Pair(*tie) for tie in read_ties(settings.data)])[1]
-    try:
-        return pairs, records(tokenizer, ties, length - 1)[0]
-    except DataError:  # none fits, or there is none
-        return pairs, []
+    return pairs, records(tokenizer, Usable(list(ties), {}), length - 1).items
 
 
 def _ratings(
@@ -98,24 +91,11 @@ def _ratings(
 ) -> "tuple[Sequence[Judged], Sequence[Judged]]":
     """The ratings; no ties."""
     from openpalm.align.reward import rating_records
+    from openpalm.cli.common import report_unused
     from openpalm.data.rating_files import read_ratings
 
-    given = read_ratings(settings.data, settings.axis)
-    _tell(label, given.unused)
-    ratings, too_long = rating_records(tokenizer, given.items, length)
-    _tell_too_long(label, too_long, len(given.items), length)
-    return ratings, []
-
-
-def _tell(label: str, unused: dict[str, int]) -> None:
-    for reason, count in unused.items():
-        print(f"{label}: {count} records are not used: {reason}", file=sys.stderr)
-
-
-def _tell_too_long(label: str, too_long: int, of: int, length: int) -> None:
-    if too_long:
-        what = f"{too_long} of {of} judgements are longer than {length} tokens"
-        print(f"{label}: {what} and are left out", file=sys.stderr)
+    found = rating_records(tokenizer, read_ratings(settings.data, settings.axis), length)
+    return report_unused(label, settings.data, found, "rating").items, []
 
 
 def _held_out_probe(

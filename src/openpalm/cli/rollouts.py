@@ -1,13 +1,12 @@
 """What ppo and grpo compose alike: prompts, rewards, a reference, and answers looked at."""
 
 import hashlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from openpalm.align.config import RolloutSettings, rollout_rate
-from openpalm.errors import DataError, SettingsError
+from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
     from openpalm.align.experience import Reward
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from openpalm.align.rollout import LogProbs
     from openpalm.data.prompt_files import PromptRow
     from openpalm.data.tokenizer import Tokenizer
+    from openpalm.data.usable import Usable
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
@@ -53,9 +53,7 @@ def learn_from_answers(
         raise SettingsError("--reward: what is an answer worth? give FILE.py:FUNCTION or a run")
     directory, tokenizer, start = fine_tuning_start(settings)
     given = read_prompts(settings.data)
-    for reason, count in given.unused.items():
-        print(f"{label}: {count} records are not used: {reason}", file=sys.stderr)
-    asked, ids = fitting(given.items, tokenizer, settings, start.config.context)
+    asked, ids = fitting(given, tokenizer, settings, start.config.context, label)
     reader = Reader(
         tokenizer, [Asked(question_of(row.prompt), row.row) for row in asked], stop_ids(tokenizer)
     )
@@ -110,25 +108,28 @@ class AsksSettings(Protocol):
 
 
 def fitting(
-    rows: "Sequence[PromptRow]", tokenizer: "Tokenizer", settings: AsksSettings, context: int
+    given: "Usable[PromptRow]",
+    tokenizer: "Tokenizer",
+    settings: AsksSettings,
+    context: int,
+    label: str,
 ) -> "tuple[list[PromptRow], list[list[int]]]":
     """The prompts that leave room for an answer in `context` tokens, and their ids.
 
-    Raises DataError where none does.
+    Reports what is left out. Raises DataError where nothing is left.
     """
+    from openpalm.cli.common import report_unused
     from openpalm.data.conversation import render
 
-    both = [(row, render(tokenizer, row.prompt, answer_next=True).ids) for row in rows]
     room = context - settings.max_new_tokens
-    kept = [(row, ids) for row, ids in both if len(ids) <= room]
-    if not kept:
-        raise DataError(
-            f"--data {settings.data}: none of {len(rows)} prompts leaves room for "
-            f"{settings.max_new_tokens} tokens in a context of {context}; lower --max-new-tokens"
-        )
-    if len(kept) < len(both):
-        left_out = f"{len(both) - len(kept)} of {len(both)} prompts"
-        print(f"{left_out} are longer than {room} tokens and are left out", file=sys.stderr)
+
+    def made(row: "PromptRow") -> "tuple[PromptRow, list[int]] | str":
+        ids = render(tokenizer, row.prompt, answer_next=True).ids
+        if len(ids) > room:
+            return f"longer than {room} tokens, which --max-new-tokens leaves of {context}"
+        return row, ids
+
+    kept = report_unused(label, settings.data, given.then(made), "prompt").items
     return [row for row, _ in kept], [ids for _, ids in kept]
 
 

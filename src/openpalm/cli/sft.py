@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from openpalm.align.config import SftSettings
-from openpalm.errors import DataError
 from openpalm.settings import parse
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     directory, tokenizer, start = fine_tuning_start(settings)
     length = settings.sequence_length or start.config.context
     mixture = read_mixture(settings.data)
-    tasks = [held_out(task) for task in _tasks(mixture, tokenizer, settings, label)]
+    tasks = [held_out(task) for task in _tasks(mixture, tokenizer, settings, length, label)]
     trained = [record for training, _ in tasks for record in training]
     measured = [record for _, measuring in tasks for record in measuring]
     sizes = [len(training) for training, _ in tasks]
@@ -88,21 +87,18 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
 
 
 def _tasks(
-    mixture: "Mixture", tokenizer: "Tokenizer", settings: SftSettings, label: str
+    mixture: "Mixture", tokenizer: "Tokenizer", settings: SftSettings, length: int, label: str
 ) -> "list[list[Record]]":
-    """Each task's conversations as records; what is not used is told."""
-    from openpalm.align.sft import records
+    """Each task's conversations as records; reports what is left out."""
+    from openpalm.align.sft import fitting
+    from openpalm.cli.common import report_unused
     from openpalm.data.mixture import conversations
 
     made = []
     for number, task in enumerate(mixture.tasks):
         given = conversations(task, settings.seed + number)
-        if not given.items:
-            reasons = ", ".join(f"{reason} ({count})" for reason, count in given.unused.items())
-            raise DataError(f"{task.data}: no row can be used: {reasons}")
-        for reason, count in given.unused.items():
-            print(f"{label}: {task.data}: {count} rows are not used: {reason}", file=sys.stderr)
-        made.append(records(tokenizer, given.items, settings.template))
+        found = fitting(tokenizer, given, settings.template, length)
+        made.append(report_unused(label, task.data, found, "conversation").items)
     return made
 
 

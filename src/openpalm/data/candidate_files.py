@@ -2,10 +2,21 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from openpalm.data.forms import PROMPT, RANKING, RESPONSES, name_of, prompt_of, read_forms
-from openpalm.data.preferences import Candidate, Messages, Preference, Usable, expect
+from openpalm.data.fields import Row
+from openpalm.data.forms import (
+    PROMPT,
+    RANKING,
+    SCORED,
+    Reading,
+    prompt_of,
+    read_forms,
+    responses_of,
+    texts_of,
+)
+from openpalm.data.preferences import Candidate, Messages, Preference, Usable
+from openpalm.data.usable import collected
 
 
 class CandidateRow(NamedTuple):
@@ -14,29 +25,35 @@ class CandidateRow(NamedTuple):
 
 
 def read_candidates(path: str | Path) -> Usable[CandidateRow]:
-    """Rows of prompt and responses (or answers), or Preference records, judged anew.
+    """Rows of prompt and responses (or answers), or Preference records, to be judged again.
 
     Raises DataError with line, field and remedy.
     """
-    return read_forms(path, "set of answers", {PROMPT: _row, RANKING: _row}, _of_records)
+    makers = {PROMPT: _row, RANKING: _row, SCORED: _row}
+    return read_forms(path, Reading("set of answers", makers, _texts), _of_records)
 
 
-def _row(row: dict[str, Any]) -> Iterator[CandidateRow | str]:
-    field = name_of(row, RESPONSES)
-    texts = row.get(field)
-    wanted = "a list of two or more texts (or let --model write them)"
-    expect(field, texts, wanted, lambda v: isinstance(v, list) and len(v) > 1)
-    assert isinstance(texts, list)
-    for i, text in enumerate(texts):
-        expect(f"{field}[{i}]", text, "a text", lambda v: isinstance(v, str))
+def _texts(found: CandidateRow) -> Iterator[str]:
+    yield from texts_of(found.prompt)
+    yield from (candidate.text for candidate in found.candidates)
+
+
+def _row(row: Row) -> Iterator[CandidateRow | str]:
+    texts = responses_of(row)
     yield CandidateRow(prompt_of(row), tuple(map(Candidate, texts)))
 
 
 def _of_records(records: list[Preference]) -> Usable[CandidateRow]:
-    rows = dict.fromkeys(
-        CandidateRow(p.prompt, tuple(Candidate(c.text, c.checkpoint) for c in p.candidates))
-        for p in records
-        if len(p.candidates) > 1
-    )
-    lone = sum(len(p.candidates) < 2 for p in records)
-    return Usable(list(rows), {"fewer than two answers": lone} if lone else {})
+    seen: set[tuple[Messages, tuple[str, ...]]] = set()
+
+    def made(record: Preference) -> CandidateRow | str:
+        answers = tuple(c.text for c in record.candidates)
+        if len(answers) < 2:
+            return "fewer than two answers"
+        if (record.prompt, answers) in seen:
+            return "repeated answers"
+        seen.add((record.prompt, answers))
+        found = tuple(Candidate(c.text, c.checkpoint) for c in record.candidates)
+        return CandidateRow(record.prompt, found)
+
+    return collected((record.id, made(record)) for record in records)

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-from openpalm.data.corpus import shown
 from openpalm.data.tokenizer import Tokenizer
-from openpalm.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -20,6 +18,13 @@ END = "<|end|>"
 class Message:
     role: Role
     content: str
+    trained: bool = True
+    """whether the loss is on it, where the assistant says it"""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a row has it."""
+        row: dict[str, Any] = {"role": self.role, "content": self.content}
+        return row if self.trained else row | {"weight": 0}
 
 
 class Rendered(NamedTuple):
@@ -34,6 +39,8 @@ def render(
 ) -> Rendered:
     """The ids of a conversation; the loss is on what the assistant says and on its ending it.
 
+    A turn that is not `trained` has none.
+
     With `answer_next`, ends where the assistant's next turn begins: exactly a prefix of the ids of
     the conversation that has the answer.
     """
@@ -44,7 +51,8 @@ def render(
         opening = template.opening(message.role)
         said = tokenizer.encode(message.content) + template.closing(message.role)
         ids += opening + said
-        loss_mask += [False] * len(opening) + [message.role == "assistant"] * len(said)
+        learnt = message.role == "assistant" and message.trained
+        loss_mask += [False] * len(opening) + [learnt] * len(said)
     if answer_next:
         opening = template.opening("assistant")
         ids += opening
@@ -56,20 +64,6 @@ def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids that end an assistant's turn; none where the vocabulary has no such token."""
     ends = (tokenizer.special_id(END), tokenizer.end_of_text)
     return frozenset(i for i in ends if i is not None)
-
-
-def parse_messages(obj: object, where: str) -> tuple[Message, ...]:
-    """The messages of `{"messages": [{"role": ..., "content": ...}, ...]}`.
-
-    Raises DataError that calls the object `where` ("path:line") and names the field.
-    """
-    messages = cast(dict[str, Any], obj).get("messages") if isinstance(obj, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise DataError(
-            f'{where}: "messages" must be a list of at least one {{"role", "content"}}; '
-            f"it is {_shape(messages)}"
-        )
-    return tuple(_message(item, f"{where}: messages[{i}]") for i, item in enumerate(messages))
 
 
 class _Template:
@@ -100,20 +94,3 @@ class _Template:
         if role == "assistant" and end is not None:
             return [end]
         return self._tokenizer.encode("\n\n")
-
-
-def _message(item: object, where: str) -> Message:
-    if not isinstance(item, dict):
-        raise DataError(f'{where} is {_shape(item)}; it must be {{"role": ..., "content": ...}}')
-    fields = cast(dict[str, Any], item)
-    role, content = fields.get("role"), fields.get("content")
-    if role not in ROLES:
-        said = shown(role) if isinstance(role, str) else _shape(role)
-        raise DataError(f'{where}: "role" is {said}; it must be {", ".join(ROLES)}')
-    if not isinstance(content, str):
-        raise DataError(f'{where}: "content" is {_shape(content)}; it must be a text')
-    return Message(cast(Role, role), content)
-
-
-def _shape(value: object) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"

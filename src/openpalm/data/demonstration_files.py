@@ -2,25 +2,23 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from openpalm.data.fields import COMPLETIONS, Row
 from openpalm.data.forms import (
     ALPACA,
     COMPLETION,
-    COMPLETIONS,
     MESSAGES,
     PROBLEM,
     SHAREGPT,
-    alpaca_prompt,
+    Reading,
     answer_of,
-    name_of,
+    conversation_of,
     prompt_of,
     read_forms,
-    sharegpt_messages,
     solution_of,
-    with_system,
+    texts_of,
 )
-from openpalm.data.preferences import Messages, Usable, demonstrations, expect, messages_of, says
+from openpalm.data.preferences import Messages, Usable, demonstrations
 
 
 def read_demonstrations(path: str | Path) -> Usable[Messages]:
@@ -33,33 +31,24 @@ def read_demonstrations(path: str | Path) -> Usable[Messages]:
     """
     makers = {
         MESSAGES: _messages,
-        SHAREGPT: _sharegpt,
-        ALPACA: _alpaca,
+        SHAREGPT: _messages,
+        ALPACA: _completion,
         COMPLETION: _completion,
         PROBLEM: _problem,
     }
-    return read_forms(path, "conversation", makers, demonstrations)
+    return read_forms(path, Reading("conversation", makers, texts_of), demonstrations)
 
 
-def _messages(row: dict[str, Any]) -> Iterator[Messages | str]:
-    yield usable(with_system(row, messages_of(row[MESSAGES], MESSAGES)))
+def _messages(row: Row) -> Iterator[Messages | str]:
+    yield usable(conversation_of(row))
 
 
-def _sharegpt(row: dict[str, Any]) -> Iterator[Messages | str]:
-    yield usable(sharegpt_messages(row))
-
-
-def _alpaca(row: dict[str, Any]) -> Iterator[Messages | str]:
-    expect("output", row["output"], "a text", lambda v: isinstance(v, str))
-    yield usable(alpaca_prompt(row) + says(row["output"]))
-
-
-def _completion(row: dict[str, Any]) -> Iterator[Messages | str]:
+def _completion(row: Row) -> Iterator[Messages | str]:
     prompt = prompt_of(row)
-    yield usable(prompt + answer_of(row, name_of(row, COMPLETIONS), prompt))
+    yield usable(prompt + answer_of(row, row.name(COMPLETIONS), prompt))
 
 
-def _problem(row: dict[str, Any]) -> Iterator[Messages | str]:
+def _problem(row: Row) -> Iterator[Messages | str]:
     yield usable(prompt_of(row) + solution_of(row))
 
 
@@ -68,4 +57,6 @@ def usable(messages: Messages) -> Messages | str:
     answers = [m for m in messages if m.role == "assistant"]
     if not answers:
         return "no assistant turn"
+    if not any(m.trained for m in answers):
+        return "no assistant turn has a weight"
     return messages if all(m.content.strip() for m in answers) else "empty answer"

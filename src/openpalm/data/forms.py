@@ -4,15 +4,29 @@ Owns the names of the forms, which verb reads each, and the fields that several 
 All rows of a file are in one form; a row that makes no sense is refused with file, line and field.
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from openpalm.data.conversation import Message
 from openpalm.data.corpus import read_rows, shown
+from openpalm.data.fields import (
+    ANSWERED,
+    ASKED,
+    COMPLETIONS,
+    HISTORY,
+    INPUTS,
+    PROMPTS,
+    RATINGS,
+    RESPONSES,
+    SIDES,
+    SOLUTIONS,
+    SYSTEMS,
+    Row,
+    said,
+)
 from openpalm.data.preferences import (
     Messages,
     Preference,
@@ -21,10 +35,12 @@ from openpalm.data.preferences import (
     check_prompt,
     expect,
     is_number,
-    messages_of,
     says,
 )
+from openpalm.data.published import Shape, shape_of, trees_of
 from openpalm.data.sources import is_rows
+from openpalm.data.turns import HH_TURN, hh_messages, messages_of, stripped
+from openpalm.data.usable import Unusable, collected
 from openpalm.errors import DataError
 
 T = TypeVar("T")
@@ -35,6 +51,7 @@ HH = "Anthropic HH texts"
 TEXTS = "whole texts"
 WHOLE = "whole conversations"
 RANKING = "prompt, responses, ranking"
+SCORED = "prompt, responses, scores"
 RATING = "prompt, response, rating"
 VERDICT = "prompt, completion, label"
 MESSAGES = "messages"
@@ -45,12 +62,7 @@ PROBLEM = "question, answer"
 PROMPT = "a prompt alone"
 TEXT = "a text"
 
-PAIRS = (EXPLICIT, HH, TEXTS, WHOLE, RANKING)
-PROMPTS = ("prompt", "question", "problem")
-COMPLETIONS = ("completion", "response")
-ANSWERS = ("answer", "solution")
-RESPONSES = ("responses", "answers")
-RATINGS = ("rating", "score", "label")
+PAIRS = (EXPLICIT, HH, TEXTS, WHOLE, RANKING, SCORED)
 
 _READERS = dict.fromkeys(PAIRS, "openpalm dpo") | {
     RATING: "openpalm reward",
@@ -58,196 +70,267 @@ _READERS = dict.fromkeys(PAIRS, "openpalm dpo") | {
     PROMPT: "openpalm grpo",
     TEXT: "openpalm data prepare",
 }
-HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 def form_of(row: Mapping[str, Any]) -> str | None:
     """The name of the row's form, None where it has none; a field that is null is not there."""
     has = {name for name, value in row.items() if value is not None}
-    prompted, completed = has & {*PROMPTS}, has & {*COMPLETIONS}
+    asked = has & {*PROMPTS}
+    prompted, completed = asked or has & {*INPUTS}, has & {*COMPLETIONS}
     found = [
         (RECORD, {"kind", "payload"} <= has),
-        (_pair_form(row), has & {"chosen", "rejected"}),
+        (_pair_form(row), has & {*SIDES}),
         (RANKING, has & {*RESPONSES} and has & {"ranking", "rank"}),
+        (SCORED, prompted and has & {*RESPONSES} and "scores" in has),
         (VERDICT, prompted and completed and isinstance(row.get("label"), bool)),
-        (RATING, prompted and completed and has & {*RATINGS}),
+        (RATING, prompted and completed and has & {*RATINGS, "ratings"}),
         (MESSAGES, "messages" in has),
         (SHAREGPT, "conversations" in has),
-        (ALPACA, {"instruction", "output"} <= has),
+        (ALPACA, "instruction" in has and completed),
         (COMPLETION, prompted and completed),
-        (PROBLEM, prompted and has & {*ANSWERS}),
-        (PROMPT, prompted),
+        (PROBLEM, prompted and has & {*SOLUTIONS}),
+        (PROMPT, asked),
         (TEXT, "text" in has),
     ]
     return next((form for form, is_it in found if is_it), None)
 
 
 def _pair_form(row: Mapping[str, Any]) -> str:
-    if row.get("prompt") is not None:
+    if any(row.get(name) is not None for name in (*PROMPTS, *INPUTS)):
         return EXPLICIT
     if isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
         return HH if HH_TURN.match(row["chosen"]) else TEXTS
     return WHOLE
 
 
-def read_forms(
-    path: str | Path,
-    what: str,
-    makers: Mapping[str, Callable[[dict[str, Any]], Iterable[T | str]]],
-    of_records: Callable[[list[Preference]], Usable[T]],
-) -> Usable[T]:
-    """What the rows of a .jsonl or .jsonl.gz file give, in any one of the forms of `makers`.
+class Reading(NamedTuple):
+    """What the makers of a verb's items need, beside the rows."""
 
-    A maker gives a row's items, or the reason why there is none; `of_records` does the same for
-    Preference records. `what` names one item in messages. Raises DataError.
+    what: str
+    """names one item in messages"""
+    makers: Mapping[str, Callable[[Row], Iterable[Any]]]
+    """of each form: a row's items, or the reasons why there is none"""
+    texts: Callable[[Any], Iterable[str]]
+    """all that an item shows the model, to find what a row's other fields would add"""
+    keeps_row: bool = False
+    """whether the whole row stays beside the item, so that only what is asked can be lost"""
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The fields that must not be lost."""
+        return ASKED if self.keeps_row else ASKED | ANSWERED
+
+
+def read_forms(
+    path: str | Path, reading: Reading, of_records: Callable[[list[Preference]], Usable[T]]
+) -> Usable[T]:
+    """What the rows of a .jsonl or .jsonl.gz file give, in any one of the forms of the makers.
+
+    `of_records` does for Preference records what a maker does for rows. Raises DataError.
     """
-    path = Path(path)
+    path, what = Path(path), reading.what
     if not is_rows(path):
         raise DataError(f"{path}: {what}s are read from .jsonl or .jsonl.gz; convert it")
-    records: list[Preference] = []
-    found: list[T | str] = []
+    records: dict[str, list[Preference]] = {}
+    found: list[tuple[str, T | str]] = []
+    fields: Counter[str] = Counter()
     first = None
-    for where, row in read_rows(path):
-        form = form_of(row)
-        if form is None or form not in (RECORD, *makers):
-            wanted = "; ".join((*makers, RECORD))
-            raise DataError(f"{where}: {_unread(row, form)}; {what}s are one of: {wanted}")
+    for where, given in trees_of(read_rows(path)):
+        shape = shape_of(given)
+        form = shape.name if shape else form_of(given)
+        if shape is None and (form is None or form not in (RECORD, *reading.makers)):
+            raise _unread(where, given, form, reading)
         first = first or form
         if form != first:
             raise DataError(f"{where}: this row is {form}, the first is {first}; split the file")
         if form == RECORD:
-            records.append(Preference.from_json(row, where))
+            records.setdefault(where, []).append(Preference.from_json(given, where))
         else:
-            found += at(where, lambda make, row: list(make(row)), makers[form], row)
+            items, unread = at(where, _items, given, shape, reading)
+            found += [(where, item) for item in items]
+            fields.update(unread)
     if first is None:
         raise DataError(f"{path}: is empty; give a file with at least one {what}")
     if records:
-        return of_records(records)
-    unused = Counter(item for item in found if isinstance(item, str))
-    return Usable([item for item in found if not isinstance(item, str)], dict(unused))
+        return _with_lines(records, of_records)
+    return collected(found)._replace(fields={} if reading.keeps_row else dict(fields))
 
 
-def _unread(row: dict[str, Any], form: str | None) -> str:
+def _with_lines(
+    records: Mapping[str, list[Preference]], of_records: Callable[[list[Preference]], Usable[T]]
+) -> Usable[T]:
+    """What the records give, with their lines in place of their ids."""
+    lines = {record.id: where for where, at_line in records.items() for record in at_line}
+    given = of_records([record for at_line in records.values() for record in at_line])
+    places = [lines.get(place, "") for place in given.places]
+    left_out = {r: [lines.get(i, "") for i in ids] for r, ids in given.left_out.items()}
+    return given._replace(places=places, left_out=left_out)
+
+
+def _items(
+    given: dict[str, Any], shape: Shape | None, reading: Reading
+) -> tuple[list[Any], list[str]]:
+    """A row's items, or reasons for leaving it out, and the names of the fields not used."""
+    row = Row(given)
+    try:
+        row.check_weight()
+        if shape is None:
+            return _made(row, reading)
+        items, unread, texts = [], {}, []
+        for values in shape.translate(row, reading.what):
+            part = Row(values, given)
+            form = form_of(values)
+            if form not in reading.makers:
+                raise DataError(_refusal(f"{shape.name} ({form})", form, reading))
+            made, also = _made(part, reading)
+            items += made
+            used = [item for item in made if not isinstance(item, str)]
+            texts += [text for item in used for text in reading.texts(item)]
+            unread |= dict.fromkeys(also)
+        return items, [*unread, *row.leftover(texts, reading.roles)]
+    except Unusable as error:
+        return [error.reason], []
+
+
+def _made(row: Row, reading: Reading) -> tuple[list[Any], list[str]]:
+    items = list(reading.makers[form_of(row.values) or ""](row))
+    used = [item for item in items if not isinstance(item, str)]
+    if not used:
+        return items, []
+    texts = [text for item in used for text in reading.texts(item)]
+    return items, row.leftover(texts, reading.roles)
+
+
+def _unread(where: str, row: dict[str, Any], form: str | None, reading: Reading) -> DataError:
     if form is None:
         fields = ", ".join(map(shown, islice(row, 8))) or "none"
-        return f"the row's fields ({fields}) make no form that is known"
-    reader = _READERS.get(form, "openpalm sft")
-    return f"this row is {form}, which `{reader}` reads"
+        wanted = "; ".join((*reading.makers, RECORD))
+        return DataError(
+            f"{where}: the row's fields ({fields}) make no form that is known; "
+            f"{reading.what}s are one of: {wanted}"
+        )
+    return DataError(f"{where}: {_refusal(form, form, reading)}")
+
+
+def _refusal(name: str, form: str | None, reading: Reading) -> str:
+    reader = _READERS.get(form or "", "openpalm sft")
+    wanted = "; ".join((*reading.makers, RECORD))
+    return f"this row is {name}, which `{reader}` reads; {reading.what}s are one of: {wanted}"
 
 
 # Fields that several forms share.
 
 
-def name_of(row: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Which of several spellings of a field the row has; the first where it has none."""
-    names = list(names)
-    return next((name for name in names if row.get(name) is not None), names[0])
-
-
-def prompt_of(row: Mapping[str, Any]) -> Messages:
+def prompt_of(row: Row) -> Messages:
     """The messages that are answered: a text is the user's, HH's ends with `Assistant:`.
 
-    A `system` or `system_prompt` beside it goes before it. Raises DataError naming the field.
+    An `input` or `context` beside a text follows it after a blank line, a `history` of earlier
+    turns and a `system` go before it. Raises Unusable or DataError naming the field.
     """
-    field = name_of(row, PROMPTS)
+    field = row.name(PROMPTS)
+    if not row.has(field):
+        field = row.name((*PROMPTS, *INPUTS))
     prompt = row.get(field)
     if not isinstance(prompt, str):
-        messages = messages_of(prompt, field)
+        messages = messages_of(prompt, field, row)
     elif HH_TURN.match(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):
         messages = hh_messages(prompt, field)[:-1]
     else:
-        messages = (Message("user", prompt),)
+        messages = (Message("user", _with_input(row, field, prompt)),)
+    messages = (*_history(row), *messages)
     check_prompt(messages)
     return with_system(row, messages)
 
 
-def with_system(row: Mapping[str, Any], messages: Messages) -> Messages:
+def _with_input(row: Row, field: str, prompt: str) -> str:
+    names = [name for name in INPUTS if name != field]
+    more = row.get(row.name(names)) if names else None
+    wanted = "a text or null"
+    expect(row.name(names), more, wanted, lambda v: v is None or isinstance(v, str))
+    return "\n\n".join(part for part in (prompt, more or "") if part.strip())
+
+
+def _history(row: Row) -> Messages:
+    """Earlier turns: pairs of what was asked and answered, or messages."""
+    field = row.name(HISTORY)
+    turns = row.get(field)
+    if turns is None:
+        return ()
+    expect(field, turns, "a list of earlier turns", lambda v: isinstance(v, list))
+    if all(isinstance(turn, dict) for turn in turns):
+        return messages_of(turns, field, row)
+    for i, turn in enumerate(turns):
+        expect(f"{field}[{i}]", turn, "a question and its answer, two texts", _is_exchange)
+    roles = ("user", "assistant")
+    return tuple(
+        Message(role, text) for turn in turns for role, text in zip(roles, turn, strict=True)
+    )
+
+
+def _is_exchange(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
+
+
+def with_system(row: Row, messages: Messages) -> Messages:
     """The messages behind the row's `system` or `system_prompt`, where it has one."""
-    field = name_of(row, ("system", "system_prompt"))
-    text = row.get(field)
+    field = row.name(SYSTEMS)
+    text = row.values.get(field)
     expect(field, text, "a text or null", lambda v: v is None or isinstance(v, str))
-    if not text or not text.strip() or any(m.role == "system" for m in messages):
-        return messages
-    return (Message("system", text), *messages)
+    if any(m.role == "system" for m in messages):
+        return messages  # the row's own is not read: an error, unless both are the same
+    row.get(field)
+    return (Message("system", text), *messages) if text and text.strip() else messages
 
 
-def alpaca_prompt(row: Mapping[str, Any]) -> Messages:
-    """The instruction, a blank line and the input, as the user's turn."""
-    parts = [row["instruction"], row.get("input") or ""]
-    for field, part in zip(("instruction", "input"), parts, strict=True):
-        expect(field, part, "a text", lambda v: isinstance(v, str))
-    messages = (Message("user", "\n\n".join(part for part in parts if part.strip())),)
-    check_prompt(messages)
-    return with_system(row, messages)
-
-
-def answer_of(row: Mapping[str, Any], field: str, prompt: Messages) -> Messages:
-    """The answer in `field`: a text, or messages, which may repeat the prompt."""
+def answer_of(row: Row, field: str, prompt: Messages) -> Messages:
+    """The answer in `field`: a text, or messages or an HH text, which may repeat the prompt."""
     value = row.get(field)
-    if isinstance(value, str):
+    if isinstance(value, str) and not HH_TURN.match(value):
         return says(value)
-    messages = messages_of(value, field)
+    messages = hh_messages(value, field) if isinstance(value, str) else None
+    messages = messages_of(value, field, row) if messages is None else messages
     repeats = stripped(messages[: len(prompt)]) == stripped(prompt)
     return messages[len(prompt) :] if repeats else messages
 
 
 def check_answer(answer: Messages, field: str) -> None:
-    """Raises DataError, naming the field, for what is no answer."""
+    """Raises Unusable, naming the field, for what is no answer."""
     if not answer or any(m.role == "assistant" and not m.content.strip() for m in answer):
-        raise DataError(f'field "{field}" has an empty answer; mend this line or leave it out')
-    if not answer[0].role == answer[-1].role == "assistant":
-        raise DataError(
-            f'field "{field}" must begin and end with an assistant turn after the prompt; '
-            "write it as an answer to the prompt"
-        )
+        raise Unusable("empty answer", f'field "{field}" has an empty answer')
+    if answer[0].role != "assistant":
+        raise Unusable(f"{field} does not begin as an answer to the prompt")
+    if answer[-1].role != "assistant":
+        raise Unusable(f"{field} does not end with an assistant turn")
 
 
-def solution_of(row: Mapping[str, Any]) -> Messages:
+def solution_of(row: Row) -> Messages:
     """A verifiable answer: a text, or a number."""
-    field = name_of(row, ANSWERS)
+    field = row.name(SOLUTIONS)
     value = row.get(field)
     expect(field, value, "a text or a number", lambda v: isinstance(v, str) or is_number(v))
     return says(str(value))
 
 
-def hh_messages(text: str, field: str) -> Messages:
-    """The turns of `Human: ...` and `Assistant: ...`, each after a blank line."""
-    before, *turns = HH_TURN.split(text)
-    if before or not turns:
-        raise DataError(f'field "{field}" does not begin with "Human:"; write it like the others')
-    return tuple(
-        Message("user" if who == "Human" else "assistant", said.strip())
-        for who, said in zip(turns[::2], turns[1::2], strict=True)
-    )
+def conversation_of(row: Row) -> Messages:
+    """The messages of a row of `messages`, or of ShareGPT's `conversations`."""
+    field = "messages" if row.has("messages") else "conversations"
+    return with_system(row, messages_of(row.get(field), field, row))
 
 
-def sharegpt_messages(row: Mapping[str, Any]) -> Messages:
-    """The messages of `{"conversations": [{"from": ..., "value": ...}, ...]}`."""
-    turns, field = row.get("conversations"), "conversations"
-    expect(field, turns, "a list of turns, each with from and value", lambda v: isinstance(v, list))
-    assert isinstance(turns, list)
-    return with_system(row, tuple(_turn(turn, f"{field}[{i}]") for i, turn in enumerate(turns)))
+def responses_of(row: Row) -> list[str]:
+    """Two or more answers to one prompt."""
+    field = row.name(RESPONSES)
+    texts = row.get(field)
+    wanted = "a list of two or more texts (or let --model write them)"
+    expect(field, texts, wanted, lambda v: isinstance(v, list) and len(v) > 1)
+    assert isinstance(texts, list)
+    for i, text in enumerate(texts):
+        expect(f"{field}[{i}]", text, "a text", lambda v: isinstance(v, str))
+    return texts
 
 
-_SPEAKERS: dict[Any, Any] = {
-    "system": "system",
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "bing", "bard"), "assistant"),
-}
-
-
-def _turn(turn: object, field: str) -> Message:
-    expect(field, turn, 'an object with "from" and "value"', lambda v: isinstance(v, dict))
-    assert isinstance(turn, dict)
-    who, said = (
-        turn.get(name_of(turn, names)) for names in (("from", "role"), ("value", "content"))
-    )
-    wanted = f"one of {', '.join(_SPEAKERS)}"
-    expect(f"{field}.from", who, wanted, lambda v: isinstance(v, str) and v in _SPEAKERS)
-    expect(f"{field}.value", said, "a text", lambda v: isinstance(v, str))
-    return Message(_SPEAKERS[who], str(said))
-
-
-def stripped(messages: Messages) -> list[tuple[str, str]]:
-    """For comparing: white space around a text says nothing."""
-    return [(m.role, m.content.strip()) for m in messages]
+def texts_of(messages: Iterable[Message]) -> Iterator[str]:
+    """The texts of messages, and those of a prompt that an input was joined to, apart."""
+    for text in said(messages):
+        yield text
+        yield from text.split("\n\n")

@@ -21,6 +21,7 @@ from openpalm.data.demonstration_files import read_demonstrations, usable
 from openpalm.data.order import mixed
 from openpalm.data.preferences import Messages, Usable, at, check_prompt, expect, is_number, says
 from openpalm.data.sources import is_rows
+from openpalm.data.usable import Unusable, collected
 from openpalm.errors import DataError
 from openpalm.settings import read_yaml
 
@@ -105,15 +106,13 @@ def conversations(task: Task, seed: int) -> Usable[Messages]:
         return read_demonstrations(task.data)
     if not is_rows(task.data):
         raise DataError(f"{task.data}: templates fill rows of .jsonl or .jsonl.gz; convert it")
-    made = [
-        at(where, _filled, task.templates[mixed(mixed(seed) + number) % len(task.templates)], row)
-        for number, (where, row) in enumerate(read_rows(task.data))
-    ]
+    made = []
+    for number, (where, row) in enumerate(read_rows(task.data)):
+        template = task.templates[mixed(mixed(seed) + number) % len(task.templates)]
+        made.append((where, at(where, _filled, template, row)))
     if not made:
         raise DataError(f"{task.data}: is empty; give a file with at least one row")
-    reasons = [item for item in made if isinstance(item, str)]
-    unused = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
-    return Usable([item for item in made if not isinstance(item, str)], unused)
+    return collected(made)
 
 
 def parse_template(text: str) -> Fill:
@@ -147,9 +146,12 @@ def _field_text(row: dict[str, Any], field: str) -> str:
 
 
 def _filled(template: Template, row: dict[str, Any]) -> Messages | str:
-    prompt = (Message("user", template.prompt(row)),)
-    check_prompt(prompt)
-    return usable(prompt + says(template.answer(row)))
+    prompt, answer = (Message("user", template.prompt(row)),), says(template.answer(row))
+    try:
+        check_prompt(prompt)
+    except Unusable as error:
+        return error.reason
+    return usable(prompt + answer)
 
 
 def _mixture(content: dict[str, Any], folder: Path) -> Mixture:

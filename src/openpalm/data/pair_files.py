@@ -1,26 +1,28 @@
 """Pairs of answers from files, in the forms that people keep them in (data/forms.py)."""
 
 from collections.abc import Iterator
-from itertools import takewhile
+from itertools import combinations, takewhile
 from pathlib import Path
 from typing import Any
 
 from openpalm.data.conversation import Message
+from openpalm.data.fields import MARGINS, SCORES, SIDES, Row, is_blank
 from openpalm.data.forms import (
     EXPLICIT,
     HH,
     RANKING,
-    RESPONSES,
+    SCORED,
     TEXTS,
     WHOLE,
+    Reading,
     answer_of,
     check_answer,
     form_of,
-    hh_messages,
-    name_of,
     prompt_of,
     read_forms,
-    stripped,
+    responses_of,
+    texts_of,
+    with_system,
 )
 from openpalm.data.preferences import (
     Messages,
@@ -28,14 +30,16 @@ from openpalm.data.preferences import (
     Tie,
     Usable,
     check_prompt,
+    contest,
     expect,
     is_number,
-    messages_of,
     pairs,
     ranked,
     says,
     ties,
 )
+from openpalm.data.turns import hh_messages, messages_of, stripped
+from openpalm.data.usable import Unusable
 from openpalm.errors import DataError
 
 
@@ -45,53 +49,90 @@ def read_pairs(path: str | Path) -> Usable[Pair]:
     Forms: Preference records; prompt, chosen, rejected (texts or messages; the answers may
     repeat the prompt); chosen and rejected alone, whose common beginning is the prompt: message
     lists, Anthropic HH texts, or plain texts, parted at a white space; prompt, responses and
-    `rank` (of each response, lower is better, equal is a tie) or `ranking` (numbers of the
-    responses from 0, best first; those in a list of their own are tied). A pair may have a
-    `margin`. Raises DataError with line, field and remedy.
+    `rank` (of each response, lower is better, equal is a tie), `ranking` (numbers of the
+    responses from 0, best first; those in a list of their own are tied) or `scores`; the public
+    shapes of data/published.py. A pair may have a `margin`, or scores of both answers. Raises
+    DataError with line, field and remedy.
     """
-    makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), row_pair) | {RANKING: _ranking}
-    return read_forms(path, "pair", makers, pairs)
+    makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), row_pair) | {
+        RANKING: _ranking,
+        SCORED: _scored,
+    }
+    return read_forms(path, Reading("pair", makers, _texts), pairs)
 
 
 def read_ties(path: str | Path) -> list[Tie]:
     """The ties of a file that `read_pairs` reads; only Preference records can have any."""
 
-    def none(row: dict[str, Any]) -> Iterator[Tie]:
+    def none(row: Row) -> Iterator[str]:
         return iter(())
 
-    forms = (EXPLICIT, HH, TEXTS, WHOLE, RANKING)
-    return read_forms(path, "pair", dict.fromkeys(forms, none), ties).items
+    forms = (EXPLICIT, HH, TEXTS, WHOLE, RANKING, SCORED)
+    return read_forms(path, Reading("pair", dict.fromkeys(forms, none), _texts), ties).items
 
 
-def row_pair(row: dict[str, Any]) -> Iterator[Pair]:
-    sides = ("chosen", "rejected")
-    for name in sides:
-        if row.get(name) is None:
+def _texts(pair: Pair) -> Iterator[str]:
+    return texts_of((*pair.prompt, *pair.chosen, *pair.rejected))
+
+
+def row_pair(row: Row) -> Iterator[Pair]:
+    for name in SIDES:
+        if not row.has(name):
             raise DataError(
                 f'field "{name}" is missing; write "prompt", "chosen" and "rejected", '
                 "or both answers with the conversation before them"
             )
-    form = form_of(row)
-    if form == EXPLICIT:
-        prompt = prompt_of(row)
-        chosen, rejected = (answer_of(row, name, prompt) for name in sides)
-    elif form == TEXTS:
-        prompt, chosen, rejected = _part_texts(row["chosen"], row["rejected"])
-    else:
-        parse = hh_messages if form == HH else messages_of
-        prompt, chosen, rejected = _part(*(parse(row[side], side) for side in sides))
+    prompt, chosen, rejected = _sides(row, form_of(row.values))
     if stripped(chosen) == stripped(rejected):
-        raise DataError('field "chosen" equals "rejected"; mend this line or leave it out')
+        raise Unusable("equal answers", 'field "chosen" equals "rejected"; correct this row')
     if not prompt:
-        raise DataError(
-            'field "prompt" is missing, and the answers have no common beginning; add it'
-        )
+        raise Unusable("no prompt, and the answers have no common beginning")
     check_prompt(prompt)
     check_answer(chosen, "chosen")
     check_answer(rejected, "rejected")
-    margin = row.get("margin")
-    expect("margin", margin, "a number or null", lambda v: v is None or is_number(v))
-    yield Pair(prompt, chosen, rejected, None if margin is None else float(margin))
+    yield Pair(with_system(row, prompt), chosen, rejected, _margin(row))
+
+
+def _sides(row: Row, form: str | None) -> tuple[Messages, Messages, Messages]:
+    """The prompt and the two answers."""
+    chosen, rejected = (row.get(side) for side in SIDES)
+    if form == TEXTS:
+        for side in SIDES:
+            if not row.get(side).strip():
+                raise Unusable("empty answer")
+        return _part_texts(chosen, rejected)
+    if form != EXPLICIT:
+        parse = _hh if form == HH else messages_of
+        return _part(*(parse(row.get(side), side, row) for side in SIDES))
+    before = {*row.used}
+    prompt = prompt_of(row)
+    answers = [answer_of(row, side, prompt) for side in SIDES]
+    if all(answer and answer[0].role != "assistant" for answer in answers):
+        # Whole conversations that do not begin with the prompt as it stands here: what they share
+        # is the prompt, and the field's own text must be in it.
+        row.used = before
+        return _part(*answers)
+    return prompt, answers[0], answers[1]
+
+
+def _hh(text: str, field: str, row: Row) -> Messages:
+    return hh_messages(text, field)
+
+
+def _margin(row: Row) -> float | None:
+    """The row's own, or the difference of both answers' scores."""
+    field = row.name(MARGINS)
+    margin = row.get(field)
+    expect(field, margin, "a number or null", lambda v: v is None or is_number(v))
+    if margin is not None:
+        return float(margin)
+    for names in SCORES:
+        if not any(is_blank(row.values.get(name)) for name in names):
+            scores = [row.get(name) for name in names]
+            for name, score in zip(names, scores, strict=True):
+                expect(name, score, "a number or null", is_number)
+            return float(scores[0] - scores[1])
+    return None
 
 
 def _part(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
@@ -111,19 +152,34 @@ def _part_texts(chosen: str, rejected: str) -> tuple[Messages, Messages, Message
     return prompt, says(chosen[n:].strip()), says(rejected[n:].strip())
 
 
-def _ranking(row: dict[str, Any]) -> Iterator[Pair | str]:
-    field = name_of(row, RESPONSES)
-    texts = row[field]
-    wanted = "a list of two or more texts"
-    expect(field, texts, wanted, lambda v: isinstance(v, list) and len(v) > 1)
-    for i, text in enumerate(texts):
-        expect(f"{field}[{i}]", text, "a text", lambda v: isinstance(v, str))
-    order = _order_of_ranks if row.get("ranking") is None else _order
+def _ranking(row: Row) -> Iterator[Pair | str]:
+    texts = responses_of(row)
+    order = _order if row.has("ranking") else _order_of_ranks
     return ranked(prompt_of(row), texts, order(row, len(texts)))
 
 
-def _order_of_ranks(row: dict[str, Any], n: int) -> list[list[int]]:
-    ranks = row["rank"]
+def _scored(row: Row) -> Iterator[Pair | str]:
+    """Pairs of different scores, whose difference is the margin."""
+    prompt, texts, scores = prompt_of(row), responses_of(row), scores_of(row)
+    for i, j in combinations(sorted(range(len(texts)), key=lambda i: -scores[i]), 2):
+        gap = scores[i] - scores[j]
+        yield contest(prompt, texts[i], texts[j], gap) if gap else "tie"
+
+
+def scores_of(row: Row) -> list[float]:
+    """A number for each of the responses."""
+    scores, n = row.get("scores"), len(responses_of(row))
+    expect(
+        "scores",
+        scores,
+        f"{n} numbers, the score of each response",
+        lambda v: isinstance(v, list) and len(v) == n and all(map(is_number, v)),
+    )
+    return list(map(float, scores))
+
+
+def _order_of_ranks(row: Row, n: int) -> list[list[int]]:
+    ranks = row.get("rank")
     expect(
         "rank",
         ranks,
@@ -133,8 +189,8 @@ def _order_of_ranks(row: dict[str, Any], n: int) -> list[list[int]]:
     return [[i for i in range(n) if ranks[i] == rank] for rank in sorted(set(ranks))]
 
 
-def _order(row: dict[str, Any], n: int) -> list[list[int]]:
-    given = row["ranking"]
+def _order(row: Row, n: int) -> list[list[int]]:
+    given: Any = row.get("ranking")
     groups = given if isinstance(given, list) else []
     order = [group if isinstance(group, list) else [group] for group in groups]
     numbers = [i for group in order for i in group]

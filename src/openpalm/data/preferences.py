@@ -5,21 +5,23 @@ use is counted with its reason. Knows neither files, tokens nor losses.
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from fractions import Fraction
 from itertools import chain, combinations, product
 from math import comb
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
-from openpalm.data.conversation import Message, parse_messages
+from openpalm.data.conversation import Message
 from openpalm.data.corpus import shown
+from openpalm.data.turns import Messages, messages_of
+from openpalm.data.usable import Unusable, Usable, collected
 from openpalm.errors import DataError
 
 Kind = Literal["compare", "rank", "rate", "thumb", "edit", "write", "flag"]
-Messages = tuple[Message, ...]
 T = TypeVar("T")
 
 
@@ -68,8 +70,10 @@ class Preference:
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values; `from_json` of it equals the record."""
-        row = asdict(self)
-        return row | {"prompt": list(row["prompt"]), "candidates": list(row["candidates"])}
+        row = {field.name: getattr(self, field.name) for field in fields(self)}
+        candidates = [asdict(candidate) for candidate in self.candidates]
+        prompt = [message.to_json() for message in self.prompt]
+        return deepcopy(row | {"prompt": prompt, "candidates": candidates})
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> "Preference":
@@ -87,16 +91,6 @@ PAYLOADS: dict[Kind, str] = {
     "write": '{"text": a demonstration}',
     "flag": '{"candidate": i or null, "reason": a text}',
 }
-
-
-class Usable(NamedTuple, Generic[T]):
-    """What an algorithm can use, and how much it cannot use, by reason.
-
-    A record that is of no use counts once, and so does each pair or answer in it that is not.
-    """
-
-    items: list[T]
-    unused: dict[str, int]
 
 
 class Pair(NamedTuple):
@@ -137,26 +131,43 @@ class Verdict(NamedTuple):
 
 
 def _export(
-    use: Callable[[list[Preference]], Iterator[T | str]],
+    use: Callable[[Iterable[Preference]], Iterator[T | str]],
 ) -> Callable[[Iterable[Preference]], Usable[T]]:
-    """Hands `use` the records in force; the texts among what it yields are reasons, counted."""
+    """Hands `use` the records in force; the texts among what it yields are reasons, counted.
+
+    The places of what comes out are the ids of the records.
+    """
 
     def export(preferences: Iterable[Preference]) -> Usable[T]:
         preferences = list(preferences)
         gone = {p.supersedes for p in preferences}
         current = {p.id: p for p in reversed(preferences) if p.id not in gone}
-        unused = Counter("superseded" for p in preferences if p.id in gone)
-        unused["repeated id"] = len(preferences) - unused.total() - len(current)
-        made = list(use(list(reversed(current.values()))))
-        unused.update(item for item in made if isinstance(item, str))
-        return Usable([item for item in made if not isinstance(item, str)], dict(+unused))
+        current = {p.id: p for p in reversed(preferences) if p.id not in gone}
+        found: list[tuple[str, T | str]] = [
+            (p.id, "superseded") for p in preferences if p.id in gone
+        ]
+        in_force = (p for p in preferences if p.id not in gone)
+        found += [(p.id, "repeated id") for p in in_force if current[p.id] is not p]
+        asked = ""
+
+        def asked_for() -> Iterator[Preference]:
+            """The records one by one, so that what is yielded meanwhile has a place."""
+            nonlocal asked
+            for record in reversed(current.values()):
+                asked = record.id
+                yield record
+            asked = ""
+
+        for item in use(asked_for()):
+            found.append((asked, item))
+        return collected(found)
 
     export.__doc__ = use.__doc__
     return export
 
 
 @_export
-def pairs(preferences: list[Preference]) -> Iterator[Pair | str]:
+def pairs(preferences: Iterable[Preference]) -> Iterator[Pair | str]:
     """Pairs for DPO and reward models from compare, rank (between groups), edit and rate.
 
     Two ratings make a pair where one author rated answers to one prompt on the same axes under
@@ -167,13 +178,13 @@ def pairs(preferences: list[Preference]) -> Iterator[Pair | str]:
         texts = [candidate.text for candidate in p.candidates]
         match p.kind, p.payload:
             case "compare", {"better": i, "worse": j, "strength": strength}:
-                yield _contest(p.prompt, texts[i], texts[j], strength)
+                yield contest(p.prompt, texts[i], texts[j], strength)
             case "compare", payload:
                 yield "tie" if "tie" in payload else "both bad"
             case "rank", {"order": order}:
                 yield from ranked(p.prompt, texts, order)
             case "edit", {"candidate": i, "text": text}:
-                yield _contest(p.prompt, text, texts[i])
+                yield contest(p.prompt, text, texts[i])
             case "rate", {"candidate": i, "ratings": axes}:
                 key = (p.prompt, p.author, p.author_kind, p.guideline_version, frozenset(axes))
                 rated[key].append((_mean(axes), texts[i]))
@@ -184,18 +195,18 @@ def pairs(preferences: list[Preference]) -> Iterator[Pair | str]:
             yield "no other rating to compare with"
         for (low, worse), (high, better) in map(sorted, combinations(group, 2)):
             gap = high - low
-            yield _contest(prompt, better, worse, gap) if gap >= 1 else "rating gap below 1"
+            yield contest(prompt, better, worse, gap) if gap >= 1 else "rating gap below 1"
 
 
 def ranked(prompt: Messages, texts: list[str], order: list[list[int]]) -> Iterator[Pair | str]:
     """Pairs of answers to one prompt, between the groups of their order from best to worst."""
     for i, j in chain(*(product(*groups) for groups in combinations(order, 2))):
-        yield _contest(prompt, texts[i], texts[j])
+        yield contest(prompt, texts[i], texts[j])
     yield from ["tie"] * sum(comb(len(group), 2) for group in order)
 
 
 @_export
-def ties(preferences: list[Preference]) -> Iterator[Tie | str]:
+def ties(preferences: Iterable[Preference]) -> Iterator[Tie | str]:
     """What `pairs` leaves out as a tie, for agreement figures: from compare and rank."""
     for p in preferences:
         match p.kind, p.payload:
@@ -211,7 +222,7 @@ def ties(preferences: list[Preference]) -> Iterator[Tie | str]:
 
 
 @_export
-def ratings(preferences: list[Preference]) -> Iterator[Rating | str]:
+def ratings(preferences: Iterable[Preference]) -> Iterator[Rating | str]:
     """The scalars of rate, one for each axis."""
     for p in preferences:
         if p.kind == "rate":
@@ -222,7 +233,7 @@ def ratings(preferences: list[Preference]) -> Iterator[Rating | str]:
 
 
 @_export
-def binary(preferences: list[Preference]) -> Iterator[Verdict | str]:
+def binary(preferences: Iterable[Preference]) -> Iterator[Verdict | str]:
     """Verdicts from thumb, both_bad, and rate: a mean over the axes above 3 is good, below bad."""
     for p in preferences:
         match p.kind, p.payload:
@@ -240,7 +251,7 @@ def binary(preferences: list[Preference]) -> Iterator[Verdict | str]:
 
 
 @_export
-def demonstrations(preferences: list[Preference]) -> Iterator[Messages | str]:
+def demonstrations(preferences: Iterable[Preference]) -> Iterator[Messages | str]:
     """Whole conversations for SFT from edit and write."""
     for p in preferences:
         shows = p.kind in ("edit", "write")
@@ -341,11 +352,16 @@ def _is_payload(kind: Kind, payload: dict[str, Any], n: int) -> bool:
 
 
 def check_prompt(prompt: Messages) -> None:
-    """Raises DataError for a prompt that nobody can answer."""
+    """Raises Unusable for a prompt that nobody can answer."""
     if not any(m.role == "user" and m.content.strip() for m in prompt):
-        raise DataError('field "prompt" has no user turn with text; say what is answered')
+        raise Unusable(
+            "empty prompt", 'field "prompt" has no user turn with text; say what is answered'
+        )
     if prompt[-1].role == "assistant":
-        raise DataError('field "prompt" ends with an assistant turn; end it with what is answered')
+        raise Unusable(
+            "the prompt ends with an assistant turn",
+            'field "prompt" ends with an assistant turn; end it with what is answered',
+        )
 
 
 def _record(obj: object) -> Preference:
@@ -379,7 +395,7 @@ def at(where: str, make: Callable[..., T], *given: Any) -> T:
 # What a record gives.
 
 
-def _contest(prompt: Messages, better: str, worse: str, margin: Any = None) -> Pair | str:
+def contest(prompt: Messages, better: str, worse: str, margin: Any = None) -> Pair | str:
     if not (better.strip() and worse.strip()):
         return "empty answer"
     if better.strip() == worse.strip():
@@ -395,10 +411,3 @@ def _mean(axes: dict[str, int]) -> Fraction:
 def says(text: str) -> Messages:
     """An answer of one turn."""
     return (Message("assistant", text),)
-
-
-def messages_of(value: object, field: str) -> Messages:
-    """The messages of a JSON list. Raises DataError naming the field."""
-    wanted = "a list of messages (or a text, beside a prompt or as one)"
-    expect(field, value, wanted, lambda v: isinstance(v, list))
-    return parse_messages({"messages": value}, f'field "{field}"') if value else ()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from openpalm.data.fields import Row
 from openpalm.data.forms import (
     ALPACA,
     COMPLETION,
@@ -13,15 +14,17 @@ from openpalm.data.forms import (
     PROMPT,
     RANKING,
     RATING,
+    SCORED,
     SHAREGPT,
     VERDICT,
-    alpaca_prompt,
+    Reading,
+    conversation_of,
     prompt_of,
     read_forms,
-    sharegpt_messages,
-    with_system,
+    texts_of,
 )
-from openpalm.data.preferences import Messages, Preference, Usable, check_prompt, messages_of
+from openpalm.data.preferences import Messages, Preference, Usable, check_prompt
+from openpalm.data.usable import collected
 
 
 class PromptRow(NamedTuple):
@@ -35,31 +38,28 @@ def read_prompts(path: str | Path) -> Usable[PromptRow]:
     """Prompts of a .jsonl or .jsonl.gz file.
 
     Forms: a prompt (or question, problem; a text or messages) with any other fields beside it;
-    instruction and input (Alpaca); messages and ShareGPT's conversations, cut before the last
-    turn of the assistant; Preference records, each prompt once. Raises DataError with line,
-    field and remedy.
+    the rows of other verbs, of which the prompt is taken; messages and ShareGPT's conversations,
+    cut before the last turn of the assistant; Preference records, each prompt once. Raises
+    DataError with line, field and remedy.
     """
-    prompted = (PROMPT, PROBLEM, COMPLETION, EXPLICIT, RANKING, RATING, VERDICT)
-    makers = dict.fromkeys(prompted, _maker(prompt_of)) | {
-        ALPACA: _maker(alpaca_prompt),
-        MESSAGES: _maker(
-            lambda row: _unanswered(with_system(row, messages_of(row[MESSAGES], MESSAGES)))
-        ),
-        SHAREGPT: _maker(lambda row: _unanswered(sharegpt_messages(row))),
-    }
-    return read_forms(path, "prompt", makers, _of_records)
+    forms = (PROMPT, PROBLEM, ALPACA, COMPLETION, EXPLICIT, RANKING, SCORED, RATING, VERDICT)
+    unanswered = _maker(lambda row: _unanswered(conversation_of(row)))
+    makers = dict.fromkeys(forms, _maker(prompt_of)) | {MESSAGES: unanswered, SHAREGPT: unanswered}
+    return read_forms(path, Reading("prompt", makers, _texts, keeps_row=True), _of_records)
 
 
-def _maker(
-    prompt: Callable[[dict[str, Any]], Messages],
-) -> Callable[[dict[str, Any]], Iterator[PromptRow | str]]:
-    def make(row: dict[str, Any]) -> Iterator[PromptRow | str]:
+def _texts(found: PromptRow) -> Iterator[str]:
+    return texts_of(found.prompt)
+
+
+def _maker(prompt: Callable[[Row], Messages]) -> Callable[[Row], Iterator[PromptRow | str]]:
+    def make(row: Row) -> Iterator[PromptRow | str]:
         messages = prompt(row)
         if not any(m.role == "user" and m.content.strip() for m in messages):
             yield "nothing is asked before the last answer"
             return
         check_prompt(messages)
-        yield PromptRow(messages, row)
+        yield PromptRow(messages, row.given)
 
     return make
 
@@ -71,7 +71,12 @@ def _unanswered(messages: Messages) -> Messages:
 
 
 def _of_records(records: list[Preference]) -> Usable[PromptRow]:
-    once = {record.prompt: record for record in reversed(records)}
-    rows = [PromptRow(prompt, once[prompt].to_json()) for prompt in reversed(once)]
-    repeated = len(records) - len(rows)
-    return Usable(rows, {"repeated prompt": repeated} if repeated else {})
+    seen: set[Messages] = set()
+
+    def made(record: Preference) -> PromptRow | str:
+        if record.prompt in seen:
+            return "repeated prompt"
+        seen.add(record.prompt)
+        return PromptRow(record.prompt, record.to_json())
+
+    return collected((record.id, made(record)) for record in records)

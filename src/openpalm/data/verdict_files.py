@@ -2,20 +2,20 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from openpalm.data.fields import COMPLETIONS, Row
 from openpalm.data.forms import (
-    COMPLETIONS,
     EXPLICIT,
     HH,
     TEXTS,
     VERDICT,
     WHOLE,
+    Reading,
     answer_of,
     check_answer,
-    name_of,
     prompt_of,
     read_forms,
+    texts_of,
 )
 from openpalm.data.pair_files import row_pair
 from openpalm.data.preferences import Pair, Preference, Usable, Verdict, binary, pairs
@@ -30,17 +30,24 @@ def read_verdicts(path: str | Path) -> Usable[Verdict]:
     with line, field and remedy.
     """
     makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), _both)
-    return read_forms(path, "verdict", {VERDICT: _verdict} | makers, _of_records)
+    reading = Reading("verdict", {VERDICT: _verdict} | makers, _texts)
+    return read_forms(path, reading, _of_records)
+
+
+def _texts(verdict: Verdict) -> Iterator[str]:
+    return texts_of((*verdict.prompt, *verdict.answer))
 
 
 def _of_records(records: list[Preference]) -> Usable[Verdict]:
     if (found := binary(records)).items:
         return found
     contests = pairs(records)
-    return Usable([v for pair in contests.items for v in _verdicts(pair)], contests.unused)
+    both = [v for pair in contests.items for v in _verdicts(pair)]
+    places = [place for place in contests.places for _ in range(2)]
+    return Usable(both, contests.unused, places, contests.left_out)
 
 
-def _both(row: dict[str, Any]) -> Iterator[Verdict]:
+def _both(row: Row) -> Iterator[Verdict]:
     for pair in row_pair(row):
         yield from _verdicts(pair)
 
@@ -50,8 +57,8 @@ def _verdicts(pair: Pair) -> Iterator[Verdict]:
     yield Verdict(pair.prompt, pair.rejected, good=False)
 
 
-def _verdict(row: dict[str, Any]) -> Iterator[Verdict]:
-    prompt, field = prompt_of(row), name_of(row, COMPLETIONS)
+def _verdict(row: Row) -> Iterator[Verdict]:
+    prompt, field = prompt_of(row), row.name(COMPLETIONS)
     answer = answer_of(row, field, prompt)
     check_answer(answer, field)
-    yield Verdict(prompt, answer, row["label"])
+    yield Verdict(prompt, answer, row.get("label"))
