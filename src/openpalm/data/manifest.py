@@ -7,13 +7,18 @@ nothing: every type, name and size is checked before a file is opened.
 import dataclasses
 import hashlib
 import json
+import os
 import types
 import typing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openpalm.data.workers import available_cores
 from openpalm.errors import DataError
+from openpalm.hashing import sha256_of
 
 NAME = "manifest.json"
 PART_NAME = "part.json"
@@ -95,6 +100,10 @@ class Manifest:
     def digest(self) -> str:
         """Stands for the dataset: it covers the hash of every file."""
         return hashlib.sha256(self.to_json()).hexdigest()
+
+    def files(self, folder: Path) -> list[tuple[Path, FileEntry]]:
+        """Every file of the dataset in `folder`, as `check_hashes` reads them."""
+        return [(folder, file) for entry in self.splits.values() for file in entry.files]
 
     def to_json(self) -> bytes:
         content = dataclasses.asdict(self)
@@ -201,6 +210,46 @@ def check_size(path: Path, size: int) -> None:
         raise DataError(f"{path}: is missing; {REMEDY}") from None
     if found != size:
         raise DataError(f"{path}: {found} bytes, the manifest says {size}; {REMEDY}")
+
+
+def check_hashes(
+    files: Sequence[tuple[Path, FileEntry]], progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Compares the SHA-256 of each file (folder, entry) with its entry, on all cores.
+
+    A file that did not change since this process last hashed it is not read again. `progress` is
+    told (bytes done, bytes in total). Raises DataError for the first that was altered.
+    """
+    total, done = sum(entry.size for _, entry in files), 0
+    pool = ThreadPoolExecutor(available_cores())
+    try:
+        for (folder, entry), found in zip(files, pool.map(_hash_of, files), strict=True):
+            if found != entry.sha256:
+                raise DataError(
+                    f"{folder / entry.name}: was altered, its SHA-256 is not the manifest's; "
+                    f"restore it, or {REMEDY}"
+                )
+            done += entry.size
+            if progress:
+                progress(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def own_share(files: Sequence[FileEntry]) -> Sequence[FileEntry]:
+    """The part of `files` that this process checks: those of one machine divide the work."""
+    rank, count = (os.environ.get(name, "") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        return files
+    return files[int(rank) :: int(count)]
+
+
+def _hash_of(file: tuple[Path, FileEntry]) -> str:
+    path = file[0] / file[1].name
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def typed(kind: Any, value: object, where: str) -> Any:
