@@ -15,7 +15,10 @@ SAMPLE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class SplitReport:
-    """`length_percentiles`: tokens a document, at PERCENTILES; `samples`: beginnings."""
+    """`length_percentiles`: tokens a document, at PERCENTILES; `samples`: beginnings.
+
+    `lost`: bytes of text that the vocabulary could not spell, beside `bytes`.
+    """
 
     documents: int
     tokens: int
@@ -23,6 +26,7 @@ class SplitReport:
     bytes_per_token: float
     length_percentiles: dict[str, int]
     samples: list[str]
+    lost: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,4 +80,5 @@ def _report(dataset: Dataset, split: str, tokenizer: Tokenizer, samples: int) ->
         bytes_per_token=round(entry.bytes / entry.tokens, 3),
         length_percentiles={f"p{p}": int(v) for p, v in zip(PERCENTILES, levels, strict=True)},
         samples=texts,
+        lost=entry.lost,
     )

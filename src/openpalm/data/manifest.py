@@ -29,6 +29,7 @@ SPLITS = ("train", "val")
 ITEM_BYTES = {"uint16": 2, "uint32": 4}
 OFFSET_BYTES = 8
 MAX_MANIFEST_BYTES = 64 << 20
+NOT_IN_FILE = ("unchanged", "left_out")
 REMEDY = "remove the folder and run `openpalm data prepare` again"
 
 
@@ -43,6 +44,7 @@ class FileEntry:
 class SplitEntry:
     """`bytes` counts the UTF-8 bytes of the text that `tokens` stand for, end markers apart.
 
+    `lost` counts the bytes of text that the vocabulary could not spell; they are not in `bytes`.
     A text that the seam between the splits cuts in two is a document of both.
     """
 
@@ -50,6 +52,7 @@ class SplitEntry:
     tokens: int
     bytes: int
     files: tuple[FileEntry, ...]
+    lost: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,8 @@ class Manifest:
     splits: dict[str, SplitEntry]
     unchanged: bool = field(default=False, compare=False)
     """Not in the file: whether `prepare` found this dataset already there."""
+    left_out: dict[str, int] = field(default_factory=dict, compare=False)
+    """Not in the file: how many files of the folders given were not read, by reason."""
 
     @property
     def digest(self) -> str:
@@ -107,7 +112,12 @@ class Manifest:
 
     def to_json(self) -> bytes:
         content = dataclasses.asdict(self)
-        del content["unchanged"]
+        for name in NOT_IN_FILE:
+            del content[name]
+        for split in content["splits"].values():
+            # Written only where there is something to say: the digest of older files stays.
+            if not split["lost"]:
+                del split["lost"]
         return (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode()
 
     def to_part(self, shard: str) -> bytes:
@@ -175,7 +185,8 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
             f"{path}: format version {str(content.get('version'))[:20]}, this OpenPaLM reads "
             f"{VERSION}; prepare the data again"
         )
-    content.pop("unchanged", None)
+    for name in NOT_IN_FILE:
+        content.pop(name, None)
     manifest: Manifest = typed(Manifest, content, str(path))
     if manifest.dtype not in ITEM_BYTES:
         raise DataError(f"{path}: dtype must be {' or '.join(ITEM_BYTES)}; {REMEDY}")
@@ -273,7 +284,10 @@ def typed(kind: Any, value: object, where: str) -> Any:
 
 def _typed_dataclass(kind: type, value: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(kind)
-    hints.pop("unchanged", None)
+    for name in NOT_IN_FILE:
+        hints.pop(name, None)
+    if set(value) == set(hints) - {"lost"}:
+        hints.pop("lost", None)
     if set(value) != set(hints):
         odd = sorted(str(name)[:40] for name in set(value) ^ set(hints))[:3]
         raise DataError(f"{where}: fields missing or unknown ({', '.join(odd)}); {REMEDY}")

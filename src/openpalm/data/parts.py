@@ -11,7 +11,7 @@ import numpy as np
 from openpalm.data import manifest as manifest_file
 from openpalm.data.journal import claimed
 from openpalm.data.manifest import Manifest, SplitEntry, check_hashes
-from openpalm.data.preparation import TOKENIZER, job_of, refuse_tiny
+from openpalm.data.preparation import TOKENIZER, job_of, refuse_unusable
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.data.writing import SplitWriter
 from openpalm.errors import DataError
@@ -51,7 +51,7 @@ def build(
                 for split in manifest_file.SPLITS
             }
         manifest = replace(planned, splits=splits)
-        refuse_tiny(manifest)
+        refuse_unusable(manifest)
         unfinished.commit(manifest_file.NAME, manifest.to_json())
     return manifest
 
@@ -83,8 +83,9 @@ def _in_order(folders: Sequence[Path]) -> list[Part]:
 def _joined(writer: SplitWriter, parts: Sequence[tuple[Path, SplitEntry]]) -> SplitEntry:
     for folder, entry in parts:
         for tokens, starts in _chunks(folder, entry, writer.dtype):
-            writer.extend(tokens, starts, 0)
+            writer.extend(tokens, starts, 0, 0)
         writer.bytes += entry.bytes
+        writer.lost += entry.lost
     return writer.close()
 
 
