@@ -33,9 +33,9 @@ SHOWN_AFTER_S = 2.0
 @dataclass(frozen=True)
 class Prepare:
     inputs: list[str]
-    """Files, folders, globs, hub:NAME[:SPLIT] or builtin:python-docs. A .jsonl, .jsonl.gz or
-    .jsonl.zst file has a document a line, a .parquet file one a row; a .bin holds uint16 token
-    ids; any other file is one document."""
+    """Files, folders, globs, hub:NAME[:SPLIT] or builtin:python-docs. A .jsonl, .ndjson or
+    .json file (.gz and .zst too) has a document a line, a .parquet file one a row; a .bin holds
+    uint16 token ids; any other file is one document."""
     out: Path
     """Folder for the dataset, new or holding this very dataset."""
     tokenizer: str = "bpe:4096"
@@ -169,6 +169,9 @@ def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
         f"read {counts.read:,} documents: {counts.duplicates:,} repeated and {counts.blank:,} "
         "blank left out"
     )
+    if manifest.left_out:
+        counts = (f"{count:,} {reason}" for reason, count in manifest.left_out.items())
+        lines.append(f"not read in folders: {', '.join(counts)}")
     for name, split in manifest.splits.items():
         per_token = split.bytes / max(1, split.tokens)
         lines.append(

@@ -7,6 +7,7 @@ else, segments are encoded side by side and written in order.
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -95,7 +96,8 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
     DataError for inputs or a folder that cannot be used, StorageError when the disk refuses.
     """
     given = _given_tokenizer(request)
-    sources = find_sources(request.inputs)
+    left_out: Counter[str] = Counter()
+    sources = find_sources(request.inputs, left_out)
     existing = _look_at(request)
     _refuse_own_output(sources, request.out)
     told = _Told(sources, 1 if existing else 2 if given else 3, progress)
@@ -103,7 +105,7 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
         scanned = [hashed(source, request.text_field, told.advance) for source in sources]
         _refuse_another(existing, request, input_entries(sources, scanned), given)
         remove_scratch(request.out)
-        return replace(existing, unchanged=True)
+        return replace(existing, unchanged=True, left_out=dict(+left_out))
     with claimed(request.out, _wanted(request, sources, given)) as unfinished:
         work = _Preparation(request, sources, unfinished, told.advance)
         manifest = work.run(given)
@@ -112,7 +114,7 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
         else:
             refuse_unusable(manifest)
             unfinished.commit(manifest_file.NAME, manifest.to_json())
-    return manifest
+    return replace(manifest, left_out=dict(+left_out))
 
 
 def job_of(shard: str) -> tuple[int, int]:
@@ -335,10 +337,9 @@ def _refuse_another(
     settings = request.settings
     if given:
         # The same vocabulary under any path is the same, another one under the same path is not.
-        kept = existing.settings.tokenizer
-        settings = replace(
-            settings, tokenizer=existing.settings.tokenizer if same else given.digest
-        )
+        same = given.digest == existing.tokenizer
+        name = existing.settings.tokenizer if same else given.digest
+        settings = replace(settings, tokenizer=name)
     names = PrepareSettings.__dataclass_fields__
     differing = [n for n in names if getattr(settings, n) != getattr(existing.settings, n)]
     before, now = ([(e.bytes, e.sha256) for e in entries] for entries in (existing.inputs, inputs))
