@@ -6,6 +6,7 @@ data types, and what is not a tensor is refused.
 """
 
 import contextlib
+import io
 import math
 import pickle
 import warnings
@@ -21,6 +22,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from openpalm.errors import CheckpointError
+from openpalm.pickle_check import check_pickle
+
+MAX_INDEX_BYTES = 64 << 20
 
 
 def write(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -61,8 +65,10 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         where = Path(self.path) / ".metadata"
         try:
-            with where.open("rb") as file:
-                metadata = _IndexUnpickler(file).load()
+            content = _bounded(where)
+            check_pickle(content)
+            content.seek(0)
+            metadata = _IndexUnpickler(content).load()
             wrong = _wrong_in_index(metadata, where.parent)
             metadata.storage_meta.load_id = self.load_id
         except Exception as error:  # a damaged pickle fails in many ways
@@ -70,6 +76,13 @@ class _Reader(FileSystemReader):
         if wrong:
             raise CheckpointError(f"{where}: {wrong}; it was not written here")
         return metadata
+
+
+def _bounded(path: Path) -> io.BytesIO:
+    size = path.stat().st_size
+    if size > MAX_INDEX_BYTES:
+        raise ValueError(f"{size:,} bytes, an index has at most {MAX_INDEX_BYTES:,}")
+    return io.BytesIO(path.read_bytes())
 
 
 def _wrong_in_index(metadata: Metadata, folder: Path) -> str | None:

@@ -121,6 +121,16 @@ def _keeps(normaliser: dict[str, Any]) -> bool:
     return kind in ("NFC", "NFD", "Prepend") or (kind == "Replace" and spaces)
 
 
+def growth(part: Any, inside: str) -> int:
+    """How many times longer the replacements of a component, one after another, make a text."""
+    factor = 1
+    for step in _parts(part, inside):
+        nested = growth(step, inside) if isinstance(step.get(inside), list) else 1
+        content = step.get("content") if step.get("type") == "Replace" else ""
+        factor *= nested * max(1, len(content) if isinstance(content, str) else 1)
+    return factor
+
+
 def component_types(part: Any, inside: str) -> list[str]:
     """The types of a tokenizer.json component, those of a sequence in order."""
     return [str(p.get("type")) for p in _parts(part, inside)]
@@ -129,7 +139,8 @@ def component_types(part: Any, inside: str) -> list[str]:
 def _parts(part: Any, inside: str) -> list[dict[str, Any]]:
     if not isinstance(part, dict):
         return []
-    return [p for p in part.get(inside) or [part] if isinstance(p, dict)]
+    steps = part.get(inside)
+    return [p for p in (steps if isinstance(steps, list) else [part]) if isinstance(p, dict)]
 
 
 def _with_words(inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":

@@ -24,6 +24,7 @@ from openpalm.data.byte_level import (
     component_types,
     cut_at_seams,
     encodes_in_pieces,
+    growth,
     new_bpe_tokenizer,
     new_byte_tokenizer,
     spells_everything,
@@ -45,6 +46,8 @@ MARKERS = (
 )
 MAX_FILE_BYTES = 64 << 20
 MAX_VOCABULARY = 1 << 24
+# A chain of replacements a -> aa doubles the text at each; published ones stay below 10.
+MAX_GROWTH = 256
 MINIMUM_BPE = 256 + len(MARKERS)
 
 
@@ -420,6 +423,12 @@ def _validated(definition: bytes, name: str) -> dict[str, Any]:
         raise DataError(f"{name}: is not JSON ({error}); {remedy}") from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise DataError(f"{name}: has no `model`; {remedy}")
+    for part, inside in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        if growth(content.get(part), inside) > MAX_GROWTH:
+            raise DataError(
+                f"{name}: its {part} can make a text more than {MAX_GROWTH} times as long; "
+                "use another tokenizer"
+            )
     return content
 
 
