@@ -42,7 +42,7 @@ def test_convert_reads_none_of_them(name, zipped, tmp_path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", BOMBS[name])
             archive.writestr("archive/version", "3")
-    with pytest.raises(CheckpointError, match=r"cannot? be read safely|read safely"):
+    with pytest.raises(CheckpointError, match="read safely"):
         read_tensors(path)
 
 
@@ -57,7 +57,7 @@ def test_an_object_is_not_filled_once_another_holds_it():
     """Otherwise its holder would be measured as empty."""
     made = b"ccollections\nOrderedDict\n)\x81q\1"
     with pytest.raises(ValueError, match="another one holds"):
-        check_pickle(io.BytesIO(b"\x80\x02" + made + b"h\1\x85q\2" + b"0h\1}b.".replace(b"0", b"")))
+        check_pickle(io.BytesIO(b"\x80\x02" + made + b"h\1\x85q\2h\1}b."))
 
 
 def test_what_is_no_pickle():
