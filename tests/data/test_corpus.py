@@ -139,7 +139,7 @@ def test_a_line_of_millions_of_values_is_refused_in_little_memory(tmp_path, monk
     path = tmp_path / "a.jsonl"
     for inner in ("{}," * 2000, '"",' * 2000, "[[" * 600, '{"a":1},' * 600):
         path.write_text('{"text": "a", "x": [' + inner + "0]}")
-        with pytest.raises(DataError, match=":1: a line of .* bytes with more than 1,000 values"):
+        with pytest.raises(DataError, match=r":1: a line of .* bytes with more than 1,000 values"):
             texts(path)
     # Marks inside a text are no values.
     long = '[{,}] \\" \\\\' * 3000

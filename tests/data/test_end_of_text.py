@@ -116,7 +116,7 @@ def test_a_token_that_is_not_there_is_added(tmp_path):
 
 @pytest.mark.parametrize("spec", ["byte", "bpe:400"])
 def test_our_own_vocabularies_have_their_end(spec, tmp_path):
-    with pytest.raises(DataError, match="--end-of-text </s>: .* leave it out"):
+    with pytest.raises(DataError, match=r"--end-of-text </s>: .* leave it out"):
         prepared(tmp_path, spec, ["one", "two"], end_of_text="</s>")
 
 
@@ -148,7 +148,7 @@ def test_bytes_that_a_vocabulary_lacks_are_counted_and_not_in_the_text(tmp_path)
 
 def test_a_text_that_is_mostly_lost_is_refused(tmp_path):
     path = vocabulary(tmp_path, ["</s>"], missing=[byte_characters()[b] for b in range(0xC0, 0xF0)])
-    with pytest.raises(DataError, match="cannot spell .* bytes of the train split; use byte"):
+    with pytest.raises(DataError, match=r"cannot spell .* bytes of the train split; use byte"):
         prepared(tmp_path, path, [f"\u65e5\u672c\u8a9e\u65e5\u672c {i}" for i in range(30)])
 
 

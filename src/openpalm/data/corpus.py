@@ -46,7 +46,8 @@ def read_documents(inputs: Sequence[str], *, text_field: str = "text") -> Iterat
 
     An input is a file (.jsonl, .ndjson, .json, also .gz and .zst: a document a line, under
     `text_field`; .parquet: a document a row; any other: one text), a folder (recursively, sorted),
-    a glob (sorted), `builtin:NAME` or `hub:NAME`. Raises DataError with file, line and remedy for what
+    a glob (sorted), `builtin:NAME` or `hub:NAME`.
+    Raises DataError with file, line and remedy for what
     cannot be read.
     """
     for source in find_sources(inputs):
