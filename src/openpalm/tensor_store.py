@@ -7,6 +7,7 @@ data types, and what is not a tensor is refused.
 
 import contextlib
 import errno
+import io
 import math
 import os
 import pickle
@@ -25,6 +26,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from openpalm.errors import CheckpointError
 from openpalm.json_file import read_failure
+from openpalm.pickle_check import check_pickle
+
+MAX_INDEX_BYTES = 64 << 20
 
 
 def write(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -74,8 +78,10 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         where = Path(self.path) / ".metadata"
         try:
-            with where.open("rb") as file:
-                metadata = _IndexUnpickler(file).load()
+            content = _bounded(where)
+            check_pickle(content)
+            content.seek(0)
+            metadata = _IndexUnpickler(content).load()
             wrong = _wrong_in_index(metadata, where.parent, self.listed)
             metadata.storage_meta.load_id = self.load_id
         except OSError as error:
@@ -85,6 +91,13 @@ class _Reader(FileSystemReader):
         if wrong:
             raise CheckpointError(f"{where}: {wrong}; it was not written here")
         return metadata
+
+
+def _bounded(path: Path) -> io.BytesIO:
+    size = path.stat().st_size
+    if size > MAX_INDEX_BYTES:
+        raise ValueError(f"{size:,} bytes, an index has at most {MAX_INDEX_BYTES:,}")
+    return io.BytesIO(path.read_bytes())
 
 
 def _wrong_in_index(metadata: Metadata, folder: Path, listed: Container[str]) -> str | None:

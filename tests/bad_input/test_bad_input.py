@@ -255,12 +255,14 @@ def test_data_that_is_torn(place, work):
     assert not Path("out").exists()
 
 
-def test_data_that_is_altered_is_noticed_by_inspect(place, work, quickly):
+def test_data_that_is_altered_is_noticed(place, work, quickly):
     data = Path(shutil.copytree(work / "data", place / "data"))
     (shard,) = data.glob("train-*.bin")
     shard.write_bytes(bytes(shard.stat().st_size))
-    line = quickly("data", "inspect", data)
-    assert f"{shard}: was altered" in line
+    words = ["--model", "palm-tiny", "--out", "out", "--steps", 1]
+    for command in (["data", "inspect", data], ["train", "--data", data, *words]):
+        assert f"{shard}: was altered" in quickly(*command)
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("data", ["nowhere", "base", "base/config.json"])

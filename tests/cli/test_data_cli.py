@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -176,3 +177,32 @@ def test_help_is_quick_and_imports_nothing_heavy(verb):
     assert "examples:" in done.stdout
     # The limit is 0.3 s; the best of three because the machine may be busy with other tests.
     assert min(elapsed) < 0.3
+
+
+def test_what_a_folder_holds_beside_its_texts_is_counted(tmp_path, capsys):
+    (tmp_path / "in" / ".git").mkdir(parents=True)
+    for name in ("a.txt", ".git/x.txt", "._a.txt", "b.py"):
+        (tmp_path / "in" / name).write_text("some words of text")
+    words = ["prepare", tmp_path / "in", "--out", tmp_path / "out", "--tokenizer", "byte"]
+    for _ in range(2):
+        assert "not read in folders: 2 hidden, 1 of another kind" in run(capsys, *words)[1]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    ],
+)
+def test_what_the_terminal_cannot_show_is_escaped(environment, tmp_path):
+    """A text cut inside a character, and characters beyond the encoding."""
+    (tmp_path / "a.txt").write_text("\u00fcbung \u2014 \u65e5\u672c " * 9, encoding="utf-8")
+    words = [sys.executable, "-m", "openpalm", "data"]
+    options = {"capture_output": True, "env": os.environ | environment}
+    prepare = [*words, "prepare", tmp_path / "a.txt", "--out", tmp_path / "out"]
+    assert subprocess.run([*prepare, "--tokenizer", "byte"], **options).returncode == 0
+    done = subprocess.run([*words, "inspect", tmp_path / "out"], **options)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u65e5" in done.stdout

@@ -1,7 +1,9 @@
+import glob
 import gzip
 import json
 import os
 import tracemalloc
+from collections import Counter
 
 import pytest
 
@@ -63,6 +65,86 @@ def test_globs_are_sorted_and_a_file_named_like_a_glob_is_that_file(tmp_path):
     assert texts(f"{tmp_path}/*") == ["[x].txt", "a.log", "b.txt"]
     assert texts(f"{tmp_path}/**/*.txt") == ["[x].txt", "b.txt", "sub/c.txt"]
     assert texts(tmp_path / "[x].txt") == ["[x].txt"]
+
+
+def write(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def test_hidden_files_and_folders_are_left_out_and_counted(tmp_path):
+    write(tmp_path, "a.txt", "._a.txt", ".hidden.md", ".git/x.txt", "f/.ipynb_checkpoints/a.md")
+    write(tmp_path, "f/b.md", "f/c.py", "f/picture.png")
+    left_out = Counter()
+    found = [source.path for source in find_sources([str(tmp_path)], left_out)]
+    assert found == [tmp_path / "a.txt", tmp_path / "f/b.md"]
+    assert left_out == {"hidden": 4, "of another kind": 2}
+    # Named by itself, or inside a hidden folder that was named, it is read.
+    assert texts(tmp_path / ".hidden.md") == [".hidden.md"]
+    assert texts(tmp_path / ".git") == [".git/x.txt"]
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    write(tmp_path, "in/a.txt", "in/deep/b.txt", "outside/c.txt")
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in/deep/up").symlink_to("..")
+    (tmp_path / "in/aaa").symlink_to(tmp_path / "in/deep")
+    (tmp_path / "in/other").symlink_to(tmp_path / "outside")
+    (tmp_path / "in/again").symlink_to(tmp_path / "outside")
+    left_out = Counter()
+    found = [source.name for source in find_sources([str(tmp_path / "in")], left_out)]
+    names = [name.removeprefix(f"{tmp_path}/in/") for name in found]
+    assert names == ["a.txt", "again/c.txt", "deep/b.txt"]
+    assert +left_out == Counter({"linked a second time": 4})
+
+
+def test_globs_over_links_end(tmp_path):
+    """Thirty links that each lead back: glob.glob alone would follow 30^40 paths."""
+    write(tmp_path, "a.txt", "sub/b.txt", ".hidden/c.txt", "sub/.d.txt")
+    for i in range(30):
+        (tmp_path / f"loop{i}").symlink_to(tmp_path)
+    assert texts(f"{tmp_path}/**/*.txt") == ["a.txt", "sub/b.txt"]
+    assert texts(f"{tmp_path}/**") == ["a.txt", "sub/b.txt"]
+    assert texts(f"{tmp_path}/**/**/sub/**/b.*") == ["sub/b.txt"]
+    assert texts(f"{tmp_path}/**/.hidden/*.txt") == [".hidden/c.txt"]
+
+
+def test_recursive_globs_match_as_the_standard_library(tmp_path):
+    write(tmp_path, "a.txt", "x/b.txt", "x/y/c.txt", "x/y/z/d.md", "x/.h/e.txt", ".i/f.txt")
+    for pattern in ("**", "**/*.txt", "x/**", "**/y/**", "*/**/c.txt", "**/[cd].*", "x/**/y/*"):
+        wanted = glob.glob(f"{tmp_path}/{pattern}", recursive=True)
+        names = [str(s.path) for s in find_sources([f"{tmp_path}/{pattern}"])]
+        assert names == sorted({name for name in wanted if os.path.isfile(name)}), pattern
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.json", "a.JSON", "a.json.gz", "a.ndjson.gz"])
+def test_other_names_for_an_object_a_line(name, tmp_path):
+    data = rows({"text": "one"}, {"text": "two"})
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert texts(tmp_path / name) == ["one", "two"] == texts(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[{"text": "a"}], {"text": "a", "b": {"c": 1}}])
+def test_json_that_is_not_an_object_a_line(content, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
+    with pytest.raises(DataError, match=r"a\.json:1: not JSON .* each line must be one object"):
+        texts(tmp_path / "a.json")
+    write(tmp_path, "b.txt")
+    assert texts(tmp_path) == ["b.txt"]  # of a folder it is left out, and counted
+
+
+def test_a_line_of_millions_of_values_is_refused_in_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "MAX_LINE_VALUES", 1000)
+    path = tmp_path / "a.jsonl"
+    for inner in ("{}," * 2000, '"",' * 2000, "[[" * 600, '{"a":1},' * 600):
+        path.write_text('{"text": "a", "x": [' + inner + "0]}")
+        with pytest.raises(DataError, match=r":1: a line of .* bytes with more than 1,000 values"):
+            texts(path)
+    # Marks inside a text are no values.
+    long = '[{,}] \\" \\\\' * 3000
+    path.write_bytes(rows({"text": long, "x": [1, 2, 3]}))
+    assert texts(path) == [long]
 
 
 def test_inputs_keep_their_order(tmp_path):

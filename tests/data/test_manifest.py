@@ -1,7 +1,11 @@
+import hashlib
 import json
 
 import pytest
 
+from openpalm.data.documents import Documents
+from openpalm.data.manifest import own_share
+from openpalm.data.sets import open_sets
 from openpalm.data.shards import PrepareRequest, open_dataset, prepare
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import DataError
@@ -113,7 +117,46 @@ def test_another_tokenizer_in_the_folder_is_refused(dataset, bpe):
 
 
 def test_a_torn_index_is_refused(dataset):
+    path, manifest = dataset / "train-00000.idx", dataset / "manifest.json"
     for value in (b"\xff" * 8, (10**6).to_bytes(8, "little")):
-        (dataset / "train-00000.idx").write_bytes(value)
+        before = hashlib.sha256(path.read_bytes()).hexdigest()
+        path.write_bytes(value)
+        with pytest.raises(DataError, match=r"train-00000\.idx: was altered"):
+            open_dataset(dataset).document_offsets("train")
+        # A manifest that was changed with it.
+        text = manifest.read_text().replace(before, hashlib.sha256(value).hexdigest())
+        manifest.write_text(text)
         with pytest.raises(DataError, match="the index of train is torn"):
             open_dataset(dataset).document_offsets("train")
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "train-00000.idx"])
+def test_a_file_altered_in_place_is_refused_where_it_is_read(dataset, name):
+    """One bit, the size unchanged, in the middle of the file."""
+    opened = open_dataset(dataset)
+    opened.tokens("train")
+    data = bytearray((dataset / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (dataset / name).write_bytes(data)
+    opened.tokens("val")
+    for read in (
+        opened.tokens,
+        opened.document_offsets,
+        lambda split: Documents([opened], split),
+        open_sets(dataset).tokens,
+    ):
+        with pytest.raises(DataError, match=f"{name}: was altered, its SHA-256 is not"):
+            read("train")
+
+
+def test_the_processes_of_a_machine_divide_the_files(dataset, monkeypatch):
+    files = open_dataset(dataset).manifest.splits["train"].files
+    assert own_share(files) == files
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        shares += own_share(files)
+    assert sorted(shares, key=str) == sorted(files, key=str)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_share(files) == files

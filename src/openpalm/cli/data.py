@@ -33,13 +33,16 @@ SHOWN_AFTER_S = 2.0
 @dataclass(frozen=True)
 class Prepare:
     inputs: list[str]
-    """Files, folders, globs, hub:NAME[:SPLIT] or builtin:python-docs. A .jsonl, .jsonl.gz or
-    .jsonl.zst file has a document a line, a .parquet file one a row; a .bin holds uint16 token
-    ids; any other file is one document."""
+    """Files, folders, globs, hub:NAME[:SPLIT] or builtin:python-docs. A .jsonl, .ndjson or
+    .json file (.gz and .zst too) has a document a line, a .parquet file one a row; a .bin holds
+    uint16 token ids; any other file is one document."""
     out: Path
     """Folder for the dataset, new or holding this very dataset."""
     tokenizer: str = "bpe:4096"
     """byte, bpe:VOCAB (trained on the training text, VOCAB ids in all), or a tokenizer.json."""
+    end_of_text: str | None = None
+    """Token that ends a document, for a tokenizer.json where neither its name nor the files beside
+    it (tokenizer_config.json and so on) tell; it is added where the vocabulary lacks it."""
     text_field: str = "text"
     """Field of a line or row that holds the text; where it is missing, `input_ids`."""
     val_fraction: float = 0.05
@@ -166,18 +169,32 @@ def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
         f"read {counts.read:,} documents: {counts.duplicates:,} repeated and {counts.blank:,} "
         "blank left out"
     )
+    if manifest.left_out:
+        counts = (f"{count:,} {reason}" for reason, count in manifest.left_out.items())
+        lines.append(f"not read in folders: {', '.join(counts)}")
     for name, split in manifest.splits.items():
         per_token = split.bytes / max(1, split.tokens)
         lines.append(
             f"{name:<6}{split.documents:>10,} documents {split.tokens:>14,} tokens "
             f"{split.bytes:>14,} bytes {per_token:6.2f} bytes a token"
         )
+        lines += _lost(name, split.lost, split.bytes)
     lines.append(f"vocabulary {manifest.vocab_size:,}, validation split by {manifest.split_by}")
     if shard:
         lines.append(f"part {shard}; next: openpalm data build PART... --out DIR")
     else:
         lines.append(f"next: openpalm train --model palm-tiny --data {out} --out runs/NAME")
     return "\n".join(lines)
+
+
+def _lost(split: str, lost: int, kept: int) -> list[str]:
+    if not lost:
+        return []
+    share = 100 * lost / (lost + kept)
+    return [
+        f"{split:<6}{lost:,} bytes ({share:.3g} % of the text) are lost: this tokenizer cannot "
+        "spell them; bits a byte count only what is kept"
+    ]
 
 
 def _inspected(path: Path, found: "Inspection") -> str:
@@ -192,6 +209,7 @@ def _inspected(path: Path, found: "Inspection") -> str:
             f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} "
             f"bytes, {split.bytes_per_token:.2f} bytes a token",
             f"  tokens a document: {levels}",
+            *_lost(name, split.lost, split.bytes),
         ]
         lines += [f"  {json.dumps(text, ensure_ascii=False)}" for text in split.samples]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ after its settings were read, so that every --help answers at once.
 """
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -56,6 +57,7 @@ examples:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command line; returns its exit status: 0 done, 1 failed, 2 a wrong request."""
+    _write_anything()
     try:
         status = _main(argv)
         sys.stdout.flush()
@@ -65,6 +67,14 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # A reader (head, less) that has seen enough is no failure.
         return 0 if isinstance(error, BrokenPipeError) else _unexpected(error)
+
+
+def _write_anything() -> None:
+    """A character that the terminal's encoding lacks is written as an escape, never an error."""
+    for stream in (sys.stdout, sys.stderr):
+        # Something else may stand in for the streams, as a notebook's do.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _main(argv: Sequence[str]) -> int:

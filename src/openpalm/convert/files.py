@@ -4,7 +4,9 @@ Gives tensors that are surely backed by bytes of the file, and hyperparameters w
 ranges were checked. Knows no project's key names.
 """
 
+import io
 import math
+import mmap
 import re
 import warnings
 import zipfile
@@ -17,11 +19,15 @@ from torch import Tensor
 
 from openpalm.errors import CheckpointError
 from openpalm.json_file import read_json
+from openpalm.pickle_check import check_pickle
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 PREFIXES = ("_orig_mod.", "module.", "model.", "net.")
 _MAX_JSON_BYTES = 1 << 20
+_MAX_PICKLE_BYTES = 64 << 20
+# torch's older form: a magic number, a version, the machine, the content, the storages' names.
+_LEGACY_PICKLES = 5
 _MAX_WHOLE = 1 << 31
 
 
@@ -207,6 +213,8 @@ def _read_torch(path: Path) -> object:
     try:
         if zipped:
             _check_zip(path)
+        else:
+            _check_legacy(path)
         stand_in: Any = (PaLMConfig, "model.PaLMConfig")
         with warnings.catch_warnings(), torch.serialization.safe_globals([stand_in]):
             warnings.simplefilter("ignore")
@@ -223,6 +231,38 @@ def _check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise CheckpointError(f"{path}: unpacks to more bytes than it has; torch.save did not")
+
+        for entry in archive.infolist():
+            if entry.filename.endswith(".pkl"):
+                _refuse_long(path, entry.file_size)
+                _check(path, io.BytesIO(archive.read(entry)))
+
+
+def _check_legacy(path: Path) -> None:
+    """The pickles at the beginning of the file; the tensors' bytes follow them."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for _ in range(_LEGACY_PICKLES):
+            if content.tell() == len(content):
+                break
+            _check(path, content)
+            _refuse_long(path, content.tell())
+
+
+def _refuse_long(path: Path, size: int) -> None:
+    if size > _MAX_PICKLE_BYTES:
+        raise CheckpointError(
+            f"{path}: {size:,} bytes of pickle are no checkpoint; nothing was run"
+        )
+
+
+def _check(path: Path, content: io.BytesIO | mmap.mmap) -> None:
+    try:
+        check_pickle(content)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: is not a checkpoint that can be read safely: its pickle "
+            f"{str(error)[:100]}; nothing in it was executed"
+        ) from None
 
 
 def _why(error: Exception) -> str:

@@ -23,6 +23,8 @@ PIECE_CHARACTERS = 1 << 16
 # After a lone line break, or before a lone space between words. No byte-level pattern in use joins
 # what stands on both sides, and the runs of white space that their lookaheads see stay whole.
 _SEAM = re.compile(r"(?<=\S)\n(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
+# Pre-tokenisers that cut a text and drop none of it, unless their behaviour is "Removed".
+_KEEPING = {"ByteLevel", "Split", "Digits", "Metaspace", "Punctuation", "UnicodeScripts"}
 # Normalisers that treat a text the same in two pieces cut at a seam.
 _LOCAL_NORMALISERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 
@@ -89,6 +91,46 @@ def encodes_in_pieces(content: dict[str, Any]) -> bool:
     return by_pattern and not prefixed and not greedy and normalisers <= _LOCAL_NORMALISERS
 
 
+def spells_everything(content: dict[str, Any]) -> bool:
+    """Whether the tokenizer.json `content` surely has ids for every text and loses none of it.
+
+    True for vocabularies with a token for each byte, unless a rule changes or drops characters.
+    """
+    model = content["model"]
+    vocabulary = model.get("vocab") or {}
+    pieces = set(vocabulary if isinstance(vocabulary, dict) else (p[0] for p in vocabulary))
+    splits = _parts(content.get("pre_tokenizer"), "pretokenizers")
+    if any(p.get("type") not in _KEEPING or p.get("behavior") == "Removed" for p in splits):
+        return False
+    if not all(map(_keeps, _parts(content.get("normalizer"), "normalizers"))):
+        return False
+    decoders = component_types(content.get("decoder"), "decoders")
+    if any(p.get("type") == "ByteLevel" for p in splits):
+        return decoders == ["ByteLevel"] and pieces >= set(byte_characters())
+    return (
+        bool(model.get("byte_fallback"))
+        and "ByteFallback" in decoders
+        and pieces >= {f"<0x{value:02X}>" for value in range(256)}
+    )
+
+
+def _keeps(normaliser: dict[str, Any]) -> bool:
+    """Whether a normaliser loses nothing; NFC and NFD spell the same characters differently."""
+    spaces = normaliser.get("pattern") == {"String": " "} and normaliser.get("content") == "\u2581"
+    kind = normaliser.get("type")
+    return kind in ("NFC", "NFD", "Prepend") or (kind == "Replace" and spaces)
+
+
+def growth(part: Any, inside: str) -> int:
+    """How many times longer the replacements of a component, one after another, make a text."""
+    factor = 1
+    for step in _parts(part, inside):
+        nested = growth(step, inside) if isinstance(step.get(inside), list) else 1
+        content = step.get("content") if step.get("type") == "Replace" else ""
+        factor *= nested * max(1, len(content) if isinstance(content, str) else 1)
+    return factor
+
+
 def component_types(part: Any, inside: str) -> list[str]:
     """The types of a tokenizer.json component, those of a sequence in order."""
     return [str(p.get("type")) for p in _parts(part, inside)]
@@ -97,7 +139,8 @@ def component_types(part: Any, inside: str) -> list[str]:
 def _parts(part: Any, inside: str) -> list[dict[str, Any]]:
     if not isinstance(part, dict):
         return []
-    return [p for p in part.get(inside) or [part] if isinstance(p, dict)]
+    steps = part.get(inside)
+    return [p for p in (steps if isinstance(steps, list) else [part]) if isinstance(p, dict)]
 
 
 def _with_words(inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":

@@ -8,6 +8,7 @@ parsed elsewhere: where they begin and end depends on the source alone.
 import codecs
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,7 +24,10 @@ from openpalm.errors import DataError
 BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1 << 30
 MAX_LINE_BYTES = 64 << 20
+# A value of a line takes some hundred bytes of memory, and three in the file: {},{},...
+MAX_LINE_VALUES = 1 << 20
 BOM = "\ufeff"
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class Lines(NamedTuple):
@@ -40,9 +44,10 @@ Block = Lines | list[Document]
 def read_documents(inputs: Sequence[str], *, text_field: str = "text") -> Iterator[Document]:
     """All documents of `inputs` in order, blank ones included.
 
-    An input is a file (.jsonl, .jsonl.gz, .jsonl.zst: a document a line, under `text_field`;
-    .parquet: a document a row; any other: one text), a folder (recursively, sorted), a glob
-    (sorted), `builtin:NAME` or `hub:NAME`. Raises DataError with file, line and remedy for what
+    An input is a file (.jsonl, .ndjson, .json, also .gz and .zst: a document a line, under
+    `text_field`; .parquet: a document a row; any other: one text), a folder (recursively, sorted),
+    a glob (sorted), `builtin:NAME` or `hub:NAME`.
+    Raises DataError with file, line and remedy for what
     cannot be read.
     """
     for source in find_sources(inputs):
@@ -243,6 +248,11 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
         text = line.decode()
     except UnicodeDecodeError as error:
         raise _no_text(error, where, 0) from None
+    if len(line) > MAX_LINE_VALUES and _has_many_values(line):
+        raise DataError(
+            f"{where}: a line of {len(line):,} bytes with more than {MAX_LINE_VALUES:,} values in "
+            "it; leave out the fields that are not text, or split it"
+        )
     try:
         row = json.loads(text)
         half = _half_pair(text, row)
@@ -261,6 +271,22 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
             f"{where}: holds {half}, half a surrogate pair, which is no text; mend the line"
         )
     return row
+
+
+def _has_many_values(line: bytes) -> bool:
+    """Whether a line of JSON holds more than MAX_LINE_VALUES values, without building any."""
+    count = end = 0
+    for found in _STRING.finditer(line):
+        count += 1 + _marks(line, end, found.start())
+        end = found.end()
+        if count > MAX_LINE_VALUES:
+            return True
+    return count + _marks(line, end, len(line)) > MAX_LINE_VALUES
+
+
+def _marks(line: bytes, start: int, end: int) -> int:
+    """What separates or opens values between two texts."""
+    return sum(line.count(mark, start, end) for mark in (b",", b"[", b"{"))
 
 
 def _half_pair(line: str, row: object) -> str | None:

@@ -28,6 +28,7 @@ class Documents:
         end = 0
         for dataset in datasets:
             base, manifest = end, dataset.manifest
+            dataset.check(split)
             files = manifest.splits[split].files
             for tokens, index in zip(files[::2], files[1::2], strict=True):
                 path = dataset.path / index.name

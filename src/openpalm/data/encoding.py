@@ -15,11 +15,15 @@ BATCH_CHARACTERS = 1 << 18
 
 
 class Encoded(NamedTuple):
-    """Tokens of one split; documents start at `starts` (int64), `size` is their text's bytes."""
+    """Tokens of one split; documents start at `starts` (int64).
+
+    `size` is the bytes of text that the tokens stand for, `lost` those that no token spells.
+    """
 
     tokens: np.ndarray
     starts: np.ndarray
     size: int
+    lost: int
 
 
 class _Piece(NamedTuple):
@@ -50,12 +54,15 @@ class Encoder:
         return segment.source, segment.number, encoded
 
     def _encoded(self, found: list[Part]) -> Encoded:
-        tokens, starts, length = [], [], 0
+        tokens, starts, length, lost = [], [], 0, 0
         for batch in _batches(self._pieces(found)):
             texts = [piece.text for piece in batch if piece.ids is None]
             rows = iter(self.tokenizer.encode_batch(texts))
             for piece in batch:
-                ids = next(rows) if piece.ids is None else piece.ids
+                ids = piece.ids
+                if ids is None:
+                    ids = next(rows)
+                    lost += self.tokenizer.lost_bytes(piece.text, ids)
                 if piece.starts:
                     starts.append(length)
                 tokens.append(np.array(ids, dtype=self.dtype))
@@ -65,7 +72,8 @@ class Encoder:
         joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=self.dtype)
         # A document of no token at all leaves no trace.
         begun = np.unique(np.array(starts, dtype=np.int64))
-        return Encoded(joined, begun[begun < length], sum(part.size for part in found))
+        size = sum(part.size for part in found)
+        return Encoded(joined, begun[begun < length], size - lost, lost)
 
     def _pieces(self, found: list[Part]) -> Iterator[_Piece]:
         marked = self.tokenizer.end_of_text is not None

@@ -7,13 +7,18 @@ nothing: every type, name and size is checked before a file is opened.
 import dataclasses
 import hashlib
 import json
+import os
 import types
 import typing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openpalm.data.workers import available_cores
 from openpalm.errors import DataError
+from openpalm.hashing import sha256_of
 
 NAME = "manifest.json"
 PART_NAME = "part.json"
@@ -24,6 +29,7 @@ SPLITS = ("train", "val")
 ITEM_BYTES = {"uint16": 2, "uint32": 4}
 OFFSET_BYTES = 8
 MAX_MANIFEST_BYTES = 64 << 20
+NOT_IN_FILE = ("unchanged", "left_out")
 REMEDY = "remove the folder and run `openpalm data prepare` again"
 
 
@@ -38,6 +44,7 @@ class FileEntry:
 class SplitEntry:
     """`bytes` counts the UTF-8 bytes of the text that `tokens` stand for, end markers apart.
 
+    `lost` counts the bytes of text that the vocabulary could not spell; they are not in `bytes`.
     A text that the seam between the splits cuts in two is a document of both.
     """
 
@@ -45,6 +52,7 @@ class SplitEntry:
     tokens: int
     bytes: int
     files: tuple[FileEntry, ...]
+    lost: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +98,26 @@ class Manifest:
     splits: dict[str, SplitEntry]
     unchanged: bool = field(default=False, compare=False)
     """Not in the file: whether `prepare` found this dataset already there."""
+    left_out: dict[str, int] = field(default_factory=dict, compare=False)
+    """Not in the file: how many files of the folders given were not read, by reason."""
 
     @property
     def digest(self) -> str:
         """Stands for the dataset: it covers the hash of every file."""
         return hashlib.sha256(self.to_json()).hexdigest()
 
+    def files(self, folder: Path) -> list[tuple[Path, FileEntry]]:
+        """Every file of the dataset in `folder`, as `check_hashes` reads them."""
+        return [(folder, file) for entry in self.splits.values() for file in entry.files]
+
     def to_json(self) -> bytes:
         content = dataclasses.asdict(self)
-        del content["unchanged"]
+        for name in NOT_IN_FILE:
+            del content[name]
+        for split in content["splits"].values():
+            # Written only where there is something to say: the digest of older files stays.
+            if not split["lost"]:
+                del split["lost"]
         return (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode()
 
     def to_part(self, shard: str) -> bytes:
@@ -166,7 +185,8 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
             f"{path}: format version {str(content.get('version'))[:20]}, this OpenPaLM reads "
             f"{VERSION}; prepare the data again"
         )
-    content.pop("unchanged", None)
+    for name in NOT_IN_FILE:
+        content.pop(name, None)
     manifest: Manifest = typed(Manifest, content, str(path))
     if manifest.dtype not in ITEM_BYTES:
         raise DataError(f"{path}: dtype must be {' or '.join(ITEM_BYTES)}; {REMEDY}")
@@ -203,6 +223,46 @@ def check_size(path: Path, size: int) -> None:
         raise DataError(f"{path}: {found} bytes, the manifest says {size}; {REMEDY}")
 
 
+def check_hashes(
+    files: Sequence[tuple[Path, FileEntry]], progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Compares the SHA-256 of each file (folder, entry) with its entry, on all cores.
+
+    A file that did not change since this process last hashed it is not read again. `progress` is
+    told (bytes done, bytes in total). Raises DataError for the first that was altered.
+    """
+    total, done = sum(entry.size for _, entry in files), 0
+    pool = ThreadPoolExecutor(available_cores())
+    try:
+        for (folder, entry), found in zip(files, pool.map(_hash_of, files), strict=True):
+            if found != entry.sha256:
+                raise DataError(
+                    f"{folder / entry.name}: was altered, its SHA-256 is not the manifest's; "
+                    f"restore it, or {REMEDY}"
+                )
+            done += entry.size
+            if progress:
+                progress(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def own_share(files: Sequence[FileEntry]) -> Sequence[FileEntry]:
+    """The part of `files` that this process checks: those of one machine divide the work."""
+    rank, count = (os.environ.get(name, "") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        return files
+    return files[int(rank) :: int(count)]
+
+
+def _hash_of(file: tuple[Path, FileEntry]) -> str:
+    path = file[0] / file[1].name
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def typed(kind: Any, value: object, where: str) -> Any:
     """`value` from JSON as the dataclass, tuple, dict or scalar that `kind` says, or DataError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -224,7 +284,10 @@ def typed(kind: Any, value: object, where: str) -> Any:
 
 def _typed_dataclass(kind: type, value: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(kind)
-    hints.pop("unchanged", None)
+    for name in NOT_IN_FILE:
+        hints.pop(name, None)
+    if set(value) == set(hints) - {"lost"}:
+        hints.pop("lost", None)
     if set(value) != set(hints):
         odd = sorted(str(name)[:40] for name in set(value) ^ set(hints))[:3]
         raise DataError(f"{where}: fields missing or unknown ({', '.join(odd)}); {REMEDY}")

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from openpalm.data import manifest as manifest_file
-from openpalm.data.inspection import check_hashes
 from openpalm.data.journal import claimed
-from openpalm.data.manifest import Manifest, SplitEntry
-from openpalm.data.preparation import TOKENIZER, job_of, refuse_tiny
+from openpalm.data.manifest import Manifest, SplitEntry, check_hashes
+from openpalm.data.preparation import TOKENIZER, job_of, refuse_unusable
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.data.writing import SplitWriter
 from openpalm.errors import DataError
@@ -37,7 +36,7 @@ def build(
         if replace(existing, splits={}) != planned:
             raise DataError(f"--out {out}: already holds another dataset; choose another --out")
         return replace(existing, unchanged=True)
-    check_hashes(parts, progress)
+    check_hashes([file for folder, part in parts for file in part.files(folder)], progress)
     files = "".join(str(manifest.splits) for _, manifest in parts).encode()
     with claimed(out, {"parts": hashlib.sha256(files).hexdigest()}) as unfinished:
         Tokenizer.load(parts[0][0]).save(out / TOKENIZER)
@@ -52,7 +51,7 @@ def build(
                 for split in manifest_file.SPLITS
             }
         manifest = replace(planned, splits=splits)
-        refuse_tiny(manifest)
+        refuse_unusable(manifest)
         unfinished.commit(manifest_file.NAME, manifest.to_json())
     return manifest
 
@@ -84,8 +83,9 @@ def _in_order(folders: Sequence[Path]) -> list[Part]:
 def _joined(writer: SplitWriter, parts: Sequence[tuple[Path, SplitEntry]]) -> SplitEntry:
     for folder, entry in parts:
         for tokens, starts in _chunks(folder, entry, writer.dtype):
-            writer.extend(tokens, starts, 0)
+            writer.extend(tokens, starts, 0, 0)
         writer.bytes += entry.bytes
+        writer.lost += entry.lost
     return writer.close()
 
 

@@ -7,6 +7,7 @@ else, segments are encoded side by side and written in order.
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,7 @@ class PrepareRequest:
     """What to prepare, how, and where to. Raises DataError for a value out of range.
 
     `workers` is a number of threads, None for all cores; `shard` is I/N, one job's part of N.
+    `end_of_text` names the token that ends a document, for a tokenizer that does not tell.
     """
 
     inputs: Sequence[str]
@@ -50,6 +52,7 @@ class PrepareRequest:
     shard_tokens: int = 1 << 28
     workers: int | None = None
     shard: str | None = None
+    end_of_text: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
@@ -92,8 +95,9 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
     `openpalm.data.parts.build` to join. `progress` is told (bytes done, bytes in total). Raises
     DataError for inputs or a folder that cannot be used, StorageError when the disk refuses.
     """
-    given = None if is_bpe(request.tokenizer) else Tokenizer.from_spec(request.tokenizer, ())
-    sources = find_sources(request.inputs)
+    given = _given_tokenizer(request)
+    left_out: Counter[str] = Counter()
+    sources = find_sources(request.inputs, left_out)
     existing = _look_at(request)
     _refuse_own_output(sources, request.out)
     told = _Told(sources, 1 if existing else 2 if given else 3, progress)
@@ -101,16 +105,16 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
         scanned = [hashed(source, request.text_field, told.advance) for source in sources]
         _refuse_another(existing, request, input_entries(sources, scanned), given)
         remove_scratch(request.out)
-        return replace(existing, unchanged=True)
+        return replace(existing, unchanged=True, left_out=dict(+left_out))
     with claimed(request.out, _wanted(request, sources, given)) as unfinished:
         work = _Preparation(request, sources, unfinished, told.advance)
         manifest = work.run(given)
         if request.shard:
             unfinished.commit(manifest_file.PART_NAME, manifest.to_part(request.shard))
         else:
-            refuse_tiny(manifest)
+            refuse_unusable(manifest)
             unfinished.commit(manifest_file.NAME, manifest.to_json())
-    return manifest
+    return replace(manifest, left_out=dict(+left_out))
 
 
 def job_of(shard: str) -> tuple[int, int]:
@@ -121,8 +125,32 @@ def job_of(shard: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def refuse_tiny(manifest: Manifest) -> None:
+def _given_tokenizer(request: PrepareRequest) -> Tokenizer | None:
+    """The tokenizer that is not learnt here; every one must be able to separate documents."""
+    if is_bpe(request.tokenizer):
+        if request.end_of_text:
+            Tokenizer.from_spec("byte", (), request.end_of_text)  # refuses another marker
+        return None
+    given = Tokenizer.from_spec(request.tokenizer, (), request.end_of_text)
+    if given.end_of_text is None:
+        special = ", ".join(given.special_tokens[:20]) or "none"
+        raise DataError(
+            f"--tokenizer {request.tokenizer}: it is not known which of its tokens ends a text, "
+            "so documents cannot be separated; name it with --end-of-text TOKEN (special tokens: "
+            f"{special}; one that is not there is added)"
+        )
+    return given
+
+
+def refuse_unusable(manifest: Manifest) -> None:
+    """Raises DataError where a split has too few tokens, or its text is mostly lost."""
     for split, entry in manifest.splits.items():
+        if entry.lost > entry.bytes:
+            raise DataError(
+                f"--tokenizer {manifest.settings.tokenizer}: cannot spell {entry.lost:,} of "
+                f"{entry.lost + entry.bytes:,} bytes of the {split} split; use byte, bpe:VOCAB or "
+                "a tokenizer.json for such text"
+            )
         if entry.tokens < 2:
             raise DataError(
                 f"too little text: {entry.tokens} tokens for the {split} split, at least 2 are "
@@ -307,8 +335,11 @@ def _refuse_another(
     given: Tokenizer | None,
 ) -> None:
     settings = request.settings
-    if given and given.digest == existing.tokenizer:
-        settings = replace(settings, tokenizer=existing.settings.tokenizer)
+    if given:
+        # The same vocabulary under any path is the same, another one under the same path is not.
+        same = given.digest == existing.tokenizer
+        name = existing.settings.tokenizer if same else given.digest
+        settings = replace(settings, tokenizer=name)
     names = PrepareSettings.__dataclass_fields__
     differing = [n for n in names if getattr(settings, n) != getattr(existing.settings, n)]
     before, now = ([(e.bytes, e.sha256) for e in entries] for entries in (existing.inputs, inputs))

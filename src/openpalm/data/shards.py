@@ -24,7 +24,10 @@ __all__ = ["Dataset", "PrepareRequest", "TokenArray", "open_dataset", "prepare"]
 
 
 def open_dataset(path: str | Path) -> "Dataset":
-    """A prepared dataset. Raises DataError where it is missing, torn or altered in size."""
+    """A prepared dataset. Raises DataError where it is missing, torn or altered in size.
+
+    The files of a split are compared with their hashes when it is first read.
+    """
     path = Path(path)
     return Dataset(path, manifest_file.read_manifest(path))
 
@@ -49,13 +52,24 @@ class Dataset:
             )
         return tokenizer
 
+    def check(self, split: str) -> None:
+        """Raises DataError where a file of the split is not the one that was prepared.
+
+        The processes of one machine divide the files among them.
+        """
+        files = manifest_file.own_share(self.manifest.splits[split].files)
+        manifest_file.check_hashes([(self.path, file) for file in files])
+
     def tokens(self, split: str) -> "TokenArray":
+        """The split's tokens, memory-mapped. Raises DataError where a file was altered."""
+        self.check(split)
         files = self.manifest.splits[split].files[::2]
         paths = [self.path / file.name for file in files]
         return TokenArray(paths, self.manifest.dtype, self.manifest.vocab_size)
 
     def document_offsets(self, split: str) -> np.ndarray:
-        """int64 [documents]: where each starts in the split's tokens. DataError if torn."""
+        """int64 [documents]: where each starts in the split's tokens. DataError if altered."""
+        self.check(split)
         entry = self.manifest.splits[split]
         data = b"".join((self.path / file.name).read_bytes() for file in entry.files[1::2])
         offsets = np.frombuffer(data, dtype="<u8")

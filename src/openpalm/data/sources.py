@@ -4,9 +4,12 @@ Checks that everything exists and reads none of it.
 """
 
 import glob
+import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,8 +17,12 @@ from openpalm.data.builtin import BUILTINS
 from openpalm.data.streams import readable
 from openpalm.errors import DataError
 
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+ROW_NAMES = (".jsonl", ".ndjson", ".json")
+ROW_SUFFIXES = tuple(name + packed for name in ROW_NAMES for packed in ("", ".gz", ".zst"))
 FOLDER_SUFFIXES = (".txt", ".text", ".md", ".rst", *ROW_SUFFIXES, ".parquet")
+# A .json file in a folder is looked at so far to see whether it has an object a line.
+SNIFFED_BYTES = 1 << 16
+HIDDEN, OTHER, LINKED = "hidden", "of another kind", "linked a second time"
 BUILTIN_PREFIX = "builtin:"
 HUB_PREFIX = "hub:"
 SPLIT_FILES = {"train": "train.bin", "val": "val.bin"}
@@ -57,11 +64,15 @@ class Source:
         return self.path is not None and not (self.is_rows or self.is_table)
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """Expands folders and globs, and checks that everything exists, without reading it."""
+def find_sources(inputs: Sequence[str], left_out: Counter[str] | None = None) -> list[Source]:
+    """Expands folders and globs, and checks that everything exists, without reading it.
+
+    `left_out` counts the entries of folders that are not read, by reason.
+    """
     if not inputs:
         raise DataError("no input; name a file, a folder, a glob or builtin:python-docs")
-    sources = [source for given in inputs for source in _expand(given)]
+    left_out = Counter() if left_out is None else left_out
+    sources = [source for given in inputs for source in _expand(given, left_out)]
     split = [source for source in sources if source.split]
     if split and len(split) < len(sources):
         raise DataError(
@@ -74,7 +85,7 @@ def is_rows(path: Path) -> bool:
     return path.name.lower().endswith(ROW_SUFFIXES)
 
 
-def _expand(given: str) -> list[Source]:
+def _expand(given: str, left_out: Counter[str]) -> list[Source]:
     if given.startswith(HUB_PREFIX):
         return [Source(given, None, True)]
     if given.startswith(BUILTIN_PREFIX):
@@ -85,7 +96,7 @@ def _expand(given: str) -> list[Source]:
     path = Path(given)
     with readable(path):
         if path.is_dir():
-            return _folder(given, path)
+            return _folder(given, path, left_out)
         if path.exists():
             return [Source(given, _regular(path), True)]
     if glob.has_magic(given):
@@ -93,29 +104,110 @@ def _expand(given: str) -> list[Source]:
     raise DataError(f"{given}: no such file or folder; check the path")
 
 
-def _folder(given: str, folder: Path) -> list[Source]:
+def _folder(given: str, folder: Path, left_out: Counter[str]) -> list[Source]:
     """The two token files of a folder that has both, or the text files below it by path."""
     pair = [Source(given, folder / file, True, split) for split, file in SPLIT_FILES.items()]
     if all(source.path and source.path.is_file() for source in pair):
         return pair
+    found = []
+    for path in _files_below(folder, left_out):
+        if path.name.lower().endswith(FOLDER_SUFFIXES) and path.is_file() and _is_text(path):
+            found.append(path)
+        else:
+            left_out[OTHER] += 1
+    if not found:
+        wanted = " ".join("*" + suffix for suffix in FOLDER_SUFFIXES)
+        hidden = f" ({left_out[HIDDEN]} hidden left out)" if left_out[HIDDEN] else ""
+        raise DataError(f"{folder}: holds no {wanted}{hidden}; name other files or use a glob")
+    return [Source(given, file, False) for file in sorted(found)]
+
+
+def _files_below(folder: Path, left_out: Counter[str], *, hidden: bool = False) -> Iterator[Path]:
+    """The files below a folder, in linked folders too; each folder is entered once."""
 
     def refuse(error: OSError) -> NoReturn:
         raise error
 
-    walk = os.walk(folder, onerror=refuse)
-    files = (Path(where, name) for where, _, names in walk for name in names)
-    found = sorted(p for p in files if p.name.lower().endswith(FOLDER_SUFFIXES) and p.is_file())
-    if not found:
-        wanted = " ".join("*" + suffix for suffix in FOLDER_SUFFIXES)
-        raise DataError(f"{folder}: holds no {wanted}; name other files or use a glob")
-    return [Source(given, file, False) for file in found]
+    entered: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        # Links wait until what is really below was entered, so that this keeps its own names.
+        for where, folders, names in os.walk(waiting.pop(0), onerror=refuse):
+            if _identity(where) in entered:
+                left_out[LINKED] += 1
+                folders.clear()
+                continue
+            entered.add(_identity(where))
+            if not hidden:
+                left_out[HIDDEN] += sum(name.startswith(".") for name in (*folders, *names))
+                folders[:] = [name for name in folders if not name.startswith(".")]
+            folders.sort()
+            waiting += [p for p in (Path(where, name) for name in folders) if p.is_symlink()]
+            shown = (name for name in names if hidden or not name.startswith("."))
+            yield from (Path(where, name) for name in sorted(shown))
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file of a folder is to be read; a .json only where it has an object a line."""
+    if not path.name.lower().endswith(".json"):
+        return True
+    with readable(path), path.open("rb") as file:
+        lines = iter(lambda: file.readline(SNIFFED_BYTES), b"")
+        line = next((line for line in lines if line.strip()), b"")
+    if len(line) == SNIFFED_BYTES:
+        return line.lstrip().startswith(b"{")
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _glob(pattern: str) -> list[Path]:
-    found = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+    """The files that a pattern matches; `**` enters no folder twice, whatever links there are."""
+    parts = Path(pattern).parts
+    if "**" in parts:
+        first = parts.index("**")
+        head = str(Path(*parts[:first])) if first else "."
+        tail = parts[first:]
+        hidden = any(part.startswith(".") for part in tail)
+        found = [
+            file if first else file.relative_to(".")
+            for base in (glob.glob(head) if glob.has_magic(head) else [head])
+            if Path(base).is_dir()
+            for file in _files_below(Path(base), Counter(), hidden=hidden)
+            if _matches(file.relative_to(base).parts, tail)
+        ]
+    else:
+        found = [Path(name) for name in glob.glob(pattern)]
+    found = sorted({path for path in found if path.is_file()})
     if not found:
         raise DataError(f"{pattern}: matches no file; check the pattern (and quote it)")
     return found
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path's parts match a pattern's; `**` stands for any number of them."""
+    reached = {0}  # how many parts of the pattern are used up
+    for name in (*names, None):
+        for i in range(len(pattern)):
+            if i in reached and pattern[i] == "**":
+                reached.add(i + 1)
+        if name is None:
+            return len(pattern) in reached
+        after = set()
+        for i in reached - {len(pattern)}:
+            shown = not name.startswith(".") or pattern[i].startswith(".")
+            if pattern[i] == "**" and shown:
+                after.add(i)
+            elif shown and fnmatchcase(name, pattern[i]):
+                after.add(i + 1)
+        reached = after
+    return False
 
 
 def _regular(path: Path) -> Path:

@@ -8,20 +8,26 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from openpalm.data import end_of_text
 from openpalm.data.byte_level import (
     byte_characters,
     component_types,
     cut_at_seams,
     encodes_in_pieces,
+    growth,
     new_bpe_tokenizer,
     new_byte_tokenizer,
+    spells_everything,
 )
 from openpalm.errors import DataError
 
@@ -38,9 +44,10 @@ MARKERS = (
     "<|end|>",
     *(f"<|reserved_{i}|>" for i in range(4)),
 )
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 MAX_FILE_BYTES = 64 << 20
 MAX_VOCABULARY = 1 << 24
+# A chain of replacements a -> aa doubles the text at each; published ones stay below 10.
+MAX_GROWTH = 256
 MINIMUM_BPE = 256 + len(MARKERS)
 
 
@@ -72,6 +79,7 @@ class Tokenizer:
         model = self._content["model"]
         unknown = model.get("unk_id", self._inner.token_to_id(str(model.get("unk_token"))))
         self._in_pieces = self.is_byte_level and encodes_in_pieces(self._content)
+        self._unknown = unknown
         self._forgeable = frozenset(self._special.values()) - {unknown}
 
     @classmethod
@@ -109,13 +117,21 @@ class Tokenizer:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
     @classmethod
-    def from_spec(cls, spec: str, texts: Iterable[str]) -> "Tokenizer":
-        """`byte`, `bpe:VOCAB` (trained on `texts`, which nothing else reads) or a path."""
-        if spec == "byte":
-            return cls.byte()
-        if is_bpe(spec):
-            return cls.train_bpe(texts, bpe_size(spec))
-        return cls.load(spec)
+    def from_spec(
+        cls, spec: str, texts: Iterable[str], end_token: str | None = None
+    ) -> "Tokenizer":
+        """`byte`, `bpe:VOCAB` (trained on `texts`, which nothing else reads) or a path.
+
+        With a path the end of a text is `end_token`, else what the configuration files beside it
+        name, else what its own name tells.
+        """
+        if spec == "byte" or is_bpe(spec):
+            if end_token not in (None, END_OF_TEXT):
+                raise DataError(
+                    f"--end-of-text {end_token}: {spec} ends texts with {END_OF_TEXT}; leave it out"
+                )
+            return cls.byte() if spec == "byte" else cls.train_bpe(texts, bpe_size(spec))
+        return cls.load(spec)._ending(Path(spec), end_token)
 
     def save(self, path: str | Path) -> None:
         """Writes tokenizer.json, byte for byte what `digest` is the SHA-256 of."""
@@ -128,8 +144,14 @@ class Tokenizer:
     @cached_property
     def end_of_text(self) -> int | None:
         """The id that ends a document, if this vocabulary has one."""
-        ids = (self.special_id(name) for name in END_OF_TEXT_NAMES)
+        names = (end_of_text.marked_in(self._content), *end_of_text.NAMES)
+        ids = (self.special_id(name) for name in names if name is not None)
         return next((i for i in ids if i is not None), None)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens as they are spelt, by id."""
+        return sorted(self._special, key=self._special.__getitem__)
 
     def special_id(self, marker: str) -> int | None:
         """The id of a special token; None for what text could spell as well."""
@@ -141,14 +163,13 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, on all cores; long texts in parallel too.
 
-        Raises DataError for a string that is no Unicode text (half a surrogate pair).
+        Raises DataError for a string that is no Unicode text (half a surrogate pair), or that
+        the vocabulary's own rules fail on.
         """
         pieces = [self.cut(text) for text in texts]
         flat = [piece for group in pieces for piece in group]
-        try:
+        with _library():
             encoded = iter(self._inner.encode_batch_fast(flat, add_special_tokens=False))
-        except TypeError:
-            raise DataError("text with half a surrogate pair in it; give valid UTF-8") from None
         rows = [
             next(encoded).ids if len(group) == 1 else [i for _ in group for i in next(encoded).ids]
             for group in pieces
@@ -160,7 +181,21 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
-        return self._inner.decode(list(ids), skip_special_tokens=skip_special)
+        with _library():
+            return self._inner.decode(list(ids), skip_special_tokens=skip_special)
+
+    @cached_property
+    def is_lossless(self) -> bool:
+        """Whether every text surely comes back from its ids (composed characters apart)."""
+        return spells_everything(self._content)
+
+    def lost_bytes(self, text: str, ids: Sequence[int]) -> int:
+        """UTF-8 bytes of the characters of `text` that decoding its `ids` does not give back."""
+        if self.is_lossless:
+            return 0
+        decoded = self.decode([i for i in ids if i != self._unknown])
+        before, after = (Counter(unicodedata.normalize("NFC", t)) for t in (text, decoded))
+        return sum(len(char.encode()) * count for char, count in (before - after).items())
 
     @property
     def in_pieces(self) -> bool:
@@ -236,7 +271,8 @@ class Tokenizer:
         Some vocabularies hold "</s>" among their ordinary pieces. Halving the text until no part
         spells one is slow, and only hostile text pays for it.
         """
-        ids = self._inner.encode(text, add_special_tokens=False).ids
+        with _library():
+            ids = self._inner.encode(text, add_special_tokens=False).ids
         if self._forgeable.isdisjoint(ids):
             return ids
         if len(text) == 1:
@@ -248,12 +284,34 @@ class Tokenizer:
         """Bytes each id adds after an ordinary token, which keeps the space that a word begins."""
         before = len(self.decode([self._ordinary]).encode())
         pairs = [[self._ordinary, i] for i in range(self.vocab_size)]
-        texts = self._inner.decode_batch(pairs, skip_special_tokens=True)
+        with _library():
+            texts = self._inner.decode_batch(pairs, skip_special_tokens=True)
         fallback = self.byte_fallback_ids
         return [
             1 if i in fallback else max(0, len(text.encode()) - before)
             for i, text in enumerate(texts)
         ]
+
+    def _ending(self, path: Path, token: str | None) -> "Tokenizer":
+        """This vocabulary, its end of text the one that `token` or the files at `path` name."""
+        own, number = self.end_of_text, None
+        if token is None:
+            folder = path if path.is_dir() else path.parent
+            token = end_of_text.named_beside(folder, self._inner.id_to_token)
+            number = None if token is None else self._inner.token_to_id(token)
+            if number is None or (own is not None and token in end_of_text.TURN_ENDS):
+                return self
+        assert token is not None
+        if number is None:
+            number = self._inner.token_to_id(token)
+        if number is None:
+            number = self.vocab_size
+        if number == own:
+            return self
+        ended = Tokenizer(end_of_text.marked(self._content, token, number), str(path))
+        if ended.end_of_text != number:
+            raise DataError(f"{path}: {token!r} cannot be its end of text; name another token")
+        return ended
 
     @classmethod
     def _with_markers(cls, inner: "tokenizers.Tokenizer") -> "Tokenizer":
@@ -340,6 +398,23 @@ def check_bpe_size(vocab_size: int) -> None:
         )
 
 
+@contextmanager
+def _library() -> Iterator[None]:
+    """What the `tokenizers` library raises for a text, as a DataError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except TypeError:
+        raise DataError("text with half a surrogate pair in it; give valid UTF-8") from None
+    except BaseException as error:  # a panic in the library is no Exception
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"the rules of this tokenizer.json fail on this text ({reason}); "
+            "shorten the text or use another tokenizer"
+        ) from None
+
+
 def _validated(definition: bytes, name: str) -> dict[str, Any]:
     remedy = "give a Hugging Face tokenizer.json"
     try:
@@ -348,6 +423,12 @@ def _validated(definition: bytes, name: str) -> dict[str, Any]:
         raise DataError(f"{name}: is not JSON ({error}); {remedy}") from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise DataError(f"{name}: has no `model`; {remedy}")
+    for part, inside in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        if growth(content.get(part), inside) > MAX_GROWTH:
+            raise DataError(
+                f"{name}: its {part} can make a text more than {MAX_GROWTH} times as long; "
+                "use another tokenizer"
+            )
     return content
 
 

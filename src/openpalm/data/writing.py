@@ -67,7 +67,8 @@ class SplitWriter:
         self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
         self.dtype = np.dtype(dtype).newbyteorder("<")
         done = done or SplitEntry(0, 0, 0, ())
-        self.documents, self.tokens, self.bytes = done.documents, done.tokens, done.bytes
+        self.documents, self.tokens = done.documents, done.tokens
+        self.bytes, self.lost = done.bytes, done.lost
         self._files = list(done.files)
         self._open: tuple[_HashedFile, _HashedFile] | None = None
         for entry in self._files[:-2]:
@@ -88,8 +89,11 @@ class SplitWriter:
             with contextlib.suppress(OSError):
                 file.file.close()
 
-    def extend(self, tokens: np.ndarray, starts: np.ndarray, size: int) -> None:
-        """`tokens` of `size` bytes of text; documents start at `starts` (int64, in `tokens`)."""
+    def extend(self, tokens: np.ndarray, starts: np.ndarray, size: int, lost: int) -> None:
+        """`tokens` of `size` bytes of text; documents start at `starts` (int64, in `tokens`).
+
+        `lost` counts the bytes of text beside them that the vocabulary cannot spell.
+        """
         data = tokens.astype(self.dtype, copy=False)
         written = 0
         while written < len(data):
@@ -104,6 +108,7 @@ class SplitWriter:
         self.tokens += len(data)
         self.documents += len(starts)
         self.bytes += size
+        self.lost += lost
 
     @property
     def files(self) -> list[BinaryIO]:
@@ -112,7 +117,7 @@ class SplitWriter:
     def entry(self) -> SplitEntry:
         """What was written so far; the last two files may still grow."""
         entries = [*self._files, *(file.entry() for file in self._open or ())]
-        return SplitEntry(self.documents, self.tokens, self.bytes, tuple(entries))
+        return SplitEntry(self.documents, self.tokens, self.bytes, tuple(entries), self.lost)
 
     def close(self) -> SplitEntry:
         if self._open:
