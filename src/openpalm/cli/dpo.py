@@ -100,6 +100,13 @@ def _judgements(
             "are left out; --sequence-length takes more",
             file=sys.stderr,
         )
+    if settings.loss == "kto" and len(kinds := {verdict.label for verdict in fitting}) == 1:
+        kind, other = ("good", "bad") if kinds == {1.0} else ("bad", "good")
+        print(
+            f"{label}: all {len(fitting)} verdicts are {kind}; without {other} ones kto only makes "
+            f"these answers {'likelier' if kind == 'good' else 'less likely'}",
+            file=sys.stderr,
+        )
     if settings.loss in WITHOUT_REFERENCE:
         return fitting
     with Console(stderr=True).status(f"what {directory} thinks of {len(fitting)} {unit}"):

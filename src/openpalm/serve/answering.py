@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from openpalm.data.tokenizer import Tokenizer
+from openpalm.errors import NumbersError
 from openpalm.generate.engine import Token
 from openpalm.generate.text import Piece
 from openpalm.serve.problems import as_api_error, error_body
@@ -87,7 +88,7 @@ async def respond(
 
 
 async def collect(answers: Answers) -> list[Said]:
-    """Everything that is said, in the order of the requests. Raises EngineFailed, Draining."""
+    """Everything that is said, in the order of the requests. Raises as `answers` does."""
     said = [Said() for _ in answers.jobs]
     async for pieces in answers:
         for job, piece in pieces:
@@ -140,7 +141,7 @@ async def _events(
                     ready += chunk(form.ending(job, piece.finish))
             if ready:
                 yield ready
-    except (EngineFailed, Draining) as error:
+    except (EngineFailed, NumbersError, Draining) as error:
         told = as_api_error(error)
         yield event(error_body(told.status, told.message, code=told.code))
         return

@@ -16,7 +16,8 @@ from functools import partial
 from typing import TypeVar
 
 from openpalm.data.tokenizer import Tokenizer
-from openpalm.generate.engine import Engine, Request, Token
+from openpalm.errors import NumbersError
+from openpalm.generate.engine import NOT_FINITE, Engine, Request, Token
 from openpalm.generate.text import AnswerText, Piece
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ class EngineFailed(Exception):
     """The engine broke off; its requests are lost, new ones may succeed."""
 
 
-Broken = EngineFailed | Draining
+Broken = EngineFailed | Draining | NumbersError
 """Why a sequence ends without a finish."""
 
 
@@ -102,7 +103,8 @@ class Answers:
     async def __aiter__(self) -> AsyncIterator[list[tuple[Job, Piece]]]:
         """All pieces that are there, at least one, until every sequence has finished.
 
-        Raises EngineFailed, and Draining where the time for finishing is over.
+        Raises EngineFailed, NumbersError where this model's logits are not finite, and Draining
+        where the time for finishing is over.
         """
         open_jobs = len(self.jobs)
         while open_jobs:
@@ -259,6 +261,10 @@ class Worker:
         for token in tokens:
             job = running.get(token.request)
             if job is None:  # a stop string ended it
+                continue
+            if token.finish == "error":  # the engine has released it; its neighbours go on
+                self._forget(job)
+                events.append((job, NumbersError(NOT_FINITE)))
                 continue
             piece = _piece(job, token)
             if piece is None:
