@@ -1,5 +1,6 @@
 """Judges: the engine's against the model's own logits, both orders, the endpoint's manners."""
 
+import json
 import math
 import threading
 from dataclasses import replace
@@ -17,6 +18,7 @@ from openpalm.align.judge import (
     Comparison,
     EngineJudge,
     Question,
+    Refused,
     compared,
     comparison_questions,
     judgement_id,
@@ -351,3 +353,63 @@ def test_ours_is_the_same_judge_over_http(directory, judge):
     assert there == pytest.approx(here, abs=1e-4)
     assert max(here) - min(here) > 1e-3
     assert texts == judge.write([questions[0].text], 6)
+
+
+# --- what endpoints refuse
+
+
+def body_refusing(refuses, *names):
+    """An endpoint that answers 400 to a request with one of the options."""
+
+    def reply(_, n):
+        sent = seen_of["it"].requests[n]
+        for name in names:
+            if refuses(sent, name):
+                return fails(400, f"Unsupported parameter: '{name}'")
+        return says("B")
+
+    seen_of = {}
+    return reply, seen_of
+
+
+@pytest.mark.parametrize(
+    "names", [["logprobs"], ["max_tokens"], ["temperature"], ["logprobs", "temperature"]]
+)
+def test_a_refused_option_is_left_out_once_for_all(names):
+    reply, seen_of = body_refusing(lambda sent, name: name in sent, *names)
+    with judging(reply) as seen:
+        seen_of["it"] = seen
+        found, _, waits = asked(seen, [Q] * 3, parallel=1)
+    assert (found, waits) == ([0.0] * 3, [])
+    assert len(seen.requests) == 3 + len(names)
+    assert "max_tokens" not in names or "max_completion_tokens" in seen.requests[-1]
+
+
+def test_fewer_log_probabilities_are_asked_for_where_twenty_are_too_many():
+    reply, seen_of = body_refusing(lambda sent, name: sent.get(name, 0) > 5, "top_logprobs")
+    with judging(reply) as seen:
+        seen_of["it"] = seen
+        assert asked(seen, [Q])[0] == [0.0]
+    assert [sent["top_logprobs"] for sent in seen.requests] == [20, 5]
+
+
+@pytest.mark.parametrize(
+    "body", [{"error": {"message": "WHY"}}, {"error": "WHY"}, {"message": "WHY"}, {"detail": "WHY"}]
+)
+def test_a_refused_question_is_passed_over_with_its_reason(body):
+    refusal = Reply(json.dumps(body).encode(), 400)
+    with judging(lambda text, _: refusal if text == "long" else says("A")) as seen:
+        found, _, _ = asked(seen, [Question("long", ("A", "B")), Q])
+    assert found == [Refused("status 400 ('WHY')"), 1.0]
+
+
+def test_the_endpoint_says_when_to_ask_again():
+    replies = [fails(429, "slow", **{"Retry-After": "20"}), says("A")]
+    with judging(lambda _, n: replies[n]) as seen:
+        found, _, waits = asked(seen, [Q])
+    assert (found, waits) == ([1.0], [20.0])
+
+
+def test_labels_with_little_mass_decide_nothing():
+    with judging(lambda *_: says("Well", {"A": math.log(0.01), "Well": math.log(0.9)})) as seen:
+        assert asked(seen, [Q])[0] == [None]
