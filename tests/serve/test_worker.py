@@ -1,12 +1,15 @@
 """The engine's thread: cancelling, breaking, and what it does in between."""
 
 import asyncio
+import math
 import time
 
 import pytest
+import torch
 from tiny_models import tiny
 
 from openpalm.data.tokenizer import Tokenizer
+from openpalm.errors import NumbersError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 from openpalm.serve.answering import collect
@@ -29,11 +32,11 @@ class Watched(Engine):
         return super().step()
 
 
-def run(test, *, slots=4, queue_limit=8):
+def run(test, *, slots=4, queue_limit=8, model=None):
     """Runs `test(worker, engine)` on an event loop, with the worker started and stopped."""
 
     async def body():
-        engine = Watched(tiny(), slots=slots)
+        engine = Watched(model or tiny(), slots=slots)
         worker = Worker(Served("tiny", engine, Tokenizer.byte(), "-"), queue_limit=queue_limit)
         worker.start()
         try:
@@ -118,3 +121,17 @@ def test_an_old_model_is_dropped_when_its_last_request_ends():
         assert not worker._running
 
     run(test)
+
+
+def test_numbers_that_are_not_finite_end_one_request_alone():
+    async def test(worker, engine):
+        with torch.no_grad():
+            engine.model.embedding[7] = math.nan
+        hit = worker.submit(worker.current, [Request([1, 7], 5, Sampling(seed=1))])
+        healthy = worker.submit(worker.current, [LONG])
+        with pytest.raises(NumbersError):
+            await collect(hit)
+        assert (await collect(healthy))[0].finish == "length"
+        await until(lambda: worker.load == 0)
+
+    run(test, model=tiny(tied=False))
