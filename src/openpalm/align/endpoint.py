@@ -33,7 +33,7 @@ MAX_WAIT_S = 600.0
 """The longest Retry-After that is waited for."""
 TOP, FEWER = 20, 5
 """Likeliest tokens that are asked for; some endpoints give fewer."""
-LEAST_MASS = 0.25
+LEAST_MASS = 0.1
 """Of both labels together in the first token; below it the reply's words count."""
 SHORT, LONG = 16, 1024
 """Tokens of a verdict, and of one that begins with thoughts."""
@@ -120,8 +120,8 @@ class EndpointJudge:
         found = verdict(_content(choice), question.labels)
         if found is None and tokens < LONG and choice.get("finish_reason") == "length":
             choice = await self._ask(client, question.text, LONG)
-            if isinstance(choice, Refused):
-                return choice
+            if isinstance(choice, Refused):  # no room for more: the short reply stays undecided
+                return None
             found = verdict(_content(choice), question.labels)
             if found is not None:
                 self._verdict_tokens = LONG

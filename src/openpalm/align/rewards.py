@@ -80,7 +80,7 @@ def rewards_of(words: Sequence[str], reader: Reader, option: str = "reward") -> 
 
     def total(answers: Sequence[Answer]) -> list[float]:
         columns = [[weight * value for value in part(answers)] for weight, part in parts]
-        sums = [sum(values) for values in zip(*columns, strict=True)]
+        sums = [sum(values, 0.0) for values in zip(*columns, strict=True)]
         for value, answer in zip(sums, answers, strict=True):
             if not abs(value) <= LARGEST:
                 text = reader.text(answer)[:60]
