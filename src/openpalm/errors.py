@@ -7,6 +7,7 @@
     │   └── CheckpointError     a checkpoint missing, torn, altered, foreign or of another model
     └── WorkError               the request was right but the work failed: exit 1
         ├── StorageError        the disk is full or refuses us
+        ├── NumbersError        the model computed numbers that are not finite
         └── TrainingError       the run diverged or could not go on
 
 A message says what is wrong, which value, and what to do, in one line.
@@ -40,6 +41,10 @@ class WorkError(OpenPalmError):
 
 
 class StorageError(WorkError):
+    pass
+
+
+class NumbersError(WorkError):
     pass
 
 

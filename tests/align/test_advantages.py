@@ -234,3 +234,16 @@ def test_explained_variance():
     assert explained_variance(returns, torch.ones(3, 6), MASK) == 0
     elsewhere = torch.where(MASK, returns, 1e6)
     assert explained_variance(elsewhere, returns, MASK) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr-grpo", "rloo"])
+def test_noise_in_the_penalty_of_equal_rewards_stays_noise(kind):
+    penalty = 1e-4 * torch.randn(16, generator=torch.Generator().manual_seed(0))
+    rewards = torch.tensor([3.0] * 8 + [0.0, 1.0] * 4)
+    found = group_advantages(rewards, 8, kind, penalty)
+    without = group_advantages(rewards, 8, kind)
+    assert 0 < found[:8].abs().max() < 1e-3
+    deviation = statistics.stdev([0.0, 1.0] * 4) if kind in ("grpo", "dapo") else 1.0
+    scale = 8 / 7 if kind == "rloo" else 1 / deviation
+    centred = penalty[8:] - penalty[8:].mean()
+    torch.testing.assert_close(found[8:], without[8:] - scale * centred)

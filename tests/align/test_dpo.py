@@ -200,3 +200,28 @@ def test_settings_out_of_range(changes, says):
         SettingsError, match=says.replace("[", r"\[").replace("(", r"\(").replace(")", r"\)")
     ):
         settings("dpo", **changes)
+
+
+@pytest.mark.parametrize("sums", [(0.0, -3.0), (-3.0, 0.0), (0.0, 0.0), (-1e-7, -1e-9)])
+def test_orpo_of_a_certain_answer_is_finite(sums):
+    log_probs = torch.tensor(sums, requires_grad=True)
+    losses, _ = pair_losses(settings("orpo"), log_probs, torch.tensor([2, 2]), torch.zeros(2))
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert log_probs.grad is not None
+    assert log_probs.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [
+        ("dpo", {"label_smoothing": 0.3}),
+        ("simpo", {"label_smoothing": 0.3}),
+        ("dpo", {"margin": 5.0}),
+        ("ipo", {"desirable_weight": 2.0}),
+        ("kto", {"length_normalise": True}),
+    ],
+)
+def test_options_of_another_loss_are_refused(loss, changes):
+    with pytest.raises(SettingsError, match="is an option of --loss"):
+        settings(loss, **changes)

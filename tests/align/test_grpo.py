@@ -90,8 +90,10 @@ def check_estimate(estimate, settings):
             d = (rollout.old - rollout.reference)[row][counts].tolist()
             rewards[row] -= 0.3 * sum(d)
     wanted = []
-    for group in (rewards[:4], rewards[4:]):
-        mean, spread = statistics.mean(group), statistics.stdev(group)
+    for part in (slice(0, 4), slice(4, 8)):
+        group = rewards[part]
+        mean = statistics.mean(group)
+        spread = statistics.stdev(rollout.rewards.tolist()[part])  # of the rewards alone
         for r in group:
             others = (r - mean) * 4 / 3
             wanted.append(

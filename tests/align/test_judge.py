@@ -1,5 +1,6 @@
 """Judges: the engine's against the model's own logits, both orders, the endpoint's manners."""
 
+import json
 import math
 import threading
 from dataclasses import replace
@@ -17,6 +18,7 @@ from openpalm.align.judge import (
     Comparison,
     EngineJudge,
     Question,
+    Refused,
     compared,
     comparison_questions,
     judgement_id,
@@ -223,7 +225,11 @@ def test_what_is_too_long_is_not_asked(judge):
 
 def asked(seen, questions, **how):
     waits = []
-    judge = EndpointJudge(seen.url, "theirs", wait=waits.append, **how)
+
+    async def wait(seconds):
+        waits.append(seconds)
+
+    judge = EndpointJudge(seen.url, "theirs", wait=wait, **how)
     return judge.first(questions), judge, waits
 
 
@@ -233,24 +239,22 @@ Q = Question("Which?", ("A", "B"))
 def test_log_probabilities_of_the_labels_are_weighed():
     top = {"A": math.log(0.2), " A": math.log(0.1), "B": math.log(0.1), "An": math.log(0.5)}
     with judging(lambda *_: says("An", top)) as seen:
-        found, judge, _ = asked(seen, [Q], key="secret")
+        found, _, _ = asked(seen, [Q], key="secret")
     assert found == [pytest.approx(0.75)]
-    assert judge.undecided == 0
-    assert seen.headers[0]["Authorization"] == "Bearer secret"
+    assert seen.headers[0]["authorization"] == "Bearer secret"
     assert seen.requests[0]["path"] == "/v1/chat/completions"
     assert (seen.requests[0]["model"], seen.requests[0]["temperature"]) == ("theirs", 0)
 
 
 @pytest.mark.parametrize(
     ("content", "chance"),
-    [("A", 1.0), ("(B)", 0.0), (" b.", 0.0), ("Neither", 0.5), ("", 0.5)],
+    [("A", 1.0), ("(B)", 0.0), (" b.", 0.0), ("Answer: B", 0.0), ("Neither", None), ("", None)],
 )
 def test_without_log_probabilities_the_reply_counts(content, chance):
     with judging(lambda *_: says(content)) as seen:
-        found, judge, _ = asked(seen, [Q])
+        found, _, _ = asked(seen, [Q])
     assert found == [chance]
-    assert judge.undecided == (chance == 0.5)
-    assert "Authorization" not in seen.headers[0]
+    assert "authorization" not in seen.headers[0]
 
 
 def test_answers_keep_the_order_of_their_questions():
@@ -305,14 +309,14 @@ def test_what_cannot_be_used_is_one_clear_error(reply, says):
 )
 def test_odd_replies_decide_nothing(body):
     with judging(lambda *_: Reply(body)) as seen:
-        found, judge, _ = asked(seen, [Q])
-    assert (found, judge.undecided) == ([0.5], 1)
+        found, _, _ = asked(seen, [Q])
+    assert found == [None]
 
 
 def test_nobody_there_and_nobody_in_time():
     with judging(lambda *_: says("A")) as seen:
         pass
-    with pytest.raises(WorkError, match="refused"):
+    with pytest.raises(WorkError, match="connection attempts failed"):
         asked(seen, [Q])
     over = threading.Event()
 
@@ -347,6 +351,65 @@ def test_ours_is_the_same_judge_over_http(directory, judge):
         texts = theirs.write([questions[0].text], 6)
     here = judge.first(questions)
     assert there == pytest.approx(here, abs=1e-4)
-    assert theirs.undecided == 0
     assert max(here) - min(here) > 1e-3
     assert texts == judge.write([questions[0].text], 6)
+
+
+# --- what endpoints refuse
+
+
+def body_refusing(refuses, *names):
+    """An endpoint that answers 400 to a request with one of the options."""
+
+    def reply(_, n):
+        sent = seen_of["it"].requests[n]
+        for name in names:
+            if refuses(sent, name):
+                return fails(400, f"Unsupported parameter: '{name}'")
+        return says("B")
+
+    seen_of = {}
+    return reply, seen_of
+
+
+@pytest.mark.parametrize(
+    "names", [["logprobs"], ["max_tokens"], ["temperature"], ["logprobs", "temperature"]]
+)
+def test_a_refused_option_is_left_out_once_for_all(names):
+    reply, seen_of = body_refusing(lambda sent, name: name in sent, *names)
+    with judging(reply) as seen:
+        seen_of["it"] = seen
+        found, _, waits = asked(seen, [Q] * 3, parallel=1)
+    assert (found, waits) == ([0.0] * 3, [])
+    assert len(seen.requests) == 3 + len(names)
+    assert "max_tokens" not in names or "max_completion_tokens" in seen.requests[-1]
+
+
+def test_fewer_log_probabilities_are_asked_for_where_twenty_are_too_many():
+    reply, seen_of = body_refusing(lambda sent, name: sent.get(name, 0) > 5, "top_logprobs")
+    with judging(reply) as seen:
+        seen_of["it"] = seen
+        assert asked(seen, [Q])[0] == [0.0]
+    assert [sent["top_logprobs"] for sent in seen.requests] == [20, 5]
+
+
+@pytest.mark.parametrize(
+    "body", [{"error": {"message": "WHY"}}, {"error": "WHY"}, {"message": "WHY"}, {"detail": "WHY"}]
+)
+def test_a_refused_question_is_passed_over_with_its_reason(body):
+    refusal = Reply(json.dumps(body).encode(), 400)
+    with judging(lambda text, _: refusal if text == "long" else says("A")) as seen:
+        found, _, _ = asked(seen, [Question("long", ("A", "B")), Q])
+    assert found == [Refused("status 400 ('WHY')"), 1.0]
+
+
+def test_the_endpoint_says_when_to_ask_again():
+    replies = [fails(429, "slow", **{"Retry-After": "20"}), says("A")]
+    with judging(lambda _, n: replies[n]) as seen:
+        found, _, waits = asked(seen, [Q])
+    assert (found, waits) == ([1.0], [20.0])
+
+
+def test_labels_with_little_mass_decide_nothing():
+    with judging(lambda *_: says("Well", {"A": math.log(0.01), "Well": math.log(0.9)})) as seen:
+        assert asked(seen, [Q])[0] == [None]

@@ -7,6 +7,7 @@ from tiny_models import tiny
 
 from openpalm.align import judging
 from openpalm.align.best_of_n import Draw
+from openpalm.align.judge import Refused
 from openpalm.align.judging import Session, Writer, drawn_items, given_items
 from openpalm.data.candidate_files import CandidateRow
 from openpalm.data.constitution import Article, Constitution
@@ -15,6 +16,7 @@ from openpalm.data.growing import growing
 from openpalm.data.preferences import Candidate, Preference
 from openpalm.data.prompt_files import PromptRow
 from openpalm.data.tokenizer import Tokenizer
+from openpalm.errors import WorkError
 from openpalm.generate.engine import Engine
 
 ARTICLES = Constitution((Article("More stars.", 1.0), Article("Many.", 2.0)))
@@ -165,3 +167,36 @@ def test_nothing_is_drawn_before_it_is_wanted(writer):
     made = drawn_items(writer._replace(engine=Idle()), [PromptRow(PROMPTS[0], {})], [[1]])
     assert made[0].origins[1] == ["c" * 64, writer.sampling, 1]
     fails(made[0].candidates)
+
+
+def test_undecided_and_refused_items_have_no_record_and_are_asked_again(tmp_path):
+    class Picky(Stars):
+        def first(self, questions):
+            if "odd" in questions[0].text:
+                return [0.9, None, 0.9, 0.9]
+            refused = "huge" in questions[0].text
+            return [Refused("too long")] * 4 if refused else super().first(questions)
+
+    items = [item("*", "odd"), item("*", "huge"), item("*", "**")]
+    for written, known in ((1, 0), (0, 1)):
+        with growing(tmp_path / "j.jsonl") as file:
+            session = Session(Picky(), ARTICLES, 16, file, [row["id"] for row in file.found])
+            for each in items:
+                session.compare(each)
+        told = session.told()
+        assert (told["written"], told["known"], told["ties"]) == (written, known, 0)
+        assert told["left_out"] == {"undecided": 1, "refused by the judge": 1}
+        assert [refused["reason"] for refused in told["refused"]] == ["too long"]
+
+
+def test_a_judge_that_refuses_all_is_an_error(tmp_path):
+    class Closed(Stars):
+        def first(self, questions):
+            return [Refused("no credit")] * len(questions)
+
+    with growing(tmp_path / "j.jsonl") as file:
+        session = Session(Closed(), ARTICLES, 16, file)
+        for _ in range(judging.REFUSALS_AT_FIRST - 1):
+            session.compare(item("*", "**"))
+        with pytest.raises(WorkError, match="no credit"):
+            session.compare(item("*", "**"))

@@ -11,7 +11,7 @@ from command_line import ok, write_base
 
 from openpalm import checkpoint
 from openpalm.align.experience import Answer
-from openpalm.align.rewards import Asked, Reader, question_of, rewards_of
+from openpalm.align.rewards import Asked, Reader, fingerprint, question_of, rewards_of
 from openpalm.data.conversation import Message, render, stop_ids
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError, WorkError
@@ -238,3 +238,34 @@ def test_a_classifier_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SettingsError, match=r"^--reward hub:any: needs the package transformers"):
         rewards_of(["hub:any"], READER)
+
+
+def test_a_function_gets_its_own_copy_of_the_row(write):
+    path = write("def f(prompt, answer, row):\n    return len(str(row.pop('answer')))\n")
+    assert rewards_of([f"{path}:f"], READER)(ANSWERS) == [1.0] * 4
+    assert ASKED[0].row == {"answer": "4", "level": 3}
+
+
+@pytest.mark.parametrize(
+    ("body", "says"), [("raise SystemExit(3)", "raised SystemExit"), ("return 10**400", "finite")]
+)
+def test_a_function_that_exits_or_overflows_is_an_error_of_it(write, body, says):
+    path = write(f"def f(*_):\n    {body}\n")
+    with pytest.raises(WorkError, match=says):
+        rewards_of([f"{path}:f"], READER)(ANSWERS)
+
+
+@pytest.mark.parametrize("word", ["{}:f", "1e300*{}:f"])
+def test_a_reward_that_float32_cannot_square_is_refused(write, word):
+    path = write("def f(*_):\n    return 1e30\n")
+    with pytest.raises(WorkError, match="must be a number from"):
+        rewards_of([word.format(path)], READER)(ANSWERS)
+
+
+def test_the_fingerprint_follows_the_file(write):
+    path = write("def f(*_):\n    return 1")
+    word = f"0.5*{path}:f"
+    before = fingerprint([word, "exact"])
+    assert fingerprint([word, "exact"]) == before
+    write("def f(*_):\n    return 2")
+    assert fingerprint([word, "exact"]) != before

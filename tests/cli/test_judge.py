@@ -61,7 +61,7 @@ def test_records_are_as_a_persons(said, base, given, monkeypatch):
     assert (status, errors) == (0, [])
     assert "9 compared, 0 of them ties" in output
     assert len(seen.requests) == 3 * 3 * 2 * 2  # prompts, pairs, principles, orders
-    assert {headers["Authorization"] for headers in seen.headers} == {"Bearer secret"}
+    assert {headers["authorization"] for headers in seen.headers} == {"Bearer secret"}
     text = (given / "j.jsonl").read_text()
     assert "secret" not in text
     records = [Preference.from_json(row, "j") for row in rows(given / "j.jsonl")]

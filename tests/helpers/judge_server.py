@@ -47,7 +47,7 @@ def judging(reply: Callable[[str, int], Reply]) -> Iterator[Seen]:
             with lock:
                 number = len(seen.requests)
                 seen.requests.append(body | {"path": self.path})
-                seen.headers.append(dict(self.headers))
+                seen.headers.append({name.lower(): value for name, value in self.headers.items()})
             answer = reply(body["messages"][-1]["content"], number)
             self.send_response(answer.status)
             for name, value in answer.headers.items():

@@ -1,5 +1,6 @@
 """The arithmetic of sizes reproduces the PaLM paper, and bad values are refused in one line."""
 
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -117,3 +118,13 @@ def test_defaults_are_palms():
         False,
         True,
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(name, value) for name in ("norm_eps", "rotary_base") for value in (math.nan, math.inf, 0.0)]
+    + [("norm_eps", -1.0), ("xpos_base", math.nan), ("xpos_base", -1.0), ("xpos_base", math.inf)],
+)
+def test_numbers_that_are_not_plausible_are_refused(field: str, value: float):
+    with pytest.raises(SettingsError, match=f"model {field}"):
+        replace(BASE, **{field: value})

@@ -1,14 +1,16 @@
 """The engine's thread: cancelling, breaking, and what it does in between."""
 
 import asyncio
+import math
 import time
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny_models import tiny
 
 from openpalm.data.tokenizer import Tokenizer
-from openpalm.errors import WorkError
+from openpalm.errors import NumbersError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 from openpalm.serve.answering import collect
@@ -31,11 +33,11 @@ class Watched(Engine):
         return super().step()
 
 
-def run(test, *, slots=4, queue_limit=8):
+def run(test, *, slots=4, queue_limit=8, model=None):
     """Runs `test(worker, engine)` on an event loop, with the worker started and stopped."""
 
     async def body():
-        engine = Watched(tiny(), slots=slots)
+        engine = Watched(model or tiny(), slots=slots)
         worker = Worker(Served("tiny", engine, Tokenizer.byte(), "-"), queue_limit=queue_limit)
         worker.start()
         try:
@@ -165,7 +167,7 @@ def test_log_probs_that_are_no_numbers_end_one_request_alone():
 
         engine.step = spoilt
         answers = [worker.submit(worker.current, [LONG]) for _ in range(2)]
-        with pytest.raises(WorkError, match="not finite"):
+        with pytest.raises(NumbersError, match="not finite"):
             await collect(answers[0])
         said = await collect(answers[1])
         assert len(said[0].tokens) == 50
@@ -209,3 +211,17 @@ def test_an_old_model_is_dropped_when_its_last_request_ends():
         assert not worker._running
 
     run(test)
+
+
+def test_numbers_that_are_not_finite_end_one_request_alone():
+    async def test(worker, engine):
+        with torch.no_grad():
+            engine.model.embedding[7] = math.nan
+        hit = worker.submit(worker.current, [Request([1, 7], 5, Sampling(seed=1))])
+        healthy = worker.submit(worker.current, [LONG])
+        with pytest.raises(NumbersError):
+            await collect(hit)
+        assert (await collect(healthy))[0].finish == "length"
+        await until(lambda: worker.load == 0)
+
+    run(test, model=tiny(tied=False))

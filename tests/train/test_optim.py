@@ -269,3 +269,15 @@ def test_defaults_are_each_optimizers_own():
     assert OptimSettings(schedule="palm").resolved().warmup == 0.0
     assert OptimSettings(weight_decay=0.0, decay_rule="palm").resolved().weight_decay == 0.0
     assert lion.resolved() == lion
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "palm"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("changes", [{}, {"cooldown": 1.0, "warmup": 0.0}, {"warmup": 0.5}])
+def test_the_shortest_runs_learn(schedule, steps, changes):
+    changes = changes if schedule == "wsd" else {k: changes[k] for k in changes if k == "warmup"}
+    settings = OptimSettings(schedule=schedule, final_lr=0.0, **changes)
+    factors = [learning_rate_factor(step, steps, settings) for step in range(1, steps + 1)]
+    assert all(0 <= factor <= 1 for factor in factors)
+    assert max(factors) > 0
+    assert steps > 1 or factors == [1.0]

@@ -49,8 +49,10 @@ def whitened(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (values - counted.mean()) / deviation, 0.0)
 
 
-def group_advantages(rewards: Tensor, answers: int, kind: GroupAdvantage) -> Tensor:
-    """Each reward against those of the other answers to its prompt: [rows] from [rows].
+def group_advantages(
+    rewards: Tensor, answers: int, kind: GroupAdvantage, penalty: Tensor | None = None
+) -> Tensor:
+    """Each reward, less its penalty, against those of the other answers to its prompt: [rows].
 
     Rows are prompt by prompt, `answers` of each.
 
@@ -58,15 +60,20 @@ def group_advantages(rewards: Tensor, answers: int, kind: GroupAdvantage) -> Ten
         dr-grpo  r - mean                 Liu et al. 2025: the std favours prompts that are easy
         rloo     r - mean of the others   Ahmadian et al. 2024, equation 6
 
-    A group of equal rewards has advantages of exactly zero.
+    mean is of both together; std is of the rewards alone, so that the noise in the penalties of
+    equally good answers is not scaled up to deviation 1. In a group of equal rewards nothing is
+    divided, and only the penalties differ: without any, advantages are exactly zero.
     """
     groups = rewards.view(-1, answers)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    centred = centred * ~zero_variance(rewards, answers)[:, None]
+    equal = zero_variance(rewards, answers)[:, None]
+    centred = torch.where(equal, 0.0, groups - groups.mean(dim=1, keepdim=True))
+    if penalty is not None:
+        penalties = penalty.view(-1, answers)
+        centred = centred - (penalties - penalties.mean(dim=1, keepdim=True))
     if kind == "rloo":
         centred = centred * answers / (answers - 1)
     elif kind in ("grpo", "dapo"):
-        centred = centred / groups.std(dim=1, keepdim=True).clamp_min(_SMALLEST_DEVIATION)
+        centred = centred / torch.where(equal, 1.0, groups.std(dim=1, keepdim=True))
     return centred.flatten()
 
 

@@ -1,7 +1,8 @@
 """The settings of alignment runs, checked at birth."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from openpalm.errors import SettingsError
@@ -13,6 +14,32 @@ GroupAdvantage = Literal["grpo", "dr-grpo", "dapo", "rloo"]
 RewardLoss = Literal["bradley-terry", "regression", "binned", "hl-gauss", "ordinal"]
 PairLoss = Literal["dpo", "cdpo", "ipo", "simpo", "orpo", "kto"]
 WITHOUT_REFERENCE = ("simpo", "orpo")
+_LOSSES_OF: dict[str, tuple[PairLoss, ...]] = {
+    "label_smoothing": ("cdpo",),
+    "length_normalise": ("dpo", "cdpo", "ipo", *WITHOUT_REFERENCE),
+    "margin": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+_REWARD_LOSSES_OF: dict[str, tuple[RewardLoss, ...]] = {
+    "margin_scale": ("bradley-terry",),
+    "centring": ("bradley-terry",),
+    "bins": ("binned", "hl-gauss", "ordinal"),
+    "axis": ("regression", "binned", "hl-gauss", "ordinal"),
+}
+
+
+def _refuse_options_of_others(
+    settings: TrainSettings, loss: str, losses_of: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises SettingsError for an option that was set and that this loss does not read."""
+    for option in fields(settings):
+        losses, value = losses_of.get(option.name, (loss,)), getattr(settings, option.name)
+        if loss not in losses and value != option.default:
+            raise SettingsError(
+                f"{spell(option.name)} {value}: is an option of --loss {' or '.join(losses)}, not "
+                f"of {loss}; leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,6 +79,7 @@ class DpoSettings(TrainSettings):
             raise SettingsError(f"--label-smoothing {self.label_smoothing}: must be in [0, 0.5)")
         if not 0 <= self.margin < 1000:
             raise SettingsError(f"--margin {self.margin}: must be 0 or more, below 1000")
+        _refuse_options_of_others(self, self.loss, _LOSSES_OF)
         for name in ("desirable_weight", "undesirable_weight"):
             if not 0 < (value := getattr(self, name)) < 1000:
                 option = name.replace("_", "-")
@@ -275,6 +303,7 @@ class RewardSettings(TrainSettings):
             value = getattr(self, name)
             if not 0 <= value < 1000:
                 raise SettingsError(f"{spell(name)} {value}: must be 0 or more, below 1000")
+        _refuse_options_of_others(self, self.loss, _REWARD_LOSSES_OF)
         if self.bins is not None and not 2 <= self.bins <= MAX_BINS:
             raise SettingsError(f"--bins {self.bins}: must be 2 to {MAX_BINS}")
 

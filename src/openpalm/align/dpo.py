@@ -24,6 +24,8 @@ from openpalm.align.pairs import PairBatch
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Metrics
 
+_LEAST_DOUBT = 1e-6
+
 
 class PairObjective:
     """Sums one of these losses over pairs."""
@@ -80,5 +82,10 @@ def pair_losses(
 
 
 def _log_odds(log_p: Tensor) -> Tensor:
-    """log(p / (1 - p)) from log p < 0, exact for p near one too."""
+    """log(p / (1 - p)) from log p <= 0, exact for p near one too.
+
+    Where p is one in float32 the odds are infinite and their gradient is not a number: from
+    1 - p = 1e-6 on they are constant, and only the loss's first term still moves such an answer.
+    """
+    log_p = log_p.clamp_max(-_LEAST_DOUBT)
     return log_p - torch.log(-torch.expm1(log_p))

@@ -62,9 +62,9 @@ def token_weights(mask: Tensor, kind: GroupAdvantage, max_new_tokens: int) -> Te
 
 def estimate(settings: GrpoSettings, rollout: Rollout, beta: float) -> Estimated:
     """The same advantage for every token of an answer."""
-    rewards = rollout.rewards
+    penalty = None
     if settings.kl == "reward":
-        rewards = rewards - beta * (rollout.old - rollout.reference).sum(dim=-1)
-    each = group_advantages(rewards, settings.answers, settings.advantage)
+        penalty = beta * (rollout.old - rollout.reference).sum(dim=-1)
+    each = group_advantages(rollout.rewards, settings.answers, settings.advantage, penalty)
     advantages = each[:, None] * rollout.mask
     return Estimated(advantages, torch.zeros_like(advantages))

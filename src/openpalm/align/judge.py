@@ -48,6 +48,16 @@ class Question(NamedTuple):
     labels: tuple[str, str]
 
 
+class Refused(NamedTuple):
+    """A judge's refusal of one text: too long for it, or filtered."""
+
+    reason: str
+
+
+Judged = float | Refused | None
+"""The probability of a question's first label; None where the reply decides for neither."""
+
+
 class Judge(Protocol):
     """Whoever answers questions; `name` is the author of its judgements."""
 
@@ -57,11 +67,11 @@ class Judge(Protocol):
         """Whether it can read that much and still reply."""
         ...
 
-    def first(self, questions: Sequence[Question]) -> list[float]:
-        """The probability of each question's first label, in [0, 1]."""
+    def first(self, questions: Sequence[Question]) -> Sequence[Judged]:
+        """The probability of each question's first label, in [0, 1], where there is a verdict."""
         ...
 
-    def write(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
+    def write(self, texts: Sequence[str], max_new_tokens: int) -> Sequence[str | Refused]:
         """Its likeliest reply to each text."""
         ...
 
@@ -157,17 +167,20 @@ def rule_reward(broken: Sequence[float], rules: Constitution) -> float:
 
 def revision(
     judge: Judge, prompt: Messages, answer: str, article: Article, max_new_tokens: int
-) -> str | None:
+) -> str | Refused | None:
     """The judge's better answer, after its own critique by the principle; None if too long."""
     shown = f"{_shown(prompt)}\n\nThe assistant's answer:\n{answer}"
     asked = f"{shown}\n\nA principle:\n{article.text}\n\nIn what does this answer fall short of it?"
     if not judge.fits(asked, max_new_tokens):
         return None
     critique = judge.write([asked], max_new_tokens)[0]
+    if isinstance(critique, Refused):
+        return critique
     rewrite = f"{shown}\n\nWhat is to be improved:\n{critique}\n\nWrite the improved answer alone."
     if not judge.fits(rewrite, max_new_tokens):
         return None
-    return judge.write([rewrite], max_new_tokens)[0].strip()
+    text = judge.write([rewrite], max_new_tokens)[0]
+    return text if isinstance(text, Refused) else text.strip()
 
 
 def numbered_pairs(candidates: Sequence[Candidate]) -> list[tuple[int, int]]:

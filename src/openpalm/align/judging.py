@@ -15,6 +15,7 @@ from openpalm.align.best_of_n import Draw
 from openpalm.align.judge import (
     LABEL_TOKENS,
     Judge,
+    Refused,
     compared,
     comparison_questions,
     judgement_id,
@@ -28,10 +29,13 @@ from openpalm.data.growing import GrowingRows
 from openpalm.data.preferences import Candidate, Messages, Preference
 from openpalm.data.prompt_files import PromptRow
 from openpalm.data.tokenizer import Tokenizer
+from openpalm.errors import WorkError
 from openpalm.generate.engine import Engine
 
 PROMPTS_AT_A_TIME = 8
 """Whose answers are drawn together."""
+REFUSALS_AT_FIRST = 8
+"""A judge that refuses this many items and judges none is not asked for the others."""
 
 
 class Item(NamedTuple):
@@ -121,6 +125,8 @@ class Session:
         self.written = self.found = self.ties = 0
         self.chances: list[float] = []
         self.left_out: dict[str, int] = {}
+        self.refused: list[dict[str, str]] = []
+        """prompts that the judge refused, and why"""
 
     def compare(self, item: Item) -> None:
         """Every two of its answers."""
@@ -135,7 +141,14 @@ class Session:
                 self._leave_out("longer than the judge's context")
                 continue
             began = time.monotonic()
-            chances = self.judge.first(questions)
+            judged = self.judge.first(questions)
+            if refused := next((j for j in judged if isinstance(j, Refused)), None):
+                self._refused(item, refused.reason)
+                continue
+            chances = [chance for chance in judged if isinstance(chance, float)]
+            if len(chances) < len(questions):
+                self._leave_out("undecided")
+                continue
             payload = compared(chances, self.constitution).payload
             self.chances += chances
             self.ties += "tie" in payload
@@ -150,6 +163,9 @@ class Session:
             article = draw.choices(articles, weights)[0]
             began = time.monotonic()
             text = revision(self.judge, item.prompt, answer.text, article, self.max_new_tokens)
+            if isinstance(text, Refused):
+                self._refused(item, text.reason)
+                continue
             if not text:
                 self._leave_out("longer than the judge's context" if text is None else "no reply")
                 continue
@@ -158,15 +174,14 @@ class Session:
     def told(self) -> dict[str, Any]:
         """Figures of what was done, ready for JSON."""
         mean = sum(self.chances) / len(self.chances) if self.chances else None
-        undecided = getattr(self.judge, "undecided", 0)
-        left_out = self.left_out | ({"undecided replies": undecided} if undecided else {})
         return {
             "judge": self.judge.name,
             "guideline_version": self.constitution.version,
             "written": self.written,
             "known": self.found,
             "ties": self.ties,
-            "left_out": left_out,
+            "left_out": self.left_out,
+            "refused": self.refused,
             "first_place": mean,
         }
 
@@ -187,6 +202,22 @@ class Session:
 
     def _leave_out(self, reason: str) -> None:
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
+
+    def _refused(self, item: Item, reason: str) -> None:
+        """Passes over an item; it has no record and is asked about again by the next command."""
+        self._leave_out("refused by the judge")
+        self.refused.append({"prompt": item.prompt[-1].content[:60], "reason": reason})
+        if len(self.refused) >= REFUSALS_AT_FIRST:
+            self.check()
+
+    def check(self) -> None:
+        """Raises WorkError where the judge has refused items and answered about none."""
+        answered = self.written + self.found + self.left_out.get("undecided", 0)
+        if self.refused and not answered:
+            raise WorkError(
+                f"the judge {self.judge.name} refused all of {len(self.refused)} items: "
+                f"{self.refused[0]['reason']}"
+            )
 
     def _write(
         self,

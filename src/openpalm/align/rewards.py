@@ -14,6 +14,8 @@ A source is named in a word, `[WEIGHT*]SOURCE`:
 Several are added up with their weights.
 """
 
+import copy
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -37,6 +39,9 @@ from openpalm.errors import CheckpointError, SettingsError, WorkError
 from openpalm.generate.engine import Engine
 from openpalm.model.reward import RewardModel
 from openpalm.settings import spell
+
+LARGEST = 1e9
+"""The largest reward, on either side: its square is still a number in float32."""
 
 
 class Asked(NamedTuple):
@@ -66,23 +71,63 @@ def question_of(prompt: Messages) -> str:
 
 
 def rewards_of(words: Sequence[str], reader: Reader, option: str = "reward") -> Reward:
-    """The sum of the sources that `words` name. Raises SettingsError or CheckpointError."""
-    parts = []
-    for word in words:
-        before, star, after = word.partition("*")
-        try:
-            weight, source = (float(before), after) if star else (1.0, word)
-        except ValueError:
-            raise SettingsError(
-                f"{spell(option)} {word}: {before!r} is no weight; write it as 0.5*SOURCE"
-            ) from None
-        parts.append((weight, source_of(source.strip(), reader, option)))
+    """The sum of the sources that `words` name. Raises SettingsError or CheckpointError.
+
+    When called, raises WorkError for a sum that is not finite, or larger than LARGEST.
+    """
+    named = [_weight_and_source(word, option) for word in words]
+    parts = [(weight, source_of(source, reader, option)) for weight, source in named]
 
     def total(answers: Sequence[Answer]) -> list[float]:
         columns = [[weight * value for value in part(answers)] for weight, part in parts]
-        return [sum(values) for values in zip(*columns, strict=True)]
+        sums = [sum(values, 0.0) for values in zip(*columns, strict=True)]
+        for value, answer in zip(sums, answers, strict=True):
+            if not abs(value) <= LARGEST:
+                text = reader.text(answer)[:60]
+                raise WorkError(
+                    f"{spell(option)} {', '.join(words)}: the reward of the answer {text!a} is "
+                    f"{value:g}; it must be a number from -{LARGEST:g} to {LARGEST:g}"
+                )
+        return sums
 
     return total
+
+
+def fingerprint(words: Sequence[str], option: str = "reward") -> str:
+    """A hash of the files that the sources are made of: the same words can name other ones.
+
+    Of a FILE.py its own text, not what it imports; of a checkpoint its manifest's hash.
+    """
+    found = hashlib.sha256()
+    for word in words:
+        _, source = _weight_and_source(word, option)
+        path, colon, _ = source.rpartition(":")
+        rules, _, judge = source.removeprefix("rules:").partition("@")
+        if colon and path.endswith(".py"):
+            found.update(Path(path).read_bytes())
+        elif source.startswith("rules:"):
+            found.update(Path(rules).read_bytes() + _manifest_hash(judge))
+        elif Path(source).exists():
+            found.update(_manifest_hash(source))
+        found.update(b"\0")
+    return found.hexdigest()
+
+
+def _manifest_hash(path: str) -> bytes:
+    return checkpoint.read_manifest(checkpoint.resolve(path))["sha256"].encode()
+
+
+def _weight_and_source(word: str, option: str) -> tuple[float, str]:
+    before, star, after = word.partition("*")
+    try:
+        weight, source = (float(before), after) if star else (1.0, word)
+    except ValueError:
+        weight, source = math.nan, ""
+    if not math.isfinite(weight):
+        raise SettingsError(
+            f"{spell(option)} {word}: {before!r} is no weight; write it as 0.5*SOURCE"
+        )
+    return weight, source.strip()
 
 
 def source_of(word: str, reader: Reader, option: str = "reward") -> Reward:
@@ -118,18 +163,19 @@ def of_function(
 ) -> Reward:
     """Of a function of (prompt, answer, row).
 
-    When called, raises WorkError where that raises, or returns no finite number.
+    Each call gets its own copy of the row. When called, raises WorkError where the function raises
+    or exits, or returns no finite number.
     """
 
     def reward_of(answer: Answer) -> float:
         asked, text = reader.asked[answer.prompt], reader.text(answer)
         try:
-            value = function(asked.question, text, asked.row)
-        except Exception as error:
+            value = function(asked.question, text, copy.deepcopy(asked.row))
+        except (Exception, SystemExit) as error:
             raise failed(f"raised {type(error).__name__} ({error})", text) from error
         try:
             number = math.nan if isinstance(value, str) else float(value)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise failed(f"returned {value!r:.60}, which is no finite number,", text)
@@ -251,7 +297,7 @@ def _function(path: Path, name: str, option: str) -> Callable[..., Any]:
     sys.modules[spec.name] = module  # dataclasses look their own module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SettingsError(
             f"{spell(option)} {path}: cannot be imported ({type(error).__name__}: {error})"
         ) from error

@@ -1,6 +1,7 @@
 """`openpalm dpo`: a fine-tuned checkpoint and judged answers in, one that prefers alike out."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,13 @@ def _judgements(
     given = (read_verdicts if settings.loss == "kto" else read_pairs)(settings.data)
     found = made.records(tokenizer, given, length)
     fitting = report_unused(label, settings.data, found, unit.removesuffix("s")).items
+    if settings.loss == "kto" and len(kinds := {verdict.label for verdict in fitting}) == 1:
+        kind, other = ("good", "bad") if kinds == {1.0} else ("bad", "good")
+        print(
+            f"{label}: all {len(fitting)} verdicts are {kind}; without {other} ones kto only makes "
+            f"these answers {'likelier' if kind == 'good' else 'less likely'}",
+            file=sys.stderr,
+        )
     if settings.loss in WITHOUT_REFERENCE:
         return fitting
     with Console(stderr=True).status(f"what {directory} thinks of {len(fitting)} {unit}"):

@@ -48,7 +48,7 @@ class JudgeSettings:
     parallel: int = 4
     """requests to the endpoint at a time"""
     timeout: float = 60.0
-    """seconds that the endpoint may take for a reply"""
+    """seconds that the endpoint may take for a whole reply"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
@@ -113,6 +113,10 @@ def run(argv: Sequence[str]) -> None:
     if told["left_out"]:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in told["left_out"].items())
         print(f"left out: {reasons}")
+        for refused in told["refused"][:5]:
+            print(f"refused: {refused['prompt']!r}: {refused['reason']}")
+        if told["left_out"].keys() & {"undecided", "refused by the judge"}:
+            print("run the command again to have undecided and refused ones judged again")
     if told["first_place"] is not None:
         print(f"the first place won {told['first_place']:.1%} of the questions (50% is fair)")
     print(settings.out)
@@ -136,6 +140,7 @@ def judged(settings: JudgeSettings) -> dict[str, Any]:
         for item in items:
             work(item)
             advance(1)
+        session.check()
     return session.told()
 
 

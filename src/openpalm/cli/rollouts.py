@@ -39,7 +39,7 @@ def learn_from_answers(
     import torch
 
     from openpalm import checkpoint
-    from openpalm.align.rewards import Asked, Reader, question_of, rewards_of
+    from openpalm.align.rewards import Asked, Reader, fingerprint, question_of, rewards_of
     from openpalm.align.rollout import RolloutLoader, Sampler
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.data.conversation import stop_ids
@@ -89,6 +89,7 @@ def learn_from_answers(
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
         parent_hash=start.parent_hash,
+        reward_hash=fingerprint([*words, *([settings.gold] if settings.gold else [])]),
         parent_fixed=True,
         probes=_probes(settings, reader, ids, looked_at, reference, reward, gold),
         best="val_gold" if gold else "val_reward",

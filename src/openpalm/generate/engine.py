@@ -6,6 +6,7 @@ which other requests share the batch.
 
 import copy
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from openpalm.errors import SettingsError
+from openpalm.errors import NumbersError, SettingsError
 from openpalm.generate.pack import Weights, pack
 from openpalm.generate.sampling import Sampling, choose
 from openpalm.model.block import Block
@@ -25,6 +26,12 @@ SHARED_AT_LEAST = 16
 """Tokens two prompts must begin with alike for the second to copy them."""
 GROWTH = 256
 """The cache grows by multiples of this many tokens."""
+NO_TOKEN = -1
+"""The id of a token that could not be chosen."""
+NOT_FINITE = (
+    "the model computed numbers that are not finite: its weights are damaged, or too large for its "
+    "dtype; use another checkpoint, or --dtype float32"
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,8 @@ class Token:
     id: int
     log_prob: float
     """natural log of the model's own probability, before temperature and filters"""
-    finish: Literal["stop", "length"] | None = None
-    """why the answer ends here, or None"""
+    finish: Literal["stop", "length", "error"] | None = None
+    """why the answer ends here, or None; error: logits not finite, no token (id NO_TOKEN)"""
     top: tuple[tuple[int, float], ...] = ()
     """the likeliest tokens in its place and their log-probabilities, best first"""
     of_prompt: bool = False
@@ -191,9 +198,10 @@ class Engine:
         return tokens
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Token]:
-        """Tokens as they come, those of one request in order. Raises SettingsError for a bad id.
+        """Tokens as they come, those of one request in order.
 
-        Left early, it cancels what is unfinished.
+        Raises SettingsError for a bad id, and NumbersError where logits are not finite. Left
+        early, it cancels what is unfinished.
         """
         for request in requests:
             self.check(request.ids)
@@ -203,13 +211,18 @@ class Engine:
         try:
             while self.busy:
                 for token in self.step():
+                    if token.finish == "error":
+                        raise NumbersError(NOT_FINITE)
                     yield replace(token, request=index[token.request])
         finally:
             for ticket in index if self.busy else ():
                 self.cancel(ticket)
 
     def answers(self, requests: Sequence[Request]) -> list[list[int]]:
-        """The generated ids of every request, in the order of the requests."""
+        """The generated ids of every request, in the order of the requests.
+
+        Raises what `generate` raises.
+        """
         answers: list[list[int]] = [[] for _ in requests]
         for token in self.generate(requests):
             if not token.of_prompt:
@@ -219,7 +232,7 @@ class Engine:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probability of each token after the first, given those before: [len - 1] each.
 
-        Raises SettingsError for an empty sequence or a bad id.
+        Raises SettingsError for an empty sequence or a bad id, NumbersError as `generate`.
         """
         scores: list[list[float]] = [[] for _ in sequences]
         requests = [Request(sequence, 0, score_prompt=True) for sequence in sequences]
@@ -239,8 +252,9 @@ class Engine:
             )
 
     def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        # By a row's own last token: what a row computes, finite or not, is its own doing.
         longest = max(map(len, sequences))
-        rows = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences]
+        rows = [[*ids, *[ids[-1]] * (longest - len(ids))] for ids in sequences]
         return torch.tensor(rows, device=self.model.embedding.device)
 
     def _admit(self) -> None:
@@ -298,7 +312,12 @@ class Engine:
         self.prefilled += sum(counts)
         rows = list(zip(self._rows[first:], cache.lengths, counts, states, strict=True))
         tokens = [t for row, end, count, part in rows for t in self._scored(row, end, part[:count])]
-        read = [i for i, (row, end, _, _) in enumerate(rows) if end == row.to_read]
+        failed = {token.request for token in tokens if token.finish == "error"}
+        read = [
+            i
+            for i, (row, end, _, _) in enumerate(rows)
+            if end == row.to_read and row.ticket not in failed
+        ]
         scored_only = [rows[i][0] for i in read if rows[i][0].request.max_new_tokens == 0]
         read = [i for i in read if rows[i][0].request.max_new_tokens > 0]
         if read:
@@ -310,15 +329,25 @@ class Engine:
             tokens += self._chosen(range(first, self._decoding), logits)
         for row in scored_only:
             self._release(self._rows.index(row))
+        # After `_chosen`, which released those whose logits failed.
+        for row in [row for row in self._rows if row.ticket in failed]:
+            self._discard(self._rows.index(row))
         return tokens
 
     def _scored(self, row: _Row, end: int, states: Tensor) -> list[Token]:
-        """The prompt's tokens that follow the states [time, dim] of its positions before `end`."""
+        """The prompt's tokens that follow the states [time, dim] of its positions before `end`.
+
+        Where a number is not finite, the error token alone.
+        """
         request = row.request
+        if not states.sum(dtype=torch.float32).isfinite():
+            return [_failed(row)]
         following = request.ids[end - len(states) + 1 : end + 1]
         if not request.score_prompt or not following:
             return []
         logits = self.model.head(states[: len(following)])
+        if not _finite(logits).all():
+            return [_failed(row)]
         tokens = [
             replace(token, of_prompt=True)
             for token in _tokens([row] * len(following), following, logits)
@@ -339,6 +368,9 @@ class Engine:
     def _chosen(self, slots: range, logits: Tensor) -> list[Token]:
         """A token for each of the slots; those that end are released."""
         rows = [self._rows[slot] for slot in slots]
+        finite = _finite(logits)
+        # A row that failed is chosen for like the others, from zeros, and then says so.
+        logits = logits if finite.all() else logits.where(finite[:, None], 0.0)
         hows = [row.request.sampling for row in rows]
         generated = [row.generated if row.request.sampling.adjusts else () for row in rows]
         ids = choose(logits, hows, generated, [row.generator for row in rows])
@@ -349,10 +381,25 @@ class Engine:
             token if end is None else replace(token, finish=end)
             for token, end in zip(_tokens(rows, ids, logits), ends, strict=True)
         ]
+        for i in (~finite).nonzero().flatten().tolist():
+            tokens[i] = _failed(rows[i])
         for slot, token in reversed(list(zip(slots, tokens, strict=True))):
-            if token.finish:
+            if token.finish == "error":
+                self._discard(slot)
+            elif token.finish:
                 self._release(slot)
         return tokens
+
+    def _discard(self, slot: int) -> None:
+        """Frees the slot of a request whose numbers are not finite; none of them is kept.
+
+        A masked key counts zero times its value, and zero times nan is nan. Requests that go on
+        hold finite numbers alone, so whatever else is found in the cache is of this one.
+        """
+        self._release(slot)
+        self._left.pop(len(self._rows))
+        for kept in (self._cache.keys, self._cache.values):
+            kept.nan_to_num_(0.0, 0.0, 0.0)
 
     def _release(self, slot: int) -> None:
         """Frees a slot; what it held moves behind the slots in use and may be shared."""
@@ -395,6 +442,15 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Whether all of each row [rows, vocab] are finite: by their sum, the fastest way to see it."""
+    return logits.sum(dim=-1, dtype=torch.float64).isfinite()
+
+
+def _failed(row: _Row) -> Token:
+    return Token(row.ticket, NO_TOKEN, math.nan, "error")
 
 
 def _tokens(rows: Sequence[_Row], ids: Sequence[int], logits: Tensor) -> list[Token]:

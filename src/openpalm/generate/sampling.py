@@ -1,5 +1,6 @@
 """From logits to a token: how one is chosen, and pure functions that do it."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +9,12 @@ import torch
 from torch import Tensor
 
 from openpalm.data.order import mixed
-from openpalm.errors import SettingsError
+from openpalm.errors import NumbersError, SettingsError
 
 _SMALLEST_TEMPERATURE = 1e-30
 """Still above zero in float32; the difference to less cannot be seen."""
+_LARGEST_CHANGE = 1e6
+"""Of a logit: far more than any two logits differ by, and far from float32's limits."""
 _SHORT_LIST = 256
 """Likeliest tokens that are looked at before all are put in order, which takes far longer."""
 
@@ -48,6 +51,13 @@ class Sampling:
             raise SettingsError(f"--min-p {self.min_p}: must be in [0, 1]")
         if not -(2**63) <= self.seed < 2**63:
             raise SettingsError(f"--seed {self.seed}: must be a 64-bit whole number")
+        changes = {"presence_penalty": self.presence_penalty}
+        changes |= {"frequency_penalty": self.frequency_penalty}
+        changes |= {f"logit_bias of token {i}": bias for i, bias in self.logit_bias.items()}
+        for name, change in changes.items():
+            if not (math.isfinite(change) and abs(change) <= _LARGEST_CHANGE):
+                limits = f"-{_LARGEST_CHANGE:g} to {_LARGEST_CHANGE:g}"
+                raise SettingsError(f"{name} ({change}) must be a number from {limits}")
 
     @property
     def adjusts(self) -> bool:
@@ -153,7 +163,10 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> int:
     """A token id by its probability; the generator is the request's own.
 
     Inverts the cumulative sum: for a large vocabulary several times faster than multinomial.
+    Raises NumbersError where the probabilities are not finite.
     """
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    if not cumulative[-1].isfinite():
+        raise NumbersError("no token can be drawn: the probabilities are not finite numbers")
     point = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
     return int(torch.searchsorted(cumulative, point, right=True))

@@ -61,7 +61,7 @@ class Piece:
     text: str
     tokens: list[tuple[Token, int]]
     """each with the character of the answer where its text begins"""
-    finish: Literal["stop", "length"] | None = None
+    finish: Literal["stop", "length", "error"] | None = None
     """why the answer ends here, or None"""
 
 

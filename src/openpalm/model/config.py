@@ -93,6 +93,12 @@ class ModelConfig:
             raise SettingsError(
                 f"model logit_scale ({self.logit_scale}) must be above 0 and finite"
             )
+        if not 0 < self.norm_eps <= 1:
+            raise SettingsError(f"model norm_eps ({self.norm_eps}) must be above 0 and at most 1")
+        if not 1 <= self.rotary_base < math.inf:
+            raise SettingsError(f"model rotary_base ({self.rotary_base}) must be 1 or more, finite")
+        if not 0 <= self.xpos_base < math.inf:
+            raise SettingsError(f"model xpos_base ({self.xpos_base}) must be 0 or more, finite")
         if not 0 <= self.dropout < 1:
             raise SettingsError(f"model dropout ({self.dropout}) must be in [0, 1)")
         if self.xpos_base and not (self.causal and self.rotary == "halves"):

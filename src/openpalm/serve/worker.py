@@ -17,9 +17,9 @@ from functools import partial
 from typing import TypeVar
 
 from openpalm.data.tokenizer import Tokenizer
-from openpalm.errors import OpenPalmError, WorkError
+from openpalm.errors import NumbersError, OpenPalmError
 from openpalm.generate.defaults import Defaults
-from openpalm.generate.engine import Engine, Request, Token
+from openpalm.generate.engine import NOT_FINITE, Engine, Request, Token
 from openpalm.generate.text import AnswerText, Piece
 
 T = TypeVar("T")
@@ -56,8 +56,6 @@ class EngineFailed(Exception):
 
 Broken = EngineFailed | Draining | OpenPalmError
 """Why a sequence ends without a finish."""
-
-NOT_FINITE = "the model's log-probabilities are not finite; serve another checkpoint"
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,11 +336,11 @@ def _asks_nothing(request: Request) -> bool:
 def _piece(job: Job, token: Token) -> Piece | None:
     """What a token adds to its sequence, None inside a prompt that is scored.
 
-    Raises WorkError where its log-probabilities are no numbers, which JSON could not hold.
+    Raises NumbersError where its log-probabilities are no numbers, which JSON could not hold.
     """
     numbers = (token.log_prob, *(value for _, value in token.top))
     if token.finish == "error" or not all(map(math.isfinite, numbers)):
-        raise WorkError(NOT_FINITE)
+        raise NumbersError(NOT_FINITE)
     if job.first_s is None:
         job.first_s = time.perf_counter() - job.began
     if token.of_prompt:

@@ -264,6 +264,8 @@ class Chosen:
     """hash of the data, so that other data under the same name is noticed"""
     parent: str | None = None
     """hash of the checkpoint that --init started from"""
+    reward: str | None = None
+    """hash of the files behind --reward and --gold"""
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,9 @@ def recall(
 
 def check_new(settings: TrainSettings, given: Chosen) -> None:
     """Raises SettingsError where no run can begin in `settings.out` with what was chosen before."""
-    for name in ("data", "parent"):
+    for name, what in (("data", "--data"), ("parent", "--init"), ("reward", "--reward")):
         known = getattr(settings.chosen, name)
         if known not in (None, getattr(given, name)):
-            what = "--data" if name == "data" else "--init"
             raise SettingsError(
                 f"{what}: not what --config's run used (chosen.{name} differs); "
                 "remove `chosen` from the file to use this one"
@@ -88,6 +87,11 @@ def _refuse_differences(
     stored: TrainSettings, asked: TrainSettings, given: Chosen, parent_fixed: bool
 ) -> None:
     """The same --out with other settings is a mistake, not a wish."""
+    if stored.chosen.reward not in (None, given.reward):  # None in runs of older versions
+        raise SettingsError(
+            f"--out {asked.out}: what --reward or --gold names has changed since that run began "
+            f"({stored.chosen.reward}, now {given.reward}); restore it, or choose another --out"
+        )
     old, new = plain(stored), plain(asked)
     for side in (old, new):
         for name in MAY_CHANGE:

@@ -57,6 +57,7 @@ class Job:
     """what the objective counts"""
     tokenizer_json: str | None = None
     data_hash: str | None = None
+    reward_hash: str | None = None
     parent_hash: str | None = None
     parent_fixed: bool = False
     """whether resuming needs the very parent, not only its name: it is the reference"""

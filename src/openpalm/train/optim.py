@@ -19,8 +19,12 @@ PALM_HOLD = 10_000 / 255_000
 def learning_rate_factor(step: int, steps: int, settings: OptimSettings) -> float:
     """Share of the peak at `step` (from 1) of `steps`: a linear warm-up, then the schedule.
 
+    The only step of a run is at the peak: a schedule that ends at zero would leave it nothing.
+
     palm is PaLM's min(1, sqrt(h / step)), whose h of 10,000 is here the same share of the run.
     """
+    if steps == 1:
+        return 1.0
     warmup = round(settings.warm * steps)
     if step <= warmup:
         return step / warmup

@@ -302,7 +302,9 @@ def _settled(
     settings: TrainSettings, job: Job, shape: BatchShape, device: torch.device
 ) -> TrainSettings:
     """The run's full settings: recalled where it exists, else measured and written."""
-    given = replace(settings.chosen, data=job.data_hash, parent=job.parent_hash)
+    given = replace(
+        settings.chosen, data=job.data_hash, parent=job.parent_hash, reward=job.reward_hash
+    )
     if known := directory.recall(settings, given, parent_fixed=job.parent_fixed):
         return known
     directory.check_new(settings, given)
