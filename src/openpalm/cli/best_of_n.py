@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from openpalm.align.config import reward_sources
 from openpalm.errors import DataError, SettingsError
 from openpalm.settings import parse
 
@@ -120,8 +121,7 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
     reader = Reader(
         tokenizer, [Asked(question_of(row.prompt), row.row) for row in asked], stop_ids(tokenizer)
     )
-    words = [settings.reward] if isinstance(settings.reward, str) else settings.reward
-    reward = rewards_of(words, reader)
+    reward = rewards_of(reward_sources(settings.reward), reader)
     draw = Draw(settings.n, settings.max_new_tokens, settings.temperature, settings.seed)
     drawn = _drawn(settings)
     with growing(settings.out) as file, progress("best-of-n", len(ids)) as advance:

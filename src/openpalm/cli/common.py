@@ -27,6 +27,7 @@ from openpalm.model.transformer import Transformer
 from openpalm.train.config import TrainSettings
 from openpalm.train.job import Probe
 from openpalm.train.start import Start, starting_point
+from openpalm.typed import home
 
 T = TypeVar("T")
 HELD_OUT_SHARE = 0.05
@@ -37,7 +38,9 @@ EVALUATION_TOKENS = 8192
 
 def weights_path(name: str) -> Path:
     """A run, a checkpoint or a hub name as a path that `checkpoint.resolve` understands."""
-    return hub.fetch(name) if name in hub.NAMES and not Path(name).exists() else Path(name)
+    if name in hub.NAMES and not Path(name).exists():
+        return hub.fetch(name)
+    return Path(home(name))
 
 
 def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from openpalm import settings
 from openpalm.errors import SettingsError
+from openpalm.typed import home
 
 if TYPE_CHECKING:
     from openpalm.data.inspection import Inspection
@@ -111,6 +112,8 @@ def run_prepare(argv: Sequence[str]) -> None:
 
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     del values["json"]
+    values["inputs"] = [home(name) for name in given.inputs]
+    values["tokenizer"] = home(given.tokenizer)
     request = PrepareRequest(**values)
     with _progress("preparing") as progress:
         manifest = prepare(request, progress)
@@ -133,7 +136,7 @@ def run_build(argv: Sequence[str]) -> None:
     from openpalm.data.parts import build
 
     with _progress("joining") as progress:
-        manifest = build([Path(part) for part in given.parts], given.out, progress)
+        manifest = build([Path(home(part)) for part in given.parts], given.out, progress)
     print(manifest.to_json().decode().rstrip() if given.json else _prepared(given.out, manifest))
 
 
