@@ -173,10 +173,9 @@ def test_repeating_a_finished_command_changes_nothing(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"steps": 9}, "--steps (8, now 9)"),
         ({"seed": 1}, "--seed (0, now 1)"),
         ({"batch_tokens": 256}, "--batch-tokens (128, now 256)"),
-        ({"save_every": None}, "--save-every (4, now not set)"),
+        ({"sequence_length": 8}, "--sequence-length (16, now 8)"),
         ({"model": "wide"}, "--model (tiny, now wide)"),
         ({"dtype": "bfloat16"}, "--dtype (float32, now bfloat16)"),
         ({"optim.lr": 0.5}, "--optim (lr not set, now 0.5)"),

@@ -265,6 +265,12 @@ class Chosen:
     parent: str | None = None
     """hash of the checkpoint that --init started from"""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "eval_every", "minutes", "peak_flops"):
+            value = getattr(self, name)
+            fits = value is None or 0 < value < math.inf
+            check(fits, f"chosen.{name}", value, "above 0 and finite")
+
 
 @dataclass(frozen=True)
 class TrainSettings:

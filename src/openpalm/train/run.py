@@ -81,6 +81,7 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
         newest = checkpoint.latest(out)
         if newest is not None and _step_of(newest) >= chosen.steps:
             return Outcome(newest, chosen.steps, was_finished=True)
+        directory.write_settings(settings)
         torch.manual_seed(settings.seed)
         trainer = make_trainer(settings, job, shape, device, job.fill)
         session = _Session(settings, job, trainer, shape)
@@ -285,7 +286,13 @@ def _settled(
 ) -> TrainSettings:
     """The run's full settings: recalled where it exists, else measured and written."""
     given = replace(settings.chosen, data=job.data_hash, parent=job.parent_hash)
-    if known := directory.recall(settings, given, parent_fixed=job.parent_fixed):
+    known = directory.recall(
+        settings,
+        given,
+        parent_fixed=job.parent_fixed,
+        cut_changes=lambda stored: _cut_changes(stored, shape, job),
+    )
+    if known:
         return known
     directory.check_new(settings, given)
     if settings.minutes != given.minutes:
@@ -306,6 +313,22 @@ def _settled(
     settings = replace(settings, chosen=chosen)
     directory.write_settings(settings)
     return settings
+
+
+def _cut_changes(stored: TrainSettings, shape: BatchShape, job: Job) -> str | None:
+    """Why this run's microbatches give another result than the stored settings', or None.
+
+    Losses are summed and divided by one count, so that k microbatches are one batch; but not where
+    random numbers are drawn, or something is estimated, for each.
+    """
+    if job.config.dropout:
+        return "dropout draws other random numbers then"
+    if job.items_a_step is None or job.shape is not None:
+        return "its loss is estimated for each microbatch"
+    before = batch_shape(stored, shape.sequence_length, world().size)
+    if job.items_a_step(before) != job.items_a_step(shape):
+        return "its steps would have another number of pairs"
+    return None
 
 
 def _set_aside(damaged: Path) -> None:
