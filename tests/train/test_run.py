@@ -472,10 +472,15 @@ def test_init_from_what_does_not_fit_is_refused(
     assert "another model than wide (dim 16, not 32); leave --model out" in capsys.readouterr().err
     other = write_dataset(tmp_path / "other", tokenizer="bpe:265")
     assert train(out, init=reference, model=None, data=other) == 2
-    assert "another tokenizer than the data was prepared with" in capsys.readouterr().err
+    assert (
+        "its own tokenizer.json is another tokenizer than this one; prepare the data with --tok"
+        in capsys.readouterr().err
+    )
+    assert train(tmp_path / "forced", init=reference, model=None, data=other, force=True) == 0
+    assert "used anyway (--force)" in capsys.readouterr().err
     larger = write_dataset(tmp_path / "larger", tokenizer="bpe:280")
     assert train(out, init=reference, model=None, data=larger) == 2
-    assert "265 ids, the data's tokenizer 280" in capsys.readouterr().err
+    assert "265 ids, this tokenizer 280" in capsys.readouterr().err
     assert train(out, init=tmp_path / "nowhere", model=None) == 2
     assert "no such checkpoint or run" in capsys.readouterr().err
     assert train(out, init=reference, model=None, **{"arch.kv_heads": 2}) == 2

@@ -45,6 +45,8 @@ class BestOfNSettings:
     """print the figures as JSON"""
     tokenizer: Path | None = None
     """tokenizer.json for a checkpoint that has none"""
+    force: bool = False
+    """read with another tokenizer than the model's own"""
     adapter: Path | None = None
     """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
     device: str = "auto"
@@ -164,7 +166,7 @@ def _drawn(settings: BestOfNSettings) -> str:
     from openpalm.cli.common import weights_path
 
     told = {name: str(value) for name, value in asdict(settings).items()}
-    for name in ("path", "out", "pairs", "json", "device"):
+    for name in ("path", "out", "pairs", "json", "device", "force"):
         del told[name]
     told["data"] = hashlib.sha256(settings.data.read_bytes()).hexdigest()
     directory = checkpoint.resolve(weights_path(settings.path))

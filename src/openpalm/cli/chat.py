@@ -40,6 +40,8 @@ class ChatSettings:
     """of the random draws"""
     tokenizer: Path | None = None
     """tokenizer.json for a checkpoint that has none"""
+    force: bool = False
+    """read with another tokenizer than the model's own"""
     adapter: Path | None = None
     """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
     device: str = "auto"

@@ -1,5 +1,6 @@
 """What several verbs compose alike: where weights come from, and what is looked at in training."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from openpalm.generate.text import complete
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import TrainSettings
 from openpalm.train.job import Probe
-from openpalm.train.start import Start, starting_point
+from openpalm.train.start import Start, check_reads, starting_point
 from openpalm.typed import home
 
 T = TypeVar("T")
@@ -81,6 +82,9 @@ class ServingSettings(Protocol):
     def tokenizer(self) -> Path | None: ...
 
     @property
+    def force(self) -> bool: ...
+
+    @property
     def adapter(self) -> Path | None: ...
 
     @property
@@ -102,6 +106,10 @@ def serving_engine(
     tokenizer = tokenizer_of(directory, settings.tokenizer)
     if tokenizer is None:
         raise CheckpointError(f"{directory}: has no tokenizer.json; give one with --tokenizer")
+    if settings.tokenizer is not None:
+        remedy = "give the model's own, or leave --tokenizer out"
+        if forced := check_reads(directory, tokenizer, remedy, force=settings.force):
+            print(f"openpalm: warning: {forced}", file=sys.stderr)
     device = pick_device(settings.device)
     model = checkpoint.load(directory, str(device), pick_dtype(settings.dtype, device))
     give_adapter(model, settings.adapter)

@@ -85,6 +85,7 @@ class Form(NamedTuple):
     tokenizer: Path | None = None
     adapter: Path | None = None
     quantize: Literal["int8", "int4"] | None = None
+    force: bool = False
 
 
 def run(argv: Sequence[str]) -> None:

@@ -45,6 +45,8 @@ class SampleSettings:
     """print one JSON object: prompt, text, tokens, finish"""
     tokenizer: Path | None = None
     """tokenizer.json for a checkpoint that has none"""
+    force: bool = False
+    """read with another tokenizer than the model's own"""
     adapter: Path | None = None
     """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
     device: str = "auto"

@@ -58,7 +58,9 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
             fill(f"--depth {settings.depth}: {told}", 98, break_on_hyphens=False), file=sys.stderr
         )
     init = weights_path(settings.init) if settings.init else None
-    start = starting_point(settings, init, tokenizer)
+    start = starting_point(settings, init, tokenizer, force=settings.force)
+    if start.unsure:
+        print(f"{label}: warning: {start.unsure}", file=sys.stderr)
     length = settings.sequence_length or start.config.context
     tokens, draws = sets.tokens("train"), sets.draws(length, settings.seed)
     documents = sets.documents("train") if settings.document_mask else None

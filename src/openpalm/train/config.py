@@ -391,6 +391,8 @@ class PretrainSettings(TrainSettings):
     and steps then follow by rules, are printed, and give way to options of their own"""
     document_mask: bool = False
     """attention stays inside documents, in training and validation"""
+    force: bool = False
+    """with --init: train on data of another tokenizer than the model's"""
 
     def __post_init__(self) -> None:
         check(self.depth is None or self.depth > 0, "depth", self.depth, "above 0 and finite")

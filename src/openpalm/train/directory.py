@@ -20,7 +20,7 @@ SETTINGS_FILE = "config.yaml"
 MAY_CHANGE = (
     *("out", "data", "init", "chosen"),  # data and parent are compared by their hashes
     *("log", "profile", "memory", "compile", "device"),
-    *("save_every", "eval_every", "keep", "max_skipped"),
+    *("save_every", "eval_every", "keep", "max_skipped", "force"),
 )
 """Settings that cannot change what a run computes, so that it may continue with others."""
 
