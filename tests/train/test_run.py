@@ -281,7 +281,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         assert train(out) == 128 + number
     assert checkpoint.steps(out)[-1].name == checkpoint.step_name(step)
     assert rows(out)[-1]["step"] == step
-    assert f"stopped after step {step}; the same command goes on" in capsys.readouterr().err
+    assert (
+        f"stopped after step {step}; run the same command again to continue"
+        in capsys.readouterr().err
+    )
     assert train(out) == 0
     assert f"going on after step {step}" in capsys.readouterr().err
     assert same_run(out, reference)
@@ -472,10 +475,8 @@ def test_init_from_what_does_not_fit_is_refused(
     assert "another model than wide (dim 16, not 32); leave --model out" in capsys.readouterr().err
     other = write_dataset(tmp_path / "other", tokenizer="bpe:265")
     assert train(out, init=reference, model=None, data=other) == 2
-    assert (
-        "its own tokenizer.json is another tokenizer than this one; prepare the data with --tok"
-        in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "its own tokenizer.json is another tokenizer than this one; prepare the data" in said
     assert train(tmp_path / "forced", init=reference, model=None, data=other, force=True) == 0
     assert "used anyway (--force)" in capsys.readouterr().err
     larger = write_dataset(tmp_path / "larger", tokenizer="bpe:280")
@@ -582,7 +583,7 @@ def test_the_program_stopped_from_outside_goes_on(data: Path, tmp_path: Path):
         error = running.stderr.read()
     assert running.returncode == 128 + signal.SIGTERM, error
     stopped_at = rows(out)[-1]["step"]
-    assert f"stopped after step {stopped_at}; the same command goes on" in error
+    assert f"stopped after step {stopped_at}; run the same command again to continue" in error
     assert stopped_at < 30
 
     done = subprocess.run(program(out, data), env=environment, capture_output=True, text=True)

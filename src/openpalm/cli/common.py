@@ -1,6 +1,7 @@
 """What several verbs compose alike: where weights come from, and what is looked at in training."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ from openpalm.train.start import Start, check_reads, starting_point
 from openpalm.typed import home
 
 T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 30.0
+"""of progress, where no terminal shows a bar"""
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 64
 EVALUATION_TOKENS = 8192
@@ -61,7 +64,10 @@ def fine_tuning_start(
     Only where it `may_score` can it be a reward model.
     """
     if settings.init is None:
-        raise SettingsError("--init: needs the checkpoint or run to fine-tune")
+        raise SettingsError(
+            "--init is missing: name the run or checkpoint to fine-tune, such as --init runs/tiny; "
+            "to train from scratch, see `openpalm train`"
+        )
     directory = checkpoint.resolve(weights_path(settings.init))
     tokenizer = tokenizer_of(directory)
     if tokenizer is None:
@@ -197,10 +203,20 @@ def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: i
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar in a terminal, nothing elsewhere; call what it gives with how many more are done."""
+    """A bar in a terminal, a line in 30 seconds elsewhere; call it with how many more are done."""
     columns = (TextColumn(label), BarColumn(bar_width=24), MofNCompleteColumn())
     console = Console(stderr=True)
     remaining = TimeRemainingColumn(compact=True)
     with Progress(*columns, remaining, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda more: bar.advance(task, more)
+        said, done = time.monotonic(), 0
+
+        def advance(more: int) -> None:
+            nonlocal said, done
+            done += more
+            bar.advance(task, more)
+            if not console.is_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                print(f"{label}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+        yield advance

@@ -29,6 +29,8 @@ USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
 `openpalm data prepare --help` and so on show the options.
 """
 SHOWN_AFTER_S = 2.0
+SECONDS_BETWEEN_LINES = 30.0
+"""of progress, where no terminal shows a bar"""
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def _inspected(path: Path, found: "Inspection") -> str:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, shown once the work has taken SHOWN_AFTER_S."""
+    """A bar on standard error once the work has taken SHOWN_AFTER_S; lines without a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -211,9 +213,16 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     task = bar.add_task(what, total=None)
     started = time.monotonic()
     shown = False
+    said = started
 
     def report(done: int, total: int) -> None:
-        nonlocal shown
+        nonlocal shown, said
+        if not bar.console.is_terminal:
+            if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                share = f" of {total / 1e6:,.0f}" if total else ""
+                print(f"{what}: {done / 1e6:,.0f}{share} MB", file=sys.stderr, flush=True)
+            return
         if not shown and time.monotonic() - started > SHOWN_AFTER_S:
             shown = True
             bar.start()

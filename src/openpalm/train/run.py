@@ -135,7 +135,9 @@ class _Session:
                 self._step(line)
                 if stop and self.trainer.step < self.trainer.steps:
                     self._save_what_is_not()
-                    line.say(f"stopped after step {self.trainer.step}; the same command goes on")
+                    line.say(
+                        f"stopped after step {self.trainer.step}; run the same command again to continue"
+                    )
                     _die_of(stop[0])
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
@@ -148,8 +150,8 @@ class _Session:
         part = "" if self.settings.trains_all else f" ({trained:,} of them learn)"
         return (
             f"{self.job.label}: {self.job.config.parameters:,} parameters{part}, "
-            f"{self.trainer.steps:,} "
-            f"steps of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}, "
+            f"{self.trainer.steps:,} step{'s' * (self.trainer.steps != 1)} "
+            f"of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}, "
             f"{self.settings.optim.name} at lr {self.job.peak_rate(self.settings):.3g}"
         )
 
@@ -186,7 +188,9 @@ class _Session:
         whole = self.settings.trains_all and report.count == step_tokens
         if chosen.peak_flops and whole:  # masked tokens and frozen weights cost other FLOPs
             flops = self.job.config.flops_per_token(self.shape.sequence_length)
-            share = round(rate * flops / chosen.peak_flops, 4)
+            reached = rate * flops / chosen.peak_flops
+            # Above 1 the peak was measured while the machine was busy: then it is none.
+            share = round(reached, 4) if reached <= 1 else None
         row: dict[str, Any] = {
             "step": report.step,
             "loss": report.loss,
