@@ -239,3 +239,19 @@ def test_an_edited_choice_is_refused_after_auto(
     assert train(out, dtype="auto") == 2
     file.write_text(text, encoding="utf-8")
     assert train(out, dtype="auto") == 0
+
+
+def test_samples_continue_the_prompts_given_else_the_data_s_own(
+    train: Train, data: Path, tmp_path: Path
+):
+    def prompts(run: Path) -> list[str]:
+        return [s["prompt"] for s in read_rows(run / "samples.jsonl")[-1]["samples"]]
+
+    assert train(tmp_path / "own") == 0
+    text = (data.parent / "text.txt").read_text(encoding="utf-8")
+    own = prompts(tmp_path / "own")
+    assert own
+    assert all(prompt in text for prompt in own)
+    assert train(tmp_path / "given", prompts='["a b", "[c]"]') == 0
+    assert prompts(tmp_path / "given") == ["a b", "[c]"]
+    assert train(tmp_path / "given", prompts="[c]") == 0  # finished, and nothing else differs

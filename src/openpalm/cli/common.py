@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -24,9 +25,9 @@ from openpalm.errors import CheckpointError, SettingsError
 from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
 from openpalm.generate.engine import Engine
 from openpalm.generate.sampling import Sampling
-from openpalm.generate.text import complete
+from openpalm.generate.text import complete, document_ends
 from openpalm.model.transformer import Transformer
-from openpalm.train.config import TrainSettings
+from openpalm.train.config import NO_INIT, TrainSettings
 from openpalm.train.job import Probe
 from openpalm.train.start import Start, check_reads, starting_point
 from openpalm.typed import home
@@ -36,6 +37,8 @@ SECONDS_BETWEEN_LINES = 30.0
 """of progress, where no terminal shows a bar"""
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 64
+BEGINNING_TOKENS = 64
+"""of a document, enough for its first words"""
 EVALUATION_TOKENS = 8192
 """Tokens of a validation split in memory at a time."""
 
@@ -64,10 +67,7 @@ def fine_tuning_start(
     Only where it `may_score` can it be a reward model.
     """
     if settings.init is None:
-        raise SettingsError(
-            "--init is missing: name the run or checkpoint to fine-tune, such as --init runs/tiny; "
-            "to train from scratch, see `openpalm train`"
-        )
+        raise SettingsError(NO_INIT)
     directory = checkpoint.resolve(weights_path(settings.init))
     tokenizer = tokenizer_of(directory)
     if tokenizer is None:
@@ -199,6 +199,19 @@ def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: i
         return {"samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]}
 
     return Probe(look, file="samples.jsonl")
+
+
+def beginnings(dataset: Dataset, count: int = 3, words: int = 4) -> list[str]:
+    """The first words of some documents of the validation split, or of the training split."""
+    split = "val" if dataset.manifest.splits["val"].tokens > 1 else "train"
+    starts, tokens = dataset.document_offsets(split), dataset.tokens(split)
+    tokenizer = dataset.tokenizer()
+    chosen = (starts[len(starts) * i // count] for i in range(min(count, len(starts))))
+    ids = (tokens[start : start + BEGINNING_TOKENS].tolist() for start in chosen)
+    ends = document_ends(tokenizer)
+    texts = (tokenizer.decode([*takewhile(lambda i: i not in ends, item)]) for item in ids)
+    found = [" ".join(text.split()[:words]) for text in texts]
+    return [text for text in dict.fromkeys(found) if text] or ["The"]
 
 
 @contextmanager

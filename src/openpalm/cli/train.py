@@ -24,10 +24,6 @@ EXAMPLES = [
 ]
 
 
-PROMPTS = ["The", "Return a", "This module"]
-"""What samples.jsonl continues."""
-
-
 def run(argv: Sequence[str]) -> None:
     settings = parse(
         PretrainSettings,
@@ -42,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
 
 def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     """Composes the run: data, start, what is looked at on the way."""
-    from openpalm.cli.common import sample_probe, validation_probe, weights_path
+    from openpalm.cli.common import beginnings, sample_probe, validation_probe, weights_path
     from openpalm.data.loader import TokenLoader
     from openpalm.data.sets import open_sets
     from openpalm.train.job import Job
@@ -67,7 +63,9 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     shares = sets.shares(length)
     for name, share in zip(sets.names, shares, strict=True) if len(shares) > 1 else ():
         print(f"{label}: {name}: {share:,} of {sum(shares):,} sequences an epoch", file=sys.stderr)
-    probes = [sample_probe(tokenizer, PROMPTS)]
+    given = settings.prompts
+    prompts = [given] if isinstance(given, str) else given or beginnings(sets.datasets[0])
+    probes = [sample_probe(tokenizer, prompts)]
     if all(dataset.manifest.splits["val"].tokens > 1 for dataset in sets.datasets):
         measured = validation_probe(sets, length, document_mask=settings.document_mask)
         probes.insert(0, measured)

@@ -12,7 +12,7 @@ from typing import Any
 from openpalm import checkpoint
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.settings import build, plain, read_yaml, spell, to_yaml
-from openpalm.train.config import Chosen, ProfileSettings, Ramp, TrainSettings
+from openpalm.train.config import Chosen, PretrainSettings, ProfileSettings, Ramp, TrainSettings
 from openpalm.train.optim import learning_rate_factor
 
 SETTINGS_FILE = "config.yaml"
@@ -174,6 +174,8 @@ def _refuse_differences(
     for side in (old, new):
         for name in MAY_CHANGE:
             side.pop(name, None)
+        if isinstance(asked, PretrainSettings):
+            side.pop("prompts", None)  # of the samples; elsewhere a number that matters
     old |= {"data": stored.chosen.data, "init": stored.chosen.parent}
     new |= {"data": given.data, "init": given.parent}
     same_name = stored.init == asked.init and not parent_fixed

@@ -135,9 +135,8 @@ class _Session:
                 self._step(line)
                 if stop and self.trainer.step < self.trainer.steps:
                     self._save_what_is_not()
-                    line.say(
-                        f"stopped after step {self.trainer.step}; run the same command again to continue"
-                    )
+                    more = "run the same command again to continue"
+                    line.say(f"stopped after step {self.trainer.step}; {more}")
                     _die_of(stop[0])
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
