@@ -1,5 +1,6 @@
 """The program itself: no arguments, versions, helps, pipes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ def test_the_console_script_is_the_module():
     if not CONSOLE_SCRIPT.exists():
         pytest.skip("openpalm is not installed beside this Python")
     for words in ([], ["--version"], ["sample", "--help"], ["nonsense"]):
-        script = subprocess.run([CONSOLE_SCRIPT, *words], capture_output=True, text=True)
+        # Without `env` a child gets what readline put into the C environment: COLUMNS.
+        how = {"capture_output": True, "text": True, "env": dict(os.environ)}
+        script = subprocess.run([CONSOLE_SCRIPT, *words], **how)
         module = program(*words)
         assert (script.returncode, script.stdout, script.stderr) == (
             module.returncode,
@@ -61,7 +64,8 @@ def test_unknown_verb(said, given, hint):
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "data prepare", "data inspect"])
-def test_every_help_shows_options_and_examples(said, verb):
+def test_every_help_shows_options_and_examples(said, verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     status, output, errors = said(*verb.split(), "--help")
     assert (status, errors) == (0, [])
     assert output.startswith(f"usage: openpalm {verb}")
