@@ -97,10 +97,11 @@ def run(argv: Sequence[str]) -> None:
         print(json.dumps(told))
         return
     best = ", ".join(f"{value:.4g} of {n}" for n, value in told["reward_by_n"].items())
-    print(f"{told['prompts']} prompts; mean reward of the best answer: {best}")
+    prompts = f"{told['prompts']} prompt{'s' * (told['prompts'] != 1)}"
+    print(f"{prompts}; mean reward of the best answer: {best}")
     print(f"at most {told['kl_bound']:.3f} nats from the policy that drew them")
     if settings.pairs is not None:
-        print(f"{settings.pairs}: {told['pairs']} pairs")
+        print(f"{settings.pairs}: {told['pairs']} pair{'s' * (told['pairs'] != 1)}")
     print(settings.out)
 
 
