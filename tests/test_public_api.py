@@ -36,21 +36,19 @@ def test_an_unknown_name_is_an_attribute_error():
         from openpalm import lode  # noqa: F401
 
 
-def test_importing_is_quick_and_names_come_on_first_use():
+def test_importing_brings_nothing_heavy_and_names_come_on_first_use():
     program = """
-import json, sys, time
-start = time.perf_counter()
+import json, sys
 import openpalm
-seconds = time.perf_counter() - start
 dir(openpalm)
-before = "torch" in sys.modules
+before = sorted({name.partition(".")[0] for name in sys.modules})
 openpalm.load
-print(json.dumps([seconds, before, "torch" in sys.modules]))
+print(json.dumps([before, "torch" in sys.modules]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    seconds, before, after = json.loads(done.stdout)
-    assert seconds < 0.3
-    assert (before, after) == (False, True)
+    before, after = json.loads(done.stdout)
+    assert not {"torch", "numpy", "tokenizers", "rich", "yaml", "matplotlib"} & {*before}
+    assert after
 
 
 def test_load_gives_a_model_that_is_ready(saved):

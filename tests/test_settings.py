@@ -1,19 +1,22 @@
 """One loader for all settings: who wins, what is understood, and what an error says."""
 
 import dataclasses
+import importlib
 import os
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from math import inf
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import yaml
 
+from openpalm.cli.main import VERBS
 from openpalm.errors import SettingsError
 from openpalm.settings import (
     MAX_CONFIG_BYTES,
     HelpRequested,
+    _options,
     build,
     parse,
     plain,
@@ -22,6 +25,7 @@ from openpalm.settings import (
     to_yaml,
 )
 from openpalm.train.config import ArchSettings, Chosen, OptimSettings, TrainSettings
+from openpalm.typed import alternatives, fit
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Settings:
     """may be left out"""
     text: str | None = None
     """a text that may be left out"""
+    several: list[str] | str | None = None
+    """a text or several"""
     qk_norm: bool | None = None
     """a flag that may be left out"""
     stream: bool = False
@@ -195,6 +201,152 @@ def test_a_positional_text_is_taken_as_it_is(text):
     assert read("d", text, positional=["data", "text"]).text == text
 
 
+LOOKS_LIKE_YAML = [
+    *("[END]", "[a, b]", "# ", "# x", "null", "~", "---", "- a", "&x", "*x", "!x", "{a}", "a: b"),
+    *("true", "no", "1e5", "007", "0x10", "1:30", "2024-01-01", "'q'", '"q"', "|", ">", "%", "@"),
+    *("", " ", " x ", "\n", "\\n", "=", "a#b", "日本", "[1, 2]", '["a", 1]', "~/x"),
+]
+
+
+@pytest.mark.parametrize("text", LOOKS_LIKE_YAML)
+def test_an_option_that_is_a_text_is_the_text_as_typed(text):
+    for words in (["--text", text], [f"--text={text}"]):
+        assert read("--data", "d", *words).text == text
+    assert read("--data", "d", "--title", text).title == text
+    assert read("--data", "d", "--several", text).several == text
+    assert read("--data", "d", "--words", text).words == [text]
+
+
+@pytest.mark.parametrize("text", LOOKS_LIKE_YAML)
+def test_a_text_comes_back_from_a_file_of_settings(text, yaml_file):
+    settings = Settings(Path("d"), title=text, text=text, words=[text, "b"], several=text)
+    file = yaml_file(to_yaml(settings))
+    assert read("--config", file) == settings
+    assert build(Settings, read_yaml(file)) == settings
+
+
+@pytest.mark.parametrize("text", ["007", "1e3", "no", "0x10", "1:30", "2024-13-45", "1_0", "="])
+def test_a_text_needs_no_quotes_in_a_file(text, yaml_file):
+    settings = read("--config", yaml_file(f"data: {text}\ntitle: {text}\nwords: [{text}]\n"))
+    assert settings == Settings(Path(text), title=text, words=[text])
+
+
+def test_every_option_of_every_verb_that_is_a_text_is_taken_as_typed():
+    """Whatever its place; a value may be refused by its settings, but never altered."""
+    texts = 0
+    for kind in settings_of_verbs():
+        for name, hint in _options(kind).items():
+            kinds = alternatives(hint)
+            if str not in kinds:
+                continue
+            texts += 1
+            for text in ("[END]", "# x", "null", "~", "---", "1e3"):
+                assert fit(text, hint) == text, (kind, name)
+    assert texts > 50
+
+
+def settings_of_verbs():
+    for module, _ in VERBS.values():
+        found = vars(importlib.import_module(f"openpalm.cli.{module}")).values()
+        yield from (kind for kind in found if isinstance(kind, type) and is_dataclass(kind))
+
+
+@pytest.mark.parametrize(
+    ("words", "several"),
+    [
+        (["--several", '["a", "b"]'], ["a", "b"]),
+        (["--several", '["[END]"]'], ["[END]"]),
+        (["--several", "[]"], []),
+        (["--several", "a, b"], "a, b"),
+    ],
+)
+def test_several_texts_are_a_json_list(words, several):
+    assert read("--data", "d", *words).several == several
+
+
+def test_a_number_that_may_be_left_out_is_unset_by_null(yaml_file):
+    file = yaml_file("data: d\nmaybe: 3\nqk_norm: true\n")
+    assert read("--config", file, "--maybe", "null", "--qk-norm=null") == Settings(Path("d"))
+
+
+# --- the home directory
+
+
+def test_a_tilde_in_a_file_is_the_home_directory(yaml_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = read("--config", yaml_file("data: ~/runs/a\ntitle: ~/b\n"))
+    assert (settings.data, settings.title) == (tmp_path / "runs" / "a", "~/b")
+    assert read("--data=~/c").data == tmp_path / "c"  # no shell expands that
+    assert read("--data", "~").data == tmp_path
+    for other in ("a/~/b", "~b", "./~", "~tmp/x"):
+        assert read("--data", other).data == Path(other)
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1e3", 1000), ("5", 5), ("-3", -3), ("1_000", 1000), ("2.0", 2), ("+7", 7), ("007", 7)],
+)
+def test_whole_numbers(text, number, yaml_file):
+    for settings in (
+        read("--data", "d", "--batch-tokens", text, "--maybe", text),
+        read("--config", yaml_file(f"data: d\nbatch_tokens: {text}\nmaybe: {text}\n")),
+    ):
+        assert (settings.batch_tokens, settings.maybe) == (number, number)
+        assert type(settings.batch_tokens) is int
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1e-3", 0.001), (".5", 0.5), ("3", 3.0), ("1E3", 1000.0), (".inf", inf)]
+)
+def test_numbers(text, number, yaml_file):
+    assert read("--data", "d", "--share", text).share == number
+    assert read("--config", yaml_file(f"data: d\nshare: {text}\n")).share == number
+
+
+@pytest.mark.parametrize("option", ["--batch-tokens", "--maybe"])
+@pytest.mark.parametrize(
+    "text",
+    ["1.5", "1e400", "nan", "inf", "1e300", "ten", "", "0x10", "1,000", "[1]", "true", "9" * 5000],
+)
+def test_what_is_no_whole_number_is_refused_in_plain_words(option, text):
+    line = refused("--data", "d", option, text)
+    shown = text if len(text) < 100 else f"{text[:100]}..."
+    assert line == f"{option} {shown}: must be a whole number; see `openpalm try --help`"
+
+
+@pytest.mark.parametrize(
+    "content", ["data: [a]\n", "data: {a: b}\n", "data: ''\n", 'data: "\\0"\n']
+)
+def test_what_is_no_path_is_refused_in_plain_words(yaml_file, content):
+    line = refused("--config", yaml_file(content))
+    assert ": must be a path; see" in line
+    assert "PathLike" not in line
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"data": "d", "batch_tokens": "many"}, "batch_tokens many: must be a whole number"),
+        ({"data": "d", "batch_tokens": True}, "batch_tokens True: must be a whole number"),
+        ({"data": "d", "inner": {"name": "cow"}}, "inner.name cow: must be one of adamw, muon"),
+        ({"data": "d", "inner": {"lr": []}}, "inner.lr []: must be a number"),
+        ({"data": "d", "inner": 3}, "inner 3: must be a group of settings"),
+        ({"data": "d", "stream": 1}, "stream 1: must be true or false"),
+        ({"data": "d", "words": [1]}, "words [1]: must be a list of texts"),
+        ({"data": "d", "title": 7}, "title 7: must be a text"),
+        ({"data": "d", "title": None}, "title None: must be left out or have a value"),
+        ({}, "data: is missing"),
+    ],
+)
+def test_build_checks_every_value(values, said):
+    with pytest.raises(SettingsError) as caught:
+        build(Settings, values)
+    assert str(caught.value) == said
+
+
 # --- unset is not falsy
 
 
@@ -306,6 +458,8 @@ def test_values_wrong_at_birth_speak_for_themselves():
         ("--inner.rl", "--inner.lr"),
         ("--inner-lr", "--inner.lr"),
         ("--confg", "--config"),
+        ("--lr", "--inner.lr"),
+        ("--batch-size", "--batch-tokens"),
     ],
 )
 def test_an_unknown_option_suggests(given, meant):
@@ -349,7 +503,9 @@ def test_words_too_many():
         ("data: [\n", "is not valid YAML"),
         ("a: b: c\n", "is not valid YAML"),
         ("\tdata: d\n", "is not valid YAML"),
-        ("title: 2024-13-45\n", "is not valid YAML"),
+        ("batch_tokens: 1\nbatch_tokens: 2\n", "batch_tokens is in lines 1 and 2"),
+        ("inner:\n  lr: 1\n  name: muon\n  lr: 2\n", "lr is in lines 2 and 4"),
+        ("inner:\n  lr: 1\ninner.lr: 2\n", "inner.lr is set twice"),
         ("? [a]\n: b\n", "is not valid YAML"),
         ("title: %bad\n", "is not valid YAML"),
         ("title: " + "[" * 3000 + "]" * 3000, "is not valid YAML"),
@@ -377,7 +533,7 @@ def test_a_bad_file_is_named(yaml_file, tmp_path, monkeypatch, content, part):
 
 def test_a_wrong_value_in_a_file(yaml_file):
     line = refused("--config", yaml_file("data: d\nbatch_tokens: many\n"))
-    assert "--batch-tokens many: must be a whole number" in line
+    assert "some.yaml: batch_tokens many: must be a whole number; see" in line
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
@@ -388,14 +544,12 @@ def test_a_missing_file_and_a_folder(tmp_path):
     )
 
 
-def test_a_bomb_of_aliases_is_refused_at_once(yaml_file):
+def test_a_bomb_of_aliases_is_refused(yaml_file):
     """Nine levels of nine: 400 million words, should anything ever print or copy them."""
     levels = ["&a0 [x, x, x, x, x, x, x, x, x]"]
     levels += [f"&a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(8)]
-    started = time.monotonic()
     line = refused("--config", yaml_file(f"data: d\nwords: [{', '.join(levels)}]\n"))
     assert "holds a YAML alias" in line
-    assert time.monotonic() - started < 2
 
 
 def test_a_verb_with_a_config_of_its_own_reads_no_yaml(tmp_path):
@@ -420,6 +574,15 @@ def test_help_comes_before_any_complaint(words):
         assert part in text
     for part in ("--from TEXT", "adamw|muon", "a folder (required)", "  openpalm try this"):
         assert part in text
+
+
+@pytest.mark.parametrize("columns", [50, 80, 100, 160])
+def test_help_is_as_wide_as_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(HelpRequested) as asked:
+        parse(TrainSettings, ["--help"], verb="train", about="word " * 60, examples=[])
+    lines = [line for line in str(asked.value).splitlines() if "--" not in line]
+    assert columns - 12 <= max(map(len, lines)) <= columns - 2
 
 
 def test_help_behind_two_dashes_is_a_word():

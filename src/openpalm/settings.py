@@ -9,42 +9,49 @@ ends as one SettingsError that names the option, the value and the remedy.
 import dataclasses
 import difflib
 import keyword
-import re
+import shutil
 import textwrap
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import docstring_parser
-import jsonargparse
 import yaml
 
 from openpalm.errors import SettingsError
+from openpalm.typed import (
+    WrongValue,
+    alternatives,
+    build,
+    fit,
+    is_flag,
+    is_list,
+    optional,
+    required,
+    shown,
+)
+
+__all__ = ["HelpRequested", "build", "parse", "plain", "read_yaml", "spell", "to_yaml"]
 
 T = TypeVar("T")
 
 MAX_CONFIG_BYTES = 1 << 20
+_DOC_COLUMN = 30
+"""where the help's second column begins"""
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+_ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "batch_size": "batch_tokens",
+    "max_steps": "steps",
+    "max_tokens": "max_new_tokens",
+    "output_dir": "out",
+}
+"""What other programs call an option of ours."""
 
 
 class HelpRequested(Exception):
     """The user asked for --help; the text is the argument."""
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    positional: Sequence[str] = ()
-
-    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-        cause: BaseException | None = ex
-        while cause is not None:
-            if isinstance(cause, SettingsError):  # found wrong "at birth", in our own words
-                raise cause
-            cause = cause.__cause__ or cause.__context__
-        verb = self.prog.removeprefix("openpalm ")
-        raise SettingsError(_one_line(message, verb, self.positional))
 
 
 def parse(
@@ -65,19 +72,23 @@ def parse(
     """
     options = _options(kind)
     words, bare = _normalise(argv, options, aliases or {}, verb)
-    if "--help" in words:
+    if ("help", "") in words:
         raise HelpRequested(_help_text(kind, verb, about, examples, positional))
-    for path in [] if "config" in options else _config_files(words):
-        _check_config(path, options, verb)
-    parser = _build(kind, verb, positional)
-    # The file first, so that the command line wins; bare words last, because argparse fills an
-    # optional positional at the first gap between options.
-    words.sort(key=lambda word: not word.startswith("--config="))
-    words += ["--", *bare] if bare else []
-    values = vars(parser.instantiate(parser.parse_args(words)))
-    if "config" not in options:
-        values.pop("config", None)
-    return kind(**values)
+    values: dict[str, Any] = {}
+    for path in [] if "config" in options else [Path(v) for name, v in words if name == "config"]:
+        values |= _from_file(path, options, verb)
+    for name, text in words:
+        if name in options:
+            values[name] = _fitted(text, options[name], spell(name), verb)
+    bare = _fill_positional(values, bare, [name for name, _ in words], options, positional, verb)
+    if bare:
+        remedy = "a text of several words needs quotes around it; " if positional else ""
+        raise SettingsError(f"unexpected {' '.join(bare)}; {remedy}see `openpalm {verb} --help`")
+    missing = [name for name in required(kind) if name not in values]
+    if missing:
+        named = ", ".join(name.upper() if name in positional else spell(name) for name in missing)
+        raise SettingsError(f"missing {named}; see `openpalm {verb} --help`")
+    return build(kind, _nested(values))
 
 
 def to_yaml(settings: Any) -> str:
@@ -97,27 +108,19 @@ def plain(value: Any) -> Any:
     return value
 
 
-def build(kind: type[T], values: dict[str, Any]) -> T:
-    """The dataclass `kind` from what `plain` returned. Raises SettingsError on an unknown name."""
-    hints = typing.get_type_hints(kind)
-    unknown = set(values) - set(hints)
-    if unknown:
-        raise SettingsError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
-    made = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-            value = build(typing.cast(type, hint), value)
-        elif value is not None and Path in (hint, *typing.get_args(hint)):
-            value = Path(value)
-        elif isinstance(value, list) and typing.get_origin(hint) is tuple:
-            value = tuple(value)
-        made[name] = value
-    return kind(**made)
+class _AsWritten(yaml.SafeLoader):
+    """Numbers, flags and dates stay the text of the file: 007 may be a folder, 1e3 a number."""
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file, its size bounded. Raises SettingsError naming the file."""
+for _tag in ("int", "float", "bool", "timestamp", "value"):
+    _AsWritten.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_scalar)
+
+
+def read_yaml(path: Path, *, as_written: bool = False) -> dict[str, Any]:
+    """A YAML mapping from a file, its size bounded. Raises SettingsError naming the file.
+
+    `as_written` keeps every number, flag and date as its text.
+    """
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise SettingsError(f"{path}: more than {MAX_CONFIG_BYTES} bytes is no settings file")
@@ -125,7 +128,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         # A few aliases of aliases are as large as memory once anything prints or copies them.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise SettingsError(f"{path}: holds a YAML alias (*name); write its value out")
-        content = yaml.safe_load(text)
+        content = _load(text, _AsWritten if as_written else yaml.SafeLoader)
+    except _RepeatedKey as error:
+        raise SettingsError(f"{path}: {error}; remove one of them") from None
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such file; check the path") from None
     except OSError as error:
@@ -138,6 +143,36 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: must hold `name: value` lines")
     return content
+
+
+class _RepeatedKey(Exception):
+    """YAML would take the last of them without a word."""
+
+
+def _load(text: str, kind: type[yaml.SafeLoader]) -> Any:
+    loader = kind(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _refuse_repeated_keys(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _refuse_repeated_keys(node: yaml.Node) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated_keys(item)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+            raise _RepeatedKey(f"{key.value} is in lines {lines[key.value]} and {line}")
+        _refuse_repeated_keys(value)
 
 
 def spell(name: str) -> str:
@@ -156,17 +191,11 @@ def _options(kind: type, prefix: str = "") -> dict[str, Any]:
     return options
 
 
-def _is_flag(hint: Any) -> bool:
-    return hint is bool or (
-        typing.get_origin(hint) in (types.UnionType, typing.Union) and bool in typing.get_args(hint)
-    )
-
-
 def _normalise(
     argv: Sequence[str], options: dict[str, Any], aliases: dict[str, str], verb: str
-) -> tuple[list[str], list[str]]:
-    """Every option as jsonargparse wants it (--name=value, underscores), and the words beside."""
-    words: list[str] = []
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Every option as (name of its field, text), and the words beside them."""
+    words: list[tuple[str, str]] = []
     bare: list[str] = []
     rest = list(argv)
     while rest:
@@ -174,7 +203,7 @@ def _normalise(
         if word == "--":
             return words, [*bare, *rest]
         if word in ("-h", "--help"):
-            return ["--help"], []
+            return [("help", "")], []
         if not word.startswith("--"):
             bare.append(word)
             continue
@@ -182,35 +211,49 @@ def _normalise(
         name = given.replace("-", "_")
         name = aliases.get(name, f"{name}_" if keyword.iskeyword(name) else name)
         negated = name.removeprefix("no_") if name.startswith("no_") else ""
-        if _is_flag(options.get(negated)) and not equals:
-            words.append(f"--{negated}=false")
-        elif _is_flag(options.get(name)):
+        if is_flag(options.get(negated)) and not equals:
+            words.append((negated, "false"))
+        elif is_flag(options.get(name)):
             if not equals:
                 value = rest.pop(0) if rest and rest[0] in ("true", "false") else "true"
-            words.append(f"--{name}={value}")
+            words.append((name, value))
         elif name in options or name == "config":
             if not equals:
                 if not rest:
                     raise SettingsError(f"--{given}: needs a value; see `openpalm {verb} --help`")
                 value = rest.pop(0)
-            words.append(f"--{name}={value}")
+            words.append((name, value))
         else:
-            raise SettingsError(_unknown(f"--{given}", name, options, verb))
+            near = _nearest(name, options)
+            hint = f"did you mean {spell(near)}?" if near else f"see `openpalm {verb} --help`"
+            raise SettingsError(f"unknown option --{given}; {hint}")
     return words, bare
 
 
-def _unknown(shown: str, name: str, options: dict[str, Any], verb: str) -> str:
+def _nearest(name: str, options: dict[str, Any]) -> str | None:
+    """The option that was probably meant: --lr is --optim.lr, --steps-per the one spelled alike."""
+    meant = _ELSEWHERE.get(name.replace("-", "_"))
+    if meant in options:
+        return meant
+    last = {option: option.rpartition(".")[2] for option in options}
+    in_group = [option for option, own in last.items() if own == name.rpartition(".")[2]]
+    if len(in_group) == 1:
+        return in_group[0]
     near = difflib.get_close_matches(name, [*options, "config"], n=1)
-    hint = f"did you mean {spell(near[0])}?" if near else f"see `openpalm {verb} --help`"
-    return f"unknown option {shown}; {hint}"
+    return near[0] if near else None
 
 
-def _config_files(words: list[str]) -> list[Path]:
-    return [Path(word.removeprefix("--config=")) for word in words if word.startswith("--config=")]
+def _fitted(value: object, hint: Any, name: str, verb: str) -> Any:
+    try:
+        return fit(value, hint)
+    except WrongValue as wrong:
+        remedy = f"see `openpalm {verb} --help`"
+        raise SettingsError(f"{name} {shown(value)}: must be {wrong}; {remedy}") from None
 
 
-def _check_config(path: Path, options: dict[str, Any], verb: str) -> None:
-    """Refuses names the verb does not have, before jsonargparse reads the same file."""
+def _from_file(path: Path, options: dict[str, Any], verb: str) -> dict[str, Any]:
+    """Dotted name -> value of a settings file. Raises SettingsError that names the file."""
+    values: dict[str, Any] = {}
 
     def visit(mapping: dict[str, Any], prefix: str) -> None:
         for key, value in mapping.items():
@@ -219,48 +262,66 @@ def _check_config(path: Path, options: dict[str, Any], verb: str) -> None:
             if inside and isinstance(value, dict):
                 visit(value, f"{name}.")
             elif name not in options:
-                near = difflib.get_close_matches(name, options, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"see `openpalm {verb} --help`"
+                near = _nearest(name, options)
+                hint = f"did you mean {near}?" if near else f"see `openpalm {verb} --help`"
                 raise SettingsError(f"--config {path}: unknown setting {name}; {hint}")
-            elif value is None and type(None) not in typing.get_args(options[name]):
+            elif value is None and not optional(options[name]):
                 raise SettingsError(
                     f"--config {path}: {name} has no value; give one or leave it out"
                 )
+            elif name in values:
+                raise SettingsError(f"--config {path}: {name} is set twice; remove one of them")
+            else:
+                values[name] = _fitted(value, options[name], f"--config {path}: {name}", verb)
 
     try:
-        content = read_yaml(path)
+        content = read_yaml(path, as_written=True)
     except SettingsError as error:
         raise SettingsError(f"--config {error}") from None
     visit(content, "")
+    return values
 
 
-def _build(kind: type, verb: str, positional: Sequence[str]) -> _Parser:
-    """The parser that types and merges values; --help and unknown options are dealt with here."""
-    parser = _Parser(prog=f"openpalm {verb}", allow_abbrev=False)
-    parser.positional = positional
-    options = _options(kind)
-    if options and "config" not in options:
-        parser.add_argument("--config", action="config")
-    hints = typing.get_type_hints(kind)
-    for field in (field for field in dataclasses.fields(kind) if field.name in positional):
-        required = field.default is dataclasses.MISSING
-        several = typing.get_origin(hints[field.name]) in (list, tuple)
-        extra: dict[str, Any] = {} if required else {"default": field.default}
-        if several or not required:
-            extra["nargs"] = ("+" if required else "*") if several else "?"
-        # A bare word is a text: "null" is a prompt.
-        texts = several or str in typing.get_args(hints[field.name])
-        wanted = str if texts else hints[field.name]
-        parser.add_argument(field.name, type=wanted, **extra)
-    parser.add_class_arguments(kind, as_group=False, skip=set(positional))
-    return parser
+def _fill_positional(
+    values: dict[str, Any],
+    bare: list[str],
+    given: Sequence[str],
+    options: dict[str, Any],
+    positional: Sequence[str],
+    verb: str,
+) -> list[str]:
+    """Gives the words without an option to the positional fields; returns what is left over."""
+    for name in positional:
+        if not bare:
+            break
+        if name in given:
+            continue
+        if is_list(options[name]):
+            values[name], bare = bare, []
+        else:
+            # A bare word is a text: "null" is a prompt.
+            values[name] = _fitted(bare[0], options[name], name.upper(), verb)
+            bare = bare[1:]
+    return bare
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """{"optim.lr": 1} as {"optim": {"lr": 1}}."""
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        inner = made
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
+    return made
 
 
 def _help_text(
     kind: type, verb: str, about: str, examples: Sequence[str], positional: Sequence[str]
 ) -> str:
     words = " ".join(name.upper() for name in positional)
-    parts = [f"usage: openpalm {verb} [options] {words}".rstrip(), textwrap.fill(about, 96)]
+    parts = [f"usage: openpalm {verb} [options] {words}".rstrip(), textwrap.fill(about, _width())]
     docs, fields = _docs(kind), {field.name: field for field in dataclasses.fields(kind)}
     if positional:
         lines = [_help_line(name.upper(), docs[name], fields[name]) for name in positional]
@@ -280,8 +341,8 @@ def _help_groups(kind: type, title: str, prefix: str, positional: Sequence[str])
             inner += _help_groups(typing.cast(type, hint), docs[field.name], f"{name}.", ())
         elif field.name not in positional:
             option = spell(name.removesuffix("_"))
-            shown = option if _is_flag(hint) else f"{option} {_type_name(hint)}"
-            lines.append(_help_line(shown, docs[field.name], field))
+            left = option if is_flag(hint) else f"{option} {_type_name(hint)}"
+            lines.append(_help_line(left, docs[field.name], field))
     if not prefix and "config" not in hints:
         lines.append(_help_line("--config FILE", "YAML file of these settings", None))
     return ["\n".join(lines), *inner]
@@ -291,15 +352,20 @@ def _help_line(left: str, doc: str, field: dataclasses.Field[Any] | None) -> str
     if field is not None and field.default is dataclasses.MISSING:
         required = field.default_factory is dataclasses.MISSING
         doc += " (required)" if required else ""
-    elif field is not None and field.default not in (None, False):
+    elif field is not None and field.default is not None and field.default is not False:
         doc += f" (default: {field.default})"
-    lines = textwrap.wrap(doc, 96 - 30) or [""]
-    first = (
-        [f"  {left}", " " * 30 + lines.pop(0)]
-        if len(left) > 26
-        else [f"  {left:<28}{lines.pop(0)}"]
-    )
-    return "\n".join([*first, *(" " * 30 + line for line in lines)])
+    width = _width()
+    indent = " " * (_DOC_COLUMN if width >= 2 * _DOC_COLUMN else 6)  # 6: under the option
+    lines = textwrap.wrap(doc, width - len(indent)) or [""]
+    first = f"  {left}"
+    if len(first) + 2 <= len(indent):
+        first = f"{first:<{len(indent)}}{lines.pop(0)}"
+    return "\n".join([first, *(indent + line for line in lines)])
+
+
+def _width() -> int:
+    """Columns of the help: the terminal's, or of a page that anything shows."""
+    return max(40, shutil.get_terminal_size(fallback=(98, 24)).columns - 2)
 
 
 def _docs(kind: type) -> dict[str, str]:
@@ -314,39 +380,6 @@ def _type_name(hint: Any) -> str:
     parts = [part for part in typing.get_args(hint) if part is not type(None)]
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(map(str, parts))
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+    if len(alternatives(hint)) > 1:
         return _type_name(parts[-1])
     return {int: "INT", float: "NUMBER", Path: "PATH"}.get(hint, "TEXT")
-
-
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-
-
-def _one_line(message: str, verb: str, positional: Sequence[str]) -> str:
-    """jsonargparse's message as one line in our words: option, value, remedy."""
-    text = " ".join(message.split())
-    value = re.match(r'Parser key "([^"]+)": .*?(?:Got|Given) value: (.*)', text)
-    if value:
-        name, given = value.groups()
-        wanted = _wanted(text)
-        return f"{spell(name)} {given}: must be {wanted}; see `openpalm {verb} --help`"
-    missing = re.match(r"the following arguments are required: (.*)", text)
-    if missing:
-        names = missing[1].split(", ")
-        told = ", ".join(name.upper() if name in positional else spell(name) for name in names)
-        return f"missing {told}; see `openpalm {verb} --help`"
-    extra = re.match(r"unrecognized arguments: (?:-- )?(.*)", text)
-    if extra:
-        remedy = "a text of several words needs quotes around it; " if positional else ""
-        return f"unexpected {extra[1]}; {remedy}see `openpalm {verb} --help`"
-    about = re.match(r'Parser key "([^"]+)": (.*)', text)
-    told = f"{spell(about[1])}: {about[2]}" if about else text
-    return f"{told}; see `openpalm {verb} --help`"
-
-
-def _wanted(text: str) -> str:
-    literal = re.search(r"typing\.Literal(\[[^\]]*\])", text)
-    if literal:
-        return "one of " + literal[1].strip("[]").replace("'", "")
-    kinds = re.findall(r"<class '(\w+)'>", text)
-    return _KINDS.get(kinds[0], str(kinds[0])) if kinds else "of another type"

@@ -297,7 +297,9 @@ def test_a_role_that_does_not_exist(refused):
 
 
 def test_without_a_checkpoint(refused):
-    assert "--init: needs the checkpoint" in refused([("assistant", "yo")], init=None)
+    assert "--init is missing: name the run or checkpoint" in refused(
+        [("assistant", "yo")], init=None
+    )
 
 
 def test_held_out_conversations_without_an_answer_do_not_stop_the_run(said, tuned, tmp_path):

@@ -50,7 +50,15 @@ def test_data_of_another_tokenizer(said, work, run, tmp_path):
     said("data", "prepare", work / "text.txt", "--out", tmp_path / "bpe", "--tokenizer", "bpe:300")
     status, _, errors = said("eval", run, "--data", tmp_path / "bpe")
     assert (status, len(errors)) == (2, 1)
-    assert "prepare the data with the checkpoint's tokenizer" in errors[0]
+    assert "its vocabulary has 265 ids, this tokenizer 300; prepare the data with" in errors[0]
+    said("data", "prepare", work / "text.txt", "--out", tmp_path / "b", "--tokenizer", "bpe:265")
+    status, _, errors = said("eval", run, "--data", tmp_path / "b")
+    assert (status, len(errors)) == (2, 1)
+    assert "another tokenizer than this one; prepare the data with" in errors[0]
+    status, output, errors = said("eval", run, "--data", tmp_path / "b", "--force", "--json")
+    assert (status, len(errors)) == (0, 1)
+    assert errors[0].endswith("used anyway (--force)")
+    assert json.loads(output)["nats_per_token"] > 0
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_aloud(said, work, run, tmp_path):

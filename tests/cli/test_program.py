@@ -1,5 +1,6 @@
 """The program itself: no arguments, versions, helps, pipes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ def test_the_console_script_is_the_module():
     if not CONSOLE_SCRIPT.exists():
         pytest.skip("openpalm is not installed beside this Python")
     for words in ([], ["--version"], ["sample", "--help"], ["nonsense"]):
-        script = subprocess.run([CONSOLE_SCRIPT, *words], capture_output=True, text=True)
+        # Without `env` a child gets what readline put into the C environment: COLUMNS.
+        how = {"capture_output": True, "text": True, "env": dict(os.environ)}
+        script = subprocess.run([CONSOLE_SCRIPT, *words], **how)
         module = program(*words)
         assert (script.returncode, script.stdout, script.stderr) == (
             module.returncode,
@@ -44,14 +47,25 @@ def test_version(said):
     assert said("--version") == (0, f"openpalm {openpalm.__version__}\n", [])
 
 
-def test_unknown_verb(said):
-    status, output, errors = said("trian")
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("trian", "did you mean train?"),
+        ("best_of_n", "did you mean best-of-n?"),
+        ("Chat", "did you mean chat?"),
+        ("prepare", "did you mean data prepare?"),
+        ("zzz", "see `openpalm --help`"),
+    ],
+)
+def test_unknown_verb(said, given, hint):
+    status, output, errors = said(given)
     assert (status, output) == (2, "")
-    assert errors == ["openpalm: error: unknown verb trian; see `openpalm --help`"]
+    assert errors == [f"openpalm: error: unknown verb {given}; {hint}"]
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "data prepare", "data inspect"])
-def test_every_help_shows_options_and_examples(said, verb):
+def test_every_help_shows_options_and_examples(said, verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     status, output, errors = said(*verb.split(), "--help")
     assert (status, errors) == (0, [])
     assert output.startswith(f"usage: openpalm {verb}")
@@ -61,6 +75,30 @@ def test_every_help_shows_options_and_examples(said, verb):
     assert all(len(line) <= 100 for line in output.splitlines())
     for leak in ("null", "Optional[", "<class", "typing.", "CONFIG"):
         assert leak not in output
+
+
+HEAVY = {
+    *("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "matplotlib", "rich"),
+    *("fastapi", "uvicorn", "datasets", "pyarrow", "sympy"),
+}
+MODULES = 350
+"""of the standard library and ours, that all helps together may import; torch brings 1,500"""
+
+
+def test_every_help_imports_little():
+    """What makes a help answer at once, on any machine and under any load."""
+    verbs = [*(verb for verb in VERBS if verb != "data"), "data prepare", "data build"]
+    lines = [[*verb.split(), "--help"] for verb in (*verbs, "data inspect", "")]
+    script = (
+        "import sys\nfrom openpalm.cli.main import main\n"
+        f"assert [main(line) for line in {lines}] == [0] * {len(lines)}\n"
+        "print('\\n', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    modules = done.stdout.splitlines()[-1].split()
+    assert not HEAVY & {name.partition(".")[0] for name in modules}
+    assert len(modules) < MODULES
 
 
 @pytest.mark.parametrize("verb", [v for v in VERBS if v != "data"])
@@ -131,3 +169,13 @@ def test_an_interrupt_is_one_line(said, monkeypatch):
 
     monkeypatch.setattr("openpalm.cli.models.run", interrupted)
     assert said("models") == (130, "", ["openpalm: error: interrupted"])
+
+
+@pytest.mark.parametrize("verb", ["train", "data", "judge", "best-of-n"])
+def test_an_interrupt_of_what_continues_says_so(said, monkeypatch, verb):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"openpalm.cli.{VERBS[verb][0]}.run", interrupted)
+    wanted = "openpalm: error: interrupted; run the same command again to continue"
+    assert said(verb) == (130, "", [wanted])

@@ -1,16 +1,19 @@
 """`openpalm sample`: the same answer by every door."""
 
+import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from command_line import program
+from command_line import TINY, program
 
 import openpalm
 from openpalm import checkpoint
 from openpalm.data.tokenizer import Tokenizer
 from openpalm.generate import engine as engine_module
+from openpalm.model.transformer import Transformer, initialise
 
 PROMPT = "The quick brown"
 
@@ -225,9 +228,44 @@ def test_a_checkpoint_without_tokenizer(said, work, run, sampled, tmp_path):
 
 def test_a_tokenizer_too_large_for_the_model(said, run, tmp_path):
     Tokenizer.train_bpe(["the quick brown fox " * 50], 290).save(tmp_path / "t.json")
-    status, _, errors = said("sample", run, "the quick", "--tokenizer", tmp_path / "t.json")
+    words = ["sample", run, "the quick", "--tokenizer", tmp_path / "t.json"]
+    for more in ([], ["--force"]):
+        status, _, errors = said(*words, *more)
+        assert status == 2
+        assert "vocabulary has 265 ids, this tokenizer 281; give the model's own" in errors[0]
+
+
+@pytest.mark.parametrize("verb", ["sample", "chat"])
+def test_another_tokenizer_than_the_models_own(said, run, tmp_path, monkeypatch, verb):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    other = tmp_path / "t.json"
+    Tokenizer.train_bpe(["other words here " * 9], 265).save(other)
+    words = [verb, run, *(["the"] if verb == "sample" else []), "--tokenizer", other]
+    words += ["--max-new-tokens", 2, "--dtype", "float32"]
+    status, output, errors = said(*words)
+    assert (status, output) == (2, "")
+    assert "its own tokenizer.json is another tokenizer than this one" in errors[0]
+    assert errors[0].endswith("leave --tokenizer out, or add --force to use it anyway")
+    status, _, errors = said(*words, "--force")
+    assert (status, len(errors)) == (0, 1)
+    assert errors[0].endswith("another tokenizer than this one; used anyway (--force)")
+
+
+def test_a_tokenizer_much_smaller_than_a_model_without_one(said, tmp_path):
+    wide = Transformer(replace(TINY, vocab_size=600))
+    initialise(wide, seed=0)
+    checkpoint.save(tmp_path / "bare", wide)
+    Tokenizer.byte().save(tmp_path / "t.json")
+    words = ["sample", tmp_path / "bare", "the", "--tokenizer", tmp_path / "t.json"]
+    words += ["--max-new-tokens", 2, "--dtype", "float32"]
+    status, _, errors = said(*words)
     assert status == 2
-    assert "the model's vocabulary has 265; use the model's tokenizer" in errors[0]
+    assert (
+        "has no tokenizer of its own; its vocabulary has 600 ids, this tokenizer 265" in errors[0]
+    )
+    status, _, errors = said(*words, "--force")
+    assert status in (0, 1)  # an id beyond the tokenizer's cannot be decoded
+    assert errors[0].endswith("used anyway (--force)")
 
 
 def test_bfloat16(sampled):

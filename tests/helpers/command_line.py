@@ -32,7 +32,6 @@ def program(*words: object, **how) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "openpalm", *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=120,
         env=environment,
         **how,
     )

@@ -43,7 +43,7 @@ class Running:
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=600) as response:
                 return _answer(response.status, response)
         except urllib.error.HTTPError as error:
             return _answer(error.code, error)
@@ -53,7 +53,7 @@ class Running:
         text = self.call("/metrics").body
         return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
 
-    def wait_idle(self, timeout_s: float = 30) -> None:
+    def wait_idle(self, timeout_s: float = 6000) -> None:
         """Until nothing is in a slot or waiting."""
         deadline = time.monotonic() + timeout_s
         while self.metric("openpalm_sequences_load") + self.metric("openpalm_slots_active"):

@@ -23,11 +23,11 @@ def test_the_page_holds_the_figures(tmp_path):
     facts = {
         "steps": "20",
         "tokens": "20,000",
-        "minutes": "10",
+        "minutes": "10.0",
         "tokens a second, median": "111",
-        "training loss, last tenth": f"{(6 / 19 + 6 / 20) / 2:.4g}",
-        "validation loss, nats a token": "0.3885",
-        "validation bits a byte": "0.1625",
+        "training loss, last tenth": f"{(6 / 19 + 6 / 20) / 2:.3f}",
+        "validation loss, nats a token": "0.388",
+        "validation bits a byte": "0.16",
         "optim.lr": "0.0625",
         "model": "palm-tiny",
     }

@@ -129,7 +129,7 @@ def test_zero_is_a_value():
 
 
 def test_a_model_or_a_checkpoint():
-    with pytest.raises(SettingsError, match=r"--model .*or --init"):
+    with pytest.raises(SettingsError, match="--init is missing: name the run or checkpoint"):
         settings(model=None)
     assert settings(model=None, init="somewhere").init == "somewhere"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from openpalm.train.metrics import LiveLine, RowFile, last, read_rows
+from openpalm.train.metrics import LiveLine, RowFile, describe, last, read_rows
 
 
 @pytest.fixture
@@ -130,3 +130,8 @@ def test_in_a_terminal_there_is_a_bar(capsys: pytest.CaptureFixture[str]):
     assert "3/3" in shown.getvalue()
     assert "loss 2.346" in shown.getvalue()
     assert capsys.readouterr().err == ""
+
+
+def test_a_row_of_pairs_shows_accuracy_and_margin():
+    row = {"step": 1, "loss": 0.6931, "pairs_per_s": 12.0, "accuracy": 0.5, "reward_margin": 0.0123}
+    assert describe(row) == "loss 0.693  12 pairs/s  accuracy 0.50  margin 0.012"

@@ -174,10 +174,9 @@ def test_repeating_a_finished_command_changes_nothing(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"steps": 9}, "--steps (8, now 9)"),
         ({"seed": 1}, "--seed (0, now 1)"),
         ({"batch_tokens": 256}, "--batch-tokens (128, now 256)"),
-        ({"save_every": None}, "--save-every (4, now not set)"),
+        ({"sequence_length": 8}, "--sequence-length (16, now 8)"),
         ({"model": "wide"}, "--model (tiny, now wide)"),
         ({"dtype": "bfloat16"}, "--dtype (float32, now bfloat16)"),
         ({"optim.lr": 0.5}, "--optim (lr not set, now 0.5)"),
@@ -283,7 +282,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         assert train(out) == 128 + number
     assert checkpoint.steps(out)[-1].name == checkpoint.step_name(step)
     assert rows(out)[-1]["step"] == step
-    assert f"stopped after step {step}; the same command goes on" in capsys.readouterr().err
+    assert (
+        f"stopped after step {step}; run the same command again to continue"
+        in capsys.readouterr().err
+    )
     assert train(out) == 0
     assert f"going on after step {step}" in capsys.readouterr().err
     assert same_run(out, reference)
@@ -536,10 +538,13 @@ def test_init_from_what_does_not_fit_is_refused(
     assert "another model than wide (dim 16, not 32); leave --model out" in capsys.readouterr().err
     other = write_dataset(tmp_path / "other", tokenizer="bpe:265")
     assert train(out, init=reference, model=None, data=other) == 2
-    assert "another tokenizer than the data was prepared with" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "its own tokenizer.json is another tokenizer than this one; prepare the data" in said
+    assert train(tmp_path / "forced", init=reference, model=None, data=other, force=True) == 0
+    assert "used anyway (--force)" in capsys.readouterr().err
     larger = write_dataset(tmp_path / "larger", tokenizer="bpe:280")
     assert train(out, init=reference, model=None, data=larger) == 2
-    assert "265 ids, the data's tokenizer 280" in capsys.readouterr().err
+    assert "265 ids, this tokenizer 280" in capsys.readouterr().err
     assert train(out, init=tmp_path / "nowhere", model=None) == 2
     assert "no such checkpoint or run" in capsys.readouterr().err
     assert train(out, init=reference, model=None, **{"arch.kv_heads": 2}) == 2
@@ -632,7 +637,7 @@ def test_the_program_stopped_from_outside_goes_on(data: Path, tmp_path: Path):
     with subprocess.Popen(
         program(out, data), env=environment, stderr=subprocess.PIPE, text=True
     ) as running:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 1800
         while not (out / "metrics.jsonl").exists() and running.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -641,7 +646,7 @@ def test_the_program_stopped_from_outside_goes_on(data: Path, tmp_path: Path):
         error = running.stderr.read()
     assert running.returncode == 128 + signal.SIGTERM, error
     stopped_at = rows(out)[-1]["step"]
-    assert f"stopped after step {stopped_at}; the same command goes on" in error
+    assert f"stopped after step {stopped_at}; run the same command again to continue" in error
     assert stopped_at < 30
 
     done = subprocess.run(program(out, data), env=environment, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """The settings of alignment runs, checked at birth."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -9,6 +10,7 @@ from openpalm.errors import SettingsError
 from openpalm.model.config import MAX_BINS, MAX_MEMBERS
 from openpalm.settings import spell
 from openpalm.train.config import TrainSettings, check
+from openpalm.typed import home
 
 GroupAdvantage = Literal["grpo", "dr-grpo", "dapo", "rloo"]
 RewardLoss = Literal["bradley-terry", "regression", "binned", "hl-gauss", "ordinal"]
@@ -40,6 +42,16 @@ def _refuse_options_of_others(
                 f"{spell(option.name)} {value}: is an option of --loss {' or '.join(losses)}, not "
                 f"of {loss}; leave it out"
             )
+
+
+def reward_sources(given: list[str] | str | None) -> list[str]:
+    """Each [WEIGHT*]SOURCE of --reward, which takes one or, in brackets, several."""
+    if isinstance(given, str):
+        inside = re.fullmatch(r"\s*\[(.*)\]\s*", given, re.DOTALL)
+        given = inside[1].split(",") if inside else [given]
+    words = (word.strip().strip("'\"").strip() for word in given or ())
+    place = r"(?:(?<=^)|(?<=[*@])|(?<=^rules:)|(?<=\*rules:))~/"
+    return [re.sub(place, lambda _: home("~/"), word) for word in words if word]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from openpalm.align.config import reward_sources
 from openpalm.errors import DataError, SettingsError
 from openpalm.settings import parse
 
@@ -46,7 +47,7 @@ class BestOfNSettings:
     adapter: Path | None = None
     """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
     force: bool = False
-    """use an adapter that was made for another checkpoint"""
+    """use a tokenizer or an adapter that does not belong to this checkpoint"""
     verify: bool = False
     """compare every file of the checkpoint with its manifest, the optimizer's state too"""
     device: str = "auto"
@@ -97,10 +98,11 @@ def run(argv: Sequence[str]) -> None:
         print(json.dumps(told))
         return
     best = ", ".join(f"{value:.4g} of {n}" for n, value in told["reward_by_n"].items())
-    print(f"{told['prompts']} prompts; mean reward of the best answer: {best}")
+    prompts = f"{told['prompts']} prompt{'s' * (told['prompts'] != 1)}"
+    print(f"{prompts}; mean reward of the best answer: {best}")
     print(f"at most {told['kl_bound']:.3f} nats from the policy that drew them")
     if settings.pairs is not None:
-        print(f"{settings.pairs}: {told['pairs']} pairs")
+        print(f"{settings.pairs}: {told['pairs']} pair{'s' * (told['pairs'] != 1)}")
     print(settings.out)
 
 
@@ -122,8 +124,7 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
     reader = Reader(
         tokenizer, [Asked(question_of(row.prompt), row.row) for row in asked], stop_ids(tokenizer)
     )
-    words = [settings.reward] if isinstance(settings.reward, str) else settings.reward
-    reward = rewards_of(words, reader)
+    reward = rewards_of(reward_sources(settings.reward), reader)
     draw = Draw(settings.n, settings.max_new_tokens, settings.temperature, settings.seed)
     drawn = _drawn(settings)
     with growing(settings.out) as file, progress("best-of-n", len(ids)) as advance:
@@ -166,7 +167,7 @@ def _drawn(settings: BestOfNSettings) -> str:
     from openpalm.cli.common import weights_path
 
     told = {name: str(value) for name, value in asdict(settings).items()}
-    for name in ("path", "out", "pairs", "json", "device"):
+    for name in ("path", "out", "pairs", "json", "device", "force"):
         del told[name]
     told["data"] = hashlib.sha256(settings.data.read_bytes()).hexdigest()
     directory = checkpoint.resolve(weights_path(settings.path))

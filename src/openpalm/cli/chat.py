@@ -44,7 +44,7 @@ class ChatSettings:
     adapter: Path | None = None
     """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
     force: bool = False
-    """use an adapter that was made for another checkpoint"""
+    """use a tokenizer or an adapter that does not belong to this checkpoint"""
     verify: bool = False
     """compare every file of the checkpoint with its manifest, the optimizer's state too"""
     device: str = "auto"

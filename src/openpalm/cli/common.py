@@ -1,8 +1,10 @@
 """What several verbs compose alike: where weights come from, and what is looked at in training."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -25,23 +27,30 @@ from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
 from openpalm.generate.defaults import Defaults, defaults_of
 from openpalm.generate.engine import Engine
 from openpalm.generate.sampling import Sampling
-from openpalm.generate.text import complete
+from openpalm.generate.text import complete, document_ends
 from openpalm.hashing import sha256_of
 from openpalm.model.transformer import Transformer
-from openpalm.train.config import TrainSettings
+from openpalm.train.config import NO_INIT, TrainSettings
 from openpalm.train.job import Probe
-from openpalm.train.start import Start, starting_point
+from openpalm.train.start import Start, check_reads, starting_point
+from openpalm.typed import home
 
 T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 30.0
+"""of progress, where no terminal shows a bar"""
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 64
+BEGINNING_TOKENS = 64
+"""of a document, enough for its first words"""
 EVALUATION_TOKENS = 8192
 """Tokens of a validation split in memory at a time."""
 
 
 def weights_path(name: str) -> Path:
     """A run, a checkpoint or a hub name as a path that `checkpoint.resolve` understands."""
-    return hub.fetch(name) if name in hub.NAMES and not Path(name).exists() else Path(name)
+    if name in hub.NAMES and not Path(name).exists():
+        return hub.fetch(name)
+    return Path(home(name))
 
 
 def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None:
@@ -61,7 +70,7 @@ def fine_tuning_start(
     Only where it `may_score` can it be a reward model.
     """
     if settings.init is None:
-        raise SettingsError("--init: needs the checkpoint or run to fine-tune")
+        raise SettingsError(NO_INIT)
     directory = checkpoint.resolve(weights_path(settings.init))
     tokenizer = tokenizer_of(directory)
     if tokenizer is None:
@@ -143,6 +152,10 @@ def serving_model(
         raise CheckpointError(
             f"{directory}: its manifest lists no tokenizer.json; give one with --tokenizer"
         )
+    if settings.tokenizer is not None:
+        remedy = "give the model's own, or leave --tokenizer out"
+        if forced := check_reads(directory, tokenizer, remedy, force=settings.force):
+            print(f"openpalm: warning: {forced}", file=sys.stderr)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     model = checkpoint.load(directory, str(device), dtype, allow=allow)
@@ -258,12 +271,35 @@ def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: i
     return Probe(look, file="samples.jsonl")
 
 
+def beginnings(dataset: Dataset, count: int = 3, words: int = 4) -> list[str]:
+    """The first words of some documents of the validation split, or of the training split."""
+    split = "val" if dataset.manifest.splits["val"].tokens > 1 else "train"
+    starts, tokens = dataset.document_offsets(split), dataset.tokens(split)
+    tokenizer = dataset.tokenizer()
+    chosen = (starts[len(starts) * i // count] for i in range(min(count, len(starts))))
+    ids = (tokens[start : start + BEGINNING_TOKENS].tolist() for start in chosen)
+    ends = document_ends(tokenizer)
+    texts = (tokenizer.decode([*takewhile(lambda i: i not in ends, item)]) for item in ids)
+    found = [" ".join(text.split()[:words]) for text in texts]
+    return [text for text in dict.fromkeys(found) if text] or ["The"]
+
+
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar in a terminal, nothing elsewhere; call what it gives with how many more are done."""
+    """A bar in a terminal, a line in 30 seconds elsewhere; call it with how many more are done."""
     columns = (TextColumn(label), BarColumn(bar_width=24), MofNCompleteColumn())
     console = Console(stderr=True)
     remaining = TimeRemainingColumn(compact=True)
     with Progress(*columns, remaining, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda more: bar.advance(task, more)
+        said, done = time.monotonic(), 0
+
+        def advance(more: int) -> None:
+            nonlocal said, done
+            done += more
+            bar.advance(task, more)
+            if not console.is_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                print(f"{label}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+        yield advance

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from openpalm import settings
 from openpalm.errors import SettingsError
+from openpalm.typed import home
 
 if TYPE_CHECKING:
     from openpalm.data.inspection import Inspection
@@ -28,6 +29,8 @@ USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
 `openpalm data prepare --help` and so on show the options.
 """
 SHOWN_AFTER_S = 2.0
+SECONDS_BETWEEN_LINES = 30.0
+"""of progress, where no terminal shows a bar"""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def run_prepare(argv: Sequence[str]) -> None:
 
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     del values["json"]
+    values["inputs"] = [home(name) for name in given.inputs]
+    values["tokenizer"] = home(given.tokenizer)
     request = PrepareRequest(**values)
     with _progress("preparing") as progress:
         manifest = prepare(request, progress)
@@ -136,7 +141,7 @@ def run_build(argv: Sequence[str]) -> None:
     from openpalm.data.parts import build
 
     with _progress("joining") as progress:
-        manifest = build([Path(part) for part in given.parts], given.out, progress)
+        manifest = build([Path(home(part)) for part in given.parts], given.out, progress)
     print(manifest.to_json().decode().rstrip() if given.json else _prepared(given.out, manifest))
 
 
@@ -217,7 +222,7 @@ def _inspected(path: Path, found: "Inspection") -> str:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, shown once the work has taken SHOWN_AFTER_S."""
+    """A bar on standard error once the work has taken SHOWN_AFTER_S; lines without a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -226,9 +231,16 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     task = bar.add_task(what, total=None)
     started = time.monotonic()
     shown = False
+    said = started
 
     def report(done: int, total: int) -> None:
-        nonlocal shown
+        nonlocal shown, said
+        if not bar.console.is_terminal:
+            if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                share = f" of {total / 1e6:,.0f}" if total else ""
+                print(f"{what}: {done / 1e6:,.0f}{share} MB", file=sys.stderr, flush=True)
+            return
         if not shown and time.monotonic() - started > SHOWN_AFTER_S:
             shown = True
             bar.start()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from openpalm.align.config import GrpoSettings, rollout_rate
+from openpalm.align.config import GrpoSettings, reward_sources, rollout_rate
 from openpalm.errors import WorkError
 from openpalm.settings import parse
 from openpalm.train.config import LoraSettings
@@ -129,7 +129,7 @@ def admit(settings: DoctorSettings) -> "Patient":
     asked, ids = fitting(given.prompts, tokenizer, settings, start.config.context, "doctor")
     answered = [*asked, *(PromptRow(pair.prompt, {}) for pair, _ in pairs.items)]
     reader = Reader(tokenizer, [Asked(question_of(row.prompt), row.row) for row in answered], stops)
-    words = [settings.reward] if isinstance(settings.reward, str) else settings.reward
+    words = reward_sources(settings.reward)
     device = pick_device(settings.device)
     model = Transformer(start.config).to(device)
     start.fill(model)

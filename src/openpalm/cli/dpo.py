@@ -57,6 +57,9 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
         sequences_per_epoch=rows * len(trained),
         learning_rate=start.learning_rate / 10,
         objective=objective,
+        items_a_step=None  # the reference point of kto is a mean over a microbatch
+        if settings.loss == "kto"
+        else lambda shape: max(1, shape.rows // rows) * shape.accumulation,
         unit=unit,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),

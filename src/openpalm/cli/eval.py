@@ -1,6 +1,7 @@
 """`openpalm eval`: a checkpoint's loss and bits per byte on prepared data."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class EvalSettings:
     """of weights and arithmetic"""
     quantize: Literal["int8", "int4"] | None = None
     """with the matrices in fewer bits, to see what that costs"""
+    force: bool = False
+    """measure on data of another tokenizer than the model's"""
     json: bool = False
     """print JSON"""
     verify: bool = False
@@ -65,7 +68,9 @@ def run(argv: Sequence[str]) -> None:
     dataset = open_dataset(settings.data)
     directory = checkpoint.resolve(weights_path(settings.path), training=settings.verify)
     checkpoint.check_writes(directory)
-    check_reads(directory, dataset.tokenizer())
+    remedy = "prepare the data with the model's tokenizer"
+    if forced := check_reads(directory, dataset.tokenizer(), remedy, force=settings.force):
+        print(f"eval: warning: {forced}", file=sys.stderr)
     model = checkpoint.load(directory, str(pick_device(settings.device)))
     weights = settings.quantize or settings.dtype
     if weights != "float32":

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
 
@@ -37,6 +38,10 @@ VERBS = {
     "models": ("models", "list the model sizes: parameters, memory, FLOPs a token"),
     "report": ("report", "draw a run as one HTML page"),
 }
+
+DATA_VERBS = ("prepare", "build", "inspect")
+CONTINUES = {"train", "sft", "dpo", "reward", "ppo", "grpo", "data", "best-of-n", "judge"}
+"""verbs that keep what they have done, for the same command to continue"""
 
 USAGE = """usage: openpalm VERB [options]
 
@@ -95,7 +100,7 @@ def _guarded(verb: str, argv: Sequence[str]) -> int:
 
     try:
         if verb not in VERBS:
-            return _complain(f"unknown verb {verb}; see `openpalm --help`", 2)
+            return _complain(f"unknown verb {verb}; {_meant(verb)}", 2)
         import_module(f"openpalm.cli.{VERBS[verb][0]}").run(argv)
         return 0
     except HelpRequested as text:
@@ -104,11 +109,19 @@ def _guarded(verb: str, argv: Sequence[str]) -> int:
     except OpenPalmError as error:
         return _complain(str(error), error.exit_status)
     except KeyboardInterrupt:
-        return _complain("interrupted", 128 + signal.SIGINT)
+        more = "; run the same command again to continue" if verb in CONTINUES else ""
+        return _complain(f"interrupted{more}", 128 + signal.SIGINT)
     except BrokenPipeError:
         raise
     except Exception as error:
         return _unexpected(error)
+
+
+def _meant(verb: str) -> str:
+    near = get_close_matches(verb.lower().replace("_", "-"), [*VERBS, *DATA_VERBS], n=1)
+    if not near:
+        return "see `openpalm --help`"
+    return f"did you mean {'data ' * (near[0] in DATA_VERBS)}{near[0]}?"
 
 
 def _unexpected(error: Exception) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from openpalm.settings import parse
+from openpalm.typed import home
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
     )
     from openpalm.report.runs import read_runs
 
-    runs = read_runs([Path(path) for path in settings.runs])
+    runs = read_runs([Path(home(path)) for path in settings.runs])
     if settings.plot:
         from openpalm.report.terminal import print_losses
 
@@ -46,7 +47,7 @@ def run(argv: Sequence[str]) -> None:
         from openpalm.report.page import environment_section, write_page
         from openpalm.report.single import sections_of
 
-        out = settings.out or Path(settings.runs[0]) / "report.html"
+        out = settings.out or Path(home(settings.runs[0])) / "report.html"
         names = ", ".join(run.name for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
         sections = sections_of(runs[0]) if len(runs) == 1 else comparison_sections(runs)
         write_page(out, f"OpenPaLM: {names}", [*sections, environment_section()])

@@ -61,6 +61,7 @@ def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
         sequences_per_epoch=sides * len(trained),
         learning_rate=start.learning_rate,
         objective=RewardObjective(settings),
+        items_a_step=lambda shape: max(1, shape.rows // sides) * shape.accumulation,
         unit="pairs" if settings.reads_pairs else "ratings",
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from openpalm.align.config import RolloutSettings, rollout_rate
+from openpalm.align.config import RolloutSettings, reward_sources, rollout_rate
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def learn_from_answers(
     from openpalm.train.job import Job
     from openpalm.train.run import run as run_job
 
-    if not settings.reward:
+    if not reward_sources(settings.reward):
         raise SettingsError("--reward: what is an answer worth? give FILE.py:FUNCTION or a run")
     directory, tokenizer, start = fine_tuning_start(settings)
     given = read_prompts(settings.data)
@@ -57,9 +57,8 @@ def learn_from_answers(
     reader = Reader(
         tokenizer, [Asked(question_of(row.prompt), row.row) for row in asked], stop_ids(tokenizer)
     )
-    words = [settings.reward] if isinstance(settings.reward, str) else settings.reward
-    reward = rewards_of(words, reader)
-    gold = rewards_of([settings.gold], reader, "gold") if settings.gold else None
+    reward = rewards_of(reward_sources(settings.reward), reader)
+    gold = rewards_of(reward_sources(settings.gold), reader, "gold") if settings.gold else None
     numbers = range(len(ids))
     trained, measured = held_out(numbers)
     enough = len(measured) >= LEAST_LOOKED_AT
@@ -89,7 +88,7 @@ def learn_from_answers(
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
         parent_hash=start.parent_hash,
-        reward_hash=fingerprint([*words, *([settings.gold] if settings.gold else [])]),
+        reward_hash=fingerprint([*reward_sources(settings.reward), *reward_sources(settings.gold)]),
         parent_fixed=True,
         probes=_probes(settings, reader, ids, looked_at, reference, reward, gold),
         best="val_gold" if gold else "val_reward",

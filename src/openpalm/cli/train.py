@@ -24,10 +24,6 @@ EXAMPLES = [
 ]
 
 
-PROMPTS = ["The", "Return a", "This module"]
-"""What samples.jsonl continues."""
-
-
 def run(argv: Sequence[str]) -> None:
     settings = parse(
         PretrainSettings,
@@ -42,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
 
 def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     """Composes the run: data, start, what is looked at on the way."""
-    from openpalm.cli.common import sample_probe, validation_probe, weights_path
+    from openpalm.cli.common import beginnings, sample_probe, validation_probe, weights_path
     from openpalm.data.loader import TokenLoader
     from openpalm.data.sets import open_sets
     from openpalm.train.job import Job
@@ -58,14 +54,18 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
             fill(f"--depth {settings.depth}: {told}", 98, break_on_hyphens=False), file=sys.stderr
         )
     init = weights_path(settings.init) if settings.init else None
-    start = starting_point(settings, init, tokenizer)
+    start = starting_point(settings, init, tokenizer, force=settings.force)
+    if start.unsure:
+        print(f"{label}: warning: {start.unsure}", file=sys.stderr)
     length = settings.sequence_length or start.config.context
     tokens, draws = sets.tokens("train"), sets.draws(length, settings.seed)
     documents = sets.documents("train") if settings.document_mask else None
     shares = sets.shares(length)
     for name, share in zip(sets.names, shares, strict=True) if len(shares) > 1 else ():
         print(f"{label}: {name}: {share:,} of {sum(shares):,} sequences an epoch", file=sys.stderr)
-    probes = [sample_probe(tokenizer, PROMPTS)]
+    given = settings.prompts
+    prompts = [given] if isinstance(given, str) else given or beginnings(sets.datasets[0])
+    probes = [sample_probe(tokenizer, prompts)]
     if all(dataset.manifest.splits["val"].tokens > 1 for dataset in sets.datasets):
         measured = validation_probe(sets, length, document_mask=settings.document_mask)
         probes.insert(0, measured)

@@ -24,6 +24,7 @@ from openpalm.data.sources import is_rows
 from openpalm.data.usable import Unusable, collected
 from openpalm.errors import DataError
 from openpalm.settings import read_yaml
+from openpalm.typed import home
 
 SUFFIXES = (".yaml", ".yml")
 _FIELD = re.compile(r"[^\W\d][\w -]*")
@@ -180,7 +181,7 @@ def _task(task: object, folder: Path) -> Task:
     wanted = "a list of templates"
     expect("templates", templates, wanted, lambda v: v is None or (isinstance(v, list) and v != []))
     made = (at(f"templates[{i}]", _template, t) for i, t in enumerate(templates or ()))
-    return Task(folder / str(data), weight, tuple(made))
+    return Task(folder / home(str(data)), weight, tuple(made))
 
 
 def _template(template: object) -> Template:

@@ -27,19 +27,28 @@ def sections_of(run: Run) -> list[Section]:
 def _learning(run: Run) -> str:
     last, unit = run.steps[-1], run.unit
     facts: list[tuple[str, object]] = [
+        ("parameters", run.parameters),
         ("steps", last["step"]),
         (unit, last[unit]),
-        ("minutes", last["elapsed_s"] / 60),
-        (f"{unit} a second, median", run.median(f"{unit}_per_s")),
-        ("training loss, last tenth", mean_of_last(run)),
-        ("share of the measured matrix-multiply peak, median", run.median("mfu")),
-        (f"validation loss, {loss_unit(unit)}", run.last("val_loss")),
-        ("validation bits a byte", run.last("val_bits_per_byte")),
+        ("minutes", _rounded(last["elapsed_s"] / 60, 1)),
+        (f"{unit} a second, median", _rounded(run.median(f"{unit}_per_s"), 0)),
+        ("training loss, last tenth", _rounded(mean_of_last(run), 3)),
+        ("share of the measured matrix-multiply peak, median", _percent(run.median("mfu"))),
+        (f"validation loss, {loss_unit(unit)}", _rounded(run.last("val_loss"), 3)),
+        ("validation bits a byte", _rounded(run.last("val_bits_per_byte"), 3)),
         ("steps skipped", sum("skipped" in row for row in run.steps) or None),
     ]
     known = [(name, value) for name, value in facts if value is not None]
     rewarded = rewards(run) if "reward" in last else ""
     return table(["", ""], known) + rewarded + learning(run)
+
+
+def _rounded(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.0%}"
 
 
 def _samples(rows: list[dict[str, Any]]) -> str:

@@ -20,6 +20,12 @@ _STAGE = re.compile(r"([1-9]\d{0,3}/[1-9]\d{0,3})@(0?\.\d{1,9})")
 """of a ramp: a share and a place"""
 
 
+NO_INIT = (
+    "--init is missing: name the run or checkpoint to fine-tune, such as --init runs/tiny; "
+    "`openpalm train` makes one from text"
+)
+
+
 def given(value: float | None) -> float:
     """A value that resolved settings have."""
     assert value is not None
@@ -267,6 +273,12 @@ class Chosen:
     reward: str | None = None
     """hash of the files behind --reward and --gold"""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "eval_every", "minutes", "peak_flops"):
+            value = getattr(self, name)
+            fits = value is None or 0 < value < math.inf
+            check(fits, f"chosen.{name}", value, "above 0 and finite")
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -336,7 +348,7 @@ class TrainSettings:
         if self.dial is None:
             object.__setattr__(self, "optim", self.optim.resolved())
         if self.model is None and self.init is None and self.dial is None:
-            raise SettingsError("give --model (see `openpalm models`) or --init")
+            raise SettingsError(self.without_start)
         if self.lengths != 1 and not (self.lengths == 0 and self.dial is not None):
             raise SettingsError("give exactly one of --steps, --minutes and --epochs")
         if self.lora.rank and self.last_layers is not None:
@@ -368,6 +380,11 @@ class TrainSettings:
         return None
 
     @property
+    def without_start(self) -> str:
+        """What is said where nothing tells which model to train."""
+        return NO_INIT
+
+    @property
     def lengths(self) -> int:
         """How many options say how long the run is."""
         return sum(length is not None for length in (self.steps, self.minutes, self.epochs))
@@ -387,6 +404,11 @@ class PretrainSettings(TrainSettings):
     and steps then follow by rules, are printed, and give way to options of their own"""
     document_mask: bool = False
     """attention stays inside documents, in training and validation"""
+    force: bool = False
+    """with --init: train on data of another tokenizer than the model's"""
+    prompts: list[str] | str | None = None
+    """texts that samples.jsonl continues, several as a JSON list; not set takes the beginnings of
+    some validation documents"""
 
     def __post_init__(self) -> None:
         check(self.depth is None or self.depth > 0, "depth", self.depth, "above 0 and finite")
@@ -397,6 +419,10 @@ class PretrainSettings(TrainSettings):
     @property
     def dial(self) -> int | None:
         return self.depth
+
+    @property
+    def without_start(self) -> str:
+        return "give --model (see `openpalm models`) or --init"
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,31 @@
-"""Whose a run's directory is: made for one set of settings, used by one process at a time."""
+"""Locks a run directory and checks that it belongs to these settings."""
 
 import fcntl
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from openpalm import checkpoint
-from openpalm.errors import SettingsError
+from openpalm.errors import CheckpointError, SettingsError
 from openpalm.settings import build, plain, read_yaml, spell, to_yaml
-from openpalm.train.config import Chosen, ProfileSettings, TrainSettings
+from openpalm.train.config import Chosen, PretrainSettings, ProfileSettings, Ramp, TrainSettings
+from openpalm.train.optim import learning_rate_factor
 
 SETTINGS_FILE = "config.yaml"
 
-MAY_CHANGE = ("out", "data", "init", "chosen", "log", "profile", "memory", "compile")
-"""Settings that a run may go on with otherwise; data and parent are compared by their hashes."""
+MAY_CHANGE = (
+    *("out", "data", "init", "chosen"),  # data and parent are compared by their hashes
+    *("log", "profile", "memory", "compile", "device"),
+    *("save_every", "eval_every", "keep", "max_skipped", "force"),
+)
+"""Settings that cannot change what a run computes, so that it may continue with others."""
+
+CutChanges = Callable[[TrainSettings], str | None]
+"""Why microbatches of another size than these settings' change the result, or None."""
 
 
 @contextmanager
@@ -40,20 +49,26 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def recall(
-    asked: TrainSettings, given: Chosen, *, parent_fixed: bool = False
+    asked: TrainSettings,
+    given: Chosen,
+    *,
+    parent_fixed: bool = False,
+    cut_changes: CutChanges = lambda stored: None,
 ) -> TrainSettings | None:
-    """The settings of the run that `asked.out` holds, with what it chose; None if it holds none.
+    """`asked` with what the run in `asked.out` chose before; None if no run is there.
 
     `given` says what data and parent are there now; the parent may have gone on since the run
-    began, unless `parent_fixed`. Raises SettingsError where the run was made
-    with other settings.
+    began, unless `parent_fixed`. Raises SettingsError where the run was made with other settings
+    that change its result, or what it chose was edited.
     """
     file = asked.out / SETTINGS_FILE
     if not file.exists():
         return None
     stored = _recall(file, type(asked))
-    _refuse_differences(stored, asked, given, parent_fixed)
-    return replace(asked, chosen=stored.chosen)
+    _refuse_edited(file, stored)
+    _refuse_differences(stored, asked, given, parent_fixed, cut_changes)
+    steps = asked.steps or stored.chosen.steps
+    return replace(asked, chosen=replace(stored.chosen, steps=steps))
 
 
 def check_new(settings: TrainSettings, given: Chosen) -> None:
@@ -70,8 +85,10 @@ def check_new(settings: TrainSettings, given: Chosen) -> None:
 
 def write_settings(settings: TrainSettings) -> None:
     """Makes the directory this run's; a repeated run is not profiled again."""
-    settings = replace(settings, profile=ProfileSettings())
-    _write_whole(settings.out / SETTINGS_FILE, to_yaml(settings))
+    text = to_yaml(replace(settings, profile=ProfileSettings()))
+    file = settings.out / SETTINGS_FILE
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        _write_whole(file, text)
 
 
 def _recall(file: Path, kind: type[TrainSettings]) -> TrainSettings:
@@ -79,14 +96,79 @@ def _recall(file: Path, kind: type[TrainSettings]) -> TrainSettings:
     values = read_yaml(file)
     try:
         return build(kind, values)
-    except (SettingsError, TypeError, ValueError) as error:
-        raise SettingsError(f"{file}: is not the settings of a run ({error})") from None
+    except SettingsError as error:
+        raise SettingsError(
+            f"{file}: is not the settings of a run ({error}); set it back, or choose another --out"
+        ) from None
+
+
+def _refuse_edited(file: Path, stored: TrainSettings) -> None:
+    """Raises SettingsError where `chosen` is not what the run wrote there.
+
+    The newest checkpoint keeps a copy; where settings beside it say the same, they must agree.
+    """
+    beside = {"dtype": stored.dtype, "steps": stored.steps, "minutes": stored.minutes}
+    recorded = _chosen_at_checkpoint(file.parent)
+    known = recorded | {name: v for name, v in beside.items() if v not in (None, "auto")}
+    now = plain(stored.chosen)
+    for name in dict.fromkeys(("dtype", "steps", *known, *(now if recorded else ()))):
+        was, is_now = known.get(name, "not set"), now.get(name, "not set")
+        if name not in now or (was != is_now and (recorded or name in known)):
+            raise SettingsError(
+                f"{file}: chosen.{name} is {is_now}, the run's own was {was}; set it back "
+                "(the run itself writes `chosen`), or choose another --out"
+            )
+
+
+def _chosen_at_checkpoint(out: Path) -> dict[str, Any]:
+    for newest in reversed(checkpoint.steps(out)):
+        try:
+            lineage = checkpoint.read_manifest(newest).get("lineage") or {}
+            return dict(lineage["settings"]["chosen"])
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            continue  # damaged, or written by something else: what it holds is checked elsewhere
+    return {}
+
+
+def _refuse_another_length(stored: TrainSettings, asked: TrainSettings) -> None:
+    """Raises SettingsError unless the steps taken so far are the longer run's own too.
+
+    They are where the learning rate and the batch are at their full size in both schedules: a
+    schedule's shape follows from the number of steps.
+    """
+    was, now = stored.steps, asked.steps
+    assert was is not None
+    assert now is not None
+    taken = max(
+        (int(path.name.removeprefix("step-")) for path in checkpoint.steps(asked.out)), default=0
+    )
+    ramp = Ramp.parse(asked.batch_ramp)
+
+    def full(step: int, steps: int) -> bool:
+        rate = learning_rate_factor(step, steps, asked.optim)
+        return math.isclose(rate, 1) and ramp.share(step, steps) == 1
+
+    if not taken or (now > was and full(taken, was) and full(taken, now) and full(taken + 1, now)):
+        return
+    reason = (
+        f"its {asked.optim.schedule} schedule is not constant after step {taken}"
+        if now > was
+        else "a shorter run would have had another schedule"
+    )
+    raise SettingsError(
+        f"--steps {now}: --out {asked.out} is a run of {was} steps, and {reason}; "
+        f"train on from it with --init {asked.out} and another --out, or give --steps {was}"
+    )
 
 
 def _refuse_differences(
-    stored: TrainSettings, asked: TrainSettings, given: Chosen, parent_fixed: bool
+    stored: TrainSettings,
+    asked: TrainSettings,
+    given: Chosen,
+    parent_fixed: bool,
+    cut_changes: CutChanges,
 ) -> None:
-    """The same --out with other settings is a mistake, not a wish."""
+    """The same --out with settings that change the result is a mistake, not a wish."""
     if stored.chosen.reward not in (None, given.reward):  # None in runs of older versions
         raise SettingsError(
             f"--out {asked.out}: what --reward or --gold names has changed since that run began "
@@ -96,18 +178,35 @@ def _refuse_differences(
     for side in (old, new):
         for name in MAY_CHANGE:
             side.pop(name, None)
+        if isinstance(asked, PretrainSettings):
+            side.pop("prompts", None)  # of the samples; elsewhere a number that matters
     old |= {"data": stored.chosen.data, "init": stored.chosen.parent}
     new |= {"data": given.data, "init": given.parent}
     same_name = stored.init == asked.init and not parent_fixed
     if same_name and checkpoint.steps(asked.out):
         new["init"] = old["init"]  # the parent run may have gone on; this one has begun
+    if stored.microbatch_tokens != asked.microbatch_tokens:
+        reason = cut_changes(stored)
+        if reason is not None:
+            raise SettingsError(
+                f"--out {asked.out}: that run was made with another --microbatch-tokens "
+                f"({stored.microbatch_tokens}, now {asked.microbatch_tokens}), and {reason}; "
+                "give that again or choose another --out"
+            )
+        del old["microbatch_tokens"], new["microbatch_tokens"]
+    if stored.steps and asked.steps and stored.steps != asked.steps:
+        del old["steps"], new["steps"]
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             was, now = _first_difference(old.get(name), new.get(name))
+            longer = name in ("steps", "minutes", "epochs")
+            remedy = f", or train on from it with --init {asked.out}" if longer else ""
             raise SettingsError(
                 f"--out {asked.out}: that run was made with another {spell(name)} "
-                f"({was}, now {now}); choose another --out"
+                f"({was}, now {now}); choose another --out{remedy}"
             )
+    if stored.steps and asked.steps and stored.steps != asked.steps:
+        _refuse_another_length(stored, asked)
 
 
 def _first_difference(old: Any, new: Any) -> tuple[str, str]:

@@ -53,6 +53,8 @@ class Job:
     """not given is next-token prediction"""
     shape: BatchShape | None = None
     """of a step, where it does not follow from --batch-tokens"""
+    items_a_step: Callable[[BatchShape], int] | None = lambda shape: shape.sequences
+    """items that a step learns from; None where the size of microbatches changes the result"""
     unit: str = "tokens"
     """what the objective counts"""
     tokenizer_json: str | None = None

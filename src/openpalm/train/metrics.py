@@ -70,7 +70,7 @@ class LiveLine:
         self.steps = steps
         self.console = console or Console(stderr=True)
         self.live = self.console.is_terminal
-        self.seconds_between_lines = 15.0
+        self.seconds_between_lines = 30.0
         self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -116,6 +116,10 @@ def describe(row: dict[str, Any]) -> str:
     unit = unit_of(row)
     short = "tok" if unit == "tokens" else unit
     words = [f"loss {row['loss']:.3f}", f"{row[f'{unit}_per_s']:,.0f} {short}/s"]
+    if "accuracy" in row:
+        words.append(f"accuracy {row['accuracy']:.2f}")
+    if "reward_margin" in row:
+        words.append(f"margin {row['reward_margin']:.3f}")
     if row.get("mfu") is not None:
         words.append(f"{row['mfu']:.0%} of peak")
     return "  ".join(words)

@@ -87,6 +87,7 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
         if newest is not None and _step_of(newest) >= chosen.steps:
             return Outcome(newest, chosen.steps, was_finished=True)
         newest = checkpoint.latest(out, training=True)
+        directory.write_settings(settings)
         torch.manual_seed(settings.seed)
         trainer = make_trainer(settings, job, shape, device, job.fill)
         session = _Session(settings, job, trainer, shape)
@@ -152,7 +153,8 @@ class _Session:
                 self._step(line)
                 if stop and self.trainer.step < self.trainer.steps:
                     self._save_what_is_not()
-                    line.say(f"stopped after step {self.trainer.step}; the same command goes on")
+                    more = "run the same command again to continue"
+                    line.say(f"stopped after step {self.trainer.step}; {more}")
                     _die_of(stop[0])
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
@@ -165,8 +167,8 @@ class _Session:
         part = "" if self.settings.trains_all else f" ({trained:,} of them learn)"
         return (
             f"{self.job.label}: {self.job.config.parameters:,} parameters{part}, "
-            f"{self.trainer.steps:,} "
-            f"steps of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}, "
+            f"{self.trainer.steps:,} step{'s' * (self.trainer.steps != 1)} "
+            f"of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}, "
             f"{self.settings.optim.name} at lr {self.job.peak_rate(self.settings):.3g}"
         )
 
@@ -203,7 +205,9 @@ class _Session:
         whole = self.settings.trains_all and report.count == step_tokens
         if chosen.peak_flops and whole:  # masked tokens and frozen weights cost other FLOPs
             flops = self.job.config.flops_per_token(self.shape.sequence_length)
-            share = round(rate * flops / chosen.peak_flops, 4)
+            reached = rate * flops / chosen.peak_flops
+            # Above 1 the peak was measured while the machine was busy: then it is none.
+            share = round(reached, 4) if reached <= 1 else None
         row: dict[str, Any] = {
             "step": report.step,
             "loss": report.loss,
@@ -305,7 +309,13 @@ def _settled(
     given = replace(
         settings.chosen, data=job.data_hash, parent=job.parent_hash, reward=job.reward_hash
     )
-    if known := directory.recall(settings, given, parent_fixed=job.parent_fixed):
+    known = directory.recall(
+        settings,
+        given,
+        parent_fixed=job.parent_fixed,
+        cut_changes=lambda stored: _cut_changes(stored, shape, job),
+    )
+    if known:
         return known
     directory.check_new(settings, given)
     if settings.minutes != given.minutes:
@@ -341,6 +351,22 @@ def _wrong_in_state(error: Exception) -> str:
     if isinstance(error, (RuntimeError, ValueError)):
         return str(error).partition("\n")[0][:200]
     return "a value has another type"
+
+
+def _cut_changes(stored: TrainSettings, shape: BatchShape, job: Job) -> str | None:
+    """Why this run's microbatches give another result than the stored settings', or None.
+
+    Losses are summed and divided by one count, so that k microbatches are one batch; but not where
+    random numbers are drawn, or something is estimated, for each.
+    """
+    if job.config.dropout:
+        return "dropout draws other random numbers then"
+    if job.items_a_step is None or job.shape is not None:
+        return "its loss is estimated for each microbatch"
+    before = batch_shape(stored, shape.sequence_length, world().size)
+    if job.items_a_step(before) != job.items_a_step(shape):
+        return "its steps would have another number of pairs"
+    return None
 
 
 def _set_aside(damaged: Path) -> None:

@@ -17,6 +17,8 @@ from openpalm.train.scaling import of_depth
 
 SIZES = ("dim", "depth", "heads", "head_dim", "ff_dim", "kv_heads")
 """What the shapes of a model's weights fix."""
+MAX_PADDING = 256
+"""ids that a vocabulary may have beyond its tokenizer's, as rounding up to a multiple gives"""
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,21 @@ class Start:
     parent_hash: str | None = None
     reward: RewardConfig | None = None
     """of a start from a reward model"""
+    unsure: str | None = None
+    """what to say where the model may have been trained with another tokenizer"""
 
 
 def starting_point(
-    settings: TrainSettings, init: Path | None, tokenizer: Tokenizer, *, may_score: bool = False
+    settings: TrainSettings,
+    init: Path | None,
+    tokenizer: Tokenizer,
+    *,
+    may_score: bool = False,
+    force: bool = False,
 ) -> Start:
     """The start that `--model` and `--init` ask for; `init` is --init's checkpoint or run.
 
-    Only where it `may_score` can that be a reward model.
+    Only where it `may_score` can that be a reward model; `force` takes data of another tokenizer.
 
     Raises SettingsError for an unknown preset, CheckpointError where the checkpoint is of another
     model or reads another tokenizer's ids.
@@ -59,7 +68,12 @@ def starting_point(
     directory = checkpoint.resolve(init)
     if not may_score:
         checkpoint.check_writes(directory)
-    check_reads(directory, tokenizer)
+    unnamed = checkpoint.tokenizer_json(directory) is None
+    its_own = "the one of its training" if unnamed else directory / "tokenizer.json"
+    remedy = f"prepare the data with --tokenizer {its_own}"
+    unsure = check_reads(directory, tokenizer, remedy, force=force)
+    if unnamed and not unsure:
+        unsure = f"{directory}: has no tokenizer of its own; the data's is taken to be the one"
     stored = checkpoint.load_config(directory)
     config = _changed(stored, settings)
     for name in (*SIZES, "qk_norm"):
@@ -77,6 +91,7 @@ def starting_point(
         _learning_rate_of_size(config),
         checkpoint.read_manifest(directory)["sha256"],
         checkpoint.load_reward_config(directory),
+        unsure,
     )
 
 
@@ -127,23 +142,29 @@ def _changed(
     return dataclasses.replace(config, **changes)
 
 
-def check_reads(directory: Path, tokenizer: Tokenizer) -> None:
-    """Raises CheckpointError unless the checkpoint's model reads this tokenizer's ids."""
-    config = checkpoint.load_config(directory)
-    if config.vocab_size < tokenizer.vocab_size:
-        raise CheckpointError(
-            f"{directory}: its vocabulary has {config.vocab_size} ids, the data's tokenizer "
-            f"{tokenizer.vocab_size}; prepare the data with the checkpoint's tokenizer.json"
-        )
-    text = checkpoint.tokenizer_json(directory)
-    if text is None:
-        return
-    own = Tokenizer.load(directory / "tokenizer.json")
-    if own.digest != tokenizer.digest:
-        raise CheckpointError(
-            f"{directory}: reads another tokenizer than the data was prepared with; "
-            f"prepare it with --tokenizer {directory / 'tokenizer.json'}"
-        )
+def check_reads(
+    directory: Path, tokenizer: Tokenizer, remedy: str, *, force: bool = False
+) -> str | None:
+    """Raises CheckpointError unless the checkpoint's model reads this tokenizer's ids.
+
+    With `force` only where it cannot: it has fewer ids. Returns what was forced, or None.
+    """
+    ids = checkpoint.load_config(directory).vocab_size
+    has = f"its vocabulary has {ids} ids, this tokenizer {tokenizer.vocab_size}"
+    if ids < tokenizer.vocab_size:
+        raise CheckpointError(f"{directory}: {has}; {remedy}")
+    if checkpoint.tokenizer_json(directory) is None:
+        fits = ids - tokenizer.vocab_size <= MAX_PADDING
+        unsure = f"the checkpoint has no tokenizer of its own; {has}"
+    else:
+        own = Tokenizer.load(directory / "tokenizer.json")
+        fits = own.digest == tokenizer.digest
+        unsure = "its own tokenizer.json is another tokenizer than this one"
+    if fits:
+        return None
+    if not force:
+        raise CheckpointError(f"{directory}: {unsure}; {remedy}, or add --force to use it anyway")
+    return f"{directory}: {unsure}; used anyway (--force)"
 
 
 def _same_sizes(directory: Path, stored: ModelConfig, wanted: ModelConfig, name: str) -> None:
