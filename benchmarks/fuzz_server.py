@@ -43,6 +43,7 @@ ADMIN_KEY = "fuzz"
 FATAL = "a" * 40 + "b"
 """A text that the hostile model's tokenizer panics at."""
 ENGINE = ("/v1/completions", "/v1/chat/completions", "/v1/score", "/complete")
+MODELS = 3
 ROUNDS = 4
 """Of the three models, so that each is swapped in several times."""
 HEALTH_CALLS = 200
@@ -409,19 +410,20 @@ def server(model: Path) -> Iterator[int]:
             process.kill()
 
 
-async def measure(port: int, models: dict[str, Path], options: argparse.Namespace) -> dict:
-    draw = random.Random(options.seed)
+async def measure(
+    port: int, models: dict[str, Path], options: argparse.Namespace, draw: random.Random
+) -> dict[str, Counts]:
+    """Answers by status of each model, swapped in turn."""
     counts = {name: Counts() for name in models}
-    share = -(-options.requests // (ROUNDS * len(models)))
+    share = -(-options.requests // (ROUNDS * MODELS))
     for _ in range(ROUNDS):
         for name, path in models.items():
-            await swap(port, path)
+            if len(models) > 1:
+                await swap(port, path)
             calls = [fuzzed(draw) for _ in range(share)]
             await attack(port, calls, options.concurrency, counts[name])
             print(f"{name}: {counts[name].total} sent", file=sys.stderr)
-    await swap(port, models["healthy"])
-    headers = await under_headers(port)
-    return {"counts": counts, "headers": headers}
+    return counts
 
 
 def shown(counts: dict[str, Counts], headers: dict[str, float]) -> str:
@@ -453,9 +455,14 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(Path(folder))
+        draw = random.Random(options.seed)
+        spoilt = {"nan": models.pop("nan")}  # /admin/models refuses it: a server of its own
         with server(models["healthy"]) as port:
-            found = asyncio.run(measure(port, models, options))
-    counts, headers = found["counts"], found["headers"]
+            counts = asyncio.run(measure(port, models, options, draw))
+            asyncio.run(swap(port, models["healthy"]))
+            headers = asyncio.run(under_headers(port))
+        with server(spoilt["nan"]) as port:
+            counts |= asyncio.run(measure(port, spoilt, options, draw))
     if options.json:
         rows = {n: {"statuses": dict(c.statuses), "engine": c.engine} for n, c in counts.items()}
         print(json.dumps({"models": rows, "headers": headers}))

@@ -66,6 +66,7 @@ def same_weights(a: Transformer, b: Transformer) -> bool:
 
 def load_directly(newest: Path) -> str:
     try:
+        checkpoint.verify(newest, training=True)  # as a run that continues
         openpalm.load(newest)
     except CheckpointError:
         return "refused"
@@ -78,7 +79,7 @@ def load_run(run: Path, newest: Path, previous: Transformer) -> str:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            model = openpalm.load(run)
+            model = openpalm.load(checkpoint.resolve(run, training=True))
     except Exception as error:
         return f"other error: {error!r}"
     told = "passing over a damaged checkpoint" in said.getvalue() and str(newest) in said.getvalue()

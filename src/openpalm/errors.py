@@ -8,6 +8,7 @@
     └── WorkError               the request was right but the work failed: exit 1
         ├── StorageError        the disk is full or refuses us
         ├── NumbersError        the model computed numbers that are not finite
+        ├── RewardError         a reward function failed, or gave no finite number
         └── TrainingError       the run diverged or could not go on
 
 A message says what is wrong, which value, and what to do, in one line.
@@ -46,6 +47,10 @@ class StorageError(WorkError):
 
 class NumbersError(WorkError):
     pass
+
+
+class RewardError(WorkError):
+    """A reward failed at an answer; corrected, the run continues."""
 
 
 class TrainingError(WorkError):

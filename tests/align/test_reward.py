@@ -278,6 +278,10 @@ def test_the_loader_gives_the_same_ratings_after_a_stop():
 # --- the objective
 
 
+OPTIONS = {"bradley-terry": {"centring": 0.1, "margin_scale": 0.5}}
+"""What only these losses read."""
+
+
 def everything(loss, **changes):
     how = settings(loss, **changes)
     known = pairs() if how.reads_pairs else rated()
@@ -287,7 +291,7 @@ def everything(loss, **changes):
 
 @pytest.mark.parametrize("loss", ["bradley-terry", *RATING_LOSSES])
 def test_microbatches_of_ragged_judgements_are_one_batch(loss):
-    objective, model, known = everything(loss, members=2, centring=0.1, margin_scale=0.5)
+    objective, model, known = everything(loss, members=2, **OPTIONS.get(loss, {}))
 
     def gradients(cuts):
         model.zero_grad()
@@ -419,7 +423,7 @@ def test_a_loss_that_does_not_suit_the_head_is_refused():
         ({"members": 0}, "--members 0: must be 1 to 64"),
         ({"margin_scale": -1.0}, "--margin-scale -1.0: must be 0 or more"),
         ({"centring": math.nan}, "--centring nan: must be 0 or more"),
-        ({"bins": 1}, "--bins 1: must be 2 to"),
+        ({"loss": "binned", "bins": 1}, "--bins 1: must be 2 to"),
     ],
 )
 def test_settings_out_of_range(changes, says):

@@ -287,7 +287,7 @@ def refused(said, tuned, tmp_path):
 
 
 def test_conversations_without_an_assistant(refused):
-    assert "no row can be used: no assistant turn (1)" in refused([("user", "hi")])
+    assert "no conversation can be used: no assistant turn (1; line 1)" in refused([("user", "hi")])
 
 
 def test_a_role_that_does_not_exist(refused):

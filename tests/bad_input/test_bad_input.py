@@ -105,7 +105,7 @@ def test_tokenizers_that_are_none(place, tokenizer, part):
         (["train", "--steps", "ten"], ["--steps ten", "must be a whole number", "--help"]),
         (["train", "--config", "no.yaml"], ["--config no.yaml", "no such file", "check the path"]),
         (["sample", "--topk=3"], ["--topk", "did you mean --top-k?"]),
-        (["samples", "x"], ["samples", "see `openpalm --help`"]),
+        (["samples", "x"], ["samples", "did you mean sample?"]),
         (["eval"], ["PATH", "--data", "--help"]),
         (["convert", "a", "b", "--from", "llama"], ["--from llama", "palm-rlhf-pytorch"]),
     ],
@@ -284,7 +284,7 @@ def test_data_that_is_none(base, quickly, data):
         (b'{"messages": [{"role": "robot", "content": "x"}]}\n', ["talk.jsonl:1", "robot"]),
         (
             b'{"messages": [{"role": "user", "content": "x"}]}\n',
-            ["no row can be used", "no assistant"],
+            ["no conversation can be used", "no assistant"],
         ),
     ],
 )

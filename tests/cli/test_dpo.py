@@ -191,4 +191,4 @@ def test_init_is_needed(said, pairs, tmp_path):
         *("dpo", "--model", "palm-tiny", "--data", pairs, "--out", tmp_path / "o", "--steps", 1)
     )
     assert status == 2
-    assert "--init: needs the checkpoint" in errors[-1]
+    assert "--init is missing: name the run or checkpoint" in errors[-1]

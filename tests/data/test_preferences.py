@@ -528,5 +528,5 @@ def test_files_that_hold_no_pairs(tmp_path):
         read_pairs(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="no such file"):
         read_pairs(str(tmp_path / "b.jsonl"))
-    with pytest.raises(DataError, match=r"read from \.jsonl or \.jsonl\.gz"):
-        read_pairs(tmp_path / "c.json")
+    with pytest.raises(DataError, match=r"read from \.jsonl"):
+        read_pairs(tmp_path / "c.csv")

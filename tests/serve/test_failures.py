@@ -44,6 +44,13 @@ def broken(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def spoilt(broken):
+    """A server that was started on that model; /admin/models refuses it."""
+    with serving(broken, "--dtype", "float32", env=ADMIN) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def panicking(tmp_path_factory):
     """A model whose tokenizer panics on some texts: its regex backtracks without end."""
     directory = write_base(tmp_path_factory.mktemp("panic") / "panicking")
@@ -84,23 +91,26 @@ def served(swapping, base):
         ("/v1/score", {"sequences": ["Hello"]}),
     ],
 )
-def test_a_model_of_nan_is_answered_503(served, broken, path, body):
-    assert swap(served, broken).status == 200
-    answer = served.call(path, body, key="boss")
+def test_a_model_of_nan_is_answered_503(spoilt, path, body):
+    answer = spoilt.call(path, body, key="boss")
     assert answer.status == 503
     assert "finite" in answer.body["error"]["message"]
     assert answer.body["error"]["type"] == "service_unavailable_error"
 
 
+def test_a_model_of_nan_is_not_swapped_in(served, broken):
+    answer = swap(served, broken)
+    assert answer.status == 400
+    assert "finite" in answer.body["error"]["message"]
+
+
 @pytest.mark.parametrize("body", [HELLO, HELLO | {"n": 8, "top_p": 0.5, "seed": 1}])
-def test_nothing_is_drawn_from_nan(served, broken, body):
-    assert swap(served, broken).status == 200
-    assert served.call("/v1/completions", body).status == 503
+def test_nothing_is_drawn_from_nan(spoilt, body):
+    assert spoilt.call("/v1/completions", body).status == 503
 
 
-def test_a_stream_of_nan_ends_with_the_error(served, broken):
-    assert swap(served, broken).status == 200
-    answer = served.call("/v1/completions", HELLO | {"stream": True, "temperature": 0})
+def test_a_stream_of_nan_ends_with_the_error(spoilt):
+    answer = spoilt.call("/v1/completions", HELLO | {"stream": True, "temperature": 0})
     (error,) = events(answer.body)
     assert error["error"]["type"] == "service_unavailable_error"
 

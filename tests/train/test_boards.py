@@ -152,7 +152,7 @@ def test_tensorboard_shows_the_rows(train: Train, tmp_path: Path):
     assert "    model: tiny\n" in text_of(shown.Tensors("settings/text_summary")[0])
     samples = shown.Tensors("samples/text_summary")
     assert [event.step for event in samples] == [4, 8]
-    assert "    This module|" in text_of(samples[0])
+    assert all("|" in text_of(sample) for sample in samples)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from openpalm.data.constitution import read_constitution
 from openpalm.data.conversation import Message
 from openpalm.data.preferences import Messages
 from openpalm.data.tokenizer import Tokenizer
-from openpalm.errors import CheckpointError, SettingsError, WorkError
+from openpalm.errors import CheckpointError, RewardError, SettingsError, WorkError
 from openpalm.generate.engine import Engine
 from openpalm.model.reward import RewardModel
 from openpalm.settings import spell
@@ -181,8 +181,8 @@ def of_function(
             raise failed(f"returned {value!r:.60}, which is no finite number,", text)
         return number
 
-    def failed(what: str, text: str) -> WorkError:
-        return WorkError(
+    def failed(what: str, text: str) -> RewardError:
+        return RewardError(
             f"{spell(option)} {name}: {what} for the answer {text[:60]!a}; "
             "correct it and give the same command, which goes on"
         )

@@ -21,7 +21,7 @@ from openpalm.align.experience import Answer, Estimated, Experience, Reward, Rol
 from openpalm.align.logprobs import evaluate
 from openpalm.align.replay import kept
 from openpalm.data.loader import IGNORE, Order
-from openpalm.errors import WorkError
+from openpalm.errors import RewardError, WorkError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model import lora
@@ -318,13 +318,13 @@ _STATE = {
 
 
 def checked(reward: Reward, answers: Sequence[Answer]) -> list[float]:
-    """The rewards. Raises WorkError for one that is not finite, or not one for each answer."""
+    """The rewards. Raises RewardError for one that is not finite, or not one for each answer."""
     rewards = [float(value) for value in reward(answers)]
     if len(rewards) != len(answers):
         raise WorkError(f"the reward gave {len(rewards)} numbers for {len(answers)} answers")
     for answer, value in zip(answers, rewards, strict=True):
         if not math.isfinite(value):
-            raise WorkError(
+            raise RewardError(
                 f"the reward of an answer to prompt {answer.prompt} is {value}; it must be a "
                 "finite number: correct the reward and give the same command, which goes on"
             )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from openpalm.align.config import RolloutSettings, reward_sources, rollout_rate
-from openpalm.errors import SettingsError
+from openpalm.errors import RewardError, SettingsError
 
 if TYPE_CHECKING:
     from openpalm.align.experience import Reward
@@ -46,6 +46,7 @@ def learn_from_answers(
     from openpalm.data.prompt_files import read_prompts
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
+    from openpalm.train.directory import reward_failed
     from openpalm.train.job import Job
     from openpalm.train.run import run as run_job
 
@@ -94,7 +95,11 @@ def learn_from_answers(
         best="val_gold" if gold else "val_reward",
         label=label,
     )
-    return run_job(settings, job)
+    try:
+        return run_job(settings, job)
+    except RewardError:
+        reward_failed(settings.out)
+        raise
 
 
 class AsksSettings(Protocol):

@@ -3,6 +3,7 @@
 import fcntl
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,8 @@ from openpalm.settings import build, plain, read_yaml, spell, to_yaml
 from openpalm.train.config import Chosen, PretrainSettings, ProfileSettings, Ramp, TrainSettings
 from openpalm.train.optim import learning_rate_factor
 
+REWARD_FAILED = "reward_failed"
+"""Written when a reward failed; holds the corrected one's fingerprint once the run continues."""
 SETTINGS_FILE = "config.yaml"
 
 MAY_CHANGE = (
@@ -161,6 +164,27 @@ def _refuse_another_length(stored: TrainSettings, asked: TrainSettings) -> None:
     )
 
 
+def reward_failed(out: Path) -> None:
+    """Notes that the run ended because its reward failed, so that it may be corrected."""
+    (out / REWARD_FAILED).write_text("", encoding="utf-8")
+
+
+def _refuse_another_reward(stored: TrainSettings, asked: TrainSettings, given: Chosen) -> None:
+    """Another reward would give another run; one that failed may be corrected, once a failure."""
+    if stored.chosen.reward in (None, given.reward):  # None in runs of older versions
+        return
+    failed = asked.out / REWARD_FAILED
+    corrected = failed.read_text(encoding="utf-8") if failed.exists() else None
+    if corrected == "":
+        failed.write_text(given.reward or "", encoding="utf-8")
+        print("the reward has changed since it failed; the run continues with it", file=sys.stderr)
+    elif corrected is None or corrected != given.reward:
+        raise SettingsError(
+            f"--out {asked.out}: what --reward or --gold names has changed since that run began "
+            f"({stored.chosen.reward}, now {given.reward}); restore it, or choose another --out"
+        )
+
+
 def _refuse_differences(
     stored: TrainSettings,
     asked: TrainSettings,
@@ -169,11 +193,7 @@ def _refuse_differences(
     cut_changes: CutChanges,
 ) -> None:
     """The same --out with settings that change the result is a mistake, not a wish."""
-    if stored.chosen.reward not in (None, given.reward):  # None in runs of older versions
-        raise SettingsError(
-            f"--out {asked.out}: what --reward or --gold names has changed since that run began "
-            f"({stored.chosen.reward}, now {given.reward}); restore it, or choose another --out"
-        )
+    _refuse_another_reward(stored, asked, given)
     old, new = plain(stored), plain(asked)
     for side in (old, new):
         for name in MAY_CHANGE:
