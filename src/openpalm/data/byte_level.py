@@ -91,6 +91,10 @@ def encodes_in_pieces(content: dict[str, Any]) -> bool:
     return by_pattern and not prefixed and not greedy and normalisers <= _LOCAL_NORMALISERS
 
 
+UTF8_BYTES = [value for value in range(0xF5) if value not in (0xC0, 0xC1)]
+"""The bytes that UTF-8 uses; vocabularies may lack the others."""
+
+
 def spells_everything(content: dict[str, Any]) -> bool:
     """Whether the tokenizer.json `content` surely has ids for every text and loses none of it.
 
@@ -106,11 +110,12 @@ def spells_everything(content: dict[str, Any]) -> bool:
         return False
     decoders = component_types(content.get("decoder"), "decoders")
     if any(p.get("type") == "ByteLevel" for p in splits):
-        return decoders == ["ByteLevel"] and pieces >= set(byte_characters())
+        characters = byte_characters()
+        return decoders == ["ByteLevel"] and pieces >= {characters[b] for b in UTF8_BYTES}
     return (
         bool(model.get("byte_fallback"))
         and "ByteFallback" in decoders
-        and pieces >= {f"<0x{value:02X}>" for value in range(256)}
+        and pieces >= {f"<0x{value:02X}>" for value in UTF8_BYTES}
     )
 
 
