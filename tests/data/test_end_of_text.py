@@ -158,7 +158,7 @@ def test_what_is_lost_without_loss_is_nothing(byte, bpe, unigram, tmp_path):
         assert tokenizer.is_lossless
     neox = Tokenizer.load(shared_file("gpt-neox-20b-tokenizer.json"))
     assert neox.is_lossless
-    assert "lost" not in prepared(tmp_path, "byte", TEXTS).to_json().decode()
+    assert '"lost"' not in prepared(tmp_path, "byte", TEXTS).to_json().decode()
 
 
 def test_what_other_rules_lose(wordpiece, tmp_path):
