@@ -194,7 +194,7 @@ def test_verbs_that_need_a_language_model_say_so(said, base, pairs, work, tmp_pa
     for words in (
         ["sample", reward, "hi"],
         ["chat", reward],
-        ["serve", reward],
+        ["serve", reward, "--port", 0],
         ["eval", reward, "--data", work / "data"],
         ["train", *train, work / "data"],
         ["sft", *train, pairs],
