@@ -138,7 +138,7 @@ def test_a_hopeless_dtype_is_given_up_after_one_step(monkeypatch: pytest.MonkeyP
     clock = Clock(monkeypatch, {torch.float32: 0.5, torch.bfloat16: 5.0})
     assert chosen(settings()).dtype == "float32"
     assert clock.steps.count(torch.bfloat16) == 1
-    assert clock.steps.count(torch.float32) == 3
+    assert clock.steps.count(torch.float32) == 1 + 6  # 3 seconds of them
 
 
 @pytest.mark.parametrize(("minutes", "limit_s"), [(None, 20.0), (1.0, 3.0), (60.0, 20.0)])

@@ -20,6 +20,8 @@ from openpalm.train.trainer import Trainer
 
 LIMIT_SHARE, LIMIT_S = 0.05, 20.0
 """Measuring may take this share of --minutes, and no more than this many seconds."""
+LEAST_REPEATS, MOST_REPEATS, ENOUGH_S = 2, 10, 3.0
+"""Steps that are timed after the first: at least, at most, and the seconds that are enough."""
 _BFLOAT16_GAIN = 1.05
 """bfloat16 must be this much faster than float32 to be worth its rounding"""
 _HOPELESS = 3.0
@@ -141,17 +143,21 @@ def _look_seconds(trainer: Trainer, looks: Sequence[Look], token_s: float, until
     return total
 
 
-def _time_steps(
-    trainer: Trainer, until: float, *, hopeless: float = math.inf, repeats: int = 2
-) -> _Timed:
-    """One step to warm up, then a few while there is time; the first alone where it is hopeless."""
+def _time_steps(trainer: Trainer, until: float, *, hopeless: float = math.inf) -> _Timed:
+    """One step to warm up, then the best of several while there is time, so that a moment's load
+    does not count; the first alone where it is hopeless.
+    """
     first = best = _step_seconds(trainer)
     if first > hopeless:
         return _Timed(first, math.inf)
-    for _ in range(repeats):
-        if time.perf_counter() + best > until:
+    spent = 0.0
+    for repeat in range(MOST_REPEATS):
+        enough = repeat >= LEAST_REPEATS and spent >= ENOUGH_S
+        if enough or time.perf_counter() + best > until:
             break
-        best = min(best, _step_seconds(trainer))
+        seconds = _step_seconds(trainer)
+        spent += seconds
+        best = min(best, seconds)
     return _Timed(first, best)
 
 
