@@ -26,14 +26,14 @@ class Size:
     sequence_length: int
     batch_tokens: int
     least_flops: float
-    """the FLOPs from which on it is better than a smaller one"""
+    """the FLOPs from which on it is chosen"""
 
 
 SIZES = (
     Size("palm-tiny", 256, 2048, 0.0),
     Size("palm-5m", 512, 4096, 2e14),
 )
-"""Smallest first."""
+"""Smallest first. palm-tiny was measured up to 1.4e13 FLOPs; the bound of palm-5m is a guess."""
 
 
 def training_flops(seconds: float) -> float:
@@ -44,7 +44,7 @@ def training_flops(seconds: float) -> float:
 
 
 def affordable(flops: float) -> Size:
-    """The size that reaches the lowest loss on a small text with so many FLOPs."""
+    """The size to train on a small text with so many FLOPs."""
     return [size for size in SIZES if size.least_flops <= flops][-1]
 
 
