@@ -45,7 +45,7 @@ test: $(VENV)/.dev
 # What depends on the processor, on one without bfloat16 and 8-bit dot products.
 test-avx2: $(VENV)/.dev
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) tests/generate tests/train \
-	  tests/align/test_rollout.py tests/cli/test_quickstart.py tests/cli/test_sample.py tests/test_device.py $(PYTEST_ARGS)
+	  tests/align/rollouts/test_rollout.py tests/cli/test_quickstart.py tests/cli/test_sample.py tests/base/test_device.py $(PYTEST_ARGS)
 
 prove: $(VENV)/.dev
 	$(BIN)/python proofs/prove.py $(PROVE_ARGS)

@@ -13,12 +13,12 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.common import tokenizer_of
-from openpalm.data.builtin import question_answers
-from openpalm.data.conversation import Message, render, stop_ids
+from openpalm.data.corpus.builtin import question_answers
+from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.generate.engine import Engine, Request, Token
-from openpalm.generate.pack import Weights
+from openpalm.generate.quantize import Weights
 from openpalm.generate.sampling import Sampling
 
 FORMS: tuple[Weights, ...] = ("float32", "bfloat16", "int8", "int4")

@@ -81,8 +81,8 @@ def our_model() -> Any:
 
 
 def our_pairs() -> Any:
-    from openpalm.align.pairs import PairRecord
-    from openpalm.data.conversation import Rendered
+    from openpalm.align.pairs.pairs import PairRecord
+    from openpalm.data.text.conversation import Rendered
 
     prompts, chosen, rejected = (
         random_ids(DATA, n, i) for i, n in enumerate((PROMPT, ANSWER, ANSWER))
@@ -96,7 +96,7 @@ def our_pairs() -> Any:
 
 def our_trainer(model: Any, objective: Any, loader: Any, dtype: torch.dtype = torch.float32) -> Any:
     from openpalm.train.config import OptimSettings
-    from openpalm.train.optim import Optimizer
+    from openpalm.train.optimization.parameter_groups import Optimizer
     from openpalm.train.trainer import Trainer
 
     optimizer = Optimizer(model, OptimSettings(), LEARNING_RATE)
@@ -105,8 +105,8 @@ def our_trainer(model: Any, objective: Any, loader: Any, dtype: torch.dtype = to
 
 def our_dpo(turns: Turns) -> None:
     from openpalm.align.config import DpoSettings
-    from openpalm.align.dpo import PairObjective
-    from openpalm.align.pairs import PairLoader, collate_shared, with_reference
+    from openpalm.align.pairs.dpo import PairObjective
+    from openpalm.align.pairs.pairs import PairLoader, collate_shared, with_reference
 
     model = our_model()
     settings = DpoSettings(data=Path("-"), out=Path("-"), init="-", steps=1)
@@ -153,7 +153,7 @@ def bare_dpo(turns: Turns) -> None:
 
 def our_rollouts(turns: Turns, model: Any, how: Any, objective: Any, rules: Any) -> None:
     """A rollout of a batch and one step on it, for ever; `rules` are its reward and estimate."""
-    from openpalm.align.rollout import RolloutLoader, Sampler
+    from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
 
     sampler = Sampler(model, random_ids(DATA, PROMPT, 0), frozenset(), how, slots=BATCH)
     reward, estimate, reference = rules
@@ -167,7 +167,7 @@ def our_rollouts(turns: Turns, model: Any, how: Any, objective: Any, rules: Any)
 
 def our_grpo(turns: Turns, weights: str = "float32") -> None:
     from openpalm.align.config import GrpoSettings
-    from openpalm.align.grpo import GroupObjective, estimate
+    from openpalm.align.rollouts.grpo import GroupObjective, estimate
 
     paths = {"data": Path("-"), "out": Path("-"), "init": "-"}
     how = GrpoSettings(
@@ -189,12 +189,12 @@ def our_grpo(turns: Turns, weights: str = "float32") -> None:
 
 def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") -> None:
     from openpalm.align.config import PpoSettings
-    from openpalm.align.experience import record_of
     from openpalm.align.logprobs import token_log_probs
-    from openpalm.align.ppo import PpoObjective, estimate
-    from openpalm.align.reward import RatingRecord, collate
+    from openpalm.align.pairs.reward import RatingRecord, collate
+    from openpalm.align.rollouts.ppo import PpoObjective, estimate
+    from openpalm.align.rollouts.rollout_batch import record_of
     from openpalm.model.config import RewardConfig
-    from openpalm.model.heads import ActorCritic
+    from openpalm.model.critic import ActorCritic
     from openpalm.model.reward import RewardModel, initialise_heads
     from openpalm.model.transformer import initialise
 

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from openpalm.data.shards import open_dataset
+from openpalm.data.dataset.shards import open_dataset
 from openpalm.errors import OpenPalmError
 from openpalm.evaluate.compression import compare, documents
 

@@ -177,7 +177,7 @@ def killed(path: Path, tokenizer: str, out: Path, kills: int, expected_s: float)
 
 
 def row(name: str, took: float, out: Path, peak: float) -> None:
-    from openpalm.data.shards import open_dataset
+    from openpalm.data.dataset.shards import open_dataset
 
     digest = open_dataset(out).manifest.digest
     print(f"| {name} | {took:.0f} | {digest[:16]} | {peak:.0f} |", flush=True)
@@ -202,7 +202,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0)
     given = parser.parse_args()
     if given.make:
-        from openpalm.data.builtin import BUILTINS
+        from openpalm.data.corpus.builtin import BUILTINS
 
         texts = [document.text for document in BUILTINS["python-docs"]()]
         make(given.make, given.file, texts + [path.read_text() for path in given.texts])

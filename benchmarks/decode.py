@@ -20,9 +20,9 @@ from collections.abc import Callable
 
 import torch
 
-from openpalm.device import pick_dtype, processor
+from openpalm.base.device import pick_dtype, processor
 from openpalm.generate.engine import Engine, Request
-from openpalm.generate.pack import Weights
+from openpalm.generate.quantize import Weights
 from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise

@@ -166,9 +166,9 @@ def extrapolate(name: str, seed: int, runs: Path, steps: int) -> None:
         return
     import torch
 
-    from openpalm import checkpoint
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import validation
-    from openpalm.data.shards import open_dataset
+    from openpalm.data.dataset.shards import open_dataset
 
     out, data = runs / f"long-{name}-{seed}", runs / "long"
     length = ("--steps", str(steps), "--batch-tokens", "2048", "--sequence-length", str(TRAINED))

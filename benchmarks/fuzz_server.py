@@ -33,8 +33,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from openpalm import checkpoint
-from openpalm.data.tokenizer import Tokenizer
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 

@@ -45,7 +45,7 @@ from train_common import Row, random_batch, sized, step_seconds
 
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
-from openpalm.train.measure import matmul_flops
+from openpalm.train.sizing.measure import matmul_flops
 
 ROWS = {"palm-150m": 8, "palm-410m": 4, "palm-1b": 2}
 """Sequences of a step to try first; half as many where memory runs out."""

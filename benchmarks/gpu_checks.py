@@ -20,13 +20,13 @@ from peers_train import OpenPalm, Rules
 from torch import Tensor
 from train_common import Row, random_batch
 
-from openpalm import checkpoint
-from openpalm.data.loader import Batch, TokenLoader
+from openpalm.base.settings import build
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.data.batches.loader import Batch, TokenLoader
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise
-from openpalm.settings import build
 from openpalm.train.config import TrainSettings
 from openpalm.train.job import Job
 from openpalm.train.run import run

@@ -215,8 +215,8 @@ def pretraining(data: Path) -> list[str]:
 
 def alignment(verb: str, work: Path) -> list[str]:
     """A model that answers in twelve bytes, prompts, and a reward for lower-case letters."""
-    from openpalm import checkpoint
-    from openpalm.data.tokenizer import Tokenizer
+    from openpalm.checkpoint import directory as checkpoint
+    from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer, initialise
 
@@ -247,9 +247,9 @@ def alignment(verb: str, work: Path) -> list[str]:
 
 def prepare(work: Path) -> Path:
     """A part of the built-in corpus, so that evaluations stay short."""
-    from openpalm.data.builtin import python_docs
-    from openpalm.data.shards import PrepareRequest
-    from openpalm.data.shards import prepare as prepare_data
+    from openpalm.data.corpus.builtin import python_docs
+    from openpalm.data.prepare.preparation import PrepareRequest
+    from openpalm.data.prepare.preparation import prepare as prepare_data
 
     texts = [document.text for document in itertools.islice(python_docs(), 40)]
     (work / "text.txt").write_text("\n".join(texts), encoding="utf-8")

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openpalm.data.loader import Batch
+from openpalm.base.settings import build
+from openpalm.data.batches.loader import Batch
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import initialise
-from openpalm.settings import build
 from openpalm.train.config import BatchShape, OptimSettings, TrainSettings
 from openpalm.train.job import Job, make_trainer
-from openpalm.train.optim import Optimizer, learning_rate_factor
+from openpalm.train.optimization.parameter_groups import Optimizer, learning_rate_factor
 
 ENDLESS = 10**6
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from openpalm.data.loader import TokenLoader, evaluation_batches
-from openpalm.data.shards import Dataset, open_dataset
+from openpalm.data.batches.loader import TokenLoader, evaluation_batches
+from openpalm.data.dataset.shards import Dataset, open_dataset
 from openpalm.evaluate.perplexity import split_loss
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.train.config import OptimSettings
 from openpalm.train.objective import NextToken
-from openpalm.train.optim import Optimizer
+from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.trainer import Trainer
 
 LENGTH = 256

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.model.config import preset
 from openpalm.model.transformer import Transformer, initialise
 

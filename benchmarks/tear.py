@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import openpalm
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main as command_line
 from openpalm.errors import CheckpointError
 from openpalm.model.transformer import Transformer

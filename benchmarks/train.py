@@ -38,8 +38,8 @@ from train_common import DTYPES, Row, peaks_line, random_batch, say, sized, step
 from train_memory import curves, curves_table, memory, memory_table, point
 from train_minutes import equal_minutes, equal_minutes_table
 
-from openpalm.device import keep_freed_memory
-from openpalm.train.measure import matmul_flops
+from openpalm.base.device import keep_freed_memory
+from openpalm.train.sizing.measure import matmul_flops
 
 
 def speed(how: argparse.Namespace) -> list[Row]:

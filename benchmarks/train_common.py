@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peers_train import Contender
 
-from openpalm.data.loader import Batch
+from openpalm.data.batches.loader import Batch
 from openpalm.model.config import ModelConfig, preset
 
 Row = dict[str, Any]

@@ -18,12 +18,12 @@ import torch
 from peers_train import Contender, OpenPalm, PalmRlhfFlash, Rules
 from train_common import Row, peaks_line, random_batch, say, sized, step_seconds, table
 
-from openpalm.device import keep_freed_memory
+from openpalm.base.device import keep_freed_memory
 from openpalm.model.attention import KEPT
 from openpalm.model.config import ModelConfig
 from openpalm.model.cross_entropy import CHUNK_BYTES
 from openpalm.train.config import MemorySettings
-from openpalm.train.measure import matmul_flops
+from openpalm.train.sizing.measure import matmul_flops
 
 PROGRAM = Path(__file__).with_name("train.py")
 CPU = torch.device("cpu")

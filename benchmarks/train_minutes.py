@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from peers_train import PEERS, Contender, Makers, OpenPalm, PalmRlhf, PalmRlhfFlash, Rules, built
 from train_common import Row, random_batch, say, step_seconds, table
 
-from openpalm.data.loader import IGNORE, TokenLoader, Tokens, evaluation_batches
+from openpalm.data.batches.loader import IGNORE, TokenLoader, Tokens, evaluation_batches
 from openpalm.model.config import preset
 
 
@@ -26,7 +26,7 @@ from openpalm.model.config import preset
 def dataset(data: str) -> Iterator[Any]:
     """A prepared directory, or text prepared for the time of the run: bytes, the tail held out."""
     from openpalm.cli.main import main as openpalm
-    from openpalm.data.shards import open_dataset
+    from openpalm.data.dataset.shards import open_dataset
 
     if (Path(data) / "manifest.json").is_file():
         yield open_dataset(data)

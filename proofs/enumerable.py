@@ -19,8 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from openpalm.align.experience import Answer, batch_of
 from openpalm.align.logprobs import token_log_probs
+from openpalm.align.rollouts.rollout_batch import Answer, batch_of
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 

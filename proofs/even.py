@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tasks import Figures, Speaker, openpalm, prove, write_rows
 
-from openpalm.align.experience import Answer
+from openpalm.align.rollouts.rollout_batch import Answer
 
 TOKENS, QUESTIONS, STEPS, EARLY = 12, 64, 60, 25
 BOUNDS = {"share_at_25": 0.85, "share_at_60": 0.98}

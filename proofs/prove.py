@@ -26,22 +26,23 @@ from enumerable import ANSWERS, BETA, END, LONGEST, PROMPTS, Task
 from rich.progress import Progress
 from torch import Tensor
 
-from openpalm.align import grpo, kto, ppo
 from openpalm.align.config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
-from openpalm.align.dpo import PairObjective
-from openpalm.align.experience import Answer, record_of
 from openpalm.align.logprobs import token_log_probs
-from openpalm.align.pairs import PairLoader, PairRecord, with_reference
-from openpalm.align.reward import RatingRecord, RewardObjective
-from openpalm.align.reward import collate as reward_collate
-from openpalm.align.rollout import RolloutLoader, Sampler
+from openpalm.align.pairs import kto
+from openpalm.align.pairs.dpo import PairObjective
+from openpalm.align.pairs.pairs import PairLoader, PairRecord, with_reference
+from openpalm.align.pairs.reward import RatingRecord, RewardObjective
+from openpalm.align.pairs.reward import collate as reward_collate
+from openpalm.align.rollouts import grpo, ppo
+from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
+from openpalm.align.rollouts.rollout_batch import Answer, record_of
 from openpalm.evaluate.agreement import spearman
 from openpalm.model.config import RewardConfig
-from openpalm.model.heads import ActorCritic, Bins
+from openpalm.model.critic import ActorCritic, Bins
 from openpalm.model.reward import RewardModel, initialise_heads
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import OptimSettings
-from openpalm.train.optim import Optimizer
+from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.trainer import Trainer
 
 OUT = Path("runs/prove/proofs.json")

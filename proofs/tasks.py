@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from openpalm import checkpoint
-from openpalm.align.experience import Answer, batch_of
 from openpalm.align.logprobs import evaluate
-from openpalm.data.conversation import Message, render, stop_ids
-from openpalm.data.tokenizer import Tokenizer
+from openpalm.align.rollouts.rollout_batch import Answer, batch_of
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.data.text.conversation import Message, render, stop_ids
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.transformer import Transformer

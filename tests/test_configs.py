@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from train_samples import write_dataset
 
+from openpalm.base.settings import build, parse, plain, read_yaml
 from openpalm.cli.main import main
 from openpalm.errors import SettingsError
-from openpalm.settings import build, parse, plain, read_yaml
-from openpalm.train import measure
 from openpalm.train.config import PretrainSettings
+from openpalm.train.sizing import measure
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SMALL = {

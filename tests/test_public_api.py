@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import openpalm
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 

@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import scaling as bench
 
-from openpalm.train import scaling as rules
+from openpalm.train.sizing import scaling as rules
 
 COMMITTED = Path(bench.__file__).with_suffix(".csv")
 BEST = 0.013
@@ -106,7 +106,7 @@ def test_the_runs_have_the_shape_of_the_rules():
 def test_a_run_trains(tmp_path: Path):
     from train_samples import write_dataset
 
-    from openpalm.data.shards import open_dataset
+    from openpalm.data.dataset.shards import open_dataset
 
     data = open_dataset(write_dataset(tmp_path / "data"))
     run = bench.Run(1, "muon", lr=1e-2, batch_tokens=512, tokens=1024)

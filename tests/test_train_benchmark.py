@@ -16,7 +16,7 @@ import peers_train
 import train_common
 import train_minutes
 
-from openpalm.data.loader import evaluation_batches
+from openpalm.data.batches.loader import evaluation_batches
 from openpalm.evaluate.perplexity import split_loss
 from openpalm.model.config import ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise

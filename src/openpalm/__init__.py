@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from openpalm.checkpoint import load
+    from openpalm.checkpoint.directory import load
     from openpalm.errors import OpenPalmError
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
 
 _HOME = {
-    "load": "openpalm.checkpoint",
+    "load": "openpalm.checkpoint.directory",
     "ModelConfig": "openpalm.model.config",
     "OpenPalmError": "openpalm.errors",
     "Transformer": "openpalm.model.transformer",

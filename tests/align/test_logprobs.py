@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from tiny_models import deaf, tiny
 
 from openpalm.align.logprobs import lengths, token_log_probs
-from openpalm.align.pairs import answer_record
-from openpalm.data.conversation import Message, Rendered, render
-from openpalm.data.loader import IGNORE, padded
-from openpalm.data.tokenizer import Tokenizer
+from openpalm.align.pairs.pairs import answer_record
+from openpalm.data.batches.loader import IGNORE, padded
+from openpalm.data.text.conversation import Message, Rendered, render
+from openpalm.data.text.tokenizer import Tokenizer
 
 END, LONGEST = 4, 4
 """Of the enumerable task: five tokens, the last ends an answer of at most four."""

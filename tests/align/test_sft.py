@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from command_line import TINY, ok, rows, talk, write_base
 
 from openpalm.align.sft import records
-from openpalm.data.conversation import Message
-from openpalm.data.loader import IGNORE, Batch, RecordLoader, packed, padded
-from openpalm.data.tokenizer import Tokenizer
+from openpalm.data.batches.loader import IGNORE, Batch, RecordLoader, packed, padded
+from openpalm.data.text.conversation import Message
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError
 from openpalm.model.cross_entropy import linear_cross_entropy
 from openpalm.model.transformer import Transformer, initialise

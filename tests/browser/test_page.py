@@ -211,8 +211,8 @@ def test_copy(visit, scripted):
 
 
 def test_save_writes_a_conversation_that_training_reads(chat, tmp_path):
-    from openpalm.data.conversation import Message
-    from openpalm.data.demonstration_files import read_demonstrations
+    from openpalm.data.rows.demonstration_files import read_demonstrations
+    from openpalm.data.text.conversation import Message
 
     set_fields(chat, system="Be brief.")
     converse(chat, "Grüße, “you”")
@@ -274,7 +274,7 @@ def test_the_servers_own_temperature_is_shown(chat):
 def test_only_a_server_that_keeps_conversations_offers_it(visit, scripted):
     scripted.sharing = False
     page = visit(scripted.url)
-    page.evaluate("localStorage.setItem('openpalm.settings', JSON.stringify({ store: true }))")
+    page.evaluate("localStorage.setItem('openpalm.base.settings', JSON.stringify({ store: true }))")
     page.reload()
     named(page, "Settings").click()
     assert page.locator("[name=store]").is_hidden()

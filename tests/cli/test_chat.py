@@ -6,7 +6,7 @@ import json
 import pytest
 
 from openpalm.cli import chat
-from openpalm.generate import text
+from openpalm.generate import streaming
 
 
 @pytest.fixture
@@ -25,13 +25,13 @@ def talk(said, run, monkeypatch):
 def asked(monkeypatch):
     """The prompt ids of every answer, decoded."""
     prompts = []
-    original = text.stream
+    original = streaming.stream
 
     def spy(engine, tokenizer, request, stops, into):
         prompts.append(tokenizer.decode(request.ids, skip_special=False))
         return original(engine, tokenizer, request, stops, into)
 
-    monkeypatch.setattr(text, "stream", spy)
+    monkeypatch.setattr(streaming, "stream", spy)
     return prompts
 
 
@@ -48,7 +48,7 @@ def test_reset_forgets_and_the_system_message_stays(talk, asked):
 
 
 def test_a_saved_conversation_is_one_that_sft_reads(talk, tmp_path):
-    from openpalm.data.demonstration_files import read_demonstrations
+    from openpalm.data.rows.demonstration_files import read_demonstrations
 
     file = tmp_path / "kept.jsonl"
     talk("hello", f"/save {file}", "/reset", "again", f"/save {file}")
@@ -70,7 +70,7 @@ def test_a_file_that_cannot_be_written_loses_nothing(talk, tmp_path):
 
 
 def test_interrupted_it_stops_the_answer_only(talk, monkeypatch, tmp_path):
-    original = text.stream
+    original = streaming.stream
 
     def interrupted(*arguments):
         pieces = original(*arguments)
@@ -79,7 +79,7 @@ def test_interrupted_it_stops_the_answer_only(talk, monkeypatch, tmp_path):
 
     file = tmp_path / "kept.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(text, "stream", interrupted)
+        patch.setattr(streaming, "stream", interrupted)
         status, _, _ = talk("one", "two", f"/save {file}", options=("--max-new-tokens", "40"))
     assert status == 0
     kept = json.loads(file.read_text())["messages"]

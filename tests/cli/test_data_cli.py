@@ -130,7 +130,7 @@ def test_jobs_and_build(tmp_path, capsys):
 
 
 def test_a_full_disk_is_exit_1(text, tmp_path, capsys, monkeypatch):
-    from openpalm.data import writing
+    from openpalm.data.prepare import writing
 
     def full(self, data):
         raise OSError(28, "No space left on device")

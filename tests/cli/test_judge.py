@@ -6,9 +6,9 @@ import pytest
 from command_line import rows, write_base
 from judge_server import fails, judging, says
 
-from openpalm.data.demonstration_files import read_demonstrations
-from openpalm.data.pair_files import read_pairs, read_ties
-from openpalm.data.preferences import Preference
+from openpalm.data.rows.demonstration_files import read_demonstrations
+from openpalm.data.rows.pair_files import read_pairs, read_ties
+from openpalm.data.rows.preferences import Preference
 
 
 @pytest.fixture(scope="module")

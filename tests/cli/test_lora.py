@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from command_line import rows, talk, write_base
 
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.model import lora
 from openpalm.train.job import LORA_RATE
 

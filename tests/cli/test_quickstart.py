@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from openpalm import checkpoint
+from openpalm.base.device import multiplies_bfloat16
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli import quickstart
-from openpalm.device import multiplies_bfloat16
-from openpalm.train import budget
+from openpalm.train.sizing import budget
 
 
 @pytest.fixture(scope="module")

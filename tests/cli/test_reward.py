@@ -8,9 +8,9 @@ import torch
 from command_line import rows, write_base
 
 import openpalm
-from openpalm.align.pairs import answer_record
-from openpalm.data.conversation import Message
-from openpalm.data.tokenizer import Tokenizer
+from openpalm.align.pairs.pairs import answer_record
+from openpalm.data.text.conversation import Message
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model import lora
 from openpalm.model.reward import RewardModel
 

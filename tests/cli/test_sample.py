@@ -10,8 +10,8 @@ import torch
 from command_line import TINY, program
 
 import openpalm
-from openpalm import checkpoint
-from openpalm.data.tokenizer import Tokenizer
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.generate import engine as engine_module
 from openpalm.model.transformer import Transformer, initialise
 

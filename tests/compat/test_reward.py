@@ -10,7 +10,7 @@ from originals import PARITY, array, check_state, empty, kept, saved, small
 from parity_cases import DATA
 
 from openpalm.compat.palm_rlhf_pytorch import RewardModel
-from openpalm.convert.foreign import read_foreign
+from openpalm.convert.detect import read_foreign
 from openpalm.errors import DataError, SettingsError
 
 

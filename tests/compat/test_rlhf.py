@@ -11,8 +11,8 @@ from originals import kept, small
 from torch import Tensor
 
 import openpalm.compat.rlhf as rlhf
-from openpalm.align.experience import Estimated
-from openpalm.align.ppo import estimate
+from openpalm.align.rollouts.ppo import estimate
+from openpalm.align.rollouts.rollout_batch import Estimated
 from openpalm.compat.palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
 from openpalm.errors import DataError, OpenPalmError, SettingsError
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openpalm.convert.palm_rlhf_out import write_palm_rlhf
+from openpalm.convert.palm_rlhf.write import write_palm_rlhf
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 

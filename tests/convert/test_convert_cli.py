@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import openpalm
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main
-from openpalm.convert import write
+from openpalm.convert import export
 from openpalm.errors import WorkError
 
 
@@ -118,7 +118,7 @@ def test_a_failed_check_exits_1_and_removes_the_output(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(write, "_difference", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(export, "_difference", lambda *_: (1.0, 1.0))
     said = refused(
         capsys,
         data / "palm-rlhf-pytorch/v0.8.0/palm",

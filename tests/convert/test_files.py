@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from openpalm.convert.detect import read_foreign
 from openpalm.convert.files import read_tensors
-from openpalm.convert.foreign import read_foreign
 from openpalm.errors import CheckpointError
 
 Save = Callable[..., Path]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import openpalm
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.convert import hub
 from openpalm.errors import CheckpointError, StorageError, WorkError
 from openpalm.model.config import PRESETS, ModelConfig, Preset

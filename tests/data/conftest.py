@@ -3,7 +3,7 @@
 import pytest
 from data_samples import TEXTS, definition
 
-from openpalm.data.tokenizer import Tokenizer
+from openpalm.data.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openpalm.data.shards import PrepareRequest, open_dataset, prepare
+from openpalm.data.dataset.shards import open_dataset
+from openpalm.data.prepare.preparation import PrepareRequest, prepare
 from openpalm.errors import DataError
 from openpalm.evaluate import compression
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from openpalm.data.loader import evaluation_batches
+from openpalm.data.batches.loader import evaluation_batches
 from openpalm.evaluate.perplexity import SplitLoss, split_loss
 
 

@@ -7,7 +7,7 @@ from tiny_models import KINDS, tiny
 from openpalm.generate.engine import Engine
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig
-from openpalm.model.heads import ActorCritic
+from openpalm.model.critic import ActorCritic
 from openpalm.model.recompute import recompute
 
 IDS = list(range(1, 24))

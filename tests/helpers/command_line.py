@@ -44,8 +44,8 @@ def write_base(path: Path, *, context: int = TINY.context, clear: bool = False) 
     """
     import torch
 
-    from openpalm import checkpoint
-    from openpalm.data.tokenizer import Tokenizer
+    from openpalm.checkpoint import directory as checkpoint
+    from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.model.transformer import Transformer, initialise
 
     model = Transformer(replace(TINY, context=context))

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openpalm.convert.detect import Foreign, read_foreign
 from openpalm.convert.eras import ERAS, Era, era_of
-from openpalm.convert.foreign import Foreign, read_foreign
 
 DATA = Path(__file__).parents[1] / "parity" / "data"
 

@@ -11,16 +11,16 @@ import torch
 from enumerable import ANSWERS, CONFIG, END, LONGEST, PROMPTS
 from torch import Tensor
 
-from openpalm.align import grpo as group_file
-from openpalm.align import ppo as ppo_file
 from openpalm.align.config import GrpoSettings, PpoSettings
-from openpalm.align.experience import Answer, Estimated, Experience, Rollout, batch_of
 from openpalm.align.logprobs import evaluate, token_log_probs
-from openpalm.align.rollout import RolloutLoader, Sampler
-from openpalm.model.heads import ActorCritic, Bins, CriticKind
+from openpalm.align.rollouts import grpo as group_file
+from openpalm.align.rollouts import ppo as ppo_file
+from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
+from openpalm.align.rollouts.rollout_batch import Answer, Estimated, Experience, Rollout, batch_of
+from openpalm.model.critic import ActorCritic, Bins, CriticKind
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.train.config import OptimSettings
-from openpalm.train.optim import Optimizer
+from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.trainer import Trainer
 
 _GIVEN: dict[str, Any] = {

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpalm.data.loader import IGNORE, Batch, TokenLoader
-from openpalm.data.shards import PrepareRequest, prepare
+from openpalm.data.batches.loader import IGNORE, Batch, TokenLoader
+from openpalm.data.prepare.preparation import PrepareRequest, prepare
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.train.config import OptimSettings
 from openpalm.train.objective import Loader, NextToken
-from openpalm.train.optim import Optimizer
+from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.trainer import Trainer
 
 VOCAB = 80

@@ -18,7 +18,7 @@ from openpalm.model import lora
 from openpalm.model.block import ProjectIn, ProjectOut
 from openpalm.model.config import LoraConfig, lora_from_json
 from openpalm.train.config import OptimSettings
-from openpalm.train.optim import Optimizer
+from openpalm.train.optimization.parameter_groups import Optimizer
 
 
 def everywhere(config, rank=3, alpha=6.0):

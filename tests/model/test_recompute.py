@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openpalm.data.loader import IGNORE, Batch
+from openpalm.data.batches.loader import IGNORE, Batch
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import Recompute, recompute
 from openpalm.model.transformer import Transformer, initialise

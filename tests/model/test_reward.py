@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import SIZES
 
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, DataError, SettingsError
 from openpalm.model.config import ModelConfig, RewardConfig, reward_from_json
 from openpalm.model.reward import RewardModel, initialise_heads

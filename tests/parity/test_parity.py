@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from parity_cases import CASES, RLHF_CASES, Case
 
-from openpalm.convert.foreign import read_foreign
-from openpalm.convert.palm_rlhf_out import write_palm_rlhf
-from openpalm.convert.write import as_openpalm, as_palm_rlhf
+from openpalm.convert.detect import read_foreign
+from openpalm.convert.export import as_openpalm, as_palm_rlhf
+from openpalm.convert.palm_rlhf.write import write_palm_rlhf
 
 PARITY = 1e-4
 NEWEST = {case.qk_norm: case for case in RLHF_CASES if case.version == "0.8.0"}

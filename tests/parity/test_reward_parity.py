@@ -12,8 +12,8 @@ from torch import Tensor
 
 import openpalm
 from openpalm.cli.main import main
-from openpalm.convert.foreign import read_foreign
-from openpalm.convert.palm_rlhf_reward import write_reward
+from openpalm.convert.detect import read_foreign
+from openpalm.convert.palm_rlhf.reward import write_reward
 from openpalm.errors import CheckpointError
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig, RewardConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from report_pages import HOSTILE, Page, evaluation, make_run, row
 
-from openpalm.report import drawing
+from openpalm.report import plots
 from openpalm.report.compare import comparison_sections
 from openpalm.report.page import write_page
 from openpalm.report.runs import read_runs
@@ -47,16 +47,16 @@ def strokes(html, colour, label):
 
 def test_every_run_of_eight_has_a_look_of_its_own(tmp_path):
     html = page_of(made(tmp_path, 8))
-    for colour in drawing.COLOURS:
+    for colour in plots.COLOURS:
         assert strokes(html, colour, "Learning against tokens") >= 2, colour
-    looks = [drawing.Line(i, []) for i in range(1, 33)]
+    looks = [plots.Line(i, []) for i in range(1, 33)]
     assert len({(line.colour, line.dashes) for line in looks}) == 16
     assert len({(line.colour, line.dashes) for line in looks[:16]}) == 16
 
 
 def test_colours_stay_apart_in_luminance_from_the_page():
     """WCAG 2.1, 1.4.11: a line needs 3:1 against white."""
-    for colour in drawing.COLOURS:
+    for colour in plots.COLOURS:
         rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
         contrast = 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05)
@@ -107,7 +107,7 @@ def check_band(band):
 
 
 def test_a_band_is_where_all_curves_are():
-    check_band(drawing._band)
+    check_band(plots._band)
 
 
 def test_a_band_that_goes_on_where_one_curve_ended_is_noticed():

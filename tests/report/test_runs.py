@@ -5,7 +5,7 @@ import json
 import pytest
 from report_pages import make_run, row
 
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.report.runs import (

@@ -4,8 +4,8 @@ import pytest
 from command_line import write_base
 from servers import serving
 
-from openpalm import checkpoint
-from openpalm.data.tokenizer import Tokenizer
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.generate.engine import Engine
 
 

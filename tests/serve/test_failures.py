@@ -10,7 +10,7 @@ import torch
 from command_line import write_base
 from servers import events, serving
 
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.generate.defaults import Defaults, defaults_of
 
 # A panic's trace may be longer than the pipe that nobody reads here.

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from openpalm.serve.incoming import MAX_BODY_BYTES
+from openpalm.serve.access.auth import MAX_BODY_BYTES
 
 COMPLETIONS = "/v1/completions"
 DEEP = b'{"prompt": "a", "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"

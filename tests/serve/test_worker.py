@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from openpalm.data.tokenizer import Tokenizer
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import NumbersError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
-from openpalm.serve.answering import collect
+from openpalm.serve.api.responses import collect
 from openpalm.serve.worker import Draining, EngineFailed, Overloaded, Served, Worker
 
 LONG = Request([1, 2, 3], 50, Sampling(seed=1))

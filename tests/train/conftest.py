@@ -8,7 +8,7 @@ from train_samples import tiny, write_dataset
 
 from openpalm.cli.main import main
 from openpalm.model.config import PRESETS, Preset
-from openpalm.train import measure
+from openpalm.train.sizing import measure
 
 
 @pytest.fixture(scope="session")

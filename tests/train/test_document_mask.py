@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from train_samples import made, tiny
 
-from openpalm.data.loader import IGNORE, TokenLoader, evaluation_batches
-from openpalm.data.sets import open_sets
-from openpalm.data.shards import PrepareRequest, prepare
+from openpalm.data.batches.loader import IGNORE, TokenLoader, evaluation_batches
+from openpalm.data.batches.token_mixture import open_sets
+from openpalm.data.prepare.preparation import PrepareRequest, prepare
 from openpalm.train.objective import NextToken
 
 LENGTH = 24

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from train_samples import write_dataset
 
-from openpalm import checkpoint
+from openpalm.base.settings import read_yaml
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.common import validation
-from openpalm.data.shards import open_dataset
-from openpalm.settings import read_yaml
+from openpalm.data.dataset.shards import open_dataset
 from openpalm.train.metrics import read_rows
 
 Train = Callable[..., int]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from openpalm import checkpoint
+from openpalm.base.settings import read_yaml
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main
-from openpalm.settings import read_yaml
 from openpalm.train.metrics import read_rows
 from openpalm.train.profile import operators
 

@@ -18,11 +18,11 @@ import torch
 import yaml
 from train_samples import same, weights, write_dataset
 
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main
 from openpalm.model.transformer import Transformer
-from openpalm.train import measure
 from openpalm.train.metrics import read_rows
+from openpalm.train.sizing import measure
 from openpalm.train.trainer import Trainer
 
 Train = Callable[..., int]
@@ -143,7 +143,7 @@ def test_a_fresh_run_writes_all_it_should(
 
 def test_the_last_checkpoint_is_what_its_rows_say(reference: Path, data: Path):
     """The validation row against the checkpoint read back and torch's own mean."""
-    from openpalm.data.shards import open_dataset
+    from openpalm.data.dataset.shards import open_dataset
 
     model = checkpoint.load(reference)
     ids = torch.from_numpy(open_dataset(data).tokens("val")[:].astype("int64"))
@@ -331,7 +331,7 @@ def test_killed_around_the_writing_of_the_settings(
     monkeypatch: pytest.MonkeyPatch,
     when: str,
 ):
-    from openpalm.train import directory as run_module
+    from openpalm.train import run_directory as run_module
 
     original = run_module._write_whole
 
@@ -500,7 +500,7 @@ def test_minutes_are_turned_into_steps_once(
 
 
 def test_epochs_are_passes_over_the_data(train: Train, data: Path, tmp_path: Path):
-    from openpalm.data.shards import open_dataset
+    from openpalm.data.dataset.shards import open_dataset
 
     assert train(tmp_path / "run", steps=None, epochs=0.5, batch_tokens=1024) == 0
     tokens = len(open_dataset(data).tokens("train"))
@@ -568,7 +568,7 @@ def test_a_run_that_only_skips_stops_and_says_why(
         for parameter in model.parameters():
             parameter.data.fill_(float("nan"))
 
-    monkeypatch.setattr("openpalm.train.start.initialise", ruined)
+    monkeypatch.setattr("openpalm.train.initial_weights.initialise", ruined)
     assert train(tmp_path / "run", max_skipped=3) == 1
     error = capsys.readouterr().err
     assert "step 2 skipped: loss not finite" in error

@@ -18,7 +18,7 @@ from train_samples import (
     weights,
 )
 
-from openpalm.data.loader import IGNORE, Batch
+from openpalm.data.batches.loader import IGNORE, Batch
 from openpalm.errors import TrainingError
 from openpalm.train.config import OptimSettings
 from openpalm.train.objective import NextToken

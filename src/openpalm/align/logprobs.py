@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openpalm.data.loader import IGNORE
-from openpalm.model.heads import ActorCritic
+from openpalm.data.batches.loader import IGNORE
+from openpalm.model.critic import ActorCritic
 from openpalm.model.layout import Layout
 from openpalm.model.transformer import Transformer
 
@@ -31,9 +31,9 @@ def token_log_probs(
 ) -> Tensor:
     """Natural log of the probability of each target, 0 where it is IGNORE; float32, its shape.
 
-    inputs, targets: int64 [rows, time]. Where rows hold several answers (align/shared.py), with
-    their `layout`, targets are [answers, tokens] and `reads`, of that shape, is the place in
-    `inputs`, flattened, that predicts each.
+    inputs, targets: int64 [rows, time]. Where rows hold several answers
+    (align/pairs/shared_prompt.py), with their `layout`, targets are [answers, tokens] and `reads`,
+    of that shape, is the place in `inputs`, flattened, that predicts each.
     """
     counts = targets != IGNORE
     logits = model.head(_residual(model, inputs, counts, layout, reads))

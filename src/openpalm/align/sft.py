@@ -10,10 +10,10 @@ another (Batch.segments); its loss and its gradient are the same either way.
 from collections.abc import Iterable
 from typing import Literal
 
-from openpalm.data.conversation import Message, render
-from openpalm.data.loader import Record
-from openpalm.data.tokenizer import Tokenizer
-from openpalm.data.usable import Usable
+from openpalm.data.batches.loader import Record
+from openpalm.data.rows.usable import Usable
+from openpalm.data.text.conversation import Message, render
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from openpalm.align.config import reward_sources
+from openpalm.base.settings import parse
 from openpalm.errors import DataError, SettingsError
-from openpalm.settings import parse
 
 if TYPE_CHECKING:
-    from openpalm.align.experience import Answer
-    from openpalm.align.rewards import Reader
+    from openpalm.align.judging.rewards import Reader
+    from openpalm.align.rollouts.rollout_batch import Answer
 
 ANSWERS_AT_A_TIME = 64
 
@@ -87,8 +87,8 @@ def run(argv: Sequence[str]) -> None:
         ],
         positional=["path"],
     )
-    from openpalm.align.best_of_n import pairs, summary
-    from openpalm.data.growing import write_rows
+    from openpalm.align.judging.best_of_n import pairs, summary
+    from openpalm.base.jsonl import write_rows
 
     rows = best_answers(settings)
     told: dict[str, Any] = summary(rows, settings.n) | {"out": str(settings.out)}
@@ -108,14 +108,14 @@ def run(argv: Sequence[str]) -> None:
 
 def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
     """A row of every prompt, those that were in --out before not drawn again."""
-    from openpalm.align.best_of_n import Draw
-    from openpalm.align.rewards import Asked, Reader, question_of, rewards_of
-    from openpalm.align.rollout import checked
+    from openpalm.align.judging.best_of_n import Draw
+    from openpalm.align.judging.rewards import Asked, Reader, question_of, rewards_of
+    from openpalm.align.rollouts.rollout import checked
+    from openpalm.base.jsonl import growing
     from openpalm.cli.common import progress, serving_engine
-    from openpalm.cli.rollouts import fitting
-    from openpalm.data.conversation import stop_ids
-    from openpalm.data.growing import growing
-    from openpalm.data.prompt_files import read_prompts
+    from openpalm.cli.rl_common import fitting
+    from openpalm.data.rows.prompt_files import read_prompts
+    from openpalm.data.text.conversation import stop_ids
 
     given = read_prompts(settings.data)
     engine, tokenizer = serving_engine(settings.path, settings, slots=ANSWERS_AT_A_TIME)
@@ -151,7 +151,7 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
 def _best_and_worst(
     answers: "Sequence[Answer]", rewards: Sequence[float], reader: "Reader"
 ) -> dict[str, Any]:
-    from openpalm.align.best_of_n import best_of
+    from openpalm.align.judging.best_of_n import best_of
 
     best, worst = best_of(rewards)
     return {
@@ -163,7 +163,7 @@ def _best_and_worst(
 
 def _drawn(settings: BestOfNSettings) -> str:
     """What tells these rows from those of another model, data, reward or draw."""
-    from openpalm import checkpoint
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import weights_path
 
     told = {name: str(value) for name, value in asdict(settings).items()}

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from openpalm.base.settings import parse
 from openpalm.errors import SettingsError
-from openpalm.settings import parse
 
 if TYPE_CHECKING:
-    from openpalm.data.conversation import Message
-    from openpalm.data.tokenizer import Tokenizer
+    from openpalm.data.text.conversation import Message
+    from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.generate.defaults import Defaults
     from openpalm.generate.engine import Engine
 
@@ -112,7 +112,7 @@ class _Conversation:
         self.reset()
 
     def reset(self) -> None:
-        from openpalm.data.conversation import Message
+        from openpalm.data.text.conversation import Message
 
         system = self.settings.system
         self.messages = [Message("system", system)] if system else []
@@ -128,10 +128,10 @@ class _Conversation:
 
     def answer(self, text: str) -> None:
         """Streams the answer; Ctrl-C keeps what came so far."""
-        from openpalm.data.conversation import Message, render, stop_ids
+        from openpalm.data.text.conversation import Message, render, stop_ids
         from openpalm.generate.engine import Request
         from openpalm.generate.sampling import Sampling, seed_of_answer
-        from openpalm.generate.text import Completion, stream
+        from openpalm.generate.streaming import Completion, stream
 
         self.messages.append(Message("user", text))
         how, settings = self.how, self.settings

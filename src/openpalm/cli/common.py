@@ -12,28 +12,28 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from openpalm import checkpoint
-from openpalm.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from openpalm.base.device import pick_device, pick_dtype
+from openpalm.base.hashing import sha256_of
+from openpalm.base.typed import home
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from openpalm.convert import hub
-from openpalm.data.documents import Documents
-from openpalm.data.loader import evaluation_batches
-from openpalm.data.sets import TokenSets
-from openpalm.data.shards import Dataset
-from openpalm.data.tokenizer import Tokenizer
-from openpalm.data.usable import Usable
-from openpalm.device import pick_device, pick_dtype
+from openpalm.data.batches.loader import evaluation_batches
+from openpalm.data.batches.token_mixture import TokenSets
+from openpalm.data.dataset.document_index import Documents
+from openpalm.data.dataset.shards import Dataset
+from openpalm.data.rows.usable import Usable
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
 from openpalm.generate.defaults import Defaults, defaults_of
 from openpalm.generate.engine import Engine
 from openpalm.generate.sampling import Sampling
-from openpalm.generate.text import complete, document_ends
-from openpalm.hashing import sha256_of
+from openpalm.generate.streaming import complete, document_ends
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import NO_INIT, TrainSettings
+from openpalm.train.initial_weights import Start, check_reads, starting_point
 from openpalm.train.job import Probe
-from openpalm.train.start import Start, check_reads, starting_point
-from openpalm.typed import home
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 30.0

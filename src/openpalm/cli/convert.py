@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from openpalm.base.settings import parse, spell
 from openpalm.errors import SettingsError
-from openpalm.settings import parse, spell
 
 if TYPE_CHECKING:
-    from openpalm.convert.foreign import Foreign
+    from openpalm.convert.detect import Foreign
     from openpalm.model.transformer import Transformer
 
 ABOUT = "Read a checkpoint of another project, or write one of ours for it. Runs nothing in it."
@@ -49,21 +49,21 @@ def run(argv: Sequence[str]) -> None:
         examples=EXAMPLES,
         positional=("src", "dst"),
     )
-    from openpalm.convert import write
+    from openpalm.convert import export
 
-    write.check_vacant(settings.dst)
+    export.check_vacant(settings.dst)
     model, foreign = _read(settings)
     if settings.to == "palm-rlhf-pytorch":
-        difference, notes = write.as_palm_rlhf(model, settings.dst)
+        difference, notes = export.as_palm_rlhf(model, settings.dst)
         for note in notes:
             print(f"  {note}")
-        written = f"{write.written_name(model)} and config.json for palm-rlhf-pytorch"
+        written = f"{export.written_name(model)} and config.json for palm-rlhf-pytorch"
     else:
         assert foreign is not None
-        difference = write.as_openpalm(model, settings.dst, lineage=foreign.lineage())
+        difference = export.as_openpalm(model, settings.dst, lineage=foreign.lineage())
         written = "a checkpoint without a tokenizer"
     print(f"wrote {settings.dst}: {written}")
-    what = "scores" if write.written_name(model) == "reward.pt" else "logits"
+    what = "scores" if export.written_name(model) == "reward.pt" else "logits"
     print(f"reloaded: {what} within {difference:.1e} of the model that was read")
 
 
@@ -72,12 +72,12 @@ def _read(settings: ConvertSettings) -> "tuple[Transformer, Foreign | None]":
     signs = ("manifest.json", "config.json")
     is_checkpoint = all((settings.src / sign).exists() for sign in signs)
     if is_checkpoint or (settings.src / "checkpoints").is_dir():
-        from openpalm import checkpoint
+        from openpalm.checkpoint import directory as checkpoint
 
         _check_ours(settings)
         print(f"read {settings.src}: an OpenPaLM checkpoint")
         return checkpoint.load(settings.src), None
-    from openpalm.convert.foreign import read_foreign
+    from openpalm.convert.detect import read_foreign
 
     foreign = read_foreign(settings.src, settings.from_, settings.era, settings.config)
     print(f"read {foreign.file} as {foreign.source}, era: {foreign.era} ({foreign.why})")

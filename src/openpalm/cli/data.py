@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from openpalm import settings
+from openpalm.base import settings
+from openpalm.base.typed import home
 from openpalm.errors import SettingsError
-from openpalm.typed import home
 
 if TYPE_CHECKING:
-    from openpalm.data.inspection import Inspection
-    from openpalm.data.manifest import Manifest
+    from openpalm.data.dataset.inspection import Inspection
+    from openpalm.data.dataset.manifest import Manifest
 
 USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
        openpalm data build PART... --out DIR
@@ -113,7 +113,7 @@ def run_prepare(argv: Sequence[str]) -> None:
         ),
         positional=("inputs",),
     )
-    from openpalm.data.shards import PrepareRequest, prepare
+    from openpalm.data.prepare.preparation import PrepareRequest, prepare
 
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     del values["json"]
@@ -138,7 +138,7 @@ def run_build(argv: Sequence[str]) -> None:
         examples=("openpalm data build parts/* --out data/c4",),
         positional=("parts",),
     )
-    from openpalm.data.parts import build
+    from openpalm.data.prepare.parts import build
 
     with _progress("joining") as progress:
         manifest = build([Path(home(part)) for part in given.parts], given.out, progress)
@@ -154,8 +154,8 @@ def run_inspect(argv: Sequence[str]) -> None:
         examples=("openpalm data inspect data/docs", "openpalm data inspect data/docs --json"),
         positional=("data",),
     )
-    from openpalm.data.inspection import inspect_dataset
-    from openpalm.data.shards import open_dataset
+    from openpalm.data.dataset.inspection import inspect_dataset
+    from openpalm.data.dataset.shards import open_dataset
 
     with _progress("checking") as progress:
         found = inspect_dataset(

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from openpalm.align.config import GrpoSettings, reward_sources, rollout_rate
+from openpalm.base.settings import parse
 from openpalm.errors import WorkError
-from openpalm.settings import parse
 from openpalm.train.config import LoraSettings
 
 if TYPE_CHECKING:
-    from openpalm.align.checks import Check
-    from openpalm.align.doctor import Patient
-    from openpalm.data.preferences import Messages, Pair
-    from openpalm.data.prompt_files import PromptRow
-    from openpalm.data.usable import Usable
+    from openpalm.align.doctor.checks import Check
+    from openpalm.align.doctor.examination import Patient
+    from openpalm.data.rows.preferences import Messages, Pair
+    from openpalm.data.rows.prompt_files import PromptRow
+    from openpalm.data.rows.usable import Usable
 
 MAX_EXAMPLES = 256
 """Rows of the data that are looked at."""
@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> None:
             "openpalm doctor --init runs/chat --data pairs.jsonl --lora.rank 8 --json",
         ],
     )
-    from openpalm.align.doctor import examine
+    from openpalm.align.doctor.examination import examine
     from openpalm.cli.common import progress
 
     patient = admit(settings)
@@ -104,19 +104,19 @@ def run(argv: Sequence[str]) -> None:
 
 def admit(settings: DoctorSettings) -> "Patient":
     """Composes what the run would begin with."""
-    from openpalm import checkpoint
-    from openpalm.align.doctor import Patient
-    from openpalm.align.pairs import fitting as fitting_pairs
-    from openpalm.align.rewards import Asked, Reader, question_of, rewards_of
+    from openpalm.align.doctor.examination import Patient
+    from openpalm.align.judging.rewards import Asked, Reader, question_of, rewards_of
+    from openpalm.align.pairs.pairs import fitting as fitting_pairs
+    from openpalm.base.device import pick_device
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start
-    from openpalm.cli.rollouts import fitting
-    from openpalm.data.conversation import stop_ids
-    from openpalm.data.prompt_files import PromptRow
-    from openpalm.device import pick_device
+    from openpalm.cli.rl_common import fitting
+    from openpalm.data.rows.prompt_files import PromptRow
+    from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
+    from openpalm.train.initial_weights import check_trained, choose_trained
     from openpalm.train.job import LORA_RATE
-    from openpalm.train.optim import Optimizer
-    from openpalm.train.start import check_trained, choose_trained
+    from openpalm.train.optimization.parameter_groups import Optimizer
 
     run = settings.as_run()
     directory, tokenizer, start = fine_tuning_start(run)
@@ -160,14 +160,21 @@ class _Given(NamedTuple):
 def _read(path: Path) -> _Given:
     """The file in whichever form it is. Raises DataError."""
     from openpalm.cli.common import report_unused
-    from openpalm.data.corpus import read_rows
-    from openpalm.data.demonstration_files import read_demonstrations
-    from openpalm.data.forms import ALPACA, COMPLETION, MESSAGES, PAIRS, SHAREGPT, form_of
-    from openpalm.data.pair_files import read_pairs
-    from openpalm.data.preferences import says
-    from openpalm.data.prompt_files import PromptRow, read_prompts
-    from openpalm.data.sources import is_rows
-    from openpalm.data.usable import Usable
+    from openpalm.data.corpus.documents import read_rows
+    from openpalm.data.corpus.sources import is_rows
+    from openpalm.data.rows.demonstration_files import read_demonstrations
+    from openpalm.data.rows.pair_files import read_pairs
+    from openpalm.data.rows.preferences import says
+    from openpalm.data.rows.prompt_files import PromptRow, read_prompts
+    from openpalm.data.rows.row_formats import (
+        ALPACA,
+        COMPLETION,
+        MESSAGES,
+        PAIRS,
+        SHAREGPT,
+        form_of,
+    )
+    from openpalm.data.rows.usable import Usable
 
     first = next(read_rows(path), None) if is_rows(path) else None
     form = None if first is None else form_of(first[1])

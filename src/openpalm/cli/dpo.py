@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openpalm.align.config import WITHOUT_REFERENCE, DpoSettings
-from openpalm.settings import parse
+from openpalm.base.settings import parse
 
 if TYPE_CHECKING:
-    from openpalm.data.tokenizer import Tokenizer
+    from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.train.job import Probe
     from openpalm.train.objective import Objective
     from openpalm.train.run import Outcome
@@ -38,8 +38,8 @@ def run(argv: Sequence[str]) -> None:
 
 def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     """Composes the run: weights, judgements with what the reference thinks of them, THE loop."""
-    from openpalm import checkpoint
-    from openpalm.align.pairs import PairLoader
+    from openpalm.align.pairs.pairs import PairLoader
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.train.job import Job
     from openpalm.train.run import run as run_job
@@ -73,7 +73,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
 
 def _kind(settings: DpoSettings) -> "tuple[str, int, Objective[Any], Callable[..., Any]]":
     """What is judged, in how many rows, the loss of it and how it becomes a batch."""
-    from openpalm.align import dpo, kto, pairs
+    from openpalm.align.pairs import dpo, kto, pairs
 
     if settings.loss == "kto":
         return "verdicts", 1, kto.VerdictObjective(settings), kto.collate
@@ -86,12 +86,12 @@ def _judgements(
     """What fits of the file, with the reference's log-probabilities; reports what is left out."""
     from rich.console import Console
 
-    from openpalm import checkpoint
-    from openpalm.align import kto, pairs
+    from openpalm.align.pairs import kto, pairs
+    from openpalm.base.device import pick_device
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import report_unused
-    from openpalm.data.pair_files import read_pairs
-    from openpalm.data.verdict_files import read_verdicts
-    from openpalm.device import pick_device
+    from openpalm.data.rows.pair_files import read_pairs
+    from openpalm.data.rows.verdict_files import read_verdicts
 
     unit, made = ("verdicts", kto) if settings.loss == "kto" else ("pairs", pairs)
     given = (read_verdicts if settings.loss == "kto" else read_pairs)(settings.data)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from openpalm.base.settings import parse
 from openpalm.errors import SettingsError
-from openpalm.settings import parse
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def run(argv: Sequence[str]) -> None:
     import torch
     from rich.console import Console
 
-    from openpalm import checkpoint
+    from openpalm.base.device import pick_device
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import validation, weights_path
-    from openpalm.data.shards import open_dataset
-    from openpalm.device import pick_device
-    from openpalm.generate.pack import pack
-    from openpalm.train.start import check_reads
+    from openpalm.data.dataset.shards import open_dataset
+    from openpalm.generate.quantize import pack
+    from openpalm.train.initial_weights import check_reads
 
     dataset = open_dataset(settings.data)
     directory = checkpoint.resolve(weights_path(settings.path), training=settings.verify)

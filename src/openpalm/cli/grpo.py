@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from openpalm.align.config import GrpoSettings
-from openpalm.settings import parse
+from openpalm.base.settings import parse
 
 if TYPE_CHECKING:
     from openpalm.train.run import Outcome
@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> None:
 
 def learn(settings: GrpoSettings, label: str = "grpo") -> "Outcome":
     """Composes the run: a policy, THE loop over rollouts in groups."""
-    from openpalm.align.grpo import GroupObjective, estimate
-    from openpalm.cli.rollouts import learn_from_answers
+    from openpalm.align.rollouts.grpo import GroupObjective, estimate
+    from openpalm.cli.rl_common import learn_from_answers
 
     return learn_from_answers(settings, GroupObjective(settings), estimate, label)

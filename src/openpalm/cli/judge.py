@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from openpalm.base.settings import parse
 from openpalm.errors import SettingsError
-from openpalm.settings import parse
 
 if TYPE_CHECKING:
-    from openpalm.align.judge import Judge
-    from openpalm.align.judging import Item
+    from openpalm.align.judging.judge import Judge
+    from openpalm.align.judging.judgements import Item
 
 KEY = "OPENPALM_JUDGE_KEY"
 
@@ -124,11 +124,11 @@ def run(argv: Sequence[str]) -> None:
 
 def judged(settings: JudgeSettings) -> dict[str, Any]:
     """Appends a record for whatever has none yet; figures of what was done."""
-    from openpalm.align.judging import Session
+    from openpalm.align.judging.judgements import Session
+    from openpalm.base.jsonl import growing
     from openpalm.cli.common import progress
-    from openpalm.data.constitution import read_constitution
-    from openpalm.data.growing import growing
-    from openpalm.data.preferences import Preference
+    from openpalm.data.rows.constitution import read_constitution
+    from openpalm.data.rows.preferences import Preference
 
     constitution = read_constitution(settings.constitution, "principles")
     items, judge = _items(settings), _judge(settings)
@@ -145,8 +145,8 @@ def judged(settings: JudgeSettings) -> dict[str, Any]:
 
 
 def _judge(settings: JudgeSettings) -> "Judge":
-    from openpalm.align.endpoint import EndpointJudge
-    from openpalm.align.judge import EngineJudge
+    from openpalm.align.judging.endpoint import EndpointJudge
+    from openpalm.align.judging.judge import EngineJudge
     from openpalm.cli.common import serving_engine
 
     if settings.endpoint is not None and settings.judge_model is not None:
@@ -164,9 +164,9 @@ def _judge(settings: JudgeSettings) -> "Judge":
 
 def _items(settings: JudgeSettings) -> "list[Item]":
     """What is to be judged: the file's answers, or prompts whose answers --model will write."""
-    from openpalm.align.judging import given_items
+    from openpalm.align.judging.judgements import given_items
     from openpalm.cli.common import report_unused
-    from openpalm.data.candidate_files import read_candidates
+    from openpalm.data.rows.candidate_files import read_candidates
 
     if settings.model is not None:
         return _answered(settings, settings.model)
@@ -176,11 +176,11 @@ def _items(settings: JudgeSettings) -> "list[Item]":
 
 
 def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
-    from openpalm.align.best_of_n import Draw
-    from openpalm.align.judging import Writer, drawn_items
+    from openpalm.align.judging.best_of_n import Draw
+    from openpalm.align.judging.judgements import Writer, drawn_items
     from openpalm.cli.common import serving_engine
-    from openpalm.cli.rollouts import fitting
-    from openpalm.data.prompt_files import read_prompts
+    from openpalm.cli.rl_common import fitting
+    from openpalm.data.rows.prompt_files import read_prompts
 
     given = read_prompts(settings.data)
     engine, tokenizer = serving_engine(model, Form(settings.device, settings.dtype))
@@ -190,7 +190,7 @@ def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
 
 
 def _hash_of(name: str) -> str:
-    from openpalm import checkpoint
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import weights_path
 
     directory = checkpoint.resolve(weights_path(name))

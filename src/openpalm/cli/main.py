@@ -96,7 +96,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _guarded(verb: str, argv: Sequence[str]) -> int:
-    from openpalm.settings import HelpRequested
+    from openpalm.base.settings import HelpRequested
 
     try:
         if verb not in VERBS:

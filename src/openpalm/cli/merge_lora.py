@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from openpalm.base.settings import parse
 from openpalm.errors import CheckpointError
-from openpalm.settings import parse
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ def run(argv: Sequence[str]) -> None:
         ],
         positional=["path"],
     )
-    from openpalm import checkpoint
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import give_adapter, weights_path
-    from openpalm.convert import write
+    from openpalm.convert import export
     from openpalm.model import lora
 
     directory = checkpoint.resolve(weights_path(settings.path), training=settings.verify)
-    write.check_vacant(settings.out)
+    export.check_vacant(settings.out)
     model = checkpoint.load(directory)
     given = give_adapter(model, settings.adapter, directory, force=settings.force)
     if not lora.is_attached(model):
@@ -53,5 +53,5 @@ def run(argv: Sequence[str]) -> None:
     # "own": the merged checkpoint computes what its parent does, so its adapters fit here too.
     lineage = {"parent": parent, "merged": True, "adapter": given or "own"}
     text = checkpoint.tokenizer_json(directory)
-    write.as_openpalm(model, settings.out, lineage=lineage, tokenizer_json=text)
+    export.as_openpalm(model, settings.out, lineage=lineage, tokenizer_json=text)
     print(f"wrote {settings.out}: logits within {change:.1e} of those with the adapter")

@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from openpalm.base.settings import parse
 from openpalm.model.config import PRESETS, ModelConfig, Preset
-from openpalm.settings import parse
 
 TRAIN_BYTES_PER_PARAMETER = 16
 """float32 weight, gradient and AdamW's two moments; activations come on top."""

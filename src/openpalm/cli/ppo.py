@@ -5,7 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from openpalm.align.config import PpoSettings
-from openpalm.settings import parse
+from openpalm.base.settings import parse
 
 if TYPE_CHECKING:
     from openpalm.model.transformer import Transformer
@@ -31,9 +31,9 @@ def run(argv: Sequence[str]) -> None:
 
 def learn(settings: PpoSettings, label: str = "ppo") -> "Outcome":
     """Composes the run: a policy with its critic, THE loop over rollouts."""
-    from openpalm.align.ppo import PpoObjective, estimate
-    from openpalm.cli.rollouts import learn_from_answers
-    from openpalm.model.heads import ActorCritic, Bins
+    from openpalm.align.rollouts.ppo import PpoObjective, estimate
+    from openpalm.cli.rl_common import learn_from_answers
+    from openpalm.model.critic import ActorCritic, Bins
 
     reach, count = settings.critic_range, settings.critic_bins
     bins = Bins(count, -reach, reach) if count else None

@@ -15,16 +15,16 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from openpalm.align.config import SftSettings
+from openpalm.base.settings import parse
 from openpalm.errors import SettingsError
-from openpalm.settings import parse
 from openpalm.train.config import OptimSettings, PretrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from openpalm.data.builtin import QuestionAnswer
-    from openpalm.data.manifest import Manifest
-    from openpalm.train.budget import Size
+    from openpalm.data.corpus.builtin import QuestionAnswer
+    from openpalm.data.dataset.manifest import Manifest
+    from openpalm.train.sizing.budget import Size
 
 VOCABULARY = 4096
 PRETRAIN_SHARE, FINETUNE_SHARE = 0.62, 0.20
@@ -99,7 +99,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def prepare_data(settings: QuickstartSettings, console: "Console") -> "Manifest":
-    from openpalm.data.shards import PrepareRequest, prepare
+    from openpalm.data.prepare.preparation import PrepareRequest, prepare
 
     console.rule("1  text to tokens", align="left")
     request = PrepareRequest(
@@ -120,7 +120,7 @@ def prepare_data(settings: QuickstartSettings, console: "Console") -> "Manifest"
 
 def baselines(settings: QuickstartSettings) -> dict[str, float]:
     """Bits a byte of the validation text under gzip and a model that counts five bytes back."""
-    from openpalm.data.shards import open_dataset
+    from openpalm.data.dataset.shards import open_dataset
     from openpalm.evaluate.compression import WittenBell, documents, gzip_bits
 
     dataset = open_dataset(settings.out / "data")
@@ -162,7 +162,7 @@ def pretrain(settings: QuickstartSettings, console: "Console", compared: dict[st
 
 def _size(settings: QuickstartSettings) -> "Size":
     """What this machine can train in the time; a quickstart that goes on keeps what it has."""
-    from openpalm.train.budget import SIZES, affordable, training_flops
+    from openpalm.train.sizing.budget import SIZES, affordable, training_flops
 
     kept = settings.out / "size.json"
     if kept.exists():
@@ -273,9 +273,9 @@ def prefer(settings: QuickstartSettings, console: "Console") -> Preferred | None
 
 def _judgements(settings: QuickstartSettings, asked: "list[QuestionAnswer]") -> list[dict]:
     """The best and the worst of several answers to each question, as Preference records."""
-    from openpalm.data.conversation import Message
-    from openpalm.data.preferences import Candidate, Preference
-    from openpalm.evaluate.answers import token_f1
+    from openpalm.data.rows.preferences import Candidate, Preference
+    from openpalm.data.text.conversation import Message
+    from openpalm.evaluate.token_f1 import token_f1
 
     questions = [q for item in asked for q in [item.train_questions[0]] * ANSWERS_EACH]
     texts = _answers(settings.out / "sft", questions, temperature=1.0)
@@ -306,8 +306,8 @@ def summarise(
     seconds: float,
 ) -> dict[str, Any]:
     """Writes summary.json and returns it; one that is there already keeps its seconds."""
-    from openpalm import checkpoint
-    from openpalm.device import multiplies_bfloat16, processor
+    from openpalm.base.device import multiplies_bfloat16, processor
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.train.metrics import last, read_rows
 
     before, after = _before_and_after(answered)
@@ -362,7 +362,7 @@ def write_report(
     summary: dict[str, Any],
 ) -> None:
     from openpalm.report.page import Section, environment_section, table, write_page
-    from openpalm.report.single import run_sections
+    from openpalm.report.run_page import run_sections
 
     console.rule("6  report", align="left")
     train, val = manifest.splits["train"], manifest.splits["val"]
@@ -403,8 +403,8 @@ def write_report(
 
 def questions_about(settings: QuickstartSettings) -> "list[QuestionAnswer]":
     """As many of the library's top-level functions and classes as the budget can teach."""
-    from openpalm.data.builtin import question_answers
-    from openpalm.train.budget import facts
+    from openpalm.data.corpus.builtin import question_answers
+    from openpalm.train.sizing.budget import facts
 
     everything = [item for item in question_answers() if item.name.count(".") == 1]
     random.Random(settings.seed).shuffle(everything)
@@ -427,9 +427,9 @@ def _write_questions(path: Path, names: "list[QuestionAnswer]", seed: int) -> in
 
 
 def _answers(run_directory: Path, questions: list[str], *, temperature: float = 0.0) -> list[str]:
-    from openpalm import checkpoint
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import tokenizer_of
-    from openpalm.data.conversation import Message, render, stop_ids
+    from openpalm.data.text.conversation import Message, render, stop_ids
     from openpalm.generate.engine import Engine, Request
     from openpalm.generate.sampling import Sampling
 
@@ -454,7 +454,7 @@ def _before_and_after(answered: list[Answered]) -> list[float]:
 
 
 def _mean_f1(texts: Sequence[str], references: Sequence[str]) -> float:
-    from openpalm.evaluate.answers import token_f1
+    from openpalm.evaluate.token_f1 import token_f1
 
     return fmean(token_f1(*pair) for pair in zip(texts, references, strict=True))
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from openpalm.settings import parse
-from openpalm.typed import home
+from openpalm.base.settings import parse
+from openpalm.base.typed import home
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ def run(argv: Sequence[str]) -> None:
 
     runs = read_runs([Path(home(path)) for path in settings.runs])
     if settings.plot:
-        from openpalm.report.terminal import print_losses
+        from openpalm.report.terminal_plots import print_losses
 
         print_losses(runs, settings.plot)
     if settings.plot is None or settings.out:
         from openpalm.report.compare import comparison_sections
         from openpalm.report.page import environment_section, write_page
-        from openpalm.report.single import sections_of
+        from openpalm.report.run_page import sections_of
 
         out = settings.out or Path(home(settings.runs[0])) / "report.html"
         names = ", ".join(run.name for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"

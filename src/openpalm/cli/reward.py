@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from openpalm.align.config import RewardSettings
-from openpalm.settings import parse
+from openpalm.base.settings import parse
 
 if TYPE_CHECKING:
-    from openpalm.align.reward import Judged, ScoreBatch
-    from openpalm.data.tokenizer import Tokenizer
+    from openpalm.align.pairs.reward import Judged, ScoreBatch
+    from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.train.job import Probe
     from openpalm.train.run import Outcome
 
@@ -35,9 +35,9 @@ def run(argv: Sequence[str]) -> None:
 
 def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
     """Composes the run: weights and heads, judgements, THE loop."""
-    from openpalm import checkpoint
-    from openpalm.align.pairs import PairLoader
-    from openpalm.align.reward import RewardObjective, collate, fill, head_for
+    from openpalm.align.pairs.pairs import PairLoader
+    from openpalm.align.pairs.reward import RewardObjective, collate, fill, head_for
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.model.reward import RewardModel
     from openpalm.train.job import Job
@@ -76,10 +76,10 @@ def _pairs(
     settings: RewardSettings, tokenizer: "Tokenizer", length: int, label: str
 ) -> "tuple[Sequence[Judged], Sequence[Judged]]":
     """The pairs, and the held-out ties."""
-    from openpalm.align.pairs import records
+    from openpalm.align.pairs.pairs import records
     from openpalm.cli.common import held_out, report_unused
-    from openpalm.data.pair_files import read_pairs, read_ties
-    from openpalm.data.preferences import Pair, Usable
+    from openpalm.data.rows.pair_files import read_pairs, read_ties
+    from openpalm.data.rows.preferences import Pair, Usable
 
     found = records(tokenizer, read_pairs(settings.data), length - 1)
     pairs = report_unused(label, settings.data, found, "pair").items
@@ -91,9 +91,9 @@ def _ratings(
     settings: RewardSettings, tokenizer: "Tokenizer", length: int, label: str
 ) -> "tuple[Sequence[Judged], Sequence[Judged]]":
     """The ratings; no ties."""
-    from openpalm.align.reward import rating_records
+    from openpalm.align.pairs.reward import rating_records
     from openpalm.cli.common import report_unused
-    from openpalm.data.rating_files import read_ratings
+    from openpalm.data.rows.rating_files import read_ratings
 
     found = rating_records(tokenizer, read_ratings(settings.data, settings.axis), length)
     return report_unused(label, settings.data, found, "rating").items, []
@@ -105,7 +105,7 @@ def _held_out_probe(
     """Loss on held-out judgements, and how well the rewards agree with them."""
     import torch
 
-    from openpalm.align.reward import RewardObjective, collate
+    from openpalm.align.pairs.reward import RewardObjective, collate
     from openpalm.evaluate import agreement
     from openpalm.model.reward import RewardModel
     from openpalm.model.transformer import Transformer

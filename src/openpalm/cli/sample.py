@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from openpalm.base.settings import parse
 from openpalm.errors import SettingsError
-from openpalm.settings import parse
 
 if TYPE_CHECKING:
-    from openpalm.data.tokenizer import Tokenizer
+    from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.generate.defaults import Defaults
     from openpalm.generate.engine import Request
 
@@ -108,7 +108,7 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from openpalm.cli.common import serving_model
-    from openpalm.generate.text import Completion, stream
+    from openpalm.generate.streaming import Completion, stream
 
     engine, tokenizer, defaults = serving_model(settings.source, settings)
     request = _request(settings, tokenizer, engine.model.config.vocab_size, defaults)
@@ -134,10 +134,10 @@ def run(argv: Sequence[str]) -> None:
 def _request(
     settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int, defaults: "Defaults"
 ) -> "Request":
-    from openpalm.data.conversation import Message, render, stop_ids
+    from openpalm.data.text.conversation import Message, render, stop_ids
     from openpalm.generate.engine import Request
     from openpalm.generate.sampling import Sampling
-    from openpalm.generate.text import document_ends, prompt_ids
+    from openpalm.generate.streaming import document_ends, prompt_ids
 
     if settings.chat:
         ids = render(tokenizer, [Message("user", settings.text)], answer_next=True).ids

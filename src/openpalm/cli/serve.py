@@ -12,8 +12,8 @@ from socket import socket
 from typing import Literal
 from urllib.parse import urlsplit
 
+from openpalm.base.settings import parse
 from openpalm.errors import SettingsError
-from openpalm.settings import parse
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
     from openpalm.cli.common import serving_model
     from openpalm.serve import server
     from openpalm.serve.app import create_app
+    from openpalm.serve.conversation_sink import Sink
     from openpalm.serve.metrics import Metrics
     from openpalm.serve.service import Service
-    from openpalm.serve.sink import Sink
     from openpalm.serve.worker import Served, Worker, in_own_thread
 
     def warn(reason: str) -> None:

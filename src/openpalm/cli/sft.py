@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from openpalm.align.config import SftSettings
-from openpalm.settings import parse
+from openpalm.base.settings import parse
 
 if TYPE_CHECKING:
-    from openpalm.data.loader import Record
-    from openpalm.data.mixture import Mixture
-    from openpalm.data.tokenizer import Tokenizer
+    from openpalm.data.batches.loader import Record
+    from openpalm.data.rows.tasks import Mixture
+    from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.train.job import Probe
     from openpalm.train.run import Outcome
 
@@ -40,11 +40,11 @@ def run(argv: Sequence[str]) -> None:
 
 def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     """Composes the run: weights, conversations as records, THE loop."""
-    from openpalm import checkpoint
+    from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
-    from openpalm.data.loader import PackedLoader, RecordLoader, truncated
-    from openpalm.data.mixture import read_mixture
-    from openpalm.data.order import mixture as mixed_draws
+    from openpalm.data.batches.loader import PackedLoader, RecordLoader, truncated
+    from openpalm.data.batches.order import mixture as mixed_draws
+    from openpalm.data.rows.tasks import read_mixture
     from openpalm.train.job import Job
     from openpalm.train.run import run as run_job
 
@@ -92,7 +92,7 @@ def _tasks(
     """Each task's conversations as records; reports what is left out."""
     from openpalm.align.sft import fitting
     from openpalm.cli.common import report_unused
-    from openpalm.data.mixture import conversations
+    from openpalm.data.rows.tasks import conversations
 
     made = []
     for number, task in enumerate(mixture.tasks):
@@ -104,7 +104,7 @@ def _tasks(
 
 def _held_out_probe(records: "Sequence[Record]", sequence_length: int) -> "Probe":
     """val_loss over the held-out answers, nats a token."""
-    from openpalm.data.loader import Batch, padded
+    from openpalm.data.batches.loader import Batch, padded
     from openpalm.evaluate.perplexity import split_loss
     from openpalm.train.job import Probe
 

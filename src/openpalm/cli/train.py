@@ -6,9 +6,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from openpalm.settings import parse, spell
+from openpalm.base.settings import parse, spell
 from openpalm.train.config import PretrainSettings, TrainSettings
-from openpalm.train.scaling import scaled
+from openpalm.train.sizing.scaling import scaled
 
 if TYPE_CHECKING:
     from openpalm.train.run import Outcome
@@ -39,11 +39,11 @@ def run(argv: Sequence[str]) -> None:
 def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     """Composes the run: data, start, what is looked at on the way."""
     from openpalm.cli.common import beginnings, sample_probe, validation_probe, weights_path
-    from openpalm.data.loader import TokenLoader
-    from openpalm.data.sets import open_sets
+    from openpalm.data.batches.loader import TokenLoader
+    from openpalm.data.batches.token_mixture import open_sets
+    from openpalm.train.initial_weights import starting_point
     from openpalm.train.job import Job
     from openpalm.train.run import run as run_job
-    from openpalm.train.start import starting_point
 
     sets = open_sets(settings.data)
     tokenizer = sets.datasets[0].tokenizer()
@@ -106,6 +106,6 @@ def _curve(run: Path) -> None:
 
     console = Console(stderr=True)
     if console.is_terminal:
-        from openpalm.report.terminal import print_loss
+        from openpalm.report.terminal_plots import print_loss
 
         print_loss(run, console)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openpalm.compat.original import LATEST, Original, draw_seed
+from openpalm.compat.state_dicts import LATEST, Original, draw_seed
 from openpalm.convert.files import Hyperparameters, Tensors
-from openpalm.convert.palm_rlhf import read_palm_rlhf
-from openpalm.convert.palm_rlhf_out import in_era, write_palm_rlhf
-from openpalm.convert.palm_rlhf_reward import TARGETS, read_factors, written_factors
+from openpalm.convert.palm_rlhf.read import read_palm_rlhf
+from openpalm.convert.palm_rlhf.reward import TARGETS, read_factors, written_factors
+from openpalm.convert.palm_rlhf.write import in_era, write_palm_rlhf
 from openpalm.errors import SettingsError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling

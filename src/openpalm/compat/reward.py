@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openpalm.compat.original import Original, draw_seed
 from openpalm.compat.palm import PaLM, known
+from openpalm.compat.state_dicts import Original, draw_seed
 from openpalm.convert.files import Hyperparameters, Tensors
-from openpalm.convert.palm_rlhf_out import in_era
-from openpalm.convert.palm_rlhf_reward import TARGETS, read_reward, write_reward
+from openpalm.convert.palm_rlhf.reward import TARGETS, read_reward, write_reward
+from openpalm.convert.palm_rlhf.write import in_era
 from openpalm.errors import DataError, SettingsError
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig, RewardConfig

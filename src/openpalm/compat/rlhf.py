@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from openpalm.align.config import PpoSettings
-from openpalm.align.experience import Answer
-from openpalm.align.ppo import PpoObjective, estimate
-from openpalm.align.rollout import RolloutLoader, Sampler, reference_log_probs
-from openpalm.compat.original import draw_seed
+from openpalm.align.rollouts.ppo import PpoObjective, estimate
+from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
+from openpalm.align.rollouts.rollout_batch import Answer
 from openpalm.compat.palm import PaLM, adapted
 from openpalm.compat.reward import RewardModel
+from openpalm.compat.state_dicts import draw_seed
 from openpalm.errors import DataError, SettingsError
 from openpalm.model import lora
-from openpalm.model.heads import ActorCritic, Bins, Critic
+from openpalm.model.critic import ActorCritic, Bins, Critic
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import OptimSettings
-from openpalm.train.optim import Optimizer
+from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.trainer import Trainer
 
 _SCOPE = "actor"

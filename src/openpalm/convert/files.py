@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from openpalm.base.json_file import read_json
+from openpalm.base.pickle_check import check_pickle
 from openpalm.errors import CheckpointError
-from openpalm.json_file import read_json
-from openpalm.pickle_check import check_pickle
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")

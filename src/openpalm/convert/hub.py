@@ -19,8 +19,8 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from openpalm.convert.foreign import Foreign, read_foreign
-from openpalm.convert.write import as_openpalm
+from openpalm.convert.detect import Foreign, read_foreign
+from openpalm.convert.export import as_openpalm
 from openpalm.errors import CheckpointError, StorageError, WorkError
 from openpalm.model.config import ModelConfig, preset
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openpalm.convert.conversion import Converted, pad_vocabulary
 from openpalm.convert.files import Hyperparameters, PaLMConfig, Tensors
-from openpalm.convert.state import Converted, pad_vocabulary
 from openpalm.errors import CheckpointError
 from openpalm.model.config import ModelConfig
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from openpalm.data.shards import Dataset
+from openpalm.data.dataset.shards import Dataset
 from openpalm.errors import DataError
 
 ORDER = 5

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from openpalm.data.loader import Batch
+from openpalm.data.batches.loader import Batch
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import NextToken
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from openpalm.errors import NumbersError, SettingsError
-from openpalm.generate.pack import Weights, pack
+from openpalm.generate.quantize import Weights, pack
 from openpalm.generate.sampling import Sampling, choose
 from openpalm.model.block import Block
 from openpalm.model.cache import KVCache

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from openpalm.data.order import mixed
+from openpalm.base.permutation import mixed
 from openpalm.errors import NumbersError, SettingsError
 
 _SMALLEST_TEMPERATURE = 1e-30

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from openpalm.report.drawing import Line, Panel, comparison
 from openpalm.report.page import Ready, Section, switch, table
+from openpalm.report.plots import Line, Panel, comparison
+from openpalm.report.run_page import sample_text, sections_of
 from openpalm.report.runs import (
     AXES,
     Run,
@@ -18,7 +19,6 @@ from openpalm.report.runs import (
     mean_of_last,
     of_a_kind,
 )
-from openpalm.report.single import sample_text, sections_of
 
 _REWARDED = (
     Panel("reward", "mean reward of rollouts, smoothed", smoothed=True),

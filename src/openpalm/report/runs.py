@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from openpalm import checkpoint
+from openpalm.base.settings import read_yaml
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, DataError
-from openpalm.settings import read_yaml
 from openpalm.train.metrics import read_rows, unit_of
 
 Axis = Literal["steps", "tokens", "minutes", "flops"]

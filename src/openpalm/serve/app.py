@@ -12,9 +12,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from openpalm import __version__
-from openpalm.serve import chat, completions, operators, problems, tools
-from openpalm.serve.documented import ERRORS
-from openpalm.serve.incoming import Door
+from openpalm.serve.access.auth import Door
+from openpalm.serve.api import error_responses
+from openpalm.serve.api.response_models import ERRORS
+from openpalm.serve.routes import admin, chat, completions, tools
 from openpalm.serve.service import Service
 from openpalm.serve.worker import Draining
 
@@ -61,11 +62,11 @@ def create_app(
         docs_url=None,  # its page would fetch scripts from elsewhere
         redoc_url=None,
     )
-    for room in (completions, chat, tools, operators):
+    for room in (completions, chat, tools, admin):
         app.include_router(room.routes(service))
     _add_life_signs(app, service)
     _add_page(app)
-    problems.install(app)
+    error_responses.install(app)
     _describe(app)
     counted = service.metrics.counted(app)
     admitted = Door(counted, keys=keys, admin_keys=admin_keys)
@@ -96,7 +97,7 @@ def _add_life_signs(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         """New requests are taken."""
         if service.worker.draining:
-            return problems.error_response(problems.as_api_error(Draining()))
+            return error_responses.error_response(error_responses.as_api_error(Draining()))
         return JSONResponse({"status": "ready", "model": service.worker.current.name})
 
     @app.get("/metrics", include_in_schema=False)
@@ -110,7 +111,7 @@ def _add_page(app: FastAPI) -> None:
 
     def page(name: str) -> Response:
         if name not in contents:
-            raise problems.ApiError(404, f"no such file: {name[:100]}")
+            raise error_responses.ApiError(404, f"no such file: {name[:100]}")
         kind = KINDS[PurePath(name).suffix]
         return Response(contents[name], headers=PAGE_HEADERS, media_type=kind)
 

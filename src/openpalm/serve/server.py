@@ -9,7 +9,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from openpalm.errors import SettingsError, WorkError
-from openpalm.serve.connections import BoundedProtocol
+from openpalm.serve.access.connections import BoundedProtocol
 from openpalm.serve.worker import Worker
 
 BACKLOG = 2048

@@ -5,11 +5,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
-from openpalm.serve.answering import Keep
+from openpalm.serve.api.error_responses import ApiError
+from openpalm.serve.api.request_fields import ChatRequest
+from openpalm.serve.api.responses import Keep
+from openpalm.serve.conversation_sink import Sink
 from openpalm.serve.metrics import Metrics
-from openpalm.serve.problems import ApiError
-from openpalm.serve.schema import ChatRequest
-from openpalm.serve.sink import Sink
 from openpalm.serve.worker import Job, Served, Worker
 
 

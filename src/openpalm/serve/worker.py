@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from openpalm.data.tokenizer import Tokenizer
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import NumbersError, OpenPalmError
 from openpalm.generate.defaults import Defaults
 from openpalm.generate.engine import NOT_FINITE, Engine, Request, Token
-from openpalm.generate.text import AnswerText, Piece
+from openpalm.generate.streaming import AnswerText, Piece
 
 T = TypeVar("T")
 

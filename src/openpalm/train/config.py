@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from openpalm.base.settings import spell
 from openpalm.errors import SettingsError
 from openpalm.model.config import LORA_TARGETS, LoraConfig, ModelConfig
-from openpalm.settings import spell
 
 PROBES_A_RUN = 10
 """Evaluations and checkpoints of a run whose settings do not say how many."""

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from openpalm.distributed import world
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
+from openpalm.parallel.world import world
 from openpalm.train.config import BatchShape, TrainSettings
+from openpalm.train.initial_weights import choose_trained
 from openpalm.train.objective import Loader, NextToken, Objective
-from openpalm.train.optim import Optimizer
-from openpalm.train.start import choose_trained
+from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.trainer import Trainer
 
 _WHILE_MEASURING = 10**6  # steps of a schedule that is only timed

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from openpalm.data.loader import IGNORE, Batch
+from openpalm.data.batches.loader import IGNORE, Batch
 from openpalm.model.layout import packed
 from openpalm.model.transformer import Transformer
 

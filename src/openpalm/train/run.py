@@ -23,14 +23,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from openpalm import checkpoint
-from openpalm.device import keep_freed_memory, pick_device
-from openpalm.distributed import world
+from openpalm.base.device import keep_freed_memory, pick_device
+from openpalm.base.settings import plain, spell
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, SettingsError, TrainingError, WorkError
 from openpalm.model.transformer import initialise
-from openpalm.settings import plain, spell
-from openpalm.train import directory
-from openpalm.train.boards import Boards, check_installed
+from openpalm.parallel.world import world
+from openpalm.train import run_directory
 from openpalm.train.config import (
     LEAST_STEPS_APART,
     PROBES_A_RUN,
@@ -39,11 +38,12 @@ from openpalm.train.config import (
     TrainSettings,
     batch_shape,
 )
+from openpalm.train.initial_weights import check_trained
 from openpalm.train.job import Job, make_trainer
-from openpalm.train.measure import choose
+from openpalm.train.loggers import Boards, check_installed
 from openpalm.train.metrics import LiveLine, RowFile, read_rows
 from openpalm.train.profile import Profiler
-from openpalm.train.start import check_trained
+from openpalm.train.sizing.measure import choose
 from openpalm.train.trainer import StepReport, Trainer
 
 _NOT_ITS_STATE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -79,7 +79,7 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
         _refuse_next_tokens_own(settings)
     shape = job.shape or batch_shape(settings, length, world().size)
     with ExitStack() as stack:
-        stack.enter_context(directory.locked(out))
+        stack.enter_context(run_directory.locked(out))
         settings = _settled(settings, job, shape, device)
         chosen = settings.chosen
         assert chosen.steps is not None
@@ -87,7 +87,7 @@ def run(settings: TrainSettings, job: Job) -> Outcome:
         if newest is not None and _step_of(newest) >= chosen.steps:
             return Outcome(newest, chosen.steps, was_finished=True)
         newest = checkpoint.latest(out, training=True)
-        directory.write_settings(settings)
+        run_directory.write_settings(settings)
         torch.manual_seed(settings.seed)
         trainer = make_trainer(settings, job, shape, device, job.fill)
         session = _Session(settings, job, trainer, shape)
@@ -309,7 +309,7 @@ def _settled(
     given = replace(
         settings.chosen, data=job.data_hash, parent=job.parent_hash, reward=job.reward_hash
     )
-    known = directory.recall(
+    known = run_directory.recall(
         settings,
         given,
         parent_fixed=job.parent_fixed,
@@ -317,7 +317,7 @@ def _settled(
     )
     if known:
         return known
-    directory.check_new(settings, given)
+    run_directory.check_new(settings, given)
     if settings.minutes != given.minutes:
         given = replace(given, steps=None, eval_every=None)
     steps = settings.steps or given.steps
@@ -341,7 +341,7 @@ def _settled(
             say=status.update,
         )
     settings = replace(settings, chosen=chosen)
-    directory.write_settings(settings)
+    run_directory.write_settings(settings)
     return settings
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openpalm.distributed import World
 from openpalm.errors import TrainingError
 from openpalm.model.transformer import Transformer
+from openpalm.parallel.world import World
 from openpalm.train.config import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, Remembering
-from openpalm.train.optim import Optimizer, learning_rate_factor
+from openpalm.train.optimization.parameter_groups import Optimizer, learning_rate_factor
 
 
 @dataclass(frozen=True)

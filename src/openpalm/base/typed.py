@@ -1,0 +1,206 @@
+"""Fits plain values, from a command line or a file, to the types of a dataclass's fields.
+
+A text stays the text that was typed: nothing here reads YAML into it. Messages name the value and
+what is wanted, never a type of Python.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from openpalm.base.console import shown
+from openpalm.errors import DataError, SettingsError
+
+T = TypeVar("T")
+
+_FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_MAX_SHOWN = 100
+
+
+class WrongValue(ValueError):
+    """The value does not fit; the text is what is wanted, as in `a whole number`."""
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; of any other type, the type itself."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def is_flag(hint: Any) -> bool:
+    return bool in alternatives(hint)
+
+
+def is_list(hint: Any) -> bool:
+    return any(typing.get_origin(kind) in (list, tuple) for kind in alternatives(hint))
+
+
+def optional(hint: Any) -> bool:
+    return type(None) in alternatives(hint)
+
+
+def home(text: str) -> str:
+    """`~/x` as a path in the home directory, as a shell gives it; other texts as they are."""
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+
+
+def fit(value: object, hint: Any) -> Any:
+    """`value` as the type `hint`. Raises WrongValue, which says what is wanted."""
+    kinds = [kind for kind in alternatives(hint) if kind is not type(None)]
+    if value is None:
+        if optional(hint):
+            return None
+        raise WrongValue("left out or have a value")
+    if is_list(hint):
+        return _texts(value, or_one=str in kinds)
+    (kind,) = kinds
+    textual = kind in (str, Path)
+    if value == "null" and optional(hint) and not textual:
+        return None
+    if typing.get_origin(kind) is typing.Literal:
+        return _choice(value, typing.get_args(kind))
+    convert = {int: _whole, float: _number, bool: _flag, Path: _path, str: _text}[kind]
+    return convert(value)
+
+
+def repeated(value: object) -> str:
+    """A value as an error message repeats it: one line, not too long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def build(kind: type[T], values: dict[str, Any], inside: str = "") -> T:
+    """The dataclass `kind` from nested plain values, such as `settings.plain` returns.
+
+    Raises SettingsError for a name that it does not have, one that it lacks, or a wrong value.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(str(name) for name in values if name not in hints)
+    if unknown:
+        raise SettingsError(f"{kind.__name__} has no field {', '.join(unknown)}")
+    missing = [name for name in required(kind) if name not in values]
+    if missing:
+        raise SettingsError(f"{', '.join(inside + name for name in missing)}: is missing")
+    made = {name: _field(hints[name], value, inside + name) for name, value in values.items()}
+    return kind(**made)
+
+
+def required(kind: type) -> list[str]:
+    """The fields without a default."""
+    fields = dataclasses.fields(kind)
+    unset = dataclasses.MISSING
+    return [f.name for f in fields if f.default is unset and f.default_factory is unset]
+
+
+def _field(hint: Any, value: object, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return build(typing.cast(type, hint), value, f"{name}.")
+        if isinstance(value, typing.cast(type, hint)):
+            return value
+        raise SettingsError(f"{name} {repeated(value)}: must be a group of settings")
+    try:
+        return fit(value, hint)
+    except WrongValue as wrong:
+        raise SettingsError(f"{name} {repeated(value)}: must be {wrong}") from None
+
+
+def _whole(value: object) -> int:
+    """Also of 1e3, which is a whole number."""
+    if type(value) is int:
+        return value
+    try:
+        return int(value) if isinstance(value, str) else _not(int)
+    except ValueError:
+        number = _number(value, int)
+    if not (math.isfinite(number) and number.is_integer() and abs(number) < 2**53):
+        _not(int)
+    return int(number)
+
+
+def _number(value: object, wanted: type = float) -> float:
+    if type(value) not in (int, float, str):
+        _not(wanted)
+    # YAML writes the numbers that are not finite with a dot.
+    text = value.replace(".inf", "inf").replace(".nan", "nan") if isinstance(value, str) else value
+    try:
+        return float(typing.cast(float, text))
+    except (ValueError, OverflowError):
+        _not(wanted)
+
+
+def _flag(value: object) -> bool:
+    known = value if type(value) is bool else _FLAGS.get(str(value).lower())
+    return _not(bool) if known is None else known
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else _not(str)
+
+
+def _path(value: object) -> Path:
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise WrongValue("a path")
+    return Path(home(value))
+
+
+def _choice(value: object, choices: tuple[Any, ...]) -> Any:
+    if isinstance(value, str) and value in choices:
+        return value
+    raise WrongValue(f"one of {', '.join(map(str, choices))}")
+
+
+def _texts(value: object, *, or_one: bool) -> list[str] | str:
+    """A list of texts, or a text that may hold one as JSON; every other text is one item."""
+    if isinstance(value, str):
+        listed = _json_list(value)
+        if listed is not None:
+            return listed
+        return value if or_one else [value]
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return list(value)
+    raise WrongValue("a list of texts")
+
+
+def _json_list(text: str) -> list[str] | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    texts = isinstance(found, list) and all(isinstance(item, str) for item in found)
+    return found if texts else None
+
+
+def _not(kind: type) -> typing.NoReturn:
+    raise WrongValue(_WANTED[kind])
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def expect(field: str, value: Any, wanted: str, right: Callable[[Any], bool]) -> None:
+    """Raises DataError that names the field, its value and what is wanted, unless it is right."""
+    if not right(value):
+        scalar = isinstance(value, bool | int | float)
+        said = shown(value) if isinstance(value, str) else f"a {type(value).__name__}"
+        said = "missing" if value is None else str(value)[:60] if scalar else said
+        raise DataError(f'field "{field}" is {said}; it must be {wanted}')
+
+
+def at(where: str, make: Callable[..., T], *given: Any) -> T:
+    """What `make` returns; its DataError says where."""
+    try:
+        return make(*given)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None

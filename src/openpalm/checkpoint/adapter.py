@@ -1,0 +1,184 @@
+"""An adapter in a directory of its own, laid out as PEFT lays its out, out and in.
+
+    adapter_config.json          rank, alpha and target names, among what PEFT wants to know
+    adapter_model.safetensors    base_model.model.blocks.0.project_in.q.lora_A.weight [rank, in]
+                                 base_model.model.blocks.0.project_in.q.lora_B.weight [out, rank]
+
+Source: https://huggingface.co/docs/peft/developer_guides/checkpoint. Keys and values are targets of
+their own, k and v. Nothing but safetensors is read.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from openpalm.base.json_file import read_json
+from openpalm.checkpoint import weights_file
+from openpalm.errors import CheckpointError, SettingsError
+from openpalm.model import lora
+from openpalm.model.config import LORA_TARGETS, LoraConfig, lora_from_json
+from openpalm.model.transformer import Transformer
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_KEY = re.compile(r"base_model\.model\.(blocks\.\d+\.\w+)\.(\w+)\.lora_([AB])\.weight")
+_UNSUPPORTED = (
+    *("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "layer_replication", "target_parameters"),
+)
+"""Variants of PEFT that compute something else: none may be set."""
+
+
+_KEEPS_BASE = (None, True, False, "gaussian", "orthogonal")
+"""PEFT's init_lora_weights that leave the base as it is; pissa, olora, corda and loftq subtract
+from its weights what the factors start with, so the factors fit the changed weights only."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def write(directory: Path, model: Transformer, *, base: str | None = None) -> None:
+    """Makes the directory with the model's adapter in it.
+
+    `base` is the hash of the manifest of the checkpoint that it was trained on. It is kept as
+    PEFT's `revision`, "the specific base model version".
+    """
+    config = lora.config_of(model)
+    assert config is not None
+    directory.mkdir()
+    content: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "revision": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(config.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+    factors = {
+        _foreign(name): factor.detach().cpu().contiguous()
+        for name, factor in lora.adapter_parameters(model).items()
+    }
+    safetensors.torch.save_file(factors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_adapter(
+    model: Transformer,
+    directory: Path,
+    *,
+    bases: Collection[str] = (),
+    made_for: str | None = None,
+    allow: Callable[[str], None] | None = None,
+) -> None:
+    """Attaches the adapter in `directory` to a model that has none.
+
+    Raises CheckpointError where a file is missing or damaged, or is an adapter of another model.
+    Where it is known to be made for other weights than the model's, the error is raised unless
+    `allow` is given, which gets the message: one that changed its base's weights, or was trained
+    on none of `bases`, the hashes of checkpoints that have the model's weights. What it was
+    trained on is `made_for`, else what its config says.
+    """
+    if lora.is_attached(model):
+        raise CheckpointError(
+            f"{directory}: the model has an adapter already; fold it in with `openpalm merge-lora`"
+        )
+    values = read_json(directory / CONFIG_FILE, "an adapter is a directory that holds one")
+    where = directory / WEIGHTS_FILE
+    if not where.is_file():
+        raise CheckpointError(f"{where}: is missing; other formats than safetensors are not read")
+    if misfit := _misfit(values, bases, made_for):
+        if allow is None:
+            raise CheckpointError(f"{directory}: {misfit}")
+        allow(f"{directory}: {misfit}")
+    try:
+        with weights_file.opened(where) as file:
+            stored = file.shapes()
+            config = _config(values, list(stored), directory)
+            config.check(model.config)
+            shapes = _shapes(config, model)
+            if odd := min((key for key, _ in stored.items() ^ shapes.items()), default=None):
+                raise CheckpointError(
+                    f"{directory}: an adapter of another model ({odd} is "
+                    f"{_told(stored.get(odd))}, this model needs {_told(shapes.get(odd))})"
+                )
+            factors = {key: file.finite(key) for key in stored}
+    except SettingsError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
+    lora.attach(model, config)
+    for name, factor in lora.adapter_parameters(model).items():
+        factor.copy_(factors[_foreign(name)])
+
+
+def _misfit(values: dict[str, Any], bases: Collection[str], made_for: str | None) -> str | None:
+    """Why the adapter is for other weights than these, or None where nothing says so."""
+    start = values.get("init_lora_weights")
+    if start not in _KEEPS_BASE:
+        return (
+            f"init_lora_weights {str(start)[:40]!r} can change the base's weights, which these are "
+            "not; convert it with PEFT's save_pretrained(path_initial_model_for_weight_"
+            "conversion=...)"
+        )
+    base = made_for or values.get("revision")
+    if bases and isinstance(base, str) and _DIGEST.fullmatch(base) and base not in bases:
+        return f"an adapter of another checkpoint (the hash of that one's manifest: {base[:12]}...)"
+    return None
+
+
+def _config(values: dict[str, Any], keys: list[str], directory: Path) -> LoraConfig:
+    """Rank and alpha as the file says; the targets are those that have factors."""
+    where = str(directory / CONFIG_FILE)
+    if values.get("peft_type") != "LORA":
+        raise CheckpointError(f"{where}: peft_type {values.get('peft_type')!r}: only LORA is read")
+    for name in _UNSUPPORTED:
+        if values.get(name):
+            raise CheckpointError(f"{where}: {name} is set; only plain low-rank adapters are read")
+    if values.get("bias", "none") != "none":
+        raise CheckpointError(f"{where}: bias {values['bias']!r}: only adapters without are read")
+    found = [_KEY.fullmatch(key) for key in keys]
+    names = {match[2] for match in found if match}
+    if not names <= set(LORA_TARGETS) or not all(found):
+        odd = next(k for k, m in zip(keys, found, strict=True) if not m or m[2] not in LORA_TARGETS)
+        raise CheckpointError(f"{directory}: an adapter of another kind of model (holds {odd})")
+    targets = [name for name in LORA_TARGETS if name in names]
+    rank, alpha = values.get("r"), values.get("lora_alpha")
+    try:
+        return lora_from_json({"rank": rank, "alpha": alpha, "targets": targets}, where)
+    except SettingsError:
+        raise CheckpointError(
+            f"{where}: r {rank!r} and lora_alpha {alpha!r}, with {len(keys)} factors beside it, "
+            "make no adapter"
+        ) from None
+
+
+def _shapes(config: LoraConfig, model: Transformer) -> dict[str, tuple[int, int]]:
+    """What the factors of such a model must be, by PEFT's names."""
+    shapes = {}
+    for layer in range(model.config.depth):
+        for target in config.targets:
+            rows, columns = model.config.matrices[target]
+            side = "project_in" if target in lora.INPUTS else "project_out"
+            name = f"blocks.{layer}.{side}.lora.{target}"
+            shapes[_foreign(f"{name}.a")] = (config.rank, columns)
+            shapes[_foreign(f"{name}.b")] = (rows, config.rank)
+    return shapes
+
+
+def _foreign(name: str) -> str:
+    """PEFT's name of a factor: blocks.0.project_in.lora.q.a -> ...project_in.q.lora_A.weight."""
+    place, _, factor = name.partition(".lora.")
+    target, _, side = factor.partition(".")
+    return f"base_model.model.{place}.{target}.lora_{side.upper()}.weight"
+
+
+def _told(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))

@@ -1,0 +1,496 @@
+"""The checkpoint directory, the only format inside the house: save, load, verify, latest.
+
+    step-00002000/
+      config.json  tokenizer.json  model.safetensors  fingerprint.safetensors  card.md
+      adapter/         where one is attached: its factors once more, as PEFT lays them out
+      train/           optimizer and random state as tensors (DCP), the rest as state.json
+      manifest.json    written last: every file's size and hash, its own hash, lineage
+
+A directory is written beside its final name and renamed, so it is whole or absent. A file is used
+only where the manifest lists it and its hash agrees; train/ is hashed only where a run resumes.
+Loading never runs code from a file. Deleting `train/` publishes a model.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from openpalm import __version__
+from openpalm.base.hashing import sha256_of as _hash
+from openpalm.base.json_file import read_failure, read_json
+from openpalm.checkpoint import adapter, tensors, weights_file
+from openpalm.errors import CheckpointError, SettingsError, StorageError
+from openpalm.model import lora
+from openpalm.model.config import (
+    LoraConfig,
+    ModelConfig,
+    RewardConfig,
+    config_from_json,
+    lora_from_json,
+    reward_from_json,
+)
+from openpalm.model.reward import RewardModel, make_model
+from openpalm.model.transformer import Transformer
+
+FORMAT = "openpalm-checkpoint"
+VERSION = 1
+FINGERPRINT_TOKENS = 16
+FINGERPRINT_TOLERANCE = 1e-4
+_STEP = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"[\w.-]{1,255}(/[\w.-]{1,255})*", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REMEDY = "take an older checkpoint or another copy"
+_WEIGHTS, _FINGERPRINT = "model.safetensors", "fingerprint.safetensors"
+
+Allow = Callable[[str], None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a run needs, beside the weights, to go on as if it had never stopped."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+    """JSON-able"""
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(
+    directory: Path,
+    model: Transformer,
+    *,
+    tokenizer_json: str | None = None,
+    train: TrainState | None = None,
+    lineage: dict[str, Any] | None = None,
+    fingerprint: bool = False,
+    card: str | None = None,
+) -> None:
+    """Writes a checkpoint directory, whole or not at all; an older one of that name is replaced.
+
+    Raises StorageError when the disk is full or refuses; nothing half-written is left.
+    """
+    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    old = partial.with_suffix(".old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
+        partial.mkdir(parents=True)
+        parent = (lineage or {}).get("parent")
+        _write_contents(partial, model, tokenizer_json, train, fingerprint, card, parent)
+        _write_manifest(partial, lineage or {})
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)
+        partial.rename(directory)
+        _sync(directory.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        cause = tensors.cause(error)
+        if refused := tensors.refusal(cause):
+            raise StorageError(f"{directory}: cannot be saved ({refused})") from error
+        raise cause from None
+
+
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    *,
+    allow: Allow | None = None,
+) -> Transformer:
+    """The model of a checkpoint or of a run's newest whole checkpoint, in eval mode.
+
+    It is a RewardModel where config.json has a "reward" object.
+    Every file but train/'s is checked against the manifest first, and in float32 the fingerprint,
+    where there is one, against what this code computes. Raises CheckpointError naming the path and
+    reason. Weights that are not finite are such a reason; `allow` gets it in place of the error.
+    """
+    directory = resolve(path)
+    if dtype not in DTYPES:
+        raise SettingsError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    configs = _load_configs(directory)
+    model = make_model(configs.model, configs.reward).to(device=device, dtype=DTYPES[dtype])
+    load_weights(model, directory, allow=allow)
+    model.eval()
+    if dtype == "float32":
+        _check_fingerprint(model, directory)
+    return model
+
+
+def load_config(directory: Path) -> ModelConfig:
+    """The model's config, cheap: no weight is read."""
+    return _load_configs(directory).model
+
+
+def load_reward_config(directory: Path) -> RewardConfig | None:
+    """What kind of reward model it is, or None for one that writes text."""
+    return _load_configs(directory).reward
+
+
+class Configs(NamedTuple):
+    """Of the model, of the adapter where one is attached, of the heads of a reward model."""
+
+    model: ModelConfig
+    lora: LoraConfig | None
+    reward: RewardConfig | None
+
+
+def _load_configs(directory: Path) -> Configs:
+    where = directory / "config.json"
+    content = read_json(where, _REMEDY)
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise CheckpointError(f"{where}: not a config.json of this version; see `openpalm convert`")
+    try:
+        config = config_from_json(content.get("model"), str(where))
+        low_rank = lora_from_json(content["lora"], str(where)) if "lora" in content else None
+        if low_rank is not None:
+            low_rank.check(config)
+        reward = reward_from_json(content["reward"], str(where)) if "reward" in content else None
+    except SettingsError as error:
+        raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+    configs = Configs(config, low_rank, reward)
+    _check_tensors(configs, directory)
+    return configs
+
+
+def check_writes(directory: Path) -> None:
+    """Raises CheckpointError for a reward model, which scores answers and writes none."""
+    if load_reward_config(directory) is not None:
+        raise CheckpointError(
+            f"{directory}: is a reward model, which scores answers and writes none; "
+            "take the checkpoint of a language model"
+        )
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = None) -> None:
+    """Fills `model` from the directory; its dtype and device stay the model's own.
+
+    A model without an adapter gets the one that the checkpoint has. Raises CheckpointError where
+    the weights fit another model or are not finite; `allow` gets the latter in place of the error.
+    """
+    low_rank = _load_configs(directory).lora
+    if low_rank is not None and not lora.is_attached(model):
+        lora.attach(model, low_rank)
+    if lora.config_of(model) != low_rank:
+        raise CheckpointError(f"{directory}: its adapter differs from this model's")
+    with weights_file.opened(directory / _WEIGHTS) as file:
+        for name, parameter in model.published():
+            stored = file.finite(name, allow)
+            if stored.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{directory}: {name} is {list(stored.shape)}, this model needs "
+                    f"{list(parameter.shape)}; it is a checkpoint of another model"
+                )
+            parameter.copy_(stored)
+
+
+def load_train_state(directory: Path) -> TrainState:
+    """What `save` was given as `train`. Raises CheckpointError if it was published without."""
+    folder = directory / "train"
+    if not folder.is_dir():
+        raise CheckpointError(f"{directory}: holds no train/ to resume; start from it with --init")
+    own = {n.removeprefix("train/") for n in verify(directory)["files"] if n.startswith("train/")}
+    if "state.json" not in own:
+        raise CheckpointError(f"{directory}: its manifest lists no train/state.json; {_REMEDY}")
+    return TrainState(tensors.read(folder, own), read_json(folder / "state.json", _REMEDY))
+
+
+def resolve(path: str | Path, *, training: bool = False) -> Path:
+    """The checkpoint directory that `path`, a checkpoint or a run, stands for; verified.
+
+    train/ is verified only with `training`. Raises StorageError where the system fails to read.
+    """
+    path = Path(path)
+    if _size(path) is None:
+        raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
+    if (path / "checkpoints").is_dir():
+        found = latest(path, training=training)
+        if found is None:
+            raise CheckpointError(f"{path}: this run has no whole checkpoint yet")
+        return found
+    if not (path / "manifest.json").is_file():
+        raise CheckpointError(
+            f"{path}: not a checkpoint of OpenPaLM (no manifest.json); "
+            "foreign ones are read by `openpalm convert`"
+        )
+    verify(path, training=training)
+    return path
+
+
+def latest(
+    run: Path, say: Callable[[str], None] | None = None, *, training: bool = False
+) -> Path | None:
+    """The newest whole checkpoint of a run, or None; says which newer ones it passed over.
+
+    train/ counts only with `training`. Raises StorageError where the system fails to read.
+    """
+    say = say or (lambda line: print(line, file=sys.stderr))
+    for directory in reversed(steps(run)):
+        try:
+            verify(directory, training=training)
+            return directory
+        except CheckpointError as error:
+            say(f"passing over a damaged checkpoint: {error}")
+    return None
+
+
+def steps(run: Path) -> list[Path]:
+    """The run's checkpoint directories, oldest first, damaged ones included."""
+    folder = run / "checkpoints"
+    try:  # unlike Path.glob, which finds nothing in a folder that cannot be read
+        found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise read_failure(folder, error) from None
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def remove_partial(run: Path) -> None:
+    """Clears what a killed save left; only for the process that owns the run."""
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def verify(directory: Path, *, training: bool = True) -> dict[str, Any]:
+    """The manifest, after checking every file's size, and the hashes, against it.
+
+    Without `training` the files in train/ are not hashed; a missing train/ is a published model.
+    A file is hashed once a process while it does not change. Raises CheckpointError naming the
+    file that is damaged, StorageError where the system fails to read one.
+    """
+    manifest = read_manifest(directory)
+    files = manifest["files"]
+    if _size(directory / "train") is None:
+        files = {name: entry for name, entry in files.items() if not name.startswith("train/")}
+    for name, entry in files.items():
+        size = _size(directory / name, regular=True)
+        if size is None:
+            raise CheckpointError(f"{directory}: {name} is missing; {_REMEDY}")
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{directory}: {name} is torn ({size} bytes); {_REMEDY}")
+    names = [name for name in files if training or not name.startswith("train/")]
+
+    def hashed(name: str) -> str:
+        try:
+            return _hash(directory / name)
+        except OSError as error:
+            raise read_failure(directory / name, error) from None
+
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        hashes = list(pool.map(hashed, names))
+    for name, found in zip(names, hashes, strict=True):
+        if found != files[name]["sha256"]:
+            raise CheckpointError(
+                f"{directory}: {name} was altered since it was written; {_REMEDY}"
+            )
+    return manifest
+
+
+def _size(path: Path, *, regular: bool = False) -> int | None:
+    """The size in bytes, or None where there is nothing, or where `regular` no regular file."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        return None
+    except OSError as error:
+        raise read_failure(path, error) from None
+    return found.st_size if stat.S_ISREG(found.st_mode) or not regular else None
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest alone, its own hash checked, no file compared with it."""
+    where = directory / "manifest.json"
+    manifest = read_json(where, _REMEDY)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise CheckpointError(f"{where}: not of a checkpoint that this version reads; check PATH")
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    if where.read_bytes() != _manifest_text(body).encode():
+        raise CheckpointError(f"{where}: was altered since it was written; {_REMEDY}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(_is_entry(*item) for item in files.items()):
+        raise CheckpointError(f"{where}: its list of files is not one this project writes")
+    if missing := {"config.json", _WEIGHTS} - files.keys():
+        raise CheckpointError(f"{where}: does not list {min(missing)}; {_REMEDY}")
+    return manifest
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    """Whether `save` could have written it: a file inside, spelled one way, a size and a hash."""
+    inside = _NAME.fullmatch(name) and {".", ".."}.isdisjoint(name.split("/"))
+    if not inside or not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+        return False
+    return _SHA256.fullmatch(str(entry.get("sha256"))) is not None
+
+
+def lists(directory: Path, name: str) -> bool:
+    """Whether the checkpoint's manifest lists the file; one that it does not list is not used."""
+    return name in read_manifest(directory)["files"]
+
+
+def tokenizer_json(directory: Path) -> str | None:
+    """The checkpoint's tokenizer.json as text, or None where its manifest lists none."""
+    if not lists(directory, "tokenizer.json"):
+        return None
+    return (directory / "tokenizer.json").read_text(encoding="utf-8")
+
+
+def fingerprint_logits(model: Transformer) -> tuple[Tensor, Tensor]:
+    """16 fixed tokens [1, 16] and the model's `output` for them."""
+    vocab = model.config.vocab_size
+    tokens = torch.arange(FINGERPRINT_TOKENS, device=model.embedding.device)[None] * 7919 % vocab
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = output(model, tokens)
+    model.train(training)
+    return tokens, logits
+
+
+def output(model: Transformer, ids: Tensor) -> Tensor:
+    """What the model is for, float32: logits, or the scores of each half prompt, half answer."""
+    if not isinstance(model, RewardModel):
+        return model.logits(ids)
+    lengths = torch.full(ids.shape[:1], ids.shape[1] // 2, device=ids.device)
+    return model.score(ids, prompt_lengths=lengths)
+
+
+def _check_fingerprint(model: Transformer, directory: Path) -> None:
+    if not lists(directory, _FINGERPRINT):
+        return
+    with weights_file.opened(directory / _FINGERPRINT) as file:
+        written = file.tensor("logits") if "logits" in file.shapes() else None
+    computed = fingerprint_logits(model)[1].cpu()
+    if written is None or written.shape != computed.shape:
+        raise CheckpointError(f"{directory}: its fingerprint is of another model")
+    difference = (written - computed).abs().max().item()
+    if not difference <= FINGERPRINT_TOLERANCE * max(1.0, written.abs().max().item()):
+        raise CheckpointError(
+            f"{directory}: computes other logits than when it was written "
+            f"(difference {difference:.1e}); the file or the code has changed"
+        )
+
+
+def _check_tensors(configs: Configs, directory: Path) -> None:
+    """The stored names and shapes against the config's, so that a hostile size builds no model."""
+    config, low_rank = configs.model, configs.lora
+    where = directory / _WEIGHTS
+    with weights_file.opened(where) as file:
+        stored = file.shapes()
+    numbers = sum(math.prod(shape) for shape in stored.values())
+    parameters = config.parameters + (low_rank.parameters(config) if low_rank else 0)
+    if config.depth > len(stored) or parameters > numbers:
+        raise CheckpointError(
+            f"{where}: holds {len(stored)} tensors of {numbers:,} numbers, too few for its "
+            f"config.json ({config.depth} blocks, {parameters:,} parameters)"
+        )
+    with torch.device("meta"):
+        model = make_model(config, configs.reward)
+        if low_rank is not None:
+            lora.attach(model, low_rank)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    odd = {name for name, _ in stored.items() ^ wanted.items()}
+    if odd:
+        raise CheckpointError(f"{where}: a checkpoint of another model (differs in {min(odd)})")
+
+
+def _write_contents(
+    partial: Path,
+    model: Transformer,
+    tokenizer: str | None,
+    train: TrainState | None,
+    fingerprint: bool,
+    card: str | None,
+    parent: str | None,
+) -> None:
+    config = {"format": FORMAT, "version": VERSION, "model": asdict(model.config)}
+    low_rank = lora.config_of(model)
+    if low_rank is not None:
+        config["lora"] = asdict(low_rank)
+        adapter.write(partial / "adapter", model, base=parent)
+    reward = model.reward if isinstance(model, RewardModel) else None
+    config |= {"reward": asdict(reward)} if reward else {}
+    _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.published()}
+    safetensors.torch.save_file(weights, partial / _WEIGHTS)
+    if tokenizer is not None:
+        _write_text(partial / "tokenizer.json", tokenizer)
+    if fingerprint:
+        tokens, logits = fingerprint_logits(model)
+        pair = {"tokens": tokens.cpu(), "logits": logits.cpu().contiguous()}
+        safetensors.torch.save_file(pair, partial / _FINGERPRINT)
+    if train is not None:
+        (partial / "train").mkdir()
+        tensors.write(partial / "train", train.tensors)
+        _write_text(partial / "train" / "state.json", json.dumps(train.values, indent=1) + "\n")
+    _write_text(partial / "card.md", card or default_card(model.config, reward))
+
+
+def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
+    files = {}
+    for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+        file.chmod(0o644)  # safetensors writes files for the owner only
+        _sync(file)
+        name = file.relative_to(partial).as_posix()
+        files[name] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
+    versions = {"openpalm": __version__, "torch": torch.__version__}
+    body = {"format": FORMAT, "version": VERSION, "files": files}
+    body |= {"lineage": lineage, "versions": versions}
+    _write_text(partial / "manifest.json", _manifest_text(body))
+    _sync(partial / "manifest.json")
+    for folder in (partial / "train", partial / "adapter", partial):
+        if folder.is_dir():
+            _sync(folder)
+
+
+def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str:
+    """A model card that says what can be known from the config alone."""
+    what = "PaLM-style language model" if reward is None else f"{reward.kind} reward model"
+    return (
+        "# Model card\n\n"
+        f"A {what} of {config.parameters:,} parameters made with OpenPaLM "
+        f"{__version__}.\n\n"
+        f"| | |\n|---|---|\n| width x depth | {config.dim} x {config.depth} |\n"
+        f"| heads | {config.heads} of {config.head_dim}, {config.kv_heads} key/value |\n"
+        f"| context | {config.context} tokens |\n| vocabulary | {config.vocab_size} |\n\n"
+        "Where it came from is in manifest.json under `lineage`.\n"
+        "It repeats what its data says, true or not; look at its answers before relying on one.\n"
+    )
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _manifest_text(body: dict[str, Any]) -> str:
+    """The manifest to the last byte: its body and the body's own hash."""
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps(body | {"sha256": digest}, indent=1) + "\n"
+
+
+def _sync(path: Path) -> None:
+    """fsync of a file or a directory, so that a rename never outlives its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,54 @@
+"""Opens a safetensors file that anybody may have written, and reads finite tensors from it."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+from openpalm.base.json_file import read_failure
+from openpalm.errors import CheckpointError
+
+
+@contextmanager
+def opened(path: Path) -> Iterator["WeightsFile"]:
+    """The file. Raises CheckpointError where it is damaged, StorageError where reading fails."""
+    try:
+        with path.open("rb"):  # safetensors reports every refusal as a file that is missing
+            pass
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield WeightsFile(path, file)
+    except OSError as error:
+        raise read_failure(path, error) from None
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
+class WeightsFile:
+    def __init__(self, path: Path, file: Any):
+        self.path = path
+        self._file = file
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor by name; no tensor is read."""
+        return {n: tuple(self._file.get_slice(n).get_shape()) for n in list(self._file.keys())}
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor. Raises SafetensorError, which `opened` translates, where there is none."""
+        return self._file.get_tensor(name)
+
+    def finite(self, name: str, allow: Callable[[str], None] | None = None) -> Tensor:
+        """The tensor. Raises CheckpointError where a number is NaN or infinite.
+
+        `allow` gets that message in place of the error.
+        """
+        tensor = self.tensor(name)
+        if not math.isfinite(tensor.float().sum().item()):  # one pass, nothing is copied
+            message = f"{self.path}: {name} holds numbers that are not finite"
+            if allow is None:
+                raise CheckpointError(f"{message}; take an older checkpoint or another copy")
+            allow(message)
+        return tensor

@@ -1,0 +1,111 @@
+"""Writes a model in either form, and proves that what was written reloads to the same logits."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.convert.detect import read_foreign
+from openpalm.convert.eras import NEWEST
+from openpalm.convert.palm_rlhf.reward import write_reward
+from openpalm.convert.palm_rlhf.write import write_palm_rlhf
+from openpalm.errors import CheckpointError, OpenPalmError, StorageError, WorkError
+from openpalm.model import lora
+from openpalm.model.reward import RewardModel
+from openpalm.model.transformer import Transformer
+
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit where that is above one."""
+
+_CHECK_SHAPE = (2, 32)
+
+
+def check_vacant(directory: Path) -> None:
+    """Raises CheckpointError unless nothing, or an empty folder, is there."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() or directory.is_symlink():
+        raise CheckpointError(f"{directory}: exists already; name another place, or remove it")
+
+
+def as_openpalm(
+    model: Transformer,
+    directory: Path,
+    *,
+    lineage: dict[str, Any],
+    tokenizer_json: str | None = None,
+) -> float:
+    """Writes a checkpoint with a fingerprint; returns how far its reloaded logits differ.
+
+    Raises WorkError, leaving nothing, where they differ by more than TOLERANCE.
+    """
+    check_vacant(directory)
+    checkpoint.save(
+        directory, model, lineage=lineage, tokenizer_json=tokenizer_json, fingerprint=True
+    )
+    return _checked(model, directory, lambda: checkpoint.load(directory))
+
+
+def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]:
+    """Writes config.json and palm.pt, adapters merged, or reward.pt in palm-rlhf-pytorch's form.
+
+    Returns how far the logits differ when read back, and notes. Raises CheckpointError for a
+    model that the original cannot express, StorageError when the disk refuses, WorkError, leaving
+    nothing, where the logits differ by more than TOLERANCE.
+    """
+    check_vacant(directory)
+    arguments, state, notes = (
+        write_reward(model)
+        if isinstance(model, RewardModel)
+        else write_palm_rlhf(model.config, lora.merged(model).state_dict())
+    )
+    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        torch.save(state, partial / written_name(model))
+        (partial / "config.json").write_text(json.dumps(arguments, indent=2) + "\n")
+        partial.rename(directory)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or "the disk is full or refuses"
+        raise StorageError(f"{directory}: cannot be written ({reason})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _checked(
+        model, directory, lambda: read_foreign(directory, era=NEWEST.last).model()
+    ), notes
+
+
+def written_name(model: Transformer) -> str:
+    """The file that `as_palm_rlhf` writes for it."""
+    return "reward.pt" if isinstance(model, RewardModel) else "palm.pt"
+
+
+def _checked(model: Transformer, directory: Path, reload: Callable[[], Transformer]) -> float:
+    try:
+        difference, size = _difference(model, reload())
+        if not difference <= TOLERANCE * max(1.0, size):  # also refuses undefined numbers
+            raise WorkError(
+                f"{directory}: reloaded, its logits differ by {difference:.1e}; removed it"
+            )
+    except BaseException as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        if isinstance(error, OpenPalmError) and not isinstance(error, WorkError):
+            raise WorkError(f"{error}; removed it") from error
+        raise
+    return difference
+
+
+@torch.no_grad()
+def _difference(model: Transformer, reloaded: Transformer) -> tuple[float, float]:
+    """The largest difference of outputs on fixed ids, and the largest output."""
+    rows, time = _CHECK_SHAPE
+    ids = (torch.arange(rows * time) * 7919 % model.config.vocab_size).view(rows, time)
+    expected = checkpoint.output(model, ids)
+    return (
+        expected - checkpoint.output(reloaded, ids)
+    ).abs().max().item(), expected.abs().max().item()

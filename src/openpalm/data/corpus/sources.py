@@ -1,0 +1,217 @@
+"""What the user named as input, as a list of things to read: files, folders, globs, Hub datasets.
+
+Checks that everything exists and reads none of it.
+"""
+
+import glob
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NoReturn
+
+from openpalm.data.corpus.builtin import BUILTINS
+from openpalm.data.corpus.line_streams import readable
+from openpalm.errors import DataError
+
+ROW_NAMES = (".jsonl", ".ndjson", ".json")
+ROW_SUFFIXES = tuple(name + packed for name in ROW_NAMES for packed in ("", ".gz", ".zst"))
+FOLDER_SUFFIXES = (".txt", ".text", ".md", ".rst", *ROW_SUFFIXES, ".parquet")
+# A .json file in a folder is looked at so far to see whether it has an object a line.
+SNIFFED_BYTES = 1 << 16
+HIDDEN, OTHER, LINKED = "hidden", "of another kind", "linked a second time"
+BUILTIN_PREFIX = "builtin:"
+HUB_PREFIX = "hub:"
+SPLIT_FILES = {"train": "train.bin", "val": "val.bin"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One thing to read: a file, or a built-in corpus or Hub dataset where `path` is None.
+
+    `given` is the input as the user wrote it; `named` says that it was this very file, so that
+    its being empty is a mistake and not a detail of a folder. `split` is the source's own, where
+    it comes with one.
+    """
+
+    given: str
+    path: Path | None
+    named: bool
+    split: str | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.path or self.given)
+
+    @property
+    def is_rows(self) -> bool:
+        return self.path is not None and is_rows(self.path)
+
+    @property
+    def is_table(self) -> bool:
+        return self.path is not None and self.path.name.lower().endswith(".parquet")
+
+    @property
+    def is_ids(self) -> bool:
+        return self.path is not None and self.path.name.lower().endswith(".bin")
+
+    @property
+    def is_one(self) -> bool:
+        """Whether it is one document, of any length, read in pieces."""
+        return self.path is not None and not (self.is_rows or self.is_table)
+
+
+def find_sources(inputs: Sequence[str], left_out: Counter[str] | None = None) -> list[Source]:
+    """Expands folders and globs, and checks that everything exists, without reading it.
+
+    `left_out` counts the entries of folders that are not read, by reason.
+    """
+    if not inputs:
+        raise DataError("no input; name a file, a folder, a glob or builtin:python-docs")
+    left_out = Counter() if left_out is None else left_out
+    sources = [source for given in inputs for source in _expand(given, left_out)]
+    split = [source for source in sources if source.split]
+    if split and len(split) < len(sources):
+        raise DataError(
+            f"{split[0].given}: train.bin and val.bin keep their own split; prepare them alone"
+        )
+    return sources
+
+
+def is_rows(path: Path) -> bool:
+    return path.name.lower().endswith(ROW_SUFFIXES)
+
+
+def _expand(given: str, left_out: Counter[str]) -> list[Source]:
+    if given.startswith(HUB_PREFIX):
+        return [Source(given, None, True)]
+    if given.startswith(BUILTIN_PREFIX):
+        if given.removeprefix(BUILTIN_PREFIX) not in BUILTINS:
+            known = ", ".join(BUILTIN_PREFIX + name for name in BUILTINS)
+            raise DataError(f"{given}: no such built-in corpus; known: {known}")
+        return [Source(given, None, True)]
+    path = Path(given)
+    with readable(path):
+        if path.is_dir():
+            return _folder(given, path, left_out)
+        if path.exists():
+            return [Source(given, _regular(path), True)]
+    if glob.has_magic(given):
+        return [Source(given, file, False) for file in _glob(given)]
+    raise DataError(f"{given}: no such file or folder; check the path")
+
+
+def _folder(given: str, folder: Path, left_out: Counter[str]) -> list[Source]:
+    """The two token files of a folder that has both, or the text files below it by path."""
+    pair = [Source(given, folder / file, True, split) for split, file in SPLIT_FILES.items()]
+    if all(source.path and source.path.is_file() for source in pair):
+        return pair
+    found = []
+    for path in _files_below(folder, left_out):
+        if path.name.lower().endswith(FOLDER_SUFFIXES) and path.is_file() and _is_text(path):
+            found.append(path)
+        else:
+            left_out[OTHER] += 1
+    if not found:
+        wanted = " ".join("*" + suffix for suffix in FOLDER_SUFFIXES)
+        hidden = f" ({left_out[HIDDEN]} hidden left out)" if left_out[HIDDEN] else ""
+        raise DataError(f"{folder}: holds no {wanted}{hidden}; name other files or use a glob")
+    return [Source(given, file, False) for file in sorted(found)]
+
+
+def _files_below(folder: Path, left_out: Counter[str], *, hidden: bool = False) -> Iterator[Path]:
+    """The files below a folder, in linked folders too; each folder is entered once."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    entered: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        # Links wait until what is really below was entered, so that this keeps its own names.
+        for where, folders, names in os.walk(waiting.pop(0), onerror=refuse):
+            if _identity(where) in entered:
+                left_out[LINKED] += 1
+                folders.clear()
+                continue
+            entered.add(_identity(where))
+            if not hidden:
+                left_out[HIDDEN] += sum(name.startswith(".") for name in (*folders, *names))
+                folders[:] = [name for name in folders if not name.startswith(".")]
+            folders.sort()
+            waiting += [p for p in (Path(where, name) for name in folders) if p.is_symlink()]
+            shown = (name for name in names if hidden or not name.startswith("."))
+            yield from (Path(where, name) for name in sorted(shown))
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file of a folder is to be read; a .json only where it has an object a line."""
+    if not path.name.lower().endswith(".json"):
+        return True
+    with readable(path), path.open("rb") as file:
+        lines = iter(lambda: file.readline(SNIFFED_BYTES), b"")
+        line = next((line for line in lines if line.strip()), b"")
+    if len(line) == SNIFFED_BYTES:
+        return line.lstrip().startswith(b"{")
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _glob(pattern: str) -> list[Path]:
+    """The files that a pattern matches; `**` enters no folder twice, whatever links there are."""
+    parts = Path(pattern).parts
+    if "**" in parts:
+        first = parts.index("**")
+        head = str(Path(*parts[:first])) if first else "."
+        tail = parts[first:]
+        hidden = any(part.startswith(".") for part in tail)
+        found = [
+            file if first else file.relative_to(".")
+            for base in (glob.glob(head) if glob.has_magic(head) else [head])
+            if Path(base).is_dir()
+            for file in _files_below(Path(base), Counter(), hidden=hidden)
+            if _matches(file.relative_to(base).parts, tail)
+        ]
+    else:
+        found = [Path(name) for name in glob.glob(pattern)]
+    found = sorted({path for path in found if path.is_file()})
+    if not found:
+        raise DataError(f"{pattern}: matches no file; check the pattern (and quote it)")
+    return found
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path's parts match a pattern's; `**` stands for any number of them."""
+    reached = {0}  # how many parts of the pattern are used up
+    for name in (*names, None):
+        for i in range(len(pattern)):
+            if i in reached and pattern[i] == "**":
+                reached.add(i + 1)
+        if name is None:
+            return len(pattern) in reached
+        after = set()
+        for i in reached - {len(pattern)}:
+            shown = not name.startswith(".") or pattern[i].startswith(".")
+            if pattern[i] == "**" and shown:
+                after.add(i)
+            elif shown and fnmatchcase(name, pattern[i]):
+                after.add(i + 1)
+        reached = after
+    return False
+
+
+def _regular(path: Path) -> Path:
+    # A device or a pipe has no end, or never a beginning.
+    if not path.is_file():
+        raise DataError(f"{path}: is not a regular file; save it as a file first")
+    return path

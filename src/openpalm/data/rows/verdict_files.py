@@ -1,0 +1,64 @@
+"""Verdicts from files: answers that are each good or bad by themselves, which KTO learns from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from openpalm.data.rows.fields import COMPLETIONS, Row
+from openpalm.data.rows.pair_files import row_pair
+from openpalm.data.rows.preferences import Pair, Preference, Usable, Verdict, binary, pairs
+from openpalm.data.rows.row_formats import (
+    EXPLICIT,
+    HH,
+    TEXTS,
+    VERDICT,
+    WHOLE,
+    Reading,
+    answer_of,
+    check_answer,
+    prompt_of,
+    read_forms,
+    texts_of,
+)
+
+
+def read_verdicts(path: str | Path) -> Usable[Verdict]:
+    """Verdicts of a .jsonl or .jsonl.gz file.
+
+    Forms: Preference records; prompt (a text or messages), completion or response, and label:
+    true is good, false is bad; pairs with a chosen and a rejected answer, which give one good and
+    one bad verdict, as records do where none of them judges an answer by itself. Raises DataError
+    with line, field and remedy.
+    """
+    makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), _both)
+    reading = Reading("verdict", {VERDICT: _verdict} | makers, _texts)
+    return read_forms(path, reading, _of_records)
+
+
+def _texts(verdict: Verdict) -> Iterator[str]:
+    return texts_of((*verdict.prompt, *verdict.answer))
+
+
+def _of_records(records: list[Preference]) -> Usable[Verdict]:
+    if (found := binary(records)).items:
+        return found
+    contests = pairs(records)
+    both = [v for pair in contests.items for v in _verdicts(pair)]
+    places = [place for place in contests.places for _ in range(2)]
+    return Usable(both, contests.unused, places, contests.left_out)
+
+
+def _both(row: Row) -> Iterator[Verdict]:
+    for pair in row_pair(row):
+        yield from _verdicts(pair)
+
+
+def _verdicts(pair: Pair) -> Iterator[Verdict]:
+    yield Verdict(pair.prompt, pair.chosen, good=True)
+    yield Verdict(pair.prompt, pair.rejected, good=False)
+
+
+def _verdict(row: Row) -> Iterator[Verdict]:
+    prompt, field = prompt_of(row), row.name(COMPLETIONS)
+    answer = answer_of(row, field, prompt)
+    check_answer(answer, field)
+    yield Verdict(prompt, answer, row.get("label"))

@@ -1,0 +1,183 @@
+"""What a run starts from: a preset's fresh weights, or a checkpoint's."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from openpalm.base.settings import plain, spell
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.data.text.tokenizer import Tokenizer
+from openpalm.errors import CheckpointError, SettingsError
+from openpalm.model import lora
+from openpalm.model.config import PRESETS, ModelConfig, Preset, RewardConfig, preset
+from openpalm.model.transformer import Transformer, initialise
+from openpalm.train.config import TrainSettings
+from openpalm.train.sizing.scaling import of_depth
+
+SIZES = ("dim", "depth", "heads", "head_dim", "ff_dim", "kv_heads")
+"""What the shapes of a model's weights fix."""
+MAX_PADDING = 256
+"""ids that a vocabulary may have beyond its tokenizer's, as rounding up to a multiple gives"""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model's config, how it gets its first weights, and a learning rate that suits its size."""
+
+    config: ModelConfig
+    fill: Callable[[Transformer], None]
+    learning_rate: float
+    parent_hash: str | None = None
+    reward: RewardConfig | None = None
+    """of a start from a reward model"""
+    unsure: str | None = None
+    """what to say where the model may have been trained with another tokenizer"""
+
+
+def starting_point(
+    settings: TrainSettings,
+    init: Path | None,
+    tokenizer: Tokenizer,
+    *,
+    may_score: bool = False,
+    force: bool = False,
+) -> Start:
+    """The start that `--model` and `--init` ask for; `init` is --init's checkpoint or run.
+
+    Only where it `may_score` can that be a reward model; `force` takes data of another tokenizer.
+
+    Raises SettingsError for an unknown preset, CheckpointError where the checkpoint is of another
+    model or reads another tokenizer's ids.
+    """
+    if init is None:
+        named = _named(settings)
+        config = _changed(named.config, settings, vocab_size=tokenizer.vocab_size)
+        init_as = settings.arch.init or "default"
+        if init_as == "palm" and config.tied:  # an untied head is a matrix like any other
+            config = dataclasses.replace(config, logit_scale=config.dim**-0.5)
+        return Start(
+            config,
+            lambda model: initialise(model, settings.seed, init_as),
+            named.learning_rate,
+        )
+    if settings.arch.init is not None:
+        raise SettingsError(
+            f"--arch.init {settings.arch.init}: --init brings weights of its own; leave one out"
+        )
+    directory = checkpoint.resolve(init)
+    if not may_score:
+        checkpoint.check_writes(directory)
+    unnamed = checkpoint.tokenizer_json(directory) is None
+    its_own = "the one of its training" if unnamed else directory / "tokenizer.json"
+    remedy = f"prepare the data with --tokenizer {its_own}"
+    unsure = check_reads(directory, tokenizer, remedy, force=force)
+    if unnamed and not unsure:
+        unsure = f"{directory}: has no tokenizer of its own; the data's is taken to be the one"
+    stored = checkpoint.load_config(directory)
+    config = _changed(stored, settings)
+    for name in (*SIZES, "qk_norm"):
+        if getattr(config, name) != getattr(stored, name):
+            raise CheckpointError(
+                f"{directory}: has {name} {getattr(stored, name)}, which its weights fix; "
+                f"leave {spell('arch.' + name)} out"
+            )
+    if settings.model is not None:
+        wanted = _changed(preset(settings.model).config, settings, vocab_size=stored.vocab_size)
+        _same_sizes(directory, stored, wanted, settings.model)
+    return Start(
+        config,
+        lambda model: _fill_merged(model, directory),
+        _learning_rate_of_size(config),
+        checkpoint.read_manifest(directory)["sha256"],
+        checkpoint.load_reward_config(directory),
+        unsure,
+    )
+
+
+def _named(settings: TrainSettings) -> Preset:
+    """What --depth or --model asks for."""
+    if settings.dial is not None:
+        return of_depth(settings.dial)
+    assert settings.model is not None
+    return preset(settings.model)
+
+
+def check_trained(settings: TrainSettings, config: ModelConfig) -> None:
+    """Raises SettingsError where such a model cannot be trained in the part that is asked for."""
+    settings.lora.config(config)
+    if settings.last_layers is not None and settings.last_layers > config.depth:
+        raise SettingsError(
+            f"--last-layers {settings.last_layers}: the model has {config.depth} blocks; "
+            "take fewer, or leave it out to train everything"
+        )
+
+
+def choose_trained(model: Transformer, settings: TrainSettings) -> None:
+    """Attaches the adapter, or freezes all but the last blocks and the final norm, if asked to."""
+    config = settings.lora.config(model.config)
+    if config is not None:
+        lora.attach(model, config, settings.seed)
+    elif settings.last_layers is not None:
+        for parameter in lora.trunk(model):
+            parameter.requires_grad_(False)
+        for part in (*model.blocks[-settings.last_layers :], model.norm):
+            part.requires_grad_(True)
+
+
+def _fill_merged(model: Transformer, directory: Path) -> None:
+    """The checkpoint's weights, its adapter folded in: a run begins from what it computes."""
+    checkpoint.load_weights(model, directory)
+    lora.merge(model)
+
+
+def _changed(
+    config: ModelConfig, settings: TrainSettings, vocab_size: int | None = None
+) -> ModelConfig:
+    changes = plain(settings.arch)
+    changes.pop("init", None)  # says nothing of the model's shape
+    if vocab_size is not None:
+        changes["vocab_size"] = vocab_size
+        changes["context"] = settings.sequence_length or config.context
+    return dataclasses.replace(config, **changes)
+
+
+def check_reads(
+    directory: Path, tokenizer: Tokenizer, remedy: str, *, force: bool = False
+) -> str | None:
+    """Raises CheckpointError unless the checkpoint's model reads this tokenizer's ids.
+
+    With `force` only where it cannot: it has fewer ids. Returns what was forced, or None.
+    """
+    ids = checkpoint.load_config(directory).vocab_size
+    has = f"its vocabulary has {ids} ids, this tokenizer {tokenizer.vocab_size}"
+    if ids < tokenizer.vocab_size:
+        raise CheckpointError(f"{directory}: {has}; {remedy}")
+    if checkpoint.tokenizer_json(directory) is None:
+        fits = ids - tokenizer.vocab_size <= MAX_PADDING
+        unsure = f"the checkpoint has no tokenizer of its own; {has}"
+    else:
+        own = Tokenizer.load(directory / "tokenizer.json")
+        fits = own.digest == tokenizer.digest
+        unsure = "its own tokenizer.json is another tokenizer than this one"
+    if fits:
+        return None
+    if not force:
+        raise CheckpointError(f"{directory}: {unsure}; {remedy}, or add --force to use it anyway")
+    return f"{directory}: {unsure}; used anyway (--force)"
+
+
+def _same_sizes(directory: Path, stored: ModelConfig, wanted: ModelConfig, name: str) -> None:
+    for size in SIZES:
+        has, needs = getattr(stored, size), getattr(wanted, size)
+        if has != needs:
+            raise CheckpointError(
+                f"{directory}: a checkpoint of another model than {name} "
+                f"({size} {has}, not {needs}); leave --model out to take the checkpoint's"
+            )
+
+
+def _learning_rate_of_size(config: ModelConfig) -> float:
+    """A third of the rate of the preset nearest in parameters: the weights are trained already."""
+    nearest = min(PRESETS.values(), key=lambda p: abs(p.config.parameters - config.parameters))
+    return nearest.learning_rate / 3

@@ -1,0 +1,153 @@
+"""The rows of a run on other people's boards too: TensorBoard and Weights & Biases.
+
+They get what metrics.jsonl and samples.jsonl get, under the same names. A board that fails is
+told of once and left; the run and its own files go on.
+"""
+
+import os
+import secrets
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from openpalm.base.settings import plain, to_yaml
+from openpalm.errors import SettingsError
+from openpalm.train.config import TrainSettings, board_names
+
+Say = Callable[[str], None]
+
+
+class Board(Protocol):
+    """Where rows go."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_installed(settings: TrainSettings) -> None:
+    """Raises SettingsError where --log asks for a package that is not there."""
+    for name in board_names(settings.log):
+        if find_spec(name) is None:
+            raise SettingsError(
+                f"--log {name}: is not installed; pip install 'openpalm[logging]', or leave it out"
+            )
+
+
+class Boards:
+    """The boards of a run that goes on after `step`."""
+
+    def __init__(self, settings: TrainSettings, step: int, say: Say):
+        self._say = say
+        self._open: dict[str, Board] = {}
+        for name in board_names(settings.log):
+            self._try(name, lambda kind=_KINDS[name]: kind(settings, step, say))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """A row as the run's own file has it."""
+        for name, board in [*self._open.items()]:
+            self._try(name, lambda board=board: board.write(row))
+
+    def close(self) -> None:
+        for name, board in [*self._open.items()]:
+            self._try(name, board.close)
+
+    def _try(self, name: str, action: Callable[[], Board | None]) -> None:
+        try:
+            made = action()
+        except Exception as error:  # whatever it is, it must not stop the training
+            self._open.pop(name, None)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._say(f"--log {name}: goes on without it ({reason[:300]})")
+        else:
+            if made is not None:
+                self._open[name] = made
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, settings: TrainSettings, step: int, say: Say):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What was written after the checkpoint is hidden, as it is cut from the run's own files.
+        self._writer = SummaryWriter(
+            str(settings.out / "tensorboard"), purge_step=step + 1 if step else None
+        )
+        if not step:
+            self._writer.add_text("settings", _indented(to_yaml(settings)), 0)
+
+    def write(self, row: dict[str, Any]) -> None:
+        step = row["step"]
+        for name, value in row.items():
+            if name == "samples":
+                self._writer.add_text(name, _indented(_samples(value)), step)
+            elif isinstance(value, str):
+                self._writer.add_text(name, value, step)
+            elif value is not None and name != "step":
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """One run of the board for the directory, whose id is kept in RUN/wandb/run-id.
+
+    Project, entity and mode are the library's own environment variables (WANDB_PROJECT,
+    WANDB_MODE=offline). A resumed run passes over steps that are on the board: it would write the
+    same. Offline the board cannot be asked: there, steps after the checkpoint are twice.
+    """
+
+    def __init__(self, settings: TrainSettings, step: int, say: Say):
+        wandb = import_module("wandb")
+        folder = settings.out / "wandb"
+        folder.mkdir(exist_ok=True)
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "openpalm"),
+            name=settings.out.resolve().name,
+            id=_kept_id(folder / "run-id"),
+            resume="allow",
+            dir=str(settings.out),
+            config=plain(settings),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self._first = self._run.step
+        say(f"wandb: {folder if self._run.offline else self._run.url}")
+
+    def write(self, row: dict[str, Any]) -> None:
+        if row["step"] < self._first:
+            return
+        values = {name: value for name, value in row.items() if value is not None}
+        if "samples" in values:
+            pairs = [[sample["prompt"], sample["text"]] for sample in values["samples"]]
+            values["samples"] = self._wandb.Table(columns=["prompt", "text"], data=pairs)
+        self._run.log(values, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_KINDS: dict[str, Callable[[TrainSettings, int, Say], Board]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
+
+
+def _kept_id(file: Path) -> str:
+    """The id of the run on the board: made once, then read."""
+    if not file.exists():
+        file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()
+
+
+def _samples(samples: list[dict[str, Any]]) -> str:
+    return "\n\n".join(f"{sample['prompt']}|{sample['text']}" for sample in samples)
+
+
+def _indented(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return "".join(f"    {line}\n" for line in text.splitlines())

@@ -1,0 +1,328 @@
+"""The doctor: a healthy run passes every check, and each check fails where its bug is put in."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import tiny
+
+from openpalm.align.config import GrpoSettings
+from openpalm.align.doctor import checks, examination
+from openpalm.align.doctor.checks import Example
+from openpalm.align.doctor.examination import Patient, examine
+from openpalm.align.logprobs import Evaluated, evaluate
+from openpalm.align.pairs.pairs import answer_record, records
+from openpalm.align.rollouts.rollout_batch import Answer, batch_of
+from openpalm.data.batches.loader import IGNORE, Record
+from openpalm.data.rows.preferences import Pair, Usable, says
+from openpalm.data.text.conversation import Message, render, stop_ids
+from openpalm.data.text.tokenizer import Tokenizer
+from openpalm.model import lora
+from openpalm.model.config import LoraConfig
+from openpalm.train.config import OptimSettings
+from openpalm.train.optimization.parameter_groups import Optimizer
+
+TOKENIZER = Tokenizer.byte()
+STOPS = stop_ids(TOKENIZER)
+ASKED = [(Message("user", f"Question {i}?"),) for i in range(4)]
+
+
+def length_of(answers):
+    return [float(len(answer.ids)) + 0.01 * sum(answer.ids) for answer in answers]
+
+
+@torch.no_grad()
+def soft(seed=0):
+    """A model whose answers vary and sometimes end."""
+    model = tiny(seed, dropout=0.5)
+    model.embedding /= 10
+    return model
+
+
+def healthy(**changes):
+    """A run with prompts, answers, pairs and rewards."""
+    model, reference = soft(), soft().requires_grad_(False)
+    if changes.pop("adapter", False):
+        lora.attach(model, LoraConfig(2, 4.0, ("q", "v", "down")), seed=0)
+    pairs = [Pair(prompt, says("A longer answer."), says("No.")) for prompt in ASKED]
+    settings = GrpoSettings(
+        data=Path("d"), out=Path("o"), init="i", steps=1, prompts=4, answers=4, max_new_tokens=24
+    )
+    given = {
+        "settings": settings,
+        "model": model,
+        "optimizer": Optimizer(model, OptimSettings(), 1e-3),
+        "reference": reference,
+        "tokenizer": TOKENIZER,
+        "prompts": [render(TOKENIZER, prompt, answer_next=True).ids for prompt in ASKED],
+        "conversations": [(pair.prompt, pair.chosen) for pair in pairs],
+        "pairs": records(TOKENIZER, Usable(pairs, {}), 64).items,
+        "stop_ids": STOPS,
+        "reward": length_of,
+    }
+    return Patient(**given | changes)
+
+
+def ill(patient):
+    """The first check that fails, or None; how many there were."""
+    seen = []
+    for check in examine(patient):
+        seen.append(check)
+        if not check.ok:
+            assert check.remedy
+            assert check.found
+            return check.name, len(seen)
+    return None, len(seen)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_healthy_run_passes_everything(adapter):
+    assert ill(healthy(adapter=adapter)) == (None, 18)
+    assert ill(healthy(adapter=adapter, reward=None, pairs=[])) == (None, 10)
+
+
+# --- the data
+
+
+def test_masks_follow_the_template():
+    before, whole = [1, 2, 3], Record([1, 2, 3, 4, 5], [False] * 3 + [True] * 2)
+    assert checks.check_prefix([Example(before, whole)]).ok
+    one_off = Record(whole.ids, [False] * 2 + [True] * 3)
+    late = Record(whole.ids, [False] * 4 + [True])
+    none = Record([1, 2, 3], [False] * 3)
+    merged = Record([1, 2, 9, 4, 5], whole.loss_mask)  # the boundary within one token
+    for record in (one_off, late, none, merged):
+        check = checks.check_prefix([Example(before, whole), Example(before, record)])
+        assert not check.ok
+        assert "1 of 2" in check.found
+
+
+def test_another_template_in_training_is_found(monkeypatch):
+    def spaced(tokenizer, messages, *, answer_next=False):
+        """Joins the texts before they are encoded, as whoever writes prompts by hand does."""
+        text = "".join(f"{m.role}: {m.content}\n" for m in messages)
+        ids = tokenizer.encode(text + ("assistant:" if answer_next else ""))
+        start = len(tokenizer.encode(text)) - len(tokenizer.encode(messages[-1].content)) - 1
+        return Record(ids, [i >= start for i in range(len(ids))])
+
+    monkeypatch.setattr(examination, "render", spaced)
+    assert ill(healthy()) == ("masks follow the template", 1)
+
+
+def test_the_end_marker_is_learnt():
+    record = answer_record(TOKENIZER, ASKED[0], says("Yes."))
+    start = record.loss_mask.index(True)
+    assert checks.check_end([Example(record.ids[:start], record)], STOPS).ok
+    unmasked = Record(record.ids, [*record.loss_mask[:-1], False])
+    dropped = Record(record.ids[:-1], record.loss_mask[:-1])
+    for bad in (unmasked, dropped):
+        assert not checks.check_end([Example(record.ids[:start], bad)], STOPS).ok
+    assert ill(healthy(stop_ids=frozenset({5}))) == ("the end marker is learnt", 2)
+
+
+def test_what_learns_is_in_the_optimizer():
+    model = tiny()
+    before = Optimizer(model, OptimSettings(), 1e-3)
+    assert checks.check_optimizer(model, before).ok
+    lora.attach(model, LoraConfig(2, 4.0, ("q",)), seed=0)
+    check = checks.check_optimizer(model, before)  # made before the adapter was attached
+    assert not check.ok
+    assert "4 tensors shall learn, 4 of them are not" in check.found
+    after = Optimizer(model, OptimSettings(), 1e-3)
+    assert checks.check_optimizer(model, after).ok
+    after.parts[0].add_param_group({"params": [model.embedding]})
+    assert not checks.check_optimizer(model, after).ok  # the trunk as well
+    assert not checks.check_optimizer(tiny().requires_grad_(False), after).ok
+    assert ill(healthy(optimizer=before))[0] == "what learns is in the optimizer"
+
+
+# --- the policy
+
+
+def test_answers_come_to_an_end():
+    ended, cut = (Answer(0, [1], [2], [0.0], ended=value) for value in (True, False))
+    assert checks.check_ended([cut, ended]).ok
+    assert not checks.check_ended([cut, cut]).ok
+
+
+def with_evaluate(monkeypatch, broken):
+    """The run computes its log-probabilities so."""
+
+    def changed(model, inputs, targets, **how):
+        return Evaluated(broken(model, inputs, targets), torch.zeros_like(inputs), None)
+
+    monkeypatch.setattr(examination, "evaluate", changed)
+
+
+def test_dropout_is_off(monkeypatch):
+    def on(model, inputs, targets):
+        model.train()
+        logits = model.logits(inputs).log_softmax(-1)
+        return logits.gather(-1, targets.clamp_min(0)[..., None])[..., 0] * (targets != IGNORE)
+
+    with_evaluate(monkeypatch, on)
+    assert ill(healthy())[0] == "dropout is off"
+
+
+def test_the_sampler_is_the_trained_policy(monkeypatch):
+    def shifted(model, inputs, targets):
+        return evaluate(model, inputs.roll(1, 1), targets).log_probs
+
+    with_evaluate(monkeypatch, shifted)
+    assert ill(healthy())[0] == "the sampler is the trained policy"
+    with_evaluate(monkeypatch, lambda *given: evaluate(*given, temperature=0.9).log_probs)
+    assert ill(healthy())[0] == "the sampler is the trained policy"
+    one = torch.tensor([-3.0])
+    assert checks.check_sampler(one, one + 2e-5).ok
+    assert not checks.check_sampler(one, one + 1e-4).ok
+    assert not checks.check_sampler(one, one * torch.nan).ok
+
+
+def test_the_reference_is_the_start():
+    other = soft(1).requires_grad_(False)
+    assert ill(healthy(reference=other))[0] == "KL to the reference is 0 at step 0"
+    patient = healthy(adapter=True)
+    for name, factor in lora.adapter_parameters(patient.model).items():
+        if name.endswith(".b"):  # as if B were not zero at the start
+            torch.nn.init.normal_(factor)
+    assert ill(patient)[0] == "KL to the reference is 0 at step 0"
+
+
+def test_masked_tokens_have_no_gradient(monkeypatch):
+    model = tiny()
+    answers = [Answer(0, [1, 2], list(range(n)), [], ended=True) for n in (2, 5, 9)]
+    inputs, targets = batch_of(answers)
+
+    def sums(inputs, targets):
+        return -evaluate(model, inputs, targets).log_probs.sum()
+
+    def over_padding(inputs, targets):
+        logits = model.logits(inputs)
+        return F.cross_entropy(logits.flatten(0, 1), targets.clamp_min(0).flatten())
+
+    assert checks.check_masked(model, sums, inputs, targets).ok
+    assert not checks.check_masked(model, over_padding, inputs, targets).ok
+
+    def kept(model, inputs, targets):
+        return evaluate(model, inputs, targets.clamp_min(0)).log_probs
+
+    answers = [Answer(0, [1], [3] * n, [0.0] * n, ended=True) for n in (1, 9)]
+    with_evaluate(monkeypatch, kept)
+    masked = examination._policy_checks(healthy(), answers)
+    assert [check.ok for check in masked][-1] is False
+
+
+# --- the rewards
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_rewards_are_finite(odd):
+    assert checks.check_finite([0.0, -1.0]).ok
+    assert not checks.check_finite([0.0, odd]).ok
+
+    def reward(answers):
+        return [odd if len(answer.ids) > 3 else 1.0 for answer in answers]
+
+    assert ill(healthy(reward=reward))[0] == "rewards are finite"
+
+
+def test_rewards_vary():
+    assert checks.check_varying([1.0, 2.0, 5.0, 5.0], 2).ok  # one group is enough
+    assert not checks.check_varying([1.0, 1.0, 5.0, 5.0], 2).ok
+    assert ill(healthy(reward=lambda answers: [0.5] * len(answers)))[0] == "rewards vary"
+
+
+def test_a_reward_reads_its_own_answer():
+    def at_the_padding(answers):
+        """As a reward model that reads the last place of the batch, padding or not."""
+        width = max(len(answer.ids) for answer in answers)
+        return [float((answer.ids + [0] * width)[width - 1]) for answer in answers]
+
+    assert ill(healthy(reward=at_the_padding))[0] == "a reward reads its own answer"
+    assert checks.check_alone([1.0, -2.0], [1.0, -2.0]).ok
+    assert not checks.check_alone([1.0, -2.0], [1.0, -2.1]).ok
+
+
+def test_a_reward_lies_on_the_last_token(monkeypatch):
+    mask = torch.tensor([[False, True, True, False], [False, True, True, True]])
+    rewards = torch.tensor([2.0, -1.0])
+    right = torch.tensor([[0, 0, 2.0, 0], [0, 0, 0, -1.0]])
+    assert checks.check_place(right, rewards, mask).ok
+    at_the_end = torch.tensor([[0, 0, 0, 2.0], [0, 0, 0, -1.0]])
+    first = torch.tensor([[0, 2.0, 0, 0], [0, -1.0, 0, 0]])
+    everywhere = rewards[:, None] * mask
+    cut_has_none = torch.tensor([[0, 0, 2.0, 0], [0, 0, 0, 0]])
+    for placed in (at_the_end, first, everywhere, cut_has_none):
+        assert not checks.check_place(placed, rewards, mask).ok
+    monkeypatch.setattr(
+        examination, "token_rewards", lambda rewards, mask, _: rewards[:, None] * mask
+    )
+    assert ill(healthy())[0] == "a reward lies on the last token"
+
+
+# --- the pairs
+
+
+def test_chosen_and_rejected_differ():
+    pair = healthy().pairs[0]
+    assert checks.check_different([pair]).ok
+    assert not checks.check_different([pair, replace(pair, rejected=pair.chosen)]).ok
+    assert not checks.check_different([replace(pair, label=-1.0)]).ok
+    equal = [replace(pair, rejected=pair.chosen)]
+    assert ill(healthy(pairs=equal))[0] == "chosen and rejected differ"
+
+
+def test_swapped_pairs_are_found():
+    assert checks.check_order([1.0, 2.0, 0.0], [0.0, 1.0, 5.0]).ok
+    assert not checks.check_order([0.0, 1.0, 5.0], [1.0, 2.0, 0.0]).ok
+    pairs = healthy().pairs
+    swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+    assert ill(healthy(pairs=swapped))[0] == "chosen and rejected are not swapped"
+
+
+def test_the_pair_loss_at_step_0(monkeypatch):
+    assert checks.check_pair_loss(math.log(2)).ok
+    assert not checks.check_pair_loss(0.7).ok
+
+    def without_reference(model, pairs):
+        return pairs
+
+    monkeypatch.setattr(examination, "with_reference", without_reference)
+    assert ill(healthy())[0] == "the DPO loss is ln 2 at step 0"
+
+
+# --- the step
+
+
+def test_the_ratio_is_one():
+    mask = torch.tensor([[False, True, True]])
+    old = torch.tensor([[0.0, -1.0, -2.0]])
+    behind = torch.tensor([[9.0, 0.0, 0.0]])
+    assert checks.check_ratio(old, old + behind, mask).ok
+    for change in ([0, 0.01, 0], [0, 0, math.nan], [0, 0, -math.inf]):
+        assert not checks.check_ratio(old, old + torch.tensor([change]), mask).ok
+
+
+def test_a_stale_old_policy_is_found(monkeypatch):
+    class Stale(examination.RolloutLoader):
+        def __next__(self):
+            batch = super().__next__()
+            with torch.no_grad():  # as if the weights moved between rollout and loss
+                self.sampler.model.norm.weight += 0.1
+            return batch
+
+    monkeypatch.setattr(examination, "RolloutLoader", Stale)
+    assert ill(healthy())[0] == "the ratio is 1 at step 0"
+
+
+def test_a_reference_that_moves_is_found():
+    model = soft()
+    optimizer = Optimizer(model, OptimSettings(), 1e-3)
+    patient = healthy(model=model, optimizer=optimizer, reference=model)
+    assert ill(patient)[0] == "the reference stays as it is"
+    assert checks.check_kept("a", "a").ok
+    assert not checks.check_kept("a", "b").ok
+    assert examination.digest(tiny()) == examination.digest(tiny()) != examination.digest(tiny(1))

@@ -1,0 +1,167 @@
+"""A pair in one row is the pair in two: log-probabilities, gradients, and the bugs between them."""
+
+import pytest
+import torch
+from small_models import SHAPES, make
+
+from openpalm.align.logprobs import token_log_probs
+from openpalm.align.pairs import shared_prompt as shared_module
+from openpalm.align.pairs.pairs import PairRecord, collate, collate_shared
+from openpalm.align.pairs.shared_prompt import SharedRows, common_prompt, row_length, share
+from openpalm.data.batches.loader import padded
+from openpalm.data.text.conversation import Rendered
+from openpalm.model.layout import Layout, packed, shared
+from openpalm.model.lora import LoraConfig, attach
+
+DECODERS = {name: config for name, config in SHAPES.items() if config.causal}
+LENGTHS = [(5, (4, 2, 7)), (1, (1, 6, 3)), (9, (2, 2, 5))]
+"""Of prompts and of their answers."""
+
+
+def draw(generator, size):
+    return torch.randint(50, (size,), generator=generator).tolist()
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Ragged answers; one answers in two turns, of which the middle does not count."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for prompt, answers in LENGTHS:
+        before = draw(generator, prompt)
+        sides = [
+            Rendered([*before, i, *draw(generator, n - 1)], [False] * prompt + [True] * n)
+            for i, n in enumerate(answers)
+        ]
+        made.append(sides)
+    made[0][2].loss_mask[7:10] = [False] * 3
+    return made
+
+
+def fails(check, *given):
+    with pytest.raises(AssertionError):
+        check(*given)
+
+
+def outcome(model, log_probs):
+    """Sums a record, and the gradient of a weighting of all tokens."""
+    model.zero_grad()
+    found = log_probs()
+    weights = torch.linspace(-1, 1, len(found))
+    (found.sum(-1) * weights).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return found.detach().sum(-1), gradients
+
+
+def check_one_row_is_one_each(model, groups, lay_out, share_rows):
+    def together():
+        rows = share_rows(groups)
+        return token_log_probs(model, rows.inputs, rows.targets, lay_out(rows.segments), rows.reads)
+
+    def alone():
+        rows = [group[number] for number in range(3) for group in groups]
+        return token_log_probs(model, *padded(rows, 64))
+
+    (found, gradients), (expected, exact) = outcome(model, together), outcome(model, alone)
+    assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
+    assert len(gradients) == len(exact) > 0
+    for a, b in zip(gradients, exact, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max().item())
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_one_row_is_one_each(name, groups):
+    model = make(DECODERS[name]).requires_grad_()
+    check_one_row_is_one_each(model, groups, shared, share)
+
+
+def test_one_row_is_one_each_under_an_adapter(groups):
+    model = make(SHAPES["grouped"])
+    attach(model, LoraConfig(rank=2, alpha=4, targets=("q", "k", "v", "out", "gate", "down")), 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".b"):
+                parameter += 0.1
+    check_one_row_is_one_each(model, groups, shared, share)
+
+
+def test_the_bugs_are_noticed(groups):
+    model = make(SHAPES["multi-query"]).requires_grad_()
+
+    def sees_the_other_answers(segments):
+        causal = packed(torch.zeros_like(segments)).attend
+        return Layout(shared(segments).positions, causal)
+
+    def positions_go_on(segments):
+        here = torch.arange(segments.shape[1]).expand_as(segments)
+        return Layout(here, shared(segments).attend)
+
+    def positions_restart(segments):
+        right = shared(segments).positions
+        prompts = (segments == 0).sum(1, keepdim=True)
+        return Layout(right - prompts * (segments > 0), shared(segments).attend)
+
+    def first_token_from_the_place_before(groups):
+        """Of a second answer that is the end of the first one, not of the prompt."""
+        rows = share(groups)
+        reads = rows.reads.clone()
+        reads[3:, 0] = reads[3:, 1] - 1
+        return SharedRows(rows.inputs, rows.segments, rows.targets, reads)
+
+    for lay_out in (sees_the_other_answers, positions_go_on, positions_restart):
+        fails(check_one_row_is_one_each, model, groups, lay_out, share)
+    fails(check_one_row_is_one_each, model, groups, shared, first_token_from_the_place_before)
+
+
+def test_bfloat16_in_blocks(groups, monkeypatch):
+    """The kernel of bfloat16 on a CPU, in blocks shorter than the row."""
+    monkeypatch.setattr("openpalm.model.attention.BLOCK", 4)
+    model, rows = make(SHAPES["grouped"]), share(groups)
+    how = (model, rows.inputs, rows.targets, shared(rows.segments), rows.reads)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_log_probs(*how)
+        alone = token_log_probs(model, *padded([g[i] for i in range(3) for g in groups], 64))
+    exact = token_log_probs(*how)
+    rounding = (alone.sum(-1) - exact.sum(-1)).abs().max()
+    assert 0 < rounding < 0.5
+    assert (found.sum(-1) - exact.sum(-1)).abs().max() < 2 * rounding
+
+
+def test_where_the_prompt_ends():
+    def record(ids, counts):
+        return Rendered(list(ids), [c == "1" for c in counts])
+
+    assert common_prompt([record([1, 2, 3], "001"), record([1, 2, 4], "001")]) == 2
+    both_begin_alike = [record([1, 2, 3], "011"), record([1, 2, 4], "011")]
+    assert common_prompt(both_begin_alike) == 1, "what counts is computed for each"
+    assert common_prompt([record([1, 2], "01"), record([3, 2], "01")]) == 0
+    assert row_length(both_begin_alike) == 3
+
+
+def test_pairs_share_only_where_that_is_less_work(groups, monkeypatch):
+    def pair(prompt, answer):
+        return PairRecord(
+            *(
+                Rendered([7] * prompt + [side] * answer, [False] * prompt + [True] * answer)
+                for side in (1, 2)
+            )
+        )
+
+    assert collate_shared([pair(64, 64)] * 2).inputs.shape == (2, 192)
+    assert collate_shared([pair(8, 64)] * 2).inputs.shape[0] == 4
+    assert collate_shared([pair(8, 64)] * 2).segments is None
+    strangers = PairRecord(groups[0][0], groups[1][0])
+    assert collate_shared([pair(64, 64), strangers]).inputs.shape[0] == 4
+    batch = collate_shared([pair(64, 64)])
+    assert batch.pairs == 1 == collate([pair(64, 64)]).pairs
+    monkeypatch.setattr(shared_module, "WORTH_SHARING", 2)
+    assert collate_shared([pair(8, 64)] * 2).segments is not None
+
+
+@pytest.mark.parametrize("name", ["multi-query", "gpt-j", "raw-head"])
+def test_wanted_places_are_those_of_the_whole(name):
+    model = make(SHAPES[name])
+    ids = torch.randint(50, (3, 11), generator=torch.Generator().manual_seed(1))
+    places = torch.tensor([32, 0, 5, 5, 17])
+    whole = model.residual(ids).flatten(0, 1)[places]
+    assert torch.allclose(model.residual(ids, places=places), whole, atol=1e-5)

@@ -1,0 +1,164 @@
+"""What a run is judged by on the way: held-out answers, and when they raise the alarm."""
+
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+from enumerable import END, INDEX, PROMPTS
+from rollouts import enumerated, grpo, moved, task
+
+from openpalm.align.config import AlarmSettings
+from openpalm.align.logprobs import entropies, evaluate
+from openpalm.align.rollouts.monitor import alarm, look
+from openpalm.align.rollouts.rollout import Sampler
+from openpalm.errors import SettingsError, WorkError
+
+
+def sampler_of(model, **changes):
+    return Sampler(model, PROMPTS, frozenset({END}), grpo(**changes))
+
+
+def reference(inputs, targets):
+    return evaluate(task().reference, inputs, targets).log_probs
+
+
+def looked_at(model, prompts=(0,) * 400, gold=None, **changes):
+    return look(sampler_of(model, **changes), prompts, reference, task().reward, gold)
+
+
+def test_its_figures_are_those_of_the_policy():
+    """Means over 400 answers within four standard errors of sums over all 341."""
+    row, answers = looked_at(moved(), gold=lambda answers: [float(a.ended) for a in answers])
+    rollout = enumerated(moved(), task().rewards[0])
+    chances = rollout.old.double().sum(dim=-1).exp()
+
+    def near(found, each):
+        mean = (chances * each).sum()
+        error = ((chances * (each - mean) ** 2).sum() / 400).sqrt()
+        assert abs(found - mean) < 4 * error
+
+    lengths = rollout.mask.sum(dim=-1).double()
+    ended = ((rollout.targets == END) & rollout.mask).any(dim=-1).double()
+    near(row["val_reward"], rollout.rewards.double())
+    near(row["val_kl"], (rollout.old - rollout.reference).double().sum(dim=-1))
+    near(row["val_length"], lengths)
+    near(row["val_ended"], ended)
+    assert row["val_gold"] == row["val_ended"]
+    assert row["val_distinct"] == len({tuple(a.ids) for a in answers}) / 400
+    inside = torch.cat([_entropies(a) for a in answers])
+    assert row["val_entropy"] == pytest.approx(inside.mean().item(), rel=1e-4)
+
+
+@torch.no_grad()
+def _entropies(answer):
+    ids = torch.tensor([[*answer.prompt_ids, *answer.ids]])
+    logits = moved().logits(ids[:, :-1])[0, len(answer.prompt_ids) - 1 :]
+    return entropies(logits)
+
+
+def test_it_looks_with_the_same_seeds_always_and_none_of_trainings():
+    model = moved()
+    sampler = sampler_of(model)
+    sampler.drawn = 77
+    first, answers = look(sampler, [0, 1, 2, 3], reference, task().reward, None)
+    assert sampler.drawn == 77
+    again, same_answers = look(sampler, [0, 1, 2, 3], reference, task().reward, None)
+    assert first == again
+    assert [a.ids for a in answers] == [a.ids for a in same_answers]
+    sampler.drawn = 0
+    many = 64
+    trained_on = sampler.answers([0] * many, 1)
+    _, seen = look(sampler, [0] * many, reference, task().reward, None)
+    assert [a.ids for a in trained_on] != [a.ids for a in seen]
+
+
+def test_at_the_reference_the_distance_is_zero():
+    row, _ = looked_at(copy.deepcopy(task().reference), range(4))
+    assert row["val_kl"] == pytest.approx(0, abs=1e-5)
+    assert "val_gold" not in row
+
+
+def test_a_gold_reward_that_is_not_finite_is_refused():
+    with pytest.raises(WorkError, match="is nan"):
+        looked_at(moved(), range(4), gold=lambda answers: [float("nan")] * 4)
+
+
+def test_the_answers_are_the_task():
+    _, answers = looked_at(moved(), range(4))
+    assert [a.prompt for a in answers] == [0, 1, 2, 3]
+    assert all(tuple(a.ids) in INDEX for a in answers)
+
+
+# --- the alarm
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_bands_are_numbers(value):
+    with pytest.raises(SettingsError, match=r"--alarm.max-kl .*: must be 0 or more, and finite"):
+        AlarmSettings(max_kl=value)
+
+
+def row(**changes):
+    return {
+        "val_reward": 1.0,
+        "val_gold": 1.0,
+        "val_kl": 1.0,
+        "val_length": 10.0,
+        "val_entropy": 2.0,
+    } | changes
+
+
+GOLD = AlarmSettings(gold_drop=0.5)
+CASES = {
+    "nothing is looked at": (GOLD, [], None),
+    "rows of steps alone": (GOLD, [{"loss": 1.0, "reward": 3.0}], None),
+    "no bands": (AlarmSettings(), [row(), row(val_reward=9, val_gold=-9, val_kl=99)], None),
+    "gamed": (GOLD, [row(), row(val_reward=2.0, val_gold=0.4)], "the reward is being gamed"),
+    "gamed since the best": (
+        GOLD,
+        [row(val_gold=0.0), row(val_gold=1.2), row(val_reward=1.5, val_gold=0.6)],
+        "rose from 1 to 1.5 while the gold reward fell from 1.2 to 0.6",
+    ),
+    "fallen by less": (GOLD, [row(), row(val_reward=2.0, val_gold=0.6)], None),
+    "both fell": (GOLD, [row(), row(val_reward=0.5, val_gold=0.0)], None),
+    "recovered": (
+        GOLD,
+        [row(), row(val_reward=2.0, val_gold=0.0), row(val_reward=3.0, val_gold=0.9)],
+        None,
+    ),
+    "no gold": (
+        GOLD,
+        [{k: v for k, v in row(val_reward=r).items() if k != "val_gold"} for r in (1, 9)],
+        None,
+    ),
+    "steps between": (
+        GOLD,
+        [row(), {"loss": 1.0}, row(val_reward=2.0, val_gold=0.0), {"loss": 1.0}],
+        "gamed",
+    ),
+    "far": (AlarmSettings(max_kl=2.0), [row(val_kl=2.5)], r"2.5 nats .*--alarm.max-kl 2"),
+    "near": (AlarmSettings(max_kl=2.0), [row(val_kl=2.0)], None),
+    "long": (AlarmSettings(max_length=9.0), [row()], r"10 tokens .*--alarm.max-length 9"),
+    "all alike": (AlarmSettings(min_entropy=2.5), [row()], r"2 nats .*--alarm.min-entropy 2.5"),
+    "not alike": (AlarmSettings(min_entropy=1.5), [row()], None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_alarm(name):
+    settings, rows, says = CASES[name]
+    found = alarm(settings, rows)
+    if says is None:
+        assert found is None
+    else:
+        assert re.search(says, found)
+
+
+def test_looking_is_in_parts():
+    """Whatever the rows of a part, the same figures."""
+    whole = looked_at(moved(), range(4))[0]
+    sampler = sampler_of(moved())
+    parts = partial(look, sampler, range(4), reference, task().reward, None)
+    assert parts(rows=3)[0] == pytest.approx(whole, rel=1e-5)

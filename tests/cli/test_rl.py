@@ -1,0 +1,411 @@
+"""`openpalm grpo` and `openpalm ppo`: they earn more, are stopped when gamed, and lose nothing."""
+
+import json
+
+import pytest
+import torch
+from command_line import TINY, ok, rows, write_base
+
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.data.text.tokenizer import Tokenizer
+from openpalm.model.config import RewardConfig
+from openpalm.model.reward import RewardModel, initialise_heads
+from openpalm.model.transformer import Transformer, initialise
+
+CLOCK = {"elapsed_s", "answers_per_s", "mfu"}
+FUNCTIONS = """
+def letters(prompt, answer, row):
+    return 10 * sum(c.islower() for c in answer) / 12
+
+def some_letters(prompt, answer, row):
+    return 10 - abs(letters(prompt, answer, row) - 4)
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("rollouts") / "base")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write_prompts(tmp_path / "prompts.jsonl", [f"Q{i}" for i in range(12)])
+
+
+@pytest.fixture
+def pay(tmp_path):
+    path = tmp_path / "pay.py"
+    path.write_text(FUNCTIONS)
+    return path
+
+
+def write_prompts(path, texts):
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
+def run(said, base, prompts, out, *words, verb="grpo", reward=None):
+    given = () if reward is None else ("--reward", reward)
+    steps = () if "--steps" in words else ("--steps", 12)
+    return said(
+        *(verb, "--init", base, "--data", prompts, "--out", out, "--max-new-tokens", 12),
+        *("--optim.lr", 0.03, *given, *steps, *words),
+    )
+
+
+def steps_of(out):
+    return [row for row in rows(out / "metrics.jsonl") if "loss" in row]
+
+
+def untimed(out):
+    return [
+        {name: value for name, value in row.items() if name not in CLOCK}
+        for row in rows(out / "metrics.jsonl")
+    ]
+
+
+def weights(out):
+    return dict(checkpoint.load(out).named_parameters())
+
+
+def one_line(errors):
+    """The only line of complaint; what is told before a run is not one."""
+    complaints = [line for line in errors if line.startswith("openpalm: error:")]
+    assert len(complaints) == 1, errors
+    assert errors[-1] == complaints[0]
+    assert "Traceback" not in "".join(errors)
+    assert "OPENPALM_TRACEBACK" not in complaints[0], "an error that nobody foresaw"
+    return complaints[0].removeprefix("openpalm: error: ")
+
+
+# --- they learn
+
+GROUPS = [
+    *[("--advantage", kind) for kind in ("grpo", "dr-grpo", "dapo", "rloo")],
+    ("--kl", "k2"),
+    ("--kl", "k3"),
+    ("--passes", 2, "--minibatches", 2, "--rollout-weights", "bfloat16", "--steps", 32),
+    ("--replay-bytes", 0),
+]
+CRITICS = [
+    *[("--critic", kind) for kind in ("shared", "detached", "separate")],
+    ("--critic", "separate", "--critic-bins", 21, "--critic-range", 10),
+]
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [*[("grpo", words) for words in GROUPS], *[("ppo", words) for words in CRITICS]],
+    ids=str,
+)
+def test_every_kind_earns_more(said, base, prompts, pay, tmp_path, verb, words):
+    size = ("--prompts", 8, "--answers", 8) if verb == "ppo" else ()
+    out = tmp_path / "out"
+    status, _, errors = run(
+        said, base, prompts, out, *size, *words, verb=verb, reward=f"{pay}:letters"
+    )
+    assert status == 0, errors
+    logged = steps_of(out)
+    assert logged[0]["kl"] == pytest.approx(0, abs=1e-3)
+    assert logged[0]["reward"] < 1.5
+    assert logged[-1]["reward"] > 2
+    assert logged[-1]["kl"] > 1
+    if "--minibatches" not in words and verb == "grpo":
+        assert all(row["ratio"] == pytest.approx(1, abs=1e-5) for row in logged)
+    model = checkpoint.load(out)
+    assert type(model) is Transformer
+    assert not any(name.startswith("critic") for name in dict(model.named_parameters()))
+    assert sorted(p.name for p in out.iterdir() if p.name.startswith(".")) == []
+    looked = [row for row in rows(out / "metrics.jsonl") if "val_reward" in row]
+    assert looked[-1]["val_reward"] > 2
+    shown = rows(out / "samples.jsonl")[-1]["samples"]
+    assert {"prompt", "text"} == shown[0].keys()
+
+
+def test_what_it_made_can_be_sampled(said, base, prompts, pay, tmp_path):
+    out = tmp_path / "out"
+    words = ("--steps", 1, "--prompts", 2)
+    assert run(said, base, prompts, out, *words, verb="ppo", reward=f"{pay}:letters")[0] == 0
+    status, output, errors = said("sample", out, "Q1", "--max-new-tokens", 3)
+    assert status == 0, errors
+    assert output
+    status, output, _ = run(said, base, prompts, out, *words, verb="ppo", reward=f"{pay}:letters")
+    assert (status, "nothing to do" in output) == (0, True)
+
+
+@pytest.mark.parametrize("verb", ["grpo", "ppo"])
+def test_an_adapter_alone_learns(said, base, prompts, pay, tmp_path, verb):
+    out = tmp_path / "out"
+    words = ("--lora.rank", 4, "--steps", 3)
+    status, _, errors = run(said, base, prompts, out, *words, verb=verb, reward=f"{pay}:letters")
+    assert status == 0, errors
+    before, after = weights(base), weights(out)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    learnt = [p for name, p in after.items() if name.endswith(".b")]
+    assert learnt
+    assert all(p.any() for p in learnt)
+    assert steps_of(out)[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert steps_of(out)[-1]["kl"] > 1e-4
+
+
+@pytest.mark.parametrize("verb", ["grpo", "ppo"])
+def test_dropout_is_off(said, base, prompts, pay, tmp_path, verb):
+    """A model that has some learns as one that has none, and keeps it in its config."""
+    runs = []
+    for dropout in (0.0, 0.5):
+        out = tmp_path / f"{dropout}"
+        words = ("--arch.dropout", dropout, "--steps", 3, "--passes", 2, "--beta", 0.1)
+        assert run(said, base, prompts, out, *words, verb=verb, reward=f"{pay}:letters")[0] == 0
+        assert checkpoint.load_config(checkpoint.resolve(out)).dropout == dropout
+        runs.append((untimed(out), weights(out)))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(each, runs[1][1][name]) for name, each in runs[0][1].items())
+
+
+def test_fewer_prompts_than_a_rollout_takes(said, base, pay, tmp_path):
+    prompts = write_prompts(tmp_path / "few.jsonl", ["A", "B", "C"])
+    out = tmp_path / "out"
+    assert run(said, base, prompts, out, "--steps", 2, reward=f"{pay}:letters")[0] == 0
+    assert steps_of(out)[-1]["answers"] == 2 * 8 * 8
+
+
+def test_a_temperature_leaves_the_ratio_at_one(said, base, prompts, pay, tmp_path):
+    out = tmp_path / "out"
+    words = ("--temperature", 0.7, "--steps", 2)
+    assert run(said, base, prompts, out, *words, reward=f"{pay}:letters")[0] == 0
+    for row in steps_of(out):
+        assert row["ratio"] == pytest.approx(1, abs=1e-5)
+
+
+# --- gamed
+
+
+def check_stopped(status, errors, out, keep):
+    """Exit 1, and the checkpoint that is named is there, whole, and older than the alarm."""
+    assert status == 1
+    line = one_line(errors)
+    named = line.rpartition("the best checkpoint is ")[2]
+    assert line.startswith("step ")
+    alarmed = int(line.split()[1].rstrip(":"))
+    best = int(named.rpartition("step-")[2])
+    checkpoint.load(named)
+    assert best < alarmed
+    assert len(checkpoint.steps(out)) <= keep + 1
+    looked = {row["step"]: row for row in rows(out / "metrics.jsonl") if "val_reward" in row}
+    return line, looked, best, alarmed
+
+
+OFTEN = ("--eval-every", 2, "--save-every", 2, "--keep", 1, "--steps", 40)
+
+
+def test_a_reward_that_is_gamed_stops_the_run(said, base, prompts, pay, tmp_path):
+    """Letters are wanted, up to a third of an answer; the reward pays for every one."""
+    out = tmp_path / "out"
+    gold = ("--gold", f"{pay}:some_letters", "--alarm.gold-drop", 3, "--optim.lr", 0.015)
+    status, _, errors = run(said, base, prompts, out, *OFTEN, *gold, reward=f"{pay}:letters")
+    line, looked, best, alarmed = check_stopped(status, errors, out, keep=1)
+    assert "the reward is being gamed" in line
+    assert looked[best]["val_gold"] == max(row["val_gold"] for row in looked.values())
+    assert looked[alarmed]["val_reward"] > looked[best]["val_reward"]
+    assert best < alarmed - 2, "more checkpoints were made than are kept"
+
+
+def test_a_band_that_is_left_names_a_checkpoint_inside_it(said, base, prompts, pay, tmp_path):
+    """The reward is highest where the band is left: that is not the best."""
+    out = tmp_path / "out"
+    band = ("--alarm.max-kl", 3)
+    status, _, errors = run(said, base, prompts, out, *OFTEN, *band, reward=f"{pay}:letters")
+    line, looked, best, alarmed = check_stopped(status, errors, out, keep=1)
+    assert "nats from the reference, beyond --alarm.max-kl 3" in line
+    assert looked[best]["val_kl"] <= 3 < looked[alarmed]["val_kl"]
+
+
+def test_a_band_that_was_never_kept(said, base, prompts, pay, tmp_path):
+    out = tmp_path / "out"
+    status, _, errors = run(
+        said, base, prompts, out, *OFTEN, "--alarm.max-length", 1, reward=f"{pay}:letters"
+    )
+    assert status == 1
+    assert "tokens an answer, beyond --alarm.max-length 1; no checkpoint" in one_line(errors)
+
+
+# --- what is wrong costs nothing
+
+LATER = """
+calls = 0
+
+def letters(prompt, answer, row):
+    global calls
+    calls += 1
+    if calls > 150:
+        {body}
+    return 10 * sum(c.islower() for c in answer) / 12
+"""
+
+
+UNTIL = ("--steps", 4, "--advantage", "dapo")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory):
+    """A run whose reward never failed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    prompts = write_prompts(folder / "prompts.jsonl", [f"Q{i}" for i in range(12)])
+    (folder / "pay.py").write_text(LATER.format(body="pass"))
+    words = ("--init", base, "--data", prompts, "--reward", f"{folder / 'pay.py'}:letters")
+    more = ("--max-new-tokens", 12, "--optim.lr", 0.03, *UNTIL)
+    ok("grpo", *words, *more, "--out", folder / "out")
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("raise KeyError('level')", "raised KeyError ('level') for the answer"),
+        ("return float('nan')", "returned nan, which is no finite number, for the answer"),
+        ("return float('inf')", "returned inf, which is no finite number, for the answer"),
+        ("return 'many'", "returned 'many', which is no finite number, for the answer"),
+        ("return None", "returned None, which is no finite number, for the answer"),
+    ],
+)
+def test_a_reward_that_fails_later_costs_nothing(
+    said, base, prompts, pay, undisturbed, tmp_path, body, says
+):
+    """Saved up to there; corrected, the run ends as if it had never failed."""
+    out = tmp_path / "out"
+    pay.write_text(LATER.format(body=body))
+    status, _, errors = run(said, base, prompts, out, *UNTIL, reward=f"{pay}:letters")
+    assert status == 1
+    line = one_line(errors)
+    assert line.startswith(f"--reward {pay}:letters: {says}")
+    assert "give the same command, which goes on" in line
+    done = checkpoint.steps(out)[-1].name
+    assert done == "step-00000002", "two rollouts of 64 answers were paid for"
+    pay.write_text(LATER.format(body="pass"))
+    status, _, errors = run(said, base, prompts, out, *UNTIL, reward=f"{pay}:letters")
+    assert status == 0, errors
+    assert untimed(out) == untimed(undisturbed)
+    ours, theirs = weights(out), weights(undisturbed)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_reward_that_fails_at_once(said, base, prompts, pay, tmp_path):
+    pay.write_text("def letters(prompt, answer, row):\n    return row['level']\n")
+    out = tmp_path / "out"
+    status, _, errors = run(said, base, prompts, out, reward=f"{pay}:letters")
+    assert status == 1
+    assert "raised KeyError ('level')" in one_line(errors)
+    pay.write_text(FUNCTIONS)
+    assert run(said, base, prompts, out, reward=f"{pay}:letters")[0] == 0
+
+
+@pytest.mark.parametrize("verb", ["grpo", "ppo"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "--reward: what is an answer worth? give FILE.py:FUNCTION or a run"),
+        (("--reward", "nothing"), "--reward nothing: no such run"),
+        (("--reward", "exact", "--gold", "nothing"), "--gold nothing: no such run"),
+        (("--reward", "exact", "--gold", "x.py:f"), "--gold x.py:f: no such file"),
+        (("--reward", "none*exact"), "--reward none*exact: 'none' is no weight"),
+        (
+            ("--reward", "exact", "--max-new-tokens", 48),
+            "no prompt can be used: longer than 0 tokens, which --max-new-tokens leaves of 48 (12",
+        ),
+        (("--reward", "exact", "--minibatches", 7), "--minibatches 7: must divide"),
+        (("--reward", "exact", "--target-kl", 1, "--kl", "k3"), "--target-kl: steers --kl"),
+        (("--reward", "exact", "--alarm.gold-drop", 1), "--alarm.gold-drop: needs --gold"),
+        (("--reward", "exact", "--alarm.max-kl", -1), "--alarm.max-kl -1.0: must be 0 or more"),
+    ],
+)
+def test_a_wrong_request_begins_nothing(said, base, prompts, tmp_path, verb, words, says):
+    out = tmp_path / "out"
+    status, _, errors = run(said, base, prompts, out, *words, verb=verb)
+    assert status == 2
+    assert says in one_line(errors)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "prompts.jsonl"),
+        ("\n\n", "prompts.jsonl"),
+        ('{"text": "no prompt"}\n', "prompts.jsonl:1"),
+        (
+            '{"prompt": ""}\n',
+            "no prompt can be used: empty prompt (1; line 1)",
+        ),
+        ('{"prompt": "a"}\n{"prompt": 5}\n', "prompts.jsonl:2"),
+        ("not json\n", "prompts.jsonl:1"),
+    ],
+)
+def test_data_without_prompts(said, base, prompts, tmp_path, text, says):
+    prompts.write_text(text)
+    status, _, errors = run(said, base, prompts, tmp_path / "out", reward="exact")
+    assert status == 2
+    assert says in one_line(errors)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_do_not_fit_are_left_out_and_told(said, base, prompts, pay, tmp_path):
+    with prompts.open("a") as file:
+        file.write(json.dumps({"prompt": "long " * 20}) + "\n")
+    out = tmp_path / "out"
+    status, _, errors = run(said, base, prompts, out, "--steps", 1, reward=f"{pay}:letters")
+    assert status == 0
+    assert (
+        "1 left out: longer than 36 tokens, which --max-new-tokens leaves of 48 (line 13)"
+        in "\n".join(errors)
+    )
+
+
+def test_prompts_of_which_none_fits(said, base, tmp_path):
+    prompts = write_prompts(tmp_path / "long.jsonl", ["long " * 20] * 3)
+    status, _, errors = run(said, base, prompts, tmp_path / "out", reward="exact")
+    assert status == 2
+    assert (
+        "longer than 36 tokens, which --max-new-tokens leaves of 48 (3; lines 1, 2, 3)"
+        in one_line(errors)
+    )
+
+
+def test_a_reward_model_of_another_tokenizer(said, base, prompts, tmp_path):
+    model = RewardModel(TINY, RewardConfig())
+    initialise(model, 0)
+    initialise_heads(model, 0)
+    Tokenizer.train_bpe(["ab ab. " * 99], 265).save(tmp_path / "other.json")
+    judge = tmp_path / "judge"
+    checkpoint.save(judge, model, tokenizer_json=(tmp_path / "other.json").read_text())
+    status, _, errors = run(said, base, prompts, tmp_path / "out", reward=judge)
+    assert status == 2
+    assert f"--reward {judge}: reads another tokenizer's ids than the policy" in one_line(errors)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_pays(said, base, prompts, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"prompt": "Q?", "chosen": "abc", "rejected": "123"}
+    pairs.write_text(f"{json.dumps(row)}\n" * 8)
+    ok(
+        *("reward", "--init", base, "--data", pairs, "--out", tmp_path / "judge", "--steps", 2),
+        *("--batch-tokens", 192, "--dtype", "float32"),
+    )
+    status, _, errors = run(
+        said, base, prompts, tmp_path / "out", "--steps", 2, reward=tmp_path / "judge"
+    )
+    assert status == 0, errors
+    assert all(row["reward_std"] > 0 for row in steps_of(tmp_path / "out"))
+
+
+def test_a_reference_that_moved_is_refused(said, prompts, pay, tmp_path):
+    """--init names a run that has gone on: resumed, the distance would be to another one."""
+    parent = tmp_path / "parent"
+    (parent / "checkpoints").mkdir(parents=True)
+    for step in (1, 2):
+        write_base(parent / "checkpoints" / f"step-{step:08}", clear=step == 2)
+        status, _, errors = run(
+            said, parent, prompts, tmp_path / "out", "--steps", 2, reward=f"{pay}:letters"
+        )
+        assert status == (0 if step == 1 else 2)
+    assert "another --init" in one_line(errors)

@@ -1,0 +1,262 @@
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from data_samples import TEXTS
+
+from openpalm.data.batches.loader import (
+    IGNORE,
+    Batch,
+    Record,
+    RecordLoader,
+    TokenLoader,
+    evaluation_batches,
+    shuffled,
+    truncated,
+)
+from openpalm.data.dataset.shards import open_dataset
+from openpalm.data.prepare.preparation import PrepareRequest, prepare
+from openpalm.data.text.conversation import Message, render
+from openpalm.errors import DataError
+
+TOKENS = np.arange(1000, dtype=np.uint16)
+RECORDS = [
+    Record(list(range(i, i + 2 + 7 * i % 40)), [j % 3 > 0 for j in range(2 + 7 * i % 40)])
+    for i in range(1, 24)
+]
+
+
+def token_loader(tokens=TOKENS, **options):
+    return TokenLoader(tokens, **{"sequence_length": 16, "rows": 4, "seed": 1, **options})
+
+
+def record_loader(records=RECORDS, **options):
+    return RecordLoader(records, **{"sequence_length": 32, "rows": 4, "seed": 1, **options})
+
+
+MAKERS = pytest.mark.parametrize("make", [token_loader, record_loader])
+
+
+def rows(batches, time=40):
+    """All rows of some batches at one width, as (inputs, targets)."""
+    flat = []
+    for batch in batches:
+        for inputs, targets in zip(batch.inputs, batch.targets, strict=True):
+            missing = time - len(inputs)
+            padded = torch.nn.functional.pad(inputs, (0, missing))
+            flat.append((padded, torch.nn.functional.pad(targets, (0, missing), value=IGNORE)))
+    return [torch.stack(pair).tolist() for pair in flat]
+
+
+@MAKERS
+def test_any_number_of_ranks_sees_the_same_global_order(make):
+    alone = rows(islice(make(rows=8), 20))
+    for world_size, each in ((2, 4), (4, 2), (8, 1)):
+        ranks = [make(rows=each, rank=r, world_size=world_size) for r in range(world_size)]
+        together = [batch for _ in range(20) for batch in (next(rank) for rank in ranks)]
+        assert rows(together) == alone
+        assert len({json.dumps(rank.state_dict()) for rank in ranks}) == 1
+
+
+@MAKERS
+def test_resumed_equals_uninterrupted_at_every_cursor(make):
+    whole = make(rows=3)
+    batches, cursors = [], []
+    for _ in range(50):
+        cursors.append(json.dumps(whole.state_dict()))
+        batches.append(next(whole))
+    for i, cursor in enumerate(cursors):
+        resumed = make(rows=3)
+        resumed.load_state_dict(json.loads(cursor))
+        assert rows(islice(resumed, 2)) == rows(batches[i : i + 2]) or i == 49
+        assert json.dumps(make(rows=3).state_dict()) == cursors[0]
+
+
+@MAKERS
+def test_a_cursor_serves_any_number_of_ranks(make):
+    before = make(rows=4)
+    rows(islice(before, 5))
+    cursor = before.state_dict()
+    assert cursor["rows_consumed"] == 20
+    expected = rows(islice(before, 4))
+    ranks = [make(rows=2, rank=r, world_size=2) for r in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(cursor)
+    assert rows(batch for _ in range(4) for batch in (next(rank) for rank in ranks)) == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        token_loader(seed=2),
+        token_loader(sequence_length=8),
+        token_loader(TOKENS[:-1]),
+        token_loader(TOKENS[::-1].copy()),
+        record_loader(),
+        record_loader(RECORDS[:-1]),
+        record_loader([*RECORDS[:-1], Record([9, 9], [True, True])]),
+    ],
+)
+def test_a_cursor_of_other_data_is_refused(other):
+    for loader in (token_loader(), record_loader()):
+        if loader.state_dict() != other.state_dict():
+            with pytest.raises(DataError, match="the data cursor is of other data"):
+                loader.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("consumed", [-1, None, "3", 2.0, True])
+def test_a_damaged_cursor_is_refused(consumed):
+    loader = token_loader()
+    with pytest.raises(DataError, match="rows_consumed"):
+        loader.load_state_dict({**loader.state_dict(), "rows_consumed": consumed})
+
+
+def test_a_window_is_text_in_order_and_its_targets_are_one_ahead():
+    for batch in islice(token_loader(), 30):
+        assert batch.inputs.shape == batch.targets.shape == (4, 16)
+        assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+        assert (batch.targets == batch.inputs + 1).all()  # TOKENS count up
+        assert (batch.inputs[:, 1:] == batch.targets[:, :-1]).all()
+
+
+@pytest.mark.parametrize("size", [17, 18, 31, 32, 33, 47, 48, 49, 333, 1000])
+def test_no_token_is_a_target_twice_in_an_epoch(size):
+    loader = token_loader(TOKENS[:size], rows=1)
+    phases = set()
+    for _ in range(12):
+        targets = torch.cat([batch.targets for batch in islice(loader, loader.windows)])
+        assert targets.unique().numel() == targets.numel()
+        assert targets.max() < size
+        # At most two windows' worth stays out of an epoch.
+        assert targets.numel() > size - 2 * 16 - 1
+        phases.add(int(targets.min()) % 16)
+    assert len(phases) > 4 if size >= 48 else phases
+
+
+def test_every_token_is_a_target_in_some_epoch():
+    loader = token_loader(rows=8)
+    seen = torch.cat([batch.targets for batch in islice(loader, 800)]).unique()
+    assert seen.numel() > 990
+
+
+def test_epochs_and_seeds_are_shuffled_differently():
+    def starts(loader):
+        return [int(next(loader).inputs[0, 0]) // 16 for _ in range(loader.windows)]
+
+    loader = token_loader(rows=1)
+    one, two = starts(loader), starts(loader)
+    other = starts(token_loader(rows=1, seed=2))
+    for order in (one, two, other):
+        assert order != sorted(order)
+    assert one != two
+    assert one != other
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1000])
+def test_a_shuffle_is_a_permutation(size):
+    assert sorted(shuffled(i, size, key=5) for i in range(size)) == list(range(size))
+
+
+def test_a_shuffle_is_fair():
+    # Where index 0 of five goes, over many keys: each place about as often.
+    counts = np.bincount([shuffled(0, 5, key) for key in range(5000)], minlength=5)
+    assert (abs(counts - 1000) < 150).all()
+    moved = np.array([shuffled(i, 4000, 9) for i in range(4000)])
+    assert abs(np.corrcoef(moved, np.arange(4000))[0, 1]) < 0.08
+
+
+def test_the_order_is_fixed_for_all_time():
+    # A checkpoint's cursor means nothing without the order: change it and old runs resume wrongly.
+    assert [shuffled(i, 10, key=123) for i in range(10)] == [8, 0, 5, 2, 7, 3, 6, 4, 9, 1]
+    assert next(token_loader()).inputs[:, 0].tolist() == [787, 51, 723, 195]
+
+
+def test_too_few_tokens():
+    assert token_loader(TOKENS[:17]).windows == 1
+    with pytest.raises(DataError, match="needs 17 tokens, the data has 16; use a shorter sequence"):
+        token_loader(TOKENS[:16])
+
+
+@pytest.mark.parametrize("options", [{"rows": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}])
+def test_rows_and_ranks_out_of_range_are_our_own_bug(options):
+    with pytest.raises(ValueError, match="out of range"):
+        token_loader(**options)
+
+
+@pytest.mark.parametrize("size", [2, 16, 17, 18, 64, 65, 66, 129, 1000])
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_validation_token_is_predicted_exactly_once(size, count):
+    predicted = []
+    for batch in evaluation_batches(TOKENS[:size], sequence_length=16, rows=count):
+        counts = batch.targets != IGNORE
+        assert (batch.targets[counts] == batch.inputs[counts] + 1).all()
+        assert batch.inputs.shape[0] <= count
+        assert batch.inputs.shape[1] == 16
+        predicted += batch.targets[counts].tolist()
+    assert predicted == list(range(1, size))
+
+
+def test_nothing_to_predict():
+    with pytest.raises(DataError, match="1 tokens give nothing to predict"):
+        next(evaluation_batches(TOKENS[:1], sequence_length=16, rows=1))
+
+
+def test_records_are_padded_and_masked_and_each_comes_once_an_epoch():
+    loader = record_loader(rows=1)
+    seen = []
+    for batch in islice(loader, len(RECORDS)):
+        (inputs,), (targets,) = batch.inputs.tolist(), batch.targets.tolist()
+        (record,) = (r for r in RECORDS if r.ids[0] == inputs[0])
+        seen.append(record.ids[0])
+        ids, mask = record.ids[:33], record.loss_mask[:33]
+        assert len(inputs) % 16 == 0
+        assert len(inputs) - 16 < len(ids) - 1 <= len(inputs)
+        assert inputs[: len(ids) - 1] == ids[:-1]
+        wanted = [i if counts else IGNORE for i, counts in zip(ids[1:], mask[1:], strict=True)]
+        assert targets == wanted + [IGNORE] * (len(inputs) - len(wanted))
+    assert sorted(seen) == [record.ids[0] for record in RECORDS]
+    assert seen != sorted(seen)
+    assert truncated(RECORDS, 32) == sum(len(record.ids) > 33 for record in RECORDS) > 0
+
+
+def test_the_width_stops_at_an_odd_sequence_length():
+    batch = next(record_loader([Record(list(range(50)), [True] * 50)], sequence_length=21, rows=1))
+    assert batch.targets.tolist() == [list(range(1, 22))]
+
+
+def test_a_conversation_is_learnt_as_it_is_rendered(byte):
+    talk = [Message("user", TEXTS[0]), Message("assistant", "Yes.")]
+    rendered = render(byte, talk)
+    (targets,) = next(record_loader([rendered], rows=1, sequence_length=256)).targets
+    assert targets[targets != IGNORE].tolist() == [*b"Yes.", byte.special_id("<|end|>")]
+
+
+def test_records_without_a_target():
+    with pytest.raises(DataError, match="1 of 2 records have fewer than 2 tokens"):
+        record_loader([Record([1], [True]), Record([1, 2], [True, True])])
+    with pytest.raises(DataError, match="0 of 0 records"):
+        record_loader([])
+
+
+def test_a_dataset_loads_the_same_from_one_shard_or_many(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS * 9))
+    for out, size in (("one", 10**6), ("many", 37)):
+        prepare(
+            PrepareRequest(
+                inputs=[str(tmp_path / "a.txt")],
+                out=tmp_path / out,
+                tokenizer="byte",
+                shard_tokens=size,
+            )
+        )
+    one, many = (open_dataset(tmp_path / out).tokens("train") for out in ("one", "many"))
+    assert rows(islice(token_loader(one), 50)) == rows(islice(token_loader(many), 50))
+    a, b = (rows(evaluation_batches(tokens, sequence_length=16, rows=2)) for tokens in (one, many))
+    assert a == b
+
+
+def test_a_batch_moves_as_one():
+    batch = Batch(torch.zeros(1, 2), torch.ones(1, 2)).to("meta")
+    assert {batch.inputs.device.type, batch.targets.device.type} == {"meta"}

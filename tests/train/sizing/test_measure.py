@@ -1,0 +1,223 @@
+"""Choices made by measuring: once, from the timings, and without a trace in the run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_samples import random_loader, tiny, trainer_of
+
+from openpalm.model.transformer import initialise
+from openpalm.train.config import Chosen, TrainSettings
+from openpalm.train.job import Job, Probe
+from openpalm.train.run import run
+from openpalm.train.sizing import measure
+from openpalm.train.sizing.measure import choose, fit
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes: Any) -> TrainSettings:
+    plain: dict[str, Any] = {"data": Path("d"), "out": Path("o"), "model": "tiny", "steps": 5}
+    return TrainSettings(**plain | changes)
+
+
+def refuse(*_: object) -> Any:
+    raise AssertionError("measured what was known")
+
+
+@pytest.fixture
+def timings(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
+    """Seconds of a step by dtype, instead of a stopwatch; a scratch trainer is its dtype."""
+    seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(measure, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(measure, "_step_seconds", lambda dtype: seconds[dtype])
+    monkeypatch.setattr(measure, "_look_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(measure, "matmul_flops", lambda device, dtype: 1e12)
+    return seconds
+
+
+def chosen(asked: TrainSettings) -> Chosen:
+    return choose(asked, lambda dtype: dtype, [], CPU, step_tokens=100)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    ("bfloat16_s", "expected"),
+    [(0.5, "bfloat16"), (0.9, "bfloat16"), (0.97, "float32"), (1.0, "float32"), (3.0, "float32")],
+)
+def test_bfloat16_must_be_clearly_faster(
+    timings: dict[torch.dtype, float], bfloat16_s: float, expected: str
+):
+    timings[torch.bfloat16] = bfloat16_s
+    assert chosen(settings()) == Chosen(dtype=expected, peak_flops=1e12)  # type: ignore[arg-type]
+
+
+def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch):
+    for name in ("_step_seconds", "matmul_flops"):
+        monkeypatch.setattr(measure, name, refuse)
+    known = Chosen(dtype="bfloat16", steps=7, peak_flops=5.0, data="a", parent="b")
+    assert choose(settings(chosen=known), refuse, [], CPU, step_tokens=100) == known
+    asked = settings(steps=None, minutes=1.0, chosen=known)
+    assert choose(asked, refuse, [], CPU, step_tokens=100) == known
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_an_explicit_dtype_wins_over_the_chosen_one(monkeypatch: pytest.MonkeyPatch, asked: str):
+    """--config RUN/config.yaml --dtype float32 asks for float32, whatever RUN had chosen."""
+    monkeypatch.setattr(measure, "_step_seconds", refuse)
+    for earlier in ("float32", "bfloat16"):
+        known = Chosen(dtype=earlier, peak_flops=5.0)  # type: ignore[arg-type]
+        assert (
+            choose(settings(dtype=asked, chosen=known), refuse, [], CPU, step_tokens=100).dtype
+            == asked
+        )
+
+
+def test_steps_that_fit_the_minutes(timings: dict[torch.dtype, float]):
+    timings[torch.bfloat16] = 0.5
+    found = chosen(settings(steps=None, minutes=10.0))
+    assert found.dtype == "bfloat16"
+    assert found.steps is not None
+    assert found.eval_every is not None
+    looks = -(-found.steps // found.eval_every)
+    used = found.steps * 0.5 + looks * 2.0  # of 600 seconds
+    assert 595 < used <= 600
+    assert chosen(settings(steps=None, minutes=10.0, eval_every=50)).eval_every == 50
+
+
+@pytest.mark.parametrize("left_s", [-5.0, 0.0, 0.3, 7.0, 60.0, 3600.0])
+@pytest.mark.parametrize("step_s", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("look_s", [0.0, 0.5, 30.0])
+@pytest.mark.parametrize("eval_every", [None, 1, 25])
+def test_a_budget_holds_its_steps_and_looks(
+    left_s: float, step_s: float, look_s: float, eval_every: int | None
+):
+    steps, every = fit(left_s, step_s, look_s, eval_every)
+    assert steps >= 1
+    assert every >= 1
+    assert every == (eval_every or every)
+    if steps > 1:
+        looks = -(-steps // every)
+        assert steps * step_s + (looks - 1) * look_s <= left_s + 1e-6
+
+
+def test_the_rate_of_this_machine_is_a_rate():
+    assert 1e8 < measure.matmul_flops(CPU, torch.float32, repeats=1) < 1e16
+
+
+def test_emulated_bfloat16_is_not_even_tried(
+    timings: dict[torch.dtype, float], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(measure, "multiplies_bfloat16", lambda device: False)
+    timings[torch.bfloat16] = 0.1
+    assert chosen(settings()).dtype == "float32"
+    monkeypatch.setattr(measure, "_step_seconds", refuse)
+    assert chosen(settings()).dtype == "float32"
+
+
+class Clock:
+    """A clock that only what is measured moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step_s: dict[torch.dtype, float]):
+        self.now, self.steps = 0.0, list[torch.dtype]()
+        self.step_s = step_s
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(measure, "multiplies_bfloat16", lambda device: True)
+        monkeypatch.setattr(measure, "matmul_flops", lambda device, dtype: 1e12)
+        monkeypatch.setattr(measure, "_step_seconds", self.step)
+
+    def step(self, dtype: Any) -> float:
+        self.steps.append(dtype)
+        self.now += self.step_s[dtype]
+        return self.step_s[dtype]
+
+
+def test_a_hopeless_dtype_is_given_up_after_one_step(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock(monkeypatch, {torch.float32: 0.5, torch.bfloat16: 5.0})
+    assert chosen(settings()).dtype == "float32"
+    assert clock.steps.count(torch.bfloat16) == 1
+    assert clock.steps.count(torch.float32) == 1 + 6  # 3 seconds of them
+
+
+@pytest.mark.parametrize(("minutes", "limit_s"), [(None, 20.0), (1.0, 3.0), (60.0, 20.0)])
+def test_timing_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch, minutes: Any, limit_s: float):
+    """Never more than one step of each dtype past the limit."""
+    for step_s in (0.1, 1.0, 7.0, 30.0):
+        clock = Clock(monkeypatch, {torch.float32: step_s, torch.bfloat16: step_s})
+        chosen(settings(minutes=minutes, steps=None if minutes else 5))
+        assert clock.now <= max(limit_s, 2 * step_s)
+
+
+def test_a_long_evaluation_is_foretold_from_a_step(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock(monkeypatch, {torch.float32: 1.0})
+
+    def look(model: Any, dtype: Any) -> dict[str, Any]:
+        clock.now += 100.0
+        return {}
+
+    class Scratch:
+        model, dtype = None, torch.float32
+
+    found = measure._look_seconds(Scratch(), [Probe(look, tokens=1000)], 0.1, until=20.0)  # type: ignore[arg-type]
+    assert found == pytest.approx(1000 * 0.1 * measure._FORWARD_SHARE)
+    assert clock.now == 0
+    assert measure._look_seconds(Scratch(), [Probe(look, tokens=10)], 0.1, until=20.0) == 100.0  # type: ignore[arg-type]
+
+
+def test_a_step_is_foretold_from_one_microbatch():
+    trainer = trainer_of(accumulation=4)
+    began = trainer.step
+    assert measure._step_seconds(trainer) > 0
+    assert trainer.step == began
+
+
+def test_every_look_is_timed_once():
+    seen: list[tuple[object, object]] = []
+    trainer = trainer_of()
+    looks = [Probe(lambda model, dtype: seen.append((model, dtype)) or {}) for _ in range(3)]
+    asked = settings(steps=None, minutes=0.01, dtype="float32", chosen=Chosen(peak_flops=1.0))
+    found = choose(asked, lambda dtype: trainer, looks, CPU, step_tokens=100)
+    assert seen == [(trainer.model, torch.float32)] * 3
+    assert found.steps is not None
+    assert 1 <= found.steps < 600  # a step takes more than a millisecond
+
+
+def losses(out: Path, asked: TrainSettings) -> list[float]:
+    config = tiny(dropout=0.2)
+    job = Job(
+        config=config,
+        fill=lambda model: initialise(model, 0),
+        make_loader=lambda shape, *_: random_loader(shape.rows),
+        sequences_per_epoch=10,
+        learning_rate=1e-2,
+        probes=[Probe(lambda model, dtype: {"seen": 1})],
+    )
+    run(replace(asked, out=out), job)
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_measuring_leaves_no_trace_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Dropout draws from the global random state, which measuring uses too."""
+    asked = settings(steps=6, sequence_length=12, batch_tokens=48)
+    known = Chosen(dtype="float32", peak_flops=1e9)
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "_step_seconds", refuse)
+        patch.setattr(measure, "matmul_flops", refuse)
+        quiet = losses(tmp_path / "known", replace(asked, chosen=known))
+    monkeypatch.setattr(measure, "multiplies_bfloat16", lambda device: True)
+    measured: list[torch.dtype] = []
+    stopwatch = measure._step_seconds
+
+    def noted(trainer: Any, *more: Any) -> float:
+        measured.append(trainer.dtype)
+        stopwatch(trainer, *more)
+        return {torch.float32: 1.0, torch.bfloat16: 2.0}[trainer.dtype]
+
+    monkeypatch.setattr(measure, "_step_seconds", noted)
+    torch.manual_seed(1234)
+    assert losses(tmp_path / "measured", asked) == quiet
+    assert set(measured) == {torch.float32, torch.bfloat16}
+    assert len(quiet) == 6
