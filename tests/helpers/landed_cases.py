@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openpalm import checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.align.logprobs import token_log_probs
-from openpalm.align.pairs import answer_record
-from openpalm.data.conversation import Message
-from openpalm.data.demonstration_files import read_demonstrations
-from openpalm.data.loader import IGNORE
-from openpalm.data.pair_files import read_pairs, read_ties
-from openpalm.data.rating_files import read_ratings
-from openpalm.data.tokenizer import Tokenizer
-from openpalm.data.verdict_files import read_verdicts
-from openpalm.model.heads import ActorCritic, Bins, CriticKind
+from openpalm.align.pairs.pairs import answer_record
+from openpalm.data.text.conversation import Message
+from openpalm.data.rows.demonstration_files import read_demonstrations
+from openpalm.data.batches.loader import IGNORE
+from openpalm.data.rows.pair_files import read_pairs, read_ties
+from openpalm.data.rows.rating_files import read_ratings
+from openpalm.data.text.tokenizer import Tokenizer
+from openpalm.data.rows.verdict_files import read_verdicts
+from openpalm.model.critic import ActorCritic, Bins, CriticKind
 from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer
 

@@ -35,10 +35,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import openpalm
-from openpalm import checkpoint
-from openpalm.adapter import load_adapter
-from openpalm.data.preferences import Preference
-from openpalm.data.shards import open_dataset
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.adapter import load_adapter
+from openpalm.data.rows.preferences import Preference
+from openpalm.data.dataset.shards import open_dataset
 from openpalm.model import lora
 from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer
