@@ -7,7 +7,7 @@ The names below are the public API. They are resolved on first use (PEP 562), so
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from openpalm.checkpoint.directory import load

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from openpalm.base.json_file import read_json
-from openpalm.checkpoint import weights_file
+from openpalm.checkpoint import tensors
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.model import lora
 from openpalm.model.config import LORA_TARGETS, LoraConfig, lora_from_json
@@ -101,7 +101,7 @@ def load_adapter(
             raise CheckpointError(f"{directory}: {misfit}")
         allow(f"{directory}: {misfit}")
     try:
-        with weights_file.opened(where) as file:
+        with tensors.opened(where) as file:
             stored = file.shapes()
             config = _config(values, list(stored), directory)
             config.check(model.config)

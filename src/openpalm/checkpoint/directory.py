@@ -3,7 +3,7 @@
     step-00002000/
       config.json  tokenizer.json  model.safetensors  fingerprint.safetensors  card.md
       adapter/         where one is attached: its factors once more, as PEFT lays them out
-      train/           optimizer and random state as tensors (DCP), the rest as state.json
+      train/           optimizer and random state in state.safetensors, the rest in state.json
       manifest.json    written last: every file's size and hash, its own hash, lineage
 
 A directory is written beside its final name and renamed, so it is whole or absent. A file is used
@@ -25,14 +25,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from openpalm import __version__
+from openpalm.base.console import shown
 from openpalm.base.hashing import sha256_of as _hash
 from openpalm.base.json_file import read_failure, read_json
-from openpalm.checkpoint import adapter, tensors, weights_file
+from openpalm.checkpoint import adapter, tensors
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model import lora
 from openpalm.model.config import (
@@ -55,6 +55,7 @@ _NAME = re.compile(r"[\w.-]{1,255}(/[\w.-]{1,255})*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "take an older checkpoint or another copy"
 _WEIGHTS, _FINGERPRINT = "model.safetensors", "fingerprint.safetensors"
+_STATE = "state.safetensors"
 
 Allow = Callable[[str], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,10 +104,9 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        cause = tensors.cause(error)
-        if refused := tensors.refusal(cause):
+        if refused := tensors.refusal(error):
             raise StorageError(f"{directory}: cannot be saved ({refused})") from error
-        raise cause from None
+        raise
 
 
 def load(
@@ -192,7 +192,7 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
         lora.attach(model, low_rank)
     if lora.config_of(model) != low_rank:
         raise CheckpointError(f"{directory}: its adapter differs from this model's")
-    with weights_file.opened(directory / _WEIGHTS) as file:
+    with tensors.opened(directory / _WEIGHTS) as file:
         for name, parameter in model.published():
             stored = file.finite(name, allow)
             if stored.shape != parameter.shape:
@@ -208,10 +208,25 @@ def load_train_state(directory: Path) -> TrainState:
     folder = directory / "train"
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: holds no train/ to resume; start from it with --init")
-    own = {n.removeprefix("train/") for n in verify(directory)["files"] if n.startswith("train/")}
-    if "state.json" not in own:
-        raise CheckpointError(f"{directory}: its manifest lists no train/state.json; {_REMEDY}")
-    return TrainState(tensors.read(folder, own), read_json(folder / "state.json", _REMEDY))
+    manifest = verify(directory)
+    for name in (_STATE, "state.json"):
+        if f"train/{name}" not in manifest["files"]:
+            _refuse_other_version(folder, manifest)
+            raise CheckpointError(f"{directory}: its manifest lists no train/{name}; {_REMEDY}")
+    with tensors.opened(folder / _STATE) as file:
+        state = file.all()
+    return TrainState(state, read_json(folder / "state.json", _REMEDY))
+
+
+def _refuse_other_version(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises SettingsError where another version wrote train/, which may differ from ours."""
+    versions = manifest.get("versions")
+    made = versions.get("openpalm") if isinstance(versions, dict) else None
+    if made != __version__:
+        raise SettingsError(
+            f"{folder}: was written by OpenPaLM {shown(str(made))} and cannot be resumed by "
+            f"{__version__}; resume it with that version, or start from its weights with --init"
+        )
 
 
 def resolve(path: str | Path, *, training: bool = False) -> Path:
@@ -377,7 +392,7 @@ def output(model: Transformer, ids: Tensor) -> Tensor:
 def _check_fingerprint(model: Transformer, directory: Path) -> None:
     if not lists(directory, _FINGERPRINT):
         return
-    with weights_file.opened(directory / _FINGERPRINT) as file:
+    with tensors.opened(directory / _FINGERPRINT) as file:
         written = file.tensor("logits") if "logits" in file.shapes() else None
     computed = fingerprint_logits(model)[1].cpu()
     if written is None or written.shape != computed.shape:
@@ -394,7 +409,7 @@ def _check_tensors(configs: Configs, directory: Path) -> None:
     """The stored names and shapes against the config's, so that a hostile size builds no model."""
     config, low_rank = configs.model, configs.lora
     where = directory / _WEIGHTS
-    with weights_file.opened(where) as file:
+    with tensors.opened(where) as file:
         stored = file.shapes()
     numbers = sum(math.prod(shape) for shape in stored.values())
     parameters = config.parameters + (low_rank.parameters(config) if low_rank else 0)
@@ -430,17 +445,15 @@ def _write_contents(
     reward = model.reward if isinstance(model, RewardModel) else None
     config |= {"reward": asdict(reward)} if reward else {}
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.published()}
-    safetensors.torch.save_file(weights, partial / _WEIGHTS)
+    tensors.write(partial / _WEIGHTS, dict(model.published()))
     if tokenizer is not None:
         _write_text(partial / "tokenizer.json", tokenizer)
     if fingerprint:
         tokens, logits = fingerprint_logits(model)
-        pair = {"tokens": tokens.cpu(), "logits": logits.cpu().contiguous()}
-        safetensors.torch.save_file(pair, partial / _FINGERPRINT)
+        tensors.write(partial / _FINGERPRINT, {"tokens": tokens, "logits": logits})
     if train is not None:
         (partial / "train").mkdir()
-        tensors.write(partial / "train", train.tensors)
+        tensors.write(partial / "train" / _STATE, train.tensors)
         _write_text(partial / "train" / "state.json", json.dumps(train.values, indent=1) + "\n")
     _write_text(partial / "card.md", card or default_card(model.config, reward))
 
