@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openpalm.checkpoint import directory as checkpoint
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.pairs import answer_record
-from openpalm.data.text.conversation import Message
-from openpalm.data.rows.demonstration_files import read_demonstrations
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.batches.loader import IGNORE
+from openpalm.data.rows.demonstration_files import read_demonstrations
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.rating_files import read_ratings
-from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.data.rows.verdict_files import read_verdicts
+from openpalm.data.text.conversation import Message
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.critic import ActorCritic, Bins, CriticKind
 from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer

@@ -37,8 +37,8 @@ from torch import Tensor
 import openpalm
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import load_adapter
-from openpalm.data.rows.preferences import Preference
 from openpalm.data.dataset.shards import open_dataset
+from openpalm.data.rows.preferences import Preference
 from openpalm.model import lora
 from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer
