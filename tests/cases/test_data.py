@@ -20,13 +20,6 @@ from openpalm.data.tokenizer import Tokenizer
 from openpalm.settings import parse
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder that is the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def lines(path: Path, *rows: object) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
