@@ -124,7 +124,7 @@ def dripping():
                 time.sleep(0.05)
             self.wfile.write(reply)
 
-        def log_message(self, *_):
+        def log_message(self, *_: object) -> None:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

@@ -16,8 +16,8 @@ from openpalm.model.transformer import Transformer, initialise
 
 
 def tiny(vocab_size: int, depth: int = 1) -> Transformer:
-    sizes = {"dim": 16, "heads": 2, "head_dim": 8, "ff_dim": 16}
-    model = Transformer(ModelConfig(vocab_size=vocab_size, depth=depth, **sizes))
+    config = ModelConfig(vocab_size=vocab_size, dim=16, depth=depth, heads=2, head_dim=8, ff_dim=16)
+    model = Transformer(config)
     initialise(model, 0)
     return model
 
@@ -36,7 +36,7 @@ def test_noise_in_the_distance_is_no_advantage(kind):
         reference=old + 1e-4 * torch.randn(8, 10, generator=generator),
         mask=torch.ones(8, 10, dtype=torch.bool),
     )
-    advantages = estimate(settings, rollout, settings.beta).advantages  # pyright: ignore
+    advantages = estimate(settings, rollout, settings.beta).advantages  # type: ignore[arg-type]
     assert advantages.abs().max() <= 1e-2
 
 
