@@ -59,7 +59,7 @@ class TensorFile:
 
     def all(self) -> dict[str, Tensor]:
         """Every tensor by name."""
-        return {name: self.tensor(name) for name in self._file.keys()}
+        return {name: self.tensor(name) for name in list(self._file.keys())}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor. Raises SafetensorError, which `opened` translates, where there is none."""
