@@ -186,6 +186,49 @@ def executing(source: str) -> Iterator[str]:
             yield from {"allow_pickle", "shell"} & {n for n, v in given.items() if v != "False"}
 
 
+def test_text_is_read_and_written_as_utf8():
+    found = [
+        f"{_relative(path)}:{line}"
+        for path in SOURCES
+        for line in of_the_locale(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("call", "wrong"),
+    [
+        ("path.write_text(text)", True),
+        ("path.read_text()", True),
+        ("path.open()", True),
+        ('path.open("a")', True),
+        ('open(name, "w", newline="")', True),
+        ('open(name, mode="r")', True),
+        ('path.open("a", encoding="utf-8")', False),
+        ('open(name, "rb")', False),
+        ('path.open(mode="wb")', False),
+        ("os.open(path, os.O_RDONLY)", False),
+        ("weights_file.opened(path)", False),
+    ],
+)
+def test_text_of_the_locale_is_recognised(call, wrong):
+    assert bool(list(of_the_locale(call))) == wrong
+
+
+def of_the_locale(source: str) -> Iterator[int]:
+    """The lines that open a text in the encoding of the user's locale."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) == "os.open":
+            continue
+        name = ast.unparse(node.func).rpartition(".")
+        words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        mode = node.args[0 if name[1] else 1 :][:1]
+        binary = "b" in words.get("mode", ast.unparse(mode[0]) if mode else "")
+        opens = name[2] in ("read_text", "write_text") or (name[2] == "open" and not binary)
+        if opens and "encoding" not in words:
+            yield node.lineno
+
+
 def test_layers_are_kept():
     tool = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
     if tool is None:

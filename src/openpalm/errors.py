@@ -15,6 +15,11 @@ A message says what is wrong, which value, and what to do, in one line.
 """
 
 
+def count_of(number: int, noun: str) -> str:
+    """A number of things as a message says it: `1 row`, `2,048 rows`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 class OpenPalmError(Exception):
     """Base of all errors raised on purpose; its text is the line a user reads."""
 

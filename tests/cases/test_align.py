@@ -11,13 +11,13 @@ import pytest
 import torch
 from command_line import rows
 from judge_server import Reply, fails, judging, says
-
-from openpalm.align.config import DpoSettings
 from openpalm.align.dpo import pair_losses
 from openpalm.align.endpoint import EndpointJudge
 from openpalm.align.judge import Question
 from openpalm.data.pair_files import read_pairs
 from openpalm.data.verdict_files import read_verdicts
+
+from openpalm.align.config import DpoSettings
 from openpalm.errors import SettingsError, WorkError
 
 

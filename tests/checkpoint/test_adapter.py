@@ -100,7 +100,6 @@ HOSTILE = {
     "pissa": (lambda d: change(d, init_lora_weights="pissa"), "'pissa' can change the base"),
     "pissa, fast": (lambda d: change(d, init_lora_weights="pissa_niter_16"), "can change the base"),
     "olora": (lambda d: change(d, init_lora_weights="olora"), "can change the base"),
-    "eva": (lambda d: change(d, init_lora_weights="eva"), "can change the base"),
     "corda": (lambda d: change(d, init_lora_weights="corda"), "can change the base"),
     "loftq": (lambda d: change(d, init_lora_weights="loftq"), "can change the base"),
     "a factor that is nan": (
@@ -142,7 +141,7 @@ def test_what_is_no_adapter_of_this_model_is_refused(written, kind):
     assert not lora.is_attached(model)
 
 
-@pytest.mark.parametrize("start", [True, False, None, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "orthogonal", "eva"])
 def test_an_initialisation_that_keeps_the_base_is_fine(model, written, start):
     change(written, init_lora_weights=start)
     check_read_back(model, written)

@@ -443,6 +443,31 @@ def test_weights_that_are_not_finite(copied: Path, number: float, dtype: str):
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["optimizer/a.weight/exp_avg", "model/critic.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_that_is_not_finite(tmp_path: Path, number: float, name: str, dtype: torch.dtype):
+    whole = state().tensors | {name: torch.arange(12.0, dtype=dtype).view(3, 4)}
+    directory = save(tmp_path / "whole", train=TrainState(whole, {"step": 12}))
+    assert torch.equal(checkpoint.load_train_state(directory).tensors[name], whole[name])
+    whole[name][2, 1] = number
+    directory = save(tmp_path / "ruined", train=TrainState(whole, {"step": 12}))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load_train_state(directory)
+    assert str(caught.value) == (
+        f"{directory}/train: {name} holds numbers that are not finite; "
+        "take an older checkpoint or another copy"
+    )
+    openpalm.load(directory)  # what is published is whole
+
+
+def test_what_a_rollout_keeps_may_be_infinite(tmp_path: Path):
+    kept = state().tensors | {"loader/logprobs": torch.tensor([0.0, -float("inf")])}
+    directory = save(tmp_path / "rollout", train=TrainState(kept, {"step": 12}))
+    found = checkpoint.load_train_state(directory).tensors["loader/logprobs"]
+    assert torch.equal(found, kept["loader/logprobs"])
+
+
 def test_the_fingerprint_notices_other_weights_with_a_valid_manifest(copied: Path):
     weights = safetensors.torch.load_file(copied / "model.safetensors")
     weights["blocks.1.project_out.down"][3, 5] += 0.5

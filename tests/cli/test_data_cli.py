@@ -27,7 +27,7 @@ def test_prepare_says_what_it_made_and_what_comes_next(text, tmp_path, capsys):
     out = tmp_path / "out"
     status, said, errors = run(capsys, "prepare", text, "--out", out, "--tokenizer", "byte")
     assert (status, errors) == (0, "")
-    assert "read 1 documents: 0 repeated and 0 blank left out" in said
+    assert "read 1 document: 0 repeated and 0 blank left out" in said
     assert "1,425 bytes" in said
     assert f"openpalm train --model palm-tiny --data {out}" in said
     status, said, _ = run(capsys, "prepare", text, "--out", out, "--tokenizer", "byte")

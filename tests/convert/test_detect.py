@@ -115,7 +115,7 @@ FIRST = "layers.0.fn."
         ({f"{FIRST}norm.beta": torch.ones(8)}, "not what the original computes"),
         ({f"{FIRST}rotary_emb.inv_freq": torch.ones(2)}, "not what the original computes"),
         ({f"{FIRST}rotary_emb.scale": torch.ones(2)}, "not what the original computes"),
-        ({"extra": torch.ones(2)}, r"1 tensors .*\(extra\)"),
+        ({"extra": torch.ones(2)}, r"1 tensor .*\(extra\)"),
         ({"norm.gamma": torch.full((8,), torch.nan)}, "infinite or undefined"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import socket
 
 import pytest
+from servers import HANGS_S
 
 from openpalm.serve.access.auth import MAX_BODY_BYTES
 
@@ -197,8 +198,9 @@ def test_only_this_machines_own_names_are_answered(server, host, status):
     ],
 )
 def test_what_is_no_http(server, sent):
-    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":")[-1])), timeout=5) as s:
-        s.sendall(sent)
+    port = int(server.url.rsplit(":")[-1])
+    with socket.create_connection(("127.0.0.1", port), timeout=HANGS_S) as connection:
+        connection.sendall(sent)
     assert server.call("/health").status == 200
     server.wait_idle()
 
@@ -206,7 +208,7 @@ def test_what_is_no_http(server, sent):
 def test_a_body_in_chunks_is_bounded_too(server):
     port = int(server.url.rsplit(":")[-1])
     chunk = b"%x\r\n" % (1 << 20) + b" " * (1 << 20) + b"\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=HANGS_S) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
         connection.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
         for _ in range(10):
@@ -217,7 +219,7 @@ def test_a_body_in_chunks_is_bounded_too(server):
 
 def raw_request(server, content):
     port = int(server.url.rsplit(":")[-1])
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=HANGS_S) as connection:
         connection.sendall(content)
         reply = b""
         while part := connection.recv(1 << 16):

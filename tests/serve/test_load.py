@@ -4,11 +4,10 @@ import asyncio
 import random
 import signal
 import threading
-import time
 from collections import Counter
 
 import pytest
-from servers import call_async, serving
+from servers import HANGS_S, call_async, serving
 
 from openpalm.generate.engine import Request
 from openpalm.generate.sampling import Sampling
@@ -45,7 +44,7 @@ def test_who_hangs_up_frees_the_slot_at_once(server, stream):
     before = server.metric("openpalm_generated_tokens_total")
     body = ENDLESS | {"stream": stream, "n": 4}
     asyncio.run(together(server.url, [body] * 5, leave_after=1 if stream else 0))
-    server.wait_idle(timeout_s=5)
+    server.wait_idle()
     assert server.metric("openpalm_generated_tokens_total") == before, "some were finished"
 
 
@@ -93,15 +92,23 @@ def test_a_refusal_says_when_to_come_back(base):
 
         holder = threading.Thread(target=hold)
         holder.start()
-        deadline = time.monotonic() + 20
         try:
-            while (answer := server.call(COMPLETIONS, ENDLESS)).status == 200:
-                assert time.monotonic() < deadline
+            for _ in range(500):  # its turn between two of the holder's requests is luck
+                if (answer := server.call(COMPLETIONS, ENDLESS)).status != 200:
+                    break
         finally:
             over.set()
             holder.join()
         assert (answer.status, answer.body["error"]["code"]) == (429, "overloaded")
         assert answer.headers["Retry-After"] == "1"
+
+
+async def status_of(url):
+    """The status of a short request; None where the server accepts no connection."""
+    try:
+        return (await call_async(url, COMPLETIONS, ENDLESS | {"max_tokens": 1})).status
+    except OSError:
+        return None
 
 
 def test_sigterm_under_load_loses_nothing_in_flight(base):
@@ -114,20 +121,18 @@ def test_sigterm_under_load_loses_nothing_in_flight(base):
             while await asyncio.to_thread(server.metric, "openpalm_sequences_load") < 150:
                 assert not any(call.done() for call in calls)
             server.process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.2)
+            while (late := await status_of(server.url)) == 200:
+                pass
             assert not all(call.done() for call in calls), "nothing was in flight"
-            late = await asyncio.gather(
-                call_async(server.url, COMPLETIONS, ENDLESS), return_exceptions=True
-            )
-            return await asyncio.gather(*calls), late[0]
+            return await asyncio.gather(*calls), late
 
         answers, late = asyncio.run(load())
         assert Counter(answer.status for answer in answers) == {200: 24}
         for answer in answers:
             assert answer.body.rstrip().endswith(("[DONE]", "}"))
             assert answer.body.count('"length"') == 8
-        assert isinstance(late, OSError) or late.status == 503
-        server.process.wait(timeout=30)
+        assert late in (None, 503)
+        server.process.wait(timeout=HANGS_S)
         assert server.process.returncode == 0
         assert server.process.stderr.read() == ""
 
@@ -148,8 +153,8 @@ def test_a_drain_that_takes_too_long_is_cut_off_and_says_so(base, signals):
                 await asyncio.sleep(0.1)
             return await calls
 
-        answers = asyncio.run(asyncio.wait_for(load(), 30))
-        assert server.process.wait(timeout=20) == 0
+        answers = asyncio.run(load())
+        assert server.process.wait(timeout=HANGS_S) == 0
         cut = [answer for answer in answers if "draining" in answer.body]
         assert len(cut) > 50
         assert {answer.status for answer in cut} == {200, 503}, "streams had begun"

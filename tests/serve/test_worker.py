@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from servers import HANGS_S
 from tiny_models import tiny
 
 from openpalm.data.text.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def run(test, *, slots=4, queue_limit=8, model=None):
         worker = Worker(Served("tiny", engine, Tokenizer.byte(), "-"), queue_limit=queue_limit)
         worker.start()
         try:
-            await asyncio.wait_for(test(worker, engine), 30)
+            await asyncio.wait_for(test(worker, engine), HANGS_S)
         finally:
             worker.stop()
 

@@ -34,9 +34,10 @@ _UNSUPPORTED = (
 """Variants of PEFT that compute something else: none may be set."""
 
 
-_KEEPS_BASE = (None, True, False, "gaussian", "orthogonal")
-"""PEFT's init_lora_weights that leave the base as it is; pissa, olora, corda and loftq subtract
-from its weights what the factors start with, so the factors fit the changed weights only."""
+_KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
+"""PEFT's init_lora_weights that leave the base as it is (eva chooses A by the activations and sets
+B to zero); pissa, olora and corda subtract from its weights what the factors start with and loftq
+quantises them, so the factors fit the changed weights only."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 

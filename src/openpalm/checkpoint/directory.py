@@ -54,6 +54,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 _NAME = re.compile(r"[\w.-]{1,255}(/[\w.-]{1,255})*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "take an older checkpoint or another copy"
+_STEPPED = ("optimizer/", "model/")  # moments, and weights that only training needs
 _WEIGHTS, _FINGERPRINT = "model.safetensors", "fingerprint.safetensors"
 _STATE = "state.safetensors"
 
@@ -204,7 +205,8 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
 
 
 def load_train_state(directory: Path) -> TrainState:
-    """What `save` was given as `train`. Raises CheckpointError if it was published without."""
+    """What `save` was given as `train`. Raises CheckpointError if it was published without, or
+    where the optimizer's state or a weight in it is not finite."""
     folder = directory / "train"
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: holds no train/ to resume; start from it with --init")
@@ -215,6 +217,7 @@ def load_train_state(directory: Path) -> TrainState:
             raise CheckpointError(f"{directory}: its manifest lists no train/{name}; {_REMEDY}")
     with tensors.opened(folder / _STATE) as file:
         state = file.all()
+    tensors.check_finite(folder, {n: t for n, t in state.items() if n.startswith(_STEPPED)})
     return TrainState(state, read_json(folder / "state.json", _REMEDY))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from openpalm.align.config import reward_sources
 from openpalm.base.settings import parse
-from openpalm.errors import DataError, SettingsError
+from openpalm.errors import DataError, SettingsError, count_of
 
 if TYPE_CHECKING:
     from openpalm.align.judging.rewards import Reader
@@ -98,11 +98,10 @@ def run(argv: Sequence[str]) -> None:
         print(json.dumps(told))
         return
     best = ", ".join(f"{value:.4g} of {n}" for n, value in told["reward_by_n"].items())
-    prompts = f"{told['prompts']} prompt{'s' * (told['prompts'] != 1)}"
-    print(f"{prompts}; mean reward of the best answer: {best}")
+    print(f"{count_of(told['prompts'], 'prompt')}; mean reward of the best answer: {best}")
     print(f"at most {told['kl_bound']:.3f} nats from the policy that drew them")
     if settings.pairs is not None:
-        print(f"{settings.pairs}: {told['pairs']} pair{'s' * (told['pairs'] != 1)}")
+        print(f"{settings.pairs}: {count_of(told['pairs'], 'pair')}")
     print(settings.out)
 
 

@@ -23,7 +23,7 @@ from openpalm.data.batches.token_mixture import TokenSets
 from openpalm.data.dataset.document_index import Documents
 from openpalm.data.dataset.shards import Dataset
 from openpalm.data.rows.usable import Usable
-from openpalm.data.text.tokenizer import Tokenizer
+from openpalm.data.text.tokenizer import Tokenizer, is_bpe
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
 from openpalm.generate.defaults import Defaults, defaults_of
@@ -54,9 +54,17 @@ def weights_path(name: str) -> Path:
 
 
 def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None:
-    """The tokenizer at `given`, else the checkpoint's own, else None."""
+    """The tokenizer at `given`, else the checkpoint's own, else None.
+
+    The files beside `given` name its end of text, as they do for `data prepare`.
+    """
     if given is not None:
-        return Tokenizer.load(given)
+        if is_bpe(str(given)):
+            raise SettingsError(
+                f"--tokenizer {given}: there is no text to train it on; give byte or a "
+                "tokenizer.json"
+            )
+        return Tokenizer.from_spec(str(given), ())
     if checkpoint.tokenizer_json(directory) is None:
         return None
     return Tokenizer.load(directory / "tokenizer.json")

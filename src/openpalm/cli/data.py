@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from openpalm.base import settings
 from openpalm.base.typed import home
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, count_of
 
 if TYPE_CHECKING:
     from openpalm.data.dataset.inspection import Inspection
@@ -171,8 +171,8 @@ def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
     counts = manifest.documents
     lines = [f"{out}: already holds this dataset, nothing changed"] if manifest.unchanged else []
     lines.append(
-        f"read {counts.read:,} documents: {counts.duplicates:,} repeated and {counts.blank:,} "
-        "blank left out"
+        f"read {count_of(counts.read, 'document')}: {counts.duplicates:,} repeated and "
+        f"{counts.blank:,} blank left out"
     )
     if manifest.left_out:
         counts = (f"{count:,} {reason}" for reason, count in manifest.left_out.items())
@@ -205,14 +205,14 @@ def _lost(split: str, lost: int, kept: int) -> list[str]:
 def _inspected(path: Path, found: "Inspection") -> str:
     lines = [
         f"{path}: vocabulary {found.vocab_size:,}, {found.dtype}, validation split by "
-        f"{found.split_by}; {found.files_checked} files intact"
+        f"{found.split_by}; {count_of(found.files_checked, 'file')} intact"
     ]
     for name, split in found.splits.items():
         levels = "  ".join(f"{level} {v:,}" for level, v in split.length_percentiles.items())
         lines += [
             "",
-            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} "
-            f"bytes, {split.bytes_per_token:.2f} bytes a token",
+            f"{name}: {count_of(split.documents, 'document')}, {count_of(split.tokens, 'token')}, "
+            f"{split.bytes:,} bytes, {split.bytes_per_token:.2f} bytes a token",
             f"  tokens a document: {levels}",
             *_lost(name, split.lost, split.bytes),
         ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from openpalm.align.config import WITHOUT_REFERENCE, DpoSettings
 from openpalm.base.settings import parse
+from openpalm.errors import count_of
 
 if TYPE_CHECKING:
     from openpalm.data.text.tokenizer import Tokenizer
@@ -100,13 +101,14 @@ def _judgements(
     if settings.loss == "kto" and len(kinds := {verdict.label for verdict in fitting}) == 1:
         kind, other = ("good", "bad") if kinds == {1.0} else ("bad", "good")
         print(
-            f"{label}: all {len(fitting)} verdicts are {kind}; without {other} ones kto only makes "
-            f"these answers {'likelier' if kind == 'good' else 'less likely'}",
+            f"{label}: {count_of(len(fitting), 'verdict')}, all {kind}; without {other} ones kto "
+            f"only makes these answers {'likelier' if kind == 'good' else 'less likely'}",
             file=sys.stderr,
         )
     if settings.loss in WITHOUT_REFERENCE:
         return fitting
-    with Console(stderr=True).status(f"what {directory} thinks of {len(fitting)} {unit}"):
+    amount = count_of(len(fitting), unit.removesuffix("s"))
+    with Console(stderr=True).status(f"what {directory} thinks of {amount}"):
         reference = checkpoint.load(directory, str(pick_device(settings.device)))
         return made.with_reference(reference, fitting)
 

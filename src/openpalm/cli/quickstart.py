@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from openpalm.align.config import SftSettings
 from openpalm.base.settings import parse
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, count_of
 from openpalm.train.config import OptimSettings, PretrainSettings
 
 if TYPE_CHECKING:
@@ -241,7 +241,8 @@ def prefer(settings: QuickstartSettings, console: "Console") -> Preferred | None
         data.write_text("".join(json.dumps(row) + "\n" for row in judged), encoding="utf-8")
     judgements = len(data.read_text(encoding="utf-8").splitlines())
     if judgements < LEAST_JUDGED:
-        console.print(f"{judgements} judgements: its answers are too much alike to prefer any")
+        found = count_of(judgements, "judgement")
+        console.print(f"{found}: its answers are too much alike to prefer any")
         return None
     outcome = dpo_verb(
         DpoSettings(

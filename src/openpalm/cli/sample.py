@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from openpalm.base.settings import parse
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, count_of
 
 if TYPE_CHECKING:
     from openpalm.data.text.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ def _request(
         new_tokens = settings.seq_len - len(ids)
         if new_tokens < 1:
             raise SettingsError(
-                f"--seq_len {settings.seq_len}: the prompt alone has {len(ids)} tokens"
+                f"--seq_len {settings.seq_len}: the prompt alone has {count_of(len(ids), 'token')}"
             )
     top_k = settings.top_k
     if settings.filter_thres is not None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from openpalm.align.config import SftSettings
 from openpalm.base.settings import parse
+from openpalm.errors import count_of
 
 if TYPE_CHECKING:
     from openpalm.data.batches.loader import Record
@@ -60,9 +61,9 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     for task, size, share in zip(mixture.tasks, sizes, shares, strict=True) if draws else ():
         print(f"{label}: {task.data}: {share} draws an epoch of {size} examples", file=sys.stderr)
     if cut := truncated([*trained, *measured], length):
+        whole = count_of(len(trained) + len(measured), "conversation")
         print(
-            f"{label}: {cut} of {len(trained) + len(measured)} conversations are longer than "
-            f"{length} tokens and are cut at the end; --sequence-length takes more",
+            f"{label}: cut at {length} tokens: {cut} of {whole}; --sequence-length takes more",
             file=sys.stderr,
         )
     kind = PackedLoader if settings.pack else RecordLoader

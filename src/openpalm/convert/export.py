@@ -68,7 +68,8 @@ def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]
     try:
         partial.mkdir(parents=True)
         torch.save(state, partial / written_name(model))
-        (partial / "config.json").write_text(json.dumps(arguments, indent=2) + "\n")
+        text = json.dumps(arguments, indent=2) + "\n"
+        (partial / "config.json").write_text(text, encoding="utf-8")
         partial.rename(directory)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or "the disk is full or refuses"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from openpalm.base.json_file import read_json
 from openpalm.base.pickle_check import check_pickle
-from openpalm.errors import CheckpointError
+from openpalm.errors import CheckpointError, count_of
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
@@ -110,9 +110,10 @@ class Tensors:
         """Refuses what nobody took."""
         if self._left:
             shown = ", ".join(sorted(self._left)[:3])
+            tensors = count_of(len(self._left), "tensor")
             raise CheckpointError(
-                f"{self.where}: holds {len(self._left)} tensors that this kind of model does not "
-                f"have ({shown:.120}); it is another model, or a newer version of it"
+                f"{self.where}: holds {tensors} that this kind of model "
+                f"does not have ({shown:.120}); it is another model, or a newer version of it"
             )
 
 

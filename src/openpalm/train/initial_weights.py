@@ -8,7 +8,7 @@ from pathlib import Path
 from openpalm.base.settings import plain, spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.errors import CheckpointError, SettingsError
+from openpalm.errors import CheckpointError, SettingsError, count_of
 from openpalm.model import lora
 from openpalm.model.config import PRESETS, ModelConfig, Preset, RewardConfig, preset
 from openpalm.model.transformer import Transformer, initialise
@@ -108,8 +108,8 @@ def check_trained(settings: TrainSettings, config: ModelConfig) -> None:
     settings.lora.config(config)
     if settings.last_layers is not None and settings.last_layers > config.depth:
         raise SettingsError(
-            f"--last-layers {settings.last_layers}: the model has {config.depth} blocks; "
-            "take fewer, or leave it out to train everything"
+            f"--last-layers {settings.last_layers}: the model has "
+            f"{count_of(config.depth, 'block')}; take fewer, or leave it out to train everything"
         )
 
 

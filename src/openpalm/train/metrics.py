@@ -41,7 +41,7 @@ class RowFile:
     def sync(self) -> None:
         """Forces the rows to disk, before a checkpoint promises them."""
         if self.path.exists():
-            with self.path.open("a") as file:
+            with self.path.open("ab") as file:
                 os.fsync(file.fileno())
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from openpalm.base.device import keep_freed_memory, pick_device
 from openpalm.base.settings import plain, spell
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.errors import CheckpointError, SettingsError, TrainingError, WorkError
+from openpalm.errors import CheckpointError, SettingsError, TrainingError, WorkError, count_of
 from openpalm.model.transformer import initialise
 from openpalm.parallel.world import world
 from openpalm.train import run_directory
@@ -167,7 +167,7 @@ class _Session:
         part = "" if self.settings.trains_all else f" ({trained:,} of them learn)"
         return (
             f"{self.job.label}: {self.job.config.parameters:,} parameters{part}, "
-            f"{self.trainer.steps:,} step{'s' * (self.trainer.steps != 1)} "
+            f"{count_of(self.trainer.steps, 'step')} "
             f"of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}, "
             f"{self.settings.optim.name} at lr {self.job.peak_rate(self.settings):.3g}"
         )

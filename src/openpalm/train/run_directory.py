@@ -12,7 +12,7 @@ from typing import Any
 
 from openpalm.base.settings import build, plain, read_yaml, spell, to_yaml
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.errors import CheckpointError, SettingsError
+from openpalm.errors import CheckpointError, SettingsError, count_of
 from openpalm.train.config import Chosen, PretrainSettings, ProfileSettings, Ramp, TrainSettings
 from openpalm.train.optimization.parameter_groups import learning_rate_factor
 
@@ -159,7 +159,7 @@ def _refuse_another_length(stored: TrainSettings, asked: TrainSettings) -> None:
         else "a shorter run would have had another schedule"
     )
     raise SettingsError(
-        f"--steps {now}: --out {asked.out} is a run of {was} steps, and {reason}; "
+        f"--steps {now}: --out {asked.out} is a run of {count_of(was, 'step')}, and {reason}; "
         f"train on from it with --init {asked.out} and another --out, or give --steps {was}"
     )
 

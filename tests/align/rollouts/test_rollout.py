@@ -419,5 +419,5 @@ def test_a_reward_must_be_finite(value):
     assert checked(lambda a: [1, 2.5], answers) == [1.0, 2.5]
     with pytest.raises(WorkError, match=f"an answer to prompt 3 is {value}; it must be a finite"):
         checked(lambda a: [1.0, value], answers)
-    with pytest.raises(WorkError, match="gave 1 numbers for 2 answers"):
+    with pytest.raises(WorkError, match="gave 1 number for 2 answers"):
         checked(lambda a: [1.0], answers)

@@ -199,7 +199,7 @@ def test_every_validation_token_is_predicted_exactly_once(size, count):
 
 
 def test_nothing_to_predict():
-    with pytest.raises(DataError, match="1 tokens give nothing to predict"):
+    with pytest.raises(DataError, match="nothing to predict in 1 token;"):
         next(evaluation_batches(TOKENS[:1], sequence_length=16, rows=1))
 
 
@@ -234,9 +234,9 @@ def test_a_conversation_is_learnt_as_it_is_rendered(byte):
 
 
 def test_records_without_a_target():
-    with pytest.raises(DataError, match="1 of 2 records have fewer than 2 tokens"):
+    with pytest.raises(DataError, match="of 2 records 1 with fewer than 2 tokens"):
         record_loader([Record([1], [True]), Record([1, 2], [True, True])])
-    with pytest.raises(DataError, match="0 of 0 records"):
+    with pytest.raises(DataError, match="of 0 records 0 with"):
         record_loader([])
 
 

@@ -289,5 +289,5 @@ def test_token_files_that_cannot_be_used(tmp_path):
     np.array([1, 2], dtype=np.uint16).tofile(folder / "train.bin")
     for odd in (b"", b"abc"):
         (folder / "val.bin").write_bytes(odd)
-        with pytest.raises(DataError, match=r"val\.bin: \d bytes are no uint16 token ids"):
+        with pytest.raises(DataError, match=r"val\.bin: not uint16 token ids \(\d bytes\)"):
             run(folder, tmp_path / "out")

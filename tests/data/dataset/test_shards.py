@@ -355,6 +355,64 @@ def test_two_at_once_do_not_mix(tmp_path):
     assert open_dataset(tmp_path / "out").manifest.documents.read == 20
 
 
+FAILURES = {
+    errno.EIO: (StorageError, r"b\.\w+: cannot be read \(.*Input/output error"),
+    errno.EACCES: (DataError, r"b\.\w+: cannot be read \(.*Permission denied"),
+    errno.ENOENT: (DataError, r"b\.\w+: no such file or folder"),
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet"])
+@pytest.mark.parametrize("number", FAILURES)
+def test_a_source_that_cannot_be_read_now_keeps_what_was_done(number, kind, tmp_path, monkeypatch):
+    """In the first pass or the second: the source is named, not --out, and nothing is removed."""
+    corpus(tmp_path / "a.jsonl", 200)
+    second = tmp_path / f"b.{kind}"
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist([{"text": f"row {i}"} for i in range(50)]), second)
+    else:
+        corpus(second, 50, prefix="other")
+    inputs = [tmp_path / "a.jsonl", second]
+    monkeypatch.setattr(progress_file, "CHECKPOINT_S", 0.0)
+    expected, says = FAILURES[number]
+    for fails_at in (1, 2):
+        with monkeypatch.context() as patch:
+            fail_to_open(patch, second, number, fails_at)
+            with pytest.raises(expected, match=says) as caught:
+                run(tmp_path, *inputs)
+        assert "--out" not in str(caught.value)
+        first = (tmp_path / "out" / progress_file.PARTIAL).read_bytes().splitlines()
+        assert [json.loads(line)["scanned"]["name"] for line in first if b'"scanned"' in line] == [
+            str(source) for source in inputs[:fails_at]
+        ]
+    run(tmp_path, *inputs)
+    run(tmp_path, *inputs, out="at-once")
+    assert contents(tmp_path / "out") == contents(tmp_path / "at-once")
+
+
+def fail_to_open(patch, path, number, at):
+    """In pass `at`, `path` cannot be opened: the error of the system."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        owner, name, opens_a_pass = parquet, "ParquetFile", 2
+    else:
+        owner, name, opens_a_pass = type(path), "open", 1
+    count, unpatched = 0, getattr(owner, name)
+
+    def opened(given, *more, **options):
+        nonlocal count
+        count += given == path
+        if given == path and count == opens_a_pass * at:
+            raise OSError(number, os.strerror(number), str(path))
+        return unpatched(given, *more, **options)
+
+    patch.setattr(owner, name, opened)
+
+
 @pytest.mark.parametrize("change", ["edit", "append", "shorten"])
 def test_inputs_that_change_meanwhile_are_noticed(change, tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
@@ -390,9 +448,9 @@ def test_bad_input_writes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (" \n", "no text in 1 documents"),
+        (" \n", "no text in 1 document;"),
         ("a", "too little text: 0 tokens for the train split, at least 2"),
-        ("ab", "too little text: 1 tokens for the train split"),
+        ("ab", "too little text: 1 token for the train split"),
     ],
 )
 def test_tiny_inputs(text, says, tmp_path):

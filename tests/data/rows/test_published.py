@@ -11,7 +11,7 @@ import re
 import pytest
 
 from openpalm.data.rows.demonstration_files import read_demonstrations
-from openpalm.data.rows.pair_files import read_pairs
+from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import Pair, Rating
 from openpalm.data.rows.prompt_files import read_prompts
 from openpalm.data.rows.rating_files import read_ratings
@@ -448,3 +448,44 @@ def test_oasst_conversations_learn_every_answer_once(tmp_path, flat):
     assert [text for text in learnt if text[-1] in "bdef"] == ["text b", "text d", "text e"]
     asked = read_prompts(path).items
     assert [row.prompt[-1].content for row in asked] == ["text a", "text c"]
+
+
+TIES = {
+    "arena": (arena, sees_arena, {"winner": "model_a"}, {"winner": "tie"}, {"winner": "both_bad"}),
+    "kaggle": (kaggle, sees_kaggle, {}, {"winner_model_a": 0, "winner_tie": 1}, None),
+}
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_ties_as_published_are_ties_of_the_two_answers(name, tmp_path):
+    """A tie has the prompt and answers of the same row where the first answer won."""
+    make, sees, won, tied, bad = TIES[name]
+    numbers = iter(range(1000))
+    rows = [make(lambda: f"w{next(numbers)}") for _ in range(4)]
+    expected = [sees(row | won) for row in rows[:2]]
+    path = tmp_path / "rows.jsonl"
+    given = [rows[0] | tied, rows[2] | won, rows[1] | tied, rows[3] | (bad or won)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
+    found = [tuple([(m.role, m.content) for m in part] for part in tie) for tie in read_ties(path)]
+    assert found == expected
+    pairs = read_pairs(path)
+    assert pairs.unused == {"tie": 2} | ({"both bad": 1} if bad else {})
+    assert len(pairs.items) == (1 if bad else 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "sides", "prompt"),
+    [
+        ("preference_strength", ("response_1", "response_2"), {"prompt": "w1"}),
+        ("overall_preference", ("response1", "response2"), {"context": turns("w1")}),
+    ],
+)
+def test_a_preference_of_no_strength_is_a_tie(field, sides, prompt, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = prompt | dict(zip(sides, ("w2", "w3"), strict=True))
+    lines = [json.dumps(row | {field: strength}) + "\n" for strength in (0, -2)]
+    path.write_text("".join(lines), encoding="utf-8")
+    (tie,) = read_ties(path)
+    assert [[m.content for m in part] for part in tie] == [["w1"], ["w2"], ["w3"]]
+    (pair,) = read_pairs(path).items
+    assert [m.content for m in pair.chosen] == ["w2"]

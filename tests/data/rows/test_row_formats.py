@@ -7,7 +7,7 @@ import pytest
 from data_samples import shared_file
 
 from openpalm.data.rows.demonstration_files import read_demonstrations
-from openpalm.data.rows.pair_files import read_pairs
+from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import Pair, Verdict
 from openpalm.data.rows.prompt_files import PromptRow, read_prompts
 from openpalm.data.rows.row_formats import form_of
@@ -250,6 +250,18 @@ def test_ties_of_a_ranking_are_counted(save):
         found, unused = read_pairs(save(texts | order))[:2]
         assert [pair.rejected for pair in found] == [say("b"), say("c")]
         assert unused == {"tie": 3, "equal answers": 1}
+        ties = read_ties(save(texts | order))
+        assert [tie[1:] for tie in ties] == [
+            (say("b"), say("c")),
+            (say("b"), say("a")),
+            (say("c"), say("a")),
+        ]
+
+
+def test_equal_scores_are_ties(save):
+    path = save({"prompt": "q", "responses": ["a", "b", "c"], "scores": [1, 2, 1]})
+    assert [tie[1:] for tie in read_ties(path)] == [(say("a"), say("c"))]
+    assert read_pairs(path).unused == {"tie": 1}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from servers import serving
+from servers import HANGS_S, serving
 
 from openpalm.serve.access import auth
 from openpalm.serve.access.connections import MAX_HEAD_BYTES, MAX_HEADERS
@@ -16,7 +16,7 @@ def exchange(server, *parts, most=60 << 20):
     """What comes back for the bytes, sent until the server hangs up."""
     port = int(server.url.rsplit(":")[-1])
     reply = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=HANGS_S) as connection:
         try:
             sent = 0
             for part in parts:

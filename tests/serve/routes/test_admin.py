@@ -2,12 +2,12 @@
 
 import http.server
 import json
+import queue
 import threading
-import time
 
 import pytest
 from command_line import write_base
-from servers import serving
+from servers import HANGS_S, serving
 
 from openpalm.cli.serve import _name
 
@@ -24,11 +24,11 @@ def other(tmp_path_factory):
 @pytest.fixture(scope="module")
 def inbox():
     """A server that keeps what is posted to it; its address, and what came."""
-    came = []
+    came = queue.SimpleQueue()
 
     class Keeper(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            came.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            came.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(204)
             self.end_headers()
 
@@ -111,19 +111,17 @@ def test_scores_of_what_does_not_fit(guarded):
 
 def test_only_what_its_user_agreed_to_share_is_kept(guarded, inbox):
     _, came = inbox
-    guarded.call("/v1/chat/completions", HELLO, key="sesame")
-    guarded.call("/v1/chat/completions", HELLO | {"store": False}, key="sesame")
+    private = HELLO | {"messages": [{"role": "user", "content": "a secret"}]}
+    guarded.call("/v1/chat/completions", private, key="sesame")
+    guarded.call("/v1/chat/completions", private | {"store": False}, key="sesame")
     shared = guarded.call("/v1/chat/completions", HELLO | {"store": True}, key="sesame")
     streamed = HELLO | {"store": True, "stream": True}
     guarded.call("/v1/chat/completions", streamed, key="sesame")
-    for _ in range(200):
-        if len(came) < 2:
-            time.sleep(0.05)
-    assert len(came) == 2
-    for record in came:
+    for record in (came.get(timeout=HANGS_S) for _ in range(2)):
         assert record["messages"] == HELLO["messages"]
         assert record["answer"] == shared.body["choices"][0]["message"]["content"]
         assert (record["model"], record["sampling"]["seed"]) == ("base", 1)
+    assert came.empty()
 
 
 def test_a_model_is_replaced_while_requests_are_in_flight(base, other):

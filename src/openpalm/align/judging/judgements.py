@@ -29,7 +29,7 @@ from openpalm.data.rows.preferences import Candidate, Messages, Preference
 from openpalm.data.rows.prompt_files import PromptRow
 from openpalm.data.text.conversation import stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.errors import WorkError
+from openpalm.errors import WorkError, count_of
 from openpalm.generate.engine import Engine
 
 PROMPTS_AT_A_TIME = 8
@@ -215,7 +215,7 @@ class Session:
         answered = self.written + self.found + self.left_out.get("undecided", 0)
         if self.refused and not answered:
             raise WorkError(
-                f"the judge {self.judge.name} refused all of {len(self.refused)} items: "
+                f"the judge {self.judge.name} refused all, {count_of(len(self.refused), 'item')}: "
                 f"{self.refused[0]['reason']}"
             )
 

@@ -32,7 +32,7 @@ from openpalm.align.pairs.pairs import PairBatch, PairRecord, answer_record, fit
 from openpalm.data.batches.loader import Record
 from openpalm.data.rows.preferences import Usable, Verdict
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.errors import DataError
+from openpalm.errors import DataError, count_of
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Metrics
 
@@ -136,7 +136,8 @@ def others(prompts: Sequence[object]) -> list[int]:
     """For each prompt the next place, round the end, with another. Raises DataError without."""
     if all(prompt == prompts[0] for prompt in prompts):
         raise DataError(
-            f"all {len(prompts)} verdicts answer one prompt; kto needs answers to at least two"
+            f"{count_of(len(prompts), 'verdict')} of one prompt only; kto needs answers to at "
+            "least two"
         )
     count = len(prompts)
     found = [0] * count

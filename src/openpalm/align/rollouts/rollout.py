@@ -28,7 +28,7 @@ from openpalm.align.rollouts.rollout_batch import (
     batch_of,
 )
 from openpalm.data.batches.loader import IGNORE, Order
-from openpalm.errors import RewardError, WorkError
+from openpalm.errors import RewardError, WorkError, count_of
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model import lora
@@ -328,7 +328,10 @@ def checked(reward: Reward, answers: Sequence[Answer]) -> list[float]:
     """The rewards. Raises RewardError for one that is not finite, or not one for each answer."""
     rewards = [float(value) for value in reward(answers)]
     if len(rewards) != len(answers):
-        raise WorkError(f"the reward gave {len(rewards)} numbers for {len(answers)} answers")
+        raise WorkError(
+            f"the reward gave {count_of(len(rewards), 'number')} for "
+            f"{count_of(len(answers), 'answer')}"
+        )
     for answer, value in zip(answers, rewards, strict=True):
         if not math.isfinite(value):
             raise RewardError(

@@ -19,7 +19,7 @@ from openpalm.data.batches.order import Cursor, Draws, Order, shuffle, windows
 from openpalm.data.batches.packing import best_fit
 from openpalm.data.dataset.document_index import Documents
 from openpalm.data.text.conversation import Rendered as Record
-from openpalm.errors import DataError
+from openpalm.errors import DataError, count_of
 
 IGNORE = -100
 PAD_MULTIPLE = 16
@@ -259,7 +259,9 @@ def evaluation_batches(
     """
     targets = len(tokens) - 1
     if targets < 1:
-        raise DataError(f"{len(tokens)} tokens give nothing to predict; use more validation text")
+        raise DataError(
+            f"nothing to predict in {count_of(len(tokens), 'token')}; use more validation text"
+        )
     for first in range(0, targets, rows * sequence_length):
         chunk = tokens[first : first + rows * sequence_length + 1].astype(np.int64)
         inputs = _windowed(chunk[:-1], sequence_length, 0)
@@ -290,8 +292,8 @@ def _identity(records: Sequence[Record], seed: int, sequence_length: int) -> dic
     short = sum(len(record.ids) < 2 for record in records)
     if short or not records:
         raise DataError(
-            f"{short} of {len(records)} records have fewer than 2 tokens to learn from; "
-            "leave them out, and give at least one"
+            f"of {count_of(len(records), 'record')} {short} with fewer than 2 tokens to learn "
+            "from; leave those out, and give at least one"
         )
     return {
         "seed": seed,

@@ -19,7 +19,7 @@ from openpalm.data.corpus.builtin import BUILTINS
 from openpalm.data.corpus.document import Document
 from openpalm.data.corpus.line_streams import Tap, no_tap, open_lines, readable, tap_file
 from openpalm.data.corpus.sources import BUILTIN_PREFIX, HUB_PREFIX, Source, find_sources
-from openpalm.errors import DataError
+from openpalm.errors import DataError, count_of
 
 BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1 << 30
@@ -166,7 +166,9 @@ def _id_pieces(source: Source, path: Path, tap: Tap) -> Iterator[Document]:
     with readable(path), path.open("rb") as file:
         size = path.stat().st_size
         if not size or size % 2:
-            raise DataError(f"{path}: {size} bytes are no uint16 token ids; write the file again")
+            raise DataError(
+                f"{path}: not uint16 token ids ({count_of(size, 'byte')}); write the file again"
+            )
         while data := file.read(BLOCK_BYTES):
             tap(data)
             yield Document("", source.name, np.frombuffer(data, dtype="<u2").astype(np.uint32))

@@ -3,6 +3,7 @@
 Bounded: a compressed file never unfolds further than its reader asks, but for one small chunk.
 """
 
+import errno
 import gzip
 import io
 import zlib
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, cast
 
-from openpalm.errors import DataError
+from openpalm.errors import DataError, StorageError
 
 Tap = Callable[[bytes], None]
 
@@ -20,22 +21,36 @@ BUFFER_BYTES = 1 << 20
 # zstd repeats a byte 128 KiB long in four: what one chunk may become stays below 64 MiB.
 ZSTD_CHUNK_BYTES = 2048
 MAX_ZSTD_WINDOW_BYTES = 128 << 20
+_PATH = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_OF_THE_REQUEST = (errno.EACCES, errno.EPERM, *_PATH)
 
 
 def no_tap(data: bytes) -> None:
     """For readers whose raw bytes nobody wants."""
 
 
+class Unavailable(DataError):
+    """A source that is not there or may not be read. It says nothing against what was read
+    before, so unfinished work is kept."""
+
+
+def unreadable(path: Path, error: OSError) -> DataError | StorageError:
+    """What to raise where the system did not let us read `path`, or the file the error names."""
+    name, reason = error.filename or path, error.strerror or error
+    if isinstance(error, FileNotFoundError):
+        return Unavailable(f"{name}: no such file or folder; check the path")
+    if error.errno in _OF_THE_REQUEST:
+        return Unavailable(f"{name}: cannot be read ({reason})")
+    return StorageError(f"{name}: cannot be read ({reason}); repeat the command when it can be")
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Whatever the operating system says against reading becomes a DataError."""
+    """An OSError becomes Unavailable, or StorageError where reading itself fails."""
     try:
         yield
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file or folder; check the path") from None
     except OSError as error:
-        name = error.filename or path
-        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from None
+        raise unreadable(path, error) from None
 
 
 @contextmanager

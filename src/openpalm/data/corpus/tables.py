@@ -13,6 +13,7 @@ import numpy as np
 from openpalm.base.console import names, shown
 from openpalm.data.corpus.document import Document
 from openpalm.data.corpus.documents import MAX_LINE_BYTES
+from openpalm.data.corpus.line_streams import Unavailable, unreadable
 from openpalm.errors import DataError
 
 IDS_COLUMN = "input_ids"
@@ -54,6 +55,8 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
                         number += 1
                         yield _document(value, f"{path}:row {number}", column)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's; pyarrow's own have none
+            raise unreadable(path, error) from None
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{path}: parquet data damaged after row {number} ({reason}); fetch the file again"
@@ -77,7 +80,7 @@ def hub_documents(name: str, text_field: str) -> Iterator[Document]:
         raise
     except Exception as error:  # whatever the network, the Hub and the files' readers say
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise DataError(f"hub:{name}: cannot be read ({reason})") from None
+        raise Unavailable(f"hub:{name}: cannot be read ({reason})") from None
 
 
 def _arrow(path: Path) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from openpalm.base.hashing import sha256_of
 from openpalm.base.workers import available_cores
-from openpalm.errors import DataError
+from openpalm.errors import DataError, count_of
 
 NAME = "manifest.json"
 PART_NAME = "part.json"
@@ -220,7 +220,7 @@ def check_size(path: Path, size: int) -> None:
     except OSError:
         raise DataError(f"{path}: is missing; {REMEDY}") from None
     if found != size:
-        raise DataError(f"{path}: {found} bytes, the manifest says {size}; {REMEDY}")
+        raise DataError(f"{path}: {count_of(found, 'byte')}, the manifest says {size}; {REMEDY}")
 
 
 def check_hashes(

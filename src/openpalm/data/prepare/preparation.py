@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from openpalm.base.workers import working
+from openpalm.data.corpus.line_streams import readable
 from openpalm.data.corpus.sources import HUB_PREFIX, Source, find_sources
 from openpalm.data.dataset import manifest as manifest_file
 from openpalm.data.dataset.manifest import InputEntry, Manifest, PrepareSettings, SplitEntry
@@ -32,7 +33,7 @@ from openpalm.data.prepare.segments import Segments, Share, parts
 from openpalm.data.prepare.split import Split, decide
 from openpalm.data.prepare.writing import SplitWriter
 from openpalm.data.text.tokenizer import Tokenizer, bpe_size, is_bpe
-from openpalm.errors import DataError
+from openpalm.errors import DataError, count_of
 
 TOKENIZER = "tokenizer.json"
 # More training text than this makes a vocabulary no better, and learning holds its words in memory.
@@ -160,8 +161,8 @@ def refuse_unusable(manifest: Manifest) -> None:
             )
         if entry.tokens < 2:
             raise DataError(
-                f"too little text: {entry.tokens} tokens for the {split} split, at least 2 are "
-                "needed; give more text or another --val-fraction"
+                f"too little text: {count_of(entry.tokens, 'token')} for the {split} split, at "
+                "least 2 are needed; give more text or another --val-fraction"
             )
 
 
@@ -298,7 +299,8 @@ def _wanted(
 
 def _size(source: Source) -> int:
     if source.path is not None:
-        return source.path.stat().st_size
+        with readable(source.path):
+            return source.path.stat().st_size
     if source.given.startswith(HUB_PREFIX):
         return 0
     return hashed(source, "text", lambda count: None).bytes

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from openpalm.data.corpus.line_streams import Unavailable, unreadable
 from openpalm.data.dataset import manifest as manifest_file
 from openpalm.data.dataset.manifest import SplitEntry
 from openpalm.errors import DataError, StorageError
@@ -159,7 +160,8 @@ def claimed(out: Path, wanted: dict[str, str]) -> Iterator[Unfinished]:
     """The folder, ours alone while the mark in it is locked.
 
     `wanted` says what is asked for; DataError where the folder holds other unfinished work. An
-    error in the request removes what was done; anything else leaves it to be gone on with.
+    error in the request removes what was done; anything else keeps it for the next attempt, a
+    source that cannot be read at the moment too.
     """
     new = not out.exists()
     try:
@@ -169,14 +171,17 @@ def claimed(out: Path, wanted: dict[str, str]) -> Iterator[Unfinished]:
             unfinished = Unfinished(out, partial, wanted)
             try:
                 yield unfinished
-            except DataError:
-                if not unfinished.keep:
+            except DataError as error:
+                if not (unfinished.keep or isinstance(error, Unavailable)):
                     with contextlib.suppress(OSError):
                         remove_ours(out)
                         if new:
                             out.rmdir()
                 raise
     except OSError as error:
+        name = Path(str(error.filename or out))
+        if not (name.is_relative_to(out) or out.is_relative_to(name)):  # a source's
+            raise unreadable(name, error) from None
         raise StorageError(
             f"--out {error.filename or out}: cannot be written ({error.strerror}); "
             "free some space and repeat the command (it goes on), or choose another --out"

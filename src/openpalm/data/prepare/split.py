@@ -12,7 +12,7 @@ import numpy as np
 
 from openpalm.data.corpus.document import RECORD
 from openpalm.data.dataset.manifest import SPLITS, DocumentCounts
-from openpalm.errors import DataError
+from openpalm.errors import DataError, count_of
 
 FATES = "fates.partial"
 LEFT_OUT, TRAIN, VAL = 0, 1, 2
@@ -60,7 +60,8 @@ def decide(folder: Path, records: Path, split: Split, *, dedup: bool, given: str
     kept = sum(int((fates != LEFT_OUT).sum()) for _, fates in ledger)
     size = sum(int(records["size"][fates != LEFT_OUT].sum()) for records, fates in ledger)
     if not kept:
-        raise DataError(f"{given}: no text in {len(ledger)} documents; give other inputs")
+        documents = count_of(len(ledger), "document")
+        raise DataError(f"{given}: no text in {documents}; give other inputs")
     counts = DocumentCounts(len(ledger), len(ledger) - kept - blank, blank)
     tail = split.fraction if split.tail is None and kept < HASHED_DOCUMENTS else split.tail
     seam, split_by = None, "hash"

@@ -1,7 +1,7 @@
 """Pairs of answers from files, in the forms that people keep them in (data/rows/row_formats.py)."""
 
 from collections.abc import Iterator
-from itertools import combinations, takewhile
+from itertools import chain, combinations, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +61,53 @@ def read_pairs(path: str | Path) -> Usable[Pair]:
 
 
 def read_ties(path: str | Path) -> list[Tie]:
-    """The ties of a file that `read_pairs` reads; only Preference records can have any."""
+    """The ties of a file that `read_pairs` reads.
 
-    def none(row: Row) -> Iterator[str]:
+    Of Preference records, of responses with one rank or score, and of public shapes that have a
+    verdict for ties (LMSYS arena, HelpSteer).
+    """
+
+    def none(row: Row) -> Iterator[Tie]:
         return iter(())
 
-    forms = (EXPLICIT, HH, TEXTS, WHOLE, RANKING, SCORED)
-    return read_forms(path, Reading("pair", dict.fromkeys(forms, none), _texts), ties).items
+    makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), none) | {
+        RANKING: _tied_ranks,
+        SCORED: _tied_scores,
+    }
+    reading = Reading("pair", makers, _texts, tied=_tied)
+    return read_forms(path, reading, ties).items
 
 
-def _texts(pair: Pair) -> Iterator[str]:
-    return texts_of((*pair.prompt, *pair.chosen, *pair.rejected))
+def _tied(row: Row) -> Iterator[Tie]:
+    prompt, first, second = _sides(row, form_of(row.values))
+    if not prompt:
+        return
+    try:
+        check_prompt(prompt)
+        check_answer(first, "chosen")
+        check_answer(second, "rejected")
+    except Unusable:  # counted as a tie where pairs are read
+        return
+    yield Tie(prompt, first, second)
+
+
+def _tied_ranks(row: Row) -> Iterator[Tie]:
+    texts = responses_of(row)
+    order = (_order if row.has("ranking") else _order_of_ranks)(row, len(texts))
+    for i, j in chain.from_iterable(combinations(group, 2) for group in order):
+        yield Tie(prompt_of(row), says(texts[i]), says(texts[j]))
+
+
+def _tied_scores(row: Row) -> Iterator[Tie]:
+    prompt, texts, scores = prompt_of(row), responses_of(row), scores_of(row)
+    for i, j in combinations(range(len(texts)), 2):
+        if scores[i] == scores[j]:
+            yield Tie(prompt, says(texts[i]), says(texts[j]))
+
+
+def _texts(pair: Pair | Tie) -> Iterator[str]:
+    prompt, first, second = pair[:3]
+    return texts_of((*prompt, *first, *second))
 
 
 def row_pair(row: Row) -> Iterator[Pair]:

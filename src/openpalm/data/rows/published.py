@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from openpalm.base.typed import expect, is_number
 from openpalm.data.rows.fields import Row, is_blank
-from openpalm.data.rows.usable import Unusable
-from openpalm.errors import DataError
+from openpalm.data.rows.usable import Tied, Unusable
+from openpalm.errors import DataError, count_of
 
 Rows = Iterator[dict[str, Any]]
 AXES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -97,7 +97,7 @@ def _strength(row: Row, prompt: object, sides: tuple[str, str], field: str) -> d
     expect(field, strength, "a number from -3 to 3", lambda v: is_number(v) and abs(v) <= 3)
     first, second = (row.get(side) for side in sides)
     if strength == 0:
-        raise Unusable("tie")
+        raise Tied({"prompt": prompt, "chosen": first, "rejected": second})
     better, worse = (second, first) if strength > 0 else (first, second)
     return {"prompt": prompt, "chosen": better, "rejected": worse, "margin": abs(strength)}
 
@@ -119,8 +119,10 @@ def _arena(row: Row, what: str) -> Rows:
 
 
 def _won(winner: object, sides: list[Any], **more: Any) -> dict[str, Any]:
-    if winner in ("tie", "tie (bothbad)", "both_bad"):
-        raise Unusable("tie" if winner == "tie" else "both bad")
+    if winner == "tie":
+        raise Tied({**more, "chosen": sides[0], "rejected": sides[1]})
+    if winner in ("tie (bothbad)", "both_bad"):
+        raise Unusable("both bad")
     wanted = "model_a, model_b, tie or tie (bothbad)"
     expect("winner", winner, wanted, lambda v: v in ("model_a", "model_b"))
     better, worse = sides if winner == "model_a" else reversed(sides)
@@ -137,7 +139,8 @@ def _arena_kaggle(row: Row, what: str) -> Rows:
     for field in ("response_a", "response_b"):
         said = _turn_texts(row, field)
         if len(said) != len(asked):
-            raise DataError(f'field "{field}" has {len(said)} turns, "prompt" has {len(asked)}')
+            turns = count_of(len(said), "turn")
+            raise DataError(f'field "{field}" has {turns}, "prompt" has {len(asked)}')
         both = zip(asked, said, strict=True)
         pairs = ((("user", question), ("assistant", answer)) for question, answer in both)
         sides.append([{"role": r, "content": t or ""} for pair in pairs for r, t in pair])

@@ -32,7 +32,7 @@ from openpalm.data.rows.fields import (
 from openpalm.data.rows.preferences import Messages, Preference, Usable, check_prompt, says
 from openpalm.data.rows.published import Shape, shape_of, trees_of
 from openpalm.data.rows.turns import HH_TURN, hh_messages, messages_of, stripped
-from openpalm.data.rows.usable import Unusable, collected
+from openpalm.data.rows.usable import Tied, Unusable, collected
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
@@ -108,6 +108,9 @@ class Reading(NamedTuple):
     keeps_row: bool = False
     """whether the whole row stays beside the item, so that only what is asked can be lost"""
 
+    tied: Callable[[Row], Iterable[Any]] | None = None
+    """what two answers judged equally good give, where ties are read"""
+
     @property
     def roles(self) -> frozenset[str]:
         """The fields that must not be lost."""
@@ -181,6 +184,8 @@ def _items(
             texts += [text for item in used for text in reading.texts(item)]
             unread |= dict.fromkeys(also)
         return items, [*unread, *row.leftover(texts, reading.roles)]
+    except Tied as error:
+        return list(reading.tied(Row(error.row, given))) if reading.tied else [error.reason], []
     except Unusable as error:
         return [error.reason], []
 

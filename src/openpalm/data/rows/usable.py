@@ -29,6 +29,17 @@ class Unusable(DataError):
         self.reason = reason
 
 
+class Tied(Unusable):
+    """Two answers that were judged equally good: no pair, but a tie for whoever counts those.
+
+    `row` is in the form of a pair.
+    """
+
+    def __init__(self, row: Mapping[str, Any]):
+        super().__init__("tie")
+        self.row = dict(row)
+
+
 class Usable(NamedTuple, Generic[T]):
     """What an algorithm can use, and how much it cannot use, by reason.
 

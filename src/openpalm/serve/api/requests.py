@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.errors import OpenPalmError
+from openpalm.errors import OpenPalmError, count_of
 from openpalm.generate.engine import Request
 from openpalm.generate.sampling import Sampling, seed_of_answer
 from openpalm.generate.streaming import document_ends, prompt_ids
@@ -189,11 +189,11 @@ def _room(served: Served, prompt: list[int], wanted: int | None) -> int:
     served.engine.check(prompt)
     left = served.context - len(prompt)
     if left < (1 if wanted is None else wanted):
-        asked = "" if wanted is None else f" and {wanted} tokens to generate"
+        asked = "" if wanted is None else f" and {count_of(wanted, 'token')} to generate"
         raise ApiError(
             400,
-            f"the prompt's {len(prompt)} tokens{asked} do not fit the model's context of "
-            f"{served.context}; shorten the prompt"
+            f"the prompt's {count_of(len(prompt), 'token')}{asked} do not fit the model's context "
+            f"of {served.context}; shorten the prompt"
             + (" or lower max_tokens" if wanted is not None and left > 0 else ""),
             param="prompt",
             code="context_length_exceeded",
