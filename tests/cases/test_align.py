@@ -11,13 +11,13 @@ import pytest
 import torch
 from command_line import rows
 from judge_server import Reply, fails, judging, says
-from openpalm.align.dpo import pair_losses
-from openpalm.align.endpoint import EndpointJudge
-from openpalm.align.judge import Question
-from openpalm.data.pair_files import read_pairs
-from openpalm.data.verdict_files import read_verdicts
 
 from openpalm.align.config import DpoSettings
+from openpalm.align.judging.endpoint import EndpointJudge
+from openpalm.align.judging.judge import Question
+from openpalm.align.pairs.dpo import pair_losses
+from openpalm.data.rows.pair_files import read_pairs
+from openpalm.data.rows.verdict_files import read_verdicts
 from openpalm.errors import SettingsError, WorkError
 
 

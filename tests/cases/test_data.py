@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import ok, program, talk
-from openpalm.data.demonstration_files import read_demonstrations
-from openpalm.data.tokenizer import Tokenizer
-from openpalm.settings import parse
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from openpalm.align.sft import records
+from openpalm.base.settings import parse
 from openpalm.cli.main import main
 from openpalm.cli.sample import SampleSettings
+from openpalm.data.rows.demonstration_files import read_demonstrations
+from openpalm.data.text.tokenizer import Tokenizer
 
 
 def lines(path: Path, *rows: object) -> Path:

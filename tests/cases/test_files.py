@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 from altered import altered, answers, seal
 from command_line import rows
-from openpalm.data.tokenizer import Tokenizer
 
-from openpalm.checkpoint import load, resolve, save
+from openpalm.checkpoint.directory import load, resolve, save
 from openpalm.cli.common import tokenizer_of
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError
 
 FATAL = "a" * 40 + "b"

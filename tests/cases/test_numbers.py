@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from openpalm.align.grpo import estimate
 
 from openpalm.align.config import GrpoSettings
+from openpalm.align.rollouts.grpo import estimate
 from openpalm.errors import OpenPalmError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from openpalm.data.tokenizer import Tokenizer
 
-from openpalm.checkpoint import load
+from openpalm.checkpoint.directory import load
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.generate.engine import Engine
 from openpalm.serve.app import create_app
 from openpalm.serve.metrics import Metrics
