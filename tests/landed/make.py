@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import openpalm
-from openpalm.checkpoint.directory import directory as checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main
-from openpalm.data.text.conversation import Message
-from openpalm.data.rows.preferences import Candidate, Preference
 from openpalm.data.dataset.shards import open_dataset
+from openpalm.data.rows.preferences import Candidate, Preference
+from openpalm.data.text.conversation import Message
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 
