@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from small_models import BASE, make
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, state_dict_loader
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from openpalm.checkpoint import tensors
 from openpalm.errors import CheckpointError
