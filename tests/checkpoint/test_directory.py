@@ -613,7 +613,7 @@ def test_a_state_that_is_no_safetensors_file(copied: Path, content: bytes):
 
 
 def test_any_damage_to_the_state_s_header_is_a_clear_error_or_another_name(copied: Path):
-    """Even with a manifest that agrees: each byte of the header changed, ten a time."""
+    """Even with a manifest that agrees: one byte in every ten of the header changed."""
     path = copied / "train" / "state.safetensors"
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")

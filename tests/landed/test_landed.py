@@ -163,7 +163,7 @@ def test_a_critic_reads_the_values_that_it_did(name: str):
 
 @pytest.mark.parametrize("name", RESUMABLE)
 def test_the_state_of_training_is_refused_by_its_version(name: str):
-    """0.1.0 kept it in another form; its models, rows and settings are read as ever."""
+    """0.1.0 kept it in another form; the tests above read its models."""
     with pytest.raises(SettingsError, match=REFUSED):
         checkpoint.load_train_state(checkpoint_of(name))
 

@@ -20,7 +20,7 @@ from openpalm.errors import CheckpointError
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the tensors, on any device; those that share memory are written one by one."""
+    """Writes the tensors, on any device; each of those that share memory is written whole."""
     stored: dict[str, Tensor] = {}
     storages = set[int]()
     for name, tensor in tensors.items():
