@@ -7,16 +7,17 @@ What the reference thinks of them is computed once, before the run, and travels 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.shared_prompt import saves_work, share
-from openpalm.data.batches.loader import Order, Record, padded
+from openpalm.data.batches.loader import Loader, padded
+from openpalm.data.batches.order import shuffle
 from openpalm.data.rows.preferences import Pair, Usable
-from openpalm.data.text.conversation import Message, render
+from openpalm.data.text.conversation import Example, Message, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.layout import shared
 from openpalm.model.transformer import Transformer
@@ -26,15 +27,15 @@ from openpalm.model.transformer import Transformer
 class PairRecord:
     """Two answers to one prompt; each a record whose loss mask is on the answer alone."""
 
-    chosen: Record
-    rejected: Record
+    chosen: Example
+    rejected: Example
     reference: tuple[float, float] = (0.0, 0.0)
     """log-probabilities of the two answers under the reference"""
     label: float = 0.0
     """the margin: by how much the chosen answer is better, where the data says"""
 
     @property
-    def sides(self) -> tuple[Record, ...]:
+    def sides(self) -> tuple[Example, ...]:
         return self.chosen, self.rejected
 
 
@@ -68,7 +69,7 @@ class PairBatch:
 
 def answer_record(
     tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message]
-) -> Record:
+) -> Example:
     """The conversation with its answer; only the assistant's part of that and its end count.
 
     Earlier turns of the assistant are part of the prompt here: both sides share them.
@@ -76,10 +77,10 @@ def answer_record(
     before = render(tokenizer, prompt, answer_next=True).ids
     ids, loss_mask = render(tokenizer, [*prompt, *answer])
     assert ids[: len(before)] == before, "a prompt's ids depend on the answer that follows"
-    return Record(ids, [False] * len(before) + loss_mask[len(before) :])
+    return Example(ids, [False] * len(before) + loss_mask[len(before) :])
 
 
-def fitted(record: Record, length: int) -> Record | str:
+def fitted(record: Example, length: int) -> Example | str:
     """An answer of at most `length` tokens, or the reason for leaving it out.
 
     One that is cut has no end to learn from.
@@ -150,7 +151,7 @@ class Judged(Protocol):
     """A judgement of one answer, or of two, the better one first."""
 
     @property
-    def sides(self) -> tuple[Record, ...]: ...
+    def sides(self) -> tuple[Example, ...]: ...
 
     @property
     def label(self) -> float: ...
@@ -160,7 +161,7 @@ J = TypeVar("J", bound=Judged)
 B = TypeVar("B")
 
 
-class PairLoader(Generic[J, B]):
+class PairLoader(Loader[B]):
     """Batches of `rows` judgements, shuffled every epoch; its cursor is a place in that order."""
 
     def __init__(
@@ -171,25 +172,15 @@ class PairLoader(Generic[J, B]):
         seed: int,
         collate: Callable[[Sequence[J]], B] = collate,
     ):
-        self._pairs, self._collate = pairs, collate
         digest = hashlib.blake2b(digest_size=8)
         for pair in pairs:
             for record in pair.sides:
                 digest.update(repr(record.ids).encode())
         identity = {"kind": "pairs", "seed": seed, "pairs": len(pairs)}
         identity["sample"] = digest.hexdigest()
-        self._order = Order(len(pairs), identity, rows=rows, seed=seed)
-
-    def __iter__(self) -> "PairLoader[J, B]":
-        return self
-
-    def __next__(self) -> B:
-        return self._collate([self._pairs[i] for i in self._order.take()])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor, ready for JSON."""
-        return self._order.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a cursor. Raises DataError if it is of other data."""
-        self._order.load_state_dict(state)
+        super().__init__(
+            shuffle(len(pairs), seed),
+            lambda numbers: collate([pairs[i] for i in numbers]),
+            identity,
+            rows=rows,
+        )
