@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
-from typing import Literal
 from urllib.parse import urlsplit
 
 from openpalm.base.settings import parse, spell
+from openpalm.cli.model_options import ModelOptions
 from openpalm.errors import SettingsError
 
 
 @dataclass(frozen=True)
-class ServeSettings:
+class ServeSettings(ModelOptions):
     """What to serve, to whom, how much at once."""
 
     path: str
@@ -42,20 +42,6 @@ class ServeSettings:
     """web sites whose pages may call this server (CORS); several as a JSON list"""
     conversation_url: str | None = None
     """URL that gets conversations whose user agreed (the request's `store`), as JSON"""
-    tokenizer: Path | None = None
-    """tokenizer.json for a checkpoint that has none"""
-    adapter: Path | None = None
-    """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
-    force: bool = False
-    """use a tokenizer or an adapter that does not belong to this checkpoint"""
-    verify: bool = False
-    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of weights and arithmetic; auto is bfloat16 where the machine has instructions for it"""
-    quantize: Literal["int8", "int4"] | None = None
-    """keep the matrices in fewer bits: faster, a little worse, on a CPU; computes in bfloat16"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
