@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from openpalm.base.settings import parse
+from openpalm.cli.model_options import LoadOptions
 from openpalm.errors import SettingsError
 
 
 @dataclass(frozen=True)
-class EvalSettings:
+class EvalSettings(LoadOptions):
     """Which checkpoint on which data."""
 
     path: str
@@ -25,18 +26,12 @@ class EvalSettings:
     """tokens of a window; not set takes the model's context"""
     document_mask: bool = False
     """attention stays inside documents, as in a model trained so"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of weights and arithmetic"""
-    quantize: Literal["int8", "int4"] | None = None
-    """with the matrices in fewer bits, to see what that costs"""
     force: bool = False
     """measure on data of another tokenizer than the model's"""
     json: bool = False
     """print JSON"""
-    verify: bool = False
-    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
 
     def __post_init__(self) -> None:
         if self.sequence_length is not None and self.sequence_length < 1:
