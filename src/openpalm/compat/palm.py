@@ -180,7 +180,7 @@ class PaLM(Original):
         ]
         engine = Engine(self.scoped(finetune_scope), slots=min(SLOTS, len(prompts)), owned=True)
         self.train(self.training)  # packing shares modules, which it puts in eval mode
-        return engine.answers(requests)
+        return engine.completions(requests)
 
     def set_dropout(self, dropout: float) -> "PaLM":
         for module in self.modules():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from openpalm.errors import NumbersError, SettingsError
-from openpalm.generate.quantize import Weights, pack
+from openpalm.generate.quantize import WeightFormat, quantize
 from openpalm.generate.sampling import Sampling, choose
 from openpalm.model.block import Block
 from openpalm.model.cache import KVCache
@@ -118,16 +118,16 @@ class Engine:
         model: Transformer,
         *,
         slots: int = 16,
-        weights: Weights | None = None,
+        weights: WeightFormat | None = None,
         prefill_tokens: int = 512,
         owned: bool = False,
     ):
         if not model.config.causal:
             raise SettingsError("a bidirectional model cannot generate text")
         self.slots = slots
-        self.weights: Weights | None = weights
+        self.weights: WeightFormat | None = weights
         self.prefill_tokens = prefill_tokens
-        self.prefilled = 0
+        self.prefilled_tokens = 0
         """prompt tokens computed so far; shared beginnings are not computed again"""
         self._tickets = itertools.count()
         self._waiting: deque[_Row] = deque()
@@ -145,14 +145,14 @@ class Engine:
             raise AssertionError("the engine has requests in flight")
         model = model if owned else _apart(model)
         in_bfloat16 = model.embedding.dtype == torch.bfloat16
-        self.model = pack(model, self.weights or ("bfloat16" if in_bfloat16 else "float32"))
+        self.model = quantize(model, self.weights or ("bfloat16" if in_bfloat16 else "float32"))
         table = self.model.embedding
         self._cache = KVCache(
             model.config, slots=self.slots, length=0, device=table.device, dtype=table.dtype
         )
         self._left.clear()
 
-    def abandon(self) -> None:
+    def reset(self) -> None:
         """Forgets every request and all that was read: a new start after a step that raised."""
         self._waiting.clear()
         self._rows.clear()
@@ -218,7 +218,7 @@ class Engine:
             for ticket in index if self.busy else ():
                 self.cancel(ticket)
 
-    def answers(self, requests: Sequence[Request]) -> list[list[int]]:
+    def completions(self, requests: Sequence[Request]) -> list[list[int]]:
         """The generated ids of every request, in the order of the requests.
 
         Raises what `generate` raises.
@@ -309,7 +309,7 @@ class Engine:
         counts = [len(part) for part in parts]
         states = self.model.residual(self._padded(parts), cache, counts)
         self._cache.lengths[first:last] = cache.lengths
-        self.prefilled += sum(counts)
+        self.prefilled_tokens += sum(counts)
         rows = list(zip(self._rows[first:], cache.lengths, counts, states, strict=True))
         tokens = [t for row, end, count, part in rows for t in self._scored(row, end, part[:count])]
         failed = {token.request for token in tokens if token.finish == "error"}
@@ -421,7 +421,7 @@ def _apart(model: Transformer) -> Transformer:
 
     The blocks' matrices, and what only training needs (a critic), are shared with `model`.
     """
-    used = {id(parameter) for _, parameter in model.published()}
+    used = {id(parameter) for _, parameter in model.published_parameters()}
     shared = [parameter for parameter in model.parameters() if id(parameter) not in used]
     for block in model.blocks:
         assert isinstance(block, Block)

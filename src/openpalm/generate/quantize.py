@@ -19,7 +19,7 @@ from openpalm.model.block import Block, ProjectHead, ProjectIn, ProjectOut
 from openpalm.model.lora import merged, sharing
 from openpalm.model.transformer import Transformer
 
-Weights = Literal["float32", "bfloat16", "int8", "int4"]
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 INT4_GROUP = 32
 """Neighbouring weights that share a scale and a zero point."""
 FEW_ROWS = 8
@@ -34,7 +34,7 @@ class Matrix(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-def pack(model: Transformer, weights: Weights) -> Transformer:
+def quantize(model: Transformer, weights: WeightFormat) -> Transformer:
     """The model with its matrices packed, an adapter's part folded in; the rest is shared.
 
     int8 keeps a scale a row (and where the processor multiplies 8-bit numbers, rounds each token's
@@ -56,7 +56,7 @@ def pack(model: Transformer, weights: Weights) -> Transformer:
 
 
 class _PackedIn(nn.Module):
-    def __init__(self, plain: ProjectIn, weights: Weights):
+    def __init__(self, plain: ProjectIn, weights: WeightFormat):
         super().__init__()
         self.rows = plain.rows
         self.matrix = _matrix(torch.cat([getattr(plain, name) for name in plain.rows]), weights)
@@ -73,7 +73,7 @@ class _PackedIn(nn.Module):
 class _PackedOut(nn.Module):
     """Both outputs as one matrix over [attended, hidden]."""
 
-    def __init__(self, plain: ProjectOut, weights: Weights):
+    def __init__(self, plain: ProjectOut, weights: WeightFormat):
         super().__init__()
         self.matrix = _matrix(torch.cat([plain.out, plain.down], dim=1), weights)
         self.down_bias = plain.down_bias
@@ -221,7 +221,7 @@ class _Int4:
         return out.unflatten(0, x.shape[:-1])
 
 
-def _matrix(weight: Tensor, weights: Weights, result: torch.dtype = torch.bfloat16) -> Matrix:
+def _matrix(weight: Tensor, weights: WeightFormat, result: torch.dtype = torch.bfloat16) -> Matrix:
     """Packed; its products in `result` where the kernel leaves a choice."""
     weight = weight.detach()
     if weight.device.type != "cpu":
@@ -257,7 +257,7 @@ def _rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scales[:, None]).round().to(torch.int8), scales
 
 
-def _packed_block(block: nn.Module, weights: Weights) -> nn.Module:
+def _packed_block(block: nn.Module, weights: WeightFormat) -> nn.Module:
     assert isinstance(block, Block)
     packed = sharing(block, Block)
     packed._modules["project_in"] = _PackedIn(block.project_in, weights)

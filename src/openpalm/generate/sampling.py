@@ -65,7 +65,7 @@ class Sampling:
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
-def seed_of_answer(seed: int, index: int) -> int:
+def completion_seed(seed: int, index: int) -> int:
     """The seed of the answer `index` to one prompt: of the first `seed` itself, of the others a
     mixture, so that neighbouring seeds share no answer."""
     if index == 0:
