@@ -7,7 +7,8 @@ import torch
 from tiny_models import tiny
 
 from openpalm.errors import NumbersError, SettingsError
-from openpalm.generate.engine import NO_TOKEN, Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import NO_TOKEN, Request
 from openpalm.generate.sampling import Sampling, draw
 
 HOWS = [Sampling(temperature=0), Sampling(seed=1), Sampling(0.7, 20, 0.9, 4)]

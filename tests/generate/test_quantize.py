@@ -77,7 +77,7 @@ def test_emulated_bfloat16_is_multiplied_in_float32(monkeypatch: pytest.MonkeyPa
     weight = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     monkeypatch.setattr(
-        quantize_module, "WIDENED_NUMBERS", 64 * 7
+        quantize_module, "WIDENED_ELEMENTS", 64 * 7
     )  # several blocks, the last smaller
     exact = F.linear(x.double(), weight.double())
     matrix = quantize_module._matrix(weight, "bfloat16", torch.float32)
