@@ -170,7 +170,7 @@ def _load_configs(directory: Path) -> Configs:
     return configs
 
 
-def check_writes(directory: Path) -> None:
+def check_generates_text(directory: Path) -> None:
     """Raises CheckpointError for a reward model, which scores answers and writes none."""
     if load_reward_config(directory) is not None:
         raise CheckpointError(
@@ -192,7 +192,7 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
     if lora.config_of(model) != low_rank:
         raise CheckpointError(f"{directory}: its adapter differs from this model's")
     with tensors.opened(directory / _WEIGHTS) as file:
-        for name, parameter in model.published():
+        for name, parameter in model.published_parameters():
             stored = file.finite(name, allow)
             if stored.shape != parameter.shape:
                 raise CheckpointError(
@@ -413,7 +413,7 @@ def _write_contents(
     reward = model.reward if isinstance(model, RewardModel) else None
     config |= {"reward": asdict(reward)} if reward else {}
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    tensors.write(partial / _WEIGHTS, dict(model.published()))
+    tensors.write(partial / _WEIGHTS, dict(model.published_parameters()))
     if tokenizer is not None:
         _write_text(partial / "tokenizer.json", tokenizer)
     if with_fingerprint:

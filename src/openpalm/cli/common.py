@@ -130,7 +130,7 @@ def serving_model(
     message.
     """
     directory = checkpoint.resolve(weights_path(source), training=settings.verify)
-    checkpoint.check_writes(directory)
+    checkpoint.check_generates_text(directory)
     tokenizer = tokenizer_of(directory, settings.tokenizer)
     if tokenizer is None:
         raise CheckpointError(

@@ -317,7 +317,7 @@ class Worker:
 
     def _break_off(self, served: ServedModel, reason: Broken) -> list[Event]:
         jobs = list(self._running[served].values())
-        served.engine.abandon()
+        served.engine.reset()
         for job in jobs:
             self._forget(job)
         return [(job, reason) for job in jobs]

@@ -112,7 +112,7 @@ class EngineJudge:
     def write(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
         how, stops = Sampling(temperature=0), stop_ids(self.tokenizer)
         requests = [Request(self._asked(text), max_new_tokens, how, stops) for text in texts]
-        answers = self.engine.answers(requests)
+        answers = self.engine.completions(requests)
         return [self.tokenizer.decode([i for i in ids if i not in stops]) for ids in answers]
 
     def _asked(self, text: str) -> list[int]:

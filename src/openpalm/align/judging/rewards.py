@@ -227,7 +227,7 @@ def of_rules(word: str, reader: Reader, option: str = "reward") -> Reward:
         raise SettingsError(f"{spell(option)} {word}: must be rules:FILE.yaml@CHECKPOINT")
     rules = read_constitution(Path(file), "rules")
     directory = checkpoint.resolve(path)
-    checkpoint.check_writes(directory)
+    checkpoint.check_generates_text(directory)
     if checkpoint.tokenizer_json(directory) is None:
         raise CheckpointError(f"{spell(option)} {word}: the checkpoint has no tokenizer.json")
     tokenizer = Tokenizer.load(directory / "tokenizer.json")

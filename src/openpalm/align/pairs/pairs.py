@@ -19,7 +19,7 @@ from openpalm.data.batches.order import shuffle
 from openpalm.data.rows.preferences import Pair, Usable
 from openpalm.data.text.conversation import Example, Message, render
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.model.layout import shared
+from openpalm.model.layout import shared_prompt_layout
 from openpalm.model.transformer import Transformer
 
 
@@ -63,7 +63,7 @@ class PairBatch:
 
     def log_probs(self, model: Transformer) -> Tensor:
         """Of each answer's tokens, 0 where nothing counts: the shape of `targets`."""
-        layout = None if self.segments is None else shared(self.segments)
+        layout = None if self.segments is None else shared_prompt_layout(self.segments)
         return token_log_probs(model, self.inputs, self.targets, layout, self.reads)
 
 

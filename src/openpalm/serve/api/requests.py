@@ -10,7 +10,7 @@ from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import OpenPalmError, count_of
 from openpalm.generate.engine import Request
-from openpalm.generate.sampling import Sampling, seed_of_answer
+from openpalm.generate.sampling import Sampling, completion_seed
 from openpalm.generate.streaming import document_ends, prompt_ids
 from openpalm.serve.api.error_responses import ApiError, is_failure
 from openpalm.serve.api.request_fields import ChatMessage, Conversation, Generation
@@ -115,7 +115,7 @@ def engine_requests(
     for prompt in prompts:
         room = _room(served, prompt, max_new_tokens)
         for choice in range(choices):
-            own = replace(how, seed=seed_of_answer(how.seed, choice))
+            own = replace(how, seed=completion_seed(how.seed, choice))
             # The prompt is scored once; the other choices copy what was read of it. Where nothing
             # is generated they have nothing to copy it for.
             scored = score_prompt and (choice == 0 or room == 0)
