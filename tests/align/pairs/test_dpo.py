@@ -9,7 +9,7 @@ from tiny_models import deaf, tiny
 from openpalm.align.config import DpoSettings
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.dpo import PairObjective, pair_losses
-from openpalm.align.pairs.pairs import PairLoader, PairRecord, collate, with_reference
+from openpalm.align.pairs.examples import PairLoader, PairRecord, collate, with_reference
 from openpalm.data.text.conversation import Example
 from openpalm.errors import SettingsError
 

@@ -6,7 +6,7 @@ from small_models import SHAPES, make
 
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import shared_prompt as shared_module
-from openpalm.align.pairs.pairs import PairRecord, collate, collate_shared
+from openpalm.align.pairs.examples import PairRecord, collate, collate_shared
 from openpalm.align.pairs.shared_prompt import SharedRows, common_prompt, row_length, share
 from openpalm.data.batches.loader import padded
 from openpalm.data.text.conversation import Example

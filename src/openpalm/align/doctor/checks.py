@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openpalm.align.pairs.pairs import PairRecord
+from openpalm.align.pairs.examples import PairRecord
 from openpalm.align.rollouts.advantages import zero_variance
 from openpalm.align.rollouts.rollout_batch import Answer
 from openpalm.data.batches.loader import IGNORE

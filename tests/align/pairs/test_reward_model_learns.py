@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from openpalm.align.config import RewardSettings
-from openpalm.align.pairs.pairs import PairLoader, PairRecord
-from openpalm.align.pairs.reward import RatingRecord, RewardObjective, collate
+from openpalm.align.pairs.examples import PairLoader, PairRecord
+from openpalm.align.pairs.reward_model import RatingRecord, RewardObjective, collate
 from openpalm.data.text.conversation import Example
 from openpalm.evaluate.agreement import spearman
 from openpalm.model.config import ModelConfig, RewardConfig

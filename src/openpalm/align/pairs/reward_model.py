@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from openpalm.align.config import RewardLoss, RewardSettings
-from openpalm.align.pairs.pairs import Judged, answer_record, fitted
+from openpalm.align.pairs.examples import Judged, fitted, render_completion
+from openpalm.data.batches.loader import Example
 from openpalm.data.rows.preferences import Rating, Usable
-from openpalm.data.text.conversation import Example
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
 from openpalm.model.config import MAX_BINS, RewardConfig
@@ -105,7 +105,7 @@ def rating_records(
     """The ratings whose answers fit `longest` tokens, and why the others are left out."""
 
     def made(rating: Rating) -> RatingRecord | str:
-        answer = fitted(answer_record(tokenizer, rating.prompt, rating.answer), longest)
+        answer = fitted(render_completion(tokenizer, rating.prompt, rating.answer), longest)
         return answer if isinstance(answer, str) else RatingRecord(answer, float(rating.value))
 
     return ratings.then(made)

@@ -66,7 +66,7 @@ class PairBatch:
         return token_log_probs(model, self.inputs, self.targets, layout, self.reads)
 
 
-def answer_record(
+def render_completion(
     tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message]
 ) -> Example:
     """The conversation with its answer; only the assistant's part of that and its end count.
@@ -102,7 +102,7 @@ def fitting(
     def made(pair: Pair) -> tuple[Pair, PairRecord] | str:
         sides = []
         for answer in (pair.chosen, pair.rejected):
-            side = fitted(answer_record(tokenizer, pair.prompt, answer), sequence_length + 1)
+            side = fitted(render_completion(tokenizer, pair.prompt, answer), sequence_length + 1)
             if isinstance(side, str):
                 return side
             sides.append(side)
