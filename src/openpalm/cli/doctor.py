@@ -111,11 +111,12 @@ def admit(settings: DoctorSettings) -> "PlannedRun":
         load_reward,
         question_of,
     )
-    from openpalm.align.pairs.examples import fitting as fitting_pairs
+    from openpalm.align.pairs.examples import PreferenceExample, to_example
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start
     from openpalm.cli.rl_common import fitting
+    from openpalm.data.rows.preferences import Pair
     from openpalm.data.rows.prompt_files import PromptRow
     from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
@@ -128,7 +129,13 @@ def admit(settings: DoctorSettings) -> "PlannedRun":
     check_trained(run, start.config)
     given = _read(settings.data)
     stops = stop_ids(tokenizer)
-    pairs = fitting_pairs(tokenizer, given.pairs, start.config.context)
+    max_tokens = start.config.context + 1  # the last token is only a target
+
+    def with_example(pair: Pair) -> tuple[Pair, PreferenceExample] | str:
+        example = to_example(tokenizer, pair, max_tokens)
+        return example if isinstance(example, str) else (pair, example)
+
+    pairs = given.pairs.then(with_example)
     if given.pairs.items:
         pairs.refuse_empty(settings.data, "pair")
     asked, ids = fitting(given.prompts, tokenizer, settings, start.config.context, "doctor")
@@ -150,7 +157,7 @@ def admit(settings: DoctorSettings) -> "PlannedRun":
         tokenizer=tokenizer,
         prompts=ids,
         conversations=given.conversations,
-        pairs=[record for _, record in pairs.items],
+        pairs=[example for _, example in pairs.items],
         stop_ids=stops,
         reward=load_reward(words, reader) if words else None,
     )

@@ -15,7 +15,7 @@ from openpalm.align.doctor import run_checks as measuring
 from openpalm.align.doctor.checks import PromptedExample
 from openpalm.align.doctor.run_checks import PlannedRun, run_checks
 from openpalm.align.logprobs import Evaluated, evaluate
-from openpalm.align.pairs.examples import records, render_completion
+from openpalm.align.pairs.examples import render_completion, to_examples
 from openpalm.align.rollouts.rollout_batch import Answer, batch_of
 from openpalm.data.batches.loader import IGNORE, Example
 from openpalm.data.rows.preferences import Pair, Usable, says
@@ -60,7 +60,7 @@ def healthy(**changes):
         "tokenizer": TOKENIZER,
         "prompts": [render(TOKENIZER, prompt, answer_next=True).ids for prompt in ASKED],
         "conversations": [(pair.prompt, pair.chosen) for pair in pairs],
-        "pairs": records(TOKENIZER, Usable(pairs, {}), 64).items,
+        "pairs": to_examples(TOKENIZER, Usable(pairs, {}), 65).items,
         "stop_ids": STOPS,
         "reward": length_of,
     }
@@ -272,9 +272,11 @@ def test_a_reward_lies_on_the_last_token(monkeypatch):
 def test_chosen_and_rejected_differ():
     pair = healthy().pairs[0]
     assert checks.check_different([pair]).ok
-    assert not checks.check_different([pair, replace(pair, rejected=pair.chosen)]).ok
+    assert not checks.check_different(
+        [pair, replace(pair, completions=pair.completions[:1] * 2)]
+    ).ok
     assert not checks.check_different([replace(pair, label=-1.0)]).ok
-    equal = [replace(pair, rejected=pair.chosen)]
+    equal = [replace(pair, completions=pair.completions[:1] * 2)]
     assert ill(healthy(pairs=equal))[0] == "chosen and rejected differ"
 
 
@@ -282,7 +284,7 @@ def test_swapped_pairs_are_found():
     assert checks.check_order([1.0, 2.0, 0.0], [0.0, 1.0, 5.0]).ok
     assert not checks.check_order([0.0, 1.0, 5.0], [1.0, 2.0, 0.0]).ok
     pairs = healthy().pairs
-    swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+    swapped = [replace(pair, completions=pair.completions[::-1]) for pair in pairs]
     assert ill(healthy(pairs=swapped))[0] == "chosen and rejected are not swapped"
 
 

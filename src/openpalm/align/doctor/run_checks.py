@@ -36,7 +36,7 @@ from openpalm.align.doctor.checks import (
 )
 from openpalm.align.logprobs import evaluate
 from openpalm.align.pairs.dpo import PairObjective
-from openpalm.align.pairs.examples import PairRecord, collate, with_reference
+from openpalm.align.pairs.examples import PreferenceExample, collate, with_reference
 from openpalm.align.rollouts.advantages import token_rewards
 from openpalm.align.rollouts.grpo import GroupObjective, estimate
 from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
@@ -65,7 +65,7 @@ class PlannedRun:
     """ids, up to where an answer begins; the reward knows them by their number"""
     conversations: Sequence[tuple[Messages, Messages]]
     """prompts with answers, as they are trained on"""
-    pairs: Sequence[PairRecord]
+    pairs: Sequence[PreferenceExample]
     """the reward knows theirs by the numbers that follow"""
     stop_ids: frozenset[int]
     reward: Reward | None
@@ -132,7 +132,7 @@ def _pair_checks(patient: PlannedRun) -> Iterator[Check]:
     yield check_different(patient.pairs)
     if patient.reward is not None:
         numbered = list(enumerate(patient.pairs, len(patient.prompts)))
-        sides = [[_as_answer(n, pair.sides[side]) for n, pair in numbered] for side in (0, 1)]
+        sides = [[_as_answer(n, pair.completions[side]) for n, pair in numbered] for side in (0, 1)]
         chosen, rejected = (list(patient.reward(side)) for side in sides)
         yield check_finite([*chosen, *rejected])._replace(name="rewards of pairs are finite")
         yield check_order(chosen, rejected)
@@ -143,7 +143,7 @@ def _pair_checks(patient: PlannedRun) -> Iterator[Check]:
     patient.model.train()  # as a step finds it
     with torch.no_grad():
         loss = PairObjective(settings).loss(patient.model, batch)[0].item()
-    yield check_pair_loss(loss / batch.pairs)
+    yield check_pair_loss(loss / len(batch))
 
 
 def _step_checks(patient: PlannedRun, sampler: Sampler) -> Iterator[Check]:

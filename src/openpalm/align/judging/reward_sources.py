@@ -33,7 +33,8 @@ from openpalm.align.judging.model_judge import (
     rule_questions,
     rule_reward,
 )
-from openpalm.align.pairs.reward_model import RatingRecord, collate
+from openpalm.align.pairs.examples import PreferenceExample
+from openpalm.align.pairs.reward_model import collate
 from openpalm.align.rollouts.rollout_batch import Answer, Reward, record_of
 from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
@@ -218,7 +219,7 @@ def of_model(path: Path, reader: RewardContext, option: str = "reward", rows: in
         values: list[float] = []
         for start in range(0, len(answers), rows):
             group = answers[start : start + rows]
-            batch = collate([RatingRecord(record_of(answer), 0.0) for answer in group])
+            batch = collate([PreferenceExample((record_of(answer),)) for answer in group])
             values += model.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
         return values
 
