@@ -106,12 +106,12 @@ def our_trainer(model: Any, objective: Any, loader: Any, dtype: torch.dtype = to
 def our_dpo(turns: Turns) -> None:
     from openpalm.align.config import DpoSettings
     from openpalm.align.pairs.dpo import PairObjective
-    from openpalm.align.pairs.examples import PreferenceLoader, collate_shared, with_reference
+    from openpalm.align.pairs.examples import collate_shared, preference_loader, with_reference
 
     model = our_model()
     settings = DpoSettings(data=Path("-"), out=Path("-"), init="-", steps=1)
     pairs = with_reference(model, our_pairs())
-    loader = PreferenceLoader(pairs, rows=BATCH, seed=0, collate=collate_shared)
+    loader = preference_loader(pairs, rows=BATCH, seed=0, collate=collate_shared)
     trainer = our_trainer(model, PairObjective(settings), loader)
     while True:
         trainer.train_step()

@@ -32,8 +32,8 @@ from openpalm.align.pairs import kto
 from openpalm.align.pairs.dpo import PairObjective
 from openpalm.align.pairs.examples import (
     PreferenceExample,
-    PreferenceLoader,
     collate,
+    preference_loader,
     with_reference,
 )
 from openpalm.align.pairs.reward_model import RewardObjective
@@ -150,7 +150,7 @@ def by_pairs(task: Task, seed: int, loss: str, lr: float = 3e-3, **changes: Any)
     given, held_out = drawn_pairs(task, seed, PAIRS), drawn_pairs(task, seed + 1, HELD_OUT)
     known = with_reference(task.reference, [example_of(*pair) for pair in given], rows=512)
     model = start_of(task)
-    loader = PreferenceLoader(known, rows=128, seed=seed, collate=collate)
+    loader = preference_loader(known, rows=128, seed=seed, collate=collate)
     stepped(model, PairObjective(how), loader, how)
     implied = enumerable.log_probs(model) - task.log_reference
     accurate = accuracy(implied, held_out) - accuracy(task.rewards.double(), held_out)
@@ -163,7 +163,7 @@ def by_reward_model(task: Task, seed: int, steps: int = 800) -> Figures:
     model = RewardModel(enumerable.CONFIG, RewardConfig())
     model.load_state_dict(task.reference.state_dict(), strict=False)
     initialise_heads(model, seed)
-    loader = PreferenceLoader(
+    loader = preference_loader(
         [example_of(*pair) for pair in given], rows=128, seed=seed, collate=reward_collate
     )
     stepped(model, RewardObjective(how), loader, how)
@@ -194,7 +194,7 @@ def by_labelled_completions(task: Task, seed: int, steps: int = 1800) -> Figures
     context = enumerable.CONFIG.context
     known = with_reference(task.reference, kto.with_mismatched(labelled, context))
     model = start_of(task)
-    loader = PreferenceLoader(known, rows=128, seed=seed, collate=collate)
+    loader = preference_loader(known, rows=128, seed=seed, collate=collate)
     stepped(model, kto.KtoObjective(how), loader, how)
     return judged(task, model)
 

@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
 
 def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     """Composes the run: weights, examples with the reference's log-probabilities, THE loop."""
-    from openpalm.align.pairs.examples import PreferenceLoader
+    from openpalm.align.pairs.examples import preference_loader
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.train.job import Job
@@ -53,7 +53,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     job = Job(
         config=start.config,
         fill=start.fill,
-        make_loader=lambda shape, *_: PreferenceLoader(
+        make_loader=lambda shape, *_: preference_loader(
             trained,
             rows=max(1, shape.rows // kind.rows),
             seed=settings.seed,

@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
 
 def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outcome":
     """Composes the run: weights and heads, examples, THE loop."""
-    from openpalm.align.pairs.examples import PreferenceLoader
+    from openpalm.align.pairs.examples import preference_loader
     from openpalm.align.pairs.reward_model import (
         RewardObjective,
         choose_head,
@@ -61,7 +61,7 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
         config=start.config,
         make_model=lambda config: RewardModel(config, head),
         fill=lambda model: load_first_weights(model, settings, start, ratings),
-        make_loader=lambda shape, *_: PreferenceLoader(
+        make_loader=lambda shape, *_: preference_loader(
             trained, rows=max(1, shape.rows // rows), seed=settings.seed, collate=collate
         ),
         sequences_per_epoch=rows * len(trained),

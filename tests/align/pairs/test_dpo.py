@@ -11,8 +11,8 @@ from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.dpo import PairObjective, pair_losses
 from openpalm.align.pairs.examples import (
     PreferenceExample,
-    PreferenceLoader,
     collate,
+    preference_loader,
     with_reference,
 )
 from openpalm.data.text.conversation import Example
@@ -181,12 +181,12 @@ def test_microbatches_of_ragged_pairs_are_one_batch(loss):
 
 def test_the_loader_resumes_where_it_was():
     known = pairs(10)
-    loader = PreferenceLoader(known, rows=3, seed=4, collate=collate)
+    loader = preference_loader(known, rows=3, seed=4, collate=collate)
     for _ in range(5):
         next(loader)
     state = loader.state_dict()
     expected = [next(loader) for _ in range(4)]
-    again = PreferenceLoader(known, rows=3, seed=4, collate=collate)
+    again = preference_loader(known, rows=3, seed=4, collate=collate)
     again.load_state_dict(state)
     for batch in expected:
         assert torch.equal(next(again).inputs, batch.inputs)

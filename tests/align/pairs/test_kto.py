@@ -11,8 +11,8 @@ from openpalm.align.config import DpoSettings
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.examples import (
     PreferenceExample,
-    PreferenceLoader,
     collate,
+    preference_loader,
     to_examples,
     with_reference,
 )
@@ -252,11 +252,11 @@ def test_completions_that_do_not_fit_are_counted():
 
 
 def test_the_loader_refuses_a_cursor_of_other_data():
-    loader = PreferenceLoader(labelled(), rows=4, seed=3, collate=collate)
+    loader = preference_loader(labelled(), rows=4, seed=3, collate=collate)
     assert next(loader).labels.shape == (4,)
     state = loader.state_dict()
     with pytest.raises(DataError, match="other data"):
-        PreferenceLoader(labelled(5), rows=4, seed=3, collate=collate).load_state_dict(state)
+        preference_loader(labelled(5), rows=4, seed=3, collate=collate).load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", ["desirable_weight", "undesirable_weight"])

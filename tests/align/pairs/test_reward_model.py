@@ -16,7 +16,7 @@ from tiny_models import SIZES
 from openpalm.align.config import RewardSettings
 from openpalm.align.pairs.examples import (
     PreferenceExample,
-    PreferenceLoader,
+    preference_loader,
     render_completion,
     to_examples,
 )
@@ -268,11 +268,11 @@ def test_answers_that_do_not_fit_are_counted():
 
 
 def test_the_loader_gives_the_same_ratings_after_a_stop():
-    loader = PreferenceLoader(rated(), rows=2, seed=3, collate=collate)
+    loader = preference_loader(rated(), rows=2, seed=3, collate=collate)
     next(loader)
     state = loader.state_dict()
     expected = [next(loader).labels.tolist() for _ in range(4)]
-    again = PreferenceLoader(rated(), rows=2, seed=3, collate=collate)
+    again = preference_loader(rated(), rows=2, seed=3, collate=collate)
     again.load_state_dict(state)
     assert [next(again).labels.tolist() for _ in range(4)] == expected
 

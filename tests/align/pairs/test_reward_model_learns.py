@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from openpalm.align.config import RewardSettings
-from openpalm.align.pairs.examples import PreferenceExample, PreferenceLoader
+from openpalm.align.pairs.examples import PreferenceExample, preference_loader
 from openpalm.align.pairs.reward_model import RewardObjective, collate
 from openpalm.data.text.conversation import Example
 from openpalm.evaluate.agreement import spearman
@@ -71,7 +71,7 @@ def learnt(pairs, seed=0):
         model,
         RewardObjective(settings),
         Optimizer(model, OptimSettings(), 5e-3),
-        PreferenceLoader(pairs, rows=ROWS, seed=seed, collate=collate),
+        preference_loader(pairs, rows=ROWS, seed=seed, collate=collate),
         steps=PAIRS // ROWS,
     )
     for _ in range(trainer.steps):

@@ -6,16 +6,17 @@ before the run, and its log-probabilities travel with the examples: training nee
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.shared_prompt import saves_work, share
-from openpalm.data.batches.loader import Example, Order, padded
+from openpalm.data.batches.loader import Example, Loader, padded
+from openpalm.data.batches.order import shuffle
 from openpalm.data.rows.preferences import LabelledCompletion, Pair, Rating, Usable
 from openpalm.data.text.conversation import Message, render
 from openpalm.data.text.tokenizer import Tokenizer
@@ -161,36 +162,21 @@ def _references(examples: Sequence[PreferenceExample]) -> Tensor:
     return torch.tensor([example.reference for example in examples]).T.flatten()
 
 
-class PreferenceLoader(Generic[B]):
-    """Endless batches of `rows` examples, shuffled every epoch; its cursor is a place in them."""
-
-    def __init__(
-        self,
-        examples: Sequence[PreferenceExample],
-        *,
-        rows: int,
-        seed: int,
-        collate: Callable[[Sequence[PreferenceExample]], B],
-    ):
-        self._examples, self._collate = examples, collate
-        digest = hashlib.blake2b(digest_size=8)
-        for example in examples:
-            for completion in example.completions:
-                digest.update(repr(completion.ids).encode())
-        identity = {"kind": "pairs", "seed": seed, "pairs": len(examples)}
-        identity["sample"] = digest.hexdigest()
-        self._order = Order(len(examples), identity, rows=rows, seed=seed)
-
-    def __iter__(self) -> Iterator[B]:
-        return self
-
-    def __next__(self) -> B:
-        return self._collate([self._examples[i] for i in self._order.take()])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor, ready for JSON."""
-        return self._order.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a cursor. Raises DataError if it belongs to other data."""
-        self._order.load_state_dict(state)
+def preference_loader(
+    examples: Sequence[PreferenceExample],
+    *,
+    rows: int,
+    seed: int,
+    collate: Callable[[Sequence[PreferenceExample]], B],
+) -> Loader[B]:
+    """Batches of `rows` examples, shuffled every epoch."""
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        for completion in example.completions:
+            digest.update(repr(completion.ids).encode())
+    return Loader(
+        shuffle(len(examples), seed),
+        lambda numbers: collate([examples[i] for i in numbers]),
+        {"kind": "pairs", "seed": seed, "pairs": len(examples), "sample": digest.hexdigest()},
+        rows=rows,
+    )
