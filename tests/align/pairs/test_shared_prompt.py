@@ -6,7 +6,7 @@ from small_models import SHAPES, make
 
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import shared_prompt as shared_module
-from openpalm.align.pairs.pairs import PairRecord, collate, collate_shared
+from openpalm.align.pairs.examples import PreferenceExample, collate, collate_shared
 from openpalm.align.pairs.shared_prompt import SharedRows, common_prompt, row_length, share
 from openpalm.data.batches.loader import padded
 from openpalm.data.text.conversation import Example
@@ -146,20 +146,17 @@ def test_where_the_prompt_ends():
 
 def test_pairs_share_only_where_that_is_less_work(groups, monkeypatch):
     def pair(prompt, answer):
-        return PairRecord(
-            *(
-                Example([7] * prompt + [side] * answer, [False] * prompt + [True] * answer)
-                for side in (1, 2)
-            )
-        )
+        loss_mask = [False] * prompt + [True] * answer
+        sides = (Example([7] * prompt + [side] * answer, loss_mask) for side in (1, 2))
+        return PreferenceExample(tuple(sides))
 
     assert collate_shared([pair(64, 64)] * 2).inputs.shape == (2, 192)
     assert collate_shared([pair(8, 64)] * 2).inputs.shape[0] == 4
     assert collate_shared([pair(8, 64)] * 2).segments is None
-    strangers = PairRecord(groups[0][0], groups[1][0])
+    strangers = PreferenceExample((groups[0][0], groups[1][0]))
     assert collate_shared([pair(64, 64), strangers]).inputs.shape[0] == 4
     batch = collate_shared([pair(64, 64)])
-    assert batch.pairs == 1 == collate([pair(64, 64)]).pairs
+    assert len(batch) == 1 == len(collate([pair(64, 64)]))
     monkeypatch.setattr(shared_module, "WORTH_SHARING", 2)
     assert collate_shared([pair(8, 64)] * 2).segments is not None
 

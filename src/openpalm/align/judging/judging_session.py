@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from openpalm.align.judging.best_of_n import Draw
-from openpalm.align.judging.judge import (
+from openpalm.align.judging.best_of_n import SamplingPlan
+from openpalm.align.judging.model_judge import (
     LABEL_TOKENS,
     LEAST_MASS,
     Judge,
@@ -55,7 +55,7 @@ class Writer(NamedTuple):
     tokenizer: Tokenizer
     checkpoint: str
     """its digest"""
-    draw: Draw
+    draw: SamplingPlan
 
     @property
     def sampling(self) -> dict[str, float]:
@@ -108,7 +108,7 @@ def drawn_items(
     ]
 
 
-class Session:
+class JudgingSession:
     """A judge at work, whose records go to `file`; counts what it does.
 
     known: ids of the judgements that are there already.
