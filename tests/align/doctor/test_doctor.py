@@ -15,7 +15,7 @@ from openpalm.align.doctor.checks import Example
 from openpalm.align.doctor.examination import Patient, examine
 from openpalm.align.logprobs import Evaluated, evaluate
 from openpalm.align.pairs.pairs import answer_record, records
-from openpalm.align.rollouts.rollout_batch import Answer, batch_of
+from openpalm.align.rollouts.rollout_batch import Completion, collate_completions
 from openpalm.data.batches.loader import IGNORE, Record
 from openpalm.data.rows.preferences import Pair, Usable, says
 from openpalm.data.text.conversation import Message, render, stop_ids
@@ -49,7 +49,13 @@ def healthy(**changes):
         lora.attach(model, LoraConfig(2, 4.0, ("q", "v", "down")), seed=0)
     pairs = [Pair(prompt, says("A longer answer."), says("No.")) for prompt in ASKED]
     settings = GrpoSettings(
-        data=Path("d"), out=Path("o"), init="i", steps=1, prompts=4, answers=4, max_new_tokens=24
+        data=Path("d"),
+        out=Path("o"),
+        init="i",
+        steps=1,
+        prompts_per_rollout=4,
+        num_completions=4,
+        max_new_tokens=24,
     )
     given = {
         "settings": settings,
@@ -143,7 +149,7 @@ def test_what_learns_is_in_the_optimizer():
 
 
 def test_answers_come_to_an_end():
-    ended, cut = (Answer(0, [1], [2], [0.0], ended=value) for value in (True, False))
+    ended, cut = (Completion(0, [1], [2], [0.0], ended=value) for value in (True, False))
     assert checks.check_ended([cut, ended]).ok
     assert not checks.check_ended([cut, cut]).ok
 
@@ -193,8 +199,8 @@ def test_the_reference_is_the_start():
 
 def test_masked_tokens_have_no_gradient(monkeypatch):
     model = tiny()
-    answers = [Answer(0, [1, 2], list(range(n)), [], ended=True) for n in (2, 5, 9)]
-    inputs, targets = batch_of(answers)
+    answers = [Completion(0, [1, 2], list(range(n)), [], ended=True) for n in (2, 5, 9)]
+    inputs, targets = collate_completions(answers)
 
     def sums(inputs, targets):
         return -evaluate(model, inputs, targets).log_probs.sum()
@@ -209,7 +215,7 @@ def test_masked_tokens_have_no_gradient(monkeypatch):
     def kept(model, inputs, targets):
         return evaluate(model, inputs, targets.clamp_min(0)).log_probs
 
-    answers = [Answer(0, [1], [3] * n, [0.0] * n, ended=True) for n in (1, 9)]
+    answers = [Completion(0, [1], [3] * n, [0.0] * n, ended=True) for n in (1, 9)]
     with_evaluate(monkeypatch, kept)
     masked = examination._policy_checks(healthy(), answers)
     assert [check.ok for check in masked][-1] is False

@@ -29,7 +29,7 @@ import torch
 
 from openpalm.align.judging.judge import LABEL_TOKENS, EngineJudge, rule_questions, rule_reward
 from openpalm.align.pairs.reward import RatingRecord, collate
-from openpalm.align.rollouts.rollout_batch import Answer, Reward, record_of
+from openpalm.align.rollouts.rollout_batch import Completion, Reward, record_of
 from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.rows.constitution import read_constitution
@@ -60,7 +60,7 @@ class Reader:
     asked: Sequence[Asked]
     stop_ids: frozenset[int]
 
-    def text(self, answer: Answer) -> str:
+    def text(self, answer: Completion) -> str:
         """Without its end marker."""
         return self.tokenizer.decode([i for i in answer.ids if i not in self.stop_ids])
 
@@ -78,7 +78,7 @@ def rewards_of(words: Sequence[str], reader: Reader, option: str = "reward") -> 
     named = [_weight_and_source(word, option) for word in words]
     parts = [(weight, source_of(source, reader, option)) for weight, source in named]
 
-    def total(answers: Sequence[Answer]) -> list[float]:
+    def total(answers: Sequence[Completion]) -> list[float]:
         columns = [[weight * value for value in part(answers)] for weight, part in parts]
         sums = [sum(values, 0.0) for values in zip(*columns, strict=True)]
         for value, answer in zip(sums, answers, strict=True):
@@ -149,7 +149,7 @@ def source_of(word: str, reader: Reader, option: str = "reward") -> Reward:
     )
 
 
-def exact(reader: Reader, answer: Answer) -> float:
+def exact(reader: Reader, answer: Completion) -> float:
     """Whether the answer is the row's own."""
     wanted = reader.asked[answer.prompt].row.get("answer")
     return float(wanted is not None and reader.text(answer).strip() == str(wanted).strip())
@@ -167,7 +167,7 @@ def of_function(
     or exits, or returns no finite number.
     """
 
-    def reward_of(answer: Answer) -> float:
+    def reward_of(answer: Completion) -> float:
         asked, text = reader.asked[answer.prompt], reader.text(answer)
         try:
             value = function(asked.question, text, copy.deepcopy(asked.row))
@@ -209,7 +209,7 @@ def of_model(path: Path, reader: Reader, option: str = "reward", rows: int = 32)
     model.requires_grad_(False)
 
     @torch.no_grad()
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         values: list[float] = []
         for start in range(0, len(answers), rows):
             group = answers[start : start + rows]
@@ -233,7 +233,7 @@ def of_rules(word: str, reader: Reader, option: str = "reward") -> Reward:
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     judge = EngineJudge(Engine(checkpoint.load(directory), slots=32, owned=True), tokenizer, word)
 
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         questions = [
             question
             for answer in answers
@@ -274,7 +274,7 @@ def of_classifier(name: str, reader: Reader, option: str = "reward") -> Reward:
         raise SettingsError(f"{where}: cannot be read ({error}); check the name") from error
 
     @torch.no_grad()
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         texts = [reader.text(answer) for answer in answers]
         batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
         logits = model(**batch).logits.float()
