@@ -30,9 +30,9 @@ from openpalm.align.config import DpoSettings, GrpoSettings, PpoSettings, Reward
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import kto
 from openpalm.align.pairs.dpo import PairObjective
-from openpalm.align.pairs.pairs import PairLoader, PairRecord, with_reference
-from openpalm.align.pairs.reward import RatingRecord, RewardObjective
-from openpalm.align.pairs.reward import collate as reward_collate
+from openpalm.align.pairs.examples import PairLoader, PairRecord, with_reference
+from openpalm.align.pairs.reward_model import RatingRecord, RewardObjective
+from openpalm.align.pairs.reward_model import collate as reward_collate
 from openpalm.align.rollouts import grpo, ppo
 from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
 from openpalm.align.rollouts.rollout_batch import Completion, record_of
@@ -207,7 +207,7 @@ def by_verdicts(task: Task, seed: int, steps: int = 1800) -> Figures:
     known = kto.with_reference(task.reference, made)
     model = start_of(task)
     loader = PairLoader(known, rows=128, seed=seed, collate=kto.collate)
-    stepped(model, kto.VerdictObjective(how), loader, how)
+    stepped(model, kto.KtoObjective(how), loader, how)
     return judged(task, model)
 
 

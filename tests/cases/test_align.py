@@ -13,11 +13,11 @@ from command_line import rows
 from judge_server import Reply, fails, judging, says
 
 from openpalm.align.config import DpoSettings
-from openpalm.align.judging.endpoint import EndpointJudge
-from openpalm.align.judging.judge import Question
+from openpalm.align.judging.endpoint_judge import EndpointJudge
+from openpalm.align.judging.model_judge import Question
 from openpalm.align.pairs.dpo import pair_losses
+from openpalm.data.rows.labelled_files import read_labelled
 from openpalm.data.rows.pair_files import read_pairs
-from openpalm.data.rows.verdict_files import read_verdicts
 from openpalm.errors import SettingsError, WorkError
 
 
@@ -214,7 +214,7 @@ def talk(question: str, answer: str) -> str:
     return f"\n\nHuman: {question}\n\nAssistant: {answer}"
 
 
-@pytest.mark.parametrize("read", [read_pairs, read_verdicts])
+@pytest.mark.parametrize("read", [read_pairs, read_labelled])
 @pytest.mark.parametrize(
     "row",
     [

@@ -8,7 +8,7 @@ import torch
 from command_line import rows, write_base
 
 import openpalm
-from openpalm.align.pairs.pairs import answer_record
+from openpalm.align.pairs.examples import render_completion
 from openpalm.data.text.conversation import Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model import lora
@@ -65,7 +65,7 @@ def reward_of(path, answer):
     """The reward of one answer, as a caller from Python gets it."""
     model = openpalm.load(path)
     assert isinstance(model, RewardModel)
-    record = answer_record(
+    record = render_completion(
         Tokenizer.byte(), [Message("user", "Question 7?")], [Message("assistant", answer)]
     )
     return model.value(torch.tensor([record.ids])).item()

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from openpalm.align.logprobs import token_log_probs
-from openpalm.align.pairs.pairs import answer_record
+from openpalm.align.pairs.examples import render_completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.demonstration_files import read_demonstrations
+from openpalm.data.rows.labelled_files import read_labelled
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.rating_files import read_ratings
-from openpalm.data.rows.verdict_files import read_verdicts
 from openpalm.data.text.conversation import Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.critic import ActorCritic, Bins, CriticKind
@@ -210,7 +210,7 @@ def outputs(model: Transformer, ids: Tensor) -> dict[str, Tensor]:
 
 def conversation(directory: Path) -> tuple[Tensor, Tensor]:
     """A question with its answer by the checkpoint's tokenizer: inputs and targets, [1, time]."""
-    record = answer_record(Tokenizer.load(directory / "tokenizer.json"), QUESTION, ANSWER)
+    record = render_completion(Tokenizer.load(directory / "tokenizer.json"), QUESTION, ANSWER)
     ids, counts = torch.tensor([record.ids]), torch.tensor([record.loss_mask])
     return ids[:, :-1], torch.where(counts, ids, IGNORE)[:, 1:].contiguous()
 
@@ -260,7 +260,7 @@ def judged(path: Path) -> dict[str, Any]:
             for r in read_ratings(path, "helpful").items
         ],
         "verdicts": [
-            [_turns(v.prompt), _turns(v.answer), v.good] for v in read_verdicts(path).items
+            [_turns(v.prompt), _turns(v.answer), v.good] for v in read_labelled(path).items
         ],
         "demonstrations": [_turns(messages) for messages in read_demonstrations(path).items],
         "unused_by_pairs": read_pairs(path).unused,

@@ -13,7 +13,7 @@ from openpalm.train.config import LoraSettings
 
 if TYPE_CHECKING:
     from openpalm.align.doctor.checks import Check
-    from openpalm.align.doctor.examination import Patient
+    from openpalm.align.doctor.run_checks import PlannedRun
     from openpalm.data.rows.preferences import Messages, Pair
     from openpalm.data.rows.prompt_files import PromptRow
     from openpalm.data.rows.usable import Usable
@@ -83,13 +83,13 @@ def run(argv: Sequence[str]) -> None:
             "openpalm doctor --init runs/chat --data pairs.jsonl --lora.rank 8 --json",
         ],
     )
-    from openpalm.align.doctor.examination import examine
+    from openpalm.align.doctor.run_checks import run_checks
     from openpalm.cli.common import progress
 
     patient = admit(settings)
     checks: list[Check] = []
     with progress("doctor", _expected(patient)) as advance:
-        for check in examine(patient):
+        for check in run_checks(patient):
             checks.append(check)
             advance(1)
             if not check.ok:
@@ -102,11 +102,16 @@ def run(argv: Sequence[str]) -> None:
         raise WorkError("{0.name}: failed: {0.found}; {0.remedy}".format(checks[-1]))
 
 
-def admit(settings: DoctorSettings) -> "Patient":
+def admit(settings: DoctorSettings) -> "PlannedRun":
     """Composes what the run would begin with."""
-    from openpalm.align.doctor.examination import Patient
-    from openpalm.align.judging.rewards import Asked, Reader, question_of, rewards_of
-    from openpalm.align.pairs.pairs import fitting as fitting_pairs
+    from openpalm.align.doctor.run_checks import PlannedRun
+    from openpalm.align.judging.reward_sources import (
+        RewardContext,
+        RewardPrompt,
+        load_reward,
+        question_of,
+    )
+    from openpalm.align.pairs.examples import fitting as fitting_pairs
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start
@@ -128,14 +133,16 @@ def admit(settings: DoctorSettings) -> "Patient":
         pairs.refuse_empty(settings.data, "pair")
     asked, ids = usable_prompts(given.prompts, tokenizer, settings, start.config.context, "doctor")
     answered = [*asked, *(PromptRow(pair.prompt, {}) for pair, _ in pairs.items)]
-    reader = Reader(tokenizer, [Asked(question_of(row.prompt), row.row) for row in answered], stops)
+    reader = RewardContext(
+        tokenizer, [RewardPrompt(question_of(row.prompt), row.row) for row in answered], stops
+    )
     words = reward_sources(settings.reward)
     device = pick_device(settings.device)
     model = Transformer(start.config).to(device)
     start.fill(model)
     choose_trained(model, run)
     rate = rollout_rate(start.learning_rate) * (LORA_RATE if settings.lora.rank else 1)
-    return Patient(
+    return PlannedRun(
         settings=run,
         model=model,
         optimizer=Optimizer(model, run.optim, rate),
@@ -145,7 +152,7 @@ def admit(settings: DoctorSettings) -> "Patient":
         conversations=given.conversations,
         pairs=[record for _, record in pairs.items],
         stop_ids=stops,
-        reward=rewards_of(words, reader) if words else None,
+        reward=load_reward(words, reader) if words else None,
     )
 
 
@@ -195,7 +202,7 @@ def _read(path: Path) -> _Given:
     return _Given(prompts, cut, none)
 
 
-def _expected(patient: "Patient") -> int:
+def _expected(patient: "PlannedRun") -> int:
     """How many checks there will be."""
     with_reward = patient.reward is not None
     return 10 + 4 * with_reward + bool(patient.pairs) * (2 + 2 * with_reward)

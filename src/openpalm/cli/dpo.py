@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
 
 def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     """Composes the run: weights, judgements with what the reference thinks of them, THE loop."""
-    from openpalm.align.pairs.pairs import PairLoader
+    from openpalm.align.pairs.examples import PairLoader
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.train.job import Job
@@ -74,11 +74,11 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
 
 def _kind(settings: DpoSettings) -> "tuple[str, int, Objective[Any], Callable[..., Any]]":
     """What is judged, in how many rows, the loss of it and how it becomes a batch."""
-    from openpalm.align.pairs import dpo, kto, pairs
+    from openpalm.align.pairs import dpo, examples, kto
 
     if settings.loss == "kto":
-        return "verdicts", 1, kto.VerdictObjective(settings), kto.collate
-    return "pairs", 2, dpo.PairObjective(settings), pairs.collate_shared
+        return "verdicts", 1, kto.KtoObjective(settings), kto.collate
+    return "pairs", 2, dpo.PairObjective(settings), examples.collate_shared
 
 
 def _judgements(
@@ -87,15 +87,15 @@ def _judgements(
     """What fits of the file, with the reference's log-probabilities; reports what is left out."""
     from rich.console import Console
 
-    from openpalm.align.pairs import kto, pairs
+    from openpalm.align.pairs import examples, kto
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import report_unused
+    from openpalm.data.rows.labelled_files import read_labelled
     from openpalm.data.rows.pair_files import read_pairs
-    from openpalm.data.rows.verdict_files import read_verdicts
 
-    unit, made = ("verdicts", kto) if settings.loss == "kto" else ("pairs", pairs)
-    given = (read_verdicts if settings.loss == "kto" else read_pairs)(settings.data)
+    unit, made = ("verdicts", kto) if settings.loss == "kto" else ("pairs", examples)
+    given = (read_labelled if settings.loss == "kto" else read_pairs)(settings.data)
     found = made.records(tokenizer, given, length)
     fitting = report_unused(label, settings.data, found, unit.removesuffix("s")).items
     if settings.loss == "kto" and len(kinds := {verdict.label for verdict in fitting}) == 1:

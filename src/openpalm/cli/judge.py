@@ -11,8 +11,8 @@ from openpalm.base.settings import parse
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
-    from openpalm.align.judging.judge import Judge
-    from openpalm.align.judging.judgements import Item
+    from openpalm.align.judging.judging_session import Item
+    from openpalm.align.judging.model_judge import Judge
 
 KEY = "OPENPALM_JUDGE_KEY"
 
@@ -124,18 +124,18 @@ def run(argv: Sequence[str]) -> None:
 
 def judged(settings: JudgeSettings) -> dict[str, Any]:
     """Appends a record for whatever has none yet; figures of what was done."""
-    from openpalm.align.judging.judgements import Session
-    from openpalm.base.jsonl import growing
+    from openpalm.align.judging.judging_session import JudgingSession
+    from openpalm.base.jsonl import open_jsonl
     from openpalm.cli.common import progress
     from openpalm.data.rows.constitution import read_constitution
     from openpalm.data.rows.preferences import Preference
 
     constitution = read_constitution(settings.constitution, "principles")
     items, judge = _items(settings), _judge(settings)
-    with growing(settings.out) as file, progress("judge", len(items)) as advance:
+    with open_jsonl(settings.out) as file, progress("judge", len(items)) as advance:
         rows = enumerate(file.found, 1)
         known = {Preference.from_json(row, f"--out {settings.out}:{i}").id for i, row in rows}
-        session = Session(judge, constitution, settings.max_new_tokens, file, known)
+        session = JudgingSession(judge, constitution, settings.max_new_tokens, file, known)
         work = session.revise if settings.revise else session.compare
         for item in items:
             work(item)
@@ -145,8 +145,8 @@ def judged(settings: JudgeSettings) -> dict[str, Any]:
 
 
 def _judge(settings: JudgeSettings) -> "Judge":
-    from openpalm.align.judging.endpoint import EndpointJudge
-    from openpalm.align.judging.judge import EngineJudge
+    from openpalm.align.judging.endpoint_judge import EndpointJudge
+    from openpalm.align.judging.model_judge import EngineJudge
     from openpalm.cli.common import serving_engine
 
     if settings.endpoint is not None and settings.judge_model is not None:
@@ -164,7 +164,7 @@ def _judge(settings: JudgeSettings) -> "Judge":
 
 def _items(settings: JudgeSettings) -> "list[Item]":
     """What is to be judged: the file's answers, or prompts whose answers --model will write."""
-    from openpalm.align.judging.judgements import given_items
+    from openpalm.align.judging.judging_session import given_items
     from openpalm.cli.common import report_unused
     from openpalm.data.rows.candidate_files import read_candidates
 
@@ -176,8 +176,8 @@ def _items(settings: JudgeSettings) -> "list[Item]":
 
 
 def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
-    from openpalm.align.judging.best_of_n import Draw
-    from openpalm.align.judging.judgements import Writer, drawn_items
+    from openpalm.align.judging.best_of_n import SamplingPlan
+    from openpalm.align.judging.judging_session import Writer, drawn_items
     from openpalm.cli.common import serving_engine
     from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.prompt_files import read_prompts
@@ -185,7 +185,7 @@ def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
     given = read_prompts(settings.data)
     engine, tokenizer = serving_engine(model, Form(settings.device, settings.dtype))
     rows, ids = usable_prompts(given, tokenizer, settings, engine.model.config.context, "judge")
-    draw = Draw(
+    draw = SamplingPlan(
         settings.num_completions, settings.max_new_tokens, settings.temperature, settings.seed
     )
     return drawn_items(Writer(engine, tokenizer, _hash_of(model), draw), rows, ids)

@@ -8,7 +8,7 @@ from openpalm.align.config import RewardSettings
 from openpalm.base.settings import parse
 
 if TYPE_CHECKING:
-    from openpalm.align.pairs.reward import Judged, ScoreBatch
+    from openpalm.align.pairs.reward_model import Judged, ScoreBatch
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.train.job import Probe
     from openpalm.train.run import Outcome
@@ -35,8 +35,8 @@ def run(argv: Sequence[str]) -> None:
 
 def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
     """Composes the run: weights and heads, judgements, THE loop."""
-    from openpalm.align.pairs.pairs import PairLoader
-    from openpalm.align.pairs.reward import RewardObjective, collate, fill, head_for
+    from openpalm.align.pairs.examples import PairLoader
+    from openpalm.align.pairs.reward_model import RewardObjective, collate, fill, head_for
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.model.reward import RewardModel
@@ -76,7 +76,7 @@ def _pairs(
     settings: RewardSettings, tokenizer: "Tokenizer", length: int, label: str
 ) -> "tuple[Sequence[Judged], Sequence[Judged]]":
     """The pairs, and the held-out ties."""
-    from openpalm.align.pairs.pairs import records
+    from openpalm.align.pairs.examples import records
     from openpalm.cli.common import held_out, report_unused
     from openpalm.data.rows.pair_files import read_pairs, read_ties
     from openpalm.data.rows.preferences import Pair, Usable
@@ -91,7 +91,7 @@ def _ratings(
     settings: RewardSettings, tokenizer: "Tokenizer", length: int, label: str
 ) -> "tuple[Sequence[Judged], Sequence[Judged]]":
     """The ratings; no ties."""
-    from openpalm.align.pairs.reward import rating_records
+    from openpalm.align.pairs.reward_model import rating_records
     from openpalm.cli.common import report_unused
     from openpalm.data.rows.rating_files import read_ratings
 
@@ -105,7 +105,7 @@ def _held_out_probe(
     """Loss on held-out judgements, and how well the rewards agree with them."""
     import torch
 
-    from openpalm.align.pairs.reward import RewardObjective, collate
+    from openpalm.align.pairs.reward_model import RewardObjective, collate
     from openpalm.evaluate import agreement
     from openpalm.model.reward import RewardModel
     from openpalm.model.transformer import Transformer

@@ -9,7 +9,7 @@ from openpalm.align.config import RolloutSettings, reward_sources, rollout_rate
 from openpalm.errors import RewardError, SettingsError
 
 if TYPE_CHECKING:
-    from openpalm.align.judging.rewards import Reader
+    from openpalm.align.judging.reward_sources import RewardContext
     from openpalm.align.rollouts.rollout import LogProbs
     from openpalm.align.rollouts.rollout_batch import Reward
     from openpalm.data.rows.prompt_files import PromptRow
@@ -38,7 +38,13 @@ def train_on_rollouts(
     """Composes the run; `prepare` gets the model after its weights were filled in."""
     import torch
 
-    from openpalm.align.judging.rewards import Asked, Reader, fingerprint, question_of, rewards_of
+    from openpalm.align.judging.reward_sources import (
+        RewardContext,
+        RewardPrompt,
+        fingerprint,
+        load_reward,
+        question_of,
+    )
     from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
@@ -55,12 +61,14 @@ def train_on_rollouts(
     directory, tokenizer, start = fine_tuning_start(settings)
     given = read_prompts(settings.data)
     asked, ids = usable_prompts(given, tokenizer, settings, start.config.context, label)
-    reader = Reader(
-        tokenizer, [Asked(question_of(row.prompt), row.row) for row in asked], stop_ids(tokenizer)
+    reader = RewardContext(
+        tokenizer,
+        [RewardPrompt(question_of(row.prompt), row.row) for row in asked],
+        stop_ids(tokenizer),
     )
-    reward = rewards_of(reward_sources(settings.reward), reader)
+    reward = load_reward(reward_sources(settings.reward), reader)
     gold = (
-        rewards_of(reward_sources(settings.gold_reward), reader, "gold_reward")
+        load_reward(reward_sources(settings.gold_reward), reader, "gold_reward")
         if settings.gold_reward
         else None
     )
@@ -175,7 +183,7 @@ def _shape(settings: RolloutSettings, longest: int) -> "BatchShape":
 
 def _probes(
     settings: RolloutSettings,
-    reader: "Reader",
+    reader: "RewardContext",
     ids: "list[list[int]]",
     looked_at: list[int],
     reference: "Callable[[Transformer], LogProbs]",

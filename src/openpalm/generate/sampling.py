@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from openpalm.base.permutation import mixed
+from openpalm.base.permutation import mix64
 from openpalm.errors import NumbersError, SettingsError
 
 _SMALLEST_TEMPERATURE = 1e-30
@@ -70,7 +70,7 @@ def seed_of_answer(seed: int, index: int) -> int:
     mixture, so that neighbouring seeds share no answer."""
     if index == 0:
         return seed
-    value = mixed(mixed(seed) + index)
+    value = mix64(mix64(seed) + index)
     return value - 2**64 if value >= 2**63 else value
 
 

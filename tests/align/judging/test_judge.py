@@ -11,8 +11,8 @@ from command_line import TINY
 from judge_server import Reply, fails, judging, says
 from servers import serving
 
-from openpalm.align.judging.endpoint import MAX_REPLY_BYTES, TRIES, EndpointJudge
-from openpalm.align.judging.judge import (
+from openpalm.align.judging.endpoint_judge import MAX_REPLY_BYTES, TRIES, EndpointJudge
+from openpalm.align.judging.model_judge import (
     Comparison,
     EngineJudge,
     Question,
@@ -24,7 +24,7 @@ from openpalm.align.judging.judge import (
     rule_questions,
     rule_reward,
 )
-from openpalm.align.judging.rewards import Asked, Reader, rewards_of
+from openpalm.align.judging.reward_sources import RewardContext, RewardPrompt, load_reward
 from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.rows.constitution import Article, Constitution
@@ -192,8 +192,8 @@ def test_rules_are_rewards(directory, judge, tmp_path):
     file = tmp_path / "rules.yaml"
     file.write_text("rules:\n  - No shouting.\n  - {text: No lies., weight: 2}\n")
     tokenizer = Tokenizer.byte()
-    reader = Reader(tokenizer, [Asked("Which is it?", {})], frozenset())
-    source = rewards_of([f"rules:{file}@{directory}"], reader)
+    reader = RewardContext(tokenizer, [RewardPrompt("Which is it?", {})], frozenset())
+    source = load_reward([f"rules:{file}@{directory}"], reader)
 
     def reward(text, _):
         answer = Completion(0, [1], tokenizer.encode(text), [], ended=True)
@@ -207,10 +207,10 @@ def test_rules_are_rewards(directory, judge, tmp_path):
 
 
 def test_a_bad_rules_source_is_named(directory, tmp_path):
-    reader = Reader(Tokenizer.byte(), [], frozenset())
+    reader = RewardContext(Tokenizer.byte(), [], frozenset())
     for word in ("rules:", "rules:file.yaml", f"rules:@{directory}"):
         with pytest.raises(SettingsError, match=r"must be rules:FILE.yaml@CHECKPOINT"):
-            rewards_of([word], reader)
+            load_reward([word], reader)
 
 
 def test_what_is_too_long_is_not_asked(judge):

@@ -9,19 +9,19 @@ from tiny_models import deaf, tiny
 
 from openpalm.align.config import DpoSettings
 from openpalm.align.logprobs import token_log_probs
+from openpalm.align.pairs.examples import PairLoader, PairRecord
 from openpalm.align.pairs.kto import (
-    VerdictObjective,
+    KtoObjective,
     VerdictRecord,
     collate,
+    kto_losses,
     others,
     records,
     reference_point,
-    verdict_losses,
     with_reference,
 )
-from openpalm.align.pairs.pairs import PairLoader, PairRecord
-from openpalm.data.rows.preferences import Usable, Verdict
-from openpalm.data.text.conversation import Message, Rendered
+from openpalm.data.rows.preferences import LabelledCompletion, Usable
+from openpalm.data.text.conversation import Example, Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
 
@@ -56,7 +56,7 @@ def check_equations(how, losses_of):
 
 
 def ours(how, log_ratios, stands, good):
-    return verdict_losses(how, log_ratios, stands, torch.tensor(good))
+    return kto_losses(how, log_ratios, stands, torch.tensor(good))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def verdicts(count=6, vocab=265):
         VerdictRecord(
             PairRecord(
                 *(
-                    Rendered(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+                    Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
                     for answer in (answers[i], answers[(i + 1) % count])
                 )
             ),
@@ -116,7 +116,7 @@ def check_a_half(reference, policy, away=1e-5):
     """Of a policy and a reference as the loop has them: in training mode, with dropout."""
     known = with_reference(reference.train(), verdicts())
     with torch.no_grad():
-        total, metrics = VerdictObjective(settings()).loss(policy.train(), collate(known))
+        total, metrics = KtoObjective(settings()).loss(policy.train(), collate(known))
     assert total.item() / 6 == pytest.approx(0.5, abs=away)
     assert metrics["kl"] == pytest.approx(0, abs=100 * away)
 
@@ -152,16 +152,16 @@ def check_reference_point_has_no_gradient(objective):
     ratios = token_log_probs(model, rows, targets).sum(-1) - batch.answers.reference
     stands = max(0.0, ratios.chunk(2)[1].mean().item())
     assert stands > 0.1, "else nothing could go through it"
-    losses, _ = verdict_losses(how, ratios.chunk(2)[0], torch.tensor(stands), batch.good)
+    losses, _ = kto_losses(how, ratios.chunk(2)[0], torch.tensor(stands), batch.good)
     exact = gradients(losses.sum())
     found = gradients(objective(how).loss(model, batch)[0])
     assert (found - exact).norm() < 1e-7 * exact.norm()
 
 
 def test_the_reference_point_has_no_gradient(monkeypatch):
-    check_reference_point_has_no_gradient(VerdictObjective)
+    check_reference_point_has_no_gradient(KtoObjective)
 
-    class Leaking(VerdictObjective):
+    class Leaking(KtoObjective):
         def loss(self, model, batch):
             monkeypatch.setattr(torch, "no_grad", torch.enable_grad)
             return super().loss(model, batch)
@@ -174,7 +174,7 @@ def test_steps_raise_the_good_and_lower_the_bad():
     """Good and bad swapped would turn this round."""
     model = tiny()
     known = with_reference(model, verdicts())
-    objective, batch = VerdictObjective(settings()), collate(known)
+    objective, batch = KtoObjective(settings()), collate(known)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for _ in range(20):
         optimizer.zero_grad()
@@ -197,7 +197,7 @@ def says(role, text):
 
 
 def verdict(prompt, answer, good=True):
-    return Verdict(says("user", prompt), says("assistant", answer), good)
+    return LabelledCompletion(says("user", prompt), says("assistant", answer), good)
 
 
 def test_the_next_other_prompt():

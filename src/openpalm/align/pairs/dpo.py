@@ -20,7 +20,7 @@ from torch import Tensor
 
 from openpalm.align.config import DpoSettings
 from openpalm.align.logprobs import lengths
-from openpalm.align.pairs.pairs import PairBatch
+from openpalm.align.pairs.examples import PairBatch
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Metrics
 

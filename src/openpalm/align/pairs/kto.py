@@ -27,10 +27,10 @@ from torch import Tensor
 
 from openpalm.align.config import DpoSettings
 from openpalm.align.logprobs import token_log_probs
-from openpalm.align.pairs import pairs
-from openpalm.align.pairs.pairs import PairBatch, PairRecord, answer_record, fitted
-from openpalm.data.batches.loader import Record
-from openpalm.data.rows.preferences import Usable, Verdict
+from openpalm.align.pairs import examples
+from openpalm.align.pairs.examples import PairBatch, PairRecord, fitted, render_completion
+from openpalm.data.batches.loader import Example
+from openpalm.data.rows.preferences import LabelledCompletion, Usable
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, count_of
 from openpalm.model.transformer import Transformer
@@ -45,7 +45,7 @@ class VerdictRecord:
     good: bool
 
     @property
-    def sides(self) -> tuple[Record, ...]:
+    def sides(self) -> tuple[Example, ...]:
         return self.pair.sides
 
     @property
@@ -64,7 +64,7 @@ class VerdictBatch:
         return VerdictBatch(self.answers.to(device), self.good.to(device))
 
 
-class VerdictObjective:
+class KtoObjective:
     """Sums the loss over verdicts."""
 
     def __init__(self, settings: DpoSettings):
@@ -80,9 +80,7 @@ class VerdictObjective:
         judged, others = zip(*halves, strict=True)
         with torch.no_grad():
             stands = reference_point(_log_ratios(model, *others))
-        losses, gains = verdict_losses(
-            self.settings, _log_ratios(model, *judged), stands, batch.good
-        )
+        losses, gains = kto_losses(self.settings, _log_ratios(model, *judged), stands, batch.good)
         metrics = {
             "accuracy": (gains > 0).float().sum().item(),
             "reward_margin": gains.sum().item(),
@@ -91,7 +89,7 @@ class VerdictObjective:
         return losses.sum(), metrics
 
 
-def verdict_losses(
+def kto_losses(
     settings: DpoSettings, log_ratios: Tensor, stands: Tensor, good: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Losses, and by how much each implied reward, times beta, is on the right side of z0.
@@ -110,15 +108,15 @@ def reference_point(log_ratios: Tensor) -> Tensor:
 
 
 def records(
-    tokenizer: Tokenizer, verdicts: Usable[Verdict], sequence_length: int
+    tokenizer: Tokenizer, verdicts: Usable[LabelledCompletion], sequence_length: int
 ) -> Usable[VerdictRecord]:
     """The verdicts that fit, and why the others are left out; answers to other prompts are cut.
 
     Raises DataError where all are of one prompt.
     """
 
-    def fitting(verdict: Verdict) -> tuple[Verdict, Record] | str:
-        made = answer_record(tokenizer, verdict.prompt, verdict.answer)
+    def fitting(verdict: LabelledCompletion) -> tuple[LabelledCompletion, Example] | str:
+        made = render_completion(tokenizer, verdict.prompt, verdict.answer)
         answer = fitted(made, sequence_length + 1)
         return answer if isinstance(answer, str) else (verdict, answer)
 
@@ -148,24 +146,24 @@ def others(prompts: Sequence[object]) -> list[int]:
     return found
 
 
-def _after(record: Record, other: Record, sequence_length: int) -> Record:
+def _after(record: Example, other: Example, sequence_length: int) -> Example:
     """The prompt of `record` with the answer of `other`."""
     prompt, answer = record.loss_mask.index(True), other.loss_mask.index(True)
     ids = record.ids[:prompt] + other.ids[answer:]
     counts = record.loss_mask[:prompt] + other.loss_mask[answer:]
-    return Record(ids[: sequence_length + 1], counts[: sequence_length + 1])
+    return Example(ids[: sequence_length + 1], counts[: sequence_length + 1])
 
 
 def with_reference(model: Transformer, verdicts: Sequence[VerdictRecord]) -> list[VerdictRecord]:
     """The verdicts with what `model`, the reference, thinks of both answers; in float32."""
-    known = pairs.with_reference(model, [verdict.pair for verdict in verdicts])
+    known = examples.with_reference(model, [verdict.pair for verdict in verdicts])
     return [replace(v, pair=pair) for v, pair in zip(verdicts, known, strict=True)]
 
 
 def collate(verdicts: Sequence[VerdictRecord]) -> VerdictBatch:
     """One batch, padded on the right; padding is never a target."""
     good = torch.tensor([verdict.good for verdict in verdicts])
-    return VerdictBatch(pairs.collate([verdict.pair for verdict in verdicts]), good)
+    return VerdictBatch(examples.collate([verdict.pair for verdict in verdicts]), good)
 
 
 def _log_ratios(model: Transformer, inputs: Tensor, targets: Tensor, reference: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from tiny_models import SIZES
 
 from openpalm.align.config import RewardSettings
-from openpalm.align.pairs.pairs import PairLoader, PairRecord, answer_record
-from openpalm.align.pairs.reward import (
+from openpalm.align.pairs.examples import PairLoader, PairRecord, render_completion
+from openpalm.align.pairs.reward_model import (
     SIGMA,
     RatingRecord,
     RewardObjective,
@@ -28,7 +28,7 @@ from openpalm.align.pairs.reward import (
     rating_records,
 )
 from openpalm.data.rows.preferences import Rating, Usable
-from openpalm.data.text.conversation import Message, Rendered
+from openpalm.data.text.conversation import Example, Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
 from openpalm.model.config import ModelConfig, RewardConfig
@@ -161,7 +161,7 @@ def pairs(count=6, margins=True):
     for i in range(count):
         prompt = [Message("user", "Why?" * (1 + i % 3))]
         sides = [
-            answer_record(TOKENIZER, prompt, [Message("assistant", letter * (2 + n))])
+            render_completion(TOKENIZER, prompt, [Message("assistant", letter * (2 + n))])
             for letter, n in (("a", i), ("b", count - i))
         ]
         made.append(PairRecord(*sides, label=float(i % 3) if margins else 0.0))
@@ -171,7 +171,7 @@ def pairs(count=6, margins=True):
 def rated(count=6):
     return [
         RatingRecord(
-            answer_record(
+            render_completion(
                 TOKENIZER, [Message("user", "?")], [Message("assistant", "ab"[: 1 + i % 2])]
             ),
             VALUES[i % 4],
@@ -198,7 +198,7 @@ def check_the_end_is_read(collate):
         return model.score(batch.ids, batch.mask, batch.prompt_lengths)
 
     def without(record):
-        return Rendered([*record.ids[:-1], 0], record.loss_mask)
+        return Example([*record.ids[:-1], 0], record.loss_mask)
 
     known = pairs()
     assert all(side.ids[-1] == END for pair in known for side in pair.sides)

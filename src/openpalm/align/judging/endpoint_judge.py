@@ -17,8 +17,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from openpalm.align.judging.judge import Judged, Question, Refused
-from openpalm.align.judging.verdict import verdict
+from openpalm.align.judging.model_judge import Judged, Question, Refused
+from openpalm.align.judging.parse_verdict import verdict
 from openpalm.base.console import shown
 from openpalm.errors import SettingsError, WorkError
 

@@ -8,7 +8,7 @@ A source is named in a word, `[WEIGHT*]SOURCE`:
     hub:NAME           a sequence classifier for `transformers`: its logit, or with several classes
                        the last class's log-odds
     rules:FILE@CHECKPOINT  minus the weighted mean probability that the answer breaks a rule of the
-                       YAML file, as the checkpoint says (align/judging/judge.py)
+                       YAML file, as the checkpoint says (align/judging/model_judge.py)
     exact              1 where the answer is the row's `answer`, else 0
 
 Several are added up with their weights.
@@ -27,8 +27,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from openpalm.align.judging.judge import LABEL_TOKENS, EngineJudge, rule_questions, rule_reward
-from openpalm.align.pairs.reward import RatingRecord, collate
+from openpalm.align.judging.model_judge import (
+    LABEL_TOKENS,
+    EngineJudge,
+    rule_questions,
+    rule_reward,
+)
+from openpalm.align.pairs.reward_model import RatingRecord, collate
 from openpalm.align.rollouts.rollout_batch import Completion, Reward, record_of
 from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
@@ -44,7 +49,7 @@ LARGEST = 1e9
 """The largest reward, on either side: its square is still a number in float32."""
 
 
-class Asked(NamedTuple):
+class RewardPrompt(NamedTuple):
     """A prompt as a reward sees it."""
 
     question: str
@@ -53,11 +58,11 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reader:
+class RewardContext:
     """Answers' ids as texts, and the prompts they are to."""
 
     tokenizer: Tokenizer
-    asked: Sequence[Asked]
+    asked: Sequence[RewardPrompt]
     stop_ids: frozenset[int]
 
     def text(self, answer: Completion) -> str:
@@ -70,7 +75,7 @@ def question_of(prompt: Messages) -> str:
     return next((m.content for m in reversed(prompt) if m.role == "user"), "")
 
 
-def rewards_of(words: Sequence[str], reader: Reader, option: str = "reward") -> Reward:
+def load_reward(words: Sequence[str], reader: RewardContext, option: str = "reward") -> Reward:
     """The sum of the sources that `words` name. Raises SettingsError or CheckpointError.
 
     When called, raises WorkError for a sum that is not finite, or larger than LARGEST.
@@ -130,7 +135,7 @@ def _weight_and_source(word: str, option: str) -> tuple[float, str]:
     return weight, source.strip()
 
 
-def source_of(word: str, reader: Reader, option: str = "reward") -> Reward:
+def source_of(word: str, reader: RewardContext, option: str = "reward") -> Reward:
     """One source. Raises SettingsError or CheckpointError, naming it."""
     path, colon, name = word.rpartition(":")
     if word == "exact":
@@ -149,7 +154,7 @@ def source_of(word: str, reader: Reader, option: str = "reward") -> Reward:
     )
 
 
-def exact(reader: Reader, answer: Completion) -> float:
+def exact(reader: RewardContext, answer: Completion) -> float:
     """Whether the answer is the row's own."""
     wanted = reader.asked[answer.prompt].row.get("answer")
     return float(wanted is not None and reader.text(answer).strip() == str(wanted).strip())
@@ -158,7 +163,7 @@ def exact(reader: Reader, answer: Completion) -> float:
 def of_function(
     function: Callable[[str, str, dict[str, Any]], Any],
     name: str,
-    reader: Reader,
+    reader: RewardContext,
     option: str = "reward",
 ) -> Reward:
     """Of a function of (prompt, answer, row).
@@ -190,7 +195,7 @@ def of_function(
     return lambda answers: [reward_of(answer) for answer in answers]
 
 
-def of_model(path: Path, reader: Reader, option: str = "reward", rows: int = 32) -> Reward:
+def of_model(path: Path, reader: RewardContext, option: str = "reward", rows: int = 32) -> Reward:
     """Of a reward model. Raises CheckpointError where it is none or reads other ids."""
     directory = checkpoint.resolve(path)
     model = checkpoint.load(directory)
@@ -220,7 +225,7 @@ def of_model(path: Path, reader: Reader, option: str = "reward", rows: int = 32)
     return reward
 
 
-def of_rules(word: str, reader: Reader, option: str = "reward") -> Reward:
+def of_rules(word: str, reader: RewardContext, option: str = "reward") -> Reward:
     """Of `rules:FILE@CHECKPOINT`. Raises DataError for a bad file, WorkError for a long answer."""
     file, mark, path = word.removeprefix("rules:").partition("@")
     if not (file and mark and path):
@@ -253,7 +258,7 @@ def of_rules(word: str, reader: Reader, option: str = "reward") -> Reward:
     return reward
 
 
-def of_classifier(name: str, reader: Reader, option: str = "reward") -> Reward:
+def of_classifier(name: str, reader: RewardContext, option: str = "reward") -> Reward:
     """Of a sequence classifier on the hub, or in a folder. SettingsError where there is none.
 
     Only safetensors are read, and no code of the repository is run.

@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from openpalm.align.config import RewardLoss, RewardSettings
-from openpalm.align.pairs.pairs import Judged, answer_record, fitted
-from openpalm.data.batches.loader import Record
+from openpalm.align.pairs.examples import Judged, fitted, render_completion
+from openpalm.data.batches.loader import Example
 from openpalm.data.rows.preferences import Rating, Usable
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
@@ -59,12 +59,12 @@ SIGMA = 0.75
 class RatingRecord:
     """An answer as a record whose loss mask is on it alone."""
 
-    answer: Record
+    answer: Example
     label: float
     """the rating"""
 
     @property
-    def sides(self) -> tuple[Record, ...]:
+    def sides(self) -> tuple[Example, ...]:
         return (self.answer,)
 
 
@@ -105,7 +105,7 @@ def rating_records(
     """The ratings whose answers fit `longest` tokens, and why the others are left out."""
 
     def made(rating: Rating) -> RatingRecord | str:
-        answer = fitted(answer_record(tokenizer, rating.prompt, rating.answer), longest)
+        answer = fitted(render_completion(tokenizer, rating.prompt, rating.answer), longest)
         return answer if isinstance(answer, str) else RatingRecord(answer, float(rating.value))
 
     return ratings.then(made)

@@ -1,6 +1,6 @@
 """The examination before a preference or RL run, on the user's own model, data and rewards.
 
-`examine` measures what align/doctor/checks.py judges, in an order in which each check may rely
+`run_checks` measures what align/doctor/checks.py judges, in an order in which each check may rely
 on those before it: with the run's own template, sampler, log-probabilities, rewards and step.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from openpalm.align.config import DpoSettings, GrpoSettings
 from openpalm.align.doctor.checks import (
     Check,
-    Example,
+    PromptedExample,
     check_alone,
     check_different,
     check_dropout,
@@ -36,14 +36,14 @@ from openpalm.align.doctor.checks import (
 )
 from openpalm.align.logprobs import evaluate
 from openpalm.align.pairs.dpo import PairObjective
-from openpalm.align.pairs.pairs import PairRecord, collate, with_reference
+from openpalm.align.pairs.examples import PairRecord, collate, with_reference
 from openpalm.align.rollouts.advantages import token_rewards
 from openpalm.align.rollouts.grpo import GroupObjective, estimate
 from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
 from openpalm.align.rollouts.rollout_batch import Completion, Reward, collate_completions
-from openpalm.data.batches.loader import IGNORE, Record
+from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.preferences import Messages
-from openpalm.data.text.conversation import render
+from openpalm.data.text.conversation import Example, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Objective
@@ -52,7 +52,7 @@ from openpalm.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Patient:
+class PlannedRun:
     """A run that is about to begin, and what it would read."""
 
     settings: GrpoSettings
@@ -71,10 +71,10 @@ class Patient:
     reward: Reward | None
 
 
-def examine(patient: Patient) -> Iterator[Check]:
+def run_checks(patient: PlannedRun) -> Iterator[Check]:
     """One check after the other; what the later ones need is measured when they are asked for."""
     examples = [
-        Example(
+        PromptedExample(
             render(patient.tokenizer, prompt, answer_next=True).ids,
             render(patient.tokenizer, [*prompt, *answer]),
         )
@@ -97,7 +97,7 @@ def examine(patient: Patient) -> Iterator[Check]:
     yield from _step_checks(patient, sampler)
 
 
-def _policy_checks(patient: Patient, answers: Sequence[Completion]) -> Iterator[Check]:
+def _policy_checks(patient: PlannedRun, answers: Sequence[Completion]) -> Iterator[Check]:
     inputs, targets = _on(patient.model, collate_completions(answers))
     mask = targets != IGNORE
     with torch.no_grad():
@@ -117,7 +117,7 @@ def _policy_checks(patient: Patient, answers: Sequence[Completion]) -> Iterator[
 
 
 def _reward_checks(
-    patient: Patient, reward: Reward, answers: Sequence[Completion]
+    patient: PlannedRun, reward: Reward, answers: Sequence[Completion]
 ) -> Iterator[Check]:
     rewards = [float(value) for value in reward(answers)]
     yield check_finite(rewards)
@@ -128,7 +128,7 @@ def _reward_checks(
     yield check_place(token_rewards(ones, mask, torch.zeros(mask.shape)), ones, mask)
 
 
-def _pair_checks(patient: Patient) -> Iterator[Check]:
+def _pair_checks(patient: PlannedRun) -> Iterator[Check]:
     yield check_different(patient.pairs)
     if patient.reward is not None:
         numbered = list(enumerate(patient.pairs, len(patient.prompts)))
@@ -146,7 +146,7 @@ def _pair_checks(patient: Patient) -> Iterator[Check]:
     yield check_pair_loss(loss / batch.pairs)
 
 
-def _step_checks(patient: Patient, sampler: Sampler) -> Iterator[Check]:
+def _step_checks(patient: PlannedRun, sampler: Sampler) -> Iterator[Check]:
     settings = patient.settings
     reference = reference_log_probs(patient.reference, settings.temperature)
     reward = patient.reward or (lambda answers: [0.0] * len(answers))
@@ -180,14 +180,14 @@ def digest(model: Transformer) -> str:
     return hashed.hexdigest()
 
 
-def _last_turn(example: Example) -> Example:
+def _last_turn(example: PromptedExample) -> PromptedExample:
     """Up to the last token that counts: what a template writes behind an end is no answer."""
     ids, loss_mask = example.whole
     end = len(ids) - loss_mask[::-1].index(True) if any(loss_mask) else len(ids)
-    return Example(example.before, Record(ids[:end], loss_mask[:end]))
+    return PromptedExample(example.before, Example(ids[:end], loss_mask[:end]))
 
 
-def _as_answer(prompt: int, record: Record) -> Completion:
+def _as_answer(prompt: int, record: Example) -> Completion:
     start = record.loss_mask.index(True)
     ids = record.ids[start:]
     return Completion(prompt, record.ids[:start], ids, [0.0] * len(ids), ended=True)

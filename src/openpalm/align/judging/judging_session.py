@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from openpalm.align.judging.best_of_n import Draw
-from openpalm.align.judging.judge import (
+from openpalm.align.judging.best_of_n import SamplingPlan
+from openpalm.align.judging.model_judge import (
     LABEL_TOKENS,
     Judge,
     Refused,
@@ -22,7 +22,7 @@ from openpalm.align.judging.judge import (
     numbered_pairs,
     revision,
 )
-from openpalm.base.jsonl import GrowingRows
+from openpalm.base.jsonl import JsonlWriter
 from openpalm.data.rows.candidate_files import CandidateRow
 from openpalm.data.rows.constitution import Constitution
 from openpalm.data.rows.preferences import Candidate, Messages, Preference
@@ -53,7 +53,7 @@ class Writer(NamedTuple):
     tokenizer: Tokenizer
     checkpoint: str
     """its digest"""
-    draw: Draw
+    draw: SamplingPlan
 
     @property
     def sampling(self) -> dict[str, float]:
@@ -106,7 +106,7 @@ def drawn_items(
     ]
 
 
-class Session:
+class JudgingSession:
     """A judge at work, whose records go to `file`; counts what it does.
 
     known: ids of the judgements that are there already.
@@ -117,7 +117,7 @@ class Session:
         judge: Judge,
         constitution: Constitution,
         max_new_tokens: int,
-        file: GrowingRows,
+        file: JsonlWriter,
         known: Iterable[str] = (),
     ):
         self.judge, self.constitution, self.max_new_tokens = judge, constitution, max_new_tokens
