@@ -34,7 +34,8 @@ def run(folder: Path, seed: int) -> Figures:
     openpalm(
         *("grpo", "--init", base, "--data", prompts, "--out", aligned, "--steps", STEPS),
         *("--reward", "examples/rewards.py:even_bytes", "--max-new-tokens", TOKENS),
-        *("--kl-coef", 0, "--optim.lr", 2e-3, "--save-every", EARLY, "--keep", 0, "--seed", seed),
+        *("--kl-coef", 0, "--optim.lr", 2e-3, "--save-every", EARLY, "--seed", seed),
+        *("--keep-checkpoints", 0),
     )
     return {
         "share_before": share(base, None, questions),

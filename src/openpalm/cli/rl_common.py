@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
-    from openpalm.train.job import Probe
     from openpalm.train.objective import Objective
+    from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
 
 LEAST_LOOKED_AT, MAX_LOOKED_AT = 16, 64
@@ -52,9 +52,9 @@ def train_on_rollouts(
     from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
-    from openpalm.train.job import Job
-    from openpalm.train.run import run as run_job
+    from openpalm.train.run import run_training
     from openpalm.train.run_directory import reward_failed
+    from openpalm.train.spec import TrainSpec
 
     if not reward_sources(settings.reward):
         raise SettingsError("--reward: what is an answer worth? give FILE.py:FUNCTION or a run")
@@ -88,7 +88,7 @@ def train_on_rollouts(
         held = reference(model) if settings.kl_coef else None
         return RolloutLoader(sampler, reward, estimate, held, rows=shape.rows, dtype=dtype)
 
-    job = Job(
+    spec = TrainSpec(
         config=start.config,
         fill=fill,
         make_loader=make_loader,
@@ -110,7 +110,7 @@ def train_on_rollouts(
         label=label,
     )
     try:
-        return run_job(settings, job)
+        return run_training(settings, spec)
     except RewardError:
         reward_failed(settings.out)
         raise
@@ -193,7 +193,7 @@ def _probes(
     """Figures of the held-out answers, with the alarm; and some of the answers."""
     from openpalm.align.rollouts.monitor import evaluate_policy, stop_reason
     from openpalm.align.rollouts.rollout import Sampler
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
 
     shown: list[dict[str, str]] = []
 
@@ -206,7 +206,7 @@ def _probes(
         ]
         return row
 
-    def tell(row: dict[str, Any]) -> str:
+    def describe(row: dict[str, Any]) -> str:
         gold_told = f", gold {row['val_gold']:.3f}" if "val_gold" in row else ""
         return (
             f"held-out answers: reward {row['val_reward']:.3f}{gold_told}, "
@@ -214,6 +214,10 @@ def _probes(
         )
 
     return [
-        Probe(figures, tell=tell, judge=lambda rows: stop_reason(settings.early_stopping, rows)),
+        Probe(
+            figures,
+            describe=describe,
+            alarm=lambda rows: stop_reason(settings.early_stopping, rows),
+        ),
         Probe(lambda *_: {"samples": list(shown)}, file="samples.jsonl"),
     ]
