@@ -271,7 +271,7 @@ class Chosen:
     parent: str | None = None
     """hash of the checkpoint that --init started from"""
     reward: str | None = None
-    """hash of the files behind --reward and --gold"""
+    """hash of the files behind --reward and --gold-reward"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "minutes", "peak_flops"):

@@ -194,8 +194,9 @@ def _refuse_another_reward(stored: TrainSettings, asked: TrainSettings, given: C
         print("the reward has changed since it failed; the run continues with it", file=sys.stderr)
     elif corrected is None or corrected != given.reward:
         raise SettingsError(
-            f"--out {asked.out}: what --reward or --gold names has changed since that run began "
-            f"({stored.chosen.reward}, now {given.reward}); restore it, or choose another --out"
+            f"--out {asked.out}: what --reward or --gold-reward names has changed since that run "
+            f"began ({stored.chosen.reward}, now {given.reward}); restore it, or choose another "
+            "--out"
         )
 
 
