@@ -6,7 +6,7 @@ import pytest
 from command_line import rows, write_base
 from judge_server import fails, judging, says
 
-from openpalm.align.judging import judge
+from openpalm.align.judging import model_judge
 from openpalm.data.rows.demonstration_files import read_demonstrations
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import Preference
@@ -122,7 +122,7 @@ def test_a_judge_that_would_say_neither_gives_no_verdict(said, base, given):
 
 
 def test_ours_writes_and_judges(said, base, given, monkeypatch):
-    monkeypatch.setattr(judge, "LEAST_MASS", 0.0)  # of random weights
+    monkeypatch.setattr(model_judge, "LEAST_MASS", 0.0)  # of random weights
     status, output, errors = with_ours(said, base, given, "--num-completions", 3)
     assert (status, errors) == (0, [])
     told, found = json.loads(output), rows(given / "j.jsonl")
@@ -168,7 +168,7 @@ def test_ours_revises(said, base, given):
 
 
 def test_what_cannot_be_judged_is_told(said, base, given, monkeypatch):
-    monkeypatch.setattr(judge, "LEAST_MASS", 0.0)  # of random weights
+    monkeypatch.setattr(model_judge, "LEAST_MASS", 0.0)  # of random weights
     many = "x" * 600
     rows_ = [["", "*"], ["*", " * "], [many, "*"], ["*", "**"]]
     write(given / "a.jsonl", *({"prompt": "Why?", "responses": pair} for pair in rows_))

@@ -725,7 +725,7 @@ def test_more_than_the_peak_is_no_share_of_it(busy: float, share: float | None):
         settings=SimpleNamespace(chosen=chosen, trains_all=True),
         shape=BatchShape(length, sequences, 1),
         trainer=SimpleNamespace(steps=10, counted=1, world=World()),
-        job=SimpleNamespace(config=config, unit="tokens", peak_rate=lambda settings: 1e-3),
+        spec=SimpleNamespace(config=config, unit="tokens", peak_rate=lambda settings: 1e-3),
         _elapsed_s=lambda: 1.0,
     )
     report = StepReport(3, 2.0, sequences * length, 1.0, 1.0)
