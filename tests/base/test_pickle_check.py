@@ -1,4 +1,4 @@
-"""Pickles that never end are refused; what torch and its checkpoints write is not."""
+"""Pickles that never end are refused; what torch writes is not."""
 
 import collections
 import io
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from openpalm.base.pickle_check import MAX_DEPTH, check_pickle
-from openpalm.checkpoint import tensors
 from openpalm.convert.files import read_tensors
 from openpalm.errors import CheckpointError
 
@@ -46,13 +45,6 @@ def test_convert_reads_none_of_them(name, zipped, tmp_path):
         read_tensors(path)
 
 
-@pytest.mark.parametrize("name", BOMBS)
-def test_nor_does_the_index_of_a_checkpoint(name, tmp_path):
-    (tmp_path / ".metadata").write_bytes(BOMBS[name])
-    with pytest.raises(CheckpointError, match="not an index of tensors"):
-        tensors.read(tmp_path, [".metadata"])
-
-
 def test_an_object_is_not_filled_once_another_holds_it():
     """Otherwise its holder would be measured as empty."""
     made = b"ccollections\nOrderedDict\n)\x81q\1"
@@ -86,11 +78,3 @@ def test_what_torch_saves_passes(zipped, tmp_path):
     torch.save(model.state_dict(), path, _use_new_zipfile_serialization=zipped)
     found, _ = read_tensors(path)
     assert found.names == set(model.state_dict())
-
-
-def test_what_the_tensor_store_writes_passes(tmp_path):
-    tensors = {f"layer.{i}.weight": torch.full((2, 3), float(i)) for i in range(100)}
-    tensors.write(tmp_path, tensors)
-    listed = [path.name for path in tmp_path.iterdir()]
-    found = tensors.read(tmp_path, listed)
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
