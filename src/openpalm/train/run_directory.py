@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openpalm.base.settings import build, plain, read_yaml, spell, to_yaml
+from openpalm.base.settings import build, plain, spell
+from openpalm.base.yaml_file import read_yaml, to_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, SettingsError, count_of
 from openpalm.train.config import Chosen, PretrainSettings, ProfileSettings, Ramp, TrainSettings
