@@ -89,7 +89,7 @@ class _Conversation:
     ):
         self.engine = engine
         self.tokenizer = tokenizer
-        self.how = own.given(settings.temperature, settings.top_p, settings.top_k)
+        self.how = own.override(settings.temperature, settings.top_p, settings.top_k)
         self.settings = settings
         self.messages: list[Message] = []
         self.reset()

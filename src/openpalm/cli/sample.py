@@ -134,6 +134,6 @@ def _request(
     top_k = settings.top_k
     if settings.filter_thres is not None:
         top_k = math.ceil((1 - settings.filter_thres) * vocab_size)
-    own = defaults.given(settings.temperature, settings.top_p, top_k)
+    own = defaults.override(settings.temperature, settings.top_p, top_k)
     how = Sampling(own.temperature, own.top_k, own.top_p, settings.seed)
     return Request(ids, new_tokens, how, stops)
