@@ -32,10 +32,22 @@ from openpalm.base.typed import (
 )
 from openpalm.errors import SettingsError
 
-__all__ = ["HelpRequested", "build", "parse", "plain", "read_yaml", "spell", "to_yaml"]
+__all__ = [
+    "NOT_AN_OPTION",
+    "HelpRequested",
+    "build",
+    "check",
+    "parse",
+    "plain",
+    "read_yaml",
+    "spell",
+    "to_yaml",
+]
 
 T = TypeVar("T")
 
+NOT_AN_OPTION = {"option": False}
+"""Metadata of a dataclass field that is neither an option nor written with the settings."""
 MAX_CONFIG_BYTES = 1 << 20
 _DOC_COLUMN = 30
 """where the help's second column begins"""
@@ -68,14 +80,16 @@ def parse(
 
     `positional` names the fields given without an option; `aliases` maps other spellings of an
     option to its field. A field `from_` is spelled --from; a kind with a field `config` of its
-    own reads no YAML file. Raises SettingsError for a wrong request, HelpRequested for --help.
+    own reads no YAML file; a field `config_file` that is NOT_AN_OPTION gets its
+    path. Raises SettingsError for a wrong request, HelpRequested for --help.
     """
     options = _options(kind)
     words, bare = _normalise(argv, options, aliases or {}, verb)
     if ("help", "") in words:
         raise HelpRequested(_help_text(kind, verb, about, examples, positional))
     values: dict[str, Any] = {}
-    for path in [] if "config" in options else [Path(v) for name, v in words if name == "config"]:
+    files = [] if "config" in options else [Path(v) for name, v in words if name == "config"]
+    for path in files:
         values |= _from_file(path, options, verb)
     for name, text in words:
         if name in options:
@@ -88,6 +102,8 @@ def parse(
     if missing:
         named = ", ".join(name.upper() if name in positional else spell(name) for name in missing)
         raise SettingsError(f"missing {named}; see `openpalm {verb} --help`")
+    if files and "config_file" in typing.get_type_hints(kind):
+        values["config_file"] = files[-1]
     return build(kind, _nested(values))
 
 
@@ -99,13 +115,17 @@ def to_yaml(settings: Any) -> str:
 def plain(value: Any) -> Any:
     """A dataclass as nested dicts, lists and scalars, without the fields that are None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = ((f.name, plain(getattr(value, f.name))) for f in dataclasses.fields(value))
+        items = ((f.name, plain(getattr(value, f.name))) for f in _settings_of(value))
         return {name: item for name, item in items if item is not None and item != {}}
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
+
+
+def _settings_of(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(kind) if field.metadata != NOT_AN_OPTION]
 
 
 class _AsWritten(yaml.SafeLoader):
@@ -180,10 +200,17 @@ def spell(name: str) -> str:
     return "--" + name.rstrip("_").replace("_", "-")
 
 
+def check(condition: bool, name: str, value: object, wanted: str) -> None:
+    """Raises SettingsError that names the option, its value and what is wanted."""
+    if not condition:
+        raise SettingsError(f"{spell(name)} {value}: must be {wanted}")
+
+
 def _options(kind: type, prefix: str = "") -> dict[str, Any]:
     """Dotted field name -> type, for the fields of `kind` and of the dataclasses inside it."""
-    options = {}
-    for name, hint in typing.get_type_hints(kind).items():
+    options, hints = {}, typing.get_type_hints(kind)
+    for name in [field.name for field in _settings_of(kind)]:
+        hint = hints[name]
         if dataclasses.is_dataclass(hint):
             options |= _options(typing.cast(type, hint), f"{prefix}{name}.")
         else:
@@ -335,7 +362,7 @@ def _help_groups(kind: type, title: str, prefix: str, positional: Sequence[str])
     """The options of a dataclass, then those of the dataclasses inside it."""
     docs, hints = _docs(kind), typing.get_type_hints(kind)
     lines, inner = [f"{title}:"], []
-    for field in dataclasses.fields(kind):
+    for field in _settings_of(kind):
         hint, name = hints[field.name], prefix + field.name
         if dataclasses.is_dataclass(hint):
             inner += _help_groups(typing.cast(type, hint), docs[field.name], f"{name}.", ())
