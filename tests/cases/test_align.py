@@ -16,8 +16,8 @@ from openpalm.align.config import DpoSettings
 from openpalm.align.judging.endpoint import EndpointJudge
 from openpalm.align.judging.judge import Question
 from openpalm.align.pairs.dpo import pair_losses
+from openpalm.data.rows.labelled_completion_files import read_labelled_completions
 from openpalm.data.rows.pair_files import read_pairs
-from openpalm.data.rows.verdict_files import read_verdicts
 from openpalm.errors import SettingsError, WorkError
 
 
@@ -214,7 +214,7 @@ def talk(question: str, answer: str) -> str:
     return f"\n\nHuman: {question}\n\nAssistant: {answer}"
 
 
-@pytest.mark.parametrize("read", [read_pairs, read_verdicts])
+@pytest.mark.parametrize("read", [read_pairs, read_labelled_completions])
 @pytest.mark.parametrize(
     "row",
     [

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from openpalm.data.batches.loader import Record
-from openpalm.data.rows.usable import Usable
+from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.conversation import Message, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError
@@ -35,10 +35,10 @@ def records(
 
 def fitting(
     tokenizer: Tokenizer,
-    conversations: Usable[tuple[Message, ...]],
+    conversations: ReadResult[tuple[Message, ...]],
     template: Literal["chat", "none"],
     sequence_length: int,
-) -> Usable[Record]:
+) -> ReadResult[Record]:
     """The conversations with something to learn within the window, and why the others have none.
 
     A conversation that is longer stays and is cut at its end (data.loader.truncated counts them).
@@ -53,7 +53,7 @@ def fitting(
             return f"the prompt fills {sequence_length} tokens, see --sequence-length"
         return record
 
-    return conversations.then(made)
+    return conversations.map(made)
 
 
 def _conversation(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Record:

@@ -91,11 +91,11 @@ def _judgements(
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import report_unused
+    from openpalm.data.rows.labelled_completion_files import read_labelled_completions
     from openpalm.data.rows.pair_files import read_pairs
-    from openpalm.data.rows.verdict_files import read_verdicts
 
     unit, made = ("verdicts", kto) if settings.loss == "kto" else ("pairs", pairs)
-    given = (read_verdicts if settings.loss == "kto" else read_pairs)(settings.data)
+    given = (read_labelled_completions if settings.loss == "kto" else read_pairs)(settings.data)
     found = made.records(tokenizer, given, length)
     fitting = report_unused(label, settings.data, found, unit.removesuffix("s")).items
     if settings.loss == "kto" and len(kinds := {verdict.label for verdict in fitting}) == 1:

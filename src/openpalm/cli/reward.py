@@ -79,12 +79,12 @@ def _pairs(
     from openpalm.align.pairs.pairs import records
     from openpalm.cli.common import held_out, report_unused
     from openpalm.data.rows.pair_files import read_pairs, read_ties
-    from openpalm.data.rows.preferences import Pair, Usable
+    from openpalm.data.rows.preferences import Pair, ReadResult
 
     found = records(tokenizer, read_pairs(settings.data), length - 1)
     pairs = report_unused(label, settings.data, found, "pair").items
     ties = held_out([Pair(*tie) for tie in read_ties(settings.data)])[1]
-    return pairs, records(tokenizer, Usable(list(ties), {}), length - 1).items
+    return pairs, records(tokenizer, ReadResult(list(ties), {}), length - 1).items
 
 
 def _ratings(

@@ -22,7 +22,7 @@ READER = Reader(BYTES, ASKED, stop_ids(BYTES))
 
 
 def answer(text, prompt=0, ended=True):
-    asked = render(BYTES, [Message("user", ASKED[prompt].question)], answer_next=True).ids
+    asked = render(BYTES, [Message("user", ASKED[prompt].question)], add_generation_prompt=True).ids
     end = [BYTES.special_id("<|end|>")] if ended else []
     ids = [*BYTES.encode(text), *end]
     return Answer(prompt, asked, ids, [0.0] * len(ids), ended)

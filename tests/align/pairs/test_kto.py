@@ -20,7 +20,7 @@ from openpalm.align.pairs.kto import (
     with_reference,
 )
 from openpalm.align.pairs.pairs import PairLoader, PairRecord
-from openpalm.data.rows.preferences import Usable, Verdict
+from openpalm.data.rows.preferences import LabelledCompletion, ReadResult
 from openpalm.data.text.conversation import Message, Rendered
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
@@ -197,7 +197,7 @@ def says(role, text):
 
 
 def verdict(prompt, answer, good=True):
-    return Verdict(says("user", prompt), says("assistant", answer), good)
+    return LabelledCompletion(says("user", prompt), says("assistant", answer), good)
 
 
 def test_the_next_other_prompt():
@@ -211,11 +211,13 @@ def test_the_next_other_prompt():
 def test_an_answer_to_another_prompt_is_cut_to_fit():
     tokenizer = Tokenizer.byte()
     given = [verdict("a question", "1"), verdict("b", "2" * 9, good=False), verdict("c", "3" * 99)]
-    given = Usable(given, {}, ["v:1", "v:2", "v:3"])
+    given = ReadResult(given, {}, ["v:1", "v:2", "v:3"])
     length = len(records(tokenizer, given, 200).items[0].sides[0].ids) - 1
     made, left_out = records(tokenizer, given, length)[:2]
     assert [*left_out.values()] == [1]
-    assert records(tokenizer, given, length).left_out == {reason: ["v:3"] for reason in left_out}
+    assert records(tokenizer, given, length).unused_places == {
+        reason: ["v:3"] for reason in left_out
+    }
     assert [record.good for record in made] == [True, False]
     cut = made[0].sides[1]
     assert len(cut.ids) == length + 1
@@ -226,7 +228,7 @@ def test_an_answer_to_another_prompt_is_cut_to_fit():
 def test_records():
     tokenizer = Tokenizer.byte()
     given = [verdict("one", "1"), verdict("one", "11", good=False), verdict("two", "222")]
-    given = Usable(given, {})
+    given = ReadResult(given, {})
     made, left_out = records(tokenizer, given, 64)[:2]
     assert left_out == {}
     for record, judged, other in zip(made, ["1", "11", "222"], ["222", "222", "1"], strict=True):

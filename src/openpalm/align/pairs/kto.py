@@ -30,7 +30,7 @@ from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import pairs
 from openpalm.align.pairs.pairs import PairBatch, PairRecord, answer_record, fitted
 from openpalm.data.batches.loader import Record
-from openpalm.data.rows.preferences import Usable, Verdict
+from openpalm.data.rows.preferences import LabelledCompletion, ReadResult
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, count_of
 from openpalm.model.transformer import Transformer
@@ -110,26 +110,26 @@ def reference_point(log_ratios: Tensor) -> Tensor:
 
 
 def records(
-    tokenizer: Tokenizer, verdicts: Usable[Verdict], sequence_length: int
-) -> Usable[VerdictRecord]:
+    tokenizer: Tokenizer, verdicts: ReadResult[LabelledCompletion], sequence_length: int
+) -> ReadResult[VerdictRecord]:
     """The verdicts that fit, and why the others are left out; answers to other prompts are cut.
 
     Raises DataError where all are of one prompt.
     """
 
-    def fitting(verdict: Verdict) -> tuple[Verdict, Record] | str:
-        made = answer_record(tokenizer, verdict.prompt, verdict.answer)
+    def fitting(verdict: LabelledCompletion) -> tuple[LabelledCompletion, Record] | str:
+        made = answer_record(tokenizer, verdict.prompt, verdict.completion)
         answer = fitted(made, sequence_length + 1)
         return answer if isinstance(answer, str) else (verdict, answer)
 
-    found = verdicts.then(fitting)
+    found = verdicts.map(fitting)
     partners = others([verdict.prompt for verdict, _ in found.items]) if found.items else []
     after = [found.items[i][1] for i in partners]
     made = [
         VerdictRecord(PairRecord(answer, _after(answer, other, sequence_length)), verdict.good)
         for (verdict, answer), other in zip(found.items, after, strict=True)
     ]
-    return Usable(made, found.unused, found.places, found.left_out, found.fields)
+    return ReadResult(made, found.unused, found.places, found.unused_places, found.unused_fields)
 
 
 def others(prompts: Sequence[object]) -> list[int]:

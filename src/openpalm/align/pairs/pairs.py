@@ -15,7 +15,7 @@ from torch import Tensor
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.shared_prompt import saves_work, share
 from openpalm.data.batches.loader import Order, Record, padded
-from openpalm.data.rows.preferences import Pair, Usable
+from openpalm.data.rows.preferences import Pair, ReadResult
 from openpalm.data.text.conversation import Message, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.layout import shared
@@ -73,7 +73,7 @@ def answer_record(
 
     Earlier turns of the assistant are part of the prompt here: both sides share them.
     """
-    before = render(tokenizer, prompt, answer_next=True).ids
+    before = render(tokenizer, prompt, add_generation_prompt=True).ids
     ids, loss_mask = render(tokenizer, [*prompt, *answer])
     assert ids[: len(before)] == before, "a prompt's ids depend on the answer that follows"
     return Record(ids, [False] * len(before) + loss_mask[len(before) :])
@@ -89,14 +89,16 @@ def fitted(record: Record, length: int) -> Record | str:
     return record if any(record.loss_mask) else "no turn of the answer has a weight"
 
 
-def records(tokenizer: Tokenizer, pairs: Usable[Pair], sequence_length: int) -> Usable[PairRecord]:
+def records(
+    tokenizer: Tokenizer, pairs: ReadResult[Pair], sequence_length: int
+) -> ReadResult[PairRecord]:
     """The pairs that fit, and why the others are left out."""
-    return fitting(tokenizer, pairs, sequence_length).then(lambda both: both[1])
+    return fitting(tokenizer, pairs, sequence_length).map(lambda both: both[1])
 
 
 def fitting(
-    tokenizer: Tokenizer, pairs: Usable[Pair], sequence_length: int
-) -> Usable[tuple[Pair, PairRecord]]:
+    tokenizer: Tokenizer, pairs: ReadResult[Pair], sequence_length: int
+) -> ReadResult[tuple[Pair, PairRecord]]:
     """The pairs that fit, with their records."""
 
     def made(pair: Pair) -> tuple[Pair, PairRecord] | str:
@@ -108,7 +110,7 @@ def fitting(
             sides.append(side)
         return pair, PairRecord(*sides, label=pair.margin or 0.0)
 
-    return pairs.then(made)
+    return pairs.map(made)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from openpalm.align.config import RewardLoss, RewardSettings
 from openpalm.align.pairs.pairs import Judged, answer_record, fitted
 from openpalm.data.batches.loader import Record
-from openpalm.data.rows.preferences import Rating, Usable
+from openpalm.data.rows.preferences import Rating, ReadResult
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
 from openpalm.model.config import MAX_BINS, RewardConfig
@@ -100,15 +100,15 @@ def collate(judged: Sequence[Judged]) -> ScoreBatch:
 
 
 def rating_records(
-    tokenizer: Tokenizer, ratings: Usable[Rating], longest: int
-) -> Usable[RatingRecord]:
+    tokenizer: Tokenizer, ratings: ReadResult[Rating], longest: int
+) -> ReadResult[RatingRecord]:
     """The ratings whose answers fit `longest` tokens, and why the others are left out."""
 
     def made(rating: Rating) -> RatingRecord | str:
-        answer = fitted(answer_record(tokenizer, rating.prompt, rating.answer), longest)
+        answer = fitted(answer_record(tokenizer, rating.prompt, rating.completion), longest)
         return answer if isinstance(answer, str) else RatingRecord(answer, float(rating.value))
 
-    return ratings.then(made)
+    return ratings.map(made)
 
 
 def head_for(

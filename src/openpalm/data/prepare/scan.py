@@ -14,8 +14,14 @@ from typing import BinaryIO
 import numpy as np
 
 from openpalm.base.workers import Workers
-from openpalm.data.corpus.document import RECORD, Measure
-from openpalm.data.corpus.documents import Block, documents, read_blocks, read_pieces, refuse_empty
+from openpalm.data.corpus.document import FINGERPRINT, Fingerprint
+from openpalm.data.corpus.document_reader import (
+    DocumentBlock,
+    documents,
+    read_document_blocks,
+    read_pieces,
+    refuse_empty,
+)
 from openpalm.data.corpus.line_streams import tap_file
 from openpalm.data.corpus.sources import Source
 from openpalm.data.dataset.manifest import REMEDY, InputEntry
@@ -56,8 +62,8 @@ def scan(
 ) -> list[Scanned]:
     """Reads everything once. Raises DataError on the first thing that cannot be used.
 
-    Leaves RECORDS (a RECORD a document) and COUNTS (documents of each block, int64) in the folder.
-    `lengths` is Measure's; `advance` is told the raw bytes read.
+    Leaves RECORDS (a FINGERPRINT a document) and COUNTS (documents of each block, int64).
+    `lengths` is Fingerprint's; `advance` is told the raw bytes read.
     """
     done = unfinished.done
     unfinished.keep = True
@@ -65,7 +71,7 @@ def scan(
         _compare(source, before, advance)
     unfinished.keep = False
     with (
-        _grown(unfinished, RECORDS, "documents", RECORD.itemsize) as records,
+        _grown(unfinished, RECORDS, "documents", FINGERPRINT.itemsize) as records,
         _grown(unfinished, COUNTS, "blocks", COUNT_BYTES) as counts,
     ):
         for source in sources[len(done.scanned) :]:
@@ -104,7 +110,7 @@ def hashed(source: Source, text_field: str, advance: Advance) -> Scanned:
     if source.path:
         tap_file(source.path, raw)
     else:
-        for _ in read_blocks(source, text_field=text_field, tap=raw):
+        for _ in read_document_blocks(source, text_field=text_field, tap=raw):
             pass
     return Scanned(source.name, raw.bytes, raw.sha256, 0, 0)
 
@@ -123,25 +129,27 @@ def _measured(
     tap: Raw,
     begin: int,
 ) -> Iterator[np.ndarray]:
-    """RECORD [documents] of each block from `begin` on."""
+    """FINGERPRINT [documents] of each block from `begin` on."""
     if source.is_one:
-        measure = Measure(lengths)
+        measure = Fingerprint(lengths)
         for piece in read_pieces(source, tap):
             measure.add(piece)
-        yield np.array([measure.record()], dtype=RECORD)
+        yield np.array([measure.value()], dtype=FINGERPRINT)
     else:
-        blocks = read_blocks(source, text_field=text_field, tap=tap)
+        blocks = read_document_blocks(source, text_field=text_field, tap=tap)
         measured = partial(_measure_block, text_field=text_field, lengths=lengths)
         yield from workers.map(measured, islice(blocks, begin, None))
 
 
-def _measure_block(block: Block, *, text_field: str, lengths: np.ndarray | None) -> np.ndarray:
+def _measure_block(
+    block: DocumentBlock, *, text_field: str, lengths: np.ndarray | None
+) -> np.ndarray:
     found = []
     for document in documents(block, text_field):
-        measure = Measure(lengths)
+        measure = Fingerprint(lengths)
         measure.add(document)
-        found.append(measure.record())
-    return np.array(found, dtype=RECORD)
+        found.append(measure.value())
+    return np.array(found, dtype=FINGERPRINT)
 
 
 def _compare(source: Source, before: Scanned, advance: Advance) -> None:

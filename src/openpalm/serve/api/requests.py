@@ -71,10 +71,10 @@ async def encode_messages(
     def work() -> list[int]:
         with tokenizing():
             if continued:
-                begun = render(tokenizer, turns[:-1], answer_next=True).ids
+                begun = render(tokenizer, turns[:-1], add_generation_prompt=True).ids
                 return begun + tokenizer.encode(turns[-1].content)
-            answer_next = body.add_generation_prompt is not False
-            return render(tokenizer, turns, answer_next=answer_next).ids
+            add_generation_prompt = body.add_generation_prompt is not False
+            return render(tokenizer, turns, add_generation_prompt=add_generation_prompt).ids
 
     if sum(len(turn.content) for turn in turns) > LONG_TEXT:
         return await asyncio.to_thread(work)

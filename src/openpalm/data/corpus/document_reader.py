@@ -38,7 +38,7 @@ class Lines(NamedTuple):
     data: bytes
 
 
-Block = Lines | list[Document]
+DocumentBlock = Lines | list[Document]
 
 
 def read_documents(inputs: Sequence[str], *, text_field: str = "text") -> Iterator[Document]:
@@ -56,20 +56,22 @@ def read_documents(inputs: Sequence[str], *, text_field: str = "text") -> Iterat
             yield Document("".join(piece.text for piece in pieces), source.name)
         else:
             count = 0
-            for block in read_blocks(source, text_field=text_field):
+            for block in read_document_blocks(source, text_field=text_field):
                 for document in documents(block, text_field):
                     count += 1
                     yield document
             refuse_empty(source, count)
 
 
-def read_blocks(source: Source, *, text_field: str, tap: Tap = no_tap) -> Iterator[Block]:
+def read_document_blocks(
+    source: Source, *, text_field: str, tap: Tap = no_tap
+) -> Iterator[DocumentBlock]:
     """The documents of a source in blocks of some BLOCK_BYTES; not for those that are one.
 
     `tap` is handed every raw byte of the source, in order.
     """
     if source.is_rows:
-        blocks: Iterator[Block] = _line_blocks(cast(Path, source.path), tap)
+        blocks: Iterator[DocumentBlock] = _line_blocks(cast(Path, source.path), tap)
     elif source.is_table:
         from openpalm.data.corpus.tables import parquet_documents
 
@@ -92,7 +94,7 @@ def refuse_empty(source: Source, count: int) -> None:
         raise DataError(f"{source.given}: is empty; give a file with at least one document")
 
 
-def documents(block: Block, text_field: str) -> Iterator[Document]:
+def documents(block: DocumentBlock, text_field: str) -> Iterator[Document]:
     """The documents of a block, parsed and validated."""
     if not isinstance(block, Lines):
         yield from block

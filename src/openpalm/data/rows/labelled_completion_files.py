@@ -5,7 +5,14 @@ from pathlib import Path
 
 from openpalm.data.rows.fields import COMPLETIONS, Row
 from openpalm.data.rows.pair_files import row_pair
-from openpalm.data.rows.preferences import Pair, Preference, Usable, Verdict, binary, pairs
+from openpalm.data.rows.preferences import (
+    LabelledCompletion,
+    Pair,
+    Preference,
+    ReadResult,
+    binary,
+    pairs,
+)
 from openpalm.data.rows.row_formats import (
     EXPLICIT,
     HH,
@@ -21,7 +28,7 @@ from openpalm.data.rows.row_formats import (
 )
 
 
-def read_verdicts(path: str | Path) -> Usable[Verdict]:
+def read_labelled_completions(path: str | Path) -> ReadResult[LabelledCompletion]:
     """Verdicts of a .jsonl or .jsonl.gz file.
 
     Forms: Preference records; prompt (a text or messages), completion or response, and label:
@@ -34,31 +41,31 @@ def read_verdicts(path: str | Path) -> Usable[Verdict]:
     return read_forms(path, reading, _of_records)
 
 
-def _texts(verdict: Verdict) -> Iterator[str]:
-    return texts_of((*verdict.prompt, *verdict.answer))
+def _texts(verdict: LabelledCompletion) -> Iterator[str]:
+    return texts_of((*verdict.prompt, *verdict.completion))
 
 
-def _of_records(records: list[Preference]) -> Usable[Verdict]:
+def _of_records(records: list[Preference]) -> ReadResult[LabelledCompletion]:
     if (found := binary(records)).items:
         return found
     contests = pairs(records)
     both = [v for pair in contests.items for v in _verdicts(pair)]
     places = [place for place in contests.places for _ in range(2)]
-    return Usable(both, contests.unused, places, contests.left_out)
+    return ReadResult(both, contests.unused, places, contests.unused_places)
 
 
-def _both(row: Row) -> Iterator[Verdict]:
+def _both(row: Row) -> Iterator[LabelledCompletion]:
     for pair in row_pair(row):
         yield from _verdicts(pair)
 
 
-def _verdicts(pair: Pair) -> Iterator[Verdict]:
-    yield Verdict(pair.prompt, pair.chosen, good=True)
-    yield Verdict(pair.prompt, pair.rejected, good=False)
+def _verdicts(pair: Pair) -> Iterator[LabelledCompletion]:
+    yield LabelledCompletion(pair.prompt, pair.chosen, good=True)
+    yield LabelledCompletion(pair.prompt, pair.rejected, good=False)
 
 
-def _verdict(row: Row) -> Iterator[Verdict]:
+def _verdict(row: Row) -> Iterator[LabelledCompletion]:
     prompt, field = prompt_of(row), row.name(COMPLETIONS)
     answer = answer_of(row, field, prompt)
     check_answer(answer, field)
-    yield Verdict(prompt, answer, row.get("label"))
+    yield LabelledCompletion(prompt, answer, row.get("label"))
