@@ -168,7 +168,7 @@ def test_every_raw_byte_is_shown_once(tmp_path):
         if source.is_one:
             list(read_pieces(source, seen.append))
         else:
-            list(read_document_blocks(source, text_field="text", tap=seen.append))
+            list(read_document_blocks(source, seen.append))
         assert b"".join(seen) == content
 
 

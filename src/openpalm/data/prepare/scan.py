@@ -56,7 +56,6 @@ def scan(
     unfinished: Unfinished,
     workers: Workers,
     *,
-    text_field: str,
     lengths: np.ndarray | None,
     advance: Advance,
 ) -> list[Scanned]:
@@ -76,7 +75,7 @@ def scan(
     ):
         for source in sources[len(done.scanned) :]:
             raw, found = Raw(advance), done.scanning
-            for measured in _measured(source, workers, text_field, lengths, raw, found.blocks):
+            for measured in _measured(source, workers, lengths, raw, found.blocks):
                 records.write(measured.tobytes())
                 blocks = 0
                 if not source.is_one:
@@ -104,13 +103,13 @@ def input_entries(sources: Sequence[Source], scanned: Sequence[Scanned]) -> tupl
     return tuple(_entry(given, [found for _, found in group]) for given, group in groups)
 
 
-def hashed(source: Source, text_field: str, advance: Advance) -> Scanned:
+def hashed(source: Source, advance: Advance) -> Scanned:
     """A source's raw bytes only, nothing parsed that need not be."""
     raw = Raw(advance)
     if source.path:
         tap_file(source.path, raw)
     else:
-        for _ in read_document_blocks(source, text_field=text_field, tap=raw):
+        for _ in read_document_blocks(source, raw):
             pass
     return Scanned(source.name, raw.bytes, raw.sha256, 0, 0)
 
@@ -124,7 +123,6 @@ def _entry(given: str, found: Sequence[Scanned]) -> InputEntry:
 def _measured(
     source: Source,
     workers: Workers,
-    text_field: str,
     lengths: np.ndarray | None,
     tap: Raw,
     begin: int,
@@ -136,16 +134,14 @@ def _measured(
             measure.add(piece)
         yield np.array([measure.value()], dtype=FINGERPRINT)
     else:
-        blocks = read_document_blocks(source, text_field=text_field, tap=tap)
-        measured = partial(_measure_block, text_field=text_field, lengths=lengths)
+        blocks = read_document_blocks(source, tap)
+        measured = partial(_measure_block, lengths=lengths)
         yield from workers.map(measured, islice(blocks, begin, None))
 
 
-def _measure_block(
-    block: DocumentBlock, *, text_field: str, lengths: np.ndarray | None
-) -> np.ndarray:
+def _measure_block(block: DocumentBlock, *, lengths: np.ndarray | None) -> np.ndarray:
     found = []
-    for document in documents(block, text_field):
+    for document in documents(block):
         measure = Fingerprint(lengths)
         measure.add(document)
         found.append(measure.value())
@@ -154,7 +150,7 @@ def _measure_block(
 
 def _compare(source: Source, before: Scanned, advance: Advance) -> None:
     """What was scanned before a kill must still be what it was; the Hub's rows are met again."""
-    if source.path and (now := hashed(source, "", advance)).sha256 != before.sha256:
+    if source.path and (now := hashed(source, advance)).sha256 != before.sha256:
         raise DataError(
             f"{now.name}: changed since this dataset was begun; give what it was, choose another "
             f"--out, or {REMEDY}"

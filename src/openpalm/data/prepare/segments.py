@@ -88,7 +88,6 @@ class Segments:
     scanned: Sequence[Scanned]
     plan: Plan
     folder: Path
-    text_field: str
     in_pieces: bool
     lengths: np.ndarray | None
     end_of_text: int | None
@@ -118,7 +117,7 @@ class Segments:
         """The segments of a source of many documents, and the kept bytes before each."""
         given, found, at = self.sources[source], self.scanned[source], 0
         counts = np.fromfile(self.folder / COUNTS, "<i8", found.blocks, offset=block * COUNT_BYTES)
-        blocks = read_document_blocks(given, text_field=self.text_field, tap=self._tap)
+        blocks = read_document_blocks(given, self._tap)
         number = -1
         for number, content in enumerate(blocks):
             if number >= len(counts):
@@ -179,10 +178,10 @@ class Segments:
         return records, np.fromfile(self.folder / FATES, np.uint8, count, offset=first)
 
 
-def parts(segment: Segment, text_field: str, lengths: np.ndarray | None) -> Iterator[Part]:
+def parts(segment: Segment, lengths: np.ndarray | None) -> Iterator[Part]:
     """What is kept of a segment, each document checked to be what the first pass saw."""
     count = 0
-    for count, document in enumerate(documents(segment.block, text_field), start=1):
+    for count, document in enumerate(documents(segment.block), start=1):
         i = count - 1
         measure = Fingerprint(lengths)
         measure.add(document)
