@@ -116,6 +116,8 @@ def test_a_tokenizer_is_given_or_found(saved, config, tmp_path):
 def test_wrong_requests(saved, config, tmp_path):
     with pytest.raises(SettingsError, match="max_new_tokens 0: must be 1 or more"):
         openpalm.generate(saved, PROMPT, max_new_tokens=0)
+    with pytest.raises(SettingsError, match="tokenizer bpe:300: there is no text to train it on"):
+        openpalm.score(saved, PROMPT, tokenizer="bpe:300")
     with pytest.raises(SettingsError, match="temperature -1"):
         openpalm.generate(saved, PROMPT, temperature=-1)
     reward = RewardModel(config, RewardConfig("scalar"))

@@ -153,7 +153,6 @@ def _language_model(
 ) -> "tuple[Transformer, Tokenizer, Defaults]":
     """The model, its tokenizer and its sampling defaults."""
     from openpalm.cli.common import tokenizer_of
-    from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.generate.defaults import Defaults, defaults_of
     from openpalm.model.reward import RewardModel
 
@@ -165,7 +164,7 @@ def _language_model(
         )
     directory = _directories.get(model)
     if isinstance(tokenizer, str | Path):
-        tokenizer = Tokenizer.from_spec(home(str(tokenizer)), ())
+        tokenizer = tokenizer_of(directory or Path(), Path(home(str(tokenizer))))
     elif tokenizer is None and directory is not None:
         tokenizer = tokenizer_of(directory)
     if tokenizer is None:
