@@ -98,8 +98,8 @@ class DpoSettings(TrainSettings):
                 raise SettingsError(f"--{option} {value}: must be above 0 and below 1000")
 
     @property
-    def strength(self) -> float:
-        """Beta, or its default for the loss."""
+    def resolved_beta(self) -> float:
+        """--beta, or its default for the loss."""
         return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
 
 

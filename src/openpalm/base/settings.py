@@ -8,6 +8,7 @@ ends as one SettingsError that names the option, the value and the remedy.
 
 import dataclasses
 import difflib
+import inspect
 import keyword
 import shutil
 import textwrap
@@ -335,7 +336,9 @@ def _help_groups(kind: type, title: str, prefix: str, positional: Sequence[str])
     """The options of a dataclass, then those of the dataclasses inside it."""
     docs, hints = _docs(kind), typing.get_type_hints(kind)
     lines, inner = [f"{title}:"], []
-    for field in dataclasses.fields(kind):
+    # The verb's own options come first, then the options it shares with other verbs.
+    order = [name for base in kind.__mro__ for name in inspect.get_annotations(base)]
+    for field in sorted(dataclasses.fields(kind), key=lambda field: order.index(field.name)):
         hint, name = hints[field.name], prefix + field.name
         if dataclasses.is_dataclass(hint):
             inner += _help_groups(typing.cast(type, hint), docs[field.name], f"{name}.", ())

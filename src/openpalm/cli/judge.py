@@ -5,14 +5,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from openpalm.base.settings import parse
+from openpalm.cli.model_options import ModelOptions
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
-    from openpalm.align.judging.judge import Judge
-    from openpalm.align.judging.judgements import Item
+    from openpalm.align.judging.judging_session import Item
+    from openpalm.align.judging.model_judge import Judge
 
 KEY = "OPENPALM_JUDGE_KEY"
 
@@ -76,18 +77,6 @@ class JudgeSettings:
             raise SettingsError(f"--out {self.out}: must be another file than --data")
 
 
-class Form(NamedTuple):
-    """In which form a model is loaded."""
-
-    device: str
-    dtype: str
-    tokenizer: Path | None = None
-    adapter: Path | None = None
-    quantize: Literal["int8", "int4"] | None = None
-    verify: bool = False
-    force: bool = False
-
-
 def run(argv: Sequence[str]) -> None:
     settings = parse(
         JudgeSettings,
@@ -124,18 +113,18 @@ def run(argv: Sequence[str]) -> None:
 
 def judged(settings: JudgeSettings) -> dict[str, Any]:
     """Appends a record for whatever has none yet; figures of what was done."""
-    from openpalm.align.judging.judgements import Session
-    from openpalm.base.jsonl import growing
+    from openpalm.align.judging.judging_session import JudgingSession
+    from openpalm.base.jsonl import open_jsonl
     from openpalm.cli.common import progress
     from openpalm.data.rows.constitution import read_constitution
     from openpalm.data.rows.preferences import Preference
 
     constitution = read_constitution(settings.constitution, "principles")
     items, judge = _items(settings), _judge(settings)
-    with growing(settings.out) as file, progress("judge", len(items)) as advance:
+    with open_jsonl(settings.out) as file, progress("judge", len(items)) as advance:
         rows = enumerate(file.found, 1)
         known = {Preference.from_json(row, f"--out {settings.out}:{i}").id for i, row in rows}
-        session = Session(judge, constitution, settings.max_new_tokens, file, known)
+        session = JudgingSession(judge, constitution, settings.max_new_tokens, file, known)
         work = session.revise if settings.revise else session.compare
         for item in items:
             work(item)
@@ -145,8 +134,8 @@ def judged(settings: JudgeSettings) -> dict[str, Any]:
 
 
 def _judge(settings: JudgeSettings) -> "Judge":
-    from openpalm.align.judging.endpoint import EndpointJudge
-    from openpalm.align.judging.judge import EngineJudge
+    from openpalm.align.judging.endpoint_judge import EndpointJudge
+    from openpalm.align.judging.model_judge import EngineJudge
     from openpalm.cli.common import serving_engine
 
     if settings.endpoint is not None and settings.judge_model is not None:
@@ -158,13 +147,15 @@ def _judge(settings: JudgeSettings) -> "Judge":
             parallel=settings.parallel,
         )
     assert settings.judge is not None
-    engine, tokenizer = serving_engine(settings.judge, Form(settings.device, settings.dtype))
+    engine, tokenizer = serving_engine(
+        settings.judge, ModelOptions(device=settings.device, dtype=settings.dtype)
+    )
     return EngineJudge(engine, tokenizer, f"openpalm-{_hash_of(settings.judge)[:16]}")
 
 
 def _items(settings: JudgeSettings) -> "list[Item]":
     """What is to be judged: the file's answers, or prompts whose answers --model will write."""
-    from openpalm.align.judging.judgements import given_items
+    from openpalm.align.judging.judging_session import given_items
     from openpalm.cli.common import report_unused
     from openpalm.data.rows.candidate_files import read_candidates
 
@@ -176,16 +167,20 @@ def _items(settings: JudgeSettings) -> "list[Item]":
 
 
 def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
-    from openpalm.align.judging.best_of_n import Draw
-    from openpalm.align.judging.judgements import Writer, drawn_items
+    from openpalm.align.judging.best_of_n import SamplingPlan
+    from openpalm.align.judging.judging_session import Writer, drawn_items
     from openpalm.cli.common import serving_engine
     from openpalm.cli.rl_common import fitting
     from openpalm.data.rows.prompt_files import read_prompts
 
     given = read_prompts(settings.data)
-    engine, tokenizer = serving_engine(model, Form(settings.device, settings.dtype))
+    engine, tokenizer = serving_engine(
+        model, ModelOptions(device=settings.device, dtype=settings.dtype)
+    )
     rows, ids = fitting(given, tokenizer, settings, engine.model.config.context, "judge")
-    draw = Draw(settings.answers, settings.max_new_tokens, settings.temperature, settings.seed)
+    draw = SamplingPlan(
+        settings.answers, settings.max_new_tokens, settings.temperature, settings.seed
+    )
     return drawn_items(Writer(engine, tokenizer, _hash_of(model), draw), rows, ids)
 
 

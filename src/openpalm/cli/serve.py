@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
-from typing import Literal
 from urllib.parse import urlsplit
 
-from openpalm.base.settings import parse
+from openpalm.base.settings import parse, spell
+from openpalm.cli.model_options import ModelOptions
 from openpalm.errors import SettingsError
 
 
 @dataclass(frozen=True)
-class ServeSettings:
+class ServeSettings(ModelOptions):
     """What to serve, to whom, how much at once."""
 
     path: str
@@ -32,38 +32,24 @@ class ServeSettings:
     """for replacing the model and for scores; or OPENPALM_ADMIN_KEY. Without it nobody may"""
     name: str | None = None
     """the model's name in the API; not set is the run's"""
-    slots: int = 32
+    max_sequences: int = 32
     """sequences generated at once"""
-    queue: int = 256
+    max_queue: int = 256
     """sequences that may wait for a slot; more are answered 429"""
-    drain: int = 60
+    shutdown_timeout: int = 60
     """seconds that requests in flight have to finish after SIGTERM or Ctrl-C"""
     allow_origin: list[str] | str | None = None
     """web sites whose pages may call this server (CORS); several as a JSON list"""
-    sink: str | None = None
+    conversation_url: str | None = None
     """URL that gets conversations whose user agreed (the request's `store`), as JSON"""
-    tokenizer: Path | None = None
-    """tokenizer.json for a checkpoint that has none"""
-    adapter: Path | None = None
-    """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
-    force: bool = False
-    """use a tokenizer or an adapter that does not belong to this checkpoint"""
-    verify: bool = False
-    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of weights and arithmetic; auto is bfloat16 where the machine has instructions for it"""
-    quantize: Literal["int8", "int4"] | None = None
-    """keep the matrices in fewer bits: faster, a little worse, on a CPU; computes in bfloat16"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise SettingsError(f"--port {self.port}: must be 0 (any free one) to 65535")
-        for name, least in (("slots", 1), ("queue", 0), ("drain", 0)):
+        for name, least in (("max_sequences", 1), ("max_queue", 0), ("shutdown_timeout", 0)):
             value = getattr(self, name)
             if value < least:
-                raise SettingsError(f"--{name} {value}: must be {least} or more")
+                raise SettingsError(f"{spell(name)} {value}: must be {least} or more")
         _check_keys("--api-key (or OPENPALM_API_KEY)", self.keys, given=self.api_key is not None)
         _check_keys("--admin-key (or OPENPALM_ADMIN_KEY)", self.admin_keys)
         _ = self.origins  # checked as they are read
@@ -96,7 +82,7 @@ def run(argv: Sequence[str]) -> None:
         examples=[
             "openpalm serve runs/quickstart/sft",
             "OPENPALM_API_KEY=... openpalm serve runs/chat --host 0.0.0.0 --port 80",
-            "openpalm serve runs/chat --name assistant --slots 64 --quantize int8",
+            "openpalm serve runs/chat --name assistant --max-sequences 64 --quantize int8",
         ],
         positional=["path"],
     )
@@ -122,24 +108,28 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
     from openpalm.cli.common import serving_model
     from openpalm.serve import server
     from openpalm.serve.app import create_app
-    from openpalm.serve.conversation_sink import Sink
+    from openpalm.serve.conversation_sink import ConversationSink
     from openpalm.serve.metrics import Metrics
     from openpalm.serve.service import Service
-    from openpalm.serve.worker import Served, Worker, in_own_thread
+    from openpalm.serve.worker import ServedModel, Worker, in_own_thread
 
     def warn(reason: str) -> None:
         print(f"warning: {reason}; requests that meet them are answered 503", file=sys.stderr)
 
-    def load(path: str, name: str | None, allow: Callable[[str], None] | None = None) -> Served:
+    def load(
+        path: str, name: str | None, allow: Callable[[str], None] | None = None
+    ) -> ServedModel:
         own = settings if path == settings.path else replace(settings, adapter=None)
-        engine, tokenizer, defaults = serving_model(path, own, slots=settings.slots, allow=allow)
-        return Served(name or _name(path), engine, tokenizer, path, defaults)
+        engine, tokenizer, defaults = serving_model(
+            path, own, slots=settings.max_sequences, allow=allow
+        )
+        return ServedModel(name or _name(path), engine, tokenizer, path, defaults)
 
-    sink = Sink(settings.sink) if settings.sink else None
+    sink = ConversationSink(settings.conversation_url) if settings.conversation_url else None
     metrics = Metrics()
     with Console(stderr=True).status(f"loading {settings.path}"):
         served = in_own_thread(lambda: load(settings.path, settings.name, warn))
-    worker = Worker(served, queue_limit=settings.queue, observe=metrics.observe)
+    worker = Worker(served, queue_limit=settings.max_queue, observe=metrics.observe)
     metrics.watch(worker)
     app = create_app(
         Service(worker, load, metrics, sink),
@@ -157,7 +147,7 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
             flush=True,
         )
 
-    server.run(app, listener, worker, drain_s=settings.drain, ready=ready)
+    server.run(app, listener, worker, drain_s=settings.shutdown_timeout, ready=ready)
 
 
 def _name(path: str) -> str:

@@ -27,7 +27,7 @@ from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 
 
-class Draw(NamedTuple):
+class SamplingPlan(NamedTuple):
     """How answers are drawn; the same draw of the same model gives the same answers."""
 
     each: int

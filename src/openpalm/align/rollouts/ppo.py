@@ -20,7 +20,7 @@ from torch import Tensor
 
 from openpalm.align.config import PpoSettings
 from openpalm.align.logprobs import evaluate
-from openpalm.align.pairs.reward import gaussian_bins
+from openpalm.align.pairs.reward_model import gaussian_bins
 from openpalm.align.rollouts.advantages import generalised_advantages, token_rewards, whitened
 from openpalm.align.rollouts.policy_loss import as_sums, surrogate
 from openpalm.align.rollouts.rollout_batch import Estimated, Experience, Rollout
