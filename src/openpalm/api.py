@@ -17,7 +17,7 @@ from openpalm.train.config import PretrainSettings
 
 if TYPE_CHECKING:
     from openpalm.data.text.tokenizer import Tokenizer
-    from openpalm.generate.defaults import Defaults
+    from openpalm.generate.defaults import SamplingDefaults
     from openpalm.model.transformer import Transformer
 
 SLOTS = 16
@@ -67,8 +67,9 @@ def generate(
     given; a path is a tokenizer.json. Raises SettingsError for a wrong value, CheckpointError for
     a reward model or a checkpoint without a tokenizer.
     """
-    from openpalm.generate.engine import Engine, Request
-    from openpalm.generate.sampling import Sampling, seed_of_answer
+    from openpalm.generate.engine import Engine
+    from openpalm.generate.request import Request
+    from openpalm.generate.sampling import Sampling, completion_seed
     from openpalm.generate.streaming import document_ends, prompt_ids
 
     if max_new_tokens < 1:
@@ -81,12 +82,12 @@ def generate(
         Request(
             prompt_ids(tokenizer, prompt),
             max_new_tokens,
-            Sampling(how.temperature, how.top_k, how.top_p, seed_of_answer(seed, index)),
+            Sampling(how.temperature, how.top_k, how.top_p, completion_seed(seed, index)),
             stops,
         )
         for index, prompt in enumerate(_texts(prompts))
     ]
-    completions = Engine(model, slots=SLOTS).answers(requests)
+    completions = Engine(model, slots=SLOTS).completions(requests)
     return [tokenizer.decode(ids) for ids in completions]
 
 
@@ -150,10 +151,10 @@ def _texts(given: str | Sequence[str]) -> Sequence[str]:
 
 def _language_model(
     model: "Transformer | str | Path", tokenizer: "Tokenizer | str | Path | None"
-) -> "tuple[Transformer, Tokenizer, Defaults]":
+) -> "tuple[Transformer, Tokenizer, SamplingDefaults]":
     """The model, its tokenizer and its sampling defaults."""
     from openpalm.cli.common import tokenizer_of
-    from openpalm.generate.defaults import Defaults, defaults_of
+    from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
     from openpalm.model.reward import RewardModel
 
     if isinstance(model, str | Path):
@@ -170,4 +171,4 @@ def _language_model(
     if tokenizer is None:
         where = directory or "this model did not come from openpalm.load"
         raise CheckpointError(f"{where}: has no tokenizer; give one with tokenizer=")
-    return model, tokenizer, defaults_of(directory) if directory else Defaults()
+    return model, tokenizer, sampling_defaults(directory) if directory else SamplingDefaults()
