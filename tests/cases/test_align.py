@@ -204,7 +204,7 @@ def test_kto_says_that_all_verdicts_are_of_one_kind(said, work, place):
     words = ["--data", lines("k.jsonl", *verdicts), "--out", "r", "--steps", 1, "--loss", "kto"]
     status, _, errors = said("dpo", "--init", work / "base", *words, "--dtype", "float32")
     assert status == 0, errors
-    assert any("verdicts are good; without bad ones" in line for line in errors)
+    assert any("6 verdicts, all good; without bad ones" in line for line in errors)
 
 
 # --- rows of pairs

@@ -106,8 +106,8 @@ def test_a_body_that_says_it_is_too_large_is_not_waited_for(server):
 def hasty(base):
     """A server whose patience ends at once, run by these bounds' own code."""
     code = (
-        "import sys; from openpalm.serve import connections, incoming; "
-        "connections.HEAD_TIMEOUT_S = incoming.BODY_TIMEOUT_S = 0.2; "
+        "import sys; from openpalm.serve.access import auth, connections; "
+        "connections.HEAD_TIMEOUT_S = auth.BODY_TIMEOUT_S = 0.2; "
         "from openpalm.cli.main import entry; entry()"
     )
     with serving(base, "--dtype", "float32", program=["-c", code]) as running:

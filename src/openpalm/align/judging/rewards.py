@@ -246,7 +246,9 @@ def of_rules(word: str, reader: Reader, option: str = "reward") -> Reward:
                 f"{spell(option)} {word}: an answer with its prompt and rule is longer than that "
                 "checkpoint's context; lower --max-new-tokens, or take another judge"
             )
-        broken, each = judge.first(questions), len(rules.articles)
+        # An answer needs a number, so even an unlikely yes or no counts.
+        broken = [chance for chance, _ in judge.chances(questions)]
+        each = len(rules.articles)
         parts = [broken[start : start + each] for start in range(0, len(broken), each)]
         return [rule_reward(part, rules) for part in parts]
 
