@@ -82,14 +82,14 @@ def our_model() -> Any:
 
 def our_pairs() -> Any:
     from openpalm.align.pairs.pairs import PairRecord
-    from openpalm.data.text.conversation import Rendered
+    from openpalm.data.text.conversation import Example
 
     prompts, chosen, rejected = (
         random_ids(DATA, n, i) for i, n in enumerate((PROMPT, ANSWER, ANSWER))
     )
     mask = [False] * PROMPT + [True] * ANSWER
     return [
-        PairRecord(Rendered(p + c, mask), Rendered(p + r, mask))
+        PairRecord(Example(p + c, mask), Example(p + r, mask))
         for p, c, r in zip(prompts, chosen, rejected, strict=True)
     ]
 

@@ -13,7 +13,7 @@ from tiny_models import deaf, tiny
 from openpalm.align.logprobs import lengths, token_log_probs
 from openpalm.align.pairs.pairs import answer_record
 from openpalm.data.batches.loader import IGNORE, padded
-from openpalm.data.text.conversation import Message, Rendered, render
+from openpalm.data.text.conversation import Example, Message, render
 from openpalm.data.text.tokenizer import Tokenizer
 
 END, LONGEST = 4, 4
@@ -37,7 +37,7 @@ def every_answer():
 def batch_of(prompt, answers):
     """As training sees them: the loss mask is on the answer, padding on the right."""
     rows = [
-        Rendered([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+        Example([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
         for answer in answers
     ]
     return padded(rows, 64)

@@ -110,7 +110,7 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
     from openpalm.align.judging.best_of_n import Draw
     from openpalm.align.judging.rewards import Asked, Reader, question_of, rewards_of
     from openpalm.align.rollouts.rollout import checked
-    from openpalm.base.jsonl import growing
+    from openpalm.base.jsonl import open_jsonl
     from openpalm.cli.common import progress, serving_engine
     from openpalm.cli.rl_common import fitting
     from openpalm.data.rows.prompt_files import read_prompts
@@ -126,7 +126,7 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
     reward = rewards_of(reward_sources(settings.reward), reader)
     draw = Draw(settings.n, settings.max_new_tokens, settings.temperature, settings.seed)
     drawn = _drawn(settings)
-    with growing(settings.out) as file, progress("best-of-n", len(ids)) as advance:
+    with open_jsonl(settings.out) as file, progress("best-of-n", len(ids)) as advance:
         rows = _known(file.found, drawn, settings.out)
         advance(len(rows))
         step = max(1, ANSWERS_AT_A_TIME // settings.n)

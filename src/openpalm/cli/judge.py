@@ -125,14 +125,14 @@ def run(argv: Sequence[str]) -> None:
 def judged(settings: JudgeSettings) -> dict[str, Any]:
     """Appends a record for whatever has none yet; figures of what was done."""
     from openpalm.align.judging.judgements import Session
-    from openpalm.base.jsonl import growing
+    from openpalm.base.jsonl import open_jsonl
     from openpalm.cli.common import progress
     from openpalm.data.rows.constitution import read_constitution
     from openpalm.data.rows.preferences import Preference
 
     constitution = read_constitution(settings.constitution, "principles")
     items, judge = _items(settings), _judge(settings)
-    with growing(settings.out) as file, progress("judge", len(items)) as advance:
+    with open_jsonl(settings.out) as file, progress("judge", len(items)) as advance:
         rows = enumerate(file.found, 1)
         known = {Preference.from_json(row, f"--out {settings.out}:{i}").id for i, row in rows}
         session = Session(judge, constitution, settings.max_new_tokens, file, known)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from openpalm.base.permutation import mixed
+from openpalm.base.permutation import mix64
 from openpalm.errors import NumbersError, SettingsError
 
 _MIN_TEMPERATURE = 1e-30
@@ -73,7 +73,7 @@ def completion_seed(seed: int, index: int) -> int:
     """
     if index == 0:
         return seed
-    value = mixed(mixed(seed) + index)
+    value = mix64(mix64(seed) + index)
     return value - 2**64 if value >= 2**63 else value  # torch takes signed 64-bit seeds
 
 

@@ -11,14 +11,14 @@ from tiny_models import tiny
 
 from openpalm.align.config import GrpoSettings
 from openpalm.align.doctor import checks, examination
-from openpalm.align.doctor.checks import Example
+from openpalm.align.doctor.checks import PromptedExample
 from openpalm.align.doctor.examination import Patient, examine
 from openpalm.align.logprobs import Evaluated, evaluate
 from openpalm.align.pairs.pairs import answer_record, records
 from openpalm.align.rollouts.rollout_batch import Answer, batch_of
-from openpalm.data.batches.loader import IGNORE, Record
+from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.preferences import Pair, Usable, says
-from openpalm.data.text.conversation import Message, render, stop_ids
+from openpalm.data.text.conversation import Example, Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig
@@ -88,14 +88,16 @@ def test_a_healthy_run_passes_everything(adapter):
 
 
 def test_masks_follow_the_template():
-    before, whole = [1, 2, 3], Record([1, 2, 3, 4, 5], [False] * 3 + [True] * 2)
-    assert checks.check_prefix([Example(before, whole)]).ok
-    one_off = Record(whole.ids, [False] * 2 + [True] * 3)
-    late = Record(whole.ids, [False] * 4 + [True])
-    none = Record([1, 2, 3], [False] * 3)
-    merged = Record([1, 2, 9, 4, 5], whole.loss_mask)  # the boundary within one token
+    before, whole = [1, 2, 3], Example([1, 2, 3, 4, 5], [False] * 3 + [True] * 2)
+    assert checks.check_prefix([PromptedExample(before, whole)]).ok
+    one_off = Example(whole.ids, [False] * 2 + [True] * 3)
+    late = Example(whole.ids, [False] * 4 + [True])
+    none = Example([1, 2, 3], [False] * 3)
+    merged = Example([1, 2, 9, 4, 5], whole.loss_mask)  # the boundary within one token
     for record in (one_off, late, none, merged):
-        check = checks.check_prefix([Example(before, whole), Example(before, record)])
+        check = checks.check_prefix(
+            [PromptedExample(before, whole), PromptedExample(before, record)]
+        )
         assert not check.ok
         assert "1 of 2" in check.found
 
@@ -106,7 +108,7 @@ def test_another_template_in_training_is_found(monkeypatch):
         text = "".join(f"{m.role}: {m.content}\n" for m in messages)
         ids = tokenizer.encode(text + ("assistant:" if answer_next else ""))
         start = len(tokenizer.encode(text)) - len(tokenizer.encode(messages[-1].content)) - 1
-        return Record(ids, [i >= start for i in range(len(ids))])
+        return Example(ids, [i >= start for i in range(len(ids))])
 
     monkeypatch.setattr(examination, "render", spaced)
     assert ill(healthy()) == ("masks follow the template", 1)
@@ -115,11 +117,11 @@ def test_another_template_in_training_is_found(monkeypatch):
 def test_the_end_marker_is_learnt():
     record = answer_record(TOKENIZER, ASKED[0], says("Yes."))
     start = record.loss_mask.index(True)
-    assert checks.check_end([Example(record.ids[:start], record)], STOPS).ok
-    unmasked = Record(record.ids, [*record.loss_mask[:-1], False])
-    dropped = Record(record.ids[:-1], record.loss_mask[:-1])
+    assert checks.check_end([PromptedExample(record.ids[:start], record)], STOPS).ok
+    unmasked = Example(record.ids, [*record.loss_mask[:-1], False])
+    dropped = Example(record.ids[:-1], record.loss_mask[:-1])
     for bad in (unmasked, dropped):
-        assert not checks.check_end([Example(record.ids[:start], bad)], STOPS).ok
+        assert not checks.check_end([PromptedExample(record.ids[:start], bad)], STOPS).ok
     assert ill(healthy(stop_ids=frozenset({5}))) == ("the end marker is learnt", 2)
 
 

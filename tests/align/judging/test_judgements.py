@@ -9,7 +9,7 @@ from openpalm.align.judging import judgements
 from openpalm.align.judging.best_of_n import Draw
 from openpalm.align.judging.judge import Refused
 from openpalm.align.judging.judgements import Session, Writer, drawn_items, given_items
-from openpalm.base.jsonl import growing
+from openpalm.base.jsonl import open_jsonl
 from openpalm.data.rows.candidate_files import CandidateRow
 from openpalm.data.rows.constitution import Article, Constitution
 from openpalm.data.rows.preferences import Candidate, Preference
@@ -62,12 +62,12 @@ def fails(check, *given):
 def at_work(path, session, work, items):
     """What the judge at work told, was asked, and all the records that are there then."""
     judge = Stars()
-    with growing(path) as file:
+    with open_jsonl(path) as file:
         known = [row["id"] for row in file.found]
         working = session(judge, ARTICLES, 16, file, known)
         for each in items:
             getattr(working, work)(each)
-    with growing(path) as file:
+    with open_jsonl(path) as file:
         records = [Preference.from_json(row, "row") for row in file.found]
     return working.told(), judge.asked, records
 
@@ -179,7 +179,7 @@ def test_undecided_and_refused_items_have_no_record_and_are_asked_again(tmp_path
 
     items = [item("*", "odd"), item("*", "huge"), item("*", "**")]
     for written, known in ((1, 0), (0, 1)):
-        with growing(tmp_path / "j.jsonl") as file:
+        with open_jsonl(tmp_path / "j.jsonl") as file:
             session = Session(Picky(), ARTICLES, 16, file, [row["id"] for row in file.found])
             for each in items:
                 session.compare(each)
@@ -194,7 +194,7 @@ def test_a_judge_that_refuses_all_is_an_error(tmp_path):
         def first(self, questions):
             return [Refused("no credit")] * len(questions)
 
-    with growing(tmp_path / "j.jsonl") as file:
+    with open_jsonl(tmp_path / "j.jsonl") as file:
         session = Session(Closed(), ARTICLES, 16, file)
         for _ in range(judgements.REFUSALS_AT_FIRST - 1):
             session.compare(item("*", "**"))

@@ -10,7 +10,7 @@ from openpalm.align.config import DpoSettings
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.dpo import PairObjective, pair_losses
 from openpalm.align.pairs.pairs import PairLoader, PairRecord, collate, with_reference
-from openpalm.data.text.conversation import Rendered
+from openpalm.data.text.conversation import Example
 from openpalm.errors import SettingsError
 
 LOG_PROBS = [-12.0, -3.5, -20.25, -14.0, -6.0, -9.75]
@@ -98,7 +98,7 @@ def pairs(count=6, vocab=265):
     for i in range(count):
         prompt = draw(3 + i)
         sides = [
-            Rendered(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+            Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
             for answer in (draw(2 + i), draw(9 - i))
         ]
         made.append(PairRecord(*sides))

@@ -21,7 +21,7 @@ from openpalm.align.pairs.kto import (
 )
 from openpalm.align.pairs.pairs import PairLoader, PairRecord
 from openpalm.data.rows.preferences import Usable, Verdict
-from openpalm.data.text.conversation import Message, Rendered
+from openpalm.data.text.conversation import Example, Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
 
@@ -102,7 +102,7 @@ def verdicts(count=6, vocab=265):
         VerdictRecord(
             PairRecord(
                 *(
-                    Rendered(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+                    Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
                     for answer in (answers[i], answers[(i + 1) % count])
                 )
             ),

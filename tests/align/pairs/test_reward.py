@@ -28,7 +28,7 @@ from openpalm.align.pairs.reward import (
     rating_records,
 )
 from openpalm.data.rows.preferences import Rating, Usable
-from openpalm.data.text.conversation import Message, Rendered
+from openpalm.data.text.conversation import Example, Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
 from openpalm.model.config import ModelConfig, RewardConfig
@@ -198,7 +198,7 @@ def check_the_end_is_read(collate):
         return model.score(batch.ids, batch.mask, batch.prompt_lengths)
 
     def without(record):
-        return Rendered([*record.ids[:-1], 0], record.loss_mask)
+        return Example([*record.ids[:-1], 0], record.loss_mask)
 
     known = pairs()
     assert all(side.ids[-1] == END for pair in known for side in pair.sides)

@@ -12,7 +12,7 @@ import torch
 from openpalm.align.config import RewardSettings
 from openpalm.align.pairs.pairs import PairLoader, PairRecord
 from openpalm.align.pairs.reward import RatingRecord, RewardObjective, collate
-from openpalm.data.text.conversation import Rendered
+from openpalm.data.text.conversation import Example
 from openpalm.evaluate.agreement import spearman
 from openpalm.model.config import ModelConfig, RewardConfig
 from openpalm.model.reward import RewardModel, initialise_heads
@@ -46,7 +46,7 @@ def true_rewards(generator):
 
 
 def record(prompt, answer):
-    return Rendered([prompt, END, 0, *answer], [False] * 3 + [True] * len(answer))
+    return Example([prompt, END, 0, *answer], [False] * 3 + [True] * len(answer))
 
 
 def judged(true, generator):

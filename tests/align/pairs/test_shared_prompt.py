@@ -9,7 +9,7 @@ from openpalm.align.pairs import shared_prompt as shared_module
 from openpalm.align.pairs.pairs import PairRecord, collate, collate_shared
 from openpalm.align.pairs.shared_prompt import SharedRows, common_prompt, row_length, share
 from openpalm.data.batches.loader import padded
-from openpalm.data.text.conversation import Rendered
+from openpalm.data.text.conversation import Example
 from openpalm.model.layout import Layout, packed_layout, shared_prompt_layout
 from openpalm.model.lora import LoraConfig, attach
 
@@ -30,7 +30,7 @@ def groups():
     for prompt, answers in LENGTHS:
         before = draw(generator, prompt)
         sides = [
-            Rendered([*before, i, *draw(generator, n - 1)], [False] * prompt + [True] * n)
+            Example([*before, i, *draw(generator, n - 1)], [False] * prompt + [True] * n)
             for i, n in enumerate(answers)
         ]
         made.append(sides)
@@ -135,7 +135,7 @@ def test_bfloat16_in_blocks(groups, monkeypatch):
 
 def test_where_the_prompt_ends():
     def record(ids, counts):
-        return Rendered(list(ids), [c == "1" for c in counts])
+        return Example(list(ids), [c == "1" for c in counts])
 
     assert common_prompt([record([1, 2, 3], "001"), record([1, 2, 4], "001")]) == 2
     both_begin_alike = [record([1, 2, 3], "011"), record([1, 2, 4], "011")]
@@ -148,7 +148,7 @@ def test_pairs_share_only_where_that_is_less_work(groups, monkeypatch):
     def pair(prompt, answer):
         return PairRecord(
             *(
-                Rendered([7] * prompt + [side] * answer, [False] * prompt + [True] * answer)
+                Example([7] * prompt + [side] * answer, [False] * prompt + [True] * answer)
                 for side in (1, 2)
             )
         )

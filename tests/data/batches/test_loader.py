@@ -9,8 +9,7 @@ from data_samples import TEXTS
 from openpalm.data.batches.loader import (
     IGNORE,
     Batch,
-    Record,
-    RecordLoader,
+    ExampleLoader,
     TokenLoader,
     evaluation_batches,
     shuffled,
@@ -18,12 +17,12 @@ from openpalm.data.batches.loader import (
 )
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
-from openpalm.data.text.conversation import Message, render
+from openpalm.data.text.conversation import Example, Message, render
 from openpalm.errors import DataError
 
 TOKENS = np.arange(1000, dtype=np.uint16)
 RECORDS = [
-    Record(list(range(i, i + 2 + 7 * i % 40)), [j % 3 > 0 for j in range(2 + 7 * i % 40)])
+    Example(list(range(i, i + 2 + 7 * i % 40)), [j % 3 > 0 for j in range(2 + 7 * i % 40)])
     for i in range(1, 24)
 ]
 
@@ -33,7 +32,7 @@ def token_loader(tokens=TOKENS, **options):
 
 
 def record_loader(records=RECORDS, **options):
-    return RecordLoader(records, **{"sequence_length": 32, "rows": 4, "seed": 1, **options})
+    return ExampleLoader(records, **{"sequence_length": 32, "rows": 4, "seed": 1, **options})
 
 
 MAKERS = pytest.mark.parametrize("make", [token_loader, record_loader])
@@ -96,7 +95,7 @@ def test_a_cursor_serves_any_number_of_ranks(make):
         token_loader(TOKENS[::-1].copy()),
         record_loader(),
         record_loader(RECORDS[:-1]),
-        record_loader([*RECORDS[:-1], Record([9, 9], [True, True])]),
+        record_loader([*RECORDS[:-1], Example([9, 9], [True, True])]),
     ],
 )
 def test_a_cursor_of_other_data_is_refused(other):
@@ -222,7 +221,7 @@ def test_records_are_padded_and_masked_and_each_comes_once_an_epoch():
 
 
 def test_the_width_stops_at_an_odd_sequence_length():
-    batch = next(record_loader([Record(list(range(50)), [True] * 50)], sequence_length=21, rows=1))
+    batch = next(record_loader([Example(list(range(50)), [True] * 50)], sequence_length=21, rows=1))
     assert batch.targets.tolist() == [list(range(1, 22))]
 
 
@@ -235,7 +234,7 @@ def test_a_conversation_is_learnt_as_it_is_rendered(byte):
 
 def test_records_without_a_target():
     with pytest.raises(DataError, match="of 2 records 1 with fewer than 2 tokens"):
-        record_loader([Record([1], [True]), Record([1, 2], [True, True])])
+        record_loader([Example([1], [True]), Example([1, 2], [True, True])])
     with pytest.raises(DataError, match="of 0 records 0 with"):
         record_loader([])
 

@@ -7,16 +7,17 @@ import pytest
 import torch
 from data_samples import TEXTS
 
-from openpalm.data.batches.loader import IGNORE, PackedLoader, Record, RecordLoader, packed, padded
+from openpalm.data.batches.loader import IGNORE, ExampleLoader, PackedLoader, packed, padded
 from openpalm.data.batches.order import mixture
 from openpalm.data.batches.packing import best_fit
+from openpalm.data.text.conversation import Example
 from openpalm.errors import DataError
 
 
 def made(lengths, seed=0):
     drawn = random.Random(seed)
     return [
-        Record(
+        Example(
             [drawn.randrange(1, 99) for _ in range(length + 1)],
             [drawn.random() < 0.7 for _ in range(length + 1)],
         )
@@ -116,7 +117,7 @@ def test_less_padding_than_one_record_a_row():
     records = made([3, 5, 8, 13, 21] * 40)
     together, apart = (
         kind(records, rows=4, seed=0, sequence_length=CAPACITY)
-        for kind in (PackedLoader, RecordLoader)
+        for kind in (PackedLoader, ExampleLoader)
     )
     assert apart.rows_per_epoch == 200
     assert together.rows_per_epoch < 70
@@ -163,7 +164,7 @@ def test_a_cursor_of_other_data_is_refused():
         loader(records=made(LENGTHS, seed=1)),
         loader(sequence_length=33),
         loader(draws=mixture([4, 10], [7, 7], 5)),
-        RecordLoader(made(LENGTHS), rows=2, seed=5, sequence_length=CAPACITY),
+        ExampleLoader(made(LENGTHS), rows=2, seed=5, sequence_length=CAPACITY),
     ]
     for other in others:
         with pytest.raises(DataError, match="the data cursor is of other data"):
@@ -182,7 +183,7 @@ def test_a_mixture_is_packed_by_its_shares():
 
 
 def test_the_layout_of_a_row(byte):
-    records = [Record(byte.encode(text), [True] * len(byte.encode(text))) for text in TEXTS[:2]]
+    records = [Example(byte.encode(text), [True] * len(byte.encode(text))) for text in TEXTS[:2]]
     sizes = [len(record.ids) - 1 for record in records]
     batch = packed([records], sum(sizes) + 3)
     assert batch.segments[0, : sum(sizes)].tolist() == [0] * sizes[0] + [1] * sizes[1]

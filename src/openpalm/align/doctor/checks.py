@@ -14,7 +14,8 @@ from torch import Tensor
 from openpalm.align.pairs.pairs import PairRecord
 from openpalm.align.rollouts.advantages import zero_variance
 from openpalm.align.rollouts.rollout_batch import Answer
-from openpalm.data.batches.loader import IGNORE, Record
+from openpalm.data.batches.loader import IGNORE
+from openpalm.data.text.conversation import Example
 from openpalm.model import lora
 from openpalm.model.transformer import Transformer
 from openpalm.train.optimization.parameter_groups import Optimizer
@@ -30,14 +31,14 @@ class Check(NamedTuple):
     remedy: str
 
 
-class Example(NamedTuple):
+class PromptedExample(NamedTuple):
     """A prompt's ids as an answer is asked for, and the conversation with the answer."""
 
     before: list[int]
-    whole: Record
+    whole: Example
 
 
-def check_prefix(examples: Sequence[Example]) -> Check:
+def check_prefix(examples: Sequence[PromptedExample]) -> Check:
     """A prompt is read as in training, and its answer is what is learnt."""
     wrong = [
         number
@@ -54,7 +55,7 @@ def check_prefix(examples: Sequence[Example]) -> Check:
     )
 
 
-def check_end(examples: Sequence[Example], stop_ids: frozenset[int]) -> Check:
+def check_end(examples: Sequence[PromptedExample], stop_ids: frozenset[int]) -> Check:
     """Every answer's end marker is supervised."""
     without = sum(not (whole.ids[-1] in stop_ids and whole.loss_mask[-1]) for _, whole in examples)
     return Check(

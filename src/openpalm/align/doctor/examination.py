@@ -15,7 +15,7 @@ from torch import Tensor
 from openpalm.align.config import DpoSettings, GrpoSettings
 from openpalm.align.doctor.checks import (
     Check,
-    Example,
+    PromptedExample,
     check_alone,
     check_different,
     check_dropout,
@@ -41,9 +41,9 @@ from openpalm.align.rollouts.advantages import token_rewards
 from openpalm.align.rollouts.grpo import GroupObjective, estimate
 from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
 from openpalm.align.rollouts.rollout_batch import Answer, Reward, batch_of
-from openpalm.data.batches.loader import IGNORE, Record
+from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.preferences import Messages
-from openpalm.data.text.conversation import render
+from openpalm.data.text.conversation import Example, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Objective
@@ -74,7 +74,7 @@ class Patient:
 def examine(patient: Patient) -> Iterator[Check]:
     """One check after the other; what the later ones need is measured when they are asked for."""
     examples = [
-        Example(
+        PromptedExample(
             render(patient.tokenizer, prompt, answer_next=True).ids,
             render(patient.tokenizer, [*prompt, *answer]),
         )
@@ -178,14 +178,14 @@ def digest(model: Transformer) -> str:
     return hashed.hexdigest()
 
 
-def _last_turn(example: Example) -> Example:
+def _last_turn(example: PromptedExample) -> PromptedExample:
     """Up to the last token that counts: what a template writes behind an end is no answer."""
     ids, loss_mask = example.whole
     end = len(ids) - loss_mask[::-1].index(True) if any(loss_mask) else len(ids)
-    return Example(example.before, Record(ids[:end], loss_mask[:end]))
+    return PromptedExample(example.before, Example(ids[:end], loss_mask[:end]))
 
 
-def _as_answer(prompt: int, record: Record) -> Answer:
+def _as_answer(prompt: int, record: Example) -> Answer:
     start = record.loss_mask.index(True)
     ids = record.ids[start:]
     return Answer(prompt, record.ids[:start], ids, [0.0] * len(ids), ended=True)

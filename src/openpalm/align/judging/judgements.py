@@ -24,7 +24,7 @@ from openpalm.align.judging.judge import (
     numbered_pairs,
     revision,
 )
-from openpalm.base.jsonl import GrowingRows
+from openpalm.base.jsonl import JsonlWriter
 from openpalm.data.rows.candidate_files import CandidateRow
 from openpalm.data.rows.constitution import Constitution
 from openpalm.data.rows.preferences import Candidate, Messages, Preference
@@ -119,7 +119,7 @@ class Session:
         judge: Judge,
         constitution: Constitution,
         max_new_tokens: int,
-        file: GrowingRows,
+        file: JsonlWriter,
         known: Iterable[str] = (),
     ):
         self.judge, self.constitution, self.max_new_tokens = judge, constitution, max_new_tokens

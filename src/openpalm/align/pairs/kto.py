@@ -29,8 +29,8 @@ from openpalm.align.config import DpoSettings
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import pairs
 from openpalm.align.pairs.pairs import PairBatch, PairRecord, answer_record, fitted
-from openpalm.data.batches.loader import Record
 from openpalm.data.rows.preferences import Usable, Verdict
+from openpalm.data.text.conversation import Example
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, count_of
 from openpalm.model.transformer import Transformer
@@ -45,7 +45,7 @@ class VerdictRecord:
     good: bool
 
     @property
-    def sides(self) -> tuple[Record, ...]:
+    def sides(self) -> tuple[Example, ...]:
         return self.pair.sides
 
     @property
@@ -117,7 +117,7 @@ def records(
     Raises DataError where all are of one prompt.
     """
 
-    def fitting(verdict: Verdict) -> tuple[Verdict, Record] | str:
+    def fitting(verdict: Verdict) -> tuple[Verdict, Example] | str:
         made = answer_record(tokenizer, verdict.prompt, verdict.answer)
         answer = fitted(made, sequence_length + 1)
         return answer if isinstance(answer, str) else (verdict, answer)
@@ -148,12 +148,12 @@ def others(prompts: Sequence[object]) -> list[int]:
     return found
 
 
-def _after(record: Record, other: Record, sequence_length: int) -> Record:
+def _after(record: Example, other: Example, sequence_length: int) -> Example:
     """The prompt of `record` with the answer of `other`."""
     prompt, answer = record.loss_mask.index(True), other.loss_mask.index(True)
     ids = record.ids[:prompt] + other.ids[answer:]
     counts = record.loss_mask[:prompt] + other.loss_mask[answer:]
-    return Record(ids[: sequence_length + 1], counts[: sequence_length + 1])
+    return Example(ids[: sequence_length + 1], counts[: sequence_length + 1])
 
 
 def with_reference(model: Transformer, verdicts: Sequence[VerdictRecord]) -> list[VerdictRecord]:

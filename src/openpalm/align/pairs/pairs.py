@@ -14,9 +14,9 @@ from torch import Tensor
 
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.shared_prompt import saves_work, share
-from openpalm.data.batches.loader import Order, Record, padded
+from openpalm.data.batches.loader import Order, padded
 from openpalm.data.rows.preferences import Pair, Usable
-from openpalm.data.text.conversation import Message, render
+from openpalm.data.text.conversation import Example, Message, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.layout import shared_prompt_layout
 from openpalm.model.transformer import Transformer
@@ -26,15 +26,15 @@ from openpalm.model.transformer import Transformer
 class PairRecord:
     """Two answers to one prompt; each a record whose loss mask is on the answer alone."""
 
-    chosen: Record
-    rejected: Record
+    chosen: Example
+    rejected: Example
     reference: tuple[float, float] = (0.0, 0.0)
     """log-probabilities of the two answers under the reference"""
     label: float = 0.0
     """the margin: by how much the chosen answer is better, where the data says"""
 
     @property
-    def sides(self) -> tuple[Record, ...]:
+    def sides(self) -> tuple[Example, ...]:
         return self.chosen, self.rejected
 
 
@@ -68,7 +68,7 @@ class PairBatch:
 
 def answer_record(
     tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message]
-) -> Record:
+) -> Example:
     """The conversation with its answer; only the assistant's part of that and its end count.
 
     Earlier turns of the assistant are part of the prompt here: both sides share them.
@@ -76,10 +76,10 @@ def answer_record(
     before = render(tokenizer, prompt, answer_next=True).ids
     ids, loss_mask = render(tokenizer, [*prompt, *answer])
     assert ids[: len(before)] == before, "a prompt's ids depend on the answer that follows"
-    return Record(ids, [False] * len(before) + loss_mask[len(before) :])
+    return Example(ids, [False] * len(before) + loss_mask[len(before) :])
 
 
-def fitted(record: Record, length: int) -> Record | str:
+def fitted(record: Example, length: int) -> Example | str:
     """An answer of at most `length` tokens, or the reason for leaving it out.
 
     One that is cut has no end to learn from.
@@ -150,7 +150,7 @@ class Judged(Protocol):
     """A judgement of one answer, or of two, the better one first."""
 
     @property
-    def sides(self) -> tuple[Record, ...]: ...
+    def sides(self) -> tuple[Example, ...]: ...
 
     @property
     def label(self) -> float: ...

@@ -33,8 +33,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from openpalm.align.config import RewardLoss, RewardSettings
 from openpalm.align.pairs.pairs import Judged, answer_record, fitted
-from openpalm.data.batches.loader import Record
 from openpalm.data.rows.preferences import Rating, Usable
+from openpalm.data.text.conversation import Example
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
 from openpalm.model.config import MAX_BINS, RewardConfig
@@ -59,12 +59,12 @@ SIGMA = 0.75
 class RatingRecord:
     """An answer as a record whose loss mask is on it alone."""
 
-    answer: Record
+    answer: Example
     label: float
     """the rating"""
 
     @property
-    def sides(self) -> tuple[Record, ...]:
+    def sides(self) -> tuple[Example, ...]:
         return (self.answer,)
 
 

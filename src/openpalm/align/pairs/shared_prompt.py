@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from openpalm.data.batches.loader import IGNORE, PAD_MULTIPLE
-from openpalm.data.text.conversation import Rendered as Record
+from openpalm.data.text.conversation import Example
 
 WORTH_SHARING = 0.9
 """Tokens in shared rows, of those in rows of their own, up to which sharing is faster."""
@@ -38,20 +38,20 @@ class SharedRows(NamedTuple):
     reads: Tensor
 
 
-def common_prompt(group: Sequence[Record]) -> int:
+def common_prompt(group: Sequence[Example]) -> int:
     """Tokens that these records begin with alike, before any that counts."""
     columns = zip(*(record.ids for record in group), strict=False)
     alike = len(list(takewhile(lambda ids: len(set(ids)) == 1, columns)))
     return min(alike, *(record.loss_mask.index(True) for record in group))
 
 
-def row_length(group: Sequence[Record]) -> int:
+def row_length(group: Sequence[Example]) -> int:
     """Inputs of the row that these records share; the last token of each is only a target."""
     prompt = common_prompt(group)
     return prompt + sum(len(record.ids) - prompt - 1 for record in group)
 
 
-def saves_work(groups: Sequence[Sequence[Record]]) -> bool:
+def saves_work(groups: Sequence[Sequence[Example]]) -> bool:
     """Whether these groups, each with a common beginning, are computed faster in shared rows."""
     if not all(map(common_prompt, groups)):
         return False
@@ -59,7 +59,7 @@ def saves_work(groups: Sequence[Sequence[Record]]) -> bool:
     return max(map(row_length, groups)) <= WORTH_SHARING * alone
 
 
-def share(groups: Sequence[Sequence[Record]]) -> SharedRows:
+def share(groups: Sequence[Sequence[Example]]) -> SharedRows:
     """Rows of equally many records each, with a common beginning of at least one token.
 
     Padding, on the right, is in no segment (-1) and never a target.

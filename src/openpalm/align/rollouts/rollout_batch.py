@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from openpalm.align.pairs.shared_prompt import saves_work, share
-from openpalm.data.batches.loader import IGNORE, Record, padded
+from openpalm.data.batches.loader import IGNORE, padded
+from openpalm.data.text.conversation import Example
 from openpalm.model.layout import Layout, shared_prompt_layout
 
 
@@ -127,15 +128,15 @@ def batch_of(answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
     return padded(rows, max(len(row.ids) for row in rows) - 1)
 
 
-def record_of(answer: Answer) -> Record:
+def record_of(answer: Answer) -> Example:
     """The prompt and its answer, whose tokens alone count."""
     ids = [*answer.prompt_ids, *answer.ids]
-    return Record(ids, [False] * len(answer.prompt_ids) + [True] * len(answer.ids))
+    return Example(ids, [False] * len(answer.prompt_ids) + [True] * len(answer.ids))
 
 
-def _record(inputs: Tensor, targets: Tensor) -> Record:
+def _record(inputs: Tensor, targets: Tensor) -> Example:
     """What a row [time] of a batch was made of."""
     places = (targets != IGNORE).nonzero()[:, 0]
     first, last = int(places[0]), int(places[-1])
     ids = [*inputs[: last + 1].tolist(), int(targets[last])]
-    return Record(ids, [False] * (first + 1) + [True] * (last - first + 1))
+    return Example(ids, [False] * (first + 1) + [True] * (last - first + 1))

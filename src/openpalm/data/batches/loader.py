@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpalm.base.permutation import mixed, order_key, shuffled
+from openpalm.base.permutation import mix64, order_key, shuffled
 from openpalm.data.batches.order import Cursor, Draws, Order, shuffle, windows
 from openpalm.data.batches.packing import best_fit
 from openpalm.data.dataset.document_index import Documents
-from openpalm.data.text.conversation import Rendered as Record
+from openpalm.data.text.conversation import Example
 from openpalm.errors import DataError, count_of
 
 IGNORE = -100
@@ -103,7 +103,7 @@ class TokenLoader:
         self._cursor.load_state_dict(state)
 
 
-class RecordLoader:
+class ExampleLoader:
     """Records shuffled every epoch, one a row, padded on the right to the longest of the batch.
 
     Records longer than `sequence_length` are cut at the end (`truncated` counts them). Targets
@@ -113,7 +113,7 @@ class RecordLoader:
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Sequence[Example],
         *,
         rows: int,
         seed: int,
@@ -155,12 +155,12 @@ class PackedLoader:
     """Rows of up to `sequence_length` tokens that hold several records each, one after the other.
 
     Every epoch the records come in an order of its own and are packed by best fit, and the rows
-    are shuffled. As many records are seen, cut and learnt from as by a RecordLoader.
+    are shuffled. As many records are seen, cut and learnt from as by an ExampleLoader.
     """
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Sequence[Example],
         *,
         rows: int,
         seed: int,
@@ -199,7 +199,7 @@ class PackedLoader:
         epoch = bisect_right(self._starts, row) - 1
         self._pack(epoch)
         index = row - self._starts[epoch]
-        return self._packed[shuffled(index, len(self._packed), order_key(mixed(self._seed), epoch))]
+        return self._packed[shuffled(index, len(self._packed), order_key(mix64(self._seed), epoch))]
 
     def _pack(self, epoch: int) -> None:
         if epoch == self._epoch:
@@ -213,7 +213,7 @@ class PackedLoader:
             self._starts.append(self._starts[-1] + len(self._packed))
 
 
-def padded(records: Sequence[Record], sequence_length: int) -> tuple[Tensor, Tensor]:
+def padded(records: Sequence[Example], sequence_length: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets [records, time], padded on the right to the longest, cut at the end.
 
     The width is a multiple of PAD_MULTIPLE up to `sequence_length`.
@@ -222,7 +222,7 @@ def padded(records: Sequence[Record], sequence_length: int) -> tuple[Tensor, Ten
     return batch.inputs, batch.targets
 
 
-def packed(rows: Sequence[Sequence[Record]], sequence_length: int) -> Batch:
+def packed(rows: Sequence[Sequence[Example]], sequence_length: int) -> Batch:
     """Each row's records one after the other, each cut at the end; what is left is padding.
 
     A record is a segment of its row; the padding, too, is one of its own.
@@ -244,8 +244,8 @@ def packed(rows: Sequence[Sequence[Record]], sequence_length: int) -> Batch:
     return Batch(inputs, targets, segments)
 
 
-def truncated(records: Iterable[Record], sequence_length: int) -> int:
-    """How many records a RecordLoader of that length cuts."""
+def truncated(records: Iterable[Example], sequence_length: int) -> int:
+    """How many records an ExampleLoader of that length cuts."""
     return sum(len(record.ids) > sequence_length + 1 for record in records)
 
 
@@ -287,7 +287,7 @@ def _sample(tokens: Tokens) -> str:
     return digest.hexdigest()
 
 
-def _identity(records: Sequence[Record], seed: int, sequence_length: int) -> dict[str, Any]:
+def _identity(records: Sequence[Example], seed: int, sequence_length: int) -> dict[str, Any]:
     """What tells these records from others; raises DataError where one teaches nothing."""
     short = sum(len(record.ids) < 2 for record in records)
     if short or not records:
@@ -303,7 +303,7 @@ def _identity(records: Sequence[Record], seed: int, sequence_length: int) -> dic
     }
 
 
-def _records_digest(records: Sequence[Record]) -> str:
+def _records_digest(records: Sequence[Example]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for record in records:
         digest.update(np.array([len(record.ids), *record.ids], dtype="<i8").tobytes())

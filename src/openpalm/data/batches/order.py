@@ -7,7 +7,7 @@ resuming needs.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from openpalm.base.permutation import mixed, order_key, shuffled
+from openpalm.base.permutation import mix64, order_key, shuffled
 from openpalm.errors import DataError
 
 
@@ -120,7 +120,7 @@ def windows(tokens: int, length: int, seed: int) -> Draws:
     def item(draw: int) -> int:
         epoch, index = divmod(draw, count)
         key = order_key(seed, epoch)
-        phase = mixed(key) % length if moved else 0
+        phase = mix64(key) % length if moved else 0
         return phase + shuffled(index, count, key) * length
 
     return Draws(count, item, {})
@@ -133,7 +133,7 @@ def mixture(sizes: Sequence[int], shares: Sequence[int], seed: int) -> Draws:
     all its items before it repeats one, from one epoch into the next.
     """
     epoch_size = sum(shares)
-    own = [shuffle(size, mixed(seed + task + 1)).item for task, size in enumerate(sizes)]
+    own = [shuffle(size, mix64(seed + task + 1)).item for task, size in enumerate(sizes)]
 
     def item(draw: int) -> int:
         epoch, index = divmod(draw, epoch_size)
