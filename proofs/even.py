@@ -34,7 +34,18 @@ def run(folder: Path, seed: int) -> Figures:
     openpalm(
         *("grpo", "--init", base, "--data", prompts, "--out", aligned, "--steps", STEPS),
         *("--reward", "examples/rewards.py:even_bytes", "--max-new-tokens", TOKENS),
-        *("--beta", 0, "--optim.lr", 2e-3, "--save-every", EARLY, "--keep", 0, "--seed", seed),
+        *(
+            "--beta",
+            0,
+            "--optim.lr",
+            2e-3,
+            "--save-every",
+            EARLY,
+            "--keep-checkpoints",
+            0,
+            "--seed",
+            seed,
+        ),
     )
     return {
         "share_before": share(base, None, questions),

@@ -195,7 +195,7 @@ def check_stopped(status, errors, out, keep):
     return line, looked, best, alarmed
 
 
-OFTEN = ("--eval-every", 2, "--save-every", 2, "--keep", 1, "--steps", 40)
+OFTEN = ("--eval-every", 2, "--save-every", 2, "--keep-checkpoints", 1, "--steps", 40)
 
 
 def test_a_reward_that_is_gamed_stops_the_run(said, base, prompts, pay, tmp_path):

@@ -115,8 +115,8 @@ def admit(settings: DoctorSettings) -> "Patient":
     from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
     from openpalm.train.initial_weights import check_trained, choose_trained
-    from openpalm.train.job import LORA_RATE
     from openpalm.train.optimization.parameter_groups import Optimizer
+    from openpalm.train.spec import LORA_RATE
 
     run = settings.as_run()
     directory, tokenizer, start = fine_tuning_start(run)

@@ -12,8 +12,8 @@ from openpalm.errors import count_of
 
 if TYPE_CHECKING:
     from openpalm.data.text.tokenizer import Tokenizer
-    from openpalm.train.job import Probe
     from openpalm.train.objective import Objective
+    from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
 
 
@@ -42,14 +42,14 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     from openpalm.align.pairs.pairs import PairLoader
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
-    from openpalm.train.job import Job
-    from openpalm.train.run import run as run_job
+    from openpalm.train.run import run_training
+    from openpalm.train.spec import TrainSpec
 
     directory, tokenizer, start = fine_tuning_start(settings)
     length = settings.sequence_length or start.config.context
     unit, rows, objective, collate = _kind(settings)
     trained, measured = held_out(_judgements(settings, directory, tokenizer, length, label))
-    job = Job(
+    spec = TrainSpec(
         config=start.config,
         fill=start.fill,
         make_loader=lambda shape, *_: PairLoader(
@@ -58,7 +58,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
         sequences_per_epoch=rows * len(trained),
         learning_rate=start.learning_rate / 10,
         objective=objective,
-        items_a_step=None  # the reference point of kto is a mean over a microbatch
+        items_per_step=None  # the reference point of kto is a mean over a microbatch
         if settings.loss == "kto"
         else lambda shape: max(1, shape.rows // rows) * shape.accumulation,
         unit=unit,
@@ -69,7 +69,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
         probes=[_held_out_probe(collate(measured), objective, unit)] if measured else [],
         label=label,
     )
-    return run_job(settings, job)
+    return run_training(settings, spec)
 
 
 def _kind(settings: DpoSettings) -> "tuple[str, int, Objective[Any], Callable[..., Any]]":
@@ -118,9 +118,9 @@ def _held_out_probe(batch: Any, objective: "Objective[Any]", unit: str) -> "Prob
     import torch
 
     from openpalm.model.transformer import Transformer
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
 
-    def look(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
+    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
         device = model.embedding.device
         with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
             loss, metrics = objective.loss(model, batch.to(device))
@@ -128,8 +128,8 @@ def _held_out_probe(batch: Any, objective: "Objective[Any]", unit: str) -> "Prob
         return {f"val_{name}": value / objective.count(batch) for name, value in values.items()}
 
     return Probe(
-        look,
-        tell=lambda row: (
+        measure,
+        describe=lambda row: (
             f"held-out {unit}: loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.3f}, "
             f"reward margin {row['val_reward_margin']:.3f}"
         ),

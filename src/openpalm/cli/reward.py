@@ -10,7 +10,7 @@ from openpalm.base.settings import parse
 if TYPE_CHECKING:
     from openpalm.align.pairs.reward import Judged, ScoreBatch
     from openpalm.data.text.tokenizer import Tokenizer
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
 
 
@@ -40,8 +40,8 @@ def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.model.reward import RewardModel
-    from openpalm.train.job import Job
-    from openpalm.train.run import run as run_job
+    from openpalm.train.run import run_training
+    from openpalm.train.spec import TrainSpec
 
     directory, tokenizer, start = fine_tuning_start(settings, may_score=True)
     length = settings.sequence_length or start.config.context
@@ -51,7 +51,7 @@ def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
     head = head_for(settings, ratings, start.reward)
     trained, measured = held_out(judged)
     sides = len(judged[0].sides)
-    job = Job(
+    spec = TrainSpec(
         config=start.config,
         make_model=lambda config: RewardModel(config, head),
         fill=lambda model: fill(model, settings, start, ratings),
@@ -61,7 +61,7 @@ def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
         sequences_per_epoch=sides * len(trained),
         learning_rate=start.learning_rate,
         objective=RewardObjective(settings),
-        items_a_step=lambda shape: max(1, shape.rows // sides) * shape.accumulation,
+        items_per_step=lambda shape: max(1, shape.rows // sides) * shape.accumulation,
         unit="pairs" if settings.reads_pairs else "ratings",
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
@@ -69,7 +69,7 @@ def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
         probes=[_held_out_probe(settings, measured, ties)] if measured else [],
         label=label,
     )
-    return run_job(settings, job)
+    return run_training(settings, spec)
 
 
 def _pairs(
@@ -109,7 +109,7 @@ def _held_out_probe(
     from openpalm.evaluate import agreement
     from openpalm.model.reward import RewardModel
     from openpalm.model.transformer import Transformer
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
 
     objective, batch = RewardObjective(settings), collate(measured)
     tied = collate(ties) if ties else None
@@ -122,7 +122,7 @@ def _held_out_probe(
         chosen, rejected = rewards(model, batch).chunk(2)
         return (chosen - rejected).tolist()
 
-    def look(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
+    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
         assert isinstance(model, RewardModel)
         device = model.embedding.device
         with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
@@ -137,10 +137,10 @@ def _held_out_probe(
             close = differences(model, tied) if tied else []
             return row | {"val_agreement": agreement.agreement(apart, close)}
 
-    def tell(row: dict[str, float]) -> str:
+    def describe(row: dict[str, float]) -> str:
         said = f"held-out {'pairs' if settings.reads_pairs else 'ratings'}: "
         names = ["loss", "accuracy", "calibration_error", "agreement", "squared_error", "spearman"]
         figures = [n for n in names if f"val_{n}" in row]
         return said + ", ".join(f"{n.replace('_', ' ')} {row[f'val_{n}']:.3f}" for n in figures)
 
-    return Probe(look, tell=tell)
+    return Probe(measure, describe=describe)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
-    from openpalm.train.job import Probe
     from openpalm.train.objective import Objective
+    from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
 
 LEAST_LOOKED_AT, MAX_LOOKED_AT = 16, 64
@@ -46,9 +46,9 @@ def learn_from_answers(
     from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
-    from openpalm.train.job import Job
-    from openpalm.train.run import run as run_job
+    from openpalm.train.run import run_training
     from openpalm.train.run_directory import reward_failed
+    from openpalm.train.spec import TrainSpec
 
     if not reward_sources(settings.reward):
         raise SettingsError("--reward: what is an answer worth? give FILE.py:FUNCTION or a run")
@@ -76,7 +76,7 @@ def learn_from_answers(
         held = reference(model) if settings.beta else None
         return RolloutLoader(sampler, reward, estimate, held, rows=shape.rows, dtype=dtype)
 
-    job = Job(
+    spec = TrainSpec(
         config=start.config,
         fill=fill,
         make_loader=make_loader,
@@ -96,7 +96,7 @@ def learn_from_answers(
         label=label,
     )
     try:
-        return run_job(settings, job)
+        return run_training(settings, spec)
     except RewardError:
         reward_failed(settings.out)
         raise
@@ -179,7 +179,7 @@ def _probes(
     """Figures of the held-out answers, with the alarm; and some of the answers."""
     from openpalm.align.rollouts.monitor import alarm, look
     from openpalm.align.rollouts.rollout import Sampler
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
 
     shown: list[dict[str, str]] = []
 
@@ -192,7 +192,7 @@ def _probes(
         ]
         return row
 
-    def tell(row: dict[str, Any]) -> str:
+    def describe(row: dict[str, Any]) -> str:
         gold_told = f", gold {row['val_gold']:.3f}" if "val_gold" in row else ""
         return (
             f"held-out answers: reward {row['val_reward']:.3f}{gold_told}, "
@@ -200,6 +200,6 @@ def _probes(
         )
 
     return [
-        Probe(figures, tell=tell, judge=lambda rows: alarm(settings.alarm, rows)),
+        Probe(figures, describe=describe, alarm=lambda rows: alarm(settings.alarm, rows)),
         Probe(lambda *_: {"samples": list(shown)}, file="samples.jsonl"),
     ]

@@ -22,8 +22,8 @@ SETTINGS_FILE = "config.yaml"
 
 MAY_CHANGE = (
     *("out", "data", "init", "chosen"),  # data and parent are compared by their hashes
-    *("log", "profile", "memory", "compile", "device"),
-    *("save_every", "eval_every", "keep", "max_skipped", "force"),
+    *("loggers", "profile", "memory", "compile", "device"),
+    *("save_every", "eval_every", "keep_checkpoints", "max_skipped_steps", "force"),
 )
 """Settings that cannot change what a run computes, so that it may continue with others."""
 
@@ -213,7 +213,7 @@ def _refuse_differences(
         for name in MAY_CHANGE:
             side.pop(name, None)
         if isinstance(asked, PretrainSettings):
-            side.pop("prompts", None)  # of the samples; elsewhere a number that matters
+            side.pop("sample_prompts", None)  # of the samples; elsewhere a number that matters
     old |= {"data": stored.chosen.data, "init": stored.chosen.parent}
     new |= {"data": given.data, "init": given.parent}
     same_name = stored.init == asked.init and not parent_fixed
