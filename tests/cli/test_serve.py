@@ -19,8 +19,8 @@ def keyless(monkeypatch):
     ("words", "says"),
     [
         (["--port", 70000], "--port 70000: must be 0 (any free one) to 65535"),
-        (["--slots", 0], "--slots 0: must be 1 or more"),
-        (["--queue", -1], "--queue -1: must be 0 or more"),
+        (["--max-sequences", 0], "--max-sequences 0: must be 1 or more"),
+        (["--max-queue", -1], "--max-queue -1: must be 0 or more"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0: others could use the model; give --api-key"),
         (["--host", "models.example"], "give --api-key"),
         (["--api-key", ""], "--api-key (or OPENPALM_API_KEY): the key is empty"),
@@ -32,7 +32,10 @@ def keyless(monkeypatch):
         (["--allow-origin", "https://web.example/page"], "without a path"),
         (["--allow-origin", "ftp://web.example"], "must be a site"),
         (["--allow-origin", "https://web.example:x"], "must be a site"),
-        (["--sink", "ftp://x", "--port", 0], "--sink ftp://x: must be an http:// or https:// URL"),
+        (
+            ["--conversation-url", "ftp://x", "--port", 0],
+            "--conversation-url ftp://x: must be an http:// or https:// URL",
+        ),
         (["--host", "192.0.2.1", "--api-key", "k", "--port", 0], "cannot listen there"),
     ],
 )

@@ -15,7 +15,7 @@ from openpalm.errors import NumbersError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 from openpalm.serve.api.responses import collect
-from openpalm.serve.worker import Draining, EngineFailed, Overloaded, Served, Worker
+from openpalm.serve.worker import EngineFailed, Overloaded, ServedModel, ShuttingDown, Worker
 
 LONG = Request([1, 2, 3], 50, Sampling(seed=1))
 
@@ -39,7 +39,7 @@ def run(test, *, slots=4, queue_limit=8, model=None):
 
     async def body():
         engine = Watched(model or tiny(), slots=slots)
-        worker = Worker(Served("tiny", engine, Tokenizer.byte(), "-"), queue_limit=queue_limit)
+        worker = Worker(ServedModel("tiny", engine, Tokenizer.byte(), "-"), queue_limit=queue_limit)
         worker.start()
         try:
             await asyncio.wait_for(test(worker, engine), HANGS_S)
@@ -130,7 +130,7 @@ def test_a_tokenizers_panic_ends_one_request_alone(capfd):
         first, second = (Engine(tiny()).completions([asked])[0] for asked in (LONG, other))
         tokenizer = Fussy.byte()
         tokenizer.refused = next(i for i in first if i not in second)
-        served = Served("tiny", engine, tokenizer, "-")
+        served = ServedModel("tiny", engine, tokenizer, "-")
         fails, goes = (worker.submit(served, [asked]) for asked in (LONG, other))
         with pytest.raises(EngineFailed, match="Panic: not this one"):
             await collect(fails)
@@ -192,9 +192,9 @@ def test_a_drain_takes_nothing_new_and_ends_what_does_not_end():
     async def test(worker, engine):
         answers = worker.submit(worker.current, [LONG] * 2)
         worker.drain(0)
-        with pytest.raises(Draining):
+        with pytest.raises(ShuttingDown):
             worker.submit(worker.current, [LONG])
-        with pytest.raises(Draining):
+        with pytest.raises(ShuttingDown):
             await collect(answers)
         await until(lambda: worker.load == 0)
 
@@ -204,7 +204,7 @@ def test_a_drain_takes_nothing_new_and_ends_what_does_not_end():
 def test_an_old_model_is_dropped_when_its_last_request_ends():
     async def test(worker, engine):
         old = worker.submit(worker.current, [LONG])
-        worker.current = Served("new", Watched(tiny(seed=1)), Tokenizer.byte(), "-")
+        worker.current = ServedModel("new", Watched(tiny(seed=1)), Tokenizer.byte(), "-")
         new = worker.submit(worker.current, [LONG])
         first, second = await asyncio.gather(collect(old), collect(new))
         assert [t.id for t, _ in first[0].tokens] == Engine(tiny()).completions([LONG])[0]

@@ -13,7 +13,7 @@ from openpalm.errors import SettingsError
 if TYPE_CHECKING:
     from openpalm.data.text.conversation import Message
     from openpalm.data.text.tokenizer import Tokenizer
-    from openpalm.generate.defaults import Defaults
+    from openpalm.generate.defaults import SamplingDefaults
     from openpalm.generate.engine import Engine
 
 HELP = """/reset       begin a new conversation
@@ -102,7 +102,11 @@ class _Conversation:
     """What was said so far; the engine keeps what it has read of it."""
 
     def __init__(
-        self, engine: "Engine", tokenizer: "Tokenizer", own: "Defaults", settings: ChatSettings
+        self,
+        engine: "Engine",
+        tokenizer: "Tokenizer",
+        own: "SamplingDefaults",
+        settings: ChatSettings,
     ):
         self.engine = engine
         self.tokenizer = tokenizer

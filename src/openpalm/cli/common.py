@@ -26,7 +26,7 @@ from openpalm.data.rows.usable import Usable
 from openpalm.data.text.tokenizer import Tokenizer, is_bpe
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
-from openpalm.generate.defaults import Defaults, defaults_of
+from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 from openpalm.generate.engine import Engine
 from openpalm.generate.sampling import Sampling
 from openpalm.generate.streaming import complete, document_ends
@@ -147,7 +147,7 @@ def serving_model(
     *,
     slots: int = 16,
     allow: Callable[[str], None] | None = None,
-) -> tuple[Engine, Tokenizer, Defaults]:
+) -> tuple[Engine, Tokenizer, SamplingDefaults]:
     """Those, and how tokens are chosen where nobody says.
 
     Weights that are not finite raise CheckpointError, unless `allow` is given, which gets the
@@ -169,7 +169,7 @@ def serving_model(
     model = checkpoint.load(directory, str(device), dtype, allow=allow)
     give_adapter(model, settings.adapter, directory, force=settings.force)
     engine = Engine(model, slots=slots, weights=settings.quantize, owned=True)
-    return engine, tokenizer, defaults_of(directory)
+    return engine, tokenizer, sampling_defaults(directory)
 
 
 def give_adapter(

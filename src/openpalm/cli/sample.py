@@ -14,7 +14,7 @@ from openpalm.errors import SettingsError, count_of
 
 if TYPE_CHECKING:
     from openpalm.data.text.tokenizer import Tokenizer
-    from openpalm.generate.defaults import Defaults
+    from openpalm.generate.defaults import SamplingDefaults
     from openpalm.generate.engine import Request
 
 
@@ -132,7 +132,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _request(
-    settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int, defaults: "Defaults"
+    settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int, defaults: "SamplingDefaults"
 ) -> "Request":
     from openpalm.data.text.conversation import Message, render, stop_ids
     from openpalm.generate.engine import Request

@@ -12,7 +12,7 @@ from socket import socket
 from typing import Literal
 from urllib.parse import urlsplit
 
-from openpalm.base.settings import parse
+from openpalm.base.settings import parse, spell
 from openpalm.errors import SettingsError
 
 
@@ -32,15 +32,15 @@ class ServeSettings:
     """for replacing the model and for scores; or OPENPALM_ADMIN_KEY. Without it nobody may"""
     name: str | None = None
     """the model's name in the API; not set is the run's"""
-    slots: int = 32
+    max_sequences: int = 32
     """sequences generated at once"""
-    queue: int = 256
+    max_queue: int = 256
     """sequences that may wait for a slot; more are answered 429"""
-    drain: int = 60
+    shutdown_timeout: int = 60
     """seconds that requests in flight have to finish after SIGTERM or Ctrl-C"""
     allow_origin: list[str] | str | None = None
     """web sites whose pages may call this server (CORS); several as a JSON list"""
-    sink: str | None = None
+    conversation_url: str | None = None
     """URL that gets conversations whose user agreed (the request's `store`), as JSON"""
     tokenizer: Path | None = None
     """tokenizer.json for a checkpoint that has none"""
@@ -60,10 +60,10 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise SettingsError(f"--port {self.port}: must be 0 (any free one) to 65535")
-        for name, least in (("slots", 1), ("queue", 0), ("drain", 0)):
+        for name, least in (("max_sequences", 1), ("max_queue", 0), ("shutdown_timeout", 0)):
             value = getattr(self, name)
             if value < least:
-                raise SettingsError(f"--{name} {value}: must be {least} or more")
+                raise SettingsError(f"{spell(name)} {value}: must be {least} or more")
         _check_keys("--api-key (or OPENPALM_API_KEY)", self.keys, given=self.api_key is not None)
         _check_keys("--admin-key (or OPENPALM_ADMIN_KEY)", self.admin_keys)
         _ = self.origins  # checked as they are read
@@ -96,7 +96,7 @@ def run(argv: Sequence[str]) -> None:
         examples=[
             "openpalm serve runs/quickstart/sft",
             "OPENPALM_API_KEY=... openpalm serve runs/chat --host 0.0.0.0 --port 80",
-            "openpalm serve runs/chat --name assistant --slots 64 --quantize int8",
+            "openpalm serve runs/chat --name assistant --max-sequences 64 --quantize int8",
         ],
         positional=["path"],
     )
@@ -122,24 +122,28 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
     from openpalm.cli.common import serving_model
     from openpalm.serve import server
     from openpalm.serve.app import create_app
-    from openpalm.serve.conversation_sink import Sink
+    from openpalm.serve.conversation_sink import ConversationSink
     from openpalm.serve.metrics import Metrics
     from openpalm.serve.service import Service
-    from openpalm.serve.worker import Served, Worker, in_own_thread
+    from openpalm.serve.worker import ServedModel, Worker, in_own_thread
 
     def warn(reason: str) -> None:
         print(f"warning: {reason}; requests that meet them are answered 503", file=sys.stderr)
 
-    def load(path: str, name: str | None, allow: Callable[[str], None] | None = None) -> Served:
+    def load(
+        path: str, name: str | None, allow: Callable[[str], None] | None = None
+    ) -> ServedModel:
         own = settings if path == settings.path else replace(settings, adapter=None)
-        engine, tokenizer, defaults = serving_model(path, own, slots=settings.slots, allow=allow)
-        return Served(name or _name(path), engine, tokenizer, path, defaults)
+        engine, tokenizer, defaults = serving_model(
+            path, own, slots=settings.max_sequences, allow=allow
+        )
+        return ServedModel(name or _name(path), engine, tokenizer, path, defaults)
 
-    sink = Sink(settings.sink) if settings.sink else None
+    sink = ConversationSink(settings.conversation_url) if settings.conversation_url else None
     metrics = Metrics()
     with Console(stderr=True).status(f"loading {settings.path}"):
         served = in_own_thread(lambda: load(settings.path, settings.name, warn))
-    worker = Worker(served, queue_limit=settings.queue, observe=metrics.observe)
+    worker = Worker(served, queue_limit=settings.max_queue, observe=metrics.observe)
     metrics.watch(worker)
     app = create_app(
         Service(worker, load, metrics, sink),
@@ -157,7 +161,7 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
             flush=True,
         )
 
-    server.run(app, listener, worker, drain_s=settings.drain, ready=ready)
+    server.run(app, listener, worker, drain_s=settings.shutdown_timeout, ready=ready)
 
 
 def _name(path: str) -> str:

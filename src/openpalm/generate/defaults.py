@@ -17,7 +17,7 @@ _BOUNDS = {"temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "top_k": (0, 2**31)}
 
 
 @dataclass(frozen=True)
-class Defaults:
+class SamplingDefaults:
     """Sampling settings of a model."""
 
     temperature: float = 0.8
@@ -31,7 +31,7 @@ class Defaults:
         return replace(self, **{name: v for name, v in chosen.items() if v is not None})
 
 
-def defaults_of(directory: Path) -> Defaults:
+def sampling_defaults(directory: Path) -> SamplingDefaults:
     """Those of a checkpoint directory: of the first of these that names any of them.
 
     generation_config.json beside the weights or in the run, as Hugging Face writes it; the head of
@@ -53,8 +53,10 @@ def defaults_of(directory: Path) -> Defaults:
             raise CheckpointError(f"{path}: cannot be read ({said})") from None
         known = {name: found[name] for name in _BOUNDS if found.get(name) is not None}
         if known:
-            return Defaults(**{name: _checked(path, name, value) for name, value in known.items()})
-    return Defaults()
+            return SamplingDefaults(
+                **{name: _checked(path, name, value) for name, value in known.items()}
+            )
+    return SamplingDefaults()
 
 
 def _text(path: Path) -> str:

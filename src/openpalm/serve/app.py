@@ -17,7 +17,7 @@ from openpalm.serve.api import error_responses
 from openpalm.serve.api.response_models import ERRORS
 from openpalm.serve.routes import admin, chat, completions, tools
 from openpalm.serve.service import Service
-from openpalm.serve.worker import Draining
+from openpalm.serve.worker import ShuttingDown
 
 PAGE = files("openpalm.serve") / "page"
 KINDS = {
@@ -97,7 +97,7 @@ def _add_life_signs(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         """New requests are taken."""
         if service.worker.draining:
-            return error_responses.error_response(error_responses.as_api_error(Draining()))
+            return error_responses.error_response(error_responses.as_api_error(ShuttingDown()))
         return JSONResponse({"status": "ready", "model": service.worker.current.name})
 
     @app.get("/metrics", include_in_schema=False)

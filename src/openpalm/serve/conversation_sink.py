@@ -14,7 +14,7 @@ TIMEOUT_S = 10
 ATTEMPTS = 3
 
 
-class Sink:
+class ConversationSink:
     """POSTs each record as JSON to `url`; where that fails for long, records are dropped, counted.
 
     Raises SettingsError for what is no http(s) URL.
@@ -22,7 +22,7 @@ class Sink:
 
     def __init__(self, url: str):
         if not url.startswith(("http://", "https://")):
-            raise SettingsError(f"--sink {url}: must be an http:// or https:// URL")
+            raise SettingsError(f"--conversation-url {url}: must be an http:// or https:// URL")
         self.url = url
         self.sent = 0
         self.dropped = 0

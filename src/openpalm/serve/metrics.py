@@ -36,9 +36,9 @@ class Metrics:
     def watch(self, worker: Worker) -> None:
         """Adds gauges that read the worker when they are asked."""
         for name, about, read in (
-            ("openpalm_slots", "Sequences that can be generated at once", _slots),
-            ("openpalm_slots_active", "Slots in use", lambda w: w.active),
-            ("openpalm_sequences_load", "Sequences in slots or waiting", lambda w: w.load),
+            ("openpalm_max_sequences", "Sequences that can be generated at once", _slots),
+            ("openpalm_sequences_running", "Slots in use", lambda w: w.active),
+            ("openpalm_sequences_in_flight", "Sequences in slots or waiting", lambda w: w.load),
             ("openpalm_prefilled_tokens", "Prompt tokens computed, not copied", _prefilled),
         ):
             gauge = Gauge(name, about, registry=self.registry)

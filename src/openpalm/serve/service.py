@@ -8,15 +8,15 @@ from typing import Protocol
 from openpalm.serve.api.error_responses import ApiError
 from openpalm.serve.api.request_fields import ChatRequest
 from openpalm.serve.api.responses import Keep
-from openpalm.serve.conversation_sink import Sink
+from openpalm.serve.conversation_sink import ConversationSink
 from openpalm.serve.metrics import Metrics
-from openpalm.serve.worker import Job, Served, Worker
+from openpalm.serve.worker import Job, ServedModel, Worker
 
 
 class Load(Protocol):
     """Makes a model ready to serve, outside of the event loop. Raises OpenPalmError."""
 
-    def __call__(self, path: str, name: str | None) -> Served: ...
+    def __call__(self, path: str, name: str | None) -> ServedModel: ...
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Service:
     worker: Worker
     load: Load
     metrics: Metrics
-    sink: Sink | None = None
+    sink: ConversationSink | None = None
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def check_count(self, sequences: int) -> None:
@@ -38,7 +38,7 @@ class Service:
                 param="n",
             )
 
-    def keeper(self, body: ChatRequest, served: Served) -> Keep | None:
+    def keeper(self, body: ChatRequest, served: ServedModel) -> Keep | None:
         """Where the answers to this request are kept; None without consent or a place."""
         sink = self.sink
         if sink is None or not body.store:

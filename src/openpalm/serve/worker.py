@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import NumbersError, OpenPalmError
-from openpalm.generate.defaults import Defaults
+from openpalm.generate.defaults import SamplingDefaults
 from openpalm.generate.engine import NOT_FINITE, Engine, Request, Token
 from openpalm.generate.streaming import AnswerText, Piece
 
@@ -40,7 +40,7 @@ class Overloaded(Exception):
     """Slots and queue are full."""
 
 
-class Draining(Exception):
+class ShuttingDown(Exception):
     """The server is about to end and takes nothing new."""
 
 
@@ -54,12 +54,12 @@ class EngineFailed(Exception):
     """The engine broke off; its requests are lost, new ones may succeed."""
 
 
-Broken = EngineFailed | Draining | OpenPalmError
+Broken = EngineFailed | ShuttingDown | OpenPalmError
 """Why a sequence ends without a finish."""
 
 
 @dataclass(frozen=True, eq=False)
-class Served:
+class ServedModel:
     """A model that answers, under the name it has in the API."""
 
     name: str
@@ -67,7 +67,7 @@ class Served:
     tokenizer: Tokenizer
     source: str
     """where it was loaded from"""
-    defaults: Defaults = field(default_factory=Defaults)
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     """how tokens are chosen where a request does not say"""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -82,7 +82,7 @@ class Job:
     """One sequence on its way."""
 
     index: int
-    served: Served
+    served: ServedModel
     request: Request
     text: AnswerText
     answers: "Answers"
@@ -98,7 +98,7 @@ class Job:
 class Answers:
     """The pieces of one call's sequences as they come; leaving early cancels the rest."""
 
-    def __init__(self, worker: "Worker", served: Served, requests: Sequence[Request]):
+    def __init__(self, worker: "Worker", served: ServedModel, requests: Sequence[Request]):
         self.served = served
         self.jobs: list[Job] = []
         self.pieces: asyncio.Queue[tuple[Job, Piece] | Broken] = asyncio.Queue()
@@ -114,7 +114,7 @@ class Answers:
         """All pieces that are there, at least one, until every sequence has finished.
 
         Raises EngineFailed, OpenPalmError where the model failed at one of the sequences, and
-        Draining where the time for finishing is over.
+        ShuttingDown where the time for finishing is over.
         """
         open_jobs = len(self.jobs)
         while open_jobs:
@@ -147,7 +147,7 @@ class Worker:
 
     def __init__(
         self,
-        served: Served,
+        served: ServedModel,
         *,
         queue_limit: int,
         observe: Callable[[Job, Piece], None] = lambda job, piece: None,
@@ -159,7 +159,7 @@ class Worker:
         """sequences on their way"""
         self._observe = observe
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._running: dict[Served, dict[int, Job]] = {}
+        self._running: dict[ServedModel, dict[int, Job]] = {}
         self._tickets: dict[Job, int] = {}
         self._stopped = False
         self._logged = ""
@@ -187,11 +187,11 @@ class Worker:
             self._thread.join()
 
     def submit(
-        self, served: Served, requests: Sequence[Request], stops: Sequence[str] = ()
+        self, served: ServedModel, requests: Sequence[Request], stops: Sequence[str] = ()
     ) -> Answers:
-        """Queues the requests of one call. Raises Overloaded or Draining."""
+        """Queues the requests of one call. Raises Overloaded or ShuttingDown."""
         if self.draining:
-            raise Draining
+            raise ShuttingDown
         if self.load + len(requests) > self.most:
             raise Overloaded
         answers = Answers(self, served, requests)
@@ -269,7 +269,7 @@ class Worker:
 
     def _give_up(self) -> None:
         for served in list(self._running):
-            self._report(self._break_off(served, Draining()))
+            self._report(self._break_off(served, ShuttingDown()))
 
     def _forget(self, job: Job) -> None:
         ticket = self._tickets.pop(job)
@@ -278,7 +278,7 @@ class Worker:
         if not running:
             del self._running[job.served]
 
-    def _step(self, served: Served) -> list[Event]:
+    def _step(self, served: ServedModel) -> list[Event]:
         try:
             tokens = served.engine.step()
         except BaseException as error:  # a panic of a library is no Exception
@@ -315,7 +315,7 @@ class Worker:
             self._logged = said
         return EngineFailed(said)
 
-    def _break_off(self, served: Served, reason: Broken) -> list[Event]:
+    def _break_off(self, served: ServedModel, reason: Broken) -> list[Event]:
         jobs = list(self._running[served].values())
         served.engine.reset()
         for job in jobs:

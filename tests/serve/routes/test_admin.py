@@ -43,7 +43,7 @@ def inbox():
 
 @pytest.fixture(scope="module")
 def guarded(base, inbox):
-    with serving(base, "--dtype", "float32", "--sink", inbox[0], env=KEYS) as running:
+    with serving(base, "--dtype", "float32", "--conversation-url", inbox[0], env=KEYS) as running:
         yield running
 
 
@@ -126,7 +126,7 @@ def test_only_what_its_user_agreed_to_share_is_kept(guarded, inbox):
 
 def test_a_model_is_replaced_while_requests_are_in_flight(base, other):
     """Those on the way finish on the old one; the next is answered by the new one."""
-    with serving(base, "--slots", 2, env=KEYS) as server:
+    with serving(base, "--max-sequences", 2, env=KEYS) as server:
         body = {"prompt": "abc", "max_tokens": 120, "ignore_eos": True, "temperature": 0}
         expected = server.call("/v1/completions", body, key="sesame").body["choices"]
         answers = []

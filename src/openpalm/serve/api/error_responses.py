@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from openpalm.errors import OpenPalmError, RequestError
-from openpalm.serve.worker import Draining, EngineFailed, Overloaded
+from openpalm.serve.worker import EngineFailed, Overloaded, ShuttingDown
 
 RETRY_AFTER_S = 1
 _KINDS = {
@@ -76,7 +76,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, Overloaded):
         message = "all slots and the queue are full; try again in a moment"
         return ApiError(429, message, code="overloaded")
-    if isinstance(error, Draining):
+    if isinstance(error, ShuttingDown):
         return ApiError(503, "the server is shutting down; ask another one", code="draining")
     if isinstance(error, EngineFailed):
         return ApiError(503, f"generation failed ({error}); try again", code="engine_failed")
@@ -101,7 +101,7 @@ def install(app: FastAPI) -> None:
         response.headers.update(getattr(error, "headers", None) or {})  # Allow, of a 405
         return response
 
-    kinds = (ApiError, Overloaded, Draining, EngineFailed, OpenPalmError)
+    kinds = (ApiError, Overloaded, ShuttingDown, EngineFailed, OpenPalmError)
     for kind in (*kinds, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
 

@@ -14,13 +14,13 @@ from openpalm.generate.sampling import Sampling, completion_seed
 from openpalm.generate.streaming import document_ends, prompt_ids
 from openpalm.serve.api.error_responses import ApiError, is_failure
 from openpalm.serve.api.request_fields import ChatMessage, Conversation, Generation
-from openpalm.serve.worker import Served, Worker, reason
+from openpalm.serve.worker import ServedModel, Worker, reason
 
 LONG_TEXT = 20_000
 """Characters above which a text is encoded beside the event loop, which must not stand still."""
 
 
-def pick_model(worker: Worker, name: str | None) -> Served:
+def pick_model(worker: Worker, name: str | None) -> ServedModel:
     """The model of that name, the only one there is. Raises ApiError."""
     served = worker.current
     if name not in (None, served.name):
@@ -96,7 +96,7 @@ def tokenizing() -> Iterator[None]:
 
 def engine_requests(
     body: Generation,
-    served: Served,
+    served: ServedModel,
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int | None,
@@ -123,7 +123,7 @@ def engine_requests(
     return found
 
 
-def sampling(body: Generation, served: Served) -> Sampling:
+def sampling(body: Generation, served: ServedModel) -> Sampling:
     """The settings of a body, else the model's own; a seed is drawn where none is given."""
     how = served.defaults.given(body.temperature, body.top_p, body.top_k)
     return Sampling(
@@ -174,7 +174,7 @@ def ends(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
     return stop_ids(tokenizer) if chat else document_ends(tokenizer)
 
 
-def check_fits(served: Served, ids: Sequence[int]) -> None:
+def check_fits(served: ServedModel, ids: Sequence[int]) -> None:
     """Raises ApiError or SettingsError for ids that the model cannot read."""
     served.engine.check(ids)
     if len(ids) > served.context:
@@ -185,7 +185,7 @@ def check_fits(served: Served, ids: Sequence[int]) -> None:
         )
 
 
-def _room(served: Served, prompt: list[int], wanted: int | None) -> int:
+def _room(served: ServedModel, prompt: list[int], wanted: int | None) -> int:
     served.engine.check(prompt)
     left = served.context - len(prompt)
     if left < (1 if wanted is None else wanted):
@@ -201,7 +201,7 @@ def _room(served: Served, prompt: list[int], wanted: int | None) -> int:
     return left if wanted is None else wanted
 
 
-def _bias(given: dict[str, float], served: Served) -> dict[int, float]:
+def _bias(given: dict[str, float], served: ServedModel) -> dict[int, float]:
     vocab = served.engine.model.config.vocab_size
     bias: dict[int, float] = {}
     for name, value in given.items():

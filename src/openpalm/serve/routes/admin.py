@@ -20,7 +20,7 @@ from openpalm.serve.api.request_fields import LoadRequest, ScoreRequest
 from openpalm.serve.api.response_models import ERRORS
 from openpalm.serve.api.responses import collect
 from openpalm.serve.service import Service
-from openpalm.serve.worker import Served, in_own_thread, reason
+from openpalm.serve.worker import ServedModel, in_own_thread, reason
 
 
 def routes(service: Service) -> APIRouter:
@@ -62,7 +62,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _loaded(load: Callable[[], Served]) -> Served:
+def _loaded(load: Callable[[], ServedModel]) -> ServedModel:
     """Raises ApiError for whatever is wrong with a checkpoint; a hostile one breaks anything."""
     try:
         return in_own_thread(load)

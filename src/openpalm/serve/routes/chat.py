@@ -15,7 +15,7 @@ from openpalm.serve.api.request_fields import ChatRequest
 from openpalm.serve.api.response_models import ChatCompletion, answered
 from openpalm.serve.api.responses import Said, respond, spelt
 from openpalm.serve.service import Service
-from openpalm.serve.worker import Job, Served
+from openpalm.serve.worker import Job, ServedModel
 
 
 def routes(service: Service) -> APIRouter:
@@ -57,7 +57,7 @@ class _Form:
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, body: ChatRequest, served: Served):
+    def __init__(self, body: ChatRequest, served: ServedModel):
         self._tokenizer = served.tokenizer
         self._log_probs = bool(body.logprobs)
 

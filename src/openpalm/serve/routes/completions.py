@@ -17,7 +17,7 @@ from openpalm.serve.api.request_fields import CompletionRequest
 from openpalm.serve.api.response_models import Completion, answered
 from openpalm.serve.api.responses import Said, respond, spelt
 from openpalm.serve.service import Service
-from openpalm.serve.worker import Job, Served
+from openpalm.serve.worker import Job, ServedModel
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -57,7 +57,7 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _prompts(
-    body: CompletionRequest, served: Served
+    body: CompletionRequest, served: ServedModel
 ) -> tuple[list[str | None], list[list[int]]]:
     """Texts where they were given as such, and the ids of every prompt."""
     given: Any = body.prompt
@@ -76,7 +76,7 @@ class _Form:
     def __init__(
         self,
         body: CompletionRequest,
-        served: Served,
+        served: ServedModel,
         texts: Sequence[str | None],
         jobs: Sequence[Job],
     ):

@@ -17,7 +17,7 @@ from openpalm.serve.api.request_fields import DetokenizeRequest, LegacyRequest, 
 from openpalm.serve.api.response_models import ERRORS
 from openpalm.serve.api.responses import collect, spelt
 from openpalm.serve.service import Service
-from openpalm.serve.worker import Overloaded, Served
+from openpalm.serve.worker import Overloaded, ServedModel
 
 LEGACY_TOKENS = 512
 """What mesh-transformer-jax's server generated at most."""
@@ -92,7 +92,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _model(served: Served, service: Service) -> dict[str, object]:
+def _model(served: ServedModel, service: Service) -> dict[str, object]:
     return {
         "id": served.name,
         "object": "model",
@@ -104,7 +104,7 @@ def _model(served: Served, service: Service) -> dict[str, object]:
     }
 
 
-def _tokenizer_info(served: Served) -> dict[str, object]:
+def _tokenizer_info(served: ServedModel) -> dict[str, object]:
     """What a remote evaluation needs to know instead of loading the tokenizer."""
     tokenizer = served.tokenizer
     end = tokenizer.end_of_text
