@@ -108,7 +108,7 @@ def hasty(base):
     code = (
         "import sys; from openpalm.serve import connections, incoming; "
         "connections.HEAD_TIMEOUT_S = incoming.BODY_TIMEOUT_S = 0.2; "
-        "from openpalm.cli.main import entry; entry()"
+        "from openpalm.cli.main import main; sys.exit(main())"
     )
     with serving(base, "--dtype", "float32", program=["-c", code]) as running:
         yield running
