@@ -9,8 +9,8 @@ from openpalm.base.settings import parse
 from openpalm.errors import count_of
 
 if TYPE_CHECKING:
-    from openpalm.data.batches.loader import Record
     from openpalm.data.rows.tasks import Mixture
+    from openpalm.data.text.conversation import Example
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
@@ -43,7 +43,13 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     """Composes the run: weights, conversations as records, THE loop."""
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
-    from openpalm.data.batches.loader import PackedLoader, RecordLoader, truncated
+    from openpalm.data.batches.loader import (
+        Batch,
+        Loader,
+        example_loader,
+        packed_loader,
+        truncated,
+    )
     from openpalm.data.batches.order import mixture as mixed_draws
     from openpalm.data.rows.tasks import read_mixture
     from openpalm.train.run import run_training
@@ -66,10 +72,10 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
             f"{label}: cut at {length} tokens: {cut} of {whole}; --sequence-length takes more",
             file=sys.stderr,
         )
-    kind = PackedLoader if settings.pack else RecordLoader
+    make = packed_loader if settings.pack else example_loader
 
-    def loader(rows: int) -> PackedLoader | RecordLoader:
-        return kind(trained, rows=rows, seed=settings.seed, sequence_length=length, draws=draws)
+    def loader(rows: int) -> Loader[Batch]:
+        return make(trained, rows=rows, seed=settings.seed, sequence_length=length, draws=draws)
 
     measurable = any(any(record.loss_mask[1 : length + 1]) for record in measured)
     spec = TrainSpec(
@@ -89,7 +95,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
 
 def _tasks(
     mixture: "Mixture", tokenizer: "Tokenizer", settings: SftSettings, length: int, label: str
-) -> "list[list[Record]]":
+) -> "list[list[Example]]":
     """Each task's conversations as records; reports what is left out."""
     from openpalm.align.sft import fitting
     from openpalm.cli.common import report_unused
@@ -103,7 +109,7 @@ def _tasks(
     return made
 
 
-def _held_out_probe(records: "Sequence[Record]", sequence_length: int) -> "Probe":
+def _held_out_probe(records: "Sequence[Example]", sequence_length: int) -> "Probe":
     """val_loss over the held-out answers, nats a token."""
     from openpalm.data.batches.loader import Batch, padded
     from openpalm.evaluate.perplexity import split_loss

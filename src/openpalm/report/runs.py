@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from openpalm.base.json_file import read_json
-from openpalm.base.settings import read_yaml
+from openpalm.base.yaml_file import read_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, DataError
 from openpalm.train.metrics import read_rows, unit_of

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.json_file import read_json
-from openpalm.base.settings import build, check, plain, read_yaml, spell, to_yaml
+from openpalm.base.settings import build, check, plain, spell
+from openpalm.base.yaml_file import read_yaml, to_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, SettingsError, count_of
 from openpalm.train.batch_shape import Ramp
@@ -225,7 +226,8 @@ def _read_settings(file: Path, kind: type[TrainSettings]) -> TrainSettings:
         return build(kind, values)
     except SettingsError as error:
         raise SettingsError(
-            f"{file}: is not the settings of a run ({error}); set it back, or choose another --out"
+            f"{file}: is not the settings of a run of this version ({error}); set it back, "
+            "continue the run with the version that made it, or choose another --out"
         ) from None
 
 
