@@ -17,7 +17,7 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from openpalm.cli.model_options import ModelOptions
 from openpalm.convert import hub
-from openpalm.data.rows.usable import Usable
+from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.tokenizer import Tokenizer, is_bpe
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
@@ -81,7 +81,7 @@ def held_out(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     return items[:kept], items[kept:]
 
 
-def report_unused(label: str, path: Path, given: Usable[T], what: str) -> Usable[T]:
+def report_unused(label: str, path: Path, given: ReadResult[T], what: str) -> ReadResult[T]:
     """Says what of a file is left out, by reason and line, and which fields are not used.
 
     Raises DataError where nothing is left.
