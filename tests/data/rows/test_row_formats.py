@@ -49,7 +49,7 @@ PROBLEM = {"question": SKY[0].content, "answer": BLUE[0].content}
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
 RANKING = {"prompt": "q", "responses": ["a", "b"], "rank": [1, 2]}
-VERDICT = {"prompt": "q", "completion": "a", "label": True}
+LABELLED = {"prompt": "q", "completion": "a", "label": True}
 RATING = {"prompt": "q", "response": "a", "rating": 4}
 PROMPT = {"prompt": "What is 6 x 7?", "difficulty": 1}
 
@@ -123,14 +123,14 @@ def test_rows_without_use_are_counted_with_their_reason(save):
         ({"chosen": [], "rejected": []}, "is whole conversations, which `openpalm dpo` reads"),
         (HH, "this row is Anthropic HH texts, which `openpalm dpo` reads"),
         (RANKING, "this row is prompt, responses, ranking, which `openpalm dpo` reads"),
-        (VERDICT, "prompt, completion, label, which `openpalm dpo --loss kto` reads"),
+        (LABELLED, "prompt, completion, label, which `openpalm dpo --loss kto` reads"),
         (RATING, "this row is prompt, response, rating, which `openpalm reward` reads"),
-        (VERDICT | {"label": 0.5}, "which `openpalm reward` reads"),
+        (LABELLED | {"label": 0.5}, "which `openpalm reward` reads"),
         (PROMPT, "this row is a prompt alone, which `openpalm grpo` reads"),
         ({"text": "Once"}, "this row is a text, which `openpalm data prepare` reads"),
-        ({"q\n": 1}, r"fields \('q\\n'\) make no form that is known; conversations are one of: "),
-        ({}, r"fields \(none\) make no form"),
-        ({"messages": None, "prompt": None}, "make no form that is known"),
+        ({"q\n": 1}, r"fields \('q\\n'\) match no known format; conversations are one of: "),
+        ({}, r"fields \(none\) match no known format"),
+        ({"messages": None, "prompt": None}, "match no known format"),
         ({"messages": "hi"}, "field \"messages\" is 'hi'; it must be a list"),
         ({"messages": [7]}, r'field "messages\[0\]" is 7'),
         ({"messages": [{"role": "owl", "content": "x"}]}, "role\" is 'owl'; it must be one of sys"),
@@ -173,7 +173,9 @@ def test_one_file_has_one_form(save):
 def test_files_that_hold_nothing(save, tmp_path):
     with pytest.raises(DataError, match="is empty; give a file with at least one conversation"):
         read_demonstrations(save("", ""))
-    with pytest.raises(DataError, match=r"verdicts are read from \.jsonl or \.jsonl\.gz"):
+    with pytest.raises(
+        DataError, match=r"labelled completions are read from \.jsonl or \.jsonl\.gz"
+    ):
         read_labelled_completions(tmp_path / "rows.csv")
     with pytest.raises(DataError, match="no such file"):
         read_prompts(tmp_path / "none.jsonl")
@@ -184,7 +186,7 @@ FORMS = [
     (PAIR, "prompt, chosen, rejected"),
     (HH, "Anthropic HH texts"),
     (RANKING, "prompt, responses, ranking"),
-    (VERDICT, "prompt, completion, label"),
+    (LABELLED, "prompt, completion, label"),
     (RATING, "prompt, response, rating"),
     (CONVERSATION, "messages"),
     (SHAREGPT, "ShareGPT conversations"),
@@ -298,9 +300,9 @@ def test_rows_that_are_no_pairs_are_told_who_reads_them(save):
 # --- verdicts
 
 
-def test_verdicts(save):
+def test_labelled_completions(save):
     rows = [
-        VERDICT,
+        LABELLED,
         {"prompt": turns(*SKY), "completion": turns(*BLUE), "label": False},
         {"prompt": "q", "response": "b", "label": False, "score": 1},
     ]
@@ -312,15 +314,21 @@ def test_verdicts(save):
     assert read_labelled_completions(save(*rows))[:2] == (expected, {})
     thumb = record("thumb", {"up": False, "candidate": 1})
     found = read_labelled_completions(save(thumb, record(id="p2")))
-    assert found[:2] == ([LabelledCompletion(SKY, say("B."), False)], {"write gives no verdict": 1})
+    assert found[:2] == (
+        [LabelledCompletion(SKY, say("B."), False)],
+        {"write gives no labelled completion": 1},
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        (VERDICT | {"label": 1}, "which `openpalm reward` reads; verdicts are one of: prompt"),
-        (VERDICT | {"label": None}, "this row is prompt, completion, which `openpalm sft` reads"),
-        (VERDICT | {"prompt": 7}, 'field "prompt" is 7'),
+        (
+            LABELLED | {"label": 1},
+            "which `openpalm reward` reads; labelled completions are one of: prompt",
+        ),
+        (LABELLED | {"label": None}, "this row is prompt, completion, which `openpalm sft` reads"),
+        (LABELLED | {"prompt": 7}, 'field "prompt" is 7'),
     ],
 )
 def test_rows_that_are_no_verdicts(save, row, says):
@@ -338,7 +346,7 @@ def test_rows_that_are_no_verdicts(save, row, says):
         ({"prompt": turns(SYSTEM, *SKY), "answer": 42}, (SYSTEM, *SKY)),
         (PROBLEM, SKY),
         (COMPLETION, SKY),
-        (VERDICT, Q),
+        (LABELLED, Q),
         (RATING, Q),
         (PAIR, Q),
         (RANKING, Q),
