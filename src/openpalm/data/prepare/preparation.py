@@ -301,7 +301,7 @@ def _size(source: Source) -> int:
             return source.path.stat().st_size
     if source.given.startswith(HUB_PREFIX):
         return 0
-    return hashed(source, "text", lambda count: None).bytes
+    return hashed(source, lambda count: None).bytes
 
 
 def _refuse_own_output(sources: list[Source], out: Path) -> None:
