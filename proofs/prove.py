@@ -34,8 +34,9 @@ from openpalm.align.pairs.examples import PairLoader, PairRecord, with_reference
 from openpalm.align.pairs.reward_model import RatingRecord, RewardObjective
 from openpalm.align.pairs.reward_model import collate as reward_collate
 from openpalm.align.rollouts import grpo, ppo
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
-from openpalm.align.rollouts.rollout_batch import Completion, record_of
+from openpalm.align.rollouts.rollout import RolloutLoader
+from openpalm.align.rollouts.rollout_batch import Completion, to_example
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.evaluate.agreement import spearman
 from openpalm.model.config import RewardConfig
 from openpalm.model.critic import ActorCritic, Bins
@@ -137,7 +138,7 @@ def drawn_pairs(task: Task, seed: int, count: int) -> list[tuple[int, int, int]]
 def pair_record(pair: tuple[int, int, int]) -> PairRecord:
     prompt, better, worse = pair
     sides = [
-        record_of(Completion(prompt, PROMPTS[prompt], ANSWERS[i], [], True))
+        to_example(Completion(prompt, PROMPTS[prompt], ANSWERS[i], [], True))
         for i in (better, worse)
     ]
     return PairRecord(*sides)
@@ -183,7 +184,7 @@ def scored(model: RewardModel) -> Tensor:
     rows = []
     for i, prompt in enumerate(PROMPTS):
         records = [
-            RatingRecord(record_of(Completion(i, prompt, answer, [], True)), 0.0)
+            RatingRecord(to_example(Completion(i, prompt, answer, [], True)), 0.0)
             for answer in ANSWERS
         ]
         batch = reward_collate(records)

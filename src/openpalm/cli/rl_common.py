@@ -45,7 +45,8 @@ def train_on_rollouts(
         load_reward,
         question_of,
     )
-    from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
+    from openpalm.align.rollouts.rollout import RolloutLoader
+    from openpalm.align.rollouts.sampler import Sampler
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.data.rows.prompt_files import read_prompts
@@ -192,7 +193,7 @@ def _probes(
 ) -> "list[Probe]":
     """Figures of the held-out answers, with the alarm; and some of the answers."""
     from openpalm.align.rollouts.monitor import evaluate_policy, stop_reason
-    from openpalm.align.rollouts.rollout import Sampler
+    from openpalm.align.rollouts.sampler import Sampler
     from openpalm.train.probes import Probe
 
     shown: list[dict[str, str]] = []

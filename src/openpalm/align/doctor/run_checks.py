@@ -39,8 +39,9 @@ from openpalm.align.pairs.dpo import PairObjective
 from openpalm.align.pairs.examples import PairRecord, collate, with_reference
 from openpalm.align.rollouts.advantages import token_rewards
 from openpalm.align.rollouts.grpo import GroupObjective, estimate
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
+from openpalm.align.rollouts.rollout import RolloutLoader, reference_log_probs
 from openpalm.align.rollouts.rollout_batch import Completion, Reward, collate_completions
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.preferences import Messages
 from openpalm.data.text.conversation import Example, render

@@ -21,10 +21,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from openpalm.align.rollouts.rollout import derive_seed, generate_completions
 from openpalm.align.rollouts.rollout_batch import Completion
-from openpalm.generate.engine import Engine, Request
-from openpalm.generate.sampling import Sampling
+from openpalm.align.rollouts.sampler import sample_completions
+from openpalm.generate.engine import Engine
 
 
 class SamplingPlan(NamedTuple):
@@ -44,18 +43,8 @@ class SamplingPlan(NamedTuple):
         stop_ids: frozenset[int],
     ) -> list[Completion]:
         """`each` answers to every prompt of `chosen`, whichever others are drawn with them."""
-        asked = [prompt for prompt in chosen for _ in range(self.each)]
-        draws = [prompt * self.each + i for prompt in chosen for i in range(self.each)]
-        requests = [
-            Request(
-                prompts[prompt],
-                self.max_new_tokens,
-                Sampling(self.temperature, seed=derive_seed(self.seed, draw)),
-                stop_ids,
-            )
-            for prompt, draw in zip(asked, draws, strict=True)
-        ]
-        return generate_completions(engine, requests, asked)
+        draws = [(prompt, prompt * self.each + i) for prompt in chosen for i in range(self.each)]
+        return sample_completions(engine, prompts, draws, stop_ids, self)
 
 
 def best_of(rewards: Sequence[float]) -> tuple[int, int]:

@@ -34,7 +34,7 @@ from openpalm.align.judging.model_judge import (
     rule_reward,
 )
 from openpalm.align.pairs.reward_model import RatingRecord, collate
-from openpalm.align.rollouts.rollout_batch import Completion, Reward, record_of
+from openpalm.align.rollouts.rollout_batch import Completion, Reward, to_example
 from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.rows.constitution import read_constitution
@@ -218,7 +218,7 @@ def of_model(path: Path, reader: RewardContext, option: str = "reward", rows: in
         values: list[float] = []
         for start in range(0, len(answers), rows):
             group = answers[start : start + rows]
-            batch = collate([RatingRecord(record_of(answer), 0.0) for answer in group])
+            batch = collate([RatingRecord(to_example(answer), 0.0) for answer in group])
             values += model.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
         return values
 
