@@ -81,7 +81,7 @@ def our_model() -> Any:
 
 
 def our_pairs() -> Any:
-    from openpalm.align.pairs.examples import PairRecord
+    from openpalm.align.pairs.examples import PreferenceExample
     from openpalm.data.text.conversation import Example
 
     prompts, chosen, rejected = (
@@ -89,7 +89,7 @@ def our_pairs() -> Any:
     )
     mask = [False] * PROMPT + [True] * ANSWER
     return [
-        PairRecord(Example(p + c, mask), Example(p + r, mask))
+        PreferenceExample((Example(p + c, mask), Example(p + r, mask)))
         for p, c, r in zip(prompts, chosen, rejected, strict=True)
     ]
 
@@ -106,12 +106,12 @@ def our_trainer(model: Any, objective: Any, loader: Any, dtype: torch.dtype = to
 def our_dpo(turns: Turns) -> None:
     from openpalm.align.config import DpoSettings
     from openpalm.align.pairs.dpo import PairObjective
-    from openpalm.align.pairs.examples import PairLoader, collate_shared, with_reference
+    from openpalm.align.pairs.examples import collate_shared, preference_loader, with_reference
 
     model = our_model()
     settings = DpoSettings(data=Path("-"), out=Path("-"), init="-", steps=1)
     pairs = with_reference(model, our_pairs())
-    loader = PairLoader(pairs, rows=BATCH, seed=0, collate=collate_shared)
+    loader = preference_loader(pairs, rows=BATCH, seed=0, collate=collate_shared)
     trainer = our_trainer(model, PairObjective(settings), loader)
     while True:
         trainer.train_step()
@@ -191,7 +191,8 @@ def our_grpo(turns: Turns, weights: str = "float32") -> None:
 def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") -> None:
     from openpalm.align.config import PpoSettings
     from openpalm.align.logprobs import token_log_probs
-    from openpalm.align.pairs.reward_model import RatingRecord, collate
+    from openpalm.align.pairs.examples import PreferenceExample
+    from openpalm.align.pairs.reward_model import collate
     from openpalm.align.rollouts.ppo import PpoObjective, estimate
     from openpalm.align.rollouts.rollout_batch import to_example
     from openpalm.model.config import RewardConfig
@@ -212,7 +213,7 @@ def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") ->
 
     @torch.no_grad()
     def reward(answers: Any) -> list[float]:
-        batch = collate([RatingRecord(to_example(answer), 0.0) for answer in answers])
+        batch = collate([PreferenceExample((to_example(answer),)) for answer in answers])
         return judge.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
 
     rules = (reward, estimate, partial(token_log_probs, reference))

@@ -30,8 +30,13 @@ from openpalm.align.config import DpoSettings, GrpoSettings, PpoSettings, Reward
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import kto
 from openpalm.align.pairs.dpo import PairObjective
-from openpalm.align.pairs.examples import PairLoader, PairRecord, with_reference
-from openpalm.align.pairs.reward_model import RatingRecord, RewardObjective
+from openpalm.align.pairs.examples import (
+    PreferenceExample,
+    collate,
+    preference_loader,
+    with_reference,
+)
+from openpalm.align.pairs.reward_model import RewardObjective
 from openpalm.align.pairs.reward_model import collate as reward_collate
 from openpalm.align.rollouts import grpo, ppo
 from openpalm.align.rollouts.rollout import RolloutLoader
@@ -135,13 +140,9 @@ def drawn_pairs(task: Task, seed: int, count: int) -> list[tuple[int, int, int]]
     )
 
 
-def pair_record(pair: tuple[int, int, int]) -> PairRecord:
-    prompt, better, worse = pair
-    sides = [
-        to_example(Completion(prompt, PROMPTS[prompt], ANSWERS[i], [], True))
-        for i in (better, worse)
-    ]
-    return PairRecord(*sides)
+def example_of(prompt: int, *answers: int, label: float = 0.0) -> PreferenceExample:
+    given = (Completion(prompt, PROMPTS[prompt], ANSWERS[i], [], True) for i in answers)
+    return PreferenceExample(tuple(map(to_example, given)), label)
 
 
 def accuracy(scores: Tensor, pairs: list[tuple[int, int, int]]) -> float:
@@ -154,9 +155,10 @@ def accuracy(scores: Tensor, pairs: list[tuple[int, int, int]]) -> float:
 def by_pairs(task: Task, seed: int, loss: str, lr: float = 3e-3, **changes: Any) -> Figures:
     how = settings(DpoSettings, lr, seed, loss=loss, **({"steps": 1800} | changes))
     given, held_out = drawn_pairs(task, seed, PAIRS), drawn_pairs(task, seed + 1, HELD_OUT)
-    known = with_reference(task.reference, [pair_record(pair) for pair in given], rows=512)
+    known = with_reference(task.reference, [example_of(*pair) for pair in given], rows=512)
     model = start_of(task)
-    stepped(model, PairObjective(how), PairLoader(known, rows=128, seed=seed), how)
+    loader = preference_loader(known, rows=128, seed=seed, collate=collate)
+    stepped(model, PairObjective(how), loader, how)
     implied = enumerable.log_probs(model) - task.log_reference
     accurate = accuracy(implied, held_out) - accuracy(task.rewards.double(), held_out)
     return judged(task, model) | {"accuracy_over_true": accurate}
@@ -168,8 +170,8 @@ def by_reward_model(task: Task, seed: int, steps: int = 800) -> Figures:
     model = RewardModel(enumerable.CONFIG, RewardConfig())
     model.load_state_dict(task.reference.state_dict(), strict=False)
     initialise_heads(model, seed)
-    loader = PairLoader(
-        [pair_record(pair) for pair in given], rows=128, seed=seed, collate=reward_collate
+    loader = preference_loader(
+        [example_of(*pair) for pair in given], rows=128, seed=seed, collate=reward_collate
     )
     stepped(model, RewardObjective(how), loader, how)
     scores = scored(model)
@@ -182,32 +184,24 @@ def by_reward_model(task: Task, seed: int, steps: int = 800) -> Figures:
 def scored(model: RewardModel) -> Tensor:
     """The reward model's value of every answer, [prompts, answers]."""
     rows = []
-    for i, prompt in enumerate(PROMPTS):
-        records = [
-            RatingRecord(to_example(Completion(i, prompt, answer, [], True)), 0.0)
-            for answer in ANSWERS
-        ]
-        batch = reward_collate(records)
+    for i in range(len(PROMPTS)):
+        batch = reward_collate([example_of(i, answer) for answer in range(len(ANSWERS))])
         rows.append(model.value(batch.ids, batch.mask, batch.prompt_lengths))
     return torch.stack(rows).double()
 
 
-def by_verdicts(task: Task, seed: int, steps: int = 1800) -> Figures:
-    """KTO on the same pairs, each two verdicts."""
+def by_labelled_completions(task: Task, seed: int, steps: int = 1800) -> Figures:
+    """KTO on the same pairs: the chosen completion is desirable, the rejected one undesirable."""
     how = settings(DpoSettings, 3e-3, seed, loss="kto", steps=steps)
-    verdicts = [
-        (prompt, answer, good)
+    labelled = [
+        example_of(prompt, answer, label=label)
         for prompt, *both in drawn_pairs(task, seed, PAIRS)
-        for answer, good in zip(both, (True, False), strict=True)
+        for answer, label in zip(both, (1.0, 0.0), strict=True)
     ]
-    partners = kto.others([prompt for prompt, _, _ in verdicts])
-    made = [
-        kto.VerdictRecord(pair_record((prompt, answer, verdicts[partner][1])), good)
-        for (prompt, answer, good), partner in zip(verdicts, partners, strict=True)
-    ]
-    known = kto.with_reference(task.reference, made)
+    context = enumerable.CONFIG.context
+    known = with_reference(task.reference, kto.with_mismatched(labelled, context))
     model = start_of(task)
-    loader = PairLoader(known, rows=128, seed=seed, collate=kto.collate)
+    loader = preference_loader(known, rows=128, seed=seed, collate=collate)
     stepped(model, kto.KtoObjective(how), loader, how)
     return judged(task, model)
 
@@ -249,7 +243,7 @@ ROWS: dict[str, Row] = {
     "ipo": Row(partial(by_pairs, loss="ipo"), {}),
     "simpo": Row(partial(by_pairs, loss="simpo"), {}),
     "orpo": Row(partial(by_pairs, loss="orpo"), {}),
-    "kto": Row(by_verdicts, {}),
+    "kto": Row(by_labelled_completions, {}),
     "reward model": Row(by_reward_model, {"accuracy_over_true": -0.06, "spearman": 0.82}),
     STEPLESS: Row(by_best_of, {"-standard_errors": -3.0, "kl_under_bound": 0.0}),
 }

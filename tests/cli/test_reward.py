@@ -1,4 +1,4 @@
-"""`openpalm reward`: judgements in, a model that scores answers out, and what is refused."""
+"""`openpalm reward`: pairs or ratings in, a reward model out, and what is refused."""
 
 import json
 import shutil
@@ -184,7 +184,7 @@ def test_training_goes_on_from_a_reward_model(said, base, ratings, tmp_path):
     assert torch.allclose(new.reward_head, old.reward_head, atol=1e-6)
     status, _, errors = run(said, tmp_path / "first", ratings, tmp_path / "x", "--loss", "ordinal")
     assert status == 2
-    assert "learns ordinal heads, those of --init are binned" in errors[-1]
+    assert "trains ordinal heads, but --init has a binned head" in errors[-1]
 
 
 def test_verbs_that_need_a_language_model_say_so(said, base, pairs, work, tmp_path):

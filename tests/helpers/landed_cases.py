@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.examples import render_completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.demonstration_files import read_demonstrations
-from openpalm.data.rows.labelled_files import read_labelled
+from openpalm.data.rows.labelled_completion_files import read_labelled_completions
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.rating_files import read_ratings
 from openpalm.data.text.conversation import Message
@@ -245,13 +248,28 @@ def critic_values(name: str, directory: Path, ids: Tensor) -> dict[str, Tensor]:
     """What the critic of a run reads at every token, and the values that this stands for."""
     model = ActorCritic(checkpoint.load_config(directory), *CRITICS[name])
     checkpoint.load_weights(model, directory)
-    own = checkpoint.load_train_state(directory).tensors
+    own = training_tensors(directory / "train")
     for name, parameter in model.named_parameters():
         if name.startswith("critic."):
             parameter.copy_(own[f"model/{name}"])
     model.eval()
     read = model.values(ids, model.residual(ids).flatten(0, 1), torch.ones_like(ids) > 0)
     return {"critic_read": read, "critic_values": model.as_value(read).clone()}
+
+
+def training_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in train/; 0.1.0 wrote them in torch.distributed.checkpoint's own form."""
+    if not (folder / ".metadata").exists():
+        return checkpoint.load_train_state(folder.parent).tensors
+    reader = FileSystemReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    state_dict_loader.load(found, storage_reader=reader, no_dist=True)
+    return found
 
 
 def train_digest(directory: Path) -> str:
@@ -273,11 +291,12 @@ def judged(path: Path) -> dict[str, Any]:
         ],
         "ties": [[*map(_turns, (t.prompt, t.first, t.second))] for t in read_ties(path)],
         "ratings": [
-            [_turns(r.prompt), _turns(r.answer), r.value]
+            [_turns(r.prompt), _turns(r.completion), r.value]
             for r in read_ratings(path, "helpful").items
         ],
         "verdicts": [
-            [_turns(v.prompt), _turns(v.answer), v.good] for v in read_labelled(path).items
+            [_turns(v.prompt), _turns(v.answer), v.good]
+            for v in read_labelled_completions(path).items
         ],
         "demonstrations": [_turns(messages) for messages in read_demonstrations(path).items],
         "unused_by_pairs": read_pairs(path).unused,

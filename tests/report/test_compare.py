@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from report_pages import HOSTILE, Page, evaluation, make_run, row
 
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.model.config import ModelConfig
+from openpalm.model.transformer import Transformer, initialise
 from openpalm.report import plots
 from openpalm.report.compare import comparison_sections
 from openpalm.report.page import write_page
@@ -81,7 +84,8 @@ def test_runs_whose_losses_mean_another_thing_get_figures_of_their_own(tmp_path)
 
 def test_a_run_that_goes_on_and_one_that_lost_steps(tmp_path):
     rows = [row(1), row(2, loss=None, skipped="loss not finite"), row(3)]
-    going = make_run(tmp_path / "going", rows, config="chosen: {steps: 50}\n")
+    going = make_run(tmp_path / "going", rows)
+    (going / "run.json").write_text('{"steps": 50}', encoding="utf-8")
     whole = make_run(tmp_path / "whole", config="chosen: {steps: 20}\n")
     text = Page(page_of([going, whole])).text
     assert "3 of 50 (1 skipped)3,000 tokens" in text
@@ -145,7 +149,7 @@ def test_other_data_is_told_and_bits_a_byte_are_drawn(tmp_path):
     runs = [make_run(tmp_path / n, config=f"chosen: {{data: {n * 20}}}\n") for n in "ab"]
     text = Page(page_of(runs)).text
     assert "These runs have different data" in text
-    assert f"chosen.data{'a' * 12}{'b' * 12}" in text
+    assert f"run.data{'a' * 12}{'b' * 12}" in text
     assert "different data" not in Page(page_of(made(tmp_path, 2))).text
 
 
@@ -160,3 +164,23 @@ def test_hostile_names_and_settings_are_text(tmp_path):
     assert "<script" not in html
     assert not {"script", "img", "link", "iframe", "form"} & {*page.tags}
     assert hostile in page.text
+
+
+def test_the_table_has_the_size_of_a_run_whose_checkpoint_says_it(tmp_path):
+    config = ModelConfig(
+        vocab_size=7000, dim=256, depth=2, heads=4, head_dim=64, ff_dim=512, context=16
+    )
+    paths = made(tmp_path, 2)
+    model = Transformer(config)
+    initialise(model, 0)
+    checkpoint.save(paths[1] / "checkpoints" / checkpoint.step_name(20), model)
+    table = page_of(paths)
+    table = table[table.index("<table") : table.index("</table>")]
+    cells = [
+        [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)]
+        for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    ]
+    column = cells[0].index("parameters, millions")
+    numbers = sum(p.numel() for p in model.parameters()) / 1e6
+    assert cells[1][column] in ("", "-")
+    assert float(cells[2][column]) == pytest.approx(numbers, rel=0.01)

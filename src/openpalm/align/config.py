@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from openpalm.base.settings import spell
+from openpalm.base.settings import check, spell
 from openpalm.base.typed import home
 from openpalm.errors import SettingsError
 from openpalm.model.config import MAX_BINS, MAX_MEMBERS
-from openpalm.train.config import TrainSettings, check
+from openpalm.train.config import TrainSettings
 
 GroupAdvantage = Literal["grpo", "dr-grpo", "dapo", "rloo"]
 RewardLoss = Literal["bradley-terry", "regression", "binned", "hl-gauss", "ordinal"]
@@ -98,8 +98,8 @@ class DpoSettings(TrainSettings):
                 raise SettingsError(f"--{option} {value}: must be above 0 and below 1000")
 
     @property
-    def strength(self) -> float:
-        """Beta, or its default for the loss."""
+    def resolved_beta(self) -> float:
+        """--beta, or its default for the loss."""
         return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
 
 

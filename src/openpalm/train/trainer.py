@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from openpalm.errors import TrainingError
 from openpalm.model.transformer import Transformer
 from openpalm.parallel.world import World
-from openpalm.train.config import Ramp
+from openpalm.train.batch_shape import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
-from openpalm.train.optimization.parameter_groups import Optimizer, learning_rate_factor
+from openpalm.train.optimization.parameter_groups import Optimizer
+from openpalm.train.optimization.schedule import learning_rate_factor
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Trainer:
 
     def _unpublished(self) -> list[tuple[str, nn.Parameter]]:
         """Parameters that only training needs, such as a critic's."""
-        published = {name for name, _ in self.model.published()}
+        published = {name for name, _ in self.model.published_parameters()}
         return [item for item in self.model.named_parameters() if item[0] not in published]
 
 

@@ -15,10 +15,10 @@ from openpalm.align.doctor import run_checks as measuring
 from openpalm.align.doctor.checks import PromptedExample
 from openpalm.align.doctor.run_checks import PlannedRun, run_checks
 from openpalm.align.logprobs import Evaluated, evaluate
-from openpalm.align.pairs.examples import records, render_completion
+from openpalm.align.pairs.examples import render_completion, to_examples
 from openpalm.align.rollouts.rollout_batch import Completion, collate_completions
 from openpalm.data.batches.loader import IGNORE, Example
-from openpalm.data.rows.preferences import Pair, Usable, says
+from openpalm.data.rows.preferences import Pair, ReadResult, assistant_turn
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model import lora
@@ -48,9 +48,17 @@ def healthy(**changes):
     model, reference = soft(), soft().requires_grad_(False)
     if changes.pop("adapter", False):
         lora.attach(model, LoraConfig(2, 4.0, ("q", "v", "down")), seed=0)
-    pairs = [Pair(prompt, says("A longer answer."), says("No.")) for prompt in ASKED]
+    pairs = [
+        Pair(prompt, assistant_turn("A longer answer."), assistant_turn("No.")) for prompt in ASKED
+    ]
     settings = GrpoSettings(
-        data=Path("d"), out=Path("o"), init="i", steps=1, prompts=4, answers=4, max_new_tokens=24
+        data=Path("d"),
+        out=Path("o"),
+        init="i",
+        steps=1,
+        prompts_per_rollout=4,
+        num_completions=4,
+        max_new_tokens=24,
     )
     given = {
         "settings": settings,
@@ -58,9 +66,9 @@ def healthy(**changes):
         "optimizer": Optimizer(model, OptimSettings(), 1e-3),
         "reference": reference,
         "tokenizer": TOKENIZER,
-        "prompts": [render(TOKENIZER, prompt, answer_next=True).ids for prompt in ASKED],
+        "prompts": [render(TOKENIZER, prompt, add_generation_prompt=True).ids for prompt in ASKED],
         "conversations": [(pair.prompt, pair.chosen) for pair in pairs],
-        "pairs": records(TOKENIZER, Usable(pairs, {}), 64).items,
+        "pairs": to_examples(TOKENIZER, ReadResult(pairs, {}), 65).items,
         "stop_ids": STOPS,
         "reward": length_of,
     }
@@ -104,10 +112,10 @@ def test_masks_follow_the_template():
 
 
 def test_another_template_in_training_is_found(monkeypatch):
-    def spaced(tokenizer, messages, *, answer_next=False):
+    def spaced(tokenizer, messages, *, add_generation_prompt=False):
         """Joins the texts before they are encoded, as whoever writes prompts by hand does."""
         text = "".join(f"{m.role}: {m.content}\n" for m in messages)
-        ids = tokenizer.encode(text + ("assistant:" if answer_next else ""))
+        ids = tokenizer.encode(text + ("assistant:" if add_generation_prompt else ""))
         start = len(tokenizer.encode(text)) - len(tokenizer.encode(messages[-1].content)) - 1
         return Example(ids, [i >= start for i in range(len(ids))])
 
@@ -116,7 +124,7 @@ def test_another_template_in_training_is_found(monkeypatch):
 
 
 def test_the_end_marker_is_learnt():
-    record = render_completion(TOKENIZER, ASKED[0], says("Yes."))
+    record = render_completion(TOKENIZER, ASKED[0], assistant_turn("Yes."))
     start = record.loss_mask.index(True)
     assert checks.check_end([PromptedExample(record.ids[:start], record)], STOPS).ok
     unmasked = Example(record.ids, [*record.loss_mask[:-1], False])
@@ -272,9 +280,11 @@ def test_a_reward_lies_on_the_last_token(monkeypatch):
 def test_chosen_and_rejected_differ():
     pair = healthy().pairs[0]
     assert checks.check_different([pair]).ok
-    assert not checks.check_different([pair, replace(pair, rejected=pair.chosen)]).ok
+    assert not checks.check_different(
+        [pair, replace(pair, completions=pair.completions[:1] * 2)]
+    ).ok
     assert not checks.check_different([replace(pair, label=-1.0)]).ok
-    equal = [replace(pair, rejected=pair.chosen)]
+    equal = [replace(pair, completions=pair.completions[:1] * 2)]
     assert ill(healthy(pairs=equal))[0] == "chosen and rejected differ"
 
 
@@ -282,7 +292,7 @@ def test_swapped_pairs_are_found():
     assert checks.check_order([1.0, 2.0, 0.0], [0.0, 1.0, 5.0]).ok
     assert not checks.check_order([0.0, 1.0, 5.0], [1.0, 2.0, 0.0]).ok
     pairs = healthy().pairs
-    swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+    swapped = [replace(pair, completions=pair.completions[::-1]) for pair in pairs]
     assert ill(healthy(pairs=swapped))[0] == "chosen and rejected are not swapped"
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openpalm.align.pairs.examples import PairRecord
+from openpalm.align.pairs.examples import PreferenceExample
 from openpalm.align.rollouts.advantages import zero_variance
 from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.data.batches.loader import IGNORE
@@ -182,9 +182,9 @@ def check_place(placed: Tensor, rewards: Tensor, mask: Tensor) -> Check:
     )
 
 
-def check_different(pairs: Sequence[PairRecord]) -> Check:
+def check_different(pairs: Sequence[PreferenceExample]) -> Check:
     """Chosen and rejected are two answers, and no margin says the opposite."""
-    equal = sum(pair.chosen.ids == pair.rejected.ids for pair in pairs)
+    equal = sum(chosen.ids == rejected.ids for chosen, rejected in (p.completions for p in pairs))
     negative = sum(pair.label < 0 for pair in pairs)
     return Check(
         "chosen and rejected differ",

@@ -36,7 +36,7 @@ from openpalm.align.doctor.checks import (
 )
 from openpalm.align.logprobs import evaluate
 from openpalm.align.pairs.dpo import PairObjective
-from openpalm.align.pairs.examples import PairRecord, collate, with_reference
+from openpalm.align.pairs.examples import PreferenceExample, collate, with_reference
 from openpalm.align.rollouts.advantages import token_rewards
 from openpalm.align.rollouts.grpo import GroupObjective, estimate
 from openpalm.align.rollouts.rollout import RolloutLoader, reference_log_probs
@@ -66,7 +66,7 @@ class PlannedRun:
     """ids, up to where an answer begins; the reward knows them by their number"""
     conversations: Sequence[tuple[Messages, Messages]]
     """prompts with answers, as they are trained on"""
-    pairs: Sequence[PairRecord]
+    pairs: Sequence[PreferenceExample]
     """the reward knows theirs by the numbers that follow"""
     stop_ids: frozenset[int]
     reward: Reward | None
@@ -76,7 +76,7 @@ def run_checks(patient: PlannedRun) -> Iterator[Check]:
     """One check after the other; what the later ones need is measured when they are asked for."""
     examples = [
         PromptedExample(
-            render(patient.tokenizer, prompt, answer_next=True).ids,
+            render(patient.tokenizer, prompt, add_generation_prompt=True).ids,
             render(patient.tokenizer, [*prompt, *answer]),
         )
         for prompt, answer in patient.conversations
@@ -133,7 +133,7 @@ def _pair_checks(patient: PlannedRun) -> Iterator[Check]:
     yield check_different(patient.pairs)
     if patient.reward is not None:
         numbered = list(enumerate(patient.pairs, len(patient.prompts)))
-        sides = [[_as_answer(n, pair.sides[side]) for n, pair in numbered] for side in (0, 1)]
+        sides = [[_as_answer(n, pair.completions[side]) for n, pair in numbered] for side in (0, 1)]
         chosen, rejected = (list(patient.reward(side)) for side in sides)
         yield check_finite([*chosen, *rejected])._replace(name="rewards of pairs are finite")
         yield check_order(chosen, rejected)
@@ -144,7 +144,7 @@ def _pair_checks(patient: PlannedRun) -> Iterator[Check]:
     patient.model.train()  # as a step finds it
     with torch.no_grad():
         loss = PairObjective(settings).loss(patient.model, batch)[0].item()
-    yield check_pair_loss(loss / batch.pairs)
+    yield check_pair_loss(loss / len(batch))
 
 
 def _step_checks(patient: PlannedRun, sampler: Sampler) -> Iterator[Check]:

@@ -33,7 +33,8 @@ from openpalm.align.judging.model_judge import (
     rule_questions,
     rule_reward,
 )
-from openpalm.align.pairs.reward_model import RatingRecord, collate
+from openpalm.align.pairs.examples import PreferenceExample
+from openpalm.align.pairs.reward_model import collate
 from openpalm.align.rollouts.rollout_batch import Completion, Reward, to_example
 from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
@@ -218,7 +219,7 @@ def of_model(path: Path, reader: RewardContext, option: str = "reward", rows: in
         values: list[float] = []
         for start in range(0, len(answers), rows):
             group = answers[start : start + rows]
-            batch = collate([RatingRecord(to_example(answer), 0.0) for answer in group])
+            batch = collate([PreferenceExample((to_example(answer),)) for answer in group])
             values += model.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
         return values
 
@@ -232,7 +233,7 @@ def of_rules(word: str, reader: RewardContext, option: str = "reward") -> Reward
         raise SettingsError(f"{spell(option)} {word}: must be rules:FILE.yaml@CHECKPOINT")
     rules = read_constitution(Path(file), "rules")
     directory = checkpoint.resolve(path)
-    checkpoint.check_writes(directory)
+    checkpoint.check_generates_text(directory)
     if checkpoint.tokenizer_json(directory) is None:
         raise CheckpointError(f"{spell(option)} {word}: the checkpoint has no tokenizer.json")
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
@@ -251,7 +252,9 @@ def of_rules(word: str, reader: RewardContext, option: str = "reward") -> Reward
                 f"{spell(option)} {word}: an answer with its prompt and rule is longer than that "
                 "checkpoint's context; lower --max-new-tokens, or take another judge"
             )
-        broken, each = judge.first(questions), len(rules.articles)
+        # An answer needs a number, so even an unlikely yes or no counts.
+        broken = [chance for chance, _ in judge.chances(questions)]
+        each = len(rules.articles)
         parts = [broken[start : start + each] for start in range(0, len(broken), each)]
         return [rule_reward(part, rules) for part in parts]
 

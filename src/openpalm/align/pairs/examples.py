@@ -1,186 +1,182 @@
-"""Pairs of answers as batches: the chosen ones, then the rejected ones.
+"""Preference examples: a prompt with its judged completions, from rows to batches.
 
-Both are in one row with the prompt that they share, or each in a row of its own.
-What the reference thinks of them is computed once, before the run, and travels with the batch.
+DPO, KTO and reward models share this one mechanism. A pair has a chosen and a rejected completion;
+a rating or a KTO label belongs to a single one. The reference model scores all completions once,
+before the run, and its log-probabilities travel with the examples: training needs no second model.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.shared_prompt import saves_work, share
-from openpalm.data.batches.loader import Loader, padded
+from openpalm.data.batches.loader import Example, Loader, padded
 from openpalm.data.batches.order import shuffle
-from openpalm.data.rows.preferences import Pair, Usable
-from openpalm.data.text.conversation import Example, Message, render
+from openpalm.data.rows.preferences import LabelledCompletion, Pair, Rating, ReadResult
+from openpalm.data.text.conversation import Message, render
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.model.layout import shared
+from openpalm.model.layout import shared_prompt_layout
 from openpalm.model.transformer import Transformer
 
+J = TypeVar("J", Pair, LabelledCompletion, Rating)
+B = TypeVar("B")
+
 
 @dataclass(frozen=True, slots=True)
-class PairRecord:
-    """Two answers to one prompt; each a record whose loss mask is on the answer alone."""
+class PreferenceExample:
+    """One judgement: one or two completions of a prompt, and the label that it gives them."""
 
-    chosen: Example
-    rejected: Example
-    reference: tuple[float, float] = (0.0, 0.0)
-    """log-probabilities of the two answers under the reference"""
+    completions: tuple[Example, ...]
+    """prompt and completion, the loss mask on the completion alone; the chosen one comes first"""
     label: float = 0.0
-    """the margin: by how much the chosen answer is better, where the data says"""
-
-    @property
-    def sides(self) -> tuple[Example, ...]:
-        return self.chosen, self.rejected
+    """margin of a pair, rating, or 1 for a desirable and 0 for an undesirable completion"""
+    reference: tuple[float, ...] = (0.0, 0.0)
+    """log-probabilities of two completions under the reference model"""
 
 
 @dataclass(frozen=True, slots=True)
-class PairBatch:
-    """inputs, targets: int64 [2 pairs, time], the chosen half first; reference: [2 pairs].
+class PreferenceBatch:
+    """Examples of two completions each: the first one of every example, then the second ones.
 
-    Where prompts are shared, inputs and `segments` are [pairs, time], targets and `reads`
-    [2 pairs, tokens]; see SharedRows.
+    inputs, targets: int64 [2 examples, time]; labels: float32 [examples]; reference: float32
+    [2 examples]. With shared prompts inputs and `segments` are [examples, time], targets and
+    `reads` [2 examples, tokens]; see SharedRows.
     """
 
     inputs: Tensor
     targets: Tensor
+    labels: Tensor
     reference: Tensor
     segments: Tensor | None = None
     reads: Tensor | None = None
 
-    @property
-    def pairs(self) -> int:
-        return len(self.targets) // 2
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    def to(self, device: torch.device | str) -> "PairBatch":
+    def to(self, device: torch.device | str) -> "PreferenceBatch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{k: v.to(device) for k, v in values.items() if v is not None})
 
     def log_probs(self, model: Transformer) -> Tensor:
-        """Of each answer's tokens, 0 where nothing counts: the shape of `targets`."""
-        layout = None if self.segments is None else shared(self.segments)
+        """Log-probability of each completion token, 0 elsewhere; the shape of `targets`."""
+        layout = None if self.segments is None else shared_prompt_layout(self.segments)
         return token_log_probs(model, self.inputs, self.targets, layout, self.reads)
 
 
+def to_examples(
+    tokenizer: Tokenizer, judgements: ReadResult[J], max_tokens: int
+) -> ReadResult[PreferenceExample]:
+    """The judgements with completions of at most `max_tokens` tokens, prompt included.
+
+    The others are counted by reason.
+    """
+    return judgements.map(lambda judgement: to_example(tokenizer, judgement, max_tokens))
+
+
+def to_example(
+    tokenizer: Tokenizer, judgement: Pair | LabelledCompletion | Rating, max_tokens: int
+) -> PreferenceExample | str:
+    """The training example, or the reason for leaving the judgement out."""
+    match judgement:
+        case Pair(prompt, chosen, rejected, margin):
+            completions, label = (chosen, rejected), margin or 0.0
+        case LabelledCompletion(prompt, completion, desirable):
+            completions, label = (completion,), float(desirable)
+        case Rating(prompt, completion, _, value):
+            completions, label = (completion,), float(value)
+    rendered = []
+    for completion in completions:
+        example = render_completion(tokenizer, prompt, completion)
+        if len(example.ids) > max_tokens:  # cut, it would have no end to learn from
+            return f"longer than {max_tokens} tokens, see --sequence-length"
+        if not any(example.loss_mask):
+            return "no turn of the answer has a weight"
+        rendered.append(example)
+    return PreferenceExample(tuple(rendered), label)
+
+
 def render_completion(
-    tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message]
+    tokenizer: Tokenizer, prompt: Sequence[Message], completion: Sequence[Message]
 ) -> Example:
-    """The conversation with its answer; only the assistant's part of that and its end count.
+    """The conversation's ids; the loss mask is on the completion's assistant turns and their ends.
 
-    Earlier turns of the assistant are part of the prompt here: both sides share them.
+    The prompt's own assistant turns carry no loss: both completions of a pair share them.
     """
-    before = render(tokenizer, prompt, answer_next=True).ids
-    ids, loss_mask = render(tokenizer, [*prompt, *answer])
-    assert ids[: len(before)] == before, "a prompt's ids depend on the answer that follows"
+    before = render(tokenizer, prompt, add_generation_prompt=True).ids
+    ids, loss_mask = render(tokenizer, [*prompt, *completion])
+    assert ids[: len(before)] == before, "a prompt's ids depend on the completion that follows"
     return Example(ids, [False] * len(before) + loss_mask[len(before) :])
-
-
-def fitted(record: Example, length: int) -> Example | str:
-    """An answer of at most `length` tokens, or the reason for leaving it out.
-
-    One that is cut has no end to learn from.
-    """
-    if len(record.ids) > length:
-        return f"longer than {length} tokens, see --sequence-length"
-    return record if any(record.loss_mask) else "no turn of the answer has a weight"
-
-
-def records(tokenizer: Tokenizer, pairs: Usable[Pair], sequence_length: int) -> Usable[PairRecord]:
-    """The pairs that fit, and why the others are left out."""
-    return fitting(tokenizer, pairs, sequence_length).then(lambda both: both[1])
-
-
-def fitting(
-    tokenizer: Tokenizer, pairs: Usable[Pair], sequence_length: int
-) -> Usable[tuple[Pair, PairRecord]]:
-    """The pairs that fit, with their records."""
-
-    def made(pair: Pair) -> tuple[Pair, PairRecord] | str:
-        sides = []
-        for answer in (pair.chosen, pair.rejected):
-            side = fitted(render_completion(tokenizer, pair.prompt, answer), sequence_length + 1)
-            if isinstance(side, str):
-                return side
-            sides.append(side)
-        return pair, PairRecord(*sides, label=pair.margin or 0.0)
-
-    return pairs.then(made)
 
 
 @torch.no_grad()
 def with_reference(
-    model: Transformer, pairs: Sequence[PairRecord], rows: int = 16
-) -> list[PairRecord]:
-    """The pairs with what `model`, the reference, thinks of their answers; in float32."""
+    model: Transformer, examples: Sequence[PreferenceExample], rows: int = 16
+) -> list[PreferenceExample]:
+    """The examples with log-probabilities of their two completions under `model`, in float32."""
     device, done = model.embedding.device, []
-    for start in range(0, len(pairs), rows):
-        group = pairs[start : start + rows]
+    for start in range(0, len(examples), rows):
+        group = examples[start : start + rows]
         sums = collate_shared(group).to(device).log_probs(model).sum(dim=-1)
-        chosen, rejected = sums.cpu().chunk(2)
-        both = zip(chosen.tolist(), rejected.tolist(), strict=True)
-        done += [replace(pair, reference=sums) for pair, sums in zip(group, both, strict=True)]
+        of_examples = sums.cpu().view(2, len(group)).T.tolist()
+        done += [
+            replace(example, reference=tuple(both))
+            for example, both in zip(group, of_examples, strict=True)
+        ]
     return done
 
 
-def collate(pairs: Sequence[PairRecord]) -> PairBatch:
-    """One batch of two rows a pair, padded on the right; padding is never a target."""
-    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+def in_batch_order(examples: Sequence[PreferenceExample]) -> list[Example]:
+    """The first completion of every example, then the second ones, if there are two."""
+    columns = zip(*(example.completions for example in examples), strict=True)
+    return [completion for column in columns for completion in column]
+
+
+def collate(examples: Sequence[PreferenceExample]) -> PreferenceBatch:
+    """One batch with a row for each completion, padded on the right; padding is no target."""
+    rows = in_batch_order(examples)
     inputs, targets = padded(rows, max(len(row.ids) for row in rows) - 1)
-    return PairBatch(inputs, targets, _references(pairs))
+    return PreferenceBatch(inputs, targets, labels(examples), _references(examples))
 
 
-def collate_shared(pairs: Sequence[PairRecord]) -> PairBatch:
-    """One batch of one row a pair where that saves work, else as `collate` makes it."""
-    groups = [(pair.chosen, pair.rejected) for pair in pairs]
+def collate_shared(examples: Sequence[PreferenceExample]) -> PreferenceBatch:
+    """One batch with a row for each prompt where that saves work, otherwise as `collate`."""
+    groups = [example.completions for example in examples]
     if not saves_work(groups):
-        return collate(pairs)
+        return collate(examples)
     rows = share(groups)
-    return PairBatch(rows.inputs, rows.targets, _references(pairs), rows.segments, rows.reads)
+    known = labels(examples), _references(examples)
+    return PreferenceBatch(rows.inputs, rows.targets, *known, rows.segments, rows.reads)
 
 
-def _references(pairs: Sequence[PairRecord]) -> Tensor:
-    return torch.tensor([pair.reference for pair in pairs]).T.flatten()
+def labels(examples: Sequence[PreferenceExample]) -> Tensor:
+    """float32 [examples]."""
+    return torch.tensor([example.label for example in examples], dtype=torch.float32)
 
 
-class Judged(Protocol):
-    """A judgement of one answer, or of two, the better one first."""
-
-    @property
-    def sides(self) -> tuple[Example, ...]: ...
-
-    @property
-    def label(self) -> float: ...
+def _references(examples: Sequence[PreferenceExample]) -> Tensor:
+    return torch.tensor([example.reference for example in examples]).T.flatten()
 
 
-J = TypeVar("J", bound=Judged)
-B = TypeVar("B")
-
-
-class PairLoader(Loader[B]):
-    """Batches of `rows` judgements, shuffled every epoch; its cursor is a place in that order."""
-
-    def __init__(
-        self,
-        pairs: Sequence[J],
-        *,
-        rows: int,
-        seed: int,
-        collate: Callable[[Sequence[J]], B] = collate,
-    ):
-        digest = hashlib.blake2b(digest_size=8)
-        for pair in pairs:
-            for record in pair.sides:
-                digest.update(repr(record.ids).encode())
-        identity = {"kind": "pairs", "seed": seed, "pairs": len(pairs)}
-        identity["sample"] = digest.hexdigest()
-        super().__init__(
-            shuffle(len(pairs), seed),
-            lambda numbers: collate([pairs[i] for i in numbers]),
-            identity,
-            rows=rows,
-        )
+def preference_loader(
+    examples: Sequence[PreferenceExample],
+    *,
+    rows: int,
+    seed: int,
+    collate: Callable[[Sequence[PreferenceExample]], B],
+) -> Loader[B]:
+    """Batches of `rows` examples, shuffled every epoch."""
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        for completion in example.completions:
+            digest.update(repr(completion.ids).encode())
+    return Loader(
+        shuffle(len(examples), seed),
+        lambda numbers: collate([examples[i] for i in numbers]),
+        {"kind": "pairs", "seed": seed, "pairs": len(examples), "sample": digest.hexdigest()},
+        rows=rows,
+    )
