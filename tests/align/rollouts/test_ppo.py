@@ -233,7 +233,7 @@ def test_the_critics_gradient_reaches_a_shared_trunk_only(kind):
         ({"discount": -0.1}, r"--discount -0.1: must be in \[0, 1\]"),
         ({"value_loss_coef": -1.0}, "--value-loss-coef -1.0: must be 0 or more"),
         ({"value_clip": 0.0}, "--value-clip 0.0: must be above 0"),
-        ({"target_kl": 1.0, "kl": "k2"}, "--target-kl: steers --kl reward, not k2"),
+        ({"target_kl": 1.0, "kl": "k2"}, "--target-kl: adapts --kl reward, not k2"),
         ({"minibatches": 3}, r"--minibatches 3: must divide prompts x completions \(8\)"),
         ({"temperature": 0.0}, "--temperature 0.0: must be in"),
         ({"temperature": 0.7, "rollout_dtype": "int8"}, "corrected for at --temperature 1"),
