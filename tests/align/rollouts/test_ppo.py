@@ -62,7 +62,7 @@ def check_squares(losses):
     assert found.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
-def test_the_critics_loss_is_the_larger_square():
+def test_the_value_loss_is_the_larger_square():
     check_squares(value_losses)
 
     def smaller(model, read, batch, clip):
