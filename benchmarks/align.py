@@ -157,7 +157,7 @@ def our_rollouts(turns: Turns, model: Any, how: Any, objective: Any, rules: Any)
 
     sampler = Sampler(model, random_ids(DATA, PROMPT, 0), frozenset(), how, slots=BATCH)
     reward, estimate, reference = rules
-    dtype = getattr(torch, how.rollout_weights)
+    dtype = getattr(torch, how.rollout_dtype)
     loader = RolloutLoader(sampler, reward, estimate, reference, rows=BATCH, dtype=dtype)
     trainer = our_trainer(model, objective, loader, dtype)
     while True:
@@ -173,11 +173,11 @@ def our_grpo(turns: Turns, weights: str = "float32") -> None:
     how = GrpoSettings(
         **paths,
         steps=1,
-        prompts=1,
-        answers=BATCH,
+        prompts_per_rollout=1,
+        num_completions=BATCH,
         max_new_tokens=ANSWER,
         advantage="grpo",
-        beta=0.0,
+        kl_coef=0.0,
     )
 
     def reward(answers: Any) -> list[float]:
@@ -200,8 +200,8 @@ def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") ->
     from openpalm.model.transformer import initialise
 
     paths = {"data": Path("-"), "out": Path("-"), "init": "-"}
-    sizes = {"prompts": BATCH, "max_new_tokens": ANSWER, "passes": 1}
-    how = PpoSettings(**paths, **sizes, steps=1, critic=critic, rollout_weights=weights)
+    sizes = {"prompts_per_rollout": BATCH, "max_new_tokens": ANSWER, "epochs_per_rollout": 1}
+    how = PpoSettings(**paths, **sizes, steps=1, critic=critic, rollout_dtype=weights)
     reference = our_model().requires_grad_(False)
     model = ActorCritic(reference.config, how.critic)
     model.load_state_dict(reference.state_dict(), strict=False)

@@ -28,8 +28,8 @@ from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.train.config import TrainSettings
-from openpalm.train.job import Job
-from openpalm.train.run import run
+from openpalm.train.run import run_training
+from openpalm.train.spec import TrainSpec
 
 SMALL = replace(preset("palm-tiny").config, head_dim=64, context=128)
 STEPS, SAVED_AT = 20, 10
@@ -169,7 +169,7 @@ def trained(out: Path, device: torch.device, dtype: str) -> Tensor:
     """All weights at the end of the run in `out`, as its last checkpoint has them."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, SMALL.vocab_size, 20_000).astype(np.uint16)
-    job = Job(
+    spec = TrainSpec(
         config=SMALL,
         fill=partial(initialise, seed=0),
         make_loader=lambda shape, *_: token_loader(
@@ -179,8 +179,8 @@ def trained(out: Path, device: torch.device, dtype: str) -> Tensor:
         learning_rate=1e-3,
     )
     values = {"data": "-", "out": out, "model": "-", "steps": STEPS, "save_every": SAVED_AT}
-    values |= {"device": device.type, "dtype": dtype, "keep": 0, "eval_every": STEPS}
-    outcome = run(build(TrainSettings, values), job)
+    values |= {"device": device.type, "dtype": dtype, "keep_checkpoints": 0, "eval_every": STEPS}
+    outcome = run_training(build(TrainSettings, values), spec)
     return whole(checkpoint.load(outcome.checkpoint, device=device.type))
 
 

@@ -118,7 +118,13 @@ def finished(work, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "option",
-    ["--microbatch-tokens 48", "--keep 1", "--save-every 1", "--max-skipped 20", "--device cpu"],
+    [
+        "--microbatch-tokens 48",
+        "--keep-checkpoints 1",
+        "--save-every 1",
+        "--max-skipped-steps 20",
+        "--device cpu",
+    ],
 )
 def test_a_run_resumes_with_options_that_change_no_result(said, finished, option):
     """A run stopped for lack of memory or disk could not resume with options that use less."""

@@ -111,7 +111,7 @@ def test_what_is_judged_is_not_judged_again(said, given):
 
 
 def test_ours_writes_and_judges(said, base, given):
-    status, output, errors = with_ours(said, base, given, "--answers", 3)
+    status, output, errors = with_ours(said, base, given, "--num-completions", 3)
     assert (status, errors) == (0, [])
     told, found = json.loads(output), rows(given / "j.jsonl")
     assert len(found) == told["written"] > 6
@@ -121,7 +121,7 @@ def test_ours_writes_and_judges(said, base, given):
         sides = row["candidates"]
         assert sides[0]["sampling"]["draw"] < sides[1]["sampling"]["draw"]
         assert len(sides[0]["checkpoint"]) == 64
-    status, output, _ = with_ours(said, base, given, "--answers", 3)
+    status, output, _ = with_ours(said, base, given, "--num-completions", 3)
     assert (status, json.loads(output)["written"]) == (0, 0)
     assert rows(given / "j.jsonl") == found
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_judged_is_told(said, base, given):
         (["--endpoint", "http://x"], "--endpoint and --judge-model: give both"),
         (["--endpoint", "ftp://x", "--judge-model", "m"], "--endpoint ftp://x: must be an http"),
         (["--judge", "x"], "x: no such checkpoint or run"),
-        (["--judge", "x", "--answers", 1], "--answers 1: must be 2"),
+        (["--judge", "x", "--num-completions", 1], "--num-completions 1: must be 2"),
         (["--judge", "x", "--timeout", 0], "--timeout 0"),
         (["--judge", "x", "--parallel", 0], "--parallel 0"),
         (["--judge", "x", "--data", "p.jsonl"], 'field "responses" is missing'),

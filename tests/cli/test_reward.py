@@ -142,7 +142,7 @@ def test_ties_are_in_the_agreement(said, base, tmp_path):
 
 
 def test_resumed_is_uninterrupted(said, base, ratings, tmp_path):
-    words = ["--loss", "ordinal", "--members", 2, "--save-every", 4, "--keep", 0]
+    words = ["--loss", "ordinal", "--members", 2, "--save-every", 4, "--keep-checkpoints", 0]
     out = tmp_path / "out"
     assert run(said, base, ratings, out, *words)[0] == 0
     whole = rows(out / "metrics.jsonl")

@@ -36,7 +36,16 @@ _SMALL = ("--batch-tokens", 256, *_ALIKE)
 _TALK, _RECORDS = "conversations/rows.jsonl", "preferences/records.jsonl"
 _FRESH = (
     *("--model", "palm-tiny", "--arch.dim", 8, "--arch.depth", 2, "--arch.heads", 2),
-    *("--arch.head-dim", 4, "--arch.ff-dim", 16, "--sequence-length", 64, "--prompts", "Chapter"),
+    *(
+        "--arch.head-dim",
+        4,
+        "--arch.ff-dim",
+        16,
+        "--sequence-length",
+        64,
+        "--sample-prompts",
+        "Chapter",
+    ),
 )
 
 PREPARE = {
@@ -49,7 +58,15 @@ RUNS: dict[str, tuple[object, ...]] = {
     "train": ("train", "--data", "tokens/dataset", *_FRESH, "--seed", 5, *_SMALL),
     "muon": ("train", "--data", "tokens/dataset", *_FRESH, "--optim.name", "muon", *_SMALL),
     "lora": (
-        *("train", "--data", "tokens/dataset", "--init", "train/run", "--prompts", "Chapter"),
+        *(
+            "train",
+            "--data",
+            "tokens/dataset",
+            "--init",
+            "train/run",
+            "--sample-prompts",
+            "Chapter",
+        ),
         *("--lora.rank", 2, "--lora.targets", "q,v,out,down", *_SMALL),
     ),
     "sft": (
@@ -99,7 +116,16 @@ RUNS: dict[str, tuple[object, ...]] = {
             "--reward",
             "reward/run",
         ),
-        *("--prompts", 4, "--max-new-tokens", 8, "--optim.name", "lion", "--optim.lr", 0.01),
+        *(
+            "--prompts-per-rollout",
+            4,
+            "--max-new-tokens",
+            8,
+            "--optim.name",
+            "lion",
+            "--optim.lr",
+            0.01,
+        ),
         *_ALIKE,
     ),
     "critic-separate": (
@@ -112,7 +138,16 @@ RUNS: dict[str, tuple[object, ...]] = {
             "--reward",
             "reward/run",
         ),
-        *("--prompts", 4, "--max-new-tokens", 8, "--critic", "separate", "--critic-bins", 5),
+        *(
+            "--prompts-per-rollout",
+            4,
+            "--max-new-tokens",
+            8,
+            "--critic",
+            "separate",
+            "--value-bins",
+            5,
+        ),
         *("--last-layers", 1, "--optim.name", "lion", "--optim.lr", 0.01, *_ALIKE),
     ),
 }

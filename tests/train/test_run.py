@@ -469,7 +469,7 @@ def test_a_published_checkpoint_is_no_place_to_go_on_from(
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [8]), (2, [6, 8]), (0, [2, 4, 6, 8])])
 def test_only_the_newest_are_kept(train: Train, tmp_path: Path, keep: int, left: list[int]):
-    assert train(tmp_path / "run", keep=keep, save_every=2) == 0
+    assert train(tmp_path / "run", keep_checkpoints=keep, save_every=2) == 0
     assert step_names(tmp_path / "run") == [checkpoint.step_name(step) for step in left]
 
 
@@ -569,7 +569,7 @@ def test_a_run_that_only_skips_stops_and_says_why(
             parameter.data.fill_(float("nan"))
 
     monkeypatch.setattr("openpalm.train.initial_weights.initialise", ruined)
-    assert train(tmp_path / "run", max_skipped=3) == 1
+    assert train(tmp_path / "run", max_skipped_steps=3) == 1
     error = capsys.readouterr().err
     assert "step 2 skipped: loss not finite" in error
     assert "loss not finite, 3 steps in a row" in error.splitlines()[-1]

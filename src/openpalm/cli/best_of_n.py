@@ -13,7 +13,7 @@ from openpalm.errors import DataError, SettingsError, count_of
 
 if TYPE_CHECKING:
     from openpalm.align.judging.reward_sources import RewardContext
-    from openpalm.align.rollouts.rollout_batch import Answer
+    from openpalm.align.rollouts.rollout_batch import Completion
 
 ANSWERS_AT_A_TIME = 64
 
@@ -114,17 +114,17 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
         load_reward,
         question_of,
     )
-    from openpalm.align.rollouts.rollout import checked
+    from openpalm.align.rollouts.rollout import checked_rewards
     from openpalm.base.jsonl import open_jsonl
     from openpalm.cli.common import progress, serving_engine
-    from openpalm.cli.rl_common import fitting
+    from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.prompt_files import read_prompts
     from openpalm.data.text.conversation import stop_ids
 
     given = read_prompts(settings.data)
     engine, tokenizer = serving_engine(settings.path, settings, slots=ANSWERS_AT_A_TIME)
     context = engine.model.config.context
-    asked, ids = fitting(given, tokenizer, settings, context, "best-of-n")
+    asked, ids = usable_prompts(given, tokenizer, settings, context, "best-of-n")
     reader = RewardContext(
         tokenizer,
         [RewardPrompt(question_of(row.prompt), row.row) for row in asked],
@@ -139,8 +139,8 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
         step = max(1, ANSWERS_AT_A_TIME // settings.n)
         for first in range(len(rows), len(ids), step):
             chosen = range(first, min(first + step, len(ids)))
-            answers = draw.answers(engine, ids, chosen, reader.stop_ids)
-            rewards = checked(reward, answers)
+            answers = draw.sample(engine, ids, chosen, reader.stop_ids)
+            rewards = checked_rewards(reward, answers)
             for i, prompt in enumerate(chosen):
                 group = slice(i * settings.n, (i + 1) * settings.n)
                 row = {
@@ -155,7 +155,7 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
 
 
 def _best_and_worst(
-    answers: "Sequence[Answer]", rewards: Sequence[float], reader: "RewardContext"
+    answers: "Sequence[Completion]", rewards: Sequence[float], reader: "RewardContext"
 ) -> dict[str, Any]:
     from openpalm.align.judging.best_of_n import best_of
 

@@ -32,9 +32,9 @@ class DoctorSettings:
     """its data: prompts, pairs or conversations, as grpo, dpo and sft take them"""
     reward: list[str] | str | None = None
     """its rewards, as grpo takes them"""
-    prompts: int = 8
+    prompts_per_rollout: int = 8
     """prompts that are answered"""
-    answers: int = 4
+    num_completions: int = 4
     """answers to each"""
     max_new_tokens: int = 64
     """tokens of an answer at most"""
@@ -60,8 +60,8 @@ class DoctorSettings:
             init=self.init,
             steps=1,
             reward=self.reward,
-            prompts=self.prompts,
-            answers=self.answers,
+            prompts_per_rollout=self.prompts_per_rollout,
+            num_completions=self.num_completions,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
@@ -115,14 +115,14 @@ def admit(settings: DoctorSettings) -> "PlannedRun":
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start
-    from openpalm.cli.rl_common import fitting
+    from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.preferences import Pair
     from openpalm.data.rows.prompt_files import PromptRow
     from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
     from openpalm.train.initial_weights import check_trained, choose_trained
-    from openpalm.train.job import LORA_RATE
     from openpalm.train.optimization.parameter_groups import Optimizer
+    from openpalm.train.spec import LORA_RATE
 
     run = settings.as_run()
     directory, tokenizer, start = fine_tuning_start(run)
@@ -138,7 +138,7 @@ def admit(settings: DoctorSettings) -> "PlannedRun":
     pairs = given.pairs.then(with_example)
     if given.pairs.items:
         pairs.refuse_empty(settings.data, "pair")
-    asked, ids = fitting(given.prompts, tokenizer, settings, start.config.context, "doctor")
+    asked, ids = usable_prompts(given.prompts, tokenizer, settings, start.config.context, "doctor")
     answered = [*asked, *(PromptRow(pair.prompt, {}) for pair, _ in pairs.items)]
     reader = RewardContext(
         tokenizer, [RewardPrompt(question_of(row.prompt), row.row) for row in answered], stops

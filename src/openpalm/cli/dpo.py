@@ -13,8 +13,8 @@ from openpalm.errors import count_of
 if TYPE_CHECKING:
     from openpalm.align.pairs.examples import PreferenceBatch, PreferenceExample
     from openpalm.data.text.tokenizer import Tokenizer
-    from openpalm.train.job import Probe
     from openpalm.train.objective import Objective
+    from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
 
 
@@ -43,14 +43,14 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     from openpalm.align.pairs.examples import preference_loader
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
-    from openpalm.train.job import Job
-    from openpalm.train.run import run as run_job
+    from openpalm.train.run import run_training
+    from openpalm.train.spec import TrainSpec
 
     directory, tokenizer, start = fine_tuning_start(settings)
     length = settings.sequence_length or start.config.context
     kind = _kind(settings)
     trained, measured = held_out(_examples(settings, directory, tokenizer, length, label))
-    job = Job(
+    spec = TrainSpec(
         config=start.config,
         fill=start.fill,
         make_loader=lambda shape, *_: preference_loader(
@@ -62,7 +62,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
         sequences_per_epoch=kind.rows * len(trained),
         learning_rate=start.learning_rate / 10,
         objective=kind.objective,
-        items_a_step=None  # kto's reference point is a mean over a microbatch
+        items_per_step=None  # kto's reference point is a mean over a microbatch
         if settings.loss == "kto"
         else lambda shape: max(1, shape.rows // kind.rows) * shape.accumulation,
         unit=kind.unit,
@@ -73,7 +73,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
         probes=[_held_out_probe(kind, kind.collate(measured))] if measured else [],
         label=label,
     )
-    return run_job(settings, job)
+    return run_training(settings, spec)
 
 
 class _Kind(NamedTuple):
@@ -147,9 +147,9 @@ def _held_out_probe(kind: _Kind, batch: "PreferenceBatch") -> "Probe":
     import torch
 
     from openpalm.model.transformer import Transformer
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
 
-    def look(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
+    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
         device = model.embedding.device
         with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
             loss, metrics = kind.objective.loss(model, batch.to(device))
@@ -157,8 +157,8 @@ def _held_out_probe(kind: _Kind, batch: "PreferenceBatch") -> "Probe":
         return {f"val_{name}": value / len(batch) for name, value in values.items()}
 
     return Probe(
-        look,
-        tell=lambda row: (
+        measure,
+        describe=lambda row: (
             f"held-out {kind.unit}: loss {row['val_loss']:.4f}, accuracy "
             f"{row['val_accuracy']:.3f}, reward margin {row['val_reward_margin']:.3f}"
         ),

@@ -35,7 +35,7 @@ class JudgeSettings:
     """which of that server's models; the key is read from OPENPALM_JUDGE_KEY"""
     model: str | None = None
     """run, checkpoint or hub name that writes the answers, where --data has prompts alone"""
-    answers: int = 2
+    num_completions: int = 2
     """answers to each prompt, of --model"""
     temperature: float = 1.0
     """of --model's answers"""
@@ -61,8 +61,8 @@ class JudgeSettings:
             raise SettingsError("who judges? give --judge or --endpoint, one of them")
         if (self.endpoint is None) != (self.judge_model is None):
             raise SettingsError("--endpoint and --judge-model: give both or neither")
-        for name in ("answers", "max_new_tokens", "parallel"):
-            least = 2 if name == "answers" and not self.revise else 1
+        for name in ("num_completions", "max_new_tokens", "parallel"):
+            least = 2 if name == "num_completions" and not self.revise else 1
             if not least <= getattr(self, name) <= 4096:
                 option = name.replace("_", "-")
                 raise SettingsError(f"--{option} {getattr(self, name)}: must be {least} to 4096")
@@ -179,14 +179,14 @@ def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
     from openpalm.align.judging.best_of_n import SamplingPlan
     from openpalm.align.judging.judging_session import Writer, drawn_items
     from openpalm.cli.common import serving_engine
-    from openpalm.cli.rl_common import fitting
+    from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.prompt_files import read_prompts
 
     given = read_prompts(settings.data)
     engine, tokenizer = serving_engine(model, Form(settings.device, settings.dtype))
-    rows, ids = fitting(given, tokenizer, settings, engine.model.config.context, "judge")
+    rows, ids = usable_prompts(given, tokenizer, settings, engine.model.config.context, "judge")
     draw = SamplingPlan(
-        settings.answers, settings.max_new_tokens, settings.temperature, settings.seed
+        settings.num_completions, settings.max_new_tokens, settings.temperature, settings.seed
     )
     return drawn_items(Writer(engine, tokenizer, _hash_of(model), draw), rows, ids)
 

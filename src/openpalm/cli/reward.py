@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from openpalm.align.pairs.examples import PreferenceExample
     from openpalm.align.pairs.reward_model import ScoreBatch
     from openpalm.data.text.tokenizer import Tokenizer
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
 
 
@@ -46,8 +46,8 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.model.reward import RewardModel
-    from openpalm.train.job import Job
-    from openpalm.train.run import run as run_job
+    from openpalm.train.run import run_training
+    from openpalm.train.spec import TrainSpec
 
     directory, tokenizer, start = fine_tuning_start(settings, may_score=True)
     length = settings.sequence_length or start.config.context
@@ -57,7 +57,7 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
     head = choose_head(settings, ratings, start.reward)
     trained, measured = held_out(examples)
     rows = len(examples[0].completions)
-    job = Job(
+    spec = TrainSpec(
         config=start.config,
         make_model=lambda config: RewardModel(config, head),
         fill=lambda model: load_first_weights(model, settings, start, ratings),
@@ -67,7 +67,7 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
         sequences_per_epoch=rows * len(trained),
         learning_rate=start.learning_rate,
         objective=RewardObjective(settings),
-        items_a_step=lambda shape: max(1, shape.rows // rows) * shape.accumulation,
+        items_per_step=lambda shape: max(1, shape.rows // rows) * shape.accumulation,
         unit="pairs" if settings.reads_pairs else "ratings",
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
@@ -75,7 +75,7 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
         probes=[_held_out_probe(settings, measured, ties)] if measured else [],
         label=label,
     )
-    return run_job(settings, job)
+    return run_training(settings, spec)
 
 
 def _pairs(
@@ -117,7 +117,7 @@ def _held_out_probe(
     from openpalm.evaluate import agreement
     from openpalm.model.reward import RewardModel
     from openpalm.model.transformer import Transformer
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
 
     objective, batch = RewardObjective(settings), collate(measured)
     tied = collate(ties) if ties else None
@@ -130,7 +130,7 @@ def _held_out_probe(
         chosen, rejected = rewards(model, batch).chunk(2)
         return (chosen - rejected).tolist()
 
-    def look(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
+    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
         assert isinstance(model, RewardModel)
         device = model.embedding.device
         with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
@@ -145,10 +145,10 @@ def _held_out_probe(
             tied_gaps = differences(model, tied) if tied else []
             return row | {"val_agreement": agreement.agreement(gaps, tied_gaps)}
 
-    def tell(row: dict[str, float]) -> str:
+    def describe(row: dict[str, float]) -> str:
         said = f"held-out {'pairs' if settings.reads_pairs else 'ratings'}: "
         names = ["loss", "accuracy", "calibration_error", "agreement", "squared_error", "spearman"]
         figures = [n for n in names if f"val_{n}" in row]
         return said + ", ".join(f"{n.replace('_', ' ')} {row[f'val_{n}']:.3f}" for n in figures)
 
-    return Probe(look, tell=tell)
+    return Probe(measure, describe=describe)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from openpalm.data.rows.tasks import Mixture
     from openpalm.data.text.conversation import Example
     from openpalm.data.text.tokenizer import Tokenizer
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
 
 _PROBE_ROWS = 16
@@ -52,8 +52,8 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     )
     from openpalm.data.batches.order import mixture as mixed_draws
     from openpalm.data.rows.tasks import read_mixture
-    from openpalm.train.job import Job
-    from openpalm.train.run import run as run_job
+    from openpalm.train.run import run_training
+    from openpalm.train.spec import TrainSpec
 
     directory, tokenizer, start = fine_tuning_start(settings)
     length = settings.sequence_length or start.config.context
@@ -78,7 +78,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
         return make(trained, rows=rows, seed=settings.seed, sequence_length=length, draws=draws)
 
     measurable = any(any(record.loss_mask[1 : length + 1]) for record in measured)
-    job = Job(
+    spec = TrainSpec(
         config=start.config,
         fill=start.fill,
         make_loader=lambda shape, *_: loader(shape.rows),
@@ -90,7 +90,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
         probes=[_held_out_probe(measured, length)] if measurable else [],
         label=label,
     )
-    return run_job(settings, job)
+    return run_training(settings, spec)
 
 
 def _tasks(
@@ -113,7 +113,7 @@ def _held_out_probe(records: "Sequence[Example]", sequence_length: int) -> "Prob
     """val_loss over the held-out answers, nats a token."""
     from openpalm.data.batches.loader import Batch, padded
     from openpalm.evaluate.perplexity import split_loss
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
 
     batches = [
         Batch(*padded(records[first : first + _PROBE_ROWS], sequence_length))
@@ -121,5 +121,5 @@ def _held_out_probe(records: "Sequence[Example]", sequence_length: int) -> "Prob
     ]
     return Probe(
         lambda model, dtype: {"val_loss": split_loss(model, batches, 1, dtype).nats_per_token},
-        tell=lambda row: f"held-out answers {row['val_loss']:.4f} nats a token",
+        describe=lambda row: f"held-out answers {row['val_loss']:.4f} nats a token",
     )

@@ -42,8 +42,8 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     from openpalm.data.batches.loader import token_loader
     from openpalm.data.batches.token_mixture import open_sets
     from openpalm.train.initial_weights import starting_point
-    from openpalm.train.job import Job
-    from openpalm.train.run import run as run_job
+    from openpalm.train.run import run_training
+    from openpalm.train.spec import TrainSpec
 
     sets = open_sets(settings.data)
     tokenizer = sets.datasets[0].tokenizer()
@@ -63,13 +63,13 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     shares = sets.shares(length)
     for name, share in zip(sets.names, shares, strict=True) if len(shares) > 1 else ():
         print(f"{label}: {name}: {share:,} of {sum(shares):,} sequences an epoch", file=sys.stderr)
-    given = settings.prompts
+    given = settings.sample_prompts
     prompts = [given] if isinstance(given, str) else given or beginnings(sets.datasets[0])
     probes = [sample_probe(tokenizer, prompts)]
     if all(dataset.manifest.splits["val"].tokens > 1 for dataset in sets.datasets):
         measured = validation_probe(sets, length, document_mask=settings.document_mask)
         probes.insert(0, measured)
-    job = Job(
+    spec = TrainSpec(
         config=start.config,
         fill=start.fill,
         make_loader=lambda shape, *_: token_loader(
@@ -88,7 +88,7 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
         probes=probes,
         label=label,
     )
-    return run_job(settings, job)
+    return run_training(settings, spec)
 
 
 def report(outcome: "Outcome", settings: TrainSettings) -> None:

@@ -64,7 +64,7 @@ class Loader(Protocol):
 
 
 @runtime_checkable
-class Remembering(Protocol):
+class StatefulLoader(Protocol):
     """What a loader has besides, whose batches are made on the way: rollouts."""
 
     facts: dict[str, float]

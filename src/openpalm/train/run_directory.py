@@ -22,8 +22,8 @@ SETTINGS_FILE = "config.yaml"
 
 MAY_CHANGE = (
     *("out", "data", "init", "chosen"),  # data and parent are compared by their hashes
-    *("log", "profile", "memory", "compile", "device"),
-    *("save_every", "eval_every", "keep", "max_skipped", "force"),
+    *("loggers", "profile", "memory", "compile", "device"),
+    *("save_every", "eval_every", "keep_checkpoints", "max_skipped_steps", "force"),
 )
 """Settings that cannot change what a run computes, so that it may continue with others."""
 
@@ -180,8 +180,9 @@ def _refuse_another_reward(stored: TrainSettings, asked: TrainSettings, given: C
         print("the reward has changed since it failed; the run continues with it", file=sys.stderr)
     elif corrected is None or corrected != given.reward:
         raise SettingsError(
-            f"--out {asked.out}: what --reward or --gold names has changed since that run began "
-            f"({stored.chosen.reward}, now {given.reward}); restore it, or choose another --out"
+            f"--out {asked.out}: what --reward or --gold-reward names has changed since that run "
+            f"began ({stored.chosen.reward}, now {given.reward}); restore it, or choose another "
+            "--out"
         )
 
 
@@ -199,7 +200,7 @@ def _refuse_differences(
         for name in MAY_CHANGE:
             side.pop(name, None)
         if isinstance(asked, PretrainSettings):
-            side.pop("prompts", None)  # of the samples; elsewhere a number that matters
+            side.pop("sample_prompts", None)  # of the samples; elsewhere a number that matters
     old |= {"data": stored.chosen.data, "init": stored.chosen.parent}
     new |= {"data": given.data, "init": given.parent}
     same_name = stored.init == asked.init and not parent_fixed

@@ -16,7 +16,7 @@ from openpalm.align.doctor.checks import PromptedExample
 from openpalm.align.doctor.run_checks import PlannedRun, run_checks
 from openpalm.align.logprobs import Evaluated, evaluate
 from openpalm.align.pairs.examples import render_completion, to_examples
-from openpalm.align.rollouts.rollout_batch import Answer, batch_of
+from openpalm.align.rollouts.rollout_batch import Completion, collate_completions
 from openpalm.data.batches.loader import IGNORE, Example
 from openpalm.data.rows.preferences import Pair, Usable, says
 from openpalm.data.text.conversation import Message, render, stop_ids
@@ -146,7 +146,7 @@ def test_what_learns_is_in_the_optimizer():
 
 
 def test_answers_come_to_an_end():
-    ended, cut = (Answer(0, [1], [2], [0.0], ended=value) for value in (True, False))
+    ended, cut = (Completion(0, [1], [2], [0.0], ended=value) for value in (True, False))
     assert checks.check_ended([cut, ended]).ok
     assert not checks.check_ended([cut, cut]).ok
 
@@ -196,8 +196,8 @@ def test_the_reference_is_the_start():
 
 def test_masked_tokens_have_no_gradient(monkeypatch):
     model = tiny()
-    answers = [Answer(0, [1, 2], list(range(n)), [], ended=True) for n in (2, 5, 9)]
-    inputs, targets = batch_of(answers)
+    answers = [Completion(0, [1, 2], list(range(n)), [], ended=True) for n in (2, 5, 9)]
+    inputs, targets = collate_completions(answers)
 
     def sums(inputs, targets):
         return -evaluate(model, inputs, targets).log_probs.sum()
@@ -212,7 +212,7 @@ def test_masked_tokens_have_no_gradient(monkeypatch):
     def kept(model, inputs, targets):
         return evaluate(model, inputs, targets.clamp_min(0)).log_probs
 
-    answers = [Answer(0, [1], [3] * n, [0.0] * n, ended=True) for n in (1, 9)]
+    answers = [Completion(0, [1], [3] * n, [0.0] * n, ended=True) for n in (1, 9)]
     with_evaluate(monkeypatch, kept)
     masked = measuring._policy_checks(healthy(), answers)
     assert [check.ok for check in masked][-1] is False

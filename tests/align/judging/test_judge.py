@@ -25,7 +25,7 @@ from openpalm.align.judging.model_judge import (
     rule_reward,
 )
 from openpalm.align.judging.reward_sources import RewardContext, RewardPrompt, load_reward
-from openpalm.align.rollouts.rollout_batch import Answer
+from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.rows.constitution import Article, Constitution
 from openpalm.data.text.conversation import Message, render
@@ -196,8 +196,8 @@ def test_rules_are_rewards(directory, judge, tmp_path):
     source = load_reward([f"rules:{file}@{directory}"], reader)
 
     def reward(text, _):
-        answer = Answer(0, [1], tokenizer.encode(text), [], ended=True)
-        return source([Answer(0, [1], [1], [], ended=True), answer])[1]
+        answer = Completion(0, [1], tokenizer.encode(text), [], ended=True)
+        return source([Completion(0, [1], [1], [], ended=True), answer])[1]
 
     check_rules(reward, judge)
     outraged(check_rules, lambda text, rules: -reward(text, rules), judge)

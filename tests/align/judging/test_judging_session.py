@@ -138,7 +138,7 @@ def check_drawn(writer, draw_items):
     ids = [render(writer.tokenizer, prompt, answer_next=True).ids for prompt in PROMPTS]
     stops = stop_ids(writer.tokenizer)
     for n, made in enumerate(draw_items(writer, [PromptRow(p, {}) for p in PROMPTS], ids)):
-        alone = writer.draw.answers(writer.engine, ids, [n], stops)
+        alone = writer.draw.sample(writer.engine, ids, [n], stops)
         texts = [writer.tokenizer.decode([i for i in a.ids if i not in stops]) for a in alone]
         assert [c.text for c in made.candidates()] == texts
         assert [c.sampling["draw"] for c in made.candidates()] == [2 * n, 2 * n + 1]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openpalm.align.pairs.examples import PreferenceExample
 from openpalm.align.rollouts.advantages import zero_variance
-from openpalm.align.rollouts.rollout_batch import Answer
+from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.text.conversation import Example
 from openpalm.model import lora
@@ -66,7 +66,7 @@ def check_end(examples: Sequence[PromptedExample], stop_ids: frozenset[int]) -> 
     )
 
 
-def check_ended(answers: Sequence[Answer]) -> Check:
+def check_ended(answers: Sequence[Completion]) -> Check:
     """The model sometimes ends its answers."""
     ended = sum(answer.ended for answer in answers)
     return Check(
@@ -85,7 +85,7 @@ def check_sampler(sampled: Tensor, trained: Tensor) -> Check:
         apart <= allowed,
         f"log-probabilities of the answers differ by {apart:.2g} (allowed {allowed:.2g})",
         "sample from the live weights in float32, without top-k and top-p, at the trained "
-        "temperature; --rollout-weights corrects for fewer bits",
+        "temperature; --rollout-dtype corrects for fewer bits",
     )
 
 
@@ -151,8 +151,8 @@ def check_varying(rewards: Sequence[float], answers: int) -> Check:
         "rewards vary",
         not bool(equal.all()),
         f"{int(equal.sum())} of {len(equal)} prompts have equal rewards for all their answers",
-        "nothing can be learnt from equal rewards: take easier prompts, more --answers, a higher "
-        "--temperature, or a reward that tells answers apart",
+        "nothing can be learnt from equal rewards: take easier prompts, more "
+        "--num-completions, a higher --temperature, or a reward that tells answers apart",
     )
 
 

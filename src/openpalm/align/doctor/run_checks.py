@@ -40,7 +40,7 @@ from openpalm.align.pairs.examples import PreferenceExample, collate, with_refer
 from openpalm.align.rollouts.advantages import token_rewards
 from openpalm.align.rollouts.grpo import GroupObjective, estimate
 from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
-from openpalm.align.rollouts.rollout_batch import Answer, Reward, batch_of
+from openpalm.align.rollouts.rollout_batch import Completion, Reward, collate_completions
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.preferences import Messages
 from openpalm.data.text.conversation import Example, render
@@ -86,8 +86,8 @@ def run_checks(patient: PlannedRun) -> Iterator[Check]:
     yield check_optimizer(patient.model, patient.optimizer)
     sampler = Sampler(patient.model, patient.prompts, patient.stop_ids, patient.settings)
     sampler.refresh()
-    count = min(patient.settings.prompts, len(patient.prompts))
-    answers = sampler.answers(range(count), patient.settings.answers)
+    count = min(patient.settings.prompts_per_rollout, len(patient.prompts))
+    answers = sampler.sample(range(count), patient.settings.num_completions)
     yield check_ended(answers)
     yield from _policy_checks(patient, answers)
     if patient.reward is not None:
@@ -97,8 +97,8 @@ def run_checks(patient: PlannedRun) -> Iterator[Check]:
     yield from _step_checks(patient, sampler)
 
 
-def _policy_checks(patient: PlannedRun, answers: Sequence[Answer]) -> Iterator[Check]:
-    inputs, targets = _on(patient.model, batch_of(answers))
+def _policy_checks(patient: PlannedRun, answers: Sequence[Completion]) -> Iterator[Check]:
+    inputs, targets = _on(patient.model, collate_completions(answers))
     mask = targets != IGNORE
     with torch.no_grad():
         first = evaluate(patient.model, inputs, targets).log_probs
@@ -117,13 +117,13 @@ def _policy_checks(patient: PlannedRun, answers: Sequence[Answer]) -> Iterator[C
 
 
 def _reward_checks(
-    patient: PlannedRun, reward: Reward, answers: Sequence[Answer]
+    patient: PlannedRun, reward: Reward, answers: Sequence[Completion]
 ) -> Iterator[Check]:
     rewards = [float(value) for value in reward(answers)]
     yield check_finite(rewards)
     yield check_alone(rewards, [float(reward([answer])[0]) for answer in answers])
-    yield check_varying(rewards, patient.settings.answers)
-    mask = batch_of(answers)[1] != IGNORE
+    yield check_varying(rewards, patient.settings.num_completions)
+    mask = collate_completions(answers)[1] != IGNORE
     ones = torch.ones(len(answers))
     yield check_place(token_rewards(ones, mask, torch.zeros(mask.shape)), ones, mask)
 
@@ -150,7 +150,7 @@ def _step_checks(patient: PlannedRun, sampler: Sampler) -> Iterator[Check]:
     settings = patient.settings
     reference = reference_log_probs(patient.reference, settings.temperature)
     reward = patient.reward or (lambda answers: [0.0] * len(answers))
-    rows = settings.prompts * settings.answers
+    rows = settings.prompts_per_rollout * settings.num_completions
     loader = RolloutLoader(sampler, reward, estimate, reference, rows=rows)
     batch = next(loader).to(patient.model.embedding.device)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def _step_checks(patient: PlannedRun, sampler: Sampler) -> Iterator[Check]:
             batch.reads,
             temperature=settings.temperature,
         )
-    yield check_ratio(batch.old, now.log_probs, batch.mask)
+    yield check_ratio(batch.old_log_probs, now.log_probs, batch.mask)
     before = digest(patient.reference)
     objective: Objective[Any] = GroupObjective(settings)
     trainer = Trainer(patient.model, objective, patient.optimizer, loader, steps=1)
@@ -187,10 +187,10 @@ def _last_turn(example: PromptedExample) -> PromptedExample:
     return PromptedExample(example.before, Example(ids[:end], loss_mask[:end]))
 
 
-def _as_answer(prompt: int, record: Example) -> Answer:
+def _as_answer(prompt: int, record: Example) -> Completion:
     start = record.loss_mask.index(True)
     ids = record.ids[start:]
-    return Answer(prompt, record.ids[:start], ids, [0.0] * len(ids), ended=True)
+    return Completion(prompt, record.ids[:start], ids, [0.0] * len(ids), ended=True)
 
 
 def _on(model: Transformer, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def drawn_items(
                 writer.checkpoint,
                 sampling | {"draw": first * draw.each + n},
             )
-            for n, answer in enumerate(draw.answers(writer.engine, ids, chosen, stops))
+            for n, answer in enumerate(draw.sample(writer.engine, ids, chosen, stops))
         ]
 
     def candidates(number: int) -> list[Candidate]:

@@ -35,7 +35,7 @@ from openpalm.align.judging.model_judge import (
 )
 from openpalm.align.pairs.examples import PreferenceExample
 from openpalm.align.pairs.reward_model import collate
-from openpalm.align.rollouts.rollout_batch import Answer, Reward, record_of
+from openpalm.align.rollouts.rollout_batch import Completion, Reward, record_of
 from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.rows.constitution import read_constitution
@@ -66,7 +66,7 @@ class RewardContext:
     asked: Sequence[RewardPrompt]
     stop_ids: frozenset[int]
 
-    def text(self, answer: Answer) -> str:
+    def text(self, answer: Completion) -> str:
         """Without its end marker."""
         return self.tokenizer.decode([i for i in answer.ids if i not in self.stop_ids])
 
@@ -84,7 +84,7 @@ def load_reward(words: Sequence[str], reader: RewardContext, option: str = "rewa
     named = [_weight_and_source(word, option) for word in words]
     parts = [(weight, source_of(source, reader, option)) for weight, source in named]
 
-    def total(answers: Sequence[Answer]) -> list[float]:
+    def total(answers: Sequence[Completion]) -> list[float]:
         columns = [[weight * value for value in part(answers)] for weight, part in parts]
         sums = [sum(values, 0.0) for values in zip(*columns, strict=True)]
         for value, answer in zip(sums, answers, strict=True):
@@ -155,7 +155,7 @@ def source_of(word: str, reader: RewardContext, option: str = "reward") -> Rewar
     )
 
 
-def exact(reader: RewardContext, answer: Answer) -> float:
+def exact(reader: RewardContext, answer: Completion) -> float:
     """Whether the answer is the row's own."""
     wanted = reader.asked[answer.prompt].row.get("answer")
     return float(wanted is not None and reader.text(answer).strip() == str(wanted).strip())
@@ -173,7 +173,7 @@ def of_function(
     or exits, or returns no finite number.
     """
 
-    def reward_of(answer: Answer) -> float:
+    def reward_of(answer: Completion) -> float:
         asked, text = reader.asked[answer.prompt], reader.text(answer)
         try:
             value = function(asked.question, text, copy.deepcopy(asked.row))
@@ -215,7 +215,7 @@ def of_model(path: Path, reader: RewardContext, option: str = "reward", rows: in
     model.requires_grad_(False)
 
     @torch.no_grad()
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         values: list[float] = []
         for start in range(0, len(answers), rows):
             group = answers[start : start + rows]
@@ -239,7 +239,7 @@ def of_rules(word: str, reader: RewardContext, option: str = "reward") -> Reward
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     judge = EngineJudge(Engine(checkpoint.load(directory), slots=32, owned=True), tokenizer, word)
 
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         questions = [
             question
             for answer in answers
@@ -280,7 +280,7 @@ def of_classifier(name: str, reader: RewardContext, option: str = "reward") -> R
         raise SettingsError(f"{where}: cannot be read ({error}); check the name") from error
 
     @torch.no_grad()
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         texts = [reader.text(answer) for answer in answers]
         batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
         logits = model(**batch).logits.float()
