@@ -50,7 +50,13 @@ def healthy(**changes):
         lora.attach(model, LoraConfig(2, 4.0, ("q", "v", "down")), seed=0)
     pairs = [Pair(prompt, says("A longer answer."), says("No.")) for prompt in ASKED]
     settings = GrpoSettings(
-        data=Path("d"), out=Path("o"), init="i", steps=1, prompts=4, answers=4, max_new_tokens=24
+        data=Path("d"),
+        out=Path("o"),
+        init="i",
+        steps=1,
+        prompts_per_rollout=4,
+        num_completions=4,
+        max_new_tokens=24,
     )
     given = {
         "settings": settings,
