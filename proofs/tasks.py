@@ -69,7 +69,7 @@ class Speaker:
             ids = render(self.tokenizer, [Message("user", question)], answer_next=True).ids
             how = Sampling(temperature, seed=seed * len(questions) + i)
             requests.append(Request(ids, max_new_tokens, how, self.stops))
-        for request, ids in zip(requests, self._engine.answers(requests), strict=True):
+        for request, ids in zip(requests, self._engine.completions(requests), strict=True):
             made.append(Completion(len(made), request.ids, ids, [], ids[-1] in self.stops))
         return made
 

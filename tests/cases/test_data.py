@@ -96,7 +96,7 @@ def test_a_folder_without_its_hidden_files(said, place):
     Path("in/._a.md").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
     status, output, errors = said("data", "prepare", "in", "--out", "o", "--tokenizer", "byte")
     assert status == 0, errors
-    assert "read 1 documents" in output
+    assert "read 1 document:" in output
 
 
 @pytest.mark.parametrize("name", ["rows.ndjson", "rows.json"])

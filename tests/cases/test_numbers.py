@@ -47,7 +47,7 @@ def test_nothing_is_generated_from_nan(how):
     model = tiny(60)
     model.norm.weight[0] = torch.nan
     with pytest.raises(OpenPalmError, match="finite"):
-        Engine(model).answers([Request([1, 2], 4, how)])
+        Engine(model).completions([Request([1, 2], 4, how)])
 
 
 @torch.no_grad()

@@ -104,6 +104,29 @@ def test_a_bad_label_is_named(said, base, thumbs, tmp_path, row, says):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        (True, "all desirable; without undesirable ones"),
+        (False, "all undesirable; without desirable ones"),
+    ],
+)
+def test_labels_of_one_kind_alone_are_pointed_out(said, base, thumbs, tmp_path, label, says):
+    """The run goes through all the same."""
+    lines = [json.loads(line) for line in thumbs.read_text(encoding="utf-8").splitlines()]
+    kept = [json.dumps(row) + "\n" for row in lines if row["label"] is label]
+    thumbs.write_text("".join(kept), encoding="utf-8")
+    words = ("--loss", "kto", "--steps", 2)
+    status, _, errors = run(said, base, thumbs, tmp_path / "out", *words)
+    assert status == 0, errors
+    assert any(
+        line.startswith("dpo: 60 labelled completions, ") and says in line for line in errors
+    )
+    losses = [row["loss"] for row in rows(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
+    assert losses[0] == pytest.approx(0.5, abs=1e-3)
+    assert len(losses) == 2
+
+
 def test_completions_of_one_prompt_are_refused(said, base, tmp_path):
     path = tmp_path / "one.jsonl"
     row = {"prompt": "Why?", "completion": "So.", "label": True}

@@ -6,6 +6,7 @@ import pytest
 from command_line import rows, write_base
 from judge_server import fails, judging, says
 
+from openpalm.align.judging import model_judge
 from openpalm.data.rows.demonstration_files import read_demonstrations
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import Preference
@@ -110,7 +111,18 @@ def test_what_is_judged_is_not_judged_again(said, given):
     assert len(rows(given / "j.jsonl")) == 18
 
 
-def test_ours_writes_and_judges(said, base, given):
+def test_a_judge_that_would_say_neither_gives_no_verdict(said, base, given):
+    """Random weights: A and B are two ids of 265."""
+    status, output, errors = with_ours(said, base, given, "--num-completions", 2)
+    assert (status, errors) == (0, [])
+    told = json.loads(output)
+    assert (told["written"], rows(given / "j.jsonl")) == (0, [])
+    told["left_out"].pop("empty answer", None)
+    assert list(told["left_out"]) == ["the judge's reply is neither label (below 10%)"]
+
+
+def test_ours_writes_and_judges(said, base, given, monkeypatch):
+    monkeypatch.setattr(model_judge, "LEAST_MASS", 0.0)  # of random weights
     status, output, errors = with_ours(said, base, given, "--num-completions", 3)
     assert (status, errors) == (0, [])
     told, found = json.loads(output), rows(given / "j.jsonl")
@@ -155,7 +167,8 @@ def test_ours_revises(said, base, given):
     assert {row["kind"] for row in rows(given / "j.jsonl")} <= {"edit"}
 
 
-def test_what_cannot_be_judged_is_told(said, base, given):
+def test_what_cannot_be_judged_is_told(said, base, given, monkeypatch):
+    monkeypatch.setattr(model_judge, "LEAST_MASS", 0.0)  # of random weights
     many = "x" * 600
     rows_ = [["", "*"], ["*", " * "], [many, "*"], ["*", "**"]]
     write(given / "a.jsonl", *({"prompt": "Why?", "responses": pair} for pair in rows_))

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.examples import render_completion
@@ -245,13 +248,28 @@ def critic_values(name: str, directory: Path, ids: Tensor) -> dict[str, Tensor]:
     """What the critic of a run reads at every token, and the values that this stands for."""
     model = ActorCritic(checkpoint.load_config(directory), *CRITICS[name])
     checkpoint.load_weights(model, directory)
-    own = checkpoint.load_train_state(directory).tensors
+    own = training_tensors(directory / "train")
     for name, parameter in model.named_parameters():
         if name.startswith("critic."):
             parameter.copy_(own[f"model/{name}"])
     model.eval()
     read = model.values(ids, model.residual(ids).flatten(0, 1), torch.ones_like(ids) > 0)
     return {"critic_read": read, "critic_values": model.as_value(read).clone()}
+
+
+def training_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in train/; 0.1.0 wrote them in torch.distributed.checkpoint's own form."""
+    if not (folder / ".metadata").exists():
+        return checkpoint.load_train_state(folder.parent).tensors
+    reader = FileSystemReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    state_dict_loader.load(found, storage_reader=reader, no_dist=True)
+    return found
 
 
 def train_digest(directory: Path) -> str:

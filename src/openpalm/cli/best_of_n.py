@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from openpalm.align.config import reward_sources
 from openpalm.base.settings import parse
+from openpalm.cli.model_options import ModelOptions
 from openpalm.errors import DataError, SettingsError, count_of
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 ANSWERS_AT_A_TIME = 64
 
 
-@dataclass(frozen=True)
-class BestOfNSettings:
+@dataclass(frozen=True, kw_only=True)
+class BestOfNSettings(ModelOptions):
     """Which model answers what, and who says which answer is best."""
 
     path: str
@@ -42,20 +43,8 @@ class BestOfNSettings:
     """of the draws"""
     json: bool = False
     """print the figures as JSON"""
-    tokenizer: Path | None = None
-    """tokenizer.json for a checkpoint that has none"""
-    adapter: Path | None = None
-    """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
-    force: bool = False
-    """use a tokenizer or an adapter that does not belong to this checkpoint"""
-    verify: bool = False
-    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """of weights and arithmetic; in float32 an answer does not depend on the others"""
-    quantize: Literal["int8", "int4"] | None = None
-    """keep the matrices in fewer bits: faster, a little worse"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= 4096:

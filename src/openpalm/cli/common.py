@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -17,6 +17,7 @@ from openpalm.base.hashing import sha256_of
 from openpalm.base.typed import home
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from openpalm.cli.model_options import ModelOptions
 from openpalm.convert import hub
 from openpalm.data.batches.loader import evaluation_batches
 from openpalm.data.batches.token_mixture import TokenSets
@@ -26,7 +27,7 @@ from openpalm.data.rows.usable import Usable
 from openpalm.data.text.tokenizer import Tokenizer, is_bpe
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
-from openpalm.generate.defaults import Defaults, defaults_of
+from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 from openpalm.generate.engine import Engine
 from openpalm.generate.sampling import Sampling
 from openpalm.generate.streaming import complete, document_ends
@@ -105,34 +106,9 @@ def report_unused(label: str, path: Path, given: Usable[T], what: str) -> Usable
     return given
 
 
-class ServingSettings(Protocol):
-    """What a verb that generates says about the model's form."""
-
-    @property
-    def tokenizer(self) -> Path | None: ...
-
-    @property
-    def adapter(self) -> Path | None: ...
-
-    @property
-    def device(self) -> str: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def quantize(self) -> Literal["int8", "int4"] | None: ...
-
-    @property
-    def verify(self) -> bool: ...
-
-    @property
-    def force(self) -> bool: ...
-
-
 def serving_engine(
     source: str,
-    settings: ServingSettings,
+    settings: ModelOptions,
     *,
     slots: int = 16,
     allow: Callable[[str], None] | None = None,
@@ -143,18 +119,18 @@ def serving_engine(
 
 def serving_model(
     source: str,
-    settings: ServingSettings,
+    settings: ModelOptions,
     *,
     slots: int = 16,
     allow: Callable[[str], None] | None = None,
-) -> tuple[Engine, Tokenizer, Defaults]:
+) -> tuple[Engine, Tokenizer, SamplingDefaults]:
     """Those, and how tokens are chosen where nobody says.
 
     Weights that are not finite raise CheckpointError, unless `allow` is given, which gets the
     message.
     """
     directory = checkpoint.resolve(weights_path(source), training=settings.verify)
-    checkpoint.check_writes(directory)
+    checkpoint.check_generates_text(directory)
     tokenizer = tokenizer_of(directory, settings.tokenizer)
     if tokenizer is None:
         raise CheckpointError(
@@ -169,7 +145,7 @@ def serving_model(
     model = checkpoint.load(directory, str(device), dtype, allow=allow)
     give_adapter(model, settings.adapter, directory, force=settings.force)
     engine = Engine(model, slots=slots, weights=settings.quantize, owned=True)
-    return engine, tokenizer, defaults_of(directory)
+    return engine, tokenizer, sampling_defaults(directory)
 
 
 def give_adapter(

@@ -5,9 +5,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from openpalm.base.settings import parse
+from openpalm.cli.model_options import ModelOptions
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -74,18 +75,6 @@ class JudgeSettings:
             raise SettingsError(f"--seed {self.seed}: must be a 64-bit whole number")
         if self.out == self.data:
             raise SettingsError(f"--out {self.out}: must be another file than --data")
-
-
-class Form(NamedTuple):
-    """In which form a model is loaded."""
-
-    device: str
-    dtype: str
-    tokenizer: Path | None = None
-    adapter: Path | None = None
-    quantize: Literal["int8", "int4"] | None = None
-    verify: bool = False
-    force: bool = False
 
 
 def run(argv: Sequence[str]) -> None:
@@ -158,7 +147,9 @@ def _judge(settings: JudgeSettings) -> "Judge":
             parallel=settings.parallel,
         )
     assert settings.judge is not None
-    engine, tokenizer = serving_engine(settings.judge, Form(settings.device, settings.dtype))
+    engine, tokenizer = serving_engine(
+        settings.judge, ModelOptions(device=settings.device, dtype=settings.dtype)
+    )
     return EngineJudge(engine, tokenizer, f"openpalm-{_hash_of(settings.judge)[:16]}")
 
 
@@ -183,7 +174,9 @@ def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
     from openpalm.data.rows.prompt_files import read_prompts
 
     given = read_prompts(settings.data)
-    engine, tokenizer = serving_engine(model, Form(settings.device, settings.dtype))
+    engine, tokenizer = serving_engine(
+        model, ModelOptions(device=settings.device, dtype=settings.dtype)
+    )
     rows, ids = usable_prompts(given, tokenizer, settings, engine.model.config.context, "judge")
     draw = SamplingPlan(
         settings.num_completions, settings.max_new_tokens, settings.temperature, settings.seed

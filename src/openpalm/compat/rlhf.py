@@ -122,7 +122,7 @@ class RLHFTrainer:
         self._reference = palm.model if actor_lora else copy.deepcopy(palm.model)
         self._frozen = [*palm.model.parameters()] if actor_lora else []
         self._frozen += [*trunk.parameters()] if critic_lora else []
-        self.actor_critic = lora.sharing(palm.scoped(self._scope), ActorCritic)
+        self.actor_critic = lora.shallow_copy_as(palm.scoped(self._scope), ActorCritic)
         self.actor_critic.critic = _critic(
             adapted(trunk, critic_lora_r) if critic_lora else trunk,
             _bins(critic_num_pred_bins, **(hl_gauss_loss_kwargs or {})),

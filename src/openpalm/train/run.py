@@ -86,6 +86,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
         newest = checkpoint.latest(out, say=lambda line: None)
         if newest is not None and _step_of(newest) >= chosen.steps:
             return Outcome(newest, chosen.steps, was_finished=True)
+        run_directory.refuse_other_version(out)
         newest = checkpoint.latest(out, training=True)
         run_directory.write_settings(settings)
         torch.manual_seed(settings.seed)

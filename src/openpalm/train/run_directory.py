@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openpalm.base.settings import build, plain, read_yaml, spell, to_yaml
+from openpalm.base.settings import build, plain, spell
+from openpalm.base.yaml_file import read_yaml, to_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, SettingsError, count_of
 from openpalm.train.config import Chosen, PretrainSettings, ProfileSettings, Ramp, TrainSettings
@@ -67,11 +68,24 @@ def recall(
     file = asked.out / SETTINGS_FILE
     if not file.exists():
         return None
-    stored = _recall(file, type(asked))
-    _refuse_edited(file, stored)
-    _refuse_differences(stored, asked, given, parent_fixed, cut_changes)
+    try:
+        stored = _recall(file, type(asked))
+        _refuse_edited(file, stored)
+        _refuse_differences(stored, asked, given, parent_fixed, cut_changes)
+    except SettingsError:
+        refuse_other_version(asked.out)  # its settings may differ for that reason
+        raise
     steps = asked.steps or stored.chosen.steps
     return replace(asked, chosen=replace(stored.chosen, steps=steps))
+
+
+def refuse_other_version(out: Path) -> None:
+    """Raises SettingsError where another version made the run and this one cannot continue it."""
+    for directory in reversed(checkpoint.steps(out)):
+        try:
+            checkpoint.refuse_other_version(directory)
+        except CheckpointError:
+            continue  # damaged: it does not say who wrote it
 
 
 def check_new(settings: TrainSettings, given: Chosen) -> None:
@@ -101,7 +115,8 @@ def _recall(file: Path, kind: type[TrainSettings]) -> TrainSettings:
         return build(kind, values)
     except SettingsError as error:
         raise SettingsError(
-            f"{file}: is not the settings of a run ({error}); set it back, or choose another --out"
+            f"{file}: is not the settings of a run of this version ({error}); set it back, "
+            "continue the run with the version that made it, or choose another --out"
         ) from None
 
 

@@ -171,7 +171,7 @@ class Trainer:
 
     def _unpublished(self) -> list[tuple[str, nn.Parameter]]:
         """Parameters that only training needs, such as a critic's."""
-        published = {name for name, _ in self.model.published()}
+        published = {name for name, _ in self.model.published_parameters()}
         return [item for item in self.model.named_parameters() if item[0] not in published]
 
 

@@ -11,12 +11,14 @@ from command_line import TINY
 from judge_server import Reply, fails, judging, says
 from servers import serving
 
+from openpalm.align.judging import model_judge as judge_module
 from openpalm.align.judging.endpoint_judge import MAX_REPLY_BYTES, TRIES, EndpointJudge
 from openpalm.align.judging.model_judge import (
     Comparison,
     EngineJudge,
     Question,
     Refused,
+    Unlikely,
     compared,
     comparison_questions,
     judgement_id,
@@ -88,11 +90,13 @@ def check_by_logits(first, judge):
     model = judge.engine.model
     for question, found in zip(questions, first(questions), strict=True):
         a, b = (log_prob(model, judge.tokenizer, question.text, x) for x in question.labels)
-        assert found == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-4)
+        chance, mass = found
+        assert chance == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-4)
+        assert mass == pytest.approx(math.exp(a) + math.exp(b), rel=1e-3, abs=1e-6)
 
 
 def test_the_engines_judgement_is_the_models(judge):
-    check_by_logits(judge.first, judge)
+    check_by_logits(judge.chances, judge)
 
     def without_the_template(questions):
         texts = [(judge.tokenizer.encode(q.text), q.labels) for q in questions]
@@ -104,10 +108,24 @@ def test_the_engines_judgement_is_the_models(judge):
             [row[len(ids) - 1 :].sum() for row in pair]
             for (ids, _), pair in zip(texts, scored, strict=True)
         ]
-        return [torch.stack(pair).softmax(-1)[0].item() for pair in sums]
+        both = [torch.stack(pair) for pair in sums]
+        return [(pair.softmax(-1)[0].item(), pair.exp().sum().item()) for pair in both]
 
     outraged(check_by_logits, without_the_template, judge)
-    outraged(check_by_logits, lambda qs: [1 - p for p in judge.first(qs)], judge)
+    outraged(check_by_logits, lambda qs: [(1 - p, m) for p, m in judge.chances(qs)], judge)
+
+
+def test_labels_that_are_unlikely_together_are_no_verdict(judge, monkeypatch):
+    """A judge that would say something else: the ratio of two small numbers means nothing."""
+    questions = [Question("Is this it?", ("A", "B")), Question("Is this it?", ("x", "z"))]
+    (chance, mass), (_, little) = judge.chances(questions)
+    assert little < 0.01 < mass
+    monkeypatch.setattr(judge_module, "LEAST_MASS", mass)
+    found, unlikely = judge.first(questions)
+    assert found == chance
+    assert unlikely == Unlikely(little)
+    monkeypatch.setattr(judge_module, "LEAST_MASS", mass * 1.01)
+    assert isinstance(judge.first(questions)[0], Unlikely)
 
 
 def logistic(x):

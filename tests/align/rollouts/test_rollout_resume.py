@@ -66,7 +66,7 @@ def check_trainer_goes_on(kind, forget=lambda tensors: None):
         original.train_step()
     tensors, values = original.state()
     tensors = {name: t.clone() for name, t in tensors.items()}
-    published = {name: p.detach().clone() for name, p in original.model.published()}
+    published = {name: p.detach().clone() for name, p in original.model.published_parameters()}
     wanted = [original.train_step() for _ in range(4)]
     again = trainer(make())
     again.model.load_state_dict(published, strict=False)

@@ -14,8 +14,10 @@ from typing import Any, Literal, NamedTuple
 from openpalm.align.judging.best_of_n import SamplingPlan
 from openpalm.align.judging.model_judge import (
     LABEL_TOKENS,
+    LEAST_MASS,
     Judge,
     Refused,
+    Unlikely,
     compared,
     comparison_questions,
     judgement_id,
@@ -144,6 +146,9 @@ class JudgingSession:
             judged = self.judge.first(questions)
             if refused := next((j for j in judged if isinstance(j, Refused)), None):
                 self._refused(item, refused.reason)
+                continue
+            if any(isinstance(j, Unlikely) for j in judged):
+                self._leave_out(f"the judge's reply is neither label (below {LEAST_MASS:.0%})")
                 continue
             chances = [chance for chance in judged if isinstance(chance, float)]
             if len(chances) < len(questions):

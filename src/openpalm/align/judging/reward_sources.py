@@ -233,7 +233,7 @@ def of_rules(word: str, reader: RewardContext, option: str = "reward") -> Reward
         raise SettingsError(f"{spell(option)} {word}: must be rules:FILE.yaml@CHECKPOINT")
     rules = read_constitution(Path(file), "rules")
     directory = checkpoint.resolve(path)
-    checkpoint.check_writes(directory)
+    checkpoint.check_generates_text(directory)
     if checkpoint.tokenizer_json(directory) is None:
         raise CheckpointError(f"{spell(option)} {word}: the checkpoint has no tokenizer.json")
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
@@ -252,7 +252,9 @@ def of_rules(word: str, reader: RewardContext, option: str = "reward") -> Reward
                 f"{spell(option)} {word}: an answer with its prompt and rule is longer than that "
                 "checkpoint's context; lower --max-new-tokens, or take another judge"
             )
-        broken, each = judge.first(questions), len(rules.articles)
+        # An answer needs a number, so even an unlikely yes or no counts.
+        broken = [chance for chance, _ in judge.chances(questions)]
+        each = len(rules.articles)
         parts = [broken[start : start + each] for start in range(0, len(broken), each)]
         return [rule_reward(part, rules) for part in parts]
 

@@ -20,7 +20,7 @@ from openpalm.data.batches.order import shuffle
 from openpalm.data.rows.preferences import LabelledCompletion, Pair, Rating, Usable
 from openpalm.data.text.conversation import Message, render
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.model.layout import shared
+from openpalm.model.layout import shared_prompt_layout
 from openpalm.model.transformer import Transformer
 
 J = TypeVar("J", Pair, LabelledCompletion, Rating)
@@ -64,7 +64,7 @@ class PreferenceBatch:
 
     def log_probs(self, model: Transformer) -> Tensor:
         """Log-probability of each completion token, 0 elsewhere; the shape of `targets`."""
-        layout = None if self.segments is None else shared(self.segments)
+        layout = None if self.segments is None else shared_prompt_layout(self.segments)
         return token_log_probs(model, self.inputs, self.targets, layout, self.reads)
 
 

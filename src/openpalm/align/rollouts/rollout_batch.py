@@ -10,7 +10,7 @@ from torch import Tensor
 from openpalm.align.pairs.shared_prompt import saves_work, share
 from openpalm.data.batches.loader import IGNORE, padded
 from openpalm.data.text.conversation import Example
-from openpalm.model.layout import Layout, shared
+from openpalm.model.layout import Layout, shared_prompt_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class RolloutBatch:
 
     @property
     def layout(self) -> Layout | None:
-        return None if self.segments is None else shared(self.segments)
+        return None if self.segments is None else shared_prompt_layout(self.segments)
 
     @property
     def columns(self) -> dict[str, Tensor]:
