@@ -40,16 +40,13 @@ def train_on_rollouts(
 
     from openpalm.align.judging.reward_sources import (
         RewardContext,
-        RewardPrompt,
         fingerprint,
         load_reward,
-        question_of,
     )
     from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.data.rows.prompt_files import read_prompts
-    from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
     from openpalm.train.run import run_training
@@ -61,11 +58,7 @@ def train_on_rollouts(
     directory, tokenizer, start = fine_tuning_start(settings)
     given = read_prompts(settings.data)
     asked, ids = usable_prompts(given, tokenizer, settings, start.config.context, label)
-    reader = RewardContext(
-        tokenizer,
-        [RewardPrompt(question_of(row.prompt), row.row) for row in asked],
-        stop_ids(tokenizer),
-    )
+    reader = RewardContext.from_rows(tokenizer, asked)
     reward = load_reward(reward_sources(settings.reward), reader)
     gold = (
         load_reward(reward_sources(settings.gold_reward), reader, "gold_reward")
@@ -201,7 +194,7 @@ def _probes(
         sampler = Sampler(model, ids, reader.stop_ids, settings)
         row, answers = evaluate_policy(sampler, looked_at, reference(model), reward, gold)
         shown[:] = [
-            {"prompt": f"{reader.asked[answer.prompt].question}\n", "text": reader.text(answer)}
+            {"prompt": f"{reader.prompts[answer.prompt].question}\n", "text": reader.text(answer)}
             for answer in answers[:SHOWN]
         ]
         return row
