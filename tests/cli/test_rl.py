@@ -279,11 +279,11 @@ def undisturbed(base, tmp_path_factory):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("raise KeyError('level')", "raised KeyError ('level') for the answer"),
-        ("return float('nan')", "returned nan, which is no finite number, for the answer"),
-        ("return float('inf')", "returned inf, which is no finite number, for the answer"),
-        ("return 'many'", "returned 'many', which is no finite number, for the answer"),
-        ("return None", "returned None, which is no finite number, for the answer"),
+        ("raise KeyError('level')", "raised KeyError ('level') for the completion"),
+        ("return float('nan')", "returned nan, which is no finite number, for the completion"),
+        ("return float('inf')", "returned inf, which is no finite number, for the completion"),
+        ("return 'many'", "returned 'many', which is no finite number, for the completion"),
+        ("return None", "returned None, which is no finite number, for the completion"),
     ],
 )
 def test_a_reward_that_fails_later_costs_nothing(
@@ -296,7 +296,7 @@ def test_a_reward_that_fails_later_costs_nothing(
     assert status == 1
     line = one_line(errors)
     assert line.startswith(f"--reward {pay}:letters: {says}")
-    assert "give the same command, which goes on" in line
+    assert "run the command again: the run continues" in line
     done = checkpoint.steps(out)[-1].name
     assert done == "step-00000002", "two rollouts of 64 answers were paid for"
     pay.write_text(LATER.format(body="pass"))
@@ -403,7 +403,7 @@ def test_a_reward_model_of_another_tokenizer(said, base, prompts, tmp_path):
     checkpoint.save(judge, model, tokenizer_json=(tmp_path / "other.json").read_text())
     status, _, errors = run(said, base, prompts, tmp_path / "out", reward=judge)
     assert status == 2
-    assert f"--reward {judge}: reads another tokenizer's ids than the policy" in one_line(errors)
+    assert f"--reward {judge}: its tokenizer is not the policy's" in one_line(errors)
     assert not (tmp_path / "out").exists()
 
 

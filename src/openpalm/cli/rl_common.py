@@ -44,17 +44,14 @@ def train_on_rollouts(
 
     from openpalm.align.judging.reward_sources import (
         RewardContext,
-        RewardPrompt,
         fingerprint,
         load_reward,
-        question_of,
     )
     from openpalm.align.rollouts.rollout import RolloutLoader
     from openpalm.align.rollouts.sampler import Sampler
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.data.rows.prompt_files import read_prompts
-    from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
     from openpalm.train.run import run_training
@@ -67,14 +64,10 @@ def train_on_rollouts(
     prompts, ids = usable_prompts(
         read_prompts(settings.data), tokenizer, settings, start.config.context, label
     )
-    reader = RewardContext(
-        tokenizer,
-        [RewardPrompt(question_of(row.prompt), row.row) for row in prompts],
-        stop_ids(tokenizer),
-    )
-    reward = load_reward(reward_sources(settings.reward), reader)
+    context = RewardContext.from_rows(tokenizer, prompts)
+    reward = load_reward(reward_sources(settings.reward), context)
     gold = (
-        load_reward(reward_sources(settings.gold_reward), reader, "gold_reward")
+        load_reward(reward_sources(settings.gold_reward), context, "gold_reward")
         if settings.gold_reward
         else None
     )
@@ -90,7 +83,7 @@ def train_on_rollouts(
         prepare(model)
 
     def make_loader(shape: BatchShape, model: Transformer, dtype: torch.dtype) -> RolloutLoader:
-        sampler = Sampler(model, ids[: len(trained)], reader.stop_ids, settings)
+        sampler = Sampler(model, ids[: len(trained)], context.stop_ids, settings)
         # Without a penalty nothing reads the reference, so its forward pass is saved.
         penalised_by = reference(model) if settings.kl_coef else None
         return RolloutLoader(sampler, reward, estimate, penalised_by, rows=shape.rows, dtype=dtype)
@@ -112,7 +105,7 @@ def train_on_rollouts(
             [*reward_sources(settings.reward), *reward_sources(settings.gold_reward)]
         ),
         parent_fixed=True,
-        probes=_probes(settings, reader, ids, evaluated, reference, reward, gold),
+        probes=_probes(settings, context, ids, evaluated, reference, reward, gold),
         best="val_gold" if gold else "val_reward",
         label=label,
     )
@@ -191,7 +184,7 @@ def _shape(settings: RolloutSettings, longest: int) -> "BatchShape":
 
 def _probes(
     settings: RolloutSettings,
-    reader: "RewardContext",
+    context: "RewardContext",
     ids: "list[list[int]]",
     evaluated: list[int],
     reference: "Callable[[Transformer], LogProbs]",
@@ -206,10 +199,10 @@ def _probes(
     samples: list[dict[str, str]] = []
 
     def measure(model: "Transformer", dtype: object) -> dict[str, Any]:
-        sampler = Sampler(model, ids, reader.stop_ids, settings)
+        sampler = Sampler(model, ids, context.stop_ids, settings)
         row, completions = evaluate_policy(sampler, evaluated, reference(model), reward, gold)
         samples[:] = [
-            {"prompt": f"{reader.asked[c.prompt].question}\n", "text": reader.text(c)}
+            {"prompt": f"{context.prompts[c.prompt].question}\n", "text": context.text(c)}
             for c in completions[:SAMPLES]
         ]
         return row
