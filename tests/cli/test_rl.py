@@ -242,7 +242,7 @@ def test_a_band_that_was_never_kept(said, base, prompts, pay, tmp_path):
         said, base, prompts, out, *OFTEN, "--early-stopping.max-length", 1, reward=f"{pay}:letters"
     )
     assert status == 1
-    assert "tokens an answer, beyond --early-stopping.max-length 1; no checkpoint" in one_line(
+    assert "tokens per completion, beyond --early-stopping.max-length 1; no checkpoint" in one_line(
         errors
     )
 

@@ -15,14 +15,14 @@ from openpalm.align.config import GrpoSettings, PpoSettings
 from openpalm.align.logprobs import evaluate, token_log_probs
 from openpalm.align.rollouts import grpo as group_file
 from openpalm.align.rollouts import ppo as ppo_file
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
+from openpalm.align.rollouts.rollout import RolloutLoader
 from openpalm.align.rollouts.rollout_batch import (
     Completion,
-    Estimated,
     Rollout,
     RolloutBatch,
     collate_completions,
 )
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.model.critic import ActorCritic, Bins, CriticKind
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.train.config import OptimSettings
@@ -91,18 +91,6 @@ def enumerated(model: Transformer, rewards: Tensor | None = None) -> Rollout:
         torch.zeros_like(old),
         torch.zeros(len(ANSWERS)) if rewards is None else rewards,
     )
-
-
-def experience(rollout: Rollout, estimated: Estimated) -> RolloutBatch:
-    names = (
-        "inputs",
-        "targets",
-        "old_log_probs",
-        "reference_log_probs",
-        "importance_weights",
-        "values",
-    )
-    return RolloutBatch(*(getattr(rollout, name) for name in names), *estimated)
 
 
 def ragged(rows: int = 6, vocab: int = 5, seed: int = 0, num_completions: int = 1) -> Rollout:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from openpalm.align.rollouts.rollout import LogProbs
     from openpalm.align.rollouts.rollout_batch import Reward
     from openpalm.data.rows.prompt_files import PromptRow
-    from openpalm.data.rows.usable import Usable
+    from openpalm.data.rows.read_result import ReadResult
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
@@ -43,7 +43,8 @@ def train_on_rollouts(
         fingerprint,
         load_reward,
     )
-    from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
+    from openpalm.align.rollouts.rollout import RolloutLoader
+    from openpalm.align.rollouts.sampler import Sampler
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.data.rows.prompt_files import read_prompts
@@ -120,7 +121,7 @@ class AsksSettings(Protocol):
 
 
 def usable_prompts(
-    given: "Usable[PromptRow]",
+    given: "ReadResult[PromptRow]",
     tokenizer: "Tokenizer",
     settings: AsksSettings,
     context: int,
@@ -136,12 +137,12 @@ def usable_prompts(
     room = context - settings.max_new_tokens
 
     def made(row: "PromptRow") -> "tuple[PromptRow, list[int]] | str":
-        ids = render(tokenizer, row.prompt, answer_next=True).ids
+        ids = render(tokenizer, row.prompt, add_generation_prompt=True).ids
         if len(ids) > room:
             return f"longer than {room} tokens, which --max-new-tokens leaves of {context}"
         return row, ids
 
-    kept = report_unused(label, settings.data, given.then(made), "prompt").items
+    kept = report_unused(label, settings.data, given.map(made), "prompt").items
     return [row for row, _ in kept], [ids for _, ids in kept]
 
 
@@ -185,7 +186,7 @@ def _probes(
 ) -> "list[Probe]":
     """Figures of the held-out answers, with the alarm; and some of the answers."""
     from openpalm.align.rollouts.monitor import evaluate_policy, stop_reason
-    from openpalm.align.rollouts.rollout import Sampler
+    from openpalm.align.rollouts.sampler import Sampler
     from openpalm.train.probes import Probe
 
     shown: list[dict[str, str]] = []

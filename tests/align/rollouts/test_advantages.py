@@ -74,7 +74,7 @@ def test_the_penalty_is_taken_from_every_token_of_answers_alone():
 # --- 10: GAE
 
 
-def by_hand(rewards, values, mask, discount, decay):
+def by_hand(rewards, values, mask, discount, gae_lambda):
     """Equation 16 as it stands: every delta of the answer after t, in doubles, O(T^2)."""
     found = [[0.0] * len(row) for row in mask]
     for row, places in enumerate(mask):
@@ -84,16 +84,18 @@ def by_hand(rewards, values, mask, discount, decay):
             following = values[row][t + 1] if t + 1 in inside else 0.0
             deltas[t] = rewards[row][t] + discount * following - values[row][t]
         for t in inside:
-            found[row][t] = sum((discount * decay) ** (k - t) * deltas[k] for k in inside if k >= t)
+            found[row][t] = sum(
+                (discount * gae_lambda) ** (k - t) * deltas[k] for k in inside if k >= t
+            )
     return found
 
 
 def check_gae(gae, behind):
-    """`behind`: what values and rewards are outside of the answers, where they mean nothing."""
+    """`behind`: what values and rewards are outside of the completions, where they mean nothing."""
     rewards, values = (torch.where(MASK, drawn(seed), behind) for seed in (1, 2))
-    for discount, decay in ((1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)):
-        found = gae(rewards, values, MASK, discount=discount, decay=decay)
-        wanted = by_hand(rewards.tolist(), values.tolist(), MASK.tolist(), discount, decay)
+    for discount, gae_lambda in ((1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)):
+        found = gae(rewards, values, MASK, discount=discount, gae_lambda=gae_lambda)
+        wanted = by_hand(rewards.tolist(), values.tolist(), MASK.tolist(), discount, gae_lambda)
         assert torch.allclose(found, torch.tensor(wanted), atol=1e-5)
 
 
@@ -103,15 +105,17 @@ def test_gae_is_its_equation_and_stops_at_the_end(behind):
 
 
 def test_gae_past_the_end_or_backwards_is_noticed():
-    def past_the_end(rewards, values, mask, *, discount, decay):
+    def past_the_end(rewards, values, mask, *, discount, gae_lambda):
         everything = torch.ones_like(mask)
         return mask * generalised_advantages(
-            rewards, values, everything, discount=discount, decay=decay
+            rewards, values, everything, discount=discount, gae_lambda=gae_lambda
         )
 
-    def value_of_the_same_token(rewards, values, mask, *, discount, decay):
+    def value_of_the_same_token(rewards, values, mask, *, discount, gae_lambda):
         shifted = values.roll(1, dims=1)
-        return generalised_advantages(rewards, shifted, mask, discount=discount, decay=decay)
+        return generalised_advantages(
+            rewards, shifted, mask, discount=discount, gae_lambda=gae_lambda
+        )
 
     fails(check_gae, past_the_end, 1e6)
     fails(check_gae, value_of_the_same_token, 0.0)

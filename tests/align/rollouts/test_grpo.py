@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rollouts import actor, experience, gradient, grpo, ragged
+from rollouts import actor, gradient, grpo, ragged
 
 from openpalm.align.logprobs import evaluate, token_log_probs
 from openpalm.align.rollouts.grpo import GroupObjective, estimate, token_weights
@@ -58,7 +58,7 @@ def by_hand(settings, batch, log_probs):
 def check_loss(settings, objective):
     model = actor()
     rollout = rollout_near(model)
-    batch = experience(rollout, estimate(settings, rollout, settings.kl_coef))
+    batch = rollout.with_estimate(estimate(settings, rollout, settings.kl_coef))
     loss, _ = objective.loss(model, batch)
     with torch.no_grad():
         log_probs = token_log_probs(model, batch.inputs, batch.targets)
@@ -127,7 +127,7 @@ def check_equal_groups_teach_nothing(estimate):
     settings = grpo(advantage="grpo", kl_coef=0.0)
     model = actor()
     rollout = rollout_near(model, rewards=torch.full((8,), 0.1))
-    batch = experience(rollout, estimate(settings, rollout, 0.0))
+    batch = rollout.with_estimate(estimate(settings, rollout, 0.0))
     assert not gradient(model, GroupObjective(settings).loss(model, batch)[0]).any()
 
 
@@ -151,7 +151,7 @@ def test_at_first_the_gradient_is_reinforces():
     with torch.no_grad():
         old = token_log_probs(model, rollout.inputs, rollout.targets)
     rollout = replace(rollout, old_log_probs=old, importance_weights=torch.ones_like(old))
-    batch = experience(rollout, estimate(settings, rollout, 0.0))
+    batch = rollout.with_estimate(estimate(settings, rollout, 0.0))
     found = gradient(model, GroupObjective(settings).loss(model, batch)[0])
     log_probs = token_log_probs(model, rollout.inputs, rollout.targets).sum(dim=-1)
     each = [batch.advantages[i][batch.mask[i]][0] for i in range(8)]
@@ -166,7 +166,7 @@ def test_the_temperature_is_the_policys():
     with torch.no_grad():
         old = evaluate(model, rollout.inputs, rollout.targets, temperature=0.6).log_probs
     rollout = replace(rollout, old_log_probs=old)
-    batch = experience(rollout, estimate(settings, rollout, 0.0))
+    batch = rollout.with_estimate(estimate(settings, rollout, 0.0))
     ratio = GroupObjective(settings).loss(model, batch)[1]["ratio"] / 8
     assert ratio == pytest.approx(1, abs=1e-6)
     untempered = GroupObjective(grpo()).loss(model, batch)[1]["ratio"] / 8

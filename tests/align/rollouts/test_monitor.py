@@ -12,7 +12,7 @@ from rollouts import enumerated, grpo, moved, task
 from openpalm.align.config import EarlyStoppingSettings
 from openpalm.align.logprobs import entropies, evaluate
 from openpalm.align.rollouts.monitor import evaluate_policy, stop_reason
-from openpalm.align.rollouts.rollout import Sampler
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.errors import SettingsError, WorkError
 
 

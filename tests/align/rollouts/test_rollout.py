@@ -8,15 +8,15 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable import ANSWERS, END, INDEX, PROMPTS
+from enumerable import END, INDEX, PROMPTS
 from rollouts import KINDS, actor, every_answer, grpo, loader_of, moved, ppo, trainer_of
 from tiny_models import deaf
 
 from openpalm.align.logprobs import evaluate, token_log_probs
 from openpalm.align.rollouts import grpo as group_file
 from openpalm.align.rollouts import ppo as ppo_file
-from openpalm.align.rollouts.rollout import Sampler, checked_rewards
-from openpalm.align.rollouts.rollout_batch import Completion, collate_completions
+from openpalm.align.rollouts.rollout import checked_rewards
+from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.errors import WorkError
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig
@@ -149,60 +149,6 @@ def test_the_reward_is_on_the_last_token():
     fails(check_where_the_reward_lands, one_too_early)
 
 
-# --- 13: the sampler is the scorer
-
-
-def drawn(temperature, draws):
-    """How often each of the 341 answers to the first prompt came."""
-    settings = grpo(temperature=temperature)
-    sampler = Sampler(moved(), PROMPTS, frozenset({END}), settings)
-    sampler.refresh()
-    counts = Counter(tuple(a.ids) for a in sampler.sample([0], draws))
-    return torch.tensor([float(counts[tuple(a)]) for a in ANSWERS])
-
-
-def check_frequencies(counts, log_probs):
-    """Pearson's chi-squared, cells below five expected together; five deviations at most."""
-    draws = counts.sum().item()
-    expected = log_probs.double().sum(dim=-1).exp() * draws
-    assert expected.sum().item() == pytest.approx(draws, rel=1e-4)
-    rare = expected < 5
-    seen = torch.cat([counts[~rare], counts[rare].sum()[None]])
-    wanted = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    freedom = len(seen) - 1
-    statistic = ((seen - wanted).square() / wanted).sum().item()
-    assert freedom > 50
-    assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
-
-
-@pytest.mark.parametrize(("temperature", "draws"), [(1.0, 20_000), (0.7, 50_000)])
-@torch.no_grad()
-def test_answers_are_drawn_as_they_are_scored(temperature, draws):
-    counts, model = drawn(temperature, draws), moved()
-    scored = partial(evaluate, model, *every_answer())
-    check_frequencies(counts, scored(temperature=temperature).log_probs)
-    other = 0.75 if temperature != 1 else 0.95
-    fails(check_frequencies, counts, scored(temperature=other).log_probs)
-    fails(check_frequencies, counts, evaluate(moved(seed=1), *every_answer()).log_probs)
-    if temperature != 1:  # the whole answer's probability tempered, not each token's
-        whole = scored(temperature=1.0).log_probs.double().sum(dim=-1) / temperature
-        fails(check_frequencies, counts, whole.log_softmax(dim=-1)[:, None])
-
-
-def test_the_samplers_own_log_probabilities_are_the_scorers():
-    model, settings = moved(), grpo(num_completions=8)
-    sampler = Sampler(model, PROMPTS, frozenset({END}), settings)
-    sampler.refresh()
-    answers = sampler.sample([0, 1, 2, 3], 8)
-    inputs, targets = collate_completions(answers)
-    with torch.no_grad():
-        scored = evaluate(model, inputs, targets).log_probs[targets >= 0]
-    told = torch.tensor([value for a in answers for value in a.log_probs])
-    assert torch.allclose(scored, told, atol=1e-5)
-    assert all(a.ended == (a.ids[-1] == END) for a in answers)
-    assert {a.ended for a in answers} == {True, False}
-
-
 # --- 14: microbatches
 
 
@@ -212,7 +158,7 @@ def gradients_in_parts(kind, rows, objective_of=None, **changes):
     settings = how(num_completions=6, **changes)
     model = make()
     loader = loader_of(model, settings, estimate, rows=rows)
-    loader.beta = 0.3
+    loader.kl_coef = 0.3
     batches = [next(loader) for _ in range(24 // rows)]
     trainer = trainer_of(loader, (objective_of or objective)(settings))
     generator = torch.Generator().manual_seed(4)
@@ -356,30 +302,10 @@ def test_they_are_not_drawn_anew_for_ever():
         assert loader.facts["zero_variance_groups"] == 1
 
 
-# --- beta
+# --- the adaptive KL coefficient
 
 
-def steered(kl, **changes):
-    loader = loader_of(moved(), ppo(**{"target_kl": 2.0} | changes), ppo_file.estimate)
-    loader._steer(kl, answers=100)
-    return loader.beta / loader.settings.kl_coef
-
-
-def check_beta(steer):
-    """Ziegler et al. 2019, section 2.2, its K_beta written as one over the horizon."""
-    assert steer(2.0) == pytest.approx(1)
-    assert steer(2.2) == pytest.approx(1 + 0.1 * 100 / 1000)
-    assert steer(99.0) == pytest.approx(1 + 0.2 * 100 / 1000)
-    assert steer(0.0) == pytest.approx(1 - 0.2 * 100 / 1000)
-
-
-def test_beta_follows_the_kl_that_is_wanted():
-    check_beta(steered)
-    fails(check_beta, lambda kl: steered(4.0 - kl))
-    assert steered(99.0, target_kl=None) == 1
-
-
-def test_beta_holds_a_run_near_its_target():
+def test_the_coefficient_holds_a_run_near_its_target():
     found = {}
     for target in (0.02, 50.0):
         settings = ppo(
@@ -389,7 +315,7 @@ def test_beta_holds_a_run_near_its_target():
         trainer = trainer_of(loader, ppo_file.PpoObjective(settings))
         for _ in range(10):
             trainer.train_step()
-        found[target] = loader.beta
+        found[target] = loader.kl_coef
     assert found[0.02] > 0.2 > found[50.0]
 
 
@@ -421,9 +347,9 @@ def test_a_trainer_of_fewer_bits_is_corrected_for():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_reward_must_be_finite(value):
-    answers = [Completion(3, [1], [END], [0.0], True)] * 2
-    assert checked_rewards(lambda a: [1, 2.5], answers) == [1.0, 2.5]
-    with pytest.raises(WorkError, match=f"an answer to prompt 3 is {value}; it must be a finite"):
-        checked_rewards(lambda a: [1.0, value], answers)
-    with pytest.raises(WorkError, match="gave 1 number for 2 answers"):
-        checked_rewards(lambda a: [1.0], answers)
+    completions = [Completion(3, [1], [END], [0.0], True)] * 2
+    assert checked_rewards(lambda _: [1, 2.5], completions) == [1.0, 2.5]
+    with pytest.raises(WorkError, match=f"completion of prompt 3 is {value}; it must be a finite"):
+        checked_rewards(lambda _: [1.0, value], completions)
+    with pytest.raises(WorkError, match="returned 1 number for 2 completions"):
+        checked_rewards(lambda _: [1.0], completions)

@@ -7,7 +7,7 @@ import torch
 from rollouts import KINDS, grpo, loader_of, moved, same, task, trainer_of
 
 from openpalm.align.rollouts import grpo as group_file
-from openpalm.align.rollouts import rollout as rollout_file
+from openpalm.align.rollouts import sampler as sampler_file
 from openpalm.errors import WorkError
 from openpalm.generate.sampling import Sampling
 
@@ -119,7 +119,7 @@ def seeds(monkeypatch, run):
         found.append(seed)
         return Sampling(temperature, seed=seed)
 
-    monkeypatch.setattr(rollout_file, "Sampling", noted)
+    monkeypatch.setattr(sampler_file, "Sampling", noted)
     run()
     return found
 

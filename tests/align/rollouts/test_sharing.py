@@ -55,7 +55,7 @@ def check_same(batch: RolloutBatch, other: RolloutBatch) -> None:
 
 def test_sharing_a_row_changes_nothing():
     batch = ragged()
-    shared = batch.sharing(3)
+    shared = batch.with_shared_prompts(3)
     assert shared.segments is not None
     assert shared.inputs.numel() < 0.9 * batch.inputs.numel()
     assert GroupObjective(SETTINGS).count(shared) == 6
@@ -65,7 +65,7 @@ def test_sharing_a_row_changes_nothing():
 def test_columns_of_other_answers_would_be_seen():
     batch = ragged()
     order = torch.arange(6).view(3, 2).T.flatten()  # prompt and number exchanged
-    wrong = batch.sharing(3)
+    wrong = batch.with_shared_prompts(3)
     wrong = RolloutBatch(**wrong.columns | {"advantages": wrong.advantages[order]})
     with pytest.raises(AssertionError):
         check_same(batch, wrong)

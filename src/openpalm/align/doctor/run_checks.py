@@ -39,8 +39,9 @@ from openpalm.align.pairs.dpo import PairObjective
 from openpalm.align.pairs.examples import PreferenceExample, collate, with_reference
 from openpalm.align.rollouts.advantages import token_rewards
 from openpalm.align.rollouts.grpo import GroupObjective, estimate
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
+from openpalm.align.rollouts.rollout import RolloutLoader, reference_log_probs
 from openpalm.align.rollouts.rollout_batch import Completion, Reward, collate_completions
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.preferences import Messages
 from openpalm.data.text.conversation import Example, render
@@ -75,7 +76,7 @@ def run_checks(patient: PlannedRun) -> Iterator[Check]:
     """One check after the other; what the later ones need is measured when they are asked for."""
     examples = [
         PromptedExample(
-            render(patient.tokenizer, prompt, answer_next=True).ids,
+            render(patient.tokenizer, prompt, add_generation_prompt=True).ids,
             render(patient.tokenizer, [*prompt, *answer]),
         )
         for prompt, answer in patient.conversations

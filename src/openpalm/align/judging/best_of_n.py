@@ -22,10 +22,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from openpalm.align.rollouts.rollout import derive_seed, generate_completions
 from openpalm.align.rollouts.rollout_batch import Completion
-from openpalm.generate.engine import Engine, Request
-from openpalm.generate.sampling import Sampling
+from openpalm.align.rollouts.sampler import sample_completions
+from openpalm.generate.engine import Engine
 
 
 class SamplingPlan(NamedTuple):
@@ -49,20 +48,8 @@ class SamplingPlan(NamedTuple):
         Seeds depend on the number of prompt and completion only, so the completions are the same
         with any other prompts in `chosen`.
         """
-        repeated = [prompt for prompt in chosen for _ in range(self.per_prompt)]
-        numbers = [
-            prompt * self.per_prompt + i for prompt in chosen for i in range(self.per_prompt)
-        ]
-        requests = [
-            Request(
-                prompts[prompt],
-                self.max_new_tokens,
-                Sampling(self.temperature, seed=derive_seed(self.seed, number)),
-                stop_ids,
-            )
-            for prompt, number in zip(repeated, numbers, strict=True)
-        ]
-        return generate_completions(engine, requests, repeated)
+        draws = [(p, p * self.per_prompt + i) for p in chosen for i in range(self.per_prompt)]
+        return sample_completions(engine, prompts, draws, stop_ids, self)
 
 
 def best_and_worst(rewards: Sequence[float]) -> tuple[int, int]:

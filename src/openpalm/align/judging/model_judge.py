@@ -122,7 +122,7 @@ class EngineJudge:
         return [self.tokenizer.decode([i for i in ids if i not in stops]) for ids in replies]
 
     def _prompt_ids(self, text: str) -> list[int]:
-        return render(self.tokenizer, [Message("user", text)], answer_next=True).ids
+        return render(self.tokenizer, [Message("user", text)], add_generation_prompt=True).ids
 
     def _labelled_ids(self, question: Question) -> list[list[int]]:
         """The question followed by each of its two labels."""

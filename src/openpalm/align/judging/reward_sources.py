@@ -33,7 +33,7 @@ from openpalm.align.judging.model_judge import (
 )
 from openpalm.align.pairs.examples import PreferenceExample
 from openpalm.align.pairs.reward_model import collate
-from openpalm.align.rollouts.rollout_batch import Completion, Reward, record_of
+from openpalm.align.rollouts.rollout_batch import Completion, Reward, to_example
 from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.rows.constitution import read_constitution
@@ -227,7 +227,7 @@ def reward_model_reward(
         values: list[float] = []
         for start in range(0, len(completions), rows):
             group = completions[start : start + rows]
-            batch = collate([PreferenceExample((record_of(completion),)) for completion in group])
+            batch = collate([PreferenceExample((to_example(completion),)) for completion in group])
             values += model.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
         return values
 
