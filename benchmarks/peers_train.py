@@ -22,7 +22,8 @@ from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import initialise
 from openpalm.train.batch_shape import BatchShape
 from openpalm.train.config import OptimSettings, TrainSettings
-from openpalm.train.optimization.parameter_groups import Optimizer, learning_rate_factor
+from openpalm.train.optimization.parameter_groups import Optimizer
+from openpalm.train.optimization.schedule import learning_rate_factor
 from openpalm.train.spec import TrainSpec, make_trainer
 
 ENDLESS = 10**6

@@ -295,7 +295,7 @@ def judged(path: Path) -> dict[str, Any]:
             for r in read_ratings(path, "helpful").items
         ],
         "verdicts": [
-            [_turns(v.prompt), _turns(v.answer), v.good]
+            [_turns(v.prompt), _turns(v.completion), v.good]
             for v in read_labelled_completions(path).items
         ],
         "demonstrations": [_turns(messages) for messages in read_demonstrations(path).items],

@@ -706,14 +706,15 @@ def test_more_than_the_peak_is_no_share_of_it(busy: float, share: float | None):
     """The peak was measured while the machine did something else: a row has no MFU then."""
     config, sequences, length = PRESETS["palm-tiny"].config, 4, 16
     flops = config.flops_per_token(length) * sequences * length
-    chosen = SimpleNamespace(peak_flops=2 * flops * busy)
     session: Any = SimpleNamespace(
-        settings=SimpleNamespace(chosen=chosen, trains_all=True),
+        settings=SimpleNamespace(trains_all=True),
+        info=SimpleNamespace(peak_flops=2 * flops * busy),
         shape=BatchShape(length, sequences, 1),
         trainer=SimpleNamespace(steps=10, counted=1, world=World()),
         spec=SimpleNamespace(config=config, unit="tokens", peak_rate=lambda settings: 1e-3),
         _elapsed_s=lambda: 1.0,
     )
+    session._mfu = lambda report, rate: _Session._mfu(session, report, rate)
     report = StepReport(3, 2.0, sequences * length, 1.0, 1.0)
     row = _Session._row(session, report, 1.0)
     assert row["mfu"] == share

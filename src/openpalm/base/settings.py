@@ -76,7 +76,7 @@ def parse(
     if ("help", "") in given:
         raise HelpRequested(_help_text(kind, verb, about, examples, positional))
     values: dict[str, Any] = {}
-    files = [] if "config" in options else [Path(v) for name, v in words if name == "config"]
+    files = [] if "config" in options else [Path(v) for name, v in given if name == "config"]
     for path in files:
         values |= _from_file(path, options, verb)
     for name, text in given:
