@@ -20,8 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from openpalm.align.config import PpoSettings
 from openpalm.align.rollouts.ppo import PpoObjective, estimate
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
+from openpalm.align.rollouts.rollout import RolloutLoader, reference_log_probs
 from openpalm.align.rollouts.rollout_batch import Completion
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.compat.palm import PaLM, adapted
 from openpalm.compat.reward import RewardModel
 from openpalm.compat.state_dicts import draw_seed
