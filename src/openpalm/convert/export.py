@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 _CHECK_SHAPE = (2, 32)
 
 
-def check_vacant(directory: Path) -> None:
+def check_output_directory(directory: Path) -> None:
     """Raises CheckpointError unless nothing, or an empty folder, is there."""
     if directory.is_dir() and not any(directory.iterdir()):
         return
@@ -34,7 +34,7 @@ def check_vacant(directory: Path) -> None:
         raise CheckpointError(f"{directory}: exists already; name another place, or remove it")
 
 
-def as_openpalm(
+def save_as_openpalm(
     model: Transformer,
     directory: Path,
     *,
@@ -45,21 +45,21 @@ def as_openpalm(
 
     Raises WorkError, leaving nothing, where they differ by more than TOLERANCE.
     """
-    check_vacant(directory)
+    check_output_directory(directory)
     checkpoint.save(
         directory, model, lineage=lineage, tokenizer_json=tokenizer_json, fingerprint=True
     )
     return _checked(model, directory, lambda: checkpoint.load(directory))
 
 
-def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]:
+def save_as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]:
     """Writes config.json and palm.pt, adapters merged, or reward.pt in palm-rlhf-pytorch's form.
 
     Returns how far the logits differ when read back, and notes. Raises CheckpointError for a
     model that the original cannot express, StorageError when the disk refuses, WorkError, leaving
     nothing, where the logits differ by more than TOLERANCE.
     """
-    check_vacant(directory)
+    check_output_directory(directory)
     arguments, state, notes = (
         write_reward(model)
         if isinstance(model, RewardModel)
@@ -67,7 +67,7 @@ def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]
     )
     try:
         with atomic_folder(directory) as partial:
-            torch.save(state, partial / written_name(model))
+            torch.save(state, partial / weights_file_name(model))
             text = json.dumps(arguments, indent=2) + "\n"
             (partial / "config.json").write_text(text, encoding="utf-8")
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -78,8 +78,8 @@ def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]
     ), notes
 
 
-def written_name(model: Transformer) -> str:
-    """The file that `as_palm_rlhf` writes for it."""
+def weights_file_name(model: Transformer) -> str:
+    """The file that `save_as_palm_rlhf` writes for it."""
     return "reward.pt" if isinstance(model, RewardModel) else "palm.pt"
 
 
