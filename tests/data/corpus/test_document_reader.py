@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from openpalm.data.corpus import document_reader
+from openpalm.data.corpus import json_lines
 from openpalm.data.corpus.document_reader import (
     Document,
     read_document_blocks,
@@ -140,7 +140,7 @@ def test_json_that_is_not_an_object_a_line(content, tmp_path):
 
 
 def test_a_line_of_millions_of_values_is_refused_in_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(document_reader, "MAX_LINE_VALUES", 1000)
+    monkeypatch.setattr(json_lines, "MAX_LINE_VALUES", 1000)
     path = tmp_path / "a.jsonl"
     for inner in ("{}," * 2000, '"",' * 2000, "[[" * 600, '{"a":1},' * 600):
         path.write_text('{"text": "a", "x": [' + inner + "0]}")
@@ -278,7 +278,7 @@ def test_names_of_fields_cannot_flood_or_forge_the_message(tmp_path):
 
 
 def test_a_bomb_is_refused_in_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(document_reader, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "' + b"a" * (100 << 20)))
     tracemalloc.start()

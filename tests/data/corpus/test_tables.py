@@ -174,7 +174,7 @@ def test_zstd_windows_and_bombs_are_bounded(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl.zst"
     bomb = b'{"text": "' + b"a" * (200 << 20)
     path.write_bytes(zstandard.ZstdCompressor().compress(bomb))
-    monkeypatch.setattr("openpalm.data.corpus.document_reader.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("openpalm.data.corpus.json_lines.MAX_LINE_BYTES", 1 << 20)
     with pytest.raises(DataError, match=":1: a line of more than 1048576 bytes"):
         texts(path)
     wide = zstandard.ZstdCompressionParameters.from_level(3, window_log=26)
