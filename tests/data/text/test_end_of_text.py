@@ -178,7 +178,7 @@ def test_rules_that_fail_or_grow_without_end_are_errors(tmp_path):
     split["invert"] = False
     steps = {"type": "Sequence", "pretokenizers": [split, LEVEL]}
     panics = Tokenizer(json.dumps({**content, "pre_tokenizer": steps}).encode(), "t")
-    for encode in (panics.encode, panics._defused):
+    for encode in (panics.encode, panics._encode_hostile):
         with pytest.raises(DataError, match="the rules of this tokenizer"):
             encode("a" * 40 + "b")
     double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}

@@ -6,7 +6,8 @@ import pytest
 from data_samples import TEXTS, definition, shared_file
 
 from openpalm.data.text import byte_level
-from openpalm.data.text.tokenizer import MARKERS, MINIMUM_BPE, StreamDecoder, Tokenizer
+from openpalm.data.text.stream_decoder import StreamDecoder
+from openpalm.data.text.tokenizer import MINIMUM_BPE, SPECIAL_TOKENS, Tokenizer
 from openpalm.errors import DataError
 
 NASTY = [
@@ -43,8 +44,8 @@ def test_decoding_gives_the_text_back(name, request):
 def test_byte_ids_are_byte_values(byte):
     text = "aé😀\x00\n"
     assert byte.encode(text) == list(text.encode())
-    assert byte.vocab_size == 256 + len(MARKERS)
-    assert [byte.special_id(marker) for marker in MARKERS] == list(range(256, byte.vocab_size))
+    assert byte.vocab_size == 256 + len(SPECIAL_TOKENS)
+    assert [byte.special_id(token) for token in SPECIAL_TOKENS] == list(range(256, byte.vocab_size))
 
 
 def test_every_byte_has_a_token_in_a_bpe_vocabulary(bpe):
@@ -56,7 +57,7 @@ def test_every_byte_has_a_token_in_a_bpe_vocabulary(bpe):
 def test_text_never_becomes_a_special_token(any_tokenizer):
     specials = any_tokenizer.special_ids
     unknown = {any_tokenizer.special_id("[UNK]"), any_tokenizer.special_id("<unk>")}
-    names = [*MARKERS, "</s>", "<s>", "[SEP]"]
+    names = [*SPECIAL_TOKENS, "</s>", "<s>", "[SEP]"]
     texts = [f"a {name}{name} b" for name in names] + names + random_texts(100)
     for text, ids in zip(texts, any_tokenizer.encode_batch(texts), strict=True):
         assert not (specials - unknown) & set(ids), text
