@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--max-sequences", type=int, default=32)
     parser.add_argument("--json", action="store_true")
     how = parser.parse_args()
     numbers = [int(number) for number in how.streams.split(",")]
@@ -155,7 +155,14 @@ def main() -> None:
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder))
-        options = ["--dtype", how.dtype, "--slots", str(how.slots), "--queue", str(max(numbers))]
+        options = [
+            "--dtype",
+            how.dtype,
+            "--max-sequences",
+            str(how.max_sequences),
+            "--max-queue",
+            str(max(numbers)),
+        ]
         with serving(model, options) as (port, pid):
             measure(port, pid, numbers[0], 8, draw, Measured())  # the first call warms up
             for turn in range(how.rounds):
@@ -165,7 +172,8 @@ def main() -> None:
     if how.json:
         print(json.dumps({number: vars(found) for number, found in results.items()}))
     else:
-        print(f"{how.dtype}, {how.slots} slots, {os.cpu_count()} cores, {how.new} new tokens\n")
+        sequences = f"{how.max_sequences} sequences at the same time"
+        print(f"{how.dtype}, {sequences}, {os.cpu_count()} cores, {how.new} new tokens\n")
         print(table(results))
 
 

@@ -16,7 +16,9 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def server(work):
     environment = {"OPENPALM_ADMIN_KEY": ADMIN, "RUST_BACKTRACE": "0"}
-    with serving(work / "base", "--dtype", "float32", "--slots", 8, env=environment) as running:
+    with serving(
+        work / "base", "--dtype", "float32", "--max-sequences", 8, env=environment
+    ) as running:
         yield running
 
 

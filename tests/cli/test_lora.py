@@ -10,7 +10,7 @@ from command_line import rows, talk, write_base
 
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.model import lora
-from openpalm.train.job import LORA_RATE
+from openpalm.train.spec import LORA_RATE
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def client(server):
 def narrow_server(tmp_path_factory):
     """One slot, no queue, a key, and a context that takes seconds to fill."""
     base = write_base(tmp_path_factory.mktemp("narrow") / "base", context=8192)
-    options = ["--dtype", "float32", "--slots", 1, "--queue", 0]
+    options = ["--dtype", "float32", "--max-sequences", 1, "--max-queue", 0]
     with serving(base, *options, env={"OPENPALM_API_KEY": "secret"}) as running:
         yield running
 
@@ -281,7 +281,7 @@ def test_where_all_is_busy_the_client_hears_when_to_come_back(narrow, ask):
 def test_who_leaves_frees_the_slot(narrow, narrow_server, ask):
     finished = narrow_server.metric("openpalm_generated_tokens_total")
     stream = begun(narrow, ask)
-    assert narrow_server.metric("openpalm_slots_active") == 1
+    assert narrow_server.metric("openpalm_sequences_running") == 1
     stream.close()
     narrow_server.wait_idle()
     with pytest.raises(openai.APITimeoutError):

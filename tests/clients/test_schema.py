@@ -22,7 +22,7 @@ OPEN = {"/health", "/ready"}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     base = write_base(tmp_path_factory.mktemp("schema") / "base")
-    with serving(base, "--dtype", "float32", "--slots", 8, env=KEYS) as running:
+    with serving(base, "--dtype", "float32", "--max-sequences", 8, env=KEYS) as running:
         yield running
 
 

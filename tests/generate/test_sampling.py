@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from openpalm.errors import SettingsError
-from openpalm.generate.sampling import Sampling, adjusted, choose, distribution, draw
+from openpalm.generate.sampling import Sampling, adjusted, choose_tokens, distribution, draw
 
 LOGITS = torch.tensor([2.0, 1.5, 1.5, 0.3, -1.0, -4.0, 0.9, 2.1])
 
@@ -287,7 +287,7 @@ def test_bias_and_penalties_are_the_documented_sum():
 
 
 def test_each_row_is_chosen_as_alone():
-    hows = [
+    samplings = [
         Sampling(temperature=0),
         Sampling(seed=1),
         Sampling(temperature=0, logit_bias={2: 50.0}),
@@ -296,13 +296,13 @@ def test_each_row_is_chosen_as_alone():
     logits, generated = random_logits(4, 50), [[1, 2], [], [3], [4] * 5]
 
     def generators():
-        return [torch.Generator().manual_seed(how.seed) for how in hows]
+        return [torch.Generator().manual_seed(how.seed) for how in samplings]
 
-    together = choose(logits, hows, generated, generators())
-    alone = [
-        choose(logits[i : i + 1], hows[i : i + 1], generated[i : i + 1], [generators()[i]])[0]
-        for i in range(4)
-    ]
+    together = choose_tokens(logits, samplings, generated, generators())
+    alone = []
+    for i in range(4):
+        row = slice(i, i + 1)
+        alone += choose_tokens(logits[row], samplings[row], generated[row], generators()[row])
     assert together == alone
     assert together[2] == 2
     assert together[0] == int(logits[0].argmax())
@@ -317,8 +317,8 @@ def test_each_row_is_chosen_as_alone():
     ],
 )
 def test_frequencies_of_whole_requests_follow_the_probabilities(how, expected):
-    """Through `choose`, as the engine draws; token 0 was said before."""
+    """Through `choose_tokens`, as in the engine; token 0 was generated before."""
     generator, settings = torch.Generator().manual_seed(9), Sampling(**how)
-    draws = [choose(LOGITS[None], [settings], [[0]], [generator])[0] for _ in range(30_000)]
+    draws = [choose_tokens(LOGITS[None], [settings], [[0]], [generator])[0] for _ in range(30_000)]
     chances = softmax([x if x is not None else -1e9 for x in expected])
     assert chi_squared_chance(Counter(draws), chances, 30_000) > 1e-3

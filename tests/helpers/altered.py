@@ -16,7 +16,7 @@ from openpalm.generate.engine import Engine
 from openpalm.serve.app import create_app
 from openpalm.serve.metrics import Metrics
 from openpalm.serve.service import Service
-from openpalm.serve.worker import Served, Worker
+from openpalm.serve.worker import ServedModel, Worker
 
 Body = dict[str, Any]
 
@@ -58,8 +58,8 @@ def answers(
     """
     model = load(directory, allow=lambda reason: None)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
-    served = Served("base", Engine(model, slots=4), tokenizer, str(directory))
-    worker = Worker(served, queue_limit=16)
+    served = ServedModel("base", Engine(model, slots=4), tokenizer, str(directory))
+    worker = Worker(served, max_queue=16)
     app = create_app(Service(worker, lambda path, name: served, Metrics()), **options)
 
     async def ask() -> list[httpx2.Response]:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from openpalm.align.logprobs import token_log_probs
-from openpalm.align.pairs.pairs import answer_record
+from openpalm.align.pairs.examples import render_completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.demonstration_files import read_demonstrations
@@ -39,7 +39,16 @@ _SMALL = ("--batch-tokens", 256, *_ALIKE)
 _TALK, _RECORDS = "conversations/rows.jsonl", "preferences/records.jsonl"
 _FRESH = (
     *("--model", "palm-tiny", "--arch.dim", 8, "--arch.depth", 2, "--arch.heads", 2),
-    *("--arch.head-dim", 4, "--arch.ff-dim", 16, "--sequence-length", 64, "--prompts", "Chapter"),
+    *(
+        "--arch.head-dim",
+        4,
+        "--arch.ff-dim",
+        16,
+        "--sequence-length",
+        64,
+        "--sample-prompts",
+        "Chapter",
+    ),
 )
 
 PREPARE = {
@@ -52,7 +61,15 @@ RUNS: dict[str, tuple[object, ...]] = {
     "train": ("train", "--data", "tokens/dataset", *_FRESH, "--seed", 5, *_SMALL),
     "muon": ("train", "--data", "tokens/dataset", *_FRESH, "--optim.name", "muon", *_SMALL),
     "lora": (
-        *("train", "--data", "tokens/dataset", "--init", "train/run", "--prompts", "Chapter"),
+        *(
+            "train",
+            "--data",
+            "tokens/dataset",
+            "--init",
+            "train/run",
+            "--sample-prompts",
+            "Chapter",
+        ),
         *("--lora.rank", 2, "--lora.targets", "q,v,out,down", *_SMALL),
     ),
     "sft": (
@@ -102,7 +119,16 @@ RUNS: dict[str, tuple[object, ...]] = {
             "--reward",
             "reward/run",
         ),
-        *("--prompts", 4, "--max-new-tokens", 8, "--optim.name", "lion", "--optim.lr", 0.01),
+        *(
+            "--prompts-per-rollout",
+            4,
+            "--max-new-tokens",
+            8,
+            "--optim.name",
+            "lion",
+            "--optim.lr",
+            0.01,
+        ),
         *_ALIKE,
     ),
     "critic-separate": (
@@ -115,7 +141,16 @@ RUNS: dict[str, tuple[object, ...]] = {
             "--reward",
             "reward/run",
         ),
-        *("--prompts", 4, "--max-new-tokens", 8, "--critic", "separate", "--critic-bins", 5),
+        *(
+            "--prompts-per-rollout",
+            4,
+            "--max-new-tokens",
+            8,
+            "--critic",
+            "separate",
+            "--value-bins",
+            5,
+        ),
         *("--last-layers", 1, "--optim.name", "lion", "--optim.lr", 0.01, *_ALIKE),
     ),
 }
@@ -195,7 +230,7 @@ def outputs(model: Transformer, ids: Tensor) -> dict[str, Tensor]:
 
 def conversation(directory: Path) -> tuple[Tensor, Tensor]:
     """A question with its answer by the checkpoint's tokenizer: inputs and targets, [1, time]."""
-    record = answer_record(Tokenizer.load(directory / "tokenizer.json"), QUESTION, ANSWER)
+    record = render_completion(Tokenizer.load(directory / "tokenizer.json"), QUESTION, ANSWER)
     ids, counts = torch.tensor([record.ids]), torch.tensor([record.loss_mask])
     return ids[:, :-1], torch.where(counts, ids, IGNORE)[:, 1:].contiguous()
 

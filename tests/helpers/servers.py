@@ -58,7 +58,9 @@ class Running:
     def wait_idle(self, timeout_s: float = HANGS_S) -> None:
         """Until nothing is in a slot or waiting."""
         deadline = time.monotonic() + timeout_s
-        while self.metric("openpalm_sequences_load") + self.metric("openpalm_slots_active"):
+        while self.metric("openpalm_sequences_in_flight") + self.metric(
+            "openpalm_sequences_running"
+        ):
             assert time.monotonic() < deadline, "slots are still in use"
             time.sleep(0.01)
 

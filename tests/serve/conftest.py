@@ -17,7 +17,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(base):
-    with serving(base, "--dtype", "float32", "--slots", 8) as running:
+    with serving(base, "--dtype", "float32", "--max-sequences", 8) as running:
         yield running
 
 

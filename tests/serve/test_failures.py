@@ -11,7 +11,7 @@ from command_line import write_base
 from servers import events, serving
 
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.generate.defaults import Defaults, defaults_of
+from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 
 # A panic's trace may be longer than the pipe that nobody reads here.
 ADMIN = {"OPENPALM_ADMIN_KEY": "boss", "RUST_BACKTRACE": "0"}
@@ -182,12 +182,12 @@ def test_a_models_own_settings_are_the_servers(served, base, tmp_path):
 def test_a_models_own_settings_come_from_its_run_or_its_card(tmp_path):
     step = tmp_path / "run" / "checkpoints" / "step-00000010"
     step.mkdir(parents=True)
-    assert defaults_of(step) == Defaults(0.8, 1.0, 0)
+    assert sampling_defaults(step) == SamplingDefaults(0.8, 1.0, 0)
     card = "---\nlicense: mit\ninference:\n  parameters:\n    temperature: 0.3\n---\n# Model card\n"
     (step / "card.md").write_text(card)
-    assert defaults_of(step) == Defaults(temperature=0.3)
+    assert sampling_defaults(step) == SamplingDefaults(temperature=0.3)
     (tmp_path / "run" / "generation_config.json").write_text('{"top_p": 0.5, "temperature": null}')
-    assert defaults_of(step) == Defaults(top_p=0.5)
+    assert sampling_defaults(step) == SamplingDefaults(top_p=0.5)
 
 
 @pytest.mark.parametrize(
@@ -196,4 +196,4 @@ def test_a_models_own_settings_come_from_its_run_or_its_card(tmp_path):
 def test_settings_that_are_none(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(checkpoint.CheckpointError, match="generation_config"):
-        defaults_of(tmp_path)
+        sampling_defaults(tmp_path)

@@ -5,15 +5,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from openpalm.base.settings import parse
+from openpalm.cli.model_options import GenerationOptions
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
     from openpalm.data.text.conversation import Message
     from openpalm.data.text.tokenizer import Tokenizer
-    from openpalm.generate.defaults import Defaults
+    from openpalm.generate.defaults import SamplingDefaults
     from openpalm.generate.engine import Engine
 
 HELP = """/reset       begin a new conversation
@@ -22,7 +23,7 @@ HELP = """/reset       begin a new conversation
 
 
 @dataclass(frozen=True)
-class ChatSettings:
+class ChatSettings(GenerationOptions):
     """With which model to talk, and how it answers."""
 
     path: str
@@ -31,28 +32,6 @@ class ChatSettings:
     """instructions that begin the conversation"""
     max_new_tokens: int = 512
     """tokens of an answer at most"""
-    temperature: float | None = None
-    """0 always takes the most likely token; not set is the model's own, else 0.8"""
-    top_k: int | None = None
-    """keep only this many of the likeliest tokens, 0 all; not set is the model's own, else all"""
-    top_p: float | None = None
-    """keep the likeliest tokens with this probability; not set is the model's own, else 1"""
-    seed: int = 0
-    """of the random draws"""
-    tokenizer: Path | None = None
-    """tokenizer.json for a checkpoint that has none"""
-    adapter: Path | None = None
-    """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
-    force: bool = False
-    """use a tokenizer or an adapter that does not belong to this checkpoint"""
-    verify: bool = False
-    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of weights and arithmetic; auto is bfloat16 where the machine has instructions for it"""
-    quantize: Literal["int8", "int4"] | None = None
-    """keep the matrices in fewer bits: faster, a little worse, on a CPU; computes in bfloat16"""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -102,11 +81,15 @@ class _Conversation:
     """What was said so far; the engine keeps what it has read of it."""
 
     def __init__(
-        self, engine: "Engine", tokenizer: "Tokenizer", own: "Defaults", settings: ChatSettings
+        self,
+        engine: "Engine",
+        tokenizer: "Tokenizer",
+        own: "SamplingDefaults",
+        settings: ChatSettings,
     ):
         self.engine = engine
         self.tokenizer = tokenizer
-        self.how = own.given(settings.temperature, settings.top_p, settings.top_k)
+        self.how = own.override(settings.temperature, settings.top_p, settings.top_k)
         self.settings = settings
         self.messages: list[Message] = []
         self.reset()
@@ -130,14 +113,14 @@ class _Conversation:
         """Streams the answer; Ctrl-C keeps what came so far."""
         from openpalm.data.text.conversation import Message, render, stop_ids
         from openpalm.generate.engine import Request
-        from openpalm.generate.sampling import Sampling, seed_of_answer
+        from openpalm.generate.sampling import Sampling, completion_seed
         from openpalm.generate.streaming import Completion, stream
 
         self.messages.append(Message("user", text))
         how, settings = self.how, self.settings
         ids = render(self.tokenizer, self.messages, add_generation_prompt=True).ids
         # Not seed + turn: the next seed's conversation would repeat these draws a turn later.
-        seed = seed_of_answer(settings.seed, len(self.messages))
+        seed = completion_seed(settings.seed, len(self.messages))
         sampling = Sampling(how.temperature, how.top_k, how.top_p, seed)
         request = Request(ids, settings.max_new_tokens, sampling, stop_ids(self.tokenizer))
         answer = Completion("", [], "")

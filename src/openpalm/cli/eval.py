@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from openpalm.base.settings import parse
+from openpalm.cli.model_options import LoadOptions
 from openpalm.errors import SettingsError
 
 
 @dataclass(frozen=True)
-class EvalSettings:
+class EvalSettings(LoadOptions):
     """Which checkpoint on which data."""
 
     path: str
@@ -25,18 +26,12 @@ class EvalSettings:
     """tokens of a window; not set takes the model's context"""
     document_mask: bool = False
     """attention stays inside documents, as in a model trained so"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of weights and arithmetic"""
-    quantize: Literal["int8", "int4"] | None = None
-    """with the matrices in fewer bits, to see what that costs"""
     force: bool = False
     """measure on data of another tokenizer than the model's"""
     json: bool = False
     """print JSON"""
-    verify: bool = False
-    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
 
     def __post_init__(self) -> None:
         if self.sequence_length is not None and self.sequence_length < 1:
@@ -60,24 +55,25 @@ def run(argv: Sequence[str]) -> None:
 
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import validation, weights_path
+    from openpalm.cli.common import weights_path
     from openpalm.data.dataset.shards import open_dataset
-    from openpalm.generate.quantize import pack
+    from openpalm.evaluate.perplexity import dataset_loss
+    from openpalm.generate.quantize import quantize
     from openpalm.train.initial_weights import check_reads
 
     dataset = open_dataset(settings.data)
     directory = checkpoint.resolve(weights_path(settings.path), training=settings.verify)
-    checkpoint.check_writes(directory)
+    checkpoint.check_generates_text(directory)
     remedy = "prepare the data with the model's tokenizer"
     if forced := check_reads(directory, dataset.tokenizer(), remedy, force=settings.force):
         print(f"eval: warning: {forced}", file=sys.stderr)
     model = checkpoint.load(directory, str(pick_device(settings.device)))
     weights = settings.quantize or settings.dtype
     if weights != "float32":
-        model = pack(model, weights)
+        model = quantize(model, weights)
     length = settings.sequence_length or model.config.context
     with Console(stderr=True).status(f"reading the {settings.split} split"):
-        result = validation(
+        result = dataset_loss(
             model,
             dataset,
             settings.split,

@@ -6,20 +6,20 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from openpalm.base.settings import parse
+from openpalm.cli.model_options import GenerationOptions
 from openpalm.errors import SettingsError, count_of
 
 if TYPE_CHECKING:
     from openpalm.data.text.tokenizer import Tokenizer
-    from openpalm.generate.defaults import Defaults
+    from openpalm.generate.defaults import SamplingDefaults
     from openpalm.generate.engine import Request
 
 
 @dataclass(frozen=True)
-class SampleSettings:
+class SampleSettings(GenerationOptions):
     """What to continue, with which model, how."""
 
     path: str
@@ -28,14 +28,6 @@ class SampleSettings:
     """text to continue"""
     max_new_tokens: int | None = None
     """tokens to add at most; not set is 128"""
-    temperature: float | None = None
-    """0 always takes the most likely token; not set is the model's own, else 0.8"""
-    top_k: int | None = None
-    """keep only this many of the likeliest tokens, 0 all; not set is the model's own, else all"""
-    top_p: float | None = None
-    """keep the likeliest tokens with this probability; not set is the model's own, else 1"""
-    seed: int = 0
-    """of the random draws"""
     stop: list[str] | str | None = None
     """text that ends the answer and is not part of it; several as a JSON list"""
     chat: bool = False
@@ -44,20 +36,6 @@ class SampleSettings:
     """print text as it comes"""
     json: bool = False
     """print one JSON object: prompt, text, tokens, finish"""
-    tokenizer: Path | None = None
-    """tokenizer.json for a checkpoint that has none"""
-    adapter: Path | None = None
-    """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
-    force: bool = False
-    """use a tokenizer or an adapter that does not belong to this checkpoint"""
-    verify: bool = False
-    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of weights and arithmetic; auto is bfloat16 where the machine has instructions for it"""
-    quantize: Literal["int8", "int4"] | None = None
-    """keep the matrices in fewer bits: faster, a little worse, on a CPU; computes in bfloat16"""
     model: str | None = None
     """hub name in place of PATH, as the original program spells it"""
     seq_len: int | None = None
@@ -132,7 +110,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _request(
-    settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int, defaults: "Defaults"
+    settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int, defaults: "SamplingDefaults"
 ) -> "Request":
     from openpalm.data.text.conversation import Message, render, stop_ids
     from openpalm.generate.engine import Request
@@ -156,6 +134,6 @@ def _request(
     top_k = settings.top_k
     if settings.filter_thres is not None:
         top_k = math.ceil((1 - settings.filter_thres) * vocab_size)
-    own = defaults.given(settings.temperature, settings.top_p, top_k)
+    own = defaults.override(settings.temperature, settings.top_p, top_k)
     how = Sampling(own.temperature, own.top_k, own.top_p, settings.seed)
     return Request(ids, new_tokens, how, stops)

@@ -67,7 +67,7 @@ def starting_point(
         )
     directory = checkpoint.resolve(init)
     if not may_score:
-        checkpoint.check_writes(directory)
+        checkpoint.check_generates_text(directory)
     unnamed = checkpoint.tokenizer_json(directory) is None
     its_own = "the one of its training" if unnamed else directory / "tokenizer.json"
     remedy = f"prepare the data with --tokenizer {its_own}"
@@ -97,8 +97,8 @@ def starting_point(
 
 def _named(settings: TrainSettings) -> Preset:
     """What --depth or --model asks for."""
-    if settings.dial is not None:
-        return of_depth(settings.dial)
+    if settings.scaling_depth is not None:
+        return of_depth(settings.scaling_depth)
     assert settings.model is not None
     return preset(settings.model)
 

@@ -9,7 +9,7 @@ import pytest
 from command_line import write_base
 from servers import HANGS_S, serving
 
-from openpalm.cli.serve import _name
+from openpalm.cli.serve import _model_name
 
 KEYS = {"OPENPALM_API_KEY": "sesame", "OPENPALM_ADMIN_KEY": "boss"}
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6, "seed": 1}
@@ -43,7 +43,7 @@ def inbox():
 
 @pytest.fixture(scope="module")
 def guarded(base, inbox):
-    with serving(base, "--dtype", "float32", "--sink", inbox[0], env=KEYS) as running:
+    with serving(base, "--dtype", "float32", "--conversation-url", inbox[0], env=KEYS) as running:
         yield running
 
 
@@ -126,7 +126,7 @@ def test_only_what_its_user_agreed_to_share_is_kept(guarded, inbox):
 
 def test_a_model_is_replaced_while_requests_are_in_flight(base, other):
     """Those on the way finish on the old one; the next is answered by the new one."""
-    with serving(base, "--slots", 2, env=KEYS) as server:
+    with serving(base, "--max-sequences", 2, env=KEYS) as server:
         body = {"prompt": "abc", "max_tokens": 120, "ignore_eos": True, "temperature": 0}
         expected = server.call("/v1/completions", body, key="sesame").body["choices"]
         answers = []
@@ -208,4 +208,4 @@ def test_tokens_there_and_back(call, tokenizer):
     [("runs/tiny", "tiny"), ("runs/tiny/step-00000010", "tiny"), ("/", "/")],
 )
 def test_the_name_is_the_runs(path, name):
-    assert _name(path) == name
+    assert _model_name(path) == name

@@ -16,9 +16,9 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from openpalm.base.console import shown
-from openpalm.base.permutation import mixed
-from openpalm.base.settings import read_yaml
+from openpalm.base.permutation import mix64
 from openpalm.base.typed import at, expect, home, is_number
+from openpalm.base.yaml_file import read_yaml
 from openpalm.data.corpus.json_lines import read_rows
 from openpalm.data.corpus.sources import is_rows
 from openpalm.data.rows.demonstration_files import check_demonstration, read_demonstrations
@@ -113,7 +113,7 @@ def read_conversations(task: Task, seed: int) -> ReadResult[Messages]:
     found = []
     for number, (where, row) in enumerate(read_rows(task.data)):
         # A hash of seed and row number: the choice does not depend on the order of reading.
-        template = task.templates[mixed(mixed(seed) + number) % len(task.templates)]
+        template = task.templates[mix64(mix64(seed) + number) % len(task.templates)]
         found.append((where, at(where, _fill, template, row)))
     if not found:
         raise DataError(f"{task.data}: is empty; give a file with at least one row")

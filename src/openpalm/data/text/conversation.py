@@ -28,7 +28,7 @@ class Message:
         return row if self.trained else row | {"weight": 0}
 
 
-class Rendered(NamedTuple):
+class Example(NamedTuple):
     """Token ids and, for each id, whether it is in the loss."""
 
     ids: list[int]
@@ -37,7 +37,7 @@ class Rendered(NamedTuple):
 
 def render(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
-) -> Rendered:
+) -> Example:
     """The token ids of a conversation, and its loss mask: each `trained` turn of the assistant,
     with the token that ends it.
 
@@ -58,7 +58,7 @@ def render(
         opening = template.opening("assistant")
         ids += opening
         loss_mask += [False] * len(opening)
-    return Rendered(ids, loss_mask)
+    return Example(ids, loss_mask)
 
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:

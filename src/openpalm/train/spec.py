@@ -1,0 +1,128 @@
+"""What a run trains: model, data, objective and probes; and the Trainer made from them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from openpalm.base.settings import spell
+from openpalm.errors import SettingsError
+from openpalm.model.config import ModelConfig
+from openpalm.model.recompute import recompute
+from openpalm.model.transformer import Transformer
+from openpalm.parallel.world import world
+from openpalm.train.batch_shape import BatchShape
+from openpalm.train.config import TrainSettings, batch_shape
+from openpalm.train.initial_weights import choose_trained
+from openpalm.train.objective import Loader, NextToken, Objective
+from openpalm.train.optimization.parameter_groups import Optimizer
+from openpalm.train.probes import Probe
+from openpalm.train.trainer import Trainer
+
+LORA_RATE = 10
+"""Learning rate of an adapter, as a multiple of the weights' (Schulman et al. 2025, LoRA Without
+Regret)."""
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """What a run trains; the settings say for how long, how fast and in which directory."""
+
+    config: ModelConfig
+    fill: Callable[[Transformer], None]
+    """gives a new model its initial weights"""
+    make_loader: Callable[[BatchShape, Transformer, torch.dtype], Loader]
+    """makes the data loader; a loader of rollouts samples from the run's model, in its dtype"""
+    sequences_per_epoch: int
+    learning_rate: float
+    make_model: Callable[[ModelConfig], Transformer] = Transformer
+    """makes the model; `fill` fills it later"""
+    objective: Objective[Any] | None = None
+    """None is next-token prediction"""
+    shape: BatchShape | None = None
+    """shape of a step, if it does not follow from --batch-tokens"""
+    items_per_step: Callable[[BatchShape], int] | None = lambda shape: shape.sequences
+    """items that a step learns from; None if the size of microbatches changes the result"""
+    unit: str = "tokens"
+    """what the objective counts"""
+    tokenizer_json: str | None = None
+    data_hash: str | None = None
+    reward_hash: str | None = None
+    parent_hash: str | None = None
+    parent_fixed: bool = False
+    """whether a resumed run needs the same parent weights, because they are the reference"""
+    probes: Sequence[Probe] = ()
+    best: str | None = None
+    """the evaluation column with the highest value at the best checkpoint, which is kept"""
+    label: str = "train"
+    """name of the run in the terminal"""
+
+    def peak_rate(self, settings: TrainSettings) -> float:
+        """The peak learning rate of the run."""
+        adamw_rate = self.learning_rate * (LORA_RATE if settings.lora.rank else 1)
+        return settings.optim.peak(adamw_rate, self.config.dim)
+
+    def check(self, settings: TrainSettings) -> None:
+        """Raises SettingsError for a setting that this training would ignore."""
+        if self.shape is not None and settings.batch_ramp is not None:
+            raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
+        next_token = {
+            "z_loss": settings.z_loss or None,
+            "memory.loss_chunk": settings.memory.loss_chunk,
+        }
+        for name, value in next_token.items():
+            if self.objective is not None and value is not None:
+                raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
+
+    def cut_changes(self, stored: TrainSettings, shape: BatchShape) -> str | None:
+        """The reason why `shape` gives another result than the stored settings' cut, or None.
+
+        Losses are summed and divided by one count, so that k microbatches are one batch. That
+        fails if every microbatch draws random numbers or estimates a value of its own.
+        """
+        if self.config.dropout:
+            return "dropout draws other random numbers then"
+        if self.items_per_step is None or self.shape is not None:
+            return "its loss is estimated for each microbatch"
+        before = batch_shape(stored, shape.sequence_length, world().size)
+        if self.items_per_step(before) != self.items_per_step(shape):
+            return "its steps would have another number of pairs"
+        return None
+
+    @property
+    def hashes(self) -> dict[str, str | None]:
+        """Hashes of what the run reads, by their names in run.json."""
+        return {"data": self.data_hash, "parent": self.parent_hash, "reward": self.reward_hash}
+
+
+def make_trainer(
+    settings: TrainSettings,
+    spec: TrainSpec,
+    shape: BatchShape,
+    device: torch.device,
+    *,
+    steps: int,
+    dtype: torch.dtype,
+    fill: Callable[[Transformer], None] | None = None,
+) -> Trainer:
+    """Makes the run's model, optimizer, loader and Trainer; `fill` replaces the spec's weights."""
+    model = spec.make_model(spec.config).to(device)
+    (fill or spec.fill)(model)
+    choose_trained(model, settings)
+    recompute(model, settings.memory.recompute)
+    if settings.compile:
+        for block in model.blocks:
+            block.compile()
+    return Trainer(
+        model,
+        spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk),
+        Optimizer(model, settings.optim, spec.peak_rate(settings)),
+        spec.make_loader(shape, model, dtype),
+        steps=steps,
+        accumulation=shape.accumulation,
+        ramp=shape.ramp,
+        dtype=dtype,
+        max_skipped_steps=settings.max_skipped_steps,
+        world=world(),
+    )
