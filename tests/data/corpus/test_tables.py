@@ -131,7 +131,7 @@ def test_damaged_parquet_is_named(table):
             texts(path)
 
 
-def test_row_groups_of_unreasonable_size_are_not_read(table, monkeypatch):
+def test_row_groups_above_the_size_limit_are_not_read(table, monkeypatch):
     path = table({"text": ["a" * 100] * 1000}, use_dictionary=False)
     with monkeypatch.context() as patch:
         patch.setattr(tables, "MAX_CHUNK_VALUES", 999)
