@@ -90,7 +90,7 @@ class Trainer:
         return StepReport(self.step, loss, count, norm, factor, skipped, metrics)
 
     def forward_backward(self, batches: Sequence[Any]) -> tuple[float, int, Metrics]:
-        """Accumulates the gradient of the mean loss; returns the mean, its count and the metrics."""
+        """Accumulates the gradient of the mean loss; returns that mean, its count, the metrics."""
         # Counted over all microbatches and processes BEFORE backward: a mean of microbatch means
         # is another loss as soon as microbatches have different counts.
         count = round(self.world.sum(sum(self.objective.count(batch) for batch in batches)))
@@ -131,7 +131,7 @@ class Trainer:
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The state that `restore` needs, without the published weights: tensors and JSON values."""
+        """The state that `restore` needs, as tensors and JSON values; without published weights."""
         tensors = {f"optimizer/{k}": v for k, v in self.optimizer.state_tensors().items()}
         tensors |= {f"model/{k}": v.detach() for k, v in self._unpublished()}
         if isinstance(self.loader, StatefulLoader):
@@ -169,7 +169,7 @@ class Trainer:
             self.loader.load_state_tensors(_under("loader/", tensors))
 
     def _unpublished(self) -> list[tuple[str, nn.Parameter]]:
-        """Parameters that only training needs, such as a critic's; checkpoints publish the others."""
+        """Parameters that only training needs, such as a critic's."""
         published = {name for name, _ in self.model.published_parameters()}
         return [item for item in self.model.named_parameters() if item[0] not in published]
 
