@@ -337,7 +337,7 @@ def test_killed_around_the_writing_of_the_settings(
 ):
     from openpalm.train import run_directory as run_module
 
-    original = run_module._write_durably
+    original = run_module.write_atomically
 
     def patched(path: Path, text: str) -> None:
         if when == "after":
@@ -348,7 +348,7 @@ def test_killed_around_the_writing_of_the_settings(
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_write_durably", patched)
+        patch.setattr(run_module, "write_atomically", patched)
         with pytest.raises(Killed):
             train(out)
     assert train(out) == 0
