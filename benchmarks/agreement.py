@@ -18,10 +18,10 @@ from openpalm.cli.common import tokenizer_of
 from openpalm.data.corpus.builtin import question_answers
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.generate.engine import Engine, Request, Token
-from openpalm.generate.quantize import Weights
+from openpalm.generate.quantize import WeightFormat
 from openpalm.generate.sampling import Sampling
 
-FORMS: tuple[Weights, ...] = ("float32", "bfloat16", "int8", "int4")
+FORMS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "int4")
 CLOSE = 0.02
 
 
@@ -41,7 +41,7 @@ def answered(engine: Engine, requests: list[Request]) -> list[list[Token]]:
     return answers
 
 
-def compare(model, weights: Weights, requests: list[Request]) -> Agreement:
+def compare(model, weights: WeightFormat, requests: list[Request]) -> Agreement:
     together = answered(Engine(model, slots=32, weights=weights), requests)
     alone_engine = Engine(model, slots=1, weights=weights)
     equal, gaps = 0, [0.0]

@@ -22,7 +22,7 @@ import torch
 
 from openpalm.base.device import pick_dtype, processor
 from openpalm.generate.engine import Engine, Request
-from openpalm.generate.quantize import Weights
+from openpalm.generate.quantize import WeightFormat
 from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise
@@ -46,7 +46,7 @@ def bandwidth() -> float:
     return best
 
 
-def ours(model: Transformer, weights: Weights, slots: int = 16) -> Decode:
+def ours(model: Transformer, weights: WeightFormat, slots: int = 16) -> Decode:
     engine = Engine(model, weights=weights, slots=slots)
     greedy = Sampling(temperature=0)
 
@@ -170,7 +170,7 @@ def palm_rlhf(dtype: torch.dtype) -> Decode:
 
 def contenders(model: Transformer, dtype: str) -> dict[str, tuple[Decode, float]]:
     """Name -> how it decodes, and its bytes a weight."""
-    weights: tuple[Weights, ...] = ("float32", "bfloat16", "int8", "int4")
+    weights: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "int4")
     found = {f"OpenPaLM {w}": (ours(model, w), BYTES_A_WEIGHT[w]) for w in weights}
     peers = {
         f"transformers {dtype}": transformers_llama,

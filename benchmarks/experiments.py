@@ -83,7 +83,16 @@ def train(out: Path, data: Path, seed: int, *options: str) -> list[Row]:
     """The rows of a run of `openpalm train`, which goes on where it had stopped."""
     from openpalm.train.metrics import read_rows
 
-    fixed = ("--model", "palm-tiny", "--dtype", "bfloat16", "--device", "cpu", "--keep", "1")
+    fixed = (
+        "--model",
+        "palm-tiny",
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+        "--keep-checkpoints",
+        "1",
+    )
     places = ("--data", str(data), "--out", str(out), "--seed", str(seed))
     openpalm("train", *fixed, *places, *options)
     return read_rows(out / "metrics.jsonl")

@@ -22,14 +22,14 @@ from train_common import Row, random_batch
 
 from openpalm.base.settings import build
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.data.batches.loader import Batch, TokenLoader
+from openpalm.data.batches.loader import Batch, token_loader
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.train.config import TrainSettings
-from openpalm.train.job import Job
-from openpalm.train.run import run
+from openpalm.train.run import run_training
+from openpalm.train.spec import TrainSpec
 
 SMALL = replace(preset("palm-tiny").config, head_dim=64, context=128)
 STEPS, SAVED_AT = 20, 10
@@ -169,18 +169,18 @@ def trained(out: Path, device: torch.device, dtype: str) -> Tensor:
     """All weights at the end of the run in `out`, as its last checkpoint has them."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, SMALL.vocab_size, 20_000).astype(np.uint16)
-    job = Job(
+    spec = TrainSpec(
         config=SMALL,
         fill=partial(initialise, seed=0),
-        make_loader=lambda shape, *_: TokenLoader(
+        make_loader=lambda shape, *_: token_loader(
             tokens, sequence_length=shape.sequence_length, rows=shape.rows, seed=0
         ),
         sequences_per_epoch=len(tokens) // SMALL.context,
         learning_rate=1e-3,
     )
     values = {"data": "-", "out": out, "model": "-", "steps": STEPS, "save_every": SAVED_AT}
-    values |= {"device": device.type, "dtype": dtype, "keep": 0, "eval_every": STEPS}
-    outcome = run(build(TrainSettings, values), job)
+    values |= {"device": device.type, "dtype": dtype, "keep_checkpoints": 0, "eval_every": STEPS}
+    outcome = run_training(build(TrainSettings, values), spec)
     return whole(checkpoint.load(outcome.checkpoint, device=device.type))
 
 

@@ -21,8 +21,8 @@ from openpalm.data.batches.loader import Batch
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import initialise
 from openpalm.train.config import BatchShape, OptimSettings, TrainSettings
-from openpalm.train.job import Job, make_trainer
 from openpalm.train.optimization.parameter_groups import Optimizer, learning_rate_factor
+from openpalm.train.spec import TrainSpec, make_trainer
 
 ENDLESS = 10**6
 
@@ -93,7 +93,7 @@ class OpenPalm:
         config, dtype = rules.config, str(rules.dtype).removeprefix("torch.")
         whole = {"data": "-", "out": "-", "model": "-", "steps": rules.steps}
         chosen = {"dtype": dtype, "steps": rules.steps}
-        job = Job(
+        spec = TrainSpec(
             config=config,
             fill=partial(initialise, seed=0),
             make_loader=lambda *_: self,
@@ -102,7 +102,7 @@ class OpenPalm:
         )
         shape = BatchShape(config.context, rows=1, accumulation=1)
         made = build(TrainSettings, whole | {"chosen": chosen} | settings)
-        self._trainer = make_trainer(made, job, shape, rules.device, job.fill)
+        self._trainer = make_trainer(made, spec, shape, rules.device, spec.fill)
         self.parameters, self.looked_up = config.parameters, 0
         self.attention = config.depth * config.heads * config.head_dim
 

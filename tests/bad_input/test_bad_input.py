@@ -359,7 +359,16 @@ def small_disk(place):
 def test_a_full_disk_loses_nothing(small_disk, base, work):
     run = small_disk / "run"
     words = ["train", "--init", base, "--data", work / "data", "--out", run, "--steps", 6]
-    words += ["--batch-tokens", 96, "--dtype", "float32", "--eval-every", 6, "--keep", 0]
+    words += [
+        "--batch-tokens",
+        96,
+        "--dtype",
+        "float32",
+        "--eval-every",
+        6,
+        "--keep-checkpoints",
+        0,
+    ]
     words += ["--save-every", 1]
     failed = program(*words)
     assert failed.returncode == 1

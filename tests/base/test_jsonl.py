@@ -5,12 +5,12 @@ import os
 
 import pytest
 
-from openpalm.base.jsonl import MAX_BYTES, GrowingRows, growing, write_rows
+from openpalm.base.jsonl import MAX_BYTES, JsonlWriter, open_jsonl, write_rows
 from openpalm.errors import DataError, SettingsError, StorageError
 
 
 def add(path, *rows):
-    with growing(path) as file:
+    with open_jsonl(path) as file:
         found = list(file.found)
         for row in rows:
             file.append(row)
@@ -47,14 +47,14 @@ def test_killed_at_any_byte_the_whole_rows_stay(tmp_path):
 
 def test_a_row_is_there_at_once(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with growing(path) as file:
+    with open_jsonl(path) as file:
         file.append({"a": 1})
         assert json.loads(path.read_text()) == {"a": 1}
 
 
 def test_a_second_process_is_kept_out(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with growing(path), pytest.raises(SettingsError, match="another process is writing it"):
+    with open_jsonl(path), pytest.raises(SettingsError, match="another process is writing it"):
         add(path)
 
 
@@ -91,12 +91,12 @@ class Disk:
 
 def test_a_slow_disk_gets_everything_and_a_full_one_says_so(tmp_path):
     slow, full = Disk(1000), Disk(12)
-    rows = GrowingRows(slow, tmp_path, [], 0)
+    rows = JsonlWriter(slow, tmp_path, [], 0)
     for n in range(3):
         rows.append({"n": n})
     assert [json.loads(line)["n"] for line in slow.content.splitlines()] == [0, 1, 2]
     with pytest.raises(StorageError, match="the rows so far are kept"):
-        GrowingRows(full, tmp_path, [], 0).append({"text": "longer than that"})
+        JsonlWriter(full, tmp_path, [], 0).append({"text": "longer than that"})
 
 
 @pytest.mark.parametrize("content", ["notes", "{}\nnotes", "notes\n", "3\n", "[" * 9999 + "\n"])

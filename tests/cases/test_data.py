@@ -96,7 +96,7 @@ def test_a_folder_without_its_hidden_files(said, place):
     Path("in/._a.md").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
     status, output, errors = said("data", "prepare", "in", "--out", "o", "--tokenizer", "byte")
     assert status == 0, errors
-    assert "read 1 documents" in output
+    assert "read 1 document:" in output
 
 
 @pytest.mark.parametrize("name", ["rows.ndjson", "rows.json"])
@@ -118,7 +118,13 @@ def finished(work, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "option",
-    ["--microbatch-tokens 48", "--keep 1", "--save-every 1", "--max-skipped 20", "--device cpu"],
+    [
+        "--microbatch-tokens 48",
+        "--keep-checkpoints 1",
+        "--save-every 1",
+        "--max-skipped-steps 20",
+        "--device cpu",
+    ],
 )
 def test_a_run_resumes_with_options_that_change_no_result(said, finished, option):
     """A run stopped for lack of memory or disk could not resume with options that use less."""

@@ -224,7 +224,16 @@ def test_a_reward_edited_between_two_parts_of_a_run(said, work, tmp_path):
     prompts.write_text("".join(f'{{"prompt": "Q {i}"}}\n' for i in range(12)), encoding="utf-8")
     pay.write_text("def pay(prompt, answer, row):\n    return float(len(answer))\n", "utf-8")
     words = ["grpo", "--init", work / "base", "--data", prompts, "--reward", f"{pay}:pay"]
-    words += ["--max-new-tokens", 4, "--prompts", 2, "--answers", 2, "--steps", 2]
+    words += [
+        "--max-new-tokens",
+        4,
+        "--prompts-per-rollout",
+        2,
+        "--num-completions",
+        2,
+        "--steps",
+        2,
+    ]
     words += ["--save-every", 1, "--dtype", "float32", "--out", run]
     status, _, errors = said(*words)
     assert status == 0, errors
@@ -233,7 +242,7 @@ def test_a_reward_edited_between_two_parts_of_a_run(said, work, tmp_path):
     pay.write_text("def pay(prompt, answer, row):\n    return -1000.0\n", "utf-8")
     status, _, errors = said(*words)
     assert status == 2
-    assert "what --reward or --gold names has changed" in errors[-1]
+    assert "what --reward or --gold-reward names has changed" in errors[-1]
     assert rows(run / "metrics.jsonl") == before
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,3 +187,19 @@ def test_what_the_terminal_cannot_show_is_escaped(environment, tmp_path):
     done = subprocess.run([*words, "inspect", tmp_path / "out"], **options)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"\\u65e5" in done.stdout
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    """The last line has all bytes of both passes; no line comes before its time."""
+    path, size = tmp_path / "a.txt", 3_000_000
+    path.write_text("A line of text, 31 bytes long.\n" * (size // 31), encoding="utf-8")
+    for between, counts in ((0.0, True), (1e9, False)):
+        monkeypatch.setattr(data, "SECONDS_BETWEEN_LINES", between)
+        words = ["--out", tmp_path / f"out-{counts}", "--tokenizer", "byte"]
+        status, _, errors = run(capsys, "prepare", path, *words)
+        assert status == 0
+        lines = errors.splitlines()
+        assert bool(lines) == counts
+        if counts:
+            assert all(re.fullmatch(r"\w+: [0-6] of 6 MB", line) for line in lines)
+            assert lines[-1].endswith(": 6 of 6 MB")

@@ -113,7 +113,7 @@ def test_a_failure_is_named_with_its_remedy(said, base, given, words, says):
         (["none.jsonl"], "none.jsonl"),
         (["r.py"], ".jsonl or .jsonl.gz"),
         (["prompts.jsonl", "--reward", "nothing"], "--reward nothing: no such run"),
-        (["prompts.jsonl", "--answers", 1], "--answers 1"),
+        (["prompts.jsonl", "--num-completions", 1], "--num-completions 1"),
         (["prompts.jsonl", "--lora.rank", 10_000], "rank"),
         (
             ["prompts.jsonl", "--max-new-tokens", 96],

@@ -71,7 +71,7 @@ def thumbs(tmp_path):
 
 @pytest.mark.parametrize("form", ["thumbs", "pairs"])
 def test_kto_learns_what_is_good(said, base, tmp_path, form, request):
-    """Of verdicts, and of pairs, which are one good and one bad verdict each."""
+    """Of labelled completions, and of pairs: one desirable and one undesirable completion each."""
     data = request.getfixturevalue(form)
     status, _, errors = run(said, base, data, tmp_path / "out", "--loss", "kto", "--beta", 0.5)
     assert status == 0, errors
@@ -82,7 +82,7 @@ def test_kto_learns_what_is_good(said, base, tmp_path, form, request):
     steps = [row for row in logged if "loss" in row]
     assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-3)
     assert steps[-1]["loss"] < 0.45
-    assert steps[-1]["verdicts"] == 12 * 8
+    assert steps[-1]["completions"] == 12 * 8
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_kto_learns_what_is_good(said, base, tmp_path, form, request):
         ({"completion": None}, "thumbs.jsonl:121"),
     ],
 )
-def test_a_bad_verdict_is_named(said, base, thumbs, tmp_path, row, says):
+def test_a_bad_label_is_named(said, base, thumbs, tmp_path, row, says):
     good = {"prompt": "Why?", "completion": "So.", "label": True}
     with thumbs.open("a") as file:
         file.write(json.dumps(good | row) + "\n")
@@ -104,13 +104,36 @@ def test_a_bad_verdict_is_named(said, base, thumbs, tmp_path, row, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_verdicts_of_one_prompt_are_refused(said, base, tmp_path):
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        (True, "all desirable; without undesirable ones"),
+        (False, "all undesirable; without desirable ones"),
+    ],
+)
+def test_labels_of_one_kind_alone_are_pointed_out(said, base, thumbs, tmp_path, label, says):
+    """The run goes through all the same."""
+    lines = [json.loads(line) for line in thumbs.read_text(encoding="utf-8").splitlines()]
+    kept = [json.dumps(row) + "\n" for row in lines if row["label"] is label]
+    thumbs.write_text("".join(kept), encoding="utf-8")
+    words = ("--loss", "kto", "--steps", 2)
+    status, _, errors = run(said, base, thumbs, tmp_path / "out", *words)
+    assert status == 0, errors
+    assert any(
+        line.startswith("dpo: 60 labelled completions, ") and says in line for line in errors
+    )
+    losses = [row["loss"] for row in rows(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
+    assert losses[0] == pytest.approx(0.5, abs=1e-3)
+    assert len(losses) == 2
+
+
+def test_completions_of_one_prompt_are_refused(said, base, tmp_path):
     path = tmp_path / "one.jsonl"
     row = {"prompt": "Why?", "completion": "So.", "label": True}
     path.write_text(f"{json.dumps(row)}\n" * 3)
     status, _, errors = run(said, base, path, tmp_path / "out", "--loss", "kto")
     assert status == 2
-    assert "kto needs answers to at least two" in errors[-1]
+    assert "give at least two prompts" in errors[-1]
 
 
 def test_the_same_command_again_does_nothing_and_another_beta_is_refused(

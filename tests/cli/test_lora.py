@@ -10,7 +10,7 @@ from command_line import rows, talk, write_base
 
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.model import lora
-from openpalm.train.job import LORA_RATE
+from openpalm.train.spec import LORA_RATE
 
 
 @pytest.fixture(scope="module")
@@ -169,14 +169,14 @@ def test_an_adapter_that_no_manifest_lists_is_not_used(folder, adapted, said, tm
 
 def test_verify_reads_the_optimizer_s_state_too(folder, adapted, said, tmp_path):
     run = shutil.copytree(checkpoint.resolve(adapted), tmp_path / "step-00000006")
-    content = bytearray((run / "train" / "__0_0.distcp").read_bytes())
+    content = bytearray((run / "train" / "state.safetensors").read_bytes())
     content[-1] ^= 1
-    (run / "train" / "__0_0.distcp").write_bytes(content)
+    (run / "train" / "state.safetensors").write_bytes(content)
     assert sampled(said, run)
     for verb in (("sample", run, "x"), ("merge-lora", run, "--out", tmp_path / "out")):
         status, _, errors = said(*verb, "--verify")
         assert (status, len(errors)) == (2, 1)
-        assert "train/__0_0.distcp was altered" in errors[0]
+        assert "train/state.safetensors was altered" in errors[0]
 
 
 @pytest.mark.parametrize(

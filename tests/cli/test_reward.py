@@ -1,4 +1,4 @@
-"""`openpalm reward`: judgements in, a model that scores answers out, and what is refused."""
+"""`openpalm reward`: pairs or ratings in, a reward model out, and what is refused."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import torch
 from command_line import rows, write_base
 
 import openpalm
-from openpalm.align.pairs.pairs import answer_record
+from openpalm.align.pairs.examples import render_completion
 from openpalm.data.text.conversation import Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model import lora
@@ -65,7 +65,7 @@ def reward_of(path, answer):
     """The reward of one answer, as a caller from Python gets it."""
     model = openpalm.load(path)
     assert isinstance(model, RewardModel)
-    record = answer_record(
+    record = render_completion(
         Tokenizer.byte(), [Message("user", "Question 7?")], [Message("assistant", answer)]
     )
     return model.value(torch.tensor([record.ids])).item()
@@ -142,7 +142,7 @@ def test_ties_are_in_the_agreement(said, base, tmp_path):
 
 
 def test_resumed_is_uninterrupted(said, base, ratings, tmp_path):
-    words = ["--loss", "ordinal", "--members", 2, "--save-every", 4, "--keep", 0]
+    words = ["--loss", "ordinal", "--members", 2, "--save-every", 4, "--keep-checkpoints", 0]
     out = tmp_path / "out"
     assert run(said, base, ratings, out, *words)[0] == 0
     whole = rows(out / "metrics.jsonl")
@@ -184,7 +184,7 @@ def test_training_goes_on_from_a_reward_model(said, base, ratings, tmp_path):
     assert torch.allclose(new.reward_head, old.reward_head, atol=1e-6)
     status, _, errors = run(said, tmp_path / "first", ratings, tmp_path / "x", "--loss", "ordinal")
     assert status == 2
-    assert "learns ordinal heads, those of --init are binned" in errors[-1]
+    assert "trains ordinal heads, but --init has a binned head" in errors[-1]
 
 
 def test_verbs_that_need_a_language_model_say_so(said, base, pairs, work, tmp_path):

@@ -66,7 +66,7 @@ def test_packed_takes_more_conversations_a_step(said, base, colours, tmp_path):
 
 def test_a_packed_run_goes_on_where_it_stopped(said, base, colours, tmp_path):
     """The losses of a run that began again from its checkpoint are those of one that did not."""
-    words = ("--pack", "--steps", 12, "--save-every", 5, "--keep", 0)
+    words = ("--pack", "--steps", 12, "--save-every", 5, "--keep-checkpoints", 0)
     for name in ("whole", "killed"):
         assert run(said, base, colours, tmp_path / name, *words)[0] == 0
     checkpoints = tmp_path / "killed" / "checkpoints"

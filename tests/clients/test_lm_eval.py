@@ -99,7 +99,7 @@ def samples(out, task):
 
 
 def greedy(engine, ids, count):
-    return engine.answers([Request(ids, count, Sampling(temperature=0))])[0]
+    return engine.completions([Request(ids, count, Sampling(temperature=0))])[0]
 
 
 def said(engine, tokenizer, ids, ends):

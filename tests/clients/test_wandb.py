@@ -18,7 +18,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("work"))
     words = ["--init", folder / "base", "--data", folder / "data", "--out", folder / "logged"]
     words += ["--steps", 8, "--batch-tokens", 192, "--dtype", "float32", "--eval-every", 4]
-    done = program("train", *words, "--log", "wandb", env={"WANDB_MODE": "offline"})
+    done = program("train", *words, "--loggers", "wandb", env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("wandb") == 2, done.stderr  # our line, and the folder in it
     return folder / "logged"

@@ -214,7 +214,7 @@ def test_prompts_can_be_text(tmp_path: Path):
         ({"prompt_token_ids": [[0.5]]}, DataError, "whole numbers"),
         ({"eps_clip": 1.5}, SettingsError, r"1\.5: must be"),
         ({"actor_lora_r": 99}, SettingsError, "rank"),
-        ({"critic_num_pred_bins": 1}, SettingsError, "critic-bins 1: must be 0"),
+        ({"critic_num_pred_bins": 1}, SettingsError, "value-bins 1: must be 0"),
         ({"hl_gauss_loss_kwargs": {"max_value": 0.0}}, SettingsError, "above min_value"),
     ],
 )

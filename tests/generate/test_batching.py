@@ -13,7 +13,7 @@ GREEDY = Sampling(temperature=0)
 
 
 def alone(model, request):
-    return Engine(model, slots=1).answers([request])[0]
+    return Engine(model, slots=1).completions([request])[0]
 
 
 def finish(engine, tickets):
@@ -29,7 +29,7 @@ def finish(engine, tickets):
 def test_a_prompt_read_in_chunks_is_the_prompt(any_model, prefill_tokens):
     requests = [Request(list(range(i, i + 23)), 8, GREEDY) for i in range(4)]
     engine = Engine(any_model, slots=3, prefill_tokens=prefill_tokens)
-    assert engine.answers(requests) == [alone(any_model, request) for request in requests]
+    assert engine.completions(requests) == [alone(any_model, request) for request in requests]
 
 
 def test_requests_that_come_and_go_at_any_time_get_their_own_answers():
@@ -63,8 +63,8 @@ def test_samples_of_one_prompt_read_it_once():
     model, prompt = tiny(), list(range(60))
     requests = [Request(prompt, 4, Sampling(seed=i)) for i in range(8)]
     engine = Engine(model, slots=8)
-    answers = engine.answers(requests)
-    assert engine.prefilled == len(prompt) + 7
+    answers = engine.completions(requests)
+    assert engine.prefilled_tokens == len(prompt) + 7
     assert answers == [alone(model, request) for request in requests]
     assert len({tuple(answer) for answer in answers}) > 1
 
@@ -74,26 +74,26 @@ def test_a_beginning_left_by_an_ended_request_is_not_read_again():
     engine = Engine(model, slots=2)
     for i in range(4):
         request = Request([*system, 60 + i, 1, 2], 3, GREEDY)
-        assert engine.answers([request])[0] == alone(model, request)
-    assert engine.prefilled == 53 + 3 * 3
+        assert engine.completions([request])[0] == alone(model, request)
+    assert engine.prefilled_tokens == 53 + 3 * 3
 
 
 def test_a_conversation_goes_on_from_what_was_generated():
     model = tiny()
     engine = Engine(model)
     first = Request(list(range(20)), 6, GREEDY)
-    answer = engine.answers([first])[0]
+    answer = engine.completions([first])[0]
     second = Request([*first.ids, *answer, 7, 8], 4, GREEDY)
-    assert engine.answers([second])[0] == alone(model, second)
-    assert engine.prefilled == 20 + 3  # the last generated token was never read
+    assert engine.completions([second])[0] == alone(model, second)
+    assert engine.prefilled_tokens == 20 + 3  # the last generated token was never read
 
 
 def test_new_weights_forget_what_the_old_ones_read():
     model, other = tiny(seed=0), tiny(seed=1)
     engine, request = Engine(model), Request(list(range(40)), 5, GREEDY)
-    engine.answers([request])
+    engine.completions([request])
     engine.refresh(other)
-    assert engine.answers([request])[0] == alone(other, request)
+    assert engine.completions([request])[0] == alone(other, request)
 
 
 def test_leaving_early_frees_every_slot():
@@ -125,8 +125,8 @@ def test_an_engine_in_flight_takes_no_new_weights():
 
 def test_memory_follows_what_was_reserved():
     engine = Engine(tiny(), slots=2, prefill_tokens=8)
-    engine.answers([Request([1] * 10, 5, GREEDY)])
+    engine.completions([Request([1] * 10, 5, GREEDY)])
     assert engine._cache.room == 256
-    engine.answers([Request([1] * 300, 5, GREEDY)])
+    engine.completions([Request([1] * 300, 5, GREEDY)])
     assert engine._cache.room == 512
     assert engine._cache.keys.dtype == torch.float32

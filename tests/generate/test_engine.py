@@ -53,11 +53,11 @@ def answers(engine, requests):
 def test_greedy_with_cache_is_greedy_without(any_model):
     for prompt in PROMPTS:
         request = Request(prompt, 20, GREEDY)
-        assert Engine(any_model).answers([request])[0] == recomputed(any_model, request)[0]
+        assert Engine(any_model).completions([request])[0] == recomputed(any_model, request)[0]
 
 
 def test_greedy_takes_the_best_token_each_time(any_model):
-    ids = Engine(any_model).answers([Request([1, 2, 3], 12, GREEDY)])[0]
+    ids = Engine(any_model).completions([Request([1, 2, 3], 12, GREEDY)])[0]
     whole = torch.tensor([[1, 2, 3, *ids]])
     with torch.no_grad():
         best = any_model.logits(whole)[0].argmax(dim=-1).tolist()
@@ -69,7 +69,7 @@ def test_batched_equals_alone_equals_recomputed(any_model):
     together = answers(Engine(any_model), requests)
     assert {finish[-1] for _, _, finish in together} == {"stop", "length"}
     for request, (ids, log_probs, _) in zip(requests, together, strict=True):
-        assert Engine(any_model).answers([request]) == [ids]
+        assert Engine(any_model).completions([request]) == [ids]
         expected, expected_log_probs = recomputed(any_model, request)
         assert ids == expected
         assert log_probs == pytest.approx(expected_log_probs, abs=1e-4)
@@ -78,17 +78,17 @@ def test_batched_equals_alone_equals_recomputed(any_model):
 @pytest.mark.parametrize("slots", [1, 2, 4, 5])
 def test_more_requests_than_slots(model, slots):
     requests = mixed_requests()
-    assert Engine(model, slots=slots).answers(requests) == Engine(model).answers(requests)
+    assert Engine(model, slots=slots).completions(requests) == Engine(model).completions(requests)
 
 
 def test_neighbours_do_not_change_an_answer(model):
     requests = mixed_requests()
-    backwards = Engine(model).answers(requests[::-1])
-    assert backwards[::-1] == Engine(model).answers(requests)
+    backwards = Engine(model).completions(requests[::-1])
+    assert backwards[::-1] == Engine(model).completions(requests)
 
 
 def test_no_requests_give_no_tokens(model):
-    assert Engine(model).answers([]) == []
+    assert Engine(model).completions([]) == []
     assert Engine(model).score([]) == []
 
 
@@ -100,14 +100,14 @@ def test_tokens_come_as_they_are_made(model):
 
 def test_seeds(model):
     def answer(seed):
-        return Engine(model).answers([Request([1, 2], 30, Sampling(seed=seed))])[0]
+        return Engine(model).completions([Request([1, 2], 30, Sampling(seed=seed))])[0]
 
     assert answer(1) == answer(1)
     assert answer(1) != answer(2)
 
 
 def test_equal_requests_get_equal_answers(model):
-    first, second = Engine(model).answers([Request([1, 2], 30, Sampling(seed=8))] * 2)
+    first, second = Engine(model).completions([Request([1, 2], 30, Sampling(seed=8))] * 2)
     assert first == second
 
 
@@ -137,7 +137,7 @@ def test_log_probs_of_generation_are_the_score(any_model):
 
 
 def test_stop_id_is_the_last_token(model):
-    free = Engine(model).answers([Request([1], 40, Sampling(seed=1))])[0]
+    free = Engine(model).completions([Request([1], 40, Sampling(seed=1))])[0]
     stop = free[10]
     first = free.index(stop)
     tokens = list(Engine(model).generate([Request([1], 40, Sampling(seed=1), frozenset({stop}))]))
@@ -151,7 +151,7 @@ def test_length_ends_where_no_stop_comes(model):
 
 
 def test_a_stop_at_the_last_token_is_a_stop(model):
-    best = Engine(model).answers([Request([1], 1, GREEDY)])[0][0]
+    best = Engine(model).completions([Request([1], 1, GREEDY)])[0][0]
     (token,) = Engine(model).generate([Request([1], 1, GREEDY, frozenset({best}))])
     assert token.finish == "stop"
 
@@ -163,7 +163,7 @@ def test_one_token(model):
 
 def test_no_token_is_asked_for(model):
     requests = [Request([1], 0), Request([1], 2, GREEDY)]
-    assert [len(ids) for ids in Engine(model).answers(requests)] == [0, 2]
+    assert [len(ids) for ids in Engine(model).completions(requests)] == [0, 2]
 
 
 # --- what is refused
@@ -180,7 +180,7 @@ def test_bad_ids_are_refused_before_anything_is_made(model, ids):
 
 def test_ids_of_padding_rows_are_refused():
     with pytest.raises(SettingsError, match="token id 70: the model's vocabulary has 70"):
-        Engine(tiny(vocab_size=70)).answers([Request([70], 1)])
+        Engine(tiny(vocab_size=70)).completions([Request([70], 1)])
 
 
 def test_a_bidirectional_model_is_refused():
@@ -191,13 +191,13 @@ def test_a_bidirectional_model_is_refused():
 def test_padding_ids_are_never_drawn_and_all_others_are():
     engine = Engine(tiny(vocab_size=70), slots=50)
     requests = [Request([i], 60, Sampling(temperature=100.0, seed=i)) for i in range(50)]
-    assert {i for ids in engine.answers(requests) for i in ids} == set(range(70))
+    assert {i for ids in engine.completions(requests) for i in ids} == set(range(70))
 
 
 def test_the_engine_leaves_dropout_off():
     model = tiny(dropout=0.5).train()
     requests = [Request([1, 2, 3], 20, GREEDY)]
-    assert Engine(model).answers(requests) == Engine(tiny()).answers(requests)
+    assert Engine(model).completions(requests) == Engine(tiny()).completions(requests)
 
 
 # --- what comes beside the tokens
@@ -232,7 +232,7 @@ def test_a_scored_prompt_comes_before_its_answer(any_model, prefill_tokens):
         assert all(len(t.top) == 2 and t.finish is None for t in mine[:-1])
         expected = Engine(any_model).score([prompt])[0].tolist()
         assert [t.log_prob for t in mine[:29]] == pytest.approx(expected, abs=1e-5)
-        assert [t.id for t in mine[29:]] == Engine(any_model).answers([requests[position]])[0]
+        assert [t.id for t in mine[29:]] == Engine(any_model).completions([requests[position]])[0]
 
 
 def test_a_score_ends_with_the_prompt(model):
@@ -246,9 +246,9 @@ def test_a_score_ends_with_the_prompt(model):
 
 def test_penalties_look_at_the_answer_only(model):
     """A penalty of 2 a time, on logits this far apart, in the end changes what is greedy."""
-    plain = Engine(model).answers([Request([1, 2, 3], 40, GREEDY)])[0]
+    plain = Engine(model).completions([Request([1, 2, 3], 40, GREEDY)])[0]
     how = Sampling(temperature=0, frequency_penalty=2.0)
-    penalised = Engine(model).answers([Request([1, 2, 3], 40, how)])[0]
+    penalised = Engine(model).completions([Request([1, 2, 3], 40, how)])[0]
     first = next(i for i, (a, b) in enumerate(zip(plain, penalised, strict=True)) if a != b)
     assert plain[first] in plain[:first], "only what was said before is penalised"
     assert len(set(penalised)) > len(set(plain))
@@ -259,7 +259,7 @@ def test_an_engine_that_was_abandoned_starts_anew(model):
     for _ in range(3):
         engine.submit(request)
     engine.step()
-    engine.abandon()
+    engine.reset()
     assert not engine.busy
     assert engine.active == 0
-    assert engine.answers([request]) == Engine(model).answers([request])
+    assert engine.completions([request]) == Engine(model).completions([request])

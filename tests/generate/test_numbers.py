@@ -7,7 +7,8 @@ import torch
 from tiny_models import tiny
 
 from openpalm.errors import NumbersError, SettingsError
-from openpalm.generate.engine import NO_TOKEN, Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import NO_TOKEN, Request
 from openpalm.generate.sampling import Sampling, draw
 
 HOWS = [Sampling(temperature=0), Sampling(seed=1), Sampling(0.7, 20, 0.9, 4)]
@@ -34,7 +35,7 @@ def test_the_neighbours_answer_as_alone(slots):
     model = poisoned()
     healthy = [Request([*range(20, 20 + n)], 9, HOWS[n % 3]) for n in (1, 4, 17)]
     hit = [Request([1] * n + [7] + [2] * n, 9, HOWS[0]) for n in (0, 3, 30)]
-    alone = [Engine(model).answers([request])[0] for request in healthy]
+    alone = [Engine(model).completions([request])[0] for request in healthy]
     engine = Engine(model, slots=slots, prefill_tokens=16)
     tickets = [engine.submit(r) for pair in zip(hit, healthy, strict=True) for r in pair]
     found = {ticket: [] for ticket in tickets}
@@ -45,7 +46,7 @@ def test_the_neighbours_answer_as_alone(slots):
         [token] = found[ticket]
         assert (token.id, token.finish) == (NO_TOKEN, "error")
     assert [[token.id for token in found[ticket]] for ticket in tickets[1::2]] == alone
-    assert engine.answers(healthy) == alone  # in the slots that the others left
+    assert engine.completions(healthy) == alone  # in the slots that the others left
 
 
 def test_nothing_is_drawn_from_probabilities_that_are_not_finite():

@@ -10,13 +10,21 @@ from tiny_models import KINDS, tiny
 from openpalm.base.device import multiplies_int8
 from openpalm.errors import SettingsError
 from openpalm.generate.engine import Engine, Request
-from openpalm.generate.quantize import INT4_GROUP, _Int4, _Int8, _Int8Dot, _OneDnn, _Widened, pack
+from openpalm.generate.quantize import (
+    INT4_GROUP,
+    _Int4,
+    _Int8,
+    _Int8Dot,
+    _OneDnn,
+    _Widened,
+    quantize,
+)
 from openpalm.generate.sampling import Sampling
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig, ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 
-pack_module = importlib.import_module("openpalm.generate.quantize")
+quantize_module = importlib.import_module("openpalm.generate.quantize")
 IDS = torch.arange(24).reshape(2, 12)
 
 
@@ -33,7 +41,7 @@ def wide() -> Transformer:
 @torch.no_grad()
 def test_packed_in_float32_is_the_model(kind):
     model = tiny(**KINDS[kind])
-    packed = pack(model, "float32")
+    packed = quantize(model, "float32")
     assert torch.allclose(packed.logits(IDS), model.logits(IDS), atol=1e-5)
 
 
@@ -43,7 +51,7 @@ def test_packed_in_bfloat16_is_the_model_in_bfloat16():
     plain = wide().to(torch.bfloat16)
     exact = model.logits(IDS)
     rounded = (plain.logits(IDS) - exact).norm()
-    packed = (pack(model, "bfloat16").logits(IDS) - exact).norm()
+    packed = (quantize(model, "bfloat16").logits(IDS) - exact).norm()
     assert packed < 1.5 * rounded
 
 
@@ -65,16 +73,18 @@ def test_in_float32_a_row_alone_is_the_row_among_others(shape: tuple[int, int]):
 
 @torch.no_grad()
 def test_emulated_bfloat16_is_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pack_module, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(quantize_module, "multiplies_bfloat16", lambda: False)
     weight = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    monkeypatch.setattr(pack_module, "WIDENED_NUMBERS", 64 * 7)  # several blocks, the last smaller
+    monkeypatch.setattr(
+        quantize_module, "WIDENED_ELEMENTS", 64 * 7
+    )  # several blocks, the last smaller
     exact = F.linear(x.double(), weight.double())
-    matrix = pack_module._matrix(weight, "bfloat16", torch.float32)
+    matrix = quantize_module._matrix(weight, "bfloat16", torch.float32)
     assert isinstance(matrix, _Widened)
     assert (matrix(x) - exact).norm() < 1e-6 * exact.norm()
     model = wide()
-    packed = pack(model, "bfloat16").logits(IDS)
+    packed = quantize(model, "bfloat16").logits(IDS)
     rounded = wide().to(torch.bfloat16).logits(IDS) - model.logits(IDS)
     assert (packed - model.logits(IDS)).norm() < 1.5 * rounded.norm()
 
@@ -87,7 +97,7 @@ def test_where_onednn_refuses_to_pack_plain_products_serve(weights, monkeypatch)
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
     model = wide()
-    found = pack(model, weights).logits(IDS) - model.logits(IDS)
+    found = quantize(model, weights).logits(IDS) - model.logits(IDS)
     assert found.norm() < (1e-5 if weights == "float32" else 0.05) * model.logits(IDS).norm()
 
 
@@ -105,9 +115,9 @@ def test_an_adapter_is_packed_and_the_live_model_stays(kind):
     model = adapted(**KINDS[kind])
     before = {name: p.clone() for name, p in model.named_parameters()}
     expected = model.logits(IDS)
-    assert torch.allclose(pack(model, "float32").logits(IDS), expected, atol=1e-4)
+    assert torch.allclose(quantize(model, "float32").logits(IDS), expected, atol=1e-4)
     with lora.detached(model):
-        base = pack(model, "float32").logits(IDS)
+        base = quantize(model, "float32").logits(IDS)
     assert (base - expected).abs().max() > 0.1
     assert torch.allclose(base, tiny(**KINDS[kind]).logits(IDS), atol=1e-5)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
@@ -138,7 +148,7 @@ def test_the_engine_follows_an_adapter_when_it_is_refreshed():
 def test_an_adapter_is_merged_before_it_is_rounded(weights):
     model = adapted()
     merged = lora.merged(model)
-    assert torch.equal(pack(model, weights).logits(IDS), pack(merged, weights).logits(IDS))
+    assert torch.equal(quantize(model, weights).logits(IDS), quantize(merged, weights).logits(IDS))
 
 
 @torch.no_grad()
@@ -182,7 +192,7 @@ def test_int4_is_its_rounded_matrix():
 @torch.no_grad()
 def test_fewer_bits_stay_near_the_model(weights, most):
     exact = wide().logits(IDS)
-    packed = pack(wide(), weights).logits(IDS)
+    packed = quantize(wide(), weights).logits(IDS)
     assert 0 < (packed - exact).norm() / exact.norm() < most
 
 
@@ -190,7 +200,7 @@ def test_fewer_bits_stay_near_the_model(weights, most):
 def test_cached_decoding_works_in_every_form(weights):
     engine = Engine(wide(), weights=weights)
     requests = [Request([1, 2, 3], 6, Sampling(temperature=0)), Request([5], 4)]
-    assert [len(answer) for answer in engine.answers(requests)] == [6, 4]
+    assert [len(answer) for answer in engine.completions(requests)] == [6, 4]
 
 
 @torch.no_grad()
@@ -200,10 +210,10 @@ def test_the_model_and_the_engine_do_not_disturb_each_other():
     engine = Engine(model)
     assert torch.equal(model.logits(IDS), before)
     asked = Request([1, 2], 5, Sampling(temperature=0))
-    answer = engine.answers([asked])
+    answer = engine.completions([asked])
     for block in model.blocks:
         block.project_out.down.neg_()
-    assert engine.answers([asked]) == answer
+    assert engine.completions([asked]) == answer
     assert not torch.equal(model.logits(IDS), before)
     engine.refresh(model)
     assert torch.allclose(engine.model.logits(IDS), model.logits(IDS), atol=1e-5)
@@ -211,7 +221,7 @@ def test_the_model_and_the_engine_do_not_disturb_each_other():
 
 def test_int4_says_which_matrix_does_not_fit():
     with pytest.raises(SettingsError, match="multiples of 16 x 32"):
-        pack(tiny(dim=24), "int4")
+        quantize(tiny(dim=24), "int4")
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])

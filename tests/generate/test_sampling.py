@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from openpalm.errors import SettingsError
-from openpalm.generate.sampling import Sampling, adjusted, choose, distribution, draw
+from openpalm.generate.sampling import Sampling, adjusted, choose_tokens, distribution, draw
 
 LOGITS = torch.tensor([2.0, 1.5, 1.5, 0.3, -1.0, -4.0, 0.9, 2.1])
 
@@ -298,9 +298,11 @@ def test_each_row_is_chosen_as_alone():
     def generators():
         return [torch.Generator().manual_seed(how.seed) for how in hows]
 
-    together = choose(logits, hows, generated, generators())
+    together = choose_tokens(logits, hows, generated, generators())
     alone = [
-        choose(logits[i : i + 1], hows[i : i + 1], generated[i : i + 1], [generators()[i]])[0]
+        choose_tokens(logits[i : i + 1], hows[i : i + 1], generated[i : i + 1], [generators()[i]])[
+            0
+        ]
         for i in range(4)
     ]
     assert together == alone
@@ -317,8 +319,8 @@ def test_each_row_is_chosen_as_alone():
     ],
 )
 def test_frequencies_of_whole_requests_follow_the_probabilities(how, expected):
-    """Through `choose`, as the engine draws; token 0 was said before."""
+    """Through `choose_tokens`, as the engine draws; token 0 was said before."""
     generator, settings = torch.Generator().manual_seed(9), Sampling(**how)
-    draws = [choose(LOGITS[None], [settings], [[0]], [generator])[0] for _ in range(30_000)]
+    draws = [choose_tokens(LOGITS[None], [settings], [[0]], [generator])[0] for _ in range(30_000)]
     chances = softmax([x if x is not None else -1e9 for x in expected])
     assert chi_squared_chance(Counter(draws), chances, 30_000) > 1e-3

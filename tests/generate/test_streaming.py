@@ -77,7 +77,7 @@ def test_streaming_what_a_model_says_is_decoding_it(tokenizer):
         request = Request([1], 60, Sampling(temperature=100.0, seed=seed))
         answer = Completion("", [], "")
         pieces = list(stream(engine, tokenizer, request, (), answer))
-        assert answer.tokens == engine.answers([request])[0]
+        assert answer.tokens == engine.completions([request])[0]
         assert "".join(pieces) == tokenizer.decode(answer.tokens)
 
 
@@ -180,7 +180,7 @@ def test_complete_ends_at_end_of_text(byte):
     with torch.no_grad():
         model.unembedding[byte.end_of_text] = 100 * model.unembedding[ord("a")]
     texts = complete(Engine(model), byte, ["a", "b"], max_new_tokens=40, sampling=Sampling())
-    free = Engine(model).answers([Request([97], 40, Sampling())])[0]
+    free = Engine(model).completions([Request([97], 40, Sampling())])[0]
     assert byte.end_of_text in free
     assert texts[0] == byte.decode(free[: free.index(byte.end_of_text)])
 

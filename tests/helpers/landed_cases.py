@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from openpalm.align.logprobs import token_log_probs
-from openpalm.align.pairs.pairs import answer_record
+from openpalm.align.pairs.examples import render_completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.demonstration_files import read_demonstrations
+from openpalm.data.rows.labelled_files import read_labelled
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.rating_files import read_ratings
-from openpalm.data.rows.verdict_files import read_verdicts
 from openpalm.data.text.conversation import Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.critic import ActorCritic, Bins, CriticKind
@@ -36,7 +39,16 @@ _SMALL = ("--batch-tokens", 256, *_ALIKE)
 _TALK, _RECORDS = "conversations/rows.jsonl", "preferences/records.jsonl"
 _FRESH = (
     *("--model", "palm-tiny", "--arch.dim", 8, "--arch.depth", 2, "--arch.heads", 2),
-    *("--arch.head-dim", 4, "--arch.ff-dim", 16, "--sequence-length", 64, "--prompts", "Chapter"),
+    *(
+        "--arch.head-dim",
+        4,
+        "--arch.ff-dim",
+        16,
+        "--sequence-length",
+        64,
+        "--sample-prompts",
+        "Chapter",
+    ),
 )
 
 PREPARE = {
@@ -49,7 +61,15 @@ RUNS: dict[str, tuple[object, ...]] = {
     "train": ("train", "--data", "tokens/dataset", *_FRESH, "--seed", 5, *_SMALL),
     "muon": ("train", "--data", "tokens/dataset", *_FRESH, "--optim.name", "muon", *_SMALL),
     "lora": (
-        *("train", "--data", "tokens/dataset", "--init", "train/run", "--prompts", "Chapter"),
+        *(
+            "train",
+            "--data",
+            "tokens/dataset",
+            "--init",
+            "train/run",
+            "--sample-prompts",
+            "Chapter",
+        ),
         *("--lora.rank", 2, "--lora.targets", "q,v,out,down", *_SMALL),
     ),
     "sft": (
@@ -99,7 +119,16 @@ RUNS: dict[str, tuple[object, ...]] = {
             "--reward",
             "reward/run",
         ),
-        *("--prompts", 4, "--max-new-tokens", 8, "--optim.name", "lion", "--optim.lr", 0.01),
+        *(
+            "--prompts-per-rollout",
+            4,
+            "--max-new-tokens",
+            8,
+            "--optim.name",
+            "lion",
+            "--optim.lr",
+            0.01,
+        ),
         *_ALIKE,
     ),
     "critic-separate": (
@@ -112,7 +141,16 @@ RUNS: dict[str, tuple[object, ...]] = {
             "--reward",
             "reward/run",
         ),
-        *("--prompts", 4, "--max-new-tokens", 8, "--critic", "separate", "--critic-bins", 5),
+        *(
+            "--prompts-per-rollout",
+            4,
+            "--max-new-tokens",
+            8,
+            "--critic",
+            "separate",
+            "--value-bins",
+            5,
+        ),
         *("--last-layers", 1, "--optim.name", "lion", "--optim.lr", 0.01, *_ALIKE),
     ),
 }
@@ -192,7 +230,7 @@ def outputs(model: Transformer, ids: Tensor) -> dict[str, Tensor]:
 
 def conversation(directory: Path) -> tuple[Tensor, Tensor]:
     """A question with its answer by the checkpoint's tokenizer: inputs and targets, [1, time]."""
-    record = answer_record(Tokenizer.load(directory / "tokenizer.json"), QUESTION, ANSWER)
+    record = render_completion(Tokenizer.load(directory / "tokenizer.json"), QUESTION, ANSWER)
     ids, counts = torch.tensor([record.ids]), torch.tensor([record.loss_mask])
     return ids[:, :-1], torch.where(counts, ids, IGNORE)[:, 1:].contiguous()
 
@@ -210,13 +248,28 @@ def critic_values(name: str, directory: Path, ids: Tensor) -> dict[str, Tensor]:
     """What the critic of a run reads at every token, and the values that this stands for."""
     model = ActorCritic(checkpoint.load_config(directory), *CRITICS[name])
     checkpoint.load_weights(model, directory)
-    own = checkpoint.load_train_state(directory).tensors
+    own = training_tensors(directory / "train")
     for name, parameter in model.named_parameters():
         if name.startswith("critic."):
             parameter.copy_(own[f"model/{name}"])
     model.eval()
     read = model.values(ids, model.residual(ids).flatten(0, 1), torch.ones_like(ids) > 0)
     return {"critic_read": read, "critic_values": model.as_value(read).clone()}
+
+
+def training_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in train/; 0.1.0 wrote them in torch.distributed.checkpoint's own form."""
+    if not (folder / ".metadata").exists():
+        return checkpoint.load_train_state(folder.parent).tensors
+    reader = FileSystemReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    state_dict_loader.load(found, storage_reader=reader, no_dist=True)
+    return found
 
 
 def train_digest(directory: Path) -> str:
@@ -242,7 +295,7 @@ def judged(path: Path) -> dict[str, Any]:
             for r in read_ratings(path, "helpful").items
         ],
         "verdicts": [
-            [_turns(v.prompt), _turns(v.answer), v.good] for v in read_verdicts(path).items
+            [_turns(v.prompt), _turns(v.answer), v.good] for v in read_labelled(path).items
         ],
         "demonstrations": [_turns(messages) for messages in read_demonstrations(path).items],
         "unused_by_pairs": read_pairs(path).unused,

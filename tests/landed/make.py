@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import openpalm
-from openpalm.checkpoint.directory import directory as checkpoint
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.data.rows.preferences import Candidate, Preference

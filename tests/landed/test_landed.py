@@ -6,6 +6,8 @@ bit where processor and torch are the stored ones, elsewhere within a small tole
 """
 
 import json
+import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,6 @@ from landed_cases import (
     log_probs,
     one_thread,
     outputs,
-    train_digest,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -39,6 +40,7 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import load_adapter
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.data.rows.preferences import Preference
+from openpalm.errors import SettingsError
 from openpalm.model import lora
 from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer
@@ -46,6 +48,8 @@ from openpalm.report.runs import read_runs
 
 CLOSE = 1e-5
 LOSS_CLOSE = 1e-4
+REFUSED = r"written by OpenPaLM '0\.1\.0' and cannot be resumed by \d.*--init"
+NEWEST = "step-00000003"
 MODELS = ["palm", "grouped", "gpt-j", "nanopalm", "raw-head", "encoder", "bfloat16"]
 WRITERS = [name for name in RUNS if not name.startswith("reward")]
 
@@ -158,8 +162,68 @@ def test_a_critic_reads_the_values_that_it_did(name: str):
 
 
 @pytest.mark.parametrize("name", RESUMABLE)
-def test_the_state_of_training_is_read_as_it_was(name: str):
-    assert train_digest(checkpoint_of(name)) == metadata(name)["train_sha256"]
+def test_the_state_of_training_is_refused_by_its_version(name: str):
+    """0.1.0 kept it in another form; the tests above read its models."""
+    with pytest.raises(SettingsError, match=REFUSED):
+        checkpoint.load_train_state(checkpoint_of(name))
+
+
+def interrupted(name: str, out: Path) -> Path:
+    """A copy of a stored run, as if it had stopped before its last step."""
+    shutil.copytree(DATA / name / "run", out)
+    (out / "checkpoints" / "step-00000003").rename(out / "checkpoints" / "step-00000002")
+    return out
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(said: Any, name: str, out: Path) -> str:
+    """The one line that the command of a stored run ends with; nothing in the run changes."""
+    before = files_of(out)
+    status, _, errors = said(*RUNS[name], "--out", out)
+    assert (status, len(errors)) == (2, 1), errors
+    assert files_of(out) == before
+    return errors[0]
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_a_run_is_not_continued_by_this_version(name: str, said, monkeypatch, tmp_path: Path):
+    """Neither from its checkpoint, nor from scratch as if that were damaged."""
+    monkeypatch.chdir(DATA)
+    out = interrupted(name, tmp_path / "run")
+    assert re.search(REFUSED, refused(said, name, out))
+    newest = shutil.copytree(out / "checkpoints" / "step-00000002", out / "checkpoints" / NEWEST)
+    (newest / "model.safetensors").write_bytes(b"torn")
+    assert re.search(REFUSED, refused(said, name, out))
+
+
+@pytest.mark.parametrize("field", ["max_skipped", "  recompute"])
+def test_a_run_with_settings_that_are_gone_is_not_continued(
+    field: str, said, monkeypatch, tmp_path: Path
+):
+    """The version is named where a checkpoint has it; without one nothing begins either."""
+    monkeypatch.chdir(DATA)
+    out = interrupted("train", tmp_path / "run")
+    text = (out / "config.yaml").read_text(encoding="utf-8")
+    assert f"\n{field}:" in text
+    text = text.replace(f"\n{field}:", f"\n{field}_of_old:")
+    (out / "config.yaml").write_text(text, encoding="utf-8")
+    assert re.search(REFUSED, refused(said, "train", out))
+    shutil.rmtree(out / "checkpoints")
+    line = refused(said, "train", out)
+    assert "config.yaml" in line
+    assert "continue the run with the version that made it" in line
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_a_finished_run_stays_finished(name: str, said, monkeypatch, tmp_path: Path):
+    monkeypatch.chdir(DATA)
+    out = shutil.copytree(DATA / name / "run", tmp_path / "run")
+    before = files_of(out)
+    status, _, errors = said(*RUNS[name], "--out", out)
+    assert (status, files_of(out) == before) == (0, True), errors
 
 
 @pytest.mark.parametrize("name", ["tokens", "tokens-bpe"])

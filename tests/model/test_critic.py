@@ -64,8 +64,8 @@ def check_start(model):
     assert torch.allclose(model.as_value(found.values), torch.tensor(middle))
     if model.critic.trunk is not None:
         own = dict(model.critic.trunk.named_parameters())
-        assert own.keys() == dict(model.published()).keys()
-        assert all(torch.equal(own[name], p) for name, p in model.published())
+        assert own.keys() == dict(model.published_parameters()).keys()
+        assert all(torch.equal(own[name], p) for name, p in model.published_parameters())
 
 
 @pytest.mark.parametrize("bins", [None, BINS])
@@ -96,8 +96,10 @@ def check_optimizer_has_all(model, optimizer):
 def test_the_optimizer_steps_the_critic(kind, name):
     model = actor(kind, BINS)
     check_optimizer_has_all(model, Optimizer(model, OptimSettings(name=name), 1e-3))
-    published = dict(model.published()).values()
-    without = SimpleNamespace(parameters=lambda: iter(published), named_parameters=model.published)
+    published = dict(model.published_parameters()).values()
+    without = SimpleNamespace(
+        parameters=lambda: iter(published), named_parameters=model.published_parameters
+    )
     fails(check_optimizer_has_all, model, Optimizer(without, OptimSettings(name=name), 1e-3))
 
 
@@ -105,7 +107,9 @@ def test_the_optimizer_steps_the_critic(kind, name):
 @torch.no_grad()
 def test_what_is_published_is_the_policy_alone(kind, tmp_path):
     model = actor(kind, BINS, dropout=0.0).eval()
-    assert {n for n, _ in model.published()} == {n for n, _ in moved().named_parameters()}
+    assert {n for n, _ in model.published_parameters()} == {
+        n for n, _ in moved().named_parameters()
+    }
     checkpoint.save(tmp_path / "step", model, fingerprint=True)
     found = checkpoint.load(tmp_path / "step")
     assert type(found) is Transformer

@@ -5,7 +5,7 @@ import torch
 from small_models import SHAPES, ids_for, make
 
 from openpalm.model import layout as layouts
-from openpalm.model.layout import Layout, packed
+from openpalm.model.layout import Layout, packed_layout
 
 DECODERS = {name: config for name, config in SHAPES.items() if config.causal}
 LENGTHS = [[1, 7, 2, 10], [20], [3, 3, 5, 1, 1, 7]]
@@ -55,7 +55,7 @@ def fails(check, *given):
 @pytest.mark.parametrize("name", DECODERS)
 def test_packed_is_each_alone(name):
     model = make(DECODERS[name]).requires_grad_()
-    check_packed_is_alone(model, ids_for(DECODERS[name], rows=3), packed)
+    check_packed_is_alone(model, ids_for(DECODERS[name], rows=3), packed_layout)
 
 
 def test_cross_talk_and_positions_that_go_on_are_noticed():
@@ -63,16 +63,20 @@ def test_cross_talk_and_positions_that_go_on_are_noticed():
     ids = ids_for(SHAPES["xpos"], rows=3)
 
     def cross_talk(segments):
-        return Layout(packed(segments).positions, packed(torch.zeros_like(segments)).attend)
+        return Layout(
+            packed_layout(segments).positions, packed_layout(torch.zeros_like(segments)).attend
+        )
 
     def off_by_one(segments):
-        return Layout(packed(segments).positions, packed(segments.roll(1, dims=1)).attend)
+        return Layout(
+            packed_layout(segments).positions, packed_layout(segments.roll(1, dims=1)).attend
+        )
 
     fails(check_packed_is_alone, model, ids, cross_talk)
     fails(check_packed_is_alone, model, ids, off_by_one)
-    check_positions_restart(packed)
+    check_positions_restart(packed_layout)
     going_on = torch.arange(20).expand(3, -1)
-    fails(check_positions_restart, lambda s: Layout(going_on, packed(s).attend))
+    fails(check_positions_restart, lambda s: Layout(going_on, packed_layout(s).attend))
 
 
 def check_positions_restart(lay_out):
@@ -85,7 +89,7 @@ def test_a_changed_neighbour_changes_no_bit():
     model, ids = make(SHAPES["multi-query"]), ids_for(SHAPES["multi-query"], rows=3)
     changed = ids.clone()
     changed[0, :8] = (changed[0, :8] + 1) % 50
-    before, after = (model.logits(i, layout=packed(SEGMENTS))[0, 8:] for i in (ids, changed))
+    before, after = (model.logits(i, layout=packed_layout(SEGMENTS))[0, 8:] for i in (ids, changed))
     assert torch.equal(before, after)
 
 
@@ -95,9 +99,9 @@ def test_bfloat16_in_blocks(monkeypatch):
     model = make(SHAPES["grouped"])
     ids = ids_for(SHAPES["grouped"], rows=3)
     with torch.autocast("cpu", torch.bfloat16):
-        together = model.logits(ids, layout=packed(SEGMENTS))
+        together = model.logits(ids, layout=packed_layout(SEGMENTS))
         alone = [model.logits(ids[row : row + 1, s:e])[0] for row, s, e in PLACES]
-    exact = model.logits(ids, layout=packed(SEGMENTS))
+    exact = model.logits(ids, layout=packed_layout(SEGMENTS))
     together = torch.cat([together[row, s:e] for row, s, e in PLACES])
     exact = torch.cat([exact[row, s:e] for row, s, e in PLACES])
     rounding = (torch.cat(alone) - exact).abs().max()
@@ -107,7 +111,7 @@ def test_bfloat16_in_blocks(monkeypatch):
 
 def test_numbers_need_not_be_in_order():
     numbers = torch.tensor([[5, 5, -1, 5], [0, 0, 0, 0]])
-    assert packed(numbers).positions.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3]]
+    assert packed_layout(numbers).positions.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3]]
 
 
 def test_like_lengths_are_attended_together(monkeypatch):
@@ -117,7 +121,7 @@ def test_like_lengths_are_attended_together(monkeypatch):
     monkeypatch.setattr(
         layouts, "causal_attention", lambda q, k, v: seen.append(q.shape[:2]) or real(q, k, v)
     )
-    lay_out = packed(SEGMENTS)
+    lay_out = packed_layout(SEGMENTS)
     lay_out.attend(0, *torch.zeros(3, 3, 20, 1, 4).unbind())
     assert [tuple(shape) for shape in seen] == [(3, 1), (3, 3), (3, 7), (1, 10), (1, 20)]
 
@@ -125,4 +129,4 @@ def test_like_lengths_are_attended_together(monkeypatch):
 def test_not_for_caches_or_encoders():
     model = make(SHAPES["encoder"])
     with pytest.raises(AssertionError, match="causal"):
-        model.logits(ids_for(SHAPES["encoder"], rows=3), layout=packed(SEGMENTS))
+        model.logits(ids_for(SHAPES["encoder"], rows=3), layout=packed_layout(SEGMENTS))

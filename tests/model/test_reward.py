@@ -251,7 +251,7 @@ def test_a_checkpoint_gives_back_the_same_reward_model(model, tmp_path):
     assert torch.equal(loaded.score(ids, mask, prompts), model.score(ids, mask, prompts))
     assert torch.equal(loaded.logits(ids), model.logits(ids)), "the trunk is a whole transformer"
     with pytest.raises(CheckpointError, match="is a reward model"):
-        checkpoint.check_writes(tmp_path / "ckpt")
+        checkpoint.check_generates_text(tmp_path / "ckpt")
 
 
 def test_the_fingerprint_is_of_the_head(tmp_path, monkeypatch):

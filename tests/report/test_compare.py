@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from report_pages import HOSTILE, Page, evaluation, make_run, row
 
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.model.config import ModelConfig
+from openpalm.model.transformer import Transformer, initialise
 from openpalm.report import plots
 from openpalm.report.compare import comparison_sections
 from openpalm.report.page import write_page
@@ -160,3 +163,23 @@ def test_hostile_names_and_settings_are_text(tmp_path):
     assert "<script" not in html
     assert not {"script", "img", "link", "iframe", "form"} & {*page.tags}
     assert hostile in page.text
+
+
+def test_the_table_has_the_size_of_a_run_whose_checkpoint_says_it(tmp_path):
+    config = ModelConfig(
+        vocab_size=7000, dim=256, depth=2, heads=4, head_dim=64, ff_dim=512, context=16
+    )
+    paths = made(tmp_path, 2)
+    model = Transformer(config)
+    initialise(model, 0)
+    checkpoint.save(paths[1] / "checkpoints" / checkpoint.step_name(20), model)
+    table = page_of(paths)
+    table = table[table.index("<table") : table.index("</table>")]
+    cells = [
+        [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)]
+        for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    ]
+    column = cells[0].index("parameters, millions")
+    numbers = sum(p.numel() for p in model.parameters()) / 1e6
+    assert cells[1][column] in ("", "-")
+    assert float(cells[2][column]) == pytest.approx(numbers, rel=0.01)

@@ -33,7 +33,7 @@ def test_256_streams_at_once_are_each_the_request_alone(server, engine, tokenize
     assert Counter(answer.status for answer in answers) == {200: 256}
     for prompt, answer in zip(prompts, answers, strict=True):
         request = Request(tokenizer.encode(prompt), 30, Sampling(temperature=0), frozenset({256}))
-        assert answer.text == tokenizer.decode(engine.answers([request])[0])
+        assert answer.text == tokenizer.decode(engine.completions([request])[0])
     server.wait_idle()
 
 

@@ -92,7 +92,7 @@ def test_an_engine_that_breaks_loses_its_requests_and_goes_on(capfd):
             await collect(answers)
         await until(lambda: worker.in_flight == 0)
         again = await collect(worker.submit(worker.current, [LONG]))
-        assert again[0].tokens[0][0].id == Engine(tiny()).answers([LONG])[0][0]
+        assert again[0].tokens[0][0].id == Engine(tiny()).completions([LONG])[0][0]
         assert engine.active == 0
 
     run(test)
@@ -127,7 +127,7 @@ class _Fussily(list):
 def test_a_tokenizers_panic_ends_one_request_alone(capfd):
     async def test(worker, engine):
         other = replace(LONG, sampling=Sampling(seed=2))
-        first, second = (Engine(tiny()).answers([asked])[0] for asked in (LONG, other))
+        first, second = (Engine(tiny()).completions([asked])[0] for asked in (LONG, other))
         tokenizer = Fussy.byte()
         tokenizer.refused = next(i for i in first if i not in second)
         served = ServedModel("tiny", engine, tokenizer, "-")
@@ -207,8 +207,8 @@ def test_an_old_model_is_dropped_when_its_last_request_ends():
         worker.current = ServedModel("new", Watched(tiny(seed=1)), Tokenizer.byte(), "-")
         new = worker.submit(worker.current, [LONG])
         first, second = await asyncio.gather(collect(old), collect(new))
-        assert [t.id for t, _ in first[0].tokens] == Engine(tiny()).answers([LONG])[0]
-        assert [t.id for t, _ in second[0].tokens] == Engine(tiny(seed=1)).answers([LONG])[0]
+        assert [t.id for t, _ in first[0].tokens] == Engine(tiny()).completions([LONG])[0]
+        assert [t.id for t, _ in second[0].tokens] == Engine(tiny(seed=1)).completions([LONG])[0]
         assert not worker._unfinished
 
     run(test)

@@ -36,8 +36,8 @@ NAN = float("nan")
         ("microbatch_tokens", 0, "above 0"),
         ("save_every", 0, "above 0"),
         ("eval_every", -1, "above 0"),
-        ("keep", -1, "0 or more"),
-        ("max_skipped", 0, "1 or more"),
+        ("keep_checkpoints", -1, "0 or more"),
+        ("max_skipped_steps", 0, "1 or more"),
         ("seed", 2**63, "a 64-bit whole number"),
         ("seed", -(2**63) - 1, "a 64-bit whole number"),
     ],
@@ -124,7 +124,7 @@ def test_a_file_from_before_these_options_means_the_same():
 
 
 def test_zero_is_a_value():
-    assert settings(keep=0, seed=0).keep == 0
+    assert settings(keep_checkpoints=0, seed=0).keep_checkpoints == 0
     assert OptimSettings(weight_decay=0.0, warmup=0.0, final_lr=0.0, beta1=0.0).warmup == 0.0
 
 
@@ -180,7 +180,7 @@ MANY = settings(
     init="runs/a",
     model=None,
     seed=-7,
-    keep=0,
+    keep_checkpoints=0,
     dtype="bfloat16",
     arch=ArchSettings(kv_heads=2, qk_norm=True, xpos_base=0.0, dropout=0.1),
     optim=OptimSettings(name="muon", lr=1e-5, eps=1e-9, clip=float("inf")),

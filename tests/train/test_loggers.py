@@ -1,4 +1,4 @@
-"""What TensorBoard reads back is what metrics.jsonl holds; a board that fails stops nothing."""
+"""What TensorBoard reads back is what metrics.jsonl holds; a logger that fails stops nothing."""
 
 import math
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from openpalm.train import loggers
 from openpalm.train.config import TrainSettings
-from openpalm.train.loggers import Boards, WeightsAndBiases, check_installed
+from openpalm.train.loggers import Loggers, WeightsAndBiases, check_installed
 from openpalm.train.metrics import read_rows
 from openpalm.train.trainer import Trainer
 
@@ -25,7 +25,7 @@ def settings(out: Path, **more: Any) -> TrainSettings:
 
 
 class Recorded:
-    """A board that keeps what it gets, and fails when told to."""
+    """A logger that keeps what it gets, and fails when told to."""
 
     fails: tuple[str, ...] = ()
     rows: list[dict[str, Any]]
@@ -59,7 +59,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> type[Recorded]:
 
 
 def test_a_board_gets_every_row_of_the_run(train: Train, tmp_path: Path, recorded: type[Recorded]):
-    assert train(tmp_path / "run", log="wandb") == 0
+    assert train(tmp_path / "run", loggers="wandb") == 0
     files = [tmp_path / "run" / name for name in ("metrics.jsonl", "samples.jsonl")]
     wanted = [row for file in files for row in read_rows(file)]
     assert sorted(recorded.made.rows, key=str) == sorted(wanted, key=str)
@@ -77,9 +77,11 @@ def test_a_board_that_fails_is_told_once_and_left(
     assert train(tmp_path / "plain") == 0
     capsys.readouterr()
     recorded.fails = (when,)
-    assert train(tmp_path / "run", log="wandb") == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "--log" in line]
-    assert told == [f"--log wandb: goes on without it (no route to host while it should {when})"]
+    assert train(tmp_path / "run", loggers="wandb") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "--loggers" in line]
+    assert told == [
+        f"--loggers wandb: goes on without it (no route to host while it should {when})"
+    ]
     plain, logged = (
         [row["loss"] for row in read_rows(tmp_path / name / "metrics.jsonl") if "loss" in row]
         for name in ("plain", "run")
@@ -87,13 +89,13 @@ def test_a_board_that_fails_is_told_once_and_left(
     assert plain == logged, "logging changes nothing that is computed"
 
 
-@pytest.mark.parametrize("log", ["tensorbord", "tensorboard;wandb", "none", "wandb,"])
+@pytest.mark.parametrize("loggers", ["tensorbord", "tensorboard;wandb", "none", "wandb,"])
 def test_a_board_that_nobody_knows(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], log: str
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], loggers: str
 ):
-    assert train(tmp_path / "run", log=log) == 2
+    assert train(tmp_path / "run", loggers=loggers) == 2
     assert capsys.readouterr().err == (
-        f"openpalm: error: --log {log}: must be tensorboard or wandb, "
+        f"openpalm: error: --loggers {loggers}: must be tensorboard or wandb, "
         "or both with a comma between\n"
     )
 
@@ -105,9 +107,9 @@ def test_a_missing_package_is_told_before_any_work(
     capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    assert train(tmp_path / "run", log="wandb, tensorboard") == 2
+    assert train(tmp_path / "run", loggers="wandb, tensorboard") == 2
     assert capsys.readouterr().err == (
-        "openpalm: error: --log wandb: is not installed; pip install 'openpalm[logging]', "
+        "openpalm: error: --loggers wandb: is not installed; pip install 'openpalm[logging]', "
         "or leave it out\n"
     )
     assert not (tmp_path / "run").exists()
@@ -116,7 +118,7 @@ def test_a_missing_package_is_told_before_any_work(
 
 def test_another_log_is_no_other_run(train: Train, tmp_path: Path, recorded: type[Recorded]):
     assert train(tmp_path / "run", steps=8) == 0
-    assert train(tmp_path / "run", steps=8, log="wandb") == 0
+    assert train(tmp_path / "run", steps=8, loggers="wandb") == 0
 
 
 def events(run: Path) -> Any:
@@ -146,7 +148,7 @@ def text_of(event: Any) -> str:
 def test_tensorboard_shows_the_rows(train: Train, tmp_path: Path):
     run = tmp_path / "run"
     pytest.importorskip("tensorboard")
-    assert train(run, log="tensorboard") == 0
+    assert train(run, loggers="tensorboard") == 0
     check_scalars(run)
     shown = events(run)
     assert "    model: tiny\n" in text_of(shown.Tensors("settings/text_summary")[0])
@@ -183,9 +185,9 @@ def test_tensorboard_shows_a_resumed_run_once(
     pytest.importorskip("tensorboard")
     stopped_at(7)
     with pytest.raises(Killed):
-        train(run, log="tensorboard")
+        train(run, loggers="tensorboard")
     assert [event.step for event in events(run).Scalars("loss")] == [1, 2, 3, 4, 5, 6]
-    assert train(run, log="tensorboard") == 0
+    assert train(run, loggers="tensorboard") == 0
     check_scalars(run)
 
 
@@ -200,8 +202,8 @@ def test_rows_that_are_not_hidden_are_noticed(
     monkeypatch.setattr(writer, "SummaryWriter", lambda path, purge_step: original(path))
     stopped_at(7)
     with pytest.raises(Killed):
-        train(tmp_path / "run", log="tensorboard")
-    assert train(tmp_path / "run", log="tensorboard") == 0
+        train(tmp_path / "run", loggers="tensorboard")
+    assert train(tmp_path / "run", loggers="tensorboard") == 0
     with pytest.raises(AssertionError):
         check_scalars(tmp_path / "run")
 
@@ -210,7 +212,7 @@ class FakeRun:
     """What of a wandb run we use: rows under their step, which only goes up."""
 
     def __init__(self, step: int):
-        self.step, self.offline, self.url = step, False, "https://board.example/run"
+        self.step, self.offline, self.url = step, False, "https://logger.example/run"
         self.logged: list[tuple[int, dict[str, Any]]] = []
 
     def log(self, values: dict[str, Any], step: int) -> None:
@@ -250,14 +252,14 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, fake_wandb: SimpleNamespa
     assert {one["resume"], two["resume"]} == {"allow"}
     assert one["config"]["model"] == "tiny"
     assert [step for step, _ in fake_wandb.run.logged] == [3, 4]
-    assert said == ["wandb: https://board.example/run"] * 2
+    assert said == ["wandb: https://logger.example/run"] * 2
 
 
 def test_a_row_without_numbers_that_json_lacks(tmp_path: Path, fake_wandb: SimpleNamespace):
-    board = WeightsAndBiases(settings(tmp_path), 0, lambda line: None)
-    board.write({"step": 1, "loss": None, "skipped": "loss not finite", "grad_norm": math.pi})
+    logger = WeightsAndBiases(settings(tmp_path), 0, lambda line: None)
+    logger.write({"step": 1, "loss": None, "skipped": "loss not finite", "grad_norm": math.pi})
     table = [{"prompt": "p", "text": "t"}, {"prompt": "q", "text": "u"}]
-    board.write({"step": 1, "samples": table})
+    logger.write({"step": 1, "samples": table})
     assert fake_wandb.run.logged == [
         (1, {"step": 1, "skipped": "loss not finite", "grad_norm": math.pi}),
         (1, {"step": 1, "samples": (["prompt", "text"], [["p", "t"], ["q", "u"]])}),
@@ -276,13 +278,13 @@ def test_a_run_that_is_stopped_closes_its_board(
 
     monkeypatch.setattr(Trainer, "forward_backward", patched)
     with pytest.raises(SystemExit):
-        train(tmp_path / "run", log="wandb")
+        train(tmp_path / "run", loggers="wandb")
     assert recorded.made.closed
     assert [row["step"] for row in recorded.made.rows] == [1, 2, 3]
 
 
 def test_no_board_is_no_work(tmp_path: Path):
-    none = Boards(settings(tmp_path), 0, pytest.fail)
+    none = Loggers(settings(tmp_path), 0, pytest.fail)
     none.write({"step": 1})
     none.close()
     assert list(tmp_path.iterdir()) == []

@@ -8,10 +8,10 @@ from train_samples import random_loader, tiny
 
 from openpalm.errors import SettingsError
 from openpalm.train.config import TrainSettings
-from openpalm.train.job import Job
 from openpalm.train.metrics import read_rows
 from openpalm.train.objective import NextToken
-from openpalm.train.run import run
+from openpalm.train.run import run_training
+from openpalm.train.spec import TrainSpec
 
 
 def losses(run: Path) -> list[float]:
@@ -95,7 +95,7 @@ def test_values_that_make_no_sense(
 
 
 def test_what_only_next_tokens_have_is_refused_elsewhere(tmp_path: Path):
-    job = Job(
+    spec = TrainSpec(
         config=tiny(),
         fill=lambda model: None,
         make_loader=lambda *_: random_loader(),
@@ -105,5 +105,5 @@ def test_what_only_next_tokens_have_is_refused_elsewhere(tmp_path: Path):
     )
     settings = TrainSettings(tmp_path, tmp_path / "run", model="palm-tiny", steps=1, z_loss=1e-4)
     with pytest.raises(SettingsError, match=r"--z-loss 0\.0001: is of `train` and `sft`"):
-        run(settings, job)
+        run_training(settings, spec)
     assert not (tmp_path / "run").exists()

@@ -56,7 +56,7 @@ def test_a_profile_is_no_setting_of_the_run(train: Train, tmp_path: Path):
     assert main(["train", f"--config={run}/config.yaml", f"--out={tmp_path}/again"]) == 0
     assert not (tmp_path / "again" / "profile").exists()
     manifest = checkpoint.read_manifest(run / "checkpoints" / "step-00000008")
-    assert not {"profile", "log"} & manifest["lineage"]["settings"].keys()
+    assert not {"profile", "loggers"} & manifest["lineage"]["settings"].keys()
 
 
 def test_a_run_shorter_than_its_profile(

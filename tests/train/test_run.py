@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,14 @@ from train_samples import same, weights, write_dataset
 
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main
+from openpalm.model.config import PRESETS
 from openpalm.model.transformer import Transformer
+from openpalm.parallel.world import World
+from openpalm.train.config import BatchShape
 from openpalm.train.metrics import read_rows
+from openpalm.train.run import _Session
 from openpalm.train.sizing import measure
-from openpalm.train.trainer import Trainer
+from openpalm.train.trainer import StepReport, Trainer
 
 Train = Callable[..., int]
 TIMES = {"elapsed_s", "tokens_per_s", "mfu"}
@@ -469,7 +474,7 @@ def test_a_published_checkpoint_is_no_place_to_go_on_from(
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [8]), (2, [6, 8]), (0, [2, 4, 6, 8])])
 def test_only_the_newest_are_kept(train: Train, tmp_path: Path, keep: int, left: list[int]):
-    assert train(tmp_path / "run", keep=keep, save_every=2) == 0
+    assert train(tmp_path / "run", keep_checkpoints=keep, save_every=2) == 0
     assert step_names(tmp_path / "run") == [checkpoint.step_name(step) for step in left]
 
 
@@ -569,7 +574,7 @@ def test_a_run_that_only_skips_stops_and_says_why(
             parameter.data.fill_(float("nan"))
 
     monkeypatch.setattr("openpalm.train.initial_weights.initialise", ruined)
-    assert train(tmp_path / "run", max_skipped=3) == 1
+    assert train(tmp_path / "run", max_skipped_steps=3) == 1
     error = capsys.readouterr().err
     assert "step 2 skipped: loss not finite" in error
     assert "loss not finite, 3 steps in a row" in error.splitlines()[-1]
@@ -708,3 +713,22 @@ def test_killed_with_any_optimizer_the_same_command_goes_on(
         train(tmp_path / "cut", **ask)
     assert train(tmp_path / "cut", **ask) == 0
     assert same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(("busy", "share"), [(1.0, 0.5), (0.5, 1.0), (0.49, None)])
+def test_more_than_the_peak_is_no_share_of_it(busy: float, share: float | None):
+    """The peak was measured while the machine did something else: a row has no MFU then."""
+    config, sequences, length = PRESETS["palm-tiny"].config, 4, 16
+    flops = config.flops_per_token(length) * sequences * length
+    chosen = SimpleNamespace(peak_flops=2 * flops * busy)
+    session: Any = SimpleNamespace(
+        settings=SimpleNamespace(chosen=chosen, trains_all=True),
+        shape=BatchShape(length, sequences, 1),
+        trainer=SimpleNamespace(steps=10, counted=1, world=World()),
+        spec=SimpleNamespace(config=config, unit="tokens", peak_rate=lambda settings: 1e-3),
+        _elapsed_s=lambda: 1.0,
+    )
+    report = StepReport(3, 2.0, sequences * length, 1.0, 1.0)
+    row = _Session._row(session, report, 1.0)
+    assert row["mfu"] == share
+    assert row["tokens_per_s"] == sequences * length

@@ -59,10 +59,10 @@ def begun(train: Train, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         {"save_every": 1},
         {"save_every": None},
         {"eval_every": 1},
-        {"keep": 1},
-        {"max_skipped": 20},
+        {"keep_checkpoints": 1},
+        {"max_skipped_steps": 20},
         {"device": "cpu"},
-        {"log": "tensorboard"},
+        {"loggers": "tensorboard"},
     ],
 )
 def test_what_cannot_change_the_result_may_change(
@@ -73,7 +73,7 @@ def test_what_cannot_change_the_result_may_change(
     assert train(tmp_path / "run", **change) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "reference")
     assert same(final(tmp_path / "run"), final(tmp_path / "reference"))
-    if change == {"keep": 1}:
+    if change == {"keep_checkpoints": 1}:
         assert len(checkpoint.steps(tmp_path / "run")) == 1
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
     assert {name: written.get(name) for name in change} == change
@@ -119,8 +119,8 @@ def test_where_microbatches_change_the_result(before: int, now: int, items: Any,
         options: dict[str, Any] = {"batch_tokens": 128, "microbatch_tokens": size}
         return TrainSettings(Path("d"), Path("o"), model="palm-tiny", steps=1, **options)
 
-    job: Any = SimpleNamespace(config=tiny(), items_a_step=items, shape=None)
-    assert _cut_changes(asked(before), batch_shape(asked(now), 16), job) == said
+    spec: Any = SimpleNamespace(config=tiny(), items_per_step=items, shape=None)
+    assert _cut_changes(asked(before), batch_shape(asked(now), 16), spec) == said
 
 
 @pytest.mark.parametrize(("schedule", "killed"), [(WSD, 5), (WSD, 4), (LINE, 8)])
@@ -252,6 +252,8 @@ def test_samples_continue_the_prompts_given_else_the_data_s_own(
     own = prompts(tmp_path / "own")
     assert own
     assert all(prompt in text for prompt in own)
-    assert train(tmp_path / "given", prompts='["a b", "[c]"]') == 0
+    assert train(tmp_path / "given", sample_prompts='["a b", "[c]"]') == 0
     assert prompts(tmp_path / "given") == ["a b", "[c]"]
-    assert train(tmp_path / "given", prompts="[c]") == 0  # finished, and nothing else differs
+    assert (
+        train(tmp_path / "given", sample_prompts="[c]") == 0
+    )  # finished, and nothing else differs

@@ -171,7 +171,7 @@ def test_a_skipped_step_leaves_no_gradient_to_the_next():
 
 
 def test_skips_in_a_row_stop_the_run_and_a_good_step_starts_over():
-    trainer = trainer_of(objective=Broken("loss", 1, 2, 4, 5, 6), max_skipped=3)
+    trainer = trainer_of(objective=Broken("loss", 1, 2, 4, 5, 6), max_skipped_steps=3)
     reports = [trainer.train_step() for _ in range(5)]
     assert [bool(report.skipped) for report in reports] == [True, True, False, True, True]
     with pytest.raises(TrainingError, match=r"step 6: loss not finite, 3 steps in a row.*--optim"):

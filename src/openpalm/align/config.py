@@ -98,13 +98,13 @@ class DpoSettings(TrainSettings):
                 raise SettingsError(f"--{option} {value}: must be above 0 and below 1000")
 
     @property
-    def strength(self) -> float:
-        """Beta, or its default for the loss."""
+    def resolved_beta(self) -> float:
+        """--beta, or its default for the loss."""
         return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
 
 
 @dataclass(frozen=True)
-class AlarmSettings:
+class EarlyStoppingSettings:
     """When a run stops because its held-out answers say that the reward is being gamed."""
 
     gold_drop: float | None = None
@@ -120,7 +120,7 @@ class AlarmSettings:
         for name in ("gold_drop", "max_kl", "max_length", "min_entropy"):
             value = getattr(self, name)
             known = value is None or 0 <= value < math.inf
-            check(known, f"alarm.{name}", value, "0 or more, and finite")
+            check(known, f"early_stopping.{name}", value, "0 or more, and finite")
 
 
 @dataclass(frozen=True)
@@ -131,21 +131,21 @@ class RolloutSettings(TrainSettings):
     """of the arithmetic (weights stay float32); auto takes the faster one here"""
     reward: list[str] | str | None = None
     """[WEIGHT*]SOURCE, several in brackets: a reward model's run, FILE.py:FUNCTION, or exact"""
-    gold: str | None = None
+    gold_reward: str | None = None
     """a SOURCE that is never trained on: what the held-out answers are judged by besides"""
-    prompts: int = 8
+    prompts_per_rollout: int = 8
     """prompts of a rollout"""
-    answers: int = 4
+    num_completions: int = 4
     """answers to each prompt"""
     max_new_tokens: int = 64
     """tokens of an answer at most"""
     temperature: float = 1.0
     """of the policy: of its answers and of their probabilities alike"""
-    passes: int = 1
+    epochs_per_rollout: int = 1
     """times a rollout's answers are gone through"""
     minibatches: int = 1
     """optimizer steps of one pass"""
-    beta: float = 0.05
+    kl_coef: float = 0.05
     """what a nat of distance to the reference costs"""
     kl: Literal["reward", "k2", "k3"] = "reward"
     """where that is paid: in the reward (exact), or in the loss as k2 or k3"""
@@ -157,53 +157,71 @@ class RolloutSettings(TrainSettings):
     """how far below one a token's probability ratio still counts"""
     clip_high: float | None = None
     """how far above one; not set is 0.2, and 0.28 for dapo"""
-    entropy: float = 0.0
+    entropy_coef: float = 0.0
     """what a nat of the policy's entropy is worth"""
-    rollout_weights: Literal["float32", "bfloat16", "int8"] = "float32"
+    rollout_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """of the engine that answers; fewer bits are faster and are corrected for"""
-    max_correction: float = 2.0
+    max_importance_weight: float = 2.0
     """largest weight of that correction"""
-    replay_bytes: int = 1 << 28
+    rollout_memory_bytes: int = 1 << 28
     """of a rollout in memory; a larger one lies in a file beside the run"""
-    alarm: AlarmSettings = field(default_factory=AlarmSettings)
+    early_stopping: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings)
     """when the held-out answers stop the run"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("prompts", "max_new_tokens", "passes", "minibatches", "kl_horizon"):
+        for name in (
+            "prompts_per_rollout",
+            "max_new_tokens",
+            "epochs_per_rollout",
+            "minibatches",
+            "kl_horizon",
+        ):
             check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        check(self.answers >= 1, "answers", self.answers, "1 or more")
+        check(self.num_completions >= 1, "num_completions", self.num_completions, "1 or more")
         check(0 < self.temperature <= 100, "temperature", self.temperature, "in (0, 100]")
-        check(0 <= self.beta < 1000, "beta", self.beta, "0 or more, below 1000")
+        check(0 <= self.kl_coef < 1000, "kl_coef", self.kl_coef, "0 or more, below 1000")
         for name in ("clip_low", "clip_high"):
             value = getattr(self, name)
             check(value is None or 0 < value < 100, name, value, "above 0")
         check(self.clip_low < 1, "clip_low", self.clip_low, "below 1")
-        check(0 <= self.entropy < 100, "entropy", self.entropy, "0 or more")
-        check(self.max_correction >= 1, "max_correction", self.max_correction, "1 or more")
+        check(0 <= self.entropy_coef < 100, "entropy_coef", self.entropy_coef, "0 or more")
+        check(
+            self.max_importance_weight >= 1,
+            "max_importance_weight",
+            self.max_importance_weight,
+            "1 or more",
+        )
         check(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "above 0")
-        check(self.replay_bytes >= 0, "replay_bytes", self.replay_bytes, "0 or more")
+        check(
+            self.rollout_memory_bytes >= 0,
+            "rollout_memory_bytes",
+            self.rollout_memory_bytes,
+            "0 or more",
+        )
         if self.target_kl is not None and self.kl != "reward":
             raise SettingsError(f"--target-kl: steers --kl reward, not {self.kl}; leave it out")
-        if self.target_kl is not None and not self.beta:
-            raise SettingsError("--target-kl: steers a --beta above 0; give one")
-        if self.rollout_weights != "float32" and self.temperature != 1:
+        if self.target_kl is not None and not self.kl_coef:
+            raise SettingsError("--target-kl: steers a --kl-coef above 0; give one")
+        if self.rollout_dtype != "float32" and self.temperature != 1:
             raise SettingsError(
-                f"--rollout-weights {self.rollout_weights}: is corrected for at --temperature 1 "
+                f"--rollout-dtype {self.rollout_dtype}: is corrected for at --temperature 1 "
                 f"only, not {self.temperature}; leave one of them out"
             )
-        if self.alarm.gold_drop is not None and self.gold is None:
-            raise SettingsError("--alarm.gold-drop: needs --gold, a reward that is not trained on")
-        rows = self.prompts * self.answers
+        if self.early_stopping.gold_drop is not None and self.gold_reward is None:
+            raise SettingsError(
+                "--early-stopping.gold-drop: needs --gold-reward, a reward that is not trained on"
+            )
+        rows = self.prompts_per_rollout * self.num_completions
         if rows % self.minibatches:
             raise SettingsError(
-                f"--minibatches {self.minibatches}: must divide prompts x answers ({rows})"
+                f"--minibatches {self.minibatches}: must divide prompts x completions ({rows})"
             )
 
     @property
     def one_step(self) -> bool:
         """Whether every answer is learnt from in the first step after it was given."""
-        return self.passes * self.minibatches == 1
+        return self.epochs_per_rollout * self.minibatches == 1
 
     @property
     def highest_clip(self) -> float:
@@ -224,38 +242,38 @@ def rollout_rate(fine_tuning: float) -> float:
 class PpoSettings(RolloutSettings):
     """Proximal policy optimisation, with a critic."""
 
-    prompts: int = 32
+    prompts_per_rollout: int = 32
     """prompts of a rollout"""
-    answers: int = 1
+    num_completions: int = 1
     """answers to each prompt"""
-    passes: int = 2
+    epochs_per_rollout: int = 2
     """times a rollout's answers are gone through"""
     critic: Literal["shared", "detached", "separate"] = "shared"
     """one trunk for both, the policy's trunk read but not changed, or a trunk of its own"""
-    critic_weight: float = 0.5
+    value_loss_coef: float = 0.5
     """of the critic's loss beside the policy's"""
-    critic_bins: int = 0
+    value_bins: int = 0
     """bins of a critic that classifies (HL-Gauss); 0 is one that regresses"""
-    critic_range: float = 5.0
+    value_range: float = 5.0
     """the bins reach from minus this to this"""
-    clip_value: float = 0.2
+    value_clip: float = 0.2
     """how far a value may move from the rollout's before its gain stops counting"""
     discount: float = 1.0
     """of the next token's value"""
-    gae_decay: float = 0.95
+    gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    whiten: bool = True
+    whiten_advantages: bool = True
     """give a rollout's advantages mean 0 and deviation 1"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(0 <= self.critic_weight < 100, "critic_weight", self.critic_weight, "0 or more")
+        check(0 <= self.value_loss_coef < 100, "value_loss_coef", self.value_loss_coef, "0 or more")
         wanted = "0, or at least 2 and at most 1024"
-        bins = self.critic_bins
-        check(bins == 0 or 2 <= bins <= 1024, "critic_bins", bins, wanted)
-        check(self.critic_range > 0, "critic_range", self.critic_range, "above 0")
-        check(self.clip_value > 0, "clip_value", self.clip_value, "above 0")
-        for name in ("discount", "gae_decay"):
+        bins = self.value_bins
+        check(bins == 0 or 2 <= bins <= 1024, "value_bins", bins, wanted)
+        check(self.value_range > 0, "value_range", self.value_range, "above 0")
+        check(self.value_clip > 0, "value_clip", self.value_clip, "above 0")
+        for name in ("discount", "gae_lambda"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
 
 
@@ -265,15 +283,25 @@ class GrpoSettings(RolloutSettings):
 
     advantage: GroupAdvantage = "dr-grpo"
     """how answers to one prompt are measured against each other, and what losses average over"""
-    answers: int = 8
+    num_completions: int = 8
     """answers to each prompt"""
-    redraws: int | None = None
+    max_resamples: int | None = None
     """times that prompts with equal rewards are drawn anew; not set is 0, and 3 for dapo"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.answers >= 2, "answers", self.answers, "2 or more: they are compared")
-        check(self.redraws is None or self.redraws >= 0, "redraws", self.redraws, "0 or more")
+        check(
+            self.num_completions >= 2,
+            "num_completions",
+            self.num_completions,
+            "2 or more: they are compared",
+        )
+        check(
+            self.max_resamples is None or self.max_resamples >= 0,
+            "max_resamples",
+            self.max_resamples,
+            "0 or more",
+        )
 
     @property
     def highest_clip(self) -> float:
@@ -281,8 +309,10 @@ class GrpoSettings(RolloutSettings):
         return 0.28 if higher else super().highest_clip
 
     @property
-    def most_redraws(self) -> int:
-        return self.redraws if self.redraws is not None else 3 * (self.advantage == "dapo")
+    def resample_limit(self) -> int:
+        return (
+            self.max_resamples if self.max_resamples is not None else 3 * (self.advantage == "dapo")
+        )
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _residual(
     train() before its step, as THE loop does.
     """
     places = counts.flatten().nonzero()[:, 0] if reads is None else reads[counts]
-    return model.eval().residual(inputs, layout=layout, places=places)
+    return model.eval().residual(inputs, layout=layout, selected=places)
 
 
 def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ another (Batch.segments); its loss and its gradient are the same either way.
 from collections.abc import Iterable
 from typing import Literal
 
-from openpalm.data.batches.loader import Record
 from openpalm.data.rows.usable import Usable
-from openpalm.data.text.conversation import Message, render
+from openpalm.data.text.conversation import Example, Message, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError
 
@@ -21,7 +20,7 @@ def records(
     tokenizer: Tokenizer,
     conversations: Iterable[tuple[Message, ...]],
     template: Literal["chat", "none"] = "chat",
-) -> list[Record]:
+) -> list[Example]:
     """Each conversation as ids and loss mask. Raises DataError where none has an assistant turn.
 
     Without a template a conversation is a prompt and its continuation, up to the end of the text.
@@ -38,14 +37,14 @@ def fitting(
     conversations: Usable[tuple[Message, ...]],
     template: Literal["chat", "none"],
     sequence_length: int,
-) -> Usable[Record]:
+) -> Usable[Example]:
     """The conversations with something to learn within the window, and why the others have none.
 
     A conversation that is longer stays and is cut at its end (data.loader.truncated counts them).
     """
     make = _continuation if template == "none" else _conversation
 
-    def made(messages: tuple[Message, ...]) -> Record | str:
+    def made(messages: tuple[Message, ...]) -> Example | str:
         record = make(tokenizer, messages)
         if not any(record.loss_mask):
             return "no assistant turn has a weight"
@@ -56,11 +55,11 @@ def fitting(
     return conversations.then(made)
 
 
-def _conversation(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Record:
-    return Record(*render(tokenizer, messages))
+def _conversation(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Example:
+    return Example(*render(tokenizer, messages))
 
 
-def _continuation(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Record:
+def _continuation(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Example:
     roles = [message.role for message in messages]
     if roles != ["user", "assistant"]:
         raise DataError(
@@ -69,4 +68,4 @@ def _continuation(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Record
         )
     asked, answered = (tokenizer.encode(message.content) for message in messages)
     answered += [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    return Record(asked + answered, [False] * len(asked) + [True] * len(answered))
+    return Example(asked + answered, [False] * len(asked) + [True] * len(answered))

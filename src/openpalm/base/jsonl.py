@@ -16,7 +16,7 @@ from openpalm.errors import DataError, SettingsError, StorageError
 MAX_BYTES = 1 << 31
 
 
-class GrowingRows:
+class JsonlWriter:
     """Appends rows behind `found`, those that are there; a torn end goes when the first comes."""
 
     def __init__(self, file: BinaryIO, path: Path, found: list[dict[str, Any]], end: int):
@@ -39,7 +39,7 @@ class GrowingRows:
 
 
 @contextmanager
-def growing(path: Path) -> Iterator[GrowingRows]:
+def open_jsonl(path: Path) -> Iterator[JsonlWriter]:
     """Opens, or makes, the file, for this process alone.
 
     Raises SettingsError where it cannot be had, DataError where it holds something else than rows.
@@ -68,7 +68,7 @@ def growing(path: Path) -> Iterator[GrowingRows]:
         if content[end : end + 1] not in (b"", b"{"):
             raise DataError(f"--out {path}: is no file of rows; choose a new file")
         rows = [_row(line, f"{path}:{i}") for i, line in enumerate(content[:end].splitlines(), 1)]
-        yield GrowingRows(file, path, rows, end)
+        yield JsonlWriter(file, path, rows, end)
         os.fsync(file.fileno())
 
 

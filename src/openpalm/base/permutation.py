@@ -15,17 +15,17 @@ def shuffled(index: int, size: int, key: int) -> int:
     while True:
         left, right = index >> half, index & mask
         for turn in range(4):
-            left, right = right, left ^ (mixed(key + (turn << 56) + right) & mask)
+            left, right = right, left ^ (mix64(key + (turn << 56) + right) & mask)
         index = left << half | right
         if index < size:
             return index
 
 
 def order_key(seed: int, epoch: int) -> int:
-    return mixed(mixed(seed) + epoch)
+    return mix64(mix64(seed) + epoch)
 
 
-def mixed(value: int) -> int:
+def mix64(value: int) -> int:
     """A 64-bit number that looks random (the finaliser of SplitMix64, Steele et al. 2014)."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64

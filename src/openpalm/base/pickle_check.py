@@ -16,8 +16,7 @@ _WORD = 1 << 63
 
 _LEAVES = {
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
-    *("BINBYTES", "SHORT_BINBYTES", "GLOBAL"),
+    *("BINUNICODE", "SHORT_BINSTRING", "GLOBAL"),
     *("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"),
 }
 _SIZED_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -76,20 +75,15 @@ class _Machine:
             self._marks.append(len(stack))
         elif name in ("BINPUT", "LONG_BINPUT"):
             self._memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            self._memo[len(self._memo)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(self._memo[argument])
-        elif name not in ("PROTO", "FRAME", "STOP"):
+        elif name not in ("PROTO", "STOP"):
             self._change(name)
 
     def _change(self, name: str) -> None:
         """The opcodes that fill objects or call something."""
-        if name in ("APPEND", "APPENDS", "ADDITEMS"):
-            parts = self._pop(1) if name == "APPEND" else self._pop_to_mark()
-            if name == "ADDITEMS":
-                self._hash(parts)
-            self._stack[-1].add(parts)
+        if name in ("APPEND", "APPENDS"):
+            self._stack[-1].add(self._pop(1) if name == "APPEND" else self._pop_to_mark())
         elif name in ("SETITEM", "SETITEMS"):
             parts = self._pop(2) if name == "SETITEM" else self._pop_to_mark()
             self._hash(parts[::2])
@@ -101,7 +95,7 @@ class _Machine:
                 raise ValueError("fills an object that another one holds already")
             self._hash(state)
             built.add(state)
-        elif name in ("REDUCE", "NEWOBJ", "STACK_GLOBAL"):
+        elif name in ("REDUCE", "NEWOBJ"):
             parts = self._pop(2)
             self._hash(parts)
             self._push(parts)

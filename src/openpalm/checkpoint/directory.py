@@ -32,7 +32,7 @@ from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.hashing import sha256_of as _hash
 from openpalm.base.json_file import read_failure, read_json
-from openpalm.checkpoint import adapter, tensors
+from openpalm.checkpoint import adapter, fingerprint, tensors
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model import lora
 from openpalm.model.config import (
@@ -48,15 +48,13 @@ from openpalm.model.transformer import Transformer
 
 FORMAT = "openpalm-checkpoint"
 VERSION = 1
-FINGERPRINT_TOKENS = 16
-FINGERPRINT_TOLERANCE = 1e-4
 _STEP = re.compile(r"step-(\d{8,})")
 _NAME = re.compile(r"[\w.-]{1,255}(/[\w.-]{1,255})*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "take an older checkpoint or another copy"
 _STEPPED = ("optimizer/", "model/")  # moments, and weights that only training needs
 _WEIGHTS, _FINGERPRINT = "model.safetensors", "fingerprint.safetensors"
-_STATE = "state.safetensors"
+_STATE = ("train/state.safetensors", "train/state.json")
 
 Allow = Callable[[str], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -131,8 +129,8 @@ def load(
     model = make_model(configs.model, configs.reward).to(device=device, dtype=DTYPES[dtype])
     load_weights(model, directory, allow=allow)
     model.eval()
-    if dtype == "float32":
-        _check_fingerprint(model, directory)
+    if dtype == "float32" and lists(directory, _FINGERPRINT):
+        fingerprint.check(model, directory / _FINGERPRINT)
     return model
 
 
@@ -172,7 +170,7 @@ def _load_configs(directory: Path) -> Configs:
     return configs
 
 
-def check_writes(directory: Path) -> None:
+def check_generates_text(directory: Path) -> None:
     """Raises CheckpointError for a reward model, which scores answers and writes none."""
     if load_reward_config(directory) is not None:
         raise CheckpointError(
@@ -194,7 +192,7 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
     if lora.config_of(model) != low_rank:
         raise CheckpointError(f"{directory}: its adapter differs from this model's")
     with tensors.opened(directory / _WEIGHTS) as file:
-        for name, parameter in model.published():
+        for name, parameter in model.published_parameters():
             stored = file.finite(name, allow)
             if stored.shape != parameter.shape:
                 raise CheckpointError(
@@ -205,29 +203,32 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
 
 
 def load_train_state(directory: Path) -> TrainState:
-    """What `save` was given as `train`. Raises CheckpointError if it was published without, or
-    where the optimizer's state or a weight in it is not finite."""
+    """What `save` was given as `train`. Raises CheckpointError if it was published without it, or
+    where the optimizer's state or a weight in it is not finite.
+
+    Raises SettingsError where another version wrote it in a form that this one does not read.
+    """
     folder = directory / "train"
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: holds no train/ to resume; start from it with --init")
-    manifest = verify(directory)
-    for name in (_STATE, "state.json"):
-        if f"train/{name}" not in manifest["files"]:
-            _refuse_other_version(folder, manifest)
-            raise CheckpointError(f"{directory}: its manifest lists no train/{name}; {_REMEDY}")
-    with tensors.opened(folder / _STATE) as file:
+    files = verify(directory)["files"]
+    refuse_other_version(directory)
+    if missing := set(_STATE) - files.keys():
+        raise CheckpointError(f"{directory}: its manifest lists no {min(missing)}; {_REMEDY}")
+    with tensors.opened(directory / _STATE[0]) as file:
         state = file.all()
     tensors.check_finite(folder, {n: t for n, t in state.items() if n.startswith(_STEPPED)})
-    return TrainState(state, read_json(folder / "state.json", _REMEDY))
+    return TrainState(state, read_json(directory / _STATE[1], _REMEDY))
 
 
-def _refuse_other_version(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raises SettingsError where another version wrote train/, which may differ from ours."""
+def refuse_other_version(directory: Path) -> None:
+    """Raises SettingsError where another version wrote a train/ that this one cannot read."""
+    manifest = read_manifest(directory)
     versions = manifest.get("versions")
     made = versions.get("openpalm") if isinstance(versions, dict) else None
-    if made != __version__:
+    if made != __version__ and _STATE[0] not in manifest["files"]:
         raise SettingsError(
-            f"{folder}: was written by OpenPaLM {shown(str(made))} and cannot be resumed by "
+            f"{directory}: was written by OpenPaLM {shown(str(made))} and cannot be resumed by "
             f"{__version__}; resume it with that version, or start from its weights with --init"
         )
 
@@ -372,42 +373,6 @@ def tokenizer_json(directory: Path) -> str | None:
     return (directory / "tokenizer.json").read_text(encoding="utf-8")
 
 
-def fingerprint_logits(model: Transformer) -> tuple[Tensor, Tensor]:
-    """16 fixed tokens [1, 16] and the model's `output` for them."""
-    vocab = model.config.vocab_size
-    tokens = torch.arange(FINGERPRINT_TOKENS, device=model.embedding.device)[None] * 7919 % vocab
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits = output(model, tokens)
-    model.train(training)
-    return tokens, logits
-
-
-def output(model: Transformer, ids: Tensor) -> Tensor:
-    """What the model is for, float32: logits, or the scores of each half prompt, half answer."""
-    if not isinstance(model, RewardModel):
-        return model.logits(ids)
-    lengths = torch.full(ids.shape[:1], ids.shape[1] // 2, device=ids.device)
-    return model.score(ids, prompt_lengths=lengths)
-
-
-def _check_fingerprint(model: Transformer, directory: Path) -> None:
-    if not lists(directory, _FINGERPRINT):
-        return
-    with tensors.opened(directory / _FINGERPRINT) as file:
-        written = file.tensor("logits") if "logits" in file.shapes() else None
-    computed = fingerprint_logits(model)[1].cpu()
-    if written is None or written.shape != computed.shape:
-        raise CheckpointError(f"{directory}: its fingerprint is of another model")
-    difference = (written - computed).abs().max().item()
-    if not difference <= FINGERPRINT_TOLERANCE * max(1.0, written.abs().max().item()):
-        raise CheckpointError(
-            f"{directory}: computes other logits than when it was written "
-            f"(difference {difference:.1e}); the file or the code has changed"
-        )
-
-
 def _check_tensors(configs: Configs, directory: Path) -> None:
     """The stored names and shapes against the config's, so that a hostile size builds no model."""
     config, low_rank = configs.model, configs.lora
@@ -436,7 +401,7 @@ def _write_contents(
     model: Transformer,
     tokenizer: str | None,
     train: TrainState | None,
-    fingerprint: bool,
+    with_fingerprint: bool,
     card: str | None,
     parent: str | None,
 ) -> None:
@@ -448,16 +413,16 @@ def _write_contents(
     reward = model.reward if isinstance(model, RewardModel) else None
     config |= {"reward": asdict(reward)} if reward else {}
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    tensors.write(partial / _WEIGHTS, dict(model.published()))
+    tensors.write(partial / _WEIGHTS, dict(model.published_parameters()))
     if tokenizer is not None:
         _write_text(partial / "tokenizer.json", tokenizer)
-    if fingerprint:
-        tokens, logits = fingerprint_logits(model)
+    if with_fingerprint:
+        tokens, logits = fingerprint.compute(model)
         tensors.write(partial / _FINGERPRINT, {"tokens": tokens, "logits": logits})
     if train is not None:
         (partial / "train").mkdir()
-        tensors.write(partial / "train" / _STATE, train.tensors)
-        _write_text(partial / "train" / "state.json", json.dumps(train.values, indent=1) + "\n")
+        tensors.write(partial / _STATE[0], train.tensors)
+        _write_text(partial / _STATE[1], json.dumps(train.values, indent=1) + "\n")
     _write_text(partial / "card.md", card or default_card(model.config, reward))
 
 

@@ -23,10 +23,16 @@ _REMEDY = "take an older checkpoint or another copy"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the tensors, on any device."""
-    safetensors.torch.save_file(
-        {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path
-    )
+    """Writes the tensors, on any device; each of those that share memory is written whole."""
+    stored: dict[str, Tensor] = {}
+    storages = set[int]()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses two views of one memory, such as a column given under two names.
+        stored[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    safetensors.torch.save_file(stored, path)
 
 
 def refusal(error: BaseException) -> str | None:
@@ -73,8 +79,11 @@ class TensorFile:
         return {n: tuple(self._file.get_slice(n).get_shape()) for n in list(self._file.keys())}
 
     def all(self) -> dict[str, Tensor]:
-        """Every tensor by name."""
-        return {name: self.tensor(name) for name in list(self._file.keys())}
+        """Every tensor by name, in memory of its own.
+
+        What safetensors returns is mapped: it changes, or ends the process, when the file does.
+        """
+        return {name: self.tensor(name).clone() for name in self.shapes()}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor. Raises SafetensorError, which `opened` translates, where there is none."""

@@ -13,8 +13,8 @@ from openpalm.cli.model_options import ModelOptions
 from openpalm.errors import DataError, SettingsError, count_of
 
 if TYPE_CHECKING:
-    from openpalm.align.judging.rewards import Reader
-    from openpalm.align.rollouts.rollout_batch import Answer
+    from openpalm.align.judging.reward_sources import RewardContext
+    from openpalm.align.rollouts.rollout_batch import Completion
 
 ANSWERS_AT_A_TIME = 64
 
@@ -96,33 +96,40 @@ def run(argv: Sequence[str]) -> None:
 
 def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
     """A row of every prompt, those that were in --out before not drawn again."""
-    from openpalm.align.judging.best_of_n import Draw
-    from openpalm.align.judging.rewards import Asked, Reader, question_of, rewards_of
-    from openpalm.align.rollouts.rollout import checked
-    from openpalm.base.jsonl import growing
+    from openpalm.align.judging.best_of_n import SamplingPlan
+    from openpalm.align.judging.reward_sources import (
+        RewardContext,
+        RewardPrompt,
+        load_reward,
+        question_of,
+    )
+    from openpalm.align.rollouts.rollout import checked_rewards
+    from openpalm.base.jsonl import open_jsonl
     from openpalm.cli.common import progress, serving_engine
-    from openpalm.cli.rl_common import fitting
+    from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.prompt_files import read_prompts
     from openpalm.data.text.conversation import stop_ids
 
     given = read_prompts(settings.data)
     engine, tokenizer = serving_engine(settings.path, settings, slots=ANSWERS_AT_A_TIME)
     context = engine.model.config.context
-    asked, ids = fitting(given, tokenizer, settings, context, "best-of-n")
-    reader = Reader(
-        tokenizer, [Asked(question_of(row.prompt), row.row) for row in asked], stop_ids(tokenizer)
+    asked, ids = usable_prompts(given, tokenizer, settings, context, "best-of-n")
+    reader = RewardContext(
+        tokenizer,
+        [RewardPrompt(question_of(row.prompt), row.row) for row in asked],
+        stop_ids(tokenizer),
     )
-    reward = rewards_of(reward_sources(settings.reward), reader)
-    draw = Draw(settings.n, settings.max_new_tokens, settings.temperature, settings.seed)
+    reward = load_reward(reward_sources(settings.reward), reader)
+    draw = SamplingPlan(settings.n, settings.max_new_tokens, settings.temperature, settings.seed)
     drawn = _drawn(settings)
-    with growing(settings.out) as file, progress("best-of-n", len(ids)) as advance:
+    with open_jsonl(settings.out) as file, progress("best-of-n", len(ids)) as advance:
         rows = _known(file.found, drawn, settings.out)
         advance(len(rows))
         step = max(1, ANSWERS_AT_A_TIME // settings.n)
         for first in range(len(rows), len(ids), step):
             chosen = range(first, min(first + step, len(ids)))
-            answers = draw.answers(engine, ids, chosen, reader.stop_ids)
-            rewards = checked(reward, answers)
+            answers = draw.sample(engine, ids, chosen, reader.stop_ids)
+            rewards = checked_rewards(reward, answers)
             for i, prompt in enumerate(chosen):
                 group = slice(i * settings.n, (i + 1) * settings.n)
                 row = {
@@ -137,7 +144,7 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
 
 
 def _best_and_worst(
-    answers: "Sequence[Answer]", rewards: Sequence[float], reader: "Reader"
+    answers: "Sequence[Completion]", rewards: Sequence[float], reader: "RewardContext"
 ) -> dict[str, Any]:
     from openpalm.align.judging.best_of_n import best_of
 

@@ -113,14 +113,14 @@ class _Conversation:
         """Streams the answer; Ctrl-C keeps what came so far."""
         from openpalm.data.text.conversation import Message, render, stop_ids
         from openpalm.generate.engine import Request
-        from openpalm.generate.sampling import Sampling, seed_of_answer
+        from openpalm.generate.sampling import Sampling, completion_seed
         from openpalm.generate.streaming import Completion, stream
 
         self.messages.append(Message("user", text))
         how, settings = self.how, self.settings
         ids = render(self.tokenizer, self.messages, answer_next=True).ids
         # Not seed + turn: the next seed's conversation would repeat these draws a turn later.
-        seed = seed_of_answer(settings.seed, len(self.messages))
+        seed = completion_seed(settings.seed, len(self.messages))
         sampling = Sampling(how.temperature, how.top_k, how.top_p, seed)
         request = Request(ids, settings.max_new_tokens, sampling, stop_ids(self.tokenizer))
         answer = Completion("", [], "")

@@ -34,7 +34,7 @@ from openpalm.generate.streaming import complete, document_ends
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import NO_INIT, TrainSettings
 from openpalm.train.initial_weights import Start, check_reads, starting_point
-from openpalm.train.job import Probe
+from openpalm.train.probes import Probe
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 30.0
@@ -130,7 +130,7 @@ def serving_model(
     message.
     """
     directory = checkpoint.resolve(weights_path(source), training=settings.verify)
-    checkpoint.check_writes(directory)
+    checkpoint.check_generates_text(directory)
     tokenizer = tokenizer_of(directory, settings.tokenizer)
     if tokenizer is None:
         raise CheckpointError(
@@ -211,7 +211,7 @@ def validation_probe(sets: TokenSets, sequence_length: int, *, document_mask: bo
     """
     shares = sets.shares(sequence_length)
 
-    def look(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
+    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
         found = [
             validation(model, dataset, "val", sequence_length, dtype, document_mask=document_mask)
             for dataset in sets.datasets
@@ -223,7 +223,7 @@ def validation_probe(sets: TokenSets, sequence_length: int, *, document_mask: bo
             row |= _validation_columns(result, f"/{name}")
         return row
 
-    def tell(row: dict[str, Any]) -> str:
+    def describe(row: dict[str, Any]) -> str:
         said = (
             f"validation {row['val_loss']:.4f} nats a token, "
             f"{row['val_bits_per_byte']:.4f} bits a byte"
@@ -232,7 +232,7 @@ def validation_probe(sets: TokenSets, sequence_length: int, *, document_mask: bo
         return f"{said} ({', '.join(each)})" if each else said
 
     tokens = sum(dataset.manifest.splits["val"].tokens for dataset in sets.datasets)
-    return Probe(look, tell=tell, tokens=tokens)
+    return Probe(measure, describe=describe, tokens=tokens)
 
 
 def _validation_columns(loss: SplitLoss, of: str = "") -> dict[str, Any]:
@@ -242,7 +242,7 @@ def _validation_columns(loss: SplitLoss, of: str = "") -> dict[str, Any]:
 def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int = 48) -> Probe:
     """A few continuations, kept in samples.jsonl."""
 
-    def look(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
+    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
         texts = complete(
             Engine(model, owned=True),
             tokenizer,
@@ -252,7 +252,7 @@ def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: i
         )
         return {"samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]}
 
-    return Probe(look, file="samples.jsonl")
+    return Probe(measure, file="samples.jsonl")
 
 
 def beginnings(dataset: Dataset, count: int = 3, words: int = 4) -> list[str]:

@@ -13,7 +13,7 @@ from openpalm.train.config import LoraSettings
 
 if TYPE_CHECKING:
     from openpalm.align.doctor.checks import Check
-    from openpalm.align.doctor.examination import Patient
+    from openpalm.align.doctor.run_checks import PlannedRun
     from openpalm.data.rows.preferences import Messages, Pair
     from openpalm.data.rows.prompt_files import PromptRow
     from openpalm.data.rows.usable import Usable
@@ -32,9 +32,9 @@ class DoctorSettings:
     """its data: prompts, pairs or conversations, as grpo, dpo and sft take them"""
     reward: list[str] | str | None = None
     """its rewards, as grpo takes them"""
-    prompts: int = 8
+    prompts_per_rollout: int = 8
     """prompts that are answered"""
-    answers: int = 4
+    num_completions: int = 4
     """answers to each"""
     max_new_tokens: int = 64
     """tokens of an answer at most"""
@@ -60,8 +60,8 @@ class DoctorSettings:
             init=self.init,
             steps=1,
             reward=self.reward,
-            prompts=self.prompts,
-            answers=self.answers,
+            prompts_per_rollout=self.prompts_per_rollout,
+            num_completions=self.num_completions,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
@@ -83,13 +83,13 @@ def run(argv: Sequence[str]) -> None:
             "openpalm doctor --init runs/chat --data pairs.jsonl --lora.rank 8 --json",
         ],
     )
-    from openpalm.align.doctor.examination import examine
+    from openpalm.align.doctor.run_checks import run_checks
     from openpalm.cli.common import progress
 
     patient = admit(settings)
     checks: list[Check] = []
     with progress("doctor", _expected(patient)) as advance:
-        for check in examine(patient):
+        for check in run_checks(patient):
             checks.append(check)
             advance(1)
             if not check.ok:
@@ -102,40 +102,54 @@ def run(argv: Sequence[str]) -> None:
         raise WorkError("{0.name}: failed: {0.found}; {0.remedy}".format(checks[-1]))
 
 
-def admit(settings: DoctorSettings) -> "Patient":
+def admit(settings: DoctorSettings) -> "PlannedRun":
     """Composes what the run would begin with."""
-    from openpalm.align.doctor.examination import Patient
-    from openpalm.align.judging.rewards import Asked, Reader, question_of, rewards_of
-    from openpalm.align.pairs.pairs import fitting as fitting_pairs
+    from openpalm.align.doctor.run_checks import PlannedRun
+    from openpalm.align.judging.reward_sources import (
+        RewardContext,
+        RewardPrompt,
+        load_reward,
+        question_of,
+    )
+    from openpalm.align.pairs.examples import PreferenceExample, to_example
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start
-    from openpalm.cli.rl_common import fitting
+    from openpalm.cli.rl_common import usable_prompts
+    from openpalm.data.rows.preferences import Pair
     from openpalm.data.rows.prompt_files import PromptRow
     from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
     from openpalm.train.initial_weights import check_trained, choose_trained
-    from openpalm.train.job import LORA_RATE
     from openpalm.train.optimization.parameter_groups import Optimizer
+    from openpalm.train.spec import LORA_RATE
 
     run = settings.as_run()
     directory, tokenizer, start = fine_tuning_start(run)
     check_trained(run, start.config)
     given = _read(settings.data)
     stops = stop_ids(tokenizer)
-    pairs = fitting_pairs(tokenizer, given.pairs, start.config.context)
+    max_tokens = start.config.context + 1  # the last token is only a target
+
+    def with_example(pair: Pair) -> tuple[Pair, PreferenceExample] | str:
+        example = to_example(tokenizer, pair, max_tokens)
+        return example if isinstance(example, str) else (pair, example)
+
+    pairs = given.pairs.then(with_example)
     if given.pairs.items:
         pairs.refuse_empty(settings.data, "pair")
-    asked, ids = fitting(given.prompts, tokenizer, settings, start.config.context, "doctor")
+    asked, ids = usable_prompts(given.prompts, tokenizer, settings, start.config.context, "doctor")
     answered = [*asked, *(PromptRow(pair.prompt, {}) for pair, _ in pairs.items)]
-    reader = Reader(tokenizer, [Asked(question_of(row.prompt), row.row) for row in answered], stops)
+    reader = RewardContext(
+        tokenizer, [RewardPrompt(question_of(row.prompt), row.row) for row in answered], stops
+    )
     words = reward_sources(settings.reward)
     device = pick_device(settings.device)
     model = Transformer(start.config).to(device)
     start.fill(model)
     choose_trained(model, run)
     rate = rollout_rate(start.learning_rate) * (LORA_RATE if settings.lora.rank else 1)
-    return Patient(
+    return PlannedRun(
         settings=run,
         model=model,
         optimizer=Optimizer(model, run.optim, rate),
@@ -143,9 +157,9 @@ def admit(settings: DoctorSettings) -> "Patient":
         tokenizer=tokenizer,
         prompts=ids,
         conversations=given.conversations,
-        pairs=[record for _, record in pairs.items],
+        pairs=[example for _, example in pairs.items],
         stop_ids=stops,
-        reward=rewards_of(words, reader) if words else None,
+        reward=load_reward(words, reader) if words else None,
     )
 
 
@@ -195,7 +209,7 @@ def _read(path: Path) -> _Given:
     return _Given(prompts, cut, none)
 
 
-def _expected(patient: "Patient") -> int:
+def _expected(patient: "PlannedRun") -> int:
     """How many checks there will be."""
     with_reward = patient.reward is not None
     return 10 + 4 * with_reward + bool(patient.pairs) * (2 + 2 * with_reward)

@@ -57,19 +57,19 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import validation, weights_path
     from openpalm.data.dataset.shards import open_dataset
-    from openpalm.generate.quantize import pack
+    from openpalm.generate.quantize import quantize
     from openpalm.train.initial_weights import check_reads
 
     dataset = open_dataset(settings.data)
     directory = checkpoint.resolve(weights_path(settings.path), training=settings.verify)
-    checkpoint.check_writes(directory)
+    checkpoint.check_generates_text(directory)
     remedy = "prepare the data with the model's tokenizer"
     if forced := check_reads(directory, dataset.tokenizer(), remedy, force=settings.force):
         print(f"eval: warning: {forced}", file=sys.stderr)
     model = checkpoint.load(directory, str(pick_device(settings.device)))
     weights = settings.quantize or settings.dtype
     if weights != "float32":
-        model = pack(model, weights)
+        model = quantize(model, weights)
     length = settings.sequence_length or model.config.context
     with Console(stderr=True).status(f"reading the {settings.split} split"):
         result = validation(

@@ -31,6 +31,6 @@ def run(argv: Sequence[str]) -> None:
 def learn(settings: GrpoSettings, label: str = "grpo") -> "Outcome":
     """Composes the run: a policy, THE loop over rollouts in groups."""
     from openpalm.align.rollouts.grpo import GroupObjective, estimate
-    from openpalm.cli.rl_common import learn_from_answers
+    from openpalm.cli.rl_common import train_on_rollouts
 
-    return learn_from_answers(settings, GroupObjective(settings), estimate, label)
+    return train_on_rollouts(settings, GroupObjective(settings), estimate, label)

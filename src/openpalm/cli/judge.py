@@ -12,8 +12,8 @@ from openpalm.cli.model_options import ModelOptions
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
-    from openpalm.align.judging.judge import Judge
-    from openpalm.align.judging.judgements import Item
+    from openpalm.align.judging.judging_session import Item
+    from openpalm.align.judging.model_judge import Judge
 
 KEY = "OPENPALM_JUDGE_KEY"
 
@@ -36,7 +36,7 @@ class JudgeSettings:
     """which of that server's models; the key is read from OPENPALM_JUDGE_KEY"""
     model: str | None = None
     """run, checkpoint or hub name that writes the answers, where --data has prompts alone"""
-    answers: int = 2
+    num_completions: int = 2
     """answers to each prompt, of --model"""
     temperature: float = 1.0
     """of --model's answers"""
@@ -62,8 +62,8 @@ class JudgeSettings:
             raise SettingsError("who judges? give --judge or --endpoint, one of them")
         if (self.endpoint is None) != (self.judge_model is None):
             raise SettingsError("--endpoint and --judge-model: give both or neither")
-        for name in ("answers", "max_new_tokens", "parallel"):
-            least = 2 if name == "answers" and not self.revise else 1
+        for name in ("num_completions", "max_new_tokens", "parallel"):
+            least = 2 if name == "num_completions" and not self.revise else 1
             if not least <= getattr(self, name) <= 4096:
                 option = name.replace("_", "-")
                 raise SettingsError(f"--{option} {getattr(self, name)}: must be {least} to 4096")
@@ -113,18 +113,18 @@ def run(argv: Sequence[str]) -> None:
 
 def judged(settings: JudgeSettings) -> dict[str, Any]:
     """Appends a record for whatever has none yet; figures of what was done."""
-    from openpalm.align.judging.judgements import Session
-    from openpalm.base.jsonl import growing
+    from openpalm.align.judging.judging_session import JudgingSession
+    from openpalm.base.jsonl import open_jsonl
     from openpalm.cli.common import progress
     from openpalm.data.rows.constitution import read_constitution
     from openpalm.data.rows.preferences import Preference
 
     constitution = read_constitution(settings.constitution, "principles")
     items, judge = _items(settings), _judge(settings)
-    with growing(settings.out) as file, progress("judge", len(items)) as advance:
+    with open_jsonl(settings.out) as file, progress("judge", len(items)) as advance:
         rows = enumerate(file.found, 1)
         known = {Preference.from_json(row, f"--out {settings.out}:{i}").id for i, row in rows}
-        session = Session(judge, constitution, settings.max_new_tokens, file, known)
+        session = JudgingSession(judge, constitution, settings.max_new_tokens, file, known)
         work = session.revise if settings.revise else session.compare
         for item in items:
             work(item)
@@ -134,8 +134,8 @@ def judged(settings: JudgeSettings) -> dict[str, Any]:
 
 
 def _judge(settings: JudgeSettings) -> "Judge":
-    from openpalm.align.judging.endpoint import EndpointJudge
-    from openpalm.align.judging.judge import EngineJudge
+    from openpalm.align.judging.endpoint_judge import EndpointJudge
+    from openpalm.align.judging.model_judge import EngineJudge
     from openpalm.cli.common import serving_engine
 
     if settings.endpoint is not None and settings.judge_model is not None:
@@ -155,7 +155,7 @@ def _judge(settings: JudgeSettings) -> "Judge":
 
 def _items(settings: JudgeSettings) -> "list[Item]":
     """What is to be judged: the file's answers, or prompts whose answers --model will write."""
-    from openpalm.align.judging.judgements import given_items
+    from openpalm.align.judging.judging_session import given_items
     from openpalm.cli.common import report_unused
     from openpalm.data.rows.candidate_files import read_candidates
 
@@ -167,18 +167,20 @@ def _items(settings: JudgeSettings) -> "list[Item]":
 
 
 def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
-    from openpalm.align.judging.best_of_n import Draw
-    from openpalm.align.judging.judgements import Writer, drawn_items
+    from openpalm.align.judging.best_of_n import SamplingPlan
+    from openpalm.align.judging.judging_session import Writer, drawn_items
     from openpalm.cli.common import serving_engine
-    from openpalm.cli.rl_common import fitting
+    from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.prompt_files import read_prompts
 
     given = read_prompts(settings.data)
     engine, tokenizer = serving_engine(
         model, ModelOptions(device=settings.device, dtype=settings.dtype)
     )
-    rows, ids = fitting(given, tokenizer, settings, engine.model.config.context, "judge")
-    draw = Draw(settings.answers, settings.max_new_tokens, settings.temperature, settings.seed)
+    rows, ids = usable_prompts(given, tokenizer, settings, engine.model.config.context, "judge")
+    draw = SamplingPlan(
+        settings.num_completions, settings.max_new_tokens, settings.temperature, settings.seed
+    )
     return drawn_items(Writer(engine, tokenizer, _hash_of(model), draw), rows, ids)
 
 

@@ -36,6 +36,7 @@ def run(argv: Sequence[str]) -> None:
         positional=["path"],
     )
     from openpalm.checkpoint import directory as checkpoint
+    from openpalm.checkpoint import fingerprint
     from openpalm.cli.common import give_adapter, weights_path
     from openpalm.convert import export
     from openpalm.model import lora
@@ -46,9 +47,9 @@ def run(argv: Sequence[str]) -> None:
     given = give_adapter(model, settings.adapter, directory, force=settings.force)
     if not lora.is_attached(model):
         raise CheckpointError(f"{directory}: has no adapter; name one with --adapter")
-    before = checkpoint.fingerprint_logits(model)[1]
+    before = fingerprint.compute(model)[1]
     lora.merge(model)
-    change = (checkpoint.fingerprint_logits(model)[1] - before).abs().max().item()
+    change = (fingerprint.compute(model)[1] - before).abs().max().item()
     parent = checkpoint.read_manifest(directory)["sha256"]
     # "own": the merged checkpoint computes what its parent does, so its adapters fit here too.
     lineage = {"parent": parent, "merged": True, "adapter": given or "own"}

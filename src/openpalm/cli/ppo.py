@@ -32,17 +32,17 @@ def run(argv: Sequence[str]) -> None:
 def learn(settings: PpoSettings, label: str = "ppo") -> "Outcome":
     """Composes the run: a policy with its critic, THE loop over rollouts."""
     from openpalm.align.rollouts.ppo import PpoObjective, estimate
-    from openpalm.cli.rl_common import learn_from_answers
+    from openpalm.cli.rl_common import train_on_rollouts
     from openpalm.model.critic import ActorCritic, Bins
 
-    reach, count = settings.critic_range, settings.critic_bins
+    reach, count = settings.value_range, settings.value_bins
     bins = Bins(count, -reach, reach) if count else None
 
     def prepare(model: "Transformer") -> None:
         assert isinstance(model, ActorCritic)
         model.reset_critic()
 
-    return learn_from_answers(
+    return train_on_rollouts(
         settings,
         PpoObjective(settings),
         estimate,

@@ -444,7 +444,7 @@ def _answers(run_directory: Path, questions: list[str], *, temperature: float = 
         Request(ids, 64, Sampling(temperature=temperature, seed=i), stops)
         for i, ids in enumerate(prompts)
     ]
-    return [tokenizer.decode(ids).strip() for ids in engine.answers(requests)]
+    return [tokenizer.decode(ids).strip() for ids in engine.completions(requests)]
 
 
 def _before_and_after(answered: list[Answered]) -> list[float]:

@@ -9,7 +9,7 @@ from openpalm.align.config import RolloutSettings, reward_sources, rollout_rate
 from openpalm.errors import RewardError, SettingsError
 
 if TYPE_CHECKING:
-    from openpalm.align.judging.rewards import Reader
+    from openpalm.align.judging.reward_sources import RewardContext
     from openpalm.align.rollouts.rollout import LogProbs
     from openpalm.align.rollouts.rollout_batch import Reward
     from openpalm.data.rows.prompt_files import PromptRow
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
-    from openpalm.train.job import Probe
     from openpalm.train.objective import Objective
+    from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
 
 LEAST_LOOKED_AT, MAX_LOOKED_AT = 16, 64
@@ -27,7 +27,7 @@ LEAST_LOOKED_AT, MAX_LOOKED_AT = 16, 64
 SHOWN = 4
 
 
-def learn_from_answers(
+def train_on_rollouts(
     settings: RolloutSettings,
     objective: "Objective[Any]",
     estimate: Callable[..., Any],
@@ -38,7 +38,13 @@ def learn_from_answers(
     """Composes the run; `prepare` gets the model after its weights were filled in."""
     import torch
 
-    from openpalm.align.judging.rewards import Asked, Reader, fingerprint, question_of, rewards_of
+    from openpalm.align.judging.reward_sources import (
+        RewardContext,
+        RewardPrompt,
+        fingerprint,
+        load_reward,
+        question_of,
+    )
     from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
@@ -46,20 +52,26 @@ def learn_from_answers(
     from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
-    from openpalm.train.job import Job
-    from openpalm.train.run import run as run_job
+    from openpalm.train.run import run_training
     from openpalm.train.run_directory import reward_failed
+    from openpalm.train.spec import TrainSpec
 
     if not reward_sources(settings.reward):
         raise SettingsError("--reward: what is an answer worth? give FILE.py:FUNCTION or a run")
     directory, tokenizer, start = fine_tuning_start(settings)
     given = read_prompts(settings.data)
-    asked, ids = fitting(given, tokenizer, settings, start.config.context, label)
-    reader = Reader(
-        tokenizer, [Asked(question_of(row.prompt), row.row) for row in asked], stop_ids(tokenizer)
+    asked, ids = usable_prompts(given, tokenizer, settings, start.config.context, label)
+    reader = RewardContext(
+        tokenizer,
+        [RewardPrompt(question_of(row.prompt), row.row) for row in asked],
+        stop_ids(tokenizer),
     )
-    reward = rewards_of(reward_sources(settings.reward), reader)
-    gold = rewards_of(reward_sources(settings.gold), reader, "gold") if settings.gold else None
+    reward = load_reward(reward_sources(settings.reward), reader)
+    gold = (
+        load_reward(reward_sources(settings.gold_reward), reader, "gold_reward")
+        if settings.gold_reward
+        else None
+    )
     numbers = range(len(ids))
     trained, measured = held_out(numbers)
     enough = len(measured) >= LEAST_LOOKED_AT
@@ -73,30 +85,32 @@ def learn_from_answers(
 
     def make_loader(shape: BatchShape, model: Transformer, dtype: torch.dtype) -> RolloutLoader:
         sampler = Sampler(model, ids[: len(trained)], reader.stop_ids, settings)
-        held = reference(model) if settings.beta else None
+        held = reference(model) if settings.kl_coef else None
         return RolloutLoader(sampler, reward, estimate, held, rows=shape.rows, dtype=dtype)
 
-    job = Job(
+    spec = TrainSpec(
         config=start.config,
         fill=fill,
         make_loader=make_loader,
-        sequences_per_epoch=len(trained) * settings.answers * settings.passes,
+        sequences_per_epoch=len(trained) * settings.num_completions * settings.epochs_per_rollout,
         learning_rate=rollout_rate(start.learning_rate),
         objective=objective,
-        unit="answers",
+        unit="completions",
         make_model=make_model or Transformer,
         shape=shape,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
         parent_hash=start.parent_hash,
-        reward_hash=fingerprint([*reward_sources(settings.reward), *reward_sources(settings.gold)]),
+        reward_hash=fingerprint(
+            [*reward_sources(settings.reward), *reward_sources(settings.gold_reward)]
+        ),
         parent_fixed=True,
         probes=_probes(settings, reader, ids, looked_at, reference, reward, gold),
         best="val_gold" if gold else "val_reward",
         label=label,
     )
     try:
-        return run_job(settings, job)
+        return run_training(settings, spec)
     except RewardError:
         reward_failed(settings.out)
         raise
@@ -112,7 +126,7 @@ class AsksSettings(Protocol):
     def max_new_tokens(self) -> int: ...
 
 
-def fitting(
+def usable_prompts(
     given: "Usable[PromptRow]",
     tokenizer: "Tokenizer",
     settings: AsksSettings,
@@ -161,7 +175,7 @@ def _shape(settings: RolloutSettings, longest: int) -> "BatchShape":
     """How a rollout's answers are cut into steps and microbatches."""
     from openpalm.train.config import BatchShape
 
-    step = settings.prompts * settings.answers // settings.minibatches
+    step = settings.prompts_per_rollout * settings.num_completions // settings.minibatches
     room = max(1, settings.microbatch_tokens // longest)
     rows = max(r for r in range(1, min(room, step) + 1) if step % r == 0)
     return BatchShape(longest, rows, step // rows)
@@ -169,7 +183,7 @@ def _shape(settings: RolloutSettings, longest: int) -> "BatchShape":
 
 def _probes(
     settings: RolloutSettings,
-    reader: "Reader",
+    reader: "RewardContext",
     ids: "list[list[int]]",
     looked_at: list[int],
     reference: "Callable[[Transformer], LogProbs]",
@@ -177,22 +191,22 @@ def _probes(
     gold: "Reward | None",
 ) -> "list[Probe]":
     """Figures of the held-out answers, with the alarm; and some of the answers."""
-    from openpalm.align.rollouts.monitor import alarm, look
+    from openpalm.align.rollouts.monitor import evaluate_policy, stop_reason
     from openpalm.align.rollouts.rollout import Sampler
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
 
     shown: list[dict[str, str]] = []
 
     def figures(model: "Transformer", dtype: object) -> dict[str, Any]:
         sampler = Sampler(model, ids, reader.stop_ids, settings)
-        row, answers = look(sampler, looked_at, reference(model), reward, gold)
+        row, answers = evaluate_policy(sampler, looked_at, reference(model), reward, gold)
         shown[:] = [
             {"prompt": f"{reader.asked[answer.prompt].question}\n", "text": reader.text(answer)}
             for answer in answers[:SHOWN]
         ]
         return row
 
-    def tell(row: dict[str, Any]) -> str:
+    def describe(row: dict[str, Any]) -> str:
         gold_told = f", gold {row['val_gold']:.3f}" if "val_gold" in row else ""
         return (
             f"held-out answers: reward {row['val_reward']:.3f}{gold_told}, "
@@ -200,6 +214,10 @@ def _probes(
         )
 
     return [
-        Probe(figures, tell=tell, judge=lambda rows: alarm(settings.alarm, rows)),
+        Probe(
+            figures,
+            describe=describe,
+            alarm=lambda rows: stop_reason(settings.early_stopping, rows),
+        ),
         Probe(lambda *_: {"samples": list(shown)}, file="samples.jsonl"),
     ]

@@ -128,7 +128,8 @@ def _request(
         new_tokens = settings.seq_len - len(ids)
         if new_tokens < 1:
             raise SettingsError(
-                f"--seq_len {settings.seq_len}: the prompt alone has {count_of(len(ids), 'token')}"
+                f"--seq_len {settings.seq_len}: the prompt alone has "
+                f"{count_of(len(ids), 'token')}; shorten it, or give a larger --seq_len"
             )
     top_k = settings.top_k
     if settings.filter_thres is not None:

@@ -9,10 +9,10 @@ from openpalm.base.settings import parse
 from openpalm.errors import count_of
 
 if TYPE_CHECKING:
-    from openpalm.data.batches.loader import Record
     from openpalm.data.rows.tasks import Mixture
+    from openpalm.data.text.conversation import Example
     from openpalm.data.text.tokenizer import Tokenizer
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
 
 _PROBE_ROWS = 16
@@ -43,11 +43,17 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     """Composes the run: weights, conversations as records, THE loop."""
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
-    from openpalm.data.batches.loader import PackedLoader, RecordLoader, truncated
+    from openpalm.data.batches.loader import (
+        Batch,
+        Loader,
+        example_loader,
+        packed_loader,
+        truncated,
+    )
     from openpalm.data.batches.order import mixture as mixed_draws
     from openpalm.data.rows.tasks import read_mixture
-    from openpalm.train.job import Job
-    from openpalm.train.run import run as run_job
+    from openpalm.train.run import run_training
+    from openpalm.train.spec import TrainSpec
 
     directory, tokenizer, start = fine_tuning_start(settings)
     length = settings.sequence_length or start.config.context
@@ -66,13 +72,13 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
             f"{label}: cut at {length} tokens: {cut} of {whole}; --sequence-length takes more",
             file=sys.stderr,
         )
-    kind = PackedLoader if settings.pack else RecordLoader
+    make = packed_loader if settings.pack else example_loader
 
-    def loader(rows: int) -> PackedLoader | RecordLoader:
-        return kind(trained, rows=rows, seed=settings.seed, sequence_length=length, draws=draws)
+    def loader(rows: int) -> Loader[Batch]:
+        return make(trained, rows=rows, seed=settings.seed, sequence_length=length, draws=draws)
 
     measurable = any(any(record.loss_mask[1 : length + 1]) for record in measured)
-    job = Job(
+    spec = TrainSpec(
         config=start.config,
         fill=start.fill,
         make_loader=lambda shape, *_: loader(shape.rows),
@@ -84,12 +90,12 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
         probes=[_held_out_probe(measured, length)] if measurable else [],
         label=label,
     )
-    return run_job(settings, job)
+    return run_training(settings, spec)
 
 
 def _tasks(
     mixture: "Mixture", tokenizer: "Tokenizer", settings: SftSettings, length: int, label: str
-) -> "list[list[Record]]":
+) -> "list[list[Example]]":
     """Each task's conversations as records; reports what is left out."""
     from openpalm.align.sft import fitting
     from openpalm.cli.common import report_unused
@@ -103,11 +109,11 @@ def _tasks(
     return made
 
 
-def _held_out_probe(records: "Sequence[Record]", sequence_length: int) -> "Probe":
+def _held_out_probe(records: "Sequence[Example]", sequence_length: int) -> "Probe":
     """val_loss over the held-out answers, nats a token."""
     from openpalm.data.batches.loader import Batch, padded
     from openpalm.evaluate.perplexity import split_loss
-    from openpalm.train.job import Probe
+    from openpalm.train.probes import Probe
 
     batches = [
         Batch(*padded(records[first : first + _PROBE_ROWS], sequence_length))
@@ -115,5 +121,5 @@ def _held_out_probe(records: "Sequence[Record]", sequence_length: int) -> "Probe
     ]
     return Probe(
         lambda model, dtype: {"val_loss": split_loss(model, batches, 1, dtype).nats_per_token},
-        tell=lambda row: f"held-out answers {row['val_loss']:.4f} nats a token",
+        describe=lambda row: f"held-out answers {row['val_loss']:.4f} nats a token",
     )

@@ -39,11 +39,11 @@ def run(argv: Sequence[str]) -> None:
 def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     """Composes the run: data, start, what is looked at on the way."""
     from openpalm.cli.common import beginnings, sample_probe, validation_probe, weights_path
-    from openpalm.data.batches.loader import TokenLoader
+    from openpalm.data.batches.loader import token_loader
     from openpalm.data.batches.token_mixture import open_sets
     from openpalm.train.initial_weights import starting_point
-    from openpalm.train.job import Job
-    from openpalm.train.run import run as run_job
+    from openpalm.train.run import run_training
+    from openpalm.train.spec import TrainSpec
 
     sets = open_sets(settings.data)
     tokenizer = sets.datasets[0].tokenizer()
@@ -63,16 +63,16 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     shares = sets.shares(length)
     for name, share in zip(sets.names, shares, strict=True) if len(shares) > 1 else ():
         print(f"{label}: {name}: {share:,} of {sum(shares):,} sequences an epoch", file=sys.stderr)
-    given = settings.prompts
+    given = settings.sample_prompts
     prompts = [given] if isinstance(given, str) else given or beginnings(sets.datasets[0])
     probes = [sample_probe(tokenizer, prompts)]
     if all(dataset.manifest.splits["val"].tokens > 1 for dataset in sets.datasets):
         measured = validation_probe(sets, length, document_mask=settings.document_mask)
         probes.insert(0, measured)
-    job = Job(
+    spec = TrainSpec(
         config=start.config,
         fill=start.fill,
-        make_loader=lambda shape, *_: TokenLoader(
+        make_loader=lambda shape, *_: token_loader(
             tokens,
             sequence_length=shape.sequence_length,
             rows=shape.rows,
@@ -88,7 +88,7 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
         probes=probes,
         label=label,
     )
-    return run_job(settings, job)
+    return run_training(settings, spec)
 
 
 def report(outcome: "Outcome", settings: TrainSettings) -> None:

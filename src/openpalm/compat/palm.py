@@ -180,7 +180,7 @@ class PaLM(Original):
         ]
         engine = Engine(self.scoped(finetune_scope), slots=min(SLOTS, len(prompts)), owned=True)
         self.train(self.training)  # packing shares modules, which it puts in eval mode
-        return engine.answers(requests)
+        return engine.completions(requests)
 
     def set_dropout(self, dropout: float) -> "PaLM":
         for module in self.modules():
@@ -247,8 +247,8 @@ class PaLM(Original):
 
 def adapted(model: Transformer, rank: int) -> Transformer:
     """A twin that shares the model's weights and has an adapter where the original has one."""
-    twin = lora.sharing(model, Transformer)
-    twin.blocks = nn.ModuleList(lora.sharing(block, type(block)) for block in model.blocks)
+    twin = lora.shallow_copy_as(model, Transformer)
+    twin.blocks = nn.ModuleList(lora.shallow_copy_as(block, type(block)) for block in model.blocks)
     lora.attach(twin, LoraConfig(rank, float(rank), tuple(TARGETS)), seed=draw_seed())
     return twin.requires_grad_(True)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint import fingerprint
 from openpalm.convert.detect import read_foreign
 from openpalm.convert.eras import NEWEST
 from openpalm.convert.palm_rlhf.reward import write_reward
@@ -106,7 +107,7 @@ def _difference(model: Transformer, reloaded: Transformer) -> tuple[float, float
     """The largest difference of outputs on fixed ids, and the largest output."""
     rows, time = _CHECK_SHAPE
     ids = (torch.arange(rows * time) * 7919 % model.config.vocab_size).view(rows, time)
-    expected = checkpoint.output(model, ids)
+    expected = fingerprint.output(model, ids)
     return (
-        expected - checkpoint.output(reloaded, ids)
+        expected - fingerprint.output(reloaded, ids)
     ).abs().max().item(), expected.abs().max().item()

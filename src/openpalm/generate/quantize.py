@@ -1,8 +1,8 @@
-"""A model's matrices made ready for decoding: fused, and stored as its kernels read fastest.
+"""Quantization to int8 and int4, and fast layouts of float32 and bfloat16, for decoding.
 
-Decoding one token reads every weight once and does little else, so its speed is that of memory:
-fewer bytes a weight, laid out as they are read. Packed modules take the place of project_in,
-project_out and the head; the model stays the model.
+Decoding one token reads every weight once and computes little, so memory bandwidth sets its speed:
+fewer bytes per weight, stored in the order that the kernel reads. Fused and quantized modules
+replace project_in, project_out and the head; the rest of the model is unchanged.
 """
 
 import copy
@@ -16,64 +16,82 @@ from torch import Tensor, nn
 from openpalm.base.device import multiplies_bfloat16, multiplies_int8
 from openpalm.errors import SettingsError
 from openpalm.model.block import Block, ProjectHead, ProjectIn, ProjectOut
-from openpalm.model.lora import merged, sharing
+from openpalm.model.lora import merged, shallow_copy_as
 from openpalm.model.transformer import Transformer
 
-Weights = Literal["float32", "bfloat16", "int8", "int4"]
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 INT4_GROUP = 32
-"""Neighbouring weights that share a scale and a zero point."""
-FEW_ROWS = 8
-"""Rows that oneDNN's float32 layout is chosen for: fast for one row and for hundreds."""
-WIDENED_NUMBERS = 1 << 18
-"""Weights that are widened to float32 at a time: a megabyte."""
+"""Neighbouring weights of a row that share a scale and a zero point."""
+ONEDNN_FLOAT32_ROWS = 8
+"""Number of input rows that oneDNN's float32 layout is chosen for: fast for 1 and for hundreds."""
+WIDENED_ELEMENTS = 1 << 18
+"""Weights converted to float32 at a time: a megabyte, which fits the processor's cache."""
 
 
 class Matrix(Protocol):
-    """A packed matrix [rows, columns]: x [..., columns] -> [..., rows]."""
+    """A matrix [rows, columns] in the layout of its kernel: x [..., columns] -> [..., rows]."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-def pack(model: Transformer, weights: Weights) -> Transformer:
-    """The model with its matrices packed, an adapter's part folded in; the rest is shared.
+def quantize(model: Transformer, weights: WeightFormat) -> Transformer:
+    """Returns the model for inference with its matrices in this format; an adapter is merged.
 
-    int8 keeps a scale a row (and where the processor multiplies 8-bit numbers, rounds each token's
-    activations too), int4 a scale and zero point for each 32 weights of a row; both compute in
-    bfloat16. Raises SettingsError where this device has no kernel for them.
+    float32 and bfloat16 change the layout only. int8 keeps one scale per row and, where the
+    processor multiplies 8-bit numbers, quantizes each token's activations too. int4 keeps a scale
+    and a zero point for each group of 32 weights of a row. Both compute in bfloat16. Other
+    parameters are shared with `model`. Raises SettingsError where the device has no kernel for it.
     """
     table = model.embedding
     if weights in ("int8", "int4") and table.device.type != "cpu":
         raise SettingsError(f"--quantize {weights}: needs a CPU so far; leave it out on a GPU")
-    model = merged(model)
+    model = merged(model)  # before rounding, which would lose the small low-rank update
     if weights != "float32":
-        model = _as(model, torch.bfloat16)
-    packed = sharing(model, type(model))
-    packed.blocks = nn.ModuleList(_packed_block(block, weights) for block in model.blocks)
+        model = _in_dtype(model, torch.bfloat16)
+    quantized = shallow_copy_as(model, type(model))
+    quantized.blocks = nn.ModuleList(_quantized_block(block, weights) for block in model.blocks)
     unembedding = model.embedding if model.unembedding is None else model.unembedding
-    # In bfloat16 logits are 1/16 apart: too coarse, where they can be had in float32.
-    packed.project_head = _PackedHead(_matrix(unembedding, weights, torch.float32))
-    return packed.eval()
+    # bfloat16 logits are 1/16 apart, which is too coarse, so the head returns float32 if it can.
+    quantized.project_head = _QuantizedHead(_matrix(unembedding, weights, torch.float32))
+    return quantized.eval()
 
 
-class _PackedIn(nn.Module):
-    def __init__(self, plain: ProjectIn, weights: Weights):
+def copy_unquantized_parts(model: Transformer) -> Transformer:
+    """Returns the model with its own copy of what `quantize` shares: tables, norms and biases.
+
+    The matrices of the blocks, which `quantize` copies, and parameters that only training needs (a
+    critic) stay shared with `model`.
+    """
+    published = {id(parameter) for _, parameter in model.published_parameters()}
+    shared = [parameter for parameter in model.parameters() if id(parameter) not in published]
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        for projection in (block.project_in, block.project_out):
+            shared += [p for p in projection.parameters(recurse=False) if p.dim() == 2]
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
+
+
+class _FusedIn(nn.Module):
+    """All input projections as one matrix: one kernel call instead of three or four."""
+
+    def __init__(self, plain: ProjectIn, weights: WeightFormat):
         super().__init__()
         self.rows = plain.rows
         self.matrix = _matrix(torch.cat([getattr(plain, name) for name in plain.rows]), weights)
         self.up_bias = plain.up_bias
 
     def forward(self, n: Tensor, names: Sequence[str] = ()) -> tuple[Tensor, ...]:
-        *parts, up = self.matrix(n).split(list(self.rows.values()), dim=-1)
-        parts.append(up if self.up_bias is None else up + self.up_bias)
+        *outputs, up = self.matrix(n).split(list(self.rows.values()), dim=-1)
+        outputs.append(up if self.up_bias is None else up + self.up_bias)
         return tuple(
-            x for name, x in zip(self.rows, parts, strict=True) if name in (names or self.rows)
+            x for name, x in zip(self.rows, outputs, strict=True) if name in (names or self.rows)
         )
 
 
-class _PackedOut(nn.Module):
-    """Both outputs as one matrix over [attended, hidden]."""
+class _FusedOut(nn.Module):
+    """Both output projections as one matrix over [attended, hidden]."""
 
-    def __init__(self, plain: ProjectOut, weights: Weights):
+    def __init__(self, plain: ProjectOut, weights: WeightFormat):
         super().__init__()
         self.matrix = _matrix(torch.cat([plain.out, plain.down], dim=1), weights)
         self.down_bias = plain.down_bias
@@ -83,7 +101,7 @@ class _PackedOut(nn.Module):
         return update if self.down_bias is None else update + self.down_bias
 
 
-class _PackedHead(ProjectHead):
+class _QuantizedHead(ProjectHead):
     def __init__(self, matrix: Matrix):
         super().__init__()
         self.matrix = matrix
@@ -101,7 +119,7 @@ class _PackedHead(ProjectHead):
         z_loss: float,
         chunk: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """Without a gradient: there is nothing to train in a packed matrix."""
+        """Without a gradient, because a quantized matrix is not trained."""
         logits = self.matrix(states)[:, : len(table)].float()
         logits = logits if bias is None else logits + bias
         z = z_loss * logits.logsumexp(-1).square().sum()
@@ -109,6 +127,8 @@ class _PackedHead(ProjectHead):
 
 
 class _Dense:
+    """The matrix as it is, for a GPU and for processors without a oneDNN layout."""
+
     def __init__(self, weight: Tensor):
         self.weight = weight.contiguous()
 
@@ -117,23 +137,26 @@ class _Dense:
 
 
 class _OneDnn:
-    """float32 or bfloat16 on a CPU, in the blocked layout that oneDNN's kernels want.
+    """float32 or bfloat16 on a CPU, reordered once into the blocked layout of oneDNN's kernels.
 
-    In float32 a row's products do not depend on how many rows there are. F.linear's do: it
-    changes kernels with the number of rows.
+    In float32 the product of a row does not depend on the number of rows. That is not so with
+    F.linear, which changes kernels with the number of rows.
     """
 
     def __init__(self, weight: Tensor):
-        rows = 1 if weight.dtype == torch.bfloat16 else FEW_ROWS
+        rows = 1 if weight.dtype == torch.bfloat16 else ONEDNN_FLOAT32_ROWS
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-        self.pairs = False
+        # For some shapes oneDNN has another kernel for a single row, which adds in another order.
+        # Such a row is multiplied twice, so that it gets the same bits alone as in a batch.
+        self.doubles_single_row = False
         if weight.dtype == torch.float32:
             generator = torch.Generator().manual_seed(0)
             one = torch.randn(1, weight.shape[1], generator=generator)
-            self.pairs = not torch.equal(self._multiply(one), self._multiply(one.tile(2, 1))[:1])
+            alone, in_batch = self._multiply(one), self._multiply(one.tile(2, 1))[:1]
+            self.doubles_single_row = not torch.equal(alone, in_batch)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.pairs and x.numel() == x.shape[-1]:
+        if self.doubles_single_row and x.numel() == x.shape[-1]:
             twice = x.reshape(1, -1).tile(2, 1)
             return self._multiply(twice)[:1].view(*x.shape[:-1], -1)
         return self._multiply(x)
@@ -143,26 +166,28 @@ class _OneDnn:
 
 
 class _Widened:
-    """bfloat16 weights on a CPU that only emulates bfloat16: multiplied in float32, by blocks.
+    """bfloat16 weights on a CPU without bfloat16 instructions: multiplied in float32.
 
-    A block of the weights is widened into the processor's cache and used there.
+    A few rows of the weights at a time are converted and multiplied while they are in the
+    processor's cache, so that memory is read at two bytes per weight.
     """
 
     def __init__(self, weight: Tensor, result: torch.dtype):
         self.weight, self.result = weight.contiguous(), result
-        self.rows = max(1, WIDENED_NUMBERS // weight.shape[1])
+        self.rows = max(1, WIDENED_ELEMENTS // weight.shape[1])
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.float()
-        parts = [F.linear(wide, block.float()) for block in self.weight.split(self.rows)]
-        return torch.cat(parts, dim=-1).to(self.result)
+        products = [F.linear(wide, rows.float()) for rows in self.weight.split(self.rows)]
+        return torch.cat(products, dim=-1).to(self.result)
 
 
 class _Int8:
-    """Weights in 8 bits with a scale a row; activations stay bfloat16."""
+    """int8 weights with one scale per row; activations stay bfloat16."""
 
     def __init__(self, weight: Tensor):
-        codes, scales = _rounded_rows(weight)
+        codes, scales = _round_to_int8(weight)
+        # The kernel is several times slower with float32 activations and scales.
         self.weight, self.scales = codes, scales.to(torch.bfloat16)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -172,18 +197,19 @@ class _Int8:
 
 
 class _Int8Dot:
-    """Weights as _Int8, and each token's activations in 8 bits with a scale of their own.
+    """int8 weights as in _Int8, and int8 activations with one scale per token.
 
-    For processors that multiply 8-bit numbers directly, where _Int8 is bound by
-    arithmetic: 1.7 times the tokens/s in a batch of 16 (benchmarks/RESULTS.md).
+    For processors that multiply 8-bit numbers directly. _Int8 is bound by arithmetic there; this
+    reaches 1.7 times its tokens/s in a batch of 16 (benchmarks/RESULTS.md).
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
-        codes, self.scales = _rounded_rows(weight)
+        codes, self.scales = _round_to_int8(weight)
         self.dtype = dtype
         self.zeros = torch.zeros(len(codes), dtype=torch.int32)
         self.weight = torch.ops.onednn.qlinear_prepack(codes, [1, codes.shape[1]])
-        # The kernel's activations are unsigned: 128 is zero, the half rounds to the nearest.
+        # The kernel's activations are unsigned, with zero at 128. Conversion to uint8 truncates,
+        # so the half makes it round to the nearest.
         self.middle = torch.tensor(128.5)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -191,6 +217,7 @@ class _Int8Dot:
         largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True)
         largest.clamp_min_(1e-12)
         codes = torch.addcmul(self.middle, rows, 127 / largest).to(torch.uint8)
+        # The kernel takes one scale for all rows, so each row's own is applied to its product.
         out = torch.ops.onednn.qlinear_pointwise(
             *(codes, 1 / 127, 128),
             *(self.weight, self.scales, self.zeros, None),
@@ -200,7 +227,7 @@ class _Int8Dot:
 
 
 class _Int4:
-    """w = (q - 8) scale + zero, q in 0..15, for each group of a row."""
+    """int4 weights: w = (q - 8) scale + zero with q in 0..15, for each group of a row."""
 
     def __init__(self, weight: Tensor):
         groups = weight.float().unflatten(1, (-1, INT4_GROUP))
@@ -210,6 +237,7 @@ class _Int4:
         q = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15)
         codes = q.to(torch.int32).flatten(1)
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        # The kernel reads [groups, rows, 2]: the scales and zeros of a group for all rows.
         self.scales_zeros = torch.stack([scale, zero], dim=-1).transpose(0, 1)
         self.scales_zeros = self.scales_zeros.contiguous().to(torch.bfloat16)
 
@@ -221,15 +249,15 @@ class _Int4:
         return out.unflatten(0, x.shape[:-1])
 
 
-def _matrix(weight: Tensor, weights: Weights, result: torch.dtype = torch.bfloat16) -> Matrix:
-    """Packed; its products in `result` where the kernel leaves a choice."""
+def _matrix(weight: Tensor, weights: WeightFormat, result: torch.dtype = torch.bfloat16) -> Matrix:
+    """The weight in this format; products are in `result` where the kernel leaves a choice."""
     weight = weight.detach()
     if weight.device.type != "cpu":
         return _Dense(weight)
     if weights == "bfloat16" and not multiplies_bfloat16():
         return _Widened(weight, result)
     if weights in ("float32", "bfloat16"):
-        return _blocked(weight)
+        return _onednn_or_dense(weight)
     if weights == "int8":
         return _Int8Dot(weight, result) if multiplies_int8() else _Int8(weight)
     if weight.shape[1] % INT4_GROUP or weight.shape[0] % 16:
@@ -240,8 +268,8 @@ def _matrix(weight: Tensor, weights: Weights, result: torch.dtype = torch.bfloat
     return _Int4(weight)
 
 
-def _blocked(weight: Tensor) -> Matrix:
-    """In oneDNN's layout where torch has oneDNN and it takes the matrix on this processor."""
+def _onednn_or_dense(weight: Tensor) -> Matrix:
+    """oneDNN's layout where torch has oneDNN and it supports this matrix on this processor."""
     if not torch.backends.mkldnn.is_available():
         return _Dense(weight)
     try:
@@ -250,23 +278,23 @@ def _blocked(weight: Tensor) -> Matrix:
         return _Dense(weight)
 
 
-def _rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes [rows, columns] and the float32 scale of each row."""
     weight = weight.float()
     scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
     return (weight / scales[:, None]).round().to(torch.int8), scales
 
 
-def _packed_block(block: nn.Module, weights: Weights) -> nn.Module:
+def _quantized_block(block: nn.Module, weights: WeightFormat) -> nn.Module:
     assert isinstance(block, Block)
-    packed = sharing(block, Block)
-    packed._modules["project_in"] = _PackedIn(block.project_in, weights)
-    packed._modules["project_out"] = _PackedOut(block.project_out, weights)
-    return packed
+    quantized = shallow_copy_as(block, Block)
+    quantized._modules["project_in"] = _FusedIn(block.project_in, weights)
+    quantized._modules["project_out"] = _FusedOut(block.project_out, weights)
+    return quantized
 
 
-def _as(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model in `dtype`, itself where it is already."""
+def _in_dtype(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """A copy of the model in `dtype`, or `model` itself if it has that dtype."""
     if model.embedding.dtype == dtype:
         return model
     return copy.deepcopy(model).to(dtype)

@@ -1,4 +1,4 @@
-"""From logits to a token: how one is chosen, and pure functions that do it."""
+"""Sampling: temperature, top-k, top-p, min-p, penalties and logit bias, from logits to a token."""
 
 import math
 from collections import Counter
@@ -8,37 +8,37 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from openpalm.base.permutation import mixed
+from openpalm.base.permutation import mix64
 from openpalm.errors import NumbersError, SettingsError
 
-_SMALLEST_TEMPERATURE = 1e-30
-"""Still above zero in float32; the difference to less cannot be seen."""
-_LARGEST_CHANGE = 1e6
-"""Of a logit: far more than any two logits differ by, and far from float32's limits."""
-_SHORT_LIST = 256
-"""Likeliest tokens that are looked at before all are put in order, which takes far longer."""
+_MIN_TEMPERATURE = 1e-30
+"""Still above zero in float32; lower values sample the same token."""
+_MAX_LOGIT_CHANGE = 1e6
+"""Far more than the difference of any two logits, and far from float32's limits."""
+_NUCLEUS_CANDIDATES = 256
+"""Likeliest tokens tried for top-p before the whole vocabulary is sorted, which is far slower."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """Sampling settings of one request. Raises SettingsError for a value out of range."""
 
     temperature: float = 1.0
-    """0 takes the most likely token"""
+    """divides the logits; 0 takes the likeliest token"""
     top_k: int = 0
-    """keep only this many of the likeliest tokens; 0 keeps all"""
+    """keep only the k likeliest tokens; 0 keeps all"""
     top_p: float = 1.0
-    """keep the likeliest tokens that together have this probability"""
+    """keep the smallest set of likeliest tokens with at least this total probability"""
     seed: int = 0
-    """of this request's random draws"""
+    """seed of this request's random numbers"""
     min_p: float = 0.0
-    """keep tokens with at least this share of the likeliest one's probability"""
+    """keep tokens with at least this fraction of the likeliest token's probability"""
     presence_penalty: float = 0.0
-    """taken once from the logit of every token generated before"""
+    """subtracted once from the logit of every token generated before"""
     frequency_penalty: float = 0.0
-    """taken from a token's logit for each time it was generated before"""
+    """subtracted from a token's logit for each time it was generated before"""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """token id -> what is added to its logit"""
+    """token id -> number added to its logit"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
@@ -55,55 +55,57 @@ class Sampling:
         changes |= {"frequency_penalty": self.frequency_penalty}
         changes |= {f"logit_bias of token {i}": bias for i, bias in self.logit_bias.items()}
         for name, change in changes.items():
-            if not (math.isfinite(change) and abs(change) <= _LARGEST_CHANGE):
-                limits = f"-{_LARGEST_CHANGE:g} to {_LARGEST_CHANGE:g}"
+            if not (math.isfinite(change) and abs(change) <= _MAX_LOGIT_CHANGE):
+                limits = f"-{_MAX_LOGIT_CHANGE:g} to {_MAX_LOGIT_CHANGE:g}"
                 raise SettingsError(f"{name} ({change}) must be a number from {limits}")
 
     @property
     def adjusts(self) -> bool:
-        """Whether logits are changed before anything is chosen by them."""
+        """Whether a logit bias or a penalty changes the logits."""
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
-def seed_of_answer(seed: int, index: int) -> int:
-    """The seed of the answer `index` to one prompt: of the first `seed` itself, of the others a
-    mixture, so that neighbouring seeds share no answer."""
+def completion_seed(seed: int, index: int) -> int:
+    """The seed of completion number `index` of one prompt.
+
+    The first one uses `seed` itself. The others use a hash of seed and index, so that requests
+    with neighbouring seeds have no completion in common.
+    """
     if index == 0:
         return seed
-    value = mixed(mixed(seed) + index)
-    return value - 2**64 if value >= 2**63 else value
+    value = mix64(mix64(seed) + index)
+    return value - 2**64 if value >= 2**63 else value  # torch takes signed 64-bit seeds
 
 
-def choose(
+def choose_tokens(
     logits: Tensor,
-    hows: Sequence[Sampling],
+    samplings: Sequence[Sampling],
     generated: Sequence[Sequence[int]],
     generators: Sequence[torch.Generator],
 ) -> list[int]:
-    """A token for each row of logits [rows, vocab], each by its own settings and generator.
+    """A token for each row of logits [rows, vocab], by its own settings and generator.
 
-    `generated` are the tokens of each answer so far; only penalties look at them.
+    generated: the tokens of each completion so far; only penalties read them.
     """
-    best = logits.argmax(dim=-1).tolist()
-    drawn = [row for row, how in enumerate(hows) if how.temperature > 0 or how.adjusts]
-    if drawn:  # on the CPU, where the generators are
+    tokens = logits.argmax(dim=-1).tolist()
+    sampled = [row for row, how in enumerate(samplings) if how.temperature > 0 or how.adjusts]
+    if sampled:  # on the CPU, where the generators are
         logits = logits.cpu()
-    for row in drawn:
-        how = hows[row]
-        mine = adjusted(logits[row], how, generated[row])
-        chances = distribution(
-            mine,
+    for row in sampled:
+        how = samplings[row]
+        probabilities = distribution(
+            adjusted(logits[row], how, generated[row]),
             temperature=how.temperature,
             top_k=how.top_k,
             top_p=how.top_p,
             min_p=how.min_p,
         )
-        best[row] = draw(chances, generators[row])
-    return best
+        tokens[row] = draw(probabilities, generators[row])
+    return tokens
 
 
 def adjusted(logits: Tensor, how: Sampling, generated: Sequence[int]) -> Tensor:
-    """Logits [vocab] with bias and penalties, as the OpenAI API defines them:
+    """Logits [vocab] with logit bias and penalties, as the OpenAI API defines them:
 
     l_j + bias_j - count_j * frequency_penalty - [count_j > 0] * presence_penalty.
     """
@@ -125,19 +127,18 @@ def distribution(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    """The probabilities a token is drawn from, [vocab] from logits [vocab].
+    """Probabilities [vocab] to draw a token from, given logits [vocab].
 
-    Temperature divides the logits; 0 puts everything on the best one. Then the `top_k` best are
-    kept (0 keeps all), of those the ones with `min_p` of the best one's probability (Nguyen et al.
-    2024), then the smallest set that holds `top_p` of what is left (Holtzman et al. 2020), always
-    at least one.
+    Filters apply in this order: temperature (0 puts all probability on the likeliest token), top-k
+    (0 keeps all), min-p (Nguyen et al. 2024), then top-p over the renormalised rest (Holtzman et
+    al. 2020). At least one token is kept.
     """
     if temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-    # The best at zero, so that no small temperature makes it infinite.
-    logits = (logits - logits.max()) / max(temperature, _SMALLEST_TEMPERATURE)
+    # The largest logit becomes zero, so that a small temperature cannot make it infinite.
+    logits = (logits - logits.max()) / max(temperature, _MIN_TEMPERATURE)
     if 0 < top_k < logits.shape[-1]:
-        best = logits.topk(top_k)  # by index: equal logits at the edge are not all kept
+        best = logits.topk(top_k)  # by index, because a threshold would keep all ties
         logits = torch.full_like(logits, -torch.inf).scatter_(0, best.indices, best.values)
     probabilities = logits.softmax(dim=-1)
     if min_p > 0:
@@ -149,21 +150,22 @@ def distribution(
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    size = min(_SHORT_LIST, probabilities.shape[-1])
+    """Keeps the smallest set of likeliest tokens with probability `top_p`, renormalised."""
+    size = min(_NUCLEUS_CANDIDATES, probabilities.shape[-1])
     ordered, order = probabilities.topk(size)
     if ordered.sum() < top_p:
         ordered, order = probabilities.sort(descending=True)
     before = ordered.cumsum(dim=-1) - ordered
-    # The best one always: the smallest top_p is zero in float32.
+    # Always keeps the first token: the smallest top_p is zero in float32.
     kept = torch.where((before < top_p) | (before == 0), ordered, 0)
     return torch.zeros_like(probabilities).scatter_(0, order, kept / kept.sum())
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> int:
-    """A token id by its probability; the generator is the request's own.
+    """Draws a token id from probabilities [vocab].
 
-    Inverts the cumulative sum: for a large vocabulary several times faster than multinomial.
-    Raises NumbersError where the probabilities are not finite.
+    Inverts the cumulative sum, which is several times faster than torch.multinomial for a large
+    vocabulary. Raises NumbersError where the probabilities are not finite.
     """
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     if not cumulative[-1].isfinite():

@@ -143,7 +143,7 @@ def complete(
         Request(prompt_ids(tokenizer, prompt), max_new_tokens, sampling, stops)
         for prompt in prompts
     ]
-    return [tokenizer.decode(ids) for ids in engine.answers(requests)]
+    return [tokenizer.decode(ids) for ids in engine.completions(requests)]
 
 
 def document_ends(tokenizer: Tokenizer) -> frozenset[int]:

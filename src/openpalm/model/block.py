@@ -145,17 +145,17 @@ class Block(nn.Module):
         x: Tensor,
         tables: RotaryTables,
         attend: Attend,
-        places: Tensor | None = None,
+        selected: Tensor | None = None,
     ) -> Tensor:
-        """x [batch, time, dim] to the same, or at `places` [n] of it, flattened, to [n, dim]."""
+        """x [batch, time, dim] to the same, or at `selected` [n] of it, flattened, to [n, dim]."""
         n = self.norm(x)
-        if places is None:
+        if selected is None:
             q, kv, *ff = self.project_in(n)
             attended = self.attention(layer, q, kv, tables, attend)
         else:
             q, kv = self.project_in(n, ATTENDS)
             attended = self.attention(layer, q, kv, tables, attend)
-            x, n, attended = (t.flatten(0, 1).index_select(0, places) for t in (x, n, attended))
+            x, n, attended = (t.flatten(0, 1).index_select(0, selected) for t in (x, n, attended))
             ff = self.project_in(n, list(self.project_in.rows)[len(ATTENDS) :])
         update = self.project_out(attended, _activate(*ff))
         return x + F.dropout(update, self.dropout, self.training)

@@ -60,8 +60,10 @@ class ActorCritic(Transformer):
         super().__init__(config)
         self.critic = Critic(config, kind, bins)
 
-    def published(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return (item for item in super().published() if not item[0].startswith("critic."))
+    def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return (
+            item for item in super().published_parameters() if not item[0].startswith("critic.")
+        )
 
     @torch.no_grad()
     def reset_critic(self) -> None:
@@ -70,7 +72,7 @@ class ActorCritic(Transformer):
         self.critic.read.bias.zero_()
         if self.critic.trunk is not None:
             own = dict(self.critic.trunk.named_parameters())
-            for name, parameter in self.published():
+            for name, parameter in self.published_parameters():
                 own[name].copy_(parameter)
 
     def values(self, inputs: Tensor, residual: Tensor, counts: Tensor) -> Tensor:

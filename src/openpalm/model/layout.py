@@ -22,7 +22,7 @@ class Layout:
     attend: Attend
 
 
-def packed(segments: Tensor) -> Layout:
+def packed_layout(segments: Tensor) -> Layout:
     """Sequences one after the other in a row: each is computed as if it were alone.
 
     segments: int64 [rows, time]; neighbours with one number are one sequence. Positions begin
@@ -63,7 +63,7 @@ def _begins_and_within(segments: Tensor) -> tuple[Tensor, Tensor]:
     return begins, here - (here * begins).cummax(dim=1).values
 
 
-def shared(segments: Tensor) -> Layout:
+def shared_prompt_layout(segments: Tensor) -> Layout:
     """Answers that share a prompt in one row: each is computed as if it alone followed it.
 
     segments: int64 [rows, time]; 0 is the prompt, at the row's beginning, neighbours with one

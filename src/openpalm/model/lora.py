@@ -142,15 +142,15 @@ def merged(model: Transformer) -> Transformer:
     """
     if not is_attached(model):
         return model
-    twin = sharing(model, type(model))
-    twin.blocks = nn.ModuleList(sharing(block, type(block)) for block in model.blocks)
+    twin = shallow_copy_as(model, type(model))
+    twin.blocks = nn.ModuleList(shallow_copy_as(block, type(block)) for block in model.blocks)
     for block in _blocks(twin):
         block._modules["project_in"] = _folded(block.project_in, copied=True)
         block._modules["project_out"] = _folded(block.project_out, copied=True)
     return twin
 
 
-def sharing(module: nn.Module, kind: type[M]) -> M:
+def shallow_copy_as(module: nn.Module, kind: type[M]) -> M:
     """A `kind` with the module's own parts, which can be replaced without touching the module.
 
     It is neither compiled nor recomputed where the module is: both run the module's own forward.
@@ -177,7 +177,7 @@ def _adapters(model: Transformer) -> Iterator[_Adapted]:
 def _adapted(kind: type[A], plain: nn.Module, config: LoraConfig, model: Transformer) -> A:
     """`plain` as an adapted module that holds the same parameters."""
     shapes = model.config.matrices
-    adapted = sharing(plain, kind)
+    adapted = shallow_copy_as(plain, kind)
     adapted.config, adapted.active = config, True
     adapted.lora = nn.ModuleDict(
         {
@@ -207,7 +207,7 @@ def _folded(module: M, *, copied: bool = False) -> M:
     """The module without its adapter, B A added to its matrices or, if `copied`, to copies."""
     if not isinstance(module, _Adapted):
         return module
-    plain = sharing(module, _PLAIN[type(module)])
+    plain = shallow_copy_as(module, _PLAIN[type(module)])
     del plain._modules["lora"]
     for target, factors in module.lora.items() if module.active else ():
         assert isinstance(factors, Factors)

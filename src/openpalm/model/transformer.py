@@ -34,7 +34,7 @@ class Transformer(nn.Module):
         self.unembedding = None if config.tied else nn.Parameter(torch.empty_like(self.embedding))
         self.head_bias = nn.Parameter(torch.empty(config.padded_vocab)) if config.bias else None
 
-    def published(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters that a checkpoint holds for whoever uses the model."""
         return self.named_parameters()
 
@@ -61,13 +61,13 @@ class Transformer(nn.Module):
         *,
         added: Tensor | None = None,
         layout: Layout | None = None,
-        places: Tensor | None = None,
+        selected: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after the last block, [batch, time, dim].
 
         `added`, of that shape, goes on top of the embeddings. With a cache the ids follow what
         each slot holds, and the cache advances: by `counts` tokens in each slot where given (the
-        rest of the row is padding), else by all of them. `places`, int64 [n], are those of the
+        rest of the row is padding), else by all of them. `selected`, int64 [n], are those of the
         flattened ids whose states are wanted, [n, dim]: what only the others need is not computed.
         """
         positions, attend, longest = self._context(ids, cache, layout)
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
         x = x if added is None else x + added
         for layer, block in enumerate(self.blocks):
             last = layer == self.config.depth - 1
-            x = block(layer, x, tables, attend, places if last else None)
+            x = block(layer, x, tables, attend, selected if last else None)
         if cache is not None:
             cache.advance(counts or [ids.shape[1]] * ids.shape[0])
         return x

@@ -85,4 +85,4 @@ def _slots(worker: Worker) -> int:
 
 
 def _prefilled(worker: Worker) -> int:
-    return worker.current.engine.prefilled
+    return worker.current.engine.prefilled_tokens

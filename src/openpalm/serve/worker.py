@@ -336,7 +336,7 @@ class Worker:
 
     def _fail_all(self, served: ServedModel, failure: Failure) -> list[Event]:
         sequences = list(self._unfinished[served].values())
-        served.engine.abandon()
+        served.engine.reset()
         for sequence in sequences:
             self._forget(sequence)
         return [(sequence, failure) for sequence in sequences]

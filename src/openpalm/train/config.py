@@ -212,11 +212,11 @@ class LoraSettings:
         return config
 
 
-BOARDS = ("tensorboard", "wandb")
+LOGGERS = ("tensorboard", "wandb")
 
 
-def board_names(log: str | None) -> list[str]:
-    """The boards that --log names, each once."""
+def logger_names(log: str | None) -> list[str]:
+    """The loggers that --loggers names, each once."""
     return [*dict.fromkeys(name.strip() for name in log.split(","))] if log is not None else []
 
 
@@ -271,7 +271,7 @@ class Chosen:
     parent: str | None = None
     """hash of the checkpoint that --init started from"""
     reward: str | None = None
-    """hash of the files behind --reward and --gold"""
+    """hash of the files behind --reward and --gold-reward"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "minutes", "peak_flops"):
@@ -314,13 +314,13 @@ class TrainSettings:
     """steps between checkpoints; not set is ten a run, at least 20 steps apart"""
     eval_every: int | None = None
     """steps between evaluations; not set is ten a run, at least 20 steps apart"""
-    keep: int = 3
+    keep_checkpoints: int = 3
     """newest checkpoints to keep; 0 keeps all"""
     device: str = "auto"
     """auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the arithmetic (weights stay float32); auto takes the faster one here"""
-    max_skipped: int = 10
+    max_skipped_steps: int = 10
     """steps in a row without a finite loss and gradient before the run stops"""
     last_layers: int | None = None
     """train only so many of the last blocks, and the final norm; not set trains everything"""
@@ -336,8 +336,8 @@ class TrainSettings:
     """changes to the preset"""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """optimizer and schedule"""
-    log: str | None = None
-    """boards that get the run's rows too: tensorboard, wandb, or both with a comma between"""
+    loggers: str | None = None
+    """loggers that get the run's rows too: tensorboard, wandb, or both with a comma between"""
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     """a trace of some steps"""
     chosen: Chosen = field(default_factory=Chosen)
@@ -362,10 +362,12 @@ class TrainSettings:
         check(self.microbatch_tokens > 0, "microbatch_tokens", self.microbatch_tokens, "above 0")
         check(0 <= self.z_loss < 1, "z_loss", self.z_loss, "in [0, 1)")
         Ramp.parse(self.batch_ramp)
-        check(self.keep >= 0, "keep", self.keep, "0 or more")
-        known = {*board_names(self.log)} <= {*BOARDS}
-        check(known, "log", self.log, f"{' or '.join(BOARDS)}, or both with a comma between")
-        check(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
+        check(self.keep_checkpoints >= 0, "keep_checkpoints", self.keep_checkpoints, "0 or more")
+        known = {*logger_names(self.loggers)} <= {*LOGGERS}
+        check(
+            known, "loggers", self.loggers, f"{' or '.join(LOGGERS)}, or both with a comma between"
+        )
+        check(self.max_skipped_steps >= 1, "max_skipped_steps", self.max_skipped_steps, "1 or more")
         check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
         check(
             self.batch_tokens is None or self.batch_tokens > 0,
@@ -406,7 +408,7 @@ class PretrainSettings(TrainSettings):
     """attention stays inside documents, in training and validation"""
     force: bool = False
     """with --init: train on data of another tokenizer than the model's"""
-    prompts: list[str] | str | None = None
+    sample_prompts: list[str] | str | None = None
     """texts that samples.jsonl continues, several as a JSON list; not set takes the beginnings of
     some validation documents"""
 

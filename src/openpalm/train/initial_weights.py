@@ -67,7 +67,7 @@ def starting_point(
         )
     directory = checkpoint.resolve(init)
     if not may_score:
-        checkpoint.check_writes(directory)
+        checkpoint.check_generates_text(directory)
     unnamed = checkpoint.tokenizer_json(directory) is None
     its_own = "the one of its training" if unnamed else directory / "tokenizer.json"
     remedy = f"prepare the data with --tokenizer {its_own}"

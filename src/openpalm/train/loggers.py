@@ -1,6 +1,6 @@
-"""The rows of a run on other people's boards too: TensorBoard and Weights & Biases.
+"""The rows of a run on other people's loggers too: TensorBoard and Weights & Biases.
 
-They get what metrics.jsonl and samples.jsonl get, under the same names. A board that fails is
+They get what metrics.jsonl and samples.jsonl get, under the same names. A logger that fails is
 told of once and left; the run and its own files go on.
 """
 
@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 from openpalm.base.settings import plain, to_yaml
 from openpalm.errors import SettingsError
-from openpalm.train.config import TrainSettings, board_names
+from openpalm.train.config import TrainSettings, logger_names
 
 Say = Callable[[str], None]
 
 
-class Board(Protocol):
+class Logger(Protocol):
     """Where rows go."""
 
     def write(self, row: dict[str, Any]) -> None: ...
@@ -28,39 +28,40 @@ class Board(Protocol):
 
 
 def check_installed(settings: TrainSettings) -> None:
-    """Raises SettingsError where --log asks for a package that is not there."""
-    for name in board_names(settings.log):
+    """Raises SettingsError where --loggers asks for a package that is not there."""
+    for name in logger_names(settings.loggers):
         if find_spec(name) is None:
             raise SettingsError(
-                f"--log {name}: is not installed; pip install 'openpalm[logging]', or leave it out"
+                f"--loggers {name}: is not installed; "
+                "pip install 'openpalm[logging]', or leave it out"
             )
 
 
-class Boards:
-    """The boards of a run that goes on after `step`."""
+class Loggers:
+    """The loggers of a run that goes on after `step`."""
 
     def __init__(self, settings: TrainSettings, step: int, say: Say):
         self._say = say
-        self._open: dict[str, Board] = {}
-        for name in board_names(settings.log):
+        self._open: dict[str, Logger] = {}
+        for name in logger_names(settings.loggers):
             self._try(name, lambda kind=_KINDS[name]: kind(settings, step, say))
 
     def write(self, row: dict[str, Any]) -> None:
         """A row as the run's own file has it."""
-        for name, board in [*self._open.items()]:
-            self._try(name, lambda board=board: board.write(row))
+        for name, logger in [*self._open.items()]:
+            self._try(name, lambda logger=logger: logger.write(row))
 
     def close(self) -> None:
-        for name, board in [*self._open.items()]:
-            self._try(name, board.close)
+        for name, logger in [*self._open.items()]:
+            self._try(name, logger.close)
 
-    def _try(self, name: str, action: Callable[[], Board | None]) -> None:
+    def _try(self, name: str, action: Callable[[], Logger | None]) -> None:
         try:
             made = action()
         except Exception as error:  # whatever it is, it must not stop the training
             self._open.pop(name, None)
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._say(f"--log {name}: goes on without it ({reason[:300]})")
+            self._say(f"--loggers {name}: goes on without it ({reason[:300]})")
         else:
             if made is not None:
                 self._open[name] = made
@@ -94,11 +95,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of the board for the directory, whose id is kept in RUN/wandb/run-id.
+    """One run of the logger for the directory, whose id is kept in RUN/wandb/run-id.
 
     Project, entity and mode are the library's own environment variables (WANDB_PROJECT,
-    WANDB_MODE=offline). A resumed run passes over steps that are on the board: it would write the
-    same. Offline the board cannot be asked: there, steps after the checkpoint are twice.
+    WANDB_MODE=offline). A resumed run passes over steps that are on the logger: it would write the
+    same. Offline the logger cannot be asked: there, steps after the checkpoint are twice.
     """
 
     def __init__(self, settings: TrainSettings, step: int, say: Say):
@@ -131,14 +132,14 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-_KINDS: dict[str, Callable[[TrainSettings, int, Say], Board]] = {
+_KINDS: dict[str, Callable[[TrainSettings, int, Say], Logger]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
 }
 
 
 def _kept_id(file: Path) -> str:
-    """The id of the run on the board: made once, then read."""
+    """The id of the run on the logger: made once, then read."""
     if not file.exists():
         file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     return file.read_text(encoding="utf-8").strip()

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import Tensor
 
 from openpalm.data.batches.loader import IGNORE, Batch
-from openpalm.model.layout import packed
+from openpalm.model.layout import packed_layout
 from openpalm.model.transformer import Transformer
 
 Metrics = dict[str, float]
@@ -40,13 +40,13 @@ class NextToken:
         return int((batch.targets != IGNORE).sum())
 
     def loss(self, model: Transformer, batch: Batch, /) -> tuple[Tensor, Metrics]:
-        layout = None if batch.segments is None else packed(batch.segments)
+        layout = None if batch.segments is None else packed_layout(batch.segments)
         targets, places = batch.targets.flatten(), None
         counts = targets != IGNORE
         if not counts.all():
             places = counts.nonzero()[:, 0]
             targets = targets[places]
-        states = model.residual(batch.inputs, layout=layout, places=places)
+        states = model.residual(batch.inputs, layout=layout, selected=places)
         loss, z = model.cross_entropy(
             states.flatten(0, -2), targets, z_loss=self.z_loss, chunk=self.chunk
         )
@@ -64,7 +64,7 @@ class Loader(Protocol):
 
 
 @runtime_checkable
-class Remembering(Protocol):
+class StatefulLoader(Protocol):
     """What a loader has besides, whose batches are made on the way: rollouts."""
 
     facts: dict[str, float]

@@ -3,7 +3,7 @@
     RUN/config.yaml        the settings, with what was chosen by measuring
     RUN/metrics.jsonl      a row a step, and rows of evaluations
     RUN/samples.jsonl      what the model wrote on the way
-    RUN/profile/           with --profile.steps; tensorboard/ and wandb/ with --log
+    RUN/profile/           with --profile.steps; tensorboard/ and wandb/ with --loggers
     RUN/checkpoints/       step-NNNNNNNN directories
 
 At a step the rows are written first, then the probes', then the checkpoint: whatever a checkpoint
@@ -39,11 +39,11 @@ from openpalm.train.config import (
     batch_shape,
 )
 from openpalm.train.initial_weights import check_trained
-from openpalm.train.job import Job, make_trainer
-from openpalm.train.loggers import Boards, check_installed
+from openpalm.train.loggers import Loggers, check_installed
 from openpalm.train.metrics import LiveLine, RowFile, read_rows
 from openpalm.train.profile import Profiler
 from openpalm.train.sizing.measure import choose
+from openpalm.train.spec import TrainSpec, make_trainer
 from openpalm.train.trainer import StepReport, Trainer
 
 _NOT_ITS_STATE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -60,37 +60,38 @@ class Outcome:
     """True where there was nothing left to do"""
 
 
-def run(settings: TrainSettings, job: Job) -> Outcome:
+def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
     """Begins the run in `settings.out`, or goes on with it; returns its last checkpoint.
 
     Raises SettingsError where the directory belongs to other settings or another process,
     TrainingError where the run diverges.
     """
-    check_trained(settings, job.config)
+    check_trained(settings, spec.config)
     check_installed(settings)
     out = settings.out
     device = pick_device(settings.device)
-    length = settings.sequence_length or job.config.context
+    length = settings.sequence_length or spec.config.context
     if settings.memory.keeps_freed:
         keep_freed_memory()
-    if job.shape is not None and settings.batch_ramp is not None:
+    if spec.shape is not None and settings.batch_ramp is not None:
         raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
-    if job.objective is not None:
+    if spec.objective is not None:
         _refuse_next_tokens_own(settings)
-    shape = job.shape or batch_shape(settings, length, world().size)
+    shape = spec.shape or batch_shape(settings, length, world().size)
     with ExitStack() as stack:
         stack.enter_context(run_directory.locked(out))
-        settings = _settled(settings, job, shape, device)
+        settings = _settled(settings, spec, shape, device)
         chosen = settings.chosen
         assert chosen.steps is not None
         newest = checkpoint.latest(out, say=lambda line: None)
         if newest is not None and _step_of(newest) >= chosen.steps:
             return Outcome(newest, chosen.steps, was_finished=True)
+        run_directory.refuse_other_version(out)
         newest = checkpoint.latest(out, training=True)
         run_directory.write_settings(settings)
         torch.manual_seed(settings.seed)
-        trainer = make_trainer(settings, job, shape, device, job.fill)
-        session = _Session(settings, job, trainer, shape)
+        trainer = make_trainer(settings, spec, shape, device, spec.fill)
+        session = _Session(settings, spec, trainer, shape)
         if newest is not None:
             session.restore(newest)
         return session.run()
@@ -108,9 +109,11 @@ def _refuse_next_tokens_own(settings: TrainSettings) -> None:
 class _Session:
     """One process's part of a run: from where it stands to the end, or to the next signal."""
 
-    def __init__(self, settings: TrainSettings, job: Job, trainer: Trainer, shape: BatchShape):
+    def __init__(
+        self, settings: TrainSettings, spec: TrainSpec, trainer: Trainer, shape: BatchShape
+    ):
         self.settings = settings
-        self.job = job
+        self.spec = spec
         self.trainer = trainer
         self.shape = shape
         self.rows = RowFile(settings.out / "metrics.jsonl")
@@ -140,9 +143,9 @@ class _Session:
     def run(self) -> Outcome:
         self._clear_later_than(self.trainer.step)
         with ExitStack() as stack:
-            line = LiveLine(self.job.label, self.trainer.steps)
-            boards = Boards(self.settings, self.trainer.step, line.say)  # may ask for a password
-            self.boards = stack.enter_context(closing(boards))
+            line = LiveLine(self.spec.label, self.trainer.steps)
+            loggers = Loggers(self.settings, self.trainer.step, line.say)  # may ask for a password
+            self.loggers = stack.enter_context(closing(loggers))
             stop = stack.enter_context(_signals())
             stack.enter_context(line)
             line.start_at(self.trainer.step)
@@ -161,15 +164,15 @@ class _Session:
 
     def _opening(self) -> str:
         if self.trainer.step:
-            return f"{self.job.label}: going on after step {self.trainer.step}"
+            return f"{self.spec.label}: going on after step {self.trainer.step}"
         chosen, tokens = self.settings.chosen, self.shape.sequence_length * self.shape.sequences
         trained = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
         part = "" if self.settings.trains_all else f" ({trained:,} of them learn)"
         return (
-            f"{self.job.label}: {self.job.config.parameters:,} parameters{part}, "
+            f"{self.spec.label}: {self.spec.config.parameters:,} parameters{part}, "
             f"{count_of(self.trainer.steps, 'step')} "
             f"of {tokens:,} tokens, {chosen.dtype} on {self.trainer.device.type}, "
-            f"{self.settings.optim.name} at lr {self.job.peak_rate(self.settings):.3g}"
+            f"{self.settings.optim.name} at lr {self.spec.peak_rate(self.settings):.3g}"
         )
 
     def _step(self, line: LiveLine) -> None:
@@ -184,7 +187,7 @@ class _Session:
             raise
         row = self._row(report, time.monotonic() - before)
         self.profiler.after_step()
-        self.boards.write(self.rows.append(row))
+        self.loggers.write(self.rows.append(row))
         line.show(row)
         if report.skipped:
             line.say(f"step {report.step} skipped: {report.skipped}")
@@ -204,18 +207,18 @@ class _Session:
         step_tokens = self.shape.sequence_length * sequences
         whole = self.settings.trains_all and report.count == step_tokens
         if chosen.peak_flops and whole:  # masked tokens and frozen weights cost other FLOPs
-            flops = self.job.config.flops_per_token(self.shape.sequence_length)
+            flops = self.spec.config.flops_per_token(self.shape.sequence_length)
             reached = rate * flops / chosen.peak_flops
             # Above 1 the peak was measured while the machine was busy: then it is none.
             share = round(reached, 4) if reached <= 1 else None
         row: dict[str, Any] = {
             "step": report.step,
             "loss": report.loss,
-            self.job.unit: self.trainer.counted,
+            self.spec.unit: self.trainer.counted,
             "elapsed_s": round(self._elapsed_s(), 3),
-            "lr": report.lr_factor * self.job.peak_rate(self.settings),
+            "lr": report.lr_factor * self.spec.peak_rate(self.settings),
             "grad_norm": report.grad_norm,
-            f"{self.job.unit}_per_s": round(rate, 1),
+            f"{self.spec.unit}_per_s": round(rate, 1),
             "mfu": share,
         }
         if report.skipped:
@@ -228,22 +231,22 @@ class _Session:
     def _probe(self, step: int, line: LiveLine) -> str | None:
         """Looks at the model; returns why the run must stop, or None."""
         self.trainer.model.eval()
-        for probe in self.job.probes:
-            seen = probe.look(self.trainer.model, self.trainer.dtype)
+        for probe in self.spec.probes:
+            seen = probe.measure(self.trainer.model, self.trainer.dtype)
             row = RowFile(self.settings.out / probe.file).append({"step": step} | seen)
-            self.boards.write(row)
-            if probe.tell:
-                line.say(f"{self.job.label} step {step}: {probe.tell(seen)}")
+            self.loggers.write(row)
+            if probe.describe:
+                line.say(f"{self.spec.label} step {step}: {probe.describe(seen)}")
         return self._alarm(read_rows(self.rows.path))
 
     def _alarm(self, rows: list[dict[str, Any]]) -> str | None:
         """Why a run of these rows must stop, or None."""
-        said = (probe.judge(rows) for probe in self.job.probes if probe.judge)
+        said = (probe.alarm(rows) for probe in self.spec.probes if probe.alarm)
         return next((alarm for alarm in said if alarm), None)
 
     def _best(self) -> int | None:
-        """The step of the best saved checkpoint without alarm, where the job says what is best."""
-        column = self.job.best
+        """The step of the best saved checkpoint without alarm, where the spec says what is best."""
+        column = self.spec.best
         if column is None:
             return None
         saved = {_step_of(path) for path in checkpoint.steps(self.settings.out)}
@@ -274,28 +277,28 @@ class _Session:
         checkpoint.save(
             self.settings.out / "checkpoints" / checkpoint.step_name(step),
             self.trainer.model,
-            tokenizer_json=self.job.tokenizer_json,
+            tokenizer_json=self.spec.tokenizer_json,
             train=checkpoint.TrainState(tensors, values | {"elapsed_s": self._elapsed_s()}),
             lineage=self._lineage(step),
             fingerprint=step == self.trainer.steps,
         )
-        if self.settings.keep:
+        if self.settings.keep_checkpoints:
             best = self._best()
-            for old in checkpoint.steps(self.settings.out)[: -self.settings.keep]:
+            for old in checkpoint.steps(self.settings.out)[: -self.settings.keep_checkpoints]:
                 if _step_of(old) != best:
                     shutil.rmtree(old)
 
     def _lineage(self, step: int) -> dict[str, Any]:
         settings = plain(self.settings)
         # A published model does not tell where it was made, nor how that was watched.
-        for name in ("data", "out", "init", "log", "profile"):
+        for name in ("data", "out", "init", "loggers", "profile"):
             settings.pop(name, None)
         chosen = self.settings.chosen
         return {"step": step, "data": chosen.data, "parent": chosen.parent, "settings": settings}
 
     def _clear_later_than(self, step: int) -> None:
         checkpoint.remove_partial(self.settings.out)
-        for name in {"metrics.jsonl", *(probe.file for probe in self.job.probes)}:
+        for name in {"metrics.jsonl", *(probe.file for probe in self.spec.probes)}:
             RowFile(self.settings.out / name).cut_after(step)
         for newer in checkpoint.steps(self.settings.out):
             if _step_of(newer) > step:  # damaged: latest() passed over it
@@ -303,17 +306,17 @@ class _Session:
 
 
 def _settled(
-    settings: TrainSettings, job: Job, shape: BatchShape, device: torch.device
+    settings: TrainSettings, spec: TrainSpec, shape: BatchShape, device: torch.device
 ) -> TrainSettings:
     """The run's full settings: recalled where it exists, else measured and written."""
     given = replace(
-        settings.chosen, data=job.data_hash, parent=job.parent_hash, reward=job.reward_hash
+        settings.chosen, data=spec.data_hash, parent=spec.parent_hash, reward=spec.reward_hash
     )
     known = run_directory.recall(
         settings,
         given,
-        parent_fixed=job.parent_fixed,
-        cut_changes=lambda stored: _cut_changes(stored, shape, job),
+        parent_fixed=spec.parent_fixed,
+        cut_changes=lambda stored: _cut_changes(stored, shape, spec),
     )
     if known:
         return known
@@ -323,19 +326,19 @@ def _settled(
     steps = settings.steps or given.steps
     if settings.epochs:
         a_step = shape.sequences * shape.ramp.mean
-        steps = max(1, round(settings.epochs * job.sequences_per_epoch / a_step))
+        steps = max(1, round(settings.epochs * spec.sequences_per_epoch / a_step))
     settings = replace(settings, chosen=replace(given, steps=steps, minutes=settings.minutes))
 
     whole = replace(shape, ramp=Ramp())
 
     def timed(dtype: torch.dtype) -> Trainer:
-        return make_trainer(settings, job, whole, device, lambda m: initialise(m, seed=0), dtype)
+        return make_trainer(settings, spec, whole, device, lambda m: initialise(m, seed=0), dtype)
 
     with Console(stderr=True).status("timing a few steps") as status:
         chosen = choose(
             settings,
             timed,
-            job.probes,
+            spec.probes,
             device,
             step_tokens=shape.sequences * shape.sequence_length,
             say=status.update,
@@ -353,18 +356,18 @@ def _wrong_in_state(error: Exception) -> str:
     return "a value has another type"
 
 
-def _cut_changes(stored: TrainSettings, shape: BatchShape, job: Job) -> str | None:
+def _cut_changes(stored: TrainSettings, shape: BatchShape, spec: TrainSpec) -> str | None:
     """Why this run's microbatches give another result than the stored settings', or None.
 
     Losses are summed and divided by one count, so that k microbatches are one batch; but not where
     random numbers are drawn, or something is estimated, for each.
     """
-    if job.config.dropout:
+    if spec.config.dropout:
         return "dropout draws other random numbers then"
-    if job.items_a_step is None or job.shape is not None:
+    if spec.items_per_step is None or spec.shape is not None:
         return "its loss is estimated for each microbatch"
     before = batch_shape(stored, shape.sequence_length, world().size)
-    if job.items_a_step(before) != job.items_a_step(shape):
+    if spec.items_per_step(before) != spec.items_per_step(shape):
         return "its steps would have another number of pairs"
     return None
 

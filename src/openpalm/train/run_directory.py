@@ -22,8 +22,8 @@ SETTINGS_FILE = "config.yaml"
 
 MAY_CHANGE = (
     *("out", "data", "init", "chosen"),  # data and parent are compared by their hashes
-    *("log", "profile", "memory", "compile", "device"),
-    *("save_every", "eval_every", "keep", "max_skipped", "force"),
+    *("loggers", "profile", "memory", "compile", "device"),
+    *("save_every", "eval_every", "keep_checkpoints", "max_skipped_steps", "force"),
 )
 """Settings that cannot change what a run computes, so that it may continue with others."""
 
@@ -67,11 +67,24 @@ def recall(
     file = asked.out / SETTINGS_FILE
     if not file.exists():
         return None
-    stored = _recall(file, type(asked))
-    _refuse_edited(file, stored)
-    _refuse_differences(stored, asked, given, parent_fixed, cut_changes)
+    try:
+        stored = _recall(file, type(asked))
+        _refuse_edited(file, stored)
+        _refuse_differences(stored, asked, given, parent_fixed, cut_changes)
+    except SettingsError:
+        refuse_other_version(asked.out)  # its settings may differ for that reason
+        raise
     steps = asked.steps or stored.chosen.steps
     return replace(asked, chosen=replace(stored.chosen, steps=steps))
+
+
+def refuse_other_version(out: Path) -> None:
+    """Raises SettingsError where another version made the run and this one cannot continue it."""
+    for directory in reversed(checkpoint.steps(out)):
+        try:
+            checkpoint.refuse_other_version(directory)
+        except CheckpointError:
+            continue  # damaged: it does not say who wrote it
 
 
 def check_new(settings: TrainSettings, given: Chosen) -> None:
@@ -101,7 +114,8 @@ def _recall(file: Path, kind: type[TrainSettings]) -> TrainSettings:
         return build(kind, values)
     except SettingsError as error:
         raise SettingsError(
-            f"{file}: is not the settings of a run ({error}); set it back, or choose another --out"
+            f"{file}: is not the settings of a run of this version ({error}); set it back, "
+            "continue the run with the version that made it, or choose another --out"
         ) from None
 
 
@@ -180,8 +194,9 @@ def _refuse_another_reward(stored: TrainSettings, asked: TrainSettings, given: C
         print("the reward has changed since it failed; the run continues with it", file=sys.stderr)
     elif corrected is None or corrected != given.reward:
         raise SettingsError(
-            f"--out {asked.out}: what --reward or --gold names has changed since that run began "
-            f"({stored.chosen.reward}, now {given.reward}); restore it, or choose another --out"
+            f"--out {asked.out}: what --reward or --gold-reward names has changed since that run "
+            f"began ({stored.chosen.reward}, now {given.reward}); restore it, or choose another "
+            "--out"
         )
 
 
@@ -199,7 +214,7 @@ def _refuse_differences(
         for name in MAY_CHANGE:
             side.pop(name, None)
         if isinstance(asked, PretrainSettings):
-            side.pop("prompts", None)  # of the samples; elsewhere a number that matters
+            side.pop("sample_prompts", None)  # of the samples; elsewhere a number that matters
     old |= {"data": stored.chosen.data, "init": stored.chosen.parent}
     new |= {"data": given.data, "init": given.parent}
     same_name = stored.init == asked.init and not parent_fixed

@@ -16,7 +16,7 @@ from openpalm.errors import TrainingError
 from openpalm.model.transformer import Transformer
 from openpalm.parallel.world import World
 from openpalm.train.config import Ramp
-from openpalm.train.objective import Loader, Metrics, Objective, Remembering
+from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
 from openpalm.train.optimization.parameter_groups import Optimizer, learning_rate_factor
 
 
@@ -53,7 +53,7 @@ class Trainer:
         accumulation: int = 1,
         ramp: Ramp | None = None,
         dtype: torch.dtype = torch.float32,
-        max_skipped: int = 10,
+        max_skipped_steps: int = 10,
         world: World | None = None,
     ):
         self.model = model
@@ -64,7 +64,7 @@ class Trainer:
         self.accumulation = accumulation
         self.ramp = ramp or Ramp()
         self.dtype = dtype
-        self.max_skipped = max_skipped
+        self.max_skipped_steps = max_skipped_steps
         self.world = world or World()
         self.step = 0
         self.counted = 0
@@ -85,7 +85,7 @@ class Trainer:
         factor = learning_rate_factor(self.step, self.steps, self.optimizer.settings)
         norm, skipped = self.optimizer_step(loss, count, factor)
         self._watch(skipped)
-        if isinstance(self.loader, Remembering):
+        if isinstance(self.loader, StatefulLoader):
             metrics |= self.loader.facts
         return StepReport(self.step, loss, count, norm, factor, skipped, metrics)
 
@@ -125,7 +125,7 @@ class Trainer:
 
     def _watch(self, skipped: str | None) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row >= self.max_skipped:
+        if self.skipped_in_a_row >= self.max_skipped_steps:
             raise TrainingError(
                 f"step {self.step}: {skipped}, {self.skipped_in_a_row} steps in a row; the last "
                 "checkpoint is good: lower --optim.lr or raise --optim.warmup and start from it"
@@ -135,7 +135,7 @@ class Trainer:
         """Tensors and JSON-able values that `restore` needs, the published weights apart."""
         tensors = {f"optimizer/{k}": v for k, v in self.optimizer.state_tensors().items()}
         tensors |= {f"model/{k}": v.detach() for k, v in self._unpublished()}
-        if isinstance(self.loader, Remembering):
+        if isinstance(self.loader, StatefulLoader):
             tensors |= {f"loader/{k}": v for k, v in self.loader.state_tensors().items()}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -166,12 +166,12 @@ class Trainer:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
         self.step, self.counted, self.skipped_in_a_row = step, counted, skipped
         self.loader.load_state_dict(values["loader"])
-        if isinstance(self.loader, Remembering):
+        if isinstance(self.loader, StatefulLoader):
             self.loader.load_state_tensors(_under("loader/", tensors))
 
     def _unpublished(self) -> list[tuple[str, nn.Parameter]]:
         """Parameters that only training needs, such as a critic's."""
-        published = {name for name, _ in self.model.published()}
+        published = {name for name, _ in self.model.published_parameters()}
         return [item for item in self.model.named_parameters() if item[0] not in published]
 
 

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from tiny_models import tiny
 
 from openpalm.align.config import GrpoSettings
-from openpalm.align.doctor import checks, examination
-from openpalm.align.doctor.checks import Example
-from openpalm.align.doctor.examination import Patient, examine
+from openpalm.align.doctor import checks
+from openpalm.align.doctor import run_checks as measuring
+from openpalm.align.doctor.checks import PromptedExample
+from openpalm.align.doctor.run_checks import PlannedRun, run_checks
 from openpalm.align.logprobs import Evaluated, evaluate
-from openpalm.align.pairs.pairs import answer_record, records
-from openpalm.align.rollouts.rollout_batch import Answer, batch_of
-from openpalm.data.batches.loader import IGNORE, Record
+from openpalm.align.pairs.examples import render_completion, to_examples
+from openpalm.align.rollouts.rollout_batch import Completion, collate_completions
+from openpalm.data.batches.loader import IGNORE, Example
 from openpalm.data.rows.preferences import Pair, Usable, says
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
@@ -49,7 +50,13 @@ def healthy(**changes):
         lora.attach(model, LoraConfig(2, 4.0, ("q", "v", "down")), seed=0)
     pairs = [Pair(prompt, says("A longer answer."), says("No.")) for prompt in ASKED]
     settings = GrpoSettings(
-        data=Path("d"), out=Path("o"), init="i", steps=1, prompts=4, answers=4, max_new_tokens=24
+        data=Path("d"),
+        out=Path("o"),
+        init="i",
+        steps=1,
+        prompts_per_rollout=4,
+        num_completions=4,
+        max_new_tokens=24,
     )
     given = {
         "settings": settings,
@@ -59,17 +66,17 @@ def healthy(**changes):
         "tokenizer": TOKENIZER,
         "prompts": [render(TOKENIZER, prompt, answer_next=True).ids for prompt in ASKED],
         "conversations": [(pair.prompt, pair.chosen) for pair in pairs],
-        "pairs": records(TOKENIZER, Usable(pairs, {}), 64).items,
+        "pairs": to_examples(TOKENIZER, Usable(pairs, {}), 65).items,
         "stop_ids": STOPS,
         "reward": length_of,
     }
-    return Patient(**given | changes)
+    return PlannedRun(**given | changes)
 
 
 def ill(patient):
     """The first check that fails, or None; how many there were."""
     seen = []
-    for check in examine(patient):
+    for check in run_checks(patient):
         seen.append(check)
         if not check.ok:
             assert check.remedy
@@ -88,14 +95,16 @@ def test_a_healthy_run_passes_everything(adapter):
 
 
 def test_masks_follow_the_template():
-    before, whole = [1, 2, 3], Record([1, 2, 3, 4, 5], [False] * 3 + [True] * 2)
-    assert checks.check_prefix([Example(before, whole)]).ok
-    one_off = Record(whole.ids, [False] * 2 + [True] * 3)
-    late = Record(whole.ids, [False] * 4 + [True])
-    none = Record([1, 2, 3], [False] * 3)
-    merged = Record([1, 2, 9, 4, 5], whole.loss_mask)  # the boundary within one token
+    before, whole = [1, 2, 3], Example([1, 2, 3, 4, 5], [False] * 3 + [True] * 2)
+    assert checks.check_prefix([PromptedExample(before, whole)]).ok
+    one_off = Example(whole.ids, [False] * 2 + [True] * 3)
+    late = Example(whole.ids, [False] * 4 + [True])
+    none = Example([1, 2, 3], [False] * 3)
+    merged = Example([1, 2, 9, 4, 5], whole.loss_mask)  # the boundary within one token
     for record in (one_off, late, none, merged):
-        check = checks.check_prefix([Example(before, whole), Example(before, record)])
+        check = checks.check_prefix(
+            [PromptedExample(before, whole), PromptedExample(before, record)]
+        )
         assert not check.ok
         assert "1 of 2" in check.found
 
@@ -106,20 +115,20 @@ def test_another_template_in_training_is_found(monkeypatch):
         text = "".join(f"{m.role}: {m.content}\n" for m in messages)
         ids = tokenizer.encode(text + ("assistant:" if answer_next else ""))
         start = len(tokenizer.encode(text)) - len(tokenizer.encode(messages[-1].content)) - 1
-        return Record(ids, [i >= start for i in range(len(ids))])
+        return Example(ids, [i >= start for i in range(len(ids))])
 
-    monkeypatch.setattr(examination, "render", spaced)
+    monkeypatch.setattr(measuring, "render", spaced)
     assert ill(healthy()) == ("masks follow the template", 1)
 
 
 def test_the_end_marker_is_learnt():
-    record = answer_record(TOKENIZER, ASKED[0], says("Yes."))
+    record = render_completion(TOKENIZER, ASKED[0], says("Yes."))
     start = record.loss_mask.index(True)
-    assert checks.check_end([Example(record.ids[:start], record)], STOPS).ok
-    unmasked = Record(record.ids, [*record.loss_mask[:-1], False])
-    dropped = Record(record.ids[:-1], record.loss_mask[:-1])
+    assert checks.check_end([PromptedExample(record.ids[:start], record)], STOPS).ok
+    unmasked = Example(record.ids, [*record.loss_mask[:-1], False])
+    dropped = Example(record.ids[:-1], record.loss_mask[:-1])
     for bad in (unmasked, dropped):
-        assert not checks.check_end([Example(record.ids[:start], bad)], STOPS).ok
+        assert not checks.check_end([PromptedExample(record.ids[:start], bad)], STOPS).ok
     assert ill(healthy(stop_ids=frozenset({5}))) == ("the end marker is learnt", 2)
 
 
@@ -143,7 +152,7 @@ def test_what_learns_is_in_the_optimizer():
 
 
 def test_answers_come_to_an_end():
-    ended, cut = (Answer(0, [1], [2], [0.0], ended=value) for value in (True, False))
+    ended, cut = (Completion(0, [1], [2], [0.0], ended=value) for value in (True, False))
     assert checks.check_ended([cut, ended]).ok
     assert not checks.check_ended([cut, cut]).ok
 
@@ -154,7 +163,7 @@ def with_evaluate(monkeypatch, broken):
     def changed(model, inputs, targets, **how):
         return Evaluated(broken(model, inputs, targets), torch.zeros_like(inputs), None)
 
-    monkeypatch.setattr(examination, "evaluate", changed)
+    monkeypatch.setattr(measuring, "evaluate", changed)
 
 
 def test_dropout_is_off(monkeypatch):
@@ -193,8 +202,8 @@ def test_the_reference_is_the_start():
 
 def test_masked_tokens_have_no_gradient(monkeypatch):
     model = tiny()
-    answers = [Answer(0, [1, 2], list(range(n)), [], ended=True) for n in (2, 5, 9)]
-    inputs, targets = batch_of(answers)
+    answers = [Completion(0, [1, 2], list(range(n)), [], ended=True) for n in (2, 5, 9)]
+    inputs, targets = collate_completions(answers)
 
     def sums(inputs, targets):
         return -evaluate(model, inputs, targets).log_probs.sum()
@@ -209,9 +218,9 @@ def test_masked_tokens_have_no_gradient(monkeypatch):
     def kept(model, inputs, targets):
         return evaluate(model, inputs, targets.clamp_min(0)).log_probs
 
-    answers = [Answer(0, [1], [3] * n, [0.0] * n, ended=True) for n in (1, 9)]
+    answers = [Completion(0, [1], [3] * n, [0.0] * n, ended=True) for n in (1, 9)]
     with_evaluate(monkeypatch, kept)
-    masked = examination._policy_checks(healthy(), answers)
+    masked = measuring._policy_checks(healthy(), answers)
     assert [check.ok for check in masked][-1] is False
 
 
@@ -258,7 +267,7 @@ def test_a_reward_lies_on_the_last_token(monkeypatch):
     for placed in (at_the_end, first, everywhere, cut_has_none):
         assert not checks.check_place(placed, rewards, mask).ok
     monkeypatch.setattr(
-        examination, "token_rewards", lambda rewards, mask, _: rewards[:, None] * mask
+        measuring, "token_rewards", lambda rewards, mask, _: rewards[:, None] * mask
     )
     assert ill(healthy())[0] == "a reward lies on the last token"
 
@@ -269,9 +278,11 @@ def test_a_reward_lies_on_the_last_token(monkeypatch):
 def test_chosen_and_rejected_differ():
     pair = healthy().pairs[0]
     assert checks.check_different([pair]).ok
-    assert not checks.check_different([pair, replace(pair, rejected=pair.chosen)]).ok
+    assert not checks.check_different(
+        [pair, replace(pair, completions=pair.completions[:1] * 2)]
+    ).ok
     assert not checks.check_different([replace(pair, label=-1.0)]).ok
-    equal = [replace(pair, rejected=pair.chosen)]
+    equal = [replace(pair, completions=pair.completions[:1] * 2)]
     assert ill(healthy(pairs=equal))[0] == "chosen and rejected differ"
 
 
@@ -279,7 +290,7 @@ def test_swapped_pairs_are_found():
     assert checks.check_order([1.0, 2.0, 0.0], [0.0, 1.0, 5.0]).ok
     assert not checks.check_order([0.0, 1.0, 5.0], [1.0, 2.0, 0.0]).ok
     pairs = healthy().pairs
-    swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+    swapped = [replace(pair, completions=pair.completions[::-1]) for pair in pairs]
     assert ill(healthy(pairs=swapped))[0] == "chosen and rejected are not swapped"
 
 
@@ -290,7 +301,7 @@ def test_the_pair_loss_at_step_0(monkeypatch):
     def without_reference(model, pairs):
         return pairs
 
-    monkeypatch.setattr(examination, "with_reference", without_reference)
+    monkeypatch.setattr(measuring, "with_reference", without_reference)
     assert ill(healthy())[0] == "the DPO loss is ln 2 at step 0"
 
 
@@ -307,14 +318,14 @@ def test_the_ratio_is_one():
 
 
 def test_a_stale_old_policy_is_found(monkeypatch):
-    class Stale(examination.RolloutLoader):
+    class Stale(measuring.RolloutLoader):
         def __next__(self):
             batch = super().__next__()
             with torch.no_grad():  # as if the weights moved between rollout and loss
                 self.sampler.model.norm.weight += 0.1
             return batch
 
-    monkeypatch.setattr(examination, "RolloutLoader", Stale)
+    monkeypatch.setattr(measuring, "RolloutLoader", Stale)
     assert ill(healthy())[0] == "the ratio is 1 at step 0"
 
 
@@ -325,4 +336,4 @@ def test_a_reference_that_moves_is_found():
     assert ill(patient)[0] == "the reference stays as it is"
     assert checks.check_kept("a", "a").ok
     assert not checks.check_kept("a", "b").ok
-    assert examination.digest(tiny()) == examination.digest(tiny()) != examination.digest(tiny(1))
+    assert measuring.digest(tiny()) == measuring.digest(tiny()) != measuring.digest(tiny(1))

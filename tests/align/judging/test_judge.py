@@ -11,12 +11,14 @@ from command_line import TINY
 from judge_server import Reply, fails, judging, says
 from servers import serving
 
-from openpalm.align.judging.endpoint import MAX_REPLY_BYTES, TRIES, EndpointJudge
-from openpalm.align.judging.judge import (
+from openpalm.align.judging import model_judge as judge_module
+from openpalm.align.judging.endpoint_judge import MAX_REPLY_BYTES, TRIES, EndpointJudge
+from openpalm.align.judging.model_judge import (
     Comparison,
     EngineJudge,
     Question,
     Refused,
+    Unlikely,
     compared,
     comparison_questions,
     judgement_id,
@@ -24,8 +26,8 @@ from openpalm.align.judging.judge import (
     rule_questions,
     rule_reward,
 )
-from openpalm.align.judging.rewards import Asked, Reader, rewards_of
-from openpalm.align.rollouts.rollout_batch import Answer
+from openpalm.align.judging.reward_sources import RewardContext, RewardPrompt, load_reward
+from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.rows.constitution import Article, Constitution
 from openpalm.data.text.conversation import Message, render
@@ -88,11 +90,13 @@ def check_by_logits(first, judge):
     model = judge.engine.model
     for question, found in zip(questions, first(questions), strict=True):
         a, b = (log_prob(model, judge.tokenizer, question.text, x) for x in question.labels)
-        assert found == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-4)
+        chance, mass = found
+        assert chance == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-4)
+        assert mass == pytest.approx(math.exp(a) + math.exp(b), rel=1e-3, abs=1e-6)
 
 
 def test_the_engines_judgement_is_the_models(judge):
-    check_by_logits(judge.first, judge)
+    check_by_logits(judge.chances, judge)
 
     def without_the_template(questions):
         texts = [(judge.tokenizer.encode(q.text), q.labels) for q in questions]
@@ -104,10 +108,24 @@ def test_the_engines_judgement_is_the_models(judge):
             [row[len(ids) - 1 :].sum() for row in pair]
             for (ids, _), pair in zip(texts, scored, strict=True)
         ]
-        return [torch.stack(pair).softmax(-1)[0].item() for pair in sums]
+        both = [torch.stack(pair) for pair in sums]
+        return [(pair.softmax(-1)[0].item(), pair.exp().sum().item()) for pair in both]
 
     outraged(check_by_logits, without_the_template, judge)
-    outraged(check_by_logits, lambda qs: [1 - p for p in judge.first(qs)], judge)
+    outraged(check_by_logits, lambda qs: [(1 - p, m) for p, m in judge.chances(qs)], judge)
+
+
+def test_labels_that_are_unlikely_together_are_no_verdict(judge, monkeypatch):
+    """A judge that would say something else: the ratio of two small numbers means nothing."""
+    questions = [Question("Is this it?", ("A", "B")), Question("Is this it?", ("x", "z"))]
+    (chance, mass), (_, little) = judge.chances(questions)
+    assert little < 0.01 < mass
+    monkeypatch.setattr(judge_module, "LEAST_MASS", mass)
+    found, unlikely = judge.first(questions)
+    assert found == chance
+    assert unlikely == Unlikely(little)
+    monkeypatch.setattr(judge_module, "LEAST_MASS", mass * 1.01)
+    assert isinstance(judge.first(questions)[0], Unlikely)
 
 
 def logistic(x):
@@ -192,12 +210,12 @@ def test_rules_are_rewards(directory, judge, tmp_path):
     file = tmp_path / "rules.yaml"
     file.write_text("rules:\n  - No shouting.\n  - {text: No lies., weight: 2}\n")
     tokenizer = Tokenizer.byte()
-    reader = Reader(tokenizer, [Asked("Which is it?", {})], frozenset())
-    source = rewards_of([f"rules:{file}@{directory}"], reader)
+    reader = RewardContext(tokenizer, [RewardPrompt("Which is it?", {})], frozenset())
+    source = load_reward([f"rules:{file}@{directory}"], reader)
 
     def reward(text, _):
-        answer = Answer(0, [1], tokenizer.encode(text), [], ended=True)
-        return source([Answer(0, [1], [1], [], ended=True), answer])[1]
+        answer = Completion(0, [1], tokenizer.encode(text), [], ended=True)
+        return source([Completion(0, [1], [1], [], ended=True), answer])[1]
 
     check_rules(reward, judge)
     outraged(check_rules, lambda text, rules: -reward(text, rules), judge)
@@ -207,10 +225,10 @@ def test_rules_are_rewards(directory, judge, tmp_path):
 
 
 def test_a_bad_rules_source_is_named(directory, tmp_path):
-    reader = Reader(Tokenizer.byte(), [], frozenset())
+    reader = RewardContext(Tokenizer.byte(), [], frozenset())
     for word in ("rules:", "rules:file.yaml", f"rules:@{directory}"):
         with pytest.raises(SettingsError, match=r"must be rules:FILE.yaml@CHECKPOINT"):
-            rewards_of([word], reader)
+            load_reward([word], reader)
 
 
 def test_what_is_too_long_is_not_asked(judge):

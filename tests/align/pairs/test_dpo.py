@@ -9,8 +9,13 @@ from tiny_models import deaf, tiny
 from openpalm.align.config import DpoSettings
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.dpo import PairObjective, pair_losses
-from openpalm.align.pairs.pairs import PairLoader, PairRecord, collate, with_reference
-from openpalm.data.text.conversation import Rendered
+from openpalm.align.pairs.examples import (
+    PreferenceExample,
+    collate,
+    preference_loader,
+    with_reference,
+)
+from openpalm.data.text.conversation import Example
 from openpalm.errors import SettingsError
 
 LOG_PROBS = [-12.0, -3.5, -20.25, -14.0, -6.0, -9.75]
@@ -32,7 +37,7 @@ def log_odds(mean):
 
 def by_hand(how, w, r):
     """The loss of the pair (w, r), from the papers' equations."""
-    beta, logs, refs = how.strength, list(LOG_PROBS), list(REFERENCE)
+    beta, logs, refs = how.resolved_beta, list(LOG_PROBS), list(REFERENCE)
     if how.length_normalise or how.loss in ("simpo", "orpo"):
         logs = [x / n for x, n in zip(LOG_PROBS, TOKENS, strict=True)]
         refs = [x / n for x, n in zip(REFERENCE, TOKENS, strict=True)]
@@ -59,7 +64,7 @@ def by_hand(how, w, r):
         settings("simpo", beta=1.5, margin=0.25),
         settings("orpo", beta=0.3),
     ],
-    ids=lambda how: f"{how.loss} {how.strength}",
+    ids=lambda how: f"{how.loss} {how.resolved_beta}",
 )
 def test_losses_are_the_papers_equations(how):
     reference = REFERENCE if how.loss in ("dpo", "cdpo", "ipo") else [0.0] * 6
@@ -98,10 +103,10 @@ def pairs(count=6, vocab=265):
     for i in range(count):
         prompt = draw(3 + i)
         sides = [
-            Rendered(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+            Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
             for answer in (draw(2 + i), draw(9 - i))
         ]
-        made.append(PairRecord(*sides))
+        made.append(PreferenceExample(tuple(sides)))
     return made
 
 
@@ -131,7 +136,7 @@ def test_at_the_reference_the_loss_is_ln_2(loss):
 def test_the_reference_is_the_sum_over_the_answer_alone():
     model = tiny()
     for pair in with_reference(model, pairs()):
-        for record, found in zip((pair.chosen, pair.rejected), pair.reference, strict=True):
+        for record, found in zip(pair.completions, pair.reference, strict=True):
             ids = torch.tensor([record.ids])
             with torch.no_grad():
                 each = token_log_probs(model, ids[:, :-1], ids[:, 1:])[0]
@@ -148,7 +153,7 @@ def test_a_step_makes_the_chosen_answer_likelier():
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for _ in range(10):
         optimizer.zero_grad()
-        (objective.loss(model, batch)[0] / batch.pairs).backward()
+        (objective.loss(model, batch)[0] / len(batch)).backward()
         optimizer.step()
     _, metrics = objective.loss(model, batch)
     assert metrics["accuracy"] == 6
@@ -176,12 +181,12 @@ def test_microbatches_of_ragged_pairs_are_one_batch(loss):
 
 def test_the_loader_resumes_where_it_was():
     known = pairs(10)
-    loader = PairLoader(known, rows=3, seed=4)
+    loader = preference_loader(known, rows=3, seed=4, collate=collate)
     for _ in range(5):
         next(loader)
     state = loader.state_dict()
     expected = [next(loader) for _ in range(4)]
-    again = PairLoader(known, rows=3, seed=4)
+    again = preference_loader(known, rows=3, seed=4, collate=collate)
     again.load_state_dict(state)
     for batch in expected:
         assert torch.equal(next(again).inputs, batch.inputs)

@@ -6,11 +6,11 @@ from small_models import SHAPES, make
 
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import shared_prompt as shared_module
-from openpalm.align.pairs.pairs import PairRecord, collate, collate_shared
+from openpalm.align.pairs.examples import PreferenceExample, collate, collate_shared
 from openpalm.align.pairs.shared_prompt import SharedRows, common_prompt, row_length, share
 from openpalm.data.batches.loader import padded
-from openpalm.data.text.conversation import Rendered
-from openpalm.model.layout import Layout, packed, shared
+from openpalm.data.text.conversation import Example
+from openpalm.model.layout import Layout, packed_layout, shared_prompt_layout
 from openpalm.model.lora import LoraConfig, attach
 
 DECODERS = {name: config for name, config in SHAPES.items() if config.causal}
@@ -30,7 +30,7 @@ def groups():
     for prompt, answers in LENGTHS:
         before = draw(generator, prompt)
         sides = [
-            Rendered([*before, i, *draw(generator, n - 1)], [False] * prompt + [True] * n)
+            Example([*before, i, *draw(generator, n - 1)], [False] * prompt + [True] * n)
             for i, n in enumerate(answers)
         ]
         made.append(sides)
@@ -72,7 +72,7 @@ def check_one_row_is_one_each(model, groups, lay_out, share_rows):
 @pytest.mark.parametrize("name", DECODERS)
 def test_one_row_is_one_each(name, groups):
     model = make(DECODERS[name]).requires_grad_()
-    check_one_row_is_one_each(model, groups, shared, share)
+    check_one_row_is_one_each(model, groups, shared_prompt_layout, share)
 
 
 def test_one_row_is_one_each_under_an_adapter(groups):
@@ -82,24 +82,24 @@ def test_one_row_is_one_each_under_an_adapter(groups):
         for name, parameter in model.named_parameters():
             if name.endswith(".b"):
                 parameter += 0.1
-    check_one_row_is_one_each(model, groups, shared, share)
+    check_one_row_is_one_each(model, groups, shared_prompt_layout, share)
 
 
 def test_the_bugs_are_noticed(groups):
     model = make(SHAPES["multi-query"]).requires_grad_()
 
     def sees_the_other_answers(segments):
-        causal = packed(torch.zeros_like(segments)).attend
-        return Layout(shared(segments).positions, causal)
+        causal = packed_layout(torch.zeros_like(segments)).attend
+        return Layout(shared_prompt_layout(segments).positions, causal)
 
     def positions_go_on(segments):
         here = torch.arange(segments.shape[1]).expand_as(segments)
-        return Layout(here, shared(segments).attend)
+        return Layout(here, shared_prompt_layout(segments).attend)
 
     def positions_restart(segments):
-        right = shared(segments).positions
+        right = shared_prompt_layout(segments).positions
         prompts = (segments == 0).sum(1, keepdim=True)
-        return Layout(right - prompts * (segments > 0), shared(segments).attend)
+        return Layout(right - prompts * (segments > 0), shared_prompt_layout(segments).attend)
 
     def first_token_from_the_place_before(groups):
         """Of a second answer that is the end of the first one, not of the prompt."""
@@ -110,14 +110,20 @@ def test_the_bugs_are_noticed(groups):
 
     for lay_out in (sees_the_other_answers, positions_go_on, positions_restart):
         fails(check_one_row_is_one_each, model, groups, lay_out, share)
-    fails(check_one_row_is_one_each, model, groups, shared, first_token_from_the_place_before)
+    fails(
+        check_one_row_is_one_each,
+        model,
+        groups,
+        shared_prompt_layout,
+        first_token_from_the_place_before,
+    )
 
 
 def test_bfloat16_in_blocks(groups, monkeypatch):
     """The kernel of bfloat16 on a CPU, in blocks shorter than the row."""
     monkeypatch.setattr("openpalm.model.attention.BLOCK", 4)
     model, rows = make(SHAPES["grouped"]), share(groups)
-    how = (model, rows.inputs, rows.targets, shared(rows.segments), rows.reads)
+    how = (model, rows.inputs, rows.targets, shared_prompt_layout(rows.segments), rows.reads)
     with torch.autocast("cpu", torch.bfloat16):
         found = token_log_probs(*how)
         alone = token_log_probs(model, *padded([g[i] for i in range(3) for g in groups], 64))
@@ -129,7 +135,7 @@ def test_bfloat16_in_blocks(groups, monkeypatch):
 
 def test_where_the_prompt_ends():
     def record(ids, counts):
-        return Rendered(list(ids), [c == "1" for c in counts])
+        return Example(list(ids), [c == "1" for c in counts])
 
     assert common_prompt([record([1, 2, 3], "001"), record([1, 2, 4], "001")]) == 2
     both_begin_alike = [record([1, 2, 3], "011"), record([1, 2, 4], "011")]
@@ -140,20 +146,17 @@ def test_where_the_prompt_ends():
 
 def test_pairs_share_only_where_that_is_less_work(groups, monkeypatch):
     def pair(prompt, answer):
-        return PairRecord(
-            *(
-                Rendered([7] * prompt + [side] * answer, [False] * prompt + [True] * answer)
-                for side in (1, 2)
-            )
-        )
+        loss_mask = [False] * prompt + [True] * answer
+        sides = (Example([7] * prompt + [side] * answer, loss_mask) for side in (1, 2))
+        return PreferenceExample(tuple(sides))
 
     assert collate_shared([pair(64, 64)] * 2).inputs.shape == (2, 192)
     assert collate_shared([pair(8, 64)] * 2).inputs.shape[0] == 4
     assert collate_shared([pair(8, 64)] * 2).segments is None
-    strangers = PairRecord(groups[0][0], groups[1][0])
+    strangers = PreferenceExample((groups[0][0], groups[1][0]))
     assert collate_shared([pair(64, 64), strangers]).inputs.shape[0] == 4
     batch = collate_shared([pair(64, 64)])
-    assert batch.pairs == 1 == collate([pair(64, 64)]).pairs
+    assert len(batch) == 1 == len(collate([pair(64, 64)]))
     monkeypatch.setattr(shared_module, "WORTH_SHARING", 2)
     assert collate_shared([pair(8, 64)] * 2).segments is not None
 
@@ -164,4 +167,4 @@ def test_wanted_places_are_those_of_the_whole(name):
     ids = torch.randint(50, (3, 11), generator=torch.Generator().manual_seed(1))
     places = torch.tensor([32, 0, 5, 5, 17])
     whole = model.residual(ids).flatten(0, 1)[places]
-    assert torch.allclose(model.residual(ids, places=places), whole, atol=1e-5)
+    assert torch.allclose(model.residual(ids, selected=places), whole, atol=1e-5)

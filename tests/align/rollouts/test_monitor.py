@@ -9,9 +9,9 @@ import torch
 from enumerable import END, INDEX, PROMPTS
 from rollouts import enumerated, grpo, moved, task
 
-from openpalm.align.config import AlarmSettings
+from openpalm.align.config import EarlyStoppingSettings
 from openpalm.align.logprobs import entropies, evaluate
-from openpalm.align.rollouts.monitor import alarm, look
+from openpalm.align.rollouts.monitor import evaluate_policy, stop_reason
 from openpalm.align.rollouts.rollout import Sampler
 from openpalm.errors import SettingsError, WorkError
 
@@ -25,14 +25,14 @@ def reference(inputs, targets):
 
 
 def looked_at(model, prompts=(0,) * 400, gold=None, **changes):
-    return look(sampler_of(model, **changes), prompts, reference, task().reward, gold)
+    return evaluate_policy(sampler_of(model, **changes), prompts, reference, task().reward, gold)
 
 
 def test_its_figures_are_those_of_the_policy():
     """Means over 400 answers within four standard errors of sums over all 341."""
     row, answers = looked_at(moved(), gold=lambda answers: [float(a.ended) for a in answers])
     rollout = enumerated(moved(), task().rewards[0])
-    chances = rollout.old.double().sum(dim=-1).exp()
+    chances = rollout.old_log_probs.double().sum(dim=-1).exp()
 
     def near(found, each):
         mean = (chances * each).sum()
@@ -42,7 +42,7 @@ def test_its_figures_are_those_of_the_policy():
     lengths = rollout.mask.sum(dim=-1).double()
     ended = ((rollout.targets == END) & rollout.mask).any(dim=-1).double()
     near(row["val_reward"], rollout.rewards.double())
-    near(row["val_kl"], (rollout.old - rollout.reference).double().sum(dim=-1))
+    near(row["val_kl"], (rollout.old_log_probs - rollout.reference_log_probs).double().sum(dim=-1))
     near(row["val_length"], lengths)
     near(row["val_ended"], ended)
     assert row["val_gold"] == row["val_ended"]
@@ -62,15 +62,15 @@ def test_it_looks_with_the_same_seeds_always_and_none_of_trainings():
     model = moved()
     sampler = sampler_of(model)
     sampler.drawn = 77
-    first, answers = look(sampler, [0, 1, 2, 3], reference, task().reward, None)
+    first, answers = evaluate_policy(sampler, [0, 1, 2, 3], reference, task().reward, None)
     assert sampler.drawn == 77
-    again, same_answers = look(sampler, [0, 1, 2, 3], reference, task().reward, None)
+    again, same_answers = evaluate_policy(sampler, [0, 1, 2, 3], reference, task().reward, None)
     assert first == again
     assert [a.ids for a in answers] == [a.ids for a in same_answers]
     sampler.drawn = 0
     many = 64
-    trained_on = sampler.answers([0] * many, 1)
-    _, seen = look(sampler, [0] * many, reference, task().reward, None)
+    trained_on = sampler.sample([0] * many, 1)
+    _, seen = evaluate_policy(sampler, [0] * many, reference, task().reward, None)
     assert [a.ids for a in trained_on] != [a.ids for a in seen]
 
 
@@ -96,8 +96,10 @@ def test_the_answers_are_the_task():
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_bands_are_numbers(value):
-    with pytest.raises(SettingsError, match=r"--alarm.max-kl .*: must be 0 or more, and finite"):
-        AlarmSettings(max_kl=value)
+    with pytest.raises(
+        SettingsError, match=r"--early-stopping.max-kl .*: must be 0 or more, and finite"
+    ):
+        EarlyStoppingSettings(max_kl=value)
 
 
 def row(**changes):
@@ -110,11 +112,11 @@ def row(**changes):
     } | changes
 
 
-GOLD = AlarmSettings(gold_drop=0.5)
+GOLD = EarlyStoppingSettings(gold_drop=0.5)
 CASES = {
     "nothing is looked at": (GOLD, [], None),
     "rows of steps alone": (GOLD, [{"loss": 1.0, "reward": 3.0}], None),
-    "no bands": (AlarmSettings(), [row(), row(val_reward=9, val_gold=-9, val_kl=99)], None),
+    "no bands": (EarlyStoppingSettings(), [row(), row(val_reward=9, val_gold=-9, val_kl=99)], None),
     "gamed": (GOLD, [row(), row(val_reward=2.0, val_gold=0.4)], "the reward is being gamed"),
     "gamed since the best": (
         GOLD,
@@ -138,18 +140,30 @@ CASES = {
         [row(), {"loss": 1.0}, row(val_reward=2.0, val_gold=0.0), {"loss": 1.0}],
         "gamed",
     ),
-    "far": (AlarmSettings(max_kl=2.0), [row(val_kl=2.5)], r"2.5 nats .*--alarm.max-kl 2"),
-    "near": (AlarmSettings(max_kl=2.0), [row(val_kl=2.0)], None),
-    "long": (AlarmSettings(max_length=9.0), [row()], r"10 tokens .*--alarm.max-length 9"),
-    "all alike": (AlarmSettings(min_entropy=2.5), [row()], r"2 nats .*--alarm.min-entropy 2.5"),
-    "not alike": (AlarmSettings(min_entropy=1.5), [row()], None),
+    "far": (
+        EarlyStoppingSettings(max_kl=2.0),
+        [row(val_kl=2.5)],
+        r"2.5 nats .*--early-stopping.max-kl 2",
+    ),
+    "near": (EarlyStoppingSettings(max_kl=2.0), [row(val_kl=2.0)], None),
+    "long": (
+        EarlyStoppingSettings(max_length=9.0),
+        [row()],
+        r"10 tokens .*--early-stopping.max-length 9",
+    ),
+    "all alike": (
+        EarlyStoppingSettings(min_entropy=2.5),
+        [row()],
+        r"2 nats .*--early-stopping.min-entropy 2.5",
+    ),
+    "not alike": (EarlyStoppingSettings(min_entropy=1.5), [row()], None),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_alarm(name):
     settings, rows, says = CASES[name]
-    found = alarm(settings, rows)
+    found = stop_reason(settings, rows)
     if says is None:
         assert found is None
     else:
@@ -160,5 +174,5 @@ def test_looking_is_in_parts():
     """Whatever the rows of a part, the same figures."""
     whole = looked_at(moved(), range(4))[0]
     sampler = sampler_of(moved())
-    parts = partial(look, sampler, range(4), reference, task().reward, None)
+    parts = partial(evaluate_policy, sampler, range(4), reference, task().reward, None)
     assert parts(rows=3)[0] == pytest.approx(whole, rel=1e-5)

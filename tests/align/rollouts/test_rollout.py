@@ -15,8 +15,8 @@ from tiny_models import deaf
 from openpalm.align.logprobs import evaluate, token_log_probs
 from openpalm.align.rollouts import grpo as group_file
 from openpalm.align.rollouts import ppo as ppo_file
-from openpalm.align.rollouts.rollout import Sampler, checked
-from openpalm.align.rollouts.rollout_batch import Answer, batch_of
+from openpalm.align.rollouts.rollout import Sampler, checked_rewards
+from openpalm.align.rollouts.rollout_batch import Completion, collate_completions
 from openpalm.errors import WorkError
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig
@@ -43,7 +43,7 @@ def check_ratio_is_one(model):
     batch = next(loader)
     model.train()
     now = evaluate(model, batch.inputs, batch.targets)
-    assert (now.log_probs - batch.old).exp().sub(1).abs().max() < 1e-6
+    assert (now.log_probs - batch.old_log_probs).exp().sub(1).abs().max() < 1e-6
     _, sums = ppo_file.PpoObjective(settings).loss(model.train(), batch)
     assert sums["ratio"] / batch.mask.sum() == pytest.approx(1, abs=1e-6)
 
@@ -125,7 +125,9 @@ def seven(answers):
 
 def check_where_the_reward_lands(estimate):
     """Advantages of a decay of zero and a critic of zeros are each token's own reward."""
-    settings = ppo(answers=64, gae_decay=0.0, discount=0.0, beta=0.0, whiten=False)
+    settings = ppo(
+        num_completions=64, gae_lambda=0.0, discount=0.0, kl_coef=0.0, whiten_advantages=False
+    )
     loader = loader_of(moved(), settings, estimate, seven, rows=256)
     batch = next(loader)
     kinds = set()
@@ -155,7 +157,7 @@ def drawn(temperature, draws):
     settings = grpo(temperature=temperature)
     sampler = Sampler(moved(), PROMPTS, frozenset({END}), settings)
     sampler.refresh()
-    counts = Counter(tuple(a.ids) for a in sampler.answers([0], draws))
+    counts = Counter(tuple(a.ids) for a in sampler.sample([0], draws))
     return torch.tensor([float(counts[tuple(a)]) for a in ANSWERS])
 
 
@@ -188,11 +190,11 @@ def test_answers_are_drawn_as_they_are_scored(temperature, draws):
 
 
 def test_the_samplers_own_log_probabilities_are_the_scorers():
-    model, settings = moved(), grpo(answers=8)
+    model, settings = moved(), grpo(num_completions=8)
     sampler = Sampler(model, PROMPTS, frozenset({END}), settings)
     sampler.refresh()
-    answers = sampler.answers([0, 1, 2, 3], 8)
-    inputs, targets = batch_of(answers)
+    answers = sampler.sample([0, 1, 2, 3], 8)
+    inputs, targets = collate_completions(answers)
     with torch.no_grad():
         scored = evaluate(model, inputs, targets).log_probs[targets >= 0]
     told = torch.tensor([value for a in answers for value in a.log_probs])
@@ -207,7 +209,7 @@ def test_the_samplers_own_log_probabilities_are_the_scorers():
 def gradients_in_parts(kind, rows, objective_of=None, **changes):
     """Of one step over the same ragged answers, in microbatches of `rows`."""
     how, objective, estimate, make = KINDS[kind]
-    settings = how(answers=6, **changes)
+    settings = how(num_completions=6, **changes)
     model = make()
     loader = loader_of(model, settings, estimate, rows=rows)
     loader.beta = 0.3
@@ -251,9 +253,9 @@ class MeanOfMeans:
     [
         *[("grpo", {"advantage": a}) for a in ("grpo", "dr-grpo", "dapo", "rloo")],
         ("grpo", {"kl": "k2"}),
-        ("grpo", {"kl": "k3", "entropy": 0.1}),
+        ("grpo", {"kl": "k3", "entropy_coef": 0.1}),
         ("ppo", {}),
-        ("ppo", {"entropy": 0.1}),
+        ("ppo", {"entropy_coef": 0.1}),
     ],
     ids=str,
 )
@@ -275,7 +277,7 @@ def rows_of(batches):
 
 
 def test_every_answer_is_gone_through_once_a_pass():
-    settings = grpo(passes=3, minibatches=4)
+    settings = grpo(epochs_per_rollout=3, minibatches=4)
     loader = loader_of(moved(), settings, group_file.estimate, rows=2)
     passes = [[next(loader) for _ in range(8)] for _ in range(3)]
     counts = [rows_of(batches) for batches in passes]
@@ -288,33 +290,35 @@ def test_every_answer_is_gone_through_once_a_pass():
 
 
 def test_rows_keep_their_columns_when_they_are_cut():
-    settings = ppo(answers=8)
+    settings = ppo(num_completions=8)
     loader = loader_of(actor(), settings, ppo_file.estimate, rows=4)
     for _ in range(4):
         batch = next(loader)
         assert batch.mask[:, -1].any(), "no wider than the longest"
-        for column in ("old", "reference", "values", "advantages", "returns"):
+        for column in ("old_log_probs", "reference_log_probs", "values", "advantages", "returns"):
             found = getattr(batch, column)
             assert found.shape == batch.inputs.shape
             assert not found[~batch.mask].any()
-        assert torch.equal(batch.correction, torch.ones_like(batch.old))
+        assert torch.equal(batch.importance_weights, torch.ones_like(batch.old_log_probs))
         with torch.no_grad():
             now = evaluate(loader.sampler.model, batch.inputs, batch.targets)
-        assert torch.allclose(now.log_probs, batch.old, atol=1e-6)
+        assert torch.allclose(now.log_probs, batch.old_log_probs, atol=1e-6)
         assert torch.allclose(now.values, batch.values[batch.mask], atol=1e-5)
 
 
 def test_what_it_tells_is_of_the_rollout():
-    settings = grpo(answers=8, beta=0.1)
+    settings = grpo(num_completions=8, kl_coef=0.1)
     loader = loader_of(moved(), settings, group_file.estimate, lambda a: [2.0] * len(a), rows=32)
     batch = next(loader)
     told = loader.facts
-    assert (told["reward"], told["reward_std"], told["equal_groups"]) == (2, 0, 1)
-    assert told["kl"] == pytest.approx((batch.old - batch.reference).sum().item() / 32, abs=1e-5)
+    assert (told["reward"], told["reward_std"], told["zero_variance_groups"]) == (2, 0, 1)
+    assert told["kl"] == pytest.approx(
+        (batch.old_log_probs - batch.reference_log_probs).sum().item() / 32, abs=1e-5
+    )
     assert told["length"] == pytest.approx(batch.mask.sum().item() / 32)
     ended = ((batch.targets == END) & batch.mask).sum().item()
     assert told["ended"] == pytest.approx(ended / 32)
-    assert told["beta"] == 0.1
+    assert told["kl_coef"] == 0.1
 
 
 # --- dapo: prompts with equal rewards are drawn anew
@@ -332,11 +336,11 @@ class Judge:
 
 
 def test_equal_groups_are_drawn_anew_from_other_prompts():
-    settings = grpo(prompts=2, answers=16, advantage="dapo", redraws=9)
+    settings = grpo(prompts_per_rollout=2, num_completions=16, advantage="dapo", max_resamples=9)
     judge = Judge(equal={0, 1, 2})
     loader = loader_of(moved(), settings, group_file.estimate, judge, rows=32)
     batch = next(loader)
-    assert loader.facts["equal_groups"] == 0
+    assert loader.facts["zero_variance_groups"] == 0
     assert batch.advantages.abs().sum(dim=1).min() > 0
     assert all(row[:2].tolist() == PROMPTS[3] for row in batch.inputs)
     assert all(len(set(call)) == len(call) // 16 for call in judge.calls)
@@ -345,11 +349,11 @@ def test_equal_groups_are_drawn_anew_from_other_prompts():
 def test_they_are_not_drawn_anew_for_ever():
     for advantage, redraws, rounds in (("dapo", None, 3), ("dapo", 2, 2), ("dr-grpo", None, 0)):
         judge = Judge(equal={0, 1, 2, 3})
-        settings = grpo(advantage=advantage, redraws=redraws)
+        settings = grpo(advantage=advantage, max_resamples=redraws)
         loader = loader_of(moved(), settings, group_file.estimate, judge)
         next(loader)
         assert len(judge.calls) == 1 + 4 * rounds
-        assert loader.facts["equal_groups"] == 1
+        assert loader.facts["zero_variance_groups"] == 1
 
 
 # --- beta
@@ -358,7 +362,7 @@ def test_they_are_not_drawn_anew_for_ever():
 def steered(kl, **changes):
     loader = loader_of(moved(), ppo(**{"target_kl": 2.0} | changes), ppo_file.estimate)
     loader._steer(kl, answers=100)
-    return loader.beta / loader.settings.beta
+    return loader.beta / loader.settings.kl_coef
 
 
 def check_beta(steer):
@@ -378,7 +382,9 @@ def test_beta_follows_the_kl_that_is_wanted():
 def test_beta_holds_a_run_near_its_target():
     found = {}
     for target in (0.02, 50.0):
-        settings = ppo(prompts=4, answers=8, target_kl=target, kl_horizon=64, beta=0.2)
+        settings = ppo(
+            prompts_per_rollout=4, num_completions=8, target_kl=target, kl_horizon=64, kl_coef=0.2
+        )
         loader = loader_of(actor(), settings, ppo_file.estimate, rows=32)
         trainer = trainer_of(loader, ppo_file.PpoObjective(settings))
         for _ in range(10):
@@ -392,9 +398,9 @@ def test_beta_holds_a_run_near_its_target():
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_fewer_bits_are_corrected_for(weights):
-    settings = grpo(answers=32, rollout_weights=weights, max_correction=1.005)
+    settings = grpo(num_completions=32, rollout_dtype=weights, max_importance_weight=1.005)
     batch = next(loader_of(moved(), settings, group_file.estimate, rows=128))
-    inside = batch.correction[batch.mask]
+    inside = batch.importance_weights[batch.mask]
     assert inside.max() == pytest.approx(1.005)
     assert inside.min() < 0.999
 
@@ -402,10 +408,10 @@ def test_fewer_bits_are_corrected_for(weights):
 def test_a_trainer_of_fewer_bits_is_corrected_for():
     """The engine answers in float32; what the trainer thinks of it is rounded."""
     for temperature, corrected in ((1.0, True), (0.7, False)):
-        settings = grpo(answers=8, temperature=temperature)
+        settings = grpo(num_completions=8, temperature=temperature)
         loader = loader_of(moved(), settings, group_file.estimate, rows=32, dtype=torch.bfloat16)
         batch = next(loader)
-        away = (batch.correction[batch.mask] - 1).abs()
+        away = (batch.importance_weights[batch.mask] - 1).abs()
         assert (away.max() > 1e-3) == corrected
         assert away.max() < 0.5
 
@@ -415,9 +421,9 @@ def test_a_trainer_of_fewer_bits_is_corrected_for():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_reward_must_be_finite(value):
-    answers = [Answer(3, [1], [END], [0.0], True)] * 2
-    assert checked(lambda a: [1, 2.5], answers) == [1.0, 2.5]
+    answers = [Completion(3, [1], [END], [0.0], True)] * 2
+    assert checked_rewards(lambda a: [1, 2.5], answers) == [1.0, 2.5]
     with pytest.raises(WorkError, match=f"an answer to prompt 3 is {value}; it must be a finite"):
-        checked(lambda a: [1.0, value], answers)
+        checked_rewards(lambda a: [1.0, value], answers)
     with pytest.raises(WorkError, match="gave 1 number for 2 answers"):
-        checked(lambda a: [1.0], answers)
+        checked_rewards(lambda a: [1.0], answers)

@@ -7,15 +7,22 @@ from tiny_models import tiny
 from openpalm.align.config import GrpoSettings
 from openpalm.align.logprobs import evaluate
 from openpalm.align.rollouts.grpo import GroupObjective
-from openpalm.align.rollouts.rollout_batch import Answer, Experience, batch_of
+from openpalm.align.rollouts.rollout_batch import Completion, RolloutBatch, collate_completions
 from openpalm.data.batches.loader import IGNORE
 
 SETTINGS = GrpoSettings(
-    data="-", out="-", init="-", steps=1, answers=3, passes=2, kl="k3", max_new_tokens=12
+    data="-",
+    out="-",
+    init="-",
+    steps=1,
+    num_completions=3,
+    epochs_per_rollout=2,
+    kl="k3",
+    max_new_tokens=12,
 )
 
 
-def ragged() -> Experience:
+def ragged() -> RolloutBatch:
     """Three answers to each of two prompts, with columns that differ at every token."""
     generator = torch.Generator().manual_seed(0)
 
@@ -24,17 +31,17 @@ def ragged() -> Experience:
 
     answers = []
     for prompt in (draw(20), draw(25)):
-        answers += [Answer(0, prompt, draw(size), [], True) for size in (3, 12, 7)]
-    inputs, targets = batch_of(answers)
+        answers += [Completion(0, prompt, draw(size), [], True) for size in (3, 12, 7)]
+    inputs, targets = collate_completions(answers)
     mask = targets != IGNORE
     columns = [torch.randn(mask.shape, generator=generator) * mask for _ in range(6)]
     with torch.no_grad():  # near what the model thinks, so that no ratio vanishes
         near = evaluate(tiny(), inputs, targets).log_probs
     old, reference = (near + 0.1 * column for column in columns[:2])
-    return Experience(inputs, targets, old, reference, *columns[2:])
+    return RolloutBatch(inputs, targets, old, reference, *columns[2:])
 
 
-def check_same(batch: Experience, other: Experience) -> None:
+def check_same(batch: RolloutBatch, other: RolloutBatch) -> None:
     model, objective, found = tiny(), GroupObjective(SETTINGS), []
     for each in (batch, other):
         model.zero_grad()
@@ -59,6 +66,6 @@ def test_columns_of_other_answers_would_be_seen():
     batch = ragged()
     order = torch.arange(6).view(3, 2).T.flatten()  # prompt and number exchanged
     wrong = batch.sharing(3)
-    wrong = Experience(**wrong.columns | {"advantages": wrong.advantages[order]})
+    wrong = RolloutBatch(**wrong.columns | {"advantages": wrong.advantages[order]})
     with pytest.raises(AssertionError):
         check_same(batch, wrong)

@@ -162,7 +162,7 @@ def test_tokens_are_sliced_with_step_one(tmp_path):
 def test_preparing_is_deterministic_byte_for_byte(tokenizer, tmp_path):
     corpus(tmp_path / "a.jsonl", 300)
     command = (
-        "import sys; from pathlib import Path; from openpalm.data.dataset.shards import *;"
+        "import sys; from pathlib import Path; from openpalm.data.prepare.preparation import *;"
         "inputs, out, tokenizer = sys.argv[1:2], Path(sys.argv[2]), sys.argv[3];"
         "prepare(PrepareRequest(inputs=inputs, out=out, tokenizer=tokenizer))"
     )

@@ -248,7 +248,7 @@ from pathlib import Path
 from openpalm.data.corpus import documents
 from openpalm.data.prepare import progress_file
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
-corpus.BLOCK_BYTES, journal.CHECKPOINT_S = 2000, 0.0
+documents.BLOCK_BYTES, progress_file.CHECKPOINT_S = 2000, 0.0
 calls, fsync = itertools.count(1), os.fsync
 def killing(handle):
     if next(calls) == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)

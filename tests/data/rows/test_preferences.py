@@ -7,11 +7,11 @@ import pytest
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import (
     Candidate,
+    LabelledCompletion,
     Pair,
     Preference,
     Rating,
     Tie,
-    Verdict,
     binary,
     demonstrations,
     pairs,
@@ -314,11 +314,11 @@ def test_verdicts():
         [*EVERY, rate(1, "x", x=3), rate(2, "y", x=2, y=3), rate(3, " ", x=1)],
     )[:2]
     assert found == [
-        Verdict(ASK, say("a"), False),
-        Verdict(ASK, say("b"), False),
-        Verdict(ASK, say("c"), True),
-        Verdict(ASK, say("b"), True),
-        Verdict(ASK, say("y"), False),
+        LabelledCompletion(ASK, say("a"), False),
+        LabelledCompletion(ASK, say("b"), False),
+        LabelledCompletion(ASK, say("c"), True),
+        LabelledCompletion(ASK, say("b"), True),
+        LabelledCompletion(ASK, say("y"), False),
     ]
     assert unused == {
         "compare gives no verdict": 2,

@@ -7,11 +7,11 @@ import pytest
 from data_samples import shared_file
 
 from openpalm.data.rows.demonstration_files import read_demonstrations
+from openpalm.data.rows.labelled_files import read_labelled
 from openpalm.data.rows.pair_files import read_pairs, read_ties
-from openpalm.data.rows.preferences import Pair, Verdict
+from openpalm.data.rows.preferences import LabelledCompletion, Pair
 from openpalm.data.rows.prompt_files import PromptRow, read_prompts
 from openpalm.data.rows.row_formats import form_of
-from openpalm.data.rows.verdict_files import read_verdicts
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
@@ -49,7 +49,7 @@ PROBLEM = {"question": SKY[0].content, "answer": BLUE[0].content}
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
 RANKING = {"prompt": "q", "responses": ["a", "b"], "rank": [1, 2]}
-VERDICT = {"prompt": "q", "completion": "a", "label": True}
+LABELLED = {"prompt": "q", "completion": "a", "label": True}
 RATING = {"prompt": "q", "response": "a", "rating": 4}
 PROMPT = {"prompt": "What is 6 x 7?", "difficulty": 1}
 
@@ -121,9 +121,9 @@ def test_rows_without_use_are_counted_with_their_reason(save):
         ({"chosen": [], "rejected": []}, "is whole conversations, which `openpalm dpo` reads"),
         (HH, "this row is Anthropic HH texts, which `openpalm dpo` reads"),
         (RANKING, "this row is prompt, responses, ranking, which `openpalm dpo` reads"),
-        (VERDICT, "prompt, completion, label, which `openpalm dpo --loss kto` reads"),
+        (LABELLED, "prompt, completion, label, which `openpalm dpo --loss kto` reads"),
         (RATING, "this row is prompt, response, rating, which `openpalm reward` reads"),
-        (VERDICT | {"label": 0.5}, "which `openpalm reward` reads"),
+        (LABELLED | {"label": 0.5}, "which `openpalm reward` reads"),
         (PROMPT, "this row is a prompt alone, which `openpalm grpo` reads"),
         ({"text": "Once"}, "this row is a text, which `openpalm data prepare` reads"),
         ({"q\n": 1}, r"fields \('q\\n'\) make no form that is known; conversations are one of: "),
@@ -172,7 +172,7 @@ def test_files_that_hold_nothing(save, tmp_path):
     with pytest.raises(DataError, match="is empty; give a file with at least one conversation"):
         read_demonstrations(save("", ""))
     with pytest.raises(DataError, match=r"verdicts are read from \.jsonl or \.jsonl\.gz"):
-        read_verdicts(tmp_path / "rows.csv")
+        read_labelled(tmp_path / "rows.csv")
     with pytest.raises(DataError, match="no such file"):
         read_prompts(tmp_path / "none.jsonl")
 
@@ -182,7 +182,7 @@ FORMS = [
     (PAIR, "prompt, chosen, rejected"),
     (HH, "Anthropic HH texts"),
     (RANKING, "prompt, responses, ranking"),
-    (VERDICT, "prompt, completion, label"),
+    (LABELLED, "prompt, completion, label"),
     (RATING, "prompt, response, rating"),
     (CONVERSATION, "messages"),
     (SHAREGPT, "ShareGPT conversations"),
@@ -298,28 +298,32 @@ def test_rows_that_are_no_pairs_are_told_who_reads_them(save):
 
 def test_verdicts(save):
     rows = [
-        VERDICT,
+        LABELLED,
         {"prompt": turns(*SKY), "completion": turns(*BLUE), "label": False},
         {"prompt": "q", "response": "b", "label": False, "score": 1},
     ]
-    expected = [Verdict(Q, say("a"), True), Verdict(SKY, BLUE, False), Verdict(Q, say("b"), False)]
-    assert read_verdicts(save(*rows))[:2] == (expected, {})
+    expected = [
+        LabelledCompletion(Q, say("a"), True),
+        LabelledCompletion(SKY, BLUE, False),
+        LabelledCompletion(Q, say("b"), False),
+    ]
+    assert read_labelled(save(*rows))[:2] == (expected, {})
     thumb = record("thumb", {"up": False, "candidate": 1})
-    found = read_verdicts(save(thumb, record(id="p2")))
-    assert found[:2] == ([Verdict(SKY, say("B."), False)], {"write gives no verdict": 1})
+    found = read_labelled(save(thumb, record(id="p2")))
+    assert found[:2] == ([LabelledCompletion(SKY, say("B."), False)], {"write gives no verdict": 1})
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        (VERDICT | {"label": 1}, "which `openpalm reward` reads; verdicts are one of: prompt"),
-        (VERDICT | {"label": None}, "this row is prompt, completion, which `openpalm sft` reads"),
-        (VERDICT | {"prompt": 7}, 'field "prompt" is 7'),
+        (LABELLED | {"label": 1}, "which `openpalm reward` reads; verdicts are one of: prompt"),
+        (LABELLED | {"label": None}, "this row is prompt, completion, which `openpalm sft` reads"),
+        (LABELLED | {"prompt": 7}, 'field "prompt" is 7'),
     ],
 )
 def test_rows_that_are_no_verdicts(save, row, says):
     with pytest.raises(DataError, match=says):
-        read_verdicts(save(row))
+        read_labelled(save(row))
 
 
 # --- prompts
@@ -332,7 +336,7 @@ def test_rows_that_are_no_verdicts(save, row, says):
         ({"prompt": turns(SYSTEM, *SKY), "answer": 42}, (SYSTEM, *SKY)),
         (PROBLEM, SKY),
         (COMPLETION, SKY),
-        (VERDICT, Q),
+        (LABELLED, Q),
         (RATING, Q),
         (PAIR, Q),
         (RANKING, Q),

@@ -26,7 +26,7 @@ def test_the_answer_is_the_engines_to_the_rendered_conversation(call, engine, to
     turns = [Message(m["role"], m["content"]) for m in TALK]
     ids = render(tokenizer, turns, answer_next=True).ids
     request = Request(ids, 20, Sampling(temperature=0.8, seed=1), stop_ids(tokenizer))
-    expected = engine.answers([request])[0]
+    expected = engine.completions([request])[0]
     (choice,) = body["choices"]
     assert choice["message"]["role"] == "assistant"
     assert choice["message"]["content"] == tokenizer.decode(expected)
@@ -65,7 +65,7 @@ def test_a_last_message_is_continued(call, engine, tokenizer):
     assert call("/tokenize", {"messages": begun} | goes_on).body["tokens"] == ids
     body = ask(call, begun, temperature=0, max_tokens=20, **goes_on)
     request = Request(ids, 20, Sampling(temperature=0), stop_ids(tokenizer))
-    text = tokenizer.decode(engine.answers([request])[0])
+    text = tokenizer.decode(engine.completions([request])[0])
     assert body["choices"][0]["message"]["content"] == text
     assert body["usage"]["prompt_tokens"] == len(ids)
 

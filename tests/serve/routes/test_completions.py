@@ -7,7 +7,7 @@ import pytest
 from servers import events
 
 from openpalm.generate.engine import Request
-from openpalm.generate.sampling import Sampling, seed_of_answer
+from openpalm.generate.sampling import Sampling, completion_seed
 from openpalm.generate.streaming import Completion, stream
 
 GREEDY = {"temperature": 0, "max_tokens": 20}
@@ -91,7 +91,7 @@ def test_several_prompts_and_choices_come_in_order(call, engine, tokenizer, prom
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     expected = [
         direct(engine, tokenizer, text, seed=seed).text
-        for text, seed in itertools.product(["ab", "c"], [4, seed_of_answer(4, 1)])
+        for text, seed in itertools.product(["ab", "c"], [4, completion_seed(4, 1)])
     ]
     assert [choice["text"] for choice in body["choices"]] == expected
     assert body["usage"]["prompt_tokens"] == 3

@@ -11,10 +11,11 @@ from train_samples import random_loader, tiny, trainer_of
 
 from openpalm.model.transformer import initialise
 from openpalm.train.config import Chosen, TrainSettings
-from openpalm.train.job import Job, Probe
-from openpalm.train.run import run
+from openpalm.train.probes import Probe
+from openpalm.train.run import run_training
 from openpalm.train.sizing import measure
 from openpalm.train.sizing.measure import choose, fit
+from openpalm.train.spec import TrainSpec
 
 CPU = torch.device("cpu")
 
@@ -186,7 +187,7 @@ def test_every_look_is_timed_once():
 
 def losses(out: Path, asked: TrainSettings) -> list[float]:
     config = tiny(dropout=0.2)
-    job = Job(
+    spec = TrainSpec(
         config=config,
         fill=lambda model: initialise(model, 0),
         make_loader=lambda shape, *_: random_loader(shape.rows),
@@ -194,7 +195,7 @@ def losses(out: Path, asked: TrainSettings) -> list[float]:
         learning_rate=1e-2,
         probes=[Probe(lambda model, dtype: {"seen": 1})],
     )
-    run(replace(asked, out=out), job)
+    run_training(replace(asked, out=out), spec)
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openpalm.align.pairs.pairs import PairRecord
+from openpalm.align.pairs.examples import PreferenceExample
 from openpalm.align.rollouts.advantages import zero_variance
-from openpalm.align.rollouts.rollout_batch import Answer
-from openpalm.data.batches.loader import IGNORE, Record
+from openpalm.align.rollouts.rollout_batch import Completion
+from openpalm.data.batches.loader import IGNORE
+from openpalm.data.text.conversation import Example
 from openpalm.model import lora
 from openpalm.model.transformer import Transformer
 from openpalm.train.optimization.parameter_groups import Optimizer
@@ -30,14 +31,14 @@ class Check(NamedTuple):
     remedy: str
 
 
-class Example(NamedTuple):
+class PromptedExample(NamedTuple):
     """A prompt's ids as an answer is asked for, and the conversation with the answer."""
 
     before: list[int]
-    whole: Record
+    whole: Example
 
 
-def check_prefix(examples: Sequence[Example]) -> Check:
+def check_prefix(examples: Sequence[PromptedExample]) -> Check:
     """A prompt is read as in training, and its answer is what is learnt."""
     wrong = [
         number
@@ -54,7 +55,7 @@ def check_prefix(examples: Sequence[Example]) -> Check:
     )
 
 
-def check_end(examples: Sequence[Example], stop_ids: frozenset[int]) -> Check:
+def check_end(examples: Sequence[PromptedExample], stop_ids: frozenset[int]) -> Check:
     """Every answer's end marker is supervised."""
     without = sum(not (whole.ids[-1] in stop_ids and whole.loss_mask[-1]) for _, whole in examples)
     return Check(
@@ -65,7 +66,7 @@ def check_end(examples: Sequence[Example], stop_ids: frozenset[int]) -> Check:
     )
 
 
-def check_ended(answers: Sequence[Answer]) -> Check:
+def check_ended(answers: Sequence[Completion]) -> Check:
     """The model sometimes ends its answers."""
     ended = sum(answer.ended for answer in answers)
     return Check(
@@ -84,7 +85,7 @@ def check_sampler(sampled: Tensor, trained: Tensor) -> Check:
         apart <= allowed,
         f"log-probabilities of the answers differ by {apart:.2g} (allowed {allowed:.2g})",
         "sample from the live weights in float32, without top-k and top-p, at the trained "
-        "temperature; --rollout-weights corrects for fewer bits",
+        "temperature; --rollout-dtype corrects for fewer bits",
     )
 
 
@@ -150,8 +151,8 @@ def check_varying(rewards: Sequence[float], answers: int) -> Check:
         "rewards vary",
         not bool(equal.all()),
         f"{int(equal.sum())} of {len(equal)} prompts have equal rewards for all their answers",
-        "nothing can be learnt from equal rewards: take easier prompts, more --answers, a higher "
-        "--temperature, or a reward that tells answers apart",
+        "nothing can be learnt from equal rewards: take easier prompts, more "
+        "--num-completions, a higher --temperature, or a reward that tells answers apart",
     )
 
 
@@ -181,9 +182,9 @@ def check_place(placed: Tensor, rewards: Tensor, mask: Tensor) -> Check:
     )
 
 
-def check_different(pairs: Sequence[PairRecord]) -> Check:
+def check_different(pairs: Sequence[PreferenceExample]) -> Check:
     """Chosen and rejected are two answers, and no margin says the opposite."""
-    equal = sum(pair.chosen.ids == pair.rejected.ids for pair in pairs)
+    equal = sum(chosen.ids == rejected.ids for chosen, rejected in (p.completions for p in pairs))
     negative = sum(pair.label < 0 for pair in pairs)
     return Check(
         "chosen and rejected differ",

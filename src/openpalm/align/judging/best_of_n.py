@@ -21,13 +21,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from openpalm.align.rollouts.rollout import answers_of, seed_of
-from openpalm.align.rollouts.rollout_batch import Answer
+from openpalm.align.rollouts.rollout import derive_seed, generate_completions
+from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 
 
-class Draw(NamedTuple):
+class SamplingPlan(NamedTuple):
     """How answers are drawn; the same draw of the same model gives the same answers."""
 
     each: int
@@ -36,13 +36,13 @@ class Draw(NamedTuple):
     temperature: float
     seed: int
 
-    def answers(
+    def sample(
         self,
         engine: Engine,
         prompts: Sequence[Sequence[int]],
         chosen: Sequence[int],
         stop_ids: frozenset[int],
-    ) -> list[Answer]:
+    ) -> list[Completion]:
         """`each` answers to every prompt of `chosen`, whichever others are drawn with them."""
         asked = [prompt for prompt in chosen for _ in range(self.each)]
         draws = [prompt * self.each + i for prompt in chosen for i in range(self.each)]
@@ -50,12 +50,12 @@ class Draw(NamedTuple):
             Request(
                 prompts[prompt],
                 self.max_new_tokens,
-                Sampling(self.temperature, seed=seed_of(self.seed, draw)),
+                Sampling(self.temperature, seed=derive_seed(self.seed, draw)),
                 stop_ids,
             )
             for prompt, draw in zip(asked, draws, strict=True)
         ]
-        return answers_of(engine, requests, asked)
+        return generate_completions(engine, requests, asked)
 
 
 def best_of(rewards: Sequence[float]) -> tuple[int, int]:

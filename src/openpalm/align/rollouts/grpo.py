@@ -20,7 +20,7 @@ from openpalm.align.config import GroupAdvantage, GrpoSettings
 from openpalm.align.logprobs import evaluate
 from openpalm.align.rollouts.advantages import group_advantages
 from openpalm.align.rollouts.policy_loss import as_sums, surrogate
-from openpalm.align.rollouts.rollout_batch import Estimated, Experience, Rollout
+from openpalm.align.rollouts.rollout_batch import Estimated, Rollout, RolloutBatch
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Metrics
 
@@ -31,13 +31,13 @@ class GroupObjective:
     def __init__(self, settings: GrpoSettings):
         self.settings = settings
 
-    def count(self, batch: Experience, /) -> int:
+    def count(self, batch: RolloutBatch, /) -> int:
         """Tokens for dapo, else answers."""
         if self.settings.advantage == "dapo":
             return int(batch.mask.sum())
         return len(batch.targets)
 
-    def loss(self, model: Transformer, batch: Experience, /) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Transformer, batch: RolloutBatch, /) -> tuple[Tensor, Metrics]:
         now = evaluate(
             model,
             batch.inputs,
@@ -45,7 +45,7 @@ class GroupObjective:
             batch.layout,
             batch.reads,
             temperature=self.settings.temperature,
-            train_entropy=self.settings.entropy > 0,
+            train_entropy=self.settings.entropy_coef > 0,
         )
         losses, means = surrogate(self.settings, now, batch)
         weights = token_weights(batch.mask, self.settings.advantage, self.settings.max_new_tokens)
@@ -64,7 +64,7 @@ def estimate(settings: GrpoSettings, rollout: Rollout, beta: float) -> Estimated
     """The same advantage for every token of an answer."""
     penalty = None
     if settings.kl == "reward":
-        penalty = beta * (rollout.old - rollout.reference).sum(dim=-1)
-    each = group_advantages(rollout.rewards, settings.answers, settings.advantage, penalty)
+        penalty = beta * (rollout.old_log_probs - rollout.reference_log_probs).sum(dim=-1)
+    each = group_advantages(rollout.rewards, settings.num_completions, settings.advantage, penalty)
     advantages = each[:, None] * rollout.mask
     return Estimated(advantages, torch.zeros_like(advantages))

@@ -11,30 +11,30 @@ from typing import Any
 
 import torch
 
-from openpalm.align.config import AlarmSettings
+from openpalm.align.config import EarlyStoppingSettings
 from openpalm.align.logprobs import evaluate
-from openpalm.align.rollouts.rollout import LogProbs, Sampler, checked
-from openpalm.align.rollouts.rollout_batch import Answer, Reward, batch_of
+from openpalm.align.rollouts.rollout import LogProbs, Sampler, checked_rewards
+from openpalm.align.rollouts.rollout_batch import Completion, Reward, collate_completions
 from openpalm.data.batches.loader import IGNORE
 
 Row = dict[str, Any]
 
 
 @torch.no_grad()
-def look(
+def evaluate_policy(
     sampler: Sampler,
     prompts: Sequence[int],
     reference: LogProbs,
     reward: Reward,
     gold: Reward | None,
     rows: int = 32,
-) -> tuple[Row, list[Answer]]:
+) -> tuple[Row, list[Completion]]:
     """One answer to each prompt, always with the same seeds: means over them, and the answers."""
     drawn, sampler.drawn = sampler.drawn, -len(prompts)  # seeds that no training answer has
     sampler.refresh()
-    answers = sampler.answers(prompts, 1)
+    answers = sampler.sample(prompts, 1)
     sampler.drawn = drawn
-    inputs, targets = batch_of(answers)
+    inputs, targets = collate_completions(answers)
     device = sampler.model.embedding.device
     kl = entropy = 0.0
     for i in range(0, len(answers), rows):
@@ -44,7 +44,7 @@ def look(
         entropy += now.entropy.sum().item()
     count = len(answers)
     row = {
-        "val_reward": sum(checked(reward, answers)) / count,
+        "val_reward": sum(checked_rewards(reward, answers)) / count,
         "val_kl": kl / count,
         "val_entropy": entropy / int((targets != IGNORE).sum()),
         "val_length": sum(len(answer.ids) for answer in answers) / count,
@@ -52,11 +52,11 @@ def look(
         "val_distinct": len({tuple(answer.ids) for answer in answers}) / count,
     }
     if gold is not None:
-        row["val_gold"] = sum(checked(gold, answers)) / count
+        row["val_gold"] = sum(checked_rewards(gold, answers)) / count
     return row, answers
 
 
-def alarm(settings: AlarmSettings, rows: Sequence[Row]) -> str | None:
+def stop_reason(settings: EarlyStoppingSettings, rows: Sequence[Row]) -> str | None:
     """Why a run with these rows of evaluations must stop, or None."""
     rows = [row for row in rows if row.get("val_reward") is not None]
     if not rows:
@@ -79,5 +79,5 @@ def alarm(settings: AlarmSettings, rows: Sequence[Row]) -> str | None:
     for name, column, what, sign in bands:
         limit, value = getattr(settings, name), now[column]
         if limit is not None and sign * value > sign * limit:
-            return f"{value:.3g} {what}, beyond --alarm.{name.replace('_', '-')} {limit:g}"
+            return f"{value:.3g} {what}, beyond --early-stopping.{name.replace('_', '-')} {limit:g}"
     return None

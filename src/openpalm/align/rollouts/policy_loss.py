@@ -23,31 +23,31 @@ from torch import Tensor
 
 from openpalm.align.config import RolloutSettings
 from openpalm.align.logprobs import Evaluated
-from openpalm.align.rollouts.rollout_batch import Experience
+from openpalm.align.rollouts.rollout_batch import RolloutBatch
 from openpalm.train.objective import Metrics
 
 
 def surrogate(
-    settings: RolloutSettings, now: Evaluated, batch: Experience
+    settings: RolloutSettings, now: Evaluated, batch: RolloutBatch
 ) -> tuple[Tensor, Metrics]:
     """Each token's loss [rows, time], 0 outside of the answers, and means over the tokens."""
     mask = batch.mask
     # One step a rollout: the policy is still the one that answered, whatever rounds otherwise.
-    old = now.log_probs.detach() if settings.one_step else batch.old
+    old = now.log_probs.detach() if settings.one_step else batch.old_log_probs
     ratio = (now.log_probs - old).exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.highest_clip)
     gained = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
-    losses = -gained * batch.correction - settings.entropy * now.entropy
+    losses = -gained * batch.importance_weights - settings.entropy_coef * now.entropy
     if settings.kl in ("k2", "k3"):
-        difference = (now.log_probs - batch.reference) * mask
-        losses = losses + settings.beta * _PENALTIES[settings.kl](difference)
+        difference = (now.log_probs - batch.reference_log_probs) * mask
+        losses = losses + settings.kl_coef * _PENALTIES[settings.kl](difference)
     with torch.no_grad():
         metrics = {
             "ratio": mean(ratio, mask),
-            "clipped": mean((ratio != clipped).float(), mask),
+            "clip_fraction": mean((ratio != clipped).float(), mask),
             "entropy": mean(now.entropy, mask),
-            "kl_old": mean(old - now.log_probs, mask),
-            "correction": mean(batch.correction, mask),
+            "approx_kl": mean(old - now.log_probs, mask),
+            "importance_weight": mean(batch.importance_weights, mask),
         }
     return losses * mask, metrics
 

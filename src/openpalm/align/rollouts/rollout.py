@@ -18,16 +18,17 @@ from torch import Tensor
 from openpalm.align.config import GrpoSettings, RolloutSettings
 from openpalm.align.logprobs import evaluate
 from openpalm.align.rollouts.advantages import explained_variance, zero_variance
-from openpalm.align.rollouts.replay import kept
 from openpalm.align.rollouts.rollout_batch import (
-    Answer,
+    Completion,
     Estimated,
-    Experience,
     Reward,
     Rollout,
-    batch_of,
+    RolloutBatch,
+    collate_completions,
 )
-from openpalm.data.batches.loader import IGNORE, Order
+from openpalm.align.rollouts.spill import spill
+from openpalm.data.batches.loader import IGNORE, Loader
+from openpalm.data.batches.order import shuffle
 from openpalm.errors import RewardError, WorkError, count_of
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
@@ -76,29 +77,33 @@ class Sampler:
     def refresh(self) -> None:
         """Takes the weights as they are now."""
         if self._engine is None:
-            weights, slots = self.settings.rollout_weights, self._slots
+            weights, slots = self.settings.rollout_dtype, self._slots
             self._engine = Engine(self.model, slots=slots, weights=weights, prefill_tokens=2048)
         else:
             self._engine.refresh(self.model)
 
-    def answers(self, chosen: Sequence[int], each: int) -> list[Answer]:
+    def sample(self, chosen: Sequence[int], each: int) -> list[Completion]:
         """`each` answers to every prompt of `chosen`, prompt by prompt."""
         assert self._engine is not None, "refresh first"
         asked, requests = [prompt for prompt in chosen for _ in range(each)], []
         for prompt in asked:
-            how = Sampling(self.settings.temperature, seed=seed_of(self.settings.seed, self.drawn))
+            how = Sampling(
+                self.settings.temperature, seed=derive_seed(self.settings.seed, self.drawn)
+            )
             self.drawn += 1
             ids, room = self.prompts[prompt], self.settings.max_new_tokens
             if self._context is not None:
                 room = min(room, self._context - len(ids))
             requests.append(Request(ids, room, how, self.stop_ids))
-        return answers_of(self._engine, requests, asked)
+        return generate_completions(self._engine, requests, asked)
 
 
-def answers_of(engine: Engine, requests: Sequence[Request], asked: Sequence[int]) -> list[Answer]:
+def generate_completions(
+    engine: Engine, requests: Sequence[Request], asked: Sequence[int]
+) -> list[Completion]:
     """What the engine says to each request, which is about prompt `asked` of the same place."""
     made = [
-        Answer(prompt, request.ids, [], [], ended=False)
+        Completion(prompt, request.ids, [], [], ended=False)
         for prompt, request in zip(asked, requests, strict=True)
     ]
     for token in engine.generate(requests):
@@ -130,27 +135,26 @@ class RolloutLoader:
         self.sampler, self.reward, self.estimate = sampler, reward, estimate
         self.reference, self.dtype, self.rows = reference, dtype, rows
         self.settings = settings = sampler.settings
-        self.beta = settings.beta
+        self.beta = settings.kl_coef
         self.facts: dict[str, float] = {}
         identity = {"kind": "rollouts", "seed": settings.seed, "prompts": len(sampler.prompts)}
-        self._order = Order(
-            len(sampler.prompts), identity, rows=settings.prompts, seed=settings.seed
-        )
+        order = shuffle(len(sampler.prompts), settings.seed)
+        self._order = Loader(order, list, identity, rows=settings.prompts_per_rollout)
         self._rollouts = 0
         self._queue: list[Tensor] = []
-        self._memory: Experience | None = None
+        self._memory: RolloutBatch | None = None
 
-    def __next__(self) -> Experience:
+    def __next__(self) -> RolloutBatch:
         if not self._queue:
             self._roll_out()
         assert self._memory is not None
         batch = self._memory.take(self._queue.pop(0))
-        return batch.sharing(self.settings.answers) if self._in_groups else batch
+        return batch.sharing(self.settings.num_completions) if self._in_groups else batch
 
     @property
     def _in_groups(self) -> bool:
         """Whether microbatches hold all answers to a prompt, so that these can share its row."""
-        whole = self.settings.answers > 1 and self.rows % self.settings.answers == 0
+        whole = self.settings.num_completions > 1 and self.rows % self.settings.num_completions == 0
         return whole and not isinstance(self.sampler.model, ActorCritic)
 
     @property
@@ -162,7 +166,7 @@ class RolloutLoader:
     @property
     def _fewer_bits(self) -> bool:
         """Whether sampler or trainer rounds more than the other."""
-        return self.settings.rollout_weights != "float32" or self.dtype != torch.float32
+        return self.settings.rollout_dtype != "float32" or self.dtype != torch.float32
 
     @torch.no_grad()
     def _roll_out(self) -> None:
@@ -183,25 +187,25 @@ class RolloutLoader:
         self._rollouts += 1
         self._queue = self._minibatches()
 
-    def _rewarded(self) -> tuple[list[Answer], list[float]]:
+    def _rewarded(self) -> tuple[list[Completion], list[float]]:
         """Answers to the next prompts; groups of equal rewards drawn anew while that is allowed."""
-        each, settings = self.settings.answers, self.settings
-        answers = self.sampler.answers(self._order.take(), each)
-        rewards = checked(self.reward, answers)
-        redraws = settings.most_redraws if isinstance(settings, GrpoSettings) else 0
+        each, settings = self.settings.num_completions, self.settings
+        answers = self.sampler.sample(next(self._order), each)
+        rewards = checked_rewards(self.reward, answers)
+        redraws = settings.resample_limit if isinstance(settings, GrpoSettings) else 0
         for _ in range(redraws):
             equal = zero_variance(torch.tensor(rewards), each).nonzero().flatten().tolist()
             if not equal:
                 break
-            anew = self.sampler.answers(self._order.take()[: len(equal)], each)
+            anew = self.sampler.sample(next(self._order)[: len(equal)], each)
             for group, at in enumerate(equal):
                 spot, found = at * each, anew[group * each : (group + 1) * each]
                 answers[spot : spot + each] = found
-                rewards[spot : spot + each] = checked(self.reward, found)
+                rewards[spot : spot + each] = checked_rewards(self.reward, found)
         return answers, rewards
 
-    def _looked_at(self, answers: Sequence[Answer], rewards: Sequence[float]) -> Rollout:
-        inputs, targets = batch_of(answers)
+    def _looked_at(self, answers: Sequence[Completion], rewards: Sequence[float]) -> Rollout:
+        inputs, targets = collate_completions(answers)
         mask = targets != IGNORE
         sampled = torch.zeros(mask.shape)
         sampled[mask] = torch.tensor([p for answer in answers for p in answer.log_probs])
@@ -220,7 +224,7 @@ class RolloutLoader:
                 reference = torch.cat([self.reference(*part) for part in parts]).cpu()
         if self._fewer_bits and self.settings.temperature == 1:  # elsewhere it tells another pi
             ratio = (old[mask] - sampled[mask]).exp()
-            correction[mask] = ratio.clamp_max(self.settings.max_correction)
+            correction[mask] = ratio.clamp_max(self.settings.max_importance_weight)
         return Rollout(inputs, targets, old, reference, correction, values, torch.tensor(rewards))
 
     def _look(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,20 +239,22 @@ class RolloutLoader:
 
     def _minibatches(self) -> list[Tensor]:
         """Row numbers of each microbatch to come, every row once a pass."""
-        whole = self.settings.answers if self._in_groups else 1
-        rows = torch.arange(self.settings.prompts * self.settings.answers).view(-1, whole)
-        generator = torch.Generator().manual_seed(seed_of(self.settings.seed, -self._rollouts))
+        whole = self.settings.num_completions if self._in_groups else 1
+        rows = torch.arange(self.settings.prompts_per_rollout * self.settings.num_completions).view(
+            -1, whole
+        )
+        generator = torch.Generator().manual_seed(derive_seed(self.settings.seed, -self._rollouts))
         passes = [
             rows[torch.randperm(len(rows), generator=generator)].flatten()
-            for _ in range(self.settings.passes)
+            for _ in range(self.settings.epochs_per_rollout)
         ]
         return [part for order in passes for part in order.split(self.rows)]
 
     def _told(
-        self, answers: Sequence[Answer], rollout: Rollout, returns: Tensor
+        self, answers: Sequence[Completion], rollout: Rollout, returns: Tensor
     ) -> dict[str, float]:
         lengths = torch.tensor([float(len(answer.ids)) for answer in answers])
-        equal = zero_variance(rollout.rewards, self.settings.answers)
+        equal = zero_variance(rollout.rewards, self.settings.num_completions)
         facts = {
             "reward": rollout.rewards.mean().item(),
             "reward_std": rollout.rewards.std(correction=0).item(),
@@ -256,12 +262,14 @@ class RolloutLoader:
             "ended": sum(answer.ended for answer in answers) / len(answers),
         }
         if self.reference:
-            facts["kl"] = (rollout.old - rollout.reference).sum(dim=-1).mean().item()
-            facts["beta"] = self.beta
-        if self.settings.answers > 1:
-            facts["equal_groups"] = equal.float().mean().item()
+            facts["kl"] = (
+                (rollout.old_log_probs - rollout.reference_log_probs).sum(dim=-1).mean().item()
+            )
+            facts["kl_coef"] = self.beta
+        if self.settings.num_completions > 1:
+            facts["zero_variance_groups"] = equal.float().mean().item()
         if isinstance(self.sampler.model, ActorCritic):
-            facts["explained"] = explained_variance(rollout.values, returns, rollout.mask)
+            facts["explained_variance"] = explained_variance(rollout.values, returns, rollout.mask)
         return facts
 
     def _steer(self, kl: float, answers: int) -> None:
@@ -301,18 +309,26 @@ class RolloutLoader:
         """The answers that are still to be gone through."""
         if not self._queue or self._memory is None:
             return {}
-        return self._memory.columns
+        return {_STORED_AS.get(name, name): t for name, t in self._memory.columns.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         self._memory = None
         if tensors:
-            self._remember(tensors)
+            self._remember({_READ_AS.get(name, name): t for name, t in tensors.items()})
 
     def _remember(self, columns: dict[str, Tensor]) -> None:
         self._memory = None  # the last rollout's file goes before another is written
         settings = self.settings
-        self._memory = Experience(**kept(columns, settings.replay_bytes, settings.out))
+        self._memory = RolloutBatch(**spill(columns, settings.rollout_memory_bytes, settings.out))
 
+
+_STORED_AS = {
+    "old_log_probs": "old",
+    "reference_log_probs": "reference",
+    "importance_weights": "correction",
+}
+_READ_AS = {stored: name for name, stored in _STORED_AS.items()}
+"""Names of tensors in a checkpoint's files, which stay as earlier versions wrote them."""
 
 _STATE = {
     "rollouts": (int,),
@@ -324,7 +340,7 @@ _STATE = {
 """What a loader's state holds beside its order."""
 
 
-def checked(reward: Reward, answers: Sequence[Answer]) -> list[float]:
+def checked_rewards(reward: Reward, answers: Sequence[Completion]) -> list[float]:
     """The rewards. Raises RewardError for one that is not finite, or not one for each answer."""
     rewards = [float(value) for value in reward(answers)]
     if len(rewards) != len(answers):
@@ -341,6 +357,6 @@ def checked(reward: Reward, answers: Sequence[Answer]) -> list[float]:
     return rewards
 
 
-def seed_of(seed: int, draw: int) -> int:
+def derive_seed(seed: int, draw: int) -> int:
     """A seed of its own for every answer ever drawn in a run."""
     return (seed * 0x9E3779B97F4A7C15 + draw * 0xD1B54A32D192ED03) % (1 << 63)

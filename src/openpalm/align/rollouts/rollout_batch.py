@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from openpalm.align.pairs.shared_prompt import saves_work, share
-from openpalm.data.batches.loader import IGNORE, Record, padded
-from openpalm.model.layout import Layout, shared
+from openpalm.data.batches.loader import IGNORE, padded
+from openpalm.data.text.conversation import Example
+from openpalm.model.layout import Layout, shared_prompt_layout
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Completion:
     """What the engine said to a prompt."""
 
     prompt: int
@@ -27,12 +28,12 @@ class Answer:
     """False where it was cut at --max-new-tokens"""
 
 
-Reward = Callable[[Sequence[Answer]], Sequence[float]]
+Reward = Callable[[Sequence[Completion]], Sequence[float]]
 """A number for each answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Experience:
+class RolloutBatch:
     """Answers as a batch; all [rows, time], position t about the target t, 0 outside of answers.
 
     Where answers share their prompt's row (align/pairs/shared_prompt.py), inputs and `segments`
@@ -43,10 +44,10 @@ class Experience:
     inputs: Tensor
     targets: Tensor
     """int64, IGNORE outside of the answers"""
-    old: Tensor
+    old_log_probs: Tensor
     """log-probabilities under the policy that the rollout began with"""
-    reference: Tensor
-    correction: Tensor
+    reference_log_probs: Tensor
+    importance_weights: Tensor
     """weight of a token whose sampler was not exactly the policy; 1 where it was"""
     values: Tensor
     advantages: Tensor
@@ -60,7 +61,7 @@ class Experience:
 
     @property
     def layout(self) -> Layout | None:
-        return None if self.segments is None else shared(self.segments)
+        return None if self.segments is None else shared_prompt_layout(self.segments)
 
     @property
     def columns(self) -> dict[str, Tensor]:
@@ -68,12 +69,12 @@ class Experience:
         named = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: value for name, value in named if value is not None}
 
-    def take(self, rows: Tensor) -> "Experience":
+    def take(self, rows: Tensor) -> "RolloutBatch":
         """Some of the rows, as wide as the longest of them."""
         width = int(self.mask[rows].any(dim=0).nonzero().max()) + 1
-        return Experience(**{name: value[rows, :width] for name, value in self.columns.items()})
+        return RolloutBatch(**{name: value[rows, :width] for name, value in self.columns.items()})
 
-    def sharing(self, answers: int) -> "Experience":
+    def sharing(self, answers: int) -> "RolloutBatch":
         """The same with the answers to each prompt, `answers` rows, in one row if that is less."""
         records = [_record(*row) for row in zip(self.inputs, self.targets, strict=True)]
         groups = [records[i : i + answers] for i in range(0, len(records), answers)]
@@ -88,23 +89,23 @@ class Experience:
             for name, value in self.columns.items()
             if value.is_floating_point()
         }
-        return Experience(
+        return RolloutBatch(
             rows.inputs, rows.targets, **moved, segments=rows.segments, reads=rows.reads
         )
 
-    def to(self, device: torch.device | str) -> "Experience":
-        return Experience(**{name: value.to(device) for name, value in self.columns.items()})
+    def to(self, device: torch.device | str) -> "RolloutBatch":
+        return RolloutBatch(**{name: value.to(device) for name, value in self.columns.items()})
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What advantages are made of: as Experience, and a reward for each row."""
+    """What advantages are made of: as RolloutBatch, and a reward for each row."""
 
     inputs: Tensor
     targets: Tensor
-    old: Tensor
-    reference: Tensor
-    correction: Tensor
+    old_log_probs: Tensor
+    reference_log_probs: Tensor
+    importance_weights: Tensor
     values: Tensor
     rewards: Tensor
     """[rows], prompt by prompt"""
@@ -121,21 +122,21 @@ class Estimated(NamedTuple):
     returns: Tensor
 
 
-def batch_of(answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
+def collate_completions(answers: Sequence[Completion]) -> tuple[Tensor, Tensor]:
     """Inputs and targets [answers, time]; the targets are the answers' tokens alone."""
     rows = [record_of(answer) for answer in answers]
     return padded(rows, max(len(row.ids) for row in rows) - 1)
 
 
-def record_of(answer: Answer) -> Record:
+def record_of(answer: Completion) -> Example:
     """The prompt and its answer, whose tokens alone count."""
     ids = [*answer.prompt_ids, *answer.ids]
-    return Record(ids, [False] * len(answer.prompt_ids) + [True] * len(answer.ids))
+    return Example(ids, [False] * len(answer.prompt_ids) + [True] * len(answer.ids))
 
 
-def _record(inputs: Tensor, targets: Tensor) -> Record:
+def _record(inputs: Tensor, targets: Tensor) -> Example:
     """What a row [time] of a batch was made of."""
     places = (targets != IGNORE).nonzero()[:, 0]
     first, last = int(places[0]), int(places[-1])
     ids = [*inputs[: last + 1].tolist(), int(targets[last])]
-    return Record(ids, [False] * (first + 1) + [True] * (last - first + 1))
+    return Example(ids, [False] * (first + 1) + [True] * (last - first + 1))

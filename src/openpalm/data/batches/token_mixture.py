@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openpalm.base.permutation import mixed
+from openpalm.base.permutation import mix64
 from openpalm.base.typed import at
 from openpalm.data.batches.order import Draws, interleaved, windows
 from openpalm.data.dataset.document_index import Documents
@@ -64,7 +64,7 @@ class TokenSets:
         if len(self.datasets) == 1:
             return windows(self._sizes[0], sequence_length, seed)
         own = [
-            at(name, windows, size, sequence_length, mixed(seed + number + 1))
+            at(name, windows, size, sequence_length, mix64(seed + number + 1))
             for number, (name, size) in enumerate(zip(self.names, self._sizes, strict=True))
         ]
         return interleaved(own, self._sizes, self.shares(sequence_length))

@@ -123,7 +123,7 @@ class Rating(NamedTuple):
     """whole and 1 to 5 in a Preference record, any number in a file's own rows"""
 
 
-class Verdict(NamedTuple):
+class LabelledCompletion(NamedTuple):
     """An answer that is good or bad by itself, which is what KTO learns from."""
 
     prompt: Messages
@@ -234,7 +234,7 @@ def ratings(preferences: Iterable[Preference]) -> Iterator[Rating | str]:
 
 
 @_export
-def binary(preferences: Iterable[Preference]) -> Iterator[Verdict | str]:
+def binary(preferences: Iterable[Preference]) -> Iterator[LabelledCompletion | str]:
     """Verdicts from thumb, both_bad, and rate: a mean over the axes above 3 is good, below bad."""
     for p in preferences:
         match p.kind, p.payload:
@@ -248,7 +248,7 @@ def binary(preferences: Iterable[Preference]) -> Iterator[Verdict | str]:
                 yield "neither good nor bad" if p.kind == "rate" else f"{p.kind} gives no verdict"
                 continue
         for text in (p.candidates[i].text for i in judged):
-            yield Verdict(p.prompt, says(text), good) if text.strip() else "empty answer"
+            yield LabelledCompletion(p.prompt, says(text), good) if text.strip() else "empty answer"
 
 
 @_export

@@ -10,6 +10,7 @@ from openpalm.data.rows.row_formats import (
     ALPACA,
     COMPLETION,
     EXPLICIT,
+    LABELLED,
     MESSAGES,
     PROBLEM,
     PROMPT,
@@ -17,7 +18,6 @@ from openpalm.data.rows.row_formats import (
     RATING,
     SCORED,
     SHAREGPT,
-    VERDICT,
     Reading,
     conversation_of,
     prompt_of,
@@ -42,7 +42,7 @@ def read_prompts(path: str | Path) -> Usable[PromptRow]:
     cut before the last turn of the assistant; Preference records, each prompt once. Raises
     DataError with line, field and remedy.
     """
-    forms = (PROMPT, PROBLEM, ALPACA, COMPLETION, EXPLICIT, RANKING, SCORED, RATING, VERDICT)
+    forms = (PROMPT, PROBLEM, ALPACA, COMPLETION, EXPLICIT, RANKING, SCORED, RATING, LABELLED)
     unanswered = _maker(lambda row: _unanswered(conversation_of(row)))
     makers = dict.fromkeys(forms, _maker(prompt_of)) | {MESSAGES: unanswered, SHAREGPT: unanswered}
     return read_forms(path, Reading("prompt", makers, _texts, keeps_row=True), _of_records)

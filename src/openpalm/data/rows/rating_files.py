@@ -9,9 +9,9 @@ from openpalm.data.rows.fields import COMPLETIONS, RATINGS, Row
 from openpalm.data.rows.pair_files import scores_of
 from openpalm.data.rows.preferences import Rating, Usable, ratings, says
 from openpalm.data.rows.row_formats import (
+    LABELLED,
     RATING,
     SCORED,
-    VERDICT,
     Reading,
     answer_of,
     check_answer,
@@ -31,7 +31,7 @@ def read_ratings(path: str | Path, axis: str | None = None) -> Usable[Rating]:
     each axis); prompt, responses and `scores`; the public shapes of data/rows/published.py.
     axis: which one, where there are several. Raises DataError with line, field and remedy.
     """
-    makers = {RATING: _rating, SCORED: _scored, VERDICT: _rating}
+    makers = {RATING: _rating, SCORED: _scored, LABELLED: _rating}
     found = read_forms(path, Reading("rating", makers, _texts), ratings)
     return _of_axis(found, Path(path), axis)
 

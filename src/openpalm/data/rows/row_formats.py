@@ -46,7 +46,7 @@ WHOLE = "whole conversations"
 RANKING = "prompt, responses, ranking"
 SCORED = "prompt, responses, scores"
 RATING = "prompt, response, rating"
-VERDICT = "prompt, completion, label"
+LABELLED = "prompt, completion, label"
 MESSAGES = "messages"
 SHAREGPT = "ShareGPT conversations"
 ALPACA = "instruction, input, output"
@@ -59,7 +59,7 @@ PAIRS = (EXPLICIT, HH, TEXTS, WHOLE, RANKING, SCORED)
 
 _READERS = dict.fromkeys(PAIRS, "openpalm dpo") | {
     RATING: "openpalm reward",
-    VERDICT: "openpalm dpo --loss kto",
+    LABELLED: "openpalm dpo --loss kto",
     PROMPT: "openpalm grpo",
     TEXT: "openpalm data prepare",
 }
@@ -75,7 +75,7 @@ def form_of(row: Mapping[str, Any]) -> str | None:
         (_pair_form(row), has & {*SIDES}),
         (RANKING, has & {*RESPONSES} and has & {"ranking", "rank"}),
         (SCORED, prompted and has & {*RESPONSES} and "scores" in has),
-        (VERDICT, prompted and completed and isinstance(row.get("label"), bool)),
+        (LABELLED, prompted and completed and isinstance(row.get("label"), bool)),
         (RATING, prompted and completed and has & {*RATINGS, "ratings"}),
         (MESSAGES, "messages" in has),
         (SHAREGPT, "conversations" in has),

@@ -16,7 +16,7 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from openpalm.base.console import shown
-from openpalm.base.permutation import mixed
+from openpalm.base.permutation import mix64
 from openpalm.base.settings import read_yaml
 from openpalm.base.typed import at, expect, home, is_number
 from openpalm.data.corpus.documents import read_rows
@@ -110,7 +110,7 @@ def conversations(task: Task, seed: int) -> Usable[Messages]:
         raise DataError(f"{task.data}: templates fill rows of .jsonl or .jsonl.gz; convert it")
     made = []
     for number, (where, row) in enumerate(read_rows(task.data)):
-        template = task.templates[mixed(mixed(seed) + number) % len(task.templates)]
+        template = task.templates[mix64(mix64(seed) + number) % len(task.templates)]
         made.append((where, at(where, _filled, template, row)))
     if not made:
         raise DataError(f"{task.data}: is empty; give a file with at least one row")

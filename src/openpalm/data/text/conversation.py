@@ -27,7 +27,7 @@ class Message:
         return row if self.trained else row | {"weight": 0}
 
 
-class Rendered(NamedTuple):
+class Example(NamedTuple):
     """Token ids and, of equal length, whether each is one the model shall learn to say."""
 
     ids: list[int]
@@ -36,7 +36,7 @@ class Rendered(NamedTuple):
 
 def render(
     tokenizer: Tokenizer, messages: Sequence[Message], *, answer_next: bool = False
-) -> Rendered:
+) -> Example:
     """The ids of a conversation; the loss is on what the assistant says and on its ending it.
 
     A turn that is not `trained` has none.
@@ -57,7 +57,7 @@ def render(
         opening = template.opening("assistant")
         ids += opening
         loss_mask += [False] * len(opening)
-    return Rendered(ids, loss_mask)
+    return Example(ids, loss_mask)
 
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -10,7 +10,7 @@ from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import OpenPalmError, count_of
 from openpalm.generate.engine import Request
-from openpalm.generate.sampling import Sampling, seed_of_answer
+from openpalm.generate.sampling import Sampling, completion_seed
 from openpalm.generate.streaming import document_ends, prompt_ids
 from openpalm.serve.api.error_responses import ApiError, is_failure
 from openpalm.serve.api.request_fields import ChatMessage, ConversationEnd, GenerationFields
@@ -117,7 +117,7 @@ def engine_requests(
     for prompt in prompts:
         new_tokens = _new_tokens(served, prompt, max_new_tokens)
         for choice in range(choices):
-            own = replace(settings, seed=seed_of_answer(settings.seed, choice))
+            own = replace(settings, seed=completion_seed(settings.seed, choice))
             # The prompt is scored once: the other choices copy its cache instead of computing it.
             # A choice without new tokens has no use for a cache, so it is scored too.
             scored = score_prompt and (choice == 0 or new_tokens == 0)

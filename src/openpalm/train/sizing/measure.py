@@ -15,7 +15,7 @@ import torch
 from openpalm.base.device import multiplies_bfloat16
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import PROBES_A_RUN, Chosen, Ramp, TrainSettings
-from openpalm.train.objective import Remembering
+from openpalm.train.objective import StatefulLoader
 from openpalm.train.trainer import Trainer
 
 LIMIT_SHARE, LIMIT_S = 0.05, 20.0
@@ -36,7 +36,7 @@ class Look(Protocol):
     """Something looked at now and then, whose time a budget must hold."""
 
     @property
-    def look(self) -> Callable[[Transformer, torch.dtype], object]: ...
+    def measure(self) -> Callable[[Transformer, torch.dtype], object]: ...
 
     @property
     def tokens(self) -> int | None:
@@ -138,7 +138,7 @@ def _look_seconds(trainer: Trainer, looks: Sequence[Look], token_s: float, until
             total += foretold
             continue
         start = time.perf_counter()
-        look.look(trainer.model, trainer.dtype)
+        look.measure(trainer.model, trainer.dtype)
         total += time.perf_counter() - start
     return total
 
@@ -165,7 +165,7 @@ def _step_seconds(trainer: Trainer) -> float:
     """Seconds of an optimizer step, of whose microbatches one alone is computed."""
     _wait(trainer.device)
     start = time.perf_counter()
-    if isinstance(trainer.loader, Remembering):  # its batches come by the step
+    if isinstance(trainer.loader, StatefulLoader):  # its batches come by the step
         trainer.train_step()
         _wait(trainer.device)
         return time.perf_counter() - start

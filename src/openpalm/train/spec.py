@@ -14,6 +14,7 @@ from openpalm.train.config import BatchShape, TrainSettings
 from openpalm.train.initial_weights import choose_trained
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
+from openpalm.train.probes import Probe
 from openpalm.train.trainer import Trainer
 
 _WHILE_MEASURING = 10**6  # steps of a schedule that is only timed
@@ -22,22 +23,7 @@ LORA_RATE = 10
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Something looked at every `eval_every` steps and after the last one."""
-
-    look: Callable[[Transformer, torch.dtype], dict[str, Any]]
-    """at the model, computing in the run's dtype"""
-    file: str = "metrics.jsonl"
-    tell: Callable[[dict[str, Any]], str] | None = None
-    """a row as one line for the terminal"""
-    judge: Callable[[list[dict[str, Any]]], str | None] | None = None
-    """the run's rows so far: why it must stop, or None"""
-    tokens: int | None = None
-    """that a look computes the loss of, where that is all it does: so its time can be foretold"""
-
-
-@dataclass(frozen=True)
-class Job:
+class TrainSpec:
     """What is trained on what; the settings say how long, how fast and where."""
 
     config: ModelConfig
@@ -53,7 +39,7 @@ class Job:
     """not given is next-token prediction"""
     shape: BatchShape | None = None
     """of a step, where it does not follow from --batch-tokens"""
-    items_a_step: Callable[[BatchShape], int] | None = lambda shape: shape.sequences
+    items_per_step: Callable[[BatchShape], int] | None = lambda shape: shape.sequences
     """items that a step learns from; None where the size of microbatches changes the result"""
     unit: str = "tokens"
     """what the objective counts"""
@@ -76,14 +62,14 @@ class Job:
 
 def make_trainer(
     settings: TrainSettings,
-    job: Job,
+    spec: TrainSpec,
     shape: BatchShape,
     device: torch.device,
     fill: Callable[[Transformer], None],
     dtype: torch.dtype | None = None,
 ) -> Trainer:
-    """What takes the job's steps, `fill`'s weights in its model; a dtype not given is the run's."""
-    model = job.make_model(job.config).to(device)
+    """The Trainer of a run, with `fill`'s weights in its model; `dtype` None is the run's."""
+    model = spec.make_model(spec.config).to(device)
     fill(model)
     choose_trained(model, settings)
     recompute(model, settings.memory.recompute)
@@ -93,13 +79,13 @@ def make_trainer(
             block.compile()
     return Trainer(
         model,
-        job.objective or NextToken(settings.z_loss, settings.memory.loss_chunk),
-        Optimizer(model, settings.optim, job.peak_rate(settings)),
-        job.make_loader(shape, model, arithmetic),
+        spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk),
+        Optimizer(model, settings.optim, spec.peak_rate(settings)),
+        spec.make_loader(shape, model, arithmetic),
         steps=settings.chosen.steps or _WHILE_MEASURING,
         accumulation=shape.accumulation,
         ramp=shape.ramp,
         dtype=arithmetic,
-        max_skipped=settings.max_skipped,
+        max_skipped_steps=settings.max_skipped_steps,
         world=world(),
     )

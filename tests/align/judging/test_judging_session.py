@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 import pytest
 from tiny_models import tiny
 
-from openpalm.align.judging import judgements
-from openpalm.align.judging.best_of_n import Draw
-from openpalm.align.judging.judge import Refused
-from openpalm.align.judging.judgements import Session, Writer, drawn_items, given_items
-from openpalm.base.jsonl import growing
+from openpalm.align.judging import judging_session
+from openpalm.align.judging.best_of_n import SamplingPlan
+from openpalm.align.judging.judging_session import JudgingSession, Writer, drawn_items, given_items
+from openpalm.align.judging.model_judge import Refused
+from openpalm.base.jsonl import open_jsonl
 from openpalm.data.rows.candidate_files import CandidateRow
 from openpalm.data.rows.constitution import Article, Constitution
 from openpalm.data.rows.preferences import Candidate, Preference
@@ -62,12 +62,12 @@ def fails(check, *given):
 def at_work(path, session, work, items):
     """What the judge at work told, was asked, and all the records that are there then."""
     judge = Stars()
-    with growing(path) as file:
+    with open_jsonl(path) as file:
         known = [row["id"] for row in file.found]
         working = session(judge, ARTICLES, 16, file, known)
         for each in items:
             getattr(working, work)(each)
-    with growing(path) as file:
+    with open_jsonl(path) as file:
         records = [Preference.from_json(row, "row") for row in file.found]
     return working.told(), judge.asked, records
 
@@ -86,13 +86,13 @@ def check_every_two_once(path, session):
 
 
 def test_every_two_answers_are_compared_once(tmp_path):
-    check_every_two_once(tmp_path / "j.jsonl", Session)
+    check_every_two_once(tmp_path / "j.jsonl", JudgingSession)
 
-    class Forgetful(Session):
+    class Forgetful(JudgingSession):
         def __init__(self, judge, constitution, max_new_tokens, file, known):
             super().__init__(judge, constitution, max_new_tokens, file)
 
-    class Careless(Session):
+    class Careless(JudgingSession):
         def _open(self, item, kind, places):
             return super()._open(item, kind, places[1:])
 
@@ -101,25 +101,25 @@ def test_every_two_answers_are_compared_once(tmp_path):
 
 
 def test_equal_answers_say_nothing(tmp_path):
-    told, asked, _ = at_work(tmp_path / "j.jsonl", Session, "compare", [item("*", " * ")])
+    told, asked, _ = at_work(tmp_path / "j.jsonl", JudgingSession, "compare", [item("*", " * ")])
     assert (told["written"], told["left_out"], asked) == (0, {"equal answers": 1}, [])
     assert told["first_place"] is None
 
 
 def test_the_first_answer_is_revised_once(tmp_path):
     items = [item("*", "**"), item("silence"), item("long"), item("*", prompt="Other?")]
-    told, _, records = at_work(tmp_path / "j.jsonl", Session, "revise", items)
+    told, _, records = at_work(tmp_path / "j.jsonl", JudgingSession, "revise", items)
     assert told["left_out"] == {"no reply": 1, "longer than the judge's context": 1}
     assert [r.payload for r in records] == [{"candidate": 0, "text": "****"}] * 2
     assert [r.candidates[0].text for r in records] == ["*", "*"]
-    again = at_work(tmp_path / "j.jsonl", Session, "revise", items[:1])
+    again = at_work(tmp_path / "j.jsonl", JudgingSession, "revise", items[:1])
     assert (again[0]["known"], again[1]) == (1, [])
 
 
 def test_edits_and_comparisons_are_other_judgements(tmp_path):
     items = [item("*", "**")]
-    at_work(tmp_path / "j.jsonl", Session, "revise", items)
-    assert at_work(tmp_path / "j.jsonl", Session, "compare", items)[0]["written"] == 1
+    at_work(tmp_path / "j.jsonl", JudgingSession, "revise", items)
+    assert at_work(tmp_path / "j.jsonl", JudgingSession, "compare", items)[0]["written"] == 1
 
 
 # --- answers of a model
@@ -127,10 +127,10 @@ def test_edits_and_comparisons_are_other_judgements(tmp_path):
 
 @pytest.fixture(scope="module")
 def writer():
-    return Writer(Engine(tiny()), Tokenizer.byte(), "c" * 64, Draw(2, 6, 1.0, 3))
+    return Writer(Engine(tiny()), Tokenizer.byte(), "c" * 64, SamplingPlan(2, 6, 1.0, 3))
 
 
-PROMPTS = [asks(f"{i}?") for i in range(judgements.PROMPTS_AT_A_TIME + 3)]
+PROMPTS = [asks(f"{i}?") for i in range(judging_session.PROMPTS_AT_A_TIME + 3)]
 
 
 def check_drawn(writer, draw_items):
@@ -138,7 +138,7 @@ def check_drawn(writer, draw_items):
     ids = [render(writer.tokenizer, prompt, answer_next=True).ids for prompt in PROMPTS]
     stops = stop_ids(writer.tokenizer)
     for n, made in enumerate(draw_items(writer, [PromptRow(p, {}) for p in PROMPTS], ids)):
-        alone = writer.draw.answers(writer.engine, ids, [n], stops)
+        alone = writer.draw.sample(writer.engine, ids, [n], stops)
         texts = [writer.tokenizer.decode([i for i in a.ids if i not in stops]) for a in alone]
         assert [c.text for c in made.candidates()] == texts
         assert [c.sampling["draw"] for c in made.candidates()] == [2 * n, 2 * n + 1]
@@ -179,8 +179,8 @@ def test_undecided_and_refused_items_have_no_record_and_are_asked_again(tmp_path
 
     items = [item("*", "odd"), item("*", "huge"), item("*", "**")]
     for written, known in ((1, 0), (0, 1)):
-        with growing(tmp_path / "j.jsonl") as file:
-            session = Session(Picky(), ARTICLES, 16, file, [row["id"] for row in file.found])
+        with open_jsonl(tmp_path / "j.jsonl") as file:
+            session = JudgingSession(Picky(), ARTICLES, 16, file, [row["id"] for row in file.found])
             for each in items:
                 session.compare(each)
         told = session.told()
@@ -194,9 +194,9 @@ def test_a_judge_that_refuses_all_is_an_error(tmp_path):
         def first(self, questions):
             return [Refused("no credit")] * len(questions)
 
-    with growing(tmp_path / "j.jsonl") as file:
-        session = Session(Closed(), ARTICLES, 16, file)
-        for _ in range(judgements.REFUSALS_AT_FIRST - 1):
+    with open_jsonl(tmp_path / "j.jsonl") as file:
+        session = JudgingSession(Closed(), ARTICLES, 16, file)
+        for _ in range(judging_session.REFUSALS_AT_FIRST - 1):
             session.compare(item("*", "**"))
         with pytest.raises(WorkError, match="no credit"):
             session.compare(item("*", "**"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from openpalm.align.config import RewardSettings
-from openpalm.align.pairs.pairs import PairLoader, PairRecord
-from openpalm.align.pairs.reward import RatingRecord, RewardObjective, collate
-from openpalm.data.text.conversation import Rendered
+from openpalm.align.pairs.examples import PreferenceExample, preference_loader
+from openpalm.align.pairs.reward_model import RewardObjective, collate
+from openpalm.data.text.conversation import Example
 from openpalm.evaluate.agreement import spearman
 from openpalm.model.config import ModelConfig, RewardConfig
 from openpalm.model.reward import RewardModel, initialise_heads
@@ -45,8 +45,8 @@ def true_rewards(generator):
     return (rewards - rewards.mean(dim=1, keepdim=True)) / rewards.std(dim=1, keepdim=True)
 
 
-def record(prompt, answer):
-    return Rendered([prompt, END, 0, *answer], [False] * 3 + [True] * len(answer))
+def example(prompt, answer):
+    return Example([prompt, END, 0, *answer], [False] * 3 + [True] * len(answer))
 
 
 def judged(true, generator):
@@ -56,7 +56,7 @@ def judged(true, generator):
     first_wins = torch.rand(PAIRS, generator=generator) < wins
     better, worse = first.where(first_wins, second), second.where(first_wins, first)
     return [
-        PairRecord(record(p, ANSWERS[w]), record(p, ANSWERS[r]))
+        PreferenceExample((example(p, ANSWERS[w]), example(p, ANSWERS[r])))
         for p, w, r in zip(prompts.tolist(), better.tolist(), worse.tolist(), strict=True)
     ]
 
@@ -71,7 +71,7 @@ def learnt(pairs, seed=0):
         model,
         RewardObjective(settings),
         Optimizer(model, OptimSettings(), 5e-3),
-        PairLoader(pairs, rows=ROWS, seed=seed, collate=collate),
+        preference_loader(pairs, rows=ROWS, seed=seed, collate=collate),
         steps=PAIRS // ROWS,
     )
     for _ in range(trainer.steps):
@@ -79,7 +79,7 @@ def learnt(pairs, seed=0):
     model.eval()
     with torch.no_grad():
         batches = [
-            collate([RatingRecord(record(p, answer), 0.0) for answer in ANSWERS])
+            collate([PreferenceExample((example(p, answer),)) for answer in ANSWERS])
             for p in range(PROMPTS)
         ]
         return torch.stack([model.value(b.ids, b.mask, b.prompt_lengths) for b in batches])

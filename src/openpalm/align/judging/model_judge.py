@@ -37,6 +37,8 @@ from openpalm.generate.sampling import Sampling
 
 LABELS = ("A", "B")
 YES_NO = ("yes", "no")
+LEAST_MASS = 0.1
+"""Of both labels together among all replies; below it the judge would say something else."""
 LABEL_TOKENS = 4
 """Room for a label, however it is cut into tokens."""
 
@@ -54,7 +56,13 @@ class Refused(NamedTuple):
     reason: str
 
 
-Judged = float | Refused | None
+class Unlikely(NamedTuple):
+    """Both labels together have less than LEAST_MASS: their ratio is no verdict."""
+
+    mass: float
+
+
+Judged = float | Refused | Unlikely | None
 """The probability of a question's first label; None where the reply decides for neither."""
 
 
@@ -85,17 +93,26 @@ class EngineJudge:
     def fits(self, text: str, reply_tokens: int) -> bool:
         return len(self._asked(text)) + reply_tokens <= self.engine.model.config.context
 
-    def first(self, questions: Sequence[Question]) -> list[float]:
+    def first(self, questions: Sequence[Question]) -> list[float | Unlikely]:
+        return [
+            chance if mass >= LEAST_MASS else Unlikely(mass)
+            for chance, mass in self.chances(questions)
+        ]
+
+    def chances(self, questions: Sequence[Question]) -> list[tuple[float, float]]:
+        """Of each question the first label's probability among the two, and that of both."""
         sequences = [ids for question in questions for ids in self._sequences(question)]
         starts = [len(self._asked(question.text)) for question in questions for _ in (0, 1)]
         scored = self.engine.score(sequences)
         sums = [row[start - 1 :].sum() for row, start in zip(scored, starts, strict=True)]
-        return torch.stack(sums).view(-1, 2).softmax(dim=-1)[:, 0].tolist()
+        both = torch.stack(sums).view(-1, 2)
+        first, mass = both.softmax(dim=-1)[:, 0], both.exp().sum(dim=-1)
+        return list(zip(first.tolist(), mass.tolist(), strict=True))
 
     def write(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
         how, stops = Sampling(temperature=0), stop_ids(self.tokenizer)
         requests = [Request(self._asked(text), max_new_tokens, how, stops) for text in texts]
-        answers = self.engine.answers(requests)
+        answers = self.engine.completions(requests)
         return [self.tokenizer.decode([i for i in ids if i not in stops]) for ids in answers]
 
     def _asked(self, text: str) -> list[int]:

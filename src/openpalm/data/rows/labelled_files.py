@@ -5,12 +5,19 @@ from pathlib import Path
 
 from openpalm.data.rows.fields import COMPLETIONS, Row
 from openpalm.data.rows.pair_files import row_pair
-from openpalm.data.rows.preferences import Pair, Preference, Usable, Verdict, binary, pairs
+from openpalm.data.rows.preferences import (
+    LabelledCompletion,
+    Pair,
+    Preference,
+    Usable,
+    binary,
+    pairs,
+)
 from openpalm.data.rows.row_formats import (
     EXPLICIT,
     HH,
+    LABELLED,
     TEXTS,
-    VERDICT,
     WHOLE,
     Reading,
     answer_of,
@@ -21,7 +28,7 @@ from openpalm.data.rows.row_formats import (
 )
 
 
-def read_verdicts(path: str | Path) -> Usable[Verdict]:
+def read_labelled(path: str | Path) -> Usable[LabelledCompletion]:
     """Verdicts of a .jsonl or .jsonl.gz file.
 
     Forms: Preference records; prompt (a text or messages), completion or response, and label:
@@ -30,15 +37,15 @@ def read_verdicts(path: str | Path) -> Usable[Verdict]:
     with line, field and remedy.
     """
     makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), _both)
-    reading = Reading("verdict", {VERDICT: _verdict} | makers, _texts)
+    reading = Reading("verdict", {LABELLED: _verdict} | makers, _texts)
     return read_forms(path, reading, _of_records)
 
 
-def _texts(verdict: Verdict) -> Iterator[str]:
+def _texts(verdict: LabelledCompletion) -> Iterator[str]:
     return texts_of((*verdict.prompt, *verdict.answer))
 
 
-def _of_records(records: list[Preference]) -> Usable[Verdict]:
+def _of_records(records: list[Preference]) -> Usable[LabelledCompletion]:
     if (found := binary(records)).items:
         return found
     contests = pairs(records)
@@ -47,18 +54,18 @@ def _of_records(records: list[Preference]) -> Usable[Verdict]:
     return Usable(both, contests.unused, places, contests.left_out)
 
 
-def _both(row: Row) -> Iterator[Verdict]:
+def _both(row: Row) -> Iterator[LabelledCompletion]:
     for pair in row_pair(row):
         yield from _verdicts(pair)
 
 
-def _verdicts(pair: Pair) -> Iterator[Verdict]:
-    yield Verdict(pair.prompt, pair.chosen, good=True)
-    yield Verdict(pair.prompt, pair.rejected, good=False)
+def _verdicts(pair: Pair) -> Iterator[LabelledCompletion]:
+    yield LabelledCompletion(pair.prompt, pair.chosen, good=True)
+    yield LabelledCompletion(pair.prompt, pair.rejected, good=False)
 
 
-def _verdict(row: Row) -> Iterator[Verdict]:
+def _verdict(row: Row) -> Iterator[LabelledCompletion]:
     prompt, field = prompt_of(row), row.name(COMPLETIONS)
     answer = answer_of(row, field, prompt)
     check_answer(answer, field)
-    yield Verdict(prompt, answer, row.get("label"))
+    yield LabelledCompletion(prompt, answer, row.get("label"))

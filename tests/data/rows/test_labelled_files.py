@@ -2,8 +2,8 @@
 
 import json
 
+from openpalm.data.rows.labelled_files import read_labelled
 from openpalm.data.rows.preferences import Candidate, Preference
-from openpalm.data.rows.verdict_files import read_verdicts
 from openpalm.data.text.conversation import Message
 
 PROMPT = (Message("user", "Why?"),)
@@ -25,7 +25,7 @@ def record(name, kind, payload):
 def verdicts(tmp_path, *rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row, default=vars) + "\n" for row in rows))
-    found = read_verdicts(path)
+    found = read_labelled(path)
     return [(v.answer[0].content, v.good) for v in found.items], found.unused
 
 

@@ -17,8 +17,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from openpalm.align.judging.judge import Judged, Question, Refused
-from openpalm.align.judging.verdict import verdict
+from openpalm.align.judging.model_judge import LEAST_MASS, Judged, Question, Refused
+from openpalm.align.judging.parse_verdict import verdict
 from openpalm.base.console import shown
 from openpalm.errors import SettingsError, WorkError
 
@@ -33,8 +33,6 @@ MAX_WAIT_S = 600.0
 """The longest Retry-After that is waited for."""
 TOP, FEWER = 20, 5
 """Likeliest tokens that are asked for; some endpoints give fewer."""
-LEAST_MASS = 0.1
-"""Of both labels together in the first token; below it the reply's words count."""
 SHORT, LONG = 16, 1024
 """Tokens of a verdict, and of one that begins with thoughts."""
 
@@ -252,7 +250,8 @@ def _content(choice: dict[str, Any]) -> str:
 
 
 def _weighed(choice: dict[str, Any], labels: tuple[str, str]) -> float | None:
-    """The first label's share of both in the first token; None where they have too little."""
+    """The first label's share of both in the first token; None where both have too little: then
+    the reply's words count."""
     try:
         top = choice["logprobs"]["content"][0]["top_logprobs"]
         tokens = [(str(item["token"]), float(item["logprob"])) for item in top]

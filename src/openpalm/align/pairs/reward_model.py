@@ -1,24 +1,28 @@
-"""Reward models: learning from judgements what a judge would say of an answer.
+"""Training reward models: the Bradley-Terry margin loss on pairs, and losses on ratings.
 
-From pairs, a prompt x with a chosen answer w and a rejected one l, Bradley and Terry's model says
-P(w is preferred) = s(r_w - r_l), s the logistic function, r the reward model's number:
+A reward model gives a completion one number r. Bradley and Terry's model of preferences says that
+of a chosen completion w and a rejected completion l to one prompt, P(w is preferred) =
+s(r_w - r_l), with s the sigmoid. Its negative log-likelihood is the loss on pairs:
 
     bradley-terry  -log s(r_w - r_l - m) + c (r_w + r_l)^2
-                   m: a margin, larger where the judges were surer      Llama 2, 2023, eq. 2
-                   c: a pull to mean zero, as only differences are told Eisenstein et al. 2023
+                   m: margin, larger where the judges were surer        Llama 2, 2023, eq. 2
+                   c: centring; differences alone leave the mean free   Eisenstein et al. 2023
 
-From ratings y of single answers:
+Losses on a rating y of a single completion:
 
     regression     (r - y)^2
-    binned         cross entropy of the bin that y is        palm-rlhf-pytorch
-    hl-gauss       cross entropy with a Gaussian around y, cut into the bins and normalised
+    binned         cross entropy; the class is the bin nearest to y     palm-rlhf-pytorch
+    hl-gauss       cross entropy with a Gaussian around y, integrated over the bins, normalised
                                                              Imani & White 2018; Farebrother 2024
     ordinal        sum over k of the binary cross entropy of [y > v_k], logits f(x) + b_k
                                                              McCullagh 1980; Cao et al. 2020
 
-Bins are read as their expectation. Every member of an ensemble learns from the same judgements,
-from heads that begin apart, and the loss is the mean over members. A departure from most
-implementations: the answer is read to its last token, the end marker, and never beyond.
+The reward of a binned head is the expectation over its bins. In an ensemble every member learns
+from the same examples, from its own first weights; the loss is the mean over members.
+
+A departure from most implementations: the model reads the completion to its last token, the end
+marker, and never beyond. A reward model that stops before the end marker cannot see the difference
+between a finished and a truncated completion.
 """
 
 import math
@@ -32,10 +36,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from openpalm.align.config import RewardLoss, RewardSettings
-from openpalm.align.pairs.pairs import Judged, answer_record, fitted
-from openpalm.data.batches.loader import Record
-from openpalm.data.rows.preferences import Rating, Usable
-from openpalm.data.text.tokenizer import Tokenizer
+from openpalm.align.pairs.examples import PreferenceExample, in_batch_order, labels
 from openpalm.errors import DataError, SettingsError
 from openpalm.model.config import MAX_BINS, RewardConfig
 from openpalm.model.reward import RewardModel, initialise_heads
@@ -44,6 +45,8 @@ from openpalm.train.initial_weights import Start
 from openpalm.train.objective import Metrics
 
 DEFAULT_BINS = 21
+SIGMA = 0.75
+"""HL-Gauss: standard deviation in bin widths, as Farebrother et al. 2024 recommend."""
 _KINDS: dict[RewardLoss, Literal["scalar", "binned", "ordinal"]] = {
     "bradley-terry": "scalar",
     "regression": "scalar",
@@ -51,30 +54,14 @@ _KINDS: dict[RewardLoss, Literal["scalar", "binned", "ordinal"]] = {
     "hl-gauss": "binned",
     "ordinal": "ordinal",
 }
-SIGMA = 0.75
-"""Deviation of the Gaussian in widths of a bin, as Farebrother et al. 2024 recommend."""
-
-
-@dataclass(frozen=True, slots=True)
-class RatingRecord:
-    """An answer as a record whose loss mask is on it alone."""
-
-    answer: Record
-    label: float
-    """the rating"""
-
-    @property
-    def sides(self) -> tuple[Record, ...]:
-        return (self.answer,)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreBatch:
-    """Whole answers, the end marker included, and what was said of them.
+    """Whole conversations, the end marker included, with the labels of their completions.
 
-    ids: int64 [rows, time]; mask: bool [rows, time], True where real; prompt_lengths: [rows].
-    labels: float32, the margins of pairs [rows / 2], whose chosen half comes first, or ratings
-    [rows].
+    ids: int64 [rows, time]; mask: bool [rows, time], True for real tokens; prompt_lengths: [rows].
+    labels: float32, margins [rows / 2] of pairs, whose chosen half comes first, or ratings [rows].
     """
 
     ids: Tensor
@@ -83,66 +70,56 @@ class ScoreBatch:
     labels: Tensor
 
     def to(self, device: torch.device | str) -> "ScoreBatch":
-        parts = (self.ids, self.mask, self.prompt_lengths, self.labels)
-        return ScoreBatch(*(part.to(device) for part in parts))
+        tensors = (self.ids, self.mask, self.prompt_lengths, self.labels)
+        return ScoreBatch(*(tensor.to(device) for tensor in tensors))
 
 
-def collate(judged: Sequence[Judged]) -> ScoreBatch:
-    """The judged answers' rows, of pairs the chosen ones' before the rejected ones'."""
-    rows = [
-        record for side in zip(*(each.sides for each in judged), strict=True) for record in side
-    ]
+def collate(examples: Sequence[PreferenceExample]) -> ScoreBatch:
+    """One row for each completion, padded on the right."""
+    rows = in_batch_order(examples)
     ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row.ids) for row in rows])
     prompts = torch.tensor([row.loss_mask.index(True) for row in rows])
-    labels = torch.tensor([each.label for each in judged], dtype=torch.float32)
-    return ScoreBatch(ids, torch.arange(ids.shape[1]) < lengths[:, None], prompts, labels)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return ScoreBatch(ids, mask, prompts, labels(examples))
 
 
-def rating_records(
-    tokenizer: Tokenizer, ratings: Usable[Rating], longest: int
-) -> Usable[RatingRecord]:
-    """The ratings whose answers fit `longest` tokens, and why the others are left out."""
-
-    def made(rating: Rating) -> RatingRecord | str:
-        answer = fitted(answer_record(tokenizer, rating.prompt, rating.answer), longest)
-        return answer if isinstance(answer, str) else RatingRecord(answer, float(rating.value))
-
-    return ratings.then(made)
-
-
-def head_for(
-    settings: RewardSettings, ratings: Sequence[float], known: RewardConfig | None = None
+def choose_head(
+    settings: RewardSettings, ratings: Sequence[float], given: RewardConfig | None = None
 ) -> RewardConfig:
-    """The head that the loss needs: the one that --init brings, or a new one.
+    """The head that the loss trains: `given`, the head of --init, or a new one.
 
-    ratings: all of the data's, empty for pairs. Raises SettingsError where the loss does not suit
-    a known head, DataError where the ratings say nothing or are none of the bins' values.
+    ratings: all ratings of the data, empty for pairs. Raises SettingsError where the loss does not
+    fit the given head, DataError where all ratings are equal or one is no value of a bin.
     """
     kind = _KINDS[settings.loss]
-    if known is None:
-        values = _values(settings, ratings) if kind != "scalar" else ()
-        shared = {"read": settings.read, "marks": settings.marks, "members": settings.members}
-        known = RewardConfig(kind, values, bias=settings.loss == "regression", **shared)
-    elif known.kind != kind:
+    if given is None:
+        values = _bin_values(settings, ratings) if kind != "scalar" else ()
+        options = {"read": settings.read, "marks": settings.marks, "members": settings.members}
+        given = RewardConfig(kind, values, bias=settings.loss == "regression", **options)
+    elif given.kind != kind:
         raise SettingsError(
-            f"--loss {settings.loss}: learns {kind} heads, those of --init are {known.kind}"
+            f"--loss {settings.loss}: trains {kind} heads, but --init has a {given.kind} head; "
+            "choose a loss for that head, or begin from a language model"
         )
     if len({*ratings}) == 1:
-        raise DataError(f"all {len(ratings)} ratings are {ratings[0]:g}; there is nothing to learn")
-    between = settings.loss == "hl-gauss"
-    odd = [r for r in ratings if known.values and not _is_value(r, known.values, between)]
-    if odd:
-        low, high = known.values[0], known.values[-1]
         raise DataError(
-            f"rating {odd[0]:g} is none of the {len(known.values)} values from {low:g} to "
-            f"{high:g}; set --bins, or take --loss hl-gauss or regression"
+            f"all {len(ratings)} ratings are {ratings[0]:g}, so there is nothing to learn; give "
+            "ratings that differ"
         )
-    return known
+    between = settings.loss == "hl-gauss"
+    odd = [r for r in ratings if given.values and not _has_bin(r, given.values, between)]
+    if odd:
+        low, high = given.values[0], given.values[-1]
+        raise DataError(
+            f"rating {odd[0]:g} is none of the {len(given.values)} values from {low:g} to "
+            f"{high:g}; set --bins, or use --loss hl-gauss or regression"
+        )
+    return given
 
 
-def _values(settings: RewardSettings, ratings: Sequence[float]) -> tuple[float, ...]:
-    """From the lowest rating to the highest: so many, or whole numbers where nothing is said."""
+def _bin_values(settings: RewardSettings, ratings: Sequence[float]) -> tuple[float, ...]:
+    """--bins values from the lowest rating to the highest, by default the whole numbers."""
     lowest, highest = min(ratings), max(ratings)
     bins = settings.bins
     if bins is None and settings.loss == "hl-gauss" and not all(r.is_integer() for r in ratings):
@@ -156,17 +133,21 @@ def _values(settings: RewardSettings, ratings: Sequence[float]) -> tuple[float, 
     return tuple(lowest + step * k for k in range(bins))
 
 
-def _is_value(rating: float, values: Sequence[float], between: bool) -> bool:
+def _has_bin(rating: float, values: Sequence[float], between: bool) -> bool:
+    """Whether the rating is a bin's value, or with `between` anywhere within the range."""
     slack = 1e-6 * (values[-1] - values[0])
     if between:
         return values[0] - slack <= rating <= values[-1] + slack
     return min(abs(rating - value) for value in values) <= slack
 
 
-def fill(
+def load_first_weights(
     model: Transformer, settings: RewardSettings, start: Start, ratings: Sequence[float]
 ) -> None:
-    """First weights: all of a reward model's, or a language model's below new heads."""
+    """Fills the model from --init: a whole reward model, or a language model under new heads.
+
+    A new regression head begins at the mean rating: steps would take long to move it there.
+    """
     assert isinstance(model, RewardModel)
     if start.reward is not None:
         start.fill(model)
@@ -178,13 +159,13 @@ def fill(
 
 
 class RewardObjective:
-    """Sums one of these losses over pairs or ratings; the model must be a RewardModel."""
+    """Sums one of these losses over pairs or rated completions; the model is a RewardModel."""
 
     def __init__(self, settings: RewardSettings):
         self.settings = settings
 
     def count(self, batch: ScoreBatch, /) -> int:
-        """Pairs, or rated answers."""
+        """Pairs, or rated completions."""
         return len(batch.labels)
 
     def loss(self, model: Transformer, batch: ScoreBatch, /) -> tuple[Tensor, Metrics]:
@@ -201,32 +182,33 @@ class RewardObjective:
         return losses.mean(dim=0).sum(), self._metrics(rewards.detach(), batch.labels)
 
     def _metrics(self, members: Tensor, labels: Tensor) -> Metrics:
-        """Sums over pairs or answers, of the members' mean; members: [members, rows]."""
+        """Sums over pairs or completions, of the members' mean; members: [members, rows]."""
         rewards = members.mean(dim=0)
-        spread = members.std(dim=0, correction=0).sum().item()
-        doubt = {"spread": spread * len(labels) / len(rewards)} if len(members) > 1 else {}
+        deviation = members.std(dim=0, correction=0).sum().item()
+        # Metrics are divided by the count of labels; a pair has two rows and one label.
+        spread = {"spread": deviation * len(labels) / len(rewards)} if len(members) > 1 else {}
         if not self.settings.reads_pairs:
-            return {"squared_error": (rewards - labels).square().sum().item()} | doubt
+            return {"squared_error": (rewards - labels).square().sum().item()} | spread
         chosen, rejected = rewards.chunk(2)
         return {
             "accuracy": (chosen > rejected).float().sum().item(),
             "reward_margin": (chosen - rejected).sum().item(),
             "reward_chosen": chosen.sum().item(),
             "reward_rejected": rejected.sum().item(),
-        } | doubt
+        } | spread
 
 
 def bradley_terry(
     chosen: Tensor, rejected: Tensor, margins: Tensor, centring: float = 0.0
 ) -> Tensor:
-    """Losses of pairs by their two rewards and the margins asked for; shapes broadcast."""
+    """Losses of pairs, from their two rewards and the wanted margins; shapes broadcast."""
     return -F.logsigmoid(chosen - rejected - margins) + centring * (chosen + rejected).square()
 
 
 def rating_losses(loss: RewardLoss, scores: Tensor, ratings: Tensor, values: Tensor) -> Tensor:
-    """Losses [..., rows] of scores [..., rows, outputs] by the ratings [rows].
+    """Losses [..., rows] of scores [..., rows, outputs] against ratings [rows].
 
-    values: of the bins, rising; `binned` and `ordinal` take each rating as the nearest one.
+    values: bin values, rising; `binned` and `ordinal` round each rating to the nearest one.
     """
     if loss == "regression":
         return (scores[..., 0] - ratings).square()
@@ -242,7 +224,7 @@ def rating_losses(loss: RewardLoss, scores: Tensor, ratings: Tensor, values: Ten
 
 
 def gaussian_bins(ratings: Tensor, values: Tensor) -> Tensor:
-    """The chances [..., bins] that a Gaussian around each rating [...] gives evenly spaced bins."""
+    """Probabilities [..., bins] of evenly spaced bins under a Gaussian around each rating [...]."""
     width = (values[-1] - values[0]) / (len(values) - 1)
     edges = torch.cat([values - width / 2, values[-1:] + width / 2])
     below = torch.special.ndtr((edges - ratings[..., None]) / (SIGMA * width))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def kept(columns: dict[str, Tensor], limit: int, folder: Path) -> dict[str, Tensor]:
+def spill(columns: dict[str, Tensor], limit: int, folder: Path) -> dict[str, Tensor]:
     """The columns as they are, or, of more than `limit` bytes, in a file on the disk of `folder`.
 
     Raises OSError where the disk is full.

@@ -1,6 +1,6 @@
 """The examination before a preference or RL run, on the user's own model, data and rewards.
 
-`examine` measures what align/doctor/checks.py judges, in an order in which each check may rely
+`run_checks` measures what align/doctor/checks.py judges, in an order in which each check may rely
 on those before it: with the run's own template, sampler, log-probabilities, rewards and step.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from openpalm.align.config import DpoSettings, GrpoSettings
 from openpalm.align.doctor.checks import (
     Check,
-    Example,
+    PromptedExample,
     check_alone,
     check_different,
     check_dropout,
@@ -36,14 +36,14 @@ from openpalm.align.doctor.checks import (
 )
 from openpalm.align.logprobs import evaluate
 from openpalm.align.pairs.dpo import PairObjective
-from openpalm.align.pairs.pairs import PairRecord, collate, with_reference
+from openpalm.align.pairs.examples import PreferenceExample, collate, with_reference
 from openpalm.align.rollouts.advantages import token_rewards
 from openpalm.align.rollouts.grpo import GroupObjective, estimate
 from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
-from openpalm.align.rollouts.rollout_batch import Answer, Reward, batch_of
-from openpalm.data.batches.loader import IGNORE, Record
+from openpalm.align.rollouts.rollout_batch import Completion, Reward, collate_completions
+from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.preferences import Messages
-from openpalm.data.text.conversation import render
+from openpalm.data.text.conversation import Example, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Objective
@@ -52,7 +52,7 @@ from openpalm.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Patient:
+class PlannedRun:
     """A run that is about to begin, and what it would read."""
 
     settings: GrpoSettings
@@ -65,16 +65,16 @@ class Patient:
     """ids, up to where an answer begins; the reward knows them by their number"""
     conversations: Sequence[tuple[Messages, Messages]]
     """prompts with answers, as they are trained on"""
-    pairs: Sequence[PairRecord]
+    pairs: Sequence[PreferenceExample]
     """the reward knows theirs by the numbers that follow"""
     stop_ids: frozenset[int]
     reward: Reward | None
 
 
-def examine(patient: Patient) -> Iterator[Check]:
+def run_checks(patient: PlannedRun) -> Iterator[Check]:
     """One check after the other; what the later ones need is measured when they are asked for."""
     examples = [
-        Example(
+        PromptedExample(
             render(patient.tokenizer, prompt, answer_next=True).ids,
             render(patient.tokenizer, [*prompt, *answer]),
         )
@@ -86,8 +86,8 @@ def examine(patient: Patient) -> Iterator[Check]:
     yield check_optimizer(patient.model, patient.optimizer)
     sampler = Sampler(patient.model, patient.prompts, patient.stop_ids, patient.settings)
     sampler.refresh()
-    count = min(patient.settings.prompts, len(patient.prompts))
-    answers = sampler.answers(range(count), patient.settings.answers)
+    count = min(patient.settings.prompts_per_rollout, len(patient.prompts))
+    answers = sampler.sample(range(count), patient.settings.num_completions)
     yield check_ended(answers)
     yield from _policy_checks(patient, answers)
     if patient.reward is not None:
@@ -97,8 +97,8 @@ def examine(patient: Patient) -> Iterator[Check]:
     yield from _step_checks(patient, sampler)
 
 
-def _policy_checks(patient: Patient, answers: Sequence[Answer]) -> Iterator[Check]:
-    inputs, targets = _on(patient.model, batch_of(answers))
+def _policy_checks(patient: PlannedRun, answers: Sequence[Completion]) -> Iterator[Check]:
+    inputs, targets = _on(patient.model, collate_completions(answers))
     mask = targets != IGNORE
     with torch.no_grad():
         first = evaluate(patient.model, inputs, targets).log_probs
@@ -116,21 +116,23 @@ def _policy_checks(patient: Patient, answers: Sequence[Answer]) -> Iterator[Chec
     yield check_masked(patient.model, loss_of, inputs, targets)
 
 
-def _reward_checks(patient: Patient, reward: Reward, answers: Sequence[Answer]) -> Iterator[Check]:
+def _reward_checks(
+    patient: PlannedRun, reward: Reward, answers: Sequence[Completion]
+) -> Iterator[Check]:
     rewards = [float(value) for value in reward(answers)]
     yield check_finite(rewards)
     yield check_alone(rewards, [float(reward([answer])[0]) for answer in answers])
-    yield check_varying(rewards, patient.settings.answers)
-    mask = batch_of(answers)[1] != IGNORE
+    yield check_varying(rewards, patient.settings.num_completions)
+    mask = collate_completions(answers)[1] != IGNORE
     ones = torch.ones(len(answers))
     yield check_place(token_rewards(ones, mask, torch.zeros(mask.shape)), ones, mask)
 
 
-def _pair_checks(patient: Patient) -> Iterator[Check]:
+def _pair_checks(patient: PlannedRun) -> Iterator[Check]:
     yield check_different(patient.pairs)
     if patient.reward is not None:
         numbered = list(enumerate(patient.pairs, len(patient.prompts)))
-        sides = [[_as_answer(n, pair.sides[side]) for n, pair in numbered] for side in (0, 1)]
+        sides = [[_as_answer(n, pair.completions[side]) for n, pair in numbered] for side in (0, 1)]
         chosen, rejected = (list(patient.reward(side)) for side in sides)
         yield check_finite([*chosen, *rejected])._replace(name="rewards of pairs are finite")
         yield check_order(chosen, rejected)
@@ -141,14 +143,14 @@ def _pair_checks(patient: Patient) -> Iterator[Check]:
     patient.model.train()  # as a step finds it
     with torch.no_grad():
         loss = PairObjective(settings).loss(patient.model, batch)[0].item()
-    yield check_pair_loss(loss / batch.pairs)
+    yield check_pair_loss(loss / len(batch))
 
 
-def _step_checks(patient: Patient, sampler: Sampler) -> Iterator[Check]:
+def _step_checks(patient: PlannedRun, sampler: Sampler) -> Iterator[Check]:
     settings = patient.settings
     reference = reference_log_probs(patient.reference, settings.temperature)
     reward = patient.reward or (lambda answers: [0.0] * len(answers))
-    rows = settings.prompts * settings.answers
+    rows = settings.prompts_per_rollout * settings.num_completions
     loader = RolloutLoader(sampler, reward, estimate, reference, rows=rows)
     batch = next(loader).to(patient.model.embedding.device)
     with torch.no_grad():
@@ -160,7 +162,7 @@ def _step_checks(patient: Patient, sampler: Sampler) -> Iterator[Check]:
             batch.reads,
             temperature=settings.temperature,
         )
-    yield check_ratio(batch.old, now.log_probs, batch.mask)
+    yield check_ratio(batch.old_log_probs, now.log_probs, batch.mask)
     before = digest(patient.reference)
     objective: Objective[Any] = GroupObjective(settings)
     trainer = Trainer(patient.model, objective, patient.optimizer, loader, steps=1)
@@ -178,17 +180,17 @@ def digest(model: Transformer) -> str:
     return hashed.hexdigest()
 
 
-def _last_turn(example: Example) -> Example:
+def _last_turn(example: PromptedExample) -> PromptedExample:
     """Up to the last token that counts: what a template writes behind an end is no answer."""
     ids, loss_mask = example.whole
     end = len(ids) - loss_mask[::-1].index(True) if any(loss_mask) else len(ids)
-    return Example(example.before, Record(ids[:end], loss_mask[:end]))
+    return PromptedExample(example.before, Example(ids[:end], loss_mask[:end]))
 
 
-def _as_answer(prompt: int, record: Record) -> Answer:
+def _as_answer(prompt: int, record: Example) -> Completion:
     start = record.loss_mask.index(True)
     ids = record.ids[start:]
-    return Answer(prompt, record.ids[:start], ids, [0.0] * len(ids), ended=True)
+    return Completion(prompt, record.ids[:start], ids, [0.0] * len(ids), ended=True)
 
 
 def _on(model: Transformer, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

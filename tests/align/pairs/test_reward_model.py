@@ -14,21 +14,24 @@ import torch.nn.functional as F
 from tiny_models import SIZES
 
 from openpalm.align.config import RewardSettings
-from openpalm.align.pairs.pairs import PairLoader, PairRecord, answer_record
-from openpalm.align.pairs.reward import (
+from openpalm.align.pairs.examples import (
+    PreferenceExample,
+    preference_loader,
+    render_completion,
+    to_examples,
+)
+from openpalm.align.pairs.reward_model import (
     SIGMA,
-    RatingRecord,
     RewardObjective,
     ScoreBatch,
     bradley_terry,
+    choose_head,
     collate,
     gaussian_bins,
-    head_for,
     rating_losses,
-    rating_records,
 )
 from openpalm.data.rows.preferences import Rating, Usable
-from openpalm.data.text.conversation import Message, Rendered
+from openpalm.data.text.conversation import Example, Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
 from openpalm.model.config import ModelConfig, RewardConfig
@@ -161,18 +164,20 @@ def pairs(count=6, margins=True):
     for i in range(count):
         prompt = [Message("user", "Why?" * (1 + i % 3))]
         sides = [
-            answer_record(TOKENIZER, prompt, [Message("assistant", letter * (2 + n))])
+            render_completion(TOKENIZER, prompt, [Message("assistant", letter * (2 + n))])
             for letter, n in (("a", i), ("b", count - i))
         ]
-        made.append(PairRecord(*sides, label=float(i % 3) if margins else 0.0))
+        made.append(PreferenceExample(tuple(sides), float(i % 3) if margins else 0.0))
     return made
 
 
 def rated(count=6):
     return [
-        RatingRecord(
-            answer_record(
-                TOKENIZER, [Message("user", "?")], [Message("assistant", "ab"[: 1 + i % 2])]
+        PreferenceExample(
+            (
+                render_completion(
+                    TOKENIZER, [Message("user", "?")], [Message("assistant", "ab"[: 1 + i % 2])]
+                ),
             ),
             VALUES[i % 4],
         )
@@ -198,14 +203,11 @@ def check_the_end_is_read(collate):
         return model.score(batch.ids, batch.mask, batch.prompt_lengths)
 
     def without(record):
-        return Rendered([*record.ids[:-1], 0], record.loss_mask)
+        return Example([*record.ids[:-1], 0], record.loss_mask)
 
     known = pairs()
-    assert all(side.ids[-1] == END for pair in known for side in pair.sides)
-    cut = [
-        replace(pair, chosen=without(pair.chosen), rejected=without(pair.rejected))
-        for pair in known
-    ]
+    assert all(side.ids[-1] == END for pair in known for side in pair.completions)
+    cut = [replace(pair, completions=tuple(map(without, pair.completions))) for pair in known]
     assert ((score(known) - score(cut)).abs() > 1e-3).all()
 
 
@@ -225,7 +227,7 @@ def test_the_end_marker_is_the_last_token_read():
 def test_a_batch_holds_each_answer_whole():
     known = pairs()
     batch = collate(known)
-    sides = [pair.chosen for pair in known] + [pair.rejected for pair in known]
+    sides = [pair.completions[number] for number in (0, 1) for pair in known]
     for row, record in enumerate(sides):
         assert batch.ids[row][batch.mask[row]].tolist() == record.ids
         assert batch.mask[row].tolist() == sorted(batch.mask[row].tolist(), reverse=True)
@@ -247,7 +249,7 @@ def test_the_chosen_half_comes_first():
     check_chosen_comes_first(collate)
 
     def swapped(known):
-        return collate([replace(p, chosen=p.rejected, rejected=p.chosen) for p in known])
+        return collate([replace(p, completions=p.completions[::-1]) for p in known])
 
     fails(check_chosen_comes_first, swapped)
 
@@ -257,20 +259,20 @@ def test_answers_that_do_not_fit_are_counted():
         Rating((Message("user", "?"),), (Message("assistant", "a" * n),), "", n) for n in (1, 30)
     ]
     given = Usable(given, {})
-    fitting, unused = rating_records(TOKENIZER, given, 12)[:2]
+    fitting, unused = to_examples(TOKENIZER, given, 12)[:2]
     assert [rating.label for rating in fitting] == [1.0]
     assert unused == {"longer than 12 tokens, see --sequence-length": 1}
-    longest = len(fitting[0].answer.ids)
-    assert len(rating_records(TOKENIZER, given, longest).items) == 1
-    assert rating_records(TOKENIZER, given, longest - 1).items == []
+    longest = len(fitting[0].completions[0].ids)
+    assert len(to_examples(TOKENIZER, given, longest).items) == 1
+    assert to_examples(TOKENIZER, given, longest - 1).items == []
 
 
 def test_the_loader_gives_the_same_ratings_after_a_stop():
-    loader = PairLoader(rated(), rows=2, seed=3, collate=collate)
+    loader = preference_loader(rated(), rows=2, seed=3, collate=collate)
     next(loader)
     state = loader.state_dict()
     expected = [next(loader).labels.tolist() for _ in range(4)]
-    again = PairLoader(rated(), rows=2, seed=3, collate=collate)
+    again = preference_loader(rated(), rows=2, seed=3, collate=collate)
     again.load_state_dict(state)
     assert [next(again).labels.tolist() for _ in range(4)] == expected
 
@@ -286,7 +288,7 @@ def everything(loss, **changes):
     how = settings(loss, **changes)
     known = pairs() if how.reads_pairs else rated()
     ratings = [] if how.reads_pairs else VALUES
-    return RewardObjective(how), reward_model(head_for(how, ratings)), known
+    return RewardObjective(how), reward_model(choose_head(how, ratings)), known
 
 
 @pytest.mark.parametrize("loss", ["bradley-terry", *RATING_LOSSES])
@@ -386,14 +388,14 @@ def test_each_member_has_the_loss_of_a_model_of_its_own():
 
 
 def test_heads_follow_the_loss_and_the_ratings():
-    assert head_for(settings(members=2), []) == RewardConfig(members=2)
-    assert head_for(settings("regression"), [0.5, 2.0]) == RewardConfig(bias=True)
-    assert head_for(settings("binned"), [5.0, 1.0, 2.0]).values == (1.0, 2.0, 3.0, 4.0, 5.0)
-    assert head_for(settings("ordinal", bins=3), [0.0, 0.5, 1.0]).values == (0.0, 0.5, 1.0)
-    gauss = head_for(settings("hl-gauss"), [0.0, 0.3, 1.0])
+    assert choose_head(settings(members=2), []) == RewardConfig(members=2)
+    assert choose_head(settings("regression"), [0.5, 2.0]) == RewardConfig(bias=True)
+    assert choose_head(settings("binned"), [5.0, 1.0, 2.0]).values == (1.0, 2.0, 3.0, 4.0, 5.0)
+    assert choose_head(settings("ordinal", bins=3), [0.0, 0.5, 1.0]).values == (0.0, 0.5, 1.0)
+    gauss = choose_head(settings("hl-gauss"), [0.0, 0.3, 1.0])
     assert (gauss.kind, len(gauss.values), gauss.values[-1]) == ("binned", 21, 1.0)
     known = RewardConfig("binned", (1.0, 2.0), read="mean", marks=True)
-    assert head_for(settings("binned"), [1.0, 2.0], known) is known
+    assert choose_head(settings("binned"), [1.0, 2.0], known) is known
 
 
 @pytest.mark.parametrize(
@@ -409,12 +411,14 @@ def test_heads_follow_the_loss_and_the_ratings():
 )
 def test_ratings_that_no_head_can_learn(loss, ratings, known, says):
     with pytest.raises(DataError, match=says):
-        head_for(settings(loss), ratings, known)
+        choose_head(settings(loss), ratings, known)
 
 
 def test_a_loss_that_does_not_suit_the_head_is_refused():
-    with pytest.raises(SettingsError, match=r"--loss ordinal: learns ordinal heads, .* are scalar"):
-        head_for(settings("ordinal"), VALUES, RewardConfig())
+    with pytest.raises(
+        SettingsError, match=r"--loss ordinal: trains ordinal heads, but --init has a scalar head"
+    ):
+        choose_head(settings("ordinal"), VALUES, RewardConfig())
 
 
 @pytest.mark.parametrize(

@@ -9,23 +9,30 @@ import pytest
 import torch
 from command_line import ok, write_base
 
-from openpalm.align.judging.rewards import Asked, Reader, fingerprint, question_of, rewards_of
-from openpalm.align.rollouts.rollout_batch import Answer
+from openpalm.align.judging.reward_sources import (
+    RewardContext,
+    RewardPrompt,
+    fingerprint,
+    load_reward,
+    question_of,
+)
+from openpalm.align.rollouts.rollout_batch import Completion
+from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError, WorkError
 
 BYTES = Tokenizer.byte()
-ASKED = [Asked("2 + 2?", {"answer": "4", "level": 3}), Asked("Sky?", {"answer": 7})]
-READER = Reader(BYTES, ASKED, stop_ids(BYTES))
+ASKED = [RewardPrompt("2 + 2?", {"answer": "4", "level": 3}), RewardPrompt("Sky?", {"answer": 7})]
+READER = RewardContext(BYTES, ASKED, stop_ids(BYTES))
 
 
 def answer(text, prompt=0, ended=True):
     asked = render(BYTES, [Message("user", ASKED[prompt].question)], answer_next=True).ids
     end = [BYTES.special_id("<|end|>")] if ended else []
     ids = [*BYTES.encode(text), *end]
-    return Answer(prompt, asked, ids, [0.0] * len(ids), ended)
+    return Completion(prompt, asked, ids, [0.0] * len(ids), ended)
 
 
 ANSWERS = [answer("4"), answer(" 4 ", ended=False), answer("5"), answer("7", prompt=1)]
@@ -53,24 +60,24 @@ def test_the_question_is_the_users_last_turn():
 
 
 def test_an_exact_match():
-    assert rewards_of(["exact"], READER)(ANSWERS) == [1, 1, 0, 1]
+    assert load_reward(["exact"], READER)(ANSWERS) == [1, 1, 0, 1]
 
 
 def test_a_function_is_given_prompt_answer_and_row(write):
     path = write("def f(prompt, answer, row):\n    return len(prompt) + row.get('level', 0)\n")
-    assert rewards_of([f"{path}:f"], READER)(ANSWERS) == [9, 9, 9, 4]
+    assert load_reward([f"{path}:f"], READER)(ANSWERS) == [9, 9, 9, 4]
 
 
 def test_sources_are_added_with_their_weights(write):
     path = write("def size(prompt, answer, row):\n    return len(answer)\n")
-    total = rewards_of([f"0.5*{path}:size", "exact", "-2*exact"], READER)
+    total = load_reward([f"0.5*{path}:size", "exact", "-2*exact"], READER)
     assert total(ANSWERS) == [0.5 * n - x for n, x in zip((1, 3, 1, 1), (1, 1, 0, 1), strict=True)]
 
 
 @pytest.mark.parametrize("value", ["True", "1", "__import__('torch').tensor(1.)"])
 def test_numbers_of_any_kind(write, value):
     path = write(f"def f(*_):\n    return {value}\n")
-    assert rewards_of([f"{path}:f"], READER)(ANSWERS[:1]) == [1.0]
+    assert load_reward([f"{path}:f"], READER)(ANSWERS[:1]) == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -90,11 +97,11 @@ def test_numbers_of_any_kind(write, value):
 )
 def test_a_function_that_fails_is_named(write, body, says):
     path = write(f"def f(prompt, answer, row):\n    {body}\n")
-    for option in ("reward", "gold"):
+    for option in ("reward", "gold_reward"):
         with pytest.raises(WorkError) as error:
-            rewards_of([f"{path}:f"], READER, option)(ANSWERS)
+            load_reward([f"{path}:f"], READER, option)(ANSWERS)
         told = str(error.value)
-        assert told.startswith(f"--{option} {path}:f: ")
+        assert told.startswith(f"{spell(option)} {path}:f: ")
         assert says in told
         assert "for the answer '4'; correct it and give the same command, which goes on" in told
         assert len(told) < 600
@@ -110,15 +117,15 @@ def test_a_function_that_fails_is_named(write, body, says):
 )
 def test_a_source_that_is_none(source, says):
     with pytest.raises(SettingsError) as error:
-        rewards_of([source], READER)
+        load_reward([source], READER)
     assert says in str(error.value)
 
 
 def test_a_gold_source_that_is_none_is_named_by_its_option():
-    with pytest.raises(SettingsError, match=r"^--gold nothing: no such run"):
-        rewards_of(["nothing"], READER, "gold")
-    with pytest.raises(SettingsError, match=r"^--gold none.py:f: no such file"):
-        rewards_of(["none.py:f"], READER, "gold")
+    with pytest.raises(SettingsError, match=r"^--gold-reward nothing: no such run"):
+        load_reward(["nothing"], READER, "gold_reward")
+    with pytest.raises(SettingsError, match=r"^--gold-reward none.py:f: no such file"):
+        load_reward(["none.py:f"], READER, "gold_reward")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +141,7 @@ def test_a_gold_source_that_is_none_is_named_by_its_option():
 def test_a_file_that_cannot_be_used(write, text, says):
     path = write(text)
     with pytest.raises(SettingsError) as error:
-        rewards_of([f"{path}:f"], READER)
+        load_reward([f"{path}:f"], READER)
     assert says in str(error.value)
     assert str(path) in str(error.value)
 
@@ -158,7 +165,7 @@ def judge(tmp_path_factory):
 
 
 def test_a_reward_model_reads_prompt_and_answer_to_its_last_token(judge):
-    found = rewards_of([str(judge)], READER)(ANSWERS)
+    found = load_reward([str(judge)], READER)(ANSWERS)
     model = checkpoint.load(judge)
     with torch.no_grad():
         for one, value in zip(ANSWERS, found, strict=True):
@@ -171,15 +178,15 @@ def test_a_reward_model_reads_prompt_and_answer_to_its_last_token(judge):
 
 def test_a_reward_model_of_another_tokenizer_is_refused(judge):
     other = Tokenizer.train_bpe(["ab ab. " * 99], 300)
-    reader = Reader(other, ASKED, stop_ids(other))
-    with pytest.raises(CheckpointError, match=r"^--gold .*: reads another tokenizer's ids"):
-        rewards_of([str(judge)], reader, "gold")
+    reader = RewardContext(other, ASKED, stop_ids(other))
+    with pytest.raises(CheckpointError, match=r"^--gold-reward .*: reads another tokenizer's ids"):
+        load_reward([str(judge)], reader, "gold_reward")
 
 
 def test_a_language_model_is_no_reward_model(tmp_path):
     base = write_base(tmp_path / "base")
     with pytest.raises(CheckpointError, match="is no reward model; train one with"):
-        rewards_of([str(base)], READER)
+        load_reward([str(base)], READER)
 
 
 # --- classifiers of the hub, by a package that is not needed here
@@ -222,9 +229,9 @@ def package(monkeypatch, classes, fails=None):
 
 def test_a_classifier_pays_its_logit_or_its_last_class(monkeypatch):
     package(monkeypatch, 1)
-    assert rewards_of(["hub:any"], READER)(ANSWERS) == [1, 3, 1, 1]
+    assert load_reward(["hub:any"], READER)(ANSWERS) == [1, 3, 1, 1]
     package(monkeypatch, 3)
-    for one, found in zip(ANSWERS, rewards_of(["hub:any"], READER)(ANSWERS), strict=True):
+    for one, found in zip(ANSWERS, load_reward(["hub:any"], READER)(ANSWERS), strict=True):
         n = len(READER.text(one))
         chances = [math.exp(n * k) for k in (1, 2, 3)]
         odds = chances[2] / (chances[0] + chances[1])
@@ -233,16 +240,18 @@ def test_a_classifier_pays_its_logit_or_its_last_class(monkeypatch):
 
 def test_a_classifier_that_is_not_there(monkeypatch):
     package(monkeypatch, 1, OSError("no such repository"))
-    with pytest.raises(SettingsError, match=r"^--gold hub:any: cannot be read \(no such repo"):
-        rewards_of(["hub:any"], READER, "gold")
+    with pytest.raises(
+        SettingsError, match=r"^--gold-reward hub:any: cannot be read \(no such repo"
+    ):
+        load_reward(["hub:any"], READER, "gold_reward")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SettingsError, match=r"^--reward hub:any: needs the package transformers"):
-        rewards_of(["hub:any"], READER)
+        load_reward(["hub:any"], READER)
 
 
 def test_a_function_gets_its_own_copy_of_the_row(write):
     path = write("def f(prompt, answer, row):\n    return len(str(row.pop('answer')))\n")
-    assert rewards_of([f"{path}:f"], READER)(ANSWERS) == [1.0] * 4
+    assert load_reward([f"{path}:f"], READER)(ANSWERS) == [1.0] * 4
     assert ASKED[0].row == {"answer": "4", "level": 3}
 
 
@@ -252,14 +261,14 @@ def test_a_function_gets_its_own_copy_of_the_row(write):
 def test_a_function_that_exits_or_overflows_is_an_error_of_it(write, body, says):
     path = write(f"def f(*_):\n    {body}\n")
     with pytest.raises(WorkError, match=says):
-        rewards_of([f"{path}:f"], READER)(ANSWERS)
+        load_reward([f"{path}:f"], READER)(ANSWERS)
 
 
 @pytest.mark.parametrize("word", ["{}:f", "1e300*{}:f"])
 def test_a_reward_that_float32_cannot_square_is_refused(write, word):
     path = write("def f(*_):\n    return 1e30\n")
     with pytest.raises(WorkError, match="must be a number from"):
-        rewards_of([word.format(path)], READER)(ANSWERS)
+        load_reward([word.format(path)], READER)(ANSWERS)
 
 
 def test_the_fingerprint_follows_the_file(write):

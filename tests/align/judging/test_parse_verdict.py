@@ -2,7 +2,7 @@
 
 import pytest
 
-from openpalm.align.judging.verdict import verdict
+from openpalm.align.judging.parse_verdict import verdict
 
 
 @pytest.mark.parametrize(

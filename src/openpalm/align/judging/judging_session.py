@@ -11,18 +11,20 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from openpalm.align.judging.best_of_n import Draw
-from openpalm.align.judging.judge import (
+from openpalm.align.judging.best_of_n import SamplingPlan
+from openpalm.align.judging.model_judge import (
     LABEL_TOKENS,
+    LEAST_MASS,
     Judge,
     Refused,
+    Unlikely,
     compared,
     comparison_questions,
     judgement_id,
     numbered_pairs,
     revision,
 )
-from openpalm.base.jsonl import GrowingRows
+from openpalm.base.jsonl import JsonlWriter
 from openpalm.data.rows.candidate_files import CandidateRow
 from openpalm.data.rows.constitution import Constitution
 from openpalm.data.rows.preferences import Candidate, Messages, Preference
@@ -53,7 +55,7 @@ class Writer(NamedTuple):
     tokenizer: Tokenizer
     checkpoint: str
     """its digest"""
-    draw: Draw
+    draw: SamplingPlan
 
     @property
     def sampling(self) -> dict[str, float]:
@@ -88,7 +90,7 @@ def drawn_items(
                 writer.checkpoint,
                 sampling | {"draw": first * draw.each + n},
             )
-            for n, answer in enumerate(draw.answers(writer.engine, ids, chosen, stops))
+            for n, answer in enumerate(draw.sample(writer.engine, ids, chosen, stops))
         ]
 
     def candidates(number: int) -> list[Candidate]:
@@ -106,7 +108,7 @@ def drawn_items(
     ]
 
 
-class Session:
+class JudgingSession:
     """A judge at work, whose records go to `file`; counts what it does.
 
     known: ids of the judgements that are there already.
@@ -117,7 +119,7 @@ class Session:
         judge: Judge,
         constitution: Constitution,
         max_new_tokens: int,
-        file: GrowingRows,
+        file: JsonlWriter,
         known: Iterable[str] = (),
     ):
         self.judge, self.constitution, self.max_new_tokens = judge, constitution, max_new_tokens
@@ -144,6 +146,9 @@ class Session:
             judged = self.judge.first(questions)
             if refused := next((j for j in judged if isinstance(j, Refused)), None):
                 self._refused(item, refused.reason)
+                continue
+            if any(isinstance(j, Unlikely) for j in judged):
+                self._leave_out(f"the judge's reply is neither label (below {LEAST_MASS:.0%})")
                 continue
             chances = [chance for chance in judged if isinstance(chance, float)]
             if len(chances) < len(questions):

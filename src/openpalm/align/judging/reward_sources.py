@@ -8,7 +8,7 @@ A source is named in a word, `[WEIGHT*]SOURCE`:
     hub:NAME           a sequence classifier for `transformers`: its logit, or with several classes
                        the last class's log-odds
     rules:FILE@CHECKPOINT  minus the weighted mean probability that the answer breaks a rule of the
-                       YAML file, as the checkpoint says (align/judging/judge.py)
+                       YAML file, as the checkpoint says (align/judging/model_judge.py)
     exact              1 where the answer is the row's `answer`, else 0
 
 Several are added up with their weights.
@@ -27,9 +27,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from openpalm.align.judging.judge import LABEL_TOKENS, EngineJudge, rule_questions, rule_reward
-from openpalm.align.pairs.reward import RatingRecord, collate
-from openpalm.align.rollouts.rollout_batch import Answer, Reward, record_of
+from openpalm.align.judging.model_judge import (
+    LABEL_TOKENS,
+    EngineJudge,
+    rule_questions,
+    rule_reward,
+)
+from openpalm.align.pairs.examples import PreferenceExample
+from openpalm.align.pairs.reward_model import collate
+from openpalm.align.rollouts.rollout_batch import Completion, Reward, record_of
 from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.rows.constitution import read_constitution
@@ -44,7 +50,7 @@ LARGEST = 1e9
 """The largest reward, on either side: its square is still a number in float32."""
 
 
-class Asked(NamedTuple):
+class RewardPrompt(NamedTuple):
     """A prompt as a reward sees it."""
 
     question: str
@@ -53,14 +59,14 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reader:
+class RewardContext:
     """Answers' ids as texts, and the prompts they are to."""
 
     tokenizer: Tokenizer
-    asked: Sequence[Asked]
+    asked: Sequence[RewardPrompt]
     stop_ids: frozenset[int]
 
-    def text(self, answer: Answer) -> str:
+    def text(self, answer: Completion) -> str:
         """Without its end marker."""
         return self.tokenizer.decode([i for i in answer.ids if i not in self.stop_ids])
 
@@ -70,7 +76,7 @@ def question_of(prompt: Messages) -> str:
     return next((m.content for m in reversed(prompt) if m.role == "user"), "")
 
 
-def rewards_of(words: Sequence[str], reader: Reader, option: str = "reward") -> Reward:
+def load_reward(words: Sequence[str], reader: RewardContext, option: str = "reward") -> Reward:
     """The sum of the sources that `words` name. Raises SettingsError or CheckpointError.
 
     When called, raises WorkError for a sum that is not finite, or larger than LARGEST.
@@ -78,7 +84,7 @@ def rewards_of(words: Sequence[str], reader: Reader, option: str = "reward") -> 
     named = [_weight_and_source(word, option) for word in words]
     parts = [(weight, source_of(source, reader, option)) for weight, source in named]
 
-    def total(answers: Sequence[Answer]) -> list[float]:
+    def total(answers: Sequence[Completion]) -> list[float]:
         columns = [[weight * value for value in part(answers)] for weight, part in parts]
         sums = [sum(values, 0.0) for values in zip(*columns, strict=True)]
         for value, answer in zip(sums, answers, strict=True):
@@ -130,7 +136,7 @@ def _weight_and_source(word: str, option: str) -> tuple[float, str]:
     return weight, source.strip()
 
 
-def source_of(word: str, reader: Reader, option: str = "reward") -> Reward:
+def source_of(word: str, reader: RewardContext, option: str = "reward") -> Reward:
     """One source. Raises SettingsError or CheckpointError, naming it."""
     path, colon, name = word.rpartition(":")
     if word == "exact":
@@ -149,7 +155,7 @@ def source_of(word: str, reader: Reader, option: str = "reward") -> Reward:
     )
 
 
-def exact(reader: Reader, answer: Answer) -> float:
+def exact(reader: RewardContext, answer: Completion) -> float:
     """Whether the answer is the row's own."""
     wanted = reader.asked[answer.prompt].row.get("answer")
     return float(wanted is not None and reader.text(answer).strip() == str(wanted).strip())
@@ -158,7 +164,7 @@ def exact(reader: Reader, answer: Answer) -> float:
 def of_function(
     function: Callable[[str, str, dict[str, Any]], Any],
     name: str,
-    reader: Reader,
+    reader: RewardContext,
     option: str = "reward",
 ) -> Reward:
     """Of a function of (prompt, answer, row).
@@ -167,7 +173,7 @@ def of_function(
     or exits, or returns no finite number.
     """
 
-    def reward_of(answer: Answer) -> float:
+    def reward_of(answer: Completion) -> float:
         asked, text = reader.asked[answer.prompt], reader.text(answer)
         try:
             value = function(asked.question, text, copy.deepcopy(asked.row))
@@ -190,7 +196,7 @@ def of_function(
     return lambda answers: [reward_of(answer) for answer in answers]
 
 
-def of_model(path: Path, reader: Reader, option: str = "reward", rows: int = 32) -> Reward:
+def of_model(path: Path, reader: RewardContext, option: str = "reward", rows: int = 32) -> Reward:
     """Of a reward model. Raises CheckpointError where it is none or reads other ids."""
     directory = checkpoint.resolve(path)
     model = checkpoint.load(directory)
@@ -209,31 +215,31 @@ def of_model(path: Path, reader: Reader, option: str = "reward", rows: int = 32)
     model.requires_grad_(False)
 
     @torch.no_grad()
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         values: list[float] = []
         for start in range(0, len(answers), rows):
             group = answers[start : start + rows]
-            batch = collate([RatingRecord(record_of(answer), 0.0) for answer in group])
+            batch = collate([PreferenceExample((record_of(answer),)) for answer in group])
             values += model.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
         return values
 
     return reward
 
 
-def of_rules(word: str, reader: Reader, option: str = "reward") -> Reward:
+def of_rules(word: str, reader: RewardContext, option: str = "reward") -> Reward:
     """Of `rules:FILE@CHECKPOINT`. Raises DataError for a bad file, WorkError for a long answer."""
     file, mark, path = word.removeprefix("rules:").partition("@")
     if not (file and mark and path):
         raise SettingsError(f"{spell(option)} {word}: must be rules:FILE.yaml@CHECKPOINT")
     rules = read_constitution(Path(file), "rules")
     directory = checkpoint.resolve(path)
-    checkpoint.check_writes(directory)
+    checkpoint.check_generates_text(directory)
     if checkpoint.tokenizer_json(directory) is None:
         raise CheckpointError(f"{spell(option)} {word}: the checkpoint has no tokenizer.json")
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     judge = EngineJudge(Engine(checkpoint.load(directory), slots=32, owned=True), tokenizer, word)
 
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         questions = [
             question
             for answer in answers
@@ -246,14 +252,16 @@ def of_rules(word: str, reader: Reader, option: str = "reward") -> Reward:
                 f"{spell(option)} {word}: an answer with its prompt and rule is longer than that "
                 "checkpoint's context; lower --max-new-tokens, or take another judge"
             )
-        broken, each = judge.first(questions), len(rules.articles)
+        # An answer needs a number, so even an unlikely yes or no counts.
+        broken = [chance for chance, _ in judge.chances(questions)]
+        each = len(rules.articles)
         parts = [broken[start : start + each] for start in range(0, len(broken), each)]
         return [rule_reward(part, rules) for part in parts]
 
     return reward
 
 
-def of_classifier(name: str, reader: Reader, option: str = "reward") -> Reward:
+def of_classifier(name: str, reader: RewardContext, option: str = "reward") -> Reward:
     """Of a sequence classifier on the hub, or in a folder. SettingsError where there is none.
 
     Only safetensors are read, and no code of the repository is run.
@@ -274,7 +282,7 @@ def of_classifier(name: str, reader: Reader, option: str = "reward") -> Reward:
         raise SettingsError(f"{where}: cannot be read ({error}); check the name") from error
 
     @torch.no_grad()
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         texts = [reader.text(answer) for answer in answers]
         batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
         logits = model(**batch).logits.float()

@@ -1,0 +1,49 @@
+"""The fingerprint: what a model computes of 16 fixed tokens, stored with it and computed again."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from openpalm.checkpoint import tensors
+from openpalm.errors import CheckpointError
+from openpalm.model.reward import RewardModel
+from openpalm.model.transformer import Transformer
+
+TOKENS = 16
+TOLERANCE = 1e-4
+
+
+def compute(model: Transformer) -> tuple[Tensor, Tensor]:
+    """16 fixed tokens [1, 16] and the model's `output` for them."""
+    vocab = model.config.vocab_size
+    tokens = torch.arange(TOKENS, device=model.embedding.device)[None] * 7919 % vocab
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = output(model, tokens)
+    model.train(training)
+    return tokens, logits
+
+
+def output(model: Transformer, ids: Tensor) -> Tensor:
+    """What the model is for, float32: logits, or the scores of each half prompt, half answer."""
+    if not isinstance(model, RewardModel):
+        return model.logits(ids)
+    lengths = torch.full(ids.shape[:1], ids.shape[1] // 2, device=ids.device)
+    return model.score(ids, prompt_lengths=lengths)
+
+
+def check(model: Transformer, path: Path) -> None:
+    """Raises CheckpointError where the model computes something else than the file holds."""
+    with tensors.opened(path) as file:
+        written = file.tensor("logits") if "logits" in file.shapes() else None
+    computed = compute(model)[1].cpu()
+    if written is None or written.shape != computed.shape:
+        raise CheckpointError(f"{path.parent}: its fingerprint is of another model")
+    difference = (written - computed).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, written.abs().max().item()):
+        raise CheckpointError(
+            f"{path.parent}: computes other logits than when it was written "
+            f"(difference {difference:.1e}); the file or the code has changed"
+        )
