@@ -66,7 +66,9 @@ class Speaker:
         """One to each question, each drawn with a seed of its own."""
         requests, made = [], []
         for i, question in enumerate(questions):
-            ids = render(self.tokenizer, [Message("user", question)], answer_next=True).ids
+            ids = render(
+                self.tokenizer, [Message("user", question)], add_generation_prompt=True
+            ).ids
             how = Sampling(temperature, seed=seed * len(questions) + i)
             requests.append(Request(ids, max_new_tokens, how, self.stops))
         for request, ids in zip(requests, self._engine.completions(requests), strict=True):

@@ -173,14 +173,14 @@ def test_a_shard_altered_in_its_middle_stops_the_run(said, work, unfinished, tmp
     assert not (run / "checkpoints/step-00000008").exists()
 
 
-@pytest.mark.parametrize(("was", "now"), [("steps: 8", "steps: -3"), ("float32", "cow")])
+@pytest.mark.parametrize(("was", "now"), [('"steps": 8', '"steps": -3'), ("float32", "cow")])
 def test_what_a_run_chose_is_not_edited(said, unfinished, was, now):
-    """Of an edited `chosen` in config.yaml -3 steps counted as finished, dtype cow as a crash."""
+    """After an edit, -3 steps counted as a finished run, and dtype cow ended in a crash."""
     run, words = unfinished
-    file = run / "config.yaml"
-    before, chosen = file.read_text(encoding="utf-8").split("chosen:")
-    assert was in chosen
-    file.write_text(f"{before}chosen:{chosen.replace(was, now)}", encoding="utf-8")
+    file = run / "run.json"
+    info = file.read_text(encoding="utf-8")
+    assert was in info
+    file.write_text(info.replace(was, now), encoding="utf-8")
     status, _, errors = said(*words)
     assert status == 2
     assert f"{file}: " in errors[-1]

@@ -117,7 +117,7 @@ def test_a_judge_that_would_say_neither_gives_no_verdict(said, base, given):
     assert (status, errors) == (0, [])
     told = json.loads(output)
     assert (told["written"], rows(given / "j.jsonl")) == (0, [])
-    told["left_out"].pop("empty answer", None)
+    told["left_out"].pop("empty completion", None)
     assert list(told["left_out"]) == ["the judge's reply is neither label (below 10%)"]
 
 
@@ -179,8 +179,8 @@ def test_what_cannot_be_judged_is_told(said, base, given, monkeypatch):
     told = json.loads(output)
     assert (status, told["written"]) == (0, 1)
     assert told["left_out"] == {
-        "empty answer": 1,
-        "equal answers": 1,
+        "empty completion": 1,
+        "equal completions": 1,
         "longer than the judge's context": 1,
     }
 

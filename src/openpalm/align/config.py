@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from openpalm.base.settings import spell
+from openpalm.base.settings import check, spell
 from openpalm.base.typed import home
 from openpalm.errors import SettingsError
 from openpalm.model.config import MAX_BINS, MAX_MEMBERS
-from openpalm.train.config import TrainSettings, check
+from openpalm.train.config import TrainSettings
 
 GroupAdvantage = Literal["grpo", "dr-grpo", "dapo", "rloo"]
 RewardLoss = Literal["bradley-terry", "regression", "binned", "hl-gauss", "ordinal"]

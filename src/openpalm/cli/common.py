@@ -23,7 +23,7 @@ from openpalm.data.batches.loader import evaluation_batches
 from openpalm.data.batches.token_mixture import TokenSets
 from openpalm.data.dataset.document_index import Documents
 from openpalm.data.dataset.shards import Dataset
-from openpalm.data.rows.usable import Usable
+from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.tokenizer import Tokenizer, is_bpe
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
@@ -95,7 +95,7 @@ def held_out(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     return items[:kept], items[kept:]
 
 
-def report_unused(label: str, path: Path, given: Usable[T], what: str) -> Usable[T]:
+def report_unused(label: str, path: Path, given: ReadResult[T], what: str) -> ReadResult[T]:
     """Says what of a file is left out, by reason and line, and which fields are not used.
 
     Raises DataError where nothing is left.

@@ -1,6 +1,6 @@
 """openpalm convert: checkpoints of other projects, into our form and back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -49,25 +49,32 @@ def run(argv: Sequence[str]) -> None:
         examples=EXAMPLES,
         positional=("src", "dst"),
     )
+    convert(settings, print)
+
+
+def convert(settings: ConvertSettings, say: Callable[[str], None]) -> None:
+    """Writes `settings.dst`; `say` gets a line for everything read, assumed and written."""
     from openpalm.convert import export
 
     export.check_vacant(settings.dst)
-    model, foreign = _read(settings)
+    model, foreign = _read(settings, say)
     if settings.to == "palm-rlhf-pytorch":
         difference, notes = export.as_palm_rlhf(model, settings.dst)
         for note in notes:
-            print(f"  {note}")
+            say(f"  {note}")
         written = f"{export.written_name(model)} and config.json for palm-rlhf-pytorch"
     else:
         assert foreign is not None
         difference = export.as_openpalm(model, settings.dst, lineage=foreign.lineage())
         written = "a checkpoint without a tokenizer"
-    print(f"wrote {settings.dst}: {written}")
+    say(f"wrote {settings.dst}: {written}")
     what = "scores" if export.written_name(model) == "reward.pt" else "logits"
-    print(f"reloaded: {what} within {difference:.1e} of the model that was read")
+    say(f"reloaded: {what} within {difference:.1e} of the model that was read")
 
 
-def _read(settings: ConvertSettings) -> "tuple[Transformer, Foreign | None]":
+def _read(
+    settings: ConvertSettings, say: Callable[[str], None]
+) -> "tuple[Transformer, Foreign | None]":
     """The model of SRC, and what it was if it is not ours."""
     signs = ("manifest.json", "config.json")
     is_checkpoint = all((settings.src / sign).exists() for sign in signs)
@@ -75,14 +82,14 @@ def _read(settings: ConvertSettings) -> "tuple[Transformer, Foreign | None]":
         from openpalm.checkpoint import directory as checkpoint
 
         _check_ours(settings)
-        print(f"read {settings.src}: an OpenPaLM checkpoint")
+        say(f"read {settings.src}: an OpenPaLM checkpoint")
         return checkpoint.load(settings.src), None
     from openpalm.convert.detect import read_foreign
 
     foreign = read_foreign(settings.src, settings.from_, settings.era, settings.config)
-    print(f"read {foreign.file} as {foreign.source}, era: {foreign.era} ({foreign.why})")
+    say(f"read {foreign.file} as {foreign.source}, era: {foreign.era} ({foreign.why})")
     for note in foreign.notes:
-        print(f"  {note}")
+        say(f"  {note}")
     return foreign.model(), foreign
 
 

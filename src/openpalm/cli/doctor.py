@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from openpalm.align.doctor.run_checks import PlannedRun
     from openpalm.data.rows.preferences import Messages, Pair
     from openpalm.data.rows.prompt_files import PromptRow
-    from openpalm.data.rows.usable import Usable
+    from openpalm.data.rows.read_result import ReadResult
 
 MAX_EXAMPLES = 256
 """Rows of the data that are looked at."""
@@ -135,7 +135,7 @@ def admit(settings: DoctorSettings) -> "PlannedRun":
         example = to_example(tokenizer, pair, max_tokens)
         return example if isinstance(example, str) else (pair, example)
 
-    pairs = given.pairs.then(with_example)
+    pairs = given.pairs.map(with_example)
     if given.pairs.items:
         pairs.refuse_empty(settings.data, "pair")
     asked, ids = usable_prompts(given.prompts, tokenizer, settings, start.config.context, "doctor")
@@ -166,42 +166,44 @@ def admit(settings: DoctorSettings) -> "PlannedRun":
 class _Given(NamedTuple):
     """What the data holds, at most MAX_EXAMPLES of each."""
 
-    prompts: "Usable[PromptRow]"
+    prompts: "ReadResult[PromptRow]"
     conversations: "Sequence[tuple[Messages, Messages]]"
-    pairs: "Usable[Pair]"
+    pairs: "ReadResult[Pair]"
 
 
 def _read(path: Path) -> _Given:
     """The file in whichever form it is. Raises DataError."""
     from openpalm.cli.common import report_unused
-    from openpalm.data.corpus.documents import read_rows
+    from openpalm.data.corpus.document_reader import read_rows
     from openpalm.data.corpus.sources import is_rows
     from openpalm.data.rows.demonstration_files import read_demonstrations
     from openpalm.data.rows.pair_files import read_pairs
-    from openpalm.data.rows.preferences import says
+    from openpalm.data.rows.preferences import assistant_turn
     from openpalm.data.rows.prompt_files import PromptRow, read_prompts
+    from openpalm.data.rows.read_result import ReadResult
     from openpalm.data.rows.row_formats import (
         ALPACA,
         COMPLETION,
         MESSAGES,
         PAIRS,
         SHAREGPT,
-        form_of,
+        row_format,
     )
-    from openpalm.data.rows.usable import Usable
 
     first = next(read_rows(path), None) if is_rows(path) else None
-    form = None if first is None else form_of(first[1])
+    form = None if first is None else row_format(first[1])
     if form in PAIRS:
         pairs = report_unused("doctor", path, read_pairs(path), "pair").first(MAX_EXAMPLES)
-        pairs = Usable(pairs.items, {}, pairs.places)
+        pairs = ReadResult(pairs.items, {}, pairs.places)
         both = [
             (pair.prompt, side) for pair in pairs.items for side in (pair.chosen, pair.rejected)
         ]
-        return _Given(pairs.then(lambda pair: PromptRow(pair.prompt, {})), both, pairs)
-    none, prompts = Usable([], {}), read_prompts(path).first(MAX_EXAMPLES)
+        return _Given(pairs.map(lambda pair: PromptRow(pair.prompt, {})), both, pairs)
+    none, prompts = ReadResult([], {}), read_prompts(path).first(MAX_EXAMPLES)
     if form not in (MESSAGES, SHAREGPT, ALPACA, COMPLETION):
-        return _Given(prompts, [(row.prompt, says("An answer.")) for row in prompts.items], none)
+        return _Given(
+            prompts, [(row.prompt, assistant_turn("An answer.")) for row in prompts.items], none
+        )
     found = read_demonstrations(path)
     shown = report_unused("doctor", path, found, "conversation").items[:MAX_EXAMPLES]
     ends = [max(i for i, m in enumerate(turns) if m.role == "assistant") for turns in shown]

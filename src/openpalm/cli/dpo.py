@@ -105,12 +105,12 @@ def _examples(
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import report_unused
-    from openpalm.data.rows.labelled_files import read_labelled
+    from openpalm.data.rows.labelled_completion_files import read_labelled_completions
     from openpalm.data.rows.pair_files import read_pairs
 
     # The last of length + 1 tokens is only a target.
     if settings.loss == "kto":
-        noun, given = "labelled completion", read_labelled(settings.data)
+        noun, given = "labelled completion", read_labelled_completions(settings.data)
         found = to_examples(tokenizer, given, length + 1)
     else:
         noun, found = "pair", to_examples(tokenizer, read_pairs(settings.data), length + 1)

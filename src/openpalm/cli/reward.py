@@ -85,12 +85,12 @@ def _pairs(
     from openpalm.align.pairs.examples import to_examples
     from openpalm.cli.common import held_out, report_unused
     from openpalm.data.rows.pair_files import read_pairs, read_ties
-    from openpalm.data.rows.preferences import Pair, Usable
+    from openpalm.data.rows.preferences import Pair, ReadResult
 
     found = to_examples(tokenizer, read_pairs(settings.data), length)
     pairs = report_unused(label, settings.data, found, "pair").items
     ties = held_out([Pair(*tie) for tie in read_ties(settings.data)])[1]
-    return pairs, to_examples(tokenizer, Usable(list(ties), {}), length).items
+    return pairs, to_examples(tokenizer, ReadResult(list(ties), {}), length).items
 
 
 def _ratings(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from openpalm.align.rollouts.rollout import LogProbs
     from openpalm.align.rollouts.rollout_batch import Reward
     from openpalm.data.rows.prompt_files import PromptRow
-    from openpalm.data.rows.usable import Usable
+    from openpalm.data.rows.read_result import ReadResult
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
@@ -127,7 +127,7 @@ class AsksSettings(Protocol):
 
 
 def usable_prompts(
-    given: "Usable[PromptRow]",
+    given: "ReadResult[PromptRow]",
     tokenizer: "Tokenizer",
     settings: AsksSettings,
     context: int,
@@ -143,12 +143,12 @@ def usable_prompts(
     room = context - settings.max_new_tokens
 
     def made(row: "PromptRow") -> "tuple[PromptRow, list[int]] | str":
-        ids = render(tokenizer, row.prompt, answer_next=True).ids
+        ids = render(tokenizer, row.prompt, add_generation_prompt=True).ids
         if len(ids) > room:
             return f"longer than {room} tokens, which --max-new-tokens leaves of {context}"
         return row, ids
 
-    kept = report_unused(label, settings.data, given.then(made), "prompt").items
+    kept = report_unused(label, settings.data, given.map(made), "prompt").items
     return [row for row, _ in kept], [ids for _, ids in kept]
 
 

@@ -118,7 +118,7 @@ def _request(
     from openpalm.generate.streaming import document_ends, prompt_ids
 
     if settings.chat:
-        ids = render(tokenizer, [Message("user", settings.text)], answer_next=True).ids
+        ids = render(tokenizer, [Message("user", settings.text)], add_generation_prompt=True).ids
         stops = stop_ids(tokenizer)
     else:
         ids = prompt_ids(tokenizer, settings.text)

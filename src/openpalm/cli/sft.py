@@ -99,11 +99,11 @@ def _tasks(
     """Each task's conversations as records; reports what is left out."""
     from openpalm.align.sft import fitting
     from openpalm.cli.common import report_unused
-    from openpalm.data.rows.tasks import conversations
+    from openpalm.data.rows.tasks import read_conversations
 
     made = []
     for number, task in enumerate(mixture.tasks):
-        given = conversations(task, settings.seed + number)
+        given = read_conversations(task, settings.seed + number)
         found = fitting(tokenizer, given, settings.template, length)
         made.append(report_unused(label, task.data, found, "conversation").items)
     return made

@@ -57,7 +57,7 @@ def quantize(model: Transformer, weights: WeightFormat) -> Transformer:
 
 
 def copy_unquantized_parts(model: Transformer) -> Transformer:
-    """Returns the model with its own copy of what `quantize` shares: tables, norms and biases.
+    """Returns the model with its own tables, norms and biases, which `quantize` would share.
 
     The matrices of the blocks, which `quantize` copies, and parameters that only training needs (a
     critic) stay shared with `model`.

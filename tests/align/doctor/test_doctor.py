@@ -18,7 +18,7 @@ from openpalm.align.logprobs import Evaluated, evaluate
 from openpalm.align.pairs.examples import render_completion, to_examples
 from openpalm.align.rollouts.rollout_batch import Completion, collate_completions
 from openpalm.data.batches.loader import IGNORE, Example
-from openpalm.data.rows.preferences import Pair, Usable, says
+from openpalm.data.rows.preferences import Pair, ReadResult, assistant_turn
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model import lora
@@ -48,7 +48,9 @@ def healthy(**changes):
     model, reference = soft(), soft().requires_grad_(False)
     if changes.pop("adapter", False):
         lora.attach(model, LoraConfig(2, 4.0, ("q", "v", "down")), seed=0)
-    pairs = [Pair(prompt, says("A longer answer."), says("No.")) for prompt in ASKED]
+    pairs = [
+        Pair(prompt, assistant_turn("A longer answer."), assistant_turn("No.")) for prompt in ASKED
+    ]
     settings = GrpoSettings(
         data=Path("d"),
         out=Path("o"),
@@ -64,9 +66,9 @@ def healthy(**changes):
         "optimizer": Optimizer(model, OptimSettings(), 1e-3),
         "reference": reference,
         "tokenizer": TOKENIZER,
-        "prompts": [render(TOKENIZER, prompt, answer_next=True).ids for prompt in ASKED],
+        "prompts": [render(TOKENIZER, prompt, add_generation_prompt=True).ids for prompt in ASKED],
         "conversations": [(pair.prompt, pair.chosen) for pair in pairs],
-        "pairs": to_examples(TOKENIZER, Usable(pairs, {}), 65).items,
+        "pairs": to_examples(TOKENIZER, ReadResult(pairs, {}), 65).items,
         "stop_ids": STOPS,
         "reward": length_of,
     }
@@ -110,10 +112,10 @@ def test_masks_follow_the_template():
 
 
 def test_another_template_in_training_is_found(monkeypatch):
-    def spaced(tokenizer, messages, *, answer_next=False):
+    def spaced(tokenizer, messages, *, add_generation_prompt=False):
         """Joins the texts before they are encoded, as whoever writes prompts by hand does."""
         text = "".join(f"{m.role}: {m.content}\n" for m in messages)
-        ids = tokenizer.encode(text + ("assistant:" if answer_next else ""))
+        ids = tokenizer.encode(text + ("assistant:" if add_generation_prompt else ""))
         start = len(tokenizer.encode(text)) - len(tokenizer.encode(messages[-1].content)) - 1
         return Example(ids, [i >= start for i in range(len(ids))])
 
@@ -122,7 +124,7 @@ def test_another_template_in_training_is_found(monkeypatch):
 
 
 def test_the_end_marker_is_learnt():
-    record = render_completion(TOKENIZER, ASKED[0], says("Yes."))
+    record = render_completion(TOKENIZER, ASKED[0], assistant_turn("Yes."))
     start = record.loss_mask.index(True)
     assert checks.check_end([PromptedExample(record.ids[:start], record)], STOPS).ok
     unmasked = Example(record.ids, [*record.loss_mask[:-1], False])

@@ -73,7 +73,7 @@ def judge(directory):
 
 @torch.no_grad()
 def log_prob(model, tokenizer, text, reply):
-    ids = render(tokenizer, [Message("user", text)], answer_next=True).ids
+    ids = render(tokenizer, [Message("user", text)], add_generation_prompt=True).ids
     total = 0.0
     for token in tokenizer.encode(reply):
         total += model.logits(torch.tensor([ids]))[0, -1].log_softmax(-1)[token].item()

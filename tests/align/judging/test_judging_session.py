@@ -76,7 +76,7 @@ def check_every_two_once(path, session):
     items = [item("*", "***", "**"), item("", "*", "long")]
     told, asked, records = at_work(path, session, "compare", items)
     assert (told["written"], told["known"], len(asked)) == (3, 0, 3 * 2 * 2)
-    assert told["left_out"] == {"empty answer": 2, "longer than the judge's context": 1}
+    assert told["left_out"] == {"empty completion": 2, "longer than the judge's context": 1}
     assert told["first_place"] == pytest.approx(0.5)
     for record in records:
         better, worse = (record.candidates[record.payload[key]] for key in ("better", "worse"))
@@ -102,7 +102,7 @@ def test_every_two_answers_are_compared_once(tmp_path):
 
 def test_equal_answers_say_nothing(tmp_path):
     told, asked, _ = at_work(tmp_path / "j.jsonl", JudgingSession, "compare", [item("*", " * ")])
-    assert (told["written"], told["left_out"], asked) == (0, {"equal answers": 1}, [])
+    assert (told["written"], told["left_out"], asked) == (0, {"equal completions": 1}, [])
     assert told["first_place"] is None
 
 
@@ -135,7 +135,7 @@ PROMPTS = [asks(f"{i}?") for i in range(judging_session.PROMPTS_AT_A_TIME + 3)]
 
 def check_drawn(writer, draw_items):
     """Each prompt has the answers that are drawn to it alone, and is known by their numbers."""
-    ids = [render(writer.tokenizer, prompt, answer_next=True).ids for prompt in PROMPTS]
+    ids = [render(writer.tokenizer, prompt, add_generation_prompt=True).ids for prompt in PROMPTS]
     stops = stop_ids(writer.tokenizer)
     for n, made in enumerate(draw_items(writer, [PromptRow(p, {}) for p in PROMPTS], ids)):
         alone = writer.draw.sample(writer.engine, ids, [n], stops)

@@ -29,7 +29,7 @@ READER = RewardContext(BYTES, ASKED, stop_ids(BYTES))
 
 
 def answer(text, prompt=0, ended=True):
-    asked = render(BYTES, [Message("user", ASKED[prompt].question)], answer_next=True).ids
+    asked = render(BYTES, [Message("user", ASKED[prompt].question)], add_generation_prompt=True).ids
     end = [BYTES.special_id("<|end|>")] if ended else []
     ids = [*BYTES.encode(text), *end]
     return Completion(prompt, asked, ids, [0.0] * len(ids), ended)

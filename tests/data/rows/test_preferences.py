@@ -279,7 +279,7 @@ def test_pairs_that_teach_nothing_are_counted():
         rate(1, "a", x=5),
         rate(2, "a", x=1),
     ]
-    assert pairs(records)[:2] == ([], {"empty answer": 1, "equal answers": 3})
+    assert pairs(records)[:2] == ([], {"empty completion": 1, "equal completions": 3})
 
 
 def test_ties_of_every_kind(tmp_path):
@@ -327,7 +327,7 @@ def test_verdicts():
         "write gives no verdict": 1,
         "flag gives no verdict": 1,
         "neither good nor bad": 1,
-        "empty answer": 1,
+        "empty completion": 1,
     }
 
 
@@ -462,13 +462,13 @@ BOTH = {"prompt": "q", "chosen": "a", "rejected": "b"}
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (BOTH | {"rejected": "a "}, "equal answers"),
-        ({"chosen": "a", "rejected": "a"}, "equal answers"),
-        ({"chosen": HH + " a", "rejected": HH + " a"}, "equal answers"),
-        (BOTH | {"chosen": " "}, "empty answer"),
-        (BOTH | {"rejected": []}, "empty answer"),
-        ({"chosen": HH + " a", "rejected": HH}, "empty answer"),
-        ({"chosen": "a b", "rejected": ""}, "empty answer"),
+        (BOTH | {"rejected": "a "}, "equal completions"),
+        ({"chosen": "a", "rejected": "a"}, "equal completions"),
+        ({"chosen": HH + " a", "rejected": HH + " a"}, "equal completions"),
+        (BOTH | {"chosen": " "}, "empty completion"),
+        (BOTH | {"rejected": []}, "empty completion"),
+        ({"chosen": HH + " a", "rejected": HH}, "empty completion"),
+        ({"chosen": "a b", "rejected": ""}, "empty completion"),
         (
             {"chosen": talk("q", "a", "r", "b"), "rejected": talk("q", "a")},
             "the prompt ends with an assistant turn",
@@ -497,7 +497,7 @@ def test_rows_that_teach_nothing_are_left_out(row, reason, tmp_path):
     assert not found.items
     [(given, count)] = found.unused.items()
     assert given.startswith(reason)
-    assert (count, [place[-2:] for place in found.left_out[given]]) == (1, [":1"])
+    assert (count, [place[-2:] for place in found.unused_places[given]]) == (1, [":1"])
     with pytest.raises(DataError, match=r"p\.jsonl: no pair can be used: .* \(1; line 1\)"):
         found.refuse_empty("p.jsonl", "pair")
 

@@ -75,7 +75,7 @@ def run_checks(patient: PlannedRun) -> Iterator[Check]:
     """One check after the other; what the later ones need is measured when they are asked for."""
     examples = [
         PromptedExample(
-            render(patient.tokenizer, prompt, answer_next=True).ids,
+            render(patient.tokenizer, prompt, add_generation_prompt=True).ids,
             render(patient.tokenizer, [*prompt, *answer]),
         )
         for prompt, answer in patient.conversations

@@ -136,7 +136,7 @@ class JudgingSession:
             both = item.candidates()[i], item.candidates()[j]
             first, second = (candidate.text.strip() for candidate in both)
             if not (first and second) or first == second:
-                self._leave_out("equal answers" if first == second else "empty answer")
+                self._leave_out("equal completions" if first == second else "empty completion")
                 continue
             questions = comparison_questions(item.prompt, first, second, self.constitution)
             if not all(self.judge.fits(question.text, LABEL_TOKENS) for question in questions):

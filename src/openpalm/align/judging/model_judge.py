@@ -116,7 +116,7 @@ class EngineJudge:
         return [self.tokenizer.decode([i for i in ids if i not in stops]) for ids in answers]
 
     def _asked(self, text: str) -> list[int]:
-        return render(self.tokenizer, [Message("user", text)], answer_next=True).ids
+        return render(self.tokenizer, [Message("user", text)], add_generation_prompt=True).ids
 
     def _sequences(self, question: Question) -> list[list[int]]:
         asked = self._asked(question.text)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from openpalm.data.rows.fields import Row
-from openpalm.data.rows.preferences import Candidate, Messages, Preference, Usable
+from openpalm.data.rows.preferences import Candidate, Messages, Preference, ReadResult
+from openpalm.data.rows.read_result import collect_results
 from openpalm.data.rows.row_formats import (
     PROMPT,
     RANKING,
@@ -16,7 +17,6 @@ from openpalm.data.rows.row_formats import (
     responses_of,
     texts_of,
 )
-from openpalm.data.rows.usable import collected
 
 
 class CandidateRow(NamedTuple):
@@ -24,7 +24,7 @@ class CandidateRow(NamedTuple):
     candidates: tuple[Candidate, ...]
 
 
-def read_candidates(path: str | Path) -> Usable[CandidateRow]:
+def read_candidates(path: str | Path) -> ReadResult[CandidateRow]:
     """Rows of prompt and responses (or answers), or Preference records, to be judged again.
 
     Raises DataError with line, field and remedy.
@@ -43,7 +43,7 @@ def _row(row: Row) -> Iterator[CandidateRow | str]:
     yield CandidateRow(prompt_of(row), tuple(map(Candidate, texts)))
 
 
-def _of_records(records: list[Preference]) -> Usable[CandidateRow]:
+def _of_records(records: list[Preference]) -> ReadResult[CandidateRow]:
     seen: set[tuple[Messages, tuple[str, ...]]] = set()
 
     def made(record: Preference) -> CandidateRow | str:
@@ -56,4 +56,4 @@ def _of_records(records: list[Preference]) -> Usable[CandidateRow]:
         found = tuple(Candidate(c.text, c.checkpoint) for c in record.candidates)
         return CandidateRow(record.prompt, found)
 
-    return collected((record.id, made(record)) for record in records)
+    return collect_results((record.id, made(record)) for record in records)

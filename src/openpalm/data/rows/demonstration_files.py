@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from openpalm.data.rows.fields import COMPLETIONS, Row
-from openpalm.data.rows.preferences import Messages, Usable, demonstrations
+from openpalm.data.rows.preferences import Messages, ReadResult, demonstrations
 from openpalm.data.rows.row_formats import (
     ALPACA,
     COMPLETION,
@@ -21,7 +21,7 @@ from openpalm.data.rows.row_formats import (
 )
 
 
-def read_demonstrations(path: str | Path) -> Usable[Messages]:
+def read_demonstrations(path: str | Path) -> ReadResult[Messages]:
     """Conversations of a .jsonl or .jsonl.gz file.
 
     Forms: messages; ShareGPT's conversations; instruction, input, output (Alpaca); prompt and
@@ -59,4 +59,4 @@ def usable(messages: Messages) -> Messages | str:
         return "no assistant turn"
     if not any(m.trained for m in answers):
         return "no assistant turn has a weight"
-    return messages if all(m.content.strip() for m in answers) else "empty answer"
+    return messages if all(m.content.strip() for m in answers) else "empty completion"

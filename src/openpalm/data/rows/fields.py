@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from openpalm.base.console import shown
-from openpalm.data.rows.usable import Unusable
+from openpalm.data.rows.read_result import UnusableRow
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
@@ -91,10 +91,10 @@ class Row:
                 self.unread[f"{where}.{name}"] = None
 
     def check_weight(self) -> None:
-        """Raises Unusable for a row that carries no loss, DataError for any other weight but 1."""
+        """UnusableRow for a row that carries no loss, DataError for a weight other than 1."""
         for name in WEIGHTS:
             if self.has(name) and not carries_loss(self.get(name), f'field "{name}"'):
-                raise Unusable(f"{name} is 0")
+                raise UnusableRow(f"{name} is 0")
 
     def leftover(self, texts: Iterable[str], roles: frozenset[str]) -> list[str]:
         """The names of the fields that were not read and change nothing.

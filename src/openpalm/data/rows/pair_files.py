@@ -10,15 +10,16 @@ from openpalm.data.rows.fields import MARGINS, SCORES, SIDES, Row, is_blank
 from openpalm.data.rows.preferences import (
     Messages,
     Pair,
+    ReadResult,
     Tie,
-    Usable,
+    assistant_turn,
     check_prompt,
     contest,
     pairs,
     ranked,
-    says,
     ties,
 )
+from openpalm.data.rows.read_result import UnusableRow
 from openpalm.data.rows.row_formats import (
     EXPLICIT,
     HH,
@@ -29,20 +30,19 @@ from openpalm.data.rows.row_formats import (
     Reading,
     answer_of,
     check_answer,
-    form_of,
     prompt_of,
     read_forms,
     responses_of,
+    row_format,
     texts_of,
     with_system,
 )
 from openpalm.data.rows.turns import hh_messages, messages_of, stripped
-from openpalm.data.rows.usable import Unusable
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
 
-def read_pairs(path: str | Path) -> Usable[Pair]:
+def read_pairs(path: str | Path) -> ReadResult[Pair]:
     """Pairs of a .jsonl or .jsonl.gz file.
 
     Forms: Preference records; prompt, chosen, rejected (texts or messages; the answers may
@@ -50,8 +50,8 @@ def read_pairs(path: str | Path) -> Usable[Pair]:
     lists, Anthropic HH texts, or plain texts, parted at a white space; prompt, responses and
     `rank` (of each response, lower is better, equal is a tie), `ranking` (numbers of the
     responses from 0, best first; those in a list of their own are tied) or `scores`; the public
-    shapes of data/rows/published.py. A pair may have a `margin`, or scores of both answers. Raises
-    DataError with line, field and remedy.
+    shapes of data/rows/public_datasets.py. A pair may have a `margin`, or scores of both answers.
+    Raises DataError with line, field and remedy.
     """
     makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), row_pair) | {
         RANKING: _ranking,
@@ -79,14 +79,14 @@ def read_ties(path: str | Path) -> list[Tie]:
 
 
 def _tied(row: Row) -> Iterator[Tie]:
-    prompt, first, second = _sides(row, form_of(row.values))
+    prompt, first, second = _sides(row, row_format(row.values))
     if not prompt:
         return
     try:
         check_prompt(prompt)
         check_answer(first, "chosen")
         check_answer(second, "rejected")
-    except Unusable:  # counted as a tie where pairs are read
+    except UnusableRow:  # counted as a tie where pairs are read
         return
     yield Tie(prompt, first, second)
 
@@ -95,14 +95,14 @@ def _tied_ranks(row: Row) -> Iterator[Tie]:
     texts = responses_of(row)
     order = (_order if row.has("ranking") else _order_of_ranks)(row, len(texts))
     for i, j in chain.from_iterable(combinations(group, 2) for group in order):
-        yield Tie(prompt_of(row), says(texts[i]), says(texts[j]))
+        yield Tie(prompt_of(row), assistant_turn(texts[i]), assistant_turn(texts[j]))
 
 
 def _tied_scores(row: Row) -> Iterator[Tie]:
     prompt, texts, scores = prompt_of(row), responses_of(row), scores_of(row)
     for i, j in combinations(range(len(texts)), 2):
         if scores[i] == scores[j]:
-            yield Tie(prompt, says(texts[i]), says(texts[j]))
+            yield Tie(prompt, assistant_turn(texts[i]), assistant_turn(texts[j]))
 
 
 def _texts(pair: Pair | Tie) -> Iterator[str]:
@@ -117,11 +117,11 @@ def row_pair(row: Row) -> Iterator[Pair]:
                 f'field "{name}" is missing; write "prompt", "chosen" and "rejected", '
                 "or both answers with the conversation before them"
             )
-    prompt, chosen, rejected = _sides(row, form_of(row.values))
+    prompt, chosen, rejected = _sides(row, row_format(row.values))
     if stripped(chosen) == stripped(rejected):
-        raise Unusable("equal answers", 'field "chosen" equals "rejected"; correct this row')
+        raise UnusableRow("equal completions", 'field "chosen" equals "rejected"; correct this row')
     if not prompt:
-        raise Unusable("no prompt, and the answers have no common beginning")
+        raise UnusableRow("no prompt, and the answers have no common beginning")
     check_prompt(prompt)
     check_answer(chosen, "chosen")
     check_answer(rejected, "rejected")
@@ -134,7 +134,7 @@ def _sides(row: Row, form: str | None) -> tuple[Messages, Messages, Messages]:
     if form == TEXTS:
         for side in SIDES:
             if not row.get(side).strip():
-                raise Unusable("empty answer")
+                raise UnusableRow("empty completion")
         return _part_texts(chosen, rejected)
     if form != EXPLICIT:
         parse = _hh if form == HH else messages_of
@@ -184,7 +184,7 @@ def _part_texts(chosen: str, rejected: str) -> tuple[Messages, Messages, Message
     while n and not chosen[n - 1].isspace():
         n -= 1
     prompt = (Message("user", chosen[:n].strip()),) if chosen[:n].strip() else ()
-    return prompt, says(chosen[n:].strip()), says(rejected[n:].strip())
+    return prompt, assistant_turn(chosen[n:].strip()), assistant_turn(rejected[n:].strip())
 
 
 def _ranking(row: Row) -> Iterator[Pair | str]:

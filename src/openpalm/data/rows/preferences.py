@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from openpalm.base.console import shown
 from openpalm.base.typed import at, expect, is_number
+from openpalm.data.rows.read_result import ReadResult, UnusableRow, collect_results
 from openpalm.data.rows.turns import Messages, messages_of
-from openpalm.data.rows.usable import Unusable, Usable, collected
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
@@ -117,7 +117,7 @@ class Tie(NamedTuple):
 
 class Rating(NamedTuple):
     prompt: Messages
-    answer: Messages
+    completion: Messages
     axis: str
     value: float
     """whole and 1 to 5 in a Preference record, any number in a file's own rows"""
@@ -127,19 +127,19 @@ class LabelledCompletion(NamedTuple):
     """An answer that is good or bad by itself, which is what KTO learns from."""
 
     prompt: Messages
-    answer: Messages
+    completion: Messages
     good: bool
 
 
 def _export(
     use: Callable[[Iterable[Preference]], Iterator[T | str]],
-) -> Callable[[Iterable[Preference]], Usable[T]]:
+) -> Callable[[Iterable[Preference]], ReadResult[T]]:
     """Hands `use` the records in force; the texts among what it yields are reasons, counted.
 
     The places of what comes out are the ids of the records.
     """
 
-    def export(preferences: Iterable[Preference]) -> Usable[T]:
+    def export(preferences: Iterable[Preference]) -> ReadResult[T]:
         preferences = list(preferences)
         gone = {p.supersedes for p in preferences}
         current = {p.id: p for p in reversed(preferences) if p.id not in gone}
@@ -161,7 +161,7 @@ def _export(
 
         for item in use(asked_for()):
             found.append((asked, item))
-        return collected(found)
+        return collect_results(found)
 
     export.__doc__ = use.__doc__
     return export
@@ -219,7 +219,9 @@ def ties(preferences: Iterable[Preference]) -> Iterator[Tie | str]:
                 yield f"{p.kind} gives no tie"
                 continue
         for i, j in found:
-            yield Tie(p.prompt, says(p.candidates[i].text), says(p.candidates[j].text))
+            yield Tie(
+                p.prompt, assistant_turn(p.candidates[i].text), assistant_turn(p.candidates[j].text)
+            )
 
 
 @_export
@@ -227,7 +229,7 @@ def ratings(preferences: Iterable[Preference]) -> Iterator[Rating | str]:
     """The scalars of rate, one for each axis."""
     for p in preferences:
         if p.kind == "rate":
-            answer = says(p.candidates[p.payload["candidate"]].text)
+            answer = assistant_turn(p.candidates[p.payload["candidate"]].text)
             yield from (Rating(p.prompt, answer, *axis) for axis in p.payload["ratings"].items())
         else:
             yield f"{p.kind} gives no rating"
@@ -248,7 +250,11 @@ def binary(preferences: Iterable[Preference]) -> Iterator[LabelledCompletion | s
                 yield "neither good nor bad" if p.kind == "rate" else f"{p.kind} gives no verdict"
                 continue
         for text in (p.candidates[i].text for i in judged):
-            yield LabelledCompletion(p.prompt, says(text), good) if text.strip() else "empty answer"
+            yield (
+                LabelledCompletion(p.prompt, assistant_turn(text), good)
+                if text.strip()
+                else "empty completion"
+            )
 
 
 @_export
@@ -256,7 +262,11 @@ def demonstrations(preferences: Iterable[Preference]) -> Iterator[Messages | str
     """Whole conversations for SFT from edit and write."""
     for p in preferences:
         shows = p.kind in ("edit", "write")
-        yield p.prompt + says(p.payload["text"]) if shows else f"{p.kind} gives no demonstration"
+        yield (
+            p.prompt + assistant_turn(p.payload["text"])
+            if shows
+            else f"{p.kind} gives no demonstration"
+        )
 
 
 # What a record may say.
@@ -340,13 +350,13 @@ def _is_payload(kind: Kind, payload: dict[str, Any], n: int) -> bool:
 
 
 def check_prompt(prompt: Messages) -> None:
-    """Raises Unusable for a prompt that nobody can answer."""
+    """Raises UnusableRow for a prompt that nobody can answer."""
     if not any(m.role == "user" and m.content.strip() for m in prompt):
-        raise Unusable(
+        raise UnusableRow(
             "empty prompt", 'field "prompt" has no user turn with text; say what is answered'
         )
     if prompt[-1].role == "assistant":
-        raise Unusable(
+        raise UnusableRow(
             "the prompt ends with an assistant turn",
             'field "prompt" ends with an assistant turn; end it with what is answered',
         )
@@ -377,10 +387,15 @@ def _row(obj: object, of: type[Candidate | Preference]) -> dict[str, Any]:
 
 def contest(prompt: Messages, better: str, worse: str, margin: Any = None) -> Pair | str:
     if not (better.strip() and worse.strip()):
-        return "empty answer"
+        return "empty completion"
     if better.strip() == worse.strip():
-        return "equal answers"
-    return Pair(prompt, says(better), says(worse), None if margin is None else float(margin))
+        return "equal completions"
+    return Pair(
+        prompt,
+        assistant_turn(better),
+        assistant_turn(worse),
+        None if margin is None else float(margin),
+    )
 
 
 def _mean(axes: dict[str, int]) -> Fraction:
@@ -388,6 +403,6 @@ def _mean(axes: dict[str, int]) -> Fraction:
     return Fraction(sum(axes.values()), len(axes))
 
 
-def says(text: str) -> Messages:
+def assistant_turn(text: str) -> Messages:
     """An answer of one turn."""
     return (Message("assistant", text),)

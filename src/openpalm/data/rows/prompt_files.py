@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from openpalm.data.rows.fields import Row
-from openpalm.data.rows.preferences import Messages, Preference, Usable, check_prompt
+from openpalm.data.rows.preferences import Messages, Preference, ReadResult, check_prompt
+from openpalm.data.rows.read_result import collect_results
 from openpalm.data.rows.row_formats import (
     ALPACA,
     COMPLETION,
@@ -24,7 +25,6 @@ from openpalm.data.rows.row_formats import (
     read_forms,
     texts_of,
 )
-from openpalm.data.rows.usable import collected
 
 
 class PromptRow(NamedTuple):
@@ -34,7 +34,7 @@ class PromptRow(NamedTuple):
     row: dict[str, Any]
 
 
-def read_prompts(path: str | Path) -> Usable[PromptRow]:
+def read_prompts(path: str | Path) -> ReadResult[PromptRow]:
     """Prompts of a .jsonl or .jsonl.gz file.
 
     Forms: a prompt (or question, problem; a text or messages) with any other fields beside it;
@@ -70,7 +70,7 @@ def _unanswered(messages: Messages) -> Messages:
     return messages[:last] if last == len(messages) - 1 else messages
 
 
-def _of_records(records: list[Preference]) -> Usable[PromptRow]:
+def _of_records(records: list[Preference]) -> ReadResult[PromptRow]:
     seen: set[Messages] = set()
 
     def made(record: Preference) -> PromptRow | str:
@@ -79,4 +79,4 @@ def _of_records(records: list[Preference]) -> Usable[PromptRow]:
         seen.add(record.prompt)
         return PromptRow(record.prompt, record.to_json())
 
-    return collected((record.id, made(record)) for record in records)
+    return collect_results((record.id, made(record)) for record in records)

@@ -7,7 +7,7 @@ from openpalm.base.console import shown
 from openpalm.base.typed import expect, is_number
 from openpalm.data.rows.fields import COMPLETIONS, RATINGS, Row
 from openpalm.data.rows.pair_files import scores_of
-from openpalm.data.rows.preferences import Rating, Usable, ratings, says
+from openpalm.data.rows.preferences import Rating, ReadResult, assistant_turn, ratings
 from openpalm.data.rows.row_formats import (
     LABELLED,
     RATING,
@@ -23,12 +23,12 @@ from openpalm.data.rows.row_formats import (
 from openpalm.errors import DataError
 
 
-def read_ratings(path: str | Path, axis: str | None = None) -> Usable[Rating]:
+def read_ratings(path: str | Path, axis: str | None = None) -> ReadResult[Rating]:
     """Ratings of a .jsonl or .jsonl.gz file.
 
     Forms: Preference records, of which those of kind rate are used; prompt (a text or messages),
     response or completion, and `rating`, `label` or `score` (a number) or `ratings` (a number for
-    each axis); prompt, responses and `scores`; the public shapes of data/rows/published.py.
+    each axis); prompt, responses and `scores`; the public shapes of data/rows/public_datasets.py.
     axis: which one, where there are several. Raises DataError with line, field and remedy.
     """
     makers = {RATING: _rating, SCORED: _scored, LABELLED: _rating}
@@ -37,10 +37,10 @@ def read_ratings(path: str | Path, axis: str | None = None) -> Usable[Rating]:
 
 
 def _texts(rating: Rating) -> Iterator[str]:
-    return texts_of((*rating.prompt, *rating.answer))
+    return texts_of((*rating.prompt, *rating.completion))
 
 
-def _of_axis(given: Usable[Rating], path: Path, axis: str | None) -> Usable[Rating]:
+def _of_axis(given: ReadResult[Rating], path: Path, axis: str | None) -> ReadResult[Rating]:
     given.refuse_empty(path, "rating")
     axes = sorted({rating.axis for rating in given.items})
     said = ", ".join(shown(name) for name in axes[:8])
@@ -48,7 +48,7 @@ def _of_axis(given: Usable[Rating], path: Path, axis: str | None) -> Usable[Rati
         raise DataError(f"--axis {shown(axis)}: {path} rates {said if any(axes) else 'no axis'}")
     if axis is None and len(axes) > 1:
         raise DataError(f"{path}: rates {len(axes)} axes ({said}); say which with --axis")
-    return given.then(lambda rating: rating if axis in (None, rating.axis) else "another axis")
+    return given.map(lambda rating: rating if axis in (None, rating.axis) else "another axis")
 
 
 def _rating(row: Row) -> Iterator[Rating]:
@@ -75,4 +75,6 @@ def _values(row: Row) -> dict[str, float]:
 def _scored(row: Row) -> Iterator[Rating | str]:
     prompt = prompt_of(row)
     for text, score in zip(responses_of(row), scores_of(row), strict=True):
-        yield Rating(prompt, says(text), "", score) if text.strip() else "empty answer"
+        yield (
+            Rating(prompt, assistant_turn(text), "", score) if text.strip() else "empty completion"
+        )

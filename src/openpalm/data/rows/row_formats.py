@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from openpalm.base.console import shown
 from openpalm.base.typed import at, expect, is_number
-from openpalm.data.corpus.documents import read_rows
+from openpalm.data.corpus.document_reader import read_rows
 from openpalm.data.corpus.sources import is_rows
 from openpalm.data.rows.fields import (
     ANSWERED,
@@ -29,10 +29,16 @@ from openpalm.data.rows.fields import (
     Row,
     said,
 )
-from openpalm.data.rows.preferences import Messages, Preference, Usable, check_prompt, says
-from openpalm.data.rows.published import Shape, shape_of, trees_of
+from openpalm.data.rows.preferences import (
+    Messages,
+    Preference,
+    ReadResult,
+    assistant_turn,
+    check_prompt,
+)
+from openpalm.data.rows.public_datasets import Shape, shape_of, trees_of
+from openpalm.data.rows.read_result import TiedRow, UnusableRow, collect_results
 from openpalm.data.rows.turns import HH_TURN, hh_messages, messages_of, stripped
-from openpalm.data.rows.usable import Tied, Unusable, collected
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
@@ -65,7 +71,7 @@ _READERS = dict.fromkeys(PAIRS, "openpalm dpo") | {
 }
 
 
-def form_of(row: Mapping[str, Any]) -> str | None:
+def row_format(row: Mapping[str, Any]) -> str | None:
     """The name of the row's form, None where it has none; a field that is null is not there."""
     has = {name for name, value in row.items() if value is not None}
     asked = has & {*PROMPTS}
@@ -118,8 +124,8 @@ class Reading(NamedTuple):
 
 
 def read_forms(
-    path: str | Path, reading: Reading, of_records: Callable[[list[Preference]], Usable[T]]
-) -> Usable[T]:
+    path: str | Path, reading: Reading, of_records: Callable[[list[Preference]], ReadResult[T]]
+) -> ReadResult[T]:
     """What the rows of a .jsonl or .jsonl.gz file give, in any one of the forms of the makers.
 
     `of_records` does for Preference records what a maker does for rows. Raises DataError.
@@ -133,7 +139,7 @@ def read_forms(
     first = None
     for where, given in trees_of(read_rows(path)):
         shape = shape_of(given)
-        form = shape.name if shape else form_of(given)
+        form = shape.name if shape else row_format(given)
         if shape is None and (form is None or form not in (RECORD, *reading.makers)):
             raise _unread(where, given, form, reading)
         first = first or form
@@ -149,18 +155,18 @@ def read_forms(
         raise DataError(f"{path}: is empty; give a file with at least one {what}")
     if records:
         return _with_lines(records, of_records)
-    return collected(found)._replace(fields={} if reading.keeps_row else dict(fields))
+    return collect_results(found)._replace(unused_fields={} if reading.keeps_row else dict(fields))
 
 
 def _with_lines(
-    records: Mapping[str, list[Preference]], of_records: Callable[[list[Preference]], Usable[T]]
-) -> Usable[T]:
+    records: Mapping[str, list[Preference]], of_records: Callable[[list[Preference]], ReadResult[T]]
+) -> ReadResult[T]:
     """What the records give, with their lines in place of their ids."""
     lines = {record.id: where for where, at_line in records.items() for record in at_line}
     given = of_records([record for at_line in records.values() for record in at_line])
     places = [lines.get(place, "") for place in given.places]
-    left_out = {r: [lines.get(i, "") for i in ids] for r, ids in given.left_out.items()}
-    return given._replace(places=places, left_out=left_out)
+    left_out = {r: [lines.get(i, "") for i in ids] for r, ids in given.unused_places.items()}
+    return given._replace(places=places, unused_places=left_out)
 
 
 def _items(
@@ -175,7 +181,7 @@ def _items(
         items, unread, texts = [], {}, []
         for values in shape.translate(row, reading.what):
             part = Row(values, given)
-            form = form_of(values)
+            form = row_format(values)
             if form not in reading.makers:
                 raise DataError(_refusal(f"{shape.name} ({form})", form, reading))
             made, also = _made(part, reading)
@@ -184,14 +190,14 @@ def _items(
             texts += [text for item in used for text in reading.texts(item)]
             unread |= dict.fromkeys(also)
         return items, [*unread, *row.leftover(texts, reading.roles)]
-    except Tied as error:
+    except TiedRow as error:
         return list(reading.tied(Row(error.row, given))) if reading.tied else [error.reason], []
-    except Unusable as error:
+    except UnusableRow as error:
         return [error.reason], []
 
 
 def _made(row: Row, reading: Reading) -> tuple[list[Any], list[str]]:
-    items = list(reading.makers[form_of(row.values) or ""](row))
+    items = list(reading.makers[row_format(row.values) or ""](row))
     used = [item for item in items if not isinstance(item, str)]
     if not used:
         return items, []
@@ -223,7 +229,7 @@ def prompt_of(row: Row) -> Messages:
     """The messages that are answered: a text is the user's, HH's ends with `Assistant:`.
 
     An `input` or `context` beside a text follows it after a blank line, a `history` of earlier
-    turns and a `system` go before it. Raises Unusable or DataError naming the field.
+    turns and a `system` go before it. Raises UnusableRow or DataError naming the field.
     """
     field = row.name(PROMPTS)
     if not row.has(field):
@@ -284,7 +290,7 @@ def answer_of(row: Row, field: str, prompt: Messages) -> Messages:
     """The answer in `field`: a text, or messages or an HH text, which may repeat the prompt."""
     value = row.get(field)
     if isinstance(value, str) and not HH_TURN.match(value):
-        return says(value)
+        return assistant_turn(value)
     messages = hh_messages(value, field) if isinstance(value, str) else None
     messages = messages_of(value, field, row) if messages is None else messages
     repeats = stripped(messages[: len(prompt)]) == stripped(prompt)
@@ -292,13 +298,13 @@ def answer_of(row: Row, field: str, prompt: Messages) -> Messages:
 
 
 def check_answer(answer: Messages, field: str) -> None:
-    """Raises Unusable, naming the field, for what is no answer."""
+    """Raises UnusableRow, naming the field, for what is no answer."""
     if not answer or any(m.role == "assistant" and not m.content.strip() for m in answer):
-        raise Unusable("empty answer", f'field "{field}" has an empty answer')
+        raise UnusableRow("empty completion", f'field "{field}" has an empty completion')
     if answer[0].role != "assistant":
-        raise Unusable(f"{field} does not begin as an answer to the prompt")
+        raise UnusableRow(f"{field} does not begin as an answer to the prompt")
     if answer[-1].role != "assistant":
-        raise Unusable(f"{field} does not end with an assistant turn")
+        raise UnusableRow(f"{field} does not end with an assistant turn")
 
 
 def solution_of(row: Row) -> Messages:
@@ -306,7 +312,7 @@ def solution_of(row: Row) -> Messages:
     field = row.name(SOLUTIONS)
     value = row.get(field)
     expect(field, value, "a text or a number", lambda v: isinstance(v, str) or is_number(v))
-    return says(str(value))
+    return assistant_turn(str(value))
 
 
 def conversation_of(row: Row) -> Messages:

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 from openpalm.base.console import shown
 from openpalm.base.permutation import mix64
-from openpalm.base.settings import read_yaml
 from openpalm.base.typed import at, expect, home, is_number
-from openpalm.data.corpus.documents import read_rows
+from openpalm.base.yaml_file import read_yaml
+from openpalm.data.corpus.document_reader import read_rows
 from openpalm.data.corpus.sources import is_rows
 from openpalm.data.rows.demonstration_files import read_demonstrations, usable
-from openpalm.data.rows.preferences import Messages, Usable, check_prompt, says
-from openpalm.data.rows.usable import Unusable, collected
+from openpalm.data.rows.preferences import Messages, ReadResult, assistant_turn, check_prompt
+from openpalm.data.rows.read_result import UnusableRow, collect_results
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
@@ -102,7 +102,7 @@ def read_mixture(path: Path) -> Mixture:
     return at(str(path), _mixture, content, path.parent)
 
 
-def conversations(task: Task, seed: int) -> Usable[Messages]:
+def read_conversations(task: Task, seed: int) -> ReadResult[Messages]:
     """The task's rows as conversations; `seed` draws the template of each."""
     if not task.templates:
         return read_demonstrations(task.data)
@@ -114,7 +114,7 @@ def conversations(task: Task, seed: int) -> Usable[Messages]:
         made.append((where, at(where, _filled, template, row)))
     if not made:
         raise DataError(f"{task.data}: is empty; give a file with at least one row")
-    return collected(made)
+    return collect_results(made)
 
 
 def parse_template(text: str) -> Fill:
@@ -148,10 +148,10 @@ def _field_text(row: dict[str, Any], field: str) -> str:
 
 
 def _filled(template: Template, row: dict[str, Any]) -> Messages | str:
-    prompt, answer = (Message("user", template.prompt(row)),), says(template.answer(row))
+    prompt, answer = (Message("user", template.prompt(row)),), assistant_turn(template.answer(row))
     try:
         check_prompt(prompt)
-    except Unusable as error:
+    except UnusableRow as error:
         return error.reason
     return usable(prompt + answer)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from openpalm.base.console import shown
 from openpalm.data.rows.fields import TOOLS, WEIGHTS, Row, carries_loss, is_blank
-from openpalm.data.rows.usable import Unusable
+from openpalm.data.rows.read_result import UnusableRow
 from openpalm.data.text.conversation import Message, Role
 from openpalm.errors import DataError
 
@@ -54,7 +54,7 @@ def _message(turn: object, where: str, field: str, row: Row | None) -> Message:
         what = "value"
     role = _role(turn.get(who), f"{where}.{who}")
     if any(not is_blank(turn.get(name)) for name in TOOLS):
-        raise Unusable("a tool call, which the chat template cannot write")
+        raise UnusableRow("a tool call, which the chat template cannot write")
     content = text_of(turn.get(what), f"{where}.{what}")
     for name in _SPOKEN:
         if not is_blank(turn.get(name)):
@@ -73,12 +73,12 @@ def _role(value: object, where: str) -> Role:
     if isinstance(value, str) and value in SPEAKERS:
         return SPEAKERS[value]
     if isinstance(value, str) and value in TOOL_ROLES:
-        raise Unusable(f"a turn of {value}, which the chat template cannot write")
+        raise UnusableRow(f"a turn of {value}, which the chat template cannot write")
     raise DataError(f'field "{where}" is {_said(value)}; it must be one of {", ".join(SPEAKERS)}')
 
 
 def text_of(value: object, where: str) -> str:
-    """A text, or the joined texts of a list of parts. Raises Unusable for any other part."""
+    """A text, or the joined texts of a list of parts. Raises UnusableRow for any other part."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -89,7 +89,7 @@ def text_of(value: object, where: str) -> str:
             raise DataError(f'field "{where}[{i}]" is {_said(part)}; it must be a part with a text')
         text, kind = part.get("text"), part.get("type", "text")
         if not isinstance(kind, str) or kind not in ("text", "input_text", "output_text"):
-            raise Unusable(f"a part of type {shown(kind)}, which the model cannot read")
+            raise UnusableRow(f"a part of type {shown(kind)}, which the model cannot read")
         if not isinstance(text, str):
             raise DataError(f'field "{where}[{i}].text" is {_said(text)}; it must be a text')
         texts.append(text)

@@ -72,10 +72,10 @@ async def encode_messages(
         with tokenizer_errors():
             if continued:
                 # The turn is opened and not closed, so the model continues inside it.
-                opened = render(tokenizer, turns[:-1], answer_next=True).ids
+                opened = render(tokenizer, turns[:-1], add_generation_prompt=True).ids
                 return opened + tokenizer.encode(turns[-1].content)
-            answer_next = body.add_generation_prompt is not False
-            return render(tokenizer, turns, answer_next=answer_next).ids
+            add_generation_prompt = body.add_generation_prompt is not False
+            return render(tokenizer, turns, add_generation_prompt=add_generation_prompt).ids
 
     if sum(len(turn.content) for turn in turns) > LONG_TEXT:
         return await asyncio.to_thread(encode)

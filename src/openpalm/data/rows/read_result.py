@@ -18,7 +18,7 @@ MAX_LISTED = 8
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
-class Unusable(DataError):
+class UnusableRow(DataError):
     """A row in a known form that teaches nothing: it is left out and counted under `reason`.
 
     The text is for callers who cannot leave it out.
@@ -29,7 +29,7 @@ class Unusable(DataError):
         self.reason = reason
 
 
-class Tied(Unusable):
+class TiedRow(UnusableRow):
     """Two answers that were judged equally good: no pair, but a tie for whoever counts those.
 
     `row` is in the form of a pair.
@@ -40,7 +40,7 @@ class Tied(Unusable):
         self.row = dict(row)
 
 
-class Usable(NamedTuple, Generic[T]):
+class ReadResult(NamedTuple, Generic[T]):
     """What an algorithm can use, and how much it cannot use, by reason.
 
     A row or record that cannot be used counts once, and so does each pair or answer in it.
@@ -50,37 +50,38 @@ class Usable(NamedTuple, Generic[T]):
     unused: dict[str, int]
     places: Sequence[str] = ()
     """where each item comes from ("path:line"); empty where nobody knows"""
-    left_out: Mapping[str, Sequence[str]] = _NONE
+    unused_places: Mapping[str, Sequence[str]] = _NONE
     """where the unused ones come from, by reason"""
-    fields: Mapping[str, int] = _NONE
+    unused_fields: Mapping[str, int] = _NONE
     """rows that carry a field that is not used, by its name"""
 
-    def then(self, make: Callable[[T], U | str]) -> "Usable[U]":
+    def map(self, make: Callable[[T], U | str]) -> "ReadResult[U]":
         """What `make` gives for each item; a text is the reason for leaving it out."""
         made = [make(item) for item in self.items]
         places = self.places or [""] * len(made)
-        found = collected(zip(places, made, strict=True))
+        found = collect_results(zip(places, made, strict=True))
         unused = {r: self.unused.get(r, 0) + found.unused.get(r, 0) for r in _both(self, found)}
-        left_out = {
-            r: [*self.left_out.get(r, ()), *found.left_out.get(r, ())] for r in _both(self, found)
+        unused_places = {
+            r: [*self.unused_places.get(r, ()), *found.unused_places.get(r, ())]
+            for r in _both(self, found)
         }
-        return Usable(found.items, unused, found.places, left_out, self.fields)
+        return ReadResult(found.items, unused, found.places, unused_places, self.unused_fields)
 
-    def first(self, count: int) -> "Usable[T]":
+    def first(self, count: int) -> "ReadResult[T]":
         """At most `count` of the items."""
         return self._replace(items=self.items[:count], places=self.places[:count])
 
     def report(self) -> list[str]:
         """One line for each reason, and one for the fields that are not used."""
         lines = [
-            f"{count} left out: {reason}{_listed(self.left_out.get(reason, ()))}"
+            f"{count} left out: {reason}{_listed(self.unused_places.get(reason, ()))}"
             for reason, count in self.unused.items()
         ]
-        if self.fields:
-            counted = [f"{shown(name)} ({count})" for name, count in self.fields.items()]
+        if self.unused_fields:
+            counted = [f"{shown(name)} ({count})" for name, count in self.unused_fields.items()]
             more = [f"{len(counted) - MAX_LISTED} more"] if len(counted) > MAX_LISTED else []
             names = ", ".join(counted[:MAX_LISTED] + more)
-            rows = max(self.fields.values())
+            rows = max(self.unused_fields.values())
             carry = "row carries" if rows == 1 else "rows carry"
             lines.append(f"{rows} {carry} fields that are not used: {names}")
         return lines
@@ -89,13 +90,13 @@ class Usable(NamedTuple, Generic[T]):
         """Raises DataError with the reasons where nothing is left to use."""
         if not self.items:
             reasons = ", ".join(
-                f"{reason} ({count}{_listed(self.left_out.get(reason, ()), '; ')})"
+                f"{reason} ({count}{_listed(self.unused_places.get(reason, ()), '; ')})"
                 for reason, count in self.unused.items()
             )
             raise DataError(f"{path}: no {what} can be used: {reasons or 'it holds none'}")
 
 
-def collected(found: Iterable[tuple[str, T | str]]) -> Usable[T]:
+def collect_results(found: Iterable[tuple[str, T | str]]) -> ReadResult[T]:
     """(place, item or reason) pairs as what can be used and what cannot."""
     items: list[T] = []
     places: list[str] = []
@@ -106,10 +107,10 @@ def collected(found: Iterable[tuple[str, T | str]]) -> Usable[T]:
         else:
             items.append(item)
             places.append(place)
-    return Usable(items, {r: len(where) for r, where in left_out.items()}, places, left_out)
+    return ReadResult(items, {r: len(where) for r, where in left_out.items()}, places, left_out)
 
 
-def _both(one: Usable[Any], other: Usable[Any]) -> list[str]:
+def _both(one: ReadResult[Any], other: ReadResult[Any]) -> list[str]:
     return [*dict.fromkeys([*one.unused, *other.unused])]
 
 

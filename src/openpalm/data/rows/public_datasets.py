@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from openpalm.base.typed import expect, is_number
 from openpalm.data.rows.fields import Row, is_blank
-from openpalm.data.rows.usable import Tied, Unusable
+from openpalm.data.rows.read_result import TiedRow, UnusableRow
 from openpalm.errors import DataError, count_of
 
 Rows = Iterator[dict[str, Any]]
@@ -52,7 +52,7 @@ def _ultrafeedback(row: Row, what: str) -> Rows:
     """
     completions = row.get("completions")
     if len(completions) < 2:
-        raise Unusable("fewer than two completions")
+        raise UnusableRow("fewer than two completions")
     fine = all(isinstance(c, dict) and c.get("fine-grained_score") is not None for c in completions)
     field = "fine-grained_score" if fine else "overall_score"
     texts, scores = [], []
@@ -97,7 +97,7 @@ def _strength(row: Row, prompt: object, sides: tuple[str, str], field: str) -> d
     expect(field, strength, "a number from -3 to 3", lambda v: is_number(v) and abs(v) <= 3)
     first, second = (row.get(side) for side in sides)
     if strength == 0:
-        raise Tied({"prompt": prompt, "chosen": first, "rejected": second})
+        raise TiedRow({"prompt": prompt, "chosen": first, "rejected": second})
     better, worse = (second, first) if strength > 0 else (first, second)
     return {"prompt": prompt, "chosen": better, "rejected": worse, "margin": abs(strength)}
 
@@ -120,9 +120,9 @@ def _arena(row: Row, what: str) -> Rows:
 
 def _won(winner: object, sides: list[Any], **more: Any) -> dict[str, Any]:
     if winner == "tie":
-        raise Tied({**more, "chosen": sides[0], "rejected": sides[1]})
+        raise TiedRow({**more, "chosen": sides[0], "rejected": sides[1]})
     if winner in ("tie (bothbad)", "both_bad"):
-        raise Unusable("both bad")
+        raise UnusableRow("both bad")
     wanted = "model_a, model_b, tie or tie (bothbad)"
     expect("winner", winner, wanted, lambda v: v in ("model_a", "model_b"))
     better, worse = sides if winner == "model_a" else reversed(sides)
@@ -163,7 +163,7 @@ def _openai_pair(row: Row, what: str) -> Rows:
     given = row.get("input")
     expect("input.messages", given.get("messages"), "messages", lambda v: isinstance(v, list))
     if not is_blank(given.get("tools")):
-        raise Unusable("tools, which the chat template cannot write")
+        raise UnusableRow("tools, which the chat template cannot write")
     row.note("input", given, ("messages", "tools"))
     sides = {"chosen": row.get("preferred_output"), "rejected": row.get("non_preferred_output")}
     yield {"prompt": given["messages"], **sides}
@@ -220,7 +220,7 @@ def _oasst(row: Row, what: str) -> Rows:
             continue
         found = True
     if not found:
-        raise Unusable("no message has two ranked replies")
+        raise UnusableRow("no message has two ranked replies")
 
 
 _Path = tuple[tuple[dict[str, Any], ...], list[dict[str, Any]]]
@@ -283,7 +283,7 @@ def _argilla(row: Row, what: str) -> Rows:
     if not annotators and what in ("conversation", "prompt", "set of answers"):
         annotators = [{}]
     if not annotators:
-        raise Unusable("no submitted response")
+        raise UnusableRow("no submitted response")
     for given in annotators:
         _refuse_both(fields, given)
         yield fields | given
@@ -319,7 +319,7 @@ def _label_studio(row: Row, what: str) -> Rows:
     data, annotations = row.get("data"), row.get("annotations")
     used = [a for a in annotations if isinstance(a, dict) and not a.get("was_cancelled")]
     if not used:
-        raise Unusable("no annotation")
+        raise UnusableRow("no annotation")
     for annotation in used:
         results = annotation.get("result")
         row.note("annotations[]", annotation, ("result", "was_cancelled"))
@@ -344,7 +344,7 @@ def _label_studio_result(result: Any, values: dict[str, Any], row: Row) -> None:
     elif kind == "pairwise":
         sides = str(result.get("to_name")).split(",")
         if value.get("selected") not in ("left", "right") or len(sides) != 2:
-            raise Unusable("no side is selected")
+            raise UnusableRow("no side is selected")
         if not set(sides) <= values.keys():
             raise DataError(f'field "to_name" names {", ".join(sides)}, which "data" has not')
         left, right_side = (values.pop(side) for side in sides)
@@ -362,7 +362,7 @@ def _label_studio_result(result: Any, values: dict[str, Any], row: Row) -> None:
     elif kind == "number":
         given = {name: value.get("number")}
     else:
-        raise Unusable(f"a result of type {kind!r:.40}, which no verb reads")
+        raise UnusableRow(f"a result of type {kind!r:.40}, which no verb reads")
     _refuse_both(values, given)
     values |= given
 

@@ -9,7 +9,7 @@ from openpalm.data.rows.preferences import (
     LabelledCompletion,
     Pair,
     Preference,
-    Usable,
+    ReadResult,
     binary,
     pairs,
 )
@@ -28,7 +28,7 @@ from openpalm.data.rows.row_formats import (
 )
 
 
-def read_labelled(path: str | Path) -> Usable[LabelledCompletion]:
+def read_labelled_completions(path: str | Path) -> ReadResult[LabelledCompletion]:
     """Verdicts of a .jsonl or .jsonl.gz file.
 
     Forms: Preference records; prompt (a text or messages), completion or response, and label:
@@ -42,16 +42,16 @@ def read_labelled(path: str | Path) -> Usable[LabelledCompletion]:
 
 
 def _texts(verdict: LabelledCompletion) -> Iterator[str]:
-    return texts_of((*verdict.prompt, *verdict.answer))
+    return texts_of((*verdict.prompt, *verdict.completion))
 
 
-def _of_records(records: list[Preference]) -> Usable[LabelledCompletion]:
+def _of_records(records: list[Preference]) -> ReadResult[LabelledCompletion]:
     if (found := binary(records)).items:
         return found
     contests = pairs(records)
     both = [v for pair in contests.items for v in _verdicts(pair)]
     places = [place for place in contests.places for _ in range(2)]
-    return Usable(both, contests.unused, places, contests.left_out)
+    return ReadResult(both, contests.unused, places, contests.unused_places)
 
 
 def _both(row: Row) -> Iterator[LabelledCompletion]:
