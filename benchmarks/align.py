@@ -153,7 +153,8 @@ def bare_dpo(turns: Turns) -> None:
 
 def our_rollouts(turns: Turns, model: Any, how: Any, objective: Any, rules: Any) -> None:
     """A rollout of a batch and one step on it, for ever; `rules` are its reward and estimate."""
-    from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
+    from openpalm.align.rollouts.rollout import RolloutLoader
+    from openpalm.align.rollouts.sampler import Sampler
 
     sampler = Sampler(model, random_ids(DATA, PROMPT, 0), frozenset(), how, slots=BATCH)
     reward, estimate, reference = rules
@@ -193,7 +194,7 @@ def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") ->
     from openpalm.align.pairs.examples import PreferenceExample
     from openpalm.align.pairs.reward_model import collate
     from openpalm.align.rollouts.ppo import PpoObjective, estimate
-    from openpalm.align.rollouts.rollout_batch import record_of
+    from openpalm.align.rollouts.rollout_batch import to_example
     from openpalm.model.config import RewardConfig
     from openpalm.model.critic import ActorCritic
     from openpalm.model.reward import RewardModel, initialise_heads
@@ -212,7 +213,7 @@ def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") ->
 
     @torch.no_grad()
     def reward(answers: Any) -> list[float]:
-        batch = collate([PreferenceExample((record_of(answer),)) for answer in answers])
+        batch = collate([PreferenceExample((to_example(answer),)) for answer in answers])
         return judge.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
 
     rules = (reward, estimate, partial(token_log_probs, reference))

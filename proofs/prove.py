@@ -39,8 +39,9 @@ from openpalm.align.pairs.examples import (
 from openpalm.align.pairs.reward_model import RewardObjective
 from openpalm.align.pairs.reward_model import collate as reward_collate
 from openpalm.align.rollouts import grpo, ppo
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
-from openpalm.align.rollouts.rollout_batch import Completion, record_of
+from openpalm.align.rollouts.rollout import RolloutLoader
+from openpalm.align.rollouts.rollout_batch import Completion, to_example
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.evaluate.agreement import spearman
 from openpalm.model.config import RewardConfig
 from openpalm.model.critic import ActorCritic, Bins
@@ -141,7 +142,7 @@ def drawn_pairs(task: Task, seed: int, count: int) -> list[tuple[int, int, int]]
 
 def example_of(prompt: int, *answers: int, label: float = 0.0) -> PreferenceExample:
     given = (Completion(prompt, PROMPTS[prompt], ANSWERS[i], [], True) for i in answers)
-    return PreferenceExample(tuple(map(record_of, given)), label)
+    return PreferenceExample(tuple(map(to_example, given)), label)
 
 
 def accuracy(scores: Tensor, pairs: list[tuple[int, int, int]]) -> float:

@@ -146,7 +146,7 @@ def test_the_timeout_is_of_the_whole_reply():
     with dripping() as url:
         judge = EndpointJudge(url, "m", timeout_s=0.2, wait=at_once)
         with pytest.raises(WorkError, match=r"timed out after 0\.2 s"):
-            judge.first([Question("Which?", ("A", "B"))])
+            judge.verdicts([Question("Which?", ("A", "B"))])
 
 
 # --- losses on pairs

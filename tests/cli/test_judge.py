@@ -122,7 +122,7 @@ def test_a_judge_that_would_say_neither_gives_no_verdict(said, base, given):
 
 
 def test_ours_writes_and_judges(said, base, given, monkeypatch):
-    monkeypatch.setattr(model_judge, "LEAST_MASS", 0.0)  # of random weights
+    monkeypatch.setattr(model_judge, "MIN_LABEL_MASS", 0.0)  # of random weights
     status, output, errors = with_ours(said, base, given, "--num-completions", 3)
     assert (status, errors) == (0, [])
     told, found = json.loads(output), rows(given / "j.jsonl")
@@ -168,7 +168,7 @@ def test_ours_revises(said, base, given):
 
 
 def test_what_cannot_be_judged_is_told(said, base, given, monkeypatch):
-    monkeypatch.setattr(model_judge, "LEAST_MASS", 0.0)  # of random weights
+    monkeypatch.setattr(model_judge, "MIN_LABEL_MASS", 0.0)  # of random weights
     many = "x" * 600
     rows_ = [["", "*"], ["*", " * "], [many, "*"], ["*", "**"]]
     write(given / "a.jsonl", *({"prompt": "Why?", "responses": pair} for pair in rows_))
@@ -188,8 +188,8 @@ def test_what_cannot_be_judged_is_told(said, base, given, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "who judges? give --judge or --endpoint"),
-        (["--judge", "x", "--endpoint", "http://x"], "one of them"),
+        ([], "give either --judge or --endpoint"),
+        (["--judge", "x", "--endpoint", "http://x"], "give either --judge or --endpoint"),
         (["--endpoint", "http://x"], "--endpoint and --judge-model: give both"),
         (["--endpoint", "ftp://x", "--judge-model", "m"], "--endpoint ftp://x: must be an http"),
         (["--judge", "x"], "x: no such checkpoint or run"),

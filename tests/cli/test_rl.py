@@ -242,7 +242,7 @@ def test_a_band_that_was_never_kept(said, base, prompts, pay, tmp_path):
         said, base, prompts, out, *OFTEN, "--early-stopping.max-length", 1, reward=f"{pay}:letters"
     )
     assert status == 1
-    assert "tokens an answer, beyond --early-stopping.max-length 1; no checkpoint" in one_line(
+    assert "tokens per completion, beyond --early-stopping.max-length 1; no checkpoint" in one_line(
         errors
     )
 
@@ -279,11 +279,11 @@ def undisturbed(base, tmp_path_factory):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("raise KeyError('level')", "raised KeyError ('level') for the answer"),
-        ("return float('nan')", "returned nan, which is no finite number, for the answer"),
-        ("return float('inf')", "returned inf, which is no finite number, for the answer"),
-        ("return 'many'", "returned 'many', which is no finite number, for the answer"),
-        ("return None", "returned None, which is no finite number, for the answer"),
+        ("raise KeyError('level')", "raised KeyError ('level') for the completion"),
+        ("return float('nan')", "returned nan, which is no finite number, for the completion"),
+        ("return float('inf')", "returned inf, which is no finite number, for the completion"),
+        ("return 'many'", "returned 'many', which is no finite number, for the completion"),
+        ("return None", "returned None, which is no finite number, for the completion"),
     ],
 )
 def test_a_reward_that_fails_later_costs_nothing(
@@ -296,7 +296,7 @@ def test_a_reward_that_fails_later_costs_nothing(
     assert status == 1
     line = one_line(errors)
     assert line.startswith(f"--reward {pay}:letters: {says}")
-    assert "give the same command, which goes on" in line
+    assert "run the command again: the run continues" in line
     done = checkpoint.steps(out)[-1].name
     assert done == "step-00000002", "two rollouts of 64 answers were paid for"
     pay.write_text(LATER.format(body="pass"))
@@ -321,7 +321,7 @@ def test_a_reward_that_fails_at_once(said, base, prompts, pay, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((), "--reward: what is an answer worth? give FILE.py:FUNCTION or a run"),
+        ((), "--reward: missing; give FILE.py:FUNCTION or a reward model's run"),
         (("--reward", "nothing"), "--reward nothing: no such run"),
         (("--reward", "exact", "--gold-reward", "nothing"), "--gold-reward nothing: no such run"),
         (("--reward", "exact", "--gold-reward", "x.py:f"), "--gold-reward x.py:f: no such file"),
@@ -331,7 +331,7 @@ def test_a_reward_that_fails_at_once(said, base, prompts, pay, tmp_path):
             "no prompt can be used: longer than 0 tokens, which --max-new-tokens leaves of 48 (12",
         ),
         (("--reward", "exact", "--minibatches", 7), "--minibatches 7: must divide"),
-        (("--reward", "exact", "--target-kl", 1, "--kl", "k3"), "--target-kl: steers --kl"),
+        (("--reward", "exact", "--target-kl", 1, "--kl", "k3"), "--target-kl: adapts --kl"),
         (
             ("--reward", "exact", "--early-stopping.gold-drop", 1),
             "--early-stopping.gold-drop: needs --gold-reward",
@@ -403,7 +403,7 @@ def test_a_reward_model_of_another_tokenizer(said, base, prompts, tmp_path):
     checkpoint.save(judge, model, tokenizer_json=(tmp_path / "other.json").read_text())
     status, _, errors = run(said, base, prompts, tmp_path / "out", reward=judge)
     assert status == 2
-    assert f"--reward {judge}: reads another tokenizer's ids than the policy" in one_line(errors)
+    assert f"--reward {judge}: its tokenizer is not the policy's" in one_line(errors)
     assert not (tmp_path / "out").exists()
 
 

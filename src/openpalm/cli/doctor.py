@@ -19,41 +19,41 @@ if TYPE_CHECKING:
     from openpalm.data.rows.read_result import ReadResult
 
 MAX_EXAMPLES = 256
-"""Rows of the data that are looked at."""
+"""Rows of the data that are checked."""
 
 
 @dataclass(frozen=True)
 class DoctorSettings:
-    """The run that is about to begin."""
+    """The run to check: the options that `openpalm grpo`, `dpo` or `sft` would get."""
 
     init: str
-    """checkpoint, run or hub name that it begins with"""
+    """checkpoint, run or hub name that the run would start from"""
     data: Path
-    """its data: prompts, pairs or conversations, as grpo, dpo and sft take them"""
+    """.jsonl of prompts, pairs or conversations, as for grpo, dpo or sft"""
     reward: list[str] | str | None = None
-    """its rewards, as grpo takes them"""
+    """reward, one or several [WEIGHT*]SOURCE, as for grpo"""
     prompts_per_rollout: int = 8
-    """prompts that are answered"""
+    """prompts to sample completions for"""
     num_completions: int = 4
-    """answers to each"""
+    """completions of each prompt"""
     max_new_tokens: int = 64
-    """tokens of an answer at most"""
+    """most tokens in a completion"""
     temperature: float = 1.0
-    """of the answers"""
+    """sampling temperature"""
     seed: int = 0
-    """of the answers"""
+    """random seed"""
     device: str = "auto"
-    """auto, cpu or cuda"""
+    """auto, cpu or cuda; auto is a GPU if there is one"""
     json: bool = False
     """print the checks as JSON"""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    """its adapter"""
+    """LoRA adapter of the run"""
 
     def __post_init__(self) -> None:
         self.as_run()
 
     def as_run(self) -> GrpoSettings:
-        """What `openpalm grpo` would be told. Raises SettingsError."""
+        """The settings that `openpalm grpo` would get. Raises SettingsError."""
         return GrpoSettings(
             data=self.data,
             out=Path("doctor"),
@@ -75,9 +75,9 @@ def run(argv: Sequence[str]) -> None:
         DoctorSettings,
         argv,
         verb="doctor",
-        about="Checks a model, its data and its rewards before an alignment run, for what would go "
-        "wrong without an error: masks, end markers, log-probabilities, the reference, rewards, "
-        "swapped pairs. Stops at the first failure, with its remedy and exit status 1.",
+        about="Checks model, data and reward before an alignment run, for mistakes that raise no "
+        "error: loss masks, end markers, log-probabilities, reference model, rewards, swapped "
+        "pairs. Stops at the first failed check, prints the remedy and exits with status 1.",
         examples=[
             "openpalm doctor --init runs/chat --data prompts.jsonl --reward runs/rm",
             "openpalm doctor --init runs/chat --data pairs.jsonl --lora.rank 8 --json",
@@ -86,10 +86,10 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.align.doctor.run_checks import run_checks
     from openpalm.cli.common import progress
 
-    patient = admit(settings)
+    planned = planned_run(settings)
     checks: list[Check] = []
-    with progress("doctor", _expected(patient)) as advance:
-        for check in run_checks(patient):
+    with progress("doctor", _check_count(planned)) as advance:
+        for check in run_checks(planned):
             checks.append(check)
             advance(1)
             if not check.ok:
@@ -102,15 +102,10 @@ def run(argv: Sequence[str]) -> None:
         raise WorkError("{0.name}: failed: {0.found}; {0.remedy}".format(checks[-1]))
 
 
-def admit(settings: DoctorSettings) -> "PlannedRun":
-    """Composes what the run would begin with."""
+def planned_run(settings: DoctorSettings) -> "PlannedRun":
+    """Composes the model, data and reward that the run would start with."""
     from openpalm.align.doctor.run_checks import PlannedRun
-    from openpalm.align.judging.reward_sources import (
-        RewardContext,
-        RewardPrompt,
-        load_reward,
-        question_of,
-    )
+    from openpalm.align.judging.reward_sources import RewardContext, load_reward
     from openpalm.align.pairs.examples import PreferenceExample, to_example
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
@@ -118,7 +113,6 @@ def admit(settings: DoctorSettings) -> "PlannedRun":
     from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.preferences import Pair
     from openpalm.data.rows.prompt_files import PromptRow
-    from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
     from openpalm.train.initial_weights import check_trained, choose_trained
     from openpalm.train.optimization.parameter_groups import Optimizer
@@ -128,7 +122,6 @@ def admit(settings: DoctorSettings) -> "PlannedRun":
     directory, tokenizer, start = fine_tuning_start(run)
     check_trained(run, start.config)
     given = _read(settings.data)
-    stops = stop_ids(tokenizer)
     max_tokens = start.config.context + 1  # the last token is only a target
 
     def with_example(pair: Pair) -> tuple[Pair, PreferenceExample] | str:
@@ -138,12 +131,10 @@ def admit(settings: DoctorSettings) -> "PlannedRun":
     pairs = given.pairs.map(with_example)
     if given.pairs.items:
         pairs.refuse_empty(settings.data, "pair")
-    asked, ids = usable_prompts(given.prompts, tokenizer, settings, start.config.context, "doctor")
-    answered = [*asked, *(PromptRow(pair.prompt, {}) for pair, _ in pairs.items)]
-    reader = RewardContext(
-        tokenizer, [RewardPrompt(question_of(row.prompt), row.row) for row in answered], stops
-    )
-    words = reward_sources(settings.reward)
+    rows, ids = usable_prompts(given.prompts, tokenizer, settings, start.config.context, "doctor")
+    of_pairs = [PromptRow(pair.prompt, {}) for pair, _ in pairs.items]
+    context = RewardContext.from_rows(tokenizer, [*rows, *of_pairs])
+    sources = reward_sources(settings.reward)
     device = pick_device(settings.device)
     model = Transformer(start.config).to(device)
     start.fill(model)
@@ -158,13 +149,13 @@ def admit(settings: DoctorSettings) -> "PlannedRun":
         prompts=ids,
         conversations=given.conversations,
         pairs=[example for _, example in pairs.items],
-        stop_ids=stops,
-        reward=load_reward(words, reader) if words else None,
+        stop_ids=context.stop_ids,
+        reward=load_reward(sources, context) if sources else None,
     )
 
 
 class _Given(NamedTuple):
-    """What the data holds, at most MAX_EXAMPLES of each."""
+    """The data's prompts, conversations and pairs, at most MAX_EXAMPLES of each."""
 
     prompts: "ReadResult[PromptRow]"
     conversations: "Sequence[tuple[Messages, Messages]]"
@@ -172,7 +163,7 @@ class _Given(NamedTuple):
 
 
 def _read(path: Path) -> _Given:
-    """The file in whichever form it is. Raises DataError."""
+    """Reads a file in any of the forms. Raises DataError."""
     from openpalm.cli.common import report_unused
     from openpalm.data.corpus.document_reader import read_rows
     from openpalm.data.corpus.sources import is_rows
@@ -211,10 +202,9 @@ def _read(path: Path) -> _Given:
     return _Given(prompts, cut, none)
 
 
-def _expected(patient: "PlannedRun") -> int:
-    """How many checks there will be."""
-    with_reward = patient.reward is not None
-    return 10 + 4 * with_reward + bool(patient.pairs) * (2 + 2 * with_reward)
+def _check_count(planned: "PlannedRun") -> int:
+    with_reward = planned.reward is not None
+    return 10 + 4 * with_reward + bool(planned.pairs) * (2 + 2 * with_reward)
 
 
 def _show(checks: "Sequence[Check]") -> None:

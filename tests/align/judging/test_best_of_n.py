@@ -9,10 +9,10 @@ from tiny_models import tiny
 
 from openpalm.align.judging.best_of_n import (
     SamplingPlan,
-    best_of,
+    best_and_worst,
+    best_worst_pairs,
     expected_maximum,
     kl_bound,
-    pairs,
     summary,
 )
 from openpalm.generate.engine import Engine
@@ -95,7 +95,7 @@ def test_the_kl_bound():
 
 
 def test_the_first_of_equals():
-    assert best_of([1.0, 3.0, 3.0, 0.0, 0.0]) == (1, 3)
+    assert best_and_worst([1.0, 3.0, 3.0, 0.0, 0.0]) == (1, 3)
 
 
 def test_figures_and_pairs():
@@ -111,7 +111,9 @@ def test_figures_and_pairs():
     assert told["reward"] == pytest.approx((2 + 1 / 3 + 4) / 3)
     assert told["reward_best"] == pytest.approx((3 + 1 + 4) / 3)
     assert list(told["reward_by_n"]) == ["1", "2", "3"]
-    assert list(pairs(rows)) == [{"prompt": [], "chosen": "a", "rejected": "b", "margin": 2.0}]
+    assert list(best_worst_pairs(rows)) == [
+        {"prompt": [], "chosen": "a", "rejected": "b", "margin": 2.0}
+    ]
 
 
 def test_an_answer_does_not_depend_on_what_is_drawn_with_it():

@@ -13,8 +13,8 @@ from openpalm.align.judging.reward_sources import (
     RewardContext,
     RewardPrompt,
     fingerprint,
+    last_user_turn,
     load_reward,
-    question_of,
 )
 from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.base.settings import spell
@@ -54,9 +54,9 @@ def test_a_text_has_no_end_marker():
 
 def test_the_question_is_the_users_last_turn():
     turns = [Message("system", "s"), Message("user", "a"), Message("assistant", "b")]
-    assert question_of([*turns, Message("user", "c")]) == "c"
-    assert question_of(turns) == "a"
-    assert question_of(turns[:1]) == ""
+    assert last_user_turn([*turns, Message("user", "c")]) == "c"
+    assert last_user_turn(turns) == "a"
+    assert last_user_turn(turns[:1]) == ""
 
 
 def test_an_exact_match():
@@ -103,15 +103,18 @@ def test_a_function_that_fails_is_named(write, body, says):
         told = str(error.value)
         assert told.startswith(f"{spell(option)} {path}:f: ")
         assert says in told
-        assert "for the answer '4'; correct it and give the same command, which goes on" in told
+        assert "for the completion '4'; correct the function and run the command again" in told
         assert len(told) < 600
 
 
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("nothing", "--reward nothing: no such run; give a reward model's, FILE.py:FUNCTION"),
-        ("x*exact", "--reward x*exact: 'x' is no weight; write it as 0.5*SOURCE"),
+        (
+            "nothing",
+            "--reward nothing: no such run; give the run of a reward model, FILE.py:FUNCTION",
+        ),
+        ("x*exact", "--reward x*exact: 'x' is no weight; write a number, as in 0.5*SOURCE"),
         ("none.py:f", "--reward none.py:f: no such file; check the path"),
     ],
 )
@@ -179,7 +182,9 @@ def test_a_reward_model_reads_prompt_and_answer_to_its_last_token(judge):
 def test_a_reward_model_of_another_tokenizer_is_refused(judge):
     other = Tokenizer.train_bpe(["ab ab. " * 99], 300)
     reader = RewardContext(other, ASKED, stop_ids(other))
-    with pytest.raises(CheckpointError, match=r"^--gold-reward .*: reads another tokenizer's ids"):
+    with pytest.raises(
+        CheckpointError, match=r"^--gold-reward .*: its tokenizer is not the policy's"
+    ):
         load_reward([str(judge)], reader, "gold_reward")
 
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rollouts import actor, enumerated, experience, gradient, ppo, ragged, task
+from rollouts import actor, enumerated, gradient, ppo, ragged, task
 
 from openpalm.align.config import EarlyStoppingSettings
 from openpalm.align.logprobs import evaluate
 from openpalm.align.rollouts.advantages import generalised_advantages
 from openpalm.align.rollouts.policy_loss import surrogate
-from openpalm.align.rollouts.ppo import PpoObjective, critic_losses, estimate
-from openpalm.align.rollouts.rollout_batch import Estimated
+from openpalm.align.rollouts.ppo import PpoObjective, estimate, value_losses
+from openpalm.align.rollouts.rollout_batch import AdvantageEstimate
 from openpalm.errors import SettingsError
 from openpalm.model.critic import Bins
 
@@ -27,7 +27,7 @@ def fails(check, *given):
 
 def batch_of_numbers(settings=None):
     rollout = ragged()
-    return experience(rollout, estimate(settings or ppo(), rollout, 0.3))
+    return rollout.with_estimate(estimate(settings or ppo(), rollout, 0.3))
 
 
 # --- the critic
@@ -62,8 +62,8 @@ def check_squares(losses):
     assert found.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
-def test_the_critics_loss_is_the_larger_square():
-    check_squares(critic_losses)
+def test_the_value_loss_is_the_larger_square():
+    check_squares(value_losses)
 
     def smaller(model, read, batch, clip):
         old, returns = batch.values[batch.mask], batch.returns[batch.mask]
@@ -71,7 +71,7 @@ def test_the_critics_loss_is_the_larger_square():
         return torch.minimum((read - returns).square(), (near - returns).square()) / 2
 
     def unclipped(model, read, batch, clip):
-        return critic_losses(model, read, batch, 1e9)
+        return value_losses(model, read, batch, 1e9)
 
     for bug in (smaller, unclipped):
         fails(check_squares, bug)
@@ -81,7 +81,7 @@ def test_with_bins_it_is_the_cross_entropy_of_a_gaussian():
     batch = batch_of_numbers()
     count = int(batch.mask.sum())
     logits = torch.randn(count, BINS.count, generator=torch.Generator().manual_seed(1))
-    found = critic_losses(actor(bins=BINS), logits, batch, 0.2)
+    found = value_losses(actor(bins=BINS), logits, batch, 0.2)
     returns = batch.returns[batch.mask].tolist()
     assert max(map(abs, returns)) > 1, "some lie beyond the bins"
     wanted = [bins_by_hand(*x) for x in zip(logits.tolist(), returns, strict=True)]
@@ -97,7 +97,7 @@ def test_the_critics_gradients_are_those_of_finite_differences(bins):
     model = actor(bins=bins)
 
     def total(x):
-        return critic_losses(model, x, batch, 0.2).sum()
+        return value_losses(model, x, batch, 0.2).sum()
 
     assert torch.autograd.gradcheck(total, read.requires_grad_(True))
 
@@ -121,7 +121,7 @@ def test_the_entropy_bonus_has_a_gradient_only_where_it_is_asked_for():
     """With nothing earned, only the bonus moves the policy: towards more entropy."""
     model, rollout = actor(), enumerated(actor())
     zeros = torch.zeros_like(rollout.old_log_probs)
-    batch = experience(rollout, Estimated(zeros, zeros))
+    batch = rollout.with_estimate(AdvantageEstimate(zeros, zeros))
 
     def found(entropy):
         settings = ppo(entropy_coef=entropy, value_loss_coef=0.0)
@@ -146,7 +146,7 @@ def test_estimates_are_by_the_book():
     rewards = -beta * (rollout.old_log_probs - rollout.reference_log_probs)
     for row, counts in enumerate(mask):
         rewards[row, int(counts.nonzero().max())] += rollout.rewards[row]
-    plain = generalised_advantages(rewards, rollout.values, mask, discount=0.9, decay=0.8)
+    plain = generalised_advantages(rewards, rollout.values, mask, discount=0.9, gae_lambda=0.8)
     assert torch.allclose(found.returns, (plain + rollout.values) * mask, atol=1e-6)
     inside = plain[mask]
     wanted = (inside - inside.mean()) / inside.std(correction=0)
@@ -233,7 +233,7 @@ def test_the_critics_gradient_reaches_a_shared_trunk_only(kind):
         ({"discount": -0.1}, r"--discount -0.1: must be in \[0, 1\]"),
         ({"value_loss_coef": -1.0}, "--value-loss-coef -1.0: must be 0 or more"),
         ({"value_clip": 0.0}, "--value-clip 0.0: must be above 0"),
-        ({"target_kl": 1.0, "kl": "k2"}, "--target-kl: steers --kl reward, not k2"),
+        ({"target_kl": 1.0, "kl": "k2"}, "--target-kl: adapts --kl reward, not k2"),
         ({"minibatches": 3}, r"--minibatches 3: must divide prompts x completions \(8\)"),
         ({"temperature": 0.0}, "--temperature 0.0: must be in"),
         ({"temperature": 0.7, "rollout_dtype": "int8"}, "corrected for at --temperature 1"),

@@ -1,4 +1,4 @@
-"""A group's answers in one row with their prompt: loss and gradient as in rows of their own."""
+"""A group's completions in one row with their prompt: loss and gradient as in rows of their own."""
 
 import pytest
 import torch
@@ -23,16 +23,16 @@ SETTINGS = GrpoSettings(
 
 
 def ragged() -> RolloutBatch:
-    """Three answers to each of two prompts, with columns that differ at every token."""
+    """Three completions to each of two prompts, with columns that differ at every token."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(size: int) -> list[int]:
         return torch.randint(0, 265, (size,), generator=generator).tolist()
 
-    answers = []
+    completions = []
     for prompt in (draw(20), draw(25)):
-        answers += [Completion(0, prompt, draw(size), [], True) for size in (3, 12, 7)]
-    inputs, targets = collate_completions(answers)
+        completions += [Completion(0, prompt, draw(size), [], True) for size in (3, 12, 7)]
+    inputs, targets = collate_completions(completions)
     mask = targets != IGNORE
     columns = [torch.randn(mask.shape, generator=generator) * mask for _ in range(6)]
     with torch.no_grad():  # near what the model thinks, so that no ratio vanishes
@@ -55,7 +55,7 @@ def check_same(batch: RolloutBatch, other: RolloutBatch) -> None:
 
 def test_sharing_a_row_changes_nothing():
     batch = ragged()
-    shared = batch.sharing(3)
+    shared = batch.with_shared_prompts(3)
     assert shared.segments is not None
     assert shared.inputs.numel() < 0.9 * batch.inputs.numel()
     assert GroupObjective(SETTINGS).count(shared) == 6
@@ -65,7 +65,7 @@ def test_sharing_a_row_changes_nothing():
 def test_columns_of_other_answers_would_be_seen():
     batch = ragged()
     order = torch.arange(6).view(3, 2).T.flatten()  # prompt and number exchanged
-    wrong = batch.sharing(3)
+    wrong = batch.with_shared_prompts(3)
     wrong = RolloutBatch(**wrong.columns | {"advantages": wrong.advantages[order]})
     with pytest.raises(AssertionError):
         check_same(batch, wrong)

@@ -106,9 +106,9 @@ def test_a_declared_length_over_the_limit_is_refused_before_the_body(server):
 def impatient(base):
     """A server with timeouts of 0.2 seconds."""
     code = (
-        "from openpalm.serve.access import body, connections; "
+        "import sys; from openpalm.serve.access import body, connections; "
         "connections.HEAD_TIMEOUT_S = body.BODY_TIMEOUT_S = 0.2; "
-        "from openpalm.cli.main import entry; entry()"
+        "from openpalm.cli.main import main; sys.exit(main())"
     )
     with serving(base, "--dtype", "float32", program=["-c", code]) as running:
         yield running

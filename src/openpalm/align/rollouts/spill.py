@@ -1,7 +1,7 @@
-"""Where a rollout lies that is too large for memory: in a file that no one else sees.
+"""Moves a rollout that is too large for memory (--rollout-memory-bytes) to a temporary file.
 
-The file has no name, so nothing is left of it after any end of the process; it is as old as the
-rollout, and goes when that is replaced. Rows are read where they are used.
+The file has no name, so the system deletes it when the process ends, however that happens. Rows are
+read from disk when they are used.
 """
 
 import math
@@ -14,25 +14,26 @@ from torch import Tensor
 
 
 def spill(columns: dict[str, Tensor], limit: int, folder: Path) -> dict[str, Tensor]:
-    """The columns as they are, or, of more than `limit` bytes, in a file on the disk of `folder`.
+    """The columns unchanged, or backed by a file in `folder` if they have more than `limit` bytes.
 
-    Raises OSError where the disk is full.
+    Raises OSError if the disk is full.
     """
     if sum(column.nbytes for column in columns.values()) <= limit:
         return columns
-    begins: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     with tempfile.TemporaryFile(dir=folder) as file:
         for name, column in columns.items():
             file.write(b"\0" * (-file.tell() % 8))  # aligned for any dtype
-            begins[name] = file.tell()
+            offsets[name] = file.tell()
             file.write(column.contiguous().numpy().data)
         file.flush()
-        # The mapping keeps the file; copy-on-write, because torch wants what it may write to.
+        # The mapping keeps the closed file. Copy-on-write, because torch requires writable memory.
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return {name: _at(mapping, begins[name], column) for name, column in columns.items()}
+    return {name: _mapped(mapping, offsets[name], column) for name, column in columns.items()}
 
 
-def _at(mapping: mmap.mmap, begin: int, like: Tensor) -> Tensor:
+def _mapped(mapping: mmap.mmap, offset: int, like: Tensor) -> Tensor:
+    """The tensor at `offset`, of the shape and dtype of `like`."""
     count = math.prod(like.shape)
-    flat = torch.frombuffer(mapping, dtype=like.dtype, count=count, offset=begin)
+    flat = torch.frombuffer(mapping, dtype=like.dtype, count=count, offset=offset)
     return flat.view(like.shape)
