@@ -25,7 +25,7 @@ BRIEF = ["--max-new-tokens", 2, "--dtype", "float32"]
 # --- checkpoints
 
 
-def test_a_model_of_nan_is_answered_503(work, tmp_path):
+def test_a_model_of_nan_gets_status_503(work, tmp_path):
     """Logits of NaN were answered with status 500, or without logprobs with NUL bytes as text."""
     broken = Path(shutil.copytree(work / "base", tmp_path / "broken"))
     weights = safetensors.torch.load_file(broken / "model.safetensors")
