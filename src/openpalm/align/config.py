@@ -34,7 +34,7 @@ _REWARD_LOSSES_OF: dict[str, tuple[RewardLoss, ...]] = {
 def _refuse_options_of_others(
     settings: TrainSettings, loss: str, losses_of: Mapping[str, Sequence[str]]
 ) -> None:
-    """Raises SettingsError for an option that was set and that this loss does not read."""
+    """Raises SettingsError for an option that was set but belongs to other losses."""
     for option in fields(settings):
         losses, value = losses_of.get(option.name, (loss,)), getattr(settings, option.name)
         if loss not in losses and value != option.default:
@@ -56,32 +56,34 @@ def reward_sources(given: list[str] | str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class SftSettings(TrainSettings):
-    """A fine-tuning run on conversations."""
+    """Supervised fine-tuning on conversations."""
 
     pack: bool = False
-    """several conversations in a sequence, none seeing another: less padding, larger steps"""
+    """sequence packing: several conversations in a row, without attention between them"""
     template: Literal["chat", "none"] = "chat"
-    """chat marks the turns; none joins a prompt and its completion as plain text"""
+    """chat template: chat marks the turns, none joins prompt and completion as plain text"""
 
 
 @dataclass(frozen=True)
 class DpoSettings(TrainSettings):
-    """A run on pairs of answers, of which --batch-tokens counts both sides, or on verdicts."""
+    """Preference optimisation on pairs (--batch-tokens counts both completions), or with KTO."""
 
     loss: PairLoss = "dpo"
-    """dpo, cdpo (noisy labels), ipo, simpo or orpo (without a reference), or kto (of verdicts)"""
+    """loss: dpo, cdpo (for noisy labels), ipo, simpo and orpo (both without a reference model)
+    train on pairs; kto on labelled completions"""
     beta: float | None = None
-    """how strongly answers are pulled apart; not set is 0.1, and 2.0 for simpo"""
+    """scale of the implicit reward: a larger beta stays closer to the reference; default: 0.1,
+    for simpo 2.0"""
     label_smoothing: float = 0.1
-    """of cdpo: the share of pairs that are the wrong way round"""
+    """cdpo: assumed share of pairs with a wrong label"""
     length_normalise: bool = False
-    """divide each answer's log-probability by its tokens; simpo and orpo always do"""
+    """divide log-probabilities by the number of completion tokens; simpo and orpo always do"""
     margin: float = 1.0
-    """of simpo: how much more likely, times beta, the chosen answer shall be"""
+    """simpo: target margin between the rewards of chosen and rejected completion"""
     desirable_weight: float = 1.0
-    """of kto: how much a good verdict counts"""
+    """kto: weight lambda_D of completions labelled desirable"""
     undesirable_weight: float = 1.0
-    """of kto: how much a bad verdict counts"""
+    """kto: weight lambda_U of completions labelled undesirable"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -317,25 +319,25 @@ class GrpoSettings(RolloutSettings):
 
 @dataclass(frozen=True)
 class RewardSettings(TrainSettings):
-    """A reward model's run on pairs of answers or on ratings of single ones."""
+    """Training of a reward model on pairs or on ratings of single completions."""
 
     loss: RewardLoss = "bradley-terry"
-    """bradley-terry learns from pairs; regression, binned, hl-gauss and ordinal from ratings"""
+    """loss: bradley-terry trains on pairs; regression, binned, hl-gauss and ordinal on ratings"""
     members: int = 1
-    """heads over the one trunk; the reward is their mean, their spread a doubt"""
+    """ensemble size: heads on the shared trunk; the reward is their mean"""
     read: Literal["last", "mean"] = "last"
-    """what a head reads: the last real token's state, or the mean over the real ones"""
+    """pooling: a head reads the state of the last token, or the mean over all tokens"""
     marks: bool = False
-    """learned vectors tell prompt from answer, as in palm-rlhf-pytorch"""
+    """learned embeddings that mark tokens as prompt or completion, as in palm-rlhf-pytorch"""
     margin_scale: float = 0.0
-    """of bradley-terry: how much of each pair's own margin the rewards shall differ by"""
+    """bradley-terry: factor of each pair's margin, which is then the wanted reward difference"""
     centring: float = 0.0
-    """of bradley-terry: weight of (r_w + r_l)^2, which keeps rewards around zero; try 0.01"""
+    """bradley-terry: coefficient of (r_w + r_l)^2, which keeps rewards around zero; try 0.01"""
     bins: int | None = None
-    """of binned, hl-gauss and ordinal: values from the lowest rating to the highest; not set
-    takes each whole number, and of hl-gauss 21 where ratings are not whole"""
+    """binned, hl-gauss, ordinal: number of values from the lowest to the highest rating; default:
+    every whole number, for hl-gauss with fractional ratings 21"""
     axis: str | None = None
-    """which ratings to learn, where preference records rate several axes"""
+    """axis to learn, in preference records with ratings on several axes"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
