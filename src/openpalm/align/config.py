@@ -25,7 +25,7 @@ _LOSSES_OF: dict[str, tuple[PairLoss, ...]] = {
 }
 _REWARD_LOSSES_OF: dict[str, tuple[RewardLoss, ...]] = {
     "margin_scale": ("bradley-terry",),
-    "centring": ("bradley-terry",),
+    "centring_coef": ("bradley-terry",),
     "bins": ("binned", "hl-gauss", "ordinal"),
     "axis": ("regression", "binned", "hl-gauss", "ordinal"),
 }
@@ -323,15 +323,15 @@ class RewardSettings(TrainSettings):
 
     loss: RewardLoss = "bradley-terry"
     """loss: bradley-terry trains on pairs; regression, binned, hl-gauss and ordinal on ratings"""
-    members: int = 1
-    """ensemble size: heads on the shared trunk; the reward is their mean"""
-    read: Literal["last", "mean"] = "last"
-    """pooling: a head reads the state of the last token, or the mean over all tokens"""
-    marks: bool = False
+    ensemble_size: int = 1
+    """number of heads on the shared trunk; the reward is their mean"""
+    pooling: Literal["last", "mean"] = "last"
+    """a head reads the state of the last token, or the mean over all tokens"""
+    segment_embeddings: bool = False
     """learned embeddings that mark tokens as prompt or completion, as in palm-rlhf-pytorch"""
     margin_scale: float = 0.0
     """bradley-terry: factor of each pair's margin, which is then the wanted reward difference"""
-    centring: float = 0.0
+    centring_coef: float = 0.0
     """bradley-terry: coefficient of (r_w + r_l)^2, which keeps rewards around zero; try 0.01"""
     bins: int | None = None
     """binned, hl-gauss, ordinal: number of values from the lowest to the highest rating; default:
@@ -341,9 +341,9 @@ class RewardSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.members <= MAX_MEMBERS:
-            raise SettingsError(f"--members {self.members}: must be 1 to {MAX_MEMBERS}")
-        for name in ("margin_scale", "centring"):
+        if not 1 <= self.ensemble_size <= MAX_MEMBERS:
+            raise SettingsError(f"--ensemble-size {self.ensemble_size}: must be 1 to {MAX_MEMBERS}")
+        for name in ("margin_scale", "centring_coef"):
             value = getattr(self, name)
             if not 0 <= value < 1000:
                 raise SettingsError(f"{spell(name)} {value}: must be 0 or more, below 1000")
