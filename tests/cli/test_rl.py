@@ -321,7 +321,7 @@ def test_a_reward_that_fails_at_once(said, base, prompts, pay, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((), "--reward: what is an answer worth? give FILE.py:FUNCTION or a run"),
+        ((), "--reward: missing; give FILE.py:FUNCTION or a reward model's run"),
         (("--reward", "nothing"), "--reward nothing: no such run"),
         (("--reward", "exact", "--gold-reward", "nothing"), "--gold-reward nothing: no such run"),
         (("--reward", "exact", "--gold-reward", "x.py:f"), "--gold-reward x.py:f: no such file"),
@@ -331,7 +331,7 @@ def test_a_reward_that_fails_at_once(said, base, prompts, pay, tmp_path):
             "no prompt can be used: longer than 0 tokens, which --max-new-tokens leaves of 48 (12",
         ),
         (("--reward", "exact", "--minibatches", 7), "--minibatches 7: must divide"),
-        (("--reward", "exact", "--target-kl", 1, "--kl", "k3"), "--target-kl: steers --kl"),
+        (("--reward", "exact", "--target-kl", 1, "--kl", "k3"), "--target-kl: adapts --kl"),
         (
             ("--reward", "exact", "--early-stopping.gold-drop", 1),
             "--early-stopping.gold-drop: needs --gold-reward",

@@ -72,15 +72,15 @@ def actor(kind: CriticKind = "shared", bins: Bins | None = None, **changes: Any)
     return model
 
 
-def every_answer(prompt: int = 0) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of all 341 answers to a prompt of the task."""
+def every_completion(prompt: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of all 341 completions to a prompt of the task."""
     return collate_completions([Completion(prompt, PROMPTS[prompt], a, [], True) for a in ANSWERS])
 
 
 @torch.no_grad()
 def enumerated(model: Transformer, rewards: Tensor | None = None) -> Rollout:
-    """All 341 answers to the first prompt, as a rollout of the model."""
-    inputs, targets = every_answer()
+    """All 341 completions to the first prompt, as a rollout of the model."""
+    inputs, targets = every_completion()
     old = token_log_probs(model, inputs, targets)
     return Rollout(
         inputs,
@@ -94,7 +94,7 @@ def enumerated(model: Transformer, rewards: Tensor | None = None) -> Rollout:
 
 
 def ragged(rows: int = 6, vocab: int = 5, seed: int = 0, num_completions: int = 1) -> Rollout:
-    """Answers of 1, 2, 3 ... tokens to prompts of several lengths, all numbers drawn."""
+    """Completions of 1, 2, 3 ... tokens to prompts of several lengths, all numbers drawn."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(size: int) -> list[int]:

@@ -9,7 +9,7 @@ from openpalm.base.settings import parse, spell
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
-    from openpalm.convert.detect import Foreign
+    from openpalm.convert.detect import ForeignCheckpoint
     from openpalm.model.transformer import Transformer
 
 ABOUT = "Read a checkpoint of another project, or write one of ours for it. Runs nothing in it."
@@ -56,25 +56,25 @@ def convert(settings: ConvertSettings, say: Callable[[str], None]) -> None:
     """Writes `settings.dst`; `say` gets a line for everything read, assumed and written."""
     from openpalm.convert import export
 
-    export.check_vacant(settings.dst)
+    export.check_output_directory(settings.dst)
     model, foreign = _read(settings, say)
     if settings.to == "palm-rlhf-pytorch":
-        difference, notes = export.as_palm_rlhf(model, settings.dst)
+        difference, notes = export.save_as_palm_rlhf(model, settings.dst)
         for note in notes:
             say(f"  {note}")
-        written = f"{export.written_name(model)} and config.json for palm-rlhf-pytorch"
+        written = f"{export.weights_file_name(model)} and config.json for palm-rlhf-pytorch"
     else:
         assert foreign is not None
-        difference = export.as_openpalm(model, settings.dst, lineage=foreign.lineage())
+        difference = export.save_as_openpalm(model, settings.dst, lineage=foreign.lineage())
         written = "a checkpoint without a tokenizer"
     say(f"wrote {settings.dst}: {written}")
-    what = "scores" if export.written_name(model) == "reward.pt" else "logits"
+    what = "scores" if export.weights_file_name(model) == "reward.pt" else "logits"
     say(f"reloaded: {what} within {difference:.1e} of the model that was read")
 
 
 def _read(
     settings: ConvertSettings, say: Callable[[str], None]
-) -> "tuple[Transformer, Foreign | None]":
+) -> "tuple[Transformer, ForeignCheckpoint | None]":
     """The model of SRC, and what it was if it is not ours."""
     signs = ("manifest.json", "config.json")
     is_checkpoint = all((settings.src / sign).exists() for sign in signs)
@@ -87,7 +87,7 @@ def _read(
     from openpalm.convert.detect import read_foreign
 
     foreign = read_foreign(settings.src, settings.from_, settings.era, settings.config)
-    say(f"read {foreign.file} as {foreign.source}, era: {foreign.era} ({foreign.why})")
+    say(f"read {foreign.file} as {foreign.project}, era: {foreign.era} ({foreign.why})")
     for note in foreign.notes:
         say(f"  {note}")
     return foreign.model(), foreign

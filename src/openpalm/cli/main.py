@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import NoReturn
 
 from openpalm.errors import OpenPalmError
 
@@ -60,11 +59,23 @@ examples:
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs one command line; returns its exit status: 0 done, 1 failed, 2 a wrong request."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line, by default the process's own; returns its exit status.
+
+    0: done. 1: the work failed. 2: the request was wrong.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     _write_anything()
     try:
-        status = _main(argv)
+        status = _without_verb(argv)
+        if status is None:
+            try:  # the verb is called from here: no frame stands between main and its code
+                import_module(f"openpalm.cli.{VERBS[argv[0]][0]}").run(argv[1:])
+                status = 0
+            except BrokenPipeError:
+                raise
+            except (Exception, KeyboardInterrupt) as error:
+                status = _explain(error, argv[0])
         sys.stdout.flush()
         return status
     except OSError as error:
@@ -82,7 +93,8 @@ def _write_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _main(argv: Sequence[str]) -> int:
+def _without_verb(argv: Sequence[str]) -> int | None:
+    """Answers --help, --version and what is no verb; None if there is a verb to run."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         listing = "\n".join(f"  {verb:<12}{about}" for verb, (_, about) in VERBS.items())
         print(USAGE.format(verbs=listing))
@@ -92,29 +104,24 @@ def _main(argv: Sequence[str]) -> int:
 
         print(f"openpalm {__version__}")
         return 0
-    return _guarded(argv[0], argv[1:])
+    if argv[0] not in VERBS:
+        return _complain(f"unknown verb {argv[0]}; {_meant(argv[0])}", 2)
+    return None
 
 
-def _guarded(verb: str, argv: Sequence[str]) -> int:
+def _explain(error: BaseException, verb: str) -> int:
+    """Prints the help that was asked for, or the error as one line; returns the exit status."""
     from openpalm.base.settings import HelpRequested
 
-    try:
-        if verb not in VERBS:
-            return _complain(f"unknown verb {verb}; {_meant(verb)}", 2)
-        import_module(f"openpalm.cli.{VERBS[verb][0]}").run(argv)
+    if isinstance(error, HelpRequested):
+        print(error)
         return 0
-    except HelpRequested as text:
-        print(text)
-        return 0
-    except OpenPalmError as error:
+    if isinstance(error, OpenPalmError):
         return _complain(str(error), error.exit_status)
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         more = "; run the same command again to continue" if verb in CONTINUES else ""
         return _complain(f"interrupted{more}", 128 + signal.SIGINT)
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        return _unexpected(error)
+    return _unexpected(error)
 
 
 def _meant(verb: str) -> str:
@@ -124,7 +131,7 @@ def _meant(verb: str) -> str:
     return f"did you mean {'data ' * (near[0] in DATA_VERBS)}{near[0]}?"
 
 
-def _unexpected(error: Exception) -> int:
+def _unexpected(error: BaseException) -> int:
     """What nobody foresaw: the operating system refusing, or a bug of ours."""
     if os.environ.get("OPENPALM_TRACEBACK"):
         raise error
@@ -140,9 +147,3 @@ def _unexpected(error: Exception) -> int:
 def _complain(message: str, status: int) -> int:
     print(f"openpalm: error: {' '.join(message.split())}", file=sys.stderr)
     return status
-
-
-def entry() -> NoReturn:
-    """The console script."""
-    status = main(sys.argv[1:])
-    sys.exit(status)

@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.model import lora
 
     directory = checkpoint.resolve(weights_path(settings.path), training=settings.verify)
-    export.check_vacant(settings.out)
+    export.check_output_directory(settings.out)
     model = checkpoint.load(directory)
     given = give_adapter(model, settings.adapter, directory, force=settings.force)
     if not lora.is_attached(model):
@@ -54,5 +54,5 @@ def run(argv: Sequence[str]) -> None:
     # "own": the merged checkpoint computes what its parent does, so its adapters fit here too.
     lineage = {"parent": parent, "merged": True, "adapter": given or "own"}
     text = checkpoint.tokenizer_json(directory)
-    export.as_openpalm(model, settings.out, lineage=lineage, tokenizer_json=text)
+    export.save_as_openpalm(model, settings.out, lineage=lineage, tokenizer_json=text)
     print(f"wrote {settings.out}: logits within {change:.1e} of those with the adapter")

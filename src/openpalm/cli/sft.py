@@ -113,14 +113,15 @@ def _tasks(
 def _held_out_probe(examples: "Sequence[Example]", sequence_length: int) -> "Probe":
     """val_loss over the held-out completions, in nats per token."""
     from openpalm.data.batches.loader import Batch, padded
-    from openpalm.evaluate.perplexity import split_loss
-    from openpalm.train.probes import Probe
+    from openpalm.train.objective import NextToken
+    from openpalm.train.probes import held_out_probe
 
     batches = [
         Batch(*padded(examples[first : first + _PROBE_ROWS], sequence_length))
         for first in range(0, len(examples), _PROBE_ROWS)
     ]
-    return Probe(
-        lambda model, dtype: {"val_loss": split_loss(model, batches, 1, dtype).nats_per_token},
-        describe=lambda row: f"held-out completions: {row['val_loss']:.4f} nats per token",
+    return held_out_probe(
+        NextToken(),
+        batches,
+        lambda row: f"held-out completions: {row['val_loss']:.4f} nats per token",
     )

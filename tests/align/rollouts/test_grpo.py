@@ -21,7 +21,7 @@ def fails(check, *given):
 
 
 def rollout_near(model, **changes):
-    """Groups of ragged answers; old log-probabilities near what the model thinks now."""
+    """Groups of ragged completions; old log-probabilities near the model's current ones."""
     rollout = ragged(rows=8, num_completions=4)
     with torch.no_grad():
         now = token_log_probs(model, rollout.inputs, rollout.targets)
@@ -30,8 +30,8 @@ def rollout_near(model, **changes):
 
 
 def by_hand(settings, batch, log_probs):
-    """The mean loss, from the papers: per answer, per token, or over the longest length."""
-    answers, tokens = [], []
+    """The mean loss, from the papers: per completion, per token, or over the longest length."""
+    completions, tokens = [], []
     for row, counts in enumerate(batch.mask.tolist()):
         found = []
         for t in (t for t, inside in enumerate(counts) if inside):
@@ -44,15 +44,15 @@ def by_hand(settings, batch, log_probs):
             near = min(max(ratio, 1 - settings.clip_low), 1 + settings.highest_clip)
             loss = -min(ratio * gain, near * gain) * batch.importance_weights[row, t].item()
             found.append(loss + settings.kl_coef * (math.exp(-d) - 1 + d) * (settings.kl == "k3"))
-        answers.append(found)
+        completions.append(found)
         tokens += found
     if settings.advantage == "dapo":
         return sum(tokens) / len(tokens)
     if settings.advantage == "grpo":
-        return statistics.mean(sum(a) / len(a) for a in answers)
+        return statistics.mean(sum(a) / len(a) for a in completions)
     if settings.advantage == "dr-grpo":
-        return statistics.mean(sum(a) / settings.max_new_tokens for a in answers)
-    return statistics.mean(sum(a) for a in answers)
+        return statistics.mean(sum(a) / settings.max_new_tokens for a in completions)
+    return statistics.mean(sum(a) for a in completions)
 
 
 def check_loss(settings, objective):
@@ -111,7 +111,7 @@ def check_estimate(estimate, settings):
 
 @pytest.mark.parametrize("kl", ["reward", "k2", "k3"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_token_of_an_answer_has_its_answers_advantage(kind, kl):
+def test_every_token_has_its_completions_advantage(kind, kl):
     settings = grpo(advantage=kind, kl=kl)
     check_estimate(estimate, settings)
 
@@ -145,7 +145,7 @@ def test_equal_groups_teach_nothing():
 
 
 def test_at_first_the_gradient_is_reinforces():
-    """RLOO on fresh answers: the mean of -A grad log pi(answer)."""
+    """RLOO on fresh completions: the mean of -A grad log pi(completion)."""
     settings, model = grpo(advantage="rloo", kl_coef=0.0), actor()
     rollout = rollout_near(model)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_at_first_the_gradient_is_reinforces():
 
 
 def test_the_temperature_is_the_policys():
-    """Scored at the temperature that the answers were drawn at: the ratio is one."""
+    """Scored at the temperature that the completions were drawn at: the ratio is one."""
     model, settings = actor(), grpo(temperature=0.6)
     rollout = ragged(rows=8, num_completions=4)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_the_temperature_is_the_policys():
     assert abs(untempered - 1) > 1e-2
 
 
-def test_dapo_clips_higher_and_draws_anew_unless_told_otherwise():
+def test_dapo_clips_higher_and_resamples_by_default():
     assert [grpo(advantage=kind).highest_clip for kind in KINDS] == [0.2, 0.2, 0.28, 0.2]
     assert grpo(advantage="dapo", clip_high=0.2).highest_clip == 0.2
     assert [grpo(advantage=kind).resample_limit for kind in KINDS] == [0, 0, 3, 0]

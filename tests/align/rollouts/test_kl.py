@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rollouts import distance, enumerated, every_answer, gradient, grpo, moved, ppo, task
+from rollouts import distance, enumerated, every_completion, gradient, grpo, moved, ppo, task
 
 from openpalm.align.logprobs import evaluate, token_log_probs
 from openpalm.align.rollouts import grpo as group_file
@@ -32,15 +32,15 @@ def policy():
 
 
 def exact_kl(model):
-    """KL(pi || ref) over all answers to the first prompt, with its gradient."""
-    inputs, targets = every_answer()
+    """KL(pi || ref) over all completions to the first prompt, with its gradient."""
+    inputs, targets = every_completion()
     log_p = token_log_probs(model, inputs, targets).double().sum(dim=-1)
     log_reference = token_log_probs(task().reference, inputs, targets).double().sum(dim=-1)
     return (log_p.exp() * (log_p - log_reference)).sum()
 
 
 def check_value(estimator, model):
-    """Its mean over answers of the policy is the KL."""
+    """Its mean over completions of the policy is the KL."""
     rollout = enumerated(model)
     difference = (rollout.old_log_probs - rollout.reference_log_probs).double()
     each = estimator(difference).sum(dim=-1)
@@ -58,7 +58,7 @@ def test_k1_and_k3_have_the_kl_as_their_mean(policy):
 
 
 def expected_gradient(model, settings, estimate):
-    """The mean gradient of the loss over answers of the policy, which all earn nothing."""
+    """The mean gradient of the loss over completions of the policy, which all earn nothing."""
     rollout = enumerated(model)
     batch = rollout.with_estimate(estimate(settings, rollout, settings.kl_coef))
     now = evaluate(model, batch.inputs, batch.targets)
@@ -130,7 +130,7 @@ def test_k2_has_the_gradient_of_the_kl_and_k3_has_not(policy, monkeypatch):
 
 def test_k3_has_the_gradient_of_the_other_kl_token_by_token(policy):
     """sum over contexts of pi(context) KL(ref(. | context) || pi(. | context))."""
-    inputs, targets = every_answer()
+    inputs, targets = every_completion()
     counts = targets >= 0
     logits, before = policy.logits(inputs), task().reference.logits(inputs)
     log_p, log_r = (x.log_softmax(dim=-1).double() for x in (logits, before))
@@ -145,7 +145,7 @@ def test_the_gradient_is_that_of_the_objective(policy):
     """Rewards and penalty together, up to the constant that the group's mean takes away."""
     kl_coef = 0.3
     settings = grpo(**EVERY, kl_coef=kl_coef)
-    inputs, targets = every_answer()
+    inputs, targets = every_completion()
     rewards = task().rewards[0]
     log_p = token_log_probs(policy, inputs, targets).double().sum(dim=-1)
     objective = (log_p.exp() * rewards.double()).sum() - kl_coef * exact_kl(policy)

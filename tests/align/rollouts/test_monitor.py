@@ -1,4 +1,4 @@
-"""What a run is judged by on the way: held-out answers, and when they raise the alarm."""
+"""Evaluations on held-out prompts, and early stopping."""
 
 import copy
 import re
@@ -24,13 +24,15 @@ def reference(inputs, targets):
     return evaluate(task().reference, inputs, targets).log_probs
 
 
-def looked_at(model, prompts=(0,) * 400, gold=None, **changes):
+def evaluated(model, prompts=(0,) * 400, gold=None, **changes):
     return evaluate_policy(sampler_of(model, **changes), prompts, reference, task().reward, gold)
 
 
-def test_its_figures_are_those_of_the_policy():
-    """Means over 400 answers within four standard errors of sums over all 341."""
-    row, answers = looked_at(moved(), gold=lambda answers: [float(a.ended) for a in answers])
+def test_metrics_are_those_of_the_policy():
+    """Means over 400 completions within four standard errors of sums over all 341."""
+    row, completions = evaluated(
+        moved(), gold=lambda completions: [float(a.ended) for a in completions]
+    )
     rollout = enumerated(moved(), task().rewards[0])
     chances = rollout.old_log_probs.double().sum(dim=-1).exp()
 
@@ -46,27 +48,27 @@ def test_its_figures_are_those_of_the_policy():
     near(row["val_length"], lengths)
     near(row["val_ended"], ended)
     assert row["val_gold"] == row["val_ended"]
-    assert row["val_distinct"] == len({tuple(a.ids) for a in answers}) / 400
-    inside = torch.cat([_entropies(a) for a in answers])
+    assert row["val_distinct"] == len({tuple(a.ids) for a in completions}) / 400
+    inside = torch.cat([_entropies(a) for a in completions])
     assert row["val_entropy"] == pytest.approx(inside.mean().item(), rel=1e-4)
 
 
 @torch.no_grad()
-def _entropies(answer):
-    ids = torch.tensor([[*answer.prompt_ids, *answer.ids]])
-    logits = moved().logits(ids[:, :-1])[0, len(answer.prompt_ids) - 1 :]
+def _entropies(completion):
+    ids = torch.tensor([[*completion.prompt_ids, *completion.ids]])
+    logits = moved().logits(ids[:, :-1])[0, len(completion.prompt_ids) - 1 :]
     return entropies(logits)
 
 
-def test_it_looks_with_the_same_seeds_always_and_none_of_trainings():
+def test_evaluations_share_seeds_that_training_does_not_use():
     model = moved()
     sampler = sampler_of(model)
     sampler.drawn = 77
-    first, answers = evaluate_policy(sampler, [0, 1, 2, 3], reference, task().reward, None)
+    first, completions = evaluate_policy(sampler, [0, 1, 2, 3], reference, task().reward, None)
     assert sampler.drawn == 77
-    again, same_answers = evaluate_policy(sampler, [0, 1, 2, 3], reference, task().reward, None)
+    again, same_completions = evaluate_policy(sampler, [0, 1, 2, 3], reference, task().reward, None)
     assert first == again
-    assert [a.ids for a in answers] == [a.ids for a in same_answers]
+    assert [a.ids for a in completions] == [a.ids for a in same_completions]
     sampler.drawn = 0
     many = 64
     trained_on = sampler.sample([0] * many, 1)
@@ -74,28 +76,28 @@ def test_it_looks_with_the_same_seeds_always_and_none_of_trainings():
     assert [a.ids for a in trained_on] != [a.ids for a in seen]
 
 
-def test_at_the_reference_the_distance_is_zero():
-    row, _ = looked_at(copy.deepcopy(task().reference), range(4))
+def test_at_the_reference_the_kl_is_zero():
+    row, _ = evaluated(copy.deepcopy(task().reference), range(4))
     assert row["val_kl"] == pytest.approx(0, abs=1e-5)
     assert "val_gold" not in row
 
 
 def test_a_gold_reward_that_is_not_finite_is_refused():
     with pytest.raises(WorkError, match="is nan"):
-        looked_at(moved(), range(4), gold=lambda answers: [float("nan")] * 4)
+        evaluated(moved(), range(4), gold=lambda completions: [float("nan")] * 4)
 
 
-def test_the_answers_are_the_task():
-    _, answers = looked_at(moved(), range(4))
-    assert [a.prompt for a in answers] == [0, 1, 2, 3]
-    assert all(tuple(a.ids) in INDEX for a in answers)
+def test_completions_are_of_the_task():
+    _, completions = evaluated(moved(), range(4))
+    assert [a.prompt for a in completions] == [0, 1, 2, 3]
+    assert all(tuple(a.ids) in INDEX for a in completions)
 
 
-# --- the alarm
+# --- early stopping
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-def test_bands_are_numbers(value):
+def test_limits_are_numbers(value):
     with pytest.raises(
         SettingsError, match=r"--early-stopping.max-kl .*: must be 0 or more, and finite"
     ):
@@ -161,7 +163,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_alarm(name):
+def test_early_stopping(name):
     settings, rows, says = CASES[name]
     found = stop_reason(settings, rows)
     if says is None:
@@ -170,9 +172,9 @@ def test_the_alarm(name):
         assert re.search(says, found)
 
 
-def test_looking_is_in_parts():
+def test_rows_at_a_time_change_no_metric():
     """Whatever the rows of a part, the same figures."""
-    whole = looked_at(moved(), range(4))[0]
+    whole = evaluated(moved(), range(4))[0]
     sampler = sampler_of(moved())
     parts = partial(evaluate_policy, sampler, range(4), reference, task().reward, None)
     assert parts(rows=3)[0] == pytest.approx(whole, rel=1e-5)

@@ -12,7 +12,7 @@ from enumerable import PROMPTS
 from rollouts import (
     distance,
     enumerated,
-    every_answer,
+    every_completion,
     gradient,
     grpo,
     moved,
@@ -150,30 +150,32 @@ def test_gradients_are_those_of_finite_differences(settings):
     assert torch.autograd.gradcheck(total, given)
 
 
-def test_figures_are_means_over_the_tokens_alone():
+def test_metrics_are_means_over_the_tokens_alone():
     batch = in_doubles(ragged())
     now = now_of(batch)
-    _, told = surrogate(grpo(), now, batch)
+    _, metrics = surrogate(grpo(), now, batch)
     ratios = [math.exp(x) for x in (now.log_probs - batch.old_log_probs)[batch.mask].tolist()]
     count = len(ratios)
-    assert told["ratio"] == pytest.approx(sum(ratios) / count)
-    assert told["clip_fraction"] == pytest.approx(sum(not 0.8 <= r <= 1.2 for r in ratios) / count)
-    assert 0 < told["clip_fraction"] < 1
-    assert told["approx_kl"] == pytest.approx(-sum(map(math.log, ratios)) / count)
-    assert told["importance_weight"] == pytest.approx(
+    assert metrics["ratio"] == pytest.approx(sum(ratios) / count)
+    assert metrics["clip_fraction"] == pytest.approx(
+        sum(not 0.8 <= r <= 1.2 for r in ratios) / count
+    )
+    assert 0 < metrics["clip_fraction"] < 1
+    assert metrics["approx_kl"] == pytest.approx(-sum(map(math.log, ratios)) / count)
+    assert metrics["importance_weight"] == pytest.approx(
         batch.importance_weights[batch.mask].mean().item()
     )
 
 
-# --- a sampler that is not quite the policy
+# --- importance weights
 
 
 def sampled_by(model, weights, cap=2.0):
-    """The engine's own model of those weights, as a policy: log-probabilities of all answers."""
+    """Log-probabilities of all completions under the engine's model with those weights."""
     settings = grpo(**EVERY, rollout_dtype=weights, max_importance_weight=cap)
     sampler = Sampler(model, PROMPTS, frozenset({4}), settings)
     sampler.refresh()
-    inputs, targets = every_answer()
+    inputs, targets = every_completion()
     with torch.no_grad():
         log_p = sampler._engine.model.logits(inputs).log_softmax(dim=-1)
     each = log_p.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
@@ -181,8 +183,8 @@ def sampled_by(model, weights, cap=2.0):
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_the_correction_brings_the_gradient_nearer(policy, weights):
-    rewards, inputs_targets = task().rewards[0], every_answer()
+def test_importance_weights_bring_the_gradient_nearer(policy, weights):
+    rewards, inputs_targets = task().rewards[0], every_completion()
     sampled = sampled_by(policy, weights)
     chances = sampled.double().sum(dim=-1).exp()
     assert chances.sum().item() == pytest.approx(1, abs=1e-2)

@@ -62,7 +62,7 @@ def check_squares(losses):
     assert found.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
-def test_the_critics_loss_is_the_larger_square():
+def test_the_value_loss_is_the_larger_square():
     check_squares(value_losses)
 
     def smaller(model, read, batch, clip):
@@ -233,7 +233,7 @@ def test_the_critics_gradient_reaches_a_shared_trunk_only(kind):
         ({"discount": -0.1}, r"--discount -0.1: must be in \[0, 1\]"),
         ({"value_loss_coef": -1.0}, "--value-loss-coef -1.0: must be 0 or more"),
         ({"value_clip": 0.0}, "--value-clip 0.0: must be above 0"),
-        ({"target_kl": 1.0, "kl": "k2"}, "--target-kl: steers --kl reward, not k2"),
+        ({"target_kl": 1.0, "kl": "k2"}, "--target-kl: adapts --kl reward, not k2"),
         ({"minibatches": 3}, r"--minibatches 3: must divide prompts x completions \(8\)"),
         ({"temperature": 0.0}, "--temperature 0.0: must be in"),
         ({"temperature": 0.7, "rollout_dtype": "int8"}, "corrected for at --temperature 1"),

@@ -1,4 +1,4 @@
-"""Rollouts: the sampler is the scorer, the reference stays, and a run goes on where it was."""
+"""Rollouts: the sampler is the scorer, the reference stays, and a run resumes where it was."""
 
 import copy
 import hashlib
@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from enumerable import END, INDEX, PROMPTS
-from rollouts import KINDS, actor, every_answer, grpo, loader_of, moved, ppo, trainer_of
+from rollouts import KINDS, actor, every_completion, grpo, loader_of, moved, ppo, trainer_of
 from tiny_models import deaf
 
 from openpalm.align.logprobs import evaluate, token_log_probs
@@ -32,7 +32,7 @@ def fails(check, *given):
 
 def check_scored_alike_twice(model):
     model.train()
-    found = [evaluate(model, *every_answer()).log_probs for _ in range(2)]
+    found = [evaluate(model, *every_completion()).log_probs for _ in range(2)]
     assert torch.equal(*found)
 
 
@@ -63,19 +63,19 @@ def digest(model):
 
 
 def check_reference_stays(make_reference):
-    """Its weights, and what it thinks, are the same before and after steps of the policy."""
+    """Its weights, and its log-probabilities, are the same before and after steps of the policy."""
     policy = moved()
     reference = make_reference(policy)
-    before, thought = digest(reference), token_log_probs(reference, *every_answer())
+    before, scored = digest(reference), token_log_probs(reference, *every_completion())
     settings = grpo()
     loader = loader_of(policy, settings, group_file.estimate, rows=16)
     loader.reference = partial(token_log_probs, reference)
     trainer = trainer_of(loader, group_file.GroupObjective(settings), 0.01)
-    told = [trainer.train_step().metrics["kl"] for _ in range(3)]
+    kls = [trainer.train_step().metrics["kl"] for _ in range(3)]
     assert digest(reference) == before
-    assert torch.equal(token_log_probs(reference, *every_answer()), thought)
-    assert told[0] == pytest.approx(0, abs=1e-4)
-    assert abs(told[-1]) > 1e-3
+    assert torch.equal(token_log_probs(reference, *every_completion()), scored)
+    assert kls[0] == pytest.approx(0, abs=1e-4)
+    assert abs(kls[-1]) > 1e-3
 
 
 def test_the_reference_stays_where_it_was():
@@ -96,11 +96,11 @@ def check_detached_is_the_base(attach):
         trainer.train_step()
     with torch.no_grad(), lora.detached(policy):
         assert torch.equal(
-            token_log_probs(policy, *every_answer()), token_log_probs(base, *every_answer())
+            token_log_probs(policy, *every_completion()), token_log_probs(base, *every_completion())
         )
     with torch.no_grad():
         assert not torch.equal(
-            token_log_probs(policy, *every_answer()), token_log_probs(base, *every_answer())
+            token_log_probs(policy, *every_completion()), token_log_probs(base, *every_completion())
         )
 
 
@@ -116,11 +116,11 @@ def test_under_an_adapter_the_reference_is_the_policy_without_it():
     fails(check_detached_is_the_base, nothing_frozen)
 
 
-# --- 9: the reward of short, long and cut answers, in the loader's own columns
+# --- 9: the reward of short, long and cut completions, in the loader's own columns
 
 
-def seven(answers):
-    return [7.0] * len(answers)
+def seven(completions):
+    return [7.0] * len(completions)
 
 
 def check_where_the_reward_lands(estimate):
@@ -153,7 +153,7 @@ def test_the_reward_is_on_the_last_token():
 
 
 def gradients_in_parts(kind, rows, objective_of=None, **changes):
-    """Of one step over the same ragged answers, in microbatches of `rows`."""
+    """Of one step over the same ragged completions, in microbatches of `rows`."""
     how, objective, estimate, make = KINDS[kind]
     settings = how(num_completions=6, **changes)
     model = make()
@@ -171,17 +171,17 @@ def gradients_in_parts(kind, rows, objective_of=None, **changes):
 
 
 def check_microbatches(kind, objective_of, changes):
-    whole, *told = gradients_in_parts(kind, 24, objective_of, **changes)
+    whole, *metrics = gradients_in_parts(kind, 24, objective_of, **changes)
     for rows in (12, 3, 1):
-        parts, *told_of_parts = gradients_in_parts(kind, rows, objective_of, **changes)
+        parts, *of_parts = gradients_in_parts(kind, rows, objective_of, **changes)
         assert torch.allclose(parts, whole, atol=1e-6)
-        assert told_of_parts[0] == pytest.approx(told[0], abs=1e-6)
-        assert told_of_parts[1] == told[1]
+        assert of_parts[0] == pytest.approx(metrics[0], abs=1e-6)
+        assert of_parts[1] == metrics[1]
     assert whole.abs().max() > 1e-3
 
 
 class MeanOfMeans:
-    """Counts microbatches, as whoever divides each one's loss by its own tokens does."""
+    """Counts microbatches, as a loop that divides each one's loss by its own tokens."""
 
     def __init__(self, objective, settings):
         self.own = objective(settings)
@@ -205,12 +205,12 @@ class MeanOfMeans:
     ],
     ids=str,
 )
-def test_microbatches_of_ragged_answers_are_one_batch(kind, changes):
+def test_microbatches_of_ragged_completions_are_one_batch(kind, changes):
     check_microbatches(kind, None, changes)
     fails(check_microbatches, kind, partial(MeanOfMeans, KINDS[kind][1]), changes)
 
 
-# --- what is gone through
+# --- order of rows
 
 
 def rows_of(batches):
@@ -222,7 +222,7 @@ def rows_of(batches):
     )
 
 
-def test_every_answer_is_gone_through_once_a_pass():
+def test_every_row_comes_once_per_epoch():
     settings = grpo(epochs_per_rollout=3, minibatches=4)
     loader = loader_of(moved(), settings, group_file.estimate, rows=2)
     passes = [[next(loader) for _ in range(8)] for _ in range(3)]
@@ -252,36 +252,36 @@ def test_rows_keep_their_columns_when_they_are_cut():
         assert torch.allclose(now.values, batch.values[batch.mask], atol=1e-5)
 
 
-def test_what_it_tells_is_of_the_rollout():
+def test_metrics_are_of_the_rollout():
     settings = grpo(num_completions=8, kl_coef=0.1)
     loader = loader_of(moved(), settings, group_file.estimate, lambda a: [2.0] * len(a), rows=32)
     batch = next(loader)
-    told = loader.facts
-    assert (told["reward"], told["reward_std"], told["zero_variance_groups"]) == (2, 0, 1)
-    assert told["kl"] == pytest.approx(
+    metrics = loader.facts
+    assert (metrics["reward"], metrics["reward_std"], metrics["zero_variance_groups"]) == (2, 0, 1)
+    assert metrics["kl"] == pytest.approx(
         (batch.old_log_probs - batch.reference_log_probs).sum().item() / 32, abs=1e-5
     )
-    assert told["length"] == pytest.approx(batch.mask.sum().item() / 32)
+    assert metrics["length"] == pytest.approx(batch.mask.sum().item() / 32)
     ended = ((batch.targets == END) & batch.mask).sum().item()
-    assert told["ended"] == pytest.approx(ended / 32)
-    assert told["kl_coef"] == 0.1
+    assert metrics["ended"] == pytest.approx(ended / 32)
+    assert metrics["kl_coef"] == 0.1
 
 
-# --- dapo: prompts with equal rewards are drawn anew
+# --- dapo: dynamic sampling
 
 
 class Judge:
-    """Pays the same for every answer to some prompts, and counts how often it is asked."""
+    """The same reward for every completion to some prompts, and a count of its calls."""
 
     def __init__(self, equal):
         self.equal, self.calls = equal, []
 
-    def __call__(self, answers):
-        self.calls.append([a.prompt for a in answers])
-        return [0.5 if a.prompt in self.equal else float(INDEX[tuple(a.ids)]) for a in answers]
+    def __call__(self, completions):
+        self.calls.append([a.prompt for a in completions])
+        return [0.5 if a.prompt in self.equal else float(INDEX[tuple(a.ids)]) for a in completions]
 
 
-def test_equal_groups_are_drawn_anew_from_other_prompts():
+def test_prompts_with_equal_rewards_are_replaced():
     settings = grpo(prompts_per_rollout=2, num_completions=16, advantage="dapo", max_resamples=9)
     judge = Judge(equal={0, 1, 2})
     loader = loader_of(moved(), settings, group_file.estimate, judge, rows=32)
@@ -292,7 +292,7 @@ def test_equal_groups_are_drawn_anew_from_other_prompts():
     assert all(len(set(call)) == len(call) // 16 for call in judge.calls)
 
 
-def test_they_are_not_drawn_anew_for_ever():
+def test_resampling_has_a_limit():
     for advantage, redraws, rounds in (("dapo", None, 3), ("dapo", 2, 2), ("dr-grpo", None, 0)):
         judge = Judge(equal={0, 1, 2, 3})
         settings = grpo(advantage=advantage, max_resamples=redraws)
@@ -319,11 +319,11 @@ def test_the_coefficient_holds_a_run_near_its_target():
     assert found[0.02] > 0.2 > found[50.0]
 
 
-# --- a sampler of fewer bits
+# --- importance weights
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_fewer_bits_are_corrected_for(weights):
+def test_a_less_precise_engine_is_corrected_for(weights):
     settings = grpo(num_completions=32, rollout_dtype=weights, max_importance_weight=1.005)
     batch = next(loader_of(moved(), settings, group_file.estimate, rows=128))
     inside = batch.importance_weights[batch.mask]
@@ -331,8 +331,8 @@ def test_fewer_bits_are_corrected_for(weights):
     assert inside.min() < 0.999
 
 
-def test_a_trainer_of_fewer_bits_is_corrected_for():
-    """The engine answers in float32; what the trainer thinks of it is rounded."""
+def test_a_less_precise_trainer_is_corrected_for():
+    """The engine samples in float32; the trainer's log-probabilities are rounded."""
     for temperature, corrected in ((1.0, True), (0.7, False)):
         settings = grpo(num_completions=8, temperature=temperature)
         loader = loader_of(moved(), settings, group_file.estimate, rows=32, dtype=torch.bfloat16)

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from enumerable import ANSWERS, END, PROMPTS
-from rollouts import every_answer, grpo, moved
+from rollouts import every_completion, grpo, moved
 
 from openpalm.align.logprobs import evaluate
 from openpalm.align.rollouts.rollout_batch import collate_completions
@@ -46,11 +46,11 @@ def check_frequencies(counts, log_probs):
 @torch.no_grad()
 def test_completions_are_sampled_as_they_are_scored(temperature, draws):
     counts, model = counts_of(temperature, draws), moved()
-    scored = partial(evaluate, model, *every_answer())
+    scored = partial(evaluate, model, *every_completion())
     check_frequencies(counts, scored(temperature=temperature).log_probs)
     other = 0.75 if temperature != 1 else 0.95
     fails(check_frequencies, counts, scored(temperature=other).log_probs)
-    fails(check_frequencies, counts, evaluate(moved(seed=1), *every_answer()).log_probs)
+    fails(check_frequencies, counts, evaluate(moved(seed=1), *every_completion()).log_probs)
     if temperature != 1:  # the whole completion's probability tempered, not each token's
         whole = scored(temperature=1.0).log_probs.double().sum(dim=-1) / temperature
         fails(check_frequencies, counts, whole.log_softmax(dim=-1)[:, None])

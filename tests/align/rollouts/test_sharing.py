@@ -1,4 +1,4 @@
-"""A group's answers in one row with their prompt: loss and gradient as in rows of their own."""
+"""A group's completions in one row with their prompt: loss and gradient as in rows of their own."""
 
 import pytest
 import torch
@@ -23,16 +23,16 @@ SETTINGS = GrpoSettings(
 
 
 def ragged() -> RolloutBatch:
-    """Three answers to each of two prompts, with columns that differ at every token."""
+    """Three completions to each of two prompts, with columns that differ at every token."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(size: int) -> list[int]:
         return torch.randint(0, 265, (size,), generator=generator).tolist()
 
-    answers = []
+    completions = []
     for prompt in (draw(20), draw(25)):
-        answers += [Completion(0, prompt, draw(size), [], True) for size in (3, 12, 7)]
-    inputs, targets = collate_completions(answers)
+        completions += [Completion(0, prompt, draw(size), [], True) for size in (3, 12, 7)]
+    inputs, targets = collate_completions(completions)
     mask = targets != IGNORE
     columns = [torch.randn(mask.shape, generator=generator) * mask for _ in range(6)]
     with torch.no_grad():  # near what the model thinks, so that no ratio vanishes

@@ -70,7 +70,7 @@ def test_one_axis_is_learnt_at_a_time(tmp_path):
         ({"rating": 1e301}, 'field "rating"'),
         ({"rating": None, "ratings": {"wit": "4"}}, 'field "ratings.wit"'),
         ({"response": 4}, 'field "response"'),
-        ({"prompt": None}, "make no form that is known"),
+        ({"prompt": None}, "match no known format"),
         ({"kind": "rate", "payload": {}}, "split the file"),
     ],
 )

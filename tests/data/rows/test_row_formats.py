@@ -128,9 +128,9 @@ def test_rows_without_use_are_counted_with_their_reason(save):
         (LABELLED | {"label": 0.5}, "which `openpalm reward` reads"),
         (PROMPT, "this row is a prompt alone, which `openpalm grpo` reads"),
         ({"text": "Once"}, "this row is a text, which `openpalm data prepare` reads"),
-        ({"q\n": 1}, r"fields \('q\\n'\) make no form that is known; conversations are one of: "),
-        ({}, r"fields \(none\) make no form"),
-        ({"messages": None, "prompt": None}, "make no form that is known"),
+        ({"q\n": 1}, r"fields \('q\\n'\) match no known format; conversations are one of: "),
+        ({}, r"fields \(none\) match no known format"),
+        ({"messages": None, "prompt": None}, "match no known format"),
         ({"messages": "hi"}, "field \"messages\" is 'hi'; it must be a list"),
         ({"messages": [7]}, r'field "messages\[0\]" is 7'),
         ({"messages": [{"role": "owl", "content": "x"}]}, "role\" is 'owl'; it must be one of sys"),
@@ -173,7 +173,9 @@ def test_one_file_has_one_form(save):
 def test_files_that_hold_nothing(save, tmp_path):
     with pytest.raises(DataError, match="is empty; give a file with at least one conversation"):
         read_demonstrations(save("", ""))
-    with pytest.raises(DataError, match=r"verdicts are read from \.jsonl or \.jsonl\.gz"):
+    with pytest.raises(
+        DataError, match=r"labelled completions are read from \.jsonl or \.jsonl\.gz"
+    ):
         read_labelled_completions(tmp_path / "rows.csv")
     with pytest.raises(DataError, match="no such file"):
         read_prompts(tmp_path / "none.jsonl")
@@ -298,7 +300,7 @@ def test_rows_that_are_no_pairs_are_told_who_reads_them(save):
 # --- verdicts
 
 
-def test_verdicts(save):
+def test_labelled_completions(save):
     rows = [
         LABELLED,
         {"prompt": turns(*SKY), "completion": turns(*BLUE), "label": False},
@@ -312,13 +314,19 @@ def test_verdicts(save):
     assert read_labelled_completions(save(*rows))[:2] == (expected, {})
     thumb = record("thumb", {"up": False, "candidate": 1})
     found = read_labelled_completions(save(thumb, record(id="p2")))
-    assert found[:2] == ([LabelledCompletion(SKY, say("B."), False)], {"write gives no verdict": 1})
+    assert found[:2] == (
+        [LabelledCompletion(SKY, say("B."), False)],
+        {"write gives no labelled completion": 1},
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        (LABELLED | {"label": 1}, "which `openpalm reward` reads; verdicts are one of: prompt"),
+        (
+            LABELLED | {"label": 1},
+            "which `openpalm reward` reads; labelled completions are one of: prompt",
+        ),
         (LABELLED | {"label": None}, "this row is prompt, completion, which `openpalm sft` reads"),
         (LABELLED | {"prompt": 7}, 'field "prompt" is 7'),
     ],

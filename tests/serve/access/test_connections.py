@@ -106,9 +106,9 @@ def test_a_body_that_says_it_is_too_large_is_not_waited_for(server):
 def hasty(base):
     """A server whose patience ends at once, run by these bounds' own code."""
     code = (
-        "from openpalm.serve.access import body, connections; "
+        "import sys; from openpalm.serve.access import body, connections; "
         "connections.HEAD_TIMEOUT_S = body.BODY_TIMEOUT_S = 0.2; "
-        "from openpalm.cli.main import entry; entry()"
+        "from openpalm.cli.main import main; sys.exit(main())"
     )
     with serving(base, "--dtype", "float32", program=["-c", code]) as running:
         yield running

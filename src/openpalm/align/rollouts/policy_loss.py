@@ -9,7 +9,7 @@ With ratio_t = pi(y_t) / pi_old(y_t) and advantage A_t the loss of a token is
 pi_old is the policy at the start of the rollout. A `high` above `low` is DAPO's "clip-higher"
 (Yu et al. 2025).
 
-Departure from the papers: the engine that samples may be less precise than the policy, such as an
+Departure from the papers: the engine that samples may be less precise than the policy, like an
 int8 engine. Its tokens are then weighted by min(pi_old / sampler, cap), truncated importance
 sampling (Ionides 2008).
 """

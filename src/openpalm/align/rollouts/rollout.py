@@ -294,7 +294,7 @@ _STATE = {
     "beta": (int, float),
     "facts": (dict,),
 }
-"""Types in a loader's state, besides its order."""
+"""Types of the values in a loader's state, apart from its order."""
 
 
 def checked_rewards(reward: Reward, completions: Sequence[Completion]) -> list[float]:
