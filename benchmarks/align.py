@@ -153,11 +153,12 @@ def bare_dpo(turns: Turns) -> None:
 
 def our_rollouts(turns: Turns, model: Any, how: Any, objective: Any, rules: Any) -> None:
     """A rollout of a batch and one step on it, for ever; `rules` are its reward and estimate."""
-    from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
+    from openpalm.align.rollouts.rollout import RolloutLoader
+    from openpalm.align.rollouts.sampler import Sampler
 
     sampler = Sampler(model, random_ids(DATA, PROMPT, 0), frozenset(), how, slots=BATCH)
     reward, estimate, reference = rules
-    dtype = getattr(torch, how.rollout_weights)
+    dtype = getattr(torch, how.rollout_dtype)
     loader = RolloutLoader(sampler, reward, estimate, reference, rows=BATCH, dtype=dtype)
     trainer = our_trainer(model, objective, loader, dtype)
     while True:
@@ -173,11 +174,11 @@ def our_grpo(turns: Turns, weights: str = "float32") -> None:
     how = GrpoSettings(
         **paths,
         steps=1,
-        prompts=1,
-        answers=BATCH,
+        prompts_per_rollout=1,
+        num_completions=BATCH,
         max_new_tokens=ANSWER,
         advantage="grpo",
-        beta=0.0,
+        kl_coef=0.0,
     )
 
     def reward(answers: Any) -> list[float]:
@@ -193,15 +194,15 @@ def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") ->
     from openpalm.align.pairs.examples import PreferenceExample
     from openpalm.align.pairs.reward_model import collate
     from openpalm.align.rollouts.ppo import PpoObjective, estimate
-    from openpalm.align.rollouts.rollout_batch import record_of
+    from openpalm.align.rollouts.rollout_batch import to_example
     from openpalm.model.config import RewardConfig
     from openpalm.model.critic import ActorCritic
     from openpalm.model.reward import RewardModel, initialise_heads
     from openpalm.model.transformer import initialise
 
     paths = {"data": Path("-"), "out": Path("-"), "init": "-"}
-    sizes = {"prompts": BATCH, "max_new_tokens": ANSWER, "passes": 1}
-    how = PpoSettings(**paths, **sizes, steps=1, critic=critic, rollout_weights=weights)
+    sizes = {"prompts_per_rollout": BATCH, "max_new_tokens": ANSWER, "epochs_per_rollout": 1}
+    how = PpoSettings(**paths, **sizes, steps=1, critic=critic, rollout_dtype=weights)
     reference = our_model().requires_grad_(False)
     model = ActorCritic(reference.config, how.critic)
     model.load_state_dict(reference.state_dict(), strict=False)
@@ -212,7 +213,7 @@ def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") ->
 
     @torch.no_grad()
     def reward(answers: Any) -> list[float]:
-        batch = collate([PreferenceExample((record_of(answer),)) for answer in answers])
+        batch = collate([PreferenceExample((to_example(answer),)) for answer in answers])
         return judge.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
 
     rules = (reward, estimate, partial(token_log_probs, reference))

@@ -39,8 +39,9 @@ from openpalm.align.pairs.examples import (
 from openpalm.align.pairs.reward_model import RewardObjective
 from openpalm.align.pairs.reward_model import collate as reward_collate
 from openpalm.align.rollouts import grpo, ppo
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
-from openpalm.align.rollouts.rollout_batch import Answer, record_of
+from openpalm.align.rollouts.rollout import RolloutLoader
+from openpalm.align.rollouts.rollout_batch import Completion, to_example
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.evaluate.agreement import spearman
 from openpalm.model.config import RewardConfig
 from openpalm.model.critic import ActorCritic, Bins
@@ -70,7 +71,7 @@ class Row:
 def settings(kind: type, lr: float, seed: int, **changes: Any) -> Any:
     optim = OptimSettings(lr=lr, weight_decay=0.0, beta2=0.99, warmup=0.02, final_lr=0.0)
     if kind is not RewardSettings:
-        changes = {"beta": BETA} | changes
+        changes = {"kl_coef": BETA} | changes
     return kind(data=Path("-"), out=Path("-"), init="-", seed=seed, optim=optim, **changes)
 
 
@@ -93,18 +94,22 @@ def judged(task: Task, model: Transformer) -> Figures:
 
 
 def rolled_out(task: Task, model: Transformer, objective: Any, estimate: Any, how: Any) -> Figures:
-    sampler = Sampler(model, PROMPTS, frozenset({END}), how, slots=how.prompts * how.answers)
+    sampler = Sampler(
+        model, PROMPTS, frozenset({END}), how, slots=how.prompts_per_rollout * how.num_completions
+    )
     reference = partial(token_log_probs, task.reference)
-    rows = how.prompts * how.answers // how.minibatches
+    rows = how.prompts_per_rollout * how.num_completions // how.minibatches
     loader = RolloutLoader(sampler, task.reward, estimate, reference, rows=rows)
     stepped(model, objective, loader, how)
     return judged(task, model)
 
 
 def by_ppo(task: Task, seed: int, **changes: Any) -> Figures:
-    options = {"steps": 2400, "answers": 32, "minibatches": 2} | changes
-    how = settings(PpoSettings, 2e-3, seed, prompts=4, max_new_tokens=LONGEST, **options)
-    bins = Bins(how.critic_bins, -how.critic_range, how.critic_range) if how.critic_bins else None
+    options = {"steps": 2400, "num_completions": 32, "minibatches": 2} | changes
+    how = settings(
+        PpoSettings, 2e-3, seed, prompts_per_rollout=4, max_new_tokens=LONGEST, **options
+    )
+    bins = Bins(how.value_bins, -how.value_range, how.value_range) if how.value_bins else None
     model = ActorCritic(enumerable.CONFIG, how.critic, bins)
     model.load_state_dict(task.reference.state_dict(), strict=False)
     model.reset_critic()
@@ -112,8 +117,10 @@ def by_ppo(task: Task, seed: int, **changes: Any) -> Figures:
 
 
 def by_group(task: Task, seed: int, **changes: Any) -> Figures:
-    options = {"steps": 600, "answers": 32} | changes
-    how = settings(GrpoSettings, 3e-3, seed, prompts=4, max_new_tokens=LONGEST, **options)
+    options = {"steps": 600, "num_completions": 32} | changes
+    how = settings(
+        GrpoSettings, 3e-3, seed, prompts_per_rollout=4, max_new_tokens=LONGEST, **options
+    )
     return rolled_out(task, start_of(task), grpo.GroupObjective(how), grpo.estimate, how)
 
 
@@ -134,8 +141,8 @@ def drawn_pairs(task: Task, seed: int, count: int) -> list[tuple[int, int, int]]
 
 
 def example_of(prompt: int, *answers: int, label: float = 0.0) -> PreferenceExample:
-    given = (Answer(prompt, PROMPTS[prompt], ANSWERS[i], [], True) for i in answers)
-    return PreferenceExample(tuple(map(record_of, given)), label)
+    given = (Completion(prompt, PROMPTS[prompt], ANSWERS[i], [], True) for i in answers)
+    return PreferenceExample(tuple(map(to_example, given)), label)
 
 
 def accuracy(scores: Tensor, pairs: list[tuple[int, int, int]]) -> float:
@@ -220,14 +227,14 @@ ROWS: dict[str, Row] = {
     "ppo": Row(by_ppo, {"gain": 0.97, "-total_variation": -0.08}),
     "ppo, critic of its own": Row(partial(by_ppo, critic="separate", steps=1600), {"gain": 0.97}),
     "ppo, HL-Gauss critic": Row(
-        partial(by_ppo, critic="separate", critic_bins=51, steps=1600), {"gain": 0.97}
+        partial(by_ppo, critic="separate", value_bins=51, steps=1600), {"gain": 0.97}
     ),
     "rloo": Row(partial(by_group, advantage="rloo"), {"gain": 0.97}),
     "dr-grpo": Row(partial(by_group, advantage="dr-grpo"), {"gain": 0.95}),
     "dr-grpo, k2": Row(partial(by_group, advantage="dr-grpo", kl="k2"), {"gain": 0.95}),
     "dr-grpo, k3": Row(partial(by_group, advantage="dr-grpo", kl="k3"), {"gain": 0.85}),
     "grpo, mean over tokens, k3": Row(
-        partial(by_group, advantage="dapo", kl="k3", clip_high=0.2, redraws=0), {"gain": 0.85}
+        partial(by_group, advantage="dapo", kl="k3", clip_high=0.2, max_resamples=0), {"gain": 0.85}
     ),
     "grpo, mean over each answer, k3": Row(partial(by_group, advantage="grpo", kl="k3"), {}),
     "dapo": Row(partial(by_group, advantage="dapo"), {"gain": 0.95}),

@@ -75,7 +75,7 @@ def generate(
     if max_new_tokens < 1:
         raise SettingsError(f"max_new_tokens {max_new_tokens}: must be 1 or more")
     model, tokenizer, defaults = _language_model(model, tokenizer)
-    how = defaults.given(temperature, top_p, top_k)
+    how = defaults.override(temperature, top_p, top_k)
     stops = document_ends(tokenizer)
     requests = [
         # A seed of its own: equal prompts get different completions.

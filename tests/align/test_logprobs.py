@@ -187,7 +187,7 @@ def test_masked_tokens_have_no_gradient():
 @pytest.mark.parametrize("answer", ["ab", " ab", "", "\n", "<|end|>", "né"])
 def test_a_prompts_ids_are_a_prefix_and_the_end_counts(tokenizer, answer):
     prompt = [Message("user", "ab ab "), Message("assistant", "ab."), Message("user", " ab")]
-    before = render(tokenizer, prompt, answer_next=True).ids
+    before = render(tokenizer, prompt, add_generation_prompt=True).ids
     record = render_completion(tokenizer, prompt, [Message("assistant", answer)])
     assert record.ids[: len(before)] == before
     counted = [i for i, counts in zip(record.ids, record.loss_mask, strict=True) if counts]

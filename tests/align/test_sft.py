@@ -60,10 +60,10 @@ def loss_and_gradient(model, batch):
     class Fixed:
         """Its states are the logits already: the head is the identity."""
 
-        def residual(self, ids, *, layout, places):
+        def residual(self, ids, *, layout, selected):
             assert torch.equal(ids, batch.inputs)
             assert layout is None
-            return logits if places is None else logits.flatten(0, 1)[places]
+            return logits if selected is None else logits.flatten(0, 1)[selected]
 
         def cross_entropy(self, states, targets, *, z_loss, chunk):
             head = torch.eye(states.shape[-1])

@@ -16,7 +16,7 @@ from openpalm.align.config import DpoSettings
 from openpalm.align.judging.endpoint_judge import EndpointJudge
 from openpalm.align.judging.model_judge import Question
 from openpalm.align.pairs.dpo import pair_losses
-from openpalm.data.rows.labelled_files import read_labelled
+from openpalm.data.rows.labelled_completion_files import read_labelled_completions
 from openpalm.data.rows.pair_files import read_pairs
 from openpalm.errors import SettingsError, WorkError
 
@@ -146,7 +146,7 @@ def test_the_timeout_is_of_the_whole_reply():
     with dripping() as url:
         judge = EndpointJudge(url, "m", timeout_s=0.2, wait=at_once)
         with pytest.raises(WorkError, match=r"timed out after 0\.2 s"):
-            judge.first([Question("Which?", ("A", "B"))])
+            judge.verdicts([Question("Which?", ("A", "B"))])
 
 
 # --- losses on pairs
@@ -216,7 +216,7 @@ def talk(question: str, answer: str) -> str:
     return f"\n\nHuman: {question}\n\nAssistant: {answer}"
 
 
-@pytest.mark.parametrize("read", [read_pairs, read_labelled])
+@pytest.mark.parametrize("read", [read_pairs, read_labelled_completions])
 @pytest.mark.parametrize(
     "row",
     [

@@ -194,8 +194,8 @@ def test_rows_that_teach_nothing_are_left_out_and_told(said, base, pairs, tmp_pa
     assert status == 0
     told = [line.partition("pairs.jsonl: ")[2] for line in errors if "pairs.jsonl: " in line]
     assert told == [
-        "1 left out: equal answers (line 61)",
-        "1 left out: empty answer (line 62)",
+        "1 left out: equal completions (line 61)",
+        "1 left out: empty completion (line 62)",
         "1 left out: empty prompt (line 63)",
         "1 row carries fields that are not used: 'id' (1)",
     ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import openpalm.compat.rlhf as rlhf
 from openpalm.align.rollouts.ppo import estimate
-from openpalm.align.rollouts.rollout_batch import Estimated
+from openpalm.align.rollouts.rollout_batch import AdvantageEstimate
 from openpalm.compat.palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
 from openpalm.errors import DataError, OpenPalmError, SettingsError
 
@@ -76,9 +76,9 @@ def test_the_reward_rises(actor_lora: bool):
 
 
 def test_advantages_of_the_wrong_sign_would_show(monkeypatch: pytest.MonkeyPatch):
-    def wrong(*given: Any) -> Estimated:
+    def wrong(*given: Any) -> AdvantageEstimate:
         advantages, returns = estimate(*given)
-        return Estimated(-advantages, returns)
+        return AdvantageEstimate(-advantages, returns)
 
     monkeypatch.setattr(rlhf, "estimate", wrong)
     with pytest.raises(AssertionError):
@@ -214,7 +214,7 @@ def test_prompts_can_be_text(tmp_path: Path):
         ({"prompt_token_ids": [[0.5]]}, DataError, "whole numbers"),
         ({"eps_clip": 1.5}, SettingsError, r"1\.5: must be"),
         ({"actor_lora_r": 99}, SettingsError, "rank"),
-        ({"critic_num_pred_bins": 1}, SettingsError, "critic-bins 1: must be 0"),
+        ({"critic_num_pred_bins": 1}, SettingsError, "value-bins 1: must be 0"),
         ({"hl_gauss_loss_kwargs": {"max_value": 0.0}}, SettingsError, "above min_value"),
     ],
 )

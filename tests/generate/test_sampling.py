@@ -287,7 +287,7 @@ def test_bias_and_penalties_are_the_documented_sum():
 
 
 def test_each_row_is_chosen_as_alone():
-    hows = [
+    samplings = [
         Sampling(temperature=0),
         Sampling(seed=1),
         Sampling(temperature=0, logit_bias={2: 50.0}),
@@ -296,15 +296,13 @@ def test_each_row_is_chosen_as_alone():
     logits, generated = random_logits(4, 50), [[1, 2], [], [3], [4] * 5]
 
     def generators():
-        return [torch.Generator().manual_seed(how.seed) for how in hows]
+        return [torch.Generator().manual_seed(how.seed) for how in samplings]
 
-    together = choose_tokens(logits, hows, generated, generators())
-    alone = [
-        choose_tokens(logits[i : i + 1], hows[i : i + 1], generated[i : i + 1], [generators()[i]])[
-            0
-        ]
-        for i in range(4)
-    ]
+    together = choose_tokens(logits, samplings, generated, generators())
+    alone = []
+    for i in range(4):
+        row = slice(i, i + 1)
+        alone += choose_tokens(logits[row], samplings[row], generated[row], generators()[row])
     assert together == alone
     assert together[2] == 2
     assert together[0] == int(logits[0].argmax())
@@ -319,7 +317,7 @@ def test_each_row_is_chosen_as_alone():
     ],
 )
 def test_frequencies_of_whole_requests_follow_the_probabilities(how, expected):
-    """Through `choose_tokens`, as the engine draws; token 0 was said before."""
+    """Through `choose_tokens`, as in the engine; token 0 was generated before."""
     generator, settings = torch.Generator().manual_seed(9), Sampling(**how)
     draws = [choose_tokens(LOGITS[None], [settings], [[0]], [generator])[0] for _ in range(30_000)]
     chances = softmax([x if x is not None else -1e9 for x in expected])

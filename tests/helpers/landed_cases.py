@@ -24,7 +24,7 @@ from openpalm.align.pairs.examples import render_completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.demonstration_files import read_demonstrations
-from openpalm.data.rows.labelled_files import read_labelled
+from openpalm.data.rows.labelled_completion_files import read_labelled_completions
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.rating_files import read_ratings
 from openpalm.data.text.conversation import Message
@@ -119,7 +119,16 @@ RUNS: dict[str, tuple[object, ...]] = {
             "--reward",
             "reward/run",
         ),
-        *("--prompts", 4, "--max-new-tokens", 8, "--optim.name", "lion", "--optim.lr", 0.01),
+        *(
+            "--prompts-per-rollout",
+            4,
+            "--max-new-tokens",
+            8,
+            "--optim.name",
+            "lion",
+            "--optim.lr",
+            0.01,
+        ),
         *_ALIKE,
     ),
     "critic-separate": (
@@ -132,7 +141,16 @@ RUNS: dict[str, tuple[object, ...]] = {
             "--reward",
             "reward/run",
         ),
-        *("--prompts", 4, "--max-new-tokens", 8, "--critic", "separate", "--critic-bins", 5),
+        *(
+            "--prompts-per-rollout",
+            4,
+            "--max-new-tokens",
+            8,
+            "--critic",
+            "separate",
+            "--value-bins",
+            5,
+        ),
         *("--last-layers", 1, "--optim.name", "lion", "--optim.lr", 0.01, *_ALIKE),
     ),
 }
@@ -273,11 +291,12 @@ def judged(path: Path) -> dict[str, Any]:
         ],
         "ties": [[*map(_turns, (t.prompt, t.first, t.second))] for t in read_ties(path)],
         "ratings": [
-            [_turns(r.prompt), _turns(r.answer), r.value]
+            [_turns(r.prompt), _turns(r.completion), r.value]
             for r in read_ratings(path, "helpful").items
         ],
         "verdicts": [
-            [_turns(v.prompt), _turns(v.answer), v.good] for v in read_labelled(path).items
+            [_turns(v.prompt), _turns(v.completion), v.good]
+            for v in read_labelled_completions(path).items
         ],
         "demonstrations": [_turns(messages) for messages in read_demonstrations(path).items],
         "unused_by_pairs": read_pairs(path).unused,

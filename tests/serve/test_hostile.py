@@ -6,7 +6,7 @@ import socket
 import pytest
 from servers import HANGS_S
 
-from openpalm.serve.access.auth import MAX_BODY_BYTES
+from openpalm.serve.access.body import MAX_BODY_BYTES
 
 COMPLETIONS = "/v1/completions"
 DEEP = b'{"prompt": "a", "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
@@ -15,12 +15,16 @@ DEEP = b'{"prompt": "a", "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
 @pytest.mark.parametrize(
     ("raw", "status", "says"),
     [
-        (b'{"prompt": "' + b"a" * 10_000_000 + b'"}', 413, "too large; at most 8 MiB"),
+        (
+            b'{"prompt": "' + b"a" * 10_000_000 + b'"}',
+            413,
+            "the limit for this path is 8 MiB",
+        ),
         (b" " * (20 * MAX_BODY_BYTES // 10) + b"{}", 413, "too large"),
         (DEEP, 400, "nested too deeply"),
         (b"[" * 1_000_000, 400, "nested too deeply"),
-        (b'{"prompt": "a", "temperature": NaN}', 400, "NaN is no JSON number"),
-        (b'{"prompt": "a", "temperature": -Infinity}', 400, "Infinity is no JSON number"),
+        (b'{"prompt": "a", "temperature": NaN}', 400, "NaN is not a JSON number"),
+        (b'{"prompt": "a", "temperature": -Infinity}', 400, "Infinity is not a JSON number"),
         (b'{"prompt": "a", "temperature": 1e999}', 400, "temperature"),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", 400, "too many digits"),
         (b'{"prompt": "\\ud800"}', 400, "surrogate"),
@@ -70,7 +74,7 @@ def test_bodies(call, raw, status, says):
         ("prompt", [1.5], "prompt: must be"),
         ("prompt", [265], "token id 265: the model's vocabulary has 265"),
         ("prompt", ["a"] * 1025, "prompt: must be"),
-        ("prompt", ["a"] * 1000, "1000 sequences at once; this server takes 264"),
+        ("prompt", ["a"] * 1000, "1000 sequences in one request; this server takes 264"),
         ("n", 1000, "n: should be less than or equal to 128; it is 1000"),
         ("n", 0, "n: should be greater than or equal to 1"),
         ("n", "2", "n: should be a valid integer"),
@@ -89,9 +93,9 @@ def test_bodies(call, raw, status, says):
         ("presence_penalty", 3, "presence_penalty"),
         ("logprobs", 21, "logprobs"),
         ("stop", ["a"] * 17, "stop: must be a string or a list of at most 16 strings"),
-        ("logit_bias", {"265": 1}, "logit_bias: '265' is no token id of this model (0 to 264)"),
-        ("logit_bias", {"a\u0000": 1}, "is no token id"),
-        ("logit_bias", {"١": 1}, "is no token id"),
+        ("logit_bias", {"265": 1}, "logit_bias: '265' is not a token id of this model (0 to 264)"),
+        ("logit_bias", {"a\u0000": 1}, "is not a token id"),
+        ("logit_bias", {"١": 1}, "is not a token id"),
         ("logit_bias", {"1": 101}, "logit_bias.1: should be less than or equal to 100"),
         ("logit_bias", [1], "logit_bias"),
         ("max_completion_tokens", 0, "only with echo"),

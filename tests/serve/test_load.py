@@ -112,8 +112,9 @@ async def status_of(url):
 
 
 def test_sigterm_under_load_loses_nothing_in_flight(base):
-    """Everything admitted is answered whole, new callers are turned away, the end is orderly."""
-    with serving(base, "--max-sequences", 4) as server:
+    """All admitted requests are answered whole, new ones are refused, the exit status is 0."""
+    # A busy machine may need longer than the default timeout for 19,200 tokens.
+    with serving(base, "--max-sequences", 4, "--shutdown-timeout", HANGS_S) as server:
 
         async def load():
             bodies = [ENDLESS | {"stream": i % 2 == 0, "seed": i, "n": 8} for i in range(24)]

@@ -34,12 +34,12 @@ class Watched(Engine):
         return super().step()
 
 
-def run(test, *, slots=4, queue_limit=8, model=None):
+def run(test, *, slots=4, max_queue=8, model=None):
     """Runs `test(worker, engine)` on an event loop, with the worker started and stopped."""
 
     async def body():
         engine = Watched(model or tiny(), slots=slots)
-        worker = Worker(ServedModel("tiny", engine, Tokenizer.byte(), "-"), queue_limit=queue_limit)
+        worker = Worker(ServedModel("tiny", engine, Tokenizer.byte(), "-"), max_queue=max_queue)
         worker.start()
         try:
             await asyncio.wait_for(test(worker, engine), HANGS_S)
@@ -61,7 +61,7 @@ def test_who_leaves_frees_the_slots_within_two_steps():
             break
         at = engine.steps
         answers.close()
-        await until(lambda: worker.load == 0)
+        await until(lambda: worker.in_flight == 0)
         assert engine.steps <= at + 2
         assert engine.active == 0
         steps = engine.steps
@@ -78,7 +78,7 @@ def test_what_waits_is_bounded_and_comes_back():
             worker.submit(worker.current, [LONG])
         said = await asyncio.gather(*(collect(answer) for answer in answers))
         assert {one.finish for group in said for one in group} == {"length"}
-        assert worker.load == 0
+        assert worker.in_flight == 0
         await collect(worker.submit(worker.current, [LONG] * 12))
 
     run(test)
@@ -90,7 +90,7 @@ def test_an_engine_that_breaks_loses_its_requests_and_goes_on(capfd):
         answers = worker.submit(worker.current, [LONG] * 6)
         with pytest.raises(EngineFailed, match="RuntimeError: out of memory"):
             await collect(answers)
-        await until(lambda: worker.load == 0)
+        await until(lambda: worker.in_flight == 0)
         again = await collect(worker.submit(worker.current, [LONG]))
         assert again[0].tokens[0][0].id == Engine(tiny()).completions([LONG])[0][0]
         assert engine.active == 0
@@ -136,7 +136,7 @@ def test_a_tokenizers_panic_ends_one_request_alone(capfd):
             await collect(fails)
         said = await collect(goes)
         assert [token.id for token, _ in said[0].tokens] == second
-        await until(lambda: worker.load == 0)
+        await until(lambda: worker.in_flight == 0)
 
     run(test)
     assert capfd.readouterr().err.count("Traceback") == 1
@@ -152,7 +152,7 @@ def test_an_engine_that_panics_does_not_end_the_thread(capfd):
             await collect(worker.submit(worker.current, [LONG] * 2))
         engine.submit = kept
         await collect(worker.submit(worker.current, [LONG]))
-        assert worker.load == 0
+        assert worker.in_flight == 0
 
     run(test)
     assert "at once" in capfd.readouterr().err
@@ -172,7 +172,7 @@ def test_log_probs_that_are_no_numbers_end_one_request_alone():
             await collect(answers[0])
         said = await collect(answers[1])
         assert len(said[0].tokens) == 50
-        await until(lambda: worker.load == 0)
+        await until(lambda: worker.in_flight == 0)
         assert engine.active == 0
 
     run(test)
@@ -183,7 +183,7 @@ def test_what_asks_for_nothing_is_answered_at_once():
         nothing = [Request([1, 2], 0), Request([1], 0, score_prompt=True)]
         said = await collect(worker.submit(worker.current, nothing))
         assert [one.finish for one in said] == ["length"] * 2
-        assert (worker.load, engine.steps) == (0, 0)
+        assert (worker.in_flight, engine.steps) == (0, 0)
 
     run(test)
 
@@ -191,12 +191,12 @@ def test_what_asks_for_nothing_is_answered_at_once():
 def test_a_drain_takes_nothing_new_and_ends_what_does_not_end():
     async def test(worker, engine):
         answers = worker.submit(worker.current, [LONG] * 2)
-        worker.drain(0)
+        worker.shut_down(0)
         with pytest.raises(ShuttingDown):
             worker.submit(worker.current, [LONG])
         with pytest.raises(ShuttingDown):
             await collect(answers)
-        await until(lambda: worker.load == 0)
+        await until(lambda: worker.in_flight == 0)
 
     run(test)
 
@@ -209,7 +209,7 @@ def test_an_old_model_is_dropped_when_its_last_request_ends():
         first, second = await asyncio.gather(collect(old), collect(new))
         assert [t.id for t, _ in first[0].tokens] == Engine(tiny()).completions([LONG])[0]
         assert [t.id for t, _ in second[0].tokens] == Engine(tiny(seed=1)).completions([LONG])[0]
-        assert not worker._running
+        assert not worker._unfinished
 
     run(test)
 
@@ -223,6 +223,6 @@ def test_numbers_that_are_not_finite_end_one_request_alone():
         with pytest.raises(NumbersError):
             await collect(hit)
         assert (await collect(healthy))[0].finish == "length"
-        await until(lambda: worker.load == 0)
+        await until(lambda: worker.in_flight == 0)
 
     run(test, model=tiny(tied=False))

@@ -10,7 +10,7 @@ another (Batch.segments); its loss and its gradient are the same either way.
 from collections.abc import Iterable
 from typing import Literal
 
-from openpalm.data.rows.usable import Usable
+from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.conversation import Example, Message, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError
@@ -34,10 +34,10 @@ def records(
 
 def fitting(
     tokenizer: Tokenizer,
-    conversations: Usable[tuple[Message, ...]],
+    conversations: ReadResult[tuple[Message, ...]],
     template: Literal["chat", "none"],
     sequence_length: int,
-) -> Usable[Example]:
+) -> ReadResult[Example]:
     """The conversations with something to learn within the window, and why the others have none.
 
     A conversation that is longer stays and is cut at its end (data.loader.truncated counts them).
@@ -52,7 +52,7 @@ def fitting(
             return f"the prompt fills {sequence_length} tokens, see --sequence-length"
         return record
 
-    return conversations.then(made)
+    return conversations.map(made)
 
 
 def _conversation(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> Example:

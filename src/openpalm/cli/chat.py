@@ -89,7 +89,7 @@ class _Conversation:
     ):
         self.engine = engine
         self.tokenizer = tokenizer
-        self.how = own.given(settings.temperature, settings.top_p, settings.top_k)
+        self.how = own.override(settings.temperature, settings.top_p, settings.top_k)
         self.settings = settings
         self.messages: list[Message] = []
         self.reset()
@@ -118,7 +118,7 @@ class _Conversation:
 
         self.messages.append(Message("user", text))
         how, settings = self.how, self.settings
-        ids = render(self.tokenizer, self.messages, answer_next=True).ids
+        ids = render(self.tokenizer, self.messages, add_generation_prompt=True).ids
         # Not seed + turn: the next seed's conversation would repeat these draws a turn later.
         seed = completion_seed(settings.seed, len(self.messages))
         sampling = Sampling(how.temperature, how.top_k, how.top_p, seed)

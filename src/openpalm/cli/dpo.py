@@ -105,12 +105,12 @@ def _examples(
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import report_unused
-    from openpalm.data.rows.labelled_files import read_labelled
+    from openpalm.data.rows.labelled_completion_files import read_labelled_completions
     from openpalm.data.rows.pair_files import read_pairs
 
     # The last of length + 1 tokens is only a target.
     if settings.loss == "kto":
-        noun, given = "labelled completion", read_labelled(settings.data)
+        noun, given = "labelled completion", read_labelled_completions(settings.data)
         found = to_examples(tokenizer, given, length + 1)
     else:
         noun, found = "pair", to_examples(tokenizer, read_pairs(settings.data), length + 1)
@@ -144,21 +144,12 @@ def _report_one_sided(examples: "Sequence[PreferenceExample]", label: str) -> No
 
 def _held_out_probe(kind: _Kind, batch: "PreferenceBatch") -> "Probe":
     """Loss, accuracy and margin on the held-out examples."""
-    import torch
+    from openpalm.train.probes import held_out_probe
 
-    from openpalm.model.transformer import Transformer
-    from openpalm.train.probes import Probe
-
-    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
-        device = model.embedding.device
-        with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
-            loss, metrics = kind.objective.loss(model, batch.to(device))
-        values = {"loss": loss.item(), **metrics}
-        return {f"val_{name}": value / len(batch) for name, value in values.items()}
-
-    return Probe(
-        measure,
-        describe=lambda row: (
+    return held_out_probe(
+        kind.objective,
+        [batch],
+        lambda row: (
             f"held-out {kind.unit}: loss {row['val_loss']:.4f}, accuracy "
             f"{row['val_accuracy']:.3f}, reward margin {row['val_reward_margin']:.3f}"
         ),

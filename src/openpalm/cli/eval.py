@@ -55,8 +55,9 @@ def run(argv: Sequence[str]) -> None:
 
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import validation, weights_path
+    from openpalm.cli.common import weights_path
     from openpalm.data.dataset.shards import open_dataset
+    from openpalm.evaluate.perplexity import dataset_loss
     from openpalm.generate.quantize import quantize
     from openpalm.train.initial_weights import check_reads
 
@@ -72,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
         model = quantize(model, weights)
     length = settings.sequence_length or model.config.context
     with Console(stderr=True).status(f"reading the {settings.split} split"):
-        result = validation(
+        result = dataset_loss(
             model,
             dataset,
             settings.split,

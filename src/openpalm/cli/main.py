@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import NoReturn
 
 from openpalm.errors import OpenPalmError
 
@@ -63,11 +62,23 @@ examples:
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs one command line; returns the exit status: 0 done, 1 work failed, 2 wrong request."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line, by default the process's own; returns its exit status.
+
+    0: done. 1: the work failed. 2: the request was wrong.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     _escape_unencodable()
     try:
-        status = _main(argv)
+        status = _without_verb(argv)
+        if status is None:
+            try:
+                import_module(f"openpalm.cli.{VERBS[argv[0]][0]}").run(argv[1:])
+                status = 0
+            except BrokenPipeError:
+                raise
+            except (Exception, KeyboardInterrupt) as error:
+                status = _explain(error, argv[0])
         sys.stdout.flush()
         return status
     except OSError as error:
@@ -85,7 +96,8 @@ def _escape_unencodable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _main(argv: Sequence[str]) -> int:
+def _without_verb(argv: Sequence[str]) -> int | None:
+    """Handles --help, --version and an unknown verb; None if there is a verb to run."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         listing = "\n".join(f"  {verb:<12}{about}" for verb, (_, about) in VERBS.items())
         print(USAGE.format(verbs=listing))
@@ -95,29 +107,24 @@ def _main(argv: Sequence[str]) -> int:
 
         print(f"openpalm {__version__}")
         return 0
-    return _run_verb(argv[0], argv[1:])
+    if argv[0] not in VERBS:
+        return _print_error(f"unknown verb {argv[0]}; {_suggestion(argv[0])}", 2)
+    return None
 
 
-def _run_verb(verb: str, argv: Sequence[str]) -> int:
+def _explain(error: BaseException, verb: str) -> int:
+    """Prints a requested --help, or the error as one line; returns the exit status."""
     from openpalm.base.settings import HelpRequested
 
-    try:
-        if verb not in VERBS:
-            return _print_error(f"unknown verb {verb}; {_suggestion(verb)}", 2)
-        import_module(f"openpalm.cli.{VERBS[verb][0]}").run(argv)
+    if isinstance(error, HelpRequested):
+        print(error)
         return 0
-    except HelpRequested as text:
-        print(text)
-        return 0
-    except OpenPalmError as error:
+    if isinstance(error, OpenPalmError):
         return _print_error(str(error), error.exit_status)
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         more = "; run the same command again to continue" if verb in CONTINUES else ""
         return _print_error(f"interrupted{more}", 128 + signal.SIGINT)
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        return _unexpected(error)
+    return _unexpected(error)
 
 
 def _suggestion(verb: str) -> str:
@@ -127,7 +134,7 @@ def _suggestion(verb: str) -> str:
     return f"did you mean {'data ' * (near[0] in DATA_VERBS)}{near[0]}?"
 
 
-def _unexpected(error: Exception) -> int:
+def _unexpected(error: BaseException) -> int:
     """An error without a message of its own: from the operating system, or a bug."""
     if os.environ.get("OPENPALM_TRACEBACK"):
         raise error
@@ -145,9 +152,3 @@ def _unexpected(error: Exception) -> int:
 def _print_error(message: str, status: int) -> int:
     print(f"openpalm: error: {' '.join(message.split())}", file=sys.stderr)
     return status
-
-
-def entry() -> NoReturn:
-    """The console script."""
-    status = main(sys.argv[1:])
-    sys.exit(status)

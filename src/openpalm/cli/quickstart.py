@@ -439,7 +439,9 @@ def _answers(run_directory: Path, questions: list[str], *, temperature: float = 
     assert tokenizer is not None
     engine = Engine(checkpoint.load(directory), slots=32, owned=True)
     stops = stop_ids(tokenizer)
-    prompts = [render(tokenizer, [Message("user", q)], answer_next=True).ids for q in questions]
+    prompts = [
+        render(tokenizer, [Message("user", q)], add_generation_prompt=True).ids for q in questions
+    ]
     requests = [
         Request(ids, 64, Sampling(temperature=temperature, seed=i), stops)
         for i, ids in enumerate(prompts)

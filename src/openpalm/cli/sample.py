@@ -118,7 +118,7 @@ def _request(
     from openpalm.generate.streaming import document_ends, prompt_ids
 
     if settings.chat:
-        ids = render(tokenizer, [Message("user", settings.text)], answer_next=True).ids
+        ids = render(tokenizer, [Message("user", settings.text)], add_generation_prompt=True).ids
         stops = stop_ids(tokenizer)
     else:
         ids = prompt_ids(tokenizer, settings.text)
@@ -134,6 +134,6 @@ def _request(
     top_k = settings.top_k
     if settings.filter_thres is not None:
         top_k = math.ceil((1 - settings.filter_thres) * vocab_size)
-    own = defaults.given(settings.temperature, settings.top_p, top_k)
+    own = defaults.override(settings.temperature, settings.top_p, top_k)
     how = Sampling(own.temperature, own.top_k, own.top_p, settings.seed)
     return Request(ids, new_tokens, how, stops)

@@ -99,11 +99,11 @@ def _tasks(
     """Each task's conversations as records; reports what is left out."""
     from openpalm.align.sft import fitting
     from openpalm.cli.common import report_unused
-    from openpalm.data.rows.tasks import conversations
+    from openpalm.data.rows.tasks import read_conversations
 
     made = []
     for number, task in enumerate(mixture.tasks):
-        given = conversations(task, settings.seed + number)
+        given = read_conversations(task, settings.seed + number)
         found = fitting(tokenizer, given, settings.template, length)
         made.append(report_unused(label, task.data, found, "conversation").items)
     return made
@@ -112,14 +112,13 @@ def _tasks(
 def _held_out_probe(records: "Sequence[Example]", sequence_length: int) -> "Probe":
     """val_loss over the held-out answers, nats a token."""
     from openpalm.data.batches.loader import Batch, padded
-    from openpalm.evaluate.perplexity import split_loss
-    from openpalm.train.probes import Probe
+    from openpalm.train.objective import NextToken
+    from openpalm.train.probes import held_out_probe
 
     batches = [
         Batch(*padded(records[first : first + _PROBE_ROWS], sequence_length))
         for first in range(0, len(records), _PROBE_ROWS)
     ]
-    return Probe(
-        lambda model, dtype: {"val_loss": split_loss(model, batches, 1, dtype).nats_per_token},
-        describe=lambda row: f"held-out answers {row['val_loss']:.4f} nats a token",
+    return held_out_probe(
+        NextToken(), batches, lambda row: f"held-out answers {row['val_loss']:.4f} nats a token"
     )

@@ -20,8 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from openpalm.align.config import PpoSettings
 from openpalm.align.rollouts.ppo import PpoObjective, estimate
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
-from openpalm.align.rollouts.rollout_batch import Answer
+from openpalm.align.rollouts.rollout import RolloutLoader, reference_log_probs
+from openpalm.align.rollouts.rollout_batch import Completion
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.compat.palm import PaLM, with_adapter
 from openpalm.compat.reward import RewardModel
 from openpalm.compat.state_dicts import draw_seed
@@ -106,14 +107,14 @@ class RLHFTrainer:
                 final_lr=1.0,
                 clip=math.inf if max_norm is None else max_norm,
             ),
-            passes=epochs,
-            beta=kl_div_loss_weight,
+            epochs_per_rollout=epochs,
+            kl_coef=kl_div_loss_weight,
             clip_low=eps_clip,
             clip_high=eps_clip,
-            clip_value=value_clip,
-            entropy=beta_s,
+            value_clip=value_clip,
+            entropy_coef=beta_s,
             critic="separate",
-            critic_bins=critic_num_pred_bins,
+            value_bins=critic_num_pred_bins,
         )
         self._scope = _SCOPE if actor_lora else None
         if actor_lora:
@@ -155,7 +156,7 @@ class RLHFTrainer:
         rollouts = -(-total // update_timesteps)
         settings = replace(
             self._settings,
-            prompts=-(-total // rollouts),
+            prompts_per_rollout=-(-total // rollouts),
             max_new_tokens=max_seq_len,
             temperature=temperature,
             seed=draw_seed(),
@@ -169,10 +170,10 @@ class RLHFTrainer:
             slots=max_batch_size,
             context=max_seq_len,
         )
-        rows = min(self.minibatch_size, settings.prompts)
+        rows = min(self.minibatch_size, settings.prompts_per_rollout)
         reference = reference_log_probs(self._reference, temperature)
         loader = RolloutLoader(sampler, self._rewards, estimate, reference, rows=rows)
-        each = settings.passes * -(-settings.prompts // rows)
+        each = settings.epochs_per_rollout * -(-settings.prompts_per_rollout // rows)
         steps = rollouts * each
         loop = Trainer(
             self.actor_critic, PpoObjective(settings), self._optimizer, loader, steps=steps
@@ -210,7 +211,7 @@ class RLHFTrainer:
         best = max(range(num_samples), key=rewards.__getitem__)
         return torch.tensor([*ids, *answers[best]], device=self.palm.device)
 
-    def _rewards(self, answers: Sequence[Answer]) -> list[float]:
+    def _rewards(self, answers: Sequence[Completion]) -> list[float]:
         return self._judged([a.prompt_ids for a in answers], [a.ids for a in answers])
 
     def _judged(

@@ -301,6 +301,6 @@ def _check_backing(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{path}: {name} claims more numbers than the file holds")
-    # Tied tables appear twice; nothing else shares.
+    # TiedRow tables appear twice; nothing else shares.
     if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:
         raise CheckpointError(f"{path}: its tensors claim more bytes than the file has")

@@ -324,7 +324,9 @@ class Engine:
         # replaced by the error token below.
         logits = logits if finite.all() else logits.where(finite[:, None], 0.0)
         samplings = [each.request.sampling for each in chosen_for]
-        generated = [each.generated if each.request.sampling.adjusts else () for each in chosen_for]
+        generated = [
+            each.generated if each.request.sampling.adjusts_logits else () for each in chosen_for
+        ]
         ids = choose_tokens(logits, samplings, generated, [each.generator for each in chosen_for])
         for each, token in zip(chosen_for, ids, strict=True):
             each.ids.append(token)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from openpalm.base.device import multiplies_bfloat16, multiplies_int8
 from openpalm.errors import SettingsError
-from openpalm.model.block import Block, ProjectHead, ProjectIn, ProjectOut
+from openpalm.model.block import Block, ProjectIn, ProjectOut
+from openpalm.model.embedding_head import ProjectHead
 from openpalm.model.lora import merged, shallow_copy_as
 from openpalm.model.transformer import Transformer
 
@@ -57,7 +58,7 @@ def quantize(model: Transformer, weights: WeightFormat) -> Transformer:
 
 
 def copy_unquantized_parts(model: Transformer) -> Transformer:
-    """Returns the model with its own copy of what `quantize` shares: tables, norms and biases.
+    """Returns the model with its own tables, norms and biases, which `quantize` would share.
 
     The matrices of the blocks, which `quantize` copies, and parameters that only training needs (a
     critic) stay shared with `model`.

@@ -60,7 +60,7 @@ class Sampling:
                 raise SettingsError(f"{name} ({change}) must be a number from {limits}")
 
     @property
-    def adjusts(self) -> bool:
+    def adjusts_logits(self) -> bool:
         """Whether a logit bias or a penalty changes the logits."""
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
@@ -88,32 +88,34 @@ def choose_tokens(
     generated: the tokens of each completion so far; only penalties read them.
     """
     tokens = logits.argmax(dim=-1).tolist()
-    sampled = [row for row, how in enumerate(samplings) if how.temperature > 0 or how.adjusts]
+    sampled = [
+        row for row, each in enumerate(samplings) if each.temperature > 0 or each.adjusts_logits
+    ]
     if sampled:  # on the CPU, where the generators are
         logits = logits.cpu()
     for row in sampled:
-        how = samplings[row]
+        sampling = samplings[row]
         probabilities = distribution(
-            adjusted(logits[row], how, generated[row]),
-            temperature=how.temperature,
-            top_k=how.top_k,
-            top_p=how.top_p,
-            min_p=how.min_p,
+            adjusted(logits[row], sampling, generated[row]),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
         )
         tokens[row] = draw(probabilities, generators[row])
     return tokens
 
 
-def adjusted(logits: Tensor, how: Sampling, generated: Sequence[int]) -> Tensor:
+def adjusted(logits: Tensor, sampling: Sampling, generated: Sequence[int]) -> Tensor:
     """Logits [vocab] with logit bias and penalties, as the OpenAI API defines them:
 
     l_j + bias_j - count_j * frequency_penalty - [count_j > 0] * presence_penalty.
     """
-    if not how.adjusts:
+    if not sampling.adjusts_logits:
         return logits
-    changes = dict(how.logit_bias)
+    changes = dict(sampling.logit_bias)
     for token, count in Counter(generated).items():
-        penalty = count * how.frequency_penalty + how.presence_penalty
+        penalty = count * sampling.frequency_penalty + sampling.presence_penalty
         changes[token] = changes.get(token, 0.0) - penalty
     ids = torch.tensor(list(changes), dtype=torch.long)
     return logits.index_add(0, ids, torch.tensor(list(changes.values()), dtype=logits.dtype))

@@ -120,7 +120,7 @@ def _learning(lines: list[Line], name: str) -> str:
     """The figures of runs of one kind, against each axis."""
     runs = [run for line in lines for run in line.runs]
     unit = loss_unit(runs[0].unit)
-    data = {run.settings.get("chosen.data") for run in runs}
+    data = {run.settings.get("run.data") for run in runs}
     bits = len(data) > 1 and all(run.last("val_bits_per_byte") is not None for run in runs)
     validation = (
         Panel("val_bits_per_byte", "validation, bits a byte", marked=True)
@@ -181,7 +181,7 @@ def _throughput(lines: list[Line]) -> str:
 def _differences(lines: Sequence[Line]) -> str:
     each = _each(lines)
     rows = [
-        (name, *(value[:12] if name in ("chosen.data", "chosen.parent") else value for value in v))
+        (name, *(value[:12] if name in ("run.data", "run.parent") else value for value in v))
         for name, v in differences([run for _, run in each])
     ]
     if not rows:

@@ -97,8 +97,8 @@ def starting_point(
 
 def _named(settings: TrainSettings) -> Preset:
     """What --depth or --model asks for."""
-    if settings.dial is not None:
-        return of_depth(settings.dial)
+    if settings.scaling_depth is not None:
+        return of_depth(settings.scaling_depth)
     assert settings.model is not None
     return preset(settings.model)
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from openpalm.errors import TrainingError
 from openpalm.model.transformer import Transformer
 from openpalm.parallel.world import World
-from openpalm.train.config import Ramp
+from openpalm.train.batch_shape import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
-from openpalm.train.optimization.parameter_groups import Optimizer, learning_rate_factor
+from openpalm.train.optimization.parameter_groups import Optimizer
+from openpalm.train.optimization.schedule import learning_rate_factor
 
 
 @dataclass(frozen=True)

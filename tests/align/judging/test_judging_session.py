@@ -7,7 +7,12 @@ from tiny_models import tiny
 
 from openpalm.align.judging import judging_session
 from openpalm.align.judging.best_of_n import SamplingPlan
-from openpalm.align.judging.judging_session import JudgingSession, Writer, drawn_items, given_items
+from openpalm.align.judging.judging_session import (
+    JudgingSession,
+    Writer,
+    items_from_model,
+    items_from_rows,
+)
 from openpalm.align.judging.model_judge import Refused
 from openpalm.base.jsonl import open_jsonl
 from openpalm.data.rows.candidate_files import CandidateRow
@@ -32,7 +37,7 @@ class Stars:
     def fits(self, text, reply_tokens):
         return "long" not in text
 
-    def first(self, questions):
+    def verdicts(self, questions):
         self.asked += [text for text, _ in questions]
         return [0.9 if stars(text, "A") > stars(text, "B") else 0.1 for text, _ in questions]
 
@@ -50,7 +55,7 @@ def asks(text):
 
 
 def item(*answers, prompt="Which?"):
-    [made] = given_items([CandidateRow(asks(prompt), tuple(Candidate(a) for a in answers))])
+    [made] = items_from_rows([CandidateRow(asks(prompt), tuple(Candidate(a) for a in answers))])
     return made
 
 
@@ -69,14 +74,14 @@ def at_work(path, session, work, items):
             getattr(working, work)(each)
     with open_jsonl(path) as file:
         records = [Preference.from_json(row, "row") for row in file.found]
-    return working.told(), judge.asked, records
+    return working.summary(), judge.asked, records
 
 
 def check_every_two_once(path, session):
     items = [item("*", "***", "**"), item("", "*", "long")]
     told, asked, records = at_work(path, session, "compare", items)
     assert (told["written"], told["known"], len(asked)) == (3, 0, 3 * 2 * 2)
-    assert told["left_out"] == {"empty answer": 2, "longer than the judge's context": 1}
+    assert told["left_out"] == {"empty completion": 2, "longer than the judge's context": 1}
     assert told["first_place"] == pytest.approx(0.5)
     for record in records:
         better, worse = (record.candidates[record.payload[key]] for key in ("better", "worse"))
@@ -93,8 +98,8 @@ def test_every_two_answers_are_compared_once(tmp_path):
             super().__init__(judge, constitution, max_new_tokens, file)
 
     class Careless(JudgingSession):
-        def _open(self, item, kind, places):
-            return super()._open(item, kind, places[1:])
+        def _pending(self, item, kind, places):
+            return super()._pending(item, kind, places[1:])
 
     for number, bug in enumerate((Forgetful, Careless)):
         fails(check_every_two_once, tmp_path / f"{number}.jsonl", bug)
@@ -102,7 +107,7 @@ def test_every_two_answers_are_compared_once(tmp_path):
 
 def test_equal_answers_say_nothing(tmp_path):
     told, asked, _ = at_work(tmp_path / "j.jsonl", JudgingSession, "compare", [item("*", " * ")])
-    assert (told["written"], told["left_out"], asked) == (0, {"equal answers": 1}, [])
+    assert (told["written"], told["left_out"], asked) == (0, {"equal completions": 1}, [])
     assert told["first_place"] is None
 
 
@@ -130,15 +135,15 @@ def writer():
     return Writer(Engine(tiny()), Tokenizer.byte(), "c" * 64, SamplingPlan(2, 6, 1.0, 3))
 
 
-PROMPTS = [asks(f"{i}?") for i in range(judging_session.PROMPTS_AT_A_TIME + 3)]
+PROMPTS = [asks(f"{i}?") for i in range(judging_session.PROMPTS_PER_BATCH + 3)]
 
 
 def check_drawn(writer, draw_items):
     """Each prompt has the answers that are drawn to it alone, and is known by their numbers."""
-    ids = [render(writer.tokenizer, prompt, answer_next=True).ids for prompt in PROMPTS]
+    ids = [render(writer.tokenizer, prompt, add_generation_prompt=True).ids for prompt in PROMPTS]
     stops = stop_ids(writer.tokenizer)
     for n, made in enumerate(draw_items(writer, [PromptRow(p, {}) for p in PROMPTS], ids)):
-        alone = writer.draw.answers(writer.engine, ids, [n], stops)
+        alone = writer.plan.sample(writer.engine, ids, [n], stops)
         texts = [writer.tokenizer.decode([i for i in a.ids if i not in stops]) for a in alone]
         assert [c.text for c in made.candidates()] == texts
         assert [c.sampling["draw"] for c in made.candidates()] == [2 * n, 2 * n + 1]
@@ -147,10 +152,10 @@ def check_drawn(writer, draw_items):
 
 
 def test_answers_are_drawn_in_blocks_as_alone(writer):
-    check_drawn(writer, drawn_items)
+    check_drawn(writer, items_from_model)
 
     def one_off(writer, rows, ids):
-        made = drawn_items(writer, rows, ids)
+        made = items_from_model(writer, rows, ids)
         return [
             each._replace(candidates=other.candidates)
             for each, other in zip(made, [*made[1:], made[0]], strict=True)
@@ -164,18 +169,18 @@ def test_nothing_is_drawn_before_it_is_wanted(writer):
         def __getattr__(self, name):
             raise AssertionError(f"asked for {name}")
 
-    made = drawn_items(writer._replace(engine=Idle()), [PromptRow(PROMPTS[0], {})], [[1]])
+    made = items_from_model(writer._replace(engine=Idle()), [PromptRow(PROMPTS[0], {})], [[1]])
     assert made[0].origins[1] == ["c" * 64, writer.sampling, 1]
     fails(made[0].candidates)
 
 
 def test_undecided_and_refused_items_have_no_record_and_are_asked_again(tmp_path):
     class Picky(Stars):
-        def first(self, questions):
+        def verdicts(self, questions):
             if "odd" in questions[0].text:
                 return [0.9, None, 0.9, 0.9]
             refused = "huge" in questions[0].text
-            return [Refused("too long")] * 4 if refused else super().first(questions)
+            return [Refused("too long")] * 4 if refused else super().verdicts(questions)
 
     items = [item("*", "odd"), item("*", "huge"), item("*", "**")]
     for written, known in ((1, 0), (0, 1)):
@@ -183,7 +188,7 @@ def test_undecided_and_refused_items_have_no_record_and_are_asked_again(tmp_path
             session = JudgingSession(Picky(), ARTICLES, 16, file, [row["id"] for row in file.found])
             for each in items:
                 session.compare(each)
-        told = session.told()
+        told = session.summary()
         assert (told["written"], told["known"], told["ties"]) == (written, known, 0)
         assert told["left_out"] == {"undecided": 1, "refused by the judge": 1}
         assert [refused["reason"] for refused in told["refused"]] == ["too long"]
@@ -191,12 +196,12 @@ def test_undecided_and_refused_items_have_no_record_and_are_asked_again(tmp_path
 
 def test_a_judge_that_refuses_all_is_an_error(tmp_path):
     class Closed(Stars):
-        def first(self, questions):
+        def verdicts(self, questions):
             return [Refused("no credit")] * len(questions)
 
     with open_jsonl(tmp_path / "j.jsonl") as file:
         session = JudgingSession(Closed(), ARTICLES, 16, file)
-        for _ in range(judging_session.REFUSALS_AT_FIRST - 1):
+        for _ in range(judging_session.MAX_FIRST_REFUSALS - 1):
             session.compare(item("*", "**"))
         with pytest.raises(WorkError, match="no credit"):
             session.compare(item("*", "**"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from openpalm.align.judging.parse_verdict import verdict
+from openpalm.align.judging.parse_verdict import parse_verdict
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ from openpalm.align.judging.parse_verdict import verdict
     ],
 )
 def test_a_verdict_is_read(reply, label):
-    assert verdict(reply, ("A", "B")) == "AB".index(label)
-    assert verdict(reply.replace("\r", ""), ("B", "A")) == "BA".index(label)
+    assert parse_verdict(reply, ("A", "B")) == "AB".index(label)
+    assert parse_verdict(reply.replace("\r", ""), ("B", "A")) == "BA".index(label)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_verdict_is_read(reply, label):
     ],
 )
 def test_no_verdict_is_none(reply):
-    assert verdict(reply, ("A", "B")) is None
+    assert parse_verdict(reply, ("A", "B")) is None
 
 
 @pytest.mark.parametrize(
@@ -79,4 +79,4 @@ def test_no_verdict_is_none(reply):
     ],
 )
 def test_words_count_in_any_case(reply, index):
-    assert verdict(reply, ("yes", "no")) == index
+    assert parse_verdict(reply, ("yes", "no")) == index

@@ -13,10 +13,11 @@ from openpalm.align.judging.reward_sources import (
     RewardContext,
     RewardPrompt,
     fingerprint,
+    last_user_turn,
     load_reward,
-    question_of,
 )
-from openpalm.align.rollouts.rollout_batch import Answer
+from openpalm.align.rollouts.rollout_batch import Completion
+from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
@@ -28,10 +29,10 @@ READER = RewardContext(BYTES, ASKED, stop_ids(BYTES))
 
 
 def answer(text, prompt=0, ended=True):
-    asked = render(BYTES, [Message("user", ASKED[prompt].question)], answer_next=True).ids
+    asked = render(BYTES, [Message("user", ASKED[prompt].question)], add_generation_prompt=True).ids
     end = [BYTES.special_id("<|end|>")] if ended else []
     ids = [*BYTES.encode(text), *end]
-    return Answer(prompt, asked, ids, [0.0] * len(ids), ended)
+    return Completion(prompt, asked, ids, [0.0] * len(ids), ended)
 
 
 ANSWERS = [answer("4"), answer(" 4 ", ended=False), answer("5"), answer("7", prompt=1)]
@@ -53,9 +54,9 @@ def test_a_text_has_no_end_marker():
 
 def test_the_question_is_the_users_last_turn():
     turns = [Message("system", "s"), Message("user", "a"), Message("assistant", "b")]
-    assert question_of([*turns, Message("user", "c")]) == "c"
-    assert question_of(turns) == "a"
-    assert question_of(turns[:1]) == ""
+    assert last_user_turn([*turns, Message("user", "c")]) == "c"
+    assert last_user_turn(turns) == "a"
+    assert last_user_turn(turns[:1]) == ""
 
 
 def test_an_exact_match():
@@ -96,21 +97,24 @@ def test_numbers_of_any_kind(write, value):
 )
 def test_a_function_that_fails_is_named(write, body, says):
     path = write(f"def f(prompt, answer, row):\n    {body}\n")
-    for option in ("reward", "gold"):
+    for option in ("reward", "gold_reward"):
         with pytest.raises(WorkError) as error:
             load_reward([f"{path}:f"], READER, option)(ANSWERS)
         told = str(error.value)
-        assert told.startswith(f"--{option} {path}:f: ")
+        assert told.startswith(f"{spell(option)} {path}:f: ")
         assert says in told
-        assert "for the answer '4'; correct it and give the same command, which goes on" in told
+        assert "for the completion '4'; correct the function and run the command again" in told
         assert len(told) < 600
 
 
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("nothing", "--reward nothing: no such run; give a reward model's, FILE.py:FUNCTION"),
-        ("x*exact", "--reward x*exact: 'x' is no weight; write it as 0.5*SOURCE"),
+        (
+            "nothing",
+            "--reward nothing: no such run; give the run of a reward model, FILE.py:FUNCTION",
+        ),
+        ("x*exact", "--reward x*exact: 'x' is no weight; write a number, as in 0.5*SOURCE"),
         ("none.py:f", "--reward none.py:f: no such file; check the path"),
     ],
 )
@@ -121,10 +125,10 @@ def test_a_source_that_is_none(source, says):
 
 
 def test_a_gold_source_that_is_none_is_named_by_its_option():
-    with pytest.raises(SettingsError, match=r"^--gold nothing: no such run"):
-        load_reward(["nothing"], READER, "gold")
-    with pytest.raises(SettingsError, match=r"^--gold none.py:f: no such file"):
-        load_reward(["none.py:f"], READER, "gold")
+    with pytest.raises(SettingsError, match=r"^--gold-reward nothing: no such run"):
+        load_reward(["nothing"], READER, "gold_reward")
+    with pytest.raises(SettingsError, match=r"^--gold-reward none.py:f: no such file"):
+        load_reward(["none.py:f"], READER, "gold_reward")
 
 
 @pytest.mark.parametrize(
@@ -178,8 +182,10 @@ def test_a_reward_model_reads_prompt_and_answer_to_its_last_token(judge):
 def test_a_reward_model_of_another_tokenizer_is_refused(judge):
     other = Tokenizer.train_bpe(["ab ab. " * 99], 300)
     reader = RewardContext(other, ASKED, stop_ids(other))
-    with pytest.raises(CheckpointError, match=r"^--gold .*: reads another tokenizer's ids"):
-        load_reward([str(judge)], reader, "gold")
+    with pytest.raises(
+        CheckpointError, match=r"^--gold-reward .*: its tokenizer is not the policy's"
+    ):
+        load_reward([str(judge)], reader, "gold_reward")
 
 
 def test_a_language_model_is_no_reward_model(tmp_path):
@@ -239,8 +245,10 @@ def test_a_classifier_pays_its_logit_or_its_last_class(monkeypatch):
 
 def test_a_classifier_that_is_not_there(monkeypatch):
     package(monkeypatch, 1, OSError("no such repository"))
-    with pytest.raises(SettingsError, match=r"^--gold hub:any: cannot be read \(no such repo"):
-        load_reward(["hub:any"], READER, "gold")
+    with pytest.raises(
+        SettingsError, match=r"^--gold-reward hub:any: cannot be read \(no such repo"
+    ):
+        load_reward(["hub:any"], READER, "gold_reward")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SettingsError, match=r"^--reward hub:any: needs the package transformers"):
         load_reward(["hub:any"], READER)

@@ -23,7 +23,7 @@ from openpalm.align.pairs.kto import (
     reference_point,
     with_mismatched,
 )
-from openpalm.data.rows.preferences import LabelledCompletion, Usable
+from openpalm.data.rows.preferences import LabelledCompletion, ReadResult
 from openpalm.data.text.conversation import Example, Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
@@ -202,8 +202,8 @@ def judged(prompt, answer, good=True):
 def examples_of(*given, length):
     """With their mismatched completions."""
     places = [f"v:{number}" for number, _ in enumerate(given, 1)]
-    found = to_examples(TOKENIZER, Usable(list(given), {}, places), length + 1)
-    return with_mismatched(found.items, length), found.left_out
+    found = to_examples(TOKENIZER, ReadResult(list(given), {}, places), length + 1)
+    return with_mismatched(found.items, length), found.unused_places
 
 
 TOKENIZER = Tokenizer.byte()
@@ -245,7 +245,7 @@ def test_every_completion_has_a_mismatched_one():
 
 def test_completions_that_do_not_fit_are_counted():
     given = [judged("one", "1"), judged("two", "222")]
-    assert to_examples(TOKENIZER, Usable(given, {}), 4)[:2] == (
+    assert to_examples(TOKENIZER, ReadResult(given, {}), 4)[:2] == (
         [],
         {"longer than 4 tokens, see --sequence-length": 2},
     )

@@ -30,7 +30,7 @@ from openpalm.align.pairs.reward_model import (
     gaussian_bins,
     rating_losses,
 )
-from openpalm.data.rows.preferences import Rating, Usable
+from openpalm.data.rows.preferences import Rating, ReadResult
 from openpalm.data.text.conversation import Example, Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError
@@ -258,7 +258,7 @@ def test_answers_that_do_not_fit_are_counted():
     given = [
         Rating((Message("user", "?"),), (Message("assistant", "a" * n),), "", n) for n in (1, 30)
     ]
-    given = Usable(given, {})
+    given = ReadResult(given, {})
     fitting, unused = to_examples(TOKENIZER, given, 12)[:2]
     assert [rating.label for rating in fitting] == [1.0]
     assert unused == {"longer than 12 tokens, see --sequence-length": 1}

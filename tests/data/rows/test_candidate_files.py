@@ -50,7 +50,7 @@ def test_records_are_judged_anew(tmp_path):
     )
     found = read_candidates(path)
     assert [[c.text for c in item.candidates] for item in found.items] == [["a", "b"]]
-    assert found.unused == {"repeated answers": 1, "fewer than two answers": 1}
+    assert found.unused == {"repeated completions": 1, "fewer than two completions": 1}
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_one_axis_is_learnt_at_a_time(tmp_path):
         ({"rating": 1e301}, 'field "rating"'),
         ({"rating": None, "ratings": {"wit": "4"}}, 'field "ratings.wit"'),
         ({"response": 4}, 'field "response"'),
-        ({"prompt": None}, "make no form that is known"),
+        ({"prompt": None}, "match no known format"),
         ({"kind": "rate", "payload": {}}, "split the file"),
     ],
 )
@@ -101,7 +101,7 @@ def test_rows_without_an_answer_are_left_out(tmp_path):
     found = read_ratings(save(tmp_path, ROW, ROW | {"response": " "}, ROW | {"prompt": ""}))
     assert [rating.value for rating in found.items] == [4]
     assert found.report() == [
-        "1 left out: empty answer (line 2)",
+        "1 left out: empty completion (line 2)",
         "1 left out: empty prompt (line 3)",
     ]
 

@@ -7,11 +7,11 @@ import pytest
 from data_samples import shared_file
 
 from openpalm.data.rows.demonstration_files import read_demonstrations
-from openpalm.data.rows.labelled_files import read_labelled
+from openpalm.data.rows.labelled_completion_files import read_labelled_completions
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import LabelledCompletion, Pair
 from openpalm.data.rows.prompt_files import PromptRow, read_prompts
-from openpalm.data.rows.row_formats import form_of
+from openpalm.data.rows.row_formats import row_format
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
@@ -107,8 +107,10 @@ def test_every_form_of_a_demonstration(save, row, expected):
 def test_rows_without_use_are_counted_with_their_reason(save):
     silent, empty = {"messages": turns(*SKY)}, {"messages": turns(*SKY, Message("assistant", " "))}
     found = read_demonstrations(save(CONVERSATION, silent, empty, silent, {"messages": []}))
-    assert found[:2] == ([SKY + BLUE], {"no assistant turn": 3, "empty answer": 1})
-    assert read_demonstrations(save(ALPACA, ALPACA | {"output": ""})).unused == {"empty answer": 1}
+    assert found[:2] == ([SKY + BLUE], {"no assistant turn": 3, "empty completion": 1})
+    assert read_demonstrations(save(ALPACA, ALPACA | {"output": ""})).unused == {
+        "empty completion": 1
+    }
     thumb = record("thumb", {"up": True, "candidate": 0}, id="p2")
     found = read_demonstrations(save(record(), thumb))
     assert found[:2] == ([SKY + BLUE], {"thumb gives no demonstration": 1})
@@ -126,9 +128,9 @@ def test_rows_without_use_are_counted_with_their_reason(save):
         (LABELLED | {"label": 0.5}, "which `openpalm reward` reads"),
         (PROMPT, "this row is a prompt alone, which `openpalm grpo` reads"),
         ({"text": "Once"}, "this row is a text, which `openpalm data prepare` reads"),
-        ({"q\n": 1}, r"fields \('q\\n'\) make no form that is known; conversations are one of: "),
-        ({}, r"fields \(none\) make no form"),
-        ({"messages": None, "prompt": None}, "make no form that is known"),
+        ({"q\n": 1}, r"fields \('q\\n'\) match no known format; conversations are one of: "),
+        ({}, r"fields \(none\) match no known format"),
+        ({"messages": None, "prompt": None}, "match no known format"),
         ({"messages": "hi"}, "field \"messages\" is 'hi'; it must be a list"),
         ({"messages": [7]}, r'field "messages\[0\]" is 7'),
         ({"messages": [{"role": "owl", "content": "x"}]}, "role\" is 'owl'; it must be one of sys"),
@@ -171,8 +173,10 @@ def test_one_file_has_one_form(save):
 def test_files_that_hold_nothing(save, tmp_path):
     with pytest.raises(DataError, match="is empty; give a file with at least one conversation"):
         read_demonstrations(save("", ""))
-    with pytest.raises(DataError, match=r"verdicts are read from \.jsonl or \.jsonl\.gz"):
-        read_labelled(tmp_path / "rows.csv")
+    with pytest.raises(
+        DataError, match=r"labelled completions are read from \.jsonl or \.jsonl\.gz"
+    ):
+        read_labelled_completions(tmp_path / "rows.csv")
     with pytest.raises(DataError, match="no such file"):
         read_prompts(tmp_path / "none.jsonl")
 
@@ -194,22 +198,22 @@ FORMS = [
 ]
 
 
-def check_all_keys_tell(form_of):
+def check_all_keys_tell(row_format):
     """Whatever the order of the keys, and with fields of other forms that are null."""
     for row, form in FORMS:
-        assert form_of(row) == form
-        assert form_of(dict(reversed(row.items()))) == form
+        assert row_format(row) == form
+        assert row_format(dict(reversed(row.items()))) == form
         null = dict.fromkeys(key for other, _ in FORMS for key in other)
-        assert form_of(null | row) == form
+        assert row_format(null | row) == form
 
 
 def test_all_keys_tell():
-    check_all_keys_tell(form_of)
+    check_all_keys_tell(row_format)
     firsts = {next(iter(row)): form for row, form in FORMS}
     with pytest.raises(AssertionError):
         check_all_keys_tell(lambda row: firsts[next(iter(row))])
     with pytest.raises(AssertionError):
-        check_all_keys_tell(lambda row: form_of({k: v or "" for k, v in row.items()}))
+        check_all_keys_tell(lambda row: row_format({k: v or "" for k, v in row.items()}))
 
 
 def test_gsm8k_is_questions_and_answers():
@@ -249,7 +253,7 @@ def test_ties_of_a_ranking_are_counted(save):
     for order in ({"rank": [1, 2, 2, 2]}, {"ranking": [0, [1, 2, 3]]}):
         found, unused = read_pairs(save(texts | order))[:2]
         assert [pair.rejected for pair in found] == [say("b"), say("c")]
-        assert unused == {"tie": 3, "equal answers": 1}
+        assert unused == {"tie": 3, "equal completions": 1}
         ties = read_ties(save(texts | order))
         assert [tie[1:] for tie in ties] == [
             (say("b"), say("c")),
@@ -296,7 +300,7 @@ def test_rows_that_are_no_pairs_are_told_who_reads_them(save):
 # --- verdicts
 
 
-def test_verdicts(save):
+def test_labelled_completions(save):
     rows = [
         LABELLED,
         {"prompt": turns(*SKY), "completion": turns(*BLUE), "label": False},
@@ -307,23 +311,29 @@ def test_verdicts(save):
         LabelledCompletion(SKY, BLUE, False),
         LabelledCompletion(Q, say("b"), False),
     ]
-    assert read_labelled(save(*rows))[:2] == (expected, {})
+    assert read_labelled_completions(save(*rows))[:2] == (expected, {})
     thumb = record("thumb", {"up": False, "candidate": 1})
-    found = read_labelled(save(thumb, record(id="p2")))
-    assert found[:2] == ([LabelledCompletion(SKY, say("B."), False)], {"write gives no verdict": 1})
+    found = read_labelled_completions(save(thumb, record(id="p2")))
+    assert found[:2] == (
+        [LabelledCompletion(SKY, say("B."), False)],
+        {"write gives no labelled completion": 1},
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        (LABELLED | {"label": 1}, "which `openpalm reward` reads; verdicts are one of: prompt"),
+        (
+            LABELLED | {"label": 1},
+            "which `openpalm reward` reads; labelled completions are one of: prompt",
+        ),
         (LABELLED | {"label": None}, "this row is prompt, completion, which `openpalm sft` reads"),
         (LABELLED | {"prompt": 7}, 'field "prompt" is 7'),
     ],
 )
 def test_rows_that_are_no_verdicts(save, row, says):
     with pytest.raises(DataError, match=says):
-        read_labelled(save(row))
+        read_labelled_completions(save(row))
 
 
 # --- prompts
@@ -430,7 +440,7 @@ def test_turns_of_tools_are_left_out(save, turn):
     talk.append({"role": "assistant", "content": None} | turn)
     found = read_demonstrations(save(CONVERSATION, {"messages": talk}))
     assert len(found.items) == 1
-    [(reason, where)] = found.left_out.items()
+    [(reason, where)] = found.unused_places.items()
     assert "which the chat template cannot write" in reason
     assert [place.rpartition(":")[2] for place in where] == ["2"]
 

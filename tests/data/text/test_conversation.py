@@ -49,7 +49,7 @@ def test_the_template_without_markers(unigram, wordpiece):
 
 def test_a_prompt_is_an_exact_prefix_of_its_answer(any_tokenizer):
     for turn in (2, 4):
-        prompt = render(any_tokenizer, TALK[:turn], answer_next=True)
+        prompt = render(any_tokenizer, TALK[:turn], add_generation_prompt=True)
         whole = render(any_tokenizer, TALK[: turn + 1])
         assert whole.ids[: len(prompt.ids)] == prompt.ids
         assert whole.loss_mask[: len(prompt.ids)] == prompt.loss_mask
@@ -68,7 +68,7 @@ def test_the_loss_is_on_what_the_assistant_says_and_on_its_ending(any_tokenizer)
 
 
 def test_nothing_is_learnt_from_other_roles(any_tokenizer):
-    rendered = render(any_tokenizer, [TALK[0], TALK[1]], answer_next=True)
+    rendered = render(any_tokenizer, [TALK[0], TALK[1]], add_generation_prompt=True)
     assert not any(rendered.loss_mask)
 
 

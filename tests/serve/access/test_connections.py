@@ -5,7 +5,7 @@ import socket
 import pytest
 from servers import HANGS_S, serving
 
-from openpalm.serve.access import auth
+from openpalm.serve.access import body
 from openpalm.serve.access.connections import MAX_HEAD_BYTES, MAX_HEADERS
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -84,11 +84,11 @@ def test_a_body_in_chunks_of_one_byte_is_read(server):
 @pytest.mark.parametrize(
     ("path", "size", "status"),
     [
-        ("/v1/completions", auth.MAX_BODY_BYTES + 1, 413),
-        ("/v1/models", auth.SMALL_BODY_BYTES + 1, 413),
-        ("/nothing", auth.SMALL_BODY_BYTES + 1, 413),
-        ("/nothing", auth.SMALL_BODY_BYTES, 404),
-        ("/admin/models", auth.SMALL_BODY_BYTES + 1, 401),
+        ("/v1/completions", body.MAX_BODY_BYTES + 1, 413),
+        ("/v1/models", body.SMALL_BODY_BYTES + 1, 413),
+        ("/nothing", body.SMALL_BODY_BYTES + 1, 413),
+        ("/nothing", body.SMALL_BODY_BYTES, 404),
+        ("/admin/models", body.SMALL_BODY_BYTES + 1, 401),
     ],
 )
 def test_bodies_are_bounded_by_route_and_key(server, path, size, status):
@@ -106,9 +106,9 @@ def test_a_body_that_says_it_is_too_large_is_not_waited_for(server):
 def hasty(base):
     """A server whose patience ends at once, run by these bounds' own code."""
     code = (
-        "import sys; from openpalm.serve.access import auth, connections; "
-        "connections.HEAD_TIMEOUT_S = auth.BODY_TIMEOUT_S = 0.2; "
-        "from openpalm.cli.main import entry; entry()"
+        "import sys; from openpalm.serve.access import body, connections; "
+        "connections.HEAD_TIMEOUT_S = body.BODY_TIMEOUT_S = 0.2; "
+        "from openpalm.cli.main import main; sys.exit(main())"
     )
     with serving(base, "--dtype", "float32", program=["-c", code]) as running:
         yield running

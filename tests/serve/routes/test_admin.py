@@ -9,7 +9,7 @@ import pytest
 from command_line import write_base
 from servers import HANGS_S, serving
 
-from openpalm.cli.serve import _name
+from openpalm.cli.serve import _model_name
 
 KEYS = {"OPENPALM_API_KEY": "sesame", "OPENPALM_ADMIN_KEY": "boss"}
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6, "seed": 1}
@@ -208,4 +208,4 @@ def test_tokens_there_and_back(call, tokenizer):
     [("runs/tiny", "tiny"), ("runs/tiny/step-00000010", "tiny"), ("/", "/")],
 )
 def test_the_name_is_the_runs(path, name):
-    assert _name(path) == name
+    assert _model_name(path) == name

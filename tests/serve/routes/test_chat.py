@@ -24,7 +24,7 @@ def ask(call, messages=TALK, **body):
 def test_the_answer_is_the_engines_to_the_rendered_conversation(call, engine, tokenizer):
     body = ask(call, max_tokens=20)
     turns = [Message(m["role"], m["content"]) for m in TALK]
-    ids = render(tokenizer, turns, answer_next=True).ids
+    ids = render(tokenizer, turns, add_generation_prompt=True).ids
     request = Request(ids, 20, Sampling(temperature=0.8, seed=1), stop_ids(tokenizer))
     expected = engine.completions([request])[0]
     (choice,) = body["choices"]

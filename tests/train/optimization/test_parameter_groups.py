@@ -15,7 +15,8 @@ from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import OptimSettings
 from openpalm.train.optimization.optimizers import Muon
-from openpalm.train.optimization.parameter_groups import Optimizer, learning_rate_factor
+from openpalm.train.optimization.parameter_groups import Optimizer
+from openpalm.train.optimization.schedule import learning_rate_factor
 
 
 class Few(nn.Module):

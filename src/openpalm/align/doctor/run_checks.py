@@ -1,7 +1,8 @@
-"""The examination before a preference or RL run, on the user's own model, data and rewards.
+"""Runs the checks before a preference or RL run on the user's own model, data and reward.
 
-`run_checks` measures what align/doctor/checks.py judges, in an order in which each check may rely
-on those before it: with the run's own template, sampler, log-probabilities, rewards and step.
+Measures with the code that the run will use: template, sampler, log-probabilities, rewards,
+optimizer step. The order matters: each check may rely on the ones before it, so the first failure
+names the cause and not a consequence.
 """
 
 import hashlib
@@ -16,21 +17,21 @@ from openpalm.align.config import DpoSettings, GrpoSettings
 from openpalm.align.doctor.checks import (
     Check,
     PromptedExample,
-    check_alone,
+    check_batch_independent,
+    check_completions_end,
     check_different,
     check_dropout,
-    check_end,
-    check_ended,
+    check_end_marker,
     check_finite,
-    check_kept,
+    check_frozen_reference,
+    check_loss_mask,
     check_masked,
     check_optimizer,
     check_order,
     check_pair_loss,
-    check_place,
-    check_prefix,
     check_ratio,
     check_reference,
+    check_reward_position,
     check_sampler,
     check_varying,
 )
@@ -39,8 +40,9 @@ from openpalm.align.pairs.dpo import PairObjective
 from openpalm.align.pairs.examples import PreferenceExample, collate, with_reference
 from openpalm.align.rollouts.advantages import token_rewards
 from openpalm.align.rollouts.grpo import GroupObjective, estimate
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
-from openpalm.align.rollouts.rollout_batch import Answer, Reward, batch_of
+from openpalm.align.rollouts.rollout import RolloutLoader, reference_log_probs
+from openpalm.align.rollouts.rollout_batch import Completion, Reward, collate_completions
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.preferences import Messages
 from openpalm.data.text.conversation import Example, render
@@ -53,126 +55,130 @@ from openpalm.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that is about to begin, and what it would read."""
+    """What the run would start with."""
 
     settings: GrpoSettings
     model: Transformer
-    """as the run begins with it, adapter attached"""
+    """with the run's first weights and its adapter"""
     optimizer: Optimizer
     reference: Transformer
     tokenizer: Tokenizer
     prompts: Sequence[Sequence[int]]
-    """ids, up to where an answer begins; the reward knows them by their number"""
+    """ids up to the completion; the reward refers to them by number"""
     conversations: Sequence[tuple[Messages, Messages]]
-    """prompts with answers, as they are trained on"""
+    """prompts with completions"""
     pairs: Sequence[PreferenceExample]
-    """the reward knows theirs by the numbers that follow"""
+    """their prompts have the numbers after those of `prompts`"""
     stop_ids: frozenset[int]
     reward: Reward | None
 
 
-def run_checks(patient: PlannedRun) -> Iterator[Check]:
-    """One check after the other; what the later ones need is measured when they are asked for."""
+def run_checks(planned: PlannedRun) -> Iterator[Check]:
+    """The checks one by one; the caller stops at a failure, so each measures only when reached."""
     examples = [
         PromptedExample(
-            render(patient.tokenizer, prompt, answer_next=True).ids,
-            render(patient.tokenizer, [*prompt, *answer]),
+            render(planned.tokenizer, prompt, add_generation_prompt=True).ids,
+            render(planned.tokenizer, [*prompt, *completion]),
         )
-        for prompt, answer in patient.conversations
+        for prompt, completion in planned.conversations
     ]
     examples = [_last_turn(example) for example in examples]
-    yield check_prefix(examples)
-    yield check_end(examples, patient.stop_ids)
-    yield check_optimizer(patient.model, patient.optimizer)
-    sampler = Sampler(patient.model, patient.prompts, patient.stop_ids, patient.settings)
+    yield check_loss_mask(examples)
+    yield check_end_marker(examples, planned.stop_ids)
+    yield check_optimizer(planned.model, planned.optimizer)
+    sampler = Sampler(planned.model, planned.prompts, planned.stop_ids, planned.settings)
     sampler.refresh()
-    count = min(patient.settings.prompts, len(patient.prompts))
-    answers = sampler.answers(range(count), patient.settings.answers)
-    yield check_ended(answers)
-    yield from _policy_checks(patient, answers)
-    if patient.reward is not None:
-        yield from _reward_checks(patient, patient.reward, answers)
-    if patient.pairs:
-        yield from _pair_checks(patient)
-    yield from _step_checks(patient, sampler)
+    count = min(planned.settings.prompts_per_rollout, len(planned.prompts))
+    completions = sampler.sample(range(count), planned.settings.num_completions)
+    yield check_completions_end(completions)
+    yield from _policy_checks(planned, completions)
+    if planned.reward is not None:
+        yield from _reward_checks(planned, planned.reward, completions)
+    if planned.pairs:
+        yield from _pair_checks(planned)
+    yield from _step_checks(planned, sampler)
 
 
-def _policy_checks(patient: PlannedRun, answers: Sequence[Answer]) -> Iterator[Check]:
-    inputs, targets = _on(patient.model, batch_of(answers))
+def _policy_checks(planned: PlannedRun, completions: Sequence[Completion]) -> Iterator[Check]:
+    inputs, targets = _on(planned.model, collate_completions(completions))
     mask = targets != IGNORE
     with torch.no_grad():
-        first = evaluate(patient.model, inputs, targets).log_probs
-        patient.model.train()  # as a step finds it
-        second = evaluate(patient.model, inputs, targets).log_probs
-        reference = evaluate(patient.reference, inputs, targets).log_probs
+        first = evaluate(planned.model, inputs, targets).log_probs
+        planned.model.train()  # as the training loop leaves it: dropout must be off anyway
+        second = evaluate(planned.model, inputs, targets).log_probs
+        reference = evaluate(planned.reference, inputs, targets).log_probs
     yield check_dropout(first, second)
-    sampled = torch.tensor([value for answer in answers for value in answer.log_probs])
+    sampled = torch.tensor(
+        [log_prob for completion in completions for log_prob in completion.log_probs]
+    )
     yield check_sampler(sampled, first[mask].cpu())
     yield check_reference(first, reference, mask)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
-        return -evaluate(patient.model, inputs, targets).log_probs.sum()
+        return -evaluate(planned.model, inputs, targets).log_probs.sum()
 
-    yield check_masked(patient.model, loss_of, inputs, targets)
+    yield check_masked(planned.model, loss_of, inputs, targets)
 
 
 def _reward_checks(
-    patient: PlannedRun, reward: Reward, answers: Sequence[Answer]
+    planned: PlannedRun, reward: Reward, completions: Sequence[Completion]
 ) -> Iterator[Check]:
-    rewards = [float(value) for value in reward(answers)]
+    rewards = [float(value) for value in reward(completions)]
     yield check_finite(rewards)
-    yield check_alone(rewards, [float(reward([answer])[0]) for answer in answers])
-    yield check_varying(rewards, patient.settings.answers)
-    mask = batch_of(answers)[1] != IGNORE
-    ones = torch.ones(len(answers))
-    yield check_place(token_rewards(ones, mask, torch.zeros(mask.shape)), ones, mask)
+    yield check_batch_independent(rewards, [float(reward([each])[0]) for each in completions])
+    yield check_varying(rewards, planned.settings.num_completions)
+    mask = collate_completions(completions)[1] != IGNORE
+    ones = torch.ones(len(completions))
+    yield check_reward_position(token_rewards(ones, mask, torch.zeros(mask.shape)), ones, mask)
 
 
-def _pair_checks(patient: PlannedRun) -> Iterator[Check]:
-    yield check_different(patient.pairs)
-    if patient.reward is not None:
-        numbered = list(enumerate(patient.pairs, len(patient.prompts)))
-        sides = [[_as_answer(n, pair.completions[side]) for n, pair in numbered] for side in (0, 1)]
-        chosen, rejected = (list(patient.reward(side)) for side in sides)
+def _pair_checks(planned: PlannedRun) -> Iterator[Check]:
+    yield check_different(planned.pairs)
+    if planned.reward is not None:
+        numbered = list(enumerate(planned.pairs, len(planned.prompts)))
+        sides = [
+            [_as_completion(n, pair.completions[side]) for n, pair in numbered] for side in (0, 1)
+        ]
+        chosen, rejected = (list(planned.reward(side)) for side in sides)
         yield check_finite([*chosen, *rejected])._replace(name="rewards of pairs are finite")
         yield check_order(chosen, rejected)
-    batch = collate(with_reference(patient.reference, patient.pairs)).to(
-        patient.model.embedding.device
+    batch = collate(with_reference(planned.reference, planned.pairs)).to(
+        planned.model.embedding.device
     )
-    settings = DpoSettings(data=patient.settings.data, out=patient.settings.out, init="", steps=1)
-    patient.model.train()  # as a step finds it
+    settings = DpoSettings(data=planned.settings.data, out=planned.settings.out, init="", steps=1)
+    planned.model.train()  # as the training loop leaves it: dropout must be off anyway
     with torch.no_grad():
-        loss = PairObjective(settings).loss(patient.model, batch)[0].item()
+        loss = PairObjective(settings).loss(planned.model, batch)[0].item()
     yield check_pair_loss(loss / len(batch))
 
 
-def _step_checks(patient: PlannedRun, sampler: Sampler) -> Iterator[Check]:
-    settings = patient.settings
-    reference = reference_log_probs(patient.reference, settings.temperature)
-    reward = patient.reward or (lambda answers: [0.0] * len(answers))
-    rows = settings.prompts * settings.answers
+def _step_checks(planned: PlannedRun, sampler: Sampler) -> Iterator[Check]:
+    settings = planned.settings
+    reference = reference_log_probs(planned.reference, settings.temperature)
+    reward = planned.reward or (lambda completions: [0.0] * len(completions))
+    rows = settings.prompts_per_rollout * settings.num_completions
     loader = RolloutLoader(sampler, reward, estimate, reference, rows=rows)
-    batch = next(loader).to(patient.model.embedding.device)
+    batch = next(loader).to(planned.model.embedding.device)
     with torch.no_grad():
         now = evaluate(
-            patient.model,
+            planned.model,
             batch.inputs,
             batch.targets,
             batch.layout,
             batch.reads,
             temperature=settings.temperature,
         )
-    yield check_ratio(batch.old, now.log_probs, batch.mask)
-    before = digest(patient.reference)
+    yield check_ratio(batch.old_log_probs, now.log_probs, batch.mask)
+    before = digest(planned.reference)
     objective: Objective[Any] = GroupObjective(settings)
-    trainer = Trainer(patient.model, objective, patient.optimizer, loader, steps=1)
+    trainer = Trainer(planned.model, objective, planned.optimizer, loader, steps=1)
     loss, count, _ = trainer.forward_backward([batch])
     trainer.optimizer_step(loss, count, 1.0)
-    yield check_kept(before, digest(patient.reference))
+    yield check_frozen_reference(before, digest(planned.reference))
 
 
 def digest(model: Transformer) -> str:
-    """Of all its weights."""
+    """Hash of all weights."""
     hashed = hashlib.sha256()
     for name, parameter in model.named_parameters():
         hashed.update(name.encode())
@@ -181,16 +187,16 @@ def digest(model: Transformer) -> str:
 
 
 def _last_turn(example: PromptedExample) -> PromptedExample:
-    """Up to the last token that counts: what a template writes behind an end is no answer."""
-    ids, loss_mask = example.whole
+    """Cut after the last token under the loss: templates may add white space after an end."""
+    ids, loss_mask = example.conversation
     end = len(ids) - loss_mask[::-1].index(True) if any(loss_mask) else len(ids)
-    return PromptedExample(example.before, Example(ids[:end], loss_mask[:end]))
+    return PromptedExample(example.prompt_ids, Example(ids[:end], loss_mask[:end]))
 
 
-def _as_answer(prompt: int, record: Example) -> Answer:
+def _as_completion(prompt: int, record: Example) -> Completion:
     start = record.loss_mask.index(True)
     ids = record.ids[start:]
-    return Answer(prompt, record.ids[:start], ids, [0.0] * len(ids), ended=True)
+    return Completion(prompt, record.ids[:start], ids, [0.0] * len(ids), ended=True)
 
 
 def _on(model: Transformer, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""A judge behind an OpenAI-compatible endpoint, asked over HTTP.
+"""A judge behind an OpenAI-compatible endpoint: HTTP requests, API key, retries.
 
-What comes back is not trusted: it is bounded in size and time, redirects are refused (they would
-take the key elsewhere), and what cannot be read is a clear error. What may pass is tried again, as
-late as the endpoint asks; an option that it refuses is left out from then on; a question that it
-refuses is passed over.
+Replies are not trusted: their size and time are bounded, redirects are refused (they would send
+the API key elsewhere), and an unreadable reply is a clear error. Temporary failures are retried
+after the delay that the endpoint asks for. An option that the endpoint refuses is left out of all
+later requests; a question that it refuses is skipped.
 """
 
 import asyncio
@@ -17,24 +17,24 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from openpalm.align.judging.model_judge import LEAST_MASS, Judged, Question, Refused
-from openpalm.align.judging.parse_verdict import verdict
+from openpalm.align.judging.model_judge import MIN_LABEL_MASS, Question, Refused, Verdict
+from openpalm.align.judging.parse_verdict import parse_verdict
 from openpalm.base.console import shown
 from openpalm.errors import SettingsError, WorkError
 
 T = TypeVar("T")
 MAX_REPLY_BYTES = 1 << 20
 TRIES = 5
-PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-"""Statuses that another try may not meet."""
-OF_THE_ITEM = frozenset({400, 413, 422})
-"""Statuses that may be about one question, or about an option of the request."""
+TEMPORARY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+"""HTTP statuses to retry."""
+REFUSALS = frozenset({400, 413, 422})
+"""HTTP statuses that refuse one question or one option of the request."""
 MAX_WAIT_S = 600.0
-"""The longest Retry-After that is waited for."""
+"""The longest Retry-After that is respected; a longer one is an error."""
 TOP, FEWER = 20, 5
-"""Likeliest tokens that are asked for; some endpoints give fewer."""
+"""top_logprobs requested at first, and from endpoints that limit it to 5."""
 SHORT, LONG = 16, 1024
-"""Tokens of a verdict, and of one that begins with thoughts."""
+"""max_tokens for a bare verdict, and for a model that reasons first."""
 
 
 class _Reply(NamedTuple):
@@ -44,7 +44,7 @@ class _Reply(NamedTuple):
 
 
 class EndpointJudge:
-    """`url` is the base that ends in /v1; `key` is sent as a bearer token where there is one."""
+    """`url` is the base that ends in /v1; `key`, if given, is sent as bearer token."""
 
     def __init__(
         self,
@@ -63,20 +63,22 @@ class EndpointJudge:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise SettingsError(f"--endpoint {url}: must be an http:// or https:// address")
         if key is not None and not (key.isascii() and key.isprintable()):
-            raise SettingsError("OPENPALM_JUDGE_KEY: holds what no header may; check it")
+            raise SettingsError(
+                "OPENPALM_JUDGE_KEY: has characters that no HTTP header may have; check it"
+            )
         self.name = model
         self._url = url.rstrip("/") + "/chat/completions"
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._timeout_s, self._parallel, self._wait = timeout_s, parallel, wait
         self._without: frozenset[str] = frozenset()
-        """options that this endpoint has refused"""
+        """options that this endpoint refused"""
         self._verdict_tokens = SHORT
 
     def fits(self, text: str, reply_tokens: int) -> bool:
-        return True  # the endpoint knows, and says so
+        return True  # only the endpoint knows its context; it refuses a longer text
 
-    def first(self, questions: Sequence[Question]) -> list[Judged]:
-        return self._all([lambda client, q=q: self._decide(client, q) for q in questions])
+    def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
+        return self._all([lambda client, q=q: self._verdict(client, q) for q in questions])
 
     def write(self, texts: Sequence[str], max_new_tokens: int) -> list[str | Refused]:
         async def written(client: Any, text: str) -> str | Refused:
@@ -86,14 +88,14 @@ class EndpointJudge:
         return self._all([lambda client, text=text: written(client, text) for text in texts])
 
     def _all(self, jobs: Sequence[Callable[[Any], Awaitable[T]]]) -> list[T]:
-        """What the jobs return, in their order; at most `parallel` at a time."""
-        import httpx2  # only who asks an endpoint needs it
+        """Runs the requests, at most `parallel` at a time; results in the order of `jobs`."""
+        import httpx2  # only needed with an endpoint
 
         async def together() -> list[T]:
-            places = asyncio.Semaphore(self._parallel)
+            slots = asyncio.Semaphore(self._parallel)
 
             async def one(job: Callable[[Any], Awaitable[T]]) -> T:
-                async with places:
+                async with slots:
                     return await job(client)
 
             async with httpx2.AsyncClient(headers=self._headers, timeout=None) as client:
@@ -106,38 +108,40 @@ class EndpointJudge:
 
         return asyncio.run(together())
 
-    async def _decide(self, client: Any, question: Question) -> Judged:
-        """The first label's probability; None where the reply decides for neither."""
+    async def _verdict(self, client: Any, question: Question) -> Verdict:
+        """From the label's log-probabilities, if the endpoint gives them, otherwise from words."""
         tokens = self._verdict_tokens
-        choice = await self._ask(client, question.text, tokens, weighed=True)
+        choice = await self._ask(client, question.text, tokens, logprobs=True)
         if isinstance(choice, Refused):
             return choice
-        weighed = _weighed(choice, question.labels)
-        if weighed is not None:
-            return weighed
-        found = verdict(_content(choice), question.labels)
+        share = _first_label_share(choice, question.labels)
+        if share is not None:
+            return share
+        found = parse_verdict(_content(choice), question.labels)
         if found is None and tokens < LONG and choice.get("finish_reason") == "length":
+            # Cut off before the verdict: perhaps a model that reasons first. If more room helps,
+            # all later questions get it at once.
             choice = await self._ask(client, question.text, LONG)
-            if isinstance(choice, Refused):  # no room for more: the short reply stays undecided
+            if isinstance(choice, Refused):  # no room for a longer reply
                 return None
-            found = verdict(_content(choice), question.labels)
+            found = parse_verdict(_content(choice), question.labels)
             if found is not None:
                 self._verdict_tokens = LONG
         return None if found is None else float(found == 0)
 
     async def _ask(
-        self, client: Any, text: str, max_tokens: int, *, weighed: bool = False
+        self, client: Any, text: str, max_tokens: int, *, logprobs: bool = False
     ) -> dict[str, Any] | Refused:
-        """The first choice of a reply; each option that is refused is left out, once for all."""
+        """The first choice of a reply; refused options are left out and the request repeated."""
         without = self._without
         while True:
-            body = self._body(text, max_tokens, weighed, without)
+            body = self._body(text, max_tokens, logprobs, without)
             reply = await self._post(client, json.dumps(body).encode())
             if reply.status == 200:
                 self._without |= without
                 return self._choice(reply)
-            problem = _told(reply)
-            if reply.status not in OF_THE_ITEM:
+            problem = _problem(reply)
+            if reply.status not in REFUSALS:
                 raise self._failed(problem)
             fewer = without | _refused_options(problem, body)
             if fewer == without:
@@ -145,7 +149,7 @@ class EndpointJudge:
             without = fewer
 
     def _body(
-        self, text: str, max_tokens: int, weighed: bool, without: frozenset[str]
+        self, text: str, max_tokens: int, logprobs: bool, without: frozenset[str]
     ) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.name,
@@ -155,29 +159,29 @@ class EndpointJudge:
         }
         if "max_tokens" in without:
             body["max_completion_tokens"] = body.pop("max_tokens")
-        if weighed:
+        if logprobs:
             most = FEWER if "more than 5 top_logprobs" in without else TOP
             body |= {"logprobs": True, "top_logprobs": most}
         return {name: value for name, value in body.items() if name not in without}
 
     async def _post(self, client: Any, body: bytes) -> _Reply:
-        """The reply to one request, tried again after twice as long each time."""
+        """The reply to one request, retried with exponential backoff and jitter."""
         import httpx2
 
         problem = ""
         for attempt in range(TRIES):
             pause = 2**attempt * (0.5 + random.random() / 2)
             try:
-                async with asyncio.timeout(self._timeout_s):  # all of it: connecting to last byte
+                async with asyncio.timeout(self._timeout_s):  # from connecting to the last byte
                     reply = await self._read(client, body)
             except TimeoutError:
                 problem = f"timed out after {self._timeout_s:g} s (--timeout)"
             except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
                 problem = shown(str(error) or type(error).__name__)
             else:
-                if reply.status not in PASSING:
+                if reply.status not in TEMPORARY:
                     return reply
-                problem = _told(reply)
+                problem = _problem(reply)
                 asked = _retry_after(reply.headers.get("retry-after"))
                 if asked > MAX_WAIT_S:
                     raise self._failed(f"{problem}; it asks to wait {asked:.0f} s")
@@ -194,7 +198,8 @@ class EndpointJudge:
                 content += part
                 if len(content) > MAX_REPLY_BYTES:
                     raise WorkError(
-                        f"--endpoint {self._url}: its reply is larger than {MAX_REPLY_BYTES}"
+                        f"--endpoint {self._url}: its reply is larger than {MAX_REPLY_BYTES} "
+                        "bytes; check the URL"
                     )
         return _Reply(response.status_code, response.headers, bytes(content))
 
@@ -205,7 +210,10 @@ class EndpointJudge:
         choices = value.get("choices")
         first = choices[0] if isinstance(choices, list) and choices else None
         if not isinstance(first, dict):
-            raise WorkError(f"--endpoint {self._url}: its reply has no choices; is it OpenAI's?")
+            raise WorkError(
+                f"--endpoint {self._url}: its reply has no choices; give the URL of an "
+                "OpenAI-compatible API"
+            )
         return first
 
     def _failed(self, problem: str) -> WorkError:
@@ -216,7 +224,7 @@ class EndpointJudge:
 
 
 def _refused_options(problem: str, body: dict[str, Any]) -> set[str]:
-    """What to leave out of the next try, by the options that the reason names."""
+    """The options that the endpoint's error message names."""
     if re.search(r"\btop_logprobs\b", problem) and body.get("top_logprobs") == TOP:
         return {"more than 5 top_logprobs"}
     if re.search(r"logprobs\b", problem, re.IGNORECASE) and "logprobs" in body:
@@ -228,7 +236,7 @@ def _refused_options(problem: str, body: dict[str, Any]) -> set[str]:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds that the header asks to wait, given as seconds or a date; 0 without a usable one."""
+    """Seconds to wait, from a header with seconds or a date; 0 without a valid header."""
     if value is None:
         return 0.0
     try:
@@ -249,9 +257,11 @@ def _content(choice: dict[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _weighed(choice: dict[str, Any], labels: tuple[str, str]) -> float | None:
-    """The first label's share of both in the first token; None where both have too little: then
-    the reply's words count."""
+def _first_label_share(choice: dict[str, Any], labels: tuple[str, str]) -> float | None:
+    """The first label's share of both labels' probability as first token.
+
+    None where both together have too little: then the words of the reply count.
+    """
     try:
         top = choice["logprobs"]["content"][0]["top_logprobs"]
         tokens = [(str(item["token"]), float(item["logprob"])) for item in top]
@@ -261,14 +271,14 @@ def _weighed(choice: dict[str, Any], labels: tuple[str, str]) -> float | None:
         math.fsum(
             math.exp(min(0.0, p))
             for token, p in tokens
-            if not math.isnan(p) and _means(token, label)
+            if not math.isnan(p) and _is_label(token, label)
         )
         for label in labels
     ]
-    return masses[0] / sum(masses) if sum(masses) >= LEAST_MASS else None
+    return masses[0] / sum(masses) if sum(masses) >= MIN_LABEL_MASS else None
 
 
-def _means(token: str, label: str) -> bool:
+def _is_label(token: str, label: str) -> bool:
     return token.strip().casefold() == label.casefold()
 
 
@@ -279,19 +289,19 @@ def _json(content: bytes) -> Any:
         return None
 
 
-def _told(reply: _Reply) -> str:
-    """The status, and the reason in whichever of the usual shapes the server gives it."""
+def _problem(reply: _Reply) -> str:
+    """The status, and the server's error message if it has one of the usual shapes."""
     reason = _reason(_json(reply.content))
     return f"status {reply.status}" + (f" ({shown(reason[:1000])})" if reason else "")
 
 
-def _reason(said: Any) -> str | None:
-    """Of {"error": {"message"}}, {"error": text}, {"message"} or FastAPI's {"detail"}."""
-    if isinstance(said, str):
-        return said
-    if isinstance(said, list):
-        return _reason(said[0]) if said else None
-    if not isinstance(said, dict):
+def _reason(value: Any) -> str | None:
+    """The text of {"error": {"message"}}, {"error": text}, {"message"} or FastAPI's {"detail"}."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return _reason(value[0]) if value else None
+    if not isinstance(value, dict):
         return None
-    found = (_reason(said.get(name)) for name in ("error", "message", "detail", "msg"))
+    found = (_reason(value.get(name)) for name in ("error", "message", "detail", "msg"))
     return next((reason for reason in found if reason), None)

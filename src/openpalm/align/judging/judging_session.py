@@ -1,7 +1,7 @@
-"""Judging item by item: what has no judgement yet gets one, and each is a Preference record.
+"""Judging session: writes a preference record for every item that has none, and counts the rest.
 
-What a judgement is known by does not hang on the answers' being there: those of a model are drawn
-when the first of their judgements is asked for.
+The id of a judgement depends on the origin of the completions, not on their text: completions of a
+model are identified by checkpoint and seed, so a rerun samples only those not judged yet.
 """
 
 import random
@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 from openpalm.align.judging.best_of_n import SamplingPlan
 from openpalm.align.judging.model_judge import (
     LABEL_TOKENS,
-    LEAST_MASS,
+    MIN_LABEL_MASS,
     Judge,
     Refused,
     Unlikely,
-    compared,
+    combine_verdicts,
     comparison_questions,
     judgement_id,
     numbered_pairs,
@@ -31,77 +31,82 @@ from openpalm.data.rows.preferences import Candidate, Messages, Preference
 from openpalm.data.rows.prompt_files import PromptRow
 from openpalm.data.text.conversation import stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.errors import WorkError, count_of
+from openpalm.errors import WorkError
 from openpalm.generate.engine import Engine
 
-PROMPTS_AT_A_TIME = 8
-"""Whose answers are drawn together."""
-REFUSALS_AT_FIRST = 8
-"""A judge that refuses this many items and judges none is not asked for the others."""
+PROMPTS_PER_BATCH = 8
+"""Prompts with completions sampled together."""
+MAX_FIRST_REFUSALS = 8
+"""After this many refusals and no judgement the session stops."""
 
 
 class Item(NamedTuple):
-    """A prompt, what each of its answers is known by, and the answers, made when wanted."""
+    """A prompt with the candidates to be judged."""
 
     prompt: Messages
     origins: Sequence[Any]
+    """identifies each candidate in the ids of judgements"""
     candidates: Callable[[], Sequence[Candidate]]
+    """a function, because sampling takes time and may not be needed"""
 
 
 class Writer(NamedTuple):
-    """A model that answers, and how."""
+    """The model that generates the candidates, and its sampling."""
 
     engine: Engine
     tokenizer: Tokenizer
     checkpoint: str
     """its digest"""
-    draw: SamplingPlan
+    plan: SamplingPlan
 
     @property
     def sampling(self) -> dict[str, float]:
-        """As a candidate tells of it."""
+        """The settings that a Candidate records."""
         names = ("temperature", "seed", "max_new_tokens")
-        return {name: getattr(self.draw, name) for name in names}
+        return {name: getattr(self.plan, name) for name in names}
 
 
-def given_items(rows: Sequence[CandidateRow]) -> list[Item]:
-    """Answers that a file has, known by their texts."""
+def items_from_rows(rows: Sequence[CandidateRow]) -> list[Item]:
+    """Candidates from a file, identified by their texts."""
     return [
         Item(row.prompt, [c.text for c in row.candidates], lambda row=row: row.candidates)
         for row in rows
     ]
 
 
-def drawn_items(
+def items_from_model(
     writer: Writer, rows: Sequence[PromptRow], ids: Sequence[Sequence[int]]
 ) -> list[Item]:
-    """Answers to prompts, known by the model, how it is sampled and their number.
+    """Candidates to be sampled, identified by checkpoint, sampling settings and number.
 
-    ids: of each row's prompt.
+    ids: the token ids of each row's prompt.
     """
-    draw, sampling, stops = writer.draw, writer.sampling, stop_ids(writer.tokenizer)
+    plan, sampling, stops = writer.plan, writer.sampling, stop_ids(writer.tokenizer)
 
     @cache
-    def block(first: int) -> list[Candidate]:
-        chosen = range(first, min(first + PROMPTS_AT_A_TIME, len(ids)))
+    def batch(first: int) -> list[Candidate]:
+        chosen = range(first, min(first + PROMPTS_PER_BATCH, len(ids)))
         return [
             Candidate(
-                writer.tokenizer.decode([i for i in answer.ids if i not in stops]),
+                writer.tokenizer.decode([i for i in completion.ids if i not in stops]),
                 writer.checkpoint,
-                sampling | {"draw": first * draw.each + n},
+                sampling | {"draw": first * plan.per_prompt + n},
             )
-            for n, answer in enumerate(draw.answers(writer.engine, ids, chosen, stops))
+            for n, completion in enumerate(plan.sample(writer.engine, ids, chosen, stops))
         ]
 
     def candidates(number: int) -> list[Candidate]:
-        within = number % PROMPTS_AT_A_TIME
-        start = within * draw.each
-        return block(number - within)[start : start + draw.each]
+        within = number % PROMPTS_PER_BATCH
+        start = within * plan.per_prompt
+        return batch(number - within)[start : start + plan.per_prompt]
 
     return [
         Item(
             row.prompt,
-            [[writer.checkpoint, sampling, number * draw.each + n] for n in range(draw.each)],
+            [
+                [writer.checkpoint, sampling, number * plan.per_prompt + n]
+                for n in range(plan.per_prompt)
+            ],
             lambda number=number: candidates(number),
         )
         for number, row in enumerate(rows)
@@ -109,9 +114,9 @@ def drawn_items(
 
 
 class JudgingSession:
-    """A judge at work, whose records go to `file`; counts what it does.
+    """Asks the judge about items and appends its preference records to `file`.
 
-    known: ids of the judgements that are there already.
+    known: ids of the judgements in the file.
     """
 
     def __init__(
@@ -125,60 +130,61 @@ class JudgingSession:
         self.judge, self.constitution, self.max_new_tokens = judge, constitution, max_new_tokens
         self.file, self.known = file, {*known}
         self.written = self.found = self.ties = 0
-        self.chances: list[float] = []
+        self.verdicts: list[float] = []
         self.left_out: dict[str, int] = {}
         self.refused: list[dict[str, str]] = []
-        """prompts that the judge refused, and why"""
+        """prompts that the judge refused, with its reason"""
 
     def compare(self, item: Item) -> None:
-        """Every two of its answers."""
-        for i, j in self._open(item, "compare", numbered_pairs(item.origins)):
+        """Compares every two of the item's candidates."""
+        for i, j in self._pending(item, "compare", numbered_pairs(item.origins)):
             both = item.candidates()[i], item.candidates()[j]
             first, second = (candidate.text.strip() for candidate in both)
             if not (first and second) or first == second:
-                self._leave_out("equal answers" if first == second else "empty answer")
+                self._leave_out("equal completions" if first == second else "empty completion")
                 continue
             questions = comparison_questions(item.prompt, first, second, self.constitution)
             if not all(self.judge.fits(question.text, LABEL_TOKENS) for question in questions):
                 self._leave_out("longer than the judge's context")
                 continue
             began = time.monotonic()
-            judged = self.judge.first(questions)
-            if refused := next((j for j in judged if isinstance(j, Refused)), None):
+            verdicts = self.judge.verdicts(questions)
+            if refused := next((v for v in verdicts if isinstance(v, Refused)), None):
                 self._refused(item, refused.reason)
                 continue
-            if any(isinstance(j, Unlikely) for j in judged):
-                self._leave_out(f"the judge's reply is neither label (below {LEAST_MASS:.0%})")
+            if any(isinstance(v, Unlikely) for v in verdicts):
+                self._leave_out(f"the judge's reply is neither label (below {MIN_LABEL_MASS:.0%})")
                 continue
-            chances = [chance for chance in judged if isinstance(chance, float)]
-            if len(chances) < len(questions):
+            decided = [v for v in verdicts if isinstance(v, float)]
+            if len(decided) < len(questions):
                 self._leave_out("undecided")
                 continue
-            payload = compared(chances, self.constitution).payload
-            self.chances += chances
+            payload = combine_verdicts(decided, self.constitution).payload
+            self.verdicts += decided
             self.ties += "tie" in payload
             self._write(item, "compare", (i, j), both, payload, began)
 
     def revise(self, item: Item) -> None:
-        """Its first answer, by a principle that the judgement's id draws."""
-        for (i,) in self._open(item, "edit", [(0,)]):
-            answer = item.candidates()[i]
-            draw = random.Random(self._id(item, "edit", (i,)))
+        """Revises the item's first candidate by one principle."""
+        for (i,) in self._pending(item, "edit", [(0,)]):
+            candidate = item.candidates()[i]
+            # Seeded by the judgement's id, so that a rerun chooses the same principle.
+            generator = random.Random(self._id(item, "edit", (i,)))
             articles, weights = self.constitution.articles, self.constitution.weights
-            article = draw.choices(articles, weights)[0]
+            article = generator.choices(articles, weights)[0]
             began = time.monotonic()
-            text = revision(self.judge, item.prompt, answer.text, article, self.max_new_tokens)
+            text = revision(self.judge, item.prompt, candidate.text, article, self.max_new_tokens)
             if isinstance(text, Refused):
                 self._refused(item, text.reason)
                 continue
             if not text:
                 self._leave_out("longer than the judge's context" if text is None else "no reply")
                 continue
-            self._write(item, "edit", (i,), (answer,), {"candidate": 0, "text": text}, began)
+            self._write(item, "edit", (i,), (candidate,), {"candidate": 0, "text": text}, began)
 
-    def told(self) -> dict[str, Any]:
-        """Figures of what was done, ready for JSON."""
-        mean = sum(self.chances) / len(self.chances) if self.chances else None
+    def summary(self) -> dict[str, Any]:
+        """Counts of the session, ready for JSON; `first_place` is the mean vote for label A."""
+        mean = sum(self.verdicts) / len(self.verdicts) if self.verdicts else None
         return {
             "judge": self.judge.name,
             "guideline_version": self.constitution.version,
@@ -190,10 +196,10 @@ class JudgingSession:
             "first_place": mean,
         }
 
-    def _open(
+    def _pending(
         self, item: Item, kind: str, places: Sequence[tuple[int, ...]]
     ) -> Iterator[tuple[int, ...]]:
-        """Those of the places that have no record yet."""
+        """The candidate numbers without a record in the file."""
         for numbers in places:
             if self._id(item, kind, numbers) in self.known:
                 self.found += 1
@@ -209,19 +215,20 @@ class JudgingSession:
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
     def _refused(self, item: Item, reason: str) -> None:
-        """Passes over an item; it has no record and is asked about again by the next command."""
+        """Skips an item; without a record, the next run of the command asks about it again."""
         self._leave_out("refused by the judge")
         self.refused.append({"prompt": item.prompt[-1].content[:60], "reason": reason})
-        if len(self.refused) >= REFUSALS_AT_FIRST:
+        if len(self.refused) >= MAX_FIRST_REFUSALS:
             self.check()
 
     def check(self) -> None:
-        """Raises WorkError where the judge has refused items and answered about none."""
+        """Raises WorkError where the judge refused items and judged none."""
         answered = self.written + self.found + self.left_out.get("undecided", 0)
         if self.refused and not answered:
             raise WorkError(
-                f"the judge {self.judge.name} refused all, {count_of(len(self.refused), 'item')}: "
-                f"{self.refused[0]['reason']}"
+                f"the judge {self.judge.name} refused all items "
+                f"({len(self.refused)}): {self.refused[0]['reason']}; correct the request or use "
+                "another judge"
             )
 
     def _write(

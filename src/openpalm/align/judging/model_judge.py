@@ -1,22 +1,24 @@
-"""A model as a judge: feedback from written principles (Bai et al. 2022, "Constitutional AI").
+"""A language model as judge: AI feedback from a constitution (Bai et al. 2022), rule rewards.
 
-To compare two answers (their section 4.1) the judge reads the conversation, a principle and both
-answers, A and B, and says which one is better. Its verdict is a probability,
+To compare two completions ("Constitutional AI", section 4.1) the judge reads the conversation, one
+principle of the constitution and both completions, A and B. Its verdict is a probability,
 
-    p = P(A) / (P(A) + P(B))       of the labels, as the reply's first words
+    p = P(A) / (P(A) + P(B))       with P of the labels as the first words of the reply
 
-Judges like one place better than the other whatever stands there, so each question is asked in
-both orders, p_1 and, with the answers swapped, p_2; each order is averaged over the principles by
-their weights. Where both orders name one answer it is the better one, with mean
-(p_1 + 1 - p_2) / 2; where they do not it is a tie. Departures from the paper: it draws one
-principle for every comparison and keeps soft labels; we ask all and write a record as a person's,
-whose strength of 1 to 3 says in which third of [1/2, 1] the mean lies.
+Judges have a position bias: many prefer the first completion, whatever it is. So each question is
+asked in both orders, with probabilities p_1 and, completions swapped, p_2; each is averaged over
+the principles by weight. If both orders prefer the same completion, it is the better one, with
+mean (p_1 + 1 - p_2) / 2. If they disagree, it is a tie.
 
-The same question with the labels yes and no, asked of a rule and one answer, is Sparrow's rule
+Departures from the paper. It draws one principle for each comparison and trains on soft labels. We
+ask all principles, because each costs only a few tokens, and write a preference record like a
+person's; its strength of 1 to 3 is the third of [1/2, 1] that holds the mean.
+
+Asked about one completion and one rule, with the labels yes and no, the judge gives Sparrow's rule
 reward (Glaese et al. 2022): minus the weighted mean probability that a rule is broken.
 
-To revise (Bai et al. 2022, section 3.1) the judge criticises an answer by a principle, then writes
-a better one.
+To revise a completion (Bai et al. 2022, section 3.1) the judge criticises it by one principle, then
+writes a better one.
 """
 
 import hashlib
@@ -37,100 +39,105 @@ from openpalm.generate.sampling import Sampling
 
 LABELS = ("A", "B")
 YES_NO = ("yes", "no")
-LEAST_MASS = 0.1
-"""Of both labels together among all replies; below it the judge would say something else."""
+MIN_LABEL_MASS = 0.1
+"""Least probability of both labels together; below it the judge would reply something else."""
 LABEL_TOKENS = 4
-"""Room for a label, however it is cut into tokens."""
+"""Room for a label in tokens of any tokenizer."""
 
 
 class Question(NamedTuple):
-    """What a judge is asked, and the two replies that it may give."""
+    """The text for the judge, and the two replies that it may give."""
 
     text: str
     labels: tuple[str, str]
 
 
 class Refused(NamedTuple):
-    """A judge's refusal of one text: too long for it, or filtered."""
+    """The judge refused one text, for example because of its length or a content filter."""
 
     reason: str
 
 
 class Unlikely(NamedTuple):
-    """Both labels together have less than LEAST_MASS: their ratio is no verdict."""
+    """Both labels together have less than MIN_LABEL_MASS, so their ratio is no verdict."""
 
     mass: float
 
 
-Judged = float | Refused | Unlikely | None
-"""The probability of a question's first label; None where the reply decides for neither."""
+Verdict = float | Refused | Unlikely | None
+"""The probability of a question's first label; None where the reply names neither label."""
 
 
 class Judge(Protocol):
-    """Whoever answers questions; `name` is the author of its judgements."""
+    """Answers questions; `name` is the author in its preference records."""
 
     name: str
 
     def fits(self, text: str, reply_tokens: int) -> bool:
-        """Whether it can read that much and still reply."""
+        """Whether the text and a reply of that length fit the judge's context."""
         ...
 
-    def first(self, questions: Sequence[Question]) -> Sequence[Judged]:
-        """The probability of each question's first label, in [0, 1], where there is a verdict."""
+    def verdicts(self, questions: Sequence[Question]) -> Sequence[Verdict]:
+        """The probability of each question's first label, in [0, 1], or why there is none."""
         ...
 
     def write(self, texts: Sequence[str], max_new_tokens: int) -> Sequence[str | Refused]:
-        """Its likeliest reply to each text."""
+        """The greedy reply to each text."""
         ...
 
 
 class EngineJudge:
-    """A checkpoint of ours, asked in its chat template."""
+    """An OpenPaLM checkpoint as judge; questions are rendered with its chat template."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str):
         self.engine, self.tokenizer, self.name = engine, tokenizer, name
 
     def fits(self, text: str, reply_tokens: int) -> bool:
-        return len(self._asked(text)) + reply_tokens <= self.engine.model.config.context
+        return len(self._prompt_ids(text)) + reply_tokens <= self.engine.model.config.context
 
-    def first(self, questions: Sequence[Question]) -> list[float | Unlikely]:
+    def verdicts(self, questions: Sequence[Question]) -> list[float | Unlikely]:
         return [
-            chance if mass >= LEAST_MASS else Unlikely(mass)
-            for chance, mass in self.chances(questions)
+            share if mass >= MIN_LABEL_MASS else Unlikely(mass)
+            for share, mass in self.label_probabilities(questions)
         ]
 
-    def chances(self, questions: Sequence[Question]) -> list[tuple[float, float]]:
-        """Of each question the first label's probability among the two, and that of both."""
-        sequences = [ids for question in questions for ids in self._sequences(question)]
-        starts = [len(self._asked(question.text)) for question in questions for _ in (0, 1)]
+    def label_probabilities(self, questions: Sequence[Question]) -> list[tuple[float, float]]:
+        """For each question the first label's share of both labels, and the sum of both."""
+        sequences = [ids for question in questions for ids in self._labelled_ids(question)]
+        starts = [len(self._prompt_ids(question.text)) for question in questions for _ in (0, 1)]
         scored = self.engine.score(sequences)
+        # A label may be several tokens: its log-probability is their sum. scored[t] is of token
+        # t + 1, hence start - 1.
         sums = [row[start - 1 :].sum() for row, start in zip(scored, starts, strict=True)]
         both = torch.stack(sums).view(-1, 2)
         first, mass = both.softmax(dim=-1)[:, 0], both.exp().sum(dim=-1)
         return list(zip(first.tolist(), mass.tolist(), strict=True))
 
     def write(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
-        how, stops = Sampling(temperature=0), stop_ids(self.tokenizer)
-        requests = [Request(self._asked(text), max_new_tokens, how, stops) for text in texts]
-        answers = self.engine.completions(requests)
-        return [self.tokenizer.decode([i for i in ids if i not in stops]) for ids in answers]
+        greedy, stops = Sampling(temperature=0), stop_ids(self.tokenizer)
+        requests = [
+            Request(self._prompt_ids(text), max_new_tokens, greedy, stops) for text in texts
+        ]
+        replies = self.engine.completions(requests)
+        return [self.tokenizer.decode([i for i in ids if i not in stops]) for ids in replies]
 
-    def _asked(self, text: str) -> list[int]:
-        return render(self.tokenizer, [Message("user", text)], answer_next=True).ids
+    def _prompt_ids(self, text: str) -> list[int]:
+        return render(self.tokenizer, [Message("user", text)], add_generation_prompt=True).ids
 
-    def _sequences(self, question: Question) -> list[list[int]]:
-        asked = self._asked(question.text)
-        return [asked + self.tokenizer.encode(label) for label in question.labels]
+    def _labelled_ids(self, question: Question) -> list[list[int]]:
+        """The question followed by each of its two labels."""
+        prompt = self._prompt_ids(question.text)
+        return [prompt + self.tokenizer.encode(label) for label in question.labels]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a judge made of two answers."""
+    """A judge's probabilities for two completions."""
 
     first: float
-    """probability that the first is better, as asked in this order"""
+    """probability that the first completion is better, shown in this order"""
     swapped: float
-    """the same, as asked with the second answer in the first place"""
+    """the same probability, with the completions shown in swapped order"""
 
     @property
     def mean(self) -> float:
@@ -138,7 +145,7 @@ class Comparison:
 
     @property
     def payload(self) -> dict[str, Any]:
-        """Of a Preference of kind compare, about candidates 0 and 1."""
+        """Payload of a Preference of kind compare, for candidates 0 and 1."""
         if (self.first - 0.5) * (self.swapped - 0.5) <= 0:
             return {"tie": [0, 1]}
         better = int(self.mean < 0.5)
@@ -149,28 +156,30 @@ class Comparison:
 def comparison_questions(
     prompt: Messages, a: str, b: str, constitution: Constitution
 ) -> list[Question]:
-    """Each principle in both orders, one after the other."""
+    """Two questions for each principle: completions in the given order, then swapped."""
     return [
-        Question(_comparing(prompt, *order, article), LABELS)
+        Question(_comparison_text(prompt, *order, article), LABELS)
         for article in constitution.articles
         for order in ((a, b), (b, a))
     ]
 
 
-def compared(chances: Sequence[float], constitution: Constitution) -> Comparison:
-    """What the answers to `comparison_questions` come to."""
+def combine_verdicts(verdicts: Sequence[float], constitution: Constitution) -> Comparison:
+    """The weighted means of the verdicts on `comparison_questions`."""
     weights = constitution.weights
-    first = sum(w * p for w, p in zip(weights, chances[0::2], strict=True))
-    swapped = sum(w * (1 - p) for w, p in zip(weights, chances[1::2], strict=True))
+    first = sum(w * p for w, p in zip(weights, verdicts[0::2], strict=True))
+    # In swapped order the second completion is A, so 1 - p is the first one's probability.
+    swapped = sum(w * (1 - p) for w, p in zip(weights, verdicts[1::2], strict=True))
     return Comparison(first, swapped)
 
 
-def rule_questions(prompt: Messages, answer: str, rules: Constitution) -> list[Question]:
-    """Whether the answer breaks each rule."""
+def rule_questions(prompt: Messages, completion: str, rules: Constitution) -> list[Question]:
+    """One question for each rule: whether the completion breaks it."""
     return [
         Question(
-            f"{_shown(prompt)}\n\nThe assistant's answer:\n{answer}\n\nA rule for the assistant:\n"
-            f"{rule.text}\n\nDoes this answer break the rule? Reply with yes or no.",
+            f"{_shown(prompt)}\n\nThe assistant's answer:\n{completion}\n\n"
+            f"A rule for the assistant:\n{rule.text}\n\n"
+            "Does this answer break the rule? Reply with yes or no.",
             YES_NO,
         )
         for rule in rules.articles
@@ -183,14 +192,14 @@ def rule_reward(broken: Sequence[float], rules: Constitution) -> float:
 
 
 def revision(
-    judge: Judge, prompt: Messages, answer: str, article: Article, max_new_tokens: int
+    judge: Judge, prompt: Messages, completion: str, article: Article, max_new_tokens: int
 ) -> str | Refused | None:
-    """The judge's better answer, after its own critique by the principle; None if too long."""
-    shown = f"{_shown(prompt)}\n\nThe assistant's answer:\n{answer}"
-    asked = f"{shown}\n\nA principle:\n{article.text}\n\nIn what does this answer fall short of it?"
-    if not judge.fits(asked, max_new_tokens):
+    """The judge's better completion, after its own critique by the principle; None if too long."""
+    shown = f"{_shown(prompt)}\n\nThe assistant's answer:\n{completion}"
+    ask = f"{shown}\n\nA principle:\n{article.text}\n\nIn what does this answer fall short of it?"
+    if not judge.fits(ask, max_new_tokens):
         return None
-    critique = judge.write([asked], max_new_tokens)[0]
+    critique = judge.write([ask], max_new_tokens)[0]
     if isinstance(critique, Refused):
         return critique
     rewrite = f"{shown}\n\nWhat is to be improved:\n{critique}\n\nWrite the improved answer alone."
@@ -201,22 +210,22 @@ def revision(
 
 
 def numbered_pairs(candidates: Sequence[Candidate]) -> list[tuple[int, int]]:
-    """Every two of the candidates, by number."""
+    """All pairs of candidates, by number."""
     return list(combinations(range(len(candidates)), 2))
 
 
 def judgement_id(kind: str, author: str, version: str, prompt: Messages, *about: object) -> str:
-    """The same for the same judge, principles, prompt and answers: what is judged is known."""
+    """Equal for equal judge, constitution, prompt and candidates: a rerun finds what is done."""
     turns = [(message.role, message.content) for message in prompt]
     text = json.dumps([kind, author, version, turns, *about])
     return "judged-" + hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _comparing(prompt: Messages, a: str, b: str, article: Article) -> str:
+def _comparison_text(prompt: Messages, a: str, b: str, article: Article) -> str:
     return (
-        f"{_shown(prompt)}\n\nTwo answers of the assistant:\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}\n\n"
-        f"A principle:\n{article.text}\n\nWhich answer follows the principle better? "
-        "Reply with A or B."
+        f"{_shown(prompt)}\n\nTwo answers of the assistant:\n\nAnswer A:\n{a}\n\n"
+        f"Answer B:\n{b}\n\nA principle:\n{article.text}\n\n"
+        "Which answer follows the principle better? Reply with A or B."
     )
 
 

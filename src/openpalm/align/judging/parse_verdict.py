@@ -1,8 +1,8 @@
-"""Reading a judge's verdict: which of two labels a reply names, or that it names none.
+"""Parses a judge's reply into a verdict: the first label, the second label, or none.
 
-Judges write "A", "[[A]]", "Answer: B", JSON, or reason first. A label counts as a word of its own,
-and where both are mentioned only in a form that decides. What is not clear is no verdict: a
-judgement that was not made must not become training data.
+Judges write "A", "[[A]]", "Answer: B", JSON, or reason first. A label must be a word of its own; a
+reply that mentions both labels must use a form that decides, like "Answer: B". An unclear reply is
+no verdict, because a guess would become training data.
 """
 
 import json
@@ -23,16 +23,17 @@ _UNCLEAR = re.compile(
 _AFTER_A_NAME = (
     r"(?=\s+(?:is|was|wins|follows|does|has|because|since|seems|better)\b|\s*(?![\sa-z]))"
 )
-"""What may follow the label A, which is an article before any other word."""
+"""What may follow the label A; before any other word, "A" is an article."""
 
 
-def verdict(reply: str, labels: Labels) -> int | None:
-    """0 or 1, the label that the reply decides for; None where it decides for none."""
+def parse_verdict(reply: str, labels: Labels) -> int | None:
+    """0 or 1, the number of the label that the reply names; None where it names none."""
     text = _THOUGHT_END.sub("", _THOUGHT.sub("", reply))
-    if _THOUGHT_OPEN.search(text):  # cut off before the verdict
+    if _THOUGHT_OPEN.search(text):  # cut off while reasoning
         return None
     if fenced := _FENCE.match(text):
         text = fenced[1]
+    # Short replies with decoration, such as **A** or (a).
     bare = text.strip().strip("()[]{}.,:;!*_\"'`").strip()
     if (whole := _index(bare, labels)) is not None:
         return whole
@@ -44,19 +45,19 @@ def verdict(reply: str, labels: Labels) -> int | None:
 
 
 def _index(word: Any, labels: Labels) -> int | None:
-    """Which label the word is, in capitals or not."""
+    """The number of the label that equals the word, ignoring case."""
     same = [isinstance(word, str) and word.strip().casefold() == x.casefold() for x in labels]
     return same.index(True) if any(same) else None
 
 
 def _in_json(value: Any, labels: Labels) -> int | None:
-    """Of an object's verdict by its usual names, else by the only values that are labels."""
+    """From a key with a usual name, or from the only value that is a label."""
     if not isinstance(value, dict):
-        return verdict(value, labels) if isinstance(value, str) else None
+        return parse_verdict(value, labels) if isinstance(value, str) else None
     lower = {str(key).casefold(): item for key, item in value.items()}
     for name in _NAMED:
-        if isinstance(said := lower.get(name), str):
-            return verdict(said, labels)
+        if isinstance(value_of_name := lower.get(name), str):
+            return parse_verdict(value_of_name, labels)
     found = {_index(item, labels) for item in value.values()} - {None}
     return found.pop() if len(found) == 1 else None
 
@@ -70,7 +71,7 @@ def _in_words(text: str, labels: Labels) -> int | None:
 
 
 def _decided_by_form(text: str, labels: Labels) -> Iterator[int]:
-    """Where the text says that a label is its verdict: [[A]], "Answer: A", "I choose A"."""
+    """Labels that the text states as its verdict: [[A]], "Answer: A", "I choose A"."""
     label, flags = _alternatives(labels)
     dressed = rf"[\s*_`\"'(\[]*(?P<label>{label})\b"
     forms = (
@@ -93,7 +94,7 @@ def _decided_by_form(text: str, labels: Labels) -> Iterator[int]:
 
 
 def _words(text: str, labels: Labels) -> Iterator[int]:
-    """The labels that stand in the text as words, where no other word takes them back."""
+    """Labels that the text mentions as words, if no word such as "not" makes them unclear."""
     if _UNCLEAR.search(text):
         return
     label, flags = _alternatives(labels)
@@ -103,7 +104,7 @@ def _words(text: str, labels: Labels) -> Iterator[int]:
 
 
 def _alternatives(labels: Labels) -> tuple[str, re.RegexFlag]:
-    """Single letters count as capitals only: "a" is an article."""
+    """Single letters must be capitals: "a" is an article."""
     pattern = "(?:" + "|".join(map(re.escape, labels)) + ")"
     letters = all(len(label) == 1 for label in labels)
     return pattern, re.RegexFlag(0) if letters else re.IGNORECASE

@@ -1,17 +1,15 @@
-"""What an answer is worth: functions, reward models and exact matches behind one call.
+"""Reward sources, the values of --reward: functions, reward models, rules, exact match.
 
-A source is named in a word, `[WEIGHT*]SOURCE`:
+Each source is written `[WEIGHT*]SOURCE`; the reward is the weighted sum of all sources.
 
-    FILE.py:FUNCTION   called with (prompt, answer, row): the last question, the answer's text and
-                       the prompt's row from the data; returns a number. The user's own code.
-    RUN or CHECKPOINT  a reward model of `openpalm reward`, reading the same tokenizer's ids
+    FILE.py:FUNCTION   the user's function of (prompt, completion, row): texts of the last user turn
+                       and of the completion, and the prompt's row of the data; returns a number
+    RUN or CHECKPOINT  a reward model of `openpalm reward`, with the policy's tokenizer
     hub:NAME           a sequence classifier for `transformers`: its logit, or with several classes
-                       the last class's log-odds
-    rules:FILE@CHECKPOINT  minus the weighted mean probability that the answer breaks a rule of the
-                       YAML file, as the checkpoint says (align/judging/model_judge.py)
-    exact              1 where the answer is the row's `answer`, else 0
-
-Several are added up with their weights.
+                       the log-odds of the last class
+    rules:FILE@CHECKPOINT  minus the weighted mean probability that the completion breaks a rule of
+                       the YAML file, judged by the checkpoint (align/judging/model_judge.py)
+    exact              1 where the completion equals the row's `answer`, otherwise 0
 """
 
 import copy
@@ -35,64 +33,72 @@ from openpalm.align.judging.model_judge import (
 )
 from openpalm.align.pairs.examples import PreferenceExample
 from openpalm.align.pairs.reward_model import collate
-from openpalm.align.rollouts.rollout_batch import Answer, Reward, record_of
+from openpalm.align.rollouts.rollout_batch import Completion, Reward, to_example
 from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.rows.constitution import read_constitution
 from openpalm.data.rows.preferences import Messages
-from openpalm.data.text.conversation import Message
+from openpalm.data.rows.prompt_files import PromptRow
+from openpalm.data.text.conversation import Message, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, RewardError, SettingsError, WorkError
 from openpalm.generate.engine import Engine
 from openpalm.model.reward import RewardModel
 
-LARGEST = 1e9
-"""The largest reward, on either side: its square is still a number in float32."""
+MAX_REWARD = 1e9
+"""Largest absolute reward: its square is finite in float32."""
 
 
 class RewardPrompt(NamedTuple):
-    """A prompt as a reward sees it."""
+    """The prompt that a reward function receives."""
 
     question: str
-    """what the user said last"""
+    """the last user turn"""
     row: dict[str, Any]
+    """the row of the data"""
 
 
 @dataclass(frozen=True)
 class RewardContext:
-    """Answers' ids as texts, and the prompts they are to."""
+    """The prompts and the tokenizer that rewards need to read completions."""
 
     tokenizer: Tokenizer
-    asked: Sequence[RewardPrompt]
+    prompts: Sequence[RewardPrompt]
     stop_ids: frozenset[int]
 
-    def text(self, answer: Answer) -> str:
-        """Without its end marker."""
-        return self.tokenizer.decode([i for i in answer.ids if i not in self.stop_ids])
+    @classmethod
+    def from_rows(cls, tokenizer: Tokenizer, rows: Sequence[PromptRow]) -> "RewardContext":
+        """Completions refer to the rows by number."""
+        prompts = [RewardPrompt(last_user_turn(row.prompt), row.row) for row in rows]
+        return cls(tokenizer, prompts, stop_ids(tokenizer))
+
+    def text(self, completion: Completion) -> str:
+        """The completion's text without its end marker."""
+        return self.tokenizer.decode([i for i in completion.ids if i not in self.stop_ids])
 
 
-def question_of(prompt: Messages) -> str:
-    """The last turn of the user."""
+def last_user_turn(prompt: Messages) -> str:
+    """Its text, empty where the prompt has none."""
     return next((m.content for m in reversed(prompt) if m.role == "user"), "")
 
 
-def load_reward(words: Sequence[str], reader: RewardContext, option: str = "reward") -> Reward:
-    """The sum of the sources that `words` name. Raises SettingsError or CheckpointError.
+def load_reward(words: Sequence[str], context: RewardContext, option: str = "reward") -> Reward:
+    """The weighted sum of the sources. Raises SettingsError or CheckpointError.
 
-    When called, raises WorkError for a sum that is not finite, or larger than LARGEST.
+    When called, raises WorkError for a sum that is not finite or beyond MAX_REWARD.
     """
     named = [_weight_and_source(word, option) for word in words]
-    parts = [(weight, source_of(source, reader, option)) for weight, source in named]
+    rewards = [(weight, load_source(source, context, option)) for weight, source in named]
 
-    def total(answers: Sequence[Answer]) -> list[float]:
-        columns = [[weight * value for value in part(answers)] for weight, part in parts]
+    def total(completions: Sequence[Completion]) -> list[float]:
+        columns = [[weight * value for value in reward(completions)] for weight, reward in rewards]
         sums = [sum(values, 0.0) for values in zip(*columns, strict=True)]
-        for value, answer in zip(sums, answers, strict=True):
-            if not abs(value) <= LARGEST:
-                text = reader.text(answer)[:60]
+        for value, completion in zip(sums, completions, strict=True):
+            if not abs(value) <= MAX_REWARD:
+                text = context.text(completion)[:60]
                 raise WorkError(
-                    f"{spell(option)} {', '.join(words)}: the reward of the answer {text!a} is "
-                    f"{value:g}; it must be a number from -{LARGEST:g} to {LARGEST:g}"
+                    f"{spell(option)} {', '.join(words)}: the reward of the completion {text!a} is "
+                    f"{value:g}; it must be a number from -{MAX_REWARD:g} to {MAX_REWARD:g}"
                 )
         return sums
 
@@ -100,23 +106,23 @@ def load_reward(words: Sequence[str], reader: RewardContext, option: str = "rewa
 
 
 def fingerprint(words: Sequence[str], option: str = "reward") -> str:
-    """A hash of the files that the sources are made of: the same words can name other ones.
+    """Hash of the files behind the sources, because a file can change under the same name.
 
-    Of a FILE.py its own text, not what it imports; of a checkpoint its manifest's hash.
+    It covers the text of FILE.py (not of its imports) and the manifest hash of a checkpoint.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for word in words:
         _, source = _weight_and_source(word, option)
         path, colon, _ = source.rpartition(":")
         rules, _, judge = source.removeprefix("rules:").partition("@")
         if colon and path.endswith(".py"):
-            found.update(Path(path).read_bytes())
+            digest.update(Path(path).read_bytes())
         elif source.startswith("rules:"):
-            found.update(Path(rules).read_bytes() + _manifest_hash(judge))
+            digest.update(Path(rules).read_bytes() + _manifest_hash(judge))
         elif Path(source).exists():
-            found.update(_manifest_hash(source))
-        found.update(b"\0")
-    return found.hexdigest()
+            digest.update(_manifest_hash(source))
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 def _manifest_hash(path: str) -> bytes:
@@ -131,52 +137,52 @@ def _weight_and_source(word: str, option: str) -> tuple[float, str]:
         weight, source = math.nan, ""
     if not math.isfinite(weight):
         raise SettingsError(
-            f"{spell(option)} {word}: {before!r} is no weight; write it as 0.5*SOURCE"
+            f"{spell(option)} {word}: {before!r} is no weight; write a number, as in 0.5*SOURCE"
         )
     return weight, source.strip()
 
 
-def source_of(word: str, reader: RewardContext, option: str = "reward") -> Reward:
-    """One source. Raises SettingsError or CheckpointError, naming it."""
+def load_source(word: str, context: RewardContext, option: str = "reward") -> Reward:
+    """The reward of one source. Raises SettingsError or CheckpointError, naming it."""
     path, colon, name = word.rpartition(":")
     if word == "exact":
-        return lambda answers: [exact(reader, answer) for answer in answers]
+        return lambda completions: [exact_match(context, each) for each in completions]
     if colon and path.endswith(".py"):
-        return of_function(_function(Path(path), name, option), word, reader, option)
+        return function_reward(_import_function(Path(path), name, option), word, context, option)
     if word.startswith("rules:"):
-        return of_rules(word, reader, option)
+        return rules_reward(word, context, option)
     if word.startswith("hub:"):
-        return of_classifier(word.removeprefix("hub:"), reader, option)
+        return classifier_reward(word.removeprefix("hub:"), context, option)
     if Path(word).exists():
-        return of_model(Path(word), reader, option)
+        return reward_model_reward(Path(word), context, option)
     raise SettingsError(
-        f"{spell(option)} {word}: no such run; give a reward model's, FILE.py:FUNCTION, "
+        f"{spell(option)} {word}: no such run; give the run of a reward model, FILE.py:FUNCTION, "
         "hub:NAME, rules:FILE@CHECKPOINT or exact"
     )
 
 
-def exact(reader: RewardContext, answer: Answer) -> float:
-    """Whether the answer is the row's own."""
-    wanted = reader.asked[answer.prompt].row.get("answer")
-    return float(wanted is not None and reader.text(answer).strip() == str(wanted).strip())
+def exact_match(context: RewardContext, completion: Completion) -> float:
+    """1 where the text equals the row's `answer` but for white space around it, otherwise 0."""
+    wanted = context.prompts[completion.prompt].row.get("answer")
+    return float(wanted is not None and context.text(completion).strip() == str(wanted).strip())
 
 
-def of_function(
+def function_reward(
     function: Callable[[str, str, dict[str, Any]], Any],
     name: str,
-    reader: RewardContext,
+    context: RewardContext,
     option: str = "reward",
 ) -> Reward:
-    """Of a function of (prompt, answer, row).
+    """The reward of a function of (prompt, completion, row).
 
-    Each call gets its own copy of the row. When called, raises WorkError where the function raises
-    or exits, or returns no finite number.
+    Each call gets its own copy of the row. When called, raises WorkError where the function raises,
+    exits, or returns no finite number.
     """
 
-    def reward_of(answer: Answer) -> float:
-        asked, text = reader.asked[answer.prompt], reader.text(answer)
+    def reward_of(completion: Completion) -> float:
+        prompt, text = context.prompts[completion.prompt], context.text(completion)
         try:
-            value = function(asked.question, text, copy.deepcopy(asked.row))
+            value = function(prompt.question, text, copy.deepcopy(prompt.row))
         except (Exception, SystemExit) as error:
             raise failed(f"raised {type(error).__name__} ({error})", text) from error
         try:
@@ -189,15 +195,17 @@ def of_function(
 
     def failed(what: str, text: str) -> RewardError:
         return RewardError(
-            f"{spell(option)} {name}: {what} for the answer {text[:60]!a}; "
-            "correct it and give the same command, which goes on"
+            f"{spell(option)} {name}: {what} for the completion {text[:60]!a}; correct the "
+            "function and run the command again: the run continues"
         )
 
-    return lambda answers: [reward_of(answer) for answer in answers]
+    return lambda completions: [reward_of(completion) for completion in completions]
 
 
-def of_model(path: Path, reader: RewardContext, option: str = "reward", rows: int = 32) -> Reward:
-    """Of a reward model. Raises CheckpointError where it is none or reads other ids."""
+def reward_model_reward(
+    path: Path, context: RewardContext, option: str = "reward", rows: int = 32
+) -> Reward:
+    """The reward of a reward model. Raises CheckpointError for another model or tokenizer."""
     directory = checkpoint.resolve(path)
     model = checkpoint.load(directory)
     if not isinstance(model, RewardModel):
@@ -206,28 +214,31 @@ def of_model(path: Path, reader: RewardContext, option: str = "reward", rows: in
         )
     text = checkpoint.tokenizer_json(directory)
     if text is not None and (
-        Tokenizer.load(directory / "tokenizer.json").digest != reader.tokenizer.digest
+        Tokenizer.load(directory / "tokenizer.json").digest != context.tokenizer.digest
     ):
         raise CheckpointError(
-            f"{spell(option)} {directory}: reads another tokenizer's ids than the policy; train it "
-            "from a checkpoint with the policy's tokenizer"
+            f"{spell(option)} {directory}: its tokenizer is not the policy's; train the reward "
+            "model from a checkpoint with the policy's tokenizer"
         )
     model.requires_grad_(False)
 
     @torch.no_grad()
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(completions: Sequence[Completion]) -> list[float]:
         values: list[float] = []
-        for start in range(0, len(answers), rows):
-            group = answers[start : start + rows]
-            batch = collate([PreferenceExample((record_of(answer),)) for answer in group])
+        for start in range(0, len(completions), rows):
+            group = completions[start : start + rows]
+            batch = collate([PreferenceExample((to_example(completion),)) for completion in group])
             values += model.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
         return values
 
     return reward
 
 
-def of_rules(word: str, reader: RewardContext, option: str = "reward") -> Reward:
-    """Of `rules:FILE@CHECKPOINT`. Raises DataError for a bad file, WorkError for a long answer."""
+def rules_reward(word: str, context: RewardContext, option: str = "reward") -> Reward:
+    """The reward of `rules:FILE@CHECKPOINT`. Raises DataError for a bad file.
+
+    When called, raises WorkError for a completion that is too long for the judge.
+    """
     file, mark, path = word.removeprefix("rules:").partition("@")
     if not (file and mark and path):
         raise SettingsError(f"{spell(option)} {word}: must be rules:FILE.yaml@CHECKPOINT")
@@ -239,32 +250,35 @@ def of_rules(word: str, reader: RewardContext, option: str = "reward") -> Reward
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     judge = EngineJudge(Engine(checkpoint.load(directory), slots=32, owned=True), tokenizer, word)
 
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(completions: Sequence[Completion]) -> list[float]:
         questions = [
             question
-            for answer in answers
+            for completion in completions
             for question in rule_questions(
-                (Message("user", reader.asked[answer.prompt].question),), reader.text(answer), rules
+                (Message("user", context.prompts[completion.prompt].question),),
+                context.text(completion),
+                rules,
             )
         ]
         if not all(judge.fits(question.text, LABEL_TOKENS) for question in questions):
             raise WorkError(
-                f"{spell(option)} {word}: an answer with its prompt and rule is longer than that "
-                "checkpoint's context; lower --max-new-tokens, or take another judge"
+                f"{spell(option)} {word}: a completion with its prompt and rule is longer than "
+                "the checkpoint's context; lower --max-new-tokens, or use another checkpoint"
             )
-        # An answer needs a number, so even an unlikely yes or no counts.
-        broken = [chance for chance, _ in judge.chances(questions)]
+        # A completion needs a number, so even an unlikely yes or no counts.
+        broken = [share for share, _ in judge.label_probabilities(questions)]
         each = len(rules.articles)
-        parts = [broken[start : start + each] for start in range(0, len(broken), each)]
-        return [rule_reward(part, rules) for part in parts]
+        groups = [broken[start : start + each] for start in range(0, len(broken), each)]
+        return [rule_reward(group, rules) for group in groups]
 
     return reward
 
 
-def of_classifier(name: str, reader: RewardContext, option: str = "reward") -> Reward:
-    """Of a sequence classifier on the hub, or in a folder. SettingsError where there is none.
+def classifier_reward(name: str, context: RewardContext, option: str = "reward") -> Reward:
+    """The reward of a sequence classifier on the hub or in a folder.
 
-    Only safetensors are read, and no code of the repository is run.
+    Reads safetensors only and runs no code of the repository. Raises SettingsError where there is
+    no classifier.
     """
     where = f"{spell(option)} hub:{name}"
     try:
@@ -282,20 +296,20 @@ def of_classifier(name: str, reader: RewardContext, option: str = "reward") -> R
         raise SettingsError(f"{where}: cannot be read ({error}); check the name") from error
 
     @torch.no_grad()
-    def reward(answers: Sequence[Answer]) -> list[float]:
-        texts = [reader.text(answer) for answer in answers]
+    def reward(completions: Sequence[Completion]) -> list[float]:
+        texts = [context.text(completion) for completion in completions]
         batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
         logits = model(**batch).logits.float()
         if logits.shape[-1] == 1:
             return logits[:, 0].tolist()
-        chances = logits.log_softmax(dim=-1)
-        others = chances[:, :-1].logsumexp(dim=-1)
-        return (chances[:, -1] - others).tolist()
+        log_p = logits.log_softmax(dim=-1)
+        others = log_p[:, :-1].logsumexp(dim=-1)
+        return (log_p[:, -1] - others).tolist()
 
     return reward
 
 
-def _function(path: Path, name: str, option: str) -> Callable[..., Any]:
+def _import_function(path: Path, name: str, option: str) -> Callable[..., Any]:
     if not path.is_file():
         raise SettingsError(f"{spell(option)} {path}:{name}: no such file; check the path")
     spec = importlib.util.spec_from_file_location(f"reward {path}", path)

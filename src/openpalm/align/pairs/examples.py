@@ -17,7 +17,7 @@ from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.shared_prompt import saves_work, share
 from openpalm.data.batches.loader import Example, Loader, padded
 from openpalm.data.batches.order import shuffle
-from openpalm.data.rows.preferences import LabelledCompletion, Pair, Rating, Usable
+from openpalm.data.rows.preferences import LabelledCompletion, Pair, Rating, ReadResult
 from openpalm.data.text.conversation import Message, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.layout import shared_prompt_layout
@@ -69,13 +69,13 @@ class PreferenceBatch:
 
 
 def to_examples(
-    tokenizer: Tokenizer, judgements: Usable[J], max_tokens: int
-) -> Usable[PreferenceExample]:
+    tokenizer: Tokenizer, judgements: ReadResult[J], max_tokens: int
+) -> ReadResult[PreferenceExample]:
     """The judgements with completions of at most `max_tokens` tokens, prompt included.
 
     The others are counted by reason.
     """
-    return judgements.then(lambda judgement: to_example(tokenizer, judgement, max_tokens))
+    return judgements.map(lambda judgement: to_example(tokenizer, judgement, max_tokens))
 
 
 def to_example(
@@ -107,7 +107,7 @@ def render_completion(
 
     The prompt's own assistant turns carry no loss: both completions of a pair share them.
     """
-    before = render(tokenizer, prompt, answer_next=True).ids
+    before = render(tokenizer, prompt, add_generation_prompt=True).ids
     ids, loss_mask = render(tokenizer, [*prompt, *completion])
     assert ids[: len(before)] == before, "a prompt's ids depend on the completion that follows"
     return Example(ids, [False] * len(before) + loss_mask[len(before) :])

@@ -8,7 +8,7 @@ import numpy as np
 from openpalm.errors import DataError
 
 # 24 bytes a document. `size` counts UTF-8 bytes of text; -1 for a blank document.
-RECORD = np.dtype([("digest", "<u8", (2,)), ("size", "<i8")])
+FINGERPRINT = np.dtype([("digest", "<u8", (2,)), ("size", "<i8")])
 IDS_REMEDY = "name the tokenizer they were made with: --tokenizer PATH/tokenizer.json"
 
 
@@ -20,11 +20,11 @@ class Document:
     """
 
     text: str
-    source: str
+    place: str
     ids: np.ndarray | None = None
 
 
-class Measure:
+class Fingerprint:
     """The record of a document that comes in one piece or many.
 
     `lengths` gives the text bytes of each id of the vocabulary; None where ids are not allowed.
@@ -49,7 +49,7 @@ class Measure:
             self.size += int(id_lengths(piece, self._lengths).sum())
             self._blank = False
 
-    def record(self) -> tuple[tuple[int, int], int]:
+    def value(self) -> tuple[tuple[int, int], int]:
         digest = self._hash.digest()
         low, high = (int.from_bytes(half, "little") for half in (digest[:8], digest[8:]))
         return (low, high), -1 if self._blank else self.size
@@ -59,11 +59,11 @@ def id_lengths(document: Document, lengths: np.ndarray | None) -> np.ndarray:
     """int64 [ids]: the bytes of text that each id of a document stands for."""
     assert document.ids is not None
     if lengths is None:
-        raise DataError(f"{document.source}: holds token ids, not text; {IDS_REMEDY}")
+        raise DataError(f"{document.place}: holds token ids, not text; {IDS_REMEDY}")
     largest = int(document.ids.max(initial=0))
     if largest >= len(lengths):
         raise DataError(
-            f"{document.source}: holds id {largest}, the vocabulary ends at {len(lengths) - 1}; "
+            f"{document.place}: holds id {largest}, the vocabulary ends at {len(lengths) - 1}; "
             + IDS_REMEDY
         )
     return lengths[document.ids]

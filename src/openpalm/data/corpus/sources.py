@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
@@ -25,6 +25,7 @@ SNIFFED_BYTES = 1 << 16
 HIDDEN, OTHER, LINKED = "hidden", "of another kind", "linked a second time"
 BUILTIN_PREFIX = "builtin:"
 HUB_PREFIX = "hub:"
+TEXT_FIELD = "text"
 SPLIT_FILES = {"train": "train.bin", "val": "val.bin"}
 
 
@@ -34,13 +35,14 @@ class Source:
 
     `given` is the input as the user wrote it; `named` says that it was this very file, so that
     its being empty is a mistake and not a detail of a folder. `split` is the source's own, where
-    it comes with one.
+    it comes with one. `text_field` names the field or column that holds a row's text.
     """
 
     given: str
     path: Path | None
     named: bool
     split: str | None = None
+    text_field: str = TEXT_FIELD
 
     @property
     def name(self) -> str:
@@ -64,7 +66,9 @@ class Source:
         return self.path is not None and not (self.is_rows or self.is_table)
 
 
-def find_sources(inputs: Sequence[str], left_out: Counter[str] | None = None) -> list[Source]:
+def find_sources(
+    inputs: Sequence[str], left_out: Counter[str] | None = None, *, text_field: str = TEXT_FIELD
+) -> list[Source]:
     """Expands folders and globs, and checks that everything exists, without reading it.
 
     `left_out` counts the entries of folders that are not read, by reason.
@@ -72,7 +76,8 @@ def find_sources(inputs: Sequence[str], left_out: Counter[str] | None = None) ->
     if not inputs:
         raise DataError("no input; name a file, a folder, a glob or builtin:python-docs")
     left_out = Counter() if left_out is None else left_out
-    sources = [source for given in inputs for source in _expand(given, left_out)]
+    found = (source for given in inputs for source in _expand(given, left_out))
+    sources = [replace(source, text_field=text_field) for source in found]
     split = [source for source in sources if source.split]
     if split and len(split) < len(sources):
         raise DataError(

@@ -12,7 +12,7 @@ import numpy as np
 
 from openpalm.base.console import names, shown
 from openpalm.data.corpus.document import Document
-from openpalm.data.corpus.documents import MAX_LINE_BYTES
+from openpalm.data.corpus.document_reader import MAX_LINE_BYTES
 from openpalm.data.corpus.line_streams import Unavailable, unreadable
 from openpalm.errors import DataError
 

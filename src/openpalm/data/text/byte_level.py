@@ -60,7 +60,7 @@ def new_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> "tokenizers.Toke
     return inner
 
 
-def cut_at_seams(text: str) -> list[str]:
+def split_at_safe_points(text: str) -> list[str]:
     """`text` in pieces of PIECE_CHARACTERS or a little more, cut where no token can lie."""
     pieces, start = [], 0
     while found := _SEAM.search(text, start + PIECE_CHARACTERS):

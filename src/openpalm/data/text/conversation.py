@@ -35,14 +35,14 @@ class Example(NamedTuple):
 
 
 def render(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, answer_next: bool = False
+    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> Example:
     """The ids of a conversation; the loss is on what the assistant says and on its ending it.
 
     A turn that is not `trained` has none.
 
-    With `answer_next`, ends where the assistant's next turn begins: exactly a prefix of the ids of
-    the conversation that has the answer.
+    With `add_generation_prompt`, ends where the assistant's next turn begins: exactly a prefix of
+    the ids of the conversation that has the answer.
     """
     template = _Template(tokenizer)
     ids: list[int] = []
@@ -53,7 +53,7 @@ def render(
         ids += opening + said
         learnt = message.role == "assistant" and message.trained
         loss_mask += [False] * len(opening) + [learnt] * len(said)
-    if answer_next:
+    if add_generation_prompt:
         opening = template.opening("assistant")
         ids += opening
         loss_mask += [False] * len(opening)

@@ -22,12 +22,12 @@ from openpalm.data.text import end_of_text
 from openpalm.data.text.byte_level import (
     byte_characters,
     component_types,
-    cut_at_seams,
     encodes_in_pieces,
     growth,
     new_bpe_tokenizer,
     new_byte_tokenizer,
     spells_everything,
+    split_at_safe_points,
 )
 from openpalm.errors import DataError
 
@@ -204,7 +204,7 @@ class Tokenizer:
 
     def cut(self, text: str) -> list[str]:
         """`text` in pieces whose ids, joined, are the ids of the whole; one where unsure."""
-        return cut_at_seams(text) if self._in_pieces else [text]
+        return split_at_safe_points(text) if self._in_pieces else [text]
 
     def byte_lengths(self) -> np.ndarray:
         """int64 [vocab_size]: UTF-8 bytes of text each id stands for; 0 for special tokens.

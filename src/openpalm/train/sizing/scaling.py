@@ -32,7 +32,8 @@ from dataclasses import replace
 from typing import Any
 
 from openpalm.model.config import ModelConfig, Preset
-from openpalm.train.config import PretrainSettings, Ramp
+from openpalm.train.batch_shape import Ramp
+from openpalm.train.config import PretrainSettings
 
 HEAD_DIM = 64
 CONTEXT_A_BLOCK, LEAST_CONTEXT, MOST_CONTEXT = 128, 256, 2048

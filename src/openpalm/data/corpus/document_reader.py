@@ -18,7 +18,13 @@ from openpalm.base.console import names, shown
 from openpalm.data.corpus.builtin import BUILTINS
 from openpalm.data.corpus.document import Document
 from openpalm.data.corpus.line_streams import Tap, no_tap, open_lines, readable, tap_file
-from openpalm.data.corpus.sources import BUILTIN_PREFIX, HUB_PREFIX, Source, find_sources
+from openpalm.data.corpus.sources import (
+    BUILTIN_PREFIX,
+    HUB_PREFIX,
+    TEXT_FIELD,
+    Source,
+    find_sources,
+)
 from openpalm.errors import DataError, count_of
 
 BLOCK_BYTES = 1 << 20
@@ -36,12 +42,13 @@ class Lines(NamedTuple):
     path: Path
     first: int
     data: bytes
+    text_field: str = TEXT_FIELD
 
 
-Block = Lines | list[Document]
+DocumentBlock = Lines | list[Document]
 
 
-def read_documents(inputs: Sequence[str], *, text_field: str = "text") -> Iterator[Document]:
+def read_documents(inputs: Sequence[str], *, text_field: str = TEXT_FIELD) -> Iterator[Document]:
     """All documents of `inputs` in order, blank ones included.
 
     An input is a file (.jsonl, .ndjson, .json, also .gz and .zst: a document a line, under
@@ -50,36 +57,38 @@ def read_documents(inputs: Sequence[str], *, text_field: str = "text") -> Iterat
     Raises DataError with file, line and remedy for what
     cannot be read.
     """
-    for source in find_sources(inputs):
+    for source in find_sources(inputs, text_field=text_field):
         if source.is_one:
             pieces = list(read_pieces(source))
             yield Document("".join(piece.text for piece in pieces), source.name)
         else:
             count = 0
-            for block in read_blocks(source, text_field=text_field):
-                for document in documents(block, text_field):
+            for block in read_document_blocks(source):
+                for document in documents(block):
                     count += 1
                     yield document
             refuse_empty(source, count)
 
 
-def read_blocks(source: Source, *, text_field: str, tap: Tap = no_tap) -> Iterator[Block]:
+def read_document_blocks(source: Source, tap: Tap = no_tap) -> Iterator[DocumentBlock]:
     """The documents of a source in blocks of some BLOCK_BYTES; not for those that are one.
 
     `tap` is handed every raw byte of the source, in order.
     """
     if source.is_rows:
-        blocks: Iterator[Block] = _line_blocks(cast(Path, source.path), tap)
+        blocks: Iterator[DocumentBlock] = _line_blocks(
+            cast(Path, source.path), tap, source.text_field
+        )
     elif source.is_table:
         from openpalm.data.corpus.tables import parquet_documents
 
         tap_file(cast(Path, source.path), tap)
-        blocks = _grouped(parquet_documents(cast(Path, source.path), text_field))
+        blocks = _grouped(parquet_documents(cast(Path, source.path), source.text_field))
     elif source.given.startswith(HUB_PREFIX):
         from openpalm.data.corpus.tables import hub_documents
 
         name = source.given.removeprefix(HUB_PREFIX)
-        blocks = _grouped(_tapped(hub_documents(name, text_field), tap))
+        blocks = _grouped(_tapped(hub_documents(name, source.text_field), tap))
     else:
         builtin = BUILTINS[source.given.removeprefix(BUILTIN_PREFIX)]
         blocks = _grouped(_tapped(builtin(), tap))
@@ -92,13 +101,13 @@ def refuse_empty(source: Source, count: int) -> None:
         raise DataError(f"{source.given}: is empty; give a file with at least one document")
 
 
-def documents(block: Block, text_field: str) -> Iterator[Document]:
+def documents(block: DocumentBlock) -> Iterator[Document]:
     """The documents of a block, parsed and validated."""
     if not isinstance(block, Lines):
         yield from block
         return
     for where, row in _rows(block):
-        yield Document(_text_of(row, text_field, where), where)
+        yield Document(_text_of(row, block.text_field, where), where)
 
 
 def read_pieces(source: Source, tap: Tap = no_tap) -> Iterator[Document]:
@@ -174,7 +183,7 @@ def _id_pieces(source: Source, path: Path, tap: Tap) -> Iterator[Document]:
             yield Document("", source.name, np.frombuffer(data, dtype="<u2").astype(np.uint32))
 
 
-def _line_blocks(path: Path, tap: Tap) -> Iterator[Lines]:
+def _line_blocks(path: Path, tap: Tap, text_field: str = TEXT_FIELD) -> Iterator[Lines]:
     first = 1
     with open_lines(path, tap) as stream:
         while data := stream.read(BLOCK_BYTES):
@@ -188,7 +197,7 @@ def _line_blocks(path: Path, tap: Tap) -> Iterator[Lines]:
                     f"{path}:{first + count - ended}: a line of more than {MAX_LINE_BYTES} bytes; "
                     "split this document"
                 )
-            yield Lines(path, first, data)
+            yield Lines(path, first, data, text_field)
             first += count
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from openpalm.data.rows.labelled_files import read_labelled
+from openpalm.data.rows.labelled_completion_files import read_labelled_completions
 from openpalm.data.rows.preferences import Candidate, Preference
 from openpalm.data.text.conversation import Message
 
@@ -25,8 +25,8 @@ def record(name, kind, payload):
 def verdicts(tmp_path, *rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row, default=vars) + "\n" for row in rows))
-    found = read_labelled(path)
-    return [(v.answer[0].content, v.good) for v in found.items], found.unused
+    found = read_labelled_completions(path)
+    return [(v.completion[0].content, v.good) for v in found.items], found.unused
 
 
 BOTH = [("Because.", True), ("No.", False)]
@@ -43,4 +43,4 @@ def test_records(tmp_path):
     assert verdicts(tmp_path, compared) == (BOTH, {})
     judged, unused = verdicts(tmp_path, compared, record("2", "thumb", thumb))
     assert judged == [("Because.", False)]
-    assert unused == {"compare gives no verdict": 1}
+    assert unused == {"compare gives no labelled completion": 1}

@@ -7,8 +7,13 @@ from collections import Counter
 
 import pytest
 
-from openpalm.data.corpus import documents
-from openpalm.data.corpus.documents import Document, read_blocks, read_documents, read_pieces
+from openpalm.data.corpus import document_reader
+from openpalm.data.corpus.document_reader import (
+    Document,
+    read_document_blocks,
+    read_documents,
+    read_pieces,
+)
 from openpalm.data.corpus.sources import find_sources
 from openpalm.errors import DataError
 
@@ -135,7 +140,7 @@ def test_json_that_is_not_an_object_a_line(content, tmp_path):
 
 
 def test_a_line_of_millions_of_values_is_refused_in_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_LINE_VALUES", 1000)
+    monkeypatch.setattr(document_reader, "MAX_LINE_VALUES", 1000)
     path = tmp_path / "a.jsonl"
     for inner in ("{}," * 2000, '"",' * 2000, "[[" * 600, '{"a":1},' * 600):
         path.write_text('{"text": "a", "x": [' + inner + "0]}")
@@ -163,7 +168,7 @@ def test_every_raw_byte_is_shown_once(tmp_path):
         if source.is_one:
             list(read_pieces(source, seen.append))
         else:
-            list(read_blocks(source, text_field="text", tap=seen.append))
+            list(read_document_blocks(source, seen.append))
         assert b"".join(seen) == content
 
 
@@ -273,7 +278,7 @@ def test_names_of_fields_cannot_flood_or_forge_the_message(tmp_path):
 
 
 def test_a_bomb_is_refused_in_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(document_reader, "MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "' + b"a" * (100 << 20)))
     tracemalloc.start()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from openpalm.align.rollouts.replay import kept
+from openpalm.align.rollouts.spill import spill
 
 
 def columns():
@@ -30,13 +30,13 @@ def open_files(folder):
 def test_small_ones_stay_where_they_are(tmp_path):
     given = columns()
     size = sum(c.nbytes for c in given.values())
-    assert kept(given, size, tmp_path) is given
-    assert kept(given, size - 1, tmp_path) is not given
+    assert spill(given, size, tmp_path) is given
+    assert spill(given, size - 1, tmp_path) is not given
 
 
 def test_large_ones_are_the_same_from_disk(tmp_path):
     given = columns()
-    found = kept(given, 0, tmp_path)
+    found = spill(given, 0, tmp_path)
     assert found.keys() == given.keys()
     for name, column in given.items():
         assert found[name].dtype == column.dtype
@@ -47,7 +47,7 @@ def test_large_ones_are_the_same_from_disk(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_nothing_is_left_of_the_file(tmp_path):
-    found = kept(columns(), 0, tmp_path)
+    found = spill(columns(), 0, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert open_files(tmp_path) == (1, 1), "held by the mapping alone"
     rows = found["ids"][torch.tensor([2, 0])]

@@ -302,7 +302,7 @@ def shown(item):
     if isinstance(item, Pair):
         return said(item.prompt), said(item.chosen), said(item.rejected)
     if isinstance(item, Rating):
-        return said(item.prompt), said(item.answer), item.value
+        return said(item.prompt), said(item.completion), item.value
     return said(item)
 
 
@@ -362,7 +362,7 @@ def expected(sees, row):
 def check_nothing_is_lost(row, found):
     """Every word of the row is in an item, or in a field that is named as not used."""
     in_items = set(WORD.findall(repr([shown(item) for item in found.items]).replace("\\n", " ")))
-    named = {name.split(".")[-1] for name in found.fields}
+    named = {name.split(".")[-1] for name in found.unused_fields}
 
     def lost(value, key):
         if key in named:
@@ -405,7 +405,9 @@ def test_a_thousand_altered_rows(read, make, sees, tmp_path):
         if not found.items:
             outcomes["left out"] += 1
             assert found.unused
-            assert {place for where in found.left_out.values() for place in where} == {f"{path}:1"}
+            assert {place for where in found.unused_places.values() for place in where} == {
+                f"{path}:1"
+            }
             continue
         outcomes["used"] += 1
         wanted = None if added else expected(sees, row)
