@@ -242,7 +242,7 @@ def test_a_reward_edited_between_two_parts_of_a_run(said, work, tmp_path):
     pay.write_text("def pay(prompt, answer, row):\n    return -1000.0\n", "utf-8")
     status, _, errors = said(*words)
     assert status == 2
-    assert "the files of --reward or --gold-reward have changed" in errors[-1]
+    assert "the files of --reward or --gold-reward" in errors[-1]
     assert rows(run / "metrics.jsonl") == before
 
 
