@@ -62,7 +62,7 @@ class RunInfo:
     parent: str | None = None
     """hash of the checkpoint that --init started from"""
     reward: str | None = None
-    """hash of the files that --reward and --gold name"""
+    """hash of the files that --reward and --gold-reward name"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "minutes", "peak_flops"):
@@ -276,8 +276,8 @@ def _refuse_another_reward(out: Path, was: str | None, now: str | None) -> None:
         print("the reward has changed since it failed; the run continues with it", file=sys.stderr)
     elif corrected is None or corrected != now:
         raise SettingsError(
-            f"--out {out}: the files of --reward or --gold have changed since that run began "
-            f"({was}, now {now}); restore them, or choose another --out"
+            f"--out {out}: the files of --reward or --gold-reward have changed since that run "
+            f"began ({was}, now {now}); restore them, or choose another --out"
         )
 
 
