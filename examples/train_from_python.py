@@ -16,10 +16,10 @@ from openpalm.data.batches.loader import token_loader
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.model.config import preset
 from openpalm.model.transformer import initialise
-from openpalm.train.config import OptimSettings
 from openpalm.train.objective import NextToken
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.optimization.schedule import learning_rate_factor
+from openpalm.train.optimizer_settings import OptimSettings
 
 parser = argparse.ArgumentParser(description="Trains palm-tiny on prepared data.")
 parser.add_argument("data", type=Path)

@@ -171,7 +171,7 @@ def test_convert_writes_both_ways(saved, tmp_path, capsys):
     with torch.no_grad():
         expected = openpalm.load(saved).logits(ids)
         torch.testing.assert_close(openpalm.load(back).logits(ids), expected, rtol=1e-4, atol=1e-4)
-    assert read_foreign(out).source == "palm-rlhf-pytorch"
+    assert read_foreign(out).project == "palm-rlhf-pytorch"
 
 
 def test_functions_and_packages_share_names():

@@ -113,12 +113,12 @@ def test_a_critic_of_ones_own_learns_too():
 class Watching(RewardModel):
     """Keeps what it was asked."""
 
-    def judge(self, ids: Tensor, mask: Tensor, prompt_lengths: Tensor) -> list[float]:
+    def rewards(self, ids: Tensor, mask: Tensor, prompt_lengths: Tensor) -> list[float]:
         self.asked = getattr(self, "asked", [])
         rows = zip(ids, mask, prompt_lengths, strict=True)
         self.asked += [(row[real].tolist(), int(length)) for row, real, length in rows]
         self.padding = ids[~mask]
-        return super().judge(ids, mask, prompt_lengths)
+        return super().rewards(ids, mask, prompt_lengths)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -162,13 +162,13 @@ def test_answers_are_spread_over_the_rollouts():
 def test_the_best_of_the_samples_is_given():
     trainer = learner()
     made: list[list[list[int]]] = []
-    answers = trainer.palm.answers
+    answers = trainer.palm.completions
 
     def keeping(*given: Any, **how: Any) -> list[list[int]]:
         made.append(answers(*given, **how))
         return made[-1]
 
-    trainer.palm.answers = keeping  # type: ignore[method-assign]
+    trainer.palm.completions = keeping  # type: ignore[method-assign]
     best = trainer.generate(10, prompt=[1, 3], num_samples=6, filter_logits_fn=None)
     share = [sum(i % 2 == 0 for i in answer) / len(answer) for answer in made[0]]
     assert len(share) == 6

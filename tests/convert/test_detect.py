@@ -25,7 +25,7 @@ def says(tmp_path: Path, **values: object) -> Path:
 def test_everything_is_inferred(saved: Save, palm: dict[str, Tensor], config: ModelConfig):
     foreign = read_foreign(saved(palm))
     assert foreign.config == config
-    assert foreign.source == "palm-rlhf-pytorch"
+    assert foreign.project == "palm-rlhf-pytorch"
     assert foreign.state["embedding"].shape == (128, 8)
     assert not foreign.state["embedding"][70:].any()
 
@@ -194,7 +194,7 @@ def test_palm_pytorch_behind_its_wrapper(data: Path, saved: Save):
     plain = data / "PaLM-pytorch/palm/palm.pt"
     state = torch.load(plain, weights_only=True)
     wrapped = read_foreign(saved({f"net.{name}": tensor for name, tensor in state.items()}))
-    assert wrapped.source == "palm-pytorch"
+    assert wrapped.project == "palm-pytorch"
     expected = read_foreign(plain)
     assert all(torch.equal(wrapped.state[name], expected.state[name]) for name in expected.state)
 

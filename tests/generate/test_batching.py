@@ -126,7 +126,7 @@ def test_an_engine_in_flight_takes_no_new_weights():
 def test_memory_follows_what_was_reserved():
     engine = Engine(tiny(), slots=2, prefill_tokens=8)
     engine.completions([Request([1] * 10, 5, GREEDY)])
-    assert engine._cache.room == 256
+    assert engine._cache.capacity == 256
     engine.completions([Request([1] * 300, 5, GREEDY)])
-    assert engine._cache.room == 512
+    assert engine._cache.capacity == 512
     assert engine._cache.keys.dtype == torch.float32

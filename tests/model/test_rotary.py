@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from openpalm.model.rotary import _plainly, _Rotation
+from openpalm.model.rotary import _rotate_compiled, _Rotation
 
 
-@pytest.mark.parametrize("turn", [_Rotation.apply, _plainly], ids=["eager", "compiled"])
+@pytest.mark.parametrize("turn", [_Rotation.apply, _rotate_compiled], ids=["eager", "compiled"])
 @pytest.mark.parametrize("halves", [True, False])
 def test_rotation_and_its_gradient(halves: bool, turn: Any):
     generator = torch.Generator().manual_seed(0)

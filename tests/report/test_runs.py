@@ -9,10 +9,10 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.report.runs import (
-    by_seed,
     differences,
+    group_by_kind,
+    group_by_seed,
     mean_of_last,
-    of_a_kind,
     read_runs,
     smooth,
 )
@@ -105,7 +105,7 @@ def test_losses_of_another_meaning_are_apart(tmp_path):
             make_run(tmp_path / "sft", config="template: chat\n"),
         ]
     )
-    names = [[run.name for run in kind] for kind in of_a_kind(runs)]
+    names = [[run.name for run in kind] for kind in group_by_kind(runs)]
     assert names == [["train"], ["dpo", "again"], ["ipo"], ["sft"]]
 
 
@@ -118,7 +118,7 @@ def test_seeds_are_grouped_and_repeats_are_not(tmp_path):
         )
         for name, (seed, lr) in configs.items()
     ]
-    groups = [[run.name for run in group] for group in by_seed(read_runs(runs))]
+    groups = [[run.name for run in group] for group in group_by_seed(read_runs(runs))]
     assert groups == [["a", "b"], ["c"], ["d"], ["e"]]
 
 

@@ -8,8 +8,8 @@ from train_samples import write_dataset
 
 from openpalm.base.yaml_file import read_yaml
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.cli.common import validation
 from openpalm.data.dataset.shards import open_dataset
+from openpalm.evaluate.perplexity import dataset_loss
 from openpalm.train.metrics import read_rows
 
 Train = Callable[..., int]
@@ -37,7 +37,7 @@ def test_each_set_is_validated_and_their_mean(train: Train, mixture: Path, tmp_p
     nats, of_bytes = 0.0, 0.0
     for name, share in (("docs", 0.75), ("code", 0.25)):
         dataset = open_dataset(mixture.parent / name)
-        alone = validation(model, dataset, "val", 16, model.embedding.dtype, document_mask=True)
+        alone = dataset_loss(model, dataset, "val", 16, model.embedding.dtype, document_mask=True)
         assert row[f"val_loss/{name}"] == pytest.approx(alone.nats_per_token)
         assert row[f"val_bits_per_byte/{name}"] == pytest.approx(alone.bits_per_byte)
         nats += share * alone.nats / alone.tokens

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -336,7 +337,7 @@ def test_killed_around_the_writing_of_the_settings(
 ):
     from openpalm.train import run_directory as run_module
 
-    original = run_module._write_durably
+    original = run_module.write_atomically
 
     def patched(path: Path, text: str) -> None:
         if when == "after":
@@ -347,7 +348,7 @@ def test_killed_around_the_writing_of_the_settings(
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_write_durably", patched)
+        patch.setattr(run_module, "write_atomically", patched)
         with pytest.raises(Killed):
             train(out)
     assert train(out) == 0
@@ -686,6 +687,32 @@ def test_weights_that_are_there_are_not_initialised(
     ask = {"init": reference, "model": None, "arch.init": "palm"}
     assert train(tmp_path / "run", **ask) == 2
     assert "--arch.init palm: --init brings weights of its own" in capsys.readouterr().err
+
+
+def test_few_frames_from_the_command_to_the_backward_pass(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A reader who steps from `openpalm train` to `loss.backward()` passes these functions."""
+    frames: list[str] = []
+
+    def backward(loss: torch.Tensor) -> None:
+        package = str(Path(openpalm.__file__).parent)
+        stack = [f for f in traceback.extract_stack() if f.filename.startswith(package)]
+        frames.extend(f"{Path(f.filename).stem}.{f.name}" for f in stack)
+        raise Killed
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with pytest.raises(Killed):
+        train(tmp_path / "run")
+    assert frames == [
+        "main.main",
+        "train.run",
+        "train.pretrain",
+        "run.run_training",
+        "run.run",
+        "trainer.train_step",
+        "trainer.forward_backward",
+    ]
 
 
 @pytest.mark.parametrize("name", ["stable-adamw", "lion", "adafactor", "muon"])

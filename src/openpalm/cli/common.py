@@ -1,14 +1,12 @@
-"""What several verbs compose alike: where weights come from, and what is looked at in training."""
+"""What several verbs share: weights and tokenizers from names, held-out rows, progress lines."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -19,32 +17,20 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from openpalm.cli.model_options import ModelOptions
 from openpalm.convert import hub
-from openpalm.data.batches.loader import evaluation_batches
-from openpalm.data.batches.token_mixture import TokenSets
-from openpalm.data.dataset.document_index import Documents
-from openpalm.data.dataset.shards import Dataset
 from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.tokenizer import Tokenizer, is_bpe
 from openpalm.errors import CheckpointError, SettingsError
-from openpalm.evaluate.perplexity import SplitLoss, mixed_loss, split_loss
 from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 from openpalm.generate.engine import Engine
-from openpalm.generate.sampling import Sampling
-from openpalm.generate.streaming import complete, document_ends
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import NO_INIT, TrainSettings
 from openpalm.train.initial_weights import Start, check_reads, starting_point
-from openpalm.train.probes import Probe
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 30.0
 """of progress, where no terminal shows a bar"""
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 64
-BEGINNING_TOKENS = 64
-"""of a document, enough for its first words"""
-EVALUATION_TOKENS = 8192
-"""Tokens of a validation split in memory at a time."""
 
 
 def weights_path(name: str) -> Path:
@@ -182,90 +168,6 @@ def _computing_as(directory: Path) -> set[str]:
     lineage = manifest["lineage"]
     merged = {lineage["parent"]} if lineage.get("adapter") == "own" else set()
     return {manifest["sha256"]} | merged
-
-
-def validation(
-    model: Transformer,
-    dataset: Dataset,
-    split: str,
-    sequence_length: int,
-    dtype: torch.dtype,
-    *,
-    document_mask: bool = False,
-) -> SplitLoss:
-    """The model's loss over a whole split, in windows of `sequence_length`."""
-    batches = evaluation_batches(
-        dataset.tokens(split),
-        sequence_length=sequence_length,
-        rows=max(1, EVALUATION_TOKENS // sequence_length),
-        documents=Documents([dataset], split) if document_mask else None,
-    )
-    return split_loss(model, batches, dataset.manifest.splits[split].bytes, dtype)
-
-
-def validation_probe(sets: TokenSets, sequence_length: int, *, document_mask: bool) -> Probe:
-    """val_loss in nats a token and val_bits_per_byte over the whole validation split.
-
-    Of several sets each has columns of its own, and the figures without a name are those of a
-    text mixed as they are trained on.
-    """
-    shares = sets.shares(sequence_length)
-
-    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
-        found = [
-            validation(model, dataset, "val", sequence_length, dtype, document_mask=document_mask)
-            for dataset in sets.datasets
-        ]
-        if len(found) == 1:
-            return _validation_columns(found[0])
-        row = _validation_columns(mixed_loss(found, shares))
-        for name, result in zip(sets.names, found, strict=True):
-            row |= _validation_columns(result, f"/{name}")
-        return row
-
-    def describe(row: dict[str, Any]) -> str:
-        said = (
-            f"validation {row['val_loss']:.4f} nats a token, "
-            f"{row['val_bits_per_byte']:.4f} bits a byte"
-        )
-        each = [f"{n} {row[f'val_loss/{n}']:.4f}" for n in sets.names if f"val_loss/{n}" in row]
-        return f"{said} ({', '.join(each)})" if each else said
-
-    tokens = sum(dataset.manifest.splits["val"].tokens for dataset in sets.datasets)
-    return Probe(measure, describe=describe, tokens=tokens)
-
-
-def _validation_columns(loss: SplitLoss, of: str = "") -> dict[str, Any]:
-    return {f"val_loss{of}": loss.nats_per_token, f"val_bits_per_byte{of}": loss.bits_per_byte}
-
-
-def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int = 48) -> Probe:
-    """A few continuations, kept in samples.jsonl."""
-
-    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
-        texts = complete(
-            Engine(model, owned=True),
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature=0.8, top_p=0.95),
-        )
-        return {"samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]}
-
-    return Probe(measure, file="samples.jsonl")
-
-
-def beginnings(dataset: Dataset, count: int = 3, words: int = 4) -> list[str]:
-    """The first words of some documents of the validation split, or of the training split."""
-    split = "val" if dataset.manifest.splits["val"].tokens > 1 else "train"
-    starts, tokens = dataset.document_offsets(split), dataset.tokens(split)
-    tokenizer = dataset.tokenizer()
-    chosen = (starts[len(starts) * i // count] for i in range(min(count, len(starts))))
-    ids = (tokens[start : start + BEGINNING_TOKENS].tolist() for start in chosen)
-    ends = document_ends(tokenizer)
-    texts = (tokenizer.decode([*takewhile(lambda i: i not in ends, item)]) for item in ids)
-    found = [" ".join(text.split()[:words]) for text in texts]
-    return [text for text in dict.fromkeys(found) if text] or ["The"]
 
 
 @contextmanager

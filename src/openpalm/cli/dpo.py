@@ -144,21 +144,12 @@ def _report_one_sided(examples: "Sequence[PreferenceExample]", label: str) -> No
 
 def _held_out_probe(kind: _Kind, batch: "PreferenceBatch") -> "Probe":
     """Loss, accuracy and margin on the held-out examples."""
-    import torch
+    from openpalm.train.probes import held_out_probe
 
-    from openpalm.model.transformer import Transformer
-    from openpalm.train.probes import Probe
-
-    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
-        device = model.embedding.device
-        with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
-            loss, metrics = kind.objective.loss(model, batch.to(device))
-        values = {"loss": loss.item(), **metrics}
-        return {f"val_{name}": value / len(batch) for name, value in values.items()}
-
-    return Probe(
-        measure,
-        describe=lambda row: (
+    return held_out_probe(
+        kind.objective,
+        [batch],
+        lambda row: (
             f"held-out {kind.unit}: loss {row['val_loss']:.4f}, accuracy "
             f"{row['val_accuracy']:.3f}, reward margin {row['val_reward_margin']:.3f}"
         ),

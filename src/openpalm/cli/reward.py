@@ -117,33 +117,29 @@ def _held_out_probe(
     from openpalm.evaluate import agreement
     from openpalm.model.reward import RewardModel
     from openpalm.model.transformer import Transformer
-    from openpalm.train.probes import Probe
+    from openpalm.train.probes import held_out_probe
 
-    objective, batch = RewardObjective(settings), collate(measured)
-    tied = collate(ties) if ties else None
+    batch, tied = collate(measured), collate(ties) if ties else None
 
-    def rewards(model: RewardModel, batch: "ScoreBatch") -> torch.Tensor:
+    def rewards(model: Transformer, batch: "ScoreBatch") -> torch.Tensor:
+        assert isinstance(model, RewardModel)
         batch = batch.to(model.embedding.device)
         return model.value(batch.ids, batch.mask, batch.prompt_lengths).cpu()
 
-    def differences(model: RewardModel, batch: "ScoreBatch") -> list[float]:
+    def differences(model: Transformer, batch: "ScoreBatch") -> list[float]:
         chosen, rejected = rewards(model, batch).chunk(2)
         return (chosen - rejected).tolist()
 
-    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
-        assert isinstance(model, RewardModel)
-        device = model.embedding.device
-        with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
-            loss, metrics = objective.loss(model, batch.to(device))
-            values = {"loss": loss.item(), **metrics}
-            row = {f"val_{name}": value / len(measured) for name, value in values.items()}
-            if not settings.reads_pairs:
-                found = rewards(model, batch).tolist()
-                return row | {"val_spearman": agreement.spearman(found, batch.labels.tolist())}
-            gaps = differences(model, batch)
-            row["val_calibration_error"] = agreement.calibration_error(gaps)
-            tied_gaps = differences(model, tied) if tied else []
-            return row | {"val_agreement": agreement.agreement(gaps, tied_gaps)}
+    def agreements(model: Transformer) -> dict[str, float]:
+        if not settings.reads_pairs:
+            found = rewards(model, batch).tolist()
+            return {"val_spearman": agreement.spearman(found, batch.labels.tolist())}
+        gaps = differences(model, batch)
+        tied_gaps = differences(model, tied) if tied else []
+        return {
+            "val_calibration_error": agreement.calibration_error(gaps),
+            "val_agreement": agreement.agreement(gaps, tied_gaps),
+        }
 
     def describe(row: dict[str, float]) -> str:
         said = f"held-out {'pairs' if settings.reads_pairs else 'ratings'}: "
@@ -151,4 +147,4 @@ def _held_out_probe(
         figures = [n for n in names if f"val_{n}" in row]
         return said + ", ".join(f"{n.replace('_', ' ')} {row[f'val_{n}']:.3f}" for n in figures)
 
-    return Probe(measure, describe=describe)
+    return held_out_probe(RewardObjective(settings), [batch], describe, more=agreements)

@@ -23,7 +23,7 @@ from openpalm.align.rollouts.ppo import PpoObjective, estimate
 from openpalm.align.rollouts.rollout import RolloutLoader, reference_log_probs
 from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.align.rollouts.sampler import Sampler
-from openpalm.compat.palm import PaLM, adapted
+from openpalm.compat.palm import PaLM, with_adapter
 from openpalm.compat.reward import RewardModel
 from openpalm.compat.state_dicts import draw_seed
 from openpalm.errors import DataError, SettingsError
@@ -123,12 +123,12 @@ class RLHFTrainer:
         self._reference = palm.model if actor_lora else copy.deepcopy(palm.model)
         self._frozen = [*palm.model.parameters()] if actor_lora else []
         self._frozen += [*trunk.parameters()] if critic_lora else []
-        self.actor_critic = lora.shallow_copy_as(palm.scoped(self._scope), ActorCritic)
+        self.actor_critic = lora.shallow_copy_as(palm.model_for_scope(self._scope), ActorCritic)
         self.actor_critic.critic = _critic(
-            adapted(trunk, critic_lora_r) if critic_lora else trunk,
+            with_adapter(trunk, critic_lora_r) if critic_lora else trunk,
             _bins(critic_num_pred_bins, **(hl_gauss_loss_kwargs or {})),
         ).to(palm.model.embedding)
-        with _still(self._frozen):
+        with _frozen(self._frozen):
             self._optimizer = Optimizer(self.actor_critic, self._settings.optim, actor_lr)
 
     def train(
@@ -180,7 +180,7 @@ class RLHFTrainer:
         )
         was, told = self.palm.training, []
         try:
-            with _still(self._frozen):
+            with _frozen(self._frozen):
                 for rollout in range(rollouts):
                     for _ in range(each):
                         loop.train_step()
@@ -204,7 +204,9 @@ class RLHFTrainer:
         """
         ids = _ids(prompt)
         room = _room(ids, max_seq_len, "prompt")
-        answers = self.palm.answers([ids] * num_samples, room, finetune_scope=self._scope, **how)
+        answers = self.palm.completions(
+            [ids] * num_samples, room, finetune_scope=self._scope, **how
+        )
         rewards = self._judged([ids] * num_samples, answers)
         best = max(range(num_samples), key=rewards.__getitem__)
         return torch.tensor([*ids, *answers[best]], device=self.palm.device)
@@ -224,7 +226,7 @@ class RLHFTrainer:
             lengths = torch.tensor([len(row) for row in rows])
             prompt_lengths = torch.tensor([len(prompt) for prompt, _ in part])
             mask = torch.arange(ids.shape[1]) < lengths[:, None]
-            rewards += self.reward_model.judge(ids, mask, prompt_lengths)
+            rewards += self.reward_model.rewards(ids, mask, prompt_lengths)
         return rewards
 
 
@@ -311,7 +313,7 @@ def _critic(trunk: Transformer, bins: Bins | None) -> Critic:
 
 
 @contextmanager
-def _still(parameters: list[nn.Parameter]) -> Iterator[None]:
+def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Inside, these do not learn."""
     were = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:

@@ -1,6 +1,5 @@
 """The one door for foreign checkpoints: which project wrote it, and what it is in our terms."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from openpalm import __version__
+from openpalm.base.hashing import sha256_of
 from openpalm.convert.conversion import Converted
 from openpalm.convert.files import Tensors, find_file, read_hyperparameters, read_tensors
 from openpalm.convert.nanopalm import read_nanopalm
@@ -15,33 +15,31 @@ from openpalm.convert.palm_rlhf.read import read_palm_pytorch, read_palm_rlhf
 from openpalm.convert.palm_rlhf.reward import is_reward, read_reward
 from openpalm.errors import CheckpointError
 
-Source = Literal["palm-rlhf-pytorch", "palm-pytorch", "nanopalm"]
+Project = Literal["palm-rlhf-pytorch", "palm-pytorch", "nanopalm"]
 
 # a key that every checkpoint of the project has
-_SIGNS: dict[Source, tuple[str, ...]] = {
+_PROJECT_KEYS: dict[Project, tuple[str, ...]] = {
     "palm-rlhf-pytorch": ("layers.0.fn.attn_out.weight",),
     "palm-pytorch": ("1.fn.attn_out.weight",),
     "nanopalm": ("decoder.blocks.0.mqa_ln.weight",),
 }
-_ACTOR_SIGNS = ("actor_palm.", "critic_palm.")
+_ACTOR_PROJECT_KEYS = ("actor_palm.", "critic_palm.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign(Converted):
+class ForeignCheckpoint(Converted):
     """A foreign checkpoint that was read: where from, and as what."""
 
     file: Path
-    source: Source
+    project: Project
 
     def lineage(self) -> dict[str, Any]:
         """What the manifest of the converted checkpoint says of its origin."""
-        with self.file.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {
             "kind": "converted",
             "source_file": self.file.name,
-            "source_sha256": digest,
-            "source": self.source,
+            "source_sha256": sha256_of(self.file),
+            "source": self.project,
             "era": self.era,
             "era_assumed_because": self.why,
             "openpalm": __version__,
@@ -51,21 +49,21 @@ class Foreign(Converted):
 
 def read_foreign(
     path: Path,
-    source: Source | None = None,
+    project: Project | None = None,
     era: str | None = None,
     config_path: Path | None = None,
-) -> Foreign:
+) -> ForeignCheckpoint:
     """Reads a foreign checkpoint, a file or a folder holding exactly one.
 
-    source: None looks at the keys; era: a version of palm-rlhf-pytorch, None guesses;
+    project: None looks at the keys; era: a version of palm-rlhf-pytorch, None guesses;
     config_path: a JSON of hyperparameters, None looks beside the file. Runs nothing in the file.
     Raises CheckpointError with the file, what is wrong, and the remedy.
     """
     file = find_file(path)
     tensors, around = read_tensors(file)
     found = _detect(tensors)
-    if source is not None and source != found:
-        raise CheckpointError(f"{file}: --from {source}, but its keys are those of {found}")
+    if project is not None and project != found:
+        raise CheckpointError(f"{file}: --from {project}, but its keys are those of {found}")
     given = read_hyperparameters(config_path, file)
     if found == "palm-rlhf-pytorch":
         read = read_reward if is_reward(tensors) else read_palm_rlhf
@@ -76,16 +74,16 @@ def read_foreign(
         raise CheckpointError(f"--era {era}: nanoPALM has no eras; leave it out")
     else:
         converted = read_nanopalm(tensors, given, around)
-    return Foreign(**vars(converted), file=file, source=found)
+    return ForeignCheckpoint(**vars(converted), file=file, project=found)
 
 
-def _detect(tensors: Tensors) -> Source:
-    for source, signs in _SIGNS.items():
-        if all(sign in tensors for sign in signs):
-            return source
+def _detect(tensors: Tensors) -> Project:
+    for project, keys in _PROJECT_KEYS.items():
+        if all(key in tensors for key in keys):
+            return project
     if is_reward(tensors):
         return "palm-rlhf-pytorch"
-    if any(name.startswith(_ACTOR_SIGNS) for name in tensors.names):
+    if any(name.startswith(_ACTOR_PROJECT_KEYS) for name in tensors.names):
         raise CheckpointError(
             f"{tensors.where}: holds an ActorCritic; only the PaLM in it can be "
             "converted: save that one's state_dict() alone"
@@ -93,5 +91,5 @@ def _detect(tensors: Tensors) -> Source:
     shown = ", ".join(sorted(tensors.names)[:3])
     raise CheckpointError(
         f"{tensors.where}: its keys ({shown:.120}) are of no project known here; convert reads "
-        f"{', '.join(_SIGNS)}"
+        f"{', '.join(_PROJECT_KEYS)}"
     )

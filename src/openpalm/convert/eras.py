@@ -49,7 +49,7 @@ def era_of(version: str) -> Era:
     raise CheckpointError(f"--era {version}: not a version known here; the eras are {known}")
 
 
-def is_known(version: str) -> bool:
+def is_known_version(version: str) -> bool:
     """Whether `era_of` would find it."""
     try:
         return bool(era_of(version))
@@ -57,7 +57,7 @@ def is_known(version: str) -> bool:
         return False
 
 
-def guess(gamma: float, *, has_scale: bool, norm_unused: bool) -> tuple[Era, str]:
+def guess_era(gamma: float, *, has_scale: bool, norm_unused: bool) -> tuple[Era, str]:
     """The likeliest era, and why.
 
     gamma: the mean of the blocks' norm scales; has_scale: xPos buffers were saved; norm_unused:

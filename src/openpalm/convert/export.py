@@ -1,7 +1,6 @@
 """Writes a model in either form, and proves that what was written reloads to the same logits."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from openpalm.base.files import atomic_folder
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint import fingerprint
 from openpalm.convert.detect import read_foreign
@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 _CHECK_SHAPE = (2, 32)
 
 
-def check_vacant(directory: Path) -> None:
+def check_output_directory(directory: Path) -> None:
     """Raises CheckpointError unless nothing, or an empty folder, is there."""
     if directory.is_dir() and not any(directory.iterdir()):
         return
@@ -34,7 +34,7 @@ def check_vacant(directory: Path) -> None:
         raise CheckpointError(f"{directory}: exists already; name another place, or remove it")
 
 
-def as_openpalm(
+def save_as_openpalm(
     model: Transformer,
     directory: Path,
     *,
@@ -45,45 +45,41 @@ def as_openpalm(
 
     Raises WorkError, leaving nothing, where they differ by more than TOLERANCE.
     """
-    check_vacant(directory)
+    check_output_directory(directory)
     checkpoint.save(
         directory, model, lineage=lineage, tokenizer_json=tokenizer_json, fingerprint=True
     )
     return _checked(model, directory, lambda: checkpoint.load(directory))
 
 
-def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]:
+def save_as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]:
     """Writes config.json and palm.pt, adapters merged, or reward.pt in palm-rlhf-pytorch's form.
 
     Returns how far the logits differ when read back, and notes. Raises CheckpointError for a
     model that the original cannot express, StorageError when the disk refuses, WorkError, leaving
     nothing, where the logits differ by more than TOLERANCE.
     """
-    check_vacant(directory)
+    check_output_directory(directory)
     arguments, state, notes = (
         write_reward(model)
         if isinstance(model, RewardModel)
         else write_palm_rlhf(model.config, lora.merged(model).state_dict())
     )
-    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
     try:
-        partial.mkdir(parents=True)
-        torch.save(state, partial / written_name(model))
-        text = json.dumps(arguments, indent=2) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
-        partial.rename(directory)
+        with atomic_folder(directory) as partial:
+            torch.save(state, partial / weights_file_name(model))
+            text = json.dumps(arguments, indent=2) + "\n"
+            (partial / "config.json").write_text(text, encoding="utf-8")
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or "the disk is full or refuses"
         raise StorageError(f"{directory}: cannot be written ({reason})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return _checked(
         model, directory, lambda: read_foreign(directory, era=NEWEST.last).model()
     ), notes
 
 
-def written_name(model: Transformer) -> str:
-    """The file that `as_palm_rlhf` writes for it."""
+def weights_file_name(model: Transformer) -> str:
+    """The file that `save_as_palm_rlhf` writes for it."""
     return "reward.pt" if isinstance(model, RewardModel) else "palm.pt"
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from openpalm.convert.detect import Foreign, read_foreign
-from openpalm.convert.export import as_openpalm
+from openpalm.convert.detect import ForeignCheckpoint, read_foreign
+from openpalm.convert.export import save_as_openpalm
 from openpalm.errors import CheckpointError, StorageError, WorkError
 from openpalm.model.config import ModelConfig, preset
 
@@ -126,7 +126,7 @@ def _convert(name: str, file: Path, kept: Path, say: Callable[[str], None]) -> N
     say(f"{name}: read as palm-rlhf-pytorch {foreign.era}, writing {kept}")
     lineage = foreign.lineage() | {"source_file": f"{name}.pt"}
     mine = kept.with_name(f".{kept.name}.{os.getpid()}")
-    as_openpalm(foreign.model(), mine, lineage=lineage, tokenizer_json=tokenizer)
+    save_as_openpalm(foreign.model(), mine, lineage=lineage, tokenizer_json=tokenizer)
     try:
         mine.rename(kept)
     except OSError:  # another process was first, or another file has the name
@@ -135,7 +135,7 @@ def _convert(name: str, file: Path, kept: Path, say: Callable[[str], None]) -> N
             raise
 
 
-def _read(name: str, file: Path) -> Foreign:
+def _read(name: str, file: Path) -> ForeignCheckpoint:
     """Reads the file with the published era and context; refuses a model of another size."""
     expected = _expected(name)
     foreign = read_foreign(file, "palm-rlhf-pytorch", ERA)

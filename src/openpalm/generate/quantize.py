@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from openpalm.base.device import multiplies_bfloat16, multiplies_int8
 from openpalm.errors import SettingsError
-from openpalm.model.block import Block, ProjectHead, ProjectIn, ProjectOut
+from openpalm.model.block import Block, ProjectIn, ProjectOut
+from openpalm.model.embedding_head import ProjectHead
 from openpalm.model.lora import merged, shallow_copy_as
 from openpalm.model.transformer import Transformer
 

@@ -1,7 +1,7 @@
-"""Attention of query heads over fewer key/value heads: multi-query, grouped, multi-head alike.
+"""Multi-query, grouped-query and multi-head attention: SDPA, and a blocked kernel for CPU bfloat16.
 
-Takes and returns tensors; knows nothing of weights, rotations or caches. Query head h reads
-key/value head h // (heads / kv_heads).
+Takes and returns tensors; knows nothing about weights, rotary positions or caches. Query head h
+reads key/value head h // (heads / kv_heads).
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ from torch.autograd.function import once_differentiable
 BLOCK = 256
 """Query positions scored at a time on a CPU in bfloat16."""
 KEPT = 1024
-"""Positions up to which their attention weights are kept for the backward pass."""
+"""Longest sequence with attention weights kept for the backward pass; longer ones recompute."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Each position attends to itself and before, of that to what `mask` leaves.
+    """Causal attention: each position attends to itself and to earlier positions.
 
-    q [batch, time, heads, head_dim]; k, v [batch, time, kv_heads, head_dim]; returns q's shape.
-    mask: bool [batch, time, keys], itself causal; with one there can be more keys, before the
-    queries' own.
+    q [batch, time, heads, head_dim]; k, v [batch, keys, kv_heads, head_dim]; returns q's shape.
+    mask: bool [batch, time, keys], True where attention is allowed; it must be causal itself.
+    Without a mask keys = time. With a mask there may be more keys, which precede the queries.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return blocked_causal(q, k, v, mask)
@@ -43,8 +43,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: object) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    # On a CPU letting SDPA broadcast a single key head by itself is 1.5-3x slower. On a GPU no
-    # float32 kernel takes enable_gqa: it falls back to holding all scores, [heads, time, time].
+    # On a CPU enable_gqa is 1.5-3x faster than SDPA's broadcasting of a single key head. On a GPU
+    # no float32 kernel takes enable_gqa: SDPA would hold all scores, [heads, time, time].
     if grouped and q.device.type == "cuda":
         k, v, grouped = _for_each_query_head(k, q), _for_each_query_head(v, q), False
     out = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **how)  # type: ignore[arg-type]
@@ -52,13 +52,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: object) -> Tensor:
 
 
 def _for_each_query_head(x: Tensor, q: Tensor) -> Tensor:
-    """[batch, kv_heads, time, width] -> [batch, heads, time, width]; no copy of a single head."""
+    """[batch, kv_heads, time, width] -> [batch, heads, time, width]; one head is not copied."""
     groups = q.shape[1] // x.shape[1]
     return x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Decoding: the query heads of a group become rows against their ONE key head."""
+    """Attention of one position per sequence, for decoding.
+
+    The query heads of a group become rows of one product with their shared key head.
+    """
     rows, _, heads, width = q.shape
     q = q.view(rows, k.shape[2], -1, width)
     bias = None if mask is None else mask[:, None]
@@ -71,9 +74,10 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(width)) v by plain products: the scores of one query are few.
+    """softmax(q k^T / sqrt(width)) v as two matrix products.
 
-    For decoding on a GPU, where the number of keys changes with every token.
+    For decoding on a GPU: the number of keys changes with every token, and one query has few
+    scores.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
@@ -82,33 +86,32 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
 
 
 def blocked_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """causal_attention, query heads folded into rows, one block of positions at a time.
+    """causal_attention for CPU bfloat16: query heads folded into rows, one block at a time.
 
-    In bfloat16 on a CPU this trains at least 1.6 times faster than SDPA's kernel, which is only
-    good there in float32; blocks skip the half of the scores that the causal mask would throw
-    away. Weights of short sequences are kept for the backward pass, those of long ones computed
-    again, so that memory grows with the length and not with its square.
+    Trains at least 1.6 times faster than SDPA's CPU kernel, which is good in float32 only. A block
+    of positions scores only the keys up to its end, which saves half of the scores. The backward
+    pass recomputes the attention weights of long sequences, so that memory grows linearly.
     """
-    return _Blocked.apply(q, k, v, mask)
+    return _BlockedAttention.apply(q, k, v, mask)
 
 
-class _Blocked(torch.autograd.Function):
+class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         batch, time, heads, width = q.shape
-        parts = _Parts(heads // k.shape[2], k.shape[1] - time, mask)
-        q, k, v = parts.fold_queries(q * width**-0.5), _fold(k), _fold(v)
+        folding = _Folding(heads // k.shape[2], k.shape[1] - time, mask)
+        q, k, v = folding.fold_queries(q * width**-0.5), _fold(k), _fold(v)
         out, kept = torch.empty_like(q), []
         for block in _blocks(time):
-            weights = parts.weights(q, k, block)
+            weights = folding.weights(q, k, block)
             seen = weights.shape[2]
-            # Everywhere torch.bmm: @ copies its operands where the batch is one.
-            out[:, :, block] = torch.bmm(weights, v[:, :seen]).unflatten(1, (parts.groups, -1))
+            # torch.bmm everywhere, because @ copies its operands if the batch is one.
+            out[:, :, block] = torch.bmm(weights, v[:, :seen]).unflatten(1, (folding.groups, -1))
             if time <= KEPT:
                 kept.append(weights)
-        ctx.parts, ctx.batch = parts, batch
+        ctx.folding, ctx.batch = folding, batch
         ctx.save_for_backward(q, k, v, *kept)
-        return parts.unfold_queries(out, batch)
+        return folding.unfold_queries(out, batch)
 
     @staticmethod
     @once_differentiable
@@ -116,32 +119,34 @@ class _Blocked(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        parts, batch = ctx.parts, ctx.batch
-        grad = parts.fold_queries(grad_outputs[0])
+        folding, batch = ctx.folding, ctx.batch
+        grad = folding.fold_queries(grad_outputs[0])
         grad_q = torch.empty_like(q)
+        # Keys and values get a sum over all blocks, which would lose digits in bfloat16.
         wide = torch.promote_types(k.dtype, torch.float32)
         grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (k, v))
         for n, block in enumerate(_blocks(q.shape[2])):
-            weights = kept[n] if kept else parts.weights(q, k, block)
+            weights = kept[n] if kept else folding.weights(q, k, block)
             seen = weights.shape[2]
             rows = grad[:, :, block].flatten(1, 2)
             grad_v[:, :seen] += torch.bmm(weights.transpose(1, 2), rows)
             grad_weights = torch.bmm(rows, v[:, :seen].transpose(1, 2))
             scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_q[:, :, block] = torch.bmm(scores, k[:, :seen]).unflatten(1, (parts.groups, -1))
+            grad_q[:, :, block] = torch.bmm(scores, k[:, :seen]).unflatten(1, (folding.groups, -1))
             grad_k[:, :seen] += torch.bmm(scores.transpose(1, 2), q[:, :, block].flatten(1, 2))
-        grad_q = parts.unfold_queries(grad_q * q.shape[-1] ** -0.5, batch)
+        # The forward pass scaled q, so only the gradient of q still needs the scale.
+        grad_q = folding.unfold_queries(grad_q * q.shape[-1] ** -0.5, batch)
         grad_k, grad_v = (_unfold(x.to(k.dtype), batch) for x in (grad_k, grad_v))
         return grad_q, grad_k, grad_v, None
 
 
-class _Parts(NamedTuple):
-    """How query heads fold into rows, and what a block of them sees."""
+class _Folding(NamedTuple):
+    """Folds query heads into rows, and computes the attention weights of a block of positions."""
 
     groups: int
-    """query heads of a key head"""
+    """query heads per key head"""
     earlier: int
-    """keys before the queries' own"""
+    """number of keys that precede those of the queries"""
     mask: Tensor | None
 
     def fold_queries(self, q: Tensor) -> Tensor:
@@ -152,13 +157,13 @@ class _Parts(NamedTuple):
         return q.unflatten(0, (batch, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def weights(self, q: Tensor, k: Tensor, block: slice) -> Tensor:
-        """Attention weights [batch * kv_heads, groups * block, keys that it can see]."""
+        """Attention weights [batch * kv_heads, groups * block, keys up to the block's end]."""
         seen = self.earlier + block.stop
         scores = torch.bmm(q[:, :, block].flatten(1, 2), k[:, :seen].transpose(1, 2))
         by_head = scores.unflatten(1, (self.groups, -1))
         if self.mask is None:
             size = block.stop - block.start
-            by_head[..., seen - size :] += _future(size, q)
+            by_head[..., seen - size :] += _future(size, q)  # earlier blocks are visible as a whole
         else:
             kv_heads = len(q) // len(self.mask)
             hidden = ~self.mask[:, block, :seen].repeat_interleave(kv_heads, dim=0)
@@ -172,6 +177,7 @@ def _blocks(time: int) -> Iterator[slice]:
 
 
 def _future(size: int, like: Tensor) -> Tensor:
+    """-inf above the diagonal."""
     return like.new_full((size, size), -torch.inf).triu(1)
 
 

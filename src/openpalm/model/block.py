@@ -1,8 +1,8 @@
-"""The parallel block: x + attention(norm(x)) + feedforward(norm(x)), for both families.
+"""The parallel transformer block, x + attention(norm(x)) + feedforward(norm(x)), and its norms.
 
-`project_in` and `project_out` are the seam: they own the block's matrices under canonical names
-(q, kv, gate, up, out, down), and fused, packed, sharded or adapted versions can take their place
-without the block, attention or rotary knowing. `ProjectHead` is the same seam for the vocabulary.
+PaLM, GPT-J and nanoPALM share it (nanoPALM's two norms per block become one in conversion).
+`project_in` and `project_out` own the block's matrices under canonical names (q, kv, gate, up, out,
+down). LoRA, quantized or sharded versions replace these two modules; nothing else changes.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from openpalm.model.attention import causal_attention, masked_attention
 from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
-from openpalm.model.cross_entropy import linear_cross_entropy
 from openpalm.model.rotary import Rotary, RotaryTables
 
-ATTENDS = ("q", "kv")
-"""The parts that attention reads; the feed-forward reads the others."""
+ATTENTION_INPUTS = ("q", "kv")
+"""Outputs of project_in for attention; the others are for the feed-forward layer."""
 
 
 class Norm(nn.Module):
-    """Layer norm with a learned scale, and a bias only where the config asks for one."""
+    """Layer norm with a learned scale, and a bias if the config has biases."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -36,10 +35,10 @@ class Norm(nn.Module):
 
 
 class ProjectIn(nn.Module):
-    """norm(x) [..., dim] -> queries, keys and values, and the feed-forward's input parts.
+    """norm(x) [..., dim] -> queries, keys and values, and the inputs of the feed-forward layer.
 
-    With `names`, only those parts. A matrix multiply each: no gradients to put together, and
-    every part contiguous.
+    names: return only these outputs. One matrix multiply each: in training that avoids
+    concatenating gradients, and every output is contiguous.
     """
 
     def __init__(self, config: ModelConfig):
@@ -59,12 +58,13 @@ class ProjectIn(nn.Module):
         return tuple(self.multiply(n, name) for name in names or self.rows)
 
     def multiply(self, n: Tensor, name: str) -> Tensor:
-        """[..., rows of the named part]"""
+        """Output of one matrix, [..., rows[name]]."""
         return F.linear(n, getattr(self, name), self.up_bias if name == "up" else None)
 
 
 class ProjectOut(nn.Module):
-    """Heads [..., heads * head_dim] and hidden units [..., ff_dim] -> their sum in [..., dim]."""
+    """Sum of both output projections [..., dim], of heads [..., heads * head_dim] and hidden units
+    [..., ff_dim]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -76,33 +76,14 @@ class ProjectOut(nn.Module):
         return F.linear(attended, self.out) + F.linear(hidden, self.down, self.down_bias)
 
 
-class ProjectHead(nn.Module):
-    """States [..., dim] -> logits [..., rows of the table]; the table is the model's own."""
-
-    def forward(self, states: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(states, table, bias)
-
-    def cross_entropy(
-        self,
-        states: Tensor,
-        table: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        z_loss: float,
-        chunk: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Of these logits, summed: see linear_cross_entropy."""
-        return linear_cross_entropy(states, table, bias, targets, z_loss=z_loss, chunk=chunk)
-
-
 class Attend(Protocol):
-    """Where the keys of this call come from; one per forward, shared by all blocks."""
+    """Attention of one forward call over the right keys: its own, cached, or by a layout."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 class Attention(nn.Module):
-    """Splits heads, normalises and rotates queries and keys, attends. Owns no matrix."""
+    """Splits heads, applies QK norm and rotary positions, and attends. Owns no matrix."""
 
     def __init__(self, config: ModelConfig, rotary: Rotary):
         super().__init__()
@@ -124,7 +105,7 @@ class Attention(nn.Module):
 
 
 def _rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    # The tiny eps makes this exactly the L2 norm of older checkpoints, up to a factor in `scale`.
+    # The tiny eps makes this the L2 norm of palm-rlhf-pytorch, up to a factor in `scale`.
     return F.rms_norm(x.float(), scale.shape, scale.float(), eps=1e-12).to(x.dtype)
 
 
@@ -147,30 +128,34 @@ class Block(nn.Module):
         attend: Attend,
         selected: Tensor | None = None,
     ) -> Tensor:
-        """x [batch, time, dim] to the same, or at `selected` [n] of it, flattened, to [n, dim]."""
+        """x [batch, time, dim] -> [batch, time, dim], or [n, dim] at `selected`.
+
+        selected: int64 [n], indices into the flattened positions of x.
+        """
         n = self.norm(x)
         if selected is None:
             q, kv, *ff = self.project_in(n)
             attended = self.attention(layer, q, kv, tables, attend)
         else:
-            q, kv = self.project_in(n, ATTENDS)
+            # The keys of all positions are needed, the feed-forward only at the selected ones.
+            q, kv = self.project_in(n, ATTENTION_INPUTS)
             attended = self.attention(layer, q, kv, tables, attend)
             x, n, attended = (t.flatten(0, 1).index_select(0, selected) for t in (x, n, attended))
-            ff = self.project_in(n, list(self.project_in.rows)[len(ATTENDS) :])
+            ff = self.project_in(n, list(self.project_in.rows)[len(ATTENTION_INPUTS) :])
         update = self.project_out(attended, _activate(*ff))
         return x + F.dropout(update, self.dropout, self.training)
 
 
-def _activate(*parts: Tensor) -> Tensor:
+def _activate(*inputs: Tensor) -> Tensor:
     """SwiGLU of (gate, up), or GELU of (up,)."""
-    if len(parts) == 2:
-        gate, up = parts
+    if len(inputs) == 2:
+        gate, up = inputs
         return F.silu(gate) * up
-    return F.gelu(parts[0], approximate="tanh")
+    return F.gelu(inputs[0], approximate="tanh")
 
 
-def attend_whole(causal: bool, mask: Tensor | None) -> Attend:
-    """Attention inside one uncached input; `mask` [batch, 1, keys] hides padding."""
+def attend_uncached(causal: bool, mask: Tensor | None) -> Attend:
+    """Attention within one input, without a cache; `mask` [batch, 1, keys] hides padding."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention(q, k, v) if causal else masked_attention(q, k, v, mask)
@@ -179,13 +164,13 @@ def attend_whole(causal: bool, mask: Tensor | None) -> Attend:
 
 
 def attend_cached(cache: KVCache, positions: Tensor) -> Attend:
-    """Attention of new tokens over all that their slots of the cache hold, and themselves."""
+    """Attention of new tokens over the cached tokens of their slot and over themselves."""
     empty = not any(cache.lengths)
     mask = None if empty else cache.mask(positions)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = cache.write(layer, positions, k, v)
-        if empty:  # the new tokens are all there is: no mask to build
+        if empty:  # nothing was cached before, so plain causal attention needs no mask
             return causal_attention(q, k, v)
         return masked_attention(q, keys, values, mask)
 

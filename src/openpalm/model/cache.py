@@ -1,6 +1,7 @@
-"""The keys and values of tokens already read, passed to forward.
+"""The KV cache: keys and values of earlier tokens, passed to the model's forward.
 
-One slot a sequence, each with its own length, so sequences of different lengths share a batch.
+One slot per sequence, each with its own length, so that sequences of different lengths share a
+batch.
 """
 
 import copy
@@ -13,9 +14,9 @@ from openpalm.model.config import ModelConfig
 
 
 class KVCache:
-    """Room for `length` tokens in each of `slots` sequences.
+    """Keys and values of up to `length` tokens in each of `slots` sequences.
 
-    keys, values: [depth, slots, length, kv_heads, head_dim]; lengths: tokens held, [slots].
+    keys, values: [depth, slots, length, kv_heads, head_dim]; lengths: tokens stored, [slots].
     """
 
     def __init__(
@@ -33,22 +34,26 @@ class KVCache:
         self.lengths = [0] * slots
 
     @property
-    def room(self) -> int:
-        """Tokens a slot can hold."""
+    def capacity(self) -> int:
+        """Tokens that a slot can store."""
         return self.keys.shape[2]
 
     def positions(self, time: int) -> Tensor:
-        """Where the next `time` tokens of each slot go: [slots, time]."""
+        """Positions of the next `time` tokens of each slot: [slots, time]."""
         start = torch.tensor(self.lengths, device=self.keys.device)
         return start[:, None] + torch.arange(time, device=self.keys.device)
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v [slots, time, kv_heads, head_dim]; returns the keys and values held."""
+        """Stores k, v [slots, time, kv_heads, head_dim] at `positions`.
+
+        Returns all stored keys and values of the layer, [slots, longest, kv_heads, head_dim].
+        """
         end = max(self.lengths) + k.shape[1]
-        if end > self.room:
-            raise AssertionError(f"{end} tokens do not fit a cache of {self.room}")
+        if end > self.capacity:
+            raise AssertionError(f"{end} tokens do not fit a cache of {self.capacity}")
         start = self.lengths[0]
-        if self.lengths == [start] * len(self.lengths):  # one slice: much cheaper than a scatter
+        # With equal lengths one slice serves, which is much cheaper than a scatter.
+        if self.lengths == [start] * len(self.lengths):
             self.keys[layer, :, start:end] = k
             self.values[layer, :, start:end] = v
         else:
@@ -58,30 +63,30 @@ class KVCache:
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def mask(self, positions: Tensor) -> Tensor | None:
-        """Keys each position may attend to, [slots, time, keys]; None where that is all of them."""
+        """The causal mask over stored keys, [slots, time, keys]; None if nothing is masked."""
         end = max(self.lengths) + positions.shape[1]
         if positions.shape[1] == 1 and min(self.lengths) == max(self.lengths):
             return None
         return torch.arange(end, device=positions.device) <= positions[:, :, None]
 
     def advance(self, counts: list[int]) -> None:
-        """Slot i now holds counts[i] more tokens; what was written beyond is padding."""
+        """Slot i now stores counts[i] more tokens; anything written after them is padding."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def span(self, first: int, last: int) -> "KVCache":
-        """Slots first .. last - 1 as a cache of their own over the same memory.
+        """Slots first .. last - 1 as a cache over the same memory.
 
-        Its lengths are a copy: whoever advances it writes them back.
+        Its lengths are a copy, so the caller must write them back after the span advances.
         """
-        part = copy.copy(self)
-        part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
-        part.lengths = self.lengths[first:last]
-        return part
+        span = copy.copy(self)
+        span.keys, span.values = self.keys[:, first:last], self.values[:, first:last]
+        span.lengths = self.lengths[first:last]
+        return span
 
     def copy_slot(self, source: int, target: int, count: int) -> None:
-        """Slot `target` then holds the first `count` tokens of slot `source`."""
-        for kept in (self.keys, self.values):
-            kept[:, target, :count] = kept[:, source, :count]
+        """Replaces slot `target` by the first `count` tokens of slot `source`."""
+        for stored in (self.keys, self.values):
+            stored[:, target, :count] = stored[:, source, :count]
         self.lengths[target] = count
 
     def swap(self, a: int, b: int) -> None:
@@ -89,12 +94,12 @@ class KVCache:
         if a == b:
             return
         end = max(self.lengths[a], self.lengths[b])
-        for kept in (self.keys, self.values):
-            kept[:, [a, b], :end] = kept[:, [b, a], :end]
+        for stored in (self.keys, self.values):
+            stored[:, [a, b], :end] = stored[:, [b, a], :end]
         self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
 
     def grow(self, length: int) -> None:
-        """Makes room for `length` tokens a slot; what is held stays."""
-        if length > self.room:
-            more = (0, 0, 0, 0, 0, length - self.room)
+        """Raises the capacity to `length` tokens per slot; stored tokens stay."""
+        if length > self.capacity:
+            more = (0, 0, 0, 0, 0, length - self.capacity)
             self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)

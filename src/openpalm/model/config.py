@@ -1,6 +1,6 @@
-"""What a model is: its sizes and its choices, with the named sizes people ask for.
+"""Model architecture settings: sizes, norms, rotary positions, xPos, LoRA, reward heads, presets.
 
-Knows the arithmetic of a size (parameters, FLOPs, bytes) and nothing of tensors.
+Computes parameters, FLOPs and bytes from the sizes; imports no torch.
 """
 
 import dataclasses
@@ -19,53 +19,53 @@ VOCAB_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and choices of one transformer; every value is checked at birth.
+    """Architecture of one transformer.
 
-    Raises SettingsError when values contradict each other.
+    Raises SettingsError when a value is out of range or values contradict each other.
     """
 
     vocab_size: int
-    """token ids a model may read or predict"""
+    """vocabulary size, in tokens"""
     dim: int
-    """width of the residual stream"""
+    """model dimension: width of the residual stream"""
     depth: int
-    """blocks"""
+    """number of blocks (layers)"""
     heads: int
-    """query heads"""
+    """number of query heads"""
     head_dim: int
-    """width of one head"""
+    """dimension of one attention head"""
     ff_dim: int
-    """hidden width of the feed-forward branch"""
+    """hidden dimension of the feed-forward layer"""
     kv_heads: int = 1
-    """key/value heads: 1 is multi-query, `heads` is multi-head, between is grouped"""
+    """number of key/value heads: 1 is multi-query, `heads` is multi-head, between is grouped"""
     context: int = 2048
-    """tokens in a training sequence; longer inputs are extrapolation, not an error"""
+    """context length of training, in tokens; longer inputs are accepted and extrapolate"""
     causal: bool = True
-    """False reads in both directions; negative ids are then padding and are masked"""
+    """causal attention; False is a bidirectional encoder, where negative ids are masked padding"""
     feedforward: Literal["swiglu", "gelu"] = "swiglu"
-    """swiglu (PaLM) or tanh-approximated gelu (GPT-J)"""
+    """feed-forward activation: swiglu (PaLM) or tanh-approximated gelu (GPT-J)"""
     bias: bool = False
-    """biases of norms, feed-forward and head (GPT-J); PaLM has none"""
+    """biases in layer norms, feed-forward and head (GPT-J); PaLM has none"""
     tied: bool = True
-    """the output head is the embedding table"""
+    """tied embeddings: the output head uses the embedding table"""
     qk_norm: bool = False
-    """RMS norm with a learned scale on every query and key head, before the rotation"""
+    """QK norm: RMS norm with a learned scale on every query and key head, before the rotation"""
     rotary: Literal["halves", "interleaved", "nanopalm"] = "halves"
-    """which coordinates are rotated together; nanopalm reproduces that project's mixing"""
+    """coordinate pairs of rotary positions; nanopalm reproduces nanoPALM's mixed pairs"""
     rotary_dims: int = 0
-    """rotated coordinates of a head, the first ones; 0 rotates all"""
+    """rotated coordinates at the start of each head; 0 rotates all"""
     rotary_base: float = 10000.0
-    """period base of the rotation"""
+    """rotary base (theta)"""
     xpos_base: float = 0.0
-    """positions over which xPos decays by its scale (palm-rlhf-pytorch: 512); 0 is plain rotary"""
+    """xPos scale base, in positions (palm-rlhf-pytorch: 512); 0 is plain rotary"""
     norm_before_head: bool = True
-    """False computes logits from the raw residual stream (palm-rlhf-pytorch before 0.2.1)"""
+    """final norm before the head; False is palm-rlhf-pytorch before 0.2.1"""
     logit_scale: float = 1.0
-    """factor on the states that the head reads: PaLM's logits are scaled by 1/sqrt(dim)"""
+    """factor on the logits; PaLM uses 1/sqrt(dim)"""
     norm_eps: float = 1e-5
-    """added to the variance in layer norms"""
+    """layer norm epsilon, added to the variance"""
     dropout: float = 0.0
-    """probability of zeroing a coordinate of a block's output in training"""
+    """dropout probability on the output of each block, in training"""
 
     def __post_init__(self) -> None:
         for name in (
@@ -106,17 +106,17 @@ class ModelConfig:
 
     @property
     def rotated(self) -> int:
-        """Coordinates of a head that are rotated."""
+        """Number of rotated coordinates of a head."""
         return self.rotary_dims or self.head_dim
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding table."""
+        """Rows of the embedding table, padding included."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Rows and columns of a block's matrices, keys and values apart."""
+        """Rows and columns of each matrix of a block; keys and values are separate here."""
         inner, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         rows = {"q": inner, "k": keys, "v": keys, "gate": self.ff_dim, "up": self.ff_dim}
         if self.feedforward != "swiglu":
@@ -126,7 +126,7 @@ class ModelConfig:
 
     @property
     def parameters(self) -> int:
-        """Trained numbers, without the padding rows of the vocabulary."""
+        """Number of parameters, without the padding rows of the vocabulary."""
         d, inner = self.dim, self.heads * self.head_dim
         matrices = 3 if self.feedforward == "swiglu" else 2
         block = 2 * d * inner + 2 * d * self.kv_heads * self.head_dim + matrices * d * self.ff_dim
@@ -139,25 +139,25 @@ class ModelConfig:
     def flops_per_token(self, context: int | None = None) -> int:
         """FLOPs of training one token, forward and backward: 6N + 12 L h head_dim T.
 
-        Source: PaLM (Chowdhery et al. 2022), appendix B; N counts the head's table once and,
-        like the paper, the full (not the causal half of the) attention matrix.
+        Source: PaLM (Chowdhery et al. 2022), appendix B. N counts the head's table once. As in
+        the paper, the whole attention matrix counts, not its causal half.
         """
         matmul = self.parameters - (0 if self.tied else self.vocab_size * self.dim)
         attention = 12 * self.depth * self.heads * self.head_dim * (context or self.context)
         return 6 * matmul + attention
 
     def kv_bytes_per_token(self, bytes_per_number: int = 2) -> int:
-        """Bytes of key/value cache that one token of one sequence takes."""
+        """KV cache bytes per token of one sequence."""
         return 2 * self.depth * self.kv_heads * self.head_dim * bytes_per_number
 
 
 LORA_TARGETS = ("q", "k", "v", "gate", "up", "out", "down")
-"""The matrices of a block that can be adapted; gate is there with swiglu only."""
+"""The matrices of a block that LoRA can adapt; only swiglu models have a gate."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """A low-rank adapter: W x + (alpha / rank) B A x for the target matrices of every block.
+    """A LoRA adapter: W x + (alpha / rank) B A x for the target matrices of every block.
 
     Raises SettingsError for values that no model could have.
     """
@@ -184,7 +184,7 @@ class LoraConfig:
         return self.alpha / self.rank
 
     def check(self, model: ModelConfig) -> None:
-        """Raises SettingsError where the model has no such matrix, or only smaller ones."""
+        """Raises SettingsError if the model lacks a target matrix or the rank is too large."""
         for target in self.targets:
             if target not in model.matrices:
                 raise SettingsError(f"lora target {target}: a {model.feedforward} model has none")
@@ -197,29 +197,29 @@ class LoraConfig:
                 )
 
     def parameters(self, model: ModelConfig) -> int:
-        """Numbers in the adapter of such a model."""
+        """Number of parameters of the adapter of such a model."""
         return model.depth * sum(self.rank * sum(model.matrices[name]) for name in self.targets)
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What a reward model's head says and what it reads; every value is checked at birth.
+    """The heads of a reward model.
 
-    Raises SettingsError when values contradict each other.
+    Raises SettingsError when a value is out of range or values contradict each other.
     """
 
     kind: Literal["scalar", "binned", "ordinal"] = "scalar"
-    """one number; a distribution over `values`; or the odds of lying above each of them"""
+    """output of a head: a number, a distribution over `values`, or the odds of exceeding each"""
     values: tuple[float, ...] = ()
-    """what each bin stands for, rising; empty for a scalar"""
+    """the reward of each bin, ascending; empty for a scalar"""
     read: Literal["last", "mean"] = "last"
-    """the state of the last real token, or the mean over the real ones (palm-rlhf-pytorch)"""
+    """pooling: the state of the last token, or the mean over all tokens (palm-rlhf-pytorch)"""
     marks: bool = False
-    """learned vectors added to the embeddings tell prompt from answer (palm-rlhf-pytorch)"""
+    """learned prompt and completion vectors, added to the embeddings (palm-rlhf-pytorch)"""
     members: int = 1
-    """heads over the one trunk; the reward is their mean"""
+    """ensemble size: heads over the same trunk; the reward is their mean"""
     bias: bool = False
-    """of a scalar head; the other kinds always have one"""
+    """bias of a scalar head; the other kinds always have one"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.members <= MAX_MEMBERS:
@@ -235,18 +235,18 @@ class RewardConfig:
 
     @property
     def outputs(self) -> int:
-        """Numbers a head gives: 1, a logit a bin, or one for each step between ordinal values."""
+        """Outputs of a head: 1, one logit per bin, or one per step between ordinal values."""
         return max(1, len(self.values) - (self.kind == "ordinal"))
 
     @property
     def directions(self) -> int:
-        """Rows of a head's matrix: all steps of an ordinal head share one, with own biases."""
+        """Rows of a head's matrix; steps of an ordinal head share a row and differ in bias."""
         return len(self.values) if self.kind == "binned" else 1
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named size; `vocab_size` is the default where no tokenizer says otherwise."""
+    """A named size; its `vocab_size` applies unless a tokenizer determines it."""
 
     config: ModelConfig
     learning_rate: float
@@ -280,7 +280,9 @@ PRESETS: dict[str, Preset] = {
     "palm-410m": Preset(_palm(1024, 24, 8, 128, 50304, 8192), 3e-4, _HUB),
     "palm-1b": Preset(_palm(2048, 16, 8, 128, 50304, 8192), 3e-4, _HUB),
     "palm-2.1b": Preset(_palm(2560, 24, 8, 128, 50304, 8192), 1.8e-4, _HUB),
-    "palm-3b": Preset(_palm(3072, 24, 8, 128, 50304, 8192), 1.6e-4, "ours; the original never was"),
+    "palm-3b": Preset(
+        _palm(3072, 24, 8, 128, 50304, 8192), 1.6e-4, "ours; never published by conceptofmind"
+    ),
     "palm-8b": Preset(_palm(4096, 32, 16, 256, 256000, 2048), 1e-4, _PAPER),
     "palm-62b": Preset(_palm(8192, 64, 32, 256, 256000, 2048), 1e-4, _PAPER),
     "palm-540b": Preset(_palm(18432, 118, 48, 256, 256000, 2048), 1e-4, _PAPER),
@@ -309,7 +311,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """The preset of that name. Raises SettingsError naming the nearest ones."""
+    """The preset with this name. Raises SettingsError with the closest name for an unknown one."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {near[0]}?" if near else "see `openpalm models`"
@@ -323,7 +325,7 @@ def config_from_json(values: object, where: str) -> ModelConfig:
 
 
 def reward_from_json(values: object, where: str) -> RewardConfig:
-    """The same for a RewardConfig."""
+    """A RewardConfig from a parsed config.json. Raises SettingsError naming the file and field."""
     return _from_json(RewardConfig, values, where, "reward")
 
 

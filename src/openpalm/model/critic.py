@@ -1,7 +1,7 @@
-"""Heads beside the vocabulary's: a critic, in the same module as its policy.
+"""Actor-critic: the policy with a value head (critic), scalar or over value bins.
 
-One module, so one optimizer, one wrap, one checkpoint; the critic is needed only in training, so it
-is saved with the optimizer's state and not with what is served.
+One module, so one optimizer and one checkpoint. Only training needs the critic, so a checkpoint
+stores it with the optimizer's state, apart from the published weights.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from openpalm.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Bins:
-    """`count` values from `low` to `high` that a head chooses among."""
+    """`count` equally spaced values from `low` to `high`, for a value head over bins."""
 
     count: int
     low: float
@@ -27,7 +27,7 @@ class Bins:
         return torch.linspace(self.low, self.high, self.count, device=device)
 
     def expected(self, logits: Tensor) -> Tensor:
-        """The mean value [...] of logits [..., count]."""
+        """The expected value [...] under logits [..., count]."""
         return logits.softmax(dim=-1) @ self.centres(logits.device)
 
 
@@ -35,7 +35,7 @@ CriticKind = Literal["shared", "detached", "separate"]
 
 
 class Critic(nn.Module):
-    """Reads a value, or the logits of its bins, from final-norm states."""
+    """Computes a value, or the logits of its bins, from states after the final norm."""
 
     def __init__(self, config: ModelConfig, kind: CriticKind, bins: Bins | None):
         super().__init__()
@@ -52,8 +52,8 @@ class Critic(nn.Module):
 class ActorCritic(Transformer):
     """A policy with its critic.
 
-    kind: `shared` trains the policy's trunk on both losses, `detached` reads its states without
-    changing them, `separate` has a trunk of its own that starts as the policy's.
+    kind: `shared` trains the policy's trunk on both losses; `detached` sends no gradient into the
+    trunk; `separate` has its own trunk, initialised as a copy of the policy's.
     """
 
     def __init__(self, config: ModelConfig, kind: CriticKind = "shared", bins: Bins | None = None):
@@ -67,7 +67,7 @@ class ActorCritic(Transformer):
 
     @torch.no_grad()
     def reset_critic(self) -> None:
-        """The critic's start: values of zero (or the middle bin's), a trunk like the policy's."""
+        """Initialises the critic: values of zero (or the middle of the bins), trunk copied."""
         self.critic.read.weight.zero_()
         self.critic.read.bias.zero_()
         if self.critic.trunk is not None:
@@ -76,15 +76,15 @@ class ActorCritic(Transformer):
                 own[name].copy_(parameter)
 
     def values(self, inputs: Tensor, residual: Tensor, counts: Tensor) -> Tensor:
-        """What the critic reads where `counts` [rows, time] is True: [tokens], or [tokens, bins].
+        """Values [tokens], or their bin logits [tokens, bins], where `counts` [rows, time] is True.
 
-        residual: the policy's states there, [tokens, dim], of inputs [rows, time].
+        inputs: ids [rows, time]; residual: the policy's residual stream there, [tokens, dim].
         """
         if self.critic.trunk is not None:
             return self.critic(self.critic.trunk.hidden(inputs)[counts])
         states = self.norm(residual)
         return self.critic(states.detach() if self.critic.kind == "detached" else states)
 
-    def as_value(self, read: Tensor) -> Tensor:
-        """The values [tokens] of what `values` gave."""
-        return self.critic.bins.expected(read) if self.critic.bins else read
+    def as_value(self, values: Tensor) -> Tensor:
+        """Values [tokens] from the output of `values`: the expectation over bins, if any."""
+        return self.critic.bins.expected(values) if self.critic.bins else values

@@ -1,8 +1,8 @@
-"""Cross entropy of a linear head, without ever holding the logits of a whole batch.
+"""Chunked linear cross entropy (a fused head and loss) with z-loss.
 
-The table of logits, [positions, vocabulary], is the largest tensor of a training step. Here a few
-positions at a time go through the head, and the gradient is taken while their logits are at hand:
-the three matrix multiplies of head and backward, no more, and memory for one chunk.
+The logits, [positions, vocabulary], are the largest tensor of a training step. Here a chunk of
+positions at a time goes through the head, and its gradient is computed at once from its logits.
+That needs the same three matrix multiplies as head and backward, and memory for one chunk.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 128 << 20
-"""Of logits at a time on a CPU: smaller ones cost passes over the table's gradient."""
+"""Logits per chunk on a CPU; every chunk costs a pass over the table's gradient."""
 _CHUNK_BYTES_CUDA = 1 << 30
 
 _PIECE_BYTES = 4 << 20
-"""What is worked on between two multiplications on a CPU: it stays in the processor's cache."""
+"""Logits per softmax on a CPU; a piece stays in the processor's cache."""
 _PIECE_BYTES_CUDA = 256 << 20
 
 
@@ -34,10 +34,10 @@ def linear_cross_entropy(
     """Summed cross entropy in nats of logits = states @ table^T + bias, and its z-loss.
 
     states [positions, dim], table [vocabulary, dim], bias [vocabulary], targets int64 [positions];
-    `chunk` positions at a time, not set takes as many as CHUNK_BYTES hold. The z-loss is
-    `z_loss` * sum of log^2 Z, which keeps the normaliser Z near 1 (PaLM, section 5, with 1e-4).
-    The first result's gradient is that of both; its value leaves the z-loss out, so that runs with
-    and without compare. Matrices are multiplied in autocast's dtype, all else is float32.
+    chunk: positions per chunk; None takes as many as fit CHUNK_BYTES. The z-loss is `z_loss` * sum
+    of log^2 Z, which keeps the normaliser Z near 1 (PaLM, section 5, with 1e-4). The gradient of
+    the first result includes the z-loss, its value does not, so that runs with and without it
+    compare. Matrices are multiplied in autocast's dtype; everything else is float32.
     """
     device = states.device.type
     dtype = states.dtype
@@ -67,17 +67,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows, matrix = states.to(dtype), table.to(dtype)
             grads = _Gradients(needed, rows, matrix, bias, wide)
             nll, z = rows.new_zeros((), dtype=wide), rows.new_zeros((), dtype=wide)
-            for part in _evenly(len(rows), chunk):
-                logits = rows[part] @ matrix.T
+            for positions in _evenly(len(rows), chunk):
+                logits = rows[positions] @ matrix.T
                 if bias is not None:
                     logits += bias
                 for piece in _pieces(logits):
-                    part_nll, part_z = _turn_to_gradient(
-                        logits[piece], targets[part][piece, None], z_loss, wide, any(needed)
+                    # In place: no second tensor of the size of the logits is needed.
+                    piece_nll, piece_z = _replace_by_gradient(
+                        logits[piece], targets[positions][piece, None], z_loss, wide, any(needed)
                     )
-                    nll, z = nll + part_nll, z + part_z
-                grads.add(part, logits)
-        ctx.save_for_backward(*grads.of(states, table, bias))
+                    nll, z = nll + piece_nll, z + piece_z
+                grads.add(positions, logits)
+        ctx.save_for_backward(*grads.in_dtype_of(states, table, bias))
         ctx.mark_non_differentiable(z)
         return nll, z
 
@@ -91,27 +92,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _evenly(length: int, most: int) -> Iterator[slice]:
-    """Parts of nearly the same length, of at most `most`."""
+    """Slices of nearly equal length, at most `most`."""
     size = max(1, math.ceil(length / max(1, math.ceil(length / most))))
     for start in range(0, length, size):
         yield slice(start, start + size)
 
 
 def _pieces(x: Tensor) -> Iterator[slice]:
-    """Rows of x at a time that are small enough for a cache."""
+    """Slices of the rows of x that fit the processor's cache in float32."""
     room = _PIECE_BYTES if x.device.type == "cpu" else _PIECE_BYTES_CUDA
     return _evenly(len(x), max(1, room // (4 * x.shape[1])))
 
 
-def _turn_to_gradient(
+def _replace_by_gradient(
     logits: Tensor, index: Tensor, z_loss: float, wide: torch.dtype, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """Summed nll and z-loss; if `wanted`, `logits` [rows, vocabulary] become their gradient.
+    """Summed nll and z-loss; if `wanted`, overwrites `logits` [rows, vocabulary] by the gradient.
 
-    index: int64 [rows, 1], the targets. d/dlogits of log Z - logit_target + z log^2 Z.
+    index: int64 [rows, 1], the targets. The gradient of log Z - logit_target + z log^2 Z is
+    softmax * (1 + 2 z log Z), minus 1 at the target.
     """
     exact = logits.to(wide)
     share = exact.softmax(dim=-1)
+    # The largest probability is exp(max logit - log Z), so no second pass over exp is needed.
     log_z = exact.amax(-1, keepdim=True) - share.amax(-1, keepdim=True).log()
     nll = (log_z - exact.gather(1, index)).sum()
     if wanted:
@@ -123,7 +126,7 @@ def _turn_to_gradient(
 
 
 class _Gradients:
-    """Sums of the chunks' gradients, for what needs one."""
+    """Gradients of states, table and bias, summed over the chunks; None where not needed."""
 
     def __init__(
         self, needed: tuple[bool, ...], rows: Tensor, matrix: Tensor, bias: Tensor | None, wide: Any
@@ -133,19 +136,20 @@ class _Gradients:
         self._table = torch.zeros_like(matrix, dtype=wide) if needed[1] else None
         self._bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
 
-    def add(self, part: slice, grad: Tensor) -> None:
-        """grad: [rows of the part, vocabulary], of the logits."""
+    def add(self, positions: slice, grad: Tensor) -> None:
+        """Adds a chunk; grad: gradient of its logits, [positions, vocabulary]."""
         if self._states is not None:
-            torch.mm(grad, self._matrix, out=self._states[part])
+            torch.mm(grad, self._matrix, out=self._states[positions])
         if self._table is not None and grad.dtype == self._table.dtype:
-            self._table.addmm_(grad.T, self._rows[part])
+            self._table.addmm_(grad.T, self._rows[positions])
         elif self._table is not None:
+            # A bfloat16 product is added to the float32 sum while it is in the cache.
             for piece in _pieces(self._table):
-                self._table[piece] += grad[:, piece].T @ self._rows[part]
+                self._table[piece] += grad[:, piece].T @ self._rows[positions]
         if self._bias is not None:
             self._bias += grad.sum(dim=0)
 
-    def of(self, *inputs: Tensor | None) -> list[Tensor | None]:
+    def in_dtype_of(self, *inputs: Tensor | None) -> list[Tensor | None]:
         found = (self._states, self._table, self._bias)
         return [
             None if grad is None or given is None else grad.to(given.dtype)

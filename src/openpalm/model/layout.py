@@ -1,7 +1,7 @@
-"""Rows that hold more than one sequence: where each token stands, and what it attends to.
+"""Layouts of rows with several sequences: sequence packing with a document mask, shared prompts.
 
-A layout is passed to the model beside the ids; without one a row is a single sequence. Knows
-tensors only: not what the sequences are, nor which of them carry a loss.
+A layout gives the positions and the attention of each token, and is passed to the model with the
+ids. Without a layout a row is one sequence.
 """
 
 from dataclasses import dataclass
@@ -16,92 +16,102 @@ from openpalm.model.block import Attend
 
 @dataclass(frozen=True)
 class Layout:
-    """positions: int64 [rows, time], each below time; attend: how the rows attend."""
+    """positions: int64 [rows, time], each below time; attend: attention within the rows."""
 
     positions: Tensor
     attend: Attend
 
 
 def packed_layout(segments: Tensor) -> Layout:
-    """Sequences one after the other in a row: each is computed as if it were alone.
+    """Packed sequences in a row, each computed as if it were alone.
 
-    segments: int64 [rows, time]; neighbours with one number are one sequence. Positions begin
-    at 0 in each. Sequences are taken out of their rows and attended to in groups of like length,
-    so that attention costs the sum of their squares, not the square of the row.
+    segments: int64 [rows, time]; neighbouring tokens with the same number are one sequence.
+    Positions restart at 0 in each sequence. Attention gathers the sequences in groups of similar
+    length, so that it costs the sum of their squared lengths, not the squared length of the row.
     """
     rows, time = segments.shape
-    begins, positions = _begins_and_within(segments)
+    begins, positions = _begins_and_positions(segments)
     first = begins.flatten().nonzero()[:, 0]
     lengths = first.diff(append=first.new_tensor([rows * time]))
+    # One attention call per group. Lengths of a group differ by less than two times, so padding
+    # less than doubles the rows, and there are at most log2(time) calls.
     groups = []
-    for doubling in range(time.bit_length()):  # lengths of a group differ by less than two times
-        among = (lengths >> doubling) == 1
-        if among.any():
-            groups.append(_taken(first[among], lengths[among]))
-    taken = torch.cat([index[inside] for index, inside in groups])
-    back = torch.empty_like(taken).scatter_(0, taken, torch.arange(len(taken), device=taken.device))
+    for doubling in range(time.bit_length()):
+        in_group = (lengths >> doubling) == 1
+        if in_group.any():
+            groups.append(_gather_index(first[in_group], lengths[in_group]))
+    order = torch.cat([index[inside] for index, inside in groups])
+    # The inverse permutation: brings the tokens of the groups back to their place in the rows.
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        done = []
+        attended = []
         for index, inside in groups:
-            parts = (_rows_at(x.flatten(0, 1), index) for x in (q, k, v))
-            done.append(causal_attention(*parts)[inside])
-        return torch.cat(done).index_select(0, back).view_as(q)
+            sequences = (_gather(x.flatten(0, 1), index) for x in (q, k, v))
+            attended.append(causal_attention(*sequences)[inside])
+        return torch.cat(attended).index_select(0, back).view_as(q)
 
     return Layout(positions, attend)
 
 
-def _rows_at(x: Tensor, index: Tensor) -> Tensor:
-    # index_select: its backward is an index_add, much cheaper than that of x[index].
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    # The backward pass of index_select is an index_add, much cheaper than that of x[index].
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def _begins_and_within(segments: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each token, whether a sequence begins with it, and how many of its own are before it."""
+def _begins_and_positions(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """For each token, whether it is the first of its sequence, and its position within it."""
     here = torch.arange(segments.shape[1], device=segments.device)
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     return begins, here - (here * begins).cummax(dim=1).values
 
 
 def shared_prompt_layout(segments: Tensor) -> Layout:
-    """Answers that share a prompt in one row: each is computed as if it alone followed it.
+    """Several completions of one prompt in a row, each computed as if it followed the prompt alone.
 
-    segments: int64 [rows, time]; 0 is the prompt, at the row's beginning, neighbours with one
-    number above 0 are an answer, -1 is padding. Every answer's positions go on from the prompt's
-    end. Answers are taken out of their rows with the prompt as more keys, so that none is scored
-    against another.
+    segments: int64 [rows, time]; 0 is the prompt, at the beginning of the row; neighbouring tokens
+    with the same number above 0 are a completion; -1 is padding. Positions of every completion
+    continue those of the prompt. The prompt is computed once, and its keys come before the keys of
+    each completion.
     """
     rows, time = segments.shape
-    prompts = (segments == 0).sum(dim=1)
-    begins, within = _begins_and_within(segments)
+    prompt_lengths = (segments == 0).sum(dim=1)
+    begins, within = _begins_and_positions(segments)
     begin = begins.flatten().nonzero()[:, 0]
-    answers = segments.flatten()[begin] > 0
-    first, lengths = begin[answers], begin.diff(append=begin.new_tensor([rows * time]))[answers]
-    of_rows, in_prompt = _taken(torch.arange(rows, device=first.device) * time, prompts)
-    own, inside = _taken(first, lengths)
+    is_completion = segments.flatten()[begin] > 0
+    first = begin[is_completion]
+    lengths = begin.diff(append=begin.new_tensor([rows * time]))[is_completion]
+    # Indices into the flattened rows: [rows, longest prompt] and [completions, longest completion].
+    row_starts = torch.arange(rows, device=first.device) * time
+    prompts, in_prompt = _gather_index(row_starts, prompt_lengths)
+    completions, in_completion = _gather_index(first, lengths)
     row = first // time
-    keys = torch.cat([of_rows[row], own], dim=1)
-    earlier = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool, device=first.device).tril()
-    before = in_prompt[row, None].expand(-1, len(earlier), -1)
-    mask = torch.cat([before, earlier.expand(len(first), -1, -1)], dim=2)
-    kept = torch.cat([in_prompt.flatten(), inside.flatten()]).nonzero()[:, 0]
-    places = torch.cat([of_rows.flatten(), own.flatten()])[kept]
+    keys = torch.cat([prompts[row], completions], dim=1)
+    # A completion sees its whole prompt, without the padding of shorter prompts, and itself.
+    longest = completions.shape[1]
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=first.device).tril()
+    on_prompt = in_prompt[row, None].expand(-1, longest, -1)
+    mask = torch.cat([on_prompt, causal.expand(len(first), -1, -1)], dim=2)
+    # Outputs that are tokens, not the filling of short sequences, and their places in the rows.
+    real = torch.cat([in_prompt.flatten(), in_completion.flatten()]).nonzero()[:, 0]
+    places = torch.cat([prompts.flatten(), completions.flatten()])[real]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         flat = [x.flatten(0, 1) for x in (q, k, v)]
-        of_prompts = causal_attention(*(_rows_at(x, of_rows) for x in flat))
-        key, value = (_rows_at(x, keys) for x in flat[1:])
-        answering = causal_attention(_rows_at(flat[0], own), key, value, mask)
-        done = torch.cat([x.flatten(0, 1) for x in (of_prompts, answering)]).index_select(0, kept)
-        return torch.zeros_like(flat[0]).index_copy(0, places, done).view_as(q)
+        on_prompts = causal_attention(*(_gather(x, prompts) for x in flat))
+        key, value = (_gather(x, keys) for x in flat[1:])
+        on_completions = causal_attention(_gather(flat[0], completions), key, value, mask)
+        attended = torch.cat([x.flatten(0, 1) for x in (on_prompts, on_completions)])
+        attended = attended.index_select(0, real)
+        return torch.zeros_like(flat[0]).index_copy(0, places, attended).view_as(q)
 
-    return Layout(within + prompts[:, None] * (segments > 0), attend)
+    return Layout(within + prompt_lengths[:, None] * (segments > 0), attend)
 
 
-def _taken(first: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Where sequences' tokens are, as rows of one width, and which of these are inside.
+def _gather_index(first: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the tokens of sequences [n, longest], and which of them are inside, bool.
 
-    Beyond its end a sequence is filled with its first token.
+    first: index of each sequence's first token; it also fills the places after a shorter end.
     """
     offsets = torch.arange(int(lengths.max()), device=first.device)
     inside = offsets < lengths[:, None]

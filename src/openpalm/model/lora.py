@@ -1,9 +1,9 @@
-"""Low-rank adaptation: W x becomes W x + (alpha / rank) B A x, and only A and B learn.
+"""LoRA, low-rank adaptation: W x becomes W x + (alpha / rank) B A x, and only A and B are trained.
 
-Source: Hu et al. 2021 (LoRA), equation 3; A starts as their implementation draws it, B at zero, so
-an adapter that was just attached changes nothing. Attached from outside: `project_in` and
-`project_out` of every block are replaced by versions that hold the same parameters under the same
-names, and the factors of matrix q of block 0 are `blocks.0.project_in.lora.q.a` and `.b`.
+Source: Hu et al. 2021, equation 3. A is initialised as in their implementation and B at zero, so a
+new adapter changes nothing. It is attached from outside: `project_in` and `project_out` of every
+block are replaced by subclasses with the same parameters under the same names. The factors of
+matrix q of block 0 are `blocks.0.project_in.lora.q.a` and `.b`.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from openpalm.model.transformer import Transformer
 
 M = TypeVar("M", bound=nn.Module)
 INPUTS = ("q", "k", "v", "gate", "up")
-"""The targets in project_in; the others are in project_out."""
+"""Targets in project_in; the other targets are in project_out."""
 
 
 class Factors(nn.Module):
@@ -37,7 +37,7 @@ class Factors(nn.Module):
 
 
 class _Adapted(nn.Module):
-    """What both adapted projections have beside their matrices."""
+    """Attributes that both adapted projections add to their matrices."""
 
     config: LoraConfig
     active: bool
@@ -47,15 +47,16 @@ class _Adapted(nn.Module):
 class AdaptedIn(_Adapted, ProjectIn):
     def multiply(self, n: Tensor, name: str) -> Tensor:
         product = super().multiply(n, name)
-        parts = ("k", "v") if name == "kv" else (name,)
-        if not self.active or not any(part in self.lora for part in parts):
+        # Keys and values are one matrix with separate targets.
+        targets = ("k", "v") if name == "kv" else (name,)
+        if not self.active or not any(target in self.lora for target in targets):
             return product
-        width = product.shape[-1] // len(parts)
-        shifts = [
-            self.lora[part](n) if part in self.lora else product.new_zeros(*n.shape[:-1], width)
-            for part in parts
+        width = product.shape[-1] // len(targets)
+        updates = [
+            self.lora[target](n) if target in self.lora else product.new_zeros(*n.shape[:-1], width)
+            for target in targets
         ]
-        return product + (shifts[0] if len(shifts) == 1 else torch.cat(shifts, dim=-1))
+        return product + (updates[0] if len(updates) == 1 else torch.cat(updates, dim=-1))
 
 
 class AdaptedOut(_Adapted, ProjectOut):
@@ -72,12 +73,12 @@ _PLAIN = {AdaptedIn: ProjectIn, AdaptedOut: ProjectOut}
 
 
 def attach(model: Transformer, config: LoraConfig, seed: int | None = None) -> None:
-    """Gives every block an adapter, and freezes all that makes up the Transformer but that.
+    """Adds an adapter to every block and freezes the other parameters of the Transformer.
 
-    Heads that a subclass adds stay as they are. Factors are on the device and in the dtype of
-    what they adapt; A is drawn from `seed`, the same on every device, and B is zero; without a
-    seed both are left for a checkpoint to fill. Raises SettingsError where the config does not
-    fit the model.
+    Heads that a subclass adds stay trainable. Factors have the device and dtype of the embedding.
+    A is drawn from `seed`, with equal values on every device, and B is zero. Without a seed both
+    are uninitialised, for a checkpoint to fill. Raises SettingsError if the config does not fit
+    the model.
     """
     assert not is_attached(model), "this model has an adapter already"
     config.check(model.config)
@@ -95,65 +96,65 @@ def is_attached(model: Transformer) -> bool:
 
 
 def config_of(model: Transformer) -> LoraConfig | None:
-    """What was attached, or None."""
+    """The attached adapter's config, or None."""
     return next((adapter.config for adapter in _adapters(model)), None)
 
 
 def adapter_parameters(model: Transformer) -> dict[str, nn.Parameter]:
-    """The factors by their full names; none where no adapter is attached."""
+    """The adapter's factors by full name; empty without an adapter."""
     return {name: p for name, p in model.named_parameters() if ".lora." in name}
 
 
 def trunk(model: Transformer) -> Iterator[nn.Parameter]:
-    """What makes up a Transformer, without the heads that a subclass adds."""
+    """Parameters of the Transformer itself, without the heads that a subclass adds."""
     yield from (model.embedding, *model.blocks.parameters(), *model.norm.parameters())
     yield from (p for p in (model.unembedding, model.head_bias) if p is not None)
 
 
 @contextmanager
 def detached(model: Transformer) -> Iterator[None]:
-    """Inside, the model computes what its base does, bit for bit."""
-    were = [(adapter, adapter.active) for adapter in _adapters(model)]
+    """Disables the adapter inside the `with` block: the model then equals its base, bit for bit."""
+    before = [(adapter, adapter.active) for adapter in _adapters(model)]
     try:
-        for adapter, _ in were:
+        for adapter, _ in before:
             adapter.active = False
         yield
     finally:
-        for adapter, active in were:
+        for adapter, active in before:
             adapter.active = active
 
 
 def merge(model: Transformer) -> None:
-    """Adds B A to the matrices for good and removes the adapter; every parameter can learn again.
+    """Merges B A into the matrices, in place, and removes the adapter.
 
-    Does nothing to a model without one.
+    Every parameter becomes trainable again. Without an adapter nothing else changes.
     """
     for block in _blocks(model):
-        block.project_in = _folded(block.project_in)
-        block.project_out = _folded(block.project_out)
+        block.project_in = _merged_projection(block.project_in)
+        block.project_out = _merged_projection(block.project_out)
     model.requires_grad_(True)
 
 
 def merged(model: Transformer) -> Transformer:
-    """The function the model computes now, without an adapter; `model` itself where it has none.
+    """A merged copy of the model, or `model` itself if it has no adapter.
 
-    Only the adapted matrices are copied, everything else is shared with `model`, which stays
-    as it is.
+    Only the adapted matrices are copied. Everything else is shared with `model`, which does not
+    change.
     """
     if not is_attached(model):
         return model
     twin = shallow_copy_as(model, type(model))
     twin.blocks = nn.ModuleList(shallow_copy_as(block, type(block)) for block in model.blocks)
     for block in _blocks(twin):
-        block._modules["project_in"] = _folded(block.project_in, copied=True)
-        block._modules["project_out"] = _folded(block.project_out, copied=True)
+        block._modules["project_in"] = _merged_projection(block.project_in, copied=True)
+        block._modules["project_out"] = _merged_projection(block.project_out, copied=True)
     return twin
 
 
 def shallow_copy_as(module: nn.Module, kind: type[M]) -> M:
-    """A `kind` with the module's own parts, which can be replaced without touching the module.
+    """A `kind` with the same submodules and parameters; replacing one does not change `module`.
 
-    It is neither compiled nor recomputed where the module is: both run the module's own forward.
+    Compilation and recomputation are dropped, because both are bound to the module's forward.
     """
     twin = kind.__new__(kind)
     twin.__dict__.update(module.__dict__)
@@ -175,7 +176,7 @@ def _adapters(model: Transformer) -> Iterator[_Adapted]:
 
 
 def _adapted(kind: type[A], plain: nn.Module, config: LoraConfig, model: Transformer) -> A:
-    """`plain` as an adapted module that holds the same parameters."""
+    """`plain` as an adapted module with the same parameters."""
     shapes = model.config.matrices
     adapted = shallow_copy_as(plain, kind)
     adapted.config, adapted.active = config, True
@@ -190,7 +191,7 @@ def _adapted(kind: type[A], plain: nn.Module, config: LoraConfig, model: Transfo
 
 
 def _draw(model: Transformer, seed: int) -> None:
-    """Kaiming-uniform with a = sqrt(5), which is uniform in +-1/sqrt(columns)."""
+    """Initialises A Kaiming-uniform with a = sqrt(5), that is +-1/sqrt(columns), and B at zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, factor in adapter_parameters(model).items():
         if name.endswith(".b"):
@@ -203,8 +204,8 @@ def _draw(model: Transformer, seed: int) -> None:
 
 
 @torch.no_grad()
-def _folded(module: M, *, copied: bool = False) -> M:
-    """The module without its adapter, B A added to its matrices or, if `copied`, to copies."""
+def _merged_projection(module: M, *, copied: bool = False) -> M:
+    """The module with B A merged into its matrices or, if `copied`, into copies of them."""
     if not isinstance(module, _Adapted):
         return module
     plain = shallow_copy_as(module, _PLAIN[type(module)])

@@ -1,6 +1,6 @@
-"""Activations computed again in the backward pass instead of kept: memory for time.
+"""Activation checkpointing (recomputation): less memory for more time in the backward pass.
 
-Attaches from outside: blocks, weights and results stay what they are.
+Attached from outside: it replaces the forward of each block; parameters and results do not change.
 """
 
 import functools
@@ -19,14 +19,15 @@ Recompute = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
 _KEPT = {_aten.mm.default, _aten.addmm.default}
+"""Outputs that `selective` keeps: those of the large matrices, which cost most to compute."""
 
 
 def recompute(model: Transformer, what: Recompute) -> None:
-    """From now on the model's blocks keep less for the backward pass (Chen et al. 2016).
+    """Makes the model's blocks keep fewer activations for the backward pass (Chen et al. 2016).
 
-    full keeps a block's input only, and computes the block twice: about a third more arithmetic.
-    selective keeps the products of the large matrices too, and computes again what lies between
-    them, attention included (after Korthikanti et al. 2022, section 5).
+    full keeps only the input of each block and computes the block twice: about a third more
+    arithmetic. selective also keeps the products of the large matrices and recomputes the rest,
+    attention included (after Korthikanti et al. 2022, section 5).
     """
     if what == "none":
         return

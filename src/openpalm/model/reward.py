@@ -1,8 +1,8 @@
-"""The reward model: a transformer whose heads score a whole text instead of its next token.
+"""Reward model: a transformer with heads that score a whole text; scalar, binned or ordinal.
 
-A head reads one state of the final norm (the last real token's, as in Stiennon et al. 2020, or the
-mean over the real ones, as in palm-rlhf-pytorch) and says one number, a distribution over bins, or
-the cumulative log-odds of an ordinal scale. Knows no loss.
+A head reads one state after the final norm: of the last token (Stiennon et al. 2020), or the mean
+over all tokens (palm-rlhf-pytorch). It returns a number, a distribution over bins, or the
+cumulative log-odds of an ordinal scale. The losses are in align/pairs.
 """
 
 import torch
@@ -14,7 +14,7 @@ from openpalm.model.transformer import Transformer
 
 
 class RewardModel(Transformer):
-    """The trunk keeps its names; beside it are `reward_head`, `reward_bias` and `marks`."""
+    """Adds the parameters `reward_head`, `reward_bias` and `marks` to those of a Transformer."""
 
     def __init__(self, config: ModelConfig, reward: RewardConfig):
         super().__init__(config)
@@ -28,13 +28,13 @@ class RewardModel(Transformer):
     def score(
         self, ids: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None
     ) -> Tensor:
-        """What the heads say, their mean: float32 [rows], or [rows, outputs] unless scalar.
+        """Mean output of the heads: float32 [rows], or [rows, outputs] unless scalar.
 
-        ids: int64 [rows, time]; mask: bool [rows, time], True where a token is real (None: all);
-        it says what is read, and padding on the right can reach nothing else. prompt_lengths: int
-        [rows]; where the model has marks, its first ids are marked prompt and the rest answer
-        (None: none is marked), else they change nothing. Raises DataError for a row without a
-        real token.
+        ids: int64 [rows, time].
+        mask: bool [rows, time], False at padding, which must be on the right; None: no padding.
+        prompt_lengths: int [rows], for models with marks: the ids before it get the prompt mark,
+        the others the completion mark. None adds no marks.
+        Raises DataError for a row of padding only.
         """
         scores = self.member_scores(ids, mask, prompt_lengths).mean(dim=0)
         return scores[:, 0] if self.reward.kind == "scalar" else scores
@@ -42,25 +42,25 @@ class RewardModel(Transformer):
     def value(
         self, ids: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None
     ) -> Tensor:
-        """The reward, float32 [rows], arguments as for `score`: the mean of the members'."""
+        """The reward, float32 [rows]: the mean over the members. Arguments as for `score`."""
         return self.expected(self.member_scores(ids, mask, prompt_lengths)).mean(dim=0)
 
     def spread(
         self, ids: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None
     ) -> Tensor:
-        """The standard deviation of the members' rewards, float32 [rows]; 0 for one member."""
+        """Standard deviation of the members' rewards, float32 [rows]; 0 for one member."""
         members = self.expected(self.member_scores(ids, mask, prompt_lengths))
         return members.std(dim=0, correction=0)
 
     def member_scores(
         self, ids: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None
     ) -> Tensor:
-        """What each head says, float32 [members, rows, outputs]; arguments as for `score`."""
+        """Output of each head, float32 [members, rows, outputs]. Arguments as for `score`."""
         marks = None if self.marks is None else _marked(self.marks, ids, prompt_lengths)
         states = self.norm(self.residual(ids, added=marks))
         read = _last if self.reward.read == "last" else _mean
         head = self.reward_head.view(self.reward.members, -1, self.config.dim)
-        # In float32 throughout: rewards are compared, and bfloat16 keeps three digits.
+        # Always float32: rewards are compared with each other, and bfloat16 has three digits.
         with torch.autocast(ids.device.type, enabled=False):
             scores = torch.einsum("rd,mod->mro", read(states, mask).float(), head.float())
             if self.reward_bias is None:
@@ -68,7 +68,7 @@ class RewardModel(Transformer):
             return scores + self.reward_bias.float().view(self.reward.members, 1, -1)
 
     def expected(self, scores: Tensor) -> Tensor:
-        """The reward [...] that scores [..., outputs] mean: the expectation over the bins."""
+        """The reward [...] of scores [..., outputs]: the expectation over the bins, if any."""
         if self.reward.kind == "scalar":
             return scores[..., 0]
         values = scores.new_tensor(self.reward.values)
@@ -78,16 +78,16 @@ class RewardModel(Transformer):
 
 
 def make_model(config: ModelConfig, reward: RewardConfig | None) -> Transformer:
-    """A model whose parameters are yet to be filled: with reward heads where `reward` is given."""
+    """An uninitialised Transformer, or a RewardModel if `reward` is given."""
     return Transformer(config) if reward is None else RewardModel(config, reward)
 
 
 @torch.no_grad()
 def initialise_heads(model: RewardModel, seed: int, offset: float = 0.0) -> None:
-    """Fills what the trunk does not have; the rewards of a fresh head scatter around `offset`.
+    """Initialises the reward heads and marks; rewards of a scalar head scatter around `offset`.
 
-    Heads are normal with variance 1 / (dim + 1) (Stiennon et al. 2020, appendix B.1), each member
-    its own; an ordinal head begins with equal chances of all values, marks begin at zero.
+    Heads are normal with variance 1 / (dim + 1) (Stiennon et al. 2020, appendix B.1), drawn apart
+    for each member. An ordinal head starts with equal probabilities of all values. Marks are zero.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = model.reward_head.shape
@@ -106,17 +106,17 @@ def initialise_heads(model: RewardModel, seed: int, offset: float = 0.0) -> None
 
 
 def _marked(marks: Tensor, ids: Tensor, prompt_lengths: Tensor | None) -> Tensor | None:
-    """What goes on top of the embeddings, [rows, time, dim]: `marks` are prompt's and answer's."""
+    """The prompt or completion mark of each token, [rows, time, dim]."""
     if prompt_lengths is None:
         return None
-    answer = torch.arange(ids.shape[1], device=ids.device) >= prompt_lengths[:, None]
-    return marks[answer.long()]
+    in_completion = torch.arange(ids.shape[1], device=ids.device) >= prompt_lengths[:, None]
+    return marks[in_completion.long()]
 
 
 def _last(states: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return states[:, -1]
-    _check_real(mask)
+    _check_not_padding(mask)
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (positions * mask).amax(dim=-1)
     return states[torch.arange(len(states), device=mask.device), last]
@@ -125,10 +125,10 @@ def _last(states: Tensor, mask: Tensor | None) -> Tensor:
 def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return states.float().mean(dim=1)
-    _check_real(mask)
+    _check_not_padding(mask)
     return (states.float() * mask[..., None]).sum(dim=1) / mask.sum(dim=-1, keepdim=True)
 
 
-def _check_real(mask: Tensor) -> None:
+def _check_not_padding(mask: Tensor) -> None:
     if not mask.any(dim=-1).all():
         raise DataError("mask: a row has no real token to read; leave that row out")

@@ -1,6 +1,7 @@
-"""Positions as rotations of queries and keys (RoFormer), with xPos's decay on request.
+"""Rotary position embeddings (RoPE, RoFormer) and xPos (Sun et al. 2022), with nanoPALM's variant.
 
-Angles and scales are computed and applied in float32 whatever the model's dtype.
+Rotates queries and keys by position. Tables are computed in float64 and applied in float32,
+whatever the model's dtype.
 """
 
 import math
@@ -25,12 +26,13 @@ class RotaryTables:
 
 
 class Rotary(nn.Module):
-    """Makes the tables once, as long as the longest input so far, and looks positions up."""
+    """Looks up positions in tables that grow with the longest input so far."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self._tables: Tensor | None = None  # [4, positions, rotated dims]; no parameter, no buffer
+        # [4, positions, rotated dims]. No buffer, because model.to(bfloat16) would round it.
+        self._tables: Tensor | None = None
 
     def forward(self, positions: Tensor, longest: int) -> RotaryTables:
         """Tables for integer `positions` [time] or [batch, time], all below `longest`."""
@@ -46,24 +48,28 @@ class Rotary(nn.Module):
         cos, sin = (t.unsqueeze(-2) for t in table)
         rotated = self.config.rotated
         # torch 2.11 compiles _Rotation's writes into views wrongly: float32 gradients on a GPU.
-        turn = _plainly if torch.compiler.is_compiling() else _Rotation.apply
-        turned = turn(x[..., :rotated], cos, sin, self.config.rotary == "halves")
-        return turned if rotated == x.shape[-1] else torch.cat([turned, x[..., rotated:]], dim=-1)
+        apply = _rotate_compiled if torch.compiler.is_compiling() else _Rotation.apply
+        first = apply(x[..., :rotated], cos, sin, self.config.rotary == "halves")
+        return first if rotated == x.shape[-1] else torch.cat([first, x[..., rotated:]], dim=-1)
 
 
 class _Rotation(torch.autograd.Function):
-    """(a, b) -> (a cos - b sin, b cos + a sin) for every pair; four passes over x each way."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) for every pair of coordinates.
+
+    Written by hand, so that it makes four passes over x in each direction. The gradient is the
+    rotation by the negative angle.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.halves = halves
         wide = x.to(cos.dtype)
-        turned = wide * cos
-        (a, b), (sin_a, sin_b), (to_a, to_b) = (_pairs(t, halves) for t in (wide, sin, turned))
+        rotated = wide * cos
+        (a, b), (sin_a, sin_b), (to_a, to_b) = (_pairs(t, halves) for t in (wide, sin, rotated))
         to_a.addcmul_(b, sin_a, value=-1)
         to_b.addcmul_(a, sin_b)
-        return turned.to(x.dtype)
+        return rotated.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -73,39 +79,44 @@ class _Rotation(torch.autograd.Function):
         (grad,) = grad_outputs
         cos, sin = ctx.saved_tensors
         wide = grad.to(cos.dtype)
-        turned = wide * cos
-        (a, b), (sin_a, sin_b), (to_a, to_b) = (_pairs(t, ctx.halves) for t in (wide, sin, turned))
+        rotated = wide * cos
+        (a, b), (sin_a, sin_b), (to_a, to_b) = (_pairs(t, ctx.halves) for t in (wide, sin, rotated))
         to_a.addcmul_(b, sin_b)
         to_b.addcmul_(a, sin_a, value=-1)
-        return turned.to(grad.dtype), None, None, None
+        return rotated.to(grad.dtype), None, None, None
 
 
-def _plainly(x: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
-    """_Rotation by operations that a compiler fuses by itself; more passes without one."""
+def _rotate_compiled(x: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
+    """_Rotation in operations that torch.compile fuses; slower without it."""
     a, b = _pairs(x, halves)
     crossed = torch.cat([-b, a], -1) if halves else torch.stack([-b, a], -1).flatten(-2)
     return (x * cos + crossed * sin).to(x.dtype)
 
 
 def _pairs(x: Tensor, halves: bool) -> tuple[Tensor, Tensor]:
-    """Views of the coordinates that are rotated together: first and second half, or neighbours."""
+    """Views of the two coordinates of each pair: first and second half, or neighbours."""
     first, second = x.chunk(2, dim=-1) if halves else x.unflatten(-1, (-1, 2)).unbind(-1)
     return first, second
 
 
 def _rounded(longest: int, config: ModelConfig) -> int:
-    """Positions to make at once: a power of two, where xPos can reach that far."""
+    """Length of the tables: the next power of two, limited to what xPos can compute."""
     length = max(256, 1 << (longest - 1).bit_length())
     return max(longest, min(length, xpos_reach(config))) if config.xpos_base else length
 
 
 def xpos_reach(config: ModelConfig) -> int:
-    """Tokens whose xPos powers stay within float32."""
-    per_base = _MAX_LOG_SCALE / -math.log(0.4 / 1.4)
+    """The longest input, in tokens, with xPos scales that fit float32."""
+    per_base = _MAX_LOG_SCALE / -math.log(0.4 / 1.4)  # the first pair has the largest scale
     return int(per_base * config.xpos_base) + config.context // 2
 
 
 def _tables(config: ModelConfig, length: int, device: torch.device) -> Tensor:
+    """cos and sin of queries, then of keys: [4, length, rotated dims].
+
+    xPos multiplies queries by its scale and divides keys by it, so that a score keeps the scale of
+    the distance only.
+    """
     position = torch.arange(length, device=device, dtype=torch.float64)
     angle = position[:, None] * _frequencies(config, device)
     cos, sin = angle.cos(), angle.sin()
@@ -117,7 +128,8 @@ def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Radians a position for each rotated coordinate: base^(-2j / dims) for pair j."""
     dims = config.rotated
     pair = torch.arange(dims // 2, device=device, dtype=torch.float64)
-    # nanoPALM steps its exponent by (4j + 1) and keeps it in halves while it pairs neighbours.
+    # nanoPALM uses exponents 4j + 1 and frequencies in halves, but rotates neighbouring pairs, so
+    # the two coordinates of a pair turn by different angles.
     exponent = (4 * pair + 1) / dims if config.rotary == "nanopalm" else 2 * pair / dims
     frequency = config.rotary_base**-exponent
     if config.rotary == "interleaved":
@@ -128,9 +140,9 @@ def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 def _xpos_scale(config: ModelConfig, position: Tensor) -> Tensor:
     """xPos (Sun et al. 2022, section 3): s_i^((p - centre) / base), [positions, rotated dims].
 
-    Only differences of positions reach a score, so any fixed centre gives the same model; the
-    middle of the training context keeps the powers small. Raises SettingsError where a power
-    would leave float32.
+    Scores depend on differences of positions only, so any fixed centre gives the same model. The
+    middle of the training context keeps the powers small. Raises SettingsError if a power does not
+    fit float32.
     """
     if not config.xpos_base:
         return torch.ones(1, 1, device=position.device, dtype=torch.float64)

@@ -1,18 +1,18 @@
-"""The model: embedding, parallel blocks, final norm; hidden states or logits, by method.
+"""The Transformer: embedding, parallel blocks, final norm, head; and its initialisation.
 
-Sees integer ids and tensors only, never a batch, a tokenizer or a file.
+Takes integer ids and tensors; knows nothing about batches, tokenizers or files.
 """
 
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openpalm.model.block import Attend, Block, Norm, ProjectHead, attend_cached, attend_whole
+from openpalm.model.block import Attend, Block, Norm, attend_cached, attend_uncached
 from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
+from openpalm.model.embedding_head import Embedding, ProjectHead
 from openpalm.model.layout import Layout
 from openpalm.model.rotary import Rotary
 
@@ -20,13 +20,14 @@ from openpalm.model.rotary import Rotary
 class Transformer(nn.Module):
     """A decoder (or, with causal=False, an encoder) of the PaLM family; see ModelConfig.
 
-    Parameters are uninitialised until `initialise` or a checkpoint fills them.
+    Its parameters are uninitialised; `initialise` or a checkpoint fills them.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab, config.dim))
+        self.embed = Embedding()
         self.rotary = Rotary(config)
         self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.depth))
         self.norm = Norm(config)
@@ -35,22 +36,21 @@ class Transformer(nn.Module):
         self.head_bias = nn.Parameter(torch.empty(config.padded_vocab)) if config.bias else None
 
     def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Named parameters that a checkpoint holds for whoever uses the model."""
+        """Named parameters of a published checkpoint; subclasses leave out training-only ones."""
         return self.named_parameters()
 
     def logits(
         self, ids: Tensor, cache: KVCache | None = None, *, layout: Layout | None = None
     ) -> Tensor:
-        """Unnormalised log-probabilities of the next token.
+        """Logits of the next token at every position, float32 [batch, time, vocab_size].
 
-        ids: integers [batch, time]. Returns float32 [batch, time, vocab_size]: the padding rows
-        of the table are cut off here, so no loss, sampler or metric can meet them. A `layout`
-        says where the tokens stand, in rows that hold more than one sequence.
+        ids: integers [batch, time]. The padding rows of the table are cut off here, so no loss,
+        sampler or metric sees them. layout: for rows with several sequences.
         """
         return self.head(self.residual(ids, cache, layout=layout))
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Final-norm states [batch, time, dim] of ids [batch, time]."""
+        """States after the final norm, [batch, time, dim], of ids [batch, time]."""
         return self.norm(self.residual(ids, cache))
 
     def residual(
@@ -65,14 +65,17 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The residual stream after the last block, [batch, time, dim].
 
-        `added`, of that shape, goes on top of the embeddings. With a cache the ids follow what
-        each slot holds, and the cache advances: by `counts` tokens in each slot where given (the
-        rest of the row is padding), else by all of them. `selected`, int64 [n], are those of the
-        flattened ids whose states are wanted, [n, dim]: what only the others need is not computed.
+        cache: the ids continue the tokens of each slot, and the cache advances.
+        counts: tokens by which each slot advances; the rest of its row is padding. None: all.
+        added: [batch, time, dim], added to the embeddings.
+        layout: positions and attention of rows with several sequences.
+        selected: int64 [n], indices into the flattened ids; returns only their states, [n, dim],
+        and skips the last block's feed-forward at the other positions.
         """
         positions, attend, longest = self._context(ids, cache, layout)
         tables = self.rotary(positions, longest)
-        x = F.embedding(ids.clamp_min(0) if not self.config.causal else ids, self.embedding)
+        # Negative ids are an encoder's padding; any row of the table serves, since it is masked.
+        x = self.embed(ids if self.config.causal else ids.clamp_min(0), self.embedding)
         x = x if added is None else x + added
         for layer, block in enumerate(self.blocks):
             last = layer == self.config.depth - 1
@@ -82,19 +85,19 @@ class Transformer(nn.Module):
         return x
 
     def head(self, residual: Tensor) -> Tensor:
-        """Logits, float32 [..., vocab_size], of residual-stream states [..., dim]."""
+        """Logits, float32 [..., vocab_size], from the residual stream [..., dim]."""
         logits = self.project_head(self._states(residual), self._table, self.head_bias)
         return logits[..., : self.config.vocab_size].float()
 
     def cross_entropy(
         self, residual: Tensor, targets: Tensor, *, z_loss: float = 0.0, chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Summed cross entropy and z-loss of residual-stream states [n, dim], int64 targets [n].
+        """Summed cross entropy and z-loss from the residual stream [n, dim], int64 targets [n].
 
-        The same as of `head`'s logits, without holding them: see linear_cross_entropy.
+        Equals the loss of `head`'s logits, but does not hold them all: see linear_cross_entropy.
         """
         table, bias, size = self._table, self.head_bias, self.config.vocab_size
-        if len(table) > size:  # not always: the gradient of a slice is a copy of the table's size
+        if len(table) > size:  # only then, because the gradient of a slice copies the whole table
             table, bias = table[:size], None if bias is None else bias[:size]
         return self.project_head.cross_entropy(
             self._states(residual), table, bias, targets, z_loss, chunk
@@ -105,14 +108,14 @@ class Transformer(nn.Module):
         return self.embedding if self.unembedding is None else self.unembedding
 
     def _states(self, residual: Tensor) -> Tensor:
-        """What the head multiplies by its table."""
+        """Input of the head: normalised and scaled states."""
         states = self.norm(residual) if self.config.norm_before_head else residual
         return states if self.config.logit_scale == 1 else states * self.config.logit_scale
 
     def _context(
         self, ids: Tensor, cache: KVCache | None, layout: Layout | None
     ) -> tuple[Tensor, Attend, int]:
-        """Positions of the ids, how they attend, and one more than the last position."""
+        """Positions of the ids, their attention, and the length that rotary tables must cover."""
         time = ids.shape[1]
         if layout is not None:
             if cache is not None or not self.config.causal:
@@ -121,7 +124,7 @@ class Transformer(nn.Module):
         if cache is None:
             positions = torch.arange(time, device=ids.device)
             mask = None if self.config.causal else (ids >= 0)[:, None]
-            return positions, attend_whole(self.config.causal, mask), time
+            return positions, attend_uncached(self.config.causal, mask), time
         if not self.config.causal:
             raise AssertionError("a bidirectional model has no cache")
         positions = cache.positions(time)
@@ -133,13 +136,13 @@ Init = Literal["default", "palm"]
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int, init: Init = "default") -> None:
-    """Fills every parameter from `seed`, the same on every device and for any dtype.
+    """Initialises every parameter from `seed`, with equal values on every device and dtype.
 
-    Matrices are normal with deviation 1/sqrt(fan-in); norms start at one, biases at zero. By
-    default those that write to the residual stream are divided by sqrt(2 depth), so that its
-    variance does not grow with depth, and tables have deviation 0.02. palm shrinks none, and its
-    embeddings have deviation 1 (Chowdhery et al. 2022, section 5), which the config's logit_scale
-    answers.
+    Matrices are normal with standard deviation 1/sqrt(fan-in); norms are one, biases zero.
+    default: matrices that write to the residual stream are divided by sqrt(2 depth), so that its
+    variance does not grow with depth; embeddings have standard deviation 0.02.
+    palm: no such division; embeddings have standard deviation 1 (Chowdhery et al. 2022, section
+    5), which needs logit_scale 1/sqrt(dim).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -151,6 +154,7 @@ def initialise(model: Transformer, seed: int, init: Init = "default") -> None:
         else:
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(drawn * _deviation(kind, parameter, model.config, init))
+    # Padding rows of the vocabulary: no token uses them.
     for table in (model.embedding, model.unembedding):
         if table is not None:
             table[model.config.vocab_size :] = 0

@@ -172,7 +172,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def of_a_kind(runs: Sequence[Run]) -> list[list[Run]]:
+def group_by_kind(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs in groups whose losses can be compared, in the order given."""
     kinds: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
@@ -180,7 +180,7 @@ def of_a_kind(runs: Sequence[Run]) -> list[list[Run]]:
     return list(kinds.values())
 
 
-def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
+def group_by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs in groups that differ in nothing but their seed."""
     groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:

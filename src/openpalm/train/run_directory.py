@@ -3,7 +3,6 @@
 Decides whether a command may resume the run in the directory, and refuses it otherwise.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from openpalm import __version__
 from openpalm.base.console import shown
+from openpalm.base.files import lock, write_atomically
 from openpalm.base.json_file import read_json
 from openpalm.base.settings import build, check, plain, spell
 from openpalm.base.yaml_file import read_yaml, to_yaml
@@ -82,10 +82,8 @@ def locked(out: Path) -> Iterator[None]:
         raise SettingsError(f"--out {out}: may not be written; choose another place") from None
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"--out {out}: another process is training in it") from None
+        if not lock(descriptor):
+            raise SettingsError(f"--out {out}: another process is training in it")
         yield
     finally:
         os.close(descriptor)
@@ -149,7 +147,7 @@ def write(settings: TrainSettings, info: RunInfo) -> None:
     for name, text in texts.items():
         file = settings.out / name
         if not file.exists() or file.read_text(encoding="utf-8") != text:
-            _write_durably(file, text)
+            write_atomically(file, text)
 
 
 def read_info(out: Path) -> RunInfo:
@@ -374,13 +372,3 @@ def _first_difference(old: Any, new: Any) -> tuple[str, str]:
         return f"{key} {old.get(key, 'not set')}", str(new.get(key, "not set"))
     was, now = ("not set" if value is None else str(value) for value in (old, new))
     return was, now
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Writes the file whole or not at all, and to the disk before the rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

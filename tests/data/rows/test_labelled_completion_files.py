@@ -43,4 +43,4 @@ def test_records(tmp_path):
     assert verdicts(tmp_path, compared) == (BOTH, {})
     judged, unused = verdicts(tmp_path, compared, record("2", "thumb", thumb))
     assert judged == [("Because.", False)]
-    assert unused == {"compare gives no verdict": 1}
+    assert unused == {"compare gives no labelled completion": 1}

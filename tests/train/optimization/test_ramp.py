@@ -134,6 +134,7 @@ def test_minutes_hold_more_steps_where_batches_are_small(monkeypatch: pytest.Mon
     monkeypatch.setattr(measure, "_step_seconds", lambda trainer: 0.1)
     monkeypatch.setattr(measure, "_probe_seconds", lambda *_: 0.0)
     monkeypatch.setattr(measure, "matmul_flops", lambda *_: 1.0)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: 0.0)
     steps = []
     for ramp in (None, "1/2@0.5"):
         asked = settings(steps=None, minutes=1.0, dtype="float32", batch_ramp=ramp)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openpalm.convert.conversion import Converted, pad_vocabulary
-from openpalm.convert.eras import ERAS, Era, era_of, guess, is_known
+from openpalm.convert.eras import ERAS, Era, era_of, guess_era, is_known_version
 from openpalm.convert.files import Hyperparameters, Tensors
 from openpalm.errors import CheckpointError
 from openpalm.model.config import ModelConfig
@@ -135,7 +135,7 @@ def _choose(tensors: Tensors, given: Hyperparameters, asked: str | None, names: 
     # Parameters saved without any buffer say nothing about xPos.
     has_scale = f"{rotary}scale" in tensors or f"{rotary}inv_freq" not in tensors
     unused = bool((final == 1).all() and not (gammas == 1).all())
-    guessed, reason = guess(mean, has_scale=has_scale, norm_unused=unused)
+    guessed, reason = guess_era(mean, has_scale=has_scale, norm_unused=unused)
     stated = _stated_version(given)
     if asked is not None:
         era, why = era_of(asked), f"--era {asked}"
@@ -160,7 +160,7 @@ def _stated_version(given: Hyperparameters) -> str:
     version = given.values.get("version")
     if given.values.get("system") != PROJECT or not isinstance(version, str):
         return ""
-    return version if is_known(version) else ""
+    return version if is_known_version(version) else ""
 
 
 def _read(tensors: Tensors, given: Hyperparameters, names: _Names, choice: _Choice) -> Converted:

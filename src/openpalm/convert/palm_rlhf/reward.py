@@ -39,7 +39,7 @@ def read_reward(tensors: Tensors, given: Hyperparameters, era: str | None) -> Co
     factors = palm.under(f"{_SCOPES}{scope}.")
     palm.drop(r"finetune_modules\.")
     trunk = read_palm_rlhf(palm, given, era)
-    adapter, state = read_factors(factors, trunk.config, given)
+    adapter, state = read_lora_factors(factors, trunk.config, given)
     reward, head = _read_head(tensors, trunk.config, given)
     tensors.finish()
     notes = [*trunk.notes, f"reads the mean state; {reward.kind} head, {reward.outputs} outputs"]
@@ -69,7 +69,7 @@ def write_reward(
     state |= {f"palm.{name}": tensor for name, tensor in palm.items()}
     if adapter is not None:
         scope = f"palm.{_SCOPES}{_DEFAULT_SCOPE}."
-        state |= written_factors(ours, model.config, adapter, scope)
+        state |= write_lora_factors(ours, model.config, adapter, scope)
     if model.reward.kind == "scalar":
         state["to_pred.0.weight"] = ours["reward_head"]
     else:
@@ -102,7 +102,7 @@ def _scope(palm: Tensors, given: Hyperparameters) -> tuple[str, list[str]]:
     return wanted, [scope for scope in scopes if scope != wanted]
 
 
-def read_factors(
+def read_lora_factors(
     factors: Tensors, config: ModelConfig, given: Hyperparameters
 ) -> tuple[LoraConfig | None, dict[str, Tensor]]:
     """The adapter in one scope's factors, and those by our names."""
@@ -122,7 +122,7 @@ def read_factors(
     return adapter, state
 
 
-def written_factors(
+def write_lora_factors(
     ours: dict[str, Tensor], config: ModelConfig, adapter: LoraConfig, prefix: str
 ) -> dict[str, Tensor]:
     """The four matrices' factors, zeros where ours has none; the scale is folded into B."""

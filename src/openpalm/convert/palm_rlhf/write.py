@@ -34,7 +34,7 @@ def write_palm_rlhf(
     return _arguments(config), out, notes
 
 
-def in_era(state: dict[str, Tensor], era: Era, head_dim: int) -> dict[str, Tensor]:
+def convert_to_era(state: dict[str, Tensor], era: Era, head_dim: int) -> dict[str, Tensor]:
     """A state dict of the newest form as that era's versions have it."""
     scale = qk_factor(NEWEST, head_dim) / qk_factor(era, head_dim)
     written = {}

@@ -1,15 +1,16 @@
-"""Rows of public data sets as published, translated into our own forms (data/rows/row_formats.py).
+"""Formats of public data sets, translated into our own row formats (data/rows/row_formats.py).
 
-A translation reads the fields that say something through `Row`, so that the others are named or
-refused as everywhere. Sources: the data cards of openbmb/UltraFeedback, stanfordnlp/SHP,
-nvidia/HelpSteer2 and HelpSteer3, lmsys/chatbot_arena_conversations and its Kaggle files,
-OpenAssistant/oasst1, OpenAI's guide to preference fine-tuning, the exports of Argilla and of
-Label Studio.
+UltraFeedback, SHP, HelpSteer, LMSYS arena, OASST, Argilla, Label Studio. A translation reads fields
+through `Row`, so that unused fields are named or refused as in any row. Sources: the data cards of
+openbmb/UltraFeedback, stanfordnlp/SHP, nvidia/HelpSteer2 and HelpSteer3,
+lmsys/chatbot_arena_conversations and its Kaggle files, OpenAssistant/oasst1; OpenAI's guide to
+preference fine-tuning; the exports of Argilla and Label Studio.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from openpalm.base.typed import expect, is_number
@@ -19,36 +20,34 @@ from openpalm.errors import DataError, count_of
 
 Rows = Iterator[dict[str, Any]]
 AXES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-"""What HelpSteer rates, 0 to 4."""
+"""The axes of HelpSteer's ratings, 0 to 4."""
 _HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
-class Shape(NamedTuple):
+class PublicFormat(NamedTuple):
     name: str
     fields: frozenset[str]
-    """a row with all of these is of this shape"""
+    """a row with all of these has this format"""
     translate: Callable[[Row, str], Rows]
-    """the rows of our forms that it makes, given what is read: a pair, a conversation, ..."""
+    """the rows in our formats; the second argument names the examples to read ("pair", ...)"""
+    nested: Mapping[str, type] = MappingProxyType({})
+    """types of fields with common names, which tell this format from other rows"""
 
 
-def shape_of(row: dict[str, Any]) -> Shape | None:
-    """The published shape of the row, None where it has none."""
+def public_format(row: dict[str, Any]) -> PublicFormat | None:
+    """The public data set's format of a row, or None."""
     has = {name for name, value in row.items() if value is not None}
-    for shape in _SHAPES:
-        if shape.fields <= has and _is_nested(shape, row):
-            return shape
+    for known in _FORMATS:
+        nested = known.nested.items()
+        if known.fields <= has and all(isinstance(row[field], kind) for field, kind in nested):
+            return known
     return None
 
 
-def _is_nested(shape: Shape, row: dict[str, Any]) -> bool:
-    """Whether fields with common names hold what the shape has there."""
-    return all(isinstance(row[field], kind) for field, kind in _NESTED.get(shape.name, {}).items())
-
-
 def _ultrafeedback(row: Row, what: str) -> Rows:
-    """Responses with their scores: the mean of the annotations where there is one.
+    """Responses with scores: the mean of the annotations, if there is one.
 
-    `overall_score` is 10 for some answers whose critique says 1.
+    Not `overall_score`: it is 10 for some completions that their critique rates 1.
     """
     completions = row.get("completions")
     if len(completions) < 2:
@@ -63,12 +62,12 @@ def _ultrafeedback(row: Row, what: str) -> Rows:
         scores.append(completion.get(field))
         expect(f"{at}.response", texts[-1], "a text", lambda v: isinstance(v, str))
         expect(f"{at}.{field}", scores[-1], "a number", is_number)
-        row.note("completions[]", completion, ("response", field))
+        row.note_unused("completions[]", completion, ("response", field))
     yield {"prompt": row.get("instruction"), "responses": texts, "scores": scores}
 
 
 def _shp(row: Row, what: str) -> Rows:
-    """The post and two comments; labels is 1 where A has more votes."""
+    """A post and two comments; labels is 1 if A has more votes."""
     label = row.get("labels")
     expect("labels", label, "0 or 1", lambda v: type(v) is int and v in (0, 1))
     sides = [row.get("human_ref_A"), row.get("human_ref_B")]
@@ -83,16 +82,20 @@ def _helpsteer(row: Row, what: str) -> Rows:
 
 
 def _helpsteer_pair(row: Row, what: str) -> Rows:
-    """preference_strength: -3 (the first is much better) to 3 (the second is)."""
+    """preference_strength: -3 (the first is much better) to 3 (the second is much better)."""
     prompt = _helpsteer_prompt(row.get("prompt"))
-    yield _strength(row, prompt, ("response_1", "response_2"), "preference_strength")
+    yield _pair_of_strength(row, prompt, ("response_1", "response_2"), "preference_strength")
 
 
 def _helpsteer3(row: Row, what: str) -> Rows:
-    yield _strength(row, row.get("context"), ("response1", "response2"), "overall_preference")
+    yield _pair_of_strength(
+        row, row.get("context"), ("response1", "response2"), "overall_preference"
+    )
 
 
-def _strength(row: Row, prompt: object, sides: tuple[str, str], field: str) -> dict[str, Any]:
+def _pair_of_strength(
+    row: Row, prompt: object, sides: tuple[str, str], field: str
+) -> dict[str, Any]:
     strength = row.get(field)
     expect(field, strength, "a number from -3 to 3", lambda v: is_number(v) and abs(v) <= 3)
     first, second = (row.get(side) for side in sides)
@@ -103,7 +106,7 @@ def _strength(row: Row, prompt: object, sides: tuple[str, str], field: str) -> d
 
 
 def _helpsteer_prompt(prompt: object) -> object:
-    """Later turns stand in the prompt's text, each after a line <extra_id_1> and who speaks."""
+    """Splits a prompt with several turns: a line <extra_id_1>User starts each later turn."""
     if not isinstance(prompt, str) or not _HELPSTEER_TURN.search(prompt):
         return prompt
     first, *turns = _HELPSTEER_TURN.split(prompt)
@@ -115,10 +118,10 @@ def _helpsteer_prompt(prompt: object) -> object:
 def _arena(row: Row, what: str) -> Rows:
     winner = row.get("winner")
     sides = [row.get("conversation_a"), row.get("conversation_b")]
-    yield _won(winner, sides)
+    yield _pair_of_winner(winner, sides)
 
 
-def _won(winner: object, sides: list[Any], **more: Any) -> dict[str, Any]:
+def _pair_of_winner(winner: object, sides: list[Any], **more: Any) -> dict[str, Any]:
     if winner == "tie":
         raise TiedRow({**more, "chosen": sides[0], "rejected": sides[1]})
     if winner in ("tie (bothbad)", "both_bad"):
@@ -130,21 +133,21 @@ def _won(winner: object, sides: list[Any], **more: Any) -> dict[str, Any]:
 
 
 def _arena_kaggle(row: Row, what: str) -> Rows:
-    """prompt, response_a and response_b are JSON lists of each turn's text."""
+    """prompt, response_a and response_b are JSON lists of texts, one for each turn."""
     flags = [row.get(f"winner_{side}") for side in ("model_a", "model_b", "tie")]
     if sorted(flags, key=str) != [0, 0, 1]:
         raise DataError('fields "winner_model_a", "winner_model_b" and "winner_tie" name no winner')
     asked = _turn_texts(row, "prompt")
     sides = []
     for field in ("response_a", "response_b"):
-        said = _turn_texts(row, field)
-        if len(said) != len(asked):
-            turns = count_of(len(said), "turn")
+        answered = _turn_texts(row, field)
+        if len(answered) != len(asked):
+            turns = count_of(len(answered), "turn")
             raise DataError(f'field "{field}" has {turns}, "prompt" has {len(asked)}')
-        both = zip(asked, said, strict=True)
+        both = zip(asked, answered, strict=True)
         pairs = ((("user", question), ("assistant", answer)) for question, answer in both)
         sides.append([{"role": r, "content": t or ""} for pair in pairs for r, t in pair])
-    yield _won(("model_a", "model_b", "tie")[flags.index(1)], sides)
+    yield _pair_of_winner(("model_a", "model_b", "tie")[flags.index(1)], sides)
 
 
 def _turn_texts(row: Row, field: str) -> list[str]:
@@ -164,7 +167,7 @@ def _openai_pair(row: Row, what: str) -> Rows:
     expect("input.messages", given.get("messages"), "messages", lambda v: isinstance(v, list))
     if not is_blank(given.get("tools")):
         raise UnusableRow("tools, which the chat template cannot write")
-    row.note("input", given, ("messages", "tools"))
+    row.note_unused("input", given, ("messages", "tools"))
     sides = {"chosen": row.get("preferred_output"), "rejected": row.get("non_preferred_output")}
     yield {"prompt": given["messages"], **sides}
 
@@ -172,13 +175,16 @@ def _openai_pair(row: Row, what: str) -> Rows:
 # OpenAssistant: trees of messages.
 
 
-def trees_of(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows; OASST's single messages, however they lie in the file, as trees at their roots.
+def join_oasst_messages(
+    rows: Iterable[tuple[str, dict[str, Any]]],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Passes rows on, and joins OASST's single messages to trees, each at the place of its root.
 
-    Raises DataError for a message whose parent is not there.
+    Raises DataError if a message's parent is missing.
     """
     known: dict[str, dict[str, Any]] = {}
     waiting: list[tuple[str, dict[str, Any]]] = []
+    # A reply may come before its parent in the file: collect all messages, then link them.
     for where, row in rows:
         if not {"message_id", "text", "role", "message_tree_id"} <= row.keys():
             yield where, row
@@ -199,10 +205,10 @@ def trees_of(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
 
 
 def _oasst(row: Row, what: str) -> Rows:
-    """Conversations: every path to a leaf, each answer learnt once. Else: what has answers."""
+    """Conversations: every path from root to leaf. Other examples: each message with replies."""
     paths = list(_paths(row.get("prompt"), (), row))
     if what == "conversation":
-        yield from _threads(paths)
+        yield from _conversations(paths)
         return
     found = False
     for path, replies in paths:
@@ -210,7 +216,7 @@ def _oasst(row: Row, what: str) -> Rows:
             continue
         ranked = [r for r in replies if r.get("rank") is not None]
         if len(ranked) < len(replies):
-            row.unread["prompt.replies without a rank"] = None
+            row.unused_nested["prompt.replies without a rank"] = None
         texts = [r["text"] for r in ranked]
         if what == "prompt":
             yield {"prompt": list(path)}
@@ -227,12 +233,13 @@ _Path = tuple[tuple[dict[str, Any], ...], list[dict[str, Any]]]
 
 
 def _paths(root: Any, before: tuple[dict[str, Any], ...], row: Row) -> Iterator[_Path]:
-    """Every message as the turns up to it, with its replies; deleted ones are left out."""
+    """(the turns up to and with a message, its replies) of each message that was not deleted."""
+    # A stack in place of recursion: a thread may be deeper than Python's recursion limit.
     stack = [(root, before)]
     while stack:
         node, before = stack.pop()
         expect("prompt", node, "a message with text, role and replies", _is_node)
-        row.note("prompt", node, ("text", "role", "replies", "rank", "deleted"))
+        row.note_unused("prompt", node, ("text", "role", "replies", "rank", "deleted"))
         if node.get("deleted"):
             continue
         path = (
@@ -259,7 +266,8 @@ def _is_node(value: Any) -> bool:
     )
 
 
-def _threads(paths: list[_Path]) -> Rows:
+def _conversations(paths: list[_Path]) -> Rows:
+    # Paths share their first turns: weight 0 keeps the loss of a shared turn to its first path.
     seen: set[int] = set()
     for path, replies in paths:
         if replies:
@@ -276,7 +284,7 @@ def _threads(paths: list[_Path]) -> Rows:
 
 
 def _argilla(row: Row, what: str) -> Rows:
-    """The fields, with every annotator's answers to the questions beside them."""
+    """The fields, joined with the answers of one annotator at a time."""
     fields = row.get("fields")
     answers = row.get("responses")
     annotators = _argilla_answers(answers, row)
@@ -285,13 +293,13 @@ def _argilla(row: Row, what: str) -> Rows:
     if not annotators:
         raise UnusableRow("no submitted response")
     for given in annotators:
-        _refuse_both(fields, given)
+        _refuse_collision(fields, given)
         yield fields | given
 
 
 def _argilla_answers(answers: Any, row: Row) -> list[dict[str, Any]]:
-    """The answers of each annotator, by question."""
-    if isinstance(answers, list):  # Argilla 1: a list of responses with their values
+    """question -> answer, for each annotator."""
+    if isinstance(answers, list):  # Argilla 1: a list of responses, each with its values
         return [
             {question: value.get("value") for question, value in response["values"].items()}
             for response in answers
@@ -307,7 +315,7 @@ def _argilla_answers(answers: Any, row: Row) -> list[dict[str, Any]]:
             expect(
                 f"responses.{question}[{i}]", response, "an object", lambda v: isinstance(v, dict)
             )
-            row.note("responses[]", response, ("value", "status"))
+            row.note_unused("responses[]", response, ("value", "status"))
             if response.get("status", "submitted") == "submitted":
                 user = users.setdefault(repr(response.get("user_id", i)), {})
                 user[question] = response.get("value")
@@ -315,30 +323,30 @@ def _argilla_answers(answers: Any, row: Row) -> list[dict[str, Any]]:
 
 
 def _label_studio(row: Row, what: str) -> Rows:
-    """The task's data, with the results of every annotation that was not cancelled."""
+    """The task's data, joined with the results of one annotation at a time."""
     data, annotations = row.get("data"), row.get("annotations")
     used = [a for a in annotations if isinstance(a, dict) and not a.get("was_cancelled")]
     if not used:
         raise UnusableRow("no annotation")
     for annotation in used:
         results = annotation.get("result")
-        row.note("annotations[]", annotation, ("result", "was_cancelled"))
+        row.note_unused("annotations[]", annotation, ("result", "was_cancelled"))
         expect("annotations[].result", results, "a list of results", lambda v: isinstance(v, list))
         assert isinstance(results, list)
         values = dict(data)
         for result in results:
-            _label_studio_result(result, values, row)
+            _add_label_studio_result(result, values, row)
         yield values
 
 
-def _label_studio_result(result: Any, values: dict[str, Any], row: Row) -> None:
-    """Writes what one result says into the task's data."""
+def _add_label_studio_result(result: Any, values: dict[str, Any], row: Row) -> None:
+    """Adds the fields of one result to the task's data."""
     right = isinstance(result, dict) and isinstance(result.get("value"), dict)
     if not right:
         raise DataError('field "annotations[].result[]" must be an object with a value')
     kind, value, name = result.get("type"), result["value"], str(result.get("from_name"))
-    row.note("annotations[].result[]", result, ("type", "value", "to_name"))
-    row.note("annotations[].result[].value", value, ("rating", "selected", "text", "number"))
+    row.note_unused("annotations[].result[]", result, ("type", "value", "to_name"))
+    row.note_unused("annotations[].result[].value", value, ("rating", "selected", "text", "number"))
     if kind == "rating":
         given: dict[str, Any] = {"rating": value.get("rating")}
     elif kind == "pairwise":
@@ -349,13 +357,8 @@ def _label_studio_result(result: Any, values: dict[str, Any], row: Row) -> None:
             raise DataError(f'field "to_name" names {", ".join(sides)}, which "data" has not')
         left, right_side = (values.pop(side) for side in sides)
         won = value["selected"] == "left"
-        given = dict(
-            zip(
-                ("chosen", "rejected"),
-                (left, right_side) if won else (right_side, left),
-                strict=True,
-            )
-        )
+        chosen, rejected = (left, right_side) if won else (right_side, left)
+        given = {"chosen": chosen, "rejected": rejected}
     elif kind == "textarea":
         text = value.get("text")
         given = {name: "\n".join(text) if isinstance(text, list) else text}
@@ -363,48 +366,54 @@ def _label_studio_result(result: Any, values: dict[str, Any], row: Row) -> None:
         given = {name: value.get("number")}
     else:
         raise UnusableRow(f"a result of type {kind!r:.40}, which no verb reads")
-    _refuse_both(values, given)
+    _refuse_collision(values, given)
     values |= given
 
 
-def _refuse_both(fields: dict[str, Any], answers: dict[str, Any]) -> None:
+def _refuse_collision(fields: dict[str, Any], answers: dict[str, Any]) -> None:
     if both := sorted(fields.keys() & answers.keys()):
         raise DataError(f'"{both[0]}" is a field and a question; rename one of them')
 
 
-_SHAPES = (
-    Shape("UltraFeedback", frozenset({"instruction", "completions"}), _ultrafeedback),
-    Shape("SHP", frozenset({"history", "human_ref_A", "human_ref_B", "labels"}), _shp),
-    Shape(
+_FORMATS = (
+    PublicFormat(
+        "UltraFeedback",
+        frozenset({"instruction", "completions"}),
+        _ultrafeedback,
+        {"completions": list},
+    ),
+    PublicFormat("SHP", frozenset({"history", "human_ref_A", "human_ref_B", "labels"}), _shp),
+    PublicFormat(
         "HelpSteer2 preferences",
         frozenset({"prompt", "response_1", "response_2", "preference_strength"}),
         _helpsteer_pair,
     ),
-    Shape(
+    PublicFormat(
         "HelpSteer3",
         frozenset({"context", "response1", "response2", "overall_preference"}),
         _helpsteer3,
     ),
-    Shape("HelpSteer", frozenset({"prompt", "response", *AXES[:3]}), _helpsteer),
-    Shape("LMSYS arena", frozenset({"conversation_a", "conversation_b", "winner"}), _arena),
-    Shape(
+    PublicFormat("HelpSteer", frozenset({"prompt", "response", *AXES[:3]}), _helpsteer),
+    PublicFormat("LMSYS arena", frozenset({"conversation_a", "conversation_b", "winner"}), _arena),
+    PublicFormat(
         "LMSYS arena (Kaggle)",
         frozenset({"prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"}),
         _arena_kaggle,
     ),
-    Shape(
+    PublicFormat(
         "OpenAI preferences",
         frozenset({"input", "preferred_output", "non_preferred_output"}),
         _openai_pair,
+        {"input": dict},
     ),
-    Shape("OASST trees", frozenset({"message_tree_id", "prompt"}), _oasst),
-    Shape("an Argilla record", frozenset({"fields", "responses"}), _argilla),
-    Shape("a Label Studio task", frozenset({"data", "annotations"}), _label_studio),
+    PublicFormat("OASST trees", frozenset({"message_tree_id", "prompt"}), _oasst, {"prompt": dict}),
+    PublicFormat(
+        "an Argilla record", frozenset({"fields", "responses"}), _argilla, {"fields": dict}
+    ),
+    PublicFormat(
+        "a Label Studio task",
+        frozenset({"data", "annotations"}),
+        _label_studio,
+        {"data": dict, "annotations": list},
+    ),
 )
-_NESTED: dict[str, dict[str, type]] = {
-    "UltraFeedback": {"completions": list},
-    "OpenAI preferences": {"input": dict},
-    "OASST trees": {"prompt": dict},
-    "an Argilla record": {"fields": dict},
-    "a Label Studio task": {"data": dict, "annotations": list},
-}
