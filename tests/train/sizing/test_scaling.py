@@ -185,7 +185,7 @@ def words(data: Path) -> Callable[..., list[str]]:
     return make
 
 
-def test_a_run_prints_keeps_and_goes_on_with_what_was_derived(
+def test_a_run_prints_keeps_and_resumes_with_derived_settings(
     words: Callable[..., list[str]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
