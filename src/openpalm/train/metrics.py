@@ -100,10 +100,12 @@ def describe(row: dict[str, Any]) -> str:
     """A training row in short: loss, speed, share of peak."""
     unit = unit_of(row)
     short = "tok" if unit == "tokens" else unit
-    words = [f"loss {row['loss']:.3f}", f"{row[f'{unit}_per_s']:,.0f} {short}/s"]
-    if "accuracy" in row:
+    # A number that is not finite is null in the row.
+    loss = "nan" if row["loss"] is None else f"{row['loss']:.3f}"
+    words = [f"loss {loss}", f"{row[f'{unit}_per_s']:,.0f} {short}/s"]
+    if row.get("accuracy") is not None:
         words.append(f"accuracy {row['accuracy']:.2f}")
-    if "reward_margin" in row:
+    if row.get("reward_margin") is not None:
         words.append(f"margin {row['reward_margin']:.3f}")
     if row.get("mfu") is not None:
         words.append(f"{row['mfu']:.0%} of peak")

@@ -280,7 +280,7 @@ def test_the_loader_gives_the_same_ratings_after_a_stop():
 # --- the objective
 
 
-OPTIONS = {"bradley-terry": {"centring": 0.1, "margin_scale": 0.5}}
+OPTIONS = {"bradley-terry": {"centring_coef": 0.1, "margin_scale": 0.5}}
 """What only these losses read."""
 
 
@@ -293,7 +293,7 @@ def everything(loss, **changes):
 
 @pytest.mark.parametrize("loss", ["bradley-terry", *RATING_LOSSES])
 def test_microbatches_of_ragged_judgements_are_one_batch(loss):
-    objective, model, known = everything(loss, members=2, **OPTIONS.get(loss, {}))
+    objective, model, known = everything(loss, ensemble_size=2, **OPTIONS.get(loss, {}))
 
     def gradients(cuts):
         model.zero_grad()
@@ -371,7 +371,7 @@ def test_margins_are_off_by_default():
 
 @torch.no_grad()
 def test_each_member_has_the_loss_of_a_model_of_its_own():
-    objective, model, known = everything("bradley-terry", members=3)
+    objective, model, known = everything("bradley-terry", ensemble_size=3)
     alone = []
     for head in model.reward_head:
         single = reward_model(RewardConfig())
@@ -388,7 +388,7 @@ def test_each_member_has_the_loss_of_a_model_of_its_own():
 
 
 def test_heads_follow_the_loss_and_the_ratings():
-    assert choose_head(settings(members=2), []) == RewardConfig(members=2)
+    assert choose_head(settings(ensemble_size=2), []) == RewardConfig(members=2)
     assert choose_head(settings("regression"), [0.5, 2.0]) == RewardConfig(bias=True)
     assert choose_head(settings("binned"), [5.0, 1.0, 2.0]).values == (1.0, 2.0, 3.0, 4.0, 5.0)
     assert choose_head(settings("ordinal", bins=3), [0.0, 0.5, 1.0]).values == (0.0, 0.5, 1.0)
@@ -424,9 +424,9 @@ def test_a_loss_that_does_not_suit_the_head_is_refused():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"members": 0}, "--members 0: must be 1 to 64"),
+        ({"ensemble_size": 0}, "--ensemble-size 0: must be 1 to 64"),
         ({"margin_scale": -1.0}, "--margin-scale -1.0: must be 0 or more"),
-        ({"centring": math.nan}, "--centring nan: must be 0 or more"),
+        ({"centring_coef": math.nan}, "--centring-coef nan: must be 0 or more"),
         ({"loss": "binned", "bins": 1}, "--bins 1: must be 2 to"),
     ],
 )
