@@ -1,4 +1,4 @@
-"""A run's directory: begun, gone on with, repeated, refused; what a resumed run computes."""
+"""Runs: started, resumed, repeated, refused; a resumed run equals an uninterrupted one."""
 
 import errno
 import hashlib
@@ -267,7 +267,7 @@ def test_a_second_process_is_kept_out(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [2, 4, 5])  # 4 is saved anyway
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_resumes(
     train: Train,
     reference: Path,
     tmp_path: Path,
@@ -307,7 +307,7 @@ def test_a_second_signal_ends_at_once(
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 7, 8])
-def test_killed_in_any_step_the_same_command_goes_on(
+def test_killed_in_any_step_the_same_command_resumes(
     train: Train, reference: Path, tmp_path: Path, at_step: Callable[..., None], step: int
 ):
     out = tmp_path / "run"
@@ -456,7 +456,7 @@ def test_all_checkpoints_damaged_starts_over(
     assert same_run(out, reference)
 
 
-def test_a_published_checkpoint_is_no_place_to_go_on_from(
+def test_a_published_checkpoint_cannot_be_resumed(
     train: Train,
     tmp_path: Path,
     at_step: Callable[..., None],
@@ -632,7 +632,7 @@ def program(out: Path, data: Path) -> list[str]:
     return [sys.executable, "-m", "openpalm", "train", *words.split()]
 
 
-def test_the_program_stopped_from_outside_goes_on(data: Path, tmp_path: Path):
+def test_the_program_stopped_from_outside_resumes(data: Path, tmp_path: Path):
     """Across processes: stopped and repeated there, uninterrupted here, equal bit for bit."""
     out, whole = tmp_path / "stopped", tmp_path / "whole"
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -716,7 +716,7 @@ def test_few_frames_from_the_command_to_the_backward_pass(
 
 
 @pytest.mark.parametrize("name", ["stable-adamw", "lion", "adafactor", "muon"])
-def test_killed_with_any_optimizer_the_same_command_goes_on(
+def test_killed_with_any_optimizer_the_same_command_resumes(
     train: Train, tmp_path: Path, at_step: Callable[..., None], name: str
 ):
     ask = {"optim.name": name}
