@@ -172,7 +172,10 @@ def test_pairs_that_do_not_fit_are_left_out_and_told(said, base, pairs, tmp_path
         ({"rejected": None}, 'pairs.jsonl:61: field "rejected" is missing'),
         ({"prompt": 7}, 'field "prompt" is 7'),
         ({"context": ["Mine."]}, 'field "context" is a list; it must be a text'),
-        ({"messages": [{"role": "user", "content": "Other."}]}, "field 'messages' beside chosen,"),
+        (
+            {"messages": [{"role": "user", "content": "Other."}]},
+            "field 'messages' would not reach the model, which is given chosen,",
+        ),
         ({"chosen": 5}, "chosen"),
     ],
 )

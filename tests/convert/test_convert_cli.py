@@ -91,7 +91,7 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str], data: Path, tmp_path
 
 def test_our_own_checkpoints(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path):
     converted(capsys, data / "palm-rlhf-pytorch/v0.8.0/palm", tmp_path / "ours")
-    assert "OpenPaLM's already" in refused(capsys, tmp_path / "ours", tmp_path / "b")
+    assert "an OpenPaLM checkpoint already" in refused(capsys, tmp_path / "ours", tmp_path / "b")
     words = (tmp_path / "ours", tmp_path / "b", "--to", "palm-rlhf-pytorch", "--era", "0.8.0")
     assert "--era: is about foreign files" in refused(capsys, *words)
     assert "exists already" in refused(
@@ -133,4 +133,4 @@ def test_help_shows_from(capsys: pytest.CaptureFixture[str]):
     out = converted(capsys, "--help")
     assert "--from palm-rlhf-pytorch|palm-pytorch|nanopalm" in out
     assert "--config PATH" in out
-    assert "JSON of the hyperparameters" in out
+    assert "JSON file of hyperparameters" in out

@@ -80,7 +80,8 @@ def test_a_board_that_fails_is_told_once_and_left(
     assert train(tmp_path / "run", loggers="wandb") == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "--loggers" in line]
     assert told == [
-        f"--loggers wandb: goes on without it (no route to host while it should {when})"
+        "--loggers wandb: failed, the run continues without it "
+        f"(no route to host while it should {when})"
     ]
     plain, logged = (
         [row["loss"] for row in read_rows(tmp_path / name / "metrics.jsonl") if "loss" in row]
