@@ -35,9 +35,9 @@ class BestOfNSettings(ModelOptions):
     pairs: Path | None = None
     """also write a .jsonl of pairs, best and worst completion, for dpo and reward"""
     n: int = 8
-    """completions of each prompt"""
+    """completions per prompt"""
     max_new_tokens: int = 64
-    """most tokens in a completion"""
+    """maximum tokens per completion"""
     temperature: float = 1.0
     """sampling temperature"""
     seed: int = 0
