@@ -22,7 +22,7 @@ from train_common import Row, random_batch
 
 from openpalm.base.settings import build
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.data.batches.loader import Batch, TokenLoader
+from openpalm.data.batches.loader import Batch, token_loader
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig, preset
@@ -172,7 +172,7 @@ def trained(out: Path, device: torch.device, dtype: str) -> Tensor:
     spec = TrainSpec(
         config=SMALL,
         fill=partial(initialise, seed=0),
-        make_loader=lambda shape, *_: TokenLoader(
+        make_loader=lambda shape, *_: token_loader(
             tokens, sequence_length=shape.sequence_length, rows=shape.rows, seed=0
         ),
         sequences_per_epoch=len(tokens) // SMALL.context,

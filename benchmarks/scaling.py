@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from openpalm.data.batches.loader import TokenLoader, evaluation_batches
+from openpalm.data.batches.loader import evaluation_batches, token_loader
 from openpalm.data.dataset.shards import Dataset, open_dataset
 from openpalm.evaluate.perplexity import split_loss
 from openpalm.model.config import ModelConfig
@@ -62,7 +62,7 @@ def trained(run: Run, data: Dataset) -> float:
     )
     steps, rows = run.tokens // run.batch_tokens, run.batch_tokens // LENGTH
     held = min(rows, 16)
-    loader = TokenLoader(data.tokens("train"), sequence_length=LENGTH, rows=held, seed=run.seed)
+    loader = token_loader(data.tokens("train"), sequence_length=LENGTH, rows=held, seed=run.seed)
     trainer = Trainer(
         model,
         NextToken(),

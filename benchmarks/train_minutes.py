@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from peers_train import PEERS, Contender, Makers, OpenPalm, PalmRlhf, PalmRlhfFlash, Rules, built
 from train_common import Row, random_batch, say, step_seconds, table
 
-from openpalm.data.batches.loader import IGNORE, TokenLoader, Tokens, evaluation_batches
+from openpalm.data.batches.loader import (
+    IGNORE,
+    Batch,
+    Loader,
+    Tokens,
+    evaluation_batches,
+    token_loader,
+)
 from openpalm.model.config import preset
 
 
@@ -40,7 +47,7 @@ def dataset(data: str) -> Iterator[Any]:
         yield open_dataset(f"{folder}/data")
 
 
-def trained(who: Contender, rules: Rules, loader: TokenLoader) -> None:
+def trained(who: Contender, rules: Rules, loader: Loader[Batch]) -> None:
     """Takes a contender through all the steps of the schedule."""
     told = time.perf_counter()
     for step in range(1, rules.steps + 1):
@@ -95,7 +102,7 @@ def equal_minutes(how: argparse.Namespace) -> list[Row]:
         def result(name: str, minutes: float, lr: float) -> Row:
             steps = max(1, round(60 * minutes / seconds[name]))
             say(f"{name}: {minutes:g} minutes, {steps} steps of {seconds[name]:.3f} s")
-            loader = TokenLoader(train, sequence_length=how.length, rows=how.rows, seed=0)
+            loader = token_loader(train, sequence_length=how.length, rows=how.rows, seed=0)
             run = replace(rules, steps=steps, lr=lr)
             who, start = (ours | PEERS)[name](run), time.perf_counter()
             trained(who, run, loader)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from train_samples import write_dataset
 
-from openpalm.base.settings import build, parse, plain, read_yaml
+from openpalm.base.settings import build, parse, plain
+from openpalm.base.yaml_file import read_yaml
 from openpalm.cli.main import main
 from openpalm.errors import SettingsError
 from openpalm.train.config import PretrainSettings

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from command_line import TINY, ok, rows, talk, write_base
 
 from openpalm.align.sft import records
-from openpalm.data.batches.loader import IGNORE, Batch, ExampleLoader, packed, padded
+from openpalm.data.batches.loader import IGNORE, Batch, example_loader, packed, padded
 from openpalm.data.text.conversation import Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError
@@ -79,7 +79,7 @@ def test_only_the_assistant_and_its_end_markers_carry_gradient(byte, model, turn
     ids, learnt = by_hand(byte, turns)
     (record,) = records(byte, [messages(turns)])
     assert (record.ids, record.loss_mask) == (ids, learnt)
-    batch = next(ExampleLoader([record], rows=1, seed=0, sequence_length=48))
+    batch = next(example_loader([record], rows=1, seed=0, sequence_length=48))
     loss, gradient = loss_and_gradient(model, batch)
     carries = (gradient[0] != 0).any(dim=-1).tolist()
     width = batch.inputs.shape[1]
@@ -96,7 +96,7 @@ def test_what_the_user_said_is_never_a_target(byte, model):
     """Whatever stands in the user's turn, only the assistant's tokens can be asked for."""
     batches = [
         next(
-            ExampleLoader(
+            example_loader(
                 records(byte, [messages([("user", asked), ("assistant", "YES")])]),
                 rows=1,
                 seed=0,
@@ -114,7 +114,7 @@ def test_what_the_user_said_is_never_a_target(byte, model):
 def test_a_row_of_a_batch_counts_as_alone(byte, model):
     """Padding and neighbours change nothing: the sum of the rows is the batch."""
     several = records(byte, [messages(MULTI_TURN), messages(MULTI_TURN[1:3])])
-    together = next(ExampleLoader(several, rows=2, seed=0, sequence_length=48))
+    together = next(example_loader(several, rows=2, seed=0, sequence_length=48))
     total, _ = loss_and_gradient(model, together)
     alone = 0.0
     for record in several:
@@ -151,7 +151,7 @@ def test_a_conversation_without_assistant_beside_others_is_only_read(byte):
 def test_gradient_of_the_loss_is_softmax_minus_target(byte, model):
     """Cross entropy's own derivative, at an assistant's token."""
     (record,) = records(byte, [messages(MULTI_TURN[1:3])])
-    batch = next(ExampleLoader([record], rows=1, seed=0, sequence_length=48))
+    batch = next(example_loader([record], rows=1, seed=0, sequence_length=48))
     _, gradient = loss_and_gradient(model, batch)
     at = record.loss_mask.index(True) - 1
     chances = model.logits(batch.inputs)[0, at].softmax(dim=-1)

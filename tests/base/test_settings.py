@@ -11,18 +11,9 @@ from typing import Literal
 import pytest
 import yaml
 
-from openpalm.base.settings import (
-    MAX_CONFIG_BYTES,
-    HelpRequested,
-    _options,
-    build,
-    parse,
-    plain,
-    read_yaml,
-    spell,
-    to_yaml,
-)
-from openpalm.base.typed import alternatives, fit
+from openpalm.base.settings import HelpRequested, _options, build, parse, plain, spell
+from openpalm.base.typed import alternatives, convert
+from openpalm.base.yaml_file import MAX_BYTES, read_yaml, to_yaml
 from openpalm.cli.main import VERBS
 from openpalm.errors import SettingsError
 from openpalm.train.config import ArchSettings, Chosen, OptimSettings, TrainSettings
@@ -241,7 +232,7 @@ def test_every_option_of_every_verb_that_is_a_text_is_taken_as_typed():
                 continue
             texts += 1
             for text in ("[END]", "# x", "null", "~", "---", "1e3"):
-                assert fit(text, hint) == text, (kind, name)
+                assert convert(text, hint) == text, (kind, name)
     assert texts > 50
 
 
@@ -519,7 +510,7 @@ def test_words_too_many():
         ("title: !unheard x\n", "is not valid YAML"),
         ("share: &a 0.5\nbatch_tokens: *a\n", "holds a YAML alias"),
         ("inner: &a\n  lr: *a\n", "holds a YAML alias"),
-        ("title: x\n" + "#" * MAX_CONFIG_BYTES, f"more than {MAX_CONFIG_BYTES} bytes"),
+        ("title: x\n" + "#" * MAX_BYTES, f"more than {MAX_BYTES} bytes"),
     ],
 )
 def test_a_bad_file_is_named(yaml_file, tmp_path, monkeypatch, content, part):

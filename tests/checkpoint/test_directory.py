@@ -706,7 +706,7 @@ FAILURES: dict[str, tuple[str, BaseException]] = {
     "tensors, as an OSError": ("tensors.safetensors.torch.save_file", no_space()),
     "texts": ("_write_text", no_space()),
     "hashes": ("_hash", no_space()),
-    "sync": ("_sync", no_space()),
+    "sync": ("os.fsync", no_space()),
 }
 
 
@@ -722,7 +722,8 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(
 
     for name in ("step-00000002", "step-00000001"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"openpalm.checkpoint.directory.{where}", fail)
+            target = where if where == "os.fsync" else f"openpalm.checkpoint.directory.{where}"
+            patch.setattr(target, fail)
             with pytest.raises(StorageError) as caught:
                 save(tmp_path / name, made(seed=1))
         assert str(caught.value) == f"{tmp_path / name}: cannot be saved ({FULL})"

@@ -79,7 +79,7 @@ def test_every_help_shows_options_and_examples(said, verb, monkeypatch):
 
 HEAVY = {
     *("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "matplotlib", "rich"),
-    *("fastapi", "uvicorn", "datasets", "pyarrow", "sympy"),
+    *("fastapi", "uvicorn", "datasets", "pyarrow", "sympy", "yaml"),
 }
 MODULES = 350
 """of the standard library and ours, that all helps together may import; torch brings 1,500"""

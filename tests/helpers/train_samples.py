@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpalm.data.batches.loader import IGNORE, Batch, TokenLoader
+from openpalm.data.batches.loader import IGNORE, Batch, token_loader
+from openpalm.data.batches.loader import Loader as DataLoader
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
@@ -66,9 +67,9 @@ def rows_of(batch: Batch, *sizes: int) -> list[Batch]:
     return [Batch(inputs, targets) for inputs, targets in pairs]
 
 
-def random_loader(rows: int = 4, seed: int = 0, vocab: int = VOCAB) -> TokenLoader:
+def random_loader(rows: int = 4, seed: int = 0, vocab: int = VOCAB) -> DataLoader[Batch]:
     tokens = np.random.default_rng(seed).integers(0, vocab, 2000).astype(np.uint16)
-    return TokenLoader(tokens, sequence_length=12, rows=rows, seed=seed)
+    return token_loader(tokens, sequence_length=12, rows=rows, seed=seed)
 
 
 class Repeating:

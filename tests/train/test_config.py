@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from openpalm.base.settings import build, parse, plain, read_yaml, to_yaml
+from openpalm.base.settings import build, parse, plain
+from openpalm.base.yaml_file import read_yaml, to_yaml
 from openpalm.errors import SettingsError
 from openpalm.train.config import (
     ArchSettings,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from train_samples import made, tiny
 
-from openpalm.data.batches.loader import IGNORE, TokenLoader, evaluation_batches
+from openpalm.data.batches.loader import IGNORE, evaluation_batches, token_loader
 from openpalm.data.batches.token_mixture import open_sets
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
 from openpalm.train.objective import NextToken
@@ -42,7 +42,7 @@ def model(sets):
 
 
 def training(sets):
-    loader = TokenLoader(
+    loader = token_loader(
         sets.tokens("train"),
         sequence_length=LENGTH,
         rows=6,

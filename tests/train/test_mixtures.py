@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from train_samples import write_dataset
 
-from openpalm.base.settings import read_yaml
+from openpalm.base.yaml_file import read_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.common import validation
 from openpalm.data.dataset.shards import open_dataset

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from openpalm.base.settings import read_yaml
+from openpalm.base.yaml_file import read_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main
 from openpalm.train.metrics import read_rows

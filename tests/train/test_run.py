@@ -338,7 +338,7 @@ def test_killed_around_the_writing_of_the_settings(
 ):
     from openpalm.train import run_directory as run_module
 
-    original = run_module._write_whole
+    original = run_module.write_atomically
 
     def patched(path: Path, text: str) -> None:
         if when == "after":
@@ -349,7 +349,7 @@ def test_killed_around_the_writing_of_the_settings(
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_write_whole", patched)
+        patch.setattr(run_module, "write_atomically", patched)
         with pytest.raises(Killed):
             train(out)
     assert train(out) == 0

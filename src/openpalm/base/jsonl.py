@@ -1,35 +1,39 @@
-"""A .jsonl that grows row by row and survives a kill: what is whole stays, a torn end is cut off.
+"""JSON-lines files that survive a kill: append, read, rewrite; a torn last line is cut off.
 
-One process at a time. Knows nothing of what the rows say.
+`open_jsonl` is for files that a user names (judgements, answers): locked, anything else refused.
+`append_row` and `read_rows` are for our own logs: a torn metrics line is skipped.
 """
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from openpalm.base.files import atomic_file, flush, lock
 from openpalm.errors import DataError, SettingsError, StorageError
 
 MAX_BYTES = 1 << 31
 
 
 class JsonlWriter:
-    """Appends rows behind `found`, those that are there; a torn end goes when the first comes."""
+    """Appends rows to an open file; `found` holds the rows that it had before.
+
+    end: where the last whole row ends; the first row appended overwrites a torn line behind it.
+    """
 
     def __init__(self, file: BinaryIO, path: Path, found: list[dict[str, Any]], end: int):
         self._file, self._path, self._end = file, path, end
         self.found = found
 
     def append(self, row: dict[str, Any]) -> None:
-        """Hands one row to the system at once. Raises StorageError where it is refused."""
-        line = json.dumps(row).encode() + b"\n"
+        """Writes one row without buffering. Raises StorageError where the system refuses it."""
+        line = _line(row)
         try:
             self._file.truncate(self._end)
             self._end += len(line)
-            while line:  # an unbuffered write may take a part
+            while line:  # an unbuffered write may take only some of the bytes
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise StorageError(
@@ -40,9 +44,9 @@ class JsonlWriter:
 
 @contextmanager
 def open_jsonl(path: Path) -> Iterator[JsonlWriter]:
-    """Opens, or makes, the file, for this process alone.
+    """Opens or creates the file for appending, locked against other processes.
 
-    Raises SettingsError where it cannot be had, DataError where it holds something else than rows.
+    Raises SettingsError where it cannot be opened, DataError where it holds anything but rows.
     """
     if path.suffix != ".jsonl":
         raise SettingsError(f"--out {path}: must be a .jsonl")
@@ -56,37 +60,55 @@ def open_jsonl(path: Path) -> Iterator[JsonlWriter]:
             f"--out {path}: cannot be written ({error.strerror}); choose another place"
         ) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"--out {path}: another process is writing it") from None
+        if not lock(file.fileno()):
+            raise SettingsError(f"--out {path}: another process is writing it")
         if file.seek(0, os.SEEK_END) > MAX_BYTES:
             raise DataError(f"--out {path}: larger than {MAX_BYTES} bytes; choose a new file")
         file.seek(0)
         content = file.read()
+        # A kill tears at most the last line, and a torn row still begins as an object does.
         end = content.rfind(b"\n") + 1
         if content[end : end + 1] not in (b"", b"{"):
             raise DataError(f"--out {path}: is no file of rows; choose a new file")
         rows = [_row(line, f"{path}:{i}") for i, line in enumerate(content[:end].splitlines(), 1)]
         yield JsonlWriter(file, path, rows, end)
-        os.fsync(file.fileno())
+        flush(file)
 
 
-def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> int:
-    """Writes the file whole or not at all; how many rows it has."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Appends one row to a log of ours, not yet forced to disk. Raises OSError."""
+    with path.open("ab") as file:
+        file.write(_line(row))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log of ours; lines that are no whole row, torn by a kill, are skipped."""
+    rows = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Replaces the file, atomically; returns the number of rows. Raises StorageError."""
     count = 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
+        with atomic_file(path) as file:
             for row in rows:
-                file.write(json.dumps(row) + "\n")
+                file.write(_line(row))
                 count += 1
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
     return count
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row).encode() + b"\n"
 
 
 def _row(line: bytes, where: str) -> dict[str, Any]:

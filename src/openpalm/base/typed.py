@@ -1,7 +1,7 @@
-"""Fits plain values, from a command line or a file, to the types of a dataclass's fields.
+"""Conversion of plain values (texts, dicts, JSON) to the types of a dataclass, with checks.
 
-A text stays the text that was typed: nothing here reads YAML into it. Messages name the value and
-what is wanted, never a type of Python.
+A text stays exactly as typed: nothing here parses YAML. Messages name the value and the wanted
+kind in words, never a Python type.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _MAX_SHOWN = 100
 
 
 class WrongValue(ValueError):
-    """The value does not fit; the text is what is wanted, as in `a whole number`."""
+    """The value has the wrong type; the message names the wanted one, as in `a whole number`."""
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
@@ -48,12 +48,12 @@ def optional(hint: Any) -> bool:
 
 
 def home(text: str) -> str:
-    """`~/x` as a path in the home directory, as a shell gives it; other texts as they are."""
+    """Expands `~` and `~/x` as a shell does; other texts stay as they are."""
     return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
 
 
-def fit(value: object, hint: Any) -> Any:
-    """`value` as the type `hint`. Raises WrongValue, which says what is wanted."""
+def convert(value: object, hint: Any) -> Any:
+    """`value` as the type `hint`. Raises WrongValue naming the wanted kind."""
     kinds = [kind for kind in alternatives(hint) if kind is not type(None)]
     if value is None:
         if optional(hint):
@@ -67,20 +67,21 @@ def fit(value: object, hint: Any) -> Any:
         return None
     if typing.get_origin(kind) is typing.Literal:
         return _choice(value, typing.get_args(kind))
-    convert = {int: _whole, float: _number, bool: _flag, Path: _path, str: _text}[kind]
-    return convert(value)
+    converters = {int: _whole, float: _number, bool: _flag, Path: _path, str: _text}
+    return converters[kind](value)
 
 
-def repeated(value: object) -> str:
-    """A value as an error message repeats it: one line, not too long."""
+def shortened(value: object) -> str:
+    """A value for an error message: one line, not too long."""
     text = " ".join(str(value).split())
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def build(kind: type[T], values: dict[str, Any], inside: str = "") -> T:
-    """The dataclass `kind` from nested plain values, such as `settings.plain` returns.
+    """The dataclass `kind` from nested plain values, such as `plain` returns.
 
-    Raises SettingsError for a name that it does not have, one that it lacks, or a wrong value.
+    Raises SettingsError for an unknown name, a missing one, or a wrong value. `inside` is the
+    dotted prefix of the names in messages.
     """
     hints = typing.get_type_hints(kind)
     unknown = sorted(str(name) for name in values if name not in hints)
@@ -89,8 +90,20 @@ def build(kind: type[T], values: dict[str, Any], inside: str = "") -> T:
     missing = [name for name in required(kind) if name not in values]
     if missing:
         raise SettingsError(f"{', '.join(inside + name for name in missing)}: is missing")
-    made = {name: _field(hints[name], value, inside + name) for name, value in values.items()}
-    return kind(**made)
+    fields = {name: _field(hints[name], value, inside + name) for name, value in values.items()}
+    return kind(**fields)
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as nested dicts, lists and scalars, without the fields that are None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((f.name, plain(getattr(value, f.name))) for f in dataclasses.fields(value))
+        return {name: item for name, item in items if item is not None and item != {}}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def required(kind: type) -> list[str]:
@@ -106,15 +119,15 @@ def _field(hint: Any, value: object, name: str) -> Any:
             return build(typing.cast(type, hint), value, f"{name}.")
         if isinstance(value, typing.cast(type, hint)):
             return value
-        raise SettingsError(f"{name} {repeated(value)}: must be a group of settings")
+        raise SettingsError(f"{name} {shortened(value)}: must be a group of settings")
     try:
-        return fit(value, hint)
+        return convert(value, hint)
     except WrongValue as wrong:
-        raise SettingsError(f"{name} {repeated(value)}: must be {wrong}") from None
+        raise SettingsError(f"{name} {shortened(value)}: must be {wrong}") from None
 
 
 def _whole(value: object) -> int:
-    """Also of 1e3, which is a whole number."""
+    """1e3 is a whole number too."""
     if type(value) is int:
         return value
     try:
@@ -161,7 +174,7 @@ def _choice(value: object, choices: tuple[Any, ...]) -> Any:
 
 
 def _texts(value: object, *, or_one: bool) -> list[str] | str:
-    """A list of texts, or a text that may hold one as JSON; every other text is one item."""
+    """A list of texts, or a text that holds one as JSON; every other text is a single item."""
     if isinstance(value, str):
         listed = _json_list(value)
         if listed is not None:
@@ -190,7 +203,7 @@ def is_number(value: Any) -> bool:
 
 
 def expect(field: str, value: Any, wanted: str, right: Callable[[Any], bool]) -> None:
-    """Raises DataError that names the field, its value and what is wanted, unless it is right."""
+    """Raises DataError naming the field, its value and the wanted kind, unless it is right."""
     if not right(value):
         scalar = isinstance(value, bool | int | float)
         said = shown(value) if isinstance(value, str) else f"a {type(value).__name__}"
@@ -199,7 +212,7 @@ def expect(field: str, value: Any, wanted: str, right: Callable[[Any], bool]) ->
 
 
 def at(where: str, make: Callable[..., T], *given: Any) -> T:
-    """What `make` returns; its DataError says where."""
+    """Calls `make`; a DataError that it raises gets the prefix `where`, such as a file name."""
     try:
         return make(*given)
     except DataError as error:

@@ -14,7 +14,6 @@ Loading never runs code from a file. Deleting `train/` publishes a model.
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import stat
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from openpalm import __version__
 from openpalm.base.console import shown
+from openpalm.base.files import atomic_folder
 from openpalm.base.hashing import sha256_of as _hash
 from openpalm.base.json_file import read_failure, read_json
 from openpalm.checkpoint import adapter, fingerprint, tensors
@@ -87,22 +87,12 @@ def save(
 
     Raises StorageError when the disk is full or refuses; nothing half-written is left.
     """
-    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
-    old = partial.with_suffix(".old")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
-        partial.mkdir(parents=True)
-        parent = (lineage or {}).get("parent")
-        _write_contents(partial, model, tokenizer_json, train, fingerprint, card, parent)
-        _write_manifest(partial, lineage or {})
-        if directory.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            directory.rename(old)
-        partial.rename(directory)
-        _sync(directory.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with atomic_folder(directory) as partial:
+            parent = (lineage or {}).get("parent")
+            _write_contents(partial, model, tokenizer_json, train, fingerprint, card, parent)
+            _write_manifest(partial, lineage or {})
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
         if refused := tensors.refusal(error):
             raise StorageError(f"{directory}: cannot be saved ({refused})") from error
         raise
@@ -430,17 +420,12 @@ def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
     files = {}
     for file in sorted(path for path in partial.rglob("*") if path.is_file()):
         file.chmod(0o644)  # safetensors writes files for the owner only
-        _sync(file)
         name = file.relative_to(partial).as_posix()
         files[name] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
     versions = {"openpalm": __version__, "torch": torch.__version__}
     body = {"format": FORMAT, "version": VERSION, "files": files}
     body |= {"lineage": lineage, "versions": versions}
     _write_text(partial / "manifest.json", _manifest_text(body))
-    _sync(partial / "manifest.json")
-    for folder in (partial / "train", partial / "adapter", partial):
-        if folder.is_dir():
-            _sync(folder)
 
 
 def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str:
@@ -466,12 +451,3 @@ def _manifest_text(body: dict[str, Any]) -> str:
     """The manifest to the last byte: its body and the body's own hash."""
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps(body | {"sha256": digest}, indent=1) + "\n"
-
-
-def _sync(path: Path) -> None:
-    """fsync of a file or a directory, so that a rename never outlives its content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

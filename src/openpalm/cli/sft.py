@@ -43,7 +43,13 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     """Composes the run: weights, conversations as records, THE loop."""
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
-    from openpalm.data.batches.loader import ExampleLoader, PackedLoader, truncated
+    from openpalm.data.batches.loader import (
+        Batch,
+        Loader,
+        example_loader,
+        packed_loader,
+        truncated,
+    )
     from openpalm.data.batches.order import mixture as mixed_draws
     from openpalm.data.rows.tasks import read_mixture
     from openpalm.train.run import run_training
@@ -66,10 +72,10 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
             f"{label}: cut at {length} tokens: {cut} of {whole}; --sequence-length takes more",
             file=sys.stderr,
         )
-    kind = PackedLoader if settings.pack else ExampleLoader
+    make = packed_loader if settings.pack else example_loader
 
-    def loader(rows: int) -> PackedLoader | ExampleLoader:
-        return kind(trained, rows=rows, seed=settings.seed, sequence_length=length, draws=draws)
+    def loader(rows: int) -> Loader[Batch]:
+        return make(trained, rows=rows, seed=settings.seed, sequence_length=length, draws=draws)
 
     measurable = any(any(record.loss_mask[1 : length + 1]) for record in measured)
     spec = TrainSpec(

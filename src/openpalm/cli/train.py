@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
 def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     """Composes the run: data, start, what is looked at on the way."""
     from openpalm.cli.common import beginnings, sample_probe, validation_probe, weights_path
-    from openpalm.data.batches.loader import TokenLoader
+    from openpalm.data.batches.loader import token_loader
     from openpalm.data.batches.token_mixture import open_sets
     from openpalm.train.initial_weights import starting_point
     from openpalm.train.run import run_training
@@ -72,7 +72,7 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     spec = TrainSpec(
         config=start.config,
         fill=start.fill,
-        make_loader=lambda shape, *_: TokenLoader(
+        make_loader=lambda shape, *_: token_loader(
             tokens,
             sequence_length=shape.sequence_length,
             rows=shape.rows,

@@ -1,6 +1,5 @@
 """The one door for foreign checkpoints: which project wrote it, and what it is in our terms."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from openpalm import __version__
+from openpalm.base.hashing import sha256_of
 from openpalm.convert.conversion import Converted
 from openpalm.convert.files import Tensors, find_file, read_hyperparameters, read_tensors
 from openpalm.convert.nanopalm import read_nanopalm
@@ -35,12 +35,10 @@ class Foreign(Converted):
 
     def lineage(self) -> dict[str, Any]:
         """What the manifest of the converted checkpoint says of its origin."""
-        with self.file.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {
             "kind": "converted",
             "source_file": self.file.name,
-            "source_sha256": digest,
+            "source_sha256": sha256_of(self.file),
             "source": self.source,
             "era": self.era,
             "era_assumed_because": self.why,

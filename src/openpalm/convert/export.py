@@ -1,7 +1,6 @@
 """Writes a model in either form, and proves that what was written reloads to the same logits."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from openpalm.base.files import atomic_folder
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint import fingerprint
 from openpalm.convert.detect import read_foreign
@@ -65,18 +65,14 @@ def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]
         if isinstance(model, RewardModel)
         else write_palm_rlhf(model.config, lora.merged(model).state_dict())
     )
-    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
     try:
-        partial.mkdir(parents=True)
-        torch.save(state, partial / written_name(model))
-        text = json.dumps(arguments, indent=2) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
-        partial.rename(directory)
+        with atomic_folder(directory) as partial:
+            torch.save(state, partial / written_name(model))
+            text = json.dumps(arguments, indent=2) + "\n"
+            (partial / "config.json").write_text(text, encoding="utf-8")
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or "the disk is full or refuses"
         raise StorageError(f"{directory}: cannot be written ({reason})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return _checked(
         model, directory, lambda: read_foreign(directory, era=NEWEST.last).model()
     ), notes

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openpalm import __version__
+from openpalm.base.files import write_atomically
 from openpalm.errors import SettingsError
 
 _STYLE = """
@@ -63,10 +64,7 @@ def write_page(path: Path, title: str, sections: Iterable[Section]) -> None:
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
     )
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, page)
 
 
 def environment_section() -> Section:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from openpalm.base.settings import read_yaml
+from openpalm.base.yaml_file import read_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, DataError
 from openpalm.train.metrics import read_rows, unit_of

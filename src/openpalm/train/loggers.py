@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from openpalm.base.settings import plain, to_yaml
+from openpalm.base.settings import plain
+from openpalm.base.yaml_file import to_yaml
 from openpalm.errors import SettingsError
 from openpalm.train.config import TrainSettings, logger_names
 

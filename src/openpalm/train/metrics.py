@@ -1,8 +1,6 @@
 """What a run writes while it runs: rows of JSON in files, and one live line in the terminal."""
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -11,6 +9,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from openpalm.base import jsonl
+from openpalm.base.files import sync
 
 
 class RowFile:
@@ -22,40 +23,24 @@ class RowFile:
     def append(self, row: dict[str, Any]) -> dict[str, Any]:
         """Adds one row and returns it; numbers that JSON does not have (nan, inf) become null."""
         row = {name: _json_number(value) for name, value in row.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        jsonl.append_row(self.path, row)
         return row
 
     def cut_after(self, step: int) -> None:
         """Removes rows later than `step` and a torn last line, by rewriting the file at once."""
-        if not self.path.exists():
-            return
-        kept = [row for row in read_rows(self.path) if row["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        if self.path.exists():
+            rows = read_rows(self.path)
+            jsonl.write_rows(self.path, (row for row in rows if row["step"] <= step))
 
     def sync(self) -> None:
         """Forces the rows to disk, before a checkpoint promises them."""
         if self.path.exists():
-            with self.path.open("ab") as file:
-                os.fsync(file.fileno())
+            sync(self.path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a file; what a killed process left of its last line is passed over."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    return [row for row in jsonl.read_rows(path) if isinstance(row.get("step"), int)]
 
 
 def _json_number(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """Locks a run directory and checks that it belongs to these settings."""
 
-import fcntl
 import math
 import os
 import sys
@@ -10,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openpalm.base.settings import build, plain, read_yaml, spell, to_yaml
+from openpalm.base.files import lock, write_atomically
+from openpalm.base.settings import build, plain, spell
+from openpalm.base.yaml_file import read_yaml, to_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, SettingsError, count_of
 from openpalm.train.config import Chosen, PretrainSettings, ProfileSettings, Ramp, TrainSettings
@@ -42,10 +43,8 @@ def locked(out: Path) -> Iterator[None]:
         raise SettingsError(f"--out {out}: may not be written; choose another place") from None
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"--out {out}: another process is training in it") from None
+        if not lock(descriptor):
+            raise SettingsError(f"--out {out}: another process is training in it")
         yield
     finally:
         os.close(descriptor)
@@ -104,7 +103,7 @@ def write_settings(settings: TrainSettings) -> None:
     text = to_yaml(replace(settings, profile=ProfileSettings()))
     file = settings.out / SETTINGS_FILE
     if not file.exists() or file.read_text(encoding="utf-8") != text:
-        _write_whole(file, text)
+        write_atomically(file, text)
 
 
 def _recall(file: Path, kind: type[TrainSettings]) -> TrainSettings:
@@ -255,12 +254,3 @@ def _refuse_strangers(out: Path) -> None:
     strangers = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     if strangers:
         raise SettingsError(f"--out {out}: holds {strangers[0]} but no run; choose a new directory")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

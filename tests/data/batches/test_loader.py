@@ -9,10 +9,9 @@ from data_samples import TEXTS
 from openpalm.data.batches.loader import (
     IGNORE,
     Batch,
-    ExampleLoader,
-    TokenLoader,
     evaluation_batches,
-    shuffled,
+    example_loader,
+    token_loader,
     truncated,
 )
 from openpalm.data.dataset.shards import open_dataset
@@ -21,21 +20,21 @@ from openpalm.data.text.conversation import Example, Message, render
 from openpalm.errors import DataError
 
 TOKENS = np.arange(1000, dtype=np.uint16)
-RECORDS = [
+EXAMPLES = [
     Example(list(range(i, i + 2 + 7 * i % 40)), [j % 3 > 0 for j in range(2 + 7 * i % 40)])
     for i in range(1, 24)
 ]
 
 
-def token_loader(tokens=TOKENS, **options):
-    return TokenLoader(tokens, **{"sequence_length": 16, "rows": 4, "seed": 1, **options})
+def windows_of(tokens=TOKENS, **options):
+    return token_loader(tokens, **{"sequence_length": 16, "rows": 4, "seed": 1, **options})
 
 
-def record_loader(records=RECORDS, **options):
-    return ExampleLoader(records, **{"sequence_length": 32, "rows": 4, "seed": 1, **options})
+def examples_of(examples=EXAMPLES, **options):
+    return example_loader(examples, **{"sequence_length": 32, "rows": 4, "seed": 1, **options})
 
 
-MAKERS = pytest.mark.parametrize("make", [token_loader, record_loader])
+MAKERS = pytest.mark.parametrize("make", [windows_of, examples_of])
 
 
 def rows(batches, time=40):
@@ -89,17 +88,17 @@ def test_a_cursor_serves_any_number_of_ranks(make):
 @pytest.mark.parametrize(
     "other",
     [
-        token_loader(seed=2),
-        token_loader(sequence_length=8),
-        token_loader(TOKENS[:-1]),
-        token_loader(TOKENS[::-1].copy()),
-        record_loader(),
-        record_loader(RECORDS[:-1]),
-        record_loader([*RECORDS[:-1], Example([9, 9], [True, True])]),
+        windows_of(seed=2),
+        windows_of(sequence_length=8),
+        windows_of(TOKENS[:-1]),
+        windows_of(TOKENS[::-1].copy()),
+        examples_of(),
+        examples_of(EXAMPLES[:-1]),
+        examples_of([*EXAMPLES[:-1], Example([9, 9], [True, True])]),
     ],
 )
 def test_a_cursor_of_other_data_is_refused(other):
-    for loader in (token_loader(), record_loader()):
+    for loader in (windows_of(), examples_of()):
         if loader.state_dict() != other.state_dict():
             with pytest.raises(DataError, match="the data cursor is of other data"):
                 loader.load_state_dict(other.state_dict())
@@ -107,13 +106,13 @@ def test_a_cursor_of_other_data_is_refused(other):
 
 @pytest.mark.parametrize("consumed", [-1, None, "3", 2.0, True])
 def test_a_damaged_cursor_is_refused(consumed):
-    loader = token_loader()
+    loader = windows_of()
     with pytest.raises(DataError, match="rows_consumed"):
         loader.load_state_dict({**loader.state_dict(), "rows_consumed": consumed})
 
 
 def test_a_window_is_text_in_order_and_its_targets_are_one_ahead():
-    for batch in islice(token_loader(), 30):
+    for batch in islice(windows_of(), 30):
         assert batch.inputs.shape == batch.targets.shape == (4, 16)
         assert batch.inputs.dtype == batch.targets.dtype == torch.int64
         assert (batch.targets == batch.inputs + 1).all()  # TOKENS count up
@@ -122,10 +121,10 @@ def test_a_window_is_text_in_order_and_its_targets_are_one_ahead():
 
 @pytest.mark.parametrize("size", [17, 18, 31, 32, 33, 47, 48, 49, 333, 1000])
 def test_no_token_is_a_target_twice_in_an_epoch(size):
-    loader = token_loader(TOKENS[:size], rows=1)
+    loader = windows_of(TOKENS[:size], rows=1)
     phases = set()
     for _ in range(12):
-        targets = torch.cat([batch.targets for batch in islice(loader, loader.windows)])
+        targets = torch.cat([batch.targets for batch in islice(loader, loader.rows_per_epoch)])
         assert targets.unique().numel() == targets.numel()
         assert targets.max() < size
         # At most two windows' worth stays out of an epoch.
@@ -135,53 +134,39 @@ def test_no_token_is_a_target_twice_in_an_epoch(size):
 
 
 def test_every_token_is_a_target_in_some_epoch():
-    loader = token_loader(rows=8)
+    loader = windows_of(rows=8)
     seen = torch.cat([batch.targets for batch in islice(loader, 800)]).unique()
     assert seen.numel() > 990
 
 
 def test_epochs_and_seeds_are_shuffled_differently():
     def starts(loader):
-        return [int(next(loader).inputs[0, 0]) // 16 for _ in range(loader.windows)]
+        return [int(next(loader).inputs[0, 0]) // 16 for _ in range(loader.rows_per_epoch)]
 
-    loader = token_loader(rows=1)
+    loader = windows_of(rows=1)
     one, two = starts(loader), starts(loader)
-    other = starts(token_loader(rows=1, seed=2))
+    other = starts(windows_of(rows=1, seed=2))
     for order in (one, two, other):
         assert order != sorted(order)
     assert one != two
     assert one != other
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1000])
-def test_a_shuffle_is_a_permutation(size):
-    assert sorted(shuffled(i, size, key=5) for i in range(size)) == list(range(size))
-
-
-def test_a_shuffle_is_fair():
-    # Where index 0 of five goes, over many keys: each place about as often.
-    counts = np.bincount([shuffled(0, 5, key) for key in range(5000)], minlength=5)
-    assert (abs(counts - 1000) < 150).all()
-    moved = np.array([shuffled(i, 4000, 9) for i in range(4000)])
-    assert abs(np.corrcoef(moved, np.arange(4000))[0, 1]) < 0.08
-
-
 def test_the_order_is_fixed_for_all_time():
     # A checkpoint's cursor means nothing without the order: change it and old runs resume wrongly.
-    assert [shuffled(i, 10, key=123) for i in range(10)] == [8, 0, 5, 2, 7, 3, 6, 4, 9, 1]
-    assert next(token_loader()).inputs[:, 0].tolist() == [787, 51, 723, 195]
+    assert next(windows_of()).inputs[:, 0].tolist() == [787, 51, 723, 195]
 
 
 def test_too_few_tokens():
-    assert token_loader(TOKENS[:17]).windows == 1
+    assert windows_of(TOKENS[:17]).rows_per_epoch == 1
     with pytest.raises(DataError, match="needs 17 tokens, the data has 16; use a shorter sequence"):
-        token_loader(TOKENS[:16])
+        windows_of(TOKENS[:16])
 
 
 @pytest.mark.parametrize("options", [{"rows": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}])
 def test_rows_and_ranks_out_of_range_are_our_own_bug(options):
     with pytest.raises(ValueError, match="out of range"):
-        token_loader(**options)
+        windows_of(**options)
 
 
 @pytest.mark.parametrize("size", [2, 16, 17, 18, 64, 65, 66, 129, 1000])
@@ -202,41 +187,41 @@ def test_nothing_to_predict():
         next(evaluation_batches(TOKENS[:1], sequence_length=16, rows=1))
 
 
-def test_records_are_padded_and_masked_and_each_comes_once_an_epoch():
-    loader = record_loader(rows=1)
+def test_examples_are_padded_and_masked_and_each_comes_once_an_epoch():
+    loader = examples_of(rows=1)
     seen = []
-    for batch in islice(loader, len(RECORDS)):
+    for batch in islice(loader, len(EXAMPLES)):
         (inputs,), (targets,) = batch.inputs.tolist(), batch.targets.tolist()
-        (record,) = (r for r in RECORDS if r.ids[0] == inputs[0])
-        seen.append(record.ids[0])
-        ids, mask = record.ids[:33], record.loss_mask[:33]
+        (example,) = (e for e in EXAMPLES if e.ids[0] == inputs[0])
+        seen.append(example.ids[0])
+        ids, mask = example.ids[:33], example.loss_mask[:33]
         assert len(inputs) % 16 == 0
         assert len(inputs) - 16 < len(ids) - 1 <= len(inputs)
         assert inputs[: len(ids) - 1] == ids[:-1]
         wanted = [i if counts else IGNORE for i, counts in zip(ids[1:], mask[1:], strict=True)]
         assert targets == wanted + [IGNORE] * (len(inputs) - len(wanted))
-    assert sorted(seen) == [record.ids[0] for record in RECORDS]
+    assert sorted(seen) == [example.ids[0] for example in EXAMPLES]
     assert seen != sorted(seen)
-    assert truncated(RECORDS, 32) == sum(len(record.ids) > 33 for record in RECORDS) > 0
+    assert truncated(EXAMPLES, 32) == sum(len(example.ids) > 33 for example in EXAMPLES) > 0
 
 
 def test_the_width_stops_at_an_odd_sequence_length():
-    batch = next(record_loader([Example(list(range(50)), [True] * 50)], sequence_length=21, rows=1))
+    batch = next(examples_of([Example(list(range(50)), [True] * 50)], sequence_length=21, rows=1))
     assert batch.targets.tolist() == [list(range(1, 22))]
 
 
 def test_a_conversation_is_learnt_as_it_is_rendered(byte):
     talk = [Message("user", TEXTS[0]), Message("assistant", "Yes.")]
     rendered = render(byte, talk)
-    (targets,) = next(record_loader([rendered], rows=1, sequence_length=256)).targets
+    (targets,) = next(examples_of([rendered], rows=1, sequence_length=256)).targets
     assert targets[targets != IGNORE].tolist() == [*b"Yes.", byte.special_id("<|end|>")]
 
 
-def test_records_without_a_target():
-    with pytest.raises(DataError, match="of 2 records 1 with fewer than 2 tokens"):
-        record_loader([Example([1], [True]), Example([1, 2], [True, True])])
-    with pytest.raises(DataError, match="of 0 records 0 with"):
-        record_loader([])
+def test_examples_without_a_target():
+    with pytest.raises(DataError, match="of 2 examples 1 with fewer than 2 tokens"):
+        examples_of([Example([1], [True]), Example([1, 2], [True, True])])
+    with pytest.raises(DataError, match="of 0 examples 0 with"):
+        examples_of([])
 
 
 def test_a_dataset_loads_the_same_from_one_shard_or_many(tmp_path):
@@ -251,7 +236,7 @@ def test_a_dataset_loads_the_same_from_one_shard_or_many(tmp_path):
             )
         )
     one, many = (open_dataset(tmp_path / out).tokens("train") for out in ("one", "many"))
-    assert rows(islice(token_loader(one), 50)) == rows(islice(token_loader(many), 50))
+    assert rows(islice(windows_of(one), 50)) == rows(islice(windows_of(many), 50))
     a, b = (rows(evaluation_batches(tokens, sequence_length=16, rows=2)) for tokens in (one, many))
     assert a == b
 

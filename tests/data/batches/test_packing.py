@@ -1,4 +1,4 @@
-"""Records that share rows: all of them, whole, once an epoch, and resumed where it stopped."""
+"""Packing: every example whole and once an epoch, in shared rows; resumed where it stopped."""
 
 import random
 from itertools import islice
@@ -7,7 +7,7 @@ import pytest
 import torch
 from data_samples import TEXTS
 
-from openpalm.data.batches.loader import IGNORE, ExampleLoader, PackedLoader, packed, padded
+from openpalm.data.batches.loader import IGNORE, example_loader, packed, packed_loader, padded
 from openpalm.data.batches.order import mixture
 from openpalm.data.batches.packing import best_fit
 from openpalm.data.text.conversation import Example
@@ -29,9 +29,9 @@ LENGTHS = [1, 30, 7, 16, 5, 40, 2, 9, 11, 32, 3, 3, 28, 6]
 CAPACITY = 32
 
 
-def loader(rows=2, records=None, **changes):
+def loader(rows=2, examples=None, **changes):
     given = {"rows": rows, "seed": 5, "sequence_length": CAPACITY}
-    return PackedLoader(made(LENGTHS) if records is None else records, **given | changes)
+    return packed_loader(made(LENGTHS) if examples is None else examples, **given | changes)
 
 
 def test_best_fit_by_hand():
@@ -62,7 +62,7 @@ def test_best_fit_is_what_trying_every_row_gives(seed):
 
 
 def segments_of(batch):
-    """(ids but the last, targets) of every record in a batch; padding is checked and left out."""
+    """(ids but the last, targets) of every example in a batch; padding is checked and left out."""
     found = []
     for inputs, targets, segments in zip(batch.inputs, batch.targets, batch.segments, strict=True):
         for segment in segments.unique_consecutive().tolist():
@@ -76,48 +76,53 @@ def segments_of(batch):
     return found
 
 
-def alone(record):
+def alone(example):
     """What a row of its own would hold, of its real length."""
-    size = min(len(record.ids) - 1, CAPACITY)
-    inputs, targets = padded([record], CAPACITY)
+    size = min(len(example.ids) - 1, CAPACITY)
+    inputs, targets = padded([example], CAPACITY)
     return tuple(inputs[0, :size].tolist()), tuple(targets[0, :size].tolist())
 
 
-def check_an_epoch_has_every_record_whole_and_once(make):
-    records = made(LENGTHS)
-    packer = make(records)
+def check_an_epoch_has_every_example_whole_and_once(make):
+    examples = made(LENGTHS)
+    batches_of = make(examples)
     for _ in range(3):
-        batches = list(islice(packer, packer.rows_per_epoch))
+        size, first = next(batches_of)
+        batches = [first, *(batch for _, batch in islice(batches_of, size - 1))]
         found = [part for batch in batches for part in segments_of(batch)]
-        assert sorted(found) == sorted(map(alone, records))
+        assert sorted(found) == sorted(map(alone, examples))
         assert all(batch.inputs.shape[1] <= CAPACITY for batch in batches)
 
 
-def test_an_epoch_has_every_record_whole_and_once():
-    check_an_epoch_has_every_record_whole_and_once(lambda records: loader(1, records))
+def whole(examples):
+    """(batches an epoch, batch) of a loader of one row."""
+    packer = loader(1, examples)
+    return ((packer.rows_per_epoch, batch) for batch in packer)
 
-    class Loses(PackedLoader):
-        def __next__(self):
-            batch = super().__next__()
+
+def test_an_epoch_has_every_example_whole_and_once():
+    check_an_epoch_has_every_example_whole_and_once(whole)
+
+    def loses(examples):
+        for batch in (packer := loader(1, examples)):
             batch.targets[0, 0] = IGNORE
-            return batch
+            yield packer.rows_per_epoch, batch
 
-    class Repeats(PackedLoader):
-        def _row(self, row):
-            return super()._row(row - row % 2)
+    def repeats(examples):
+        packer = loader(1, examples)
+        batches = list(islice(packer, 3 * packer.rows_per_epoch))
+        yield from ((packer.rows_per_epoch, batches[i - i % 2]) for i in range(len(batches)))
 
-    for bug in (Loses, Repeats):
+    for bug in (loses, repeats):
         with pytest.raises(AssertionError):
-            check_an_epoch_has_every_record_whole_and_once(
-                lambda records, bug=bug: bug(records, rows=1, seed=5, sequence_length=CAPACITY)
-            )
+            check_an_epoch_has_every_example_whole_and_once(bug)
 
 
-def test_less_padding_than_one_record_a_row():
-    records = made([3, 5, 8, 13, 21] * 40)
+def test_less_padding_than_one_example_a_row():
+    examples = made([3, 5, 8, 13, 21] * 40)
     together, apart = (
-        kind(records, rows=4, seed=0, sequence_length=CAPACITY)
-        for kind in (PackedLoader, ExampleLoader)
+        make(examples, rows=4, seed=0, sequence_length=CAPACITY)
+        for make in (packed_loader, example_loader)
     )
     assert apart.rows_per_epoch == 200
     assert together.rows_per_epoch < 70
@@ -161,31 +166,31 @@ def test_two_ranks_see_what_one_sees():
 def test_a_cursor_of_other_data_is_refused():
     state = loader().state_dict()
     others = [
-        loader(records=made(LENGTHS, seed=1)),
+        loader(examples=made(LENGTHS, seed=1)),
         loader(sequence_length=33),
         loader(draws=mixture([4, 10], [7, 7], 5)),
-        ExampleLoader(made(LENGTHS), rows=2, seed=5, sequence_length=CAPACITY),
+        example_loader(made(LENGTHS), rows=2, seed=5, sequence_length=CAPACITY),
     ]
     for other in others:
         with pytest.raises(DataError, match="the data cursor is of other data"):
             other.load_state_dict(state)
     with pytest.raises(DataError, match="fewer than 2 tokens"):
-        loader(records=made([3, 0]))
+        loader(examples=made([3, 0]))
 
 
 def test_a_mixture_is_packed_by_its_shares():
-    records = made([10] * 12)
+    examples = made([10] * 12)
     draws = mixture([2, 10], [6, 2], seed=0)
-    packer = loader(1, records, draws=draws)
+    packer = loader(1, examples, draws=draws)
     found = [p for _ in range(packer.rows_per_epoch) for p in segments_of(next(packer))]
-    rare = [part for part in found if part in [alone(r) for r in records[:2]]]
+    rare = [part for part in found if part in [alone(r) for r in examples[:2]]]
     assert (len(found), len(rare)) == (8, 6)
 
 
 def test_the_layout_of_a_row(byte):
-    records = [Example(byte.encode(text), [True] * len(byte.encode(text))) for text in TEXTS[:2]]
-    sizes = [len(record.ids) - 1 for record in records]
-    batch = packed([records], sum(sizes) + 3)
+    examples = [Example(byte.encode(text), [True] * len(byte.encode(text))) for text in TEXTS[:2]]
+    sizes = [len(example.ids) - 1 for example in examples]
+    batch = packed([examples], sum(sizes) + 3)
     assert batch.segments[0, : sum(sizes)].tolist() == [0] * sizes[0] + [1] * sizes[1]
     assert batch.segments[0, sum(sizes) :].tolist() == [-1] * (batch.inputs.shape[1] - sum(sizes))
     moved = batch.to("meta")

@@ -7,7 +7,7 @@ from itertools import accumulate, islice, pairwise
 import pytest
 import torch
 
-from openpalm.data.batches.loader import TokenLoader
+from openpalm.data.batches.loader import token_loader
 from openpalm.data.batches.token_mixture import open_sets
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
@@ -52,7 +52,7 @@ def sets(folder):
 
 
 def loader(sets, rows=1, seed=3, **more):
-    return TokenLoader(
+    return token_loader(
         sets.tokens("train"),
         sequence_length=LENGTH,
         rows=rows,
@@ -71,7 +71,7 @@ def test_one_directory_is_read_as_ever(folder):
     dataset = open_dataset(folder / "docs")
     assert sets.names == ("docs",)
     assert sets.digest == dataset.manifest.digest
-    plain = TokenLoader(dataset.tokens("train"), sequence_length=LENGTH, rows=4, seed=3)
+    plain = token_loader(dataset.tokens("train"), sequence_length=LENGTH, rows=4, seed=3)
     ours = loader(sets, rows=4)
     assert ours.state_dict() == plain.state_dict()
     for _ in range(30):
@@ -107,8 +107,8 @@ def test_shares_are_of_tokens_all_along(sets):
 
 
 def test_a_window_is_of_one_set(sets):
-    windows = loader(sets)
-    for batch in islice(windows, 2 * windows.windows):
+    batches = loader(sets)
+    for batch in islice(batches, 2 * batches.rows_per_epoch):
         letters = {chr(i) for i in [*batch.inputs[0], batch.targets[0, -1]]} & set("dcm")
         assert len(letters) == 1
 

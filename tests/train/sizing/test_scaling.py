@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from openpalm.base.settings import build, plain, read_yaml
+from openpalm.base.settings import build, plain
+from openpalm.base.yaml_file import read_yaml
 from openpalm.cli.main import main
 from openpalm.errors import SettingsError
 from openpalm.model.config import ModelConfig

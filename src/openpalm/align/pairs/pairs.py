@@ -7,14 +7,15 @@ What the reference thinks of them is computed once, before the run, and travels 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.shared_prompt import saves_work, share
-from openpalm.data.batches.loader import Order, padded
+from openpalm.data.batches.loader import Loader, padded
+from openpalm.data.batches.order import shuffle
 from openpalm.data.rows.preferences import Pair, Usable
 from openpalm.data.text.conversation import Example, Message, render
 from openpalm.data.text.tokenizer import Tokenizer
@@ -160,7 +161,7 @@ J = TypeVar("J", bound=Judged)
 B = TypeVar("B")
 
 
-class PairLoader(Generic[J, B]):
+class PairLoader(Loader[B]):
     """Batches of `rows` judgements, shuffled every epoch; its cursor is a place in that order."""
 
     def __init__(
@@ -171,25 +172,15 @@ class PairLoader(Generic[J, B]):
         seed: int,
         collate: Callable[[Sequence[J]], B] = collate,
     ):
-        self._pairs, self._collate = pairs, collate
         digest = hashlib.blake2b(digest_size=8)
         for pair in pairs:
             for record in pair.sides:
                 digest.update(repr(record.ids).encode())
         identity = {"kind": "pairs", "seed": seed, "pairs": len(pairs)}
         identity["sample"] = digest.hexdigest()
-        self._order = Order(len(pairs), identity, rows=rows, seed=seed)
-
-    def __iter__(self) -> "PairLoader[J, B]":
-        return self
-
-    def __next__(self) -> B:
-        return self._collate([self._pairs[i] for i in self._order.take()])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor, ready for JSON."""
-        return self._order.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a cursor. Raises DataError if it is of other data."""
-        self._order.load_state_dict(state)
+        super().__init__(
+            shuffle(len(pairs), seed),
+            lambda numbers: collate([pairs[i] for i in numbers]),
+            identity,
+            rows=rows,
+        )

@@ -27,7 +27,8 @@ from openpalm.align.rollouts.rollout_batch import (
     Rollout,
     batch_of,
 )
-from openpalm.data.batches.loader import IGNORE, Order
+from openpalm.data.batches.loader import IGNORE, Loader
+from openpalm.data.batches.order import shuffle
 from openpalm.errors import RewardError, WorkError, count_of
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
@@ -133,9 +134,8 @@ class RolloutLoader:
         self.beta = settings.beta
         self.facts: dict[str, float] = {}
         identity = {"kind": "rollouts", "seed": settings.seed, "prompts": len(sampler.prompts)}
-        self._order = Order(
-            len(sampler.prompts), identity, rows=settings.prompts, seed=settings.seed
-        )
+        order = shuffle(len(sampler.prompts), settings.seed)
+        self._order = Loader(order, list, identity, rows=settings.prompts)
         self._rollouts = 0
         self._queue: list[Tensor] = []
         self._memory: Experience | None = None
@@ -186,14 +186,14 @@ class RolloutLoader:
     def _rewarded(self) -> tuple[list[Answer], list[float]]:
         """Answers to the next prompts; groups of equal rewards drawn anew while that is allowed."""
         each, settings = self.settings.answers, self.settings
-        answers = self.sampler.answers(self._order.take(), each)
+        answers = self.sampler.answers(next(self._order), each)
         rewards = checked(self.reward, answers)
         redraws = settings.most_redraws if isinstance(settings, GrpoSettings) else 0
         for _ in range(redraws):
             equal = zero_variance(torch.tensor(rewards), each).nonzero().flatten().tolist()
             if not equal:
                 break
-            anew = self.sampler.answers(self._order.take()[: len(equal)], each)
+            anew = self.sampler.answers(next(self._order)[: len(equal)], each)
             for group, at in enumerate(equal):
                 spot, found = at * each, anew[group * each : (group + 1) * each]
                 answers[spot : spot + each] = found

@@ -1,31 +1,34 @@
-"""Which item comes next: shuffled by one seed, shared by any number of ranks, resumed anywhere.
+"""The shuffled order of training data: fixed by a seed, equal for any number of ranks, resumable.
 
-An order is a function of a row's number, so that the count of rows taken so far is all that
-resuming needs.
+An order is a function from the global row number to an item. The count of rows consumed so far is
+therefore the whole state that resuming needs.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from openpalm.base.permutation import mix64, order_key, shuffled
 from openpalm.errors import DataError
 
+T = TypeVar("T")
 
-class Draws(NamedTuple):
-    """An endless sequence of items."""
+
+class Draws(NamedTuple, Generic[T]):
+    """An endless sequence of items, such as window starts or example numbers."""
 
     epoch: int
     """draws in an epoch"""
-    item: Callable[[int], int]
-    """the item of a draw, counted through all epochs"""
+    item: Callable[[int], T]
+    """the item of a draw; draws are counted through all epochs"""
     identity: dict[str, Any]
-    """what tells it from other sequences of as many items"""
+    """distinguishes it from other sequences of the same length"""
 
 
 class Cursor:
-    """Which global rows come next on this rank, and what identifies their order.
+    """Assigns global rows to this rank and saves the position in them.
 
     A step takes world_size * rows consecutive global rows; a rank's share of them is contiguous.
+    `identity` describes the data and its order: a cursor of other data is refused.
     """
 
     def __init__(self, identity: dict[str, Any], rows: int, rank: int, world_size: int):
@@ -36,6 +39,7 @@ class Cursor:
         self._consumed = 0
 
     def take(self) -> range:
+        """This rank's rows of the next step."""
         first = self._consumed + self._rank * self._rows
         self._consumed += self._world_size * self._rows
         return range(first, first + self._rows)
@@ -48,52 +52,20 @@ class Cursor:
             raise DataError(f"the data cursor is {state!r:.40}; it is damaged")
         differing = [k for k, v in self._identity.items() if state.get(k) != v]
         if differing:
-            told = ", ".join(
+            listed = ", ".join(
                 f"{k} {state.get(k)} instead of {self._identity[k]}" for k in differing
             )
-            raise DataError(f"the data cursor is of other data ({told}); resume with the same data")
+            raise DataError(
+                f"the data cursor is of other data ({listed}); resume with the same data"
+            )
         consumed = state.get("rows_consumed")
         if type(consumed) is not int or consumed < 0:
             raise DataError(f"the data cursor's rows_consumed is {consumed!r}; it is damaged")
         self._consumed = consumed
 
 
-class Order:
-    """Indices of `size` items, all of them once an epoch, shuffled anew each time.
-
-    `draws` puts another order in the place of that one.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        identity: dict[str, Any],
-        *,
-        rows: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        draws: Draws | None = None,
-    ):
-        draws = draws or shuffle(size, seed)
-        self._cursor = Cursor(identity | draws.identity, rows, rank, world_size)
-        self._item = draws.item
-
-    def take(self) -> list[int]:
-        """The next `rows` indices of this rank."""
-        return [self._item(row) for row in self._cursor.take()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor, ready for JSON; the same on every rank."""
-        return self._cursor.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a cursor of any number of ranks. Raises DataError if it is of other data."""
-        self._cursor.load_state_dict(state)
-
-
-def shuffle(size: int, seed: int) -> Draws:
-    """All of `size` items once an epoch, in an order of its own each time."""
+def shuffle(size: int, seed: int) -> Draws[int]:
+    """Item numbers below `size`, each once an epoch; every epoch is shuffled differently."""
 
     def item(draw: int) -> int:
         epoch, index = divmod(draw, size)
@@ -102,11 +74,11 @@ def shuffle(size: int, seed: int) -> Draws:
     return Draws(size, item, {})
 
 
-def windows(tokens: int, length: int, seed: int) -> Draws:
-    """Where windows of `length` + 1 of so many tokens begin: each a target at most once an epoch.
+def windows(tokens: int, length: int, seed: int) -> Draws[int]:
+    """Start positions of windows of `length` + 1 tokens; a token is a target at most once an epoch.
 
-    An epoch starts at a phase drawn from (seed, epoch), so that the windows' edges move, and
-    shuffles its windows. Raises DataError if there are too few tokens.
+    An epoch shifts all windows by a random phase, so that their edges move, and shuffles them.
+    The phase leaves out less than two windows of tokens. Raises DataError for too few tokens.
     """
     if tokens < length + 1:
         raise DataError(
@@ -114,53 +86,57 @@ def windows(tokens: int, length: int, seed: int) -> Draws:
             "shorter sequence or more text"
         )
     # Room for the largest phase, unless that would leave no window.
-    moved = (tokens - length) // length
-    count = moved or (tokens - 1) // length
+    shifted = (tokens - length) // length
+    count = shifted or (tokens - 1) // length
 
     def item(draw: int) -> int:
         epoch, index = divmod(draw, count)
         key = order_key(seed, epoch)
-        phase = mix64(key) % length if moved else 0
+        phase = mix64(key) % length if shifted else 0
         return phase + shuffled(index, count, key) * length
 
     return Draws(count, item, {})
 
 
-def mixture(sizes: Sequence[int], shares: Sequence[int], seed: int) -> Draws:
-    """Items of several tasks, numbered through all of them.
+def mixture(sizes: Sequence[int], shares: Sequence[int], seed: int) -> Draws[int]:
+    """Items of several tasks in random order; the items of all tasks are numbered consecutively.
 
-    sizes: items of each task; shares: how many of an epoch's draws each has. A task goes through
-    all its items before it repeats one, from one epoch into the next.
+    sizes: items of each task; shares: draws of each task in an epoch. A task repeats an item only
+    after it has used all its items, across epochs.
     """
     epoch_size = sum(shares)
-    own = [shuffle(size, mix64(seed + task + 1)).item for task, size in enumerate(sizes)]
+    tasks = [shuffle(size, mix64(seed + task + 1)).item for task, size in enumerate(sizes)]
 
     def item(draw: int) -> int:
         epoch, index = divmod(draw, epoch_size)
+        # A shuffled epoch: places [0, shares[0]) belong to task 0, the next shares[1] to task 1.
         place, first, task = shuffled(index, epoch_size, order_key(seed, epoch)), 0, 0
         while place >= shares[task]:
             place -= shares[task]
             first += sizes[task]
             task += 1
-        return first + own[task](epoch * shares[task] + place)
+        return first + tasks[task](epoch * shares[task] + place)
 
     return Draws(epoch_size, item, {"sizes": list(sizes), "shares": list(shares)})
 
 
-def interleaved(own: Sequence[Draws], sizes: Sequence[int], shares: Sequence[int]) -> Draws:
-    """Draws of several sets, each in its own order, in the proportion of `shares` all along.
+def interleaved(
+    sets: Sequence[Draws[int]], sizes: Sequence[int], shares: Sequence[int]
+) -> Draws[int]:
+    """Draws of several sets, each in its own order, evenly interleaved in proportion to `shares`.
 
-    Of any number of first draws, a set has its share but for one draw for each set. Its items,
-    below its size, are numbered on from those of the sets before it.
+    After any number of draws, each set has its share of them to within one draw for each set. Its
+    items, below its size, are numbered consecutively after those of the sets before it.
     """
     epoch_size = sum(shares)
 
     def item(draw: int) -> int:
+        # Set by set: either this draw is one of the set's, or it is one of the remaining sets'.
         left, first = epoch_size, 0
-        for task, size, share in zip(own, sizes, shares, strict=True):
+        for draws, size, share in zip(sets, sizes, shares, strict=True):
             before = draw * share // left
             if (draw + 1) * share // left > before:
-                return first + task.item(before)
+                return first + draws.item(before)
             draw, left, first = draw - before, left - share, first + size
         raise AssertionError("the last set takes every draw that is left")
 

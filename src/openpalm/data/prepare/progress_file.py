@@ -8,7 +8,6 @@ a torn last line is cut off. So the same command goes on after a kill at any mom
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from openpalm.base.files import flush, lock, write_atomically
 from openpalm.data.corpus.line_streams import Unavailable, unreadable
 from openpalm.data.dataset import manifest as manifest_file
 from openpalm.data.dataset.manifest import SplitEntry
@@ -100,12 +100,7 @@ class Unfinished:
 
     def commit(self, name: str, content: bytes) -> None:
         """The one instant at which the dataset begins to exist."""
-        new = self.folder / f"{name}.new"
-        with new.open("wb") as file:
-            file.write(content)
-            flush(file)
-        new.replace(self.folder / name)
-        sync_folder(self.folder)
+        write_atomically(self.folder / name, content)
         remove_scratch(self.folder)
 
     def _line(self, name: str, value: object) -> None:
@@ -202,25 +197,8 @@ def remove_ours(out: Path, keep: str = "") -> None:
             entry.unlink()
 
 
-def flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _lock(partial: BinaryIO, out: Path) -> None:
-    import fcntl
-
-    try:
-        fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"--out {out}: another process is preparing it; wait for it") from None
+    if not lock(partial.fileno()):
+        raise DataError(f"--out {out}: another process is preparing it; wait for it")
     if any((out / name).exists() for name in (manifest_file.NAME, manifest_file.PART_NAME)):
         raise DataError(f"--out {out}: another process has just prepared it; repeat the command")

@@ -7,9 +7,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from openpalm.base.files import flush
 from openpalm.data.dataset import manifest as manifest_file
 from openpalm.data.dataset.manifest import FileEntry, SplitEntry
-from openpalm.data.prepare.progress_file import flush
 from openpalm.errors import DataError
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from openpalm.base.console import shown
-from openpalm.base.settings import read_yaml
 from openpalm.base.typed import is_number
+from openpalm.base.yaml_file import read_yaml
 from openpalm.errors import DataError, SettingsError
 
 MAX_ARTICLES = 256

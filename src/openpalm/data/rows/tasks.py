@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from openpalm.base.console import shown
 from openpalm.base.permutation import mix64
-from openpalm.base.settings import read_yaml
 from openpalm.base.typed import at, expect, home, is_number
+from openpalm.base.yaml_file import read_yaml
 from openpalm.data.corpus.documents import read_rows
 from openpalm.data.corpus.sources import is_rows
 from openpalm.data.rows.demonstration_files import read_demonstrations, usable

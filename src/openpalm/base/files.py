@@ -1,0 +1,94 @@
+"""Durable files: atomic write and rename, fsync, locks. The SHA-256 of a file is in hashing.py.
+
+A file or folder is written under a temporary name, forced to disk and renamed. So after a kill or
+a power failure its name holds either the old content or the new one, whole.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that replaces `path` at the end of the block, or vanishes on an error.
+
+    Makes the parent folder. Raises OSError.
+    """
+    partial = partial_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            flush(file)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    # The rename itself is an entry of the folder, on disk only once the folder is.
+    sync(path.parent)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replaces the file; text is written as UTF-8. Raises OSError."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder that replaces `path` at the end of the block, or vanishes on an error.
+
+    Raises OSError.
+    """
+    partial = partial_name(path)
+    old = partial.with_suffix(".old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
+        partial.mkdir(parents=True)
+        yield partial
+        for entry in [*partial.rglob("*"), partial]:
+            sync(entry)
+        # A folder that is not empty cannot be renamed over.
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        partial.rename(path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def partial_name(path: Path) -> Path:
+    """The temporary name of this process for `path`, in the same folder."""
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def flush(file: BinaryIO) -> None:
+    """Forces an open file's content to disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Forces a closed file's content, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int) -> bool:
+    """Locks an open file or folder until it is closed; False where another process holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
