@@ -11,15 +11,12 @@ only where the manifest lists it and its hash agrees; train/ is hashed only wher
 Loading never runs code from a file. Deleting `train/` publishes a model.
 """
 
-import hashlib
 import json
 import math
 import re
 import shutil
-import stat
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +27,19 @@ from torch import Tensor
 from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.files import atomic_folder
-from openpalm.base.hashing import sha256_of as _hash
 from openpalm.base.json_file import read_failure, read_json
 from openpalm.checkpoint import adapter, fingerprint, tensors
+from openpalm.checkpoint.manifest import (
+    FORMAT,
+    REMEDY,
+    VERSION,
+    WEIGHTS,
+    file_size,
+    is_listed,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model import lora
 from openpalm.model.config import (
@@ -46,14 +53,9 @@ from openpalm.model.config import (
 from openpalm.model.reward import RewardModel, make_model
 from openpalm.model.transformer import Transformer
 
-FORMAT = "openpalm-checkpoint"
-VERSION = 1
 _STEP = re.compile(r"step-(\d{8,})")
-_NAME = re.compile(r"[\w.-]{1,255}(/[\w.-]{1,255})*", re.ASCII)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_REMEDY = "take an older checkpoint or another copy"
 _STEPPED = ("optimizer/", "model/")  # moments, and weights that only training needs
-_WEIGHTS, _FINGERPRINT = "model.safetensors", "fingerprint.safetensors"
+_FINGERPRINT = "fingerprint.safetensors"
 _STATE = ("train/state.safetensors", "train/state.json")
 
 Allow = Callable[[str], None]
@@ -91,7 +93,7 @@ def save(
         with atomic_folder(directory) as partial:
             parent = (lineage or {}).get("parent")
             _write_contents(partial, model, tokenizer_json, train, fingerprint, card, parent)
-            _write_manifest(partial, lineage or {})
+            write_manifest(partial, lineage or {})
     except BaseException as error:
         if refused := tensors.refusal(error):
             raise StorageError(f"{directory}: cannot be saved ({refused})") from error
@@ -119,7 +121,7 @@ def load(
     model = make_model(configs.model, configs.reward).to(device=device, dtype=DTYPES[dtype])
     load_weights(model, directory, allow=allow)
     model.eval()
-    if dtype == "float32" and lists(directory, _FINGERPRINT):
+    if dtype == "float32" and is_listed(directory, _FINGERPRINT):
         fingerprint.check(model, directory / _FINGERPRINT)
     return model
 
@@ -144,7 +146,7 @@ class Configs(NamedTuple):
 
 def _load_configs(directory: Path) -> Configs:
     where = directory / "config.json"
-    content = read_json(where, _REMEDY)
+    content = read_json(where, REMEDY)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise CheckpointError(f"{where}: not a config.json of this version; see `openpalm convert`")
     try:
@@ -181,7 +183,7 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
         lora.attach(model, low_rank)
     if lora.config_of(model) != low_rank:
         raise CheckpointError(f"{directory}: its adapter differs from this model's")
-    with tensors.opened(directory / _WEIGHTS) as file:
+    with tensors.opened(directory / WEIGHTS) as file:
         for name, parameter in model.published_parameters():
             stored = file.finite(name, allow)
             if stored.shape != parameter.shape:
@@ -204,11 +206,11 @@ def load_train_state(directory: Path) -> TrainState:
     files = verify(directory)["files"]
     refuse_other_version(directory)
     if missing := set(_STATE) - files.keys():
-        raise CheckpointError(f"{directory}: its manifest lists no {min(missing)}; {_REMEDY}")
+        raise CheckpointError(f"{directory}: its manifest lists no {min(missing)}; {REMEDY}")
     with tensors.opened(directory / _STATE[0]) as file:
         state = file.all()
     tensors.check_finite(folder, {n: t for n, t in state.items() if n.startswith(_STEPPED)})
-    return TrainState(state, read_json(directory / _STATE[1], _REMEDY))
+    return TrainState(state, read_json(directory / _STATE[1], REMEDY))
 
 
 def refuse_other_version(directory: Path) -> None:
@@ -229,7 +231,7 @@ def resolve(path: str | Path, *, training: bool = False) -> Path:
     train/ is verified only with `training`. Raises StorageError where the system fails to read.
     """
     path = Path(path)
-    if _size(path) is None:
+    if file_size(path) is None:
         raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
     if (path / "checkpoints").is_dir():
         found = latest(path, training=training)
@@ -280,85 +282,9 @@ def remove_partial(run: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def verify(directory: Path, *, training: bool = True) -> dict[str, Any]:
-    """The manifest, after checking every file's size, and the hashes, against it.
-
-    Without `training` the files in train/ are not hashed; a missing train/ is a published model.
-    A file is hashed once a process while it does not change. Raises CheckpointError naming the
-    file that is damaged, StorageError where the system fails to read one.
-    """
-    manifest = read_manifest(directory)
-    files = manifest["files"]
-    if _size(directory / "train") is None:
-        files = {name: entry for name, entry in files.items() if not name.startswith("train/")}
-    for name, entry in files.items():
-        size = _size(directory / name, regular=True)
-        if size is None:
-            raise CheckpointError(f"{directory}: {name} is missing; {_REMEDY}")
-        if size != entry["bytes"]:
-            raise CheckpointError(f"{directory}: {name} is torn ({size} bytes); {_REMEDY}")
-    names = [name for name in files if training or not name.startswith("train/")]
-
-    def hashed(name: str) -> str:
-        try:
-            return _hash(directory / name)
-        except OSError as error:
-            raise read_failure(directory / name, error) from None
-
-    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-        hashes = list(pool.map(hashed, names))
-    for name, found in zip(names, hashes, strict=True):
-        if found != files[name]["sha256"]:
-            raise CheckpointError(
-                f"{directory}: {name} was altered since it was written; {_REMEDY}"
-            )
-    return manifest
-
-
-def _size(path: Path, *, regular: bool = False) -> int | None:
-    """The size in bytes, or None where there is nothing, or where `regular` no regular file."""
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
-        return None
-    except OSError as error:
-        raise read_failure(path, error) from None
-    return found.st_size if stat.S_ISREG(found.st_mode) or not regular else None
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest alone, its own hash checked, no file compared with it."""
-    where = directory / "manifest.json"
-    manifest = read_json(where, _REMEDY)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise CheckpointError(f"{where}: not of a checkpoint that this version reads; check PATH")
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    if where.read_bytes() != _manifest_text(body).encode():
-        raise CheckpointError(f"{where}: was altered since it was written; {_REMEDY}")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(_is_entry(*item) for item in files.items()):
-        raise CheckpointError(f"{where}: its list of files is not one this project writes")
-    if missing := {"config.json", _WEIGHTS} - files.keys():
-        raise CheckpointError(f"{where}: does not list {min(missing)}; {_REMEDY}")
-    return manifest
-
-
-def _is_entry(name: str, entry: object) -> bool:
-    """Whether `save` could have written it: a file inside, spelled one way, a size and a hash."""
-    inside = _NAME.fullmatch(name) and {".", ".."}.isdisjoint(name.split("/"))
-    if not inside or not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
-        return False
-    return _SHA256.fullmatch(str(entry.get("sha256"))) is not None
-
-
-def lists(directory: Path, name: str) -> bool:
-    """Whether the checkpoint's manifest lists the file; one that it does not list is not used."""
-    return name in read_manifest(directory)["files"]
-
-
 def tokenizer_json(directory: Path) -> str | None:
     """The checkpoint's tokenizer.json as text, or None where its manifest lists none."""
-    if not lists(directory, "tokenizer.json"):
+    if not is_listed(directory, "tokenizer.json"):
         return None
     return (directory / "tokenizer.json").read_text(encoding="utf-8")
 
@@ -366,7 +292,7 @@ def tokenizer_json(directory: Path) -> str | None:
 def _check_tensors(configs: Configs, directory: Path) -> None:
     """The stored names and shapes against the config's, so that a hostile size builds no model."""
     config, low_rank = configs.model, configs.lora
-    where = directory / _WEIGHTS
+    where = directory / WEIGHTS
     with tensors.opened(where) as file:
         stored = file.shapes()
     numbers = sum(math.prod(shape) for shape in stored.values())
@@ -403,7 +329,7 @@ def _write_contents(
     reward = model.reward if isinstance(model, RewardModel) else None
     config |= {"reward": asdict(reward)} if reward else {}
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    tensors.write(partial / _WEIGHTS, dict(model.published_parameters()))
+    tensors.write(partial / WEIGHTS, dict(model.published_parameters()))
     if tokenizer is not None:
         _write_text(partial / "tokenizer.json", tokenizer)
     if with_fingerprint:
@@ -414,18 +340,6 @@ def _write_contents(
         tensors.write(partial / _STATE[0], train.tensors)
         _write_text(partial / _STATE[1], json.dumps(train.values, indent=1) + "\n")
     _write_text(partial / "card.md", card or default_card(model.config, reward))
-
-
-def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
-    files = {}
-    for file in sorted(path for path in partial.rglob("*") if path.is_file()):
-        file.chmod(0o644)  # safetensors writes files for the owner only
-        name = file.relative_to(partial).as_posix()
-        files[name] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
-    versions = {"openpalm": __version__, "torch": torch.__version__}
-    body = {"format": FORMAT, "version": VERSION, "files": files}
-    body |= {"lineage": lineage, "versions": versions}
-    _write_text(partial / "manifest.json", _manifest_text(body))
 
 
 def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str:
@@ -445,9 +359,3 @@ def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _manifest_text(body: dict[str, Any]) -> str:
-    """The manifest to the last byte: its body and the body's own hash."""
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps(body | {"sha256": digest}, indent=1) + "\n"

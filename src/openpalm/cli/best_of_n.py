@@ -163,6 +163,7 @@ def _best_and_worst(
 def _drawn(settings: BestOfNSettings) -> str:
     """What tells these rows from those of another model, data, reward or draw."""
     from openpalm.checkpoint import directory as checkpoint
+    from openpalm.checkpoint.manifest import read_manifest
     from openpalm.cli.common import weights_path
 
     told = {name: str(value) for name, value in asdict(settings).items()}
@@ -170,7 +171,7 @@ def _drawn(settings: BestOfNSettings) -> str:
         del told[name]
     told["data"] = hashlib.sha256(settings.data.read_bytes()).hexdigest()
     directory = checkpoint.resolve(weights_path(settings.path))
-    told["model"] = checkpoint.read_manifest(directory)["sha256"]
+    told["model"] = read_manifest(directory)["sha256"]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from openpalm.base.hashing import sha256_of
 from openpalm.base.typed import home
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from openpalm.checkpoint.manifest import is_listed, read_manifest
 from openpalm.convert import hub
 from openpalm.data.batches.loader import evaluation_batches
 from openpalm.data.batches.token_mixture import TokenSets
@@ -188,9 +189,9 @@ def give_adapter(
         holder = checkpoint.resolve(holder)
         path = holder / "adapter"
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not checkpoint.lists(holder, f"adapter/{name}"):
+            if not is_listed(holder, f"adapter/{name}"):
                 raise CheckpointError(f"{holder}: its manifest lists no adapter/{name}")
-        made_for = checkpoint.read_manifest(holder)["lineage"].get("parent")
+        made_for = read_manifest(holder)["lineage"].get("parent")
 
     def forced(reason: str) -> None:
         print(f"--force: used all the same: {reason}", file=sys.stderr)
@@ -202,7 +203,7 @@ def give_adapter(
 
 def _computing_as(directory: Path) -> set[str]:
     """Hashes of the checkpoint and of the one whose own adapter was merged to make it."""
-    manifest = checkpoint.read_manifest(directory)
+    manifest = read_manifest(directory)
     lineage = manifest["lineage"]
     merged = {lineage["parent"]} if lineage.get("adapter") == "own" else set()
     return {manifest["sha256"]} | merged

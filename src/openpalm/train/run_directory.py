@@ -13,6 +13,7 @@ from openpalm.base.files import lock, write_atomically
 from openpalm.base.settings import build, plain, spell
 from openpalm.base.yaml_file import read_yaml, to_yaml
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import read_manifest
 from openpalm.errors import CheckpointError, SettingsError, count_of
 from openpalm.train.config import Chosen, PretrainSettings, ProfileSettings, Ramp, TrainSettings
 from openpalm.train.optimization.parameter_groups import learning_rate_factor
@@ -139,7 +140,7 @@ def _refuse_edited(file: Path, stored: TrainSettings) -> None:
 def _chosen_at_checkpoint(out: Path) -> dict[str, Any]:
     for newest in reversed(checkpoint.steps(out)):
         try:
-            lineage = checkpoint.read_manifest(newest).get("lineage") or {}
+            lineage = read_manifest(newest).get("lineage") or {}
             return dict(lineage["settings"]["chosen"])
         except (CheckpointError, KeyError, TypeError, ValueError):
             continue  # damaged, or written by something else: what it holds is checked elsewhere
