@@ -1,13 +1,13 @@
-"""The checkpoint directory, the only format inside the house: save, load, verify, latest.
+"""The checkpoint directory: save, load, resume state, and the newest checkpoint of a run.
 
     step-00002000/
       config.json  tokenizer.json  model.safetensors  fingerprint.safetensors  card.md
-      adapter/         where one is attached: its factors once more, as PEFT lays them out
+      adapter/         a copy of the LoRA adapter in PEFT's layout, if the model has one
       train/           optimizer and random state in state.safetensors, the rest in state.json
-      manifest.json    written last: every file's size and hash, its own hash, lineage
+      manifest.json    written last: size and hash of every file, its own hash, lineage
 
-A directory is written beside its final name and renamed, so it is whole or absent. A file is used
-only where the manifest lists it and its hash agrees; train/ is hashed only where a run resumes.
+A directory is written under a temporary name and renamed, so it is complete or absent. A file is
+used only if the manifest lists it and its hash agrees; train/ is hashed only to resume a run.
 Loading never runs code from a file. Deleting `train/` publishes a model.
 """
 
@@ -54,7 +54,8 @@ from openpalm.model.reward import RewardModel, make_model
 from openpalm.model.transformer import Transformer
 
 _STEP = re.compile(r"step-(\d{8,})")
-_STEPPED = ("optimizer/", "model/")  # moments, and weights that only training needs
+_STEPPED = ("optimizer/", "model/")
+"""Prefixes of state that must be finite: optimizer moments, weights that only training needs."""
 _FINGERPRINT = "fingerprint.safetensors"
 _STATE = ("train/state.safetensors", "train/state.json")
 
@@ -64,11 +65,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a run needs, beside the weights, to go on as if it had never stopped."""
+    """Everything that resuming a run needs, except the published weights."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
-    """JSON-able"""
+    """values that JSON can hold"""
 
 
 def step_name(step: int) -> str:
@@ -85,9 +86,9 @@ def save(
     fingerprint: bool = False,
     card: str | None = None,
 ) -> None:
-    """Writes a checkpoint directory, whole or not at all; an older one of that name is replaced.
+    """Writes a complete checkpoint directory and replaces an older one of that name.
 
-    Raises StorageError when the disk is full or refuses; nothing half-written is left.
+    Raises StorageError when the disk is full or refuses; then nothing new is left behind.
     """
     try:
         with atomic_folder(directory) as partial:
@@ -107,12 +108,12 @@ def load(
     *,
     allow: Allow | None = None,
 ) -> Transformer:
-    """The model of a checkpoint or of a run's newest whole checkpoint, in eval mode.
+    """Loads the model of a checkpoint, or of a run's newest complete checkpoint, in eval mode.
 
-    It is a RewardModel where config.json has a "reward" object.
-    Every file but train/'s is checked against the manifest first, and in float32 the fingerprint,
-    where there is one, against what this code computes. Raises CheckpointError naming the path and
-    reason. Weights that are not finite are such a reason; `allow` gets it in place of the error.
+    Returns a RewardModel if config.json has a "reward" object. Checks every file outside train/
+    against the manifest and, in float32, the stored fingerprint against the loaded model. Raises
+    CheckpointError with path and reason. Weights that are not finite are an error too, unless
+    `allow` is given, which then gets the message.
     """
     directory = resolve(path)
     if dtype not in DTYPES:
@@ -127,17 +128,17 @@ def load(
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """The model's config, cheap: no weight is read."""
+    """The model's config; reads no weights."""
     return _load_configs(directory).model
 
 
 def load_reward_config(directory: Path) -> RewardConfig | None:
-    """What kind of reward model it is, or None for one that writes text."""
+    """The config of a reward model, or None for a language model."""
     return _load_configs(directory).reward
 
 
 class Configs(NamedTuple):
-    """Of the model, of the adapter where one is attached, of the heads of a reward model."""
+    """The three parts of config.json; lora and reward are None without adapter or reward heads."""
 
     model: ModelConfig
     lora: LoraConfig | None
@@ -163,7 +164,7 @@ def _load_configs(directory: Path) -> Configs:
 
 
 def check_generates_text(directory: Path) -> None:
-    """Raises CheckpointError for a reward model, which scores answers and writes none."""
+    """Raises CheckpointError for a reward model, which scores completions and generates none."""
     if load_reward_config(directory) is not None:
         raise CheckpointError(
             f"{directory}: is a reward model, which scores answers and writes none; "
@@ -173,10 +174,10 @@ def check_generates_text(directory: Path) -> None:
 
 @torch.no_grad()
 def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = None) -> None:
-    """Fills `model` from the directory; its dtype and device stay the model's own.
+    """Copies the checkpoint's weights into `model`, which keeps its dtype and device.
 
-    A model without an adapter gets the one that the checkpoint has. Raises CheckpointError where
-    the weights fit another model or are not finite; `allow` gets the latter in place of the error.
+    A model without an adapter gets the checkpoint's adapter. Raises CheckpointError if the weights
+    fit another model, or are not finite unless `allow` is given, which then gets the message.
     """
     low_rank = _load_configs(directory).lora
     if low_rank is not None and not lora.is_attached(model):
@@ -195,10 +196,11 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
 
 
 def load_train_state(directory: Path) -> TrainState:
-    """What `save` was given as `train`. Raises CheckpointError if it was published without it, or
-    where the optimizer's state or a weight in it is not finite.
+    """Loads the state to resume from, the `train` argument of `save`.
 
-    Raises SettingsError where another version wrote it in a form that this one does not read.
+    Raises CheckpointError if the checkpoint was published without it, or if the optimizer state or
+    a weight in it is not finite. Raises SettingsError if another version wrote it in a format that
+    this version does not read.
     """
     folder = directory / "train"
     if not folder.is_dir():
@@ -214,7 +216,7 @@ def load_train_state(directory: Path) -> TrainState:
 
 
 def refuse_other_version(directory: Path) -> None:
-    """Raises SettingsError where another version wrote a train/ that this one cannot read."""
+    """Raises SettingsError if another version wrote a train/ that this version cannot read."""
     manifest = read_manifest(directory)
     versions = manifest.get("versions")
     made = versions.get("openpalm") if isinstance(versions, dict) else None
@@ -226,9 +228,10 @@ def refuse_other_version(directory: Path) -> None:
 
 
 def resolve(path: str | Path, *, training: bool = False) -> Path:
-    """The checkpoint directory that `path`, a checkpoint or a run, stands for; verified.
+    """The verified checkpoint directory for `path`, a checkpoint or a run (its newest checkpoint).
 
-    train/ is verified only with `training`. Raises StorageError where the system fails to read.
+    train/ is verified only with `training`. Raises CheckpointError if there is no complete
+    checkpoint, StorageError if the system cannot read one.
     """
     path = Path(path)
     if file_size(path) is None:
@@ -250,9 +253,11 @@ def resolve(path: str | Path, *, training: bool = False) -> Path:
 def latest(
     run: Path, say: Callable[[str], None] | None = None, *, training: bool = False
 ) -> Path | None:
-    """The newest whole checkpoint of a run, or None; says which newer ones it passed over.
+    """The newest complete checkpoint of a run, or None.
 
-    train/ counts only with `training`. Raises StorageError where the system fails to read.
+    Reports damaged newer ones through `say`, by default on stderr. train/ is verified only with
+    `training`. Raises StorageError if the system cannot read a file: an unreadable checkpoint may
+    be complete, so no older one replaces it.
     """
     say = say or (lambda line: print(line, file=sys.stderr))
     for directory in reversed(steps(run)):
@@ -267,7 +272,7 @@ def latest(
 def steps(run: Path) -> list[Path]:
     """The run's checkpoint directories, oldest first, damaged ones included."""
     folder = run / "checkpoints"
-    try:  # unlike Path.glob, which finds nothing in a folder that cannot be read
+    try:  # iterdir, because Path.glob finds nothing in a folder that cannot be read
         found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
     except FileNotFoundError:
         return []
@@ -277,20 +282,24 @@ def steps(run: Path) -> list[Path]:
 
 
 def remove_partial(run: Path) -> None:
-    """Clears what a killed save left; only for the process that owns the run."""
+    """Deletes the leftovers of a killed save; only for the process that holds the run's lock."""
     for leftover in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def tokenizer_json(directory: Path) -> str | None:
-    """The checkpoint's tokenizer.json as text, or None where its manifest lists none."""
+    """The text of the checkpoint's tokenizer.json, or None if its manifest lists none."""
     if not is_listed(directory, "tokenizer.json"):
         return None
     return (directory / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def _check_tensors(configs: Configs, directory: Path) -> None:
-    """The stored names and shapes against the config's, so that a hostile size builds no model."""
+    """Compares stored names and shapes with the config.
+
+    Before any memory is allocated, so that a hostile config cannot make the process build a huge
+    model.
+    """
     config, low_rank = configs.model, configs.lora
     where = directory / WEIGHTS
     with tensors.opened(where) as file:
@@ -343,7 +352,7 @@ def _write_contents(
 
 
 def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str:
-    """A model card that says what can be known from the config alone."""
+    """A model card with the facts that the config gives."""
     what = "PaLM-style language model" if reward is None else f"{reward.kind} reward model"
     return (
         "# Model card\n\n"

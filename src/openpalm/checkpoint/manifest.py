@@ -27,30 +27,31 @@ _NAME = re.compile(r"[\w.-]{1,255}(/[\w.-]{1,255})*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
+def write_manifest(directory: Path, lineage: dict[str, Any]) -> None:
+    """Writes manifest.json for all files of the directory."""
     files = {}
-    for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         file.chmod(0o644)  # safetensors writes files for the owner only
-        name = file.relative_to(partial).as_posix()
+        name = file.relative_to(directory).as_posix()
         files[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     versions = {"openpalm": __version__, "torch": torch.__version__}
     body = {"format": FORMAT, "version": VERSION, "files": files}
     body |= {"lineage": lineage, "versions": versions}
-    (partial / "manifest.json").write_text(manifest_text(body), encoding="utf-8")
+    (directory / "manifest.json").write_text(manifest_text(body), encoding="utf-8")
 
 
 def manifest_text(body: dict[str, Any]) -> str:
-    """The manifest to the last byte: its body and the body's own hash."""
+    """The exact text of a manifest: its body with the hash of the body."""
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps(body | {"sha256": digest}, indent=1) + "\n"
 
 
 def verify(directory: Path, *, training: bool = True) -> dict[str, Any]:
-    """The manifest, after checking every file's size, and the hashes, against it.
+    """Checks the size and hash of every file against the manifest, and returns the manifest.
 
-    Without `training` the files in train/ are not hashed; a missing train/ is a published model.
-    A file is hashed once a process while it does not change. Raises CheckpointError naming the
-    file that is damaged, StorageError where the system fails to read one.
+    With training=False the files in train/ are not hashed. A missing train/ is allowed: that is a
+    published model. A file is hashed once per process unless it changes. Raises CheckpointError
+    naming the damaged file, StorageError if the system cannot read one.
     """
     manifest = read_manifest(directory)
     files = manifest["files"]
@@ -79,7 +80,7 @@ def verify(directory: Path, *, training: bool = True) -> dict[str, Any]:
 
 
 def file_size(path: Path, *, regular: bool = False) -> int | None:
-    """The size in bytes, or None where there is nothing, or where `regular` no regular file."""
+    """Size in bytes; None if the path does not exist or, with `regular`, is not a regular file."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
@@ -90,12 +91,13 @@ def file_size(path: Path, *, regular: bool = False) -> int | None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest alone, its own hash checked, no file compared with it."""
+    """Reads the manifest and checks its own hash; the other files are not checked."""
     where = directory / "manifest.json"
     manifest = read_json(where, REMEDY)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise CheckpointError(f"{where}: not of a checkpoint that this version reads; check PATH")
     body = {key: value for key, value in manifest.items() if key != "sha256"}
+    # Compares the whole text, so that changed white space counts as damage too.
     if where.read_bytes() != manifest_text(body).encode():
         raise CheckpointError(f"{where}: was altered since it was written; {REMEDY}")
     files = manifest.get("files")
@@ -107,7 +109,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _is_entry(name: str, entry: object) -> bool:
-    """Whether `save` could have written it: a file inside, spelled one way, a size and a hash."""
+    """Whether `write_manifest` could have written this entry.
+
+    The name must stay inside the directory, without `..` or `//`, and the entry needs a size and a
+    hash.
+    """
     inside = _NAME.fullmatch(name) and {".", ".."}.isdisjoint(name.split("/"))
     if not inside or not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
         return False
@@ -115,5 +121,5 @@ def _is_entry(name: str, entry: object) -> bool:
 
 
 def is_listed(directory: Path, name: str) -> bool:
-    """Whether the checkpoint's manifest lists the file; one that it does not list is not used."""
+    """Whether the manifest lists the file; files that it does not list are not used."""
     return name in read_manifest(directory)["files"]
