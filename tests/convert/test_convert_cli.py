@@ -70,7 +70,7 @@ def test_foreign_to_foreign_in_one_step(
     out = converted(
         capsys, data / "PaLM-pytorch/palm", tmp_path / "new", "--to", "palm-rlhf-pytorch"
     )
-    assert "no xPos: said as" in out
+    assert "no xPos: written as" in out
 
 
 def test_wrong_requests(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path):
