@@ -58,7 +58,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> type[Recorded]:
     return Own
 
 
-def test_a_board_gets_every_row_of_the_run(train: Train, tmp_path: Path, recorded: type[Recorded]):
+def test_a_logger_gets_every_row_of_the_run(train: Train, tmp_path: Path, recorded: type[Recorded]):
     assert train(tmp_path / "run", loggers="wandb") == 0
     files = [tmp_path / "run" / name for name in ("metrics.jsonl", "samples.jsonl")]
     wanted = [row for file in files for row in read_rows(file)]
@@ -67,7 +67,7 @@ def test_a_board_gets_every_row_of_the_run(train: Train, tmp_path: Path, recorde
 
 
 @pytest.mark.parametrize("when", ["open", "write", "close"])
-def test_a_board_that_fails_is_told_once_and_left(
+def test_a_logger_that_fails_is_reported_once_and_dropped(
     train: Train,
     tmp_path: Path,
     recorded: type[Recorded],
@@ -91,7 +91,7 @@ def test_a_board_that_fails_is_told_once_and_left(
 
 
 @pytest.mark.parametrize("loggers", ["tensorbord", "tensorboard;wandb", "none", "wandb,"])
-def test_a_board_that_nobody_knows(
+def test_an_unknown_logger(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], loggers: str
 ):
     assert train(tmp_path / "run", loggers=loggers) == 2
@@ -101,7 +101,7 @@ def test_a_board_that_nobody_knows(
     )
 
 
-def test_a_missing_package_is_told_before_any_work(
+def test_a_missing_package_is_reported_before_any_work(
     train: Train,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -238,7 +238,7 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return made
 
 
-def test_wandb_goes_on_in_the_same_run(tmp_path: Path, fake_wandb: SimpleNamespace):
+def test_wandb_continues_the_same_run(tmp_path: Path, fake_wandb: SimpleNamespace):
     said: list[str] = []
     first = WeightsAndBiases(settings(tmp_path), 0, said.append)
     first.write({"step": 1, "loss": 2.0, "mfu": None})
@@ -267,7 +267,7 @@ def test_a_row_without_numbers_that_json_lacks(tmp_path: Path, fake_wandb: Simpl
     ]
 
 
-def test_a_run_that_is_stopped_closes_its_board(
+def test_a_run_that_is_stopped_closes_its_logger(
     train: Train, tmp_path: Path, recorded: type[Recorded], monkeypatch: pytest.MonkeyPatch
 ):
     original = Trainer.forward_backward
@@ -284,7 +284,7 @@ def test_a_run_that_is_stopped_closes_its_board(
     assert [row["step"] for row in recorded.made.rows] == [1, 2, 3]
 
 
-def test_no_board_is_no_work(tmp_path: Path):
+def test_without_loggers_nothing_is_opened(tmp_path: Path):
     none = Loggers(settings(tmp_path), 0, pytest.fail)
     none.write({"step": 1})
     none.close()

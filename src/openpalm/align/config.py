@@ -135,9 +135,10 @@ class RolloutSettings(TrainSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """number format of the arithmetic; weights stay float32; auto: the faster one here"""
     reward: list[str] | str | None = None
-    """reward SOURCE, or '[WEIGHT*SOURCE, ...]': a reward model's run, FILE.py:FUNCTION or exact"""
+    """reward, as SOURCE or '[WEIGHT*SOURCE, ...]'; a SOURCE is a reward model's run,
+    FILE.py:FUNCTION, hub:NAME, rules:FILE@CHECKPOINT or exact"""
     gold_reward: str | None = None
-    """reward SOURCE that is evaluated on held-out prompts but never trained on"""
+    """SOURCE of a second reward, evaluated on held-out prompts but never trained on"""
     prompts_per_rollout: int = 8
     """prompts per rollout"""
     num_completions: int = 4

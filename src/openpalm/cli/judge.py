@@ -190,7 +190,8 @@ def _sampled_items(settings: JudgeSettings, model: str) -> "list[Item]":
 
 def _hash_of(name: str) -> str:
     from openpalm.checkpoint import directory as checkpoint
+    from openpalm.checkpoint.manifest import read_manifest
     from openpalm.cli.common import weights_path
 
     directory = checkpoint.resolve(weights_path(name))
-    return checkpoint.read_manifest(directory)["sha256"]
+    return read_manifest(directory)["sha256"]
