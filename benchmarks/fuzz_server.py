@@ -33,6 +33,7 @@ import safetensors.torch
 import torch
 
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import manifest_text
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
@@ -83,7 +84,7 @@ def reseal(directory: Path) -> None:
         content = (directory / name).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         body["files"][name] = {"bytes": len(content), "sha256": digest}
-    file.write_text(checkpoint._manifest_text(body), encoding="utf-8")
+    file.write_text(manifest_text(body), encoding="utf-8")
 
 
 # --- requests

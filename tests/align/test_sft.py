@@ -1,4 +1,4 @@
-"""Fine-tuning: who carries the loss, and a question learnt by heart."""
+"""Supervised fine-tuning: which tokens carry the loss, and a question that is memorised."""
 
 import json
 from dataclasses import replace
@@ -48,7 +48,7 @@ def model():
 
 
 def by_hand(tokenizer, turns):
-    """Ids, and whether each is learnt, written out from the format's definition."""
+    """Ids and loss mask, written out from the definition of the format."""
     ids, learnt = [], []
     for role, text in turns:
         said = [*text.encode(), tokenizer.special_id("<|end|>")]
@@ -58,7 +58,7 @@ def by_hand(tokenizer, turns):
 
 
 def loss_and_gradient(model, batch):
-    """The objective's loss and its gradient by the logits, [rows, time, vocab]."""
+    """The objective's loss and its gradient with respect to the logits, [rows, time, vocab]."""
     logits = model.logits(batch.inputs).detach().requires_grad_()
 
     class Fixed:
@@ -97,7 +97,7 @@ def test_only_the_assistant_and_its_end_markers_carry_gradient(byte, model, turn
 
 
 def test_what_the_user_said_is_never_a_target(byte, model):
-    """Whatever stands in the user's turn, only the assistant's tokens can be asked for."""
+    """The loss is on the assistant's tokens, with any user turn."""
     batches = [
         next(
             example_loader(
@@ -116,7 +116,7 @@ def test_what_the_user_said_is_never_a_target(byte, model):
 
 
 def test_a_row_of_a_batch_counts_as_alone(byte, model):
-    """Padding and neighbours change nothing: the sum of the rows is the batch."""
+    """The loss of a batch is the sum over its rows: padding and other rows change nothing."""
     several = records(byte, [messages(MULTI_TURN), messages(MULTI_TURN[1:3])])
     together = next(example_loader(several, rows=2, seed=0, sequence_length=48))
     total, _ = loss_and_gradient(model, together)
@@ -146,7 +146,7 @@ def test_a_conversation_without_assistant_beside_others_is_only_read(byte):
 
 
 def test_gradient_of_the_loss_is_softmax_minus_target(byte, model):
-    """Cross entropy's own derivative, at an assistant's token."""
+    """The derivative of cross entropy at an assistant token."""
     (record,) = records(byte, [messages(MULTI_TURN[1:3])])
     batch = next(example_loader([record], rows=1, seed=0, sequence_length=48))
     _, gradient = loss_and_gradient(model, batch)
@@ -222,7 +222,7 @@ QUESTIONS = {"What is red?": "A colour.", "Who barks?": "The dog!"}
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A model that never saw a text, fine-tuned on two questions."""
+    """A model without pretraining, fine-tuned on two questions."""
     folder = tmp_path_factory.mktemp("sft")
     base = write_base(folder / "base")
     data = talk(

@@ -11,6 +11,7 @@ from command_line import write_base
 from servers import events, serving
 
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import manifest_text
 from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 
 # A panic's traceback could fill the pipe, which the tests do not read.
@@ -29,7 +30,7 @@ def reseal(directory):
         digest = hashlib.sha256(content).hexdigest()
         body["files"][name] = {"bytes": len(content), "sha256": digest}
     del body["sha256"]
-    (directory / "manifest.json").write_text(checkpoint._manifest_text(body))
+    (directory / "manifest.json").write_text(manifest_text(body))
     return directory
 
 
@@ -137,7 +138,7 @@ def _long_name(directory):
     body = json.loads((directory / "manifest.json").read_text())
     body["files"]["x" * 300] = {"bytes": 1, "sha256": "0"}
     del body["sha256"]
-    (directory / "manifest.json").write_text(checkpoint._manifest_text(body))
+    (directory / "manifest.json").write_text(manifest_text(body))
 
 
 def _no_pickle(directory):

@@ -22,6 +22,7 @@ from train_samples import same, weights, write_dataset
 
 import openpalm
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import read_manifest, write_manifest
 from openpalm.cli.main import main
 from openpalm.model.config import PRESETS
 from openpalm.model.transformer import Transformer
@@ -169,7 +170,7 @@ def test_the_last_checkpoint_is_what_its_rows_say(reference: Path, data: Path):
             nats += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
     row = rows(reference)[-1]
     assert row["val_loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
-    manifest = checkpoint.read_manifest(checkpoint.steps(reference)[-1])
+    manifest = read_manifest(checkpoint.steps(reference)[-1])
     assert manifest["lineage"]["step"] == 8
     assert "out" not in manifest["lineage"]["settings"]
     assert "fingerprint.safetensors" in manifest["files"]
@@ -437,7 +438,7 @@ def test_a_state_that_no_run_saves_is_refused(
     (newest / "train" / "state.json").write_text(json.dumps(state), encoding="utf-8")
     manifest = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
     (newest / "manifest.json").unlink()
-    checkpoint._write_manifest(newest, manifest["lineage"])
+    write_manifest(newest, manifest["lineage"])
     assert train(out) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert says in error
@@ -526,8 +527,8 @@ def test_init_takes_the_weights_and_nothing_else(train: Train, tmp_path: Path, s
     state = checkpoint.load_train_state(checkpoint.steps(child)[0])
     counters = {float(v) for name, v in state.tensors.items() if name.endswith("/step")}
     assert counters == {1.0}
-    manifest = checkpoint.read_manifest(checkpoint.steps(child)[0])
-    newest = checkpoint.read_manifest(checkpoint.steps(parent)[-1])
+    manifest = read_manifest(checkpoint.steps(child)[0])
+    newest = read_manifest(checkpoint.steps(parent)[-1])
     assert manifest["lineage"]["parent"] == newest["sha256"]
     before = tree(child)
     assert train(child, **ask) == 0
@@ -589,7 +590,7 @@ def test_a_full_disk_while_saving_loses_nothing(
     capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "run"
-    original = checkpoint._write_manifest
+    original = checkpoint.write_manifest
 
     def full(partial: Path, lineage: dict[str, Any]) -> None:
         if lineage["step"] == 8:
@@ -597,7 +598,7 @@ def test_a_full_disk_while_saving_loses_nothing(
         original(partial, lineage)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_manifest", full)
+        patch.setattr(checkpoint, "write_manifest", full)
         assert train(out) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith("step-00000008: cannot be saved (No space left on device)")

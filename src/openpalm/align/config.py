@@ -77,7 +77,7 @@ class DpoSettings(TrainSettings):
     """Preference optimisation on pairs (--batch-tokens counts both completions), or with KTO."""
 
     loss: PairLoss = "dpo"
-    """loss: dpo, cdpo (for noisy labels), ipo, simpo and orpo (both without a reference model)
+    """dpo, cdpo (for noisy labels), ipo, simpo and orpo (both without a reference model)
     train on pairs; kto on labelled completions"""
     beta: float | None = None
     """scale of the implicit reward: a larger beta stays closer to the reference; default: 0.1,
@@ -135,9 +135,10 @@ class RolloutSettings(TrainSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """number format of the arithmetic; weights stay float32; auto: the faster one here"""
     reward: list[str] | str | None = None
-    """reward SOURCE, or '[WEIGHT*SOURCE, ...]': a reward model's run, FILE.py:FUNCTION or exact"""
+    """reward, as SOURCE or '[WEIGHT*SOURCE, ...]'; a SOURCE is a reward model's run,
+    FILE.py:FUNCTION, hub:NAME, rules:FILE@CHECKPOINT or exact"""
     gold_reward: str | None = None
-    """reward SOURCE that is evaluated on held-out prompts but never trained on"""
+    """SOURCE of a second reward, evaluated on held-out prompts but never trained on"""
     prompts_per_rollout: int = 8
     """prompts per rollout"""
     num_completions: int = 4
@@ -301,7 +302,7 @@ class RewardSettings(TrainSettings):
     """Training of a reward model on pairs or on ratings of single completions."""
 
     loss: RewardLoss = "bradley-terry"
-    """loss: bradley-terry trains on pairs; regression, binned, hl-gauss and ordinal on ratings"""
+    """bradley-terry trains on pairs; regression, binned, hl-gauss and ordinal on ratings"""
     ensemble_size: int = 1
     """number of heads on the shared trunk; the reward is their mean"""
     pooling: Literal["last", "mean"] = "last"
@@ -309,7 +310,7 @@ class RewardSettings(TrainSettings):
     segment_embeddings: bool = False
     """learned embeddings that mark tokens as prompt or completion, as in palm-rlhf-pytorch"""
     margin_scale: float = 0.0
-    """bradley-terry: factor of each pair's margin, which is then the wanted reward difference"""
+    """bradley-terry: wanted reward difference per unit of a pair's margin"""
     centring_coef: float = 0.0
     """bradley-terry: coefficient of (r_w + r_l)^2, which keeps rewards around zero; try 0.01"""
     bins: int | None = None

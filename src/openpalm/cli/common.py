@@ -15,6 +15,7 @@ from openpalm.base.hashing import sha256_of
 from openpalm.base.typed import home
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from openpalm.checkpoint.manifest import is_listed, read_manifest
 from openpalm.cli.model_options import ModelOptions
 from openpalm.convert import hub
 from openpalm.data.rows.read_result import ReadResult
@@ -150,9 +151,9 @@ def give_adapter(
         holder = checkpoint.resolve(holder)
         path = holder / "adapter"
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not checkpoint.lists(holder, f"adapter/{name}"):
+            if not is_listed(holder, f"adapter/{name}"):
                 raise CheckpointError(f"{holder}: its manifest lists no adapter/{name}")
-        made_for = checkpoint.read_manifest(holder)["lineage"].get("parent")
+        made_for = read_manifest(holder)["lineage"].get("parent")
 
     def forced(reason: str) -> None:
         print(f"--force: used anyway: {reason}", file=sys.stderr)
@@ -164,7 +165,7 @@ def give_adapter(
 
 def _equivalent_hashes(directory: Path) -> set[str]:
     """Hashes of the checkpoint, and of its parent if it only merged the parent's adapter."""
-    manifest = checkpoint.read_manifest(directory)
+    manifest = read_manifest(directory)
     lineage = manifest["lineage"]
     merged = {lineage["parent"]} if lineage.get("adapter") == "own" else set()
     return {manifest["sha256"]} | merged

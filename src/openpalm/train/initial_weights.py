@@ -7,6 +7,7 @@ from pathlib import Path
 
 from openpalm.base.settings import plain, spell
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import read_manifest
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError, count_of
 from openpalm.model import lora
@@ -87,7 +88,7 @@ def starting_point(
         config,
         lambda model: _fill_merged(model, directory),
         _learning_rate_of_size(config),
-        checkpoint.read_manifest(directory)["sha256"],
+        read_manifest(directory)["sha256"],
         checkpoint.load_reward_config(directory),
         unsure,
     )
