@@ -194,7 +194,7 @@ def claim_folder(out: Path, request: dict[str, str]) -> Iterator[UnfinishedDatas
             raise unreadable(name, error) from None
         raise StorageError(
             f"--out {error.filename or out}: cannot be written ({error.strerror}); "
-            "free some space and repeat the command (it goes on), or choose another --out"
+            "free some space and repeat the command (it continues), or choose another --out"
         ) from None
 
 
