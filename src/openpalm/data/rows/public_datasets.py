@@ -115,20 +115,19 @@ def _helpsteer_prompt(prompt: object) -> object:
 
 
 def _arena(row: Row, what: str) -> Rows:
-    winner = row.get("winner")
     sides = [row.get("conversation_a"), row.get("conversation_b")]
-    yield _pair_of_winner(winner, sides)
+    yield _pair_of_winner(row.get("winner"), sides)
 
 
-def _pair_of_winner(winner: object, sides: list[Any], **more: Any) -> dict[str, Any]:
+def _pair_of_winner(winner: object, sides: list[Any]) -> dict[str, Any]:
     if winner == "tie":
-        raise TiedRow({**more, "chosen": sides[0], "rejected": sides[1]})
+        raise TiedRow({"chosen": sides[0], "rejected": sides[1]})
     if winner in ("tie (bothbad)", "both_bad"):
         raise UnusableRow("both bad")
     wanted = "model_a, model_b, tie or tie (bothbad)"
     expect("winner", winner, wanted, lambda v: v in ("model_a", "model_b"))
     better, worse = sides if winner == "model_a" else reversed(sides)
-    return {**more, "chosen": better, "rejected": worse}
+    return {"chosen": better, "rejected": worse}
 
 
 def _arena_kaggle(row: Row, what: str) -> Rows:
@@ -136,14 +135,14 @@ def _arena_kaggle(row: Row, what: str) -> Rows:
     flags = [row.get(f"winner_{side}") for side in ("model_a", "model_b", "tie")]
     if sorted(flags, key=str) != [0, 0, 1]:
         raise DataError('fields "winner_model_a", "winner_model_b" and "winner_tie" name no winner')
-    asked = _turn_texts(row, "prompt")
+    questions = _turn_texts(row, "prompt")
     sides = []
     for field in ("response_a", "response_b"):
         answered = _turn_texts(row, field)
-        if len(answered) != len(asked):
+        if len(answered) != len(questions):
             turns = count_of(len(answered), "turn")
-            raise DataError(f'field "{field}" has {turns}, "prompt" has {len(asked)}')
-        both = zip(asked, answered, strict=True)
+            raise DataError(f'field "{field}" has {turns}, "prompt" has {len(questions)}')
+        both = zip(questions, answered, strict=True)
         pairs = ((("user", question), ("assistant", answer)) for question, answer in both)
         sides.append([{"role": r, "content": t or ""} for pair in pairs for r, t in pair])
     yield _pair_of_winner(("model_a", "model_b", "tie")[flags.index(1)], sides)
