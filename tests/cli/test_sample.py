@@ -279,7 +279,7 @@ def test_missing_words(said, run):
     status, _, errors = said("sample", run)
     assert (status, errors) == (
         2,
-        ["openpalm: error: missing prompt; say `openpalm sample PATH PROMPT`"],
+        ["openpalm: error: missing prompt; run `openpalm sample PATH PROMPT`"],
     )
     status, _, errors = said("sample", run, "The", "quick", "brown")
     assert status == 2

@@ -106,7 +106,7 @@ def test_a_failed_check_leaves_nothing(
         return other
 
     monkeypatch.setattr(checkpoint, "load", altered)
-    with pytest.raises(WorkError, match="its logits differ by"):
+    with pytest.raises(WorkError, match="its reloaded logits differ by"):
         export.save_as_openpalm(model(config), tmp_path / "out", lineage={})
     assert not list(tmp_path.iterdir())
 

@@ -35,9 +35,9 @@ class DoctorSettings:
     prompts_per_rollout: int = 8
     """prompts to sample completions for"""
     num_completions: int = 4
-    """completions of each prompt"""
+    """completions per prompt"""
     max_new_tokens: int = 64
-    """most tokens in a completion"""
+    """maximum tokens per completion"""
     temperature: float = 1.0
     """sampling temperature"""
     seed: int = 0

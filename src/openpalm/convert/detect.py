@@ -1,4 +1,4 @@
-"""The one door for foreign checkpoints: which project wrote it, and what it is in our terms."""
+"""Detects the project that wrote a foreign checkpoint, and converts it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from openpalm.errors import CheckpointError
 
 Project = Literal["palm-rlhf-pytorch", "palm-pytorch", "nanopalm"]
 
-# a key that every checkpoint of the project has
+# a tensor name in every checkpoint of the project
 _PROJECT_KEYS: dict[Project, tuple[str, ...]] = {
     "palm-rlhf-pytorch": ("layers.0.fn.attn_out.weight",),
     "palm-pytorch": ("1.fn.attn_out.weight",),
@@ -28,13 +28,13 @@ _ACTOR_PROJECT_KEYS = ("actor_palm.", "critic_palm.")
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignCheckpoint(Converted):
-    """A foreign checkpoint that was read: where from, and as what."""
+    """A converted checkpoint with its file and its project."""
 
     file: Path
     project: Project
 
     def lineage(self) -> dict[str, Any]:
-        """What the manifest of the converted checkpoint says of its origin."""
+        """The lineage of the converted checkpoint, for its manifest."""
         return {
             "kind": "converted",
             "source_file": self.file.name,
@@ -53,17 +53,19 @@ def read_foreign(
     era: str | None = None,
     config_path: Path | None = None,
 ) -> ForeignCheckpoint:
-    """Reads a foreign checkpoint, a file or a folder holding exactly one.
+    """Reads a foreign checkpoint: a file, or a folder with exactly one checkpoint file.
 
-    project: None looks at the keys; era: a version of palm-rlhf-pytorch, None guesses;
-    config_path: a JSON of hyperparameters, None looks beside the file. Runs nothing in the file.
-    Raises CheckpointError with the file, what is wrong, and the remedy.
+    project: None detects it from the tensor names; era: a version of palm-rlhf-pytorch, None
+    guesses; config_path: JSON file of hyperparameters, None reads config.json in the file's folder.
+    Nothing in the file is executed. Raises CheckpointError with the file, the fault and the remedy.
     """
     file = find_file(path)
-    tensors, around = read_tensors(file)
+    tensors, outside = read_tensors(file)
     found = _detect(tensors)
     if project is not None and project != found:
-        raise CheckpointError(f"{file}: --from {project}, but its keys are those of {found}")
+        raise CheckpointError(
+            f"{file}: --from {project}, but its tensor names are those of {found}"
+        )
     given = read_hyperparameters(config_path, file)
     if found == "palm-rlhf-pytorch":
         read = read_reward if is_reward(tensors) else read_palm_rlhf
@@ -71,9 +73,9 @@ def read_foreign(
     elif found == "palm-pytorch":
         converted = read_palm_pytorch(tensors, given, era)
     elif era is not None:
-        raise CheckpointError(f"--era {era}: nanoPALM has no eras; leave it out")
+        raise CheckpointError(f"--era {era}: nanoPALM has no versions that differ; leave it out")
     else:
-        converted = read_nanopalm(tensors, given, around)
+        converted = read_nanopalm(tensors, given, outside)
     return ForeignCheckpoint(**vars(converted), file=file, project=found)
 
 
@@ -85,11 +87,11 @@ def _detect(tensors: Tensors) -> Project:
         return "palm-rlhf-pytorch"
     if any(name.startswith(_ACTOR_PROJECT_KEYS) for name in tensors.names):
         raise CheckpointError(
-            f"{tensors.where}: holds an ActorCritic; only the PaLM in it can be "
-            "converted: save that one's state_dict() alone"
+            f"{tensors.where}: holds an ActorCritic; convert reads only its PaLM: "
+            "save the state_dict() of that one alone"
         )
     shown = ", ".join(sorted(tensors.names)[:3])
     raise CheckpointError(
-        f"{tensors.where}: its keys ({shown:.120}) are of no project known here; convert reads "
+        f"{tensors.where}: its tensor names ({shown:.120}) are of no known project; convert reads "
         f"{', '.join(_PROJECT_KEYS)}"
     )

@@ -6,13 +6,15 @@ importing it, in a fixed order: one Python version always gives the same documen
 
 import ast
 import os
+import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from openpalm.data.corpus.document import Document
 from openpalm.errors import DataError
@@ -106,6 +108,22 @@ def question_answers() -> list[QuestionAnswer]:
 
 
 BUILTINS: dict[str, Callable[[], Iterator[Document]]] = {"python-docs": python_docs}
+
+
+def question_rows(items: Iterable[QuestionAnswer], seed: int) -> list[dict[str, Any]]:
+    """Conversations that ask for every item in every training phrasing, shuffled."""
+    turns = [(question, item.answer) for item in items for question in item.train_questions]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for question, answer in turns
+    ]
+    random.Random(seed).shuffle(rows)
+    return rows
 
 
 def _topics() -> Iterator[Document]:
