@@ -504,7 +504,10 @@ BOTH = {"prompt": "q", "chosen": "a", "rejected": "b"}
             {"chosen": "a b", "rejected": "c b"},
             "no prompt, and the completions have no common begin",
         ),
-        ({"chosen": talk("q", "a"), "rejected": talk("r", "a")}, "no prompt, and the completions have"),
+        (
+            {"chosen": talk("q", "a"), "rejected": talk("r", "a")},
+            "no prompt, and the completions have",
+        ),
         (BOTH | {"weight": 0}, "weight is 0"),
     ],
 )
