@@ -31,7 +31,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from openpalm.data.rows.constitution import Article, Constitution
-from openpalm.data.rows.preferences import Candidate, Messages
+from openpalm.data.rows.messages import Messages
+from openpalm.data.rows.preferences import Candidate
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.generate.engine import Engine, Request
