@@ -1,4 +1,4 @@
-"""Hostile callers: requests nobody would send, headers without an end.
+"""Fuzzing of the server: mutated requests, and headers that never end.
 
     python benchmarks/fuzz_server.py [--requests 20000] [--seed 0] [--concurrency 16] [--json]
 
