@@ -1,4 +1,4 @@
-"""torch.hub entry points: conceptofmind's four PaLMs, as models of this project.
+"""torch.hub entry points: the four PaLMs that conceptofmind published, as Transformers.
 
 model = torch.hub.load(REPOSITORY, "palm_410m_8k_v0")
 logits = model.logits(ids)
@@ -13,7 +13,17 @@ from openpalm import Transformer
 from openpalm import load as _load
 from openpalm.convert.hub import fetch as _fetch
 
-dependencies = ["torch", "numpy", "safetensors", "rich"]
+dependencies = [
+    "torch",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "rich",
+    "yaml",
+    "docstring_parser",
+    "huggingface_hub",
+    "httpx2",
+]
 
 
 def palm_150m_8k_v0(

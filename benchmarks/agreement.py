@@ -69,7 +69,9 @@ def main() -> None:
     assert tokenizer is not None
     requests = [
         Request(
-            render(tokenizer, [Message("user", item.train_questions[0])], answer_next=True).ids,
+            render(
+                tokenizer, [Message("user", item.train_questions[0])], add_generation_prompt=True
+            ).ids,
             how.new,
             Sampling(temperature=0),
             stop_ids(tokenizer),

@@ -81,7 +81,7 @@ def our_model() -> Any:
 
 
 def our_pairs() -> Any:
-    from openpalm.align.pairs.pairs import PairRecord
+    from openpalm.align.pairs.examples import PreferenceExample
     from openpalm.data.text.conversation import Example
 
     prompts, chosen, rejected = (
@@ -89,7 +89,7 @@ def our_pairs() -> Any:
     )
     mask = [False] * PROMPT + [True] * ANSWER
     return [
-        PairRecord(Example(p + c, mask), Example(p + r, mask))
+        PreferenceExample((Example(p + c, mask), Example(p + r, mask)))
         for p, c, r in zip(prompts, chosen, rejected, strict=True)
     ]
 
@@ -106,12 +106,12 @@ def our_trainer(model: Any, objective: Any, loader: Any, dtype: torch.dtype = to
 def our_dpo(turns: Turns) -> None:
     from openpalm.align.config import DpoSettings
     from openpalm.align.pairs.dpo import PairObjective
-    from openpalm.align.pairs.pairs import PairLoader, collate_shared, with_reference
+    from openpalm.align.pairs.examples import collate_shared, preference_loader, with_reference
 
     model = our_model()
     settings = DpoSettings(data=Path("-"), out=Path("-"), init="-", steps=1)
     pairs = with_reference(model, our_pairs())
-    loader = PairLoader(pairs, rows=BATCH, seed=0, collate=collate_shared)
+    loader = preference_loader(pairs, rows=BATCH, seed=0, collate=collate_shared)
     trainer = our_trainer(model, PairObjective(settings), loader)
     while True:
         trainer.train_step()
@@ -153,11 +153,12 @@ def bare_dpo(turns: Turns) -> None:
 
 def our_rollouts(turns: Turns, model: Any, how: Any, objective: Any, rules: Any) -> None:
     """A rollout of a batch and one step on it, for ever; `rules` are its reward and estimate."""
-    from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
+    from openpalm.align.rollouts.rollout import RolloutLoader
+    from openpalm.align.rollouts.sampler import Sampler
 
     sampler = Sampler(model, random_ids(DATA, PROMPT, 0), frozenset(), how, slots=BATCH)
     reward, estimate, reference = rules
-    dtype = getattr(torch, how.rollout_weights)
+    dtype = getattr(torch, how.rollout_dtype)
     loader = RolloutLoader(sampler, reward, estimate, reference, rows=BATCH, dtype=dtype)
     trainer = our_trainer(model, objective, loader, dtype)
     while True:
@@ -173,11 +174,11 @@ def our_grpo(turns: Turns, weights: str = "float32") -> None:
     how = GrpoSettings(
         **paths,
         steps=1,
-        prompts=1,
-        answers=BATCH,
+        prompts_per_rollout=1,
+        num_completions=BATCH,
         max_new_tokens=ANSWER,
         advantage="grpo",
-        beta=0.0,
+        kl_coef=0.0,
     )
 
     def reward(answers: Any) -> list[float]:
@@ -190,17 +191,18 @@ def our_grpo(turns: Turns, weights: str = "float32") -> None:
 def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") -> None:
     from openpalm.align.config import PpoSettings
     from openpalm.align.logprobs import token_log_probs
-    from openpalm.align.pairs.reward import RatingRecord, collate
+    from openpalm.align.pairs.examples import PreferenceExample
+    from openpalm.align.pairs.reward_model import collate
     from openpalm.align.rollouts.ppo import PpoObjective, estimate
-    from openpalm.align.rollouts.rollout_batch import record_of
+    from openpalm.align.rollouts.rollout_batch import to_example
     from openpalm.model.config import RewardConfig
     from openpalm.model.critic import ActorCritic
     from openpalm.model.reward import RewardModel, initialise_heads
     from openpalm.model.transformer import initialise
 
     paths = {"data": Path("-"), "out": Path("-"), "init": "-"}
-    sizes = {"prompts": BATCH, "max_new_tokens": ANSWER, "passes": 1}
-    how = PpoSettings(**paths, **sizes, steps=1, critic=critic, rollout_weights=weights)
+    sizes = {"prompts_per_rollout": BATCH, "max_new_tokens": ANSWER, "epochs_per_rollout": 1}
+    how = PpoSettings(**paths, **sizes, steps=1, critic=critic, rollout_dtype=weights)
     reference = our_model().requires_grad_(False)
     model = ActorCritic(reference.config, how.critic)
     model.load_state_dict(reference.state_dict(), strict=False)
@@ -211,7 +213,7 @@ def our_ppo(turns: Turns, weights: str = "float32", critic: str = "separate") ->
 
     @torch.no_grad()
     def reward(answers: Any) -> list[float]:
-        batch = collate([RatingRecord(record_of(answer), 0.0) for answer in answers])
+        batch = collate([PreferenceExample((to_example(answer),)) for answer in answers])
         return judge.value(batch.ids, batch.mask, batch.prompt_lengths).tolist()
 
     rules = (reward, estimate, partial(token_log_probs, reference))

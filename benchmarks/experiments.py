@@ -176,8 +176,8 @@ def extrapolate(name: str, seed: int, runs: Path, steps: int) -> None:
     import torch
 
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import validation
     from openpalm.data.dataset.shards import open_dataset
+    from openpalm.evaluate.perplexity import dataset_loss
 
     out, data = runs / f"long-{name}-{seed}", runs / "long"
     length = ("--steps", str(steps), "--batch-tokens", "2048", "--sequence-length", str(TRAINED))
@@ -186,7 +186,7 @@ def extrapolate(name: str, seed: int, runs: Path, steps: int) -> None:
     model, dataset = checkpoint.load(checkpoint.resolve(out), "cpu"), open_dataset(data)
     found: Row = {"positions": name, "seed": seed, "steps": steps, "nats": {}}
     for tokens in LENGTHS:
-        result = validation(model, dataset, "val", tokens, torch.float32)
+        result = dataset_loss(model, dataset, "val", tokens, torch.float32)
         found["nats"][str(tokens)] = round(result.nats_per_token, 4)
     held_out = torch.from_numpy(dataset.tokens("val")[:].astype("int64"))
     append("extrapolation.jsonl", found | {"by_range": by_range(model, held_out)})

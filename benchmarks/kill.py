@@ -31,7 +31,7 @@ from typing import Any
 
 from openpalm.train.metrics import read_rows
 
-CLOCK = {"elapsed_s", "tokens_per_s", "answers_per_s", "mfu"}
+CLOCK = {"elapsed_s", "tokens_per_s", "completions_per_s", "mfu"}
 KINDS = ("started", "row", "save")
 PATIENCE_S = 300.0
 
@@ -193,7 +193,7 @@ def prove(
     killed.finish()
     a, b = whole.columns(), killed.columns()
     pairs = list(zip(a, b, strict=False))
-    names = ("loss", "val_loss", "val_bits_per_byte", "reward", "val_reward", "beta")
+    names = ("loss", "val_loss", "val_bits_per_byte", "reward", "val_reward", "kl_coef")
     return Result(
         kills=sum(places.values()),
         places=dict(places),
@@ -237,10 +237,10 @@ def alignment(verb: str, work: Path) -> list[str]:
     )
     options = [f"--init={work / 'base'}", f"--data={work / 'prompts.jsonl'}"]
     options += [f"--reward={work / 'pay.py'}:letters", "--max-new-tokens=12", "--optim.lr=0.01"]
-    options += ["--passes=2", "--minibatches=2", "--prompts=4"]
+    options += ["--epochs-per-rollout=2", "--minibatches=2", "--prompts-per-rollout=4"]
     own = {
-        "grpo": ["--advantage=dapo", "--answers=4", "--kl=k3"],
-        "ppo": ["--critic=separate", "--critic-bins=21", "--answers=4", "--target-kl=1"],
+        "grpo": ["--advantage=dapo", "--num-completions=4", "--kl=k3"],
+        "ppo": ["--critic=separate", "--value-bins=21", "--num-completions=4", "--target-kl=1"],
     }
     return [*options, *own[verb]]
 

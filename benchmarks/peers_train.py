@@ -20,8 +20,10 @@ from openpalm.base.settings import build
 from openpalm.data.batches.loader import Batch
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import initialise
-from openpalm.train.config import BatchShape, OptimSettings, TrainSettings
-from openpalm.train.optimization.parameter_groups import Optimizer, learning_rate_factor
+from openpalm.train.batch_shape import BatchShape
+from openpalm.train.config import OptimSettings, TrainSettings
+from openpalm.train.optimization.parameter_groups import Optimizer
+from openpalm.train.optimization.schedule import learning_rate_factor
 from openpalm.train.spec import TrainSpec, make_trainer
 
 ENDLESS = 10**6
@@ -90,9 +92,8 @@ class OpenPalm:
     name = "OpenPaLM"
 
     def __init__(self, rules: Rules, **settings: Any):
-        config, dtype = rules.config, str(rules.dtype).removeprefix("torch.")
+        config = rules.config
         whole = {"data": "-", "out": "-", "model": "-", "steps": rules.steps}
-        chosen = {"dtype": dtype, "steps": rules.steps}
         spec = TrainSpec(
             config=config,
             fill=partial(initialise, seed=0),
@@ -101,8 +102,10 @@ class OpenPalm:
             learning_rate=rules.lr,
         )
         shape = BatchShape(config.context, rows=1, accumulation=1)
-        made = build(TrainSettings, whole | {"chosen": chosen} | settings)
-        self._trainer = make_trainer(made, spec, shape, rules.device, spec.fill)
+        made = build(TrainSettings, whole | settings)
+        self._trainer = make_trainer(
+            made, spec, shape, rules.device, steps=rules.steps, dtype=rules.dtype
+        )
         self.parameters, self.looked_up = config.parameters, 0
         self.attention = config.depth * config.heads * config.head_dim
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from openpalm.align.logprobs import token_log_probs
-from openpalm.align.rollouts.rollout_batch import Answer, batch_of
+from openpalm.align.rollouts.rollout_batch import Completion, collate_completions
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 
@@ -75,7 +75,7 @@ class Task:
         """Between the policy and pi*, mean over prompts."""
         return ((log_policy.exp() - self.optimum.exp()).abs().sum(dim=-1) / 2).mean().item()
 
-    def reward(self, answers: list[Answer]) -> list[float]:
+    def reward(self, answers: list[Completion]) -> list[float]:
         """What a run is given as its reward."""
         return [self.rewards[a.prompt, INDEX[tuple(a.ids)]].item() for a in answers]
 
@@ -85,7 +85,7 @@ def log_probs(model: Transformer) -> Tensor:
     """Of every answer to every prompt: float64 [prompts, answers]."""
     made = []
     for i, prompt in enumerate(PROMPTS):
-        inputs, targets = batch_of([Answer(i, prompt, a, [], True) for a in ANSWERS])
+        inputs, targets = collate_completions([Completion(i, prompt, a, [], True) for a in ANSWERS])
         made.append(token_log_probs(model, inputs, targets).double().sum(dim=-1))
     return torch.stack(made)
 
@@ -100,8 +100,10 @@ def make(seed: int) -> Task:
         model.embedding *= 3  # a vocabulary of five needs no small table; logits can move
     shown = torch.randint(len(ANSWERS), (64,), generator=generator).tolist()
     asked = torch.randint(len(PROMPTS), (64,), generator=generator).tolist()
-    pairs = [Answer(p, PROMPTS[p], ANSWERS[a], [], True) for p, a in zip(asked, shown, strict=True)]
-    inputs, targets = batch_of(pairs)
+    pairs = [
+        Completion(p, PROMPTS[p], ANSWERS[a], [], True) for p, a in zip(asked, shown, strict=True)
+    ]
+    inputs, targets = collate_completions(pairs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(30):
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tasks import Figures, Speaker, openpalm, prove, write_rows
 
-from openpalm.align.rollouts.rollout_batch import Answer
+from openpalm.align.rollouts.rollout_batch import Completion
 
 TOKENS, QUESTIONS, STEPS, EARLY = 12, 64, 60, 25
 BOUNDS = {"share_at_25": 0.85, "share_at_60": 0.98}
@@ -34,18 +34,8 @@ def run(folder: Path, seed: int) -> Figures:
     openpalm(
         *("grpo", "--init", base, "--data", prompts, "--out", aligned, "--steps", STEPS),
         *("--reward", "examples/rewards.py:even_bytes", "--max-new-tokens", TOKENS),
-        *(
-            "--beta",
-            0,
-            "--optim.lr",
-            2e-3,
-            "--save-every",
-            EARLY,
-            "--keep-checkpoints",
-            0,
-            "--seed",
-            seed,
-        ),
+        *("--kl-coef", 0, "--optim.lr", 2e-3, "--save-every", EARLY, "--seed", seed),
+        *("--keep-checkpoints", 0),
     )
     return {
         "share_before": share(base, None, questions),
@@ -61,7 +51,7 @@ def share(run: Path, step: int | None, questions: Sequence[str]) -> float:
     return sum(evens(answer) for answer in answers) / (TOKENS * len(answers))
 
 
-def evens(answer: Answer) -> int:
+def evens(answer: Completion) -> int:
     return sum(i % 2 == 0 for i in answer.ids[: len(answer.ids) - answer.ended])
 
 

@@ -30,12 +30,18 @@ from openpalm.align.config import DpoSettings, GrpoSettings, PpoSettings, Reward
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs import kto
 from openpalm.align.pairs.dpo import PairObjective
-from openpalm.align.pairs.pairs import PairLoader, PairRecord, with_reference
-from openpalm.align.pairs.reward import RatingRecord, RewardObjective
-from openpalm.align.pairs.reward import collate as reward_collate
+from openpalm.align.pairs.examples import (
+    PreferenceExample,
+    collate,
+    preference_loader,
+    with_reference,
+)
+from openpalm.align.pairs.reward_model import RewardObjective
+from openpalm.align.pairs.reward_model import collate as reward_collate
 from openpalm.align.rollouts import grpo, ppo
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
-from openpalm.align.rollouts.rollout_batch import Answer, record_of
+from openpalm.align.rollouts.rollout import RolloutLoader
+from openpalm.align.rollouts.rollout_batch import Completion, to_example
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.evaluate.agreement import spearman
 from openpalm.model.config import RewardConfig
 from openpalm.model.critic import ActorCritic, Bins
@@ -65,7 +71,7 @@ class Row:
 def settings(kind: type, lr: float, seed: int, **changes: Any) -> Any:
     optim = OptimSettings(lr=lr, weight_decay=0.0, beta2=0.99, warmup=0.02, final_lr=0.0)
     if kind is not RewardSettings:
-        changes = {"beta": BETA} | changes
+        changes = {"kl_coef": BETA} | changes
     return kind(data=Path("-"), out=Path("-"), init="-", seed=seed, optim=optim, **changes)
 
 
@@ -88,18 +94,22 @@ def judged(task: Task, model: Transformer) -> Figures:
 
 
 def rolled_out(task: Task, model: Transformer, objective: Any, estimate: Any, how: Any) -> Figures:
-    sampler = Sampler(model, PROMPTS, frozenset({END}), how, slots=how.prompts * how.answers)
+    sampler = Sampler(
+        model, PROMPTS, frozenset({END}), how, slots=how.prompts_per_rollout * how.num_completions
+    )
     reference = partial(token_log_probs, task.reference)
-    rows = how.prompts * how.answers // how.minibatches
+    rows = how.prompts_per_rollout * how.num_completions // how.minibatches
     loader = RolloutLoader(sampler, task.reward, estimate, reference, rows=rows)
     stepped(model, objective, loader, how)
     return judged(task, model)
 
 
 def by_ppo(task: Task, seed: int, **changes: Any) -> Figures:
-    options = {"steps": 2400, "answers": 32, "minibatches": 2} | changes
-    how = settings(PpoSettings, 2e-3, seed, prompts=4, max_new_tokens=LONGEST, **options)
-    bins = Bins(how.critic_bins, -how.critic_range, how.critic_range) if how.critic_bins else None
+    options = {"steps": 2400, "num_completions": 32, "minibatches": 2} | changes
+    how = settings(
+        PpoSettings, 2e-3, seed, prompts_per_rollout=4, max_new_tokens=LONGEST, **options
+    )
+    bins = Bins(how.value_bins, -how.value_range, how.value_range) if how.value_bins else None
     model = ActorCritic(enumerable.CONFIG, how.critic, bins)
     model.load_state_dict(task.reference.state_dict(), strict=False)
     model.reset_critic()
@@ -107,8 +117,10 @@ def by_ppo(task: Task, seed: int, **changes: Any) -> Figures:
 
 
 def by_group(task: Task, seed: int, **changes: Any) -> Figures:
-    options = {"steps": 600, "answers": 32} | changes
-    how = settings(GrpoSettings, 3e-3, seed, prompts=4, max_new_tokens=LONGEST, **options)
+    options = {"steps": 600, "num_completions": 32} | changes
+    how = settings(
+        GrpoSettings, 3e-3, seed, prompts_per_rollout=4, max_new_tokens=LONGEST, **options
+    )
     return rolled_out(task, start_of(task), grpo.GroupObjective(how), grpo.estimate, how)
 
 
@@ -128,12 +140,9 @@ def drawn_pairs(task: Task, seed: int, count: int) -> list[tuple[int, int, int]]
     )
 
 
-def pair_record(pair: tuple[int, int, int]) -> PairRecord:
-    prompt, better, worse = pair
-    sides = [
-        record_of(Answer(prompt, PROMPTS[prompt], ANSWERS[i], [], True)) for i in (better, worse)
-    ]
-    return PairRecord(*sides)
+def example_of(prompt: int, *answers: int, label: float = 0.0) -> PreferenceExample:
+    given = (Completion(prompt, PROMPTS[prompt], ANSWERS[i], [], True) for i in answers)
+    return PreferenceExample(tuple(map(to_example, given)), label)
 
 
 def accuracy(scores: Tensor, pairs: list[tuple[int, int, int]]) -> float:
@@ -146,9 +155,10 @@ def accuracy(scores: Tensor, pairs: list[tuple[int, int, int]]) -> float:
 def by_pairs(task: Task, seed: int, loss: str, lr: float = 3e-3, **changes: Any) -> Figures:
     how = settings(DpoSettings, lr, seed, loss=loss, **({"steps": 1800} | changes))
     given, held_out = drawn_pairs(task, seed, PAIRS), drawn_pairs(task, seed + 1, HELD_OUT)
-    known = with_reference(task.reference, [pair_record(pair) for pair in given], rows=512)
+    known = with_reference(task.reference, [example_of(*pair) for pair in given], rows=512)
     model = start_of(task)
-    stepped(model, PairObjective(how), PairLoader(known, rows=128, seed=seed), how)
+    loader = preference_loader(known, rows=128, seed=seed, collate=collate)
+    stepped(model, PairObjective(how), loader, how)
     implied = enumerable.log_probs(model) - task.log_reference
     accurate = accuracy(implied, held_out) - accuracy(task.rewards.double(), held_out)
     return judged(task, model) | {"accuracy_over_true": accurate}
@@ -160,8 +170,8 @@ def by_reward_model(task: Task, seed: int, steps: int = 800) -> Figures:
     model = RewardModel(enumerable.CONFIG, RewardConfig())
     model.load_state_dict(task.reference.state_dict(), strict=False)
     initialise_heads(model, seed)
-    loader = PairLoader(
-        [pair_record(pair) for pair in given], rows=128, seed=seed, collate=reward_collate
+    loader = preference_loader(
+        [example_of(*pair) for pair in given], rows=128, seed=seed, collate=reward_collate
     )
     stepped(model, RewardObjective(how), loader, how)
     scores = scored(model)
@@ -174,32 +184,25 @@ def by_reward_model(task: Task, seed: int, steps: int = 800) -> Figures:
 def scored(model: RewardModel) -> Tensor:
     """The reward model's value of every answer, [prompts, answers]."""
     rows = []
-    for i, prompt in enumerate(PROMPTS):
-        records = [
-            RatingRecord(record_of(Answer(i, prompt, answer, [], True)), 0.0) for answer in ANSWERS
-        ]
-        batch = reward_collate(records)
+    for i in range(len(PROMPTS)):
+        batch = reward_collate([example_of(i, answer) for answer in range(len(ANSWERS))])
         rows.append(model.value(batch.ids, batch.mask, batch.prompt_lengths))
     return torch.stack(rows).double()
 
 
-def by_verdicts(task: Task, seed: int, steps: int = 1800) -> Figures:
-    """KTO on the same pairs, each two verdicts."""
+def by_labelled_completions(task: Task, seed: int, steps: int = 1800) -> Figures:
+    """KTO on the same pairs: the chosen completion is desirable, the rejected one undesirable."""
     how = settings(DpoSettings, 3e-3, seed, loss="kto", steps=steps)
-    verdicts = [
-        (prompt, answer, good)
+    labelled = [
+        example_of(prompt, answer, label=label)
         for prompt, *both in drawn_pairs(task, seed, PAIRS)
-        for answer, good in zip(both, (True, False), strict=True)
+        for answer, label in zip(both, (1.0, 0.0), strict=True)
     ]
-    partners = kto.others([prompt for prompt, _, _ in verdicts])
-    made = [
-        kto.VerdictRecord(pair_record((prompt, answer, verdicts[partner][1])), good)
-        for (prompt, answer, good), partner in zip(verdicts, partners, strict=True)
-    ]
-    known = kto.with_reference(task.reference, made)
+    context = enumerable.CONFIG.context
+    known = with_reference(task.reference, kto.with_mismatched(labelled, context))
     model = start_of(task)
-    loader = PairLoader(known, rows=128, seed=seed, collate=kto.collate)
-    stepped(model, kto.VerdictObjective(how), loader, how)
+    loader = preference_loader(known, rows=128, seed=seed, collate=collate)
+    stepped(model, kto.KtoObjective(how), loader, how)
     return judged(task, model)
 
 
@@ -224,14 +227,14 @@ ROWS: dict[str, Row] = {
     "ppo": Row(by_ppo, {"gain": 0.97, "-total_variation": -0.08}),
     "ppo, critic of its own": Row(partial(by_ppo, critic="separate", steps=1600), {"gain": 0.97}),
     "ppo, HL-Gauss critic": Row(
-        partial(by_ppo, critic="separate", critic_bins=51, steps=1600), {"gain": 0.97}
+        partial(by_ppo, critic="separate", value_bins=51, steps=1600), {"gain": 0.97}
     ),
     "rloo": Row(partial(by_group, advantage="rloo"), {"gain": 0.97}),
     "dr-grpo": Row(partial(by_group, advantage="dr-grpo"), {"gain": 0.95}),
     "dr-grpo, k2": Row(partial(by_group, advantage="dr-grpo", kl="k2"), {"gain": 0.95}),
     "dr-grpo, k3": Row(partial(by_group, advantage="dr-grpo", kl="k3"), {"gain": 0.85}),
     "grpo, mean over tokens, k3": Row(
-        partial(by_group, advantage="dapo", kl="k3", clip_high=0.2, redraws=0), {"gain": 0.85}
+        partial(by_group, advantage="dapo", kl="k3", clip_high=0.2, max_resamples=0), {"gain": 0.85}
     ),
     "grpo, mean over each answer, k3": Row(partial(by_group, advantage="grpo", kl="k3"), {}),
     "dapo": Row(partial(by_group, advantage="dapo"), {"gain": 0.95}),
@@ -240,7 +243,7 @@ ROWS: dict[str, Row] = {
     "ipo": Row(partial(by_pairs, loss="ipo"), {}),
     "simpo": Row(partial(by_pairs, loss="simpo"), {}),
     "orpo": Row(partial(by_pairs, loss="orpo"), {}),
-    "kto": Row(by_verdicts, {}),
+    "kto": Row(by_labelled_completions, {}),
     "reward model": Row(by_reward_model, {"accuracy_over_true": -0.06, "spearman": 0.82}),
     STEPLESS: Row(by_best_of, {"-standard_errors": -3.0, "kl_under_bound": 0.0}),
 }

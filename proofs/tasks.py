@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from openpalm.align.logprobs import evaluate
-from openpalm.align.rollouts.rollout_batch import Answer, batch_of
+from openpalm.align.rollouts.rollout_batch import Completion, collate_completions
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
@@ -62,25 +62,29 @@ class Speaker:
 
     def answers(
         self, questions: Sequence[str], *, max_new_tokens: int, temperature: float = 1.0, seed: int
-    ) -> list[Answer]:
+    ) -> list[Completion]:
         """One to each question, each drawn with a seed of its own."""
         requests, made = [], []
         for i, question in enumerate(questions):
-            ids = render(self.tokenizer, [Message("user", question)], answer_next=True).ids
+            ids = render(
+                self.tokenizer, [Message("user", question)], add_generation_prompt=True
+            ).ids
             how = Sampling(temperature, seed=seed * len(questions) + i)
             requests.append(Request(ids, max_new_tokens, how, self.stops))
         for request, ids in zip(requests, self._engine.completions(requests), strict=True):
-            made.append(Answer(len(made), request.ids, ids, [], ids[-1] in self.stops))
+            made.append(Completion(len(made), request.ids, ids, [], ids[-1] in self.stops))
         return made
 
-    def text(self, answer: Answer) -> str:
+    def text(self, answer: Completion) -> str:
         return self.tokenizer.decode([i for i in answer.ids if i not in self.stops])
 
     @torch.no_grad()
-    def log_probs(self, answers: Sequence[Answer]) -> torch.Tensor:
+    def log_probs(self, answers: Sequence[Completion]) -> torch.Tensor:
         """Of each whole answer, nats, [answers]."""
         parts = (answers[i : i + ROWS] for i in range(0, len(answers), ROWS))
-        return torch.cat([evaluate(self.model, *batch_of(p)).log_probs.sum(-1) for p in parts])
+        return torch.cat(
+            [evaluate(self.model, *collate_completions(p)).log_probs.sum(-1) for p in parts]
+        )
 
 
 def prove(

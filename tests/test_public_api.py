@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import openpalm
+from openpalm import api
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.data.rows.preferences import Preference
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 
@@ -24,8 +26,9 @@ def saved(tmp_path_factory):
 
 
 def test_names_are_the_objects_of_their_homes():
-    assert openpalm.load is checkpoint.load
+    assert openpalm.load is api.load
     assert openpalm.ModelConfig is ModelConfig
+    assert openpalm.Preference is Preference
     assert openpalm.Transformer is Transformer
 
 
@@ -42,7 +45,9 @@ import json, sys
 import openpalm
 dir(openpalm)
 before = sorted({name.partition(".")[0] for name in sys.modules})
-openpalm.load
+openpalm.load, openpalm.train, openpalm.Preference
+assert "torch" not in sys.modules
+openpalm.Transformer
 print(json.dumps([before, "torch" in sys.modules]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -1,4 +1,6 @@
-from openpalm.cli.main import entry
+import sys
+
+from openpalm.cli.main import main
 
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_models import deaf, tiny
 
 from openpalm.align.logprobs import lengths, token_log_probs
-from openpalm.align.pairs.pairs import answer_record
+from openpalm.align.pairs.examples import render_completion
 from openpalm.data.batches.loader import IGNORE, padded
 from openpalm.data.text.conversation import Example, Message, render
 from openpalm.data.text.tokenizer import Tokenizer
@@ -187,8 +187,8 @@ def test_masked_tokens_have_no_gradient():
 @pytest.mark.parametrize("answer", ["ab", " ab", "", "\n", "<|end|>", "né"])
 def test_a_prompts_ids_are_a_prefix_and_the_end_counts(tokenizer, answer):
     prompt = [Message("user", "ab ab "), Message("assistant", "ab."), Message("user", " ab")]
-    before = render(tokenizer, prompt, answer_next=True).ids
-    record = answer_record(tokenizer, prompt, [Message("assistant", answer)])
+    before = render(tokenizer, prompt, add_generation_prompt=True).ids
+    record = render_completion(tokenizer, prompt, [Message("assistant", answer)])
     assert record.ids[: len(before)] == before
     counted = [i for i, counts in zip(record.ids, record.loss_mask, strict=True) if counts]
     assert counted == [*tokenizer.encode(answer), tokenizer.special_id("<|end|>")]

@@ -40,7 +40,7 @@ def learnt(said, writer, out, *words):
     """The mean reward of each step of a run."""
     status, _, errors = said(
         *("grpo", "--init", writer / "run", "--data", writer / "prompts.jsonl", "--out", out),
-        *("--steps", STEPS, "--max-new-tokens", 12, "--beta", 0, "--optim.lr", 0.01, *words),
+        *("--steps", STEPS, "--max-new-tokens", 12, "--kl-coef", 0, "--optim.lr", 0.01, *words),
     )
     assert status == 0, errors
     return [row["reward"] for row in rows(out / "metrics.jsonl") if "reward" in row]

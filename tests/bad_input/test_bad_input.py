@@ -387,6 +387,6 @@ def test_a_full_disk_loses_nothing(small_disk, base, work):
     subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
     went_on = program(*words)
     assert went_on.returncode == 0, went_on.stderr
-    assert f"going on after step {len(saved)}" in went_on.stderr
+    assert f"resuming after step {len(saved)}" in went_on.stderr
     rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]

@@ -11,12 +11,13 @@ from typing import Literal
 import pytest
 import yaml
 
-from openpalm.base.settings import HelpRequested, _options, build, parse, plain, spell
+from openpalm.base.settings import HelpRequested, _options, build, parse, plain, settings_of, spell
 from openpalm.base.typed import alternatives, convert
 from openpalm.base.yaml_file import MAX_BYTES, read_yaml, to_yaml
 from openpalm.cli.main import VERBS
 from openpalm.errors import SettingsError
-from openpalm.train.config import ArchSettings, Chosen, OptimSettings, TrainSettings
+from openpalm.train.config import ArchSettings, TrainSettings
+from openpalm.train.optimizer_settings import OptimSettings
 
 
 @dataclass(frozen=True)
@@ -383,7 +384,6 @@ TRAINING = TrainSettings(
     seed=-3,
     arch=ArchSettings(kv_heads=2, qk_norm=False, dropout=0.0),
     optim=OptimSettings(name="muon", lr=1e-5, warmup=0.0),
-    chosen=Chosen(dtype="float32", steps=7, peak_flops=1.5e11, data="00", parent=None),
 )
 
 
@@ -404,7 +404,22 @@ def test_what_is_not_set_is_not_written():
         "stream",
         "inner",
     }
-    assert "chosen" not in plain(dataclasses.replace(TRAINING, chosen=Chosen()))
+
+
+def test_the_path_of_the_settings_file_is_known_but_is_no_setting(yaml_file):
+    file = yaml_file(to_yaml(TRAINING))
+    found = read("--config", file, kind=TrainSettings)
+    assert found.config_file == Path(file)
+    assert "config_file" not in plain(found)
+    assert "config_file" not in _options(TrainSettings)
+    assert (
+        read(
+            *["--data", "d", "--out", "o", "--model", "m", "--steps", "1"], kind=TrainSettings
+        ).config_file
+        is None
+    )
+    with pytest.raises(SettingsError, match="unknown option --config-file"):
+        read("--config-file", file, kind=TrainSettings)
 
 
 def test_build_refuses_an_unknown_name():
@@ -585,6 +600,6 @@ def test_every_field_is_in_the_help():
         read("--help", kind=TrainSettings)
     text = str(asked.value)
     for kind, prefix in ((TrainSettings, ""), (OptimSettings, "optim."), (ArchSettings, "arch.")):
-        for item in dataclasses.fields(kind):
+        for item in settings_of(kind):
             if not dataclasses.is_dataclass(item.type):
                 assert f"{spell(prefix + item.name)} " in text

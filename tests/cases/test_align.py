@@ -13,11 +13,11 @@ from command_line import rows
 from judge_server import Reply, fails, judging, says
 
 from openpalm.align.config import DpoSettings
-from openpalm.align.judging.endpoint import EndpointJudge
-from openpalm.align.judging.judge import Question
+from openpalm.align.judging.endpoint_judge import EndpointJudge
+from openpalm.align.judging.model_judge import Question
 from openpalm.align.pairs.dpo import pair_losses
+from openpalm.data.rows.labelled_completion_files import read_labelled_completions
 from openpalm.data.rows.pair_files import read_pairs
-from openpalm.data.rows.verdict_files import read_verdicts
 from openpalm.errors import SettingsError, WorkError
 
 
@@ -146,7 +146,7 @@ def test_the_timeout_is_of_the_whole_reply():
     with dripping() as url:
         judge = EndpointJudge(url, "m", timeout_s=0.2, wait=at_once)
         with pytest.raises(WorkError, match=r"timed out after 0\.2 s"):
-            judge.first([Question("Which?", ("A", "B"))])
+            judge.verdicts([Question("Which?", ("A", "B"))])
 
 
 # --- losses on pairs
@@ -198,13 +198,15 @@ def test_an_option_of_another_loss_is_refused(loss, option):
         losses(torch.tensor([-1.0, -3.0]), loss=loss, **option)
 
 
-def test_kto_says_that_all_verdicts_are_of_one_kind(said, work, place):
-    """kto on good verdicts alone said nothing of the bad ones that it needs."""
-    verdicts = [{"prompt": f"Q{i}?", "completion": "PaLM.", "label": True} for i in range(6)]
-    words = ["--data", lines("k.jsonl", *verdicts), "--out", "r", "--steps", 1, "--loss", "kto"]
+def test_kto_says_that_all_labels_are_equal(said, work, place):
+    """kto on desirable completions alone said nothing of the undesirable ones that it needs."""
+    labelled = [{"prompt": f"Q{i}?", "completion": "PaLM.", "label": True} for i in range(6)]
+    words = ["--data", lines("k.jsonl", *labelled), "--out", "r", "--steps", 1, "--loss", "kto"]
     status, _, errors = said("dpo", "--init", work / "base", *words, "--dtype", "float32")
     assert status == 0, errors
-    assert any("6 verdicts, all good; without bad ones" in line for line in errors)
+    assert any(
+        "6 labelled completions, all desirable; without undesirable ones" in line for line in errors
+    )
 
 
 # --- rows of pairs
@@ -214,7 +216,7 @@ def talk(question: str, answer: str) -> str:
     return f"\n\nHuman: {question}\n\nAssistant: {answer}"
 
 
-@pytest.mark.parametrize("read", [read_pairs, read_verdicts])
+@pytest.mark.parametrize("read", [read_pairs, read_labelled_completions])
 @pytest.mark.parametrize(
     "row",
     [

@@ -25,7 +25,7 @@ BRIEF = ["--max-new-tokens", 2, "--dtype", "float32"]
 # --- checkpoints
 
 
-def test_a_model_of_nan_is_answered_503(work, tmp_path):
+def test_a_model_of_nan_gets_status_503(work, tmp_path):
     """Logits of NaN were answered with status 500, or without logprobs with NUL bytes as text."""
     broken = Path(shutil.copytree(work / "base", tmp_path / "broken"))
     weights = safetensors.torch.load_file(broken / "model.safetensors")
@@ -173,14 +173,14 @@ def test_a_shard_altered_in_its_middle_stops_the_run(said, work, unfinished, tmp
     assert not (run / "checkpoints/step-00000008").exists()
 
 
-@pytest.mark.parametrize(("was", "now"), [("steps: 8", "steps: -3"), ("float32", "cow")])
+@pytest.mark.parametrize(("was", "now"), [('"steps": 8', '"steps": -3'), ("float32", "cow")])
 def test_what_a_run_chose_is_not_edited(said, unfinished, was, now):
-    """Of an edited `chosen` in config.yaml -3 steps counted as finished, dtype cow as a crash."""
+    """After an edit, -3 steps counted as a finished run, and dtype cow ended in a crash."""
     run, words = unfinished
-    file = run / "config.yaml"
-    before, chosen = file.read_text(encoding="utf-8").split("chosen:")
-    assert was in chosen
-    file.write_text(f"{before}chosen:{chosen.replace(was, now)}", encoding="utf-8")
+    file = run / "run.json"
+    info = file.read_text(encoding="utf-8")
+    assert was in info
+    file.write_text(info.replace(was, now), encoding="utf-8")
     status, _, errors = said(*words)
     assert status == 2
     assert f"{file}: " in errors[-1]
@@ -224,7 +224,16 @@ def test_a_reward_edited_between_two_parts_of_a_run(said, work, tmp_path):
     prompts.write_text("".join(f'{{"prompt": "Q {i}"}}\n' for i in range(12)), encoding="utf-8")
     pay.write_text("def pay(prompt, answer, row):\n    return float(len(answer))\n", "utf-8")
     words = ["grpo", "--init", work / "base", "--data", prompts, "--reward", f"{pay}:pay"]
-    words += ["--max-new-tokens", 4, "--prompts", 2, "--answers", 2, "--steps", 2]
+    words += [
+        "--max-new-tokens",
+        4,
+        "--prompts-per-rollout",
+        2,
+        "--num-completions",
+        2,
+        "--steps",
+        2,
+    ]
     words += ["--save-every", 1, "--dtype", "float32", "--out", run]
     status, _, errors = said(*words)
     assert status == 0, errors
@@ -233,7 +242,7 @@ def test_a_reward_edited_between_two_parts_of_a_run(said, work, tmp_path):
     pay.write_text("def pay(prompt, answer, row):\n    return -1000.0\n", "utf-8")
     status, _, errors = said(*words)
     assert status == 2
-    assert "what --reward or --gold names has changed" in errors[-1]
+    assert "the files of --reward or --gold-reward" in errors[-1]
     assert rows(run / "metrics.jsonl") == before
 
 

@@ -1,5 +1,6 @@
 """Faults in what is computed, met on particular weights or processors: each stays corrected."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,17 +27,17 @@ def tiny(vocab_size: int, depth: int = 1) -> Transformer:
 def test_noise_in_the_distance_is_no_advantage(kind):
     """With eight equal rewards, KL noise of 1e-4 a token was scaled to advantages of full size."""
     settings = GrpoSettings(
-        data=Path("-"), out=Path("-"), model="palm-tiny", steps=9, advantage=kind, answers=8
+        data=Path("-"), out=Path("-"), model="palm-tiny", steps=9, advantage=kind, num_completions=8
     )
     generator = torch.Generator().manual_seed(0)
     old = -torch.rand(8, 10, generator=generator)
     rollout = SimpleNamespace(
         rewards=torch.ones(8),
-        old=old,
-        reference=old + 1e-4 * torch.randn(8, 10, generator=generator),
+        old_log_probs=old,
+        reference_log_probs=old + 1e-4 * torch.randn(8, 10, generator=generator),
         mask=torch.ones(8, 10, dtype=torch.bool),
     )
-    advantages = estimate(settings, rollout, settings.beta).advantages  # type: ignore[arg-type]
+    advantages = estimate(settings, rollout, settings.kl_coef).advantages  # type: ignore[arg-type]
     assert advantages.abs().max() <= 1e-2
 
 
@@ -85,7 +86,7 @@ def test_without_bfloat16_instructions_training_takes_float32(
     words = ["--data", work / "data", "--out", out, "--steps", 1, "--batch-tokens", 96]
     status, _, errors = said("train", "--init", work / "base", *words)
     assert status == 0, errors
-    assert "\n  dtype: float32\n" in (out / "config.yaml").read_text(encoding="utf-8")
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(

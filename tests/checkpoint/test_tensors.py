@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from openpalm.checkpoint import tensors
 from openpalm.errors import CheckpointError
-from openpalm.train.config import OptimizerName, OptimSettings
 from openpalm.train.optimization.parameter_groups import Optimizer
+from openpalm.train.optimizer_settings import OptimizerName, OptimSettings
 
 
 def back(path: Path, given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ def test_prepare_says_what_it_made_and_what_comes_next(text, tmp_path, capsys):
     out = tmp_path / "out"
     status, said, errors = run(capsys, "prepare", text, "--out", out, "--tokenizer", "byte")
     assert (status, errors) == (0, "")
-    assert "read 1 document: 0 repeated and 0 blank left out" in said
+    assert "read 1 document: 0 repeated and 0 blank dropped" in said
     assert "1,425 bytes" in said
     assert f"openpalm train --model palm-tiny --data {out}" in said
     status, said, _ = run(capsys, "prepare", text, "--out", out, "--tokenizer", "byte")
@@ -156,8 +156,8 @@ def test_long_work_shows_a_bar_on_standard_error(text, tmp_path, capsys, monkeyp
 def test_the_verb_alone_lists_both(words, capsys):
     status, said, _ = run(capsys, *words)
     assert status == 0
-    assert "prepare     text, .jsonl" in said
-    assert "inspect     what a prepared" in said
+    assert "prepare     make token shards from text, .jsonl" in said
+    assert "inspect     show the contents of a prepared" in said
 
 
 def test_what_a_folder_holds_beside_its_texts_is_counted(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`openpalm doctor`: a table where all is well, one line and status 1 where it is not."""
+"""`openpalm doctor`: a table of checks, or one error line and status 1."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from command_line import rows, write_base
 
-from openpalm.cli.doctor import DoctorSettings, admit
+from openpalm.cli.doctor import DoctorSettings, planned_run
 from openpalm.train.config import LoraSettings
 
 REWARD = """
@@ -80,24 +80,30 @@ def test_rewards_and_an_adapter(said, base, given):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_its_step_is_the_runs(said, base, given, rank):
-    """The learning rate of a run on rollouts that is told nothing else."""
-    patient = admit(DoctorSettings(str(base), Path("prompts.jsonl"), lora=LoraSettings(rank)))
+    """The doctor's step has the default learning rate of RL runs."""
+    planned = planned_run(DoctorSettings(str(base), Path("prompts.jsonl"), lora=LoraSettings(rank)))
     words = ["--reward", "r.py:vowels", "--steps", 1, "--lora.rank", rank, "--out", given / "out"]
     words += ["--optim.warmup", 0, "--optim.final-lr", 1, "--max-new-tokens", 8]
     status, _, errors = said("grpo", "--init", base, "--data", "prompts.jsonl", *words)
     assert status == 0, errors
-    [rate] = {group["lr"] for group in patient.optimizer.parts[0].param_groups}
+    [rate] = {group["lr"] for group in planned.optimizer.parts[0].param_groups}
     assert rate == pytest.approx(rows(given / "out" / "metrics.jsonl")[0]["lr"])
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["pairs.jsonl", "--reward", "r.py:shorter"], "not swapped: failed: the reward likes"),
+        (
+            ["pairs.jsonl", "--reward", "r.py:shorter"],
+            "not swapped: failed: of ",
+        ),
         (["prompts.jsonl", "--reward", "r.py:same"], "rewards vary: failed: 6 of 6 prompts"),
         (["prompts.jsonl", "--reward", "r.py:nan"], "returned nan, which is no finite number"),
         (["prompts.jsonl", "--reward", "r.py:fails"], "raised ZeroDivisionError"),
-        (["prompts.jsonl", "--max-new-tokens", 1, "--seed", 3], "answers come to an end: failed"),
+        (
+            ["prompts.jsonl", "--max-new-tokens", 1, "--seed", 3],
+            "model ends its completions: failed",
+        ),
     ],
 )
 def test_a_failure_is_named_with_its_remedy(said, base, given, words, says):
@@ -113,7 +119,7 @@ def test_a_failure_is_named_with_its_remedy(said, base, given, words, says):
         (["none.jsonl"], "none.jsonl"),
         (["r.py"], ".jsonl or .jsonl.gz"),
         (["prompts.jsonl", "--reward", "nothing"], "--reward nothing: no such run"),
-        (["prompts.jsonl", "--answers", 1], "--answers 1"),
+        (["prompts.jsonl", "--num-completions", 1], "--num-completions 1"),
         (["prompts.jsonl", "--lora.rank", 10_000], "rank"),
         (
             ["prompts.jsonl", "--max-new-tokens", 96],

@@ -1,4 +1,4 @@
-"""`openpalm dpo`: pairs in, a model that prefers the chosen answers, and what is refused."""
+"""`openpalm dpo`: every loss learns the preference; errors in one line."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ def test_every_loss_learns_what_is_preferred(said, base, pairs, tmp_path, loss):
 
 @pytest.mark.parametrize(("loss", "at_first"), [("dpo", 0.6931), ("kto", 0.5)])
 def test_dropout_is_off(said, base, pairs, tmp_path, loss, at_first):
-    """The policy is its reference at first, and would not be with it."""
+    """The policy equals its reference at first; with dropout it would not."""
     words = ("--loss", loss, "--arch.dropout", 0.5, "--steps", 1)
     assert run(said, base, pairs, tmp_path / "out", *words)[0] == 0
     logged = [row for row in rows(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
@@ -71,7 +71,7 @@ def thumbs(tmp_path):
 
 @pytest.mark.parametrize("form", ["thumbs", "pairs"])
 def test_kto_learns_what_is_good(said, base, tmp_path, form, request):
-    """Of verdicts, and of pairs, which are one good and one bad verdict each."""
+    """Of labelled completions, and of pairs: one desirable and one undesirable completion each."""
     data = request.getfixturevalue(form)
     status, _, errors = run(said, base, data, tmp_path / "out", "--loss", "kto", "--beta", 0.5)
     assert status == 0, errors
@@ -82,7 +82,7 @@ def test_kto_learns_what_is_good(said, base, tmp_path, form, request):
     steps = [row for row in logged if "loss" in row]
     assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-3)
     assert steps[-1]["loss"] < 0.45
-    assert steps[-1]["verdicts"] == 12 * 8
+    assert steps[-1]["completions"] == 12 * 8
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_kto_learns_what_is_good(said, base, tmp_path, form, request):
         ({"completion": None}, "thumbs.jsonl:121"),
     ],
 )
-def test_a_bad_verdict_is_named(said, base, thumbs, tmp_path, row, says):
+def test_a_bad_label_is_named(said, base, thumbs, tmp_path, row, says):
     good = {"prompt": "Why?", "completion": "So.", "label": True}
     with thumbs.open("a") as file:
         file.write(json.dumps(good | row) + "\n")
@@ -107,31 +107,33 @@ def test_a_bad_verdict_is_named(said, base, thumbs, tmp_path, row, says):
 @pytest.mark.parametrize(
     ("label", "says"),
     [
-        (True, "60 verdicts, all good; without bad ones kto only makes these answers likelier"),
-        (False, "60 verdicts, all bad; without good ones kto only makes these answers less likely"),
+        (True, "all desirable; without undesirable ones"),
+        (False, "all undesirable; without desirable ones"),
     ],
 )
-def test_verdicts_of_one_kind_alone_are_pointed_out(said, base, thumbs, tmp_path, label, says):
-    """The run goes through all the same."""
+def test_labels_of_one_kind_alone_are_pointed_out(said, base, thumbs, tmp_path, label, says):
+    """The run completes nevertheless."""
     lines = [json.loads(line) for line in thumbs.read_text(encoding="utf-8").splitlines()]
     kept = [json.dumps(row) + "\n" for row in lines if row["label"] is label]
     thumbs.write_text("".join(kept), encoding="utf-8")
     words = ("--loss", "kto", "--steps", 2)
     status, _, errors = run(said, base, thumbs, tmp_path / "out", *words)
     assert status == 0, errors
-    assert f"dpo: {says}" in errors
+    assert any(
+        line.startswith("dpo: 60 labelled completions, ") and says in line for line in errors
+    )
     losses = [row["loss"] for row in rows(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
     assert losses[0] == pytest.approx(0.5, abs=1e-3)
     assert len(losses) == 2
 
 
-def test_verdicts_of_one_prompt_are_refused(said, base, tmp_path):
+def test_completions_of_one_prompt_are_refused(said, base, tmp_path):
     path = tmp_path / "one.jsonl"
     row = {"prompt": "Why?", "completion": "So.", "label": True}
     path.write_text(f"{json.dumps(row)}\n" * 3)
     status, _, errors = run(said, base, path, tmp_path / "out", "--loss", "kto")
     assert status == 2
-    assert "kto needs answers to at least two" in errors[-1]
+    assert "give at least two prompts" in errors[-1]
 
 
 def test_the_same_command_again_does_nothing_and_another_beta_is_refused(
@@ -146,7 +148,7 @@ def test_the_same_command_again_does_nothing_and_another_beta_is_refused(
 
 
 def test_a_reference_that_moved_is_refused(said, base, pairs, tmp_path):
-    """--init names a run that has gone on: resumed, the pairs would have another reference."""
+    """--init names a run that was continued: the reference would change on resume."""
     parent = tmp_path / "parent"
     (parent / "checkpoints").mkdir(parents=True)
     for step in (1, 2):
@@ -170,7 +172,10 @@ def test_pairs_that_do_not_fit_are_left_out_and_told(said, base, pairs, tmp_path
         ({"rejected": None}, 'pairs.jsonl:61: field "rejected" is missing'),
         ({"prompt": 7}, 'field "prompt" is 7'),
         ({"context": ["Mine."]}, 'field "context" is a list; it must be a text'),
-        ({"messages": [{"role": "user", "content": "Other."}]}, "field 'messages' beside chosen,"),
+        (
+            {"messages": [{"role": "user", "content": "Other."}]},
+            "field 'messages' would not reach the model, which is given chosen,",
+        ),
         ({"chosen": 5}, "chosen"),
     ],
 )
@@ -192,8 +197,8 @@ def test_rows_that_teach_nothing_are_left_out_and_told(said, base, pairs, tmp_pa
     assert status == 0
     told = [line.partition("pairs.jsonl: ")[2] for line in errors if "pairs.jsonl: " in line]
     assert told == [
-        "1 left out: equal answers (line 61)",
-        "1 left out: empty answer (line 62)",
+        "1 left out: equal completions (line 61)",
+        "1 left out: empty completion (line 62)",
         "1 left out: empty prompt (line 63)",
         "1 row carries fields that are not used: 'id' (1)",
     ]

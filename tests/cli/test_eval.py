@@ -20,8 +20,8 @@ def test_eval_is_the_validation_row_of_the_run(said, work, run):
 def test_the_line_says_what_json_says(said, work, run):
     found = json.loads(said("eval", run, "--data", work / "data", "--json")[1])
     line = said("eval", run, "--data", work / "data")[1]
-    assert f"{found['nats_per_token']:.4f} nats a token" in line
-    assert f"{found['bits_per_byte']:.4f} bits a byte" in line
+    assert f"{found['nats_per_token']:.4f} nats per token" in line
+    assert f"{found['bits_per_byte']:.4f} bits per byte" in line
 
 
 def test_the_training_split(said, work, run):

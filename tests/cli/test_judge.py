@@ -1,4 +1,4 @@
-"""`openpalm judge`: preference records like a person's, gone on with, and what is refused."""
+"""`openpalm judge`: preference records, continued after a stop; errors in one line."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from command_line import rows, write_base
 from judge_server import fails, judging, says
 
-from openpalm.align.judging import judge
+from openpalm.align.judging import model_judge
 from openpalm.data.rows.demonstration_files import read_demonstrations
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import Preference
@@ -24,7 +24,7 @@ def write(path, *rows):
 
 @pytest.fixture
 def given(tmp_path):
-    """Answers of which the one with more stars is the better one."""
+    """Completions; the one with more stars is better."""
     write(
         tmp_path / "a.jsonl",
         *({"prompt": f"Question {i}?", "responses": ["*", "***", "**"]} for i in range(3)),
@@ -113,17 +113,17 @@ def test_what_is_judged_is_not_judged_again(said, given):
 
 def test_a_judge_that_would_say_neither_gives_no_verdict(said, base, given):
     """Random weights: A and B are two ids of 265."""
-    status, output, errors = with_ours(said, base, given, "--answers", 2)
+    status, output, errors = with_ours(said, base, given, "--num-completions", 2)
     assert (status, errors) == (0, [])
     told = json.loads(output)
     assert (told["written"], rows(given / "j.jsonl")) == (0, [])
-    told["left_out"].pop("empty answer", None)
+    told["left_out"].pop("empty completion", None)
     assert list(told["left_out"]) == ["the judge's reply is neither label (below 10%)"]
 
 
 def test_ours_writes_and_judges(said, base, given, monkeypatch):
-    monkeypatch.setattr(judge, "LEAST_MASS", 0.0)  # of random weights
-    status, output, errors = with_ours(said, base, given, "--answers", 3)
+    monkeypatch.setattr(model_judge, "MIN_LABEL_MASS", 0.0)  # of random weights
+    status, output, errors = with_ours(said, base, given, "--num-completions", 3)
     assert (status, errors) == (0, [])
     told, found = json.loads(output), rows(given / "j.jsonl")
     assert len(found) == told["written"] > 6
@@ -133,7 +133,7 @@ def test_ours_writes_and_judges(said, base, given, monkeypatch):
         sides = row["candidates"]
         assert sides[0]["sampling"]["draw"] < sides[1]["sampling"]["draw"]
         assert len(sides[0]["checkpoint"]) == 64
-    status, output, _ = with_ours(said, base, given, "--answers", 3)
+    status, output, _ = with_ours(said, base, given, "--num-completions", 3)
     assert (status, json.loads(output)["written"]) == (0, 0)
     assert rows(given / "j.jsonl") == found
 
@@ -168,7 +168,7 @@ def test_ours_revises(said, base, given):
 
 
 def test_what_cannot_be_judged_is_told(said, base, given, monkeypatch):
-    monkeypatch.setattr(judge, "LEAST_MASS", 0.0)  # of random weights
+    monkeypatch.setattr(model_judge, "MIN_LABEL_MASS", 0.0)  # of random weights
     many = "x" * 600
     rows_ = [["", "*"], ["*", " * "], [many, "*"], ["*", "**"]]
     write(given / "a.jsonl", *({"prompt": "Why?", "responses": pair} for pair in rows_))
@@ -179,8 +179,8 @@ def test_what_cannot_be_judged_is_told(said, base, given, monkeypatch):
     told = json.loads(output)
     assert (status, told["written"]) == (0, 1)
     assert told["left_out"] == {
-        "empty answer": 1,
-        "equal answers": 1,
+        "empty completion": 1,
+        "equal completions": 1,
         "longer than the judge's context": 1,
     }
 
@@ -188,12 +188,12 @@ def test_what_cannot_be_judged_is_told(said, base, given, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "who judges? give --judge or --endpoint"),
-        (["--judge", "x", "--endpoint", "http://x"], "one of them"),
+        ([], "give either --judge or --endpoint"),
+        (["--judge", "x", "--endpoint", "http://x"], "give either --judge or --endpoint"),
         (["--endpoint", "http://x"], "--endpoint and --judge-model: give both"),
         (["--endpoint", "ftp://x", "--judge-model", "m"], "--endpoint ftp://x: must be an http"),
         (["--judge", "x"], "x: no such checkpoint or run"),
-        (["--judge", "x", "--answers", 1], "--answers 1: must be 2"),
+        (["--judge", "x", "--num-completions", 1], "--num-completions 1: must be 2"),
         (["--judge", "x", "--timeout", 0], "--timeout 0"),
         (["--judge", "x", "--parallel", 0], "--parallel 0"),
         (["--judge", "x", "--data", "p.jsonl"], 'field "responses" is missing'),

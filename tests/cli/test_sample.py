@@ -13,6 +13,7 @@ import openpalm
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.generate import engine as engine_module
+from openpalm.generate.sampling import Sampling
 from openpalm.model.transformer import Transformer, initialise
 
 PROMPT = "The quick brown"
@@ -189,7 +190,7 @@ def test_temperature_zero_is_a_temperature(requests, sampled):
 def test_sampling_settings_reach_the_engine(requests, sampled):
     words = ["--temperature", 0.7, "--top-k", 9, "--top-p", 0.8, "--seed", 4]
     sampled(*words, "--max-new-tokens", 1)
-    assert requests[0].sampling == engine_module.Sampling(0.7, 9, 0.8, 4)
+    assert requests[0].sampling == Sampling(0.7, 9, 0.8, 4)
 
 
 def test_stop(sampled):
@@ -278,7 +279,7 @@ def test_missing_words(said, run):
     status, _, errors = said("sample", run)
     assert (status, errors) == (
         2,
-        ["openpalm: error: missing prompt; say `openpalm sample PATH PROMPT`"],
+        ["openpalm: error: missing prompt; run `openpalm sample PATH PROMPT`"],
     )
     status, _, errors = said("sample", run, "The", "quick", "brown")
     assert status == 2

@@ -1,4 +1,4 @@
-"""`openpalm serve`: what is refused before it serves; tests/serve has the server."""
+"""`openpalm serve`: settings refused at start; tests/serve tests the server."""
 
 import socket
 import sys
@@ -21,17 +21,20 @@ def keyless(monkeypatch):
         (["--port", 70000], "--port 70000: must be 0 (any free one) to 65535"),
         (["--max-sequences", 0], "--max-sequences 0: must be 1 or more"),
         (["--max-queue", -1], "--max-queue -1: must be 0 or more"),
-        (["--host", "0.0.0.0"], "--host 0.0.0.0: others could use the model; give --api-key"),
+        (
+            ["--host", "0.0.0.0"],
+            "--host 0.0.0.0: anyone on the network could use the model",
+        ),
         (["--host", "models.example"], "give --api-key"),
         (["--api-key", ""], "--api-key (or OPENPALM_API_KEY): the key is empty"),
-        (["--api-key", "two words"], "the key has a character in it that callers cannot send"),
+        (["--api-key", "two words"], "the key has a character that callers cannot send"),
         (["--admin-key", "schlüssel"], "--admin-key (or OPENPALM_ADMIN_KEY): the key has a"),
         (["--api-key", '["good", "b\\nad"]'], "key 2 of 2 has a character"),
-        (["--api-key", "[]"], "has no key in it"),
-        (["--allow-origin", "web.example"], "--allow-origin web.example: must be a site as in"),
+        (["--api-key", "[]"], "the list is empty"),
+        (["--allow-origin", "web.example"], "--allow-origin web.example: must be * or a site like"),
         (["--allow-origin", "https://web.example/page"], "without a path"),
-        (["--allow-origin", "ftp://web.example"], "must be a site"),
-        (["--allow-origin", "https://web.example:x"], "must be a site"),
+        (["--allow-origin", "ftp://web.example"], "must be * or a site"),
+        (["--allow-origin", "https://web.example:x"], "must be * or a site"),
         (
             ["--conversation-url", "ftp://x", "--port", 0],
             "--conversation-url ftp://x: must be an http:// or https:// URL",
@@ -60,7 +63,7 @@ def test_keys_of_the_environment(monkeypatch, given, keys):
 
 
 @pytest.mark.parametrize("given", ["", " \n", "[", '["a", 1]', "[1]", '["a", ""]', "clé"])
-def test_keys_of_the_environment_that_nobody_could_send(monkeypatch, given):
+def test_invalid_keys_of_the_environment(monkeypatch, given):
     monkeypatch.setenv("OPENPALM_API_KEY", given)
     with pytest.raises(SettingsError, match="OPENPALM_API_KEY"):
         ServeSettings("run")
@@ -79,7 +82,7 @@ def test_keys_of_the_environment_that_nobody_could_send(monkeypatch, given):
         ("http://[::1]:5000", "http://[::1]:5000"),
     ],
 )
-def test_origins_are_spelt_as_browsers_do(given, origin):
+def test_origins_are_written_as_browsers_do(given, origin):
     """As of the fetch standard: lower case, punycode, no usual port, no slash."""
     assert ServeSettings("run", allow_origin=given).origins == [origin]
 
@@ -98,7 +101,7 @@ def test_no_such_run(said, tmp_path):
     assert str(tmp_path / "none") in errors[0]
 
 
-def test_a_missing_extra_says_how_to_get_it(said, run, monkeypatch):
+def test_a_missing_package_names_the_extra(said, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     status, _, errors = said("serve", run)
     assert status == 2

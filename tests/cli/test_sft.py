@@ -109,7 +109,7 @@ def test_what_is_not_used_is_told(said, base, tmp_path):
     data = write(tmp_path / "data.jsonl", good, good | {"output": ""})
     status, _, errors = run(said, base, data, tmp_path / "out", "--steps", 1)
     assert status == 0
-    assert "data.jsonl: 1 left out: empty answer (line 2)" in errors[0]
+    assert "data.jsonl: 1 left out: empty completion (line 2)" in errors[0]
 
 
 def test_prompts_that_fill_the_window_teach_nothing(said, base, tmp_path):

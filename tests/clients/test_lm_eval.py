@@ -173,5 +173,5 @@ def test_chat(evaluate, engine, tokenizer):
     found = evaluate("say", model="local-chat-completions", path=path, chat=True, num_concurrent=2)
     for document, (_, answer) in zip(DOCUMENTS["say"], found["say"], strict=True):
         talk = [Message("user", document["text"])]
-        ids = render(tokenizer, talk, answer_next=True).ids
+        ids = render(tokenizer, talk, add_generation_prompt=True).ids
         assert answer == said(engine, tokenizer, ids, stop_ids(tokenizer))

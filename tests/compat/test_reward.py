@@ -70,7 +70,7 @@ def test_a_binned_reward_is_the_expected_bin_unless_sampled():
     model = reward_of(folder)
     reward = model(tokens, mask=mask, prompt_lengths=lengths)
     assert torch.allclose(reward, chances @ torch.arange(5.0), atol=PARITY)
-    assert reward.tolist() == pytest.approx(model.judge(tokens, mask, lengths), abs=1e-6)
+    assert reward.tolist() == pytest.approx(model.rewards(tokens, mask, lengths), abs=1e-6)
     drawing = reward_of(folder, sample_from_bins=True)
     torch.manual_seed(0)
     drawn = torch.stack([drawing(tokens, mask=mask, prompt_lengths=lengths) for _ in range(2000)]).T

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import openpalm.compat.rlhf as rlhf
 from openpalm.align.rollouts.ppo import estimate
-from openpalm.align.rollouts.rollout_batch import Estimated
+from openpalm.align.rollouts.rollout_batch import AdvantageEstimate
 from openpalm.compat.palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
 from openpalm.errors import DataError, OpenPalmError, SettingsError
 
@@ -76,9 +76,9 @@ def test_the_reward_rises(actor_lora: bool):
 
 
 def test_advantages_of_the_wrong_sign_would_show(monkeypatch: pytest.MonkeyPatch):
-    def wrong(*given: Any) -> Estimated:
+    def wrong(*given: Any) -> AdvantageEstimate:
         advantages, returns = estimate(*given)
-        return Estimated(-advantages, returns)
+        return AdvantageEstimate(-advantages, returns)
 
     monkeypatch.setattr(rlhf, "estimate", wrong)
     with pytest.raises(AssertionError):
@@ -113,12 +113,12 @@ def test_a_critic_of_ones_own_learns_too():
 class Watching(RewardModel):
     """Keeps what it was asked."""
 
-    def judge(self, ids: Tensor, mask: Tensor, prompt_lengths: Tensor) -> list[float]:
+    def rewards(self, ids: Tensor, mask: Tensor, prompt_lengths: Tensor) -> list[float]:
         self.asked = getattr(self, "asked", [])
         rows = zip(ids, mask, prompt_lengths, strict=True)
         self.asked += [(row[real].tolist(), int(length)) for row, real, length in rows]
         self.padding = ids[~mask]
-        return super().judge(ids, mask, prompt_lengths)
+        return super().rewards(ids, mask, prompt_lengths)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -162,13 +162,13 @@ def test_answers_are_spread_over_the_rollouts():
 def test_the_best_of_the_samples_is_given():
     trainer = learner()
     made: list[list[list[int]]] = []
-    answers = trainer.palm.answers
+    answers = trainer.palm.completions
 
     def keeping(*given: Any, **how: Any) -> list[list[int]]:
         made.append(answers(*given, **how))
         return made[-1]
 
-    trainer.palm.answers = keeping  # type: ignore[method-assign]
+    trainer.palm.completions = keeping  # type: ignore[method-assign]
     best = trainer.generate(10, prompt=[1, 3], num_samples=6, filter_logits_fn=None)
     share = [sum(i % 2 == 0 for i in answer) / len(answer) for answer in made[0]]
     assert len(share) == 6
@@ -214,7 +214,7 @@ def test_prompts_can_be_text(tmp_path: Path):
         ({"prompt_token_ids": [[0.5]]}, DataError, "whole numbers"),
         ({"eps_clip": 1.5}, SettingsError, r"1\.5: must be"),
         ({"actor_lora_r": 99}, SettingsError, "rank"),
-        ({"critic_num_pred_bins": 1}, SettingsError, "critic-bins 1: must be 0"),
+        ({"critic_num_pred_bins": 1}, SettingsError, "value-bins 1: must be 0"),
         ({"hl_gauss_loss_kwargs": {"max_value": 0.0}}, SettingsError, "above min_value"),
     ],
 )

@@ -70,7 +70,7 @@ def test_foreign_to_foreign_in_one_step(
     out = converted(
         capsys, data / "PaLM-pytorch/palm", tmp_path / "new", "--to", "palm-rlhf-pytorch"
     )
-    assert "no xPos: said as" in out
+    assert "no xPos: written as" in out
 
 
 def test_wrong_requests(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path):
@@ -91,9 +91,9 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str], data: Path, tmp_path
 
 def test_our_own_checkpoints(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path):
     converted(capsys, data / "palm-rlhf-pytorch/v0.8.0/palm", tmp_path / "ours")
-    assert "OpenPaLM's already" in refused(capsys, tmp_path / "ours", tmp_path / "b")
+    assert "an OpenPaLM checkpoint already" in refused(capsys, tmp_path / "ours", tmp_path / "b")
     words = (tmp_path / "ours", tmp_path / "b", "--to", "palm-rlhf-pytorch", "--era", "0.8.0")
-    assert "--era: is about foreign files" in refused(capsys, *words)
+    assert "--era: is for checkpoints of other projects" in refused(capsys, *words)
     assert "exists already" in refused(
         capsys, data / "palm-rlhf-pytorch/v0.8.0/palm", tmp_path / "ours"
     )
@@ -133,4 +133,4 @@ def test_help_shows_from(capsys: pytest.CaptureFixture[str]):
     out = converted(capsys, "--help")
     assert "--from palm-rlhf-pytorch|palm-pytorch|nanopalm" in out
     assert "--config PATH" in out
-    assert "JSON of the hyperparameters" in out
+    assert "JSON file of hyperparameters" in out

@@ -25,7 +25,7 @@ def says(tmp_path: Path, **values: object) -> Path:
 def test_everything_is_inferred(saved: Save, palm: dict[str, Tensor], config: ModelConfig):
     foreign = read_foreign(saved(palm))
     assert foreign.config == config
-    assert foreign.source == "palm-rlhf-pytorch"
+    assert foreign.project == "palm-rlhf-pytorch"
     assert foreign.state["embedding"].shape == (128, 8)
     assert not foreign.state["embedding"][70:].any()
 
@@ -103,7 +103,7 @@ FIRST = "layers.0.fn."
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({f"{FIRST}attn_out.weight": None}, "no project known"),
+        ({f"{FIRST}attn_out.weight": None}, "no known project"),
         ({"layers.1.fn.fused_attn_ff_proj.weight": None}, "holds no layers.1"),
         ({"token_emb.weight": None, "to_logits.weight": None}, "holds no to_logits.weight"),
         ({"norm.gamma": torch.ones(9)}, r"norm.gamma is \[9\]"),
@@ -112,9 +112,15 @@ FIRST = "layers.0.fn."
         ({f"{FIRST}ff_out.2.weight": torch.zeros(8, 15)}, "fused rows"),
         ({f"{FIRST}attn_out.weight": torch.zeros(8, 0)}, "not 2-d"),
         ({"token_emb.weight": torch.zeros(70, 8)}, "differ, but the original ties them"),
-        ({f"{FIRST}norm.beta": torch.ones(8)}, "not what the original computes"),
-        ({f"{FIRST}rotary_emb.inv_freq": torch.ones(2)}, "not what the original computes"),
-        ({f"{FIRST}rotary_emb.scale": torch.ones(2)}, "not what the original computes"),
+        ({f"{FIRST}norm.beta": torch.ones(8)}, "differs from the value that the project computes"),
+        (
+            {f"{FIRST}rotary_emb.inv_freq": torch.ones(2)},
+            "differs from the value that the project computes",
+        ),
+        (
+            {f"{FIRST}rotary_emb.scale": torch.ones(2)},
+            "differs from the value that the project computes",
+        ),
         ({"extra": torch.ones(2)}, r"1 tensor .*\(extra\)"),
         ({"norm.gamma": torch.full((8,), torch.nan)}, "infinite or undefined"),
     ],
@@ -183,7 +189,9 @@ def test_an_actor_critic_is_refused(saved: Save, palm: dict[str, Tensor]):
 
 
 def test_another_project_than_said(data: Path):
-    with pytest.raises(CheckpointError, match="--from nanopalm, but its keys are those of palm-"):
+    with pytest.raises(
+        CheckpointError, match="--from nanopalm, but its tensor names are those of palm-"
+    ):
         read_foreign(data / "palm-rlhf-pytorch/v0.8.0/palm", "nanopalm")
     for folder in ("PaLM-pytorch/palm", "nanoPALM/palm/ckpt.pt"):
         with pytest.raises(CheckpointError, match=r"--era 0\.2\.1: .* has no eras"):
@@ -194,7 +202,7 @@ def test_palm_pytorch_behind_its_wrapper(data: Path, saved: Save):
     plain = data / "PaLM-pytorch/palm/palm.pt"
     state = torch.load(plain, weights_only=True)
     wrapped = read_foreign(saved({f"net.{name}": tensor for name, tensor in state.items()}))
-    assert wrapped.source == "palm-pytorch"
+    assert wrapped.project == "palm-pytorch"
     expected = read_foreign(plain)
     assert all(torch.equal(wrapped.state[name], expected.state[name]) for name in expected.state)
 

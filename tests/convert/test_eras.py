@@ -2,7 +2,7 @@
 
 import pytest
 
-from openpalm.convert.eras import ERAS, NEWEST, era_of, guess, is_known
+from openpalm.convert.eras import ERAS, NEWEST, era_of, guess_era, is_known_version
 from openpalm.errors import CheckpointError
 
 
@@ -25,7 +25,7 @@ from openpalm.errors import CheckpointError
 )
 def test_versions(version: str, first: str):
     assert era_of(version).first == first
-    assert is_known(version)
+    assert is_known_version(version)
 
 
 @pytest.mark.parametrize(
@@ -36,16 +36,16 @@ def test_nonsense_lists_the_eras(version: str):
     with pytest.raises(CheckpointError) as caught:
         era_of(version)
     assert all(str(era) in str(caught.value) for era in ERAS)
-    assert not is_known(version)
+    assert not is_known_version(version)
 
 
 def test_guesses():
     def first(gamma: float, **signs: bool) -> str:
-        return guess(gamma, **({"has_scale": True, "norm_unused": False} | signs))[0].first
+        return guess_era(gamma, **({"has_scale": True, "norm_unused": False} | signs))[0].first
 
     assert first(0.03) == NEWEST.first
     assert first(0.97) == "0.2.1"
     assert first(0.97, norm_unused=True) == "0.1.0"
     assert first(0.97, has_scale=False) == "0.0.2"
     assert first(0.97, has_scale=False, norm_unused=True) == "0.0.30"
-    assert not guess(0.03, has_scale=False, norm_unused=False)[0].xpos
+    assert not guess_era(0.03, has_scale=False, norm_unused=False)[0].xpos

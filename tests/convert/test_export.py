@@ -33,7 +33,7 @@ Make = Callable[[ModelConfig], Transformer]
 )
 def test_ours_to_theirs_and_back(tmp_path: Path, config: ModelConfig, model: Make, change: dict):
     config = replace(config, **change)
-    difference, _ = export.as_palm_rlhf(model(config), tmp_path / "out")
+    difference, _ = export.save_as_palm_rlhf(model(config), tmp_path / "out")
     assert difference < 1e-5
     assert read_foreign(tmp_path / "out").config == config
 
@@ -42,7 +42,7 @@ def test_a_scale_of_the_logits_goes_into_the_last_norm(
     tmp_path: Path, config: ModelConfig, model: Make
 ):
     scaled = replace(config, logit_scale=0.3)
-    difference, notes = export.as_palm_rlhf(model(scaled), tmp_path / "out")
+    difference, notes = export.save_as_palm_rlhf(model(scaled), tmp_path / "out")
     assert difference < 1e-5
     assert "logit_scale 0.3 folded" in "".join(notes)
     assert read_foreign(tmp_path / "out").config == config
@@ -70,7 +70,7 @@ def test_what_the_original_cannot_say_is_named(
     tmp_path: Path, config: ModelConfig, model: Make, change: dict, field: str
 ):
     with pytest.raises(CheckpointError, match=f"cannot express {field}"):
-        export.as_palm_rlhf(model(replace(config, **change)), tmp_path / "out")
+        export.save_as_palm_rlhf(model(replace(config, **change)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -86,15 +86,15 @@ def test_no_xpos_is_a_base_where_its_scale_is_one(config: ModelConfig, model: Ma
 
 def test_an_occupied_place_is_refused(tmp_path: Path, config: ModelConfig, model: Make):
     (tmp_path / "empty").mkdir()
-    export.as_palm_rlhf(model(config), tmp_path / "empty")
+    export.save_as_palm_rlhf(model(config), tmp_path / "empty")
     for _ in range(2):
         with pytest.raises(CheckpointError, match="exists already"):
-            export.as_palm_rlhf(model(config), tmp_path / "empty")
+            export.save_as_palm_rlhf(model(config), tmp_path / "empty")
         with pytest.raises(CheckpointError, match="exists already"):
-            export.as_openpalm(model(config), tmp_path / "empty", lineage={})
+            export.save_as_openpalm(model(config), tmp_path / "empty", lineage={})
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="exists already"):
-        export.check_vacant(tmp_path / "link")
+        export.check_output_directory(tmp_path / "link")
 
 
 def test_a_failed_check_leaves_nothing(
@@ -106,8 +106,8 @@ def test_a_failed_check_leaves_nothing(
         return other
 
     monkeypatch.setattr(checkpoint, "load", altered)
-    with pytest.raises(WorkError, match="its logits differ by"):
-        export.as_openpalm(model(config), tmp_path / "out", lineage={})
+    with pytest.raises(WorkError, match="its reloaded logits differ by"):
+        export.save_as_openpalm(model(config), tmp_path / "out", lineage={})
     assert not list(tmp_path.iterdir())
 
     def broken(path: Path) -> Transformer:
@@ -115,7 +115,7 @@ def test_a_failed_check_leaves_nothing(
 
     monkeypatch.setattr(checkpoint, "load", broken)
     with pytest.raises(WorkError, match="torn; removed it"):
-        export.as_openpalm(model(config), tmp_path / "out", lineage={})
+        export.save_as_openpalm(model(config), tmp_path / "out", lineage={})
     assert not list(tmp_path.iterdir())
 
 
@@ -134,5 +134,5 @@ def test_a_full_disk_is_one_line(
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(StorageError, match=r"cannot be written \(.*(full|space)"):
-        export.as_palm_rlhf(model(config), tmp_path / "out")
+        export.save_as_palm_rlhf(model(config), tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -49,19 +49,33 @@ class Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Serves a folder at its root, and at the address of a Hugging Face repository."""
+
     server: Server
+
+    def do_HEAD(self) -> None:
+        self._content()
 
     def do_GET(self) -> None:
         self.server.requests += 1
-        file = self.server.folder / self.path.lstrip("/")
+        if content := self._content():
+            self.wfile.write(content[:100] if self.server.torn else content)
+
+    def _content(self) -> bytes | None:
+        name = self.path.removeprefix("/conceptofmind/palm-150m/resolve/main/")
+        file = self.server.folder / name.lstrip("/")
         if not file.is_file():
-            self.send_error(404)
-            return
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")  # what Hugging Face says
+            self.end_headers()
+            return None
         content = file.read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
         self.end_headers()
-        self.wfile.write(content[:100] if self.server.torn else content)
+        return content
 
     def log_message(self, *_: object) -> None:
         pass
@@ -95,9 +109,6 @@ def test_the_presets_are_the_published_sizes():
         (2048, 16),
         (2560, 24),
     ]
-    assert hub._origin("palm_2b_8k_v0", None, None)[1] == (
-        "https://huggingface.co/conceptofmind/palm-2b/resolve/main/palm_2b_8k_v0.pt"
-    )
 
 
 def test_a_local_file_is_converted_once(published: Path, config: ModelConfig):
@@ -143,6 +154,41 @@ def test_a_server_stands_in_for_the_publisher(
     assert [path.name for path in hub.cache().iterdir()] == [first.name]
 
 
+@pytest.fixture
+def publisher(
+    server: Server, published: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Server:
+    """The server as Hugging Face, with a cache of its own."""
+    constants = importlib.import_module("huggingface_hub.constants")
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address(server) + template)
+    monkeypatch.setattr(constants, "ENDPOINT", address(server))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "huggingface"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return server
+
+
+def test_the_publisher_is_read_by_huggingface_hub(publisher: Server, tmp_path: Path):
+    first = hub.fetch(NAME, say=quiet)
+    assert openpalm.load(first).config.dim == 8
+    assert list((tmp_path / "huggingface").rglob(f"{NAME}.pt"))
+    requests = publisher.requests
+    assert hub.fetch(NAME, say=quiet) == first
+    assert publisher.requests == requests  # the conversion is kept
+
+
+def test_the_publisher_is_not_reached(publisher: Server, monkeypatch: pytest.MonkeyPatch):
+    (publisher.folder / f"{NAME}.pt").rename(publisher.folder / "other.pt")
+    with pytest.raises(
+        WorkError, match=r"palm-150m/palm_150m_8k_v0\.pt: cannot be downloaded .*404"
+    ):
+        hub.fetch(NAME, say=quiet)
+    constants = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WorkError, match=r"cannot be downloaded .*; try again, or get the file"):
+        hub.fetch(NAME, say=quiet)
+
+
 def test_a_folder_stands_in_for_the_publisher(published: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENPALM_HUB", str(published))
     assert openpalm.load(hub.fetch(NAME, say=quiet)).config.dim == 8
@@ -152,7 +198,9 @@ def test_a_folder_stands_in_for_the_publisher(published: Path, monkeypatch: pyte
 
 def test_a_torn_download_is_never_used(server: Server):
     server.torn = True
-    with pytest.raises(WorkError, match=r"ended after 100 of \d+ bytes|IncompleteRead"):
+    with pytest.raises(
+        WorkError, match=r"cannot be downloaded \(.*received 100 bytes, expected \d+"
+    ):
         hub.fetch(NAME, url=f"{address(server)}/{NAME}.pt", say=quiet)
     assert not list(hub.cache().iterdir())
 
@@ -194,10 +242,10 @@ def test_another_size_is_refused(published: Path):
 
 
 def test_a_full_disk_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: object) -> int:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub, "_copy", full)
+    monkeypatch.setattr(hub, "_download", full)
     with pytest.raises(StorageError, match="No space left on device; free some space"):
         hub.fetch(NAME, url=f"{address(server)}/{NAME}.pt", say=quiet)
 

@@ -59,7 +59,7 @@ def answers(
     model = load(directory, allow=lambda reason: None)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     served = ServedModel("base", Engine(model, slots=4), tokenizer, str(directory))
-    worker = Worker(served, queue_limit=16)
+    worker = Worker(served, max_queue=16)
     app = create_app(Service(worker, lambda path, name: served, Metrics()), **options)
 
     async def ask() -> list[httpx2.Response]:

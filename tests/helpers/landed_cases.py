@@ -20,13 +20,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from openpalm.align.logprobs import token_log_probs
-from openpalm.align.pairs.pairs import answer_record
+from openpalm.align.pairs.examples import render_completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.rows.demonstration_files import read_demonstrations
+from openpalm.data.rows.labelled_completion_files import read_labelled_completions
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.rating_files import read_ratings
-from openpalm.data.rows.verdict_files import read_verdicts
 from openpalm.data.text.conversation import Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.critic import ActorCritic, Bins, CriticKind
@@ -95,7 +95,16 @@ RUNS: dict[str, tuple[object, ...]] = {
     "reward": ("reward", "--data", _RECORDS, "--init", "sft/run", *_SMALL),
     "reward-binned": (
         *("reward", "--data", _RECORDS, "--init", "sft/run", "--loss", "binned"),
-        *("--axis", "helpful", "--members", 2, "--read", "mean", "--marks", *_SMALL),
+        *(
+            "--axis",
+            "helpful",
+            "--ensemble-size",
+            2,
+            "--pooling",
+            "mean",
+            "--segment-embeddings",
+            *_SMALL,
+        ),
     ),
     "reward-ordinal": (
         *(
@@ -119,7 +128,16 @@ RUNS: dict[str, tuple[object, ...]] = {
             "--reward",
             "reward/run",
         ),
-        *("--prompts", 4, "--max-new-tokens", 8, "--optim.name", "lion", "--optim.lr", 0.01),
+        *(
+            "--prompts-per-rollout",
+            4,
+            "--max-new-tokens",
+            8,
+            "--optim.name",
+            "lion",
+            "--optim.lr",
+            0.01,
+        ),
         *_ALIKE,
     ),
     "critic-separate": (
@@ -132,7 +150,16 @@ RUNS: dict[str, tuple[object, ...]] = {
             "--reward",
             "reward/run",
         ),
-        *("--prompts", 4, "--max-new-tokens", 8, "--critic", "separate", "--critic-bins", 5),
+        *(
+            "--prompts-per-rollout",
+            4,
+            "--max-new-tokens",
+            8,
+            "--critic",
+            "separate",
+            "--value-bins",
+            5,
+        ),
         *("--last-layers", 1, "--optim.name", "lion", "--optim.lr", 0.01, *_ALIKE),
     ),
 }
@@ -212,7 +239,7 @@ def outputs(model: Transformer, ids: Tensor) -> dict[str, Tensor]:
 
 def conversation(directory: Path) -> tuple[Tensor, Tensor]:
     """A question with its answer by the checkpoint's tokenizer: inputs and targets, [1, time]."""
-    record = answer_record(Tokenizer.load(directory / "tokenizer.json"), QUESTION, ANSWER)
+    record = render_completion(Tokenizer.load(directory / "tokenizer.json"), QUESTION, ANSWER)
     ids, counts = torch.tensor([record.ids]), torch.tensor([record.loss_mask])
     return ids[:, :-1], torch.where(counts, ids, IGNORE)[:, 1:].contiguous()
 
@@ -273,11 +300,12 @@ def judged(path: Path) -> dict[str, Any]:
         ],
         "ties": [[*map(_turns, (t.prompt, t.first, t.second))] for t in read_ties(path)],
         "ratings": [
-            [_turns(r.prompt), _turns(r.answer), r.value]
+            [_turns(r.prompt), _turns(r.completion), r.value]
             for r in read_ratings(path, "helpful").items
         ],
         "verdicts": [
-            [_turns(v.prompt), _turns(v.answer), v.good] for v in read_verdicts(path).items
+            [_turns(v.prompt), _turns(v.completion), v.good]
+            for v in read_labelled_completions(path).items
         ],
         "demonstrations": [_turns(messages) for messages in read_demonstrations(path).items],
         "unused_by_pairs": read_pairs(path).unused,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpalm.convert.detect import Foreign, read_foreign
+from openpalm.convert.detect import ForeignCheckpoint, read_foreign
 from openpalm.convert.eras import ERAS, Era, era_of
 
 DATA = Path(__file__).parents[1] / "parity" / "data"
@@ -34,10 +34,10 @@ class Case:
     def has(self, name: str) -> bool:
         return (self.path.parent / f"{name}.npy").is_file()
 
-    def read(self, version: str | None = None) -> Foreign:
+    def read(self, version: str | None = None) -> ForeignCheckpoint:
         return read_foreign(self.path, era=version or self.version)
 
-    def difference(self, foreign: Foreign) -> float:
+    def difference(self, foreign: ForeignCheckpoint) -> float:
         """The largest difference of logits from the original's."""
         got = foreign.model().logits(self.array("tokens"))
         return (got - self.array("logits")).abs().max().item()

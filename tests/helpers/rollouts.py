@@ -15,8 +15,14 @@ from openpalm.align.config import GrpoSettings, PpoSettings
 from openpalm.align.logprobs import evaluate, token_log_probs
 from openpalm.align.rollouts import grpo as group_file
 from openpalm.align.rollouts import ppo as ppo_file
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
-from openpalm.align.rollouts.rollout_batch import Answer, Estimated, Experience, Rollout, batch_of
+from openpalm.align.rollouts.rollout import RolloutLoader
+from openpalm.align.rollouts.rollout_batch import (
+    Completion,
+    Rollout,
+    RolloutBatch,
+    collate_completions,
+)
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.model.critic import ActorCritic, Bins, CriticKind
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.train.config import OptimSettings
@@ -29,17 +35,17 @@ _GIVEN: dict[str, Any] = {
     "init": "-",
     "steps": 9,
     "max_new_tokens": LONGEST,
-    "prompts": 4,
-    "passes": 2,
+    "prompts_per_rollout": 4,
+    "epochs_per_rollout": 2,
 }
 
 
 def grpo(**changes: Any) -> GrpoSettings:
-    return GrpoSettings(**_GIVEN | {"answers": 4} | changes)
+    return GrpoSettings(**_GIVEN | {"num_completions": 4} | changes)
 
 
 def ppo(**changes: Any) -> PpoSettings:
-    return PpoSettings(**_GIVEN | {"answers": 2} | changes)
+    return PpoSettings(**_GIVEN | {"num_completions": 2} | changes)
 
 
 @cache
@@ -66,15 +72,15 @@ def actor(kind: CriticKind = "shared", bins: Bins | None = None, **changes: Any)
     return model
 
 
-def every_answer(prompt: int = 0) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of all 341 answers to a prompt of the task."""
-    return batch_of([Answer(prompt, PROMPTS[prompt], a, [], True) for a in ANSWERS])
+def every_completion(prompt: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of all 341 completions to a prompt of the task."""
+    return collate_completions([Completion(prompt, PROMPTS[prompt], a, [], True) for a in ANSWERS])
 
 
 @torch.no_grad()
 def enumerated(model: Transformer, rewards: Tensor | None = None) -> Rollout:
-    """All 341 answers to the first prompt, as a rollout of the model."""
-    inputs, targets = every_answer()
+    """All 341 completions to the first prompt, as a rollout of the model."""
+    inputs, targets = every_completion()
     old = token_log_probs(model, inputs, targets)
     return Rollout(
         inputs,
@@ -87,20 +93,18 @@ def enumerated(model: Transformer, rewards: Tensor | None = None) -> Rollout:
     )
 
 
-def experience(rollout: Rollout, estimated: Estimated) -> Experience:
-    names = ("inputs", "targets", "old", "reference", "correction", "values")
-    return Experience(*(getattr(rollout, name) for name in names), *estimated)
-
-
-def ragged(rows: int = 6, vocab: int = 5, seed: int = 0, answers: int = 1) -> Rollout:
-    """Answers of 1, 2, 3 ... tokens to prompts of several lengths, all numbers drawn."""
+def ragged(rows: int = 6, vocab: int = 5, seed: int = 0, num_completions: int = 1) -> Rollout:
+    """Completions of 1, 2, 3 ... tokens to prompts of several lengths, all numbers drawn."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(size: int) -> list[int]:
         return torch.randint(vocab, (size,), generator=generator).tolist()
 
-    made = [Answer(i, draw(2 + i // answers % 2), draw(1 + i % 4), [], True) for i in range(rows)]
-    inputs, targets = batch_of(made)
+    made = [
+        Completion(i, draw(2 + i // num_completions % 2), draw(1 + i % 4), [], True)
+        for i in range(rows)
+    ]
+    inputs, targets = collate_completions(made)
     mask = targets >= 0
 
     def numbers() -> Tensor:
@@ -109,9 +113,11 @@ def ragged(rows: int = 6, vocab: int = 5, seed: int = 0, answers: int = 1) -> Ro
     return Rollout(
         inputs,
         targets,
-        old=numbers() - 2 * mask,
-        reference=numbers() - 2 * mask,
-        correction=torch.where(mask, 0.5 + torch.rand(mask.shape, generator=generator), 1.0),
+        old_log_probs=numbers() - 2 * mask,
+        reference_log_probs=numbers() - 2 * mask,
+        importance_weights=torch.where(
+            mask, 0.5 + torch.rand(mask.shape, generator=generator), 1.0
+        ),
         values=numbers(),
         rewards=torch.randn(rows, generator=generator),
     )
@@ -162,7 +168,7 @@ def trainer_of(loader: RolloutLoader, objective: Any, lr: float = 1e-3) -> Train
     return Trainer(model, objective, Optimizer(model, OptimSettings(), lr), loader, steps=99)
 
 
-def same(a: Experience, b: Experience) -> bool:
+def same(a: RolloutBatch, b: RolloutBatch) -> bool:
     """Bit for bit."""
     same = a.columns.keys() == b.columns.keys()
     return same and all(torch.equal(a.columns[name], b.columns[name]) for name in a.columns)

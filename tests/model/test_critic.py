@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from enumerable import CONFIG
-from rollouts import actor, every_answer, moved
+from rollouts import actor, every_completion, moved
 
 from openpalm.align.logprobs import evaluate, token_log_probs
 from openpalm.checkpoint import directory as checkpoint
@@ -36,7 +36,7 @@ def test_bins():
 def test_a_value_is_read_from_the_state_before_the_token(kind, bins):
     """From the final-norm states of the whole row, place by place."""
     model = actor(kind, bins).eval()
-    inputs, targets = every_answer()
+    inputs, targets = every_completion()
     found = evaluate(model, inputs, targets)
     trunk = model if model.critic.trunk is None else model.critic.trunk
     states = trunk.hidden(inputs)
@@ -50,7 +50,7 @@ def test_a_value_is_read_from_the_state_before_the_token(kind, bins):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_the_critic_does_not_change_the_policy(kind):
-    inputs, targets = every_answer()
+    inputs, targets = every_completion()
     alone, both = moved(), actor(kind)
     assert torch.equal(
         token_log_probs(alone, inputs, targets), evaluate(both, inputs, targets).log_probs
@@ -59,7 +59,7 @@ def test_the_critic_does_not_change_the_policy(kind):
 
 def check_start(model):
     model.reset_critic()
-    found = evaluate(model, *every_answer())
+    found = evaluate(model, *every_completion())
     middle = 1.0 if model.critic.bins else 0.0
     assert torch.allclose(model.as_value(found.values), torch.tensor(middle))
     if model.critic.trunk is not None:
@@ -113,7 +113,7 @@ def test_what_is_published_is_the_policy_alone(kind, tmp_path):
     checkpoint.save(tmp_path / "step", model, fingerprint=True)
     found = checkpoint.load(tmp_path / "step")
     assert type(found) is Transformer
-    inputs, targets = every_answer()
+    inputs, targets = every_completion()
     assert torch.equal(
         token_log_probs(found, inputs, targets), token_log_probs(model, inputs, targets)
     )
@@ -122,7 +122,7 @@ def test_what_is_published_is_the_policy_alone(kind, tmp_path):
 def test_values_where_the_head_reads_raw_states():
     model = ActorCritic(replace(CONFIG, norm_before_head=False))
     initialise(model, 0)
-    inputs, targets = every_answer()
+    inputs, targets = every_completion()
     with torch.no_grad():
         found = evaluate(model, inputs, targets).values
         wanted = model.critic(model.hidden(inputs))[targets >= 0]

@@ -1,4 +1,4 @@
-"""Foreign checkpoints compute here what they compute at home: logits, states, losses, and back."""
+"""Converted checkpoints compute the same logits, states and losses, and convert back."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from parity_cases import CASES, RLHF_CASES, Case
 
 from openpalm.convert.detect import read_foreign
-from openpalm.convert.export import as_openpalm, as_palm_rlhf
+from openpalm.convert.export import save_as_openpalm, save_as_palm_rlhf
 from openpalm.convert.palm_rlhf.write import write_palm_rlhf
 
 PARITY = 1e-4
@@ -89,7 +89,7 @@ def test_without_era_the_file_says_or_the_gammas_do(tmp_path: Path):
 
 def test_a_converted_checkpoint_reloads_bit_identically(case: Case, tmp_path: Path):
     foreign = case.read()
-    assert as_openpalm(foreign.model(), tmp_path / "out", lineage=foreign.lineage()) == 0.0
+    assert save_as_openpalm(foreign.model(), tmp_path / "out", lineage=foreign.lineage()) == 0.0
 
 
 WRITABLE = [c for c in CASES if c.version in (None, "0.2.1", "0.8.0") and "nano" not in c.file]
@@ -98,7 +98,7 @@ WRITABLE = [c for c in CASES if c.version in (None, "0.2.1", "0.8.0") and "nano"
 @pytest.mark.parametrize("case", WRITABLE, ids=name)
 def test_written_in_the_newest_form_and_read_back(case: Case, tmp_path: Path):
     model = case.read().model()
-    difference, _ = as_palm_rlhf(model, tmp_path / "out")
+    difference, _ = save_as_palm_rlhf(model, tmp_path / "out")
     assert difference < 1e-5
     again = read_foreign(tmp_path / "out")
     assert again.era == "0.2.4 to 0.8.0"
@@ -109,7 +109,7 @@ def test_written_in_the_newest_form_and_read_back(case: Case, tmp_path: Path):
 @pytest.mark.parametrize("case", WRITABLE, ids=name)
 def test_the_export_has_the_keys_and_buffers_of_0_8_0(case: Case, tmp_path: Path):
     original = torch.load(NEWEST[case.qk_norm].path, weights_only=True)
-    as_palm_rlhf(case.read().model(), tmp_path / "out")
+    save_as_palm_rlhf(case.read().model(), tmp_path / "out")
     written = torch.load(tmp_path / "out" / "palm.pt", weights_only=True)
     assert set(written) == set(original)
     for key, tensor in original.items():

@@ -84,7 +84,8 @@ def test_runs_whose_losses_mean_another_thing_get_figures_of_their_own(tmp_path)
 
 def test_a_run_that_goes_on_and_one_that_lost_steps(tmp_path):
     rows = [row(1), row(2, loss=None, skipped="loss not finite"), row(3)]
-    going = make_run(tmp_path / "going", rows, config="chosen: {steps: 50}\n")
+    going = make_run(tmp_path / "going", rows)
+    (going / "run.json").write_text('{"steps": 50}', encoding="utf-8")
     whole = make_run(tmp_path / "whole", config="chosen: {steps: 20}\n")
     text = Page(page_of([going, whole])).text
     assert "3 of 50 (1 skipped)3,000 tokens" in text
@@ -148,7 +149,7 @@ def test_other_data_is_told_and_bits_a_byte_are_drawn(tmp_path):
     runs = [make_run(tmp_path / n, config=f"chosen: {{data: {n * 20}}}\n") for n in "ab"]
     text = Page(page_of(runs)).text
     assert "These runs have different data" in text
-    assert f"chosen.data{'a' * 12}{'b' * 12}" in text
+    assert f"run.data{'a' * 12}{'b' * 12}" in text
     assert "different data" not in Page(page_of(made(tmp_path, 2))).text
 
 

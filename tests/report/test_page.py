@@ -6,7 +6,7 @@ import pytest
 from report_pages import HOSTILE, Page
 
 from openpalm.errors import SettingsError
-from openpalm.report.page import Ready, Section, switch, table, write_page
+from openpalm.report.page import SafeHtml, Section, table, tabs, write_page
 
 
 def test_the_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -40,14 +40,14 @@ def test_a_table_aligns_numbers_and_escapes_the_rest():
 
 
 def test_ready_html_is_kept_and_nothing_is_empty():
-    text = table([Ready("<i>a</i>")], [(Ready("<b>x</b>"),), (None,), ("<b>y</b>",)])
+    text = table([SafeHtml("<i>a</i>")], [(SafeHtml("<b>x</b>"),), (None,), ("<b>y</b>",)])
     assert "<th><i>a</i></th>" in text
     assert "<td><b>x</b></td></tr><tr><td></td>" in text
     assert "<b>y" not in text
 
 
-def test_a_switch_shows_its_first_pane_and_needs_no_script():
-    page = Page(switch("s", HOSTILE, [(HOSTILE, "<p>one</p>"), ("second", "<p>two</p>")]))
+def test_tabs_show_the_first_pane_and_need_no_script():
+    page = Page(tabs("s", HOSTILE, [(HOSTILE, "<p>one</p>"), ("second", "<p>two</p>")]))
     assert page.tags == ["div", "input", "label", "input", "label", "div", "p", "div", "p"]
     assert [name for name, _ in page.attributes].count("checked") == 1
     assert page.text == f"{HOSTILE} {HOSTILE} secondonetwo"

@@ -9,10 +9,10 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.report.runs import (
-    by_seed,
     differences,
+    group_by_kind,
+    group_by_seed,
     mean_of_last,
-    of_a_kind,
     read_runs,
     smooth,
 )
@@ -105,7 +105,7 @@ def test_losses_of_another_meaning_are_apart(tmp_path):
             make_run(tmp_path / "sft", config="template: chat\n"),
         ]
     )
-    names = [[run.name for run in kind] for kind in of_a_kind(runs)]
+    names = [[run.name for run in kind] for kind in group_by_kind(runs)]
     assert names == [["train"], ["dpo", "again"], ["ipo"], ["sft"]]
 
 
@@ -118,7 +118,7 @@ def test_seeds_are_grouped_and_repeats_are_not(tmp_path):
         )
         for name, (seed, lr) in configs.items()
     ]
-    groups = [[run.name for run in group] for group in by_seed(read_runs(runs))]
+    groups = [[run.name for run in group] for group in group_by_seed(read_runs(runs))]
     assert groups == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
@@ -131,3 +131,13 @@ def test_only_settings_that_differ_are_told(tmp_path):
         ("optim.beta1", ["0.9", "0.8"]),
         ("seed", ["not set", "3"]),
     ]
+
+
+def test_what_a_run_measured_is_read_from_run_json_and_from_older_settings(tmp_path):
+    new = make_run(tmp_path / "new", config="seed: 1\n")
+    (new / "run.json").write_text('{"steps": 50, "dtype": "float32"}', encoding="utf-8")
+    old = make_run(tmp_path / "old", config="seed: 1\nchosen: {steps: 50, dtype: float32}\n")
+    runs = read_runs([new, old])
+    assert [run.planned for run in runs] == [50, 50]
+    assert runs[0].settings == runs[1].settings
+    assert runs[0].settings["run.dtype"] == "float32"

@@ -1,4 +1,4 @@
-"""Whatever comes in, the right status with a message that helps, and the server lives."""
+"""Hostile requests get the right status and a helpful message, and the server survives."""
 
 import json
 import socket
@@ -6,7 +6,7 @@ import socket
 import pytest
 from servers import HANGS_S
 
-from openpalm.serve.access.auth import MAX_BODY_BYTES
+from openpalm.serve.access.body import MAX_BODY_BYTES
 
 COMPLETIONS = "/v1/completions"
 DEEP = b'{"prompt": "a", "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
@@ -15,12 +15,16 @@ DEEP = b'{"prompt": "a", "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
 @pytest.mark.parametrize(
     ("raw", "status", "says"),
     [
-        (b'{"prompt": "' + b"a" * 10_000_000 + b'"}', 413, "too large; at most 8 MiB"),
+        (
+            b'{"prompt": "' + b"a" * 10_000_000 + b'"}',
+            413,
+            "the limit for this path is 8 MiB",
+        ),
         (b" " * (20 * MAX_BODY_BYTES // 10) + b"{}", 413, "too large"),
         (DEEP, 400, "nested too deeply"),
         (b"[" * 1_000_000, 400, "nested too deeply"),
-        (b'{"prompt": "a", "temperature": NaN}', 400, "NaN is no JSON number"),
-        (b'{"prompt": "a", "temperature": -Infinity}', 400, "Infinity is no JSON number"),
+        (b'{"prompt": "a", "temperature": NaN}', 400, "NaN is not a JSON number"),
+        (b'{"prompt": "a", "temperature": -Infinity}', 400, "Infinity is not a JSON number"),
         (b'{"prompt": "a", "temperature": 1e999}', 400, "temperature"),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", 400, "too many digits"),
         (b'{"prompt": "\\ud800"}', 400, "surrogate"),
@@ -70,7 +74,7 @@ def test_bodies(call, raw, status, says):
         ("prompt", [1.5], "prompt: must be"),
         ("prompt", [265], "token id 265: the model's vocabulary has 265"),
         ("prompt", ["a"] * 1025, "prompt: must be"),
-        ("prompt", ["a"] * 1000, "1000 sequences at once; this server takes 264"),
+        ("prompt", ["a"] * 1000, "1000 sequences in one request; this server takes 264"),
         ("n", 1000, "n: should be less than or equal to 128; it is 1000"),
         ("n", 0, "n: should be greater than or equal to 1"),
         ("n", "2", "n: should be a valid integer"),
@@ -89,9 +93,9 @@ def test_bodies(call, raw, status, says):
         ("presence_penalty", 3, "presence_penalty"),
         ("logprobs", 21, "logprobs"),
         ("stop", ["a"] * 17, "stop: must be a string or a list of at most 16 strings"),
-        ("logit_bias", {"265": 1}, "logit_bias: '265' is no token id of this model (0 to 264)"),
-        ("logit_bias", {"a\u0000": 1}, "is no token id"),
-        ("logit_bias", {"١": 1}, "is no token id"),
+        ("logit_bias", {"265": 1}, "logit_bias: '265' is not a token id of this model (0 to 264)"),
+        ("logit_bias", {"a\u0000": 1}, "is not a token id"),
+        ("logit_bias", {"١": 1}, "is not a token id"),
         ("logit_bias", {"1": 101}, "logit_bias.1: should be less than or equal to 100"),
         ("logit_bias", [1], "logit_bias"),
         ("max_completion_tokens", 0, "only with echo"),
@@ -108,7 +112,7 @@ def test_fields(call, field, value, says):
     assert says in answer.body["error"]["message"]
 
 
-def test_unknown_fields_and_nul_bytes_are_no_fault(call):
+def test_unknown_fields_and_nul_bytes_are_accepted(call):
     body = {"prompt": "a\u0000b", "max_tokens": 2, "suffix": "", "best_of": 1, "x": {"y": [None]}}
     assert call(COMPLETIONS, body).status == 200
 
@@ -143,8 +147,8 @@ def test_wrong_paths_and_methods(call):
         ),
     ],
 )
-def test_json_that_is_not_declared_as_such_is_refused(server, headers, says):
-    """A page on another web site can send no JSON unasked; so it can start nothing here."""
+def test_undeclared_json_is_refused(server, headers, says):
+    """A page of another site cannot send JSON without a CORS preflight, so it starts nothing."""
     reply = raw_request(
         server,
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -157,7 +161,7 @@ def test_json_that_is_not_declared_as_such_is_refused(server, headers, says):
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/x+json"])
-def test_json_by_its_other_names(server, kind):
+def test_other_content_types_of_json_are_accepted(server, kind):
     reply = raw_request(
         server,
         f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
@@ -179,8 +183,8 @@ def test_json_by_its_other_names(server, kind):
         (b"[::1]:8000", b"200"),
     ],
 )
-def test_only_this_machines_own_names_are_answered(server, host, status):
-    """DNS rebinding: a page of evil.example whose name now means 127.0.0.1."""
+def test_only_local_host_names_are_accepted(server, host, status):
+    """DNS rebinding: evil.example points its name at 127.0.0.1."""
     head = b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n"
     reply = raw_request(server, head)
     assert reply.startswith(b"HTTP/1.1 " + status)
@@ -197,7 +201,7 @@ def test_only_this_machines_own_names_are_answered(server, host, status):
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
     ],
 )
-def test_what_is_no_http(server, sent):
+def test_invalid_http(server, sent):
     port = int(server.url.rsplit(":")[-1])
     with socket.create_connection(("127.0.0.1", port), timeout=HANGS_S) as connection:
         connection.sendall(sent)
@@ -205,7 +209,7 @@ def test_what_is_no_http(server, sent):
     server.wait_idle()
 
 
-def test_a_body_in_chunks_is_bounded_too(server):
+def test_the_body_limit_holds_for_chunks(server):
     port = int(server.url.rsplit(":")[-1])
     chunk = b"%x\r\n" % (1 << 20) + b" " * (1 << 20) + b"\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=HANGS_S) as connection:

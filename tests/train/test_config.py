@@ -8,14 +8,9 @@ import pytest
 from openpalm.base.settings import build, parse, plain
 from openpalm.base.yaml_file import read_yaml, to_yaml
 from openpalm.errors import SettingsError
-from openpalm.train.config import (
-    ArchSettings,
-    BatchShape,
-    Chosen,
-    OptimSettings,
-    TrainSettings,
-    batch_shape,
-)
+from openpalm.train.batch_shape import BatchShape
+from openpalm.train.config import ArchSettings, TrainSettings, batch_shape
+from openpalm.train.optimizer_settings import OptimSettings
 
 
 def settings(**changes: Any) -> TrainSettings:
@@ -185,7 +180,6 @@ MANY = settings(
     dtype="bfloat16",
     arch=ArchSettings(kv_heads=2, qk_norm=True, xpos_base=0.0, dropout=0.1),
     optim=OptimSettings(name="muon", lr=1e-5, eps=1e-9, clip=float("inf")),
-    chosen=Chosen(dtype="float32", steps=12, peak_flops=1.25e12, data="ab", parent="cd"),
 )
 
 

@@ -8,8 +8,8 @@ from train_samples import write_dataset
 
 from openpalm.base.yaml_file import read_yaml
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.cli.common import validation
 from openpalm.data.dataset.shards import open_dataset
+from openpalm.evaluate.perplexity import dataset_loss
 from openpalm.train.metrics import read_rows
 
 Train = Callable[..., int]
@@ -37,7 +37,7 @@ def test_each_set_is_validated_and_their_mean(train: Train, mixture: Path, tmp_p
     nats, of_bytes = 0.0, 0.0
     for name, share in (("docs", 0.75), ("code", 0.25)):
         dataset = open_dataset(mixture.parent / name)
-        alone = validation(model, dataset, "val", 16, model.embedding.dtype, document_mask=True)
+        alone = dataset_loss(model, dataset, "val", 16, model.embedding.dtype, document_mask=True)
         assert row[f"val_loss/{name}"] == pytest.approx(alone.nats_per_token)
         assert row[f"val_bits_per_byte/{name}"] == pytest.approx(alone.bits_per_byte)
         nats += share * alone.nats / alone.tokens
@@ -46,7 +46,7 @@ def test_each_set_is_validated_and_their_mean(train: Train, mixture: Path, tmp_p
     assert row["val_bits_per_byte"] == pytest.approx(nats / of_bytes / 0.6931472, rel=1e-3)
 
 
-def test_a_run_goes_on_and_is_repeated(
+def test_a_run_is_resumed_and_repeated(
     train: Train, mixture: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     whole, halves, again = tmp_path / "whole", tmp_path / "halves", tmp_path / "again"

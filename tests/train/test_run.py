@@ -1,4 +1,4 @@
-"""A run's directory: begun, gone on with, repeated, refused; what a resumed run computes."""
+"""Runs: started, resumed, repeated, refused; a resumed run equals an uninterrupted one."""
 
 import errno
 import hashlib
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch
 import yaml
 from train_samples import same, weights, write_dataset
 
+import openpalm
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.manifest import read_manifest, write_manifest
 from openpalm.cli.main import main
@@ -120,15 +122,22 @@ def test_a_fresh_run_writes_all_it_should(
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
+        "run.json",
         "samples.jsonl",
     ]
     assert step_names(out) == ["step-00000004", "step-00000008"]
 
     config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
-    assert config["steps"] == config["chosen"]["steps"] == 8
-    assert config["chosen"]["dtype"] == "float32"
+    info = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert config["steps"] == info["steps"] == 8
     manifest = (data / "manifest.json").read_bytes()
-    assert config["chosen"]["data"] == hashlib.sha256(manifest).hexdigest()
+    assert info == {
+        "openpalm": openpalm.__version__,
+        "steps": 8,
+        "dtype": "float32",
+        "peak_flops": 1e9,
+        "data": hashlib.sha256(manifest).hexdigest(),
+    }
 
     all_rows = read_rows(out / "metrics.jsonl")
     training = [row for row in all_rows if "loss" in row]
@@ -228,16 +237,6 @@ def test_a_settings_file_repeats_its_run(train: Train, reference: Path, tmp_path
     assert same_run(again, reference)
 
 
-def test_a_settings_file_repeats_on_its_own_data_only(
-    train: Train, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    other = write_dataset(tmp_path / "other", seed=1)
-    config = str(reference / "config.yaml")
-    argv = ["train", "--config", config, "--out", str(tmp_path / "b"), "--data", str(other)]
-    assert main(argv) == 2
-    assert "--data" in capsys.readouterr().err
-
-
 def test_a_directory_of_something_else_is_refused(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -269,7 +268,7 @@ def test_a_second_process_is_kept_out(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [2, 4, 5])  # 4 is saved anyway
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_resumes(
     train: Train,
     reference: Path,
     tmp_path: Path,
@@ -293,7 +292,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         in capsys.readouterr().err
     )
     assert train(out) == 0
-    assert f"going on after step {step}" in capsys.readouterr().err
+    assert f"resuming after step {step}" in capsys.readouterr().err
     assert same_run(out, reference)
 
 
@@ -309,7 +308,7 @@ def test_a_second_signal_ends_at_once(
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 7, 8])
-def test_killed_in_any_step_the_same_command_goes_on(
+def test_killed_in_any_step_the_same_command_resumes(
     train: Train, reference: Path, tmp_path: Path, at_step: Callable[..., None], step: int
 ):
     out = tmp_path / "run"
@@ -378,7 +377,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(
     error = capsys.readouterr().err
     assert "passing over a damaged checkpoint" in error
     assert str(newest) in error
-    assert "going on after step 4" in error
+    assert "resuming after step 4" in error
     assert (out / "checkpoints" / "damaged-step-00000006").is_dir()
     assert step_names(out) == ["step-00000004", "step-00000008"]
     assert same_run(out, reference)
@@ -458,7 +457,7 @@ def test_all_checkpoints_damaged_starts_over(
     assert same_run(out, reference)
 
 
-def test_a_published_checkpoint_is_no_place_to_go_on_from(
+def test_a_published_checkpoint_cannot_be_resumed(
     train: Train,
     tmp_path: Path,
     at_step: Callable[..., None],
@@ -489,17 +488,17 @@ def test_minutes_are_turned_into_steps_once(
     ask: dict[str, Any] = {"steps": None, "minutes": 0.02, "save_every": 3}
     with monkeypatch.context() as patch:
         patch.setattr(measure, "_step_seconds", lambda trainer: 0.1)
-        patch.setattr(measure, "_look_seconds", lambda *_: 0.0)
+        patch.setattr(measure, "_probe_seconds", lambda *_: 0.0)
         at_step(5, kill)
         with pytest.raises(Killed):
             train(out, **ask)
-    written = (out / "config.yaml").read_text(encoding="utf-8")
-    steps = yaml.safe_load(written)["chosen"]["steps"]
+    written = (out / "run.json").read_text(encoding="utf-8")
+    steps = json.loads(written)["steps"]
     assert 6 <= steps <= 12
     for name in ("_step_seconds", "matmul_flops"):
         monkeypatch.setattr(measure, name, lambda *_: pytest.fail("measured again"))
     assert train(out, **ask) == 0
-    assert (out / "config.yaml").read_text(encoding="utf-8") == written
+    assert (out / "run.json").read_text(encoding="utf-8") == written
     assert checkpoint.steps(out)[-1].name == checkpoint.step_name(steps)
     assert train(out, **ask) == 0
     assert train(out, **ask | {"minutes": 0.03}) == 2
@@ -634,7 +633,7 @@ def program(out: Path, data: Path) -> list[str]:
     return [sys.executable, "-m", "openpalm", "train", *words.split()]
 
 
-def test_the_program_stopped_from_outside_goes_on(data: Path, tmp_path: Path):
+def test_the_program_stopped_from_outside_resumes(data: Path, tmp_path: Path):
     """Across processes: stopped and repeated there, uninterrupted here, equal bit for bit."""
     out, whole = tmp_path / "stopped", tmp_path / "whole"
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -658,7 +657,7 @@ def test_the_program_stopped_from_outside_goes_on(data: Path, tmp_path: Path):
     done = subprocess.run(program(out, data), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{out / 'checkpoints' / 'step-00000030'}\n"
-    assert f"going on after step {stopped_at}" in done.stderr
+    assert f"resuming after step {stopped_at}" in done.stderr
     assert same_run(out, whole)
     assert json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
 
@@ -691,20 +690,34 @@ def test_weights_that_are_there_are_not_initialised(
     assert "--arch.init palm: --init brings weights of its own" in capsys.readouterr().err
 
 
-def test_a_run_from_before_these_options_goes_on(train: Train, reference: Path, tmp_path: Path):
-    """Its file lacks what is new and spells out what was then a default."""
-    file = reference / "config.yaml"
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    old = {"name", "muon_lr", "weight_decay", "beta1", "beta2", "eps", "warmup", "final_lr", "clip"}
-    values["optim"] = {name: values["optim"][name] for name in old}
-    file.write_text(yaml.safe_dump(values), encoding="utf-8")
-    shutil.rmtree(checkpoint.steps(reference)[-1])
-    assert train(reference) == 0
-    assert step_names(reference)[-1] == "step-00000008"
+def test_few_frames_from_the_command_to_the_backward_pass(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A reader who steps from `openpalm train` to `loss.backward()` passes these functions."""
+    frames: list[str] = []
+
+    def backward(loss: torch.Tensor) -> None:
+        package = str(Path(openpalm.__file__).parent)
+        stack = [f for f in traceback.extract_stack() if f.filename.startswith(package)]
+        frames.extend(f"{Path(f.filename).stem}.{f.name}" for f in stack)
+        raise Killed
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with pytest.raises(Killed):
+        train(tmp_path / "run")
+    assert frames == [
+        "main.main",
+        "train.run",
+        "train.pretrain",
+        "run.run_training",
+        "run.run",
+        "trainer.train_step",
+        "trainer.forward_backward",
+    ]
 
 
 @pytest.mark.parametrize("name", ["stable-adamw", "lion", "adafactor", "muon"])
-def test_killed_with_any_optimizer_the_same_command_goes_on(
+def test_killed_with_any_optimizer_the_same_command_resumes(
     train: Train, tmp_path: Path, at_step: Callable[..., None], name: str
 ):
     ask = {"optim.name": name}
@@ -721,14 +734,15 @@ def test_more_than_the_peak_is_no_share_of_it(busy: float, share: float | None):
     """The peak was measured while the machine did something else: a row has no MFU then."""
     config, sequences, length = PRESETS["palm-tiny"].config, 4, 16
     flops = config.flops_per_token(length) * sequences * length
-    chosen = SimpleNamespace(peak_flops=2 * flops * busy)
     session: Any = SimpleNamespace(
-        settings=SimpleNamespace(chosen=chosen, trains_all=True),
+        settings=SimpleNamespace(trains_all=True),
+        info=SimpleNamespace(peak_flops=2 * flops * busy),
         shape=BatchShape(length, sequences, 1),
         trainer=SimpleNamespace(steps=10, counted=1, world=World()),
-        job=SimpleNamespace(config=config, unit="tokens", peak_rate=lambda settings: 1e-3),
+        spec=SimpleNamespace(config=config, unit="tokens", peak_rate=lambda settings: 1e-3),
         _elapsed_s=lambda: 1.0,
     )
+    session._mfu = lambda report, rate: _Session._mfu(session, report, rate)
     report = StepReport(3, 2.0, sequences * length, 1.0, 1.0)
     row = _Session._row(session, report, 1.0)
     assert row["mfu"] == share

@@ -1,5 +1,6 @@
 """A run directory: what the same run may be continued with, and what it refuses."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from train_samples import same, tiny, weights
+from train_samples import same, tiny, weights, write_dataset
 
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.train.config import BatchShape, TrainSettings, batch_shape
+from openpalm.cli.main import main
+from openpalm.train.batch_shape import BatchShape
+from openpalm.train.config import TrainSettings, batch_shape
 from openpalm.train.metrics import read_rows
-from openpalm.train.run import _cut_changes
+from openpalm.train.sizing import measure
+from openpalm.train.spec import TrainSpec
 from openpalm.train.trainer import Trainer
 
 Train = Callable[..., int]
@@ -120,7 +124,7 @@ def test_where_microbatches_change_the_result(before: int, now: int, items: Any,
         return TrainSettings(Path("d"), Path("o"), model="palm-tiny", steps=1, **options)
 
     spec: Any = SimpleNamespace(config=tiny(), items_per_step=items, shape=None)
-    assert _cut_changes(asked(before), batch_shape(asked(now), 16), spec) == said
+    assert TrainSpec.cut_changes(spec, asked(before), batch_shape(asked(now), 16)) == said
 
 
 @pytest.mark.parametrize(("schedule", "killed"), [(WSD, 5), (WSD, 4), (LINE, 8)])
@@ -185,7 +189,6 @@ def test_other_steps_are_refused_where_the_schedule_would_be_another(
     [
         ("steps", -3),
         ("steps", 0),
-        ("steps", 5),
         ("steps", "many"),
         ("steps", None),
         ("dtype", "cow"),
@@ -198,10 +201,11 @@ def test_other_steps_are_refused_where_the_schedule_would_be_another(
         ("data", "00"),
         ("eval_every", 3),
         ("minutes", 3),
+        ("openpalm", None),
         ("cow", 3),
     ],
 )
-def test_an_edited_choice_is_refused(
+def test_an_edited_run_info_is_refused(
     train: Train,
     begun: Callable[..., None],
     tmp_path: Path,
@@ -211,34 +215,94 @@ def test_an_edited_choice_is_refused(
 ):
     out = tmp_path / "run"
     begun(out, 6)
-    file = out / "config.yaml"
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    content["chosen"][name] = value
+    file = out / "run.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content[name] = value
     if value is None:
-        del content["chosen"][name]
-    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+        del content[name]
+    file.write_text(json.dumps(content), encoding="utf-8")
     assert train(out) == 2
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert str(file) in said or "--data" in said
+    assert str(file) in said
     assert losses(out)[-1][0] == 5
 
 
-def test_an_edited_choice_is_refused_after_auto(
+def test_an_edited_dtype_is_refused_after_auto(
     train: Train, begun: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Nothing beside it in the file says what it was: the checkpoint does."""
-    from openpalm.train.sizing import measure
-
+    """config.yaml does not say what the dtype was: the checkpoint does."""
     monkeypatch.setattr(measure, "_step_seconds", lambda trainer: 1.0)
     out = tmp_path / "run"
     begun(out, 6, dtype="auto")
-    file = out / "config.yaml"
+    assert "dtype: auto" in (out / "config.yaml").read_text(encoding="utf-8")
+    file = out / "run.json"
     text = file.read_text(encoding="utf-8")
-    assert "dtype: float32" in text
-    file.write_text(text.replace("dtype: float32", "dtype: bfloat16"), encoding="utf-8")
+    assert '"float32"' in text
+    file.write_text(text.replace("float32", "bfloat16"), encoding="utf-8")
     assert train(out, dtype="auto") == 2
     file.write_text(text, encoding="utf-8")
     assert train(out, dtype="auto") == 0
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "9.0"])
+def test_a_run_of_another_version_is_refused_by_name(
+    train: Train,
+    begun: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    version: str,
+):
+    out = tmp_path / "run"
+    begun(out, 6)
+    file = out / "run.json"
+    other = json.loads(file.read_text(encoding="utf-8")) | {"openpalm": version, "cow": 1}
+    file.write_text(json.dumps(other), encoding="utf-8")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert train(out) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"--out {out}: was written by OpenPaLM '{version}' and cannot be resumed by" in said
+    assert f"--init {out}" in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_of_another_version_stays_finished(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    assert train(out) == 0
+    file = out / "run.json"
+    other = json.loads(file.read_text(encoding="utf-8")) | {"openpalm": "0.1.0"}
+    file.write_text(json.dumps(other), encoding="utf-8")
+    capsys.readouterr()
+    assert train(out) == 0
+    said = capsys.readouterr()
+    assert "finished at step 8 before; nothing to do" in said.out
+    assert "was written by OpenPaLM '0.1.0'; its settings were not compared" in said.err
+
+
+def test_a_repeated_run_keeps_the_dtype_and_steps_that_were_measured(
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    ask: dict[str, Any] = {"steps": None, "minutes": 0.02, "dtype": "auto"}
+    for name, found in (("_step_seconds", 0.1), ("_probe_seconds", 0.0)):
+        monkeypatch.setattr(measure, name, lambda *_, found=found, **named: found)
+    assert train(tmp_path / "run", **ask) == 0
+    monkeypatch.setattr(measure, "_step_seconds", lambda *_: pytest.fail("measured again"))
+    config = tmp_path / "run" / "config.yaml"
+    assert "minutes: 0.02" in config.read_text(encoding="utf-8")
+    argv = ["train", "--config", str(config), "--out"]
+    assert main([*argv, str(tmp_path / "again")]) == 0
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
+    infos = [json.loads((tmp_path / n / "run.json").read_text("utf-8")) for n in ("run", "again")]
+    assert infos[0] == infos[1]
+    capsys.readouterr()
+    other = write_dataset(tmp_path / "other", seed=1)
+    assert main([*argv, str(tmp_path / "third"), "--data", str(other)]) == 0
+    assert f"warning: --data is not what {tmp_path / 'run'} used" in capsys.readouterr().err
 
 
 def test_samples_continue_the_prompts_given_else_the_data_s_own(

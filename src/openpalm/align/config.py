@@ -1,16 +1,16 @@
-"""The settings of alignment runs, checked at birth."""
+"""Settings of alignment: SFT, DPO, reward models, PPO and GRPO; validated when they are created."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
-from openpalm.base.settings import spell
+from openpalm.base.settings import check, spell
 from openpalm.base.typed import home
 from openpalm.errors import SettingsError
 from openpalm.model.config import MAX_BINS, MAX_MEMBERS
-from openpalm.train.config import TrainSettings, check
+from openpalm.train.config import TrainSettings
 
 GroupAdvantage = Literal["grpo", "dr-grpo", "dapo", "rloo"]
 RewardLoss = Literal["bradley-terry", "regression", "binned", "hl-gauss", "ordinal"]
@@ -23,18 +23,25 @@ _LOSSES_OF: dict[str, tuple[PairLoss, ...]] = {
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
 }
+"""Losses that read an option; an option that is not listed is read by all."""
 _REWARD_LOSSES_OF: dict[str, tuple[RewardLoss, ...]] = {
     "margin_scale": ("bradley-terry",),
-    "centring": ("bradley-terry",),
+    "centring_coef": ("bradley-terry",),
     "bins": ("binned", "hl-gauss", "ordinal"),
     "axis": ("regression", "binned", "hl-gauss", "ordinal"),
 }
 
 
+def _check_field(settings: Any, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
+    """Raises SettingsError if the field is set to a value for which `holds` is false."""
+    value = getattr(settings, name)
+    check(value is None or holds(value), name, value, wanted)
+
+
 def _refuse_options_of_others(
     settings: TrainSettings, loss: str, losses_of: Mapping[str, Sequence[str]]
 ) -> None:
-    """Raises SettingsError for an option that was set and that this loss does not read."""
+    """Raises SettingsError for an option that was set but belongs to other losses."""
     for option in fields(settings):
         losses, value = losses_of.get(option.name, (loss,)), getattr(settings, option.name)
         if loss not in losses and value != option.default:
@@ -45,279 +52,280 @@ def _refuse_options_of_others(
 
 
 def reward_sources(given: list[str] | str | None) -> list[str]:
-    """Each [WEIGHT*]SOURCE of --reward, which takes one or, in brackets, several."""
+    """Splits the value of --reward into its sources: [WEIGHT*]SOURCE, or several in brackets."""
     if isinstance(given, str):
         inside = re.fullmatch(r"\s*\[(.*)\]\s*", given, re.DOTALL)
         given = inside[1].split(",") if inside else [given]
     words = (word.strip().strip("'\"").strip() for word in given or ())
+    # The shell expands ~ at the start of a word only; here it can follow WEIGHT*, rules: or @.
     place = r"(?:(?<=^)|(?<=[*@])|(?<=^rules:)|(?<=\*rules:))~/"
     return [re.sub(place, lambda _: home("~/"), word) for word in words if word]
 
 
 @dataclass(frozen=True)
 class SftSettings(TrainSettings):
-    """A fine-tuning run on conversations."""
+    """Supervised fine-tuning on conversations."""
 
     pack: bool = False
-    """several conversations in a sequence, none seeing another: less padding, larger steps"""
+    """sequence packing: several conversations in a row, without attention between them"""
     template: Literal["chat", "none"] = "chat"
-    """chat marks the turns; none joins a prompt and its completion as plain text"""
+    """chat template: chat marks the turns, none joins prompt and completion as plain text"""
 
 
 @dataclass(frozen=True)
 class DpoSettings(TrainSettings):
-    """A run on pairs of answers, of which --batch-tokens counts both sides, or on verdicts."""
+    """Preference optimisation on pairs (--batch-tokens counts both completions), or with KTO."""
 
     loss: PairLoss = "dpo"
-    """dpo, cdpo (noisy labels), ipo, simpo or orpo (without a reference), or kto (of verdicts)"""
+    """dpo, cdpo (for noisy labels), ipo, simpo and orpo (both without a reference model)
+    train on pairs; kto on labelled completions"""
     beta: float | None = None
-    """how strongly answers are pulled apart; not set is 0.1, and 2.0 for simpo"""
+    """scale of the implicit reward: a larger beta stays closer to the reference; default: 0.1,
+    for simpo 2.0"""
     label_smoothing: float = 0.1
-    """of cdpo: the share of pairs that are the wrong way round"""
+    """cdpo: assumed share of pairs with a wrong label"""
     length_normalise: bool = False
-    """divide each answer's log-probability by its tokens; simpo and orpo always do"""
+    """divide log-probabilities by the number of completion tokens; simpo and orpo always do"""
     margin: float = 1.0
-    """of simpo: how much more likely, times beta, the chosen answer shall be"""
+    """simpo: target margin between the rewards of chosen and rejected completion"""
     desirable_weight: float = 1.0
-    """of kto: how much a good verdict counts"""
+    """kto: weight lambda_D of completions labelled desirable"""
     undesirable_weight: float = 1.0
-    """of kto: how much a bad verdict counts"""
+    """kto: weight lambda_U of completions labelled undesirable"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta is not None and not 0 < self.beta < 1000:
-            raise SettingsError(f"--beta {self.beta}: must be above 0 and below 1000")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise SettingsError(f"--label-smoothing {self.label_smoothing}: must be in [0, 0.5)")
-        if not 0 <= self.margin < 1000:
-            raise SettingsError(f"--margin {self.margin}: must be 0 or more, below 1000")
+        _check_field(self, "beta", lambda v: 0 < v < 1000, "above 0 and below 1000")
+        _check_field(self, "label_smoothing", lambda v: 0 <= v < 0.5, "in [0, 0.5)")
+        _check_field(self, "margin", lambda v: 0 <= v < 1000, "0 or more, below 1000")
         _refuse_options_of_others(self, self.loss, _LOSSES_OF)
         for name in ("desirable_weight", "undesirable_weight"):
-            if not 0 < (value := getattr(self, name)) < 1000:
-                option = name.replace("_", "-")
-                raise SettingsError(f"--{option} {value}: must be above 0 and below 1000")
+            _check_field(self, name, lambda v: 0 < v < 1000, "above 0 and below 1000")
 
     @property
-    def strength(self) -> float:
-        """Beta, or its default for the loss."""
+    def resolved_beta(self) -> float:
+        """--beta, or its default for the loss."""
         return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
 
 
 @dataclass(frozen=True)
-class AlarmSettings:
-    """When a run stops because its held-out answers say that the reward is being gamed."""
+class EarlyStoppingSettings:
+    """Limits for evaluations on held-out prompts; a run that passes one stops with status 1."""
 
     gold_drop: float | None = None
-    """the gold reward falls this far below its best while the reward rises"""
+    """largest fall of the gold reward below its best while the reward rises"""
     max_kl: float | None = None
-    """nats an answer is away from the reference"""
+    """largest mean KL from the reference, nats per completion"""
     max_length: float | None = None
-    """tokens of the mean answer"""
+    """largest mean length, tokens per completion"""
     min_entropy: float | None = None
-    """nats of the policy's mean entropy"""
+    """smallest mean entropy of the policy, nats per token"""
 
     def __post_init__(self) -> None:
-        for name in ("gold_drop", "max_kl", "max_length", "min_entropy"):
-            value = getattr(self, name)
+        for option in fields(self):
+            value = getattr(self, option.name)
             known = value is None or 0 <= value < math.inf
-            check(known, f"alarm.{name}", value, "0 or more, and finite")
+            check(known, f"early_stopping.{option.name}", value, "0 or more, and finite")
 
 
 @dataclass(frozen=True)
 class RolloutSettings(TrainSettings):
-    """A run that learns from its own answers; a step takes a share of a rollout's answers."""
+    """RL on sampled completions; each step learns from an equal share of a rollout."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    """of the arithmetic (weights stay float32); auto takes the faster one here"""
+    """number format of the arithmetic; weights stay float32; auto: the faster one here"""
     reward: list[str] | str | None = None
-    """[WEIGHT*]SOURCE, several in brackets: a reward model's run, FILE.py:FUNCTION, or exact"""
-    gold: str | None = None
-    """a SOURCE that is never trained on: what the held-out answers are judged by besides"""
-    prompts: int = 8
-    """prompts of a rollout"""
-    answers: int = 4
-    """answers to each prompt"""
+    """reward, as SOURCE or '[WEIGHT*SOURCE, ...]'; a SOURCE is a reward model's run,
+    FILE.py:FUNCTION, hub:NAME, rules:FILE@CHECKPOINT or exact"""
+    gold_reward: str | None = None
+    """SOURCE of a second reward, evaluated on held-out prompts but never trained on"""
+    prompts_per_rollout: int = 8
+    """prompts per rollout"""
+    num_completions: int = 4
+    """completions per prompt"""
     max_new_tokens: int = 64
-    """tokens of an answer at most"""
+    """maximum tokens per completion"""
     temperature: float = 1.0
-    """of the policy: of its answers and of their probabilities alike"""
-    passes: int = 1
-    """times a rollout's answers are gone through"""
+    """sampling temperature; the policy's log-probabilities are taken at it too"""
+    epochs_per_rollout: int = 1
+    """epochs over each rollout"""
     minibatches: int = 1
-    """optimizer steps of one pass"""
-    beta: float = 0.05
-    """what a nat of distance to the reference costs"""
+    """optimizer steps per epoch"""
+    kl_coef: float = 0.05
+    """KL penalty coefficient, per nat"""
     kl: Literal["reward", "k2", "k3"] = "reward"
-    """where that is paid: in the reward (exact), or in the loss as k2 or k3"""
+    """KL penalty: in the reward (exact gradient), or in the loss with the k2 or k3 estimator"""
     target_kl: float | None = None
-    """nats an answer may be away; beta is then steered towards it"""
+    """target KL, nats per completion; --kl-coef then adapts to reach it"""
     kl_horizon: int = 1000
-    """answers over which beta follows --target-kl"""
+    """completions over which --kl-coef adapts; fewer is faster"""
     clip_low: float = 0.2
-    """how far below one a token's probability ratio still counts"""
+    """clipping range of the probability ratio below 1"""
     clip_high: float | None = None
-    """how far above one; not set is 0.2, and 0.28 for dapo"""
-    entropy: float = 0.0
-    """what a nat of the policy's entropy is worth"""
-    rollout_weights: Literal["float32", "bfloat16", "int8"] = "float32"
-    """of the engine that answers; fewer bits are faster and are corrected for"""
-    max_correction: float = 2.0
-    """largest weight of that correction"""
-    replay_bytes: int = 1 << 28
-    """of a rollout in memory; a larger one lies in a file beside the run"""
-    alarm: AlarmSettings = field(default_factory=AlarmSettings)
-    """when the held-out answers stop the run"""
+    """clipping range of the probability ratio above 1; default 0.2"""
+    entropy_coef: float = 0.0
+    """entropy bonus coefficient, per nat"""
+    rollout_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """number format of the weights while sampling; importance weights correct for a smaller one"""
+    max_importance_weight: float = 2.0
+    """truncation of importance weights: their upper limit"""
+    rollout_memory_bytes: int = 1 << 28
+    """largest rollout kept in memory, bytes; a larger one is in a temporary file in --out"""
+    early_stopping: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings)
+    """early stopping, by evaluations on held-out prompts"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("prompts", "max_new_tokens", "passes", "minibatches", "kl_horizon"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        check(self.answers >= 1, "answers", self.answers, "1 or more")
-        check(0 < self.temperature <= 100, "temperature", self.temperature, "in (0, 100]")
-        check(0 <= self.beta < 1000, "beta", self.beta, "0 or more, below 1000")
-        for name in ("clip_low", "clip_high"):
-            value = getattr(self, name)
-            check(value is None or 0 < value < 100, name, value, "above 0")
-        check(self.clip_low < 1, "clip_low", self.clip_low, "below 1")
-        check(0 <= self.entropy < 100, "entropy", self.entropy, "0 or more")
-        check(self.max_correction >= 1, "max_correction", self.max_correction, "1 or more")
-        check(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "above 0")
-        check(self.replay_bytes >= 0, "replay_bytes", self.replay_bytes, "0 or more")
+        for name in (
+            *("prompts_per_rollout", "num_completions", "max_new_tokens"),
+            *("epochs_per_rollout", "minibatches", "kl_horizon", "max_importance_weight"),
+        ):
+            _check_field(self, name, lambda v: v >= 1, "1 or more")
+        _check_field(self, "temperature", lambda v: 0 < v <= 100, "in (0, 100]")
+        _check_field(self, "kl_coef", lambda v: 0 <= v < 1000, "0 or more, below 1000")
+        _check_field(self, "clip_low", lambda v: 0 < v < 1, "above 0, below 1")
+        _check_field(self, "clip_high", lambda v: 0 < v < 100, "above 0, below 100")
+        _check_field(self, "entropy_coef", lambda v: 0 <= v < 100, "0 or more, below 100")
+        _check_field(self, "target_kl", lambda v: v > 0, "above 0")
+        _check_field(self, "rollout_memory_bytes", lambda v: v >= 0, "0 or more")
         if self.target_kl is not None and self.kl != "reward":
-            raise SettingsError(f"--target-kl: steers --kl reward, not {self.kl}; leave it out")
-        if self.target_kl is not None and not self.beta:
-            raise SettingsError("--target-kl: steers a --beta above 0; give one")
-        if self.rollout_weights != "float32" and self.temperature != 1:
+            raise SettingsError(f"--target-kl: adapts --kl reward, not {self.kl}; leave it out")
+        if self.target_kl is not None and not self.kl_coef:
+            raise SettingsError("--target-kl: adapts a --kl-coef above 0; give one")
+        if self.rollout_dtype != "float32" and self.temperature != 1:
             raise SettingsError(
-                f"--rollout-weights {self.rollout_weights}: is corrected for at --temperature 1 "
+                f"--rollout-dtype {self.rollout_dtype}: is corrected for at --temperature 1 "
                 f"only, not {self.temperature}; leave one of them out"
             )
-        if self.alarm.gold_drop is not None and self.gold is None:
-            raise SettingsError("--alarm.gold-drop: needs --gold, a reward that is not trained on")
-        rows = self.prompts * self.answers
+        if self.early_stopping.gold_drop is not None and self.gold_reward is None:
+            raise SettingsError(
+                "--early-stopping.gold-drop: needs --gold-reward, a reward that is not trained on"
+            )
+        rows = self.prompts_per_rollout * self.num_completions
         if rows % self.minibatches:
             raise SettingsError(
-                f"--minibatches {self.minibatches}: must divide prompts x answers ({rows})"
+                f"--minibatches {self.minibatches}: must divide prompts x completions ({rows})"
             )
 
     @property
     def one_step(self) -> bool:
-        """Whether every answer is learnt from in the first step after it was given."""
-        return self.passes * self.minibatches == 1
+        """Whether a rollout is used for one step only, so that the policy is never older."""
+        return self.epochs_per_rollout * self.minibatches == 1
 
     @property
     def highest_clip(self) -> float:
+        """--clip-high, or its default."""
         return 0.2 if self.clip_high is None else self.clip_high
 
 
 def rollout_rate(fine_tuning: float) -> float:
-    """The learning rate of a run on rollouts, from the one that suits fine-tuning that model.
+    """The learning rate of RL, from the one that suits fine-tuning the same model.
 
-    It falls faster with the size, as a square through two points: a third of it at a million
-    parameters (measured in docs/proofs.md; the whole of it forgets, a tenth is slow), and 3e-6 at
-    a billion (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO").
+    It falls faster with the model's size: a square through two points. One is a third of the
+    fine-tuning rate at a million parameters (measured in docs/proofs.md; the full rate forgets, a
+    tenth is slow), the other 3e-6 at a billion (Huang et al. 2024, "The N+ Implementation Details
+    of RLHF with PPO").
     """
     return fine_tuning**2 / 0.003
 
 
 @dataclass(frozen=True)
 class PpoSettings(RolloutSettings):
-    """Proximal policy optimisation, with a critic."""
+    """Proximal policy optimisation (PPO), with a critic."""
 
-    prompts: int = 32
-    """prompts of a rollout"""
-    answers: int = 1
-    """answers to each prompt"""
-    passes: int = 2
-    """times a rollout's answers are gone through"""
+    prompts_per_rollout: int = 32
+    """prompts per rollout"""
+    num_completions: int = 1
+    """completions per prompt"""
+    epochs_per_rollout: int = 2
+    """epochs over each rollout"""
     critic: Literal["shared", "detached", "separate"] = "shared"
-    """one trunk for both, the policy's trunk read but not changed, or a trunk of its own"""
-    critic_weight: float = 0.5
-    """of the critic's loss beside the policy's"""
-    critic_bins: int = 0
-    """bins of a critic that classifies (HL-Gauss); 0 is one that regresses"""
-    critic_range: float = 5.0
-    """the bins reach from minus this to this"""
-    clip_value: float = 0.2
-    """how far a value may move from the rollout's before its gain stops counting"""
+    """critic's trunk: the policy's, the policy's without gradients into it, or its own"""
+    value_loss_coef: float = 0.5
+    """value loss coefficient"""
+    value_bins: int = 0
+    """bins of a critic that classifies returns (HL-Gauss); 0: the critic regresses them"""
+    value_range: float = 5.0
+    """range of the bins, from minus this to this"""
+    value_clip: float = 0.2
+    """value clipping range"""
     discount: float = 1.0
-    """of the next token's value"""
-    gae_decay: float = 0.95
-    """lambda of generalised advantage estimation"""
-    whiten: bool = True
-    """give a rollout's advantages mean 0 and deviation 1"""
+    """discount factor per token (gamma)"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation (GAE)"""
+    whiten_advantages: bool = True
+    """normalise each rollout's advantages to mean 0 and standard deviation 1"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(0 <= self.critic_weight < 100, "critic_weight", self.critic_weight, "0 or more")
+        _check_field(self, "value_loss_coef", lambda v: 0 <= v < 100, "0 or more, below 100")
         wanted = "0, or at least 2 and at most 1024"
-        bins = self.critic_bins
-        check(bins == 0 or 2 <= bins <= 1024, "critic_bins", bins, wanted)
-        check(self.critic_range > 0, "critic_range", self.critic_range, "above 0")
-        check(self.clip_value > 0, "clip_value", self.clip_value, "above 0")
-        for name in ("discount", "gae_decay"):
-            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        _check_field(self, "value_bins", lambda v: v == 0 or 2 <= v <= 1024, wanted)
+        for name in ("value_range", "value_clip"):
+            _check_field(self, name, lambda v: v > 0, "above 0")
+        for name in ("discount", "gae_lambda"):
+            _check_field(self, name, lambda v: 0 <= v <= 1, "in [0, 1]")
 
 
 @dataclass(frozen=True)
 class GrpoSettings(RolloutSettings):
-    """Group-relative policy optimisation and its kin."""
+    """Group relative policy optimisation (GRPO) and its variants, without a critic."""
 
     advantage: GroupAdvantage = "dr-grpo"
-    """how answers to one prompt are measured against each other, and what losses average over"""
-    answers: int = 8
-    """answers to each prompt"""
-    redraws: int | None = None
-    """times that prompts with equal rewards are drawn anew; not set is 0, and 3 for dapo"""
+    """variant: how a prompt's completions are compared, and how losses are averaged"""
+    num_completions: int = 8
+    """completions per prompt"""
+    max_resamples: int | None = None
+    """times that prompts with equal rewards are replaced, per rollout; default 0, and 3 for dapo"""
+    clip_high: float | None = None
+    """clipping range of the probability ratio above 1; default 0.2, and 0.28 for dapo"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.answers >= 2, "answers", self.answers, "2 or more: they are compared")
-        check(self.redraws is None or self.redraws >= 0, "redraws", self.redraws, "0 or more")
+        _check_field(self, "num_completions", lambda v: v >= 2, "2 or more: they are compared")
+        _check_field(self, "max_resamples", lambda v: v >= 0, "0 or more")
 
     @property
     def highest_clip(self) -> float:
+        """--clip-high, or its default for the variant."""
         higher = self.clip_high is None and self.advantage == "dapo"
         return 0.28 if higher else super().highest_clip
 
     @property
-    def most_redraws(self) -> int:
-        return self.redraws if self.redraws is not None else 3 * (self.advantage == "dapo")
+    def resample_limit(self) -> int:
+        """--max-resamples, or its default for the variant."""
+        return 3 * (self.advantage == "dapo") if self.max_resamples is None else self.max_resamples
 
 
 @dataclass(frozen=True)
 class RewardSettings(TrainSettings):
-    """A reward model's run on pairs of answers or on ratings of single ones."""
+    """Training of a reward model on pairs or on ratings of single completions."""
 
     loss: RewardLoss = "bradley-terry"
-    """bradley-terry learns from pairs; regression, binned, hl-gauss and ordinal from ratings"""
-    members: int = 1
-    """heads over the one trunk; the reward is their mean, their spread a doubt"""
-    read: Literal["last", "mean"] = "last"
-    """what a head reads: the last real token's state, or the mean over the real ones"""
-    marks: bool = False
-    """learned vectors tell prompt from answer, as in palm-rlhf-pytorch"""
+    """bradley-terry trains on pairs; regression, binned, hl-gauss and ordinal on ratings"""
+    ensemble_size: int = 1
+    """number of heads on the shared trunk; the reward is their mean"""
+    pooling: Literal["last", "mean"] = "last"
+    """a head reads the state of the last token, or the mean over all tokens"""
+    segment_embeddings: bool = False
+    """learned embeddings that mark tokens as prompt or completion, as in palm-rlhf-pytorch"""
     margin_scale: float = 0.0
-    """of bradley-terry: how much of each pair's own margin the rewards shall differ by"""
-    centring: float = 0.0
-    """of bradley-terry: weight of (r_w + r_l)^2, which keeps rewards around zero; try 0.01"""
+    """bradley-terry: wanted reward difference per unit of a pair's margin"""
+    centring_coef: float = 0.0
+    """bradley-terry: coefficient of (r_w + r_l)^2, which keeps rewards around zero; try 0.01"""
     bins: int | None = None
-    """of binned, hl-gauss and ordinal: values from the lowest rating to the highest; not set
-    takes each whole number, and of hl-gauss 21 where ratings are not whole"""
+    """binned, hl-gauss, ordinal: number of values from the lowest to the highest rating; default:
+    every whole number, for hl-gauss with fractional ratings 21"""
     axis: str | None = None
-    """which ratings to learn, where preference records rate several axes"""
+    """axis to learn, in preference records with ratings on several axes"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.members <= MAX_MEMBERS:
-            raise SettingsError(f"--members {self.members}: must be 1 to {MAX_MEMBERS}")
-        for name in ("margin_scale", "centring"):
-            value = getattr(self, name)
-            if not 0 <= value < 1000:
-                raise SettingsError(f"{spell(name)} {value}: must be 0 or more, below 1000")
+        _check_field(self, "ensemble_size", lambda v: 1 <= v <= MAX_MEMBERS, f"1 to {MAX_MEMBERS}")
+        for name in ("margin_scale", "centring_coef"):
+            _check_field(self, name, lambda v: 0 <= v < 1000, "0 or more, below 1000")
         _refuse_options_of_others(self, self.loss, _REWARD_LOSSES_OF)
-        if self.bins is not None and not 2 <= self.bins <= MAX_BINS:
-            raise SettingsError(f"--bins {self.bins}: must be 2 to {MAX_BINS}")
+        _check_field(self, "bins", lambda v: 2 <= v <= MAX_BINS, f"2 to {MAX_BINS}")
 
     @property
     def reads_pairs(self) -> bool:

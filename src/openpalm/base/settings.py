@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from openpalm.base.typed import (
+    NOT_AN_OPTION,
     WrongValue,
     alternatives,
     build,
@@ -27,11 +28,12 @@ from openpalm.base.typed import (
     optional,
     plain,
     required,
+    settings_of,
     shortened,
 )
 from openpalm.errors import SettingsError
 
-__all__ = ["HelpRequested", "build", "parse", "plain", "spell"]
+__all__ = ["NOT_AN_OPTION", "HelpRequested", "build", "parse", "plain", "settings_of", "spell"]
 
 T = TypeVar("T")
 
@@ -66,14 +68,16 @@ def parse(
 
     `positional` names the fields given without an option; `aliases` maps other spellings of an
     option to its field. A field `from_` is spelled --from; a kind with a field `config` of its
-    own reads no YAML file. Raises SettingsError for a wrong request, HelpRequested for --help.
+    own reads no YAML file; a field `config_file` that is NOT_AN_OPTION gets its
+    path. Raises SettingsError for a wrong request, HelpRequested for --help.
     """
     options = _options(kind)
     given, words = _split(argv, options, aliases or {}, verb)
     if ("help", "") in given:
         raise HelpRequested(_help_text(kind, verb, about, examples, positional))
     values: dict[str, Any] = {}
-    for path in [] if "config" in options else [Path(v) for name, v in given if name == "config"]:
+    files = [] if "config" in options else [Path(v) for name, v in given if name == "config"]
+    for path in files:
         values |= _from_file(path, options, verb)
     for name, text in given:
         if name in options:
@@ -86,6 +90,8 @@ def parse(
     if missing:
         named = ", ".join(name.upper() if name in positional else spell(name) for name in missing)
         raise SettingsError(f"missing {named}; see `openpalm {verb} --help`")
+    if files and "config_file" in typing.get_type_hints(kind):
+        values["config_file"] = files[-1]
     return build(kind, _nested(values))
 
 
@@ -94,10 +100,17 @@ def spell(name: str) -> str:
     return "--" + name.rstrip("_").replace("_", "-")
 
 
+def check(condition: bool, name: str, value: object, wanted: str) -> None:
+    """Raises SettingsError that names the option, its value and what is wanted."""
+    if not condition:
+        raise SettingsError(f"{spell(name)} {value}: must be {wanted}")
+
+
 def _options(kind: type, prefix: str = "") -> dict[str, Any]:
     """Dotted field name -> type, for the fields of `kind` and of the dataclasses inside it."""
-    options = {}
-    for name, hint in typing.get_type_hints(kind).items():
+    options, hints = {}, typing.get_type_hints(kind)
+    for name in [field.name for field in settings_of(kind)]:
+        hint = hints[name]
         if dataclasses.is_dataclass(hint):
             options |= _options(typing.cast(type, hint), f"{prefix}{name}.")
         else:
@@ -256,7 +269,9 @@ def _help_groups(kind: type, title: str, prefix: str, positional: Sequence[str])
     """The options of a dataclass, then those of the dataclasses inside it."""
     docs, hints = _docs(kind), typing.get_type_hints(kind)
     lines, groups = [f"{title}:"], []
-    for field in dataclasses.fields(kind):
+    # The verb's own options come first, then the options it shares with other verbs.
+    order = [name for base in kind.__mro__ for name in inspect.get_annotations(base)]
+    for field in sorted(settings_of(kind), key=lambda field: order.index(field.name)):
         hint, name = hints[field.name], prefix + field.name
         if dataclasses.is_dataclass(hint):
             groups += _help_groups(typing.cast(type, hint), docs[field.name], f"{name}.", ())

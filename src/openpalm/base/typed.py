@@ -94,10 +94,19 @@ def build(kind: type[T], values: dict[str, Any], inside: str = "") -> T:
     return kind(**fields)
 
 
+NOT_AN_OPTION = {"option": False}
+"""Metadata of a dataclass field that is neither an option nor written with the settings."""
+
+
+def settings_of(kind: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that are settings."""
+    return [field for field in dataclasses.fields(kind) if field.metadata != NOT_AN_OPTION]
+
+
 def plain(value: Any) -> Any:
     """A dataclass as nested dicts, lists and scalars, without the fields that are None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = ((f.name, plain(getattr(value, f.name))) for f in dataclasses.fields(value))
+        items = ((f.name, plain(getattr(value, f.name))) for f in settings_of(value))
         return {name: item for name, item in items if item is not None and item != {}}
     if isinstance(value, Path):
         return str(value)

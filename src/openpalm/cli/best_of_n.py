@@ -1,4 +1,4 @@
-"""`openpalm best-of-n`: prompts and a reward in, each prompt's best answer out."""
+"""`openpalm best-of-n`: samples completions and keeps the one with the highest reward."""
 
 import hashlib
 import json
@@ -9,53 +9,43 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from openpalm.align.config import reward_sources
 from openpalm.base.settings import parse
+from openpalm.cli.model_options import ModelOptions
 from openpalm.errors import DataError, SettingsError, count_of
 
 if TYPE_CHECKING:
-    from openpalm.align.judging.rewards import Reader
-    from openpalm.align.rollouts.rollout_batch import Answer
+    from openpalm.align.judging.reward_sources import RewardContext
+    from openpalm.align.rollouts.rollout_batch import Completion
 
-ANSWERS_AT_A_TIME = 64
+ROWS_PER_BATCH = 64
+"""Completions sampled together."""
 
 
-@dataclass(frozen=True)
-class BestOfNSettings:
-    """Which model answers what, and who says which answer is best."""
+@dataclass(frozen=True, kw_only=True)
+class BestOfNSettings(ModelOptions):
+    """Model, prompts and reward of best-of-n sampling."""
 
     path: str
     """run, checkpoint or hub name"""
     data: Path
-    """a .jsonl of prompts, as grpo takes it"""
+    """.jsonl of prompts, in the forms that grpo reads"""
     reward: list[str] | str
-    """[WEIGHT*]SOURCE, several in brackets: as grpo takes it"""
+    """reward, one or several [WEIGHT*]SOURCE, as for grpo"""
     out: Path
-    """a .jsonl of prompt and completion, which sft takes; the same command goes on with it"""
+    """.jsonl of prompts and best completions, for sft; rerun the command to continue it"""
     pairs: Path | None = None
-    """write a .jsonl of best against worst besides, which dpo and reward take"""
+    """also write a .jsonl of pairs, best and worst completion, for dpo and reward"""
     n: int = 8
-    """answers to each prompt"""
+    """completions per prompt"""
     max_new_tokens: int = 64
-    """tokens of an answer at most"""
+    """maximum tokens per completion"""
     temperature: float = 1.0
-    """of the draws"""
+    """sampling temperature"""
     seed: int = 0
-    """of the draws"""
+    """random seed"""
     json: bool = False
-    """print the figures as JSON"""
-    tokenizer: Path | None = None
-    """tokenizer.json for a checkpoint that has none"""
-    adapter: Path | None = None
-    """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
-    force: bool = False
-    """use a tokenizer or an adapter that does not belong to this checkpoint"""
-    verify: bool = False
-    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
+    """print the results as JSON"""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    """of weights and arithmetic; in float32 an answer does not depend on the others"""
-    quantize: Literal["int8", "int4"] | None = None
-    """keep the matrices in fewer bits: faster, a little worse"""
+    """data type of weights and arithmetic; in float32 a completion does not depend on its batch"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= 4096:
@@ -77,9 +67,9 @@ def run(argv: Sequence[str]) -> None:
         BestOfNSettings,
         argv,
         verb="best-of-n",
-        about="Draws n answers to every prompt and keeps the one that the reward likes most: "
-        "demonstrations for `openpalm sft` (rejection sampling) and, with --pairs, best against "
-        "worst for `openpalm dpo`. Says what the mean and the best answer earn.",
+        about="Samples n completions of every prompt and keeps the one with the highest reward, as "
+        "demonstrations for `openpalm sft` (rejection sampling) and, with --pairs, as pairs for "
+        "`openpalm dpo`. Prints the expected reward of the best of 1, 2, 4, ... completions.",
         examples=[
             "openpalm best-of-n runs/chat --data p.jsonl --reward runs/rm --out best.jsonl",
             "openpalm best-of-n runs/chat --data p.jsonl --reward exact --n 16 --out b.jsonl "
@@ -87,59 +77,56 @@ def run(argv: Sequence[str]) -> None:
         ],
         positional=["path"],
     )
-    from openpalm.align.judging.best_of_n import pairs, summary
+    from openpalm.align.judging.best_of_n import best_worst_pairs, summary
     from openpalm.base.jsonl import write_rows
 
-    rows = best_answers(settings)
-    told: dict[str, Any] = summary(rows, settings.n) | {"out": str(settings.out)}
+    rows = best_completions(settings)
+    found: dict[str, Any] = summary(rows, settings.n) | {"out": str(settings.out)}
     if settings.pairs is not None:
-        told["pairs"] = write_rows(settings.pairs, pairs(rows))
+        found["pairs"] = write_rows(settings.pairs, best_worst_pairs(rows))
     if settings.json:
-        print(json.dumps(told))
+        print(json.dumps(found))
         return
-    best = ", ".join(f"{value:.4g} of {n}" for n, value in told["reward_by_n"].items())
-    print(f"{count_of(told['prompts'], 'prompt')}; mean reward of the best answer: {best}")
-    print(f"at most {told['kl_bound']:.3f} nats from the policy that drew them")
+    best = ", ".join(f"{value:.4g} of {n}" for n, value in found["reward_by_n"].items())
+    print(f"{count_of(found['prompts'], 'prompt')}; mean reward of the best completion: {best}")
+    print(f"KL from the sampling policy: at most {found['kl_bound']:.3f} nats")
     if settings.pairs is not None:
-        print(f"{settings.pairs}: {count_of(told['pairs'], 'pair')}")
+        print(f"{settings.pairs}: {count_of(found['pairs'], 'pair')}")
     print(settings.out)
 
 
-def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
-    """A row of every prompt, those that were in --out before not drawn again."""
-    from openpalm.align.judging.best_of_n import Draw
-    from openpalm.align.judging.rewards import Asked, Reader, question_of, rewards_of
-    from openpalm.align.rollouts.rollout import checked
+def best_completions(settings: BestOfNSettings) -> list[dict[str, Any]]:
+    """One row for each prompt; rows that are in --out already are kept, not sampled again."""
+    from openpalm.align.judging.best_of_n import SamplingPlan
+    from openpalm.align.judging.reward_sources import RewardContext, load_reward
+    from openpalm.align.rollouts.rollout import checked_rewards
     from openpalm.base.jsonl import open_jsonl
     from openpalm.cli.common import progress, serving_engine
-    from openpalm.cli.rl_common import fitting
+    from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.prompt_files import read_prompts
-    from openpalm.data.text.conversation import stop_ids
 
     given = read_prompts(settings.data)
-    engine, tokenizer = serving_engine(settings.path, settings, slots=ANSWERS_AT_A_TIME)
-    context = engine.model.config.context
-    asked, ids = fitting(given, tokenizer, settings, context, "best-of-n")
-    reader = Reader(
-        tokenizer, [Asked(question_of(row.prompt), row.row) for row in asked], stop_ids(tokenizer)
-    )
-    reward = rewards_of(reward_sources(settings.reward), reader)
-    draw = Draw(settings.n, settings.max_new_tokens, settings.temperature, settings.seed)
-    drawn = _drawn(settings)
+    engine, tokenizer = serving_engine(settings.path, settings, slots=ROWS_PER_BATCH)
+    length = engine.model.config.context
+    prompts, ids = usable_prompts(given, tokenizer, settings, length, "best-of-n")
+    context = RewardContext.from_rows(tokenizer, prompts)
+    reward = load_reward(reward_sources(settings.reward), context)
+    plan = SamplingPlan(settings.n, settings.max_new_tokens, settings.temperature, settings.seed)
+    fingerprint = _fingerprint(settings)
     with open_jsonl(settings.out) as file, progress("best-of-n", len(ids)) as advance:
-        rows = _known(file.found, drawn, settings.out)
+        rows = _finished_rows(file.found, fingerprint, settings.out)
         advance(len(rows))
-        step = max(1, ANSWERS_AT_A_TIME // settings.n)
+        step = max(1, ROWS_PER_BATCH // settings.n)
         for first in range(len(rows), len(ids), step):
             chosen = range(first, min(first + step, len(ids)))
-            answers = draw.answers(engine, ids, chosen, reader.stop_ids)
-            rewards = checked(reward, answers)
+            completions = plan.sample(engine, ids, chosen, context.stop_ids)
+            rewards = checked_rewards(reward, completions)
             for i, prompt in enumerate(chosen):
                 group = slice(i * settings.n, (i + 1) * settings.n)
                 row = {
-                    "prompt": [message.to_json() for message in asked[prompt].prompt],
-                    **_best_and_worst(answers[group], rewards[group], reader),
-                    "drawn": drawn,
+                    "prompt": [message.to_json() for message in prompts[prompt].prompt],
+                    **_best_and_worst(completions[group], rewards[group], context),
+                    "drawn": fingerprint,
                 }
                 file.append(row)
                 rows.append(row)
@@ -148,36 +135,38 @@ def best_answers(settings: BestOfNSettings) -> list[dict[str, Any]]:
 
 
 def _best_and_worst(
-    answers: "Sequence[Answer]", rewards: Sequence[float], reader: "Reader"
+    completions: "Sequence[Completion]", rewards: Sequence[float], context: "RewardContext"
 ) -> dict[str, Any]:
-    from openpalm.align.judging.best_of_n import best_of
+    from openpalm.align.judging.best_of_n import best_and_worst
 
-    best, worst = best_of(rewards)
+    best, worst = best_and_worst(rewards)
     return {
-        "completion": reader.text(answers[best]),
-        "worst": reader.text(answers[worst]),
+        "completion": context.text(completions[best]),
+        "worst": context.text(completions[worst]),
         "rewards": list(rewards),
     }
 
 
-def _drawn(settings: BestOfNSettings) -> str:
-    """What tells these rows from those of another model, data, reward or draw."""
+def _fingerprint(settings: BestOfNSettings) -> str:
+    """Hash of model, data, reward and sampling, to recognise the rows of the same command."""
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.checkpoint.manifest import read_manifest
     from openpalm.cli.common import weights_path
 
-    told = {name: str(value) for name, value in asdict(settings).items()}
+    hashed = {name: str(value) for name, value in asdict(settings).items()}
     for name in ("path", "out", "pairs", "json", "device", "force"):
-        del told[name]
-    told["data"] = hashlib.sha256(settings.data.read_bytes()).hexdigest()
+        del hashed[name]
+    hashed["data"] = hashlib.sha256(settings.data.read_bytes()).hexdigest()
     directory = checkpoint.resolve(weights_path(settings.path))
-    told["model"] = read_manifest(directory)["sha256"]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    hashed["model"] = read_manifest(directory)["sha256"]
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _known(found: list[dict[str, Any]], drawn: str, out: Path) -> list[dict[str, Any]]:
-    """The rows that are there already. Raises DataError where they are not this command's."""
-    if any(row.get("drawn") != drawn for row in found):
+def _finished_rows(
+    found: list[dict[str, Any]], fingerprint: str, out: Path
+) -> list[dict[str, Any]]:
+    """The rows in --out. Raises DataError where another command wrote them."""
+    if any(row.get("drawn") != fingerprint for row in found):
         raise DataError(
             f"--out {out}: has rows of another model, data, reward or settings; choose a new file"
         )

@@ -1,13 +1,14 @@
-"""`openpalm chat`: a conversation with a fine-tuned model in the terminal."""
+"""`openpalm chat`: chat with a fine-tuned model in the terminal."""
 
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from openpalm.base.settings import parse
+from openpalm.cli.model_options import GenerationOptions
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -16,43 +17,21 @@ if TYPE_CHECKING:
     from openpalm.generate.defaults import SamplingDefaults
     from openpalm.generate.engine import Engine
 
-HELP = """/reset       begin a new conversation
-/save FILE   add this one to a .jsonl that `openpalm sft` reads
-/exit        leave (so does Ctrl-D); Ctrl-C stops an answer"""
+HELP = """/reset       start a new conversation
+/save FILE   append this conversation to a .jsonl file that `openpalm sft` reads
+/exit        quit (also Ctrl-D); Ctrl-C stops a reply"""
 
 
 @dataclass(frozen=True)
-class ChatSettings:
-    """With which model to talk, and how it answers."""
+class ChatSettings(GenerationOptions):
+    """The model and its system message."""
 
     path: str
     """run, checkpoint or hub name"""
     system: str | None = None
-    """instructions that begin the conversation"""
+    """system message at the start of the conversation"""
     max_new_tokens: int = 512
-    """tokens of an answer at most"""
-    temperature: float | None = None
-    """0 always takes the most likely token; not set is the model's own, else 0.8"""
-    top_k: int | None = None
-    """keep only this many of the likeliest tokens, 0 all; not set is the model's own, else all"""
-    top_p: float | None = None
-    """keep the likeliest tokens with this probability; not set is the model's own, else 1"""
-    seed: int = 0
-    """of the random draws"""
-    tokenizer: Path | None = None
-    """tokenizer.json for a checkpoint that has none"""
-    adapter: Path | None = None
-    """low-rank adapter for the model: PEFT's layout, or a run or checkpoint that has one"""
-    force: bool = False
-    """use a tokenizer or an adapter that does not belong to this checkpoint"""
-    verify: bool = False
-    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of weights and arithmetic; auto is bfloat16 where the machine has instructions for it"""
-    quantize: Literal["int8", "int4"] | None = None
-    """keep the matrices in fewer bits: faster, a little worse, on a CPU; computes in bfloat16"""
+    """maximum number of tokens in a reply"""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -64,7 +43,7 @@ def run(argv: Sequence[str]) -> None:
         ChatSettings,
         argv,
         verb="chat",
-        about="Talks with a fine-tuned model. /help lists what can be typed beside messages.",
+        about="Chats with a fine-tuned model. Type /help for commands.",
         examples=[
             "openpalm chat runs/quickstart/sft --temperature 0",
             'openpalm chat runs/chat --system "Answer in one sentence."',
@@ -84,11 +63,11 @@ def run(argv: Sequence[str]) -> None:
         if line.startswith("/"):
             print(conversation.command(*line.split(maxsplit=1)))
         elif line:
-            conversation.answer(line)
+            conversation.reply(line)
 
 
 def _read() -> str | None:
-    """The next line, None at the end; Ctrl-C at the prompt only clears it."""
+    """The next line, None at the end of the input; Ctrl-C at the prompt clears the line."""
     while True:
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
@@ -99,7 +78,7 @@ def _read() -> str | None:
 
 
 class _Conversation:
-    """What was said so far; the engine keeps what it has read of it."""
+    """The messages so far; the engine caches the keys and values of their tokens."""
 
     def __init__(
         self,
@@ -110,7 +89,7 @@ class _Conversation:
     ):
         self.engine = engine
         self.tokenizer = tokenizer
-        self.how = own.given(settings.temperature, settings.top_p, settings.top_k)
+        self.how = own.override(settings.temperature, settings.top_p, settings.top_k)
         self.settings = settings
         self.messages: list[Message] = []
         self.reset()
@@ -122,7 +101,7 @@ class _Conversation:
         self.messages = [Message("system", system)] if system else []
 
     def command(self, name: str, argument: str = "") -> str:
-        """Does what a line with a slash asks; returns what to say about it."""
+        """Runs a command line that starts with a slash; returns the text to print."""
         if name == "/reset":
             self.reset()
             return "a new conversation"
@@ -130,8 +109,8 @@ class _Conversation:
             return self._save(Path(argument))
         return HELP
 
-    def answer(self, text: str) -> None:
-        """Streams the answer; Ctrl-C keeps what came so far."""
+    def reply(self, text: str) -> None:
+        """Streams the reply; Ctrl-C stops it and keeps the part that was printed."""
         from openpalm.data.text.conversation import Message, render, stop_ids
         from openpalm.generate.engine import Request
         from openpalm.generate.sampling import Sampling, completion_seed
@@ -139,13 +118,13 @@ class _Conversation:
 
         self.messages.append(Message("user", text))
         how, settings = self.how, self.settings
-        ids = render(self.tokenizer, self.messages, answer_next=True).ids
+        ids = render(self.tokenizer, self.messages, add_generation_prompt=True).ids
         # Not seed + turn: the next seed's conversation would repeat these draws a turn later.
         seed = completion_seed(settings.seed, len(self.messages))
         sampling = Sampling(how.temperature, how.top_k, how.top_p, seed)
         request = Request(ids, settings.max_new_tokens, sampling, stop_ids(self.tokenizer))
-        answer = Completion("", [], "")
-        pieces = stream(self.engine, self.tokenizer, request, (), answer)
+        reply = Completion("", [], "")
+        pieces = stream(self.engine, self.tokenizer, request, (), reply)
         try:
             for piece in pieces:
                 print(piece, end="", flush=True)
@@ -154,7 +133,7 @@ class _Conversation:
         finally:
             pieces.close()
         print()
-        self.messages.append(Message("assistant", answer.text))
+        self.messages.append(Message("assistant", reply.text))
 
     def _save(self, path: Path) -> str:
         messages = [{"role": m.role, "content": m.content} for m in self.messages]

@@ -1,6 +1,6 @@
-"""openpalm convert: checkpoints of other projects, into our form and back."""
+"""`openpalm convert`: reads checkpoints of other projects, writes checkpoints for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,10 +9,13 @@ from openpalm.base.settings import parse, spell
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
-    from openpalm.convert.detect import Foreign
+    from openpalm.convert.detect import ForeignCheckpoint
     from openpalm.model.transformer import Transformer
 
-ABOUT = "Read a checkpoint of another project, or write one of ours for it. Runs nothing in it."
+ABOUT = (
+    "Converts a checkpoint of another project to OpenPaLM's format, or an OpenPaLM checkpoint to "
+    "palm-rlhf-pytorch's. Code in a file is never executed."
+)
 EXAMPLES = (
     "openpalm convert palm.pt models/palm",
     "openpalm convert reward.pt models/reward",
@@ -24,20 +27,21 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class ConvertSettings:
     src: Path
-    """a foreign checkpoint file (.pt, .pth, .bin, .safetensors) or a folder holding exactly one;
-    with --to palm-rlhf-pytorch also a run or checkpoint of ours"""
+    """checkpoint file of another project (.pt, .pth, .bin, .safetensors), or a folder with one such
+    file; with --to palm-rlhf-pytorch also an OpenPaLM run or checkpoint"""
     dst: Path
-    """the directory to make; must not exist, or be empty"""
+    """output directory; must be new or empty"""
     from_: Literal["palm-rlhf-pytorch", "palm-pytorch", "nanopalm"] | None = None
-    """the project that wrote SRC; told from its keys if not given"""
+    """project that wrote SRC; default: detected from the tensor names"""
     to: Literal["openpalm", "palm-rlhf-pytorch"] = "openpalm"
-    """the form to write; palm-rlhf-pytorch is its newest form, config.json and palm.pt, or
-    reward.pt of a reward model"""
+    """output format; palm-rlhf-pytorch is that of its newest version: config.json and palm.pt, or
+    reward.pt for a reward model"""
     era: str | None = None
-    """the version of palm-rlhf-pytorch that wrote SRC, such as 0.2.1: the same keys compute
-    different functions in different versions; guessed, and said, if not given"""
+    """version of palm-rlhf-pytorch that wrote SRC, such as 0.2.1: its versions compute different
+    functions from the same tensor names; default: guessed from the weights and printed"""
     config: Path | None = None
-    """JSON of the hyperparameters; else a config.json beside SRC, else the tensors' shapes"""
+    """JSON file of hyperparameters; default: config.json in the folder of SRC, else the shapes of
+    the tensors"""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -49,49 +53,59 @@ def run(argv: Sequence[str]) -> None:
         examples=EXAMPLES,
         positional=("src", "dst"),
     )
+    convert(settings, print)
+
+
+def convert(settings: ConvertSettings, say: Callable[[str], None]) -> None:
+    """Writes `settings.dst`; `say` gets a line for all that was read, assumed or written."""
     from openpalm.convert import export
 
-    export.check_vacant(settings.dst)
-    model, foreign = _read(settings)
+    export.check_output_directory(settings.dst)
+    model, foreign = _read(settings, say)
     if settings.to == "palm-rlhf-pytorch":
-        difference, notes = export.as_palm_rlhf(model, settings.dst)
+        difference, notes = export.save_as_palm_rlhf(model, settings.dst)
         for note in notes:
-            print(f"  {note}")
-        written = f"{export.written_name(model)} and config.json for palm-rlhf-pytorch"
+            say(f"  {note}")
+        written = f"{export.weights_file_name(model)} and config.json for palm-rlhf-pytorch"
     else:
         assert foreign is not None
-        difference = export.as_openpalm(model, settings.dst, lineage=foreign.lineage())
+        difference = export.save_as_openpalm(model, settings.dst, lineage=foreign.lineage())
         written = "a checkpoint without a tokenizer"
-    print(f"wrote {settings.dst}: {written}")
-    what = "scores" if export.written_name(model) == "reward.pt" else "logits"
-    print(f"reloaded: {what} within {difference:.1e} of the model that was read")
+    say(f"wrote {settings.dst}: {written}")
+    what = "scores" if export.weights_file_name(model) == "reward.pt" else "logits"
+    say(f"reloaded: {what} within {difference:.1e} of the model that was read")
 
 
-def _read(settings: ConvertSettings) -> "tuple[Transformer, Foreign | None]":
-    """The model of SRC, and what it was if it is not ours."""
-    signs = ("manifest.json", "config.json")
-    is_checkpoint = all((settings.src / sign).exists() for sign in signs)
+def _read(
+    settings: ConvertSettings, say: Callable[[str], None]
+) -> "tuple[Transformer, ForeignCheckpoint | None]":
+    """The model of SRC, and the foreign checkpoint unless SRC is OpenPaLM's."""
+    files = ("manifest.json", "config.json")
+    is_checkpoint = all((settings.src / name).exists() for name in files)
     if is_checkpoint or (settings.src / "checkpoints").is_dir():
         from openpalm.checkpoint import directory as checkpoint
 
         _check_ours(settings)
-        print(f"read {settings.src}: an OpenPaLM checkpoint")
+        say(f"read {settings.src}: an OpenPaLM checkpoint")
         return checkpoint.load(settings.src), None
     from openpalm.convert.detect import read_foreign
 
     foreign = read_foreign(settings.src, settings.from_, settings.era, settings.config)
-    print(f"read {foreign.file} as {foreign.source}, era: {foreign.era} ({foreign.why})")
+    say(f"read {foreign.file} as {foreign.project}, era: {foreign.era} ({foreign.why})")
     for note in foreign.notes:
-        print(f"  {note}")
+        say(f"  {note}")
     return foreign.model(), foreign
 
 
 def _check_ours(settings: ConvertSettings) -> None:
     if settings.to == "openpalm":
         raise SettingsError(
-            f"{settings.src}: is OpenPaLM's already; say --to palm-rlhf-pytorch to write it for "
-            "that project"
+            f"{settings.src}: is an OpenPaLM checkpoint already; give --to palm-rlhf-pytorch to "
+            "write it in that project's format"
         )
     for option in ("from_", "era", "config"):
         if getattr(settings, option) is not None:
-            raise SettingsError(f"{spell(option)}: is about foreign files; {settings.src} is ours")
+            raise SettingsError(
+                f"{spell(option)}: is for checkpoints of other projects, but {settings.src} is "
+                "OpenPaLM's; leave it out"
+            )

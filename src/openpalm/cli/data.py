@@ -1,4 +1,4 @@
-"""`openpalm data prepare|build|inspect`: text to token shards, and a look at them."""
+"""`openpalm data prepare|build|inspect`: makes token shards from text, joins and inspects them."""
 
 import dataclasses
 import json
@@ -22,65 +22,65 @@ USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
        openpalm data build PART... --out DIR
        openpalm data inspect DIR [options]
 
-  prepare     text, .jsonl, .parquet, Hub datasets, built-in corpora -> token shards to train on
-  build       the parts that several jobs prepared -> the shards that one would have made
-  inspect     what a prepared folder holds, and whether it is intact
+  prepare     make token shards from text, .jsonl, .parquet, Hub datasets or built-in corpora
+  build       join the parts that several `prepare --shard` jobs made
+  inspect     show the contents of a prepared dataset and check its files
 
-`openpalm data prepare --help` and so on show the options.
+`openpalm data prepare --help`, and so on, show the options.
 """
 SHOWN_AFTER_S = 2.0
 SECONDS_BETWEEN_LINES = 30.0
-"""of progress, where no terminal shows a bar"""
+"""between progress lines when standard error is not a terminal"""
 
 
 @dataclass(frozen=True)
 class Prepare:
     inputs: list[str]
-    """Files, folders, globs, hub:NAME[:SPLIT] or builtin:python-docs. A .jsonl, .ndjson or
-    .json file (.gz and .zst too) has a document a line, a .parquet file one a row; a .bin holds
-    uint16 token ids; any other file is one document."""
+    """files, folders, globs, hub:NAME[:SPLIT] or builtin:python-docs. A .jsonl, .ndjson or .json
+    file (also .gz, .zst) has one document per line, a .parquet file one per row; a .bin file holds
+    uint16 token ids; any other file is one document"""
     out: Path
-    """Folder for the dataset, new or holding this very dataset."""
+    """output folder; new, empty, or with this same dataset"""
     tokenizer: str = "bpe:4096"
-    """byte, bpe:VOCAB (trained on the training text, VOCAB ids in all), or a tokenizer.json."""
+    """byte, bpe:VOCAB (trained on the training text; VOCAB ids in total) or a tokenizer.json"""
     end_of_text: str | None = None
-    """Token that ends a document, for a tokenizer.json where neither its name nor the files beside
-    it (tokenizer_config.json and so on) tell; it is added where the vocabulary lacks it."""
+    """end-of-text token of a tokenizer.json, if neither its name nor the files in its folder
+    (tokenizer_config.json and others) give it; added to the vocabulary if it is missing"""
     text_field: str = "text"
-    """Field of a line or row that holds the text; where it is missing, `input_ids`."""
+    """field with the text in a line or row; if it is missing, `input_ids` is read"""
     val_fraction: float = 0.05
-    """Share held out for validation, between 0 and 1."""
+    """share of the text in the validation split, between 0 and 1"""
     val: str = "hash"
-    """Which part is held out: hash (whole documents by the hash of their text; with fewer than 200
-    documents, the tail) or tail:F (the last part F of the text)."""
+    """validation split: hash (documents chosen by the hash of their text; with fewer than 200
+    documents, the tail) or tail:F (the last share F of the text)"""
     dedup: Literal["exact", "none"] = "exact"
-    """Whether repeated documents are left out."""
+    """exact drops documents with the same text as an earlier one"""
     workers: int | None = None
-    """Threads that parse and encode (all cores when not set); the bytes are always the same."""
+    """threads that parse and encode; default: all cores. The output does not depend on it"""
     shard: str | None = None
-    """I/N: prepare only part I (from 1) of N, for `openpalm data build` to join."""
+    """I/N: prepare only part I (from 1) of N; `openpalm data build` joins the parts"""
     json: bool = False
-    """Print the manifest as JSON."""
+    """print the manifest as JSON"""
 
 
 @dataclass(frozen=True)
 class Build:
     parts: list[str]
-    """The folders of --shard 1/N to N/N, in any order."""
+    """output folders of --shard 1/N to N/N, in any order"""
     out: Path
-    """Folder for the dataset."""
+    """output folder of the dataset"""
     json: bool = False
-    """Print the manifest as JSON."""
+    """print the manifest as JSON"""
 
 
 @dataclass(frozen=True)
 class Inspect:
     data: Path
-    """Folder that `openpalm data prepare` wrote."""
+    """folder that `openpalm data prepare` wrote"""
     samples: int = 3
-    """Beginnings of documents to show for each split."""
+    """number of documents of each split to show the beginning of"""
     json: bool = False
-    """Print the figures as JSON."""
+    """print the figures as JSON"""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -103,7 +103,7 @@ def run_prepare(argv: Sequence[str]) -> None:
         Prepare,
         argv,
         verb="data prepare",
-        about="Pack text as token shards with a training and a validation split.",
+        about="Tokenizes text and writes token shards with a training and a validation split.",
         examples=(
             "openpalm data prepare builtin:python-docs --out data/docs",
             "openpalm data prepare 'books/*.txt' notes/ --out data/mine --tokenizer bpe:8192",
@@ -134,7 +134,8 @@ def run_build(argv: Sequence[str]) -> None:
         Build,
         argv,
         verb="data build",
-        about="Join the parts that several jobs prepared into the bytes one would have written.",
+        about="Joins the parts that several `prepare --shard` jobs wrote; the result has the same "
+        "bytes as one job would write.",
         examples=("openpalm data build parts/* --out data/c4",),
         positional=("parts",),
     )
@@ -150,7 +151,7 @@ def run_inspect(argv: Sequence[str]) -> None:
         Inspect,
         argv,
         verb="data inspect",
-        about="Show what a prepared dataset holds and check every file against its hash.",
+        about="Shows figures and samples of a dataset and checks every file against its hash.",
         examples=("openpalm data inspect data/docs", "openpalm data inspect data/docs --json"),
         positional=("data",),
     )
@@ -172,7 +173,7 @@ def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
     lines = [f"{out}: already holds this dataset, nothing changed"] if manifest.unchanged else []
     lines.append(
         f"read {count_of(counts.read, 'document')}: {counts.duplicates:,} repeated and "
-        f"{counts.blank:,} blank left out"
+        f"{counts.blank:,} blank dropped"
     )
     if manifest.left_out:
         counts = (f"{count:,} {reason}" for reason, count in manifest.left_out.items())
@@ -181,7 +182,7 @@ def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
         per_token = split.bytes / max(1, split.tokens)
         lines.append(
             f"{name:<6}{split.documents:>10,} documents {split.tokens:>14,} tokens "
-            f"{split.bytes:>14,} bytes {per_token:6.2f} bytes a token"
+            f"{split.bytes:>14,} bytes {per_token:6.2f} bytes per token"
         )
         lines += _lost(name, split.lost, split.bytes)
     lines.append(f"vocabulary {manifest.vocab_size:,}, validation split by {manifest.split_by}")
@@ -198,7 +199,7 @@ def _lost(split: str, lost: int, kept: int) -> list[str]:
     share = 100 * lost / (lost + kept)
     return [
         f"{split:<6}{lost:,} bytes ({share:.3g} % of the text) are lost: this tokenizer cannot "
-        "spell them; bits a byte count only what is kept"
+        "encode them; bits per byte count only the bytes that are kept"
     ]
 
 
@@ -212,8 +213,8 @@ def _inspected(path: Path, found: "Inspection") -> str:
         lines += [
             "",
             f"{name}: {count_of(split.documents, 'document')}, {count_of(split.tokens, 'token')}, "
-            f"{split.bytes:,} bytes, {split.bytes_per_token:.2f} bytes a token",
-            f"  tokens a document: {levels}",
+            f"{split.bytes:,} bytes, {split.bytes_per_token:.2f} bytes per token",
+            f"  tokens per document: {levels}",
             *_lost(name, split.lost, split.bytes),
         ]
         lines += [f"  {json.dumps(text, ensure_ascii=False)}" for text in split.samples]
@@ -222,7 +223,7 @@ def _inspected(path: Path, found: "Inspection") -> str:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error once the work has taken SHOWN_AFTER_S; lines without a terminal."""
+    """A progress bar on standard error after SHOWN_AFTER_S; lines if it is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

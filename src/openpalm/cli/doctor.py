@@ -13,55 +13,55 @@ from openpalm.train.config import LoraSettings
 
 if TYPE_CHECKING:
     from openpalm.align.doctor.checks import Check
-    from openpalm.align.doctor.examination import Patient
+    from openpalm.align.doctor.run_checks import PlannedRun
     from openpalm.data.rows.preferences import Messages, Pair
     from openpalm.data.rows.prompt_files import PromptRow
-    from openpalm.data.rows.usable import Usable
+    from openpalm.data.rows.read_result import ReadResult
 
 MAX_EXAMPLES = 256
-"""Rows of the data that are looked at."""
+"""Rows of the data that are checked."""
 
 
 @dataclass(frozen=True)
 class DoctorSettings:
-    """The run that is about to begin."""
+    """The run to check: the options that `openpalm grpo`, `dpo` or `sft` would get."""
 
     init: str
-    """checkpoint, run or hub name that it begins with"""
+    """checkpoint, run or hub name that the run would start from"""
     data: Path
-    """its data: prompts, pairs or conversations, as grpo, dpo and sft take them"""
+    """.jsonl of prompts, pairs or conversations, as for grpo, dpo or sft"""
     reward: list[str] | str | None = None
-    """its rewards, as grpo takes them"""
-    prompts: int = 8
-    """prompts that are answered"""
-    answers: int = 4
-    """answers to each"""
+    """reward, one or several [WEIGHT*]SOURCE, as for grpo"""
+    prompts_per_rollout: int = 8
+    """prompts to sample completions for"""
+    num_completions: int = 4
+    """completions per prompt"""
     max_new_tokens: int = 64
-    """tokens of an answer at most"""
+    """maximum tokens per completion"""
     temperature: float = 1.0
-    """of the answers"""
+    """sampling temperature"""
     seed: int = 0
-    """of the answers"""
+    """random seed"""
     device: str = "auto"
-    """auto, cpu or cuda"""
+    """auto, cpu or cuda; auto is a GPU if there is one"""
     json: bool = False
     """print the checks as JSON"""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    """its adapter"""
+    """LoRA adapter of the run"""
 
     def __post_init__(self) -> None:
         self.as_run()
 
     def as_run(self) -> GrpoSettings:
-        """What `openpalm grpo` would be told. Raises SettingsError."""
+        """The settings that `openpalm grpo` would get. Raises SettingsError."""
         return GrpoSettings(
             data=self.data,
             out=Path("doctor"),
             init=self.init,
             steps=1,
             reward=self.reward,
-            prompts=self.prompts,
-            answers=self.answers,
+            prompts_per_rollout=self.prompts_per_rollout,
+            num_completions=self.num_completions,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
@@ -75,21 +75,21 @@ def run(argv: Sequence[str]) -> None:
         DoctorSettings,
         argv,
         verb="doctor",
-        about="Checks a model, its data and its rewards before an alignment run, for what would go "
-        "wrong without an error: masks, end markers, log-probabilities, the reference, rewards, "
-        "swapped pairs. Stops at the first failure, with its remedy and exit status 1.",
+        about="Checks model, data and reward before an alignment run, for mistakes that raise no "
+        "error: loss masks, end markers, log-probabilities, reference model, rewards, swapped "
+        "pairs. Stops at the first failed check, prints the remedy and exits with status 1.",
         examples=[
             "openpalm doctor --init runs/chat --data prompts.jsonl --reward runs/rm",
             "openpalm doctor --init runs/chat --data pairs.jsonl --lora.rank 8 --json",
         ],
     )
-    from openpalm.align.doctor.examination import examine
+    from openpalm.align.doctor.run_checks import run_checks
     from openpalm.cli.common import progress
 
-    patient = admit(settings)
+    planned = planned_run(settings)
     checks: list[Check] = []
-    with progress("doctor", _expected(patient)) as advance:
-        for check in examine(patient):
+    with progress("doctor", _check_count(planned)) as advance:
+        for check in run_checks(planned):
             checks.append(check)
             advance(1)
             if not check.ok:
@@ -102,17 +102,17 @@ def run(argv: Sequence[str]) -> None:
         raise WorkError("{0.name}: failed: {0.found}; {0.remedy}".format(checks[-1]))
 
 
-def admit(settings: DoctorSettings) -> "Patient":
-    """Composes what the run would begin with."""
-    from openpalm.align.doctor.examination import Patient
-    from openpalm.align.judging.rewards import Asked, Reader, question_of, rewards_of
-    from openpalm.align.pairs.pairs import fitting as fitting_pairs
+def planned_run(settings: DoctorSettings) -> "PlannedRun":
+    """Composes the model, data and reward that the run would start with."""
+    from openpalm.align.doctor.run_checks import PlannedRun
+    from openpalm.align.judging.reward_sources import RewardContext, load_reward
+    from openpalm.align.pairs.examples import PreferenceExample, to_example
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start
-    from openpalm.cli.rl_common import fitting
+    from openpalm.cli.rl_common import usable_prompts
+    from openpalm.data.rows.preferences import Pair
     from openpalm.data.rows.prompt_files import PromptRow
-    from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
     from openpalm.train.initial_weights import check_trained, choose_trained
     from openpalm.train.optimization.parameter_groups import Optimizer
@@ -122,20 +122,25 @@ def admit(settings: DoctorSettings) -> "Patient":
     directory, tokenizer, start = fine_tuning_start(run)
     check_trained(run, start.config)
     given = _read(settings.data)
-    stops = stop_ids(tokenizer)
-    pairs = fitting_pairs(tokenizer, given.pairs, start.config.context)
+    max_tokens = start.config.context + 1  # the last token is only a target
+
+    def with_example(pair: Pair) -> tuple[Pair, PreferenceExample] | str:
+        example = to_example(tokenizer, pair, max_tokens)
+        return example if isinstance(example, str) else (pair, example)
+
+    pairs = given.pairs.map(with_example)
     if given.pairs.items:
         pairs.refuse_empty(settings.data, "pair")
-    asked, ids = fitting(given.prompts, tokenizer, settings, start.config.context, "doctor")
-    answered = [*asked, *(PromptRow(pair.prompt, {}) for pair, _ in pairs.items)]
-    reader = Reader(tokenizer, [Asked(question_of(row.prompt), row.row) for row in answered], stops)
-    words = reward_sources(settings.reward)
+    rows, ids = usable_prompts(given.prompts, tokenizer, settings, start.config.context, "doctor")
+    of_pairs = [PromptRow(pair.prompt, {}) for pair, _ in pairs.items]
+    context = RewardContext.from_rows(tokenizer, [*rows, *of_pairs])
+    sources = reward_sources(settings.reward)
     device = pick_device(settings.device)
     model = Transformer(start.config).to(device)
     start.fill(model)
     choose_trained(model, run)
     rate = rollout_rate(start.learning_rate) * (LORA_RATE if settings.lora.rank else 1)
-    return Patient(
+    return PlannedRun(
         settings=run,
         model=model,
         optimizer=Optimizer(model, run.optim, rate),
@@ -143,51 +148,53 @@ def admit(settings: DoctorSettings) -> "Patient":
         tokenizer=tokenizer,
         prompts=ids,
         conversations=given.conversations,
-        pairs=[record for _, record in pairs.items],
-        stop_ids=stops,
-        reward=rewards_of(words, reader) if words else None,
+        pairs=[example for _, example in pairs.items],
+        stop_ids=context.stop_ids,
+        reward=load_reward(sources, context) if sources else None,
     )
 
 
 class _Given(NamedTuple):
-    """What the data holds, at most MAX_EXAMPLES of each."""
+    """The data's prompts, conversations and pairs, at most MAX_EXAMPLES of each."""
 
-    prompts: "Usable[PromptRow]"
+    prompts: "ReadResult[PromptRow]"
     conversations: "Sequence[tuple[Messages, Messages]]"
-    pairs: "Usable[Pair]"
+    pairs: "ReadResult[Pair]"
 
 
 def _read(path: Path) -> _Given:
-    """The file in whichever form it is. Raises DataError."""
+    """Reads a file in any of the forms. Raises DataError."""
     from openpalm.cli.common import report_unused
-    from openpalm.data.corpus.documents import read_rows
+    from openpalm.data.corpus.json_lines import read_rows
     from openpalm.data.corpus.sources import is_rows
     from openpalm.data.rows.demonstration_files import read_demonstrations
     from openpalm.data.rows.pair_files import read_pairs
-    from openpalm.data.rows.preferences import says
+    from openpalm.data.rows.preferences import assistant_turn
     from openpalm.data.rows.prompt_files import PromptRow, read_prompts
+    from openpalm.data.rows.read_result import ReadResult
     from openpalm.data.rows.row_formats import (
         ALPACA,
         COMPLETION,
         MESSAGES,
         PAIRS,
         SHAREGPT,
-        form_of,
+        row_format,
     )
-    from openpalm.data.rows.usable import Usable
 
     first = next(read_rows(path), None) if is_rows(path) else None
-    form = None if first is None else form_of(first[1])
+    form = None if first is None else row_format(first[1])
     if form in PAIRS:
         pairs = report_unused("doctor", path, read_pairs(path), "pair").first(MAX_EXAMPLES)
-        pairs = Usable(pairs.items, {}, pairs.places)
+        pairs = ReadResult(pairs.items, {}, pairs.places)
         both = [
             (pair.prompt, side) for pair in pairs.items for side in (pair.chosen, pair.rejected)
         ]
-        return _Given(pairs.then(lambda pair: PromptRow(pair.prompt, {})), both, pairs)
-    none, prompts = Usable([], {}), read_prompts(path).first(MAX_EXAMPLES)
+        return _Given(pairs.map(lambda pair: PromptRow(pair.prompt, {})), both, pairs)
+    none, prompts = ReadResult([], {}), read_prompts(path).first(MAX_EXAMPLES)
     if form not in (MESSAGES, SHAREGPT, ALPACA, COMPLETION):
-        return _Given(prompts, [(row.prompt, says("An answer.")) for row in prompts.items], none)
+        return _Given(
+            prompts, [(row.prompt, assistant_turn("An answer.")) for row in prompts.items], none
+        )
     found = read_demonstrations(path)
     shown = report_unused("doctor", path, found, "conversation").items[:MAX_EXAMPLES]
     ends = [max(i for i, m in enumerate(turns) if m.role == "assistant") for turns in shown]
@@ -195,10 +202,9 @@ def _read(path: Path) -> _Given:
     return _Given(prompts, cut, none)
 
 
-def _expected(patient: "Patient") -> int:
-    """How many checks there will be."""
-    with_reward = patient.reward is not None
-    return 10 + 4 * with_reward + bool(patient.pairs) * (2 + 2 * with_reward)
+def _check_count(planned: "PlannedRun") -> int:
+    with_reward = planned.reward is not None
+    return 10 + 4 * with_reward + bool(planned.pairs) * (2 + 2 * with_reward)
 
 
 def _show(checks: "Sequence[Check]") -> None:

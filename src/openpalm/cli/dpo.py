@@ -1,16 +1,17 @@
-"""`openpalm dpo`: a fine-tuned checkpoint and judged answers in, one that prefers alike out."""
+"""`openpalm dpo`: trains a checkpoint on preferences, with DPO, KTO and related losses."""
 
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openpalm.align.config import WITHOUT_REFERENCE, DpoSettings
 from openpalm.base.settings import parse
 from openpalm.errors import count_of
 
 if TYPE_CHECKING:
+    from openpalm.align.pairs.examples import PreferenceBatch, PreferenceExample
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.train.objective import Objective
     from openpalm.train.probes import Probe
@@ -22,10 +23,10 @@ def run(argv: Sequence[str]) -> None:
         DpoSettings,
         argv,
         verb="dpo",
-        about="Trains on pairs of answers, a chosen and a rejected one to each prompt: a .jsonl of "
-        '{"prompt": ..., "chosen": ..., "rejected": ...} or of preference records; for --loss kto '
-        'on verdicts, {"prompt": ..., "completion": ..., "label": true or false}. The reference is '
-        "the checkpoint that --init names.",
+        about="Trains a checkpoint on preferences. --data is a .jsonl of pairs, "
+        '{"prompt": ..., "chosen": ..., "rejected": ...}, or of preference records. --loss kto '
+        'also reads labelled completions, {"prompt": ..., "completion": ..., "label": true or '
+        "false}. The reference model is the checkpoint that --init names.",
         examples=[
             "openpalm dpo --init runs/chat --data pairs.jsonl --out runs/preferred --epochs 1",
             "openpalm dpo --init runs/chat --data pairs.jsonl --out runs/s --epochs 1 --loss simpo",
@@ -38,8 +39,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
-    """Composes the run: weights, judgements with what the reference thinks of them, THE loop."""
-    from openpalm.align.pairs.pairs import PairLoader
+    """Composes the run: weights, examples with the reference's log-probabilities, THE loop."""
+    from openpalm.align.pairs.examples import preference_loader
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.train.run import run_training
@@ -47,90 +48,109 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
 
     directory, tokenizer, start = fine_tuning_start(settings)
     length = settings.sequence_length or start.config.context
-    unit, rows, objective, collate = _kind(settings)
-    trained, measured = held_out(_judgements(settings, directory, tokenizer, length, label))
+    kind = _kind(settings)
+    trained, measured = held_out(_examples(settings, directory, tokenizer, length, label))
     spec = TrainSpec(
         config=start.config,
         fill=start.fill,
-        make_loader=lambda shape, *_: PairLoader(
-            trained, rows=max(1, shape.rows // rows), seed=settings.seed, collate=collate
+        make_loader=lambda shape, *_: preference_loader(
+            trained,
+            rows=max(1, shape.rows // kind.rows),
+            seed=settings.seed,
+            collate=kind.collate,
         ),
-        sequences_per_epoch=rows * len(trained),
+        sequences_per_epoch=kind.rows * len(trained),
         learning_rate=start.learning_rate / 10,
-        objective=objective,
-        items_per_step=None  # the reference point of kto is a mean over a microbatch
+        objective=kind.objective,
+        items_per_step=None  # kto's reference point is a mean over a microbatch
         if settings.loss == "kto"
-        else lambda shape: max(1, shape.rows // rows) * shape.accumulation,
-        unit=unit,
+        else lambda shape: max(1, shape.rows // kind.rows) * shape.accumulation,
+        unit=kind.unit,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
         parent_hash=start.parent_hash,
         parent_fixed=settings.loss not in WITHOUT_REFERENCE,
-        probes=[_held_out_probe(collate(measured), objective, unit)] if measured else [],
+        probes=[_held_out_probe(kind, kind.collate(measured))] if measured else [],
         label=label,
     )
     return run_training(settings, spec)
 
 
-def _kind(settings: DpoSettings) -> "tuple[str, int, Objective[Any], Callable[..., Any]]":
-    """What is judged, in how many rows, the loss of it and how it becomes a batch."""
-    from openpalm.align.pairs import dpo, kto, pairs
+class _Kind(NamedTuple):
+    """What a loss trains on."""
+
+    unit: str
+    rows: int
+    """rows of an example in --batch-tokens"""
+    objective: "Objective[Any]"
+    collate: "Callable[[Sequence[PreferenceExample]], PreferenceBatch]"
+
+
+def _kind(settings: DpoSettings) -> _Kind:
+    from openpalm.align.pairs import dpo, examples, kto
 
     if settings.loss == "kto":
-        return "verdicts", 1, kto.VerdictObjective(settings), kto.collate
-    return "pairs", 2, dpo.PairObjective(settings), pairs.collate_shared
+        return _Kind("completions", 1, kto.KtoObjective(settings), examples.collate)
+    return _Kind("pairs", 2, dpo.PairObjective(settings), examples.collate_shared)
 
 
-def _judgements(
+def _examples(
     settings: DpoSettings, directory: Path, tokenizer: "Tokenizer", length: int, label: str
-) -> "Sequence[Any]":
-    """What fits of the file, with the reference's log-probabilities; reports what is left out."""
+) -> "Sequence[PreferenceExample]":
+    """The file's examples, with the reference's log-probabilities; reports what is left out."""
     from rich.console import Console
 
-    from openpalm.align.pairs import kto, pairs
+    from openpalm.align.pairs.examples import to_examples, with_reference
+    from openpalm.align.pairs.kto import with_mismatched
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import report_unused
+    from openpalm.data.rows.labelled_completion_files import read_labelled_completions
     from openpalm.data.rows.pair_files import read_pairs
-    from openpalm.data.rows.verdict_files import read_verdicts
 
-    unit, made = ("verdicts", kto) if settings.loss == "kto" else ("pairs", pairs)
-    given = (read_verdicts if settings.loss == "kto" else read_pairs)(settings.data)
-    found = made.records(tokenizer, given, length)
-    fitting = report_unused(label, settings.data, found, unit.removesuffix("s")).items
-    if settings.loss == "kto" and len(kinds := {verdict.label for verdict in fitting}) == 1:
-        kind, other = ("good", "bad") if kinds == {1.0} else ("bad", "good")
-        print(
-            f"{label}: {count_of(len(fitting), 'verdict')}, all {kind}; without {other} ones kto "
-            f"only makes these answers {'likelier' if kind == 'good' else 'less likely'}",
-            file=sys.stderr,
-        )
+    # The last of length + 1 tokens is only a target.
+    if settings.loss == "kto":
+        noun, given = "labelled completion", read_labelled_completions(settings.data)
+        found = to_examples(tokenizer, given, length + 1)
+    else:
+        noun, found = "pair", to_examples(tokenizer, read_pairs(settings.data), length + 1)
+    examples = report_unused(label, settings.data, found, noun).items
+    if settings.loss == "kto":
+        _report_one_sided(examples, label)
+        examples = with_mismatched(examples, length)
     if settings.loss in WITHOUT_REFERENCE:
-        return fitting
-    amount = count_of(len(fitting), unit.removesuffix("s"))
-    with Console(stderr=True).status(f"what {directory} thinks of {amount}"):
+        return examples
+    amount = count_of(len(examples), noun)
+    with Console(stderr=True).status(f"reference {directory}: log-probabilities of {amount}"):
         reference = checkpoint.load(directory, str(pick_device(settings.device)))
-        return made.with_reference(reference, fitting)
+        return with_reference(reference, examples)
 
 
-def _held_out_probe(batch: Any, objective: "Objective[Any]", unit: str) -> "Probe":
-    """How often what is held out is judged alike, and by how much."""
-    import torch
+def _report_one_sided(examples: "Sequence[PreferenceExample]", label: str) -> None:
+    """Warns where all labels are equal: half of the KTO loss is missing then."""
+    if len(labels := {example.label for example in examples}) > 1:
+        return
+    kind, other, effect = (
+        ("desirable", "undesirable", "more")
+        if labels == {1.0}
+        else ("undesirable", "desirable", "less")
+    )
+    print(
+        f"{label}: {count_of(len(examples), 'labelled completion')}, all {kind}; without {other} "
+        f"ones kto only makes these completions {effect} likely",
+        file=sys.stderr,
+    )
 
-    from openpalm.model.transformer import Transformer
-    from openpalm.train.probes import Probe
 
-    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
-        device = model.embedding.device
-        with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
-            loss, metrics = objective.loss(model, batch.to(device))
-        values = {"loss": loss.item(), **metrics}
-        return {f"val_{name}": value / objective.count(batch) for name, value in values.items()}
+def _held_out_probe(kind: _Kind, batch: "PreferenceBatch") -> "Probe":
+    """Loss, accuracy and margin on the held-out examples."""
+    from openpalm.train.probes import held_out_probe
 
-    return Probe(
-        measure,
-        describe=lambda row: (
-            f"held-out {unit}: loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.3f}, "
-            f"reward margin {row['val_reward_margin']:.3f}"
+    return held_out_probe(
+        kind.objective,
+        [batch],
+        lambda row: (
+            f"held-out {kind.unit}: loss {row['val_loss']:.4f}, accuracy "
+            f"{row['val_accuracy']:.3f}, reward margin {row['val_reward_margin']:.3f}"
         ),
     )

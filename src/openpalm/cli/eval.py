@@ -1,4 +1,4 @@
-"""`openpalm eval`: a checkpoint's loss and bits per byte on prepared data."""
+"""`openpalm eval`: validation loss and bits per byte of a checkpoint on prepared data."""
 
 import json
 import sys
@@ -8,35 +8,30 @@ from pathlib import Path
 from typing import Literal
 
 from openpalm.base.settings import parse
+from openpalm.cli.model_options import LoadOptions
 from openpalm.errors import SettingsError
 
 
 @dataclass(frozen=True)
-class EvalSettings:
-    """Which checkpoint on which data."""
+class EvalSettings(LoadOptions):
+    """The checkpoint, the data and the windows."""
 
     path: str
     """run, checkpoint or hub name"""
     data: Path
-    """prepared data"""
+    """folder that `openpalm data prepare` wrote"""
     split: Literal["val", "train"] = "val"
-    """part of the data"""
+    """split of the data"""
     sequence_length: int | None = None
-    """tokens of a window; not set takes the model's context"""
+    """tokens in a window; default: the model's context"""
     document_mask: bool = False
-    """attention stays inside documents, as in a model trained so"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
+    """attention only within a document; for models trained with --document-mask"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of weights and arithmetic"""
-    quantize: Literal["int8", "int4"] | None = None
-    """with the matrices in fewer bits, to see what that costs"""
+    """data type of weights and arithmetic"""
     force: bool = False
-    """measure on data of another tokenizer than the model's"""
+    """accept data that was prepared with another tokenizer than the model's"""
     json: bool = False
-    """print JSON"""
-    verify: bool = False
-    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
+    """print one JSON object"""
 
     def __post_init__(self) -> None:
         if self.sequence_length is not None and self.sequence_length < 1:
@@ -48,7 +43,7 @@ def run(argv: Sequence[str]) -> None:
         EvalSettings,
         argv,
         verb="eval",
-        about="Loss over a whole split in non-overlapping windows, in float32 unless told.",
+        about="Measures the loss over a whole split, in windows that do not overlap.",
         examples=[
             "openpalm eval runs/tiny --data data/docs",
             "openpalm eval runs/tiny --data data/docs --quantize int4 --json",
@@ -60,8 +55,9 @@ def run(argv: Sequence[str]) -> None:
 
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import validation, weights_path
+    from openpalm.cli.common import weights_path
     from openpalm.data.dataset.shards import open_dataset
+    from openpalm.evaluate.perplexity import dataset_loss
     from openpalm.generate.quantize import quantize
     from openpalm.train.initial_weights import check_reads
 
@@ -77,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
         model = quantize(model, weights)
     length = settings.sequence_length or model.config.context
     with Console(stderr=True).status(f"reading the {settings.split} split"):
-        result = validation(
+        result = dataset_loss(
             model,
             dataset,
             settings.split,
@@ -99,6 +95,7 @@ def run(argv: Sequence[str]) -> None:
         print(json.dumps(row))
         return
     print(
-        f"{settings.split}: {result.nats_per_token:.4f} nats a token, "
-        f"{result.bits_per_byte:.4f} bits a byte ({result.tokens:,} tokens in windows of {length})"
+        f"{settings.split}: {result.nats_per_token:.4f} nats per token, "
+        f"{result.bits_per_byte:.4f} bits per byte "
+        f"({result.tokens:,} tokens in windows of {length})"
     )

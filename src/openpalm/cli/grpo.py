@@ -1,4 +1,4 @@
-"""`openpalm grpo`: a fine-tuned checkpoint, prompts and a reward in; no critic, groups instead."""
+"""`openpalm grpo`: reinforcement learning of a checkpoint with GRPO, Dr. GRPO, DAPO or RLOO."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,9 +15,10 @@ def run(argv: Sequence[str]) -> None:
         GrpoSettings,
         argv,
         verb="grpo",
-        about="Trains a checkpoint on groups of its own answers, each measured against the others "
-        "to the same prompt: GRPO, Dr. GRPO, DAPO, RLOO. The data is a .jsonl of prompts: "
-        '{"prompt": ...} with whatever the reward needs beside.',
+        about="Reinforcement learning with GRPO, Dr. GRPO, DAPO or RLOO: samples several "
+        "completions of each prompt from a checkpoint, and trains it to prefer those with a higher "
+        'reward than the others. --data is a .jsonl with one prompt per row, {"prompt": ...}, and '
+        "any other fields that the reward reads.",
         examples=[
             "openpalm grpo --init runs/chat --data p.jsonl --out runs/g --steps 9 --reward exact",
             "openpalm grpo --init runs/chat --data p.jsonl --out runs/h --steps 9 --reward a.py:f",
@@ -29,8 +30,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def learn(settings: GrpoSettings, label: str = "grpo") -> "Outcome":
-    """Composes the run: a policy, THE loop over rollouts in groups."""
+    """Composes the run: a policy without a critic, in the loop over rollouts."""
     from openpalm.align.rollouts.grpo import GroupObjective, estimate
-    from openpalm.cli.rl_common import learn_from_answers
+    from openpalm.cli.rl_common import train_on_rollouts
 
-    return learn_from_answers(settings, GroupObjective(settings), estimate, label)
+    return train_on_rollouts(settings, GroupObjective(settings), estimate, label)

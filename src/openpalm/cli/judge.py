@@ -1,68 +1,69 @@
-"""`openpalm judge`: answers and written principles in, preference records of a model out."""
+"""`openpalm judge`: AI feedback; a model compares completions and writes preference records."""
 
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from openpalm.base.settings import parse
+from openpalm.cli.model_options import ModelOptions
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
-    from openpalm.align.judging.judge import Judge
-    from openpalm.align.judging.judgements import Item
+    from openpalm.align.judging.judging_session import Item
+    from openpalm.align.judging.model_judge import Judge
 
 KEY = "OPENPALM_JUDGE_KEY"
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Whose answers are judged, by whom, and by what principles."""
+    """Completions, judge and constitution of AI feedback."""
 
     data: Path
-    """a .jsonl of prompt and responses, or preference records; with --model of prompts"""
+    """.jsonl of prompts with responses, or of preference records; with --model, of prompts"""
     constitution: Path
-    """YAML: principles, each a text or a text and its weight"""
+    """YAML file of principles, each a text or a text with a weight"""
     out: Path
-    """a .jsonl of preference records; what is in it is not judged again"""
+    """.jsonl of preference records to write; completions judged in it already are skipped"""
     judge: str | None = None
-    """run, checkpoint or hub name that judges"""
+    """run, checkpoint or hub name of the judge"""
     endpoint: str | None = None
-    """instead of --judge: URL of an OpenAI-compatible server, up to /v1"""
+    """instead of --judge: base URL of an OpenAI-compatible API, ending in /v1"""
     judge_model: str | None = None
-    """which of that server's models; the key is read from OPENPALM_JUDGE_KEY"""
+    """model name at the endpoint; OPENPALM_JUDGE_KEY holds the API key, if it needs one"""
     model: str | None = None
-    """run, checkpoint or hub name that writes the answers, where --data has prompts alone"""
-    answers: int = 2
-    """answers to each prompt, of --model"""
+    """run, checkpoint or hub name that generates completions, if --data has prompts only"""
+    num_completions: int = 2
+    """completions per prompt, sampled from --model"""
     temperature: float = 1.0
-    """of --model's answers"""
+    """sampling temperature of --model"""
     seed: int = 0
-    """of --model's answers"""
+    """random seed of --model's sampling"""
     max_new_tokens: int = 64
-    """tokens of an answer, and of a revision, at most"""
+    """maximum tokens per completion and per revision"""
     revise: bool = False
-    """write each prompt's first answer better, as edits, instead of comparing answers"""
+    """revise the first completion of each prompt (records of kind edit) instead of comparing"""
     parallel: int = 4
-    """requests to the endpoint at a time"""
+    """concurrent requests to the endpoint"""
     timeout: float = 60.0
-    """seconds that the endpoint may take for a whole reply"""
+    """seconds until a request to the endpoint times out"""
     device: str = "auto"
-    """auto, cpu or cuda"""
+    """auto, cpu or cuda; auto is a GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    """of weights and arithmetic"""
+    """data type of weights and arithmetic"""
     json: bool = False
-    """print the figures as JSON"""
+    """print the counts as JSON"""
 
     def __post_init__(self) -> None:
         if (self.judge is None) == (self.endpoint is None):
-            raise SettingsError("who judges? give --judge or --endpoint, one of them")
+            raise SettingsError("no judge, or two: give either --judge or --endpoint")
         if (self.endpoint is None) != (self.judge_model is None):
             raise SettingsError("--endpoint and --judge-model: give both or neither")
-        for name in ("answers", "max_new_tokens", "parallel"):
-            least = 2 if name == "answers" and not self.revise else 1
+        for name in ("num_completions", "max_new_tokens", "parallel"):
+            least = 2 if name == "num_completions" and not self.revise else 1
             if not least <= getattr(self, name) <= 4096:
                 option = name.replace("_", "-")
                 raise SettingsError(f"--{option} {getattr(self, name)}: must be {least} to 4096")
@@ -76,26 +77,15 @@ class JudgeSettings:
             raise SettingsError(f"--out {self.out}: must be another file than --data")
 
 
-class Form(NamedTuple):
-    """In which form a model is loaded."""
-
-    device: str
-    dtype: str
-    tokenizer: Path | None = None
-    adapter: Path | None = None
-    quantize: Literal["int8", "int4"] | None = None
-    verify: bool = False
-    force: bool = False
-
-
 def run(argv: Sequence[str]) -> None:
     settings = parse(
         JudgeSettings,
         argv,
         verb="judge",
-        about="Compares answers by the principles of a constitution, every two of a prompt in both "
-        "orders, and writes preference records as a person's, for `openpalm dpo` and `openpalm "
-        "reward`. The judge is a checkpoint of ours or a model behind an OpenAI-compatible server.",
+        about="AI feedback: a judge compares every two completions of a prompt by the principles "
+        "of a constitution, in both orders. Writes preference records for `openpalm dpo` and "
+        "`openpalm reward`. The judge is an OpenPaLM checkpoint or a model behind an "
+        "OpenAI-compatible API.",
         examples=[
             "openpalm judge --data answers.jsonl --constitution c.yaml --judge runs/chat "
             "--out j.jsonl",
@@ -104,27 +94,30 @@ def run(argv: Sequence[str]) -> None:
             "    --endpoint http://127.0.0.1:8000/v1 --judge-model chat",
         ],
     )
-    told = judged(settings)
+    counts = judge_completions(settings)
     if settings.json:
-        print(json.dumps(told))
+        print(json.dumps(counts))
         return
-    what = "revised" if settings.revise else f"compared, {told['ties']} of them ties"
-    print(f"{told['written']} {what}; {told['known']} were there before")
-    if told["left_out"]:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in told["left_out"].items())
+    done = "revised" if settings.revise else f"compared, {counts['ties']} of them ties"
+    print(f"{counts['written']} {done}; {counts['known']} judged before")
+    if counts["left_out"]:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in counts["left_out"].items())
         print(f"left out: {reasons}")
-        for refused in told["refused"][:5]:
+        for refused in counts["refused"][:5]:
             print(f"refused: {refused['prompt']!r}: {refused['reason']}")
-        if told["left_out"].keys() & {"undecided", "refused by the judge"}:
-            print("run the command again to have undecided and refused ones judged again")
-    if told["first_place"] is not None:
-        print(f"the first place won {told['first_place']:.1%} of the questions (50% is fair)")
+        if counts["left_out"].keys() & {"undecided", "refused by the judge"}:
+            print("run the command again to ask about undecided and refused ones again")
+    if counts["first_place"] is not None:
+        print(
+            f"position bias: the first completion shown won {counts['first_place']:.1%} of the "
+            "questions (50% is unbiased)"
+        )
     print(settings.out)
 
 
-def judged(settings: JudgeSettings) -> dict[str, Any]:
-    """Appends a record for whatever has none yet; figures of what was done."""
-    from openpalm.align.judging.judgements import Session
+def judge_completions(settings: JudgeSettings) -> dict[str, Any]:
+    """Appends a preference record for every item without one; returns the session's counts."""
+    from openpalm.align.judging.judging_session import JudgingSession
     from openpalm.base.jsonl import open_jsonl
     from openpalm.cli.common import progress
     from openpalm.data.rows.constitution import read_constitution
@@ -135,18 +128,18 @@ def judged(settings: JudgeSettings) -> dict[str, Any]:
     with open_jsonl(settings.out) as file, progress("judge", len(items)) as advance:
         rows = enumerate(file.found, 1)
         known = {Preference.from_json(row, f"--out {settings.out}:{i}").id for i, row in rows}
-        session = Session(judge, constitution, settings.max_new_tokens, file, known)
-        work = session.revise if settings.revise else session.compare
+        session = JudgingSession(judge, constitution, settings.max_new_tokens, file, known)
+        ask = session.revise if settings.revise else session.compare
         for item in items:
-            work(item)
+            ask(item)
             advance(1)
         session.check()
-    return session.told()
+    return session.summary()
 
 
 def _judge(settings: JudgeSettings) -> "Judge":
-    from openpalm.align.judging.endpoint import EndpointJudge
-    from openpalm.align.judging.judge import EngineJudge
+    from openpalm.align.judging.endpoint_judge import EndpointJudge
+    from openpalm.align.judging.model_judge import EngineJudge
     from openpalm.cli.common import serving_engine
 
     if settings.endpoint is not None and settings.judge_model is not None:
@@ -158,35 +151,41 @@ def _judge(settings: JudgeSettings) -> "Judge":
             parallel=settings.parallel,
         )
     assert settings.judge is not None
-    engine, tokenizer = serving_engine(settings.judge, Form(settings.device, settings.dtype))
+    engine, tokenizer = serving_engine(
+        settings.judge, ModelOptions(device=settings.device, dtype=settings.dtype)
+    )
     return EngineJudge(engine, tokenizer, f"openpalm-{_hash_of(settings.judge)[:16]}")
 
 
 def _items(settings: JudgeSettings) -> "list[Item]":
-    """What is to be judged: the file's answers, or prompts whose answers --model will write."""
-    from openpalm.align.judging.judgements import given_items
+    """The completions of --data, or with --model its prompts, to be sampled later."""
+    from openpalm.align.judging.judging_session import items_from_rows
     from openpalm.cli.common import report_unused
     from openpalm.data.rows.candidate_files import read_candidates
 
     if settings.model is not None:
-        return _answered(settings, settings.model)
+        return _sampled_items(settings, settings.model)
     given = read_candidates(settings.data)
-    found = report_unused("judge", settings.data, given, "set of answers")
-    return given_items(found.items)
+    found = report_unused("judge", settings.data, given, "set of completions")
+    return items_from_rows(found.items)
 
 
-def _answered(settings: JudgeSettings, model: str) -> "list[Item]":
-    from openpalm.align.judging.best_of_n import Draw
-    from openpalm.align.judging.judgements import Writer, drawn_items
+def _sampled_items(settings: JudgeSettings, model: str) -> "list[Item]":
+    from openpalm.align.judging.best_of_n import SamplingPlan
+    from openpalm.align.judging.judging_session import Writer, items_from_model
     from openpalm.cli.common import serving_engine
-    from openpalm.cli.rl_common import fitting
+    from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.prompt_files import read_prompts
 
     given = read_prompts(settings.data)
-    engine, tokenizer = serving_engine(model, Form(settings.device, settings.dtype))
-    rows, ids = fitting(given, tokenizer, settings, engine.model.config.context, "judge")
-    draw = Draw(settings.answers, settings.max_new_tokens, settings.temperature, settings.seed)
-    return drawn_items(Writer(engine, tokenizer, _hash_of(model), draw), rows, ids)
+    engine, tokenizer = serving_engine(
+        model, ModelOptions(device=settings.device, dtype=settings.dtype)
+    )
+    rows, ids = usable_prompts(given, tokenizer, settings, engine.model.config.context, "judge")
+    plan = SamplingPlan(
+        settings.num_completions, settings.max_new_tokens, settings.temperature, settings.seed
+    )
+    return items_from_model(Writer(engine, tokenizer, _hash_of(model), plan), rows, ids)
 
 
 def _hash_of(name: str) -> str:

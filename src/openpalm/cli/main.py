@@ -1,7 +1,7 @@
-"""`openpalm VERB ...`: finds the verb's file, and turns every error into one line and a status.
+"""The `openpalm` command: runs a verb, prints an error as one line, returns the exit status.
 
-Imports nothing heavy: a verb's module is imported when it is called, and imports torch only
-after its settings were read, so that every --help answers at once.
+A verb's module is imported when the verb is called, and imports torch only after it has read its
+settings, so that --help is quick.
 """
 
 import errno
@@ -12,36 +12,38 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import NoReturn
 
 from openpalm.errors import OpenPalmError
 
-# verb -> (module with `run(argv)`, what it does)
+# verb -> (module with `run(argv)`, description)
 VERBS = {
-    "quickstart": ("quickstart", "the whole line in minutes on this machine, no download"),
-    "data": ("data", "prepare text as token shards, join parts of them, inspect them"),
-    "train": ("train", "train a model from scratch, or on from a checkpoint"),
+    "quickstart": (
+        "quickstart",
+        "prepare, train, fine-tune and align in minutes, without a download",
+    ),
+    "data": ("data", "prepare text as token shards, join parts, inspect a dataset"),
+    "train": ("train", "train a model from scratch or from a checkpoint"),
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
-    "dpo": ("dpo", "train a checkpoint on pairs or verdicts: dpo, ipo, simpo, orpo, kto"),
-    "reward": ("reward", "train a reward model on pairs of answers or on ratings"),
-    "merge-lora": ("merge_lora", "fold a low-rank adapter into the weights"),
-    "ppo": ("ppo", "train a checkpoint on its own answers by a reward, with a critic"),
-    "grpo": ("grpo", "the same without a critic, in groups: grpo, dr-grpo, dapo, rloo"),
-    "best-of-n": ("best_of_n", "draw n answers to each prompt and keep the best"),
-    "judge": ("judge", "compare answers by written principles, as preference records"),
+    "dpo": ("dpo", "train on preferences offline: dpo, ipo, simpo, orpo, kto"),
+    "reward": ("reward", "train a reward model on pairs of completions or on ratings"),
+    "merge-lora": ("merge_lora", "merge a LoRA adapter into the weights"),
+    "ppo": ("ppo", "train on rewards of sampled completions, with a critic"),
+    "grpo": ("grpo", "the same with groups in place of a critic: grpo, dr-grpo, dapo, rloo"),
+    "best-of-n": ("best_of_n", "sample n completions of each prompt and keep the best"),
+    "judge": ("judge", "compare completions by written principles, write preferences"),
     "doctor": ("doctor", "check a model, its data and rewards before an alignment run"),
     "sample": ("sample", "continue a prompt with a trained model"),
-    "chat": ("chat", "talk with a fine-tuned model"),
-    "serve": ("serve", "answer over HTTP: the OpenAI API, and a page to chat"),
+    "chat": ("chat", "chat with a fine-tuned model in the terminal"),
+    "serve": ("serve", "serve a model over HTTP: the OpenAI API and a chat page"),
     "eval": ("eval", "loss and bits per byte of a checkpoint on prepared data"),
     "convert": ("convert", "read and write checkpoints of other projects"),
-    "models": ("models", "list the model sizes: parameters, memory, FLOPs a token"),
-    "report": ("report", "draw a run as one HTML page"),
+    "models": ("models", "list the model sizes: parameters, memory, FLOPs per token"),
+    "report": ("report", "show runs as one HTML page or as curves in the terminal"),
 }
 
 DATA_VERBS = ("prepare", "build", "inspect")
 CONTINUES = {"train", "sft", "dpo", "reward", "ppo", "grpo", "data", "best-of-n", "judge"}
-"""verbs that keep what they have done, for the same command to continue"""
+"""verbs that save progress, so that the same command continues after an interruption"""
 
 USAGE = """usage: openpalm VERB [options]
 
@@ -60,29 +62,42 @@ examples:
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs one command line; returns its exit status: 0 done, 1 failed, 2 a wrong request."""
-    _write_anything()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line, by default the process's own; returns its exit status.
+
+    0: done. 1: the work failed. 2: the request was wrong.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    _escape_unencodable()
     try:
-        status = _main(argv)
+        status = _without_verb(argv)
+        if status is None:
+            try:
+                import_module(f"openpalm.cli.{VERBS[argv[0]][0]}").run(argv[1:])
+                status = 0
+            except BrokenPipeError:
+                raise
+            except (Exception, KeyboardInterrupt) as error:
+                status = _explain(error, argv[0])
         sys.stdout.flush()
         return status
     except OSError as error:
-        # Standard output refused; keep the interpreter from trying again at exit.
+        # Writing to standard output failed: the interpreter must not flush it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # A reader (head, less) that has seen enough is no failure.
+        # A closed pipe (head, less) is not a failure.
         return 0 if isinstance(error, BrokenPipeError) else _unexpected(error)
 
 
-def _write_anything() -> None:
-    """A character that the terminal's encoding lacks is written as an escape, never an error."""
+def _escape_unencodable() -> None:
+    """Makes the streams write characters outside the terminal's encoding as escapes."""
     for stream in (sys.stdout, sys.stderr):
-        # Something else may stand in for the streams, as a notebook's do.
+        # A notebook replaces the streams by objects of its own.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _main(argv: Sequence[str]) -> int:
+def _without_verb(argv: Sequence[str]) -> int | None:
+    """Handles --help, --version and an unknown verb; None if there is a verb to run."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         listing = "\n".join(f"  {verb:<12}{about}" for verb, (_, about) in VERBS.items())
         print(USAGE.format(verbs=listing))
@@ -92,57 +107,48 @@ def _main(argv: Sequence[str]) -> int:
 
         print(f"openpalm {__version__}")
         return 0
-    return _guarded(argv[0], argv[1:])
+    if argv[0] not in VERBS:
+        return _print_error(f"unknown verb {argv[0]}; {_suggestion(argv[0])}", 2)
+    return None
 
 
-def _guarded(verb: str, argv: Sequence[str]) -> int:
+def _explain(error: BaseException, verb: str) -> int:
+    """Prints a requested --help, or the error as one line; returns the exit status."""
     from openpalm.base.settings import HelpRequested
 
-    try:
-        if verb not in VERBS:
-            return _complain(f"unknown verb {verb}; {_meant(verb)}", 2)
-        import_module(f"openpalm.cli.{VERBS[verb][0]}").run(argv)
+    if isinstance(error, HelpRequested):
+        print(error)
         return 0
-    except HelpRequested as text:
-        print(text)
-        return 0
-    except OpenPalmError as error:
-        return _complain(str(error), error.exit_status)
-    except KeyboardInterrupt:
+    if isinstance(error, OpenPalmError):
+        return _print_error(str(error), error.exit_status)
+    if isinstance(error, KeyboardInterrupt):
         more = "; run the same command again to continue" if verb in CONTINUES else ""
-        return _complain(f"interrupted{more}", 128 + signal.SIGINT)
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        return _unexpected(error)
+        return _print_error(f"interrupted{more}", 128 + signal.SIGINT)
+    return _unexpected(error)
 
 
-def _meant(verb: str) -> str:
+def _suggestion(verb: str) -> str:
     near = get_close_matches(verb.lower().replace("_", "-"), [*VERBS, *DATA_VERBS], n=1)
     if not near:
         return "see `openpalm --help`"
     return f"did you mean {'data ' * (near[0] in DATA_VERBS)}{near[0]}?"
 
 
-def _unexpected(error: Exception) -> int:
-    """What nobody foresaw: the operating system refusing, or a bug of ours."""
+def _unexpected(error: BaseException) -> int:
+    """An error without a message of its own: from the operating system, or a bug."""
     if os.environ.get("OPENPALM_TRACEBACK"):
         raise error
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" at {error.filename}" if error.filename else ""
-        return _complain(f"the disk is full{where}; free some space and repeat the command", 1)
+        return _print_error(
+            f"the disk is full{where}; free some space and run the command again", 1
+        )
     if isinstance(error, OSError):
-        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+        return _print_error(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return _complain(f"{reason} (set OPENPALM_TRACEBACK=1 to see where)", 1)
+    return _print_error(f"{reason} (set OPENPALM_TRACEBACK=1 to see where)", 1)
 
 
-def _complain(message: str, status: int) -> int:
+def _print_error(message: str, status: int) -> int:
     print(f"openpalm: error: {' '.join(message.split())}", file=sys.stderr)
     return status
-
-
-def entry() -> NoReturn:
-    """The console script."""
-    status = main(sys.argv[1:])
-    sys.exit(status)

@@ -1,4 +1,4 @@
-"""`openpalm merge-lora`: a checkpoint with an adapter in, the same function without one out."""
+"""`openpalm merge-lora`: merges a LoRA adapter into the weights of a checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from openpalm.errors import CheckpointError
 @dataclass(frozen=True)
 class MergeSettings:
     path: str
-    """run or checkpoint that has an adapter, or whose model --adapter is for"""
+    """run or checkpoint with an adapter, or the base model of --adapter"""
     out: Path
-    """the checkpoint to make; must not exist, or be empty"""
+    """output checkpoint directory; must be new or empty"""
     adapter: Path | None = None
-    """directory in PEFT's layout, or a run or checkpoint that has an adapter"""
+    """LoRA adapter: a directory in PEFT's layout, a run or a checkpoint"""
     force: bool = False
     """use an adapter that was made for another checkpoint"""
     verify: bool = False
-    """compare every file of the checkpoint with its manifest, the optimizer's state too"""
+    """check every file of the checkpoint against its manifest, the optimizer state included"""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -27,8 +27,8 @@ def run(argv: Sequence[str]) -> None:
         MergeSettings,
         argv,
         verb="merge-lora",
-        about="Adds a low-rank adapter to the matrices it adapts, and writes a checkpoint without "
-        "one. The model computes what it did.",
+        about="Adds a LoRA adapter to the weight matrices and writes a checkpoint that computes "
+        "the same function without an adapter.",
         examples=[
             "openpalm merge-lora runs/chat-lora --out models/chat",
             "openpalm merge-lora runs/tiny --adapter runs/chat-lora --out models/chat",
@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.model import lora
 
     directory = checkpoint.resolve(weights_path(settings.path), training=settings.verify)
-    export.check_vacant(settings.out)
+    export.check_output_directory(settings.out)
     model = checkpoint.load(directory)
     given = give_adapter(model, settings.adapter, directory, force=settings.force)
     if not lora.is_attached(model):
@@ -55,5 +55,5 @@ def run(argv: Sequence[str]) -> None:
     # "own": the merged checkpoint computes what its parent does, so its adapters fit here too.
     lineage = {"parent": parent, "merged": True, "adapter": given or "own"}
     text = checkpoint.tokenizer_json(directory)
-    export.as_openpalm(model, settings.out, lineage=lineage, tokenizer_json=text)
+    export.save_as_openpalm(model, settings.out, lineage=lineage, tokenizer_json=text)
     print(f"wrote {settings.out}: logits within {change:.1e} of those with the adapter")

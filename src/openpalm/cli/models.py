@@ -1,4 +1,4 @@
-"""`openpalm models`: the named sizes, by their arithmetic."""
+"""`openpalm models`: lists the model presets with parameters, memory and FLOPs."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from openpalm.base.settings import parse
 from openpalm.model.config import PRESETS, ModelConfig, Preset
 
 TRAIN_BYTES_PER_PARAMETER = 16
-"""float32 weight, gradient and AdamW's two moments; activations come on top."""
+"""float32 weight, gradient and AdamW's two moments; activations need more memory."""
 
 COLUMNS = (
     "model",
@@ -25,10 +25,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class ModelsSettings:
-    """How to list."""
+    """The output format."""
 
     json: bool = False
-    """print JSON, with every size"""
+    """print JSON, with every size of each config"""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -36,8 +36,8 @@ def run(argv: Sequence[str]) -> None:
         ModelsSettings,
         argv,
         verb="models",
-        about="Lists the model sizes: parameters, bytes to serve and to train, FLOPs of training "
-        "a token at the preset's context.",
+        about="Lists the model presets: parameters, memory to serve in bfloat16 and to train with "
+        "AdamW in float32, training FLOPs per token at the preset's context.",
         examples=["openpalm models", "openpalm models --json"],
     )
     if settings.json:

@@ -1,4 +1,4 @@
-"""`openpalm ppo`: a checkpoint, prompts and a reward in; a policy that earns more of it out."""
+"""`openpalm ppo`: reinforcement learning of a checkpoint with PPO, a reward and a critic."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,8 +17,9 @@ def run(argv: Sequence[str]) -> None:
         PpoSettings,
         argv,
         verb="ppo",
-        about="Trains a checkpoint on its own answers to prompts by a reward, with a critic. "
-        'The data is a .jsonl of prompts: {"prompt": ...} with whatever the reward needs beside.',
+        about="Reinforcement learning with PPO: samples completions of prompts from a checkpoint, "
+        "scores them with a reward, and trains the policy and a critic on them. --data is a .jsonl "
+        'with one prompt per row, {"prompt": ...}, and any other fields that the reward reads.',
         examples=[
             "openpalm ppo --init runs/chat --data p.jsonl --out runs/p --steps 9 --reward runs/rm",
             "openpalm ppo --init runs/chat --data p.jsonl --out runs/q --steps 9 --reward a.py:f",
@@ -30,23 +31,23 @@ def run(argv: Sequence[str]) -> None:
 
 
 def learn(settings: PpoSettings, label: str = "ppo") -> "Outcome":
-    """Composes the run: a policy with its critic, THE loop over rollouts."""
+    """Composes the run: a policy with a critic, in the loop over rollouts."""
     from openpalm.align.rollouts.ppo import PpoObjective, estimate
-    from openpalm.cli.rl_common import learn_from_answers
+    from openpalm.cli.rl_common import train_on_rollouts
     from openpalm.model.critic import ActorCritic, Bins
 
-    reach, count = settings.critic_range, settings.critic_bins
-    bins = Bins(count, -reach, reach) if count else None
+    limit, count = settings.value_range, settings.value_bins
+    bins = Bins(count, -limit, limit) if count else None
 
-    def prepare(model: "Transformer") -> None:
+    def reset_critic(model: "Transformer") -> None:
         assert isinstance(model, ActorCritic)
-        model.reset_critic()
+        model.reset_critic()  # the checkpoint has no weights for it
 
-    return learn_from_answers(
+    return train_on_rollouts(
         settings,
         PpoObjective(settings),
         estimate,
         label,
         make_model=partial(ActorCritic, kind=settings.critic, bins=bins),
-        prepare=prepare,
+        prepare=reset_critic,
     )

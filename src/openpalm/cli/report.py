@@ -1,4 +1,4 @@
-"""`openpalm report`: runs in, one HTML page or a plot in the terminal out."""
+"""`openpalm report`: shows runs as one HTML page, or as curves in the terminal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from openpalm.base.typed import home
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What to draw, and where to."""
+    """The runs and the output."""
 
     runs: list[str]
-    """directories of runs; several are compared"""
+    """run directories; several are compared"""
     out: Path | None = None
-    """the page; not set is report.html in the first run"""
+    """HTML file to write; default: report.html in the first run"""
     plot: Literal["steps", "tokens", "minutes", "flops"] | None = None
-    """draw the losses against this in the terminal instead; with --out, the page as well"""
+    """plot the losses in the terminal against this axis, in place of the page; with --out, both"""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -26,8 +26,9 @@ def run(argv: Sequence[str]) -> None:
         ReportSettings,
         argv,
         verb="report",
-        about="Draws runs as one HTML page, or in the terminal. Several runs are compared: loss "
-        "against steps, tokens, time and FLOPs, throughput, samples, the settings that differ.",
+        about="Writes an HTML page about runs, or plots their losses in the terminal. Several runs "
+        "are compared: loss against steps, tokens, time and FLOPs, throughput, samples, and the "
+        "settings that differ.",
         examples=[
             "openpalm report runs/tiny",
             "openpalm report runs/a runs/b --out ab.html",

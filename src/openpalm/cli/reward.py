@@ -1,4 +1,4 @@
-"""`openpalm reward`: a checkpoint and judgements of answers in, a model that scores answers out."""
+"""`openpalm reward`: trains a reward model on pairs or on ratings of completions."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from openpalm.align.config import RewardSettings
 from openpalm.base.settings import parse
 
 if TYPE_CHECKING:
-    from openpalm.align.pairs.reward import Judged, ScoreBatch
+    from openpalm.align.pairs.examples import PreferenceExample
+    from openpalm.align.pairs.reward_model import ScoreBatch
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
@@ -19,9 +20,9 @@ def run(argv: Sequence[str]) -> None:
         RewardSettings,
         argv,
         verb="reward",
-        about="Trains a reward model. From pairs (bradley-terry): the files of `openpalm dpo`. "
-        'From ratings (the other losses): a .jsonl of {"prompt": ..., "response": ..., "rating": '
-        "...} or of preference records.",
+        about="Trains a reward model. --loss bradley-terry reads pairs, in the files of `openpalm "
+        'dpo`. The other losses read ratings: a .jsonl of {"prompt": ..., "response": ..., '
+        '"rating": ...} or of preference records.',
         examples=[
             "openpalm reward --init runs/chat --data pairs.jsonl --out runs/reward --epochs 1",
             "openpalm reward --init runs/chat --data ratings.jsonl --out runs/r --epochs 1 "
@@ -30,13 +31,18 @@ def run(argv: Sequence[str]) -> None:
     )
     from openpalm.cli.train import report
 
-    report(judge(settings), settings)
+    report(train_reward_model(settings), settings)
 
 
-def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
-    """Composes the run: weights and heads, judgements, THE loop."""
-    from openpalm.align.pairs.pairs import PairLoader
-    from openpalm.align.pairs.reward import RewardObjective, collate, fill, head_for
+def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outcome":
+    """Composes the run: weights and heads, examples, THE loop."""
+    from openpalm.align.pairs.examples import preference_loader
+    from openpalm.align.pairs.reward_model import (
+        RewardObjective,
+        choose_head,
+        collate,
+        load_first_weights,
+    )
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.model.reward import RewardModel
@@ -46,22 +52,22 @@ def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
     directory, tokenizer, start = fine_tuning_start(settings, may_score=True)
     length = settings.sequence_length or start.config.context
     read = _pairs if settings.reads_pairs else _ratings
-    judged, ties = read(settings, tokenizer, length, label)
-    ratings = [] if settings.reads_pairs else [record.label for record in judged]
-    head = head_for(settings, ratings, start.reward)
-    trained, measured = held_out(judged)
-    sides = len(judged[0].sides)
+    examples, ties = read(settings, tokenizer, length, label)
+    ratings = [] if settings.reads_pairs else [example.label for example in examples]
+    head = choose_head(settings, ratings, start.reward)
+    trained, measured = held_out(examples)
+    rows = len(examples[0].completions)
     spec = TrainSpec(
         config=start.config,
         make_model=lambda config: RewardModel(config, head),
-        fill=lambda model: fill(model, settings, start, ratings),
-        make_loader=lambda shape, *_: PairLoader(
-            trained, rows=max(1, shape.rows // sides), seed=settings.seed, collate=collate
+        fill=lambda model: load_first_weights(model, settings, start, ratings),
+        make_loader=lambda shape, *_: preference_loader(
+            trained, rows=max(1, shape.rows // rows), seed=settings.seed, collate=collate
         ),
-        sequences_per_epoch=sides * len(trained),
+        sequences_per_epoch=rows * len(trained),
         learning_rate=start.learning_rate,
         objective=RewardObjective(settings),
-        items_per_step=lambda shape: max(1, shape.rows // sides) * shape.accumulation,
+        items_per_step=lambda shape: max(1, shape.rows // rows) * shape.accumulation,
         unit="pairs" if settings.reads_pairs else "ratings",
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
@@ -74,68 +80,66 @@ def judge(settings: RewardSettings, label: str = "reward") -> "Outcome":
 
 def _pairs(
     settings: RewardSettings, tokenizer: "Tokenizer", length: int, label: str
-) -> "tuple[Sequence[Judged], Sequence[Judged]]":
+) -> "tuple[Sequence[PreferenceExample], Sequence[PreferenceExample]]":
     """The pairs, and the held-out ties."""
-    from openpalm.align.pairs.pairs import records
+    from openpalm.align.pairs.examples import to_examples
     from openpalm.cli.common import held_out, report_unused
     from openpalm.data.rows.pair_files import read_pairs, read_ties
-    from openpalm.data.rows.preferences import Pair, Usable
+    from openpalm.data.rows.preferences import Pair, ReadResult
 
-    found = records(tokenizer, read_pairs(settings.data), length - 1)
+    found = to_examples(tokenizer, read_pairs(settings.data), length)
     pairs = report_unused(label, settings.data, found, "pair").items
     ties = held_out([Pair(*tie) for tie in read_ties(settings.data)])[1]
-    return pairs, records(tokenizer, Usable(list(ties), {}), length - 1).items
+    return pairs, to_examples(tokenizer, ReadResult(list(ties), {}), length).items
 
 
 def _ratings(
     settings: RewardSettings, tokenizer: "Tokenizer", length: int, label: str
-) -> "tuple[Sequence[Judged], Sequence[Judged]]":
+) -> "tuple[Sequence[PreferenceExample], Sequence[PreferenceExample]]":
     """The ratings; no ties."""
-    from openpalm.align.pairs.reward import rating_records
+    from openpalm.align.pairs.examples import to_examples
     from openpalm.cli.common import report_unused
     from openpalm.data.rows.rating_files import read_ratings
 
-    found = rating_records(tokenizer, read_ratings(settings.data, settings.axis), length)
+    found = to_examples(tokenizer, read_ratings(settings.data, settings.axis), length)
     return report_unused(label, settings.data, found, "rating").items, []
 
 
 def _held_out_probe(
-    settings: RewardSettings, measured: "Sequence[Judged]", ties: "Sequence[Judged]"
+    settings: RewardSettings,
+    measured: "Sequence[PreferenceExample]",
+    ties: "Sequence[PreferenceExample]",
 ) -> "Probe":
-    """Loss on held-out judgements, and how well the rewards agree with them."""
+    """Loss on held-out examples, and how well the rewards agree with their labels."""
     import torch
 
-    from openpalm.align.pairs.reward import RewardObjective, collate
+    from openpalm.align.pairs.reward_model import RewardObjective, collate
     from openpalm.evaluate import agreement
     from openpalm.model.reward import RewardModel
     from openpalm.model.transformer import Transformer
-    from openpalm.train.probes import Probe
+    from openpalm.train.probes import held_out_probe
 
-    objective, batch = RewardObjective(settings), collate(measured)
-    tied = collate(ties) if ties else None
+    batch, tied = collate(measured), collate(ties) if ties else None
 
-    def rewards(model: RewardModel, batch: "ScoreBatch") -> torch.Tensor:
+    def rewards(model: Transformer, batch: "ScoreBatch") -> torch.Tensor:
+        assert isinstance(model, RewardModel)
         batch = batch.to(model.embedding.device)
         return model.value(batch.ids, batch.mask, batch.prompt_lengths).cpu()
 
-    def differences(model: RewardModel, batch: "ScoreBatch") -> list[float]:
+    def differences(model: Transformer, batch: "ScoreBatch") -> list[float]:
         chosen, rejected = rewards(model, batch).chunk(2)
         return (chosen - rejected).tolist()
 
-    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, float]:
-        assert isinstance(model, RewardModel)
-        device = model.embedding.device
-        with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
-            loss, metrics = objective.loss(model, batch.to(device))
-            values = {"loss": loss.item(), **metrics}
-            row = {f"val_{name}": value / len(measured) for name, value in values.items()}
-            if not settings.reads_pairs:
-                found = rewards(model, batch).tolist()
-                return row | {"val_spearman": agreement.spearman(found, batch.labels.tolist())}
-            apart = differences(model, batch)
-            row["val_calibration_error"] = agreement.calibration_error(apart)
-            close = differences(model, tied) if tied else []
-            return row | {"val_agreement": agreement.agreement(apart, close)}
+    def agreements(model: Transformer) -> dict[str, float]:
+        if not settings.reads_pairs:
+            found = rewards(model, batch).tolist()
+            return {"val_spearman": agreement.spearman(found, batch.labels.tolist())}
+        gaps = differences(model, batch)
+        tied_gaps = differences(model, tied) if tied else []
+        return {
+            "val_calibration_error": agreement.calibration_error(gaps),
+            "val_agreement": agreement.agreement(gaps, tied_gaps),
+        }
 
     def describe(row: dict[str, float]) -> str:
         said = f"held-out {'pairs' if settings.reads_pairs else 'ratings'}: "
@@ -143,4 +147,4 @@ def _held_out_probe(
         figures = [n for n in names if f"val_{n}" in row]
         return said + ", ".join(f"{n.replace('_', ' ')} {row[f'val_{n}']:.3f}" for n in figures)
 
-    return Probe(measure, describe=describe)
+    return held_out_probe(RewardObjective(settings), [batch], describe, more=agreements)

@@ -1,4 +1,7 @@
-"""What ppo and grpo compose alike: prompts, rewards, a reference, and answers looked at."""
+"""Shared by ppo and grpo: prompts, rewards, reference policy, evaluations on held-out prompts.
+
+best-of-n, judge and doctor read their prompts with `usable_prompts` too.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -9,11 +12,11 @@ from openpalm.align.config import RolloutSettings, reward_sources, rollout_rate
 from openpalm.errors import RewardError, SettingsError
 
 if TYPE_CHECKING:
-    from openpalm.align.judging.rewards import Reader
+    from openpalm.align.judging.reward_sources import RewardContext
     from openpalm.align.rollouts.rollout import LogProbs
     from openpalm.align.rollouts.rollout_batch import Reward
     from openpalm.data.rows.prompt_files import PromptRow
-    from openpalm.data.rows.usable import Usable
+    from openpalm.data.rows.read_result import ReadResult
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
@@ -22,12 +25,13 @@ if TYPE_CHECKING:
     from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
 
-LEAST_LOOKED_AT, MAX_LOOKED_AT = 16, 64
-"""Prompts of the evaluations; fewer held-out ones say too little, then some of training's serve."""
-SHOWN = 4
+MIN_EVAL_PROMPTS, MAX_EVAL_PROMPTS = 16, 64
+"""Prompts of an evaluation. With fewer held-out prompts training prompts are evaluated too."""
+SAMPLES = 4
+"""Completions that an evaluation writes to samples.jsonl."""
 
 
-def learn_from_answers(
+def train_on_rollouts(
     settings: RolloutSettings,
     objective: "Objective[Any]",
     estimate: Callable[..., Any],
@@ -35,15 +39,19 @@ def learn_from_answers(
     make_model: "Callable[[ModelConfig], Transformer] | None" = None,
     prepare: "Callable[[Transformer], None]" = lambda model: None,
 ) -> "Outcome":
-    """Composes the run; `prepare` gets the model after its weights were filled in."""
+    """Composes the run; `prepare` is called with the model once its weights are loaded."""
     import torch
 
-    from openpalm.align.judging.rewards import Asked, Reader, fingerprint, question_of, rewards_of
-    from openpalm.align.rollouts.rollout import RolloutLoader, Sampler
+    from openpalm.align.judging.reward_sources import (
+        RewardContext,
+        fingerprint,
+        load_reward,
+    )
+    from openpalm.align.rollouts.rollout import RolloutLoader
+    from openpalm.align.rollouts.sampler import Sampler
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.data.rows.prompt_files import read_prompts
-    from openpalm.data.text.conversation import stop_ids
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
     from openpalm.train.run import run_training
@@ -51,19 +59,18 @@ def learn_from_answers(
     from openpalm.train.spec import TrainSpec
 
     if not reward_sources(settings.reward):
-        raise SettingsError("--reward: what is an answer worth? give FILE.py:FUNCTION or a run")
+        raise SettingsError("--reward: missing; give FILE.py:FUNCTION or a reward model's run")
     directory, tokenizer, start = fine_tuning_start(settings)
-    given = read_prompts(settings.data)
-    asked, ids = fitting(given, tokenizer, settings, start.config.context, label)
-    reader = Reader(
-        tokenizer, [Asked(question_of(row.prompt), row.row) for row in asked], stop_ids(tokenizer)
+    prompts, ids = usable_prompts(
+        read_prompts(settings.data), tokenizer, settings, start.config.context, label
     )
-    reward = rewards_of(reward_sources(settings.reward), reader)
-    gold = rewards_of(reward_sources(settings.gold), reader, "gold") if settings.gold else None
-    numbers = range(len(ids))
-    trained, measured = held_out(numbers)
-    enough = len(measured) >= LEAST_LOOKED_AT
-    looked_at = list(measured if enough else numbers)[:MAX_LOOKED_AT]
+    context = RewardContext.from_rows(tokenizer, prompts)
+    reward = load_reward(reward_sources(settings.reward), context)
+    gold_sources = reward_sources(settings.gold_reward)
+    gold = load_reward(gold_sources, context, "gold_reward") if gold_sources else None
+    trained, measured = held_out(range(len(ids)))
+    enough = len(measured) >= MIN_EVAL_PROMPTS
+    evaluated = list(measured if enough else range(len(ids)))[:MAX_EVAL_PROMPTS]
     reference = _reference(directory, settings)
     shape = _shape(settings, max(map(len, ids)) + settings.max_new_tokens)
 
@@ -72,26 +79,27 @@ def learn_from_answers(
         prepare(model)
 
     def make_loader(shape: BatchShape, model: Transformer, dtype: torch.dtype) -> RolloutLoader:
-        sampler = Sampler(model, ids[: len(trained)], reader.stop_ids, settings)
-        held = reference(model) if settings.beta else None
-        return RolloutLoader(sampler, reward, estimate, held, rows=shape.rows, dtype=dtype)
+        sampler = Sampler(model, ids[: len(trained)], context.stop_ids, settings)
+        # Without a penalty nothing reads the reference, so its forward pass is saved.
+        penalised_by = reference(model) if settings.kl_coef else None
+        return RolloutLoader(sampler, reward, estimate, penalised_by, rows=shape.rows, dtype=dtype)
 
     spec = TrainSpec(
         config=start.config,
         fill=fill,
         make_loader=make_loader,
-        sequences_per_epoch=len(trained) * settings.answers * settings.passes,
+        sequences_per_epoch=len(trained) * settings.num_completions * settings.epochs_per_rollout,
         learning_rate=rollout_rate(start.learning_rate),
         objective=objective,
-        unit="answers",
+        unit="completions",
         make_model=make_model or Transformer,
         shape=shape,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
         parent_hash=start.parent_hash,
-        reward_hash=fingerprint([*reward_sources(settings.reward), *reward_sources(settings.gold)]),
+        reward_hash=fingerprint([*reward_sources(settings.reward), *gold_sources]),
         parent_fixed=True,
-        probes=_probes(settings, reader, ids, looked_at, reference, reward, gold),
+        probes=_probes(settings, context, ids, evaluated, reference, reward, gold),
         best="val_gold" if gold else "val_reward",
         label=label,
     )
@@ -102,8 +110,8 @@ def learn_from_answers(
         raise
 
 
-class AsksSettings(Protocol):
-    """What a verb says about the answers that it has the model write."""
+class PromptSettings(Protocol):
+    """The settings of a verb that samples completions of prompts."""
 
     @property
     def data(self) -> Path: ...
@@ -112,36 +120,36 @@ class AsksSettings(Protocol):
     def max_new_tokens(self) -> int: ...
 
 
-def fitting(
-    given: "Usable[PromptRow]",
+def usable_prompts(
+    given: "ReadResult[PromptRow]",
     tokenizer: "Tokenizer",
-    settings: AsksSettings,
+    settings: PromptSettings,
     context: int,
     label: str,
 ) -> "tuple[list[PromptRow], list[list[int]]]":
-    """The prompts that leave room for an answer in `context` tokens, and their ids.
+    """The prompts that leave room for a completion in `context` tokens, and their ids.
 
-    Reports what is left out. Raises DataError where nothing is left.
+    Reports the others. Raises DataError if none is left.
     """
     from openpalm.cli.common import report_unused
     from openpalm.data.text.conversation import render
 
     room = context - settings.max_new_tokens
 
-    def made(row: "PromptRow") -> "tuple[PromptRow, list[int]] | str":
-        ids = render(tokenizer, row.prompt, answer_next=True).ids
+    def render_prompt(row: "PromptRow") -> "tuple[PromptRow, list[int]] | str":
+        ids = render(tokenizer, row.prompt, add_generation_prompt=True).ids
         if len(ids) > room:
             return f"longer than {room} tokens, which --max-new-tokens leaves of {context}"
         return row, ids
 
-    kept = report_unused(label, settings.data, given.then(made), "prompt").items
+    kept = report_unused(label, settings.data, given.map(render_prompt), "prompt").items
     return [row for row, _ in kept], [ids for _, ids in kept]
 
 
 def _reference(directory: Path, settings: RolloutSettings) -> "Callable[[Transformer], LogProbs]":
-    """What the checkpoint that the run began from thinks of answers, at the run's temperature.
+    """Makes the reference policy: the run's initial checkpoint, at the run's temperature.
 
-    Of a policy with an adapter that is the policy with the adapter off; else a copy is kept.
+    With LoRA it is the policy with its adapter switched off; otherwise a second copy of the model.
     """
     from openpalm.align.rollouts.rollout import reference_log_probs
     from openpalm.base.device import pick_device
@@ -158,48 +166,53 @@ def _reference(directory: Path, settings: RolloutSettings) -> "Callable[[Transfo
 
 
 def _shape(settings: RolloutSettings, longest: int) -> "BatchShape":
-    """How a rollout's answers are cut into steps and microbatches."""
+    """Completions per microbatch and microbatches per step."""
     from openpalm.train.config import BatchShape
 
-    step = settings.prompts * settings.answers // settings.minibatches
+    step = settings.prompts_per_rollout * settings.num_completions // settings.minibatches
     room = max(1, settings.microbatch_tokens // longest)
+    # The largest divisor of a step that fits, so that all microbatches are full.
     rows = max(r for r in range(1, min(room, step) + 1) if step % r == 0)
     return BatchShape(longest, rows, step // rows)
 
 
 def _probes(
     settings: RolloutSettings,
-    reader: "Reader",
+    context: "RewardContext",
     ids: "list[list[int]]",
-    looked_at: list[int],
+    evaluated: list[int],
     reference: "Callable[[Transformer], LogProbs]",
     reward: "Reward",
     gold: "Reward | None",
 ) -> "list[Probe]":
-    """Figures of the held-out answers, with the alarm; and some of the answers."""
-    from openpalm.align.rollouts.monitor import alarm, look
-    from openpalm.align.rollouts.rollout import Sampler
+    """Evaluations on held-out prompts, with early stopping, and samples of the completions."""
+    from openpalm.align.rollouts.monitor import evaluate_policy, stop_reason
+    from openpalm.align.rollouts.sampler import Sampler
     from openpalm.train.probes import Probe
 
-    shown: list[dict[str, str]] = []
+    samples: list[dict[str, str]] = []
 
-    def figures(model: "Transformer", dtype: object) -> dict[str, Any]:
-        sampler = Sampler(model, ids, reader.stop_ids, settings)
-        row, answers = look(sampler, looked_at, reference(model), reward, gold)
-        shown[:] = [
-            {"prompt": f"{reader.asked[answer.prompt].question}\n", "text": reader.text(answer)}
-            for answer in answers[:SHOWN]
+    def measure(model: "Transformer", dtype: object) -> dict[str, Any]:
+        sampler = Sampler(model, ids, context.stop_ids, settings)
+        row, completions = evaluate_policy(sampler, evaluated, reference(model), reward, gold)
+        samples[:] = [
+            {"prompt": f"{context.prompts[c.prompt].question}\n", "text": context.text(c)}
+            for c in completions[:SAMPLES]
         ]
         return row
 
     def describe(row: dict[str, Any]) -> str:
-        gold_told = f", gold {row['val_gold']:.3f}" if "val_gold" in row else ""
+        gold_reward = f", gold reward {row['val_gold']:.3f}" if "val_gold" in row else ""
         return (
-            f"held-out answers: reward {row['val_reward']:.3f}{gold_told}, "
+            f"held-out prompts: reward {row['val_reward']:.3f}{gold_reward}, "
             f"{row['val_kl']:.2f} nats from the reference, {row['val_length']:.0f} tokens"
         )
 
     return [
-        Probe(figures, describe=describe, alarm=lambda rows: alarm(settings.alarm, rows)),
-        Probe(lambda *_: {"samples": list(shown)}, file="samples.jsonl"),
+        Probe(
+            measure,
+            describe=describe,
+            alarm=lambda rows: stop_reason(settings.early_stopping, rows),
+        ),
+        Probe(lambda *_: {"samples": list(samples)}, file="samples.jsonl"),
     ]

@@ -4,13 +4,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openpalm.base.settings import parse, spell
 from openpalm.train.config import PretrainSettings, TrainSettings
 from openpalm.train.sizing.scaling import scaled
 
 if TYPE_CHECKING:
+    from openpalm.data.batches.token_mixture import TokenSets
+    from openpalm.data.text.tokenizer import Tokenizer
+    from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
 
 EXAMPLES = [
@@ -29,16 +32,16 @@ def run(argv: Sequence[str]) -> None:
         PretrainSettings,
         argv,
         verb="train",
-        about="Trains a model on prepared data. The same command goes on where a run stopped; "
-        "a finished run is left as it is.",
+        about="Trains a model on prepared data. The same command resumes an interrupted run; "
+        "a finished run is not changed.",
         examples=EXAMPLES,
     )
     report(pretrain(settings), settings)
 
 
 def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
-    """Composes the run: data, start, what is looked at on the way."""
-    from openpalm.cli.common import beginnings, sample_probe, validation_probe, weights_path
+    """Composes the run: data, initial weights, batches, probes, the training loop."""
+    from openpalm.cli.common import weights_path
     from openpalm.data.batches.loader import token_loader
     from openpalm.data.batches.token_mixture import open_sets
     from openpalm.train.initial_weights import starting_point
@@ -46,29 +49,19 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     from openpalm.train.spec import TrainSpec
 
     sets = open_sets(settings.data)
-    tokenizer = sets.datasets[0].tokenizer()
+    tokenizer, tokens = sets.datasets[0].tokenizer(), sets.tokens("train")
     if settings.depth is not None:
-        settings, derived = scaled(settings, tokenizer.vocab_size, len(sets.tokens("train")))
-        told = " ".join(f"{spell(name)}={value}" for name, value in derived.items())
-        print(
-            fill(f"--depth {settings.depth}: {told}", 98, break_on_hyphens=False), file=sys.stderr
-        )
+        settings, derived = scaled(settings, tokenizer.vocab_size, len(tokens))
+        _print_derived(settings.depth, derived)
     init = weights_path(settings.init) if settings.init else None
     start = starting_point(settings, init, tokenizer, force=settings.force)
     if start.unsure:
         print(f"{label}: warning: {start.unsure}", file=sys.stderr)
     length = settings.sequence_length or start.config.context
-    tokens, draws = sets.tokens("train"), sets.draws(length, settings.seed)
+    shares, draws = sets.shares(length), sets.draws(length, settings.seed)
     documents = sets.documents("train") if settings.document_mask else None
-    shares = sets.shares(length)
     for name, share in zip(sets.names, shares, strict=True) if len(shares) > 1 else ():
         print(f"{label}: {name}: {share:,} of {sum(shares):,} sequences an epoch", file=sys.stderr)
-    given = settings.sample_prompts
-    prompts = [given] if isinstance(given, str) else given or beginnings(sets.datasets[0])
-    probes = [sample_probe(tokenizer, prompts)]
-    if all(dataset.manifest.splits["val"].tokens > 1 for dataset in sets.datasets):
-        measured = validation_probe(sets, length, document_mask=settings.document_mask)
-        probes.insert(0, measured)
     spec = TrainSpec(
         config=start.config,
         fill=start.fill,
@@ -85,14 +78,34 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
         tokenizer_json=(sets.datasets[0].path / "tokenizer.json").read_text(encoding="utf-8"),
         data_hash=sets.digest,
         parent_hash=start.parent_hash,
-        probes=probes,
+        probes=_probes(settings, sets, tokenizer, length),
         label=label,
     )
     return run_training(settings, spec)
 
 
+def _print_derived(depth: int | None, derived: dict[str, Any]) -> None:
+    """The settings that follow from --depth, as the options that would set them."""
+    options = " ".join(f"{spell(name)}={value}" for name, value in derived.items())
+    print(fill(f"--depth {depth}: {options}", 98, break_on_hyphens=False), file=sys.stderr)
+
+
+def _probes(
+    settings: PretrainSettings, sets: "TokenSets", tokenizer: "Tokenizer", length: int
+) -> "list[Probe]":
+    """Validation loss, if every dataset has a validation split, and samples."""
+    from openpalm.evaluate.probes import first_words, sample_probe, validation_probe
+
+    given = settings.sample_prompts
+    prompts = [given] if isinstance(given, str) else given or first_words(sets.datasets[0])
+    samples = sample_probe(tokenizer, prompts)
+    if any(dataset.manifest.splits["val"].tokens <= 1 for dataset in sets.datasets):
+        return [samples]
+    return [validation_probe(sets, length, document_mask=settings.document_mask), samples]
+
+
 def report(outcome: "Outcome", settings: TrainSettings) -> None:
-    """The last line of a run."""
+    """Prints the last line of a run: its newest checkpoint."""
     if outcome.was_finished:
         print(f"{settings.out}: finished at step {outcome.step} before; nothing to do")
         return
@@ -101,7 +114,7 @@ def report(outcome: "Outcome", settings: TrainSettings) -> None:
 
 
 def _curve(run: Path) -> None:
-    """The loss as a small plot, where somebody looks at a terminal."""
+    """Draws the loss as a small plot, in a terminal only."""
     from rich.console import Console
 
     console = Console(stderr=True)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openpalm.compat.state_dicts import LATEST, Original, draw_seed
+from openpalm.compat.state_dicts import LATEST, OriginalModule, draw_seed
 from openpalm.convert.files import Hyperparameters, Tensors
 from openpalm.convert.palm_rlhf.read import read_palm_rlhf
-from openpalm.convert.palm_rlhf.reward import TARGETS, read_factors, written_factors
-from openpalm.convert.palm_rlhf.write import in_era, write_palm_rlhf
+from openpalm.convert.palm_rlhf.reward import TARGETS, read_lora_factors, write_lora_factors
+from openpalm.convert.palm_rlhf.write import convert_to_era, write_palm_rlhf
 from openpalm.errors import SettingsError
 from openpalm.generate.engine import Engine, Request
 from openpalm.generate.sampling import Sampling
@@ -36,7 +36,7 @@ def top_p(thres: float, _num_tokens: int) -> dict[str, Any]:
     return {"top_p": max(1 - thres, 1e-9)}
 
 
-class PaLM(Original):
+class PaLM(OriginalModule):
     """A language model with the original's arguments, methods and state dict.
 
     attn_dropout and ff_dropout: ours drops whole outputs of blocks, with the larger of the two.
@@ -107,7 +107,7 @@ class PaLM(Original):
         negative ids for padding.
         """
         x, labels = (x[:, :-1], x[:, 1:]) if return_loss else (x, None)
-        model = self.scoped(None if disable_lora else finetune_scope)
+        model = self.model_for_scope(None if disable_lora else finetune_scope)
         residual = model.residual(x, added=extra_embed)
         if return_only_embedding:
             return model.norm(residual)
@@ -142,7 +142,7 @@ class PaLM(Original):
         given = prompt is not None
         prompt = torch.as_tensor(prompt if given else torch.randint(self.num_tokens, (1, 1)))
         rows = prompt.reshape(-1, prompt.shape[-1])
-        answers = self.answers(
+        answers = self.completions(
             rows.tolist(),
             max(seq_len - prompt.shape[-1], int(given)),
             temperature=temperature,
@@ -158,7 +158,7 @@ class PaLM(Original):
             made = torch.cat([prompt.cpu(), made], dim=-1)
         return made.to(self.device)
 
-    def answers(
+    def completions(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
@@ -178,7 +178,9 @@ class PaLM(Original):
             Request(ids, max_new_tokens, Sampling(temperature, seed=draw_seed(), **kept), stop)
             for ids in prompts
         ]
-        engine = Engine(self.scoped(finetune_scope), slots=min(SLOTS, len(prompts)), owned=True)
+        engine = Engine(
+            self.model_for_scope(finetune_scope), slots=min(SLOTS, len(prompts)), owned=True
+        )
         self.train(self.training)  # packing shares modules, which it puts in eval mode
         return engine.completions(requests)
 
@@ -190,7 +192,7 @@ class PaLM(Original):
                 module.config = dataclasses.replace(module.config, dropout=dropout)
         return self
 
-    def scoped(self, scope: str | None) -> Transformer:
+    def model_for_scope(self, scope: str | None) -> Transformer:
         """The model with the adapter of that scope, or without one."""
         if scope is None:
             return self.model
@@ -202,10 +204,10 @@ class PaLM(Original):
         """Adds low-rank factors for queries, keys, values and attention's output matrix."""
         if scope in self.finetune_modules:
             raise SettingsError(f"finetune scope {scope}: is there already; merge or remove it")
-        self.finetune_modules[scope] = adapted(self.model, lora_r or self.lora_r)
+        self.finetune_modules[scope] = with_adapter(self.model, lora_r or self.lora_r)
 
     def remove_finetune_params(self, scope: str) -> Transformer:
-        self.scoped(scope)
+        self.model_for_scope(scope)
         return cast(Transformer, self.finetune_modules.pop(scope))
 
     def merge_finetune_params(self, scope: str) -> None:
@@ -213,29 +215,29 @@ class PaLM(Original):
         lora.merge(self.remove_finetune_params(scope))
 
     def finetune_parameters(self, scope: str = "default") -> Iterator[nn.Parameter]:
-        return iter(lora.adapter_parameters(self.scoped(scope)).values())
+        return iter(lora.adapter_parameters(self.model_for_scope(scope)).values())
 
     def palm_parameters(self) -> set[nn.Parameter]:
         """All but the factors."""
         return set(self.model.parameters())
 
-    def written(self) -> dict[str, Tensor]:
-        state = written_trunk(self.model)
+    def original_state(self) -> dict[str, Tensor]:
+        state = original_trunk_state(self.model)
         for scope, model in self.finetune_modules.items():
             ours = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
             adapter = lora.config_of(cast(Transformer, model))
             assert adapter is not None
             prefix = f"finetune_modules.{scope}."
-            state |= written_factors(ours, self.model.config, adapter, prefix)
-        return in_era(state, self.era, self.dim_head)
+            state |= write_lora_factors(ours, self.model.config, adapter, prefix)
+        return convert_to_era(state, self.era, self.dim_head)
 
-    def read(self, tensors: Tensors) -> tuple[Mapping[str, Tensor], list[str]]:
-        given = known(self.model.config)
+    def converted_state(self, tensors: Tensors) -> tuple[Mapping[str, Tensor], list[str]]:
+        given = stated_arguments(self.model.config)
         factors = {scope: tensors.under(f"finetune_modules.{scope}.") for scope in self.scopes}
         trunk = read_palm_rlhf(tensors, given, self.era.last)
         ours = {f"model.{name}": tensor for name, tensor in trunk.state.items()}
         for scope in self.scopes:
-            _, state = read_factors(factors[scope], self.model.config, given)
+            _, state = read_lora_factors(factors[scope], self.model.config, given)
             state = {**trunk.state, **state}
             ours |= {f"finetune_modules.{scope}.{name}": tensor for name, tensor in state.items()}
         return ours, trunk.notes
@@ -245,15 +247,15 @@ class PaLM(Original):
         return tuple(self.finetune_modules)
 
 
-def adapted(model: Transformer, rank: int) -> Transformer:
+def with_adapter(model: Transformer, rank: int) -> Transformer:
     """A twin that shares the model's weights and has an adapter where the original has one."""
-    twin = lora.sharing(model, Transformer)
-    twin.blocks = nn.ModuleList(lora.sharing(block, type(block)) for block in model.blocks)
+    twin = lora.shallow_copy_as(model, Transformer)
+    twin.blocks = nn.ModuleList(lora.shallow_copy_as(block, type(block)) for block in model.blocks)
     lora.attach(twin, LoraConfig(rank, float(rank), tuple(TARGETS)), seed=draw_seed())
     return twin.requires_grad_(True)
 
 
-def known(config: ModelConfig) -> Hyperparameters:
+def stated_arguments(config: ModelConfig) -> Hyperparameters:
     """What a state dict does not say."""
     said = {"causal": config.causal} | (
         {"rotary_xpos_scale_base": config.xpos_base} if config.xpos_base else {}
@@ -261,7 +263,7 @@ def known(config: ModelConfig) -> Hyperparameters:
     return Hyperparameters("the arguments of PaLM", said)
 
 
-def written_trunk(model: Transformer) -> dict[str, Tensor]:
+def original_trunk_state(model: Transformer) -> dict[str, Tensor]:
     """The newest form's state dict, which does not say what logits are computed from."""
     config = dataclasses.replace(model.config, norm_before_head=True)
     return write_palm_rlhf(config, model.state_dict())[1]

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openpalm.compat.palm import PaLM, known
-from openpalm.compat.state_dicts import Original, draw_seed
+from openpalm.compat.palm import PaLM, stated_arguments
+from openpalm.compat.state_dicts import OriginalModule, draw_seed
 from openpalm.convert.files import Hyperparameters, Tensors
 from openpalm.convert.palm_rlhf.reward import TARGETS, read_reward, write_reward
-from openpalm.convert.palm_rlhf.write import in_era
+from openpalm.convert.palm_rlhf.write import convert_to_era
 from openpalm.errors import DataError, SettingsError
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig, RewardConfig
@@ -20,7 +20,7 @@ from openpalm.model.reward import RewardModel as Model
 from openpalm.model.reward import initialise_heads
 
 
-class RewardModel(Original):
+class RewardModel(OriginalModule):
     """A PaLM's copy that says what a sequence is worth: a number, or one of several bins.
 
     num_binned_output: bins, numbered from 0, where more than one. sample_from_bins: not set
@@ -87,7 +87,7 @@ class RewardModel(Original):
         return self.model.expected(scores)
 
     @torch.no_grad()
-    def judge(self, ids: Tensor, mask: Tensor, prompt_lengths: Tensor) -> list[float]:
+    def rewards(self, ids: Tensor, mask: Tensor, prompt_lengths: Tensor) -> list[float]:
         """The reward of each row, of bins the expected one; dropout off."""
         was = self.training
         self.eval()
@@ -103,13 +103,13 @@ class RewardModel(Original):
         factors = lora.adapter_parameters(self.model).values()
         return [*(head for head in heads if head is not None), *factors]
 
-    def written(self) -> dict[str, Tensor]:
+    def original_state(self) -> dict[str, Tensor]:
         _, state, _ = write_reward(self.model)
         named = {_scope(name, "reward", self.reward_lora_scope): t for name, t in state.items()}
-        return in_era(named, self.era, self.model.config.head_dim)
+        return convert_to_era(named, self.era, self.model.config.head_dim)
 
-    def read(self, tensors: Tensors) -> tuple[Mapping[str, Tensor], list[str]]:
-        said = known(self.model.config)
+    def converted_state(self, tensors: Tensors) -> tuple[Mapping[str, Tensor], list[str]]:
+        said = stated_arguments(self.model.config)
         values = said.values | {"reward_lora_scope": self.reward_lora_scope}
         read = read_reward(tensors, Hyperparameters(said.where, values), self.era.last)
         return {f"model.{name}": tensor for name, tensor in read.state.items()}, read.notes

@@ -20,9 +20,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from openpalm.align.config import PpoSettings
 from openpalm.align.rollouts.ppo import PpoObjective, estimate
-from openpalm.align.rollouts.rollout import RolloutLoader, Sampler, reference_log_probs
-from openpalm.align.rollouts.rollout_batch import Answer
-from openpalm.compat.palm import PaLM, adapted
+from openpalm.align.rollouts.rollout import RolloutLoader, reference_log_probs
+from openpalm.align.rollouts.rollout_batch import Completion
+from openpalm.align.rollouts.sampler import Sampler
+from openpalm.compat.palm import PaLM, with_adapter
 from openpalm.compat.reward import RewardModel
 from openpalm.compat.state_dicts import draw_seed
 from openpalm.errors import DataError, SettingsError
@@ -106,14 +107,14 @@ class RLHFTrainer:
                 final_lr=1.0,
                 clip=math.inf if max_norm is None else max_norm,
             ),
-            passes=epochs,
-            beta=kl_div_loss_weight,
+            epochs_per_rollout=epochs,
+            kl_coef=kl_div_loss_weight,
             clip_low=eps_clip,
             clip_high=eps_clip,
-            clip_value=value_clip,
-            entropy=beta_s,
+            value_clip=value_clip,
+            entropy_coef=beta_s,
             critic="separate",
-            critic_bins=critic_num_pred_bins,
+            value_bins=critic_num_pred_bins,
         )
         self._scope = _SCOPE if actor_lora else None
         if actor_lora:
@@ -122,12 +123,12 @@ class RLHFTrainer:
         self._reference = palm.model if actor_lora else copy.deepcopy(palm.model)
         self._frozen = [*palm.model.parameters()] if actor_lora else []
         self._frozen += [*trunk.parameters()] if critic_lora else []
-        self.actor_critic = lora.sharing(palm.scoped(self._scope), ActorCritic)
+        self.actor_critic = lora.shallow_copy_as(palm.model_for_scope(self._scope), ActorCritic)
         self.actor_critic.critic = _critic(
-            adapted(trunk, critic_lora_r) if critic_lora else trunk,
+            with_adapter(trunk, critic_lora_r) if critic_lora else trunk,
             _bins(critic_num_pred_bins, **(hl_gauss_loss_kwargs or {})),
         ).to(palm.model.embedding)
-        with _still(self._frozen):
+        with _frozen(self._frozen):
             self._optimizer = Optimizer(self.actor_critic, self._settings.optim, actor_lr)
 
     def train(
@@ -155,7 +156,7 @@ class RLHFTrainer:
         rollouts = -(-total // update_timesteps)
         settings = replace(
             self._settings,
-            prompts=-(-total // rollouts),
+            prompts_per_rollout=-(-total // rollouts),
             max_new_tokens=max_seq_len,
             temperature=temperature,
             seed=draw_seed(),
@@ -169,17 +170,17 @@ class RLHFTrainer:
             slots=max_batch_size,
             context=max_seq_len,
         )
-        rows = min(self.minibatch_size, settings.prompts)
+        rows = min(self.minibatch_size, settings.prompts_per_rollout)
         reference = reference_log_probs(self._reference, temperature)
         loader = RolloutLoader(sampler, self._rewards, estimate, reference, rows=rows)
-        each = settings.passes * -(-settings.prompts // rows)
+        each = settings.epochs_per_rollout * -(-settings.prompts_per_rollout // rows)
         steps = rollouts * each
         loop = Trainer(
             self.actor_critic, PpoObjective(settings), self._optimizer, loader, steps=steps
         )
         was, told = self.palm.training, []
         try:
-            with _still(self._frozen):
+            with _frozen(self._frozen):
                 for rollout in range(rollouts):
                     for _ in range(each):
                         loop.train_step()
@@ -203,12 +204,14 @@ class RLHFTrainer:
         """
         ids = _ids(prompt)
         room = _room(ids, max_seq_len, "prompt")
-        answers = self.palm.answers([ids] * num_samples, room, finetune_scope=self._scope, **how)
+        answers = self.palm.completions(
+            [ids] * num_samples, room, finetune_scope=self._scope, **how
+        )
         rewards = self._judged([ids] * num_samples, answers)
         best = max(range(num_samples), key=rewards.__getitem__)
         return torch.tensor([*ids, *answers[best]], device=self.palm.device)
 
-    def _rewards(self, answers: Sequence[Answer]) -> list[float]:
+    def _rewards(self, answers: Sequence[Completion]) -> list[float]:
         return self._judged([a.prompt_ids for a in answers], [a.ids for a in answers])
 
     def _judged(
@@ -223,7 +226,7 @@ class RLHFTrainer:
             lengths = torch.tensor([len(row) for row in rows])
             prompt_lengths = torch.tensor([len(prompt) for prompt, _ in part])
             mask = torch.arange(ids.shape[1]) < lengths[:, None]
-            rewards += self.reward_model.judge(ids, mask, prompt_lengths)
+            rewards += self.reward_model.rewards(ids, mask, prompt_lengths)
         return rewards
 
 
@@ -310,7 +313,7 @@ def _critic(trunk: Transformer, bins: Bins | None) -> Critic:
 
 
 @contextmanager
-def _still(parameters: list[nn.Parameter]) -> Iterator[None]:
+def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Inside, these do not learn."""
     were = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:

@@ -19,7 +19,7 @@ from openpalm.errors import CheckpointError
 LATEST = NEWEST.last
 
 
-class Original(nn.Module):
+class OriginalModule(nn.Module):
     """A module of the versions that `era`, one of them, belongs to."""
 
     def __init__(self, era: str):
@@ -44,11 +44,11 @@ class Original(nn.Module):
         except RuntimeError as error:
             raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
 
-    def written(self) -> dict[str, Tensor]:
+    def original_state(self) -> dict[str, Tensor]:
         """The original's state dict, float32 on the CPU."""
         raise NotImplementedError
 
-    def read(self, tensors: Tensors) -> tuple[Mapping[str, Tensor], list[str]]:
+    def converted_state(self, tensors: Tensors) -> tuple[Mapping[str, Tensor], list[str]]:
         """Ours from the original's, by the names of `named_parameters`; and notes."""
         raise NotImplementedError
 
@@ -58,17 +58,17 @@ def draw_seed() -> int:
     return int(torch.randint(1 << 62, ()))
 
 
-def _write(module: Original, state: dict[str, Any], prefix: str, _: object) -> None:
+def _write(module: OriginalModule, state: dict[str, Any], prefix: str, _: object) -> None:
     for name in [name for name in state if name.startswith(prefix)]:
         del state[name]
     like = next(module.parameters()).detach()
-    theirs = module.written()
+    theirs = module.original_state()
     moved = {id(tensor): tensor.to(like) for tensor in theirs.values()}  # tied ones stay tied
     state.update({prefix + name: moved[id(tensor)] for name, tensor in theirs.items()})
 
 
 def _read(
-    module: Original,
+    module: OriginalModule,
     state: dict[str, Any],
     prefix: str,
     _metadata: object,
@@ -79,7 +79,7 @@ def _read(
 ) -> None:
     """Puts ours in the place of the original's; what is wrong goes where torch collects it."""
     given = {n.removeprefix(prefix): state.pop(n) for n in list(state) if n.startswith(prefix)}
-    whole = module.written()
+    whole = module.original_state()
     missing += [prefix + name for name in whole if name not in given]
     unexpected += [prefix + name for name in given if name not in whole]
     for name in whole.keys() & given.keys():
@@ -90,7 +90,7 @@ def _read(
             errors.append(f"{prefix}{name} is {shapes}")
     ours: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     try:
-        read, notes = module.read(Tensors(Path("the state dict"), whole))
+        read, notes = module.converted_state(Tensors(Path("the state dict"), whole))
     except CheckpointError as error:
         errors.append(str(error))
     else:

@@ -1,4 +1,4 @@
-"""What every conversion gives: a config, a state dict of ours, and what was assumed."""
+"""The result of a conversion: a config, a state dict with OpenPaLM's names, and notes."""
 
 from dataclasses import dataclass
 
@@ -13,21 +13,21 @@ from openpalm.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Converted:
-    """A foreign model in our terms; the state dict is float32 and complete."""
+    """A converted model; the state dict is complete and float32."""
 
     config: ModelConfig
     state: dict[str, Tensor]
     era: str
-    """the versions whose function was assumed"""
+    """versions of the other project that compute this function"""
     why: str
-    """what that assumption rests on"""
+    """reason for this era"""
     notes: list[str]
-    """one line each: what was read, folded, left out or doubtful"""
+    """one line each about what was read, folded, dropped or is doubtful"""
     reward: RewardConfig | None = None
     lora: LoraConfig | None = None
 
     def model(self) -> Transformer:
-        """The model itself, in eval mode; shares memory with `state`."""
+        """The model in eval mode; it shares memory with `state`."""
         with torch.device("meta"):
             model = make_model(self.config, self.reward)
             if self.lora is not None:
@@ -37,5 +37,5 @@ class Converted:
 
 
 def pad_vocabulary(table: Tensor, config: ModelConfig) -> Tensor:
-    """[vocab_size, dim] -> [padded_vocab, dim], zeros below."""
+    """[vocab_size, dim] -> [padded_vocab, dim], padded with zero rows."""
     return torch.nn.functional.pad(table, (0, 0, 0, config.padded_vocab - config.vocab_size))

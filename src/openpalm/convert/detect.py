@@ -1,4 +1,4 @@
-"""The one door for foreign checkpoints: which project wrote it, and what it is in our terms."""
+"""Detects the project that wrote a foreign checkpoint, and converts it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,31 +15,31 @@ from openpalm.convert.palm_rlhf.read import read_palm_pytorch, read_palm_rlhf
 from openpalm.convert.palm_rlhf.reward import is_reward, read_reward
 from openpalm.errors import CheckpointError
 
-Source = Literal["palm-rlhf-pytorch", "palm-pytorch", "nanopalm"]
+Project = Literal["palm-rlhf-pytorch", "palm-pytorch", "nanopalm"]
 
-# a key that every checkpoint of the project has
-_SIGNS: dict[Source, tuple[str, ...]] = {
+# a tensor name in every checkpoint of the project
+_PROJECT_KEYS: dict[Project, tuple[str, ...]] = {
     "palm-rlhf-pytorch": ("layers.0.fn.attn_out.weight",),
     "palm-pytorch": ("1.fn.attn_out.weight",),
     "nanopalm": ("decoder.blocks.0.mqa_ln.weight",),
 }
-_ACTOR_SIGNS = ("actor_palm.", "critic_palm.")
+_ACTOR_PROJECT_KEYS = ("actor_palm.", "critic_palm.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign(Converted):
-    """A foreign checkpoint that was read: where from, and as what."""
+class ForeignCheckpoint(Converted):
+    """A converted checkpoint with its file and its project."""
 
     file: Path
-    source: Source
+    project: Project
 
     def lineage(self) -> dict[str, Any]:
-        """What the manifest of the converted checkpoint says of its origin."""
+        """The lineage of the converted checkpoint, for its manifest."""
         return {
             "kind": "converted",
             "source_file": self.file.name,
             "source_sha256": sha256_of(self.file),
-            "source": self.source,
+            "source": self.project,
             "era": self.era,
             "era_assumed_because": self.why,
             "openpalm": __version__,
@@ -49,21 +49,23 @@ class Foreign(Converted):
 
 def read_foreign(
     path: Path,
-    source: Source | None = None,
+    project: Project | None = None,
     era: str | None = None,
     config_path: Path | None = None,
-) -> Foreign:
-    """Reads a foreign checkpoint, a file or a folder holding exactly one.
+) -> ForeignCheckpoint:
+    """Reads a foreign checkpoint: a file, or a folder with exactly one checkpoint file.
 
-    source: None looks at the keys; era: a version of palm-rlhf-pytorch, None guesses;
-    config_path: a JSON of hyperparameters, None looks beside the file. Runs nothing in the file.
-    Raises CheckpointError with the file, what is wrong, and the remedy.
+    project: None detects it from the tensor names; era: a version of palm-rlhf-pytorch, None
+    guesses; config_path: JSON file of hyperparameters, None reads config.json in the file's folder.
+    Nothing in the file is executed. Raises CheckpointError with the file, the fault and the remedy.
     """
     file = find_file(path)
-    tensors, around = read_tensors(file)
+    tensors, outside = read_tensors(file)
     found = _detect(tensors)
-    if source is not None and source != found:
-        raise CheckpointError(f"{file}: --from {source}, but its keys are those of {found}")
+    if project is not None and project != found:
+        raise CheckpointError(
+            f"{file}: --from {project}, but its tensor names are those of {found}"
+        )
     given = read_hyperparameters(config_path, file)
     if found == "palm-rlhf-pytorch":
         read = read_reward if is_reward(tensors) else read_palm_rlhf
@@ -71,25 +73,25 @@ def read_foreign(
     elif found == "palm-pytorch":
         converted = read_palm_pytorch(tensors, given, era)
     elif era is not None:
-        raise CheckpointError(f"--era {era}: nanoPALM has no eras; leave it out")
+        raise CheckpointError(f"--era {era}: nanoPALM has no versions that differ; leave it out")
     else:
-        converted = read_nanopalm(tensors, given, around)
-    return Foreign(**vars(converted), file=file, source=found)
+        converted = read_nanopalm(tensors, given, outside)
+    return ForeignCheckpoint(**vars(converted), file=file, project=found)
 
 
-def _detect(tensors: Tensors) -> Source:
-    for source, signs in _SIGNS.items():
-        if all(sign in tensors for sign in signs):
-            return source
+def _detect(tensors: Tensors) -> Project:
+    for project, keys in _PROJECT_KEYS.items():
+        if all(key in tensors for key in keys):
+            return project
     if is_reward(tensors):
         return "palm-rlhf-pytorch"
-    if any(name.startswith(_ACTOR_SIGNS) for name in tensors.names):
+    if any(name.startswith(_ACTOR_PROJECT_KEYS) for name in tensors.names):
         raise CheckpointError(
-            f"{tensors.where}: holds an ActorCritic; only the PaLM in it can be "
-            "converted: save that one's state_dict() alone"
+            f"{tensors.where}: holds an ActorCritic; convert reads only its PaLM: "
+            "save the state_dict() of that one alone"
         )
     shown = ", ".join(sorted(tensors.names)[:3])
     raise CheckpointError(
-        f"{tensors.where}: its keys ({shown:.120}) are of no project known here; convert reads "
-        f"{', '.join(_SIGNS)}"
+        f"{tensors.where}: its tensor names ({shown:.120}) are of no known project; convert reads "
+        f"{', '.join(_PROJECT_KEYS)}"
     )

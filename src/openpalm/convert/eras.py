@@ -1,6 +1,6 @@
-"""palm-rlhf-pytorch's eras: the same keys compute different functions in different versions.
+"""Eras of palm-rlhf-pytorch: versions that compute one function from the same tensor names.
 
-Found by reading the published packages and, all but 0.0.2, confirmed by running them.
+Taken from the source of the published packages, and all but 0.0.2 confirmed by running them.
 """
 
 import re
@@ -16,13 +16,13 @@ class Era:
     first: str
     last: str
     gamma_minus_one: bool
-    """the norms' scales are stored minus one"""
+    """norm scales (gamma) are stored minus one"""
     final_norm: bool
-    """logits come from the final norm, not from the raw residual stream"""
+    """logits are computed from the final norm, else from the residual stream"""
     xpos: bool
-    """causal models decay with distance"""
+    """causal models use xPos decay"""
     qk_scale: float | None = None
-    """what multiplies the scores with qk_rmsnorm; None is dim_head^-0.5"""
+    """factor of the attention scores with qk_rmsnorm; None is dim_head^-0.5"""
 
     def __str__(self) -> str:
         return self.first if self.first == self.last else f"{self.first} to {self.last}"
@@ -46,22 +46,22 @@ def era_of(version: str) -> Era:
         if numbers and _numbers(era.first) <= numbers <= _numbers(era.last):
             return era
     known = ", ".join(str(era) for era in ERAS)
-    raise CheckpointError(f"--era {version}: not a version known here; the eras are {known}")
+    raise CheckpointError(f"--era {version}: unknown version; the eras are {known}")
 
 
-def is_known(version: str) -> bool:
-    """Whether `era_of` would find it."""
+def is_known_version(version: str) -> bool:
+    """Whether `era_of` knows the version."""
     try:
         return bool(era_of(version))
     except CheckpointError:
         return False
 
 
-def guess(gamma: float, *, has_scale: bool, norm_unused: bool) -> tuple[Era, str]:
-    """The likeliest era, and why.
+def guess_era(gamma: float, *, has_scale: bool, norm_unused: bool) -> tuple[Era, str]:
+    """The most likely era, and the reason.
 
-    gamma: the mean of the blocks' norm scales; has_scale: xPos buffers were saved; norm_unused:
-    the final norm is exactly one everywhere while the others are not, so it got no gradient.
+    gamma: mean of the blocks' norm scales; has_scale: xPos buffers were saved; norm_unused: the
+    final norm is exactly one, unlike the others, so it had no gradient.
     """
     mean = f"norm scales average {gamma:.2f}"
     if gamma < 0.5:
@@ -76,10 +76,10 @@ def guess(gamma: float, *, has_scale: bool, norm_unused: bool) -> tuple[Era, str
     if norm_unused:
         return era_of("0.2.0"), (
             f"{mean} as stored, and the final norm was never trained, as before 0.2.1; "
-            "if it has qk_rmsnorm and is older than 0.1.0, say --era 0.0.68"
+            "if it has qk_rmsnorm and is older than 0.1.0, give --era 0.0.68"
         )
     return era_of("0.2.1"), (
-        f"{mean} as stored; older versions write the same keys, so say --era if you know better"
+        f"{mean} as stored; older versions write the same names: give --era if you know it"
     )
 
 

@@ -1,4 +1,4 @@
-"""Writes a model in either form, and proves that what was written reloads to the same logits."""
+"""Saves a model in OpenPaLM's or palm-rlhf-pytorch's format and checks its reloaded logits."""
 
 import json
 import shutil
@@ -26,40 +26,40 @@ TOLERANCE = 1e-4
 _CHECK_SHAPE = (2, 32)
 
 
-def check_vacant(directory: Path) -> None:
-    """Raises CheckpointError unless nothing, or an empty folder, is there."""
+def check_output_directory(directory: Path) -> None:
+    """Raises CheckpointError unless the directory is new or empty."""
     if directory.is_dir() and not any(directory.iterdir()):
         return
     if directory.exists() or directory.is_symlink():
-        raise CheckpointError(f"{directory}: exists already; name another place, or remove it")
+        raise CheckpointError(f"{directory}: exists already; give another directory, or remove it")
 
 
-def as_openpalm(
+def save_as_openpalm(
     model: Transformer,
     directory: Path,
     *,
     lineage: dict[str, Any],
     tokenizer_json: str | None = None,
 ) -> float:
-    """Writes a checkpoint with a fingerprint; returns how far its reloaded logits differ.
+    """Saves a checkpoint with a fingerprint; returns the largest difference of reloaded logits.
 
-    Raises WorkError, leaving nothing, where they differ by more than TOLERANCE.
+    Raises WorkError and removes the directory if it is above TOLERANCE.
     """
-    check_vacant(directory)
+    check_output_directory(directory)
     checkpoint.save(
         directory, model, lineage=lineage, tokenizer_json=tokenizer_json, fingerprint=True
     )
-    return _checked(model, directory, lambda: checkpoint.load(directory))
+    return _check_reloaded(model, directory, lambda: checkpoint.load(directory))
 
 
-def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]:
-    """Writes config.json and palm.pt, adapters merged, or reward.pt in palm-rlhf-pytorch's form.
+def save_as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]:
+    """Saves config.json with palm.pt (adapters merged) or reward.pt, for palm-rlhf-pytorch.
 
-    Returns how far the logits differ when read back, and notes. Raises CheckpointError for a
-    model that the original cannot express, StorageError when the disk refuses, WorkError, leaving
-    nothing, where the logits differ by more than TOLERANCE.
+    Returns the largest difference of reloaded logits, and notes. Raises CheckpointError for a
+    model that palm-rlhf-pytorch cannot express, StorageError if the disk is full, WorkError, with
+    the directory removed, if the difference is above TOLERANCE.
     """
-    check_vacant(directory)
+    check_output_directory(directory)
     arguments, state, notes = (
         write_reward(model)
         if isinstance(model, RewardModel)
@@ -67,28 +67,30 @@ def as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]
     )
     try:
         with atomic_folder(directory) as partial:
-            torch.save(state, partial / written_name(model))
+            torch.save(state, partial / weights_file_name(model))
             text = json.dumps(arguments, indent=2) + "\n"
             (partial / "config.json").write_text(text, encoding="utf-8")
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or "the disk is full or refuses"
+        reason = getattr(error, "strerror", None) or "the disk is full or read-only"
         raise StorageError(f"{directory}: cannot be written ({reason})") from error
-    return _checked(
+    return _check_reloaded(
         model, directory, lambda: read_foreign(directory, era=NEWEST.last).model()
     ), notes
 
 
-def written_name(model: Transformer) -> str:
-    """The file that `as_palm_rlhf` writes for it."""
+def weights_file_name(model: Transformer) -> str:
+    """The weights file that `save_as_palm_rlhf` writes for this model."""
     return "reward.pt" if isinstance(model, RewardModel) else "palm.pt"
 
 
-def _checked(model: Transformer, directory: Path, reload: Callable[[], Transformer]) -> float:
+def _check_reloaded(
+    model: Transformer, directory: Path, reload: Callable[[], Transformer]
+) -> float:
     try:
         difference, size = _difference(model, reload())
-        if not difference <= TOLERANCE * max(1.0, size):  # also refuses undefined numbers
+        if not difference <= TOLERANCE * max(1.0, size):  # also true for nan
             raise WorkError(
-                f"{directory}: reloaded, its logits differ by {difference:.1e}; removed it"
+                f"{directory}: its reloaded logits differ by {difference:.1e}; removed it"
             )
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
@@ -100,7 +102,7 @@ def _checked(model: Transformer, directory: Path, reload: Callable[[], Transform
 
 @torch.no_grad()
 def _difference(model: Transformer, reloaded: Transformer) -> tuple[float, float]:
-    """The largest difference of outputs on fixed ids, and the largest output."""
+    """The largest difference of outputs on fixed token ids, and the largest output."""
     rows, time = _CHECK_SHAPE
     ids = (torch.arange(rows * time) * 7919 % model.config.vocab_size).view(rows, time)
     expected = fingerprint.output(model, ids)

@@ -1,7 +1,7 @@
-"""Opens what other projects saved, without running any of it.
+"""Reads checkpoint files of other projects safely: no code in a file is executed.
 
-Gives tensors that are surely backed by bytes of the file, and hyperparameters whose types and
-ranges were checked. Knows no project's key names.
+Returns tensors that the bytes of the file back, and hyperparameters with checked types and ranges.
+Knows no project's tensor names.
 """
 
 import io
@@ -26,13 +26,13 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 PREFIXES = ("_orig_mod.", "module.", "model.", "net.")
 _MAX_JSON_BYTES = 1 << 20
 _MAX_PICKLE_BYTES = 64 << 20
-# torch's older form: a magic number, a version, the machine, the content, the storages' names.
+# torch's older format: magic number, version, machine, content, names of the storages.
 _LEGACY_PICKLES = 5
 _MAX_WHOLE = 1 << 31
 
 
 class PaLMConfig:
-    """Inert stand-in for nanoPALM's pickled `model.PaLMConfig`: keeps the state as data."""
+    """Replaces nanoPALM's pickled `model.PaLMConfig`: keeps its state as data."""
 
     fields: object = None
 
@@ -41,7 +41,7 @@ class PaLMConfig:
 
 
 class Tensors:
-    """A state dict that is used up name by name, so that nothing in it is ignored silently."""
+    """A state dict that is consumed name by name; `finish` raises if a tensor was not used."""
 
     def __init__(self, where: Path, tensors: dict[str, Tensor]):
         self.where = where
@@ -52,7 +52,7 @@ class Tensors:
         return name in self.names
 
     def shape(self, name: str, dims: int) -> tuple[int, ...]:
-        """The shape of a tensor that must exist with so many dimensions, none of them empty."""
+        """The shape of a tensor that must exist, be not empty and have `dims` dimensions."""
         tensor = self._left.get(name)
         if tensor is None:
             raise CheckpointError(f"{self.where}: holds no {name}; the file is incomplete")
@@ -61,53 +61,53 @@ class Tensors:
         return tuple(tensor.shape)
 
     def peek(self, name: str) -> Tensor:
-        """A vector in float32, left for `take`."""
+        """A vector in float32; it stays for `take`."""
         self.shape(name, 1)
         return self._left[name].float()
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """That tensor in float32, its shape and numbers checked; it counts as used."""
+        """Removes a tensor and returns it in float32, with shape and numbers checked."""
         found = self.shape(name, len(shape))
         if found != shape:
             raise CheckpointError(
                 f"{self.where}: {name} is {list(found)} where the other tensors say {list(shape)}"
             )
-        # A copy: what the file maps would change, or vanish, with the file.
+        # A copy: a memory-mapped tensor would change with the file.
         tensor = self._left.pop(name).to(torch.float32, copy=True)
         if not tensor.isfinite().all():
             raise CheckpointError(f"{self.where}: {name} holds infinite or undefined numbers")
         return tensor
 
     def take_known(self, name: str, expected: Tensor) -> None:
-        """A saved buffer, if it is there, which must be `expected` up to half precision."""
+        """Removes a saved buffer, if present; it must equal `expected` up to half precision."""
         if name not in self:
             return
         stored = self.take(name, *expected.shape)
         if not torch.allclose(stored, expected, rtol=0.01, atol=1e-4):
             raise CheckpointError(
-                f"{self.where}: {name} is not what the original computes; it was altered, "
-                "or another version of that project wrote it"
+                f"{self.where}: {name} differs from the value that the project computes; the "
+                "file was altered, or written by another version"
             )
 
     def drop(self, pattern: str) -> list[str]:
-        """Removes the names that match; returns them."""
+        """Removes the names that match `pattern`; returns them."""
         names = [name for name in self._left if re.match(pattern, name)]
         for name in names:
             del self._left[name]
         return names
 
     def under(self, prefix: str) -> "Tensors":
-        """The tensors whose names begin so, without it; they count as used here."""
+        """Moves the tensors with this prefix to a new Tensors, without the prefix."""
         names = [name for name in self._left if name.startswith(prefix)]
         moved = {name.removeprefix(prefix): self._left.pop(name) for name in names}
         return Tensors(self.where, moved)
 
     def left(self) -> dict[str, Tensor]:
-        """What nobody took so far."""
+        """The tensors that are not used yet."""
         return dict(self._left)
 
     def finish(self) -> None:
-        """Refuses what nobody took."""
+        """Raises CheckpointError if tensors were not used."""
         if self._left:
             shown = ", ".join(sorted(self._left)[:3])
             tensors = count_of(len(self._left), "tensor")
@@ -118,14 +118,14 @@ class Tensors:
 
 
 class Hyperparameters:
-    """The values of a foreign config.json; whole numbers are checked for type and range."""
+    """The values of a foreign config.json; reading one checks its type and range."""
 
     def __init__(self, where: str, values: dict[str, Any]):
         self.where = where
         self.values = values
 
     def whole(self, name: str) -> int | None:
-        """A count, or None where the file does not say."""
+        """A positive whole number, or None if the file does not have it."""
         value = self.values.get(name)
         if value is None:
             return None
@@ -146,7 +146,7 @@ class Hyperparameters:
         return float(value)
 
     def agree(self, **found: float) -> None:
-        """Refuses a value that contradicts what the tensors say."""
+        """Raises CheckpointError for a value that contradicts the tensors."""
         for name, size in found.items():
             said = self.values.get(name)
             if type(size) is int:
@@ -158,43 +158,43 @@ class Hyperparameters:
                 )
 
 
-def find_file(source: Path) -> Path:
-    """The checkpoint file that `source`, a file or a folder holding exactly one, stands for."""
-    if source.is_file():
-        return source
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: no such file or folder; check the path")
-    found = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.is_file())
+def find_file(path: Path) -> Path:
+    """The checkpoint file `path`, or the only checkpoint file in the folder `path`."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder; check the path")
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not found:
-        raise CheckpointError(f"{source}: holds no checkpoint file ({', '.join(SUFFIXES)})")
+        raise CheckpointError(f"{path}: holds no checkpoint file ({', '.join(SUFFIXES)})")
     if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise CheckpointError(f"{source}: holds several checkpoint files, name one: {names}")
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{path}: holds several checkpoint files, name one: {names}")
     return found[0]
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """The state dict in a file, without wrappers and prefixes, and what was saved around it.
+    """The state dict in a file, without wrappers and prefixes, and the values outside of it.
 
-    Raises CheckpointError for anything but names and dense tensors held by the file itself.
+    Raises CheckpointError for anything but names and dense tensors with bytes in the file.
     """
     content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    around: dict[str, Any] = {}
+    outside: dict[str, Any] = {}
     for _ in WRAPPERS:
         inside = next((name for name in WRAPPERS if _is_mapping(content, name)), None)
         if inside is None:
             break
-        around |= {key: value for key, value in content.items() if key != inside}
+        outside |= {key: value for key, value in content.items() if key != inside}
         content = content[inside]
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path}: holds no state dict; save the model's state_dict() again")
     tensors = _bare(path, content)
     _check_backing(path, tensors)
-    return Tensors(path, tensors), around
+    return Tensors(path, tensors), outside
 
 
 def read_hyperparameters(config: Path | None, checkpoint: Path) -> Hyperparameters:
-    """--config, else the config.json beside the checkpoint, else nothing said."""
+    """Those in `config`, else in config.json in the checkpoint's folder, else none."""
     path = config or checkpoint.parent / "config.json"
     if config is None and not path.is_file():
         return Hyperparameters(str(path), {})
@@ -222,37 +222,37 @@ def _read_torch(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (CheckpointError, PermissionError):
         raise
-    # Whatever bytes a stranger chose to write can surface as any exception of the reader.
+    # The bytes of an unknown file can cause any exception in the reader.
     except Exception as error:
         raise CheckpointError(f"{path}: {_why(error)}") from None
 
 
 def _check_zip(path: Path) -> None:
-    """torch stores its records uncompressed: more content than file is a zip bomb."""
+    """torch does not compress: a zip file with more content than its own size is a zip bomb."""
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise CheckpointError(f"{path}: unpacks to more bytes than it has; torch.save did not")
 
         for entry in archive.infolist():
             if entry.filename.endswith(".pkl"):
-                _refuse_long(path, entry.file_size)
+                _check_pickle_size(path, entry.file_size)
                 _check(path, io.BytesIO(archive.read(entry)))
 
 
 def _check_legacy(path: Path) -> None:
-    """The pickles at the beginning of the file; the tensors' bytes follow them."""
+    """Checks the pickles at the start of the file; the bytes of the tensors follow them."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for _ in range(_LEGACY_PICKLES):
             if content.tell() == len(content):
                 break
             _check(path, content)
-            _refuse_long(path, content.tell())
+            _check_pickle_size(path, content.tell())
 
 
-def _refuse_long(path: Path, size: int) -> None:
+def _check_pickle_size(path: Path, size: int) -> None:
     if size > _MAX_PICKLE_BYTES:
         raise CheckpointError(
-            f"{path}: {size:,} bytes of pickle are no checkpoint; nothing was run"
+            f"{path}: its pickle of {size:,} bytes is too large; nothing was executed"
         )
 
 
@@ -270,8 +270,8 @@ def _why(error: Exception) -> str:
     wanted = re.search(r"GLOBAL (?:__builtin__\.)?([\w.]+)", str(error))
     if wanted:
         return (
-            f"asks for {wanted[1]}, which no checkpoint needs; nothing of it was executed. "
-            "If you trust it, save its bare state_dict() again"
+            f"asks for {wanted[1]}, which no checkpoint needs; nothing in it was executed. "
+            "If you trust the file, save its state_dict() again, without anything else"
         )
     return (
         "is not a checkpoint that torch can read safely "
@@ -286,7 +286,7 @@ def _is_mapping(content: object, name: str) -> bool:
 def _bare(path: Path, content: dict[Any, Any]) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {name!s:.60} is no tensor; save the bare state_dict()")
+            raise CheckpointError(f"{path}: {name!s:.60} is no tensor; save the state_dict() alone")
         if not value.is_floating_point() or value.layout != torch.strided:
             raise CheckpointError(f"{path}: {name} is {value.dtype}, not plain floating point")
     names = list(content)
@@ -297,10 +297,10 @@ def _bare(path: Path, content: dict[Any, Any]) -> dict[str, Tensor]:
 
 
 def _check_backing(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A few bytes can claim any shape through zero strides, or one storage under many names."""
+    """Refuses tensors larger than the file, through zero strides or a storage with many names."""
     for name, tensor in tensors.items():
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{path}: {name} claims more numbers than the file holds")
-    # Tied tables appear twice; nothing else shares.
+    # Only tied tables share a storage, between two names.
     if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:
         raise CheckpointError(f"{path}: its tensors claim more bytes than the file has")

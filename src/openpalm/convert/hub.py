@@ -1,26 +1,24 @@
-"""The four published PaLMs by name: found or downloaded, converted once, kept in a cache.
+"""Downloads the four published PaLMs by hub name and converts each once, into a cache.
 
-Downloads are bounded, go to a temporary name and are never used in part; a cached conversion is
-verified like any checkpoint when it is loaded.
+huggingface_hub downloads from the publisher, so its cache and its variables (HF_HOME, HF_ENDPOINT,
+HF_HUB_OFFLINE) apply. A download from another address has a size limit and a temporary name, so
+that a part of a file is never used. A cached conversion is verified when it is loaded, like any
+checkpoint.
 """
 
 import dataclasses
 import hashlib
-import http.client
 import os
 import shutil
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from openpalm.convert.detect import Foreign, read_foreign
-from openpalm.convert.export import as_openpalm
+from openpalm.convert.detect import ForeignCheckpoint, read_foreign
+from openpalm.convert.export import save_as_openpalm
 from openpalm.errors import CheckpointError, StorageError, WorkError
 from openpalm.model.config import ModelConfig, preset
 
@@ -33,7 +31,7 @@ NAMES = {
 """hub name -> (preset, repository)"""
 
 ERA = "0.2.1"
-"""They were published in May 2023: after the final norm was applied, before gamma changed."""
+"""Published in May 2023: logits already came from the final norm, gamma was not yet minus one."""
 
 TOKENIZER = ("EleutherAI/gpt-neox-20b", "tokenizer.json")
 _SIZES = ("vocab_size", "dim", "depth", "heads", "head_dim", "ff_dim")
@@ -41,13 +39,6 @@ _BYTES_PER_PARAMETER = 16  # float32 weights with an optimizer's two moments sav
 _SLACK_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = 30
-_NETWORK_ERRORS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    TimeoutError,
-    ConnectionError,
-    ValueError,  # a malformed address or header
-)
 
 
 def fetch(
@@ -59,31 +50,32 @@ def fetch(
 ) -> Path:
     """The checkpoint directory of a hub name, converted on first use.
 
-    path: a local file (or a folder holding one); url: where to download from instead;
-    OPENPALM_HUB, a folder or base URL holding NAME.pt, stands in for the publisher;
-    OPENPALM_CACHE says where the cache is. Raises CheckpointError for an unknown name or a file
-    of another model, WorkError when the network fails.
+    path: a local file, or a folder with one checkpoint file; url: another address to download
+    from. OPENPALM_HUB, a folder or base URL that holds NAME.pt, replaces the publisher's address;
+    OPENPALM_CACHE sets the cache directory. Raises CheckpointError for an unknown name or a file
+    of another model, WorkError when the network fails, StorageError when the disk is full.
     """
     if name not in NAMES:
         raise CheckpointError(f"{name}: no such hub name; use one of {', '.join(NAMES)}")
     say = say or (lambda line: print(line, file=sys.stderr))
-    local, address = _origin(name, path, url)
-    kept = cache() / f"{name}-{_key(local, address)}"
+    local, url = _origin(name, path, url)
+    kept = cache() / f"{name}-{_key(name, local, url)}"
     if (kept / "manifest.json").is_file():
         return kept
-    if local is not None:
-        _convert(name, local, kept, say)
-        return kept
-    download = cache() / f".{name}.part-{os.getpid()}.pt"
+    part = cache() / f".{name}.part-{os.getpid()}.pt"
     try:
-        cache().mkdir(parents=True, exist_ok=True)
-        say(f"{name}: downloading {address}")
-        _download(address, download, _bound(_expected(name)))
-        _convert(name, download, kept, say)
+        if local is None and url is None:
+            say(f"{name}: downloading from {NAMES[name][1]}")
+            local = _published(name)
+        elif url is not None:
+            say(f"{name}: downloading {url}")
+            cache().mkdir(parents=True, exist_ok=True)
+            _download(url, part, _bound(_expected(name)))
+        _convert(name, local or part, kept, say)
     except OSError as error:
         raise StorageError(f"{cache()}: {error.strerror or error}; free some space") from error
     finally:
-        download.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return kept
 
 
@@ -95,32 +87,29 @@ def cache() -> Path:
     return Path(base) / "openpalm" / "hub"
 
 
-def _origin(name: str, path: str | None, url: str | None) -> tuple[Path | None, str]:
-    """A local file, or the address to download from."""
+def _origin(name: str, path: str | None, url: str | None) -> tuple[Path | None, str | None]:
+    """A local file, or an address to download from; (None, None) is the publisher's repository."""
     if path is not None and url is not None:
         raise CheckpointError(f"{name}: give path or url, not both")
-    stand_in = os.environ.get("OPENPALM_HUB")
-    if path is None and url is None and stand_in:
-        is_url = stand_in.startswith(("http://", "https://"))
-        url = f"{stand_in.rstrip('/')}/{name}.pt" if is_url else None
-        path = None if is_url else str(Path(stand_in) / f"{name}.pt")
-    if path is not None:
-        return Path(path), ""
-    repository = NAMES[name][1]
-    address = url or f"https://huggingface.co/{repository}/resolve/main/{name}.pt"
-    if not address.startswith(("http://", "https://")):
-        raise CheckpointError(f"{address}: not an http(s) address; use path for local files")
-    return None, address
+    replacement = os.environ.get("OPENPALM_HUB")
+    if path is None and url is None and replacement:
+        is_url = replacement.startswith(("http://", "https://"))
+        url = f"{replacement.rstrip('/')}/{name}.pt" if is_url else None
+        path = None if is_url else str(Path(replacement) / f"{name}.pt")
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise CheckpointError(f"{url}: not an http(s) address; use path for local files")
+    return None if path is None else Path(path), url
 
 
-def _key(local: Path | None, address: str) -> str:
-    """Names one origin, so that another file or address is converted anew."""
+def _key(name: str, local: Path | None, url: str | None) -> str:
+    """Identifies one origin: another file or address is another cache entry."""
+    origin = url or f"https://huggingface.co/{NAMES[name][1]}/resolve/main/{name}.pt"
     if local is not None:
         if not local.exists():
             raise CheckpointError(f"{local}: no such file; check the path or OPENPALM_HUB")
         stat = local.stat()
-        address = f"{local.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    return hashlib.sha256(address.encode()).hexdigest()[:16]
+        origin = f"{local.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    return hashlib.sha256(origin.encode()).hexdigest()[:16]
 
 
 def _expected(name: str) -> ModelConfig:
@@ -137,17 +126,17 @@ def _convert(name: str, file: Path, kept: Path, say: Callable[[str], None]) -> N
     say(f"{name}: read as palm-rlhf-pytorch {foreign.era}, writing {kept}")
     lineage = foreign.lineage() | {"source_file": f"{name}.pt"}
     mine = kept.with_name(f".{kept.name}.{os.getpid()}")
-    as_openpalm(foreign.model(), mine, lineage=lineage, tokenizer_json=tokenizer)
+    save_as_openpalm(foreign.model(), mine, lineage=lineage, tokenizer_json=tokenizer)
     try:
         mine.rename(kept)
-    except OSError:  # another process was first, or something else is in the way
+    except OSError:  # another process was first, or another file has the name
         shutil.rmtree(mine, ignore_errors=True)
         if not (kept / "manifest.json").is_file():
             raise
 
 
-def _read(name: str, file: Path) -> Foreign:
-    """The file as the published era and context; of that size and no other."""
+def _read(name: str, file: Path) -> ForeignCheckpoint:
+    """Reads the file with the published era and context; refuses a model of another size."""
     expected = _expected(name)
     foreign = read_foreign(file, "palm-rlhf-pytorch", ERA)
     for field in _SIZES:
@@ -158,42 +147,50 @@ def _read(name: str, file: Path) -> Foreign:
     return dataclasses.replace(foreign, config=config)
 
 
-def _download(address: str, target: Path, most: int) -> None:
-    """Fetches all of `address`, at most `most` bytes, or raises."""
+def _published(name: str) -> Path:
+    """The publisher's file in Hugging Face's cache; huggingface_hub resumes a partial download."""
+    import httpx2
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository = NAMES[name][1]
+    try:
+        return Path(hf_hub_download(repository, f"{name}.pt"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError) as error:
+        raise _unreachable(f"{repository}/{name}.pt", str(error)) from None
+
+
+def _download(url: str, target: Path, most: int) -> None:
+    """Downloads `url`, at most `most` bytes. Raises WorkError for a failed or short download."""
+    import httpx2
+
     columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn())
     try:
-        request = urllib.request.Request(address, headers={"User-Agent": "openpalm"})
         with (
-            urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer,
+            httpx2.stream("GET", url, timeout=_TIMEOUT_S, follow_redirects=True) as response,
             target.open("wb") as file,
             Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar,
         ):
-            announced = int(answer.headers.get("Content-Length") or 0)
-            task = bar.add_task("download", total=announced or None)
-            received = _copy(answer, file, most, lambda count: bar.advance(task, count))
-    except urllib.error.HTTPError as error:
-        raise _unreachable(address, f"{error.code} {error.reason}") from None
-    except _NETWORK_ERRORS as error:
-        raise _unreachable(address, str(getattr(error, "reason", error))) from None
-    if announced and received != announced:
-        raise _unreachable(address, f"ended after {received} of {announced} bytes")
-
-
-def _copy(source: IO[bytes], target: IO[bytes], most: int, advance: Callable[[int], None]) -> int:
-    received = 0
-    while chunk := source.read(_CHUNK_BYTES):
-        received += len(chunk)
-        if received > most:
-            raise CheckpointError(f"more than {most} bytes came; that is not this model")
-        target.write(chunk)
-        advance(len(chunk))
-    return received
+            response.raise_for_status()
+            size = int(response.headers.get("Content-Length") or 0)
+            task = bar.add_task("download", total=size or None)
+            for chunk in response.iter_bytes(_CHUNK_BYTES):
+                if response.num_bytes_downloaded > most:
+                    raise CheckpointError(f"{url}: more than {most} bytes; that is not this model")
+                file.write(chunk)
+                bar.advance(task, len(chunk))
+    except httpx2.HTTPStatusError as error:
+        reply = error.response
+        raise _unreachable(url, f"{reply.status_code} {reply.reason_phrase}") from None
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        raise _unreachable(url, str(error)) from None
 
 
 def _unreachable(address: str, reason: str) -> WorkError:
+    reason = " ".join(reason.split())[:200]
     return WorkError(
         f"{address}: cannot be downloaded ({reason}); try again, or get the file elsewhere and "
-        "give its path (OPENPALM_HUB=FOLDER)"
+        "set OPENPALM_HUB to its folder"
     )
 
 
@@ -203,7 +200,7 @@ def _tokenizer(say: Callable[[str], None]) -> str | None:
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(*TOKENIZER)).read_text(encoding="utf-8")
-    # The client raises errors of its own, of httpx and of the system; none of them may stop us.
+    # Errors of huggingface_hub, of httpx and of the system: the model works without a tokenizer.
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         say(f"note: no tokenizer, its download failed ({reason}); the model reads ids only")

@@ -1,7 +1,9 @@
-"""nanoPALM checkpoints -> ours, with the same logits.
+"""Converts nanoPALM checkpoints, with the same logits.
 
-Its two norms a block differ only in their scales, so both are folded into the matrices that read
-them; its unusual rotation cannot be folded and stays as rotary=nanopalm.
+How nanoPALM's norms are folded: a block has two norms of the same input, mqa_ln for attention and
+mlp_ln for the feed-forward layer, that differ only in their scales. Each scale is multiplied into
+the columns of the matrix that reads it (c_attn, mlp.fc), and the one norm of our block has scale 1.
+Its rotary embedding cannot be folded: it stays as rotary=nanopalm.
 """
 
 from typing import Any
@@ -17,12 +19,12 @@ from openpalm.model.config import ModelConfig
 _SIZES = frozenset({"n_embed", "n_head", "vocab_size", "n_layer"})
 
 
-def read_nanopalm(tensors: Tensors, given: Hyperparameters, around: dict[str, Any]) -> Converted:
-    """Converts nanoPALM's state dict; `around` is the rest of its ckpt.pt, empty for a bare one.
+def read_nanopalm(tensors: Tensors, given: Hyperparameters, outside: dict[str, Any]) -> Converted:
+    """Converts nanoPALM's state dict; `outside` has the other values of its ckpt.pt, if any.
 
-    Raises CheckpointError when the tensors contradict each other, `given` or the format.
+    Raises CheckpointError if the tensors contradict each other, `given` or the format.
     """
-    config = _config(tensors, given, around)
+    config = _config(tensors, given, outside)
     table = tensors.take("decoder.word_embds.weight", config.vocab_size, config.dim)
     if "ln_vocab.weight" in tensors:
         head = tensors.take("ln_vocab.weight", config.vocab_size, config.dim)
@@ -37,7 +39,7 @@ def read_nanopalm(tensors: Tensors, given: Hyperparameters, around: dict[str, An
         state |= {f"blocks.{i}.{name}": tensor for name, tensor in parts.items()}
     state["norm.weight"] = tensors.take("decoder.out_ln.weight", config.dim)
     tensors.finish()
-    source = "the checkpoint" if _arguments(tensors, around) else "the tensors' shapes"
+    source = "the checkpoint" if _arguments(tensors, outside) else "the tensors' shapes"
     notes = [
         f"hyperparameters from {given.where if given.values else source}: dim {config.dim}, "
         f"depth {config.depth}, heads {config.heads} x {config.head_dim}, hidden {config.ff_dim}",
@@ -47,8 +49,8 @@ def read_nanopalm(tensors: Tensors, given: Hyperparameters, around: dict[str, An
     return Converted(config, state, "all versions", "nanoPALM has one function", notes)
 
 
-def _config(tensors: Tensors, given: Hyperparameters, around: dict[str, Any]) -> ModelConfig:
-    """Sizes from shapes; what the checkpoint or config.json says may only agree."""
+def _config(tensors: Tensors, given: Hyperparameters, outside: dict[str, Any]) -> ModelConfig:
+    """Sizes from the shapes; those of the checkpoint and config.json must agree."""
     depth = 0
     while f"decoder.blocks.{depth}.mqa_ln.weight" in tensors:
         depth += 1
@@ -61,9 +63,9 @@ def _config(tensors: Tensors, given: Hyperparameters, around: dict[str, Any]) ->
             f"beside {dim} query rows; the file was altered"
         )
     heads = dim // head_dim
-    for said in (given, Hyperparameters(str(tensors.where), _arguments(tensors, around))):
-        said.agree(n_embed=dim, n_head=heads, vocab_size=vocab, n_layer=depth)
-    training = around.get("config")
+    for stated in (given, Hyperparameters(str(tensors.where), _arguments(tensors, outside))):
+        stated.agree(n_embed=dim, n_head=heads, vocab_size=vocab, n_layer=depth)
+    training = outside.get("config")
     trained = Hyperparameters(str(tensors.where), training if isinstance(training, dict) else {})
     return ModelConfig(
         vocab_size=vocab,
@@ -77,14 +79,14 @@ def _config(tensors: Tensors, given: Hyperparameters, around: dict[str, Any]) ->
     )
 
 
-def _arguments(tensors: Tensors, around: dict[str, Any]) -> dict[str, Any]:
-    """What ckpt.pt says of its own sizes: the pickled settings' plain fields."""
-    saved = around.get("model_args")
+def _arguments(tensors: Tensors, outside: dict[str, Any]) -> dict[str, Any]:
+    """The sizes in model_args of ckpt.pt, a dict or a pickled PaLMConfig."""
+    saved = outside.get("model_args")
     if saved is None:
         return {}
     fields = saved.fields if isinstance(saved, PaLMConfig) else saved
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{tensors.where}: model_args hold no settings; it was altered")
+        raise CheckpointError(f"{tensors.where}: model_args hold no settings; the file was altered")
     return {name: fields[name] for name in _SIZES if name in fields}
 
 

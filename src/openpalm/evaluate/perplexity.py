@@ -6,9 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from openpalm.data.batches.loader import Batch
+from openpalm.data.batches.loader import Batch, evaluation_batches
+from openpalm.data.dataset.document_index import Documents
+from openpalm.data.dataset.shards import Dataset
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import NextToken
+from openpalm.train.probes import held_out_sums
+
+TOKENS_AT_A_TIME = 8192
+"""Tokens of a split in one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,6 @@ def mixed_loss(losses: Sequence[SplitLoss], shares: Sequence[float]) -> SplitLos
     )
 
 
-@torch.no_grad()
 def split_loss(
     model: Transformer,
     batches: Iterable[Batch],
@@ -52,13 +57,24 @@ def split_loss(
     `text_bytes` is the UTF-8 size of the split's text. Each window starts without context, so a
     longer sequence length gives a lower figure.
     """
-    objective = NextToken()
-    model.eval()
-    nats, tokens = 0.0, 0
-    device = model.embedding.device
-    for batch in batches:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss, _ = objective.loss(model, batch.to(device))
-        nats += loss.item()
-        tokens += objective.count(batch)
-    return SplitLoss(nats, tokens, text_bytes)
+    sums, tokens = held_out_sums(model, NextToken(), batches, dtype)
+    return SplitLoss(sums.get("loss", 0.0), tokens, text_bytes)
+
+
+def dataset_loss(
+    model: Transformer,
+    dataset: Dataset,
+    split: str,
+    sequence_length: int,
+    dtype: torch.dtype,
+    *,
+    document_mask: bool = False,
+) -> SplitLoss:
+    """The loss of `model` over a whole split of a dataset, in windows of `sequence_length`."""
+    batches = evaluation_batches(
+        dataset.tokens(split),
+        sequence_length=sequence_length,
+        rows=max(1, TOKENS_AT_A_TIME // sequence_length),
+        documents=Documents([dataset], split) if document_mask else None,
+    )
+    return split_loss(model, batches, dataset.manifest.splits[split].bytes, dtype)

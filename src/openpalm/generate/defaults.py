@@ -1,6 +1,6 @@
-"""How tokens are chosen where nobody says: by the model's own settings, else by one default.
+"""Default sampling settings of a model: temperature, top-p and top-k for requests that set none.
 
-`sample`, `chat`, the HTTP API and its page all take them from here.
+`sample`, `chat`, the HTTP API and the chat page all use them.
 """
 
 import json
@@ -23,20 +23,20 @@ class SamplingDefaults:
     temperature: float = 0.8
     top_p: float = 1.0
     top_k: int = 0
-    """0 keeps all"""
+    """0 keeps all tokens"""
 
-    def given(self, temperature: float | None, top_p: float | None, top_k: int | None) -> Self:
-        """These, with what a user set in their place."""
+    def override(self, temperature: float | None, top_p: float | None, top_k: int | None) -> Self:
+        """These settings, replaced by those that a user set."""
         chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         return replace(self, **{name: v for name, v in chosen.items() if v is not None})
 
 
 def sampling_defaults(directory: Path) -> SamplingDefaults:
-    """Those of a checkpoint directory: of the first of these that names any of them.
+    """Reads the settings of a checkpoint directory from the first file that has any of them.
 
-    generation_config.json beside the weights or in the run, as Hugging Face writes it; the head of
-    card.md (`inference: parameters: temperature: 0.7` between two lines of ---). Raises
-    CheckpointError for one that cannot be read or a value out of bounds.
+    The files: generation_config.json in the checkpoint or its run, as Hugging Face writes it; then
+    the YAML header of card.md (`inference: parameters: temperature: 0.7`) in either. Raises
+    CheckpointError for a file that cannot be read or a value out of bounds.
     """
     folders = [directory]
     if directory.parent.name == "checkpoints":
@@ -45,17 +45,16 @@ def sampling_defaults(directory: Path) -> SamplingDefaults:
     sources += [(folder / "card.md", _card_settings) for folder in folders]
     for path, read in sources:
         try:
-            found = read(path)
+            settings = read(path)
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path}: cannot be read ({said})") from None
-        known = {name: found[name] for name in _BOUNDS if found.get(name) is not None}
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path}: cannot be read ({reason})") from None
+        known = {name: settings[name] for name in _BOUNDS if settings.get(name) is not None}
         if known:
-            return SamplingDefaults(
-                **{name: _checked(path, name, value) for name, value in known.items()}
-            )
+            checked = {name: _checked(path, name, value) for name, value in known.items()}
+            return SamplingDefaults(**checked)
     return SamplingDefaults()
 
 
@@ -63,36 +62,35 @@ def _text(path: Path) -> str:
     with path.open(encoding="utf-8") as file:
         text = file.read(MAX_BYTES + 1)
     if len(text) > MAX_BYTES:
-        raise ValueError("too large for what it should hold")
+        raise ValueError(f"larger than {MAX_BYTES} bytes")
     return text
 
 
 def _json_settings(path: Path) -> dict[str, Any]:
-    return _object(json.loads(_text(path)))
+    return _mapping(json.loads(_text(path)))
 
 
 def _card_settings(path: Path) -> dict[str, Any]:
-    parts = _text(path).split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
+    sections = _text(path).split("---\n", 2)
+    if len(sections) < 3 or sections[0].strip():
         return {}
-    head = _object(yaml.safe_load(parts[1]) or {})
-    inference = head.get("inference")
-    if not isinstance(inference, dict):  # it may be a boolean
+    inference = _mapping(yaml.safe_load(sections[1]) or {}).get("inference")
+    if not isinstance(inference, dict):  # cards may have `inference: false`
         return {}
-    return _object(cast(dict[str, Any], inference).get("parameters") or {})
+    return _mapping(cast(dict[str, Any], inference).get("parameters") or {})
 
 
-def _object(content: object) -> dict[str, Any]:
+def _mapping(content: object) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise ValueError("must hold named settings")
+        raise ValueError("must be a mapping of settings")
     return cast(dict[str, Any], content)
 
 
 def _checked(path: Path, name: str, value: object) -> Any:
     low, high = _BOUNDS[name]
-    kinds = (int,) if name == "top_k" else (int, float)
-    number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not number or not low <= cast(float, value) <= high or (name == "top_p" and value == 0):
-        said = repr(value)[:40] if isinstance(value, str | int | float) else "no number"
-        raise CheckpointError(f"{path}: {name} is {said}; it must be from {low} to {high}")
+    types = (int,) if name == "top_k" else (int, float)
+    is_number = isinstance(value, types) and not isinstance(value, bool)
+    if not is_number or not low <= cast(float, value) <= high or (name == "top_p" and value == 0):
+        shown = repr(value)[:40] if isinstance(value, str | int | float) else "not a number"
+        raise CheckpointError(f"{path}: {name} is {shown}; it must be from {low} to {high}")
     return value

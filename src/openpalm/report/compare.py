@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from openpalm.report.page import Ready, Section, switch, table
+from openpalm.report.page import SafeHtml, Section, table, tabs
 from openpalm.report.plots import Line, Panel, comparison
 from openpalm.report.run_page import sample_text, sections_of
 from openpalm.report.runs import (
     AXES,
     Run,
     axis_label,
-    by_seed,
     differences,
+    group_by_kind,
+    group_by_seed,
     loss_unit,
     mean_of_last,
-    of_a_kind,
 )
 
 _REWARDED = (
@@ -30,9 +30,9 @@ _REWARDED = (
 
 def comparison_sections(runs: Sequence[Run]) -> list[Section]:
     """A page's sections for two runs or more."""
-    lines = [Line(i, group) for i, group in enumerate(by_seed(runs), 1)]
+    lines = [Line(i, group) for i, group in enumerate(group_by_seed(runs), 1)]
     sections = [Section("Runs", _legend(lines) + _summary(lines) + _seeds(lines))]
-    kinds = [[line for line in lines if line.runs[0] in kind] for kind in of_a_kind(runs)]
+    kinds = [[line for line in lines if line.runs[0] in kind] for kind in group_by_kind(runs)]
     kinds = [kind for kind in kinds if kind]
     for i, kind in enumerate(kinds):
         of = "" if len(kinds) == 1 else f": {_numbers(kind)}"
@@ -48,10 +48,10 @@ def _each(lines: Sequence[Line]) -> list[tuple[Line, Run]]:
     return [(line, run) for line in lines for run in line.runs]
 
 
-def _key(line: Line) -> Ready:
+def _key(line: Line) -> SafeHtml:
     """The line as the figures draw it, and its number."""
     dashes = f' stroke-dasharray="{line.dashes}"' if line.dashes else ""
-    return Ready(
+    return SafeHtml(
         '<svg width="28" height="10" aria-hidden="true"><path d="M1 5H27" stroke-width="3" '
         f'stroke="{line.colour}"{dashes}/></svg> <b style="color:{line.colour}">{line.number}</b>'
     )
@@ -120,7 +120,7 @@ def _learning(lines: list[Line], name: str) -> str:
     """The figures of runs of one kind, against each axis."""
     runs = [run for line in lines for run in line.runs]
     unit = loss_unit(runs[0].unit)
-    data = {run.settings.get("chosen.data") for run in runs}
+    data = {run.settings.get("run.data") for run in runs}
     bits = len(data) > 1 and all(run.last("val_bits_per_byte") is not None for run in runs)
     validation = (
         Panel("val_bits_per_byte", "validation, bits a byte", marked=True)
@@ -138,7 +138,7 @@ def _learning(lines: list[Line], name: str) -> str:
         if axis != "flops" or any(run.flops_per_token for run in runs)
     ]
     told = "" if len(data) == 1 else _OTHER_DATA
-    return _legend(lines) + switch(name, "against", panes) + told
+    return _legend(lines) + tabs(name, "against", panes) + told
 
 
 _OTHER_DATA = (
@@ -181,12 +181,12 @@ def _throughput(lines: list[Line]) -> str:
 def _differences(lines: Sequence[Line]) -> str:
     each = _each(lines)
     rows = [
-        (name, *(value[:12] if name in ("chosen.data", "chosen.parent") else value for value in v))
+        (name, *(value[:12] if name in ("run.data", "run.parent") else value for value in v))
         for name, v in differences([run for _, run in each])
     ]
     if not rows:
         return "<p>None: the runs have the same settings.</p>"
-    head = ["setting", *(Ready(f"{_key(line)} {html.escape(run.name)}") for line, run in each)]
+    head = ["setting", *(SafeHtml(f"{_key(line)} {html.escape(run.name)}") for line, run in each)]
     return f'<div class="wide">{table(head, rows)}</div>'
 
 

@@ -32,16 +32,16 @@ pre { background: #f6f8fa; padding: .8rem; white-space: pre-wrap; overflow-wrap:
 .wide th { vertical-align: bottom; line-height: 1.25; }
 .key { white-space: nowrap; margin-right: 1.2rem; } .key svg { vertical-align: middle; }
 .key span { white-space: normal; }
-.switch > input { margin-left: 1rem; }
-.switch > div { display: none; }
-.switch > input:nth-of-type(1):checked ~ div:nth-of-type(1),
-.switch > input:nth-of-type(2):checked ~ div:nth-of-type(2),
-.switch > input:nth-of-type(3):checked ~ div:nth-of-type(3),
-.switch > input:nth-of-type(4):checked ~ div:nth-of-type(4) { display: block; }
+.tabs > input { margin-left: 1rem; }
+.tabs > div { display: none; }
+.tabs > input:nth-of-type(1):checked ~ div:nth-of-type(1),
+.tabs > input:nth-of-type(2):checked ~ div:nth-of-type(2),
+.tabs > input:nth-of-type(3):checked ~ div:nth-of-type(3),
+.tabs > input:nth-of-type(4):checked ~ div:nth-of-type(4) { display: block; }
 .side-by-side { display: grid; gap: .4rem .8rem; overflow-x: auto; }
 .side-by-side pre { margin: 0; font-size: .85rem; }
 details { margin: .6rem 0; } summary { cursor: pointer; } details h3 { margin-bottom: .2rem; }
-@media print { .switch > div { display: block; } .switch > input { display: none; } }
+@media print { .tabs > div { display: block; } .tabs > input { display: none; } }
 """
 
 
@@ -87,19 +87,19 @@ def environment_section() -> Section:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """An HTML table; numbers are aligned, None is empty, ready HTML (`Ready`) is kept."""
+    """An HTML table; numbers are aligned, None is empty, ready HTML (`SafeHtml`) is kept."""
     head = "".join(f"<th>{_text(column)}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     header = f"<thead><tr>{head}</tr></thead>" if any(columns) else ""
     return f"<table>{header}<tbody>{body}</tbody></table>"
 
 
-class Ready(str):
+class SafeHtml(str):
     """HTML that needs no escaping."""
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, Ready) else html.escape(str(value))
+    return value if isinstance(value, SafeHtml) else html.escape(str(value))
 
 
 def _cell(value: object) -> str:
@@ -113,12 +113,12 @@ def _cell(value: object) -> str:
     return f"<td>{_text(value)}</td>"
 
 
-def switch(name: str, question: str, panes: Sequence[tuple[str, str]]) -> str:
-    """Ready HTML of which the reader sees one of at most four, by name."""
+def tabs(name: str, question: str, panes: Sequence[tuple[str, str]]) -> str:
+    """HTML of which the reader sees one of at most four, by name."""
     buttons = "".join(
         f'<input type="radio" name="{name}" id="{name}-{i}"{" checked" * (i == 0)}>'
         f'<label for="{name}-{i}"> {html.escape(label)}</label>'
         for i, (label, _) in enumerate(panes)
     )
     bodies = "".join(f"<div>{body}</div>" for _, body in panes)
-    return f'<div class="switch">{html.escape(question)}{buttons}{bodies}</div>'
+    return f'<div class="tabs">{html.escape(question)}{buttons}{bodies}</div>'

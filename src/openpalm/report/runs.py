@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from openpalm.base.json_file import read_json
 from openpalm.base.yaml_file import read_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, DataError
@@ -20,7 +21,7 @@ Curve = tuple[list[float], list[float]]
 
 _WHAT_THE_LOSS_IS = ("loss", "advantage", "critic", "template")
 """settings that exist for some objectives only, or choose one"""
-_NOT_CHOICES = ("out", "chosen.peak_flops", "chosen.minutes")
+_NOT_CHOICES = ("out", "run.peak_flops", "run.minutes")
 """settings that say where a run is or what was measured, not what was wanted"""
 
 
@@ -36,7 +37,7 @@ class Run:
     """the training rows among them"""
     samples: list[dict[str, Any]]
     settings: dict[str, str]
-    """dotted name -> value"""
+    """dotted name -> value; `run.` names are of run.json"""
     unit: str
     """what the loss averages over"""
     parameters: int | None
@@ -51,7 +52,7 @@ class Run:
     @property
     def planned(self) -> int | None:
         """Steps that the run shall have."""
-        return _whole(self.settings.get("chosen.steps"))
+        return _whole(self.settings.get("run.steps"))
 
     def curve(self, column: str, axis: Axis) -> Curve:
         """A column's known values against an axis; empty where the run cannot tell."""
@@ -98,7 +99,7 @@ def _read(path: Path, name: str) -> Run:
         raise DataError(f"{path}: its metrics.jsonl has no training row yet")
     unit = unit_of(steps[-1])
     samples = path / "samples.jsonl"
-    settings = dict(flat(read_yaml(path / "config.yaml")))
+    settings = dict(flat(_settings(path)))
     parameters, flops = _sizes(path, settings.get("sequence_length"))
     exact = any(is_number(row.get("mfu")) for row in steps)
     return Run(
@@ -112,6 +113,15 @@ def _read(path: Path, name: str) -> Run:
         parameters=parameters,
         flops_per_token=flops if exact else None,
     )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings, with what the run measured and chose; 0.1 kept that in `chosen` among them."""
+    settings = read_yaml(path / "config.yaml")
+    info = settings.pop("chosen", {})
+    if (path / "run.json").is_file():
+        info = read_json(path / "run.json", "it is gone")
+    return settings | {"run": info}
 
 
 def _is_training(row: dict[str, Any]) -> bool:
@@ -162,7 +172,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def of_a_kind(runs: Sequence[Run]) -> list[list[Run]]:
+def group_by_kind(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs in groups whose losses can be compared, in the order given."""
     kinds: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
@@ -170,7 +180,7 @@ def of_a_kind(runs: Sequence[Run]) -> list[list[Run]]:
     return list(kinds.values())
 
 
-def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
+def group_by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs in groups that differ in nothing but their seed."""
     groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:

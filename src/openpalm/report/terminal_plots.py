@@ -14,8 +14,8 @@ from openpalm.report.runs import (
     Curve,
     Run,
     axis_label,
+    group_by_kind,
     loss_unit,
-    of_a_kind,
     read_runs,
     smooth,
 )
@@ -114,7 +114,7 @@ def _short(value: float) -> str:
 def print_losses(runs: Sequence[Run], axis: Axis, height: int = 20) -> None:
     """The losses on standard output, training and validation, what differs in meaning apart."""
     console = Console()
-    for kind in of_a_kind(runs):
+    for kind in group_by_kind(runs):
         for column in ("loss", "val_loss"):
             if any(run.curve(column, axis)[0] for run in kind):
                 console.print(_losses(kind, column, axis, console.width, height))

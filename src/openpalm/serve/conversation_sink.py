@@ -1,23 +1,25 @@
-"""Sends conversations whose users agreed to it to another server, one at a time, in a thread."""
+"""Posts conversations that their users agreed to share to another server, from a thread."""
 
 import json
 import queue
 import sys
 import threading
-import urllib.request
 from typing import Any
+
+import httpx2
 
 from openpalm.errors import SettingsError
 
-WAITING_AT_MOST = 1000
+MAX_WAITING = 1000
 TIMEOUT_S = 10
 ATTEMPTS = 3
 
 
 class ConversationSink:
-    """POSTs each record as JSON to `url`; where that fails for long, records are dropped, counted.
+    """Posts each conversation to `url` as JSON, one at a time.
 
-    Raises SettingsError for what is no http(s) URL.
+    A conversation that cannot be delivered, or that finds too many waiting, is dropped and counted.
+    Raises SettingsError if `url` is not an http(s) URL.
     """
 
     def __init__(self, url: str):
@@ -26,19 +28,19 @@ class ConversationSink:
         self.url = url
         self.sent = 0
         self.dropped = 0
-        self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(WAITING_AT_MOST)
-        self._thread = threading.Thread(target=self._run, name="sink", daemon=True)
+        self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_WAITING)
+        self._thread = threading.Thread(target=self._run, name="conversations", daemon=True)
         self._thread.start()
 
-    def put(self, record: dict[str, Any]) -> None:
-        """Never waits: with too many unsent, this one is dropped."""
+    def put(self, conversation: dict[str, Any]) -> None:
+        """Returns at once. If too many are waiting, this one is dropped."""
         try:
-            self._waiting.put_nowait(record)
+            self._waiting.put_nowait(conversation)
         except queue.Full:
             self.dropped += 1
 
     def close(self, timeout_s: float = TIMEOUT_S) -> None:
-        """Sends what is waiting, as far as the time allows."""
+        """Sends the conversations that wait, as many as the time allows."""
         try:
             self._waiting.put(None, timeout=timeout_s)
         except queue.Full:
@@ -46,20 +48,21 @@ class ConversationSink:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while (record := self._waiting.get()) is not None:
-            if any(self._send(record) for _ in range(ATTEMPTS)):
-                self.sent += 1
-                continue
-            self.dropped += 1
-            if self.dropped == 1:
-                print(f"openpalm: warning: {self.url} takes no conversations", file=sys.stderr)
+        with httpx2.Client(timeout=TIMEOUT_S) as client:
+            while (conversation := self._waiting.get()) is not None:
+                if any(self._send(client, conversation) for _ in range(ATTEMPTS)):
+                    self.sent += 1
+                    continue
+                self.dropped += 1
+                if self.dropped == 1:
+                    message = f"{self.url} takes no conversations; they are dropped"
+                    print(f"openpalm: warning: {message}", file=sys.stderr)
 
-    def _send(self, record: dict[str, Any]) -> bool:
-        body = json.dumps(record).encode()
+    def _send(self, client: httpx2.Client, conversation: dict[str, Any]) -> bool:
+        content = json.dumps(conversation)
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url, body, headers)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S):
-                return True
-        except (OSError, ValueError):
+            client.post(self.url, content=content, headers=headers).raise_for_status()
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError):
             return False
+        return True

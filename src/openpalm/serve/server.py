@@ -1,4 +1,4 @@
-"""From an application to a process: a socket, signals, an orderly end."""
+"""Runs the application as a process: listening socket, signals, graceful shutdown."""
 
 import os
 import socket
@@ -14,17 +14,17 @@ from openpalm.serve.worker import Worker
 
 BACKLOG = 2048
 GRACE_S = 5
-"""Given to callers to take the last of an answer that was broken off."""
+"""After the shutdown timeout: time for callers to receive the error that ends their response."""
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises SettingsError."""
+    """Opens a listening socket; port 0 takes a free one. Raises SettingsError."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None)
-        # create_server adds the address to the words, which say it twice then.
+        # str(error) repeats the address, which the message below already has.
         reason = os.strerror(number) if number and number > 0 else str(error)
         raise SettingsError(
             f"--host {host} --port {port}: cannot listen there ({reason}); try another --port"
@@ -36,24 +36,24 @@ def run(
     listener: socket.socket,
     worker: Worker,
     *,
-    drain_s: int,
+    shutdown_timeout_s: int,
     ready: Callable[[], None],
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then finishes what is in flight, at most `drain_s` seconds.
+    """Serves until SIGTERM or SIGINT, then finishes the requests in flight within the timeout.
 
-    A second signal breaks it off at once. `ready` is called when requests are taken.
+    A second signal ends them at once. `ready` is called when requests are accepted.
     """
     config = uvicorn.Config(
         app,
         http=BoundedProtocol,
         ws="none",
-        log_level="error",  # a warning for each stranger who sends no HTTP would fill the log
+        log_level="error",  # uvicorn warns for every caller that does not send HTTP
         access_log=False,
-        timeout_graceful_shutdown=drain_s + GRACE_S,
+        timeout_graceful_shutdown=shutdown_timeout_s + GRACE_S,
         server_header=False,
         backlog=BACKLOG,
     )
-    server = _Server(config, worker, drain_s, ready)
+    server = _Server(config, worker, shutdown_timeout_s, ready)
     server.run(sockets=[listener])
     if not server.started:
         raise WorkError("the server did not start; its log says why")
@@ -61,10 +61,10 @@ def run(
 
 class _Server(uvicorn.Server):
     def __init__(
-        self, config: uvicorn.Config, worker: Worker, drain_s: int, ready: Callable[[], None]
+        self, config: uvicorn.Config, worker: Worker, timeout_s: int, ready: Callable[[], None]
     ):
         super().__init__(config)
-        self._drain_s = drain_s
+        self._shutdown_timeout_s = timeout_s
         self._worker = worker
         self._ready = ready
 
@@ -74,7 +74,7 @@ class _Server(uvicorn.Server):
             self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Not the library's: that one raises the signal again at the end, and an orderly end
-        # would look like a death.
+        # uvicorn's own handler raises the signal again at the end, so the process would end with
+        # the signal instead of status 0.
         again, self.should_exit = self.should_exit, True
-        self._worker.drain(0 if again else self._drain_s)
+        self._worker.shut_down(0 if again else self._shutdown_timeout_s)

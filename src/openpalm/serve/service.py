@@ -1,4 +1,4 @@
-"""What every route works with: the worker, how models are loaded, where conversations go."""
+"""The state that all routes share: the worker, the model loader, the conversation sink."""
 
 import asyncio
 import time
@@ -7,14 +7,14 @@ from typing import Protocol
 
 from openpalm.serve.api.error_responses import ApiError
 from openpalm.serve.api.request_fields import ChatRequest
-from openpalm.serve.api.responses import Keep
+from openpalm.serve.api.responses import KeepConversation
 from openpalm.serve.conversation_sink import ConversationSink
 from openpalm.serve.metrics import Metrics
-from openpalm.serve.worker import Job, ServedModel, Worker
+from openpalm.serve.worker import ServedModel, ServedSequence, Worker
 
 
-class Load(Protocol):
-    """Makes a model ready to serve, outside of the event loop. Raises OpenPalmError."""
+class LoadModel(Protocol):
+    """Loads a model to serve. Takes long: not for the event loop. Raises OpenPalmError."""
 
     def __call__(self, path: str, name: str | None) -> ServedModel: ...
 
@@ -22,39 +22,41 @@ class Load(Protocol):
 @dataclass
 class Service:
     worker: Worker
-    load: Load
+    load_model: LoadModel
     metrics: Metrics
     sink: ConversationSink | None = None
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def check_count(self, sequences: int) -> None:
-        """Raises ApiError for more than this server could ever run."""
-        most = self.worker.most
-        if sequences > most:
+        """Raises ApiError for more sequences than this server could ever take."""
+        capacity = self.worker.capacity
+        if sequences > capacity:
             raise ApiError(
                 400,
-                f"{sequences} sequences at once; this server takes {most}: lower n or send "
-                "fewer prompts in a request",
+                f"{sequences} sequences in one request; this server takes {capacity}: lower n or "
+                "send fewer prompts in a request",
                 param="n",
             )
 
-    def keeper(self, body: ChatRequest, served: ServedModel) -> Keep | None:
-        """Where the answers to this request are kept; None without consent or a place."""
+    def conversation_keeper(
+        self, body: ChatRequest, served: ServedModel
+    ) -> KeepConversation | None:
+        """Sends this request's completions to the sink; None without consent or without a sink."""
         sink = self.sink
         if sink is None or not body.store:
             return None
         messages = [{"role": m.role, "content": m.text} for m in body.messages]
 
-        def keep(job: Job, text: str) -> None:
-            how = asdict(job.request.sampling)
-            how["logit_bias"] = dict(job.request.sampling.logit_bias)
+        def keep(sequence: ServedSequence, text: str) -> None:
+            sampling = asdict(sequence.request.sampling)
+            sampling["logit_bias"] = dict(sequence.request.sampling.logit_bias)
             sink.put(
                 {
                     "messages": messages,
                     "answer": text,
                     "model": served.name,
                     "checkpoint": served.source,
-                    "sampling": how,
+                    "sampling": sampling,
                     "created": time.time(),
                 }
             )

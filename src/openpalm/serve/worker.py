@@ -1,7 +1,11 @@
-"""The thread that owns the engines: requests come from the event loop, pieces of text go back.
+"""The worker thread that runs the engines: requests come in from the event loop, text goes back.
 
-Bounded: what fits neither a slot nor the queue is refused at once. A model that is replaced
-finishes what it began. Everything public here is called on the event loop, except where noted.
+At most `capacity` sequences are in flight; more are refused at once. After a model is replaced,
+the old one finishes the sequences that it has begun.
+
+Two threads meet here. The event loop calls the public methods and reads the output streams; it
+never touches an engine. The worker thread alone runs the engines. Commands go to the worker through
+a queue, events go back through `call_soon_threadsafe`, so no locks are needed.
 """
 
 import asyncio
@@ -20,226 +24,236 @@ from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import NumbersError, OpenPalmError
 from openpalm.generate.defaults import SamplingDefaults
 from openpalm.generate.engine import NOT_FINITE, Engine, Request, Token
-from openpalm.generate.streaming import AnswerText, Piece
+from openpalm.generate.streaming import CompletionText, TextDelta
 
 T = TypeVar("T")
 
 
-def in_own_thread(work: Callable[[], T]) -> T:
-    """The result of `work`, done in a thread that ends with it: for loading models.
+def run_in_new_thread(work: Callable[[], T]) -> T:
+    """Returns the result of `work`, run in a thread that ends with it. Used to load models.
 
-    OpenMP keeps workers for every living thread that has computed something. As soon as these are
-    more than the machine has cores, all of them sleep between one loop and the next: one stream
-    had 81 tokens/s instead of 105 (benchmarks/RESULTS.md). So only the engines' thread keeps them.
+    OpenMP keeps worker threads for every living thread that has computed something. When there are
+    more of them than cores, they all sleep between loops: one stream ran at 81 tokens/s instead of
+    105 (benchmarks/RESULTS.md). So only the worker thread may keep them.
     """
-    with ThreadPoolExecutor(max_workers=1) as once:
-        return once.submit(work).result()
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(work).result()
 
 
 class Overloaded(Exception):
-    """Slots and queue are full."""
+    """`capacity` sequences are in flight."""
 
 
 class ShuttingDown(Exception):
-    """The server is about to end and takes nothing new."""
-
-
-def reason(error: BaseException) -> str:
-    """An error in one short line."""
-    said = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """The server is shutting down and takes no new requests."""
 
 
 class EngineFailed(Exception):
-    """The engine broke off; its requests are lost, new ones may succeed."""
+    """The engine failed: its sequences are lost, new requests may succeed."""
 
 
-Broken = EngineFailed | ShuttingDown | OpenPalmError
-"""Why a sequence ends without a finish."""
+def error_line(error: BaseException) -> str:
+    """An error in one short line."""
+    message = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+Failure = EngineFailed | ShuttingDown | OpenPalmError
+"""The reason why a sequence ends without a finish reason."""
 
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A model that answers, under the name it has in the API."""
+    """A loaded model and its name in the API."""
 
     name: str
     engine: Engine
     tokenizer: Tokenizer
     source: str
-    """where it was loaded from"""
+    """run, checkpoint or hub name that it was loaded from"""
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """how tokens are chosen where a request does not say"""
+    """sampling settings for requests that set none"""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def context(self) -> int:
-        """Tokens of prompt and answer together at most."""
+        """Maximum tokens of prompt and completion together."""
         return self.engine.model.config.context
 
 
 @dataclass(eq=False)
-class Job:
-    """One sequence on its way."""
+class ServedSequence:
+    """One sequence of a call, and what has been generated of it."""
 
     index: int
+    """its number among the call's sequences"""
     served: ServedModel
     request: Request
-    text: AnswerText
-    answers: "Answers"
-    began: float = field(default_factory=time.perf_counter)
-    prompt: list[Token] = field(default_factory=list)
-    """the prompt's own tokens, where they are scored; complete with the first piece"""
+    text: CompletionText
+    output: "OutputStream"
+    started: float = field(default_factory=time.perf_counter)
+    prompt_tokens: list[Token] = field(default_factory=list)
+    """the scored tokens of the prompt, if it is scored; complete with the first delta"""
     generated: int = 0
-    """tokens so far"""
-    first_s: float | None = None
-    """seconds to the first token, once it came"""
+    """generated tokens"""
+    first_token_s: float | None = None
+    """seconds to the first token"""
 
 
-class Answers:
-    """The pieces of one call's sequences as they come; leaving early cancels the rest."""
+class OutputStream:
+    """The text of one call's sequences as it is generated. Closing it early cancels them."""
 
-    def __init__(self, worker: "Worker", served: ServedModel, requests: Sequence[Request]):
+    def __init__(
+        self,
+        worker: "Worker",
+        served: ServedModel,
+        requests: Sequence[Request],
+        stops: Sequence[str],
+    ):
         self.served = served
-        self.jobs: list[Job] = []
-        self.pieces: asyncio.Queue[tuple[Job, Piece] | Broken] = asyncio.Queue()
+        self.sequences = [
+            ServedSequence(
+                i, served, request, CompletionText(served.tokenizer, request.stop_ids, stops), self
+            )
+            for i, request in enumerate(requests)
+        ]
+        self.events: asyncio.Queue[tuple[ServedSequence, TextDelta] | Failure] = asyncio.Queue()
         self._worker = worker
-        self._requests = requests
 
-    def start(self, stops: Sequence[str]) -> None:
-        for index, request in enumerate(self._requests):
-            text = AnswerText(self.served.tokenizer, request.stop_ids, stops)
-            self.jobs.append(Job(index, self.served, request, text, self))
+    async def __aiter__(self) -> AsyncIterator[list[tuple[ServedSequence, TextDelta]]]:
+        """Yields all deltas that are ready, at least one, until every sequence has finished.
 
-    async def __aiter__(self) -> AsyncIterator[list[tuple[Job, Piece]]]:
-        """All pieces that are there, at least one, until every sequence has finished.
-
-        Raises EngineFailed, OpenPalmError where the model failed at one of the sequences, and
-        ShuttingDown where the time for finishing is over.
+        Raises EngineFailed, OpenPalmError if the model failed at one of the sequences, and
+        ShuttingDown after the shutdown timeout.
         """
-        open_jobs = len(self.jobs)
-        while open_jobs:
-            batch = [await self.pieces.get()]
-            while not self.pieces.empty():
-                batch.append(self.pieces.get_nowait())
-            pieces = []
-            for item in batch:
-                if isinstance(item, Broken):
-                    raise item
-                pieces.append(item)
-                open_jobs -= item[1].finish is not None
-            yield pieces
+        unfinished = len(self.sequences)
+        while unfinished:
+            events = [await self.events.get()]
+            while not self.events.empty():
+                events.append(self.events.get_nowait())
+            deltas = []
+            for event in events:
+                if isinstance(event, Failure):
+                    raise event
+                deltas.append(event)
+                unfinished -= event[1].finish is not None
+            yield deltas
 
     def close(self) -> None:
-        """Frees what these sequences still hold; nothing happens where all have finished."""
-        self._worker.cancel(self.jobs)
+        """Cancels the sequences that have not finished."""
+        self._worker.cancel(self.sequences)
 
 
-Event = tuple[Job, Piece | Broken | None]
-"""What happened to a sequence; None where its caller left it."""
+Event = tuple[ServedSequence, TextDelta | Failure | None]
+"""A sequence's new text or failure; None after its caller cancelled it."""
 
 
 class Worker:
     """Runs the engines in one thread.
 
-    `slots + queue_limit` sequences at most are on their way; `observe(job, piece)` is told of
-    every piece, on the event loop.
+    At most the engine's slots + `max_queue` sequences are in flight. `observe(sequence, delta)` is
+    called with every delta, on the event loop.
     """
 
     def __init__(
         self,
         served: ServedModel,
         *,
-        queue_limit: int,
-        observe: Callable[[Job, Piece], None] = lambda job, piece: None,
+        max_queue: int,
+        observe: Callable[[ServedSequence, TextDelta], None] = lambda sequence, delta: None,
     ):
         self.current = served
-        self.queue_limit = queue_limit
-        self.draining = False
-        self.load = 0
-        """sequences on their way"""
+        self.max_queue = max_queue
+        self.shutting_down = False
+        self.in_flight = 0
+        """sequences that are generated or wait"""
         self._observe = observe
-        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._running: dict[ServedModel, dict[int, Job]] = {}
-        self._tickets: dict[Job, int] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # The worker thread's own state. A replaced model leaves with its last sequence.
+        self._unfinished: dict[ServedModel, dict[int, ServedSequence]] = {}
+        self._request_ids: dict[ServedSequence, int] = {}
         self._stopped = False
-        self._logged = ""
+        self._last_logged = ""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
-    def most(self) -> int:
-        """Sequences that can be on their way."""
-        return self.current.engine.slots + self.queue_limit
+    def capacity(self) -> int:
+        """Maximum sequences in flight."""
+        return self.current.engine.slots + self.max_queue
 
     @property
-    def active(self) -> int:
-        """Slots in use, of all models."""
-        return sum(served.engine.active for served in list(self._running) or [self.current])
+    def running(self) -> int:
+        """Sequences that are generated at the moment, of all models."""
+        return sum(served.engine.active for served in list(self._unfinished) or [self.current])
 
     def start(self) -> None:
-        """Begins; to be called on the event loop that will submit."""
+        """Starts the thread. Must be called on the event loop that will submit."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its present step; for when nothing is on its way. Any thread."""
+        """Ends the thread after its current step, when nothing is in flight. Any thread."""
         if self._thread.is_alive():
-            self._orders.put(self._stop)
+            self._commands.put(self._stop)
             self._thread.join()
 
     def submit(
         self, served: ServedModel, requests: Sequence[Request], stops: Sequence[str] = ()
-    ) -> Answers:
+    ) -> OutputStream:
         """Queues the requests of one call. Raises Overloaded or ShuttingDown."""
-        if self.draining:
+        if self.shutting_down:
             raise ShuttingDown
-        if self.load + len(requests) > self.most:
+        # Counted here, not in the thread: the next call must see this one's sequences.
+        if self.in_flight + len(requests) > self.capacity:
             raise Overloaded
-        answers = Answers(self, served, requests)
-        answers.start(stops)
-        self.load += len(requests)
-        self._orders.put(partial(self._admit, answers.jobs))
-        return answers
+        output = OutputStream(self, served, requests, stops)
+        self.in_flight += len(requests)
+        self._commands.put(partial(self._admit, output.sequences))
+        return output
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
-        """Forgets these sequences where they are unfinished."""
-        self._orders.put(partial(self._drop, jobs))
+    def cancel(self, sequences: Sequence[ServedSequence]) -> None:
+        """Cancels those of the sequences that have not finished."""
+        self._commands.put(partial(self._cancel, sequences))
 
-    def drain(self, seconds: float) -> None:
-        """Takes nothing new from now on; what is unfinished after `seconds` is broken off."""
-        self.draining = True
-        give_up = partial(self._orders.put, self._give_up)
-        self._loop.call_soon_threadsafe(self._loop.call_later, seconds, give_up)
+    def shut_down(self, timeout_s: float) -> None:
+        """Refuses new requests; after `timeout_s` fails the sequences that have not finished."""
+        self.shutting_down = True
+        time_out = partial(self._commands.put, self._time_out)
+        # Called by a signal handler, so the timer must be set on the event loop.
+        self._loop.call_soon_threadsafe(self._loop.call_later, timeout_s, time_out)
 
-    # --- on the event loop, called by the thread
+    # --- on the event loop, called by the worker thread
 
     def _deliver(self, events: list[Event]) -> None:
-        for job, what in events:
-            if isinstance(what, Piece):
-                self._observe(job, what)
-                job.answers.pieces.put_nowait((job, what))
-                self.load -= what.finish is not None
+        for sequence, outcome in events:
+            if isinstance(outcome, TextDelta):
+                self._observe(sequence, outcome)
+                sequence.output.events.put_nowait((sequence, outcome))
+                self.in_flight -= outcome.finish is not None
             else:
-                self.load -= 1
-                if what is not None:
-                    job.answers.pieces.put_nowait(what)
+                self.in_flight -= 1
+                if outcome is not None:
+                    sequence.output.events.put_nowait(outcome)
 
-    # --- in the thread
+    # --- in the worker thread
 
     def _run(self) -> None:
         while not self._stopped:
             try:
-                self._obey(wait=not self._tickets)
-                for served in list(self._running):
+                # Cancellations come before each step: a caller who leaves frees its slot within
+                # two steps. With nothing to generate the thread sleeps until a command arrives.
+                self._run_commands(wait=not self._request_ids)
+                for served in list(self._unfinished):
                     self._report(self._step(served))
-            except BaseException as error:  # the thread outlives whatever goes wrong in it
+            except BaseException as error:  # the thread must survive any error, panics included
                 failure = self._failure(error)
-                for served in list(self._running):
-                    self._report(self._break_off(served, failure))
+                for served in list(self._unfinished):
+                    self._report(self._fail_all(served, failure))
 
-    def _obey(self, *, wait: bool) -> None:
+    def _run_commands(self, *, wait: bool) -> None:
         try:
             while True:
-                self._orders.get(block=wait)()
+                self._commands.get(block=wait)()
                 wait = False
         except queue.Empty:
             pass
@@ -247,104 +261,112 @@ class Worker:
     def _stop(self) -> None:
         self._stopped = True
 
-    def _admit(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            if _asks_nothing(job.request):
-                self._report([(job, Piece("", [], "length"))])
+    def _admit(self, sequences: Sequence[ServedSequence]) -> None:
+        for sequence in sequences:
+            if _is_empty(sequence.request):
+                self._report([(sequence, TextDelta("", [], "length"))])
                 continue
             try:
-                ticket = job.served.engine.submit(job.request)
+                # The engine queues the request until a slot is free, and prefills the prompt in
+                # chunks within its steps, so a long prompt does not stall the other sequences.
+                request_id = sequence.served.engine.submit(sequence.request)
             except BaseException as error:
-                self._report([(job, self._failure(error))])
+                self._report([(sequence, self._failure(error))])
                 continue
-            self._tickets[job] = ticket
-            self._running.setdefault(job.served, {})[ticket] = job
+            self._request_ids[sequence] = request_id
+            self._unfinished.setdefault(sequence.served, {})[request_id] = sequence
 
-    def _drop(self, jobs: Sequence[Job]) -> None:
-        unfinished = [job for job in jobs if job in self._tickets]
-        for job in unfinished:
-            job.served.engine.cancel(self._tickets[job])
-            self._forget(job)
-        self._report([(job, None) for job in unfinished])
+    def _cancel(self, sequences: Sequence[ServedSequence]) -> None:
+        # Those that finished before the command arrived are already counted.
+        cancelled = [sequence for sequence in sequences if sequence in self._request_ids]
+        for sequence in cancelled:
+            sequence.served.engine.cancel(self._request_ids[sequence])
+            self._forget(sequence)
+        self._report([(sequence, None) for sequence in cancelled])
 
-    def _give_up(self) -> None:
-        for served in list(self._running):
-            self._report(self._break_off(served, ShuttingDown()))
+    def _time_out(self) -> None:
+        for served in list(self._unfinished):
+            self._report(self._fail_all(served, ShuttingDown()))
 
-    def _forget(self, job: Job) -> None:
-        ticket = self._tickets.pop(job)
-        running = self._running[job.served]
-        del running[ticket]
-        if not running:
-            del self._running[job.served]
+    def _forget(self, sequence: ServedSequence) -> None:
+        request_id = self._request_ids.pop(sequence)
+        unfinished = self._unfinished[sequence.served]
+        del unfinished[request_id]
+        if not unfinished:  # the last reference to a replaced model: its memory becomes free
+            del self._unfinished[sequence.served]
 
     def _step(self, served: ServedModel) -> list[Event]:
+        """Generates one token of every running sequence of a model."""
         try:
             tokens = served.engine.step()
-        except BaseException as error:  # a panic of a library is no Exception
-            return self._break_off(served, self._failure(error))
-        running, events = self._running[served], []
+        except BaseException as error:  # a panic in a library is not an Exception
+            return self._fail_all(served, self._failure(error))
+        unfinished, events = self._unfinished[served], []
         for token in tokens:
-            job = running.get(token.request)
-            if job is None:  # a stop string ended it
+            sequence = unfinished.get(token.request)
+            if sequence is None:  # an earlier token of this step ended it
                 continue
-            what = self._said(job, token)
-            if what is None:
+            outcome = self._outcome(sequence, token)
+            if outcome is None:
                 continue
-            if not isinstance(what, Piece) or what.finish is not None:
+            if not isinstance(outcome, TextDelta) or outcome.finish is not None:
+                # A stop string or a failure ends the sequence; the engine would continue it.
                 if token.finish is None:
                     served.engine.cancel(token.request)
-                self._forget(job)
-            events.append((job, what))
+                self._forget(sequence)
+            events.append((sequence, outcome))
         return events
 
-    def _said(self, job: Job, token: Token) -> Piece | Broken | None:
-        """What a token adds to its sequence; why it ends here, where that fails."""
+    def _outcome(self, sequence: ServedSequence, token: Token) -> TextDelta | Failure | None:
+        """The text that a token adds to its sequence, or the failure that ends it."""
         try:
-            return _piece(job, token)
-        except BaseException as error:  # the tokenizer's panic, say
+            return _delta(sequence, token)
+        except BaseException as error:  # for example a panic in the tokenizer
             return self._failure(error)
 
-    def _failure(self, error: BaseException) -> Broken:
-        """The reason that callers get; the log has the trace, once where it repeats itself."""
+    def _failure(self, error: BaseException) -> Failure:
+        """The failure that callers get. The traceback goes to the log, once if it repeats."""
         if isinstance(error, OpenPalmError):
             return error
-        said = reason(error)
-        if said != self._logged:
+        line = error_line(error)
+        if line != self._last_logged:
             traceback.print_exception(error)
-            self._logged = said
-        return EngineFailed(said)
+            self._last_logged = line
+        return EngineFailed(line)
 
-    def _break_off(self, served: ServedModel, reason: Broken) -> list[Event]:
-        jobs = list(self._running[served].values())
+    def _fail_all(self, served: ServedModel, failure: Failure) -> list[Event]:
+        sequences = list(self._unfinished[served].values())
         served.engine.reset()
-        for job in jobs:
-            self._forget(job)
-        return [(job, reason) for job in jobs]
+        for sequence in sequences:
+            self._forget(sequence)
+        return [(sequence, failure) for sequence in sequences]
 
     def _report(self, events: list[Event]) -> None:
         if events:
             self._loop.call_soon_threadsafe(self._deliver, events)
 
 
-def _asks_nothing(request: Request) -> bool:
-    """No new token and no score: a single token has nothing before it that could predict it."""
+def _is_empty(request: Request) -> bool:
+    """Whether there is nothing to compute: no new token, and no token with a score.
+
+    The first token has no score, since nothing before it predicts it.
+    """
     scores = request.score_prompt and len(request.ids) > 1
     return request.max_new_tokens == 0 and not scores
 
 
-def _piece(job: Job, token: Token) -> Piece | None:
-    """What a token adds to its sequence, None inside a prompt that is scored.
+def _delta(sequence: ServedSequence, token: Token) -> TextDelta | None:
+    """The text that a token adds to its sequence; None inside a prompt that is scored.
 
-    Raises NumbersError where its log-probabilities are no numbers, which JSON could not hold.
+    Raises NumbersError for log-probabilities that are not finite: JSON cannot hold them.
     """
     numbers = (token.log_prob, *(value for _, value in token.top))
     if token.finish == "error" or not all(map(math.isfinite, numbers)):
         raise NumbersError(NOT_FINITE)
-    if job.first_s is None:
-        job.first_s = time.perf_counter() - job.began
+    if sequence.first_token_s is None:
+        sequence.first_token_s = time.perf_counter() - sequence.started
     if token.of_prompt:
-        job.prompt.append(token)
-        return Piece("", [], token.finish) if token.finish else None
-    job.generated += 1
-    return job.text.push(token)
+        sequence.prompt_tokens.append(token)
+        return TextDelta("", [], token.finish) if token.finish else None
+    sequence.generated += 1
+    return sequence.text.push(token)

@@ -1,15 +1,17 @@
 """Probes: measurements of the model while it trains, such as validation loss and samples.
 
-The callables come from outside, because `train` imports neither `evaluate` nor `generate`.
+`train` imports neither `evaluate` nor `generate`: probes that need them are made there
+(evaluate/probes.py). Here is the one that every objective can have: its loss on held-out data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from openpalm.model.transformer import Transformer
+from openpalm.train.objective import Metrics, Objective
 
 
 @dataclass(frozen=True)
@@ -26,3 +28,44 @@ class Probe:
     """the reason why the run must stop, from all its rows so far, or None"""
     tokens: int | None = None
     """tokens whose loss is computed, if the probe does nothing else: its time can be predicted"""
+
+
+def held_out_probe(
+    objective: Objective[Any],
+    batches: Sequence[Any],
+    describe: Callable[[dict[str, Any]], str],
+    *,
+    more: Callable[[Transformer], Metrics] = lambda model: {},
+) -> Probe:
+    """Mean loss and metrics of an objective on held-out batches, as columns val_NAME.
+
+    `more` gives further columns; it runs without gradients, in the dtype of the run.
+    """
+
+    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
+        sums, count = held_out_sums(model, objective, batches, dtype)
+        means = {f"val_{name}": value / count for name, value in sums.items()}
+        with torch.no_grad(), _autocast(model, dtype):
+            return means | more(model)
+
+    return Probe(measure, describe=describe)
+
+
+@torch.no_grad()
+def held_out_sums(
+    model: Transformer, objective: Objective[Any], batches: Iterable[Any], dtype: torch.dtype
+) -> tuple[Metrics, int]:
+    """The loss and the metrics, each summed over the batches, and the objective's count."""
+    model.eval()
+    sums, count = Metrics(), 0
+    for batch in batches:
+        with _autocast(model, dtype):
+            loss, metrics = objective.loss(model, batch.to(model.embedding.device))
+        for name, value in {"loss": loss.item(), **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value
+        count += objective.count(batch)
+    return sums, count
+
+
+def _autocast(model: Transformer, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(model.embedding.device.type, dtype, dtype != torch.float32)

@@ -1,4 +1,4 @@
-"""What a run trains on what, and the Trainer that takes its steps."""
+"""What a run trains: model, data, objective and probes; and the Trainer made from them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,41 +6,44 @@ from typing import Any
 
 import torch
 
+from openpalm.base.settings import spell
+from openpalm.errors import SettingsError
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
 from openpalm.parallel.world import world
-from openpalm.train.config import BatchShape, TrainSettings
+from openpalm.train.batch_shape import BatchShape
+from openpalm.train.config import TrainSettings, batch_shape
 from openpalm.train.initial_weights import choose_trained
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.probes import Probe
 from openpalm.train.trainer import Trainer
 
-_WHILE_MEASURING = 10**6  # steps of a schedule that is only timed
 LORA_RATE = 10
-"""How much larger the learning rate of an adapter is (Schulman et al. 2025, LoRA Without Regret)"""
+"""Learning rate of an adapter, as a multiple of the weights' (Schulman et al. 2025, LoRA Without
+Regret)."""
 
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """What is trained on what; the settings say how long, how fast and where."""
+    """What a run trains; the settings say for how long, how fast and in which directory."""
 
     config: ModelConfig
     fill: Callable[[Transformer], None]
-    """gives a fresh model its first weights"""
+    """gives a new model its initial weights"""
     make_loader: Callable[[BatchShape, Transformer, torch.dtype], Loader]
-    """of the run's model, which a loader of rollouts asks for answers, and its dtype"""
+    """makes the data loader; a loader of rollouts samples from the run's model, in its dtype"""
     sequences_per_epoch: int
     learning_rate: float
     make_model: Callable[[ModelConfig], Transformer] = Transformer
-    """its parameters are filled later"""
+    """makes the model; `fill` fills it later"""
     objective: Objective[Any] | None = None
-    """not given is next-token prediction"""
+    """None is next-token prediction"""
     shape: BatchShape | None = None
-    """of a step, where it does not follow from --batch-tokens"""
+    """shape of a step, if it does not follow from --batch-tokens"""
     items_per_step: Callable[[BatchShape], int] | None = lambda shape: shape.sequences
-    """items that a step learns from; None where the size of microbatches changes the result"""
+    """items that a step learns from; None if the size of microbatches changes the result"""
     unit: str = "tokens"
     """what the objective counts"""
     tokenizer_json: str | None = None
@@ -48,16 +51,49 @@ class TrainSpec:
     reward_hash: str | None = None
     parent_hash: str | None = None
     parent_fixed: bool = False
-    """whether resuming needs the very parent, not only its name: it is the reference"""
+    """whether a resumed run needs the same parent weights, because they are the reference"""
     probes: Sequence[Probe] = ()
     best: str | None = None
-    """the column of evaluations whose highest value marks the best checkpoint, which is kept"""
+    """the evaluation column with the highest value at the best checkpoint, which is kept"""
     label: str = "train"
+    """name of the run in the terminal"""
 
     def peak_rate(self, settings: TrainSettings) -> float:
-        """The highest learning rate of the run's schedule."""
+        """The peak learning rate of the run."""
         adamw_rate = self.learning_rate * (LORA_RATE if settings.lora.rank else 1)
         return settings.optim.peak(adamw_rate, self.config.dim)
+
+    def check(self, settings: TrainSettings) -> None:
+        """Raises SettingsError for a setting that this training would ignore."""
+        if self.shape is not None and settings.batch_ramp is not None:
+            raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
+        next_token = {
+            "z_loss": settings.z_loss or None,
+            "memory.loss_chunk": settings.memory.loss_chunk,
+        }
+        for name, value in next_token.items():
+            if self.objective is not None and value is not None:
+                raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
+
+    def cut_changes(self, stored: TrainSettings, shape: BatchShape) -> str | None:
+        """The reason why `shape` gives another result than the stored settings' cut, or None.
+
+        Losses are summed and divided by one count, so that k microbatches are one batch. That
+        fails if every microbatch draws random numbers or estimates a value of its own.
+        """
+        if self.config.dropout:
+            return "dropout draws other random numbers then"
+        if self.items_per_step is None or self.shape is not None:
+            return "its loss is estimated for each microbatch"
+        before = batch_shape(stored, shape.sequence_length, world().size)
+        if self.items_per_step(before) != self.items_per_step(shape):
+            return "its steps would have another number of pairs"
+        return None
+
+    @property
+    def hashes(self) -> dict[str, str | None]:
+        """Hashes of what the run reads, by their names in run.json."""
+        return {"data": self.data_hash, "parent": self.parent_hash, "reward": self.reward_hash}
 
 
 def make_trainer(
@@ -65,15 +101,16 @@ def make_trainer(
     spec: TrainSpec,
     shape: BatchShape,
     device: torch.device,
-    fill: Callable[[Transformer], None],
-    dtype: torch.dtype | None = None,
+    *,
+    steps: int,
+    dtype: torch.dtype,
+    fill: Callable[[Transformer], None] | None = None,
 ) -> Trainer:
-    """The Trainer of a run, with `fill`'s weights in its model; `dtype` None is the run's."""
+    """Makes the run's model, optimizer, loader and Trainer; `fill` replaces the spec's weights."""
     model = spec.make_model(spec.config).to(device)
-    fill(model)
+    (fill or spec.fill)(model)
     choose_trained(model, settings)
     recompute(model, settings.memory.recompute)
-    arithmetic: torch.dtype = dtype or getattr(torch, settings.chosen.dtype or "float32")
     if settings.compile:
         for block in model.blocks:
             block.compile()
@@ -81,11 +118,11 @@ def make_trainer(
         model,
         spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk),
         Optimizer(model, settings.optim, spec.peak_rate(settings)),
-        spec.make_loader(shape, model, arithmetic),
-        steps=settings.chosen.steps or _WHILE_MEASURING,
+        spec.make_loader(shape, model, dtype),
+        steps=steps,
         accumulation=shape.accumulation,
         ramp=shape.ramp,
-        dtype=arithmetic,
+        dtype=dtype,
         max_skipped_steps=settings.max_skipped_steps,
         world=world(),
     )

@@ -1,4 +1,4 @@
-"""Best of n against enumeration: what the best earns, and how far it is from the policy."""
+"""Best-of-n against enumeration: expected reward and KL divergence from the policy."""
 
 import itertools
 import math
@@ -8,11 +8,11 @@ import torch
 from tiny_models import tiny
 
 from openpalm.align.judging.best_of_n import (
-    Draw,
-    best_of,
+    SamplingPlan,
+    best_and_worst,
+    best_worst_pairs,
     expected_maximum,
     kl_bound,
-    pairs,
     summary,
 )
 from openpalm.generate.engine import Engine
@@ -37,7 +37,7 @@ def test_the_estimate_is_the_mean_over_all_subsets():
 
 
 def check_unbiased(estimate):
-    """Over every sample of 4 from three values of known chances, the exact best of 2."""
+    """The mean over all samples of 4 is the exact expected best of 2."""
     chances = {0.0: 0.5, 1.0: 0.3, 5.0: 0.2}
     exact = sum(
         chances[a] * chances[b] * max(a, b) for a, b in itertools.product(chances, repeat=2)
@@ -72,7 +72,7 @@ def test_large_samples_stay_finite():
 
 
 def check_bounded(bound):
-    """The KL of the best of n, enumerated for a policy over five answers of unlike rewards."""
+    """KL of the best of n, enumerated over five completions with different rewards."""
     policy = [0.4, 0.3, 0.15, 0.1, 0.05]  # from the worst to the best
     below = list(itertools.accumulate(policy, initial=0.0))
     for n in (1, 2, 4, 8, 64):
@@ -95,7 +95,7 @@ def test_the_kl_bound():
 
 
 def test_the_first_of_equals():
-    assert best_of([1.0, 3.0, 3.0, 0.0, 0.0]) == (1, 3)
+    assert best_and_worst([1.0, 3.0, 3.0, 0.0, 0.0]) == (1, 3)
 
 
 def test_figures_and_pairs():
@@ -111,17 +111,19 @@ def test_figures_and_pairs():
     assert told["reward"] == pytest.approx((2 + 1 / 3 + 4) / 3)
     assert told["reward_best"] == pytest.approx((3 + 1 + 4) / 3)
     assert list(told["reward_by_n"]) == ["1", "2", "3"]
-    assert list(pairs(rows)) == [{"prompt": [], "chosen": "a", "rejected": "b", "margin": 2.0}]
+    assert list(best_worst_pairs(rows)) == [
+        {"prompt": [], "chosen": "a", "rejected": "b", "margin": 2.0}
+    ]
 
 
 def test_an_answer_does_not_depend_on_what_is_drawn_with_it():
-    engine, draw = Engine(tiny(), slots=8), Draw(3, 6, 4.0, 7)
+    engine, draw = Engine(tiny(), slots=8), SamplingPlan(3, 6, 4.0, 7)
     prompts = [[1, 2], [3], [4, 5, 6]]
-    together = draw.answers(engine, prompts, [0, 1, 2], frozenset({9}))
-    alone = [a for i in range(3) for a in draw.answers(engine, prompts, [i], frozenset({9}))]
+    together = draw.sample(engine, prompts, [0, 1, 2], frozenset({9}))
+    alone = [a for i in range(3) for a in draw.sample(engine, prompts, [i], frozenset({9}))]
     assert [a.ids for a in together] == [a.ids for a in alone]
     assert len({tuple(a.ids) for a in together}) == 9
-    other = draw._replace(seed=8).answers(engine, prompts, [0], frozenset({9}))
+    other = draw._replace(seed=8).sample(engine, prompts, [0], frozenset({9}))
     assert [a.ids for a in other] != [a.ids for a in together[:3]]
 
 
@@ -134,7 +136,7 @@ def test_the_best_of_n_earns_what_enumeration_says():
         math.prod(chances[i] for i in four) * max(four)
         for four in itertools.product(range(5), repeat=4)
     )
-    draw, count = Draw(4, 1, 1.0, 0), 800
-    answers = draw.answers(Engine(model, slots=64), [[1, 2]] * count, range(count), frozenset())
+    draw, count = SamplingPlan(4, 1, 1.0, 0), 800
+    answers = draw.sample(Engine(model, slots=64), [[1, 2]] * count, range(count), frozenset())
     best = torch.tensor([float(a.ids[0]) for a in answers]).view(count, 4).amax(1)
     assert abs(best.mean() - exact) <= 3 * best.std() / count**0.5

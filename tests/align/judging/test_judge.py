@@ -1,4 +1,4 @@
-"""Judges: the engine's against the model's own logits, both orders, the endpoint's manners."""
+"""Judges: the engine's verdicts against the model's logits, position bias, the endpoint."""
 
 import json
 import math
@@ -11,23 +11,23 @@ from command_line import TINY
 from judge_server import Reply, fails, judging, says
 from servers import serving
 
-from openpalm.align.judging import judge as judge_module
-from openpalm.align.judging.endpoint import MAX_REPLY_BYTES, TRIES, EndpointJudge
-from openpalm.align.judging.judge import (
+from openpalm.align.judging import model_judge as judge_module
+from openpalm.align.judging.endpoint_judge import MAX_REPLY_BYTES, TRIES, EndpointJudge
+from openpalm.align.judging.model_judge import (
     Comparison,
     EngineJudge,
     Question,
     Refused,
     Unlikely,
-    compared,
+    combine_verdicts,
     comparison_questions,
     judgement_id,
     revision,
     rule_questions,
     rule_reward,
 )
-from openpalm.align.judging.rewards import Asked, Reader, rewards_of
-from openpalm.align.rollouts.rollout_batch import Answer
+from openpalm.align.judging.reward_sources import RewardContext, RewardPrompt, load_reward
+from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.rows.constitution import Article, Constitution
 from openpalm.data.text.conversation import Message, render
@@ -48,7 +48,7 @@ def outraged(check, *given):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A checkpoint that says A, B, yes or no, and which one depends on the text."""
+    """A checkpoint that replies A, B, yes or no, depending on the text."""
     folder = tmp_path_factory.mktemp("judge")
     config = replace(
         TINY, context=1024, kv_heads=4, tied=False, bias=True, feedforward="gelu", rotary_dims=4
@@ -73,7 +73,7 @@ def judge(directory):
 
 @torch.no_grad()
 def log_prob(model, tokenizer, text, reply):
-    ids = render(tokenizer, [Message("user", text)], answer_next=True).ids
+    ids = render(tokenizer, [Message("user", text)], add_generation_prompt=True).ids
     total = 0.0
     for token in tokenizer.encode(reply):
         total += model.logits(torch.tensor([ids]))[0, -1].log_softmax(-1)[token].item()
@@ -96,7 +96,7 @@ def check_by_logits(first, judge):
 
 
 def test_the_engines_judgement_is_the_models(judge):
-    check_by_logits(judge.chances, judge)
+    check_by_logits(judge.label_probabilities, judge)
 
     def without_the_template(questions):
         texts = [(judge.tokenizer.encode(q.text), q.labels) for q in questions]
@@ -112,20 +112,22 @@ def test_the_engines_judgement_is_the_models(judge):
         return [(pair.softmax(-1)[0].item(), pair.exp().sum().item()) for pair in both]
 
     outraged(check_by_logits, without_the_template, judge)
-    outraged(check_by_logits, lambda qs: [(1 - p, m) for p, m in judge.chances(qs)], judge)
+    outraged(
+        check_by_logits, lambda qs: [(1 - p, m) for p, m in judge.label_probabilities(qs)], judge
+    )
 
 
 def test_labels_that_are_unlikely_together_are_no_verdict(judge, monkeypatch):
-    """A judge that would say something else: the ratio of two small numbers means nothing."""
+    """The judge would reply something else: a ratio of two small numbers is no verdict."""
     questions = [Question("Is this it?", ("A", "B")), Question("Is this it?", ("x", "z"))]
-    (chance, mass), (_, little) = judge.chances(questions)
+    (chance, mass), (_, little) = judge.label_probabilities(questions)
     assert little < 0.01 < mass
-    monkeypatch.setattr(judge_module, "LEAST_MASS", mass)
-    found, unlikely = judge.first(questions)
+    monkeypatch.setattr(judge_module, "MIN_LABEL_MASS", mass)
+    found, unlikely = judge.verdicts(questions)
     assert found == chance
     assert unlikely == Unlikely(little)
-    monkeypatch.setattr(judge_module, "LEAST_MASS", mass * 1.01)
-    assert isinstance(judge.first(questions)[0], Unlikely)
+    monkeypatch.setattr(judge_module, "MIN_LABEL_MASS", mass * 1.01)
+    assert isinstance(judge.verdicts(questions)[0], Unlikely)
 
 
 def logistic(x):
@@ -133,7 +135,7 @@ def logistic(x):
 
 
 def biased(quality, bias):
-    """Chances as of a judge whose log-odds are a difference in quality and a liking for A."""
+    """Verdicts of a judge with log-odds of quality difference plus a bias for A."""
 
     def chances(a, b):
         return [logistic(quality[a] - quality[b] + bias), logistic(quality[b] - quality[a] + bias)]
@@ -152,14 +154,14 @@ def check_bias_cancels(combine):
 
 
 def test_a_liking_for_a_place_cancels():
-    check_bias_cancels(compared)
+    check_bias_cancels(combine_verdicts)
     outraged(check_bias_cancels, lambda chances, _: Comparison(chances[0], chances[0]))
     outraged(check_bias_cancels, lambda chances, _: Comparison(chances[0], chances[1]))
 
 
 def test_principles_count_by_their_weights():
     chances = [0.9, 0.2, 0.3, 0.8]  # kinder: the first; shorter, three times as much: the second
-    found = compared(chances, TWO)
+    found = combine_verdicts(chances, TWO)
     assert found.first == pytest.approx((0.9 + 3 * 0.3) / 4)
     assert found.swapped == pytest.approx((0.8 + 3 * 0.2) / 4)
     assert found.payload["better"] == 1
@@ -210,25 +212,25 @@ def test_rules_are_rewards(directory, judge, tmp_path):
     file = tmp_path / "rules.yaml"
     file.write_text("rules:\n  - No shouting.\n  - {text: No lies., weight: 2}\n")
     tokenizer = Tokenizer.byte()
-    reader = Reader(tokenizer, [Asked("Which is it?", {})], frozenset())
-    source = rewards_of([f"rules:{file}@{directory}"], reader)
+    reader = RewardContext(tokenizer, [RewardPrompt("Which is it?", {})], frozenset())
+    source = load_reward([f"rules:{file}@{directory}"], reader)
 
     def reward(text, _):
-        answer = Answer(0, [1], tokenizer.encode(text), [], ended=True)
-        return source([Answer(0, [1], [1], [], ended=True), answer])[1]
+        answer = Completion(0, [1], tokenizer.encode(text), [], ended=True)
+        return source([Completion(0, [1], [1], [], ended=True), answer])[1]
 
     check_rules(reward, judge)
     outraged(check_rules, lambda text, rules: -reward(text, rules), judge)
     outraged(check_rules, lambda text, rules: rule_reward([0.5, 0.5], rules) * 0.1, judge)
-    with pytest.raises(WorkError, match="longer than that checkpoint's context"):
+    with pytest.raises(WorkError, match="longer than the checkpoint's context"):
         reward("x" * 2000, None)
 
 
 def test_a_bad_rules_source_is_named(directory, tmp_path):
-    reader = Reader(Tokenizer.byte(), [], frozenset())
+    reader = RewardContext(Tokenizer.byte(), [], frozenset())
     for word in ("rules:", "rules:file.yaml", f"rules:@{directory}"):
         with pytest.raises(SettingsError, match=r"must be rules:FILE.yaml@CHECKPOINT"):
-            rewards_of([word], reader)
+            load_reward([word], reader)
 
 
 def test_what_is_too_long_is_not_asked(judge):
@@ -248,7 +250,7 @@ def asked(seen, questions, **how):
         waits.append(seconds)
 
     judge = EndpointJudge(seen.url, "theirs", wait=wait, **how)
-    return judge.first(questions), judge, waits
+    return judge.verdicts(questions), judge, waits
 
 
 Q = Question("Which?", ("A", "B"))
@@ -367,9 +369,9 @@ def test_ours_is_the_same_judge_over_http(directory, judge):
     with serving(directory, "--dtype", "float32") as server:
         model = server.call("/v1/models").body["data"][0]["id"]
         theirs = EndpointJudge(f"{server.url}/v1", model)
-        there = theirs.first(questions)
+        there = theirs.verdicts(questions)
         texts = theirs.write([questions[0].text], 6)
-    here = judge.first(questions)
+    here = judge.verdicts(questions)
     assert there == pytest.approx(here, abs=1e-4)
     assert max(here) - min(here) > 1e-3
     assert texts == judge.write([questions[0].text], 6)

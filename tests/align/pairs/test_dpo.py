@@ -1,4 +1,4 @@
-"""The pair losses against Python's doubles, and the silent bugs they must not have."""
+"""The pair losses against the papers' equations in Python doubles; checks of silent bugs."""
 
 import math
 
@@ -9,7 +9,12 @@ from tiny_models import deaf, tiny
 from openpalm.align.config import DpoSettings
 from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.dpo import PairObjective, pair_losses
-from openpalm.align.pairs.pairs import PairLoader, PairRecord, collate, with_reference
+from openpalm.align.pairs.examples import (
+    PreferenceExample,
+    collate,
+    preference_loader,
+    with_reference,
+)
 from openpalm.data.text.conversation import Example
 from openpalm.errors import SettingsError
 
@@ -32,7 +37,7 @@ def log_odds(mean):
 
 def by_hand(how, w, r):
     """The loss of the pair (w, r), from the papers' equations."""
-    beta, logs, refs = how.strength, list(LOG_PROBS), list(REFERENCE)
+    beta, logs, refs = how.resolved_beta, list(LOG_PROBS), list(REFERENCE)
     if how.length_normalise or how.loss in ("simpo", "orpo"):
         logs = [x / n for x, n in zip(LOG_PROBS, TOKENS, strict=True)]
         refs = [x / n for x, n in zip(REFERENCE, TOKENS, strict=True)]
@@ -59,7 +64,7 @@ def by_hand(how, w, r):
         settings("simpo", beta=1.5, margin=0.25),
         settings("orpo", beta=0.3),
     ],
-    ids=lambda how: f"{how.loss} {how.strength}",
+    ids=lambda how: f"{how.loss} {how.resolved_beta}",
 )
 def test_losses_are_the_papers_equations(how):
     reference = REFERENCE if how.loss in ("dpo", "cdpo", "ipo") else [0.0] * 6
@@ -88,7 +93,7 @@ def test_gradients_are_those_of_finite_differences(loss):
 
 
 def pairs(count=6, vocab=265):
-    """Ragged pairs with a common prompt of their own."""
+    """Pairs of different lengths, each with its own prompt."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(size):
@@ -101,12 +106,12 @@ def pairs(count=6, vocab=265):
             Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
             for answer in (draw(2 + i), draw(9 - i))
         ]
-        made.append(PairRecord(*sides))
+        made.append(PreferenceExample(tuple(sides)))
     return made
 
 
 def check_ln_2(loss, reference, policy, away=1e-5):
-    """Of a policy and a reference as the loop has them: in training mode, with dropout."""
+    """Policy and reference are in training mode with dropout, as in the training loop."""
     known = with_reference(reference.train(), pairs())
     with torch.no_grad():
         total, metrics = PairObjective(settings(loss)).loss(policy.train(), collate(known))
@@ -116,7 +121,7 @@ def check_ln_2(loss, reference, policy, away=1e-5):
 
 @pytest.mark.parametrize("loss", ["dpo", "cdpo"])
 def test_at_the_reference_the_loss_is_ln_2(loss):
-    """A stale or moving reference, or dropout in one of the two passes, does not give it."""
+    """A stale reference, or dropout in one of the two passes, gives another loss."""
     check_ln_2(loss, tiny(dropout=0.5), tiny(dropout=0.5))
     bugs = [
         (deaf(tiny(dropout=0.5)), tiny(dropout=0.5)),
@@ -131,7 +136,7 @@ def test_at_the_reference_the_loss_is_ln_2(loss):
 def test_the_reference_is_the_sum_over_the_answer_alone():
     model = tiny()
     for pair in with_reference(model, pairs()):
-        for record, found in zip((pair.chosen, pair.rejected), pair.reference, strict=True):
+        for record, found in zip(pair.completions, pair.reference, strict=True):
             ids = torch.tensor([record.ids])
             with torch.no_grad():
                 each = token_log_probs(model, ids[:, :-1], ids[:, 1:])[0]
@@ -141,14 +146,14 @@ def test_the_reference_is_the_sum_over_the_answer_alone():
 
 
 def test_a_step_makes_the_chosen_answer_likelier():
-    """Chosen and rejected swapped would turn this round."""
+    """Fails where chosen and rejected are swapped."""
     model = tiny()
     known = with_reference(model, pairs())
     objective, batch = PairObjective(settings("dpo")), collate(known)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for _ in range(10):
         optimizer.zero_grad()
-        (objective.loss(model, batch)[0] / batch.pairs).backward()
+        (objective.loss(model, batch)[0] / len(batch)).backward()
         optimizer.step()
     _, metrics = objective.loss(model, batch)
     assert metrics["accuracy"] == 6
@@ -157,7 +162,7 @@ def test_a_step_makes_the_chosen_answer_likelier():
 
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_microbatches_of_ragged_pairs_are_one_batch(loss):
-    """The loss averages over pairs, whatever their lengths and however they are cut."""
+    """The mean over pairs does not depend on their lengths or on the microbatches."""
     model, objective = tiny(), PairObjective(settings(loss))
     known = with_reference(tiny(seed=2), pairs())
 
@@ -176,12 +181,12 @@ def test_microbatches_of_ragged_pairs_are_one_batch(loss):
 
 def test_the_loader_resumes_where_it_was():
     known = pairs(10)
-    loader = PairLoader(known, rows=3, seed=4)
+    loader = preference_loader(known, rows=3, seed=4, collate=collate)
     for _ in range(5):
         next(loader)
     state = loader.state_dict()
     expected = [next(loader) for _ in range(4)]
-    again = PairLoader(known, rows=3, seed=4)
+    again = preference_loader(known, rows=3, seed=4, collate=collate)
     again.load_state_dict(state)
     for batch in expected:
         assert torch.equal(next(again).inputs, batch.inputs)

@@ -19,7 +19,7 @@ MASK = torch.tensor(
     [
         [0, 1, 0, 0, 0, 0],  # one token
         [0, 0, 1, 1, 1, 0],
-        [1, 1, 1, 1, 1, 1],  # cut where the answer may be no longer
+        [1, 1, 1, 1, 1, 1],  # cut where the completion may be no longer
     ],
     dtype=torch.bool,
 )
@@ -43,7 +43,7 @@ def check_reward_is_on_the_last_token(rewards_of):
     assert found.sum(dim=1).tolist() == [1, 2, 3]
 
 
-def test_the_reward_is_on_the_last_token_of_every_answer():
+def test_the_reward_is_on_the_last_token_of_every_completion():
     check_reward_is_on_the_last_token(token_rewards)
 
     def on_last_column(rewards, mask, penalty):
@@ -65,7 +65,7 @@ def test_the_reward_is_on_the_last_token_of_every_answer():
         fails(check_reward_is_on_the_last_token, bug)
 
 
-def test_the_penalty_is_taken_from_every_token_of_answers_alone():
+def test_the_penalty_is_subtracted_from_completion_tokens_alone():
     penalty = drawn()
     found = token_rewards(torch.zeros(3), MASK, penalty)
     assert torch.equal(found, torch.where(MASK, -penalty, 0.0))
@@ -74,8 +74,8 @@ def test_the_penalty_is_taken_from_every_token_of_answers_alone():
 # --- 10: GAE
 
 
-def by_hand(rewards, values, mask, discount, decay):
-    """Equation 16 as it stands: every delta of the answer after t, in doubles, O(T^2)."""
+def by_hand(rewards, values, mask, discount, gae_lambda):
+    """Equation 16 literally: every delta of the completion after t, in doubles, O(T^2)."""
     found = [[0.0] * len(row) for row in mask]
     for row, places in enumerate(mask):
         inside = [t for t, counts in enumerate(places) if counts]
@@ -84,16 +84,18 @@ def by_hand(rewards, values, mask, discount, decay):
             following = values[row][t + 1] if t + 1 in inside else 0.0
             deltas[t] = rewards[row][t] + discount * following - values[row][t]
         for t in inside:
-            found[row][t] = sum((discount * decay) ** (k - t) * deltas[k] for k in inside if k >= t)
+            found[row][t] = sum(
+                (discount * gae_lambda) ** (k - t) * deltas[k] for k in inside if k >= t
+            )
     return found
 
 
 def check_gae(gae, behind):
-    """`behind`: what values and rewards are outside of the answers, where they mean nothing."""
+    """`behind`: what values and rewards are outside of the completions, where they mean nothing."""
     rewards, values = (torch.where(MASK, drawn(seed), behind) for seed in (1, 2))
-    for discount, decay in ((1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)):
-        found = gae(rewards, values, MASK, discount=discount, decay=decay)
-        wanted = by_hand(rewards.tolist(), values.tolist(), MASK.tolist(), discount, decay)
+    for discount, gae_lambda in ((1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)):
+        found = gae(rewards, values, MASK, discount=discount, gae_lambda=gae_lambda)
+        wanted = by_hand(rewards.tolist(), values.tolist(), MASK.tolist(), discount, gae_lambda)
         assert torch.allclose(found, torch.tensor(wanted), atol=1e-5)
 
 
@@ -103,15 +105,17 @@ def test_gae_is_its_equation_and_stops_at_the_end(behind):
 
 
 def test_gae_past_the_end_or_backwards_is_noticed():
-    def past_the_end(rewards, values, mask, *, discount, decay):
+    def past_the_end(rewards, values, mask, *, discount, gae_lambda):
         everything = torch.ones_like(mask)
         return mask * generalised_advantages(
-            rewards, values, everything, discount=discount, decay=decay
+            rewards, values, everything, discount=discount, gae_lambda=gae_lambda
         )
 
-    def value_of_the_same_token(rewards, values, mask, *, discount, decay):
+    def value_of_the_same_token(rewards, values, mask, *, discount, gae_lambda):
         shifted = values.roll(1, dims=1)
-        return generalised_advantages(rewards, shifted, mask, discount=discount, decay=decay)
+        return generalised_advantages(
+            rewards, shifted, mask, discount=discount, gae_lambda=gae_lambda
+        )
 
     fails(check_gae, past_the_end, 1e6)
     fails(check_gae, value_of_the_same_token, 0.0)
@@ -121,7 +125,7 @@ def test_gae_past_the_end_or_backwards_is_noticed():
 
 
 def check_whitening(whiten):
-    """Over all the answers' tokens together, whatever else the tensor holds."""
+    """Over all the completions' tokens together, whatever else the tensor holds."""
     values = 3 + 2 * drawn()
     found = whiten(values, MASK)
     inside = found[MASK].double()
@@ -158,7 +162,7 @@ def test_equal_advantages_whiten_to_zero():
 
 
 def check_groups(advantages, kind):
-    """Against doubles; a prompt that pays more for every answer changes nothing."""
+    """Against doubles; a prompt that pays more for every completion changes nothing."""
     rewards = torch.tensor([1.0, 2.0, 4.0, -3.0, 0.5, 0.5, 2.5, 2.5])
     found = advantages(rewards, 4, kind)
     wanted = []
@@ -177,20 +181,20 @@ def check_groups(advantages, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_is_measured_against_its_own_group(kind):
+def test_a_completion_is_compared_with_its_own_group(kind):
     check_groups(group_advantages, kind)
 
-    def all_together(rewards, answers, kind):
+    def all_together(rewards, num_completions, kind):
         return group_advantages(rewards, len(rewards), kind)
 
-    def answers_by_prompts(rewards, answers, kind):
-        groups = rewards.view(answers, -1).T.flatten()
-        return group_advantages(groups, answers, kind).view(-1, answers).T.flatten()
+    def ordered_by_completion(rewards, num_completions, kind):
+        groups = rewards.view(num_completions, -1).T.flatten()
+        return group_advantages(groups, num_completions, kind).view(-1, num_completions).T.flatten()
 
-    def turned_round(rewards, answers, kind):
-        return -group_advantages(rewards, answers, kind)
+    def wrong_sign(rewards, num_completions, kind):
+        return -group_advantages(rewards, num_completions, kind)
 
-    for bug in (all_together, answers_by_prompts, turned_round):
+    for bug in (all_together, ordered_by_completion, wrong_sign):
         fails(check_groups, bug, kind)
 
 
@@ -207,12 +211,12 @@ def check_equal_rewards(advantages, kind):
 def test_a_group_of_equal_rewards_teaches_nothing(kind):
     check_equal_rewards(group_advantages, kind)
 
-    def divided_by_nothing(rewards, answers, kind):
-        groups = rewards.view(-1, answers)
+    def divided_by_nothing(rewards, num_completions, kind):
+        groups = rewards.view(-1, num_completions)
         return ((groups - groups.mean(1, True)) / groups.std(1, keepdim=True)).flatten()
 
-    def by_a_little(rewards, answers, kind):
-        groups = rewards.view(-1, answers)
+    def by_a_little(rewards, num_completions, kind):
+        groups = rewards.view(-1, num_completions)
         return ((groups - groups.mean(1, True)) / (groups.std(1, keepdim=True) + 1e-8)).flatten()
 
     for bug in (divided_by_nothing, by_a_little):

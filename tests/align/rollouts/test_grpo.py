@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rollouts import actor, experience, gradient, grpo, ragged
+from rollouts import actor, gradient, grpo, ragged
 
 from openpalm.align.logprobs import evaluate, token_log_probs
 from openpalm.align.rollouts.grpo import GroupObjective, estimate, token_weights
@@ -21,41 +21,44 @@ def fails(check, *given):
 
 
 def rollout_near(model, **changes):
-    """Groups of ragged answers; old log-probabilities near what the model thinks now."""
-    rollout = ragged(rows=8, answers=4)
+    """Groups of ragged completions; old log-probabilities near the model's current ones."""
+    rollout = ragged(rows=8, num_completions=4)
     with torch.no_grad():
         now = token_log_probs(model, rollout.inputs, rollout.targets)
-    near = now + 0.3 * (rollout.old + 2 * rollout.mask)
-    return replace(rollout, old=near, reference=now * 0.9, **changes)
+    near = now + 0.3 * (rollout.old_log_probs + 2 * rollout.mask)
+    return replace(rollout, old_log_probs=near, reference_log_probs=now * 0.9, **changes)
 
 
 def by_hand(settings, batch, log_probs):
-    """The mean loss, from the papers: per answer, per token, or over the longest length."""
-    answers, tokens = [], []
+    """The mean loss, from the papers: per completion, per token, or over the longest length."""
+    completions, tokens = [], []
     for row, counts in enumerate(batch.mask.tolist()):
         found = []
         for t in (t for t, inside in enumerate(counts) if inside):
-            new, old = log_probs[row, t].item(), batch.old[row, t].item()
-            gain, d = batch.advantages[row, t].item(), new - batch.reference[row, t].item()
+            new, old = log_probs[row, t].item(), batch.old_log_probs[row, t].item()
+            gain, d = (
+                batch.advantages[row, t].item(),
+                new - batch.reference_log_probs[row, t].item(),
+            )
             ratio = math.exp(new - old)
             near = min(max(ratio, 1 - settings.clip_low), 1 + settings.highest_clip)
-            loss = -min(ratio * gain, near * gain) * batch.correction[row, t].item()
-            found.append(loss + settings.beta * (math.exp(-d) - 1 + d) * (settings.kl == "k3"))
-        answers.append(found)
+            loss = -min(ratio * gain, near * gain) * batch.importance_weights[row, t].item()
+            found.append(loss + settings.kl_coef * (math.exp(-d) - 1 + d) * (settings.kl == "k3"))
+        completions.append(found)
         tokens += found
     if settings.advantage == "dapo":
         return sum(tokens) / len(tokens)
     if settings.advantage == "grpo":
-        return statistics.mean(sum(a) / len(a) for a in answers)
+        return statistics.mean(sum(a) / len(a) for a in completions)
     if settings.advantage == "dr-grpo":
-        return statistics.mean(sum(a) / settings.max_new_tokens for a in answers)
-    return statistics.mean(sum(a) for a in answers)
+        return statistics.mean(sum(a) / settings.max_new_tokens for a in completions)
+    return statistics.mean(sum(a) for a in completions)
 
 
 def check_loss(settings, objective):
     model = actor()
     rollout = rollout_near(model)
-    batch = experience(rollout, estimate(settings, rollout, settings.beta))
+    batch = rollout.with_estimate(estimate(settings, rollout, settings.kl_coef))
     loss, _ = objective.loss(model, batch)
     with torch.no_grad():
         log_probs = token_log_probs(model, batch.inputs, batch.targets)
@@ -66,7 +69,7 @@ def check_loss(settings, objective):
 @pytest.mark.parametrize("kl", ["reward", "k3"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_averages_as_its_paper_does(kind, kl):
-    settings = grpo(advantage=kind, kl=kl, beta=0.3, max_new_tokens=7)
+    settings = grpo(advantage=kind, kl=kl, kl_coef=0.3, max_new_tokens=7)
     check_loss(settings, GroupObjective(settings))
     for other in KINDS:
         if other != kind:
@@ -82,12 +85,12 @@ def test_weights_of_tokens():
 
 
 def check_estimate(estimate, settings):
-    rollout = ragged(rows=8, answers=4)
+    rollout = ragged(rows=8, num_completions=4)
     found = estimate(settings, rollout, 0.3)
     rewards = rollout.rewards.tolist()
     if settings.kl == "reward":
         for row, counts in enumerate(rollout.mask):
-            d = (rollout.old - rollout.reference)[row][counts].tolist()
+            d = (rollout.old_log_probs - rollout.reference_log_probs)[row][counts].tolist()
             rewards[row] -= 0.3 * sum(d)
     wanted = []
     for part in (slice(0, 4), slice(4, 8)):
@@ -108,7 +111,7 @@ def check_estimate(estimate, settings):
 
 @pytest.mark.parametrize("kl", ["reward", "k2", "k3"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_token_of_an_answer_has_its_answers_advantage(kind, kl):
+def test_every_token_has_its_completions_advantage(kind, kl):
     settings = grpo(advantage=kind, kl=kl)
     check_estimate(estimate, settings)
 
@@ -121,10 +124,10 @@ def test_every_token_of_an_answer_has_its_answers_advantage(kind, kl):
 
 def check_equal_groups_teach_nothing(estimate):
     """Equal rewards, no penalty: zero gradient, and no NaN."""
-    settings = grpo(advantage="grpo", beta=0.0)
+    settings = grpo(advantage="grpo", kl_coef=0.0)
     model = actor()
     rollout = rollout_near(model, rewards=torch.full((8,), 0.1))
-    batch = experience(rollout, estimate(settings, rollout, 0.0))
+    batch = rollout.with_estimate(estimate(settings, rollout, 0.0))
     assert not gradient(model, GroupObjective(settings).loss(model, batch)[0]).any()
 
 
@@ -132,7 +135,7 @@ def test_equal_groups_teach_nothing():
     check_equal_groups_teach_nothing(estimate)
 
     def naive(settings, rollout, beta):
-        groups = rollout.rewards.view(-1, settings.answers)
+        groups = rollout.rewards.view(-1, settings.num_completions)
         each = (groups - groups.mean(1, True)) / groups.std(1, keepdim=True)
         return estimate(settings, rollout, beta)._replace(
             advantages=each.flatten()[:, None] * rollout.mask
@@ -142,13 +145,13 @@ def test_equal_groups_teach_nothing():
 
 
 def test_at_first_the_gradient_is_reinforces():
-    """RLOO on fresh answers: the mean of -A grad log pi(answer)."""
-    settings, model = grpo(advantage="rloo", beta=0.0), actor()
+    """RLOO on fresh completions: the mean of -A grad log pi(completion)."""
+    settings, model = grpo(advantage="rloo", kl_coef=0.0), actor()
     rollout = rollout_near(model)
     with torch.no_grad():
         old = token_log_probs(model, rollout.inputs, rollout.targets)
-    rollout = replace(rollout, old=old, correction=torch.ones_like(old))
-    batch = experience(rollout, estimate(settings, rollout, 0.0))
+    rollout = replace(rollout, old_log_probs=old, importance_weights=torch.ones_like(old))
+    batch = rollout.with_estimate(estimate(settings, rollout, 0.0))
     found = gradient(model, GroupObjective(settings).loss(model, batch)[0])
     log_probs = token_log_probs(model, rollout.inputs, rollout.targets).sum(dim=-1)
     each = [batch.advantages[i][batch.mask[i]][0] for i in range(8)]
@@ -157,28 +160,30 @@ def test_at_first_the_gradient_is_reinforces():
 
 
 def test_the_temperature_is_the_policys():
-    """Scored at the temperature that the answers were drawn at: the ratio is one."""
+    """Scored at the temperature that the completions were drawn at: the ratio is one."""
     model, settings = actor(), grpo(temperature=0.6)
-    rollout = ragged(rows=8, answers=4)
+    rollout = ragged(rows=8, num_completions=4)
     with torch.no_grad():
         old = evaluate(model, rollout.inputs, rollout.targets, temperature=0.6).log_probs
-    rollout = replace(rollout, old=old)
-    batch = experience(rollout, estimate(settings, rollout, 0.0))
+    rollout = replace(rollout, old_log_probs=old)
+    batch = rollout.with_estimate(estimate(settings, rollout, 0.0))
     ratio = GroupObjective(settings).loss(model, batch)[1]["ratio"] / 8
     assert ratio == pytest.approx(1, abs=1e-6)
     untempered = GroupObjective(grpo()).loss(model, batch)[1]["ratio"] / 8
     assert abs(untempered - 1) > 1e-2
 
 
-def test_dapo_clips_higher_and_draws_anew_unless_told_otherwise():
+def test_dapo_clips_higher_and_resamples_by_default():
     assert [grpo(advantage=kind).highest_clip for kind in KINDS] == [0.2, 0.2, 0.28, 0.2]
     assert grpo(advantage="dapo", clip_high=0.2).highest_clip == 0.2
-    assert [grpo(advantage=kind).most_redraws for kind in KINDS] == [0, 0, 3, 0]
-    assert grpo(advantage="dapo", redraws=0).most_redraws == 0
+    assert [grpo(advantage=kind).resample_limit for kind in KINDS] == [0, 0, 3, 0]
+    assert grpo(advantage="dapo", max_resamples=0).resample_limit == 0
 
 
 def test_settings_out_of_range():
-    with pytest.raises(SettingsError, match="--answers 1: must be 2 or more: they are compared"):
-        grpo(answers=1)
-    with pytest.raises(SettingsError, match="--redraws -1: must be 0 or more"):
-        grpo(redraws=-1)
+    with pytest.raises(
+        SettingsError, match="--num-completions 1: must be 2 or more: they are compared"
+    ):
+        grpo(num_completions=1)
+    with pytest.raises(SettingsError, match="--max-resamples -1: must be 0 or more"):
+        grpo(max_resamples=-1)

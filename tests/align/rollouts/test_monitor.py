@@ -1,4 +1,4 @@
-"""What a run is judged by on the way: held-out answers, and when they raise the alarm."""
+"""Evaluations on held-out prompts, and early stopping."""
 
 import copy
 import re
@@ -9,10 +9,10 @@ import torch
 from enumerable import END, INDEX, PROMPTS
 from rollouts import enumerated, grpo, moved, task
 
-from openpalm.align.config import AlarmSettings
+from openpalm.align.config import EarlyStoppingSettings
 from openpalm.align.logprobs import entropies, evaluate
-from openpalm.align.rollouts.monitor import alarm, look
-from openpalm.align.rollouts.rollout import Sampler
+from openpalm.align.rollouts.monitor import evaluate_policy, stop_reason
+from openpalm.align.rollouts.sampler import Sampler
 from openpalm.errors import SettingsError, WorkError
 
 
@@ -24,15 +24,17 @@ def reference(inputs, targets):
     return evaluate(task().reference, inputs, targets).log_probs
 
 
-def looked_at(model, prompts=(0,) * 400, gold=None, **changes):
-    return look(sampler_of(model, **changes), prompts, reference, task().reward, gold)
+def evaluated(model, prompts=(0,) * 400, gold=None, **changes):
+    return evaluate_policy(sampler_of(model, **changes), prompts, reference, task().reward, gold)
 
 
-def test_its_figures_are_those_of_the_policy():
-    """Means over 400 answers within four standard errors of sums over all 341."""
-    row, answers = looked_at(moved(), gold=lambda answers: [float(a.ended) for a in answers])
+def test_metrics_are_those_of_the_policy():
+    """Means over 400 completions within four standard errors of sums over all 341."""
+    row, completions = evaluated(
+        moved(), gold=lambda completions: [float(a.ended) for a in completions]
+    )
     rollout = enumerated(moved(), task().rewards[0])
-    chances = rollout.old.double().sum(dim=-1).exp()
+    chances = rollout.old_log_probs.double().sum(dim=-1).exp()
 
     def near(found, each):
         mean = (chances * each).sum()
@@ -42,62 +44,64 @@ def test_its_figures_are_those_of_the_policy():
     lengths = rollout.mask.sum(dim=-1).double()
     ended = ((rollout.targets == END) & rollout.mask).any(dim=-1).double()
     near(row["val_reward"], rollout.rewards.double())
-    near(row["val_kl"], (rollout.old - rollout.reference).double().sum(dim=-1))
+    near(row["val_kl"], (rollout.old_log_probs - rollout.reference_log_probs).double().sum(dim=-1))
     near(row["val_length"], lengths)
     near(row["val_ended"], ended)
     assert row["val_gold"] == row["val_ended"]
-    assert row["val_distinct"] == len({tuple(a.ids) for a in answers}) / 400
-    inside = torch.cat([_entropies(a) for a in answers])
+    assert row["val_distinct"] == len({tuple(a.ids) for a in completions}) / 400
+    inside = torch.cat([_entropies(a) for a in completions])
     assert row["val_entropy"] == pytest.approx(inside.mean().item(), rel=1e-4)
 
 
 @torch.no_grad()
-def _entropies(answer):
-    ids = torch.tensor([[*answer.prompt_ids, *answer.ids]])
-    logits = moved().logits(ids[:, :-1])[0, len(answer.prompt_ids) - 1 :]
+def _entropies(completion):
+    ids = torch.tensor([[*completion.prompt_ids, *completion.ids]])
+    logits = moved().logits(ids[:, :-1])[0, len(completion.prompt_ids) - 1 :]
     return entropies(logits)
 
 
-def test_it_looks_with_the_same_seeds_always_and_none_of_trainings():
+def test_evaluations_share_seeds_that_training_does_not_use():
     model = moved()
     sampler = sampler_of(model)
     sampler.drawn = 77
-    first, answers = look(sampler, [0, 1, 2, 3], reference, task().reward, None)
+    first, completions = evaluate_policy(sampler, [0, 1, 2, 3], reference, task().reward, None)
     assert sampler.drawn == 77
-    again, same_answers = look(sampler, [0, 1, 2, 3], reference, task().reward, None)
+    again, same_completions = evaluate_policy(sampler, [0, 1, 2, 3], reference, task().reward, None)
     assert first == again
-    assert [a.ids for a in answers] == [a.ids for a in same_answers]
+    assert [a.ids for a in completions] == [a.ids for a in same_completions]
     sampler.drawn = 0
     many = 64
-    trained_on = sampler.answers([0] * many, 1)
-    _, seen = look(sampler, [0] * many, reference, task().reward, None)
+    trained_on = sampler.sample([0] * many, 1)
+    _, seen = evaluate_policy(sampler, [0] * many, reference, task().reward, None)
     assert [a.ids for a in trained_on] != [a.ids for a in seen]
 
 
-def test_at_the_reference_the_distance_is_zero():
-    row, _ = looked_at(copy.deepcopy(task().reference), range(4))
+def test_at_the_reference_the_kl_is_zero():
+    row, _ = evaluated(copy.deepcopy(task().reference), range(4))
     assert row["val_kl"] == pytest.approx(0, abs=1e-5)
     assert "val_gold" not in row
 
 
 def test_a_gold_reward_that_is_not_finite_is_refused():
     with pytest.raises(WorkError, match="is nan"):
-        looked_at(moved(), range(4), gold=lambda answers: [float("nan")] * 4)
+        evaluated(moved(), range(4), gold=lambda completions: [float("nan")] * 4)
 
 
-def test_the_answers_are_the_task():
-    _, answers = looked_at(moved(), range(4))
-    assert [a.prompt for a in answers] == [0, 1, 2, 3]
-    assert all(tuple(a.ids) in INDEX for a in answers)
+def test_completions_are_of_the_task():
+    _, completions = evaluated(moved(), range(4))
+    assert [a.prompt for a in completions] == [0, 1, 2, 3]
+    assert all(tuple(a.ids) in INDEX for a in completions)
 
 
-# --- the alarm
+# --- early stopping
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-def test_bands_are_numbers(value):
-    with pytest.raises(SettingsError, match=r"--alarm.max-kl .*: must be 0 or more, and finite"):
-        AlarmSettings(max_kl=value)
+def test_limits_are_numbers(value):
+    with pytest.raises(
+        SettingsError, match=r"--early-stopping.max-kl .*: must be 0 or more, and finite"
+    ):
+        EarlyStoppingSettings(max_kl=value)
 
 
 def row(**changes):
@@ -110,11 +114,11 @@ def row(**changes):
     } | changes
 
 
-GOLD = AlarmSettings(gold_drop=0.5)
+GOLD = EarlyStoppingSettings(gold_drop=0.5)
 CASES = {
     "nothing is looked at": (GOLD, [], None),
     "rows of steps alone": (GOLD, [{"loss": 1.0, "reward": 3.0}], None),
-    "no bands": (AlarmSettings(), [row(), row(val_reward=9, val_gold=-9, val_kl=99)], None),
+    "no bands": (EarlyStoppingSettings(), [row(), row(val_reward=9, val_gold=-9, val_kl=99)], None),
     "gamed": (GOLD, [row(), row(val_reward=2.0, val_gold=0.4)], "the reward is being gamed"),
     "gamed since the best": (
         GOLD,
@@ -138,27 +142,39 @@ CASES = {
         [row(), {"loss": 1.0}, row(val_reward=2.0, val_gold=0.0), {"loss": 1.0}],
         "gamed",
     ),
-    "far": (AlarmSettings(max_kl=2.0), [row(val_kl=2.5)], r"2.5 nats .*--alarm.max-kl 2"),
-    "near": (AlarmSettings(max_kl=2.0), [row(val_kl=2.0)], None),
-    "long": (AlarmSettings(max_length=9.0), [row()], r"10 tokens .*--alarm.max-length 9"),
-    "all alike": (AlarmSettings(min_entropy=2.5), [row()], r"2 nats .*--alarm.min-entropy 2.5"),
-    "not alike": (AlarmSettings(min_entropy=1.5), [row()], None),
+    "far": (
+        EarlyStoppingSettings(max_kl=2.0),
+        [row(val_kl=2.5)],
+        r"2.5 nats .*--early-stopping.max-kl 2",
+    ),
+    "near": (EarlyStoppingSettings(max_kl=2.0), [row(val_kl=2.0)], None),
+    "long": (
+        EarlyStoppingSettings(max_length=9.0),
+        [row()],
+        r"10 tokens .*--early-stopping.max-length 9",
+    ),
+    "all alike": (
+        EarlyStoppingSettings(min_entropy=2.5),
+        [row()],
+        r"2 nats .*--early-stopping.min-entropy 2.5",
+    ),
+    "not alike": (EarlyStoppingSettings(min_entropy=1.5), [row()], None),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_alarm(name):
+def test_early_stopping(name):
     settings, rows, says = CASES[name]
-    found = alarm(settings, rows)
+    found = stop_reason(settings, rows)
     if says is None:
         assert found is None
     else:
         assert re.search(says, found)
 
 
-def test_looking_is_in_parts():
+def test_rows_at_a_time_change_no_metric():
     """Whatever the rows of a part, the same figures."""
-    whole = looked_at(moved(), range(4))[0]
+    whole = evaluated(moved(), range(4))[0]
     sampler = sampler_of(moved())
-    parts = partial(look, sampler, range(4), reference, task().reward, None)
+    parts = partial(evaluate_policy, sampler, range(4), reference, task().reward, None)
     assert parts(rows=3)[0] == pytest.approx(whole, rel=1e-5)

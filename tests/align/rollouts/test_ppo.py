@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rollouts import actor, enumerated, experience, gradient, ppo, ragged, task
+from rollouts import actor, enumerated, gradient, ppo, ragged, task
 
-from openpalm.align.config import AlarmSettings
+from openpalm.align.config import EarlyStoppingSettings
 from openpalm.align.logprobs import evaluate
 from openpalm.align.rollouts.advantages import generalised_advantages
 from openpalm.align.rollouts.policy_loss import surrogate
-from openpalm.align.rollouts.ppo import PpoObjective, critic_losses, estimate
-from openpalm.align.rollouts.rollout_batch import Estimated
+from openpalm.align.rollouts.ppo import PpoObjective, estimate, value_losses
+from openpalm.align.rollouts.rollout_batch import AdvantageEstimate
 from openpalm.errors import SettingsError
 from openpalm.model.critic import Bins
 
@@ -27,7 +27,7 @@ def fails(check, *given):
 
 def batch_of_numbers(settings=None):
     rollout = ragged()
-    return experience(rollout, estimate(settings or ppo(), rollout, 0.3))
+    return rollout.with_estimate(estimate(settings or ppo(), rollout, 0.3))
 
 
 # --- the critic
@@ -62,8 +62,8 @@ def check_squares(losses):
     assert found.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
-def test_the_critics_loss_is_the_larger_square():
-    check_squares(critic_losses)
+def test_the_value_loss_is_the_larger_square():
+    check_squares(value_losses)
 
     def smaller(model, read, batch, clip):
         old, returns = batch.values[batch.mask], batch.returns[batch.mask]
@@ -71,7 +71,7 @@ def test_the_critics_loss_is_the_larger_square():
         return torch.minimum((read - returns).square(), (near - returns).square()) / 2
 
     def unclipped(model, read, batch, clip):
-        return critic_losses(model, read, batch, 1e9)
+        return value_losses(model, read, batch, 1e9)
 
     for bug in (smaller, unclipped):
         fails(check_squares, bug)
@@ -81,7 +81,7 @@ def test_with_bins_it_is_the_cross_entropy_of_a_gaussian():
     batch = batch_of_numbers()
     count = int(batch.mask.sum())
     logits = torch.randn(count, BINS.count, generator=torch.Generator().manual_seed(1))
-    found = critic_losses(actor(bins=BINS), logits, batch, 0.2)
+    found = value_losses(actor(bins=BINS), logits, batch, 0.2)
     returns = batch.returns[batch.mask].tolist()
     assert max(map(abs, returns)) > 1, "some lie beyond the bins"
     wanted = [bins_by_hand(*x) for x in zip(logits.tolist(), returns, strict=True)]
@@ -97,13 +97,13 @@ def test_the_critics_gradients_are_those_of_finite_differences(bins):
     model = actor(bins=bins)
 
     def total(x):
-        return critic_losses(model, x, batch, 0.2).sum()
+        return value_losses(model, x, batch, 0.2).sum()
 
     assert torch.autograd.gradcheck(total, read.requires_grad_(True))
 
 
 def test_the_loss_is_the_policys_and_the_weighted_critics():
-    settings = ppo(critic_weight=0.25, entropy=0.1)
+    settings = ppo(value_loss_coef=0.25, entropy_coef=0.1)
     model, batch = actor(), batch_of_numbers(settings)
     found, sums = PpoObjective(settings).loss(model, batch)
     now = evaluate(model, batch.inputs, batch.targets)
@@ -114,17 +114,17 @@ def test_the_loss_is_the_policys_and_the_weighted_critics():
     )
     assert found.item() == pytest.approx(policy.item() + 0.25 * critic, rel=1e-4)
     assert PpoObjective(settings).count(batch) == batch.mask.sum()
-    assert sums["critic_loss"] == pytest.approx(critic, rel=1e-4)
+    assert sums["value_loss"] == pytest.approx(critic, rel=1e-4)
 
 
 def test_the_entropy_bonus_has_a_gradient_only_where_it_is_asked_for():
     """With nothing earned, only the bonus moves the policy: towards more entropy."""
     model, rollout = actor(), enumerated(actor())
-    zeros = torch.zeros_like(rollout.old)
-    batch = experience(rollout, Estimated(zeros, zeros))
+    zeros = torch.zeros_like(rollout.old_log_probs)
+    batch = rollout.with_estimate(AdvantageEstimate(zeros, zeros))
 
     def found(entropy):
-        settings = ppo(entropy=entropy, critic_weight=0.0)
+        settings = ppo(entropy_coef=entropy, value_loss_coef=0.0)
         return gradient(model, PpoObjective(settings).loss(model, batch)[0])
 
     assert not found(0.0).any()
@@ -139,19 +139,19 @@ def test_the_entropy_bonus_has_a_gradient_only_where_it_is_asked_for():
 
 def test_estimates_are_by_the_book():
     """GAE over the reward and the penalty; returns from unwhitened advantages; then whitened."""
-    settings = ppo(discount=0.9, gae_decay=0.8)
+    settings = ppo(discount=0.9, gae_lambda=0.8)
     rollout = ragged()
     mask, beta = rollout.mask, 0.3
     found = estimate(settings, rollout, beta)
-    rewards = -beta * (rollout.old - rollout.reference)
+    rewards = -beta * (rollout.old_log_probs - rollout.reference_log_probs)
     for row, counts in enumerate(mask):
         rewards[row, int(counts.nonzero().max())] += rollout.rewards[row]
-    plain = generalised_advantages(rewards, rollout.values, mask, discount=0.9, decay=0.8)
+    plain = generalised_advantages(rewards, rollout.values, mask, discount=0.9, gae_lambda=0.8)
     assert torch.allclose(found.returns, (plain + rollout.values) * mask, atol=1e-6)
     inside = plain[mask]
     wanted = (inside - inside.mean()) / inside.std(correction=0)
     assert torch.allclose(found.advantages[mask], wanted, atol=1e-5)
-    unwhitened = estimate(replace(settings, whiten=False), rollout, beta)
+    unwhitened = estimate(replace(settings, whiten_advantages=False), rollout, beta)
     assert torch.allclose(unwhitened.advantages, plain, atol=1e-6)
 
 
@@ -170,20 +170,20 @@ def test_the_penalty_is_in_the_reward_or_in_the_loss_not_in_both():
 def test_a_perfect_critic_leaves_only_the_noise():
     """Of the enumerated policy: with its true values, advantages have a mean of zero everywhere."""
     rollout = enumerated(actor(), task().rewards[0])
-    chances = rollout.old.double().sum(dim=-1).exp()
+    chances = rollout.old_log_probs.double().sum(dim=-1).exp()
     prefixes: dict = {}
     for row, counts in enumerate(rollout.mask):
         places = counts.nonzero().flatten().tolist()
         for t in places:
             before = tuple(rollout.inputs[row, : t + 1].tolist())
             prefixes.setdefault(before, []).append((row, t))
-    values = torch.zeros_like(rollout.old)
+    values = torch.zeros_like(rollout.old_log_probs)
     for rows in prefixes.values():
         p = torch.stack([chances[row] for row, _ in rows])
         earned = torch.stack([rollout.rewards[row].double() for row, _ in rows])
         for row, t in rows:
             values[row, t] = (p * earned).sum() / p.sum()
-    settings = ppo(whiten=False, beta=0.0, gae_decay=0.5)
+    settings = ppo(whiten_advantages=False, kl_coef=0.0, gae_lambda=0.5)
     found = estimate(settings, replace(rollout, values=values), 0.0)
     for rows in prefixes.values():
         p = torch.stack([chances[row] for row, _ in rows])
@@ -197,7 +197,7 @@ def test_a_perfect_critic_leaves_only_the_noise():
 def gradients(kind, part, bins=None):
     """Of the policy's or of the critic's loss alone: those of the policy's and of the critic's."""
     model, batch = actor(kind, bins), batch_of_numbers()
-    settings = ppo(critic=kind, critic_weight=float(part == "critic"))
+    settings = ppo(critic=kind, value_loss_coef=float(part == "critic"))
     if part == "critic":
         batch = replace(batch, advantages=torch.zeros_like(batch.advantages))
     PpoObjective(settings).loss(model, batch)[0].backward()
@@ -227,18 +227,21 @@ def test_the_critics_gradient_reaches_a_shared_trunk_only(kind):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"critic_bins": 1}, "--critic-bins 1: must be 0, or at least 2"),
-        ({"critic_range": 0.0}, "--critic-range 0.0: must be above 0"),
-        ({"gae_decay": 1.5}, r"--gae-decay 1.5: must be in \[0, 1\]"),
+        ({"value_bins": 1}, "--value-bins 1: must be 0, or at least 2"),
+        ({"value_range": 0.0}, "--value-range 0.0: must be above 0"),
+        ({"gae_lambda": 1.5}, r"--gae-lambda 1.5: must be in \[0, 1\]"),
         ({"discount": -0.1}, r"--discount -0.1: must be in \[0, 1\]"),
-        ({"critic_weight": -1.0}, "--critic-weight -1.0: must be 0 or more"),
-        ({"clip_value": 0.0}, "--clip-value 0.0: must be above 0"),
-        ({"target_kl": 1.0, "kl": "k2"}, "--target-kl: steers --kl reward, not k2"),
-        ({"minibatches": 3}, r"--minibatches 3: must divide prompts x answers \(8\)"),
+        ({"value_loss_coef": -1.0}, "--value-loss-coef -1.0: must be 0 or more"),
+        ({"value_clip": 0.0}, "--value-clip 0.0: must be above 0"),
+        ({"target_kl": 1.0, "kl": "k2"}, "--target-kl: adapts --kl reward, not k2"),
+        ({"minibatches": 3}, r"--minibatches 3: must divide prompts x completions \(8\)"),
         ({"temperature": 0.0}, "--temperature 0.0: must be in"),
-        ({"temperature": 0.7, "rollout_weights": "int8"}, "corrected for at --temperature 1"),
-        ({"alarm": AlarmSettings(gold_drop=1.0)}, "--alarm.gold-drop: needs --gold"),
-        ({"replay_bytes": -1}, "--replay-bytes -1: must be 0 or more"),
+        ({"temperature": 0.7, "rollout_dtype": "int8"}, "corrected for at --temperature 1"),
+        (
+            {"early_stopping": EarlyStoppingSettings(gold_drop=1.0)},
+            "--early-stopping.gold-drop: needs --gold-reward",
+        ),
+        ({"rollout_memory_bytes": -1}, "--rollout-memory-bytes -1: must be 0 or more"),
     ],
 )
 def test_settings_out_of_range(changes, says):

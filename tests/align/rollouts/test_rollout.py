@@ -1,4 +1,4 @@
-"""Rollouts: the sampler is the scorer, the reference stays, and a run goes on where it was."""
+"""Rollouts: the sampler is the scorer, the reference stays, and a run resumes where it was."""
 
 import copy
 import hashlib
@@ -8,15 +8,15 @@ from functools import partial
 
 import pytest
 import torch
-from enumerable import ANSWERS, END, INDEX, PROMPTS
-from rollouts import KINDS, actor, every_answer, grpo, loader_of, moved, ppo, trainer_of
+from enumerable import END, INDEX, PROMPTS
+from rollouts import KINDS, actor, every_completion, grpo, loader_of, moved, ppo, trainer_of
 from tiny_models import deaf
 
 from openpalm.align.logprobs import evaluate, token_log_probs
 from openpalm.align.rollouts import grpo as group_file
 from openpalm.align.rollouts import ppo as ppo_file
-from openpalm.align.rollouts.rollout import Sampler, checked
-from openpalm.align.rollouts.rollout_batch import Answer, batch_of
+from openpalm.align.rollouts.rollout import checked_rewards
+from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.errors import WorkError
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig
@@ -32,7 +32,7 @@ def fails(check, *given):
 
 def check_scored_alike_twice(model):
     model.train()
-    found = [evaluate(model, *every_answer()).log_probs for _ in range(2)]
+    found = [evaluate(model, *every_completion()).log_probs for _ in range(2)]
     assert torch.equal(*found)
 
 
@@ -43,7 +43,7 @@ def check_ratio_is_one(model):
     batch = next(loader)
     model.train()
     now = evaluate(model, batch.inputs, batch.targets)
-    assert (now.log_probs - batch.old).exp().sub(1).abs().max() < 1e-6
+    assert (now.log_probs - batch.old_log_probs).exp().sub(1).abs().max() < 1e-6
     _, sums = ppo_file.PpoObjective(settings).loss(model.train(), batch)
     assert sums["ratio"] / batch.mask.sum() == pytest.approx(1, abs=1e-6)
 
@@ -63,19 +63,19 @@ def digest(model):
 
 
 def check_reference_stays(make_reference):
-    """Its weights, and what it thinks, are the same before and after steps of the policy."""
+    """Its weights, and its log-probabilities, are the same before and after steps of the policy."""
     policy = moved()
     reference = make_reference(policy)
-    before, thought = digest(reference), token_log_probs(reference, *every_answer())
+    before, scored = digest(reference), token_log_probs(reference, *every_completion())
     settings = grpo()
     loader = loader_of(policy, settings, group_file.estimate, rows=16)
     loader.reference = partial(token_log_probs, reference)
     trainer = trainer_of(loader, group_file.GroupObjective(settings), 0.01)
-    told = [trainer.train_step().metrics["kl"] for _ in range(3)]
+    kls = [trainer.train_step().metrics["kl"] for _ in range(3)]
     assert digest(reference) == before
-    assert torch.equal(token_log_probs(reference, *every_answer()), thought)
-    assert told[0] == pytest.approx(0, abs=1e-4)
-    assert abs(told[-1]) > 1e-3
+    assert torch.equal(token_log_probs(reference, *every_completion()), scored)
+    assert kls[0] == pytest.approx(0, abs=1e-4)
+    assert abs(kls[-1]) > 1e-3
 
 
 def test_the_reference_stays_where_it_was():
@@ -96,11 +96,11 @@ def check_detached_is_the_base(attach):
         trainer.train_step()
     with torch.no_grad(), lora.detached(policy):
         assert torch.equal(
-            token_log_probs(policy, *every_answer()), token_log_probs(base, *every_answer())
+            token_log_probs(policy, *every_completion()), token_log_probs(base, *every_completion())
         )
     with torch.no_grad():
         assert not torch.equal(
-            token_log_probs(policy, *every_answer()), token_log_probs(base, *every_answer())
+            token_log_probs(policy, *every_completion()), token_log_probs(base, *every_completion())
         )
 
 
@@ -116,16 +116,18 @@ def test_under_an_adapter_the_reference_is_the_policy_without_it():
     fails(check_detached_is_the_base, nothing_frozen)
 
 
-# --- 9: the reward of short, long and cut answers, in the loader's own columns
+# --- 9: the reward of short, long and cut completions, in the loader's own columns
 
 
-def seven(answers):
-    return [7.0] * len(answers)
+def seven(completions):
+    return [7.0] * len(completions)
 
 
 def check_where_the_reward_lands(estimate):
     """Advantages of a decay of zero and a critic of zeros are each token's own reward."""
-    settings = ppo(answers=64, gae_decay=0.0, discount=0.0, beta=0.0, whiten=False)
+    settings = ppo(
+        num_completions=64, gae_lambda=0.0, discount=0.0, kl_coef=0.0, whiten_advantages=False
+    )
     loader = loader_of(moved(), settings, estimate, seven, rows=256)
     batch = next(loader)
     kinds = set()
@@ -147,70 +149,16 @@ def test_the_reward_is_on_the_last_token():
     fails(check_where_the_reward_lands, one_too_early)
 
 
-# --- 13: the sampler is the scorer
-
-
-def drawn(temperature, draws):
-    """How often each of the 341 answers to the first prompt came."""
-    settings = grpo(temperature=temperature)
-    sampler = Sampler(moved(), PROMPTS, frozenset({END}), settings)
-    sampler.refresh()
-    counts = Counter(tuple(a.ids) for a in sampler.answers([0], draws))
-    return torch.tensor([float(counts[tuple(a)]) for a in ANSWERS])
-
-
-def check_frequencies(counts, log_probs):
-    """Pearson's chi-squared, cells below five expected together; five deviations at most."""
-    draws = counts.sum().item()
-    expected = log_probs.double().sum(dim=-1).exp() * draws
-    assert expected.sum().item() == pytest.approx(draws, rel=1e-4)
-    rare = expected < 5
-    seen = torch.cat([counts[~rare], counts[rare].sum()[None]])
-    wanted = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    freedom = len(seen) - 1
-    statistic = ((seen - wanted).square() / wanted).sum().item()
-    assert freedom > 50
-    assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
-
-
-@pytest.mark.parametrize(("temperature", "draws"), [(1.0, 20_000), (0.7, 50_000)])
-@torch.no_grad()
-def test_answers_are_drawn_as_they_are_scored(temperature, draws):
-    counts, model = drawn(temperature, draws), moved()
-    scored = partial(evaluate, model, *every_answer())
-    check_frequencies(counts, scored(temperature=temperature).log_probs)
-    other = 0.75 if temperature != 1 else 0.95
-    fails(check_frequencies, counts, scored(temperature=other).log_probs)
-    fails(check_frequencies, counts, evaluate(moved(seed=1), *every_answer()).log_probs)
-    if temperature != 1:  # the whole answer's probability tempered, not each token's
-        whole = scored(temperature=1.0).log_probs.double().sum(dim=-1) / temperature
-        fails(check_frequencies, counts, whole.log_softmax(dim=-1)[:, None])
-
-
-def test_the_samplers_own_log_probabilities_are_the_scorers():
-    model, settings = moved(), grpo(answers=8)
-    sampler = Sampler(model, PROMPTS, frozenset({END}), settings)
-    sampler.refresh()
-    answers = sampler.answers([0, 1, 2, 3], 8)
-    inputs, targets = batch_of(answers)
-    with torch.no_grad():
-        scored = evaluate(model, inputs, targets).log_probs[targets >= 0]
-    told = torch.tensor([value for a in answers for value in a.log_probs])
-    assert torch.allclose(scored, told, atol=1e-5)
-    assert all(a.ended == (a.ids[-1] == END) for a in answers)
-    assert {a.ended for a in answers} == {True, False}
-
-
 # --- 14: microbatches
 
 
 def gradients_in_parts(kind, rows, objective_of=None, **changes):
-    """Of one step over the same ragged answers, in microbatches of `rows`."""
+    """Of one step over the same ragged completions, in microbatches of `rows`."""
     how, objective, estimate, make = KINDS[kind]
-    settings = how(answers=6, **changes)
+    settings = how(num_completions=6, **changes)
     model = make()
     loader = loader_of(model, settings, estimate, rows=rows)
-    loader.beta = 0.3
+    loader.kl_coef = 0.3
     batches = [next(loader) for _ in range(24 // rows)]
     trainer = trainer_of(loader, (objective_of or objective)(settings))
     generator = torch.Generator().manual_seed(4)
@@ -223,17 +171,17 @@ def gradients_in_parts(kind, rows, objective_of=None, **changes):
 
 
 def check_microbatches(kind, objective_of, changes):
-    whole, *told = gradients_in_parts(kind, 24, objective_of, **changes)
+    whole, *metrics = gradients_in_parts(kind, 24, objective_of, **changes)
     for rows in (12, 3, 1):
-        parts, *told_of_parts = gradients_in_parts(kind, rows, objective_of, **changes)
+        parts, *of_parts = gradients_in_parts(kind, rows, objective_of, **changes)
         assert torch.allclose(parts, whole, atol=1e-6)
-        assert told_of_parts[0] == pytest.approx(told[0], abs=1e-6)
-        assert told_of_parts[1] == told[1]
+        assert of_parts[0] == pytest.approx(metrics[0], abs=1e-6)
+        assert of_parts[1] == metrics[1]
     assert whole.abs().max() > 1e-3
 
 
 class MeanOfMeans:
-    """Counts microbatches, as whoever divides each one's loss by its own tokens does."""
+    """Counts microbatches, as a loop that divides each one's loss by its own tokens."""
 
     def __init__(self, objective, settings):
         self.own = objective(settings)
@@ -251,18 +199,18 @@ class MeanOfMeans:
     [
         *[("grpo", {"advantage": a}) for a in ("grpo", "dr-grpo", "dapo", "rloo")],
         ("grpo", {"kl": "k2"}),
-        ("grpo", {"kl": "k3", "entropy": 0.1}),
+        ("grpo", {"kl": "k3", "entropy_coef": 0.1}),
         ("ppo", {}),
-        ("ppo", {"entropy": 0.1}),
+        ("ppo", {"entropy_coef": 0.1}),
     ],
     ids=str,
 )
-def test_microbatches_of_ragged_answers_are_one_batch(kind, changes):
+def test_microbatches_of_ragged_completions_are_one_batch(kind, changes):
     check_microbatches(kind, None, changes)
     fails(check_microbatches, kind, partial(MeanOfMeans, KINDS[kind][1]), changes)
 
 
-# --- what is gone through
+# --- order of rows
 
 
 def rows_of(batches):
@@ -274,8 +222,8 @@ def rows_of(batches):
     )
 
 
-def test_every_answer_is_gone_through_once_a_pass():
-    settings = grpo(passes=3, minibatches=4)
+def test_every_row_comes_once_per_epoch():
+    settings = grpo(epochs_per_rollout=3, minibatches=4)
     loader = loader_of(moved(), settings, group_file.estimate, rows=2)
     passes = [[next(loader) for _ in range(8)] for _ in range(3)]
     counts = [rows_of(batches) for batches in passes]
@@ -288,124 +236,108 @@ def test_every_answer_is_gone_through_once_a_pass():
 
 
 def test_rows_keep_their_columns_when_they_are_cut():
-    settings = ppo(answers=8)
+    settings = ppo(num_completions=8)
     loader = loader_of(actor(), settings, ppo_file.estimate, rows=4)
     for _ in range(4):
         batch = next(loader)
         assert batch.mask[:, -1].any(), "no wider than the longest"
-        for column in ("old", "reference", "values", "advantages", "returns"):
+        for column in ("old_log_probs", "reference_log_probs", "values", "advantages", "returns"):
             found = getattr(batch, column)
             assert found.shape == batch.inputs.shape
             assert not found[~batch.mask].any()
-        assert torch.equal(batch.correction, torch.ones_like(batch.old))
+        assert torch.equal(batch.importance_weights, torch.ones_like(batch.old_log_probs))
         with torch.no_grad():
             now = evaluate(loader.sampler.model, batch.inputs, batch.targets)
-        assert torch.allclose(now.log_probs, batch.old, atol=1e-6)
+        assert torch.allclose(now.log_probs, batch.old_log_probs, atol=1e-6)
         assert torch.allclose(now.values, batch.values[batch.mask], atol=1e-5)
 
 
-def test_what_it_tells_is_of_the_rollout():
-    settings = grpo(answers=8, beta=0.1)
+def test_metrics_are_of_the_rollout():
+    settings = grpo(num_completions=8, kl_coef=0.1)
     loader = loader_of(moved(), settings, group_file.estimate, lambda a: [2.0] * len(a), rows=32)
     batch = next(loader)
-    told = loader.facts
-    assert (told["reward"], told["reward_std"], told["equal_groups"]) == (2, 0, 1)
-    assert told["kl"] == pytest.approx((batch.old - batch.reference).sum().item() / 32, abs=1e-5)
-    assert told["length"] == pytest.approx(batch.mask.sum().item() / 32)
+    metrics = loader.facts
+    assert (metrics["reward"], metrics["reward_std"], metrics["zero_variance_groups"]) == (2, 0, 1)
+    assert metrics["kl"] == pytest.approx(
+        (batch.old_log_probs - batch.reference_log_probs).sum().item() / 32, abs=1e-5
+    )
+    assert metrics["length"] == pytest.approx(batch.mask.sum().item() / 32)
     ended = ((batch.targets == END) & batch.mask).sum().item()
-    assert told["ended"] == pytest.approx(ended / 32)
-    assert told["beta"] == 0.1
+    assert metrics["ended"] == pytest.approx(ended / 32)
+    assert metrics["kl_coef"] == 0.1
 
 
-# --- dapo: prompts with equal rewards are drawn anew
+# --- dapo: dynamic sampling
 
 
 class Judge:
-    """Pays the same for every answer to some prompts, and counts how often it is asked."""
+    """The same reward for every completion to some prompts, and a count of its calls."""
 
     def __init__(self, equal):
         self.equal, self.calls = equal, []
 
-    def __call__(self, answers):
-        self.calls.append([a.prompt for a in answers])
-        return [0.5 if a.prompt in self.equal else float(INDEX[tuple(a.ids)]) for a in answers]
+    def __call__(self, completions):
+        self.calls.append([a.prompt for a in completions])
+        return [0.5 if a.prompt in self.equal else float(INDEX[tuple(a.ids)]) for a in completions]
 
 
-def test_equal_groups_are_drawn_anew_from_other_prompts():
-    settings = grpo(prompts=2, answers=16, advantage="dapo", redraws=9)
+def test_prompts_with_equal_rewards_are_replaced():
+    settings = grpo(prompts_per_rollout=2, num_completions=16, advantage="dapo", max_resamples=9)
     judge = Judge(equal={0, 1, 2})
     loader = loader_of(moved(), settings, group_file.estimate, judge, rows=32)
     batch = next(loader)
-    assert loader.facts["equal_groups"] == 0
+    assert loader.facts["zero_variance_groups"] == 0
     assert batch.advantages.abs().sum(dim=1).min() > 0
     assert all(row[:2].tolist() == PROMPTS[3] for row in batch.inputs)
     assert all(len(set(call)) == len(call) // 16 for call in judge.calls)
 
 
-def test_they_are_not_drawn_anew_for_ever():
+def test_resampling_has_a_limit():
     for advantage, redraws, rounds in (("dapo", None, 3), ("dapo", 2, 2), ("dr-grpo", None, 0)):
         judge = Judge(equal={0, 1, 2, 3})
-        settings = grpo(advantage=advantage, redraws=redraws)
+        settings = grpo(advantage=advantage, max_resamples=redraws)
         loader = loader_of(moved(), settings, group_file.estimate, judge)
         next(loader)
         assert len(judge.calls) == 1 + 4 * rounds
-        assert loader.facts["equal_groups"] == 1
+        assert loader.facts["zero_variance_groups"] == 1
 
 
-# --- beta
+# --- the adaptive KL coefficient
 
 
-def steered(kl, **changes):
-    loader = loader_of(moved(), ppo(**{"target_kl": 2.0} | changes), ppo_file.estimate)
-    loader._steer(kl, answers=100)
-    return loader.beta / loader.settings.beta
-
-
-def check_beta(steer):
-    """Ziegler et al. 2019, section 2.2, its K_beta written as one over the horizon."""
-    assert steer(2.0) == pytest.approx(1)
-    assert steer(2.2) == pytest.approx(1 + 0.1 * 100 / 1000)
-    assert steer(99.0) == pytest.approx(1 + 0.2 * 100 / 1000)
-    assert steer(0.0) == pytest.approx(1 - 0.2 * 100 / 1000)
-
-
-def test_beta_follows_the_kl_that_is_wanted():
-    check_beta(steered)
-    fails(check_beta, lambda kl: steered(4.0 - kl))
-    assert steered(99.0, target_kl=None) == 1
-
-
-def test_beta_holds_a_run_near_its_target():
+def test_the_coefficient_holds_a_run_near_its_target():
     found = {}
     for target in (0.02, 50.0):
-        settings = ppo(prompts=4, answers=8, target_kl=target, kl_horizon=64, beta=0.2)
+        settings = ppo(
+            prompts_per_rollout=4, num_completions=8, target_kl=target, kl_horizon=64, kl_coef=0.2
+        )
         loader = loader_of(actor(), settings, ppo_file.estimate, rows=32)
         trainer = trainer_of(loader, ppo_file.PpoObjective(settings))
         for _ in range(10):
             trainer.train_step()
-        found[target] = loader.beta
+        found[target] = loader.kl_coef
     assert found[0.02] > 0.2 > found[50.0]
 
 
-# --- a sampler of fewer bits
+# --- importance weights
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_fewer_bits_are_corrected_for(weights):
-    settings = grpo(answers=32, rollout_weights=weights, max_correction=1.005)
+def test_a_less_precise_engine_is_corrected_for(weights):
+    settings = grpo(num_completions=32, rollout_dtype=weights, max_importance_weight=1.005)
     batch = next(loader_of(moved(), settings, group_file.estimate, rows=128))
-    inside = batch.correction[batch.mask]
+    inside = batch.importance_weights[batch.mask]
     assert inside.max() == pytest.approx(1.005)
     assert inside.min() < 0.999
 
 
-def test_a_trainer_of_fewer_bits_is_corrected_for():
-    """The engine answers in float32; what the trainer thinks of it is rounded."""
+def test_a_less_precise_trainer_is_corrected_for():
+    """The engine samples in float32; the trainer's log-probabilities are rounded."""
     for temperature, corrected in ((1.0, True), (0.7, False)):
-        settings = grpo(answers=8, temperature=temperature)
+        settings = grpo(num_completions=8, temperature=temperature)
         loader = loader_of(moved(), settings, group_file.estimate, rows=32, dtype=torch.bfloat16)
         batch = next(loader)
-        away = (batch.correction[batch.mask] - 1).abs()
+        away = (batch.importance_weights[batch.mask] - 1).abs()
         assert (away.max() > 1e-3) == corrected
         assert away.max() < 0.5
 
@@ -415,9 +347,9 @@ def test_a_trainer_of_fewer_bits_is_corrected_for():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_reward_must_be_finite(value):
-    answers = [Answer(3, [1], [END], [0.0], True)] * 2
-    assert checked(lambda a: [1, 2.5], answers) == [1.0, 2.5]
-    with pytest.raises(WorkError, match=f"an answer to prompt 3 is {value}; it must be a finite"):
-        checked(lambda a: [1.0, value], answers)
-    with pytest.raises(WorkError, match="gave 1 number for 2 answers"):
-        checked(lambda a: [1.0], answers)
+    completions = [Completion(3, [1], [END], [0.0], True)] * 2
+    assert checked_rewards(lambda _: [1, 2.5], completions) == [1.0, 2.5]
+    with pytest.raises(WorkError, match=f"completion of prompt 3 is {value}; it must be a finite"):
+        checked_rewards(lambda _: [1.0, value], completions)
+    with pytest.raises(WorkError, match="returned 1 number for 2 completions"):
+        checked_rewards(lambda _: [1.0], completions)

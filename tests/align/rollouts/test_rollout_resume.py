@@ -1,15 +1,13 @@
-"""Rollouts go on: in the middle of one, after a reward that failed, from a file beside the run."""
+"""Resuming rollouts: in the middle of one, after a failed reward, and from a temporary file."""
 
 import json
-from dataclasses import fields
 
 import pytest
 import torch
 from rollouts import KINDS, grpo, loader_of, moved, same, task, trainer_of
 
 from openpalm.align.rollouts import grpo as group_file
-from openpalm.align.rollouts import rollout as rollout_file
-from openpalm.align.rollouts.rollout_batch import Experience
+from openpalm.align.rollouts import sampler as sampler_file
 from openpalm.errors import WorkError
 from openpalm.generate.sampling import Sampling
 
@@ -24,11 +22,11 @@ def by_way_of_json(loader):
     return state, {name: t.clone() for name, t in loader.state_tensors().items()}
 
 
-def check_goes_on(kind, left_out=None, **changes):
+def check_resumes(kind, left_out=None, **changes):
     """After every number of batches: saved, restored into a fresh loader, the same from there."""
     how, _, estimate, make = KINDS[kind]
-    settings = how(passes=2, minibatches=2, target_kl=0.5, kl_horizon=20, **changes)
-    rows = settings.prompts * settings.answers // 4
+    settings = how(epochs_per_rollout=2, minibatches=2, target_kl=0.5, kl_horizon=20, **changes)
+    rows = settings.prompts_per_rollout * settings.num_completions // 4
     original = loader_of(make(), settings, estimate, rows=rows)
     saved, given = [], []
     for _ in range(20):
@@ -47,20 +45,20 @@ def check_goes_on(kind, left_out=None, **changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_goes_on_in_the_middle_of_a_rollout(kind):
-    check_goes_on(kind)
+def test_it_resumes_in_the_middle_of_a_rollout(kind):
+    check_resumes(kind)
     for name in ("order", "rollouts", "left", "drawn", "beta"):
         with pytest.raises((AssertionError, RuntimeError)):
-            check_goes_on(kind, left_out=name)
+            check_resumes(kind, left_out=name)
 
 
-def check_trainer_goes_on(kind, forget=lambda tensors: None):
+def check_trainer_resumes(kind, forget=lambda tensors: None):
     """Weights, a critic that no checkpoint publishes, optimizer and rollout: bit for bit."""
     how, objective, estimate, make = KINDS[kind]
-    settings = how(passes=2, minibatches=2)
+    settings = how(epochs_per_rollout=2, minibatches=2)
 
     def trainer(model):
-        loader = loader_of(model, settings, estimate, rows=settings.prompts)
+        loader = loader_of(model, settings, estimate, rows=settings.prompts_per_rollout)
         return trainer_of(loader, objective(settings))
 
     original = trainer(make())
@@ -80,8 +78,8 @@ def check_trainer_goes_on(kind, forget=lambda tensors: None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trainer_goes_on_in_the_middle_of_a_rollout(kind):
-    check_trainer_goes_on(kind)
+def test_a_trainer_resumes_in_the_middle_of_a_rollout(kind):
+    check_trainer_resumes(kind)
 
     def the_critic(tensors):
         tensors |= {n: t + 0.1 for n, t in tensors.items() if n.startswith("model/critic.")}
@@ -95,42 +93,42 @@ def test_a_trainer_goes_on_in_the_middle_of_a_rollout(kind):
 
     for bug in (the_critic, its_moments, the_rollout):
         if kind == "ppo" or bug is the_rollout:
-            fails(check_trainer_goes_on, kind, bug)
+            fails(check_trainer_resumes, kind, bug)
 
 
-def test_it_goes_on_with_redraws():
-    check_goes_on("grpo", advantage="dapo")
+def test_it_resumes_with_resampling():
+    check_resumes("grpo", advantage="dapo")
 
 
-def test_a_rollout_that_is_gone_through_is_not_saved():
-    loader = loader_of(moved(), grpo(passes=1), group_file.estimate)
+def test_a_finished_rollout_is_not_saved():
+    loader = loader_of(moved(), grpo(epochs_per_rollout=1), group_file.estimate)
     assert loader.state_tensors() == {}
     for _ in range(4):
         next(loader)
     assert loader.state_tensors() == {}
     next(loader)
-    wanted = {f.name for f in fields(Experience)} - {"segments", "reads"}
-    assert loader.state_tensors().keys() == wanted
+    names = "inputs targets old reference correction values advantages returns"
+    assert loader.state_tensors().keys() == {*names.split()}  # as every version stores them
 
 
 def seeds(monkeypatch, run):
-    """Of every answer that `run` has drawn."""
+    """Of every completion that `run` has drawn."""
     found = []
 
     def noted(temperature, seed):
         found.append(seed)
         return Sampling(temperature, seed=seed)
 
-    monkeypatch.setattr(rollout_file, "Sampling", noted)
+    monkeypatch.setattr(sampler_file, "Sampling", noted)
     run()
     return found
 
 
 def test_no_seed_is_used_twice(monkeypatch):
-    settings = grpo(advantage="dapo", redraws=2)
+    settings = grpo(advantage="dapo", max_resamples=2)
 
-    def half_equal(answers):
-        return [float(a.prompt > 1) * len(a.ids) for a in answers]
+    def half_equal(completions):
+        return [float(a.prompt > 1) * len(a.ids) for a in completions]
 
     def run():
         loader = loader_of(moved(), settings, group_file.estimate, half_equal)
@@ -142,7 +140,7 @@ def test_no_seed_is_used_twice(monkeypatch):
             next(again)
 
     found = seeds(monkeypatch, run)
-    assert len(found) > 6 * 16, "answers were drawn anew"
+    assert len(found) > 6 * 16, "completions were replaced"
     assert len(set(found)) == len(found)
     assert not set(found) & set(seeds(monkeypatch, lambda: next(_of_seed(1))))
 
@@ -151,14 +149,14 @@ def _of_seed(seed):
     return loader_of(moved(), grpo(seed=seed), group_file.estimate)
 
 
-def test_a_rollout_that_failed_is_made_again():
-    """As if nothing had been drawn: the same answers to the same prompts."""
+def test_a_failed_rollout_is_sampled_again():
+    """As if nothing had been drawn: the same completions to the same prompts."""
     broken = [True]
 
-    def reward(answers):
+    def reward(completions):
         if broken:
             raise WorkError("no")
-        return task().reward(answers)
+        return task().reward(completions)
 
     undisturbed = loader_of(moved(), grpo(), group_file.estimate)
     loader = loader_of(moved(), grpo(), group_file.estimate, reward)
@@ -176,7 +174,9 @@ def test_a_rollout_on_disk_is_the_same(kind, tmp_path):
     how, objective, estimate, make = KINDS[kind]
     losses = []
     for limit in (1 << 28, 0):
-        settings = how(passes=2, minibatches=2, replay_bytes=limit, out=tmp_path)
+        settings = how(
+            epochs_per_rollout=2, minibatches=2, rollout_memory_bytes=limit, out=tmp_path
+        )
         loader = loader_of(make(), settings, estimate)
         trainer = trainer_of(loader, objective(settings))
         losses.append([trainer.train_step().loss for _ in range(10)])

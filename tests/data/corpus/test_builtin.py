@@ -29,7 +29,7 @@ def test_it_is_megabytes_of_english_in_documents_of_some_length(documents):
 def test_docstrings_read_as_text(documents):
     (found,) = (d for d in documents if "\nshutil.copytree(src, dst, " in "\n" + d.text)
     assert "Recursively copy a directory tree" in found.text
-    assert found.source.startswith("builtin:python-docs:shutil")
+    assert found.place.startswith("builtin:python-docs:shutil")
     together = "\n".join(document.text for document in documents)
     assert 'The "assert" statement' in together
     assert "json.decoder.JSONDecoder.decode(s, " in together  # without self

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from openpalm.data.corpus import line_streams, tables
-from openpalm.data.corpus.documents import read_documents
+from openpalm.data.corpus.document_reader import read_documents
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
 from openpalm.data.text.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ def test_a_row_is_a_document(options, table):
     path = table({"id": list(range(len(TEXTS))), "body": TEXTS}, **options)
     found = list(read_documents([str(path)], text_field="body"))
     assert [document.text for document in found] == TEXTS
-    assert found[9].source == f"{path}:row 10"
+    assert found[9].place == f"{path}:row 10"
 
 
 def test_parquet_and_zstd_give_the_tokens_of_the_same_jsonl(table, tmp_path):
@@ -131,7 +131,7 @@ def test_damaged_parquet_is_named(table):
             texts(path)
 
 
-def test_row_groups_of_unreasonable_size_are_not_read(table, monkeypatch):
+def test_row_groups_above_the_size_limit_are_not_read(table, monkeypatch):
     path = table({"text": ["a" * 100] * 1000}, use_dictionary=False)
     with monkeypatch.context() as patch:
         patch.setattr(tables, "MAX_CHUNK_VALUES", 999)
@@ -174,7 +174,7 @@ def test_zstd_windows_and_bombs_are_bounded(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl.zst"
     bomb = b'{"text": "' + b"a" * (200 << 20)
     path.write_bytes(zstandard.ZstdCompressor().compress(bomb))
-    monkeypatch.setattr("openpalm.data.corpus.documents.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("openpalm.data.corpus.json_lines.MAX_LINE_BYTES", 1 << 20)
     with pytest.raises(DataError, match=":1: a line of more than 1048576 bytes"):
         texts(path)
     wide = zstandard.ZstdCompressionParameters.from_level(3, window_log=26)
@@ -259,7 +259,7 @@ def test_token_files_keep_their_own_split(tmp_path, monkeypatch):
         for count in (900, 50)
     )
     folder = token_files(tmp_path / "set", train, val)
-    monkeypatch.setattr("openpalm.data.corpus.documents.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("openpalm.data.corpus.document_reader.BLOCK_BYTES", 1000)
     manifest = run(folder, tmp_path / "out")
     dataset = open_dataset(tmp_path / "out")
     assert dataset.tokens("train")[:].tolist() == train

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from data_samples import TEXTS, shared_file
 
-from openpalm.data.corpus import documents as corpus_file
+from openpalm.data.corpus import document_reader as corpus_file
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.data.prepare import encoding, preparation, progress_file, writing
 from openpalm.data.prepare.preparation import PrepareRequest, prepare

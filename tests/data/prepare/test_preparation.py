@@ -13,7 +13,7 @@ from concurrent.futures import as_completed
 import pytest
 
 from openpalm.base import workers
-from openpalm.data.corpus import documents
+from openpalm.data.corpus import document_reader
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.data.prepare import preparation, progress_file, scan, split, writing
 from openpalm.data.prepare.parts import build
@@ -27,7 +27,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(document_reader, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(progress_file, "CHECKPOINT_S", 0.0)
     monkeypatch.setattr("openpalm.data.text.byte_level.PIECE_CHARACTERS", 300)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
@@ -118,7 +118,7 @@ def test_the_number_of_workers_changes_no_byte(workers, options, inputs, tmp_pat
 def test_where_blocks_and_segments_end_changes_no_token(inputs, tmp_path, monkeypatch):
     run(inputs, tmp_path / "one")
     for size in (500, 1 << 20):
-        monkeypatch.setattr(documents, "BLOCK_BYTES", size)
+        monkeypatch.setattr(document_reader, "BLOCK_BYTES", size)
         run(inputs, tmp_path / f"{size}")
         assert contents(tmp_path / "one") == contents(tmp_path / f"{size}")
 
@@ -245,10 +245,10 @@ def test_what_is_written_is_not_encoded_again(inputs, tmp_path, monkeypatch):
 SIGKILLED = """
 import itertools, os, signal, sys
 from pathlib import Path
-from openpalm.data.corpus import documents
+from openpalm.data.corpus import document_reader
 from openpalm.data.prepare import progress_file
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
-documents.BLOCK_BYTES, progress_file.CHECKPOINT_S = 2000, 0.0
+document_reader.BLOCK_BYTES, progress_file.CHECKPOINT_S = 2000, 0.0
 calls, fsync = itertools.count(1), os.fsync
 def killing(handle):
     if next(calls) == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)

@@ -7,16 +7,16 @@ import pytest
 from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import (
     Candidate,
+    LabelledCompletion,
     Pair,
     Preference,
     Rating,
     Tie,
-    Verdict,
-    binary,
-    demonstrations,
-    pairs,
-    ratings,
-    ties,
+    demonstrations_from_preferences,
+    labelled_completions_from_preferences,
+    pairs_from_preferences,
+    ratings_from_preferences,
+    ties_from_preferences,
 )
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
@@ -134,7 +134,7 @@ def test_null_fields_may_be_left_out():
         ("flag", {"candidate": None, "reason": ""}),
     ],
 )
-def test_payloads_that_say_nothing(kind, payload):
+def test_invalid_payloads(kind, payload):
     with pytest.raises(DataError, match=f'field "payload" of this {kind} is .* it must be'):
         judge(kind, payload)
 
@@ -166,13 +166,13 @@ def test_a_rank_needs_two_candidates():
         ({"supersedes": "p1"}, 'field "supersedes" is the record\'s own id'),
     ],
 )
-def test_fields_that_cannot_be(fields, says):
+def test_invalid_fields(fields, says):
     with pytest.raises(DataError, match=says):
         judge("compare", COMPARE, **fields)
 
 
 @pytest.mark.parametrize("kind", ["like", None, ["rank"]])
-def test_kinds_that_are_none(kind):
+def test_unknown_kinds(kind):
     with pytest.raises(DataError, match=r'field "kind" is .* it must be one of compare, rank'):
         judge(kind, {})
 
@@ -204,7 +204,7 @@ def test_what_json_would_change_is_refused():
         ({"payload": {"better": 0}}, 'field "payload"'),
     ],
 )
-def test_rows_that_are_no_records(change, says):
+def test_rows_that_are_not_preference_records(change, says):
     with pytest.raises(DataError, match=says) as error:
         Preference.from_json(EVERY[0].to_json() | change, "j.jsonl:7")
     assert str(error.value).startswith("j.jsonl:7: ")
@@ -216,7 +216,7 @@ def test_rows_that_are_no_records(change, says):
 
 
 def test_pairs_of_every_kind():
-    assert pairs(EVERY)[:2] == (
+    assert pairs_from_preferences(EVERY)[:2] == (
         [
             Pair(ASK, say("b"), say("a"), 2.0),
             Pair(ASK, say("c"), say("a"), None),
@@ -236,9 +236,9 @@ def test_pairs_of_every_kind():
 
 def test_a_rank_gives_all_pairs_between_groups():
     record = judge("rank", {"order": [[3], [0, 2], [1, 4]]}, "abcde")
-    found, unused = pairs([record])[:2]
-    said = [(p.chosen[0].content, p.rejected[0].content) for p in found]
-    assert said == [
+    found, unused = pairs_from_preferences([record])[:2]
+    contents = [(p.chosen[0].content, p.rejected[0].content) for p in found]
+    assert contents == [
         ("d", "a"), ("d", "c"), ("d", "b"), ("d", "e"),
         ("a", "b"), ("a", "e"), ("c", "b"), ("c", "e"),
     ]  # fmt: skip
@@ -247,7 +247,7 @@ def test_a_rank_gives_all_pairs_between_groups():
 
 def test_ratings_at_least_one_apart_make_pairs():
     # Means: a 11/3, b 14/3, c 4; so b over a by exactly 1, and nothing else.
-    found = pairs(
+    found = pairs_from_preferences(
         [
             rate(1, "a", x=3, y=4, z=4),
             rate(2, "b", x=4, y=5, z=5),
@@ -261,8 +261,10 @@ def test_ratings_are_compared_by_one_author_of_one_prompt_on_the_same_axes():
     other = replace(rate(5, "b", x=5), prompt=(Message("user", "Sea?"),))
     newer = replace(rate(6, "b", x=5), guideline_version="2")
     lonely = [rate(1, "a", x=1), rate(2, "b", "bob", x=5), rate(3, "b", y=5), other, newer]
-    assert pairs(lonely)[:2] == ([], {"no other rating to compare with": 5})
-    found, unused = pairs([rate(1, "a", x=5), rate(2, "b", x=1), rate(3, "c", x=4)])[:2]
+    assert pairs_from_preferences(lonely)[:2] == ([], {"no other rating to compare with": 5})
+    found, unused = pairs_from_preferences(
+        [rate(1, "a", x=5), rate(2, "b", x=1), rate(3, "c", x=4)]
+    )[:2]
     assert found == [
         Pair(ASK, say("a"), say("b"), 4.0),
         Pair(ASK, say("a"), say("c"), 1.0),
@@ -271,7 +273,7 @@ def test_ratings_are_compared_by_one_author_of_one_prompt_on_the_same_axes():
     assert unused == {}
 
 
-def test_pairs_that_teach_nothing_are_counted():
+def test_unusable_pairs_are_counted():
     records = [
         judge("compare", COMPARE, ("", "b")),
         judge("compare", COMPARE, ("b", "b\n"), id="p2"),
@@ -279,11 +281,14 @@ def test_pairs_that_teach_nothing_are_counted():
         rate(1, "a", x=5),
         rate(2, "a", x=1),
     ]
-    assert pairs(records)[:2] == ([], {"empty answer": 1, "equal answers": 3})
+    assert pairs_from_preferences(records)[:2] == (
+        [],
+        {"empty completion": 1, "equal completions": 3},
+    )
 
 
 def test_ties_of_every_kind(tmp_path):
-    found = ties([*EVERY, judge("rank", {"order": [[0, 1, 2]]}, id="p10")])
+    found = ties_from_preferences([*EVERY, judge("rank", {"order": [[0, 1, 2]]}, id="p10")])
     assert found.items == [
         Tie(ASK, say("a"), say("c")),
         Tie(ASK, say("a"), say("b")),
@@ -296,8 +301,8 @@ def test_ties_of_every_kind(tmp_path):
     assert read_ties(plain) == []
 
 
-def test_the_scalars_of_ratings():
-    found, unused = ratings(EVERY)[:2]
+def test_ratings_of_every_kind():
+    found, unused = ratings_from_preferences(EVERY)[:2]
     assert found == [Rating(ASK, say("c"), "true", 5), Rating(ASK, say("c"), "kind", 4)]
     assert unused == {
         "compare gives no rating": 3,
@@ -309,36 +314,44 @@ def test_the_scalars_of_ratings():
     }
 
 
-def test_verdicts():
-    found, unused = binary(
+def test_labelled_completions():
+    found, unused = labelled_completions_from_preferences(
         [*EVERY, rate(1, "x", x=3), rate(2, "y", x=2, y=3), rate(3, " ", x=1)],
     )[:2]
     assert found == [
-        Verdict(ASK, say("a"), False),
-        Verdict(ASK, say("b"), False),
-        Verdict(ASK, say("c"), True),
-        Verdict(ASK, say("b"), True),
-        Verdict(ASK, say("y"), False),
+        LabelledCompletion(ASK, say("a"), False),
+        LabelledCompletion(ASK, say("b"), False),
+        LabelledCompletion(ASK, say("c"), True),
+        LabelledCompletion(ASK, say("b"), True),
+        LabelledCompletion(ASK, say("y"), False),
     ]
     assert unused == {
-        "compare gives no verdict": 2,
-        "rank gives no verdict": 1,
-        "edit gives no verdict": 1,
-        "write gives no verdict": 1,
-        "flag gives no verdict": 1,
+        "compare gives no labelled completion": 2,
+        "rank gives no labelled completion": 1,
+        "edit gives no labelled completion": 1,
+        "write gives no labelled completion": 1,
+        "flag gives no labelled completion": 1,
         "neither good nor bad": 1,
-        "empty answer": 1,
+        "empty completion": 1,
     }
 
 
 def test_demonstrations():
-    found, unused = demonstrations(EVERY)[:2]
+    found, unused = demonstrations_from_preferences(EVERY)[:2]
     assert found == [ASK + say("A."), ASK + say("Blue.")]
     assert sum(unused.values()) == 7
     assert unused["compare gives no demonstration"] == 3
 
 
-@pytest.mark.parametrize("export", [pairs, ratings, binary, demonstrations])
+@pytest.mark.parametrize(
+    "export",
+    [
+        pairs_from_preferences,
+        ratings_from_preferences,
+        labelled_completions_from_preferences,
+        demonstrations_from_preferences,
+    ],
+)
 def test_superseded_and_repeated_records_are_not_used(export):
     old = judge("thumb", {"up": True, "candidate": 0})
     newer = replace(old, id="p2", payload={"up": False, "candidate": 0}, supersedes="p1")
@@ -346,11 +359,11 @@ def test_superseded_and_repeated_records_are_not_used(export):
     for order in ([old, newer, newest], [newest, newer, old]):
         found, unused = export(order)[:2]
         assert unused["superseded"] == 2
-        assert found[:2] == ([ASK + say("w")] if export is demonstrations else [])
+        assert found[:2] == ([ASK + say("w")] if export is demonstrations_from_preferences else [])
     again = replace(newest, payload={"text": "other"})
     found, unused = export([newest, again])[:2]
     assert unused["repeated id"] == 1
-    assert found[:2] == ([ASK + say("w")] if export is demonstrations else [])
+    assert found[:2] == ([ASK + say("w")] if export is demonstrations_from_preferences else [])
     assert export(iter([]))[:2] == ([], {})
 
 
@@ -360,7 +373,7 @@ def test_superseded_and_repeated_records_are_not_used(export):
 def test_reading_our_own_records(tmp_path):
     path = save(tmp_path, *(record.to_json() for record in EVERY))
     found = read_pairs(path)
-    assert found[:2] == pairs(EVERY)[:2]
+    assert found[:2] == pairs_from_preferences(EVERY)[:2]
     assert [place.rpartition(":")[2] for place in found.places] == ["1", "4", "4", "7"]
     assert "2 left out: tie (lines 2, 4)" in found.report()
 
@@ -449,7 +462,7 @@ def test_answers_of_several_turns_and_margins(tmp_path):
         (EVERY[0].to_json() | {"id": 1}, 'field "id" is 1'),
     ],
 )
-def test_rows_that_are_no_pairs(row, says, tmp_path):
+def test_rows_that_are_not_pairs(row, says, tmp_path):
     path = save(tmp_path, row)
     with pytest.raises(DataError, match=says) as error:
         read_pairs(path)
@@ -462,13 +475,13 @@ BOTH = {"prompt": "q", "chosen": "a", "rejected": "b"}
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (BOTH | {"rejected": "a "}, "equal answers"),
-        ({"chosen": "a", "rejected": "a"}, "equal answers"),
-        ({"chosen": HH + " a", "rejected": HH + " a"}, "equal answers"),
-        (BOTH | {"chosen": " "}, "empty answer"),
-        (BOTH | {"rejected": []}, "empty answer"),
-        ({"chosen": HH + " a", "rejected": HH}, "empty answer"),
-        ({"chosen": "a b", "rejected": ""}, "empty answer"),
+        (BOTH | {"rejected": "a "}, "equal completions"),
+        ({"chosen": "a", "rejected": "a"}, "equal completions"),
+        ({"chosen": HH + " a", "rejected": HH + " a"}, "equal completions"),
+        (BOTH | {"chosen": " "}, "empty completion"),
+        (BOTH | {"rejected": []}, "empty completion"),
+        ({"chosen": HH + " a", "rejected": HH}, "empty completion"),
+        ({"chosen": "a b", "rejected": ""}, "empty completion"),
         (
             {"chosen": talk("q", "a", "r", "b"), "rejected": talk("q", "a")},
             "the prompt ends with an assistant turn",
@@ -492,12 +505,12 @@ BOTH = {"prompt": "q", "chosen": "a", "rejected": "b"}
         (BOTH | {"weight": 0}, "weight is 0"),
     ],
 )
-def test_rows_that_teach_nothing_are_left_out(row, reason, tmp_path):
+def test_unusable_rows_are_left_out(row, reason, tmp_path):
     found = read_pairs(save(tmp_path, row))
     assert not found.items
     [(given, count)] = found.unused.items()
     assert given.startswith(reason)
-    assert (count, [place[-2:] for place in found.left_out[given]]) == (1, [":1"])
+    assert (count, [place[-2:] for place in found.unused_places[given]]) == (1, [":1"])
     with pytest.raises(DataError, match=r"p\.jsonl: no pair can be used: .* \(1; line 1\)"):
         found.refuse_empty("p.jsonl", "pair")
 
@@ -522,7 +535,7 @@ def test_one_file_has_one_format(tmp_path):
     assert len(read_pairs(save(tmp_path, explicit, explicit | {"prompt": talk("q")})).items) == 2
 
 
-def test_files_that_hold_no_pairs(tmp_path):
+def test_files_without_pairs(tmp_path):
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(DataError, match="is empty; give a file with at least one pair"):
         read_pairs(tmp_path / "a.jsonl")

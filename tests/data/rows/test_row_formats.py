@@ -1,4 +1,4 @@
-"""Every form that rows of fine-tuning and alignment data have, told by its keys, and its errors."""
+"""The format of a row is recognised by its keys; rows become examples; wrong rows are refused."""
 
 import gzip
 import json
@@ -7,11 +7,11 @@ import pytest
 from data_samples import shared_file
 
 from openpalm.data.rows.demonstration_files import read_demonstrations
+from openpalm.data.rows.labelled_completion_files import read_labelled_completions
 from openpalm.data.rows.pair_files import read_pairs, read_ties
-from openpalm.data.rows.preferences import Pair, Verdict
+from openpalm.data.rows.preferences import LabelledCompletion, Pair
 from openpalm.data.rows.prompt_files import PromptRow, read_prompts
-from openpalm.data.rows.row_formats import form_of
-from openpalm.data.rows.verdict_files import read_verdicts
+from openpalm.data.rows.row_formats import row_format
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
@@ -49,7 +49,7 @@ PROBLEM = {"question": SKY[0].content, "answer": BLUE[0].content}
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
 RANKING = {"prompt": "q", "responses": ["a", "b"], "rank": [1, 2]}
-VERDICT = {"prompt": "q", "completion": "a", "label": True}
+LABELLED = {"prompt": "q", "completion": "a", "label": True}
 RATING = {"prompt": "q", "response": "a", "rating": 4}
 PROMPT = {"prompt": "What is 6 x 7?", "difficulty": 1}
 
@@ -97,18 +97,20 @@ def save(tmp_path):
         (record("edit", {"candidate": 0, "text": "C."}), (*SKY, Message("assistant", "C."))),
     ],
 )
-def test_every_form_of_a_demonstration(save, row, expected):
+def test_every_format_of_a_demonstration(save, row, expected):
     assert read_demonstrations(save(row)).items == [expected]
     once_more = row | {"id": "p2"} if "kind" in row else row
     packed = save(row, "", once_more, name="rows.jsonl.gz")
     assert read_demonstrations(packed)[:2] == ([expected] * 2, {})
 
 
-def test_rows_without_use_are_counted_with_their_reason(save):
+def test_unusable_rows_are_counted_by_reason(save):
     silent, empty = {"messages": turns(*SKY)}, {"messages": turns(*SKY, Message("assistant", " "))}
     found = read_demonstrations(save(CONVERSATION, silent, empty, silent, {"messages": []}))
-    assert found[:2] == ([SKY + BLUE], {"no assistant turn": 3, "empty answer": 1})
-    assert read_demonstrations(save(ALPACA, ALPACA | {"output": ""})).unused == {"empty answer": 1}
+    assert found[:2] == ([SKY + BLUE], {"no assistant turn": 3, "empty completion": 1})
+    assert read_demonstrations(save(ALPACA, ALPACA | {"output": ""})).unused == {
+        "empty completion": 1
+    }
     thumb = record("thumb", {"up": True, "candidate": 0}, id="p2")
     found = read_demonstrations(save(record(), thumb))
     assert found[:2] == ([SKY + BLUE], {"thumb gives no demonstration": 1})
@@ -121,14 +123,14 @@ def test_rows_without_use_are_counted_with_their_reason(save):
         ({"chosen": [], "rejected": []}, "is whole conversations, which `openpalm dpo` reads"),
         (HH, "this row is Anthropic HH texts, which `openpalm dpo` reads"),
         (RANKING, "this row is prompt, responses, ranking, which `openpalm dpo` reads"),
-        (VERDICT, "prompt, completion, label, which `openpalm dpo --loss kto` reads"),
+        (LABELLED, "prompt, completion, label, which `openpalm dpo --loss kto` reads"),
         (RATING, "this row is prompt, response, rating, which `openpalm reward` reads"),
-        (VERDICT | {"label": 0.5}, "which `openpalm reward` reads"),
+        (LABELLED | {"label": 0.5}, "which `openpalm reward` reads"),
         (PROMPT, "this row is a prompt alone, which `openpalm grpo` reads"),
         ({"text": "Once"}, "this row is a text, which `openpalm data prepare` reads"),
-        ({"q\n": 1}, r"fields \('q\\n'\) make no form that is known; conversations are one of: "),
-        ({}, r"fields \(none\) make no form"),
-        ({"messages": None, "prompt": None}, "make no form that is known"),
+        ({"q\n": 1}, r"fields \('q\\n'\) match no known format; conversations are one of: "),
+        ({}, r"fields \(none\) match no known format"),
+        ({"messages": None, "prompt": None}, "match no known format"),
         ({"messages": "hi"}, "field \"messages\" is 'hi'; it must be a list"),
         ({"messages": [7]}, r'field "messages\[0\]" is 7'),
         ({"messages": [{"role": "owl", "content": "x"}]}, "role\" is 'owl'; it must be one of sys"),
@@ -163,26 +165,28 @@ def test_rows_that_fine_tuning_refuses(save, row, says):
     assert "\n" not in str(error.value)
 
 
-def test_one_file_has_one_form(save):
+def test_one_file_has_one_format(save):
     with pytest.raises(DataError, match=r":2: this row is .*, the first is messages; split the f"):
         read_demonstrations(save(CONVERSATION, SHAREGPT))
 
 
-def test_files_that_hold_nothing(save, tmp_path):
+def test_empty_files(save, tmp_path):
     with pytest.raises(DataError, match="is empty; give a file with at least one conversation"):
         read_demonstrations(save("", ""))
-    with pytest.raises(DataError, match=r"verdicts are read from \.jsonl or \.jsonl\.gz"):
-        read_verdicts(tmp_path / "rows.csv")
+    with pytest.raises(
+        DataError, match=r"labelled completions are read from \.jsonl or \.jsonl\.gz"
+    ):
+        read_labelled_completions(tmp_path / "rows.csv")
     with pytest.raises(DataError, match="no such file"):
         read_prompts(tmp_path / "none.jsonl")
 
 
-FORMS = [
+FORMATS = [
     (record(), "a Preference record"),
     (PAIR, "prompt, chosen, rejected"),
     (HH, "Anthropic HH texts"),
     (RANKING, "prompt, responses, ranking"),
-    (VERDICT, "prompt, completion, label"),
+    (LABELLED, "prompt, completion, label"),
     (RATING, "prompt, response, rating"),
     (CONVERSATION, "messages"),
     (SHAREGPT, "ShareGPT conversations"),
@@ -194,22 +198,22 @@ FORMS = [
 ]
 
 
-def check_all_keys_tell(form_of):
-    """Whatever the order of the keys, and with fields of other forms that are null."""
-    for row, form in FORMS:
-        assert form_of(row) == form
-        assert form_of(dict(reversed(row.items()))) == form
-        null = dict.fromkeys(key for other, _ in FORMS for key in other)
-        assert form_of(null | row) == form
+def check_all_keys_count(row_format):
+    """Whatever the order of the keys, and with null fields of other formats."""
+    for row, name in FORMATS:
+        assert row_format(row) == name
+        assert row_format(dict(reversed(row.items()))) == name
+        null = dict.fromkeys(key for other, _ in FORMATS for key in other)
+        assert row_format(null | row) == name
 
 
-def test_all_keys_tell():
-    check_all_keys_tell(form_of)
-    firsts = {next(iter(row)): form for row, form in FORMS}
+def test_all_keys_count():
+    check_all_keys_count(row_format)
+    firsts = {next(iter(row)): name for row, name in FORMATS}
     with pytest.raises(AssertionError):
-        check_all_keys_tell(lambda row: firsts[next(iter(row))])
+        check_all_keys_count(lambda row: firsts[next(iter(row))])
     with pytest.raises(AssertionError):
-        check_all_keys_tell(lambda row: form_of({k: v or "" for k, v in row.items()}))
+        check_all_keys_count(lambda row: row_format({k: v or "" for k, v in row.items()}))
 
 
 def test_gsm8k_is_questions_and_answers():
@@ -249,7 +253,7 @@ def test_ties_of_a_ranking_are_counted(save):
     for order in ({"rank": [1, 2, 2, 2]}, {"ranking": [0, [1, 2, 3]]}):
         found, unused = read_pairs(save(texts | order))[:2]
         assert [pair.rejected for pair in found] == [say("b"), say("c")]
-        assert unused == {"tie": 3, "equal answers": 1}
+        assert unused == {"tie": 3, "equal completions": 1}
         ties = read_ties(save(texts | order))
         assert [tie[1:] for tie in ties] == [
             (say("b"), say("c")),
@@ -281,14 +285,14 @@ def test_equal_scores_are_ties(save):
         ({"ranking": {"a": 1}}, 'field "ranking" must be'),
     ],
 )
-def test_rankings_that_make_no_sense(save, change, says):
+def test_invalid_rankings(save, change, says):
     path = save(RANKING | change)
     with pytest.raises(DataError, match=says) as error:
         read_pairs(path)
     assert str(error.value).startswith(f"{path}:1: field ")
 
 
-def test_rows_that_are_no_pairs_are_told_who_reads_them(save):
+def test_the_error_names_the_verb_that_reads_a_row(save):
     with pytest.raises(DataError, match=r"is messages, which `openpalm sft` reads; pairs are one"):
         read_pairs(save(CONVERSATION))
 
@@ -296,30 +300,40 @@ def test_rows_that_are_no_pairs_are_told_who_reads_them(save):
 # --- verdicts
 
 
-def test_verdicts(save):
+def test_labelled_completions(save):
     rows = [
-        VERDICT,
+        LABELLED,
         {"prompt": turns(*SKY), "completion": turns(*BLUE), "label": False},
         {"prompt": "q", "response": "b", "label": False, "score": 1},
     ]
-    expected = [Verdict(Q, say("a"), True), Verdict(SKY, BLUE, False), Verdict(Q, say("b"), False)]
-    assert read_verdicts(save(*rows))[:2] == (expected, {})
+    expected = [
+        LabelledCompletion(Q, say("a"), True),
+        LabelledCompletion(SKY, BLUE, False),
+        LabelledCompletion(Q, say("b"), False),
+    ]
+    assert read_labelled_completions(save(*rows))[:2] == (expected, {})
     thumb = record("thumb", {"up": False, "candidate": 1})
-    found = read_verdicts(save(thumb, record(id="p2")))
-    assert found[:2] == ([Verdict(SKY, say("B."), False)], {"write gives no verdict": 1})
+    found = read_labelled_completions(save(thumb, record(id="p2")))
+    assert found[:2] == (
+        [LabelledCompletion(SKY, say("B."), False)],
+        {"write gives no labelled completion": 1},
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        (VERDICT | {"label": 1}, "which `openpalm reward` reads; verdicts are one of: prompt"),
-        (VERDICT | {"label": None}, "this row is prompt, completion, which `openpalm sft` reads"),
-        (VERDICT | {"prompt": 7}, 'field "prompt" is 7'),
+        (
+            LABELLED | {"label": 1},
+            "which `openpalm reward` reads; labelled completions are one of: prompt",
+        ),
+        (LABELLED | {"label": None}, "this row is prompt, completion, which `openpalm sft` reads"),
+        (LABELLED | {"prompt": 7}, 'field "prompt" is 7'),
     ],
 )
-def test_rows_that_are_no_verdicts(save, row, says):
+def test_rows_that_are_not_labelled_completions(save, row, says):
     with pytest.raises(DataError, match=says):
-        read_verdicts(save(row))
+        read_labelled_completions(save(row))
 
 
 # --- prompts
@@ -332,7 +346,7 @@ def test_rows_that_are_no_verdicts(save, row, says):
         ({"prompt": turns(SYSTEM, *SKY), "answer": 42}, (SYSTEM, *SKY)),
         (PROBLEM, SKY),
         (COMPLETION, SKY),
-        (VERDICT, Q),
+        (LABELLED, Q),
         (RATING, Q),
         (PAIR, Q),
         (RANKING, Q),
@@ -344,7 +358,7 @@ def test_rows_that_are_no_verdicts(save, row, says):
         ({"system": "Be brief.", **SHAREGPT}, (SYSTEM, *SKY)),
     ],
 )
-def test_every_form_of_a_prompt(save, row, prompt):
+def test_every_format_of_a_prompt(save, row, prompt):
     assert read_prompts(save(row, row))[:2] == ([PromptRow(prompt, row)] * 2, {})
 
 
@@ -355,7 +369,7 @@ def test_prompts_of_records_once_each(save):
     assert unused == {"repeated prompt": 1}
 
 
-def test_prompts_of_nobody(save):
+def test_rows_without_a_prompt(save):
     rows = [CONVERSATION, {"messages": turns(*BLUE)}, {"messages": []}]
     found, unused = read_prompts(save(*rows))[:2]
     assert len(found) == 1
@@ -366,7 +380,7 @@ def test_prompts_of_nobody(save):
         read_prompts(save(HH))
 
 
-# --- a field beside a known form is used, refused or named
+# --- other fields of a row of a known format are used, refused or named
 
 
 @pytest.mark.parametrize(
@@ -388,12 +402,12 @@ def test_prompts_of_nobody(save):
 )
 def test_a_field_that_would_be_lost_is_refused(save, read, row):
     path = save(row)
-    with pytest.raises(DataError, match=r"beside .* would not reach|have the same role") as error:
+    with pytest.raises(DataError, match=r"would not reach the model|have the same role") as error:
         read(path)
     assert str(error.value).startswith(f"{path}:1: field")
 
 
-def test_fields_that_are_understood_are_used(save):
+def test_known_fields_are_used(save):
     row = {"input": "2 and 3", "history": [["Hi", "Hello"]], "system": "Be brief."}
     [found] = read_demonstrations(save(row | {"instruction": "Add.", "output": "5"})).items
     texts = ["Be brief.", "Hi", "Hello", "Add.\n\n2 and 3", "5"]
@@ -410,10 +424,10 @@ def test_fields_that_are_understood_are_used(save):
     assert row.prompt == (SYSTEM, Message("user", "Why?"))
 
 
-def test_what_changes_nothing_is_named_once(save):
-    told = CONVERSATION | {"prompt": SKY[0].content, "messages": turns(*SKY, *BLUE)}
-    told["messages"][0]["name"] = "ann"
-    found = read_demonstrations(save(told, CONVERSATION))
+def test_unused_fields_are_named_once(save):
+    row = CONVERSATION | {"prompt": SKY[0].content, "messages": turns(*SKY, *BLUE)}
+    row["messages"][0]["name"] = "ann"
+    found = read_demonstrations(save(row, CONVERSATION))
     assert len(found.items) == 2
     assert found.report() == [
         "2 rows carry fields that are not used: 'source' (2), 'prompt' (1), 'messages[].name' (1)"
@@ -426,7 +440,7 @@ def test_turns_of_tools_are_left_out(save, turn):
     talk.append({"role": "assistant", "content": None} | turn)
     found = read_demonstrations(save(CONVERSATION, {"messages": talk}))
     assert len(found.items) == 1
-    [(reason, where)] = found.left_out.items()
+    [(reason, where)] = found.unused_places.items()
     assert "which the chat template cannot write" in reason
     assert [place.rpartition(":")[2] for place in where] == ["2"]
 

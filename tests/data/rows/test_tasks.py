@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from openpalm.data.batches.order import mixture, shuffle
-from openpalm.data.rows.tasks import Mixture, Task, conversations, parse_template, read_mixture
+from openpalm.data.rows.tasks import Mixture, Task, parse_template, read_conversations, read_mixture
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError, SettingsError
 
@@ -134,7 +134,7 @@ def test_a_mixture_of_two_tasks(folder):
     found = read_mixture(path)
     assert [task.weight for task in found.tasks] == [3, 1]
     assert found.shares([40, 3]) == [32, 11]
-    sums, unused = conversations(found.tasks[0], seed=0)[:2]
+    sums, unused = read_conversations(found.tasks[0], seed=0)[:2]
     ways = (
         lambda i: (Message("user", f"Question: {i} + {i}?\nAnswer:"), f"{2 * i}"),
         lambda i: (Message("user", f"What is {i} + {i}?"), f"It is {2 * i}."),
@@ -144,9 +144,9 @@ def test_a_mixture_of_two_tasks(folder):
         drawn.append([(asked, answered.content) == way(i) for way in ways].index(True))
     assert unused == {}
     assert 8 < sum(drawn) < 32
-    assert conversations(found.tasks[0], seed=0) == conversations(found.tasks[0], seed=0)
-    assert conversations(found.tasks[0], seed=1) != conversations(found.tasks[0], seed=0)
-    assert len(conversations(found.tasks[1], seed=0).items) == 3
+    assert read_conversations(found.tasks[0], seed=0) == read_conversations(found.tasks[0], seed=0)
+    assert read_conversations(found.tasks[0], seed=1) != read_conversations(found.tasks[0], seed=0)
+    assert len(read_conversations(found.tasks[1], seed=0).items) == 3
     before = found.digest(path)
     (folder / "talk.jsonl").write_text((folder / "talk.jsonl").read_text() * 2)
     assert found.digest(path) != before
@@ -155,7 +155,7 @@ def test_a_mixture_of_two_tasks(folder):
 def test_any_other_file_is_one_task(folder):
     found = read_mixture(folder / "talk.jsonl")
     assert found == Mixture((Task(folder / "talk.jsonl"),))
-    assert len(conversations(found.tasks[0], seed=0).items) == 3
+    assert len(read_conversations(found.tasks[0], seed=0).items) == 3
 
 
 @pytest.mark.parametrize(
@@ -180,14 +180,14 @@ def test_any_other_file_is_one_task(folder):
         ),
     ],
 )
-def test_mixtures_that_make_no_sense(folder, text, says):
+def test_invalid_mixtures(folder, text, says):
     path = write(folder, text)
     with pytest.raises(DataError, match=says) as error:
         read_mixture(path)
     assert str(error.value).startswith(f"{path}: ")
 
 
-def test_files_that_are_no_mixtures(folder):
+def test_files_that_are_not_mixtures(folder):
     for text in ("- a\n- b", "tasks: [", "a: &x [1]\ntasks: *x", "!!python/object:os.system {}"):
         with pytest.raises(SettingsError, match=r"mixture\.yaml"):
             read_mixture(write(folder, text))
@@ -208,17 +208,17 @@ def test_rows_that_do_not_fill_a_template(folder, row, says):
     (folder / "sums.jsonl").write_text(json.dumps(row))
     (task, _) = read_mixture(write(folder, MIXTURE)).tasks
     with pytest.raises(DataError, match=says) as error:
-        conversations(task, seed=0)
+        read_conversations(task, seed=0)
     assert str(error.value).startswith(f"{folder}/sums.jsonl:1: ")
 
 
-def test_rows_whose_answer_is_empty_are_counted(folder):
+def test_rows_with_an_empty_completion_are_counted(folder):
     text = MIXTURE.replace('"It is {answer}."', '"{answer}"')
     rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": " "}]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (task, _) = read_mixture(write(folder, text)).tasks
-    found, unused = conversations(task, seed=0)[:2]
-    assert (len(found), unused) == (1, {"empty answer": 1})
+    found, unused = read_conversations(task, seed=0)[:2]
+    assert (len(found), unused) == (1, {"empty completion": 1})
     (folder / "sums.jsonl").write_text("")
     with pytest.raises(DataError, match=r"sums\.jsonl: is empty"):
-        conversations(task, seed=0)
+        read_conversations(task, seed=0)

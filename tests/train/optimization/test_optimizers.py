@@ -16,10 +16,11 @@ from train_samples import Repeating, made, ragged, tiny, trainer_of, weights
 
 from openpalm.base.device import multiplies_bfloat16
 from openpalm.model.transformer import Transformer
-from openpalm.train.config import OptimizerName, OptimSettings
 from openpalm.train.objective import NextToken
 from openpalm.train.optimization import optimizers, parameter_groups
-from openpalm.train.optimization.parameter_groups import Optimizer, learning_rate_factor
+from openpalm.train.optimization.parameter_groups import Optimizer
+from openpalm.train.optimization.schedule import learning_rate_factor
+from openpalm.train.optimizer_settings import OptimizerName, OptimSettings
 
 STEPS = 100
 RATES: dict[OptimizerName, float] = {

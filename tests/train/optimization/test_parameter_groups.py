@@ -15,7 +15,8 @@ from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import OptimSettings
 from openpalm.train.optimization.optimizers import Muon
-from openpalm.train.optimization.parameter_groups import Optimizer, learning_rate_factor
+from openpalm.train.optimization.parameter_groups import Optimizer
+from openpalm.train.optimization.schedule import learning_rate_factor
 
 
 class Few(nn.Module):
@@ -164,7 +165,7 @@ def test_short_runs_have_a_rate_at_every_step(warmup: float, steps: int):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_goes_on_where_it_was_taken(name: str):
+def test_restored_state_continues_exactly(name: str):
     settings = OptimSettings(name=name)  # type: ignore[arg-type]
     model = made()
 

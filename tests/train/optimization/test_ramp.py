@@ -12,7 +12,8 @@ from train_samples import random_loader, same, trainer_of, weights
 
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import SettingsError
-from openpalm.train.config import BatchShape, Chosen, Ramp, TrainSettings, batch_shape
+from openpalm.train.batch_shape import BatchShape, Ramp
+from openpalm.train.config import TrainSettings, batch_shape
 from openpalm.train.metrics import read_rows
 from openpalm.train.sizing import measure
 from openpalm.train.trainer import Trainer
@@ -91,7 +92,7 @@ def test_a_share_of_a_batch_is_a_batch_of_that_size():
     assert same(weights(ramped.model), weights(small.model))
 
 
-def test_a_killed_run_goes_on_in_its_stage(
+def test_a_killed_run_resumes_in_its_stage(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     options = {"batch_ramp": "1/4@0.25,1/2@0.75", "save_every": 3}
@@ -131,15 +132,16 @@ def test_epochs_count_what_is_taken(train: Callable[..., int], tmp_path: Path):
 
 def test_minutes_hold_more_steps_where_batches_are_small(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(measure, "_step_seconds", lambda trainer: 0.1)
-    monkeypatch.setattr(measure, "_look_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(measure, "_probe_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(measure, "matmul_flops", lambda *_: 1.0)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: 0.0)
     steps = []
     for ramp in (None, "1/2@0.5"):
         asked = settings(steps=None, minutes=1.0, dtype="float32", batch_ramp=ramp)
-        asked = replace(asked, chosen=Chosen(peak_flops=1.0))
-        chosen = measure.choose(
+        measured = measure.measure(
             asked, lambda _: trainer_of(), [], torch.device("cpu"), step_tokens=100
         )
-        steps.append(chosen.steps)
+        steps.append(measured.steps)
     assert steps[1] == pytest.approx(steps[0] / 0.75, rel=0.02)
 
 

@@ -10,11 +10,11 @@ import torch
 from train_samples import random_loader, tiny, trainer_of
 
 from openpalm.model.transformer import initialise
-from openpalm.train.config import Chosen, TrainSettings
+from openpalm.train.config import TrainSettings
 from openpalm.train.probes import Probe
 from openpalm.train.run import run_training
 from openpalm.train.sizing import measure
-from openpalm.train.sizing.measure import choose, fit
+from openpalm.train.sizing.measure import Measured, fit
 from openpalm.train.spec import TrainSpec
 
 CPU = torch.device("cpu")
@@ -35,13 +35,13 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
     seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
     monkeypatch.setattr(measure, "multiplies_bfloat16", lambda device: True)
     monkeypatch.setattr(measure, "_step_seconds", lambda dtype: seconds[dtype])
-    monkeypatch.setattr(measure, "_look_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(measure, "_probe_seconds", lambda *_: 2.0)
     monkeypatch.setattr(measure, "matmul_flops", lambda device, dtype: 1e12)
     return seconds
 
 
-def chosen(asked: TrainSettings) -> Chosen:
-    return choose(asked, lambda dtype: dtype, [], CPU, step_tokens=100)  # type: ignore[arg-type, return-value]
+def measured(asked: TrainSettings, **known: bool) -> Measured:
+    return measure.measure(asked, lambda dtype: dtype, [], CPU, step_tokens=100, **known)  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.parametrize(
@@ -52,47 +52,37 @@ def test_bfloat16_must_be_clearly_faster(
     timings: dict[torch.dtype, float], bfloat16_s: float, expected: str
 ):
     timings[torch.bfloat16] = bfloat16_s
-    assert chosen(settings()) == Chosen(dtype=expected, peak_flops=1e12)  # type: ignore[arg-type]
+    assert measured(settings()) == Measured(dtype=expected, peak_flops=1e12)  # type: ignore[arg-type]
 
 
-def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch):
-    for name in ("_step_seconds", "matmul_flops"):
-        monkeypatch.setattr(measure, name, refuse)
-    known = Chosen(dtype="bfloat16", steps=7, peak_flops=5.0, data="a", parent="b")
-    assert choose(settings(chosen=known), refuse, [], CPU, step_tokens=100) == known
-    asked = settings(steps=None, minutes=1.0, chosen=known)
-    assert choose(asked, refuse, [], CPU, step_tokens=100) == known
-
-
-@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
-def test_an_explicit_dtype_wins_over_the_chosen_one(monkeypatch: pytest.MonkeyPatch, asked: str):
-    """--config RUN/config.yaml --dtype float32 asks for float32, whatever RUN had chosen."""
+def test_what_is_known_is_not_measured_again(
+    timings: dict[torch.dtype, float], monkeypatch: pytest.MonkeyPatch
+):
+    """A dtype that was asked for, and steps of a run that is repeated."""
     monkeypatch.setattr(measure, "_step_seconds", refuse)
-    for earlier in ("float32", "bfloat16"):
-        known = Chosen(dtype=earlier, peak_flops=5.0)  # type: ignore[arg-type]
-        assert (
-            choose(settings(dtype=asked, chosen=known), refuse, [], CPU, step_tokens=100).dtype
-            == asked
-        )
+    for dtype in ("float32", "bfloat16"):
+        assert measured(settings(dtype=dtype)) == Measured(dtype, 1e12)  # type: ignore[arg-type]
+        asked = settings(steps=None, minutes=1.0, dtype=dtype)
+        assert measured(asked, steps_known=True) == Measured(dtype, 1e12)  # type: ignore[arg-type]
 
 
 def test_steps_that_fit_the_minutes(timings: dict[torch.dtype, float]):
     timings[torch.bfloat16] = 0.5
-    found = chosen(settings(steps=None, minutes=10.0))
+    found = measured(settings(steps=None, minutes=10.0))
     assert found.dtype == "bfloat16"
     assert found.steps is not None
     assert found.eval_every is not None
     looks = -(-found.steps // found.eval_every)
     used = found.steps * 0.5 + looks * 2.0  # of 600 seconds
     assert 595 < used <= 600
-    assert chosen(settings(steps=None, minutes=10.0, eval_every=50)).eval_every == 50
+    assert measured(settings(steps=None, minutes=10.0, eval_every=50)).eval_every == 50
 
 
 @pytest.mark.parametrize("left_s", [-5.0, 0.0, 0.3, 7.0, 60.0, 3600.0])
 @pytest.mark.parametrize("step_s", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize("look_s", [0.0, 0.5, 30.0])
 @pytest.mark.parametrize("eval_every", [None, 1, 25])
-def test_a_budget_holds_its_steps_and_looks(
+def test_a_time_budget_holds_its_steps_and_evaluations(
     left_s: float, step_s: float, look_s: float, eval_every: int | None
 ):
     steps, every = fit(left_s, step_s, look_s, eval_every)
@@ -113,9 +103,9 @@ def test_emulated_bfloat16_is_not_even_tried(
 ):
     monkeypatch.setattr(measure, "multiplies_bfloat16", lambda device: False)
     timings[torch.bfloat16] = 0.1
-    assert chosen(settings()).dtype == "float32"
+    assert measured(settings()).dtype == "float32"
     monkeypatch.setattr(measure, "_step_seconds", refuse)
-    assert chosen(settings()).dtype == "float32"
+    assert measured(settings()).dtype == "float32"
 
 
 class Clock:
@@ -137,7 +127,7 @@ class Clock:
 
 def test_a_hopeless_dtype_is_given_up_after_one_step(monkeypatch: pytest.MonkeyPatch):
     clock = Clock(monkeypatch, {torch.float32: 0.5, torch.bfloat16: 5.0})
-    assert chosen(settings()).dtype == "float32"
+    assert measured(settings()).dtype == "float32"
     assert clock.steps.count(torch.bfloat16) == 1
     assert clock.steps.count(torch.float32) == 1 + 6  # 3 seconds of them
 
@@ -147,39 +137,40 @@ def test_timing_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch, minutes: Any,
     """Never more than one step of each dtype past the limit."""
     for step_s in (0.1, 1.0, 7.0, 30.0):
         clock = Clock(monkeypatch, {torch.float32: step_s, torch.bfloat16: step_s})
-        chosen(settings(minutes=minutes, steps=None if minutes else 5))
+        measured(settings(minutes=minutes, steps=None if minutes else 5))
         assert clock.now <= max(limit_s, 2 * step_s)
 
 
-def test_a_long_evaluation_is_foretold_from_a_step(monkeypatch: pytest.MonkeyPatch):
+def test_a_long_evaluation_is_predicted_from_a_step(monkeypatch: pytest.MonkeyPatch):
     clock = Clock(monkeypatch, {torch.float32: 1.0})
 
-    def look(model: Any, dtype: Any) -> dict[str, Any]:
+    def read(model: Any, dtype: Any) -> dict[str, Any]:
         clock.now += 100.0
         return {}
 
     class Scratch:
         model, dtype = None, torch.float32
 
-    found = measure._look_seconds(Scratch(), [Probe(look, tokens=1000)], 0.1, until=20.0)  # type: ignore[arg-type]
+    found = measure._probe_seconds(Scratch(), [Probe(read, tokens=1000)], 0.1, until=20.0)  # type: ignore[arg-type]
     assert found == pytest.approx(1000 * 0.1 * measure._FORWARD_SHARE)
     assert clock.now == 0
-    assert measure._look_seconds(Scratch(), [Probe(look, tokens=10)], 0.1, until=20.0) == 100.0  # type: ignore[arg-type]
+    assert measure._probe_seconds(Scratch(), [Probe(read, tokens=10)], 0.1, until=20.0) == 100.0  # type: ignore[arg-type]
 
 
-def test_a_step_is_foretold_from_one_microbatch():
+def test_a_step_is_predicted_from_one_microbatch():
     trainer = trainer_of(accumulation=4)
     began = trainer.step
     assert measure._step_seconds(trainer) > 0
     assert trainer.step == began
 
 
-def test_every_look_is_timed_once():
+def test_every_probe_is_timed_once(monkeypatch: pytest.MonkeyPatch):
     seen: list[tuple[object, object]] = []
     trainer = trainer_of()
-    looks = [Probe(lambda model, dtype: seen.append((model, dtype)) or {}) for _ in range(3)]
-    asked = settings(steps=None, minutes=0.01, dtype="float32", chosen=Chosen(peak_flops=1.0))
-    found = choose(asked, lambda dtype: trainer, looks, CPU, step_tokens=100)
+    probes = [Probe(lambda model, dtype: seen.append((model, dtype)) or {}) for _ in range(3)]
+    asked = settings(steps=None, minutes=0.01, dtype="float32")
+    monkeypatch.setattr(measure, "matmul_flops", lambda *_: 1.0)
+    found = measure.measure(asked, lambda dtype: trainer, probes, CPU, step_tokens=100)
     assert seen == [(trainer.model, torch.float32)] * 3
     assert found.steps is not None
     assert 1 <= found.steps < 600  # a step takes more than a millisecond
@@ -203,22 +194,21 @@ def losses(out: Path, asked: TrainSettings) -> list[float]:
 def test_measuring_leaves_no_trace_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Dropout draws from the global random state, which measuring uses too."""
     asked = settings(steps=6, sequence_length=12, batch_tokens=48)
-    known = Chosen(dtype="float32", peak_flops=1e9)
     with monkeypatch.context() as patch:
         patch.setattr(measure, "_step_seconds", refuse)
-        patch.setattr(measure, "matmul_flops", refuse)
-        quiet = losses(tmp_path / "known", replace(asked, chosen=known))
+        patch.setattr(measure, "matmul_flops", lambda *_: 1e9)
+        quiet = losses(tmp_path / "known", replace(asked, dtype="float32"))
     monkeypatch.setattr(measure, "multiplies_bfloat16", lambda device: True)
-    measured: list[torch.dtype] = []
+    timed: list[torch.dtype] = []
     stopwatch = measure._step_seconds
 
     def noted(trainer: Any, *more: Any) -> float:
-        measured.append(trainer.dtype)
+        timed.append(trainer.dtype)
         stopwatch(trainer, *more)
         return {torch.float32: 1.0, torch.bfloat16: 2.0}[trainer.dtype]
 
     monkeypatch.setattr(measure, "_step_seconds", noted)
     torch.manual_seed(1234)
     assert losses(tmp_path / "measured", asked) == quiet
-    assert set(measured) == {torch.float32, torch.bfloat16}
+    assert set(timed) == {torch.float32, torch.bfloat16}
     assert len(quiet) == 6

@@ -1,7 +1,8 @@
-"""What is checked before a preference or RL run: the silent bugs of the field.
+"""Checks before a preference or RL run, one for each silent bug known from RLHF implementations.
 
-None of them stops a run; each makes it learn something else than was meant. A check is a pure
-function of what was measured: it names itself, says what was found, and what to do where it fails.
+These bugs raise no error: the run trains, but not what was intended. Each check is a pure function
+of measured values (run_checks.py measures them) and returns its name, what it found and should
+find, and the remedy.
 """
 
 import math
@@ -11,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openpalm.align.pairs.pairs import PairRecord
+from openpalm.align.pairs.examples import PreferenceExample
 from openpalm.align.rollouts.advantages import zero_variance
-from openpalm.align.rollouts.rollout_batch import Answer
+from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.data.batches.loader import IGNORE
 from openpalm.data.text.conversation import Example
 from openpalm.model import lora
@@ -21,10 +22,12 @@ from openpalm.model.transformer import Transformer
 from openpalm.train.optimization.parameter_groups import Optimizer
 
 TOLERANCE = 1e-5
-"""Of log-probabilities in float32, for each nat of the largest one."""
+"""Largest difference of float32 log-probabilities, relative to the largest one if above 1 nat."""
 
 
 class Check(NamedTuple):
+    """The result of a check; `found` and `remedy` are sentences for the user."""
+
     name: str
     ok: bool
     found: str
@@ -32,218 +35,243 @@ class Check(NamedTuple):
 
 
 class PromptedExample(NamedTuple):
-    """A prompt's ids as an answer is asked for, and the conversation with the answer."""
+    """A prompt as generation renders it, and the conversation with completion as training does."""
 
-    before: list[int]
-    whole: Example
+    prompt_ids: list[int]
+    conversation: Example
 
 
-def check_prefix(examples: Sequence[PromptedExample]) -> Check:
-    """A prompt is read as in training, and its answer is what is learnt."""
-    wrong = [
-        number
-        for number, (before, whole) in enumerate(examples)
-        if whole.ids[: len(before)] != before
-        or whole.loss_mask[len(before) - 1 : len(before) + 1] != [False, True]
-    ]
+# The data.
+
+
+def check_loss_mask(examples: Sequence[PromptedExample]) -> Check:
+    """The prompt has the same ids in generation and training, and the loss begins right after."""
+    wrong = sum(
+        whole.ids[: len(prompt)] != prompt
+        or whole.loss_mask[len(prompt) - 1 : len(prompt) + 1] != [False, True]
+        for prompt, whole in examples
+    )
     return Check(
-        "masks follow the template",
-        not wrong,
-        f"the loss of {len(wrong)} of {len(examples)} answers does not begin behind their prompt",
-        "a prompt's ids must be a prefix of the conversation's: render both with "
-        "openpalm.data.text.conversation, and with the checkpoint's own tokenizer",
+        "loss mask starts at the completion",
+        wrong == 0,
+        f"in {wrong} of {len(examples)} examples the loss does not start where the prompt ends; "
+        "should be 0",
+        "the prompt's ids must be a prefix of the conversation's ids: render both with "
+        "openpalm.data.text.conversation and with the checkpoint's own tokenizer",
     )
 
 
-def check_end(examples: Sequence[PromptedExample], stop_ids: frozenset[int]) -> Check:
-    """Every answer's end marker is supervised."""
+def check_end_marker(examples: Sequence[PromptedExample], stop_ids: frozenset[int]) -> Check:
+    """Every completion ends with an end marker under the loss."""
     without = sum(not (whole.ids[-1] in stop_ids and whole.loss_mask[-1]) for _, whole in examples)
     return Check(
-        "the end marker is learnt",
+        "end marker is in the loss",
         without == 0,
-        f"{without} of {len(examples)} answers have no end marker in the loss",
-        "take a tokenizer with <|end|> or an end of text, and do not use it as padding",
+        f"{without} of {len(examples)} completions have no end marker in the loss; should be 0",
+        "use a tokenizer with <|end|> or an end-of-text token, and another token for padding",
     )
 
 
-def check_ended(answers: Sequence[Answer]) -> Check:
-    """The model sometimes ends its answers."""
-    ended = sum(answer.ended for answer in answers)
+def check_different(pairs: Sequence[PreferenceExample]) -> Check:
+    """Chosen and rejected completions differ, and no margin is negative."""
+    equal = sum(chosen.ids == rejected.ids for chosen, rejected in (p.completions for p in pairs))
+    negative = sum(pair.label < 0 for pair in pairs)
     return Check(
-        "answers come to an end",
+        "chosen and rejected differ",
+        equal == negative == 0,
+        f"of {len(pairs)} pairs {equal} have equal completions and {negative} a negative margin; "
+        "both should be 0",
+        "remove equal pairs; in pairs with a negative margin swap chosen and rejected",
+    )
+
+
+# Completions and log-probabilities.
+
+
+def check_completions_end(completions: Sequence[Completion]) -> Check:
+    """The model sometimes samples an end marker."""
+    ended = sum(completion.ended for completion in completions)
+    return Check(
+        "model ends its completions",
         ended > 0,
-        f"{ended} of {len(answers)} sampled answers end before they are cut",
+        f"{ended} of {len(completions)} sampled completions end before --max-new-tokens; should "
+        "be 1 or more",
         "fine-tune the checkpoint with `openpalm sft` first, or raise --max-new-tokens",
     )
 
 
 def check_sampler(sampled: Tensor, trained: Tensor) -> Check:
-    """The engine's log-probabilities [tokens] are those that are trained on."""
-    apart, allowed = _apart(sampled, trained)
+    """Log-probabilities [tokens] of the engine equal those that training computes."""
+    difference, allowed = _difference(sampled, trained)
     return Check(
-        "the sampler is the trained policy",
-        apart <= allowed,
-        f"log-probabilities of the answers differ by {apart:.2g} (allowed {allowed:.2g})",
-        "sample from the live weights in float32, without top-k and top-p, at the trained "
-        "temperature; --rollout-weights corrects for fewer bits",
+        "sampler and trained policy agree",
+        difference <= allowed,
+        f"log-probabilities of sampled tokens differ by up to {difference:.2g} nats; should be at "
+        f"most {allowed:.2g}",
+        "sample from the current weights in float32, without top-k and top-p, at the training "
+        "temperature; --rollout-dtype corrects for fewer bits",
     )
 
 
 def check_dropout(first: Tensor, second: Tensor) -> Check:
-    """Two looks at the same answers see the same."""
-    same = torch.equal(first, second)
-    apart = (first - second).abs().max().item()
+    """Two passes over the same completions give equal log-probabilities."""
+    difference = (first - second).abs().max().item()
     return Check(
         "dropout is off",
-        same,
-        "two looks are equal" if same else f"two looks at the same answers differ by {apart:.2g}",
-        "put the model into eval mode where old log-probabilities are computed",
+        torch.equal(first, second),
+        f"log-probabilities of two passes differ by {difference:.2g} nats; should be 0",
+        "call model.eval() before computing log-probabilities",
     )
 
 
 def check_ratio(old: Tensor, now: Tensor, mask: Tensor) -> Check:
-    """The probability ratio of a policy that has not moved is one, on every token."""
-    apart, allowed = _apart(old[mask], now[mask])
+    """The probability ratio of an unchanged policy is 1 on every token."""
+    difference, allowed = _difference(old[mask], now[mask])
     return Check(
-        "the ratio is 1 at step 0",
-        apart <= allowed,
-        f"the ratio of the unchanged policy is up to {math.exp(min(apart, 700)):.6f}",
-        "old log-probabilities must be of the same weights, temperature and tokens as new ones",
+        "probability ratio is 1 at step 0",
+        difference <= allowed,
+        f"the ratio of the unchanged policy is up to {math.exp(min(difference, 700)):.6f}; should "
+        "be 1",
+        "compute old and new log-probabilities from the same weights, temperature and tokens",
     )
 
 
 def check_reference(policy: Tensor, reference: Tensor, mask: Tensor) -> Check:
-    """A run begins at its reference."""
-    apart, allowed = _apart(policy[mask], reference[mask])
+    """The run starts at its reference model."""
+    difference, allowed = _difference(policy[mask], reference[mask])
     return Check(
         "KL to the reference is 0 at step 0",
-        apart <= allowed,
-        f"policy and reference differ by up to {apart:.2g} nats a token (allowed {allowed:.2g})",
-        "the reference must be the very checkpoint that --init names; a fresh adapter adds nothing",
+        difference <= allowed,
+        f"policy and reference differ by up to {difference:.2g} nats per token; should be at most "
+        f"{allowed:.2g}",
+        "the reference must be the checkpoint that --init names; a new adapter must add nothing",
     )
 
 
-def check_kept(before: str, after: str) -> Check:
-    """Digests of the reference's weights, before and after a step of the policy."""
+def check_pair_loss(loss: float) -> Check:
+    """The DPO loss of a policy equal to its reference is log 2."""
     return Check(
-        "the reference stays as it is",
-        before == after,
-        "its weights are the same" if before == after else "a step changed its weights",
-        "the reference must share no parameter with the policy, and be in no optimizer",
+        "DPO loss is ln 2 at step 0",
+        abs(loss - math.log(2)) <= 1e-4,
+        f"the loss is {loss:.4f}; should be {math.log(2):.4f}",
+        "compute the reference's log-probabilities over the same tokens as the policy's, from the "
+        "checkpoint that --init names",
     )
+
+
+# Rewards.
 
 
 def check_finite(rewards: Sequence[float]) -> Check:
-    """Rewards are numbers."""
-    odd = sum(not math.isfinite(reward) for reward in rewards)
+    """No reward is nan or infinite."""
+    wrong = sum(not math.isfinite(reward) for reward in rewards)
     return Check(
         "rewards are finite",
-        odd == 0,
-        f"{odd} of {len(rewards)} rewards are nan or infinite",
-        "make the reward return a finite number for every answer, the empty one too",
+        wrong == 0,
+        f"{wrong} of {len(rewards)} rewards are nan or infinite; should be 0",
+        "return a finite number for every completion, the empty one included",
     )
 
 
-def check_varying(rewards: Sequence[float], answers: int) -> Check:
-    """Some prompt's answers differ in worth; `answers` to a prompt, one after another."""
-    equal = zero_variance(torch.tensor(rewards), answers)
+def check_varying(rewards: Sequence[float], num_completions: int) -> Check:
+    """The completions of some prompt have different rewards; rewards are in order of prompts."""
+    equal = zero_variance(torch.tensor(rewards), num_completions)
     return Check(
         "rewards vary",
         not bool(equal.all()),
-        f"{int(equal.sum())} of {len(equal)} prompts have equal rewards for all their answers",
-        "nothing can be learnt from equal rewards: take easier prompts, more --answers, a higher "
-        "--temperature, or a reward that tells answers apart",
+        f"{int(equal.sum())} of {len(equal)} prompts have equal rewards for all completions; "
+        "should not be all",
+        "equal rewards teach nothing: use easier prompts, more --num-completions, a higher "
+        "--temperature, or a reward that distinguishes completions",
     )
 
 
-def check_alone(together: Sequence[float], alone: Sequence[float]) -> Check:
-    """An answer is worth the same whatever is rewarded, and padded, beside it."""
-    pairs = zip(together, alone, strict=True)
-    apart = max(abs(a - b) for a, b in pairs)
-    allowed = 1e-4 * max(1.0, *map(abs, together))
+def check_batch_independent(batched: Sequence[float], alone: Sequence[float]) -> Check:
+    """A completion has the same reward in a batch, where it may be padded, and alone."""
+    difference = max(abs(a - b) for a, b in zip(batched, alone, strict=True))
+    allowed = 1e-4 * max(1.0, *map(abs, batched))
     return Check(
-        "a reward reads its own answer",
-        apart <= allowed,
-        f"rewards differ by up to {apart:.2g} where answers are rewarded one at a time",
-        "the reward must read the last real token and not the padding, and draw nothing at random",
+        "reward is independent of the batch",
+        difference <= allowed,
+        f"rewards of single completions differ from rewards in a batch by up to {difference:.2g}; "
+        f"should be at most {allowed:.2g}",
+        "read the last real token, not the padding, and use no random numbers in the reward",
     )
 
 
-def check_place(placed: Tensor, rewards: Tensor, mask: Tensor) -> Check:
-    """Rewards [rows] lie on the last real token of their answer, in placed [rows, time]."""
+def check_reward_position(placed: Tensor, rewards: Tensor, mask: Tensor) -> Check:
+    """Each of the rewards [rows] is on the last real token of its completion.
+
+    placed: float [rows, time], rewards of tokens; mask: bool [rows, time], completion tokens.
+    """
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).amax(dim=-1)
     wanted = torch.zeros_like(placed).scatter_(1, last[:, None], rewards[:, None])
     wrong = int((placed != wanted).any(dim=-1).sum())
     return Check(
-        "a reward lies on the last token",
+        "reward is on the last token",
         wrong == 0,
-        f"{wrong} of {len(rewards)} rewards lie elsewhere",
-        "put it on the answer's last real token, also where the answer was cut",
-    )
-
-
-def check_different(pairs: Sequence[PairRecord]) -> Check:
-    """Chosen and rejected are two answers, and no margin says the opposite."""
-    equal = sum(pair.chosen.ids == pair.rejected.ids for pair in pairs)
-    negative = sum(pair.label < 0 for pair in pairs)
-    return Check(
-        "chosen and rejected differ",
-        equal == negative == 0,
-        f"of {len(pairs)} pairs {equal} are equal and {negative} have a margin below 0",
-        "leave equal pairs out; where a margin is below 0, chosen and rejected are swapped",
+        f"{wrong} of {len(rewards)} rewards are on other tokens; should be 0",
+        "put the reward on the last real token of the completion, also of a truncated one",
     )
 
 
 def check_order(chosen: Sequence[float], rejected: Sequence[float]) -> Check:
-    """The reward likes the chosen answers at least as often as the rejected ones."""
+    """The reward prefers the chosen completion at least as often as the rejected one."""
     both = list(zip(chosen, rejected, strict=True))
     better, worse = sum(a > b for a, b in both), sum(a < b for a, b in both)
     return Check(
         "chosen and rejected are not swapped",
         better >= worse,
-        f"the reward likes the chosen answer more in {better} of {len(both)} pairs, "
-        f"less in {worse}",
-        "exchange chosen and rejected, or the sign of the reward, whichever is wrong",
+        f"of {len(both)} pairs the reward prefers the chosen completion in {better}, the rejected "
+        f"one in {worse}; the first number should not be smaller",
+        "swap chosen and rejected, or change the sign of the reward, whichever is wrong",
     )
 
 
-def check_pair_loss(loss: float) -> Check:
-    """The DPO loss of a policy that is its reference is log 2."""
-    return Check(
-        "the DPO loss is ln 2 at step 0",
-        abs(loss - math.log(2)) <= 1e-4,
-        f"it is {loss:.4f} (ln 2 is {math.log(2):.4f})",
-        "the reference's log-probabilities must be of the same tokens as the policy's, and of the "
-        "checkpoint that --init names",
-    )
+# The optimizer step.
 
 
 def check_optimizer(model: Transformer, optimizer: Optimizer) -> Check:
-    """What shall learn is in the optimizer, and nothing else; of an adapter all its factors."""
+    """The optimizer holds exactly the trained parameters: of an adapter, all its factors."""
     held = {id(p) for part in optimizer.parts for g in part.param_groups for p in g["params"]}
     adapter = lora.adapter_parameters(model)
-    wanted = {
+    trained = {
         name: parameter
         for name, parameter in model.named_parameters()
         if (name in adapter if adapter else parameter.requires_grad)
     }
-    missing = [name for name, parameter in wanted.items() if id(parameter) not in held]
-    extra = len(held) - (len(wanted) - len(missing))
+    missing = [name for name, parameter in trained.items() if id(parameter) not in held]
+    extra = len(held) - (len(trained) - len(missing))
     return Check(
-        "what learns is in the optimizer",
-        bool(wanted) and not missing and extra == 0,
-        f"{len(wanted)} tensors shall learn, {len(missing)} of them are not in the optimizer, "
-        f"{extra} others are",
-        "attach the adapter before the optimizer is made",
+        "optimizer holds the trained parameters",
+        bool(trained) and not missing and extra == 0,
+        f"of {len(trained)} trained tensors {len(missing)} are not in the optimizer, and {extra} "
+        "other tensors are; both should be 0",
+        "attach the adapter before creating the optimizer",
     )
 
 
-Losses = Callable[[Tensor, Tensor], Tensor]
+def check_frozen_reference(before: str, after: str) -> Check:
+    """Digests of the reference's weights before and after a step of the policy are equal."""
+    same = before == after
+    return Check(
+        "reference weights are frozen",
+        same,
+        f"a training step {'leaves' if same else 'changes'} the reference's weights"
+        + ("" if same else "; they should stay the same"),
+        "the reference must share no parameter with the policy and be in no optimizer",
+    )
+
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 """The scalar loss of inputs and targets."""
 
 
-def check_masked(model: Transformer, loss_of: Losses, inputs: Tensor, targets: Tensor) -> Check:
-    """What stands behind an answer changes no gradient."""
+def check_masked(
+    model: Transformer, loss_of: LossFunction, inputs: Tensor, targets: Tensor
+) -> Check:
+    """Tokens after the completion do not change the gradient."""
+    # Reversed cumulative maximum: True up to the last target of each row.
     real = (targets != IGNORE).flip(-1).cummax(dim=-1).values.flip(-1)
     gradients = []
     for filler in (0, model.config.vocab_size - 1):
@@ -253,19 +281,19 @@ def check_masked(model: Transformer, loss_of: Losses, inputs: Tensor, targets: T
             torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         )
     model.zero_grad()
-    apart = (gradients[0] - gradients[1]).abs().max().item()
+    difference = (gradients[0] - gradients[1]).abs().max().item()
     allowed = TOLERANCE * gradients[0].abs().max().item()
     return Check(
         "masked tokens have no gradient",
-        apart <= allowed,
-        f"other padding changes the gradient by {apart:.2g} (allowed {allowed:.2g})",
-        "sum the loss over the mask alone, and divide by what the mask counts",
+        difference <= allowed,
+        f"other padding changes the gradient by {difference:.2g}; should be at most {allowed:.2g}",
+        "sum the loss over the mask only, and divide by the number of tokens in the mask",
     )
 
 
-def _apart(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """How far log-probabilities are apart at most, and may be; nan is as far as can be."""
-    apart = (a - b).abs().max().item()
-    if not math.isfinite(apart):
+def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """The largest difference of log-probabilities, infinite for nan, and the allowed one."""
+    difference = (a - b).abs().max().item()
+    if not math.isfinite(difference):
         return math.inf, TOLERANCE
-    return apart, TOLERANCE * max(1.0, b.abs().max().item())
+    return difference, TOLERANCE * max(1.0, b.abs().max().item())

@@ -1,72 +1,66 @@
-"""Best of n: draw n answers, keep the one that the reward likes most (Stiennon et al. 2020; Nakano
-et al. 2021, "WebGPT", section 3.2).
+"""Best-of-n sampling: sample n completions, keep the one with the highest reward.
 
-No weight changes, so nothing can diverge, and the best answers are demonstrations for supervised
-fine-tuning (rejection sampling; Touvron et al. 2023, "Llama 2", section 3.2.3). How far the best of
-n can be from the policy that drew them is known beforehand:
+Stiennon et al. 2020; Nakano et al. 2021, "WebGPT", section 3.2. No weight changes, so nothing can
+diverge, and the best completions are demonstrations for supervised fine-tuning (rejection sampling;
+Touvron et al. 2023, "Llama 2", section 3.2.3). The KL divergence from the policy is bounded before
+anything is sampled:
 
     KL(best of n || policy) <= log n - (n - 1) / n        Stiennon et al. 2020, appendix G.3
 
-an equality where no two answers have the same reward and each is improbable, an upper bound always
-(Beirami et al. 2024, "Theoretical guarantees on the alignment of best-of-n policies"). What a
-smaller n would have reached is told by the same draws: with r_1 <= ... <= r_N the mean of the
-maximum over all their subsets of n,
+It is always an upper bound, and an equality where rewards differ and each completion is improbable
+(Beirami et al. 2024, "Theoretical guarantees on the alignment of best-of-n policies"). The same
+samples also estimate the reward of a smaller n: with N rewards r_1 <= ... <= r_N,
 
     sum_i  C(i - 1, n - 1) / C(N, n)  r_i
 
-is an unbiased estimate of the expected best of n (Nakano et al. 2021, appendix I).
+is the mean of the maximum over all subsets of n of them, an unbiased estimate of the expected
+best of n (Nakano et al. 2021, appendix I). Averaging over all subsets has less variance than
+splitting the samples into groups of n.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from openpalm.align.rollouts.rollout import answers_of, seed_of
-from openpalm.align.rollouts.rollout_batch import Answer
-from openpalm.generate.engine import Engine, Request
-from openpalm.generate.sampling import Sampling
+from openpalm.align.rollouts.rollout_batch import Completion
+from openpalm.align.rollouts.sampler import sample_completions
+from openpalm.generate.engine import Engine
 
 
-class Draw(NamedTuple):
-    """How answers are drawn; the same draw of the same model gives the same answers."""
+class SamplingPlan(NamedTuple):
+    """How completions are sampled; equal plans and models give equal completions."""
 
-    each: int
-    """answers to a prompt"""
+    per_prompt: int
+    """completions per prompt"""
     max_new_tokens: int
     temperature: float
     seed: int
 
-    def answers(
+    def sample(
         self,
         engine: Engine,
         prompts: Sequence[Sequence[int]],
         chosen: Sequence[int],
         stop_ids: frozenset[int],
-    ) -> list[Answer]:
-        """`each` answers to every prompt of `chosen`, whichever others are drawn with them."""
-        asked = [prompt for prompt in chosen for _ in range(self.each)]
-        draws = [prompt * self.each + i for prompt in chosen for i in range(self.each)]
-        requests = [
-            Request(
-                prompts[prompt],
-                self.max_new_tokens,
-                Sampling(self.temperature, seed=seed_of(self.seed, draw)),
-                stop_ids,
-            )
-            for prompt, draw in zip(asked, draws, strict=True)
-        ]
-        return answers_of(engine, requests, asked)
+    ) -> list[Completion]:
+        """`per_prompt` completions of every prompt of `chosen`.
+
+        Seeds depend on the number of prompt and completion only, so the completions are the same
+        with any other prompts in `chosen`.
+        """
+        draws = [(p, p * self.per_prompt + i) for p in chosen for i in range(self.per_prompt)]
+        return sample_completions(engine, prompts, draws, stop_ids, self)
 
 
-def best_of(rewards: Sequence[float]) -> tuple[int, int]:
-    """Which is the best and which the worst; of equal ones the first."""
+def best_and_worst(rewards: Sequence[float]) -> tuple[int, int]:
+    """Places of the highest and the lowest reward; among equals the first."""
     places = range(len(rewards))
     return max(places, key=rewards.__getitem__), min(places, key=rewards.__getitem__)
 
 
 def expected_maximum(rewards: Sequence[float], n: int) -> float:
-    """Unbiased estimate, from at least n independent draws, of the expected best of n."""
-    assert 1 <= n <= len(rewards), "needs as many draws as it is the best of"
+    """Unbiased estimate of the expected best of n, from at least n independent samples."""
+    assert 1 <= n <= len(rewards), "needs at least n samples"
     subsets = math.comb(len(rewards), n)
     return math.fsum(
         math.comb(i, n - 1) / subsets * reward for i, reward in enumerate(sorted(rewards))
@@ -74,12 +68,12 @@ def expected_maximum(rewards: Sequence[float], n: int) -> float:
 
 
 def kl_bound(n: int) -> float:
-    """Nats that the best of n answers is away from the policy, at most."""
+    """Upper bound of KL(best of n || policy), in nats."""
     return math.log(n) - (n - 1) / n
 
 
 def summary(rows: Sequence[dict[str, Any]], n: int) -> dict[str, Any]:
-    """Figures over prompts; each row has the `rewards` of its n answers."""
+    """Means over prompts; each row has the `rewards` of its n completions."""
 
     def mean(k: int) -> float:
         return math.fsum(expected_maximum(row["rewards"], k) for row in rows) / len(rows)
@@ -95,8 +89,11 @@ def summary(rows: Sequence[dict[str, Any]], n: int) -> dict[str, Any]:
     }
 
 
-def pairs(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Best against worst, where there is a difference; the margin is that of their rewards."""
+def best_worst_pairs(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The best as chosen, the worst as rejected; rows without a difference give no pair.
+
+    The margin is the difference of the rewards.
+    """
     for row in rows:
         best, worst = row["completion"], row["worst"]
         margin = max(row["rewards"]) - min(row["rewards"])

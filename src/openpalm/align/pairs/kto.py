@@ -1,172 +1,133 @@
-"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024): answers that are good or bad alone.
+"""Kahneman-Tversky optimisation (KTO, Ethayarajh et al. 2024): completions labelled good or bad.
 
-For a prompt x and an answer y, with the policy pi and the reference ref (their equations 7 to 9):
+KTO needs no pairs: every completion y of a prompt x has a label of its own, desirable or
+undesirable. With the policy pi and the reference ref (the paper's equations 7 to 9):
 
-    r(x, y) = log(pi(y|x) / ref(y|x))                                   the implied reward
-    z0      = max(0, mean over the batch of log(pi(y'|x) / ref(y'|x)))  where people stand
-    v(x, y) = lambda_D s(beta (r - z0))  if y is good                   what y is worth to them
-              lambda_U s(beta (z0 - r))  if y is bad
+    r(x, y) = log(pi(y|x) / ref(y|x))                          implied reward
+    z0      = max(0, batch mean of log(pi(y'|x) / ref(y'|x)))  reference point, estimates KL(pi|ref)
+    v(x, y) = lambda_D sigmoid(beta (r - z0))                  value of a desirable completion
+              lambda_U sigmoid(beta (z0 - r))                  value of an undesirable completion
     loss    = lambda_y - v(x, y)
 
-s is the logistic function. y' is an answer to another prompt: z0 estimates KL(pi || ref), and no
-gradient goes through it. Unlike a pair's, a verdict's loss is bounded: what is hopeless is let go.
-Where good and bad verdicts are not equally many, the paper asks that lambda_D times the good ones
-be 1 to 4/3 times lambda_U times the bad ones.
+y' is a mismatched completion: one that answers another prompt. No gradient flows through z0. Each
+loss lies between 0 and lambda_y, so a hopeless completion stops pulling. Where the numbers of
+desirable and undesirable completions differ, the paper wants lambda_D n_D / (lambda_U n_U) to be
+between 1 and 4/3.
 
-A departure: y' is not drawn from the batch but is, for the whole run, the answer to the next other
-prompt in the file, so that the reference's part of z0 is computed once before the run like all of
-the reference. And z0 is of a microbatch: unlike our other losses this one depends on how a step's
-verdicts are cut into microbatches, though the gradient of each verdict only through z0.
+Departures. The paper draws y' from the batch; here it is, for the whole run, the completion of the
+next other prompt in the file, so the reference model scores it once before the run. And z0 is the
+mean of a microbatch: unlike our other losses, this one depends on how a step is divided into
+microbatches, though only through z0.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from openpalm.align.config import DpoSettings
 from openpalm.align.logprobs import token_log_probs
-from openpalm.align.pairs import pairs
-from openpalm.align.pairs.pairs import PairBatch, PairRecord, answer_record, fitted
-from openpalm.data.rows.preferences import Usable, Verdict
+from openpalm.align.pairs.examples import PreferenceBatch, PreferenceExample
 from openpalm.data.text.conversation import Example
-from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, count_of
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Metrics
 
 
-@dataclass(frozen=True, slots=True)
-class VerdictRecord:
-    """An answer and, after the same prompt, the answer to another; the first is good or bad."""
-
-    pair: PairRecord
-    good: bool
-
-    @property
-    def sides(self) -> tuple[Example, ...]:
-        return self.pair.sides
-
-    @property
-    def label(self) -> float:
-        return float(self.good)
-
-
-@dataclass(frozen=True, slots=True)
-class VerdictBatch:
-    """answers: two rows a verdict, the judged answers' half first; good: bool [verdicts]."""
-
-    answers: PairBatch
-    good: Tensor
-
-    def to(self, device: torch.device | str) -> "VerdictBatch":
-        return VerdictBatch(self.answers.to(device), self.good.to(device))
-
-
-class VerdictObjective:
-    """Sums the loss over verdicts."""
+class KtoObjective:
+    """Sums the KTO loss over labelled completions, each with its mismatched completion."""
 
     def __init__(self, settings: DpoSettings):
         self.settings = settings
 
-    def count(self, batch: VerdictBatch, /) -> int:
-        """Verdicts."""
-        return len(batch.good)
+    def count(self, batch: PreferenceBatch, /) -> int:
+        """Labelled completions."""
+        return len(batch)
 
-    def loss(self, model: Transformer, batch: VerdictBatch, /) -> tuple[Tensor, Metrics]:
-        answers = batch.answers
-        halves = (t.chunk(2) for t in (answers.inputs, answers.targets, answers.reference))
-        judged, others = zip(*halves, strict=True)
+    def loss(self, model: Transformer, batch: PreferenceBatch, /) -> tuple[Tensor, Metrics]:
+        halves = (t.chunk(2) for t in (batch.inputs, batch.targets, batch.reference))
+        labelled, mismatched = zip(*halves, strict=True)
         with torch.no_grad():
-            stands = reference_point(_log_ratios(model, *others))
-        losses, gains = verdict_losses(
-            self.settings, _log_ratios(model, *judged), stands, batch.good
+            z0 = reference_point(_log_ratios(model, *mismatched))
+        losses, gains = kto_losses(
+            self.settings, _log_ratios(model, *labelled), z0, desirable=batch.labels > 0
         )
         metrics = {
             "accuracy": (gains > 0).float().sum().item(),
             "reward_margin": gains.sum().item(),
-            "kl": stands.item() * len(losses),
+            "kl": z0.item() * len(losses),
         }
         return losses.sum(), metrics
 
 
-def verdict_losses(
-    settings: DpoSettings, log_ratios: Tensor, stands: Tensor, good: Tensor
+def kto_losses(
+    settings: DpoSettings, log_ratios: Tensor, z0: Tensor, desirable: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Losses, and by how much each implied reward, times beta, is on the right side of z0.
+    """Losses, and beta (r - z0) with the sign of the label: above 0 is on the right side.
 
-    log_ratios: r of the judged answers [verdicts]; stands: z0; good: bool [verdicts].
+    log_ratios: r, float [completions]; z0: the reference point; desirable: bool [completions].
     """
-    sign = torch.where(good, 1.0, -1.0)
-    weights = torch.where(good, settings.desirable_weight, settings.undesirable_weight)
-    gains = sign * settings.strength * (log_ratios - stands)
+    sign = torch.where(desirable, 1.0, -1.0)
+    weights = torch.where(desirable, settings.desirable_weight, settings.undesirable_weight)
+    gains = sign * settings.resolved_beta * (log_ratios - z0)
     return weights * (1 - gains.sigmoid()), gains.detach()
 
 
 def reference_point(log_ratios: Tensor) -> Tensor:
-    """z0 of the log-ratios of answers to other prompts."""
+    """z0, from the log-ratios of mismatched completions."""
     return log_ratios.mean().clamp_min(0)
 
 
-def records(
-    tokenizer: Tokenizer, verdicts: Usable[Verdict], sequence_length: int
-) -> Usable[VerdictRecord]:
-    """The verdicts that fit, and why the others are left out; answers to other prompts are cut.
+def _log_ratios(model: Transformer, inputs: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
+    return token_log_probs(model, inputs, targets).sum(dim=-1) - reference
 
-    Raises DataError where all are of one prompt.
+
+def with_mismatched(
+    examples: Sequence[PreferenceExample], sequence_length: int
+) -> list[PreferenceExample]:
+    """Adds to each example, as its second completion, the completion of the next other prompt.
+
+    A mismatched completion that is too long is cut. Raises DataError where all examples have one
+    prompt.
     """
-
-    def fitting(verdict: Verdict) -> tuple[Verdict, Example] | str:
-        made = answer_record(tokenizer, verdict.prompt, verdict.answer)
-        answer = fitted(made, sequence_length + 1)
-        return answer if isinstance(answer, str) else (verdict, answer)
-
-    found = verdicts.then(fitting)
-    partners = others([verdict.prompt for verdict, _ in found.items]) if found.items else []
-    after = [found.items[i][1] for i in partners]
-    made = [
-        VerdictRecord(PairRecord(answer, _after(answer, other, sequence_length)), verdict.good)
-        for (verdict, answer), other in zip(found.items, after, strict=True)
+    completions = [example.completions[0] for example in examples]
+    prompts = [tuple(c.ids[: _prompt_length(c)]) for c in completions]
+    partners = next_other_prompts(prompts)
+    return [
+        replace(
+            example,
+            completions=(own, _mismatched(own, completions[partner], sequence_length)),
+        )
+        for example, own, partner in zip(examples, completions, partners, strict=True)
     ]
-    return Usable(made, found.unused, found.places, found.left_out, found.fields)
 
 
-def others(prompts: Sequence[object]) -> list[int]:
-    """For each prompt the next place, round the end, with another. Raises DataError without."""
+def next_other_prompts(prompts: Sequence[object]) -> list[int]:
+    """For each prompt the place of the next different one, cyclically. Raises DataError if none."""
     if all(prompt == prompts[0] for prompt in prompts):
         raise DataError(
-            f"{count_of(len(prompts), 'verdict')} of one prompt only; kto needs answers to at "
-            "least two"
+            f"{count_of(len(prompts), 'labelled completion')}, all of one prompt; kto compares "
+            "with completions of other prompts: give at least two prompts"
         )
     count = len(prompts)
     found = [0] * count
-    for i in reversed(range(2 * count)):  # twice round: the second time all that follows is known
+    # Backwards, because a prompt equal to the next one shares its result; twice, because the last
+    # prompts need the results of the first ones.
+    for i in reversed(range(2 * count)):
         here, following = i % count, (i + 1) % count
         same = prompts[here] == prompts[following]
         found[here] = found[following] if same else following
     return found
 
 
-def _after(record: Example, other: Example, sequence_length: int) -> Example:
-    """The prompt of `record` with the answer of `other`."""
-    prompt, answer = record.loss_mask.index(True), other.loss_mask.index(True)
-    ids = record.ids[:prompt] + other.ids[answer:]
-    counts = record.loss_mask[:prompt] + other.loss_mask[answer:]
-    return Example(ids[: sequence_length + 1], counts[: sequence_length + 1])
+def _mismatched(own: Example, other: Example, sequence_length: int) -> Example:
+    """The prompt of `own` with the completion of `other`."""
+    prompt, completion = _prompt_length(own), _prompt_length(other)
+    ids = own.ids[:prompt] + other.ids[completion:]
+    loss_mask = own.loss_mask[:prompt] + other.loss_mask[completion:]
+    return Example(ids[: sequence_length + 1], loss_mask[: sequence_length + 1])
 
 
-def with_reference(model: Transformer, verdicts: Sequence[VerdictRecord]) -> list[VerdictRecord]:
-    """The verdicts with what `model`, the reference, thinks of both answers; in float32."""
-    known = pairs.with_reference(model, [verdict.pair for verdict in verdicts])
-    return [replace(v, pair=pair) for v, pair in zip(verdicts, known, strict=True)]
-
-
-def collate(verdicts: Sequence[VerdictRecord]) -> VerdictBatch:
-    """One batch, padded on the right; padding is never a target."""
-    good = torch.tensor([verdict.good for verdict in verdicts])
-    return VerdictBatch(pairs.collate([verdict.pair for verdict in verdicts]), good)
-
-
-def _log_ratios(model: Transformer, inputs: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
-    return token_log_probs(model, inputs, targets).sum(dim=-1) - reference
+def _prompt_length(example: Example) -> int:
+    return example.loss_mask.index(True)

@@ -1,14 +1,13 @@
-"""Answers to one prompt in one row: the prompt is computed once, not once an answer.
+"""Shared prompts: several completions of one prompt in one row, the prompt computed once.
 
     ids         p0 p1 p2 | a0 a1 a2 | b0 b1
     segments     0  0  0 |  1  1  1 |  2  2
     positions    0  1  2 |  3  4  5 |  3  4
-    sees         prompt  | prompt, a | prompt, b
+    attends to   prompt  | prompt, a | prompt, b
 
-An answer never sees another one and its positions go on from the prompt's end, so every state is
-what it would be in a row of its own. The prompt's last token predicts the first of each answer,
-which is why targets lie apart from the inputs and say where each is read. For a pair of answers as
-long as their prompt this is three quarters of the work.
+A completion never attends to another one, and its positions continue from the prompt's end, so
+every state equals the state in a row of its own. For a pair with completions as long as the prompt
+this is three quarters of the work.
 """
 
 from collections.abc import Sequence
@@ -22,14 +21,15 @@ from openpalm.data.batches.loader import IGNORE, PAD_MULTIPLE
 from openpalm.data.text.conversation import Example
 
 WORTH_SHARING = 0.9
-"""Tokens in shared rows, of those in rows of their own, up to which sharing is faster."""
+"""Largest ratio of tokens in shared rows to tokens in separate rows at which sharing is faster."""
 
 
 class SharedRows(NamedTuple):
-    """inputs, segments: int64 [prompts, time]; targets, reads: int64 [answers, tokens].
+    """inputs, segments: int64 [prompts, time]; targets, reads: int64 [completions, tokens].
 
-    Answers lie as number, then prompt: the first answer of every prompt, then every second.
-    `reads` is the place in the flattened inputs that predicts a target.
+    Order of completions: the first of every prompt, then the second of every prompt, and so on.
+    `reads` is the place in the flattened inputs with the state that predicts a target. Targets
+    need it because the prompt's last token predicts the first token of every completion.
     """
 
     inputs: Tensor
@@ -39,34 +39,36 @@ class SharedRows(NamedTuple):
 
 
 def common_prompt(group: Sequence[Example]) -> int:
-    """Tokens that these records begin with alike, before any that counts."""
-    columns = zip(*(record.ids for record in group), strict=False)
+    """Number of tokens with which all these examples begin, none of them under a loss."""
+    columns = zip(*(example.ids for example in group), strict=False)
     alike = len(list(takewhile(lambda ids: len(set(ids)) == 1, columns)))
-    return min(alike, *(record.loss_mask.index(True) for record in group))
+    # Completions may begin alike, but each token under a loss needs a place of its own.
+    return min(alike, *(example.loss_mask.index(True) for example in group))
 
 
 def row_length(group: Sequence[Example]) -> int:
-    """Inputs of the row that these records share; the last token of each is only a target."""
+    """Inputs of the row that these examples share; the last token of each is only a target."""
     prompt = common_prompt(group)
-    return prompt + sum(len(record.ids) - prompt - 1 for record in group)
+    return prompt + sum(len(example.ids) - prompt - 1 for example in group)
 
 
 def saves_work(groups: Sequence[Sequence[Example]]) -> bool:
-    """Whether these groups, each with a common beginning, are computed faster in shared rows."""
+    """Whether these groups, each with a common prompt, are computed faster in shared rows."""
     if not all(map(common_prompt, groups)):
         return False
-    alone = len(groups[0]) * max(len(record.ids) - 1 for group in groups for record in group)
-    return max(map(row_length, groups)) <= WORTH_SHARING * alone
+    # Rows of a batch are as wide as the longest, so the longest rows are compared.
+    separate = len(groups[0]) * max(len(example.ids) - 1 for group in groups for example in group)
+    return max(map(row_length, groups)) <= WORTH_SHARING * separate
 
 
 def share(groups: Sequence[Sequence[Example]]) -> SharedRows:
-    """Rows of equally many records each, with a common beginning of at least one token.
+    """One row for each group; all groups have equally many examples and a common prompt.
 
     Padding, on the right, is in no segment (-1) and never a target.
     """
     numbers, widest = len(groups[0]), max(map(row_length, groups))
     time = -(-widest // PAD_MULTIPLE) * PAD_MULTIPLE
-    tokens = max(len(r.ids) - common_prompt(group) for group in groups for r in group)
+    tokens = max(len(e.ids) - common_prompt(group) for group in groups for e in group)
     inputs = torch.zeros(len(groups), time, dtype=torch.int64)
     segments = torch.full_like(inputs, -1)
     targets = torch.full((numbers, len(groups), tokens), IGNORE)
@@ -77,12 +79,15 @@ def share(groups: Sequence[Sequence[Example]]) -> SharedRows:
         inputs[row, :prompt] = torch.tensor(group[0].ids[:prompt])
         segments[row, :prompt] = 0
         for number, (ids, loss_mask) in enumerate(group):
-            answer, counts = torch.tensor(ids[prompt:]), torch.tensor(loss_mask[prompt:])
-            begin, end = end, end + len(answer) - 1
-            inputs[row, begin:end] = answer[:-1]
+            completion, counts = torch.tensor(ids[prompt:]), torch.tensor(loss_mask[prompt:])
+            begin, end = end, end + len(completion) - 1
+            # The last token predicts nothing, so it is no input, as in a row of its own.
+            inputs[row, begin:end] = completion[:-1]
             segments[row, begin:end] = number + 1
-            targets[number, row, : len(answer)] = answer.where(counts, IGNORE)
+            targets[number, row, : len(completion)] = completion.where(counts, IGNORE)
+            # Token i is predicted by token i - 1, but the first one by the prompt's last token:
+            # the place before it in the row may be the end of another completion.
             places = torch.arange(begin - 1, end)
             places[0] = prompt - 1
-            reads[number, row, : len(answer)] = places + row * time
+            reads[number, row, : len(completion)] = places + row * time
     return SharedRows(inputs, segments, targets.flatten(0, 1), reads.flatten(0, 1))

@@ -1,9 +1,9 @@
-"""What an RL run is judged by on the way: held-out answers, and the alarm they can raise.
+"""Evaluates the policy on held-out prompts, and stops a run early when its reward is gamed.
 
-A policy that has found how to please its reward without doing what was meant shows it here: the
-reward climbs on while a gold reward, which is never trained on, falls, or while answers grow long,
-or far from the reference, or all alike (Gao et al. 2023, "Scaling laws for reward model
-overoptimization").
+A policy can learn to please its reward without doing what was intended. Then the reward keeps
+rising while a gold reward, which is never trained on, falls, or while completions become long, far
+from the reference, or all alike (Gao et al. 2023, "Scaling Laws for Reward Model
+Overoptimization"). Early stopping ends the run on any of these signs.
 """
 
 from collections.abc import Sequence
@@ -11,53 +11,59 @@ from typing import Any
 
 import torch
 
-from openpalm.align.config import AlarmSettings
+from openpalm.align.config import EarlyStoppingSettings
 from openpalm.align.logprobs import evaluate
-from openpalm.align.rollouts.rollout import LogProbs, Sampler, checked
-from openpalm.align.rollouts.rollout_batch import Answer, Reward, batch_of
+from openpalm.align.rollouts.kl import k1
+from openpalm.align.rollouts.rollout import LogProbs, checked_rewards
+from openpalm.align.rollouts.rollout_batch import Completion, Reward, collate_completions
+from openpalm.align.rollouts.sampler import Sampler
+from openpalm.base.settings import spell
 from openpalm.data.batches.loader import IGNORE
 
 Row = dict[str, Any]
 
 
 @torch.no_grad()
-def look(
+def evaluate_policy(
     sampler: Sampler,
     prompts: Sequence[int],
     reference: LogProbs,
     reward: Reward,
     gold: Reward | None,
     rows: int = 32,
-) -> tuple[Row, list[Answer]]:
-    """One answer to each prompt, always with the same seeds: means over them, and the answers."""
-    drawn, sampler.drawn = sampler.drawn, -len(prompts)  # seeds that no training answer has
+) -> tuple[Row, list[Completion]]:
+    """Metrics over one completion of each prompt, and these completions.
+
+    Every evaluation uses the same seeds, so that figures differ by the policy alone. `rows`
+    completions are evaluated at a time.
+    """
     sampler.refresh()
-    answers = sampler.answers(prompts, 1)
-    sampler.drawn = drawn
-    inputs, targets = batch_of(answers)
+    # Training draws are numbered from zero up, so negative numbers give seeds of their own.
+    completions = sampler.sample(prompts, 1, first_draw=-len(prompts))
+    inputs, targets = collate_completions(completions)
     device = sampler.model.embedding.device
     kl = entropy = 0.0
-    for i in range(0, len(answers), rows):
-        part = inputs[i : i + rows].to(device), targets[i : i + rows].to(device)
-        now = evaluate(sampler.model, *part, temperature=sampler.settings.temperature)
-        kl += (now.log_probs - reference(*part)).sum().item()
+    for i in range(0, len(completions), rows):
+        chunk = inputs[i : i + rows].to(device), targets[i : i + rows].to(device)
+        now = evaluate(sampler.model, *chunk, temperature=sampler.settings.temperature)
+        kl += k1(now.log_probs - reference(*chunk)).sum().item()
         entropy += now.entropy.sum().item()
-    count = len(answers)
+    count = len(completions)
     row = {
-        "val_reward": sum(checked(reward, answers)) / count,
+        "val_reward": sum(checked_rewards(reward, completions)) / count,
         "val_kl": kl / count,
         "val_entropy": entropy / int((targets != IGNORE).sum()),
-        "val_length": sum(len(answer.ids) for answer in answers) / count,
-        "val_ended": sum(answer.ended for answer in answers) / count,
-        "val_distinct": len({tuple(answer.ids) for answer in answers}) / count,
+        "val_length": sum(len(completion.ids) for completion in completions) / count,
+        "val_ended": sum(completion.ended for completion in completions) / count,
+        "val_distinct": len({tuple(completion.ids) for completion in completions}) / count,
     }
     if gold is not None:
-        row["val_gold"] = sum(checked(gold, answers)) / count
-    return row, answers
+        row["val_gold"] = sum(checked_rewards(gold, completions)) / count
+    return row, completions
 
 
-def alarm(settings: AlarmSettings, rows: Sequence[Row]) -> str | None:
-    """Why a run with these rows of evaluations must stop, or None."""
+def stop_reason(settings: EarlyStoppingSettings, rows: Sequence[Row]) -> str | None:
+    """Why a run with these rows of evaluations must stop early; None if it may continue."""
     rows = [row for row in rows if row.get("val_reward") is not None]
     if not rows:
         return None
@@ -65,19 +71,20 @@ def alarm(settings: AlarmSettings, rows: Sequence[Row]) -> str | None:
     if settings.gold_drop is not None and now.get("val_gold") is not None:
         best = max(rows, key=lambda row: row["val_gold"])
         fallen = best["val_gold"] - now["val_gold"] > settings.gold_drop
+        # A gold reward that falls together with the reward is a bad run, but not a gamed one.
         if fallen and now["val_reward"] > best["val_reward"]:
             return (
                 f"the reward rose from {best['val_reward']:.3g} to {now['val_reward']:.3g} while "
                 f"the gold reward fell from {best['val_gold']:.3g} to {now['val_gold']:.3g}: the "
                 "reward is being gamed"
             )
-    bands = (
+    limits = (
         ("max_kl", "val_kl", "nats from the reference", 1),
-        ("max_length", "val_length", "tokens an answer", 1),
-        ("min_entropy", "val_entropy", "nats of entropy a token", -1),
+        ("max_length", "val_length", "tokens per completion", 1),
+        ("min_entropy", "val_entropy", "nats of entropy per token", -1),
     )
-    for name, column, what, sign in bands:
+    for name, column, unit, sign in limits:
         limit, value = getattr(settings, name), now[column]
         if limit is not None and sign * value > sign * limit:
-            return f"{value:.3g} {what}, beyond --alarm.{name.replace('_', '-')} {limit:g}"
+            return f"{value:.3g} {unit}, beyond {spell(f'early_stopping.{name}')} {limit:g}"
     return None

@@ -1,74 +1,75 @@
-"""The clipped policy gradient that PPO, GRPO and their kin share, and the penalties that hold them.
+"""The clipped policy gradient that PPO and GRPO share (Schulman et al. 2017, equation 7).
 
-With ratio_t = pi(y_t) / pi_old(y_t) and advantage A_t a token's loss is
+With ratio_t = pi(y_t) / pi_old(y_t) and advantage A_t the loss of a token is
 
-    - min(ratio_t A_t, clip(ratio_t, 1 - low, 1 + high) A_t)      Schulman et al. 2017, equation 7
+    - min(ratio_t A_t, clip(ratio_t, 1 - low, 1 + high) A_t)
+    - entropy_coef H(pi)
+    + the KL penalty, where --kl puts it into the loss (kl.py)
 
-(a larger `high` is DAPO's, Yu et al. 2025). Where the sampler was not exactly pi_old, such as a
-quantised one, the loss is weighted by min(pi_old / sampler, cap), truncated importance sampling
-(Ionides 2008).
+pi_old is the policy at the start of the rollout. A `high` above `low` is DAPO's "clip-higher"
+(Yu et al. 2025).
 
-Three ways to stay near the reference, with d_t = log pi(y_t) - log ref(y_t):
-
-    reward  beta d_t is taken from the reward of every token (Ziegler et al. 2019): its policy
-            gradient is the gradient of KL(pi || ref), exactly. The default.
-    k2      (sum_t d_t)^2 / 2 added to the loss: on fresh answers the same gradient in expectation.
-    k3      sum_t exp(-d_t) - 1 + d_t added to the loss, as GRPO was published (Schulman 2020; Shao
-            et al. 2024, equation 4). Its value is unbiased, its gradient is not: it is that of
-            KL(ref || pi), token by token. There for those who repeat papers.
+Departure from the papers: the engine that samples may be less precise than the policy, like an
+int8 engine. Its tokens are then weighted by min(pi_old / sampler, cap), truncated importance
+sampling (Ionides 2008).
 """
 
 import torch
 from torch import Tensor
 
 from openpalm.align.config import RolloutSettings
-from openpalm.align.logprobs import Evaluated
-from openpalm.align.rollouts.rollout_batch import Experience
+from openpalm.align.logprobs import Evaluated, evaluate
+from openpalm.align.rollouts.kl import loss_penalty
+from openpalm.align.rollouts.rollout_batch import RolloutBatch
+from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Metrics
 
 
+def evaluate_batch(settings: RolloutSettings, model: Transformer, batch: RolloutBatch) -> Evaluated:
+    """The current policy's log-probabilities, entropies and values of the batch."""
+    return evaluate(
+        model,
+        batch.inputs,
+        batch.targets,
+        batch.layout,
+        batch.reads,
+        temperature=settings.temperature,
+        # Without a bonus the entropy is only reported, and its graph would cost memory.
+        train_entropy=settings.entropy_coef > 0,
+    )
+
+
 def surrogate(
-    settings: RolloutSettings, now: Evaluated, batch: Experience
+    settings: RolloutSettings, now: Evaluated, batch: RolloutBatch
 ) -> tuple[Tensor, Metrics]:
-    """Each token's loss [rows, time], 0 outside of the answers, and means over the tokens."""
+    """The loss of each token [rows, time], 0 outside of completions, and means over the tokens."""
     mask = batch.mask
-    # One step a rollout: the policy is still the one that answered, whatever rounds otherwise.
-    old = now.log_probs.detach() if settings.one_step else batch.old
+    # With one step per rollout pi is pi_old. The ratio is then exactly 1 with the gradient of
+    # log pi, whatever rounding separates two evaluations of the same weights.
+    old = now.log_probs.detach() if settings.one_step else batch.old_log_probs
     ratio = (now.log_probs - old).exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.highest_clip)
-    gained = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
-    losses = -gained * batch.correction - settings.entropy * now.entropy
-    if settings.kl in ("k2", "k3"):
-        difference = (now.log_probs - batch.reference) * mask
-        losses = losses + settings.beta * _PENALTIES[settings.kl](difference)
+    # The minimum is pessimistic: clipping removes the incentive to go further, but a token that
+    # became too unlikely with a positive advantage (or too likely with a negative) can return.
+    objective = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    losses = -objective * batch.importance_weights - settings.entropy_coef * now.entropy
+    losses = losses + loss_penalty(settings, now.log_probs, batch.reference_log_probs, mask)
     with torch.no_grad():
         metrics = {
-            "ratio": mean(ratio, mask),
-            "clipped": mean((ratio != clipped).float(), mask),
-            "entropy": mean(now.entropy, mask),
-            "kl_old": mean(old - now.log_probs, mask),
-            "correction": mean(batch.correction, mask),
+            "ratio": masked_mean(ratio, mask),
+            "clip_fraction": masked_mean((ratio != clipped).float(), mask),
+            "entropy": masked_mean(now.entropy, mask),
+            "approx_kl": masked_mean(old - now.log_probs, mask),
+            "importance_weight": masked_mean(batch.importance_weights, mask),
         }
     return losses * mask, metrics
 
 
-def k2(difference: Tensor) -> Tensor:
-    """Per token; the sum over an answer is (sum_t d_t)^2 / 2."""
-    return 0.5 * difference * difference.sum(dim=-1, keepdim=True)
-
-
-def k3(difference: Tensor) -> Tensor:
-    return (-difference).exp() - 1 + difference
-
-
-_PENALTIES = {"k2": k2, "k3": k3}
-
-
-def mean(values: Tensor, mask: Tensor) -> float:
-    """Over the mask."""
+def masked_mean(values: Tensor, mask: Tensor) -> float:
+    """Mean over the positions where the mask is True."""
     return (values * mask).sum().item() / max(1, int(mask.sum()))
 
 
 def as_sums(means: Metrics, count: int) -> Metrics:
-    """Means as what an objective reports: sums that the trainer divides by its count."""
+    """Means times the count, because the trainer divides what objectives report by it."""
     return {name: value * count for name, value in means.items()}

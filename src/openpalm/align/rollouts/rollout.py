@@ -1,49 +1,47 @@
-"""Prompts, engine and reward become batches of experience: a loader like any other.
+"""Rollouts as training data: prompts, engine and reward become batches, in a loader like any other.
 
-A rollout asks the engine, which takes the live weights first, for answers to the next prompts, has
-them rewarded, and looks at them once with the policy as it is (old log-probabilities, values) and
-with the reference. Then its answers are gone through in minibatches. Works on token ids; text is
-the reward's business.
+For each rollout the engine takes the current weights and samples completions of the next prompts.
+The reward scores them, and policy and reference evaluate them once (old log-probabilities, values).
+Several optimizer steps then learn from the rollout. Works on token ids; text is up to the reward.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openpalm.align.config import GrpoSettings, RolloutSettings
+from openpalm.align.config import GrpoSettings
 from openpalm.align.logprobs import evaluate
 from openpalm.align.rollouts.advantages import explained_variance, zero_variance
-from openpalm.align.rollouts.replay import kept
+from openpalm.align.rollouts.kl import adapted_coefficient, completion_kl
 from openpalm.align.rollouts.rollout_batch import (
-    Answer,
-    Estimated,
-    Experience,
+    AdvantageEstimate,
+    Completion,
     Reward,
     Rollout,
-    batch_of,
+    RolloutBatch,
+    collate_completions,
 )
+from openpalm.align.rollouts.sampler import Sampler, derive_seed
+from openpalm.align.rollouts.spill import spill
 from openpalm.data.batches.loader import IGNORE, Loader
 from openpalm.data.batches.order import shuffle
 from openpalm.errors import RewardError, WorkError, count_of
-from openpalm.generate.engine import Engine, Request
-from openpalm.generate.sampling import Sampling
 from openpalm.model import lora
 from openpalm.model.critic import ActorCritic
 from openpalm.model.transformer import Transformer
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]
-"""A reference: log-probabilities [rows, time] of inputs and targets, without a gradient."""
+"""A reference policy: (inputs, targets) to log-probabilities [rows, time], without a gradient."""
 
 
 def reference_log_probs(
     model: Transformer, temperature: float, *, below_adapter: bool = False
 ) -> LogProbs:
-    """What `model` thinks at that temperature, or the model below its adapter."""
+    """`model` as a reference at that temperature; `below_adapter` switches its adapter off."""
 
     @torch.no_grad()
     def log_probs(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -53,76 +51,19 @@ def reference_log_probs(
     return log_probs
 
 
-class Sampler:
-    """Answers of the live weights, each drawn with a seed of its own.
-
-    context: tokens that a prompt and its answer may have together, where that is bounded.
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        stop_ids: frozenset[int],
-        settings: RolloutSettings,
-        slots: int = 64,
-        context: int | None = None,
-    ):
-        self.model, self.prompts, self.stop_ids = model, prompts, stop_ids
-        self.settings = settings
-        self._engine: Engine | None = None
-        self._slots, self._context = slots, context
-        self.drawn = 0
-
-    def refresh(self) -> None:
-        """Takes the weights as they are now."""
-        if self._engine is None:
-            weights, slots = self.settings.rollout_weights, self._slots
-            self._engine = Engine(self.model, slots=slots, weights=weights, prefill_tokens=2048)
-        else:
-            self._engine.refresh(self.model)
-
-    def answers(self, chosen: Sequence[int], each: int) -> list[Answer]:
-        """`each` answers to every prompt of `chosen`, prompt by prompt."""
-        assert self._engine is not None, "refresh first"
-        asked, requests = [prompt for prompt in chosen for _ in range(each)], []
-        for prompt in asked:
-            how = Sampling(self.settings.temperature, seed=seed_of(self.settings.seed, self.drawn))
-            self.drawn += 1
-            ids, room = self.prompts[prompt], self.settings.max_new_tokens
-            if self._context is not None:
-                room = min(room, self._context - len(ids))
-            requests.append(Request(ids, room, how, self.stop_ids))
-        return answers_of(self._engine, requests, asked)
-
-
-def answers_of(engine: Engine, requests: Sequence[Request], asked: Sequence[int]) -> list[Answer]:
-    """What the engine says to each request, which is about prompt `asked` of the same place."""
-    made = [
-        Answer(prompt, request.ids, [], [], ended=False)
-        for prompt, request in zip(asked, requests, strict=True)
-    ]
-    for token in engine.generate(requests):
-        answer = made[token.request]
-        answer.ids.append(token.id)
-        answer.log_probs.append(token.log_prob)
-        if token.finish == "stop":
-            made[token.request] = replace(answer, ended=True)
-    return made
-
-
 class RolloutLoader:
-    """Microbatches of `rows` answers; `facts` are about the rollout they are of.
+    """Microbatches of `rows` completions; `facts` are the metrics of their rollout.
 
-    estimate: advantages and returns of a rollout, at the present beta. reference: None where
-    leaving it costs nothing, so that nobody looks.
+    estimate: (settings, rollout, KL coefficient) to advantages and returns.
+    reference: None if the KL penalty is off; then no reference is evaluated.
+    dtype: of the training steps' arithmetic.
     """
 
     def __init__(
         self,
         sampler: Sampler,
         reward: Reward,
-        estimate: Callable[[Any, Rollout, float], Estimated],
+        estimate: Callable[[Any, Rollout, float], AdvantageEstimate],
         reference: LogProbs | None,
         *,
         rows: int,
@@ -131,188 +72,231 @@ class RolloutLoader:
         self.sampler, self.reward, self.estimate = sampler, reward, estimate
         self.reference, self.dtype, self.rows = reference, dtype, rows
         self.settings = settings = sampler.settings
-        self.beta = settings.beta
+        self.kl_coef = settings.kl_coef
         self.facts: dict[str, float] = {}
         identity = {"kind": "rollouts", "seed": settings.seed, "prompts": len(sampler.prompts)}
         order = shuffle(len(sampler.prompts), settings.seed)
-        self._order = Loader(order, list, identity, rows=settings.prompts)
+        # Items are prompt numbers, so a step's batch is a plain list of them.
+        self._prompts = Loader(order, list, identity, rows=settings.prompts_per_rollout)
         self._rollouts = 0
-        self._queue: list[Tensor] = []
-        self._memory: Experience | None = None
+        self._microbatches: list[Tensor] = []
+        """row numbers of each microbatch that is still to come from the current rollout"""
+        self._rollout: RolloutBatch | None = None
 
-    def __next__(self) -> Experience:
-        if not self._queue:
-            self._roll_out()
-        assert self._memory is not None
-        batch = self._memory.take(self._queue.pop(0))
-        return batch.sharing(self.settings.answers) if self._in_groups else batch
+    def __next__(self) -> RolloutBatch:
+        if not self._microbatches:
+            self._collect()
+        assert self._rollout is not None
+        # Rows are copied only now, because the stored rollout may be a file.
+        batch = self._rollout.take(self._microbatches.pop(0))
+        completions = self.settings.num_completions
+        return batch.with_shared_prompts(completions) if self._whole_groups else batch
 
     @property
-    def _in_groups(self) -> bool:
-        """Whether microbatches hold all answers to a prompt, so that these can share its row."""
-        whole = self.settings.answers > 1 and self.rows % self.settings.answers == 0
+    def _whole_groups(self) -> bool:
+        """Whether a microbatch has all completions of its prompts, which can then share a row.
+
+        A critic reads rows of one completion only.
+        """
+        completions = self.settings.num_completions
+        whole = completions > 1 and self.rows % completions == 0
         return whole and not isinstance(self.sampler.model, ActorCritic)
 
     @property
-    def _sampler_is_policy(self) -> bool:
-        """Whether the engine's log-probabilities are the policy's, up to float32's rounding."""
-        valued = isinstance(self.sampler.model, ActorCritic)
-        return not (self._fewer_bits or valued) and self.settings.temperature == 1
+    def _precisions_differ(self) -> bool:
+        """Whether the engine and the training steps round differently."""
+        return self.settings.rollout_dtype != "float32" or self.dtype != torch.float32
 
     @property
-    def _fewer_bits(self) -> bool:
-        """Whether sampler or trainer rounds more than the other."""
-        return self.settings.rollout_weights != "float32" or self.dtype != torch.float32
+    def _sampler_is_exact(self) -> bool:
+        """Whether the engine's log-probabilities are the policy's, so that no evaluation is needed.
+
+        The engine reports them before temperature, and has no critic.
+        """
+        critic = isinstance(self.sampler.model, ActorCritic)
+        return not (self._precisions_differ or critic) and self.settings.temperature == 1
 
     @torch.no_grad()
-    def _roll_out(self) -> None:
+    def _collect(self) -> None:
+        """Samples and evaluates the next rollout, and shuffles its rows into microbatches."""
+        # On-policy: the engine samples with the weights as the last step left them.
         self.sampler.refresh()
-        order, drawn = self._order.state_dict(), self.sampler.drawn
+        before = self._prompts.state_dict(), self.sampler.drawn
         try:
-            answers, rewards = self._rewarded()
-        except WorkError:  # as if it had not begun, so that the run can be saved
-            self._order.load_state_dict(order)
-            self.sampler.drawn = drawn
+            completions, rewards = self._sample_and_reward()
+        except WorkError:
+            # Back to before the rollout: a checkpoint saved now resumes with the same prompts and
+            # seeds, so a corrected reward scores the same completions.
+            self._prompts.load_state_dict(before[0])
+            self.sampler.drawn = before[1]
             raise
-        rollout = self._looked_at(answers, rewards)
-        advantages, returns = self.estimate(self.settings, rollout, self.beta)
-        columns = {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name != "rewards"}
-        self._remember(columns | {"advantages": advantages, "returns": returns})
-        self.facts = self._told(answers, rollout, returns)
-        self._steer(self.facts.get("kl", 0.0), len(answers))
+        rollout = self._evaluate(completions, rewards)
+        # Once per rollout, before the first step: every epoch then uses the same advantages.
+        estimate = self.estimate(self.settings, rollout, self.kl_coef)
+        self._store(rollout.with_estimate(estimate).columns)
+        self.facts = self._metrics(completions, rollout, estimate.returns)
+        # After the metrics, which report the coefficient that this rollout was penalised with.
+        self.kl_coef = adapted_coefficient(
+            self.kl_coef, self.facts.get("kl", 0.0), len(completions), self.settings
+        )
         self._rollouts += 1
-        self._queue = self._minibatches()
+        self._microbatches = self._shuffled_rows()
 
-    def _rewarded(self) -> tuple[list[Answer], list[float]]:
-        """Answers to the next prompts; groups of equal rewards drawn anew while that is allowed."""
-        each, settings = self.settings.answers, self.settings
-        answers = self.sampler.answers(next(self._order), each)
-        rewards = checked(self.reward, answers)
-        redraws = settings.most_redraws if isinstance(settings, GrpoSettings) else 0
-        for _ in range(redraws):
+    def _sample_and_reward(self) -> tuple[list[Completion], list[float]]:
+        """Completions of the next prompts; prompts with equal rewards are replaced (DAPO).
+
+        Completions with equal rewards have advantage zero, so they would make the batch smaller.
+        """
+        each, settings = self.settings.num_completions, self.settings
+        completions = self.sampler.sample(next(self._prompts), each)
+        rewards = checked_rewards(self.reward, completions)
+        limit = settings.resample_limit if isinstance(settings, GrpoSettings) else 0
+        for _ in range(limit):
             equal = zero_variance(torch.tensor(rewards), each).nonzero().flatten().tolist()
             if not equal:
                 break
-            anew = self.sampler.answers(next(self._order)[: len(equal)], each)
-            for group, at in enumerate(equal):
-                spot, found = at * each, anew[group * each : (group + 1) * each]
-                answers[spot : spot + each] = found
-                rewards[spot : spot + each] = checked(self.reward, found)
-        return answers, rewards
+            # A whole step's prompts are taken each time, so that the cursor stays at a step.
+            chosen = next(self._prompts)[: len(equal)]
+            new = self.sampler.sample(chosen, each)
+            for group, place in enumerate(equal):
+                start, found = place * each, new[group * each : (group + 1) * each]
+                completions[start : start + each] = found
+                # Only the new completions are scored: a reward may cost more than sampling.
+                rewards[start : start + each] = checked_rewards(self.reward, found)
+        return completions, rewards
 
-    def _looked_at(self, answers: Sequence[Answer], rewards: Sequence[float]) -> Rollout:
-        inputs, targets = batch_of(answers)
+    def _evaluate(self, completions: Sequence[Completion], rewards: Sequence[float]) -> Rollout:
+        """The rollout's tensors: log-probabilities of policy and reference, weights, values."""
+        inputs, targets = collate_completions(completions)
         mask = targets != IGNORE
         sampled = torch.zeros(mask.shape)
-        sampled[mask] = torch.tensor([p for answer in answers for p in answer.log_probs])
+        # A mask is filled row by row, in the order of the completions and their tokens.
+        sampled[mask] = torch.tensor([p for c in completions for p in c.log_probs])
         device = self.sampler.model.embedding.device
-        parts = [
+        # A microbatch at a time, so that evaluation fits wherever a training step fits.
+        chunks = [
             (inputs[i : i + self.rows].to(device), targets[i : i + self.rows].to(device))
             for i in range(0, len(inputs), self.rows)
         ]
-        old, values, correction = sampled, torch.zeros_like(sampled), torch.ones_like(sampled)
+        old, values, weights = sampled, torch.zeros_like(sampled), torch.ones_like(sampled)
+        # In the training steps' precision: rounding must not look like a change of the policy.
         with torch.autocast(device.type, self.dtype, self.dtype != torch.float32):
-            if not self._sampler_is_policy:
-                looks = zip(*(self._look(*part) for part in parts), strict=True)
-                old, values = (torch.cat(look).cpu() for look in looks)
-            reference = old
+            if not self._sampler_is_exact:
+                found = zip(*(self._policy(*chunk) for chunk in chunks), strict=True)
+                old, values = (torch.cat(tensors).cpu() for tensors in found)
+            reference = old  # a difference of zero, so no penalty
             if self.reference is not None:
-                reference = torch.cat([self.reference(*part) for part in parts]).cpu()
-        if self._fewer_bits and self.settings.temperature == 1:  # elsewhere it tells another pi
+                reference = torch.cat([self.reference(*chunk) for chunk in chunks]).cpu()
+        # At another temperature the engine's log-probabilities are not those it sampled by.
+        if self._precisions_differ and self.settings.temperature == 1:
             ratio = (old[mask] - sampled[mask]).exp()
-            correction[mask] = ratio.clamp_max(self.settings.max_correction)
-        return Rollout(inputs, targets, old, reference, correction, values, torch.tensor(rewards))
+            # Truncated: without a limit one improbable token could dominate a batch.
+            weights[mask] = ratio.clamp_max(self.settings.max_importance_weight)
+        return Rollout(inputs, targets, old, reference, weights, values, torch.tensor(rewards))
 
-    def _look(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The policy's log-probabilities and the critic's values, [rows, time]."""
+    def _policy(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the policy and values of its critic, [rows, time]."""
         model = self.sampler.model
         now = evaluate(model, inputs, targets, temperature=self.settings.temperature)
         values = torch.zeros_like(now.log_probs)
         if now.values is not None:
             assert isinstance(model, ActorCritic)
+            # A critic with bins returns logits; its value is the expected bin.
             values[targets != IGNORE] = model.as_value(now.values)
         return now.log_probs, values
 
-    def _minibatches(self) -> list[Tensor]:
-        """Row numbers of each microbatch to come, every row once a pass."""
-        whole = self.settings.answers if self._in_groups else 1
-        rows = torch.arange(self.settings.prompts * self.settings.answers).view(-1, whole)
-        generator = torch.Generator().manual_seed(seed_of(self.settings.seed, -self._rollouts))
-        passes = [
-            rows[torch.randperm(len(rows), generator=generator)].flatten()
-            for _ in range(self.settings.passes)
-        ]
-        return [part for order in passes for part in order.split(self.rows)]
+    def _shuffled_rows(self) -> list[Tensor]:
+        """Row numbers of each microbatch: every row once an epoch, groups kept together.
 
-    def _told(
-        self, answers: Sequence[Answer], rollout: Rollout, returns: Tensor
+        The seed is a function of the rollout's number, so that resuming repeats the same order.
+        """
+        settings = self.settings
+        group = settings.num_completions if self._whole_groups else 1
+        rows = torch.arange(settings.prompts_per_rollout * settings.num_completions)
+        groups = rows.view(-1, group)  # completions of one prompt are neighbours
+        generator = torch.Generator().manual_seed(derive_seed(settings.seed, -self._rollouts))
+        epochs = [
+            groups[torch.randperm(len(groups), generator=generator)].flatten()
+            for _ in range(settings.epochs_per_rollout)
+        ]
+        return [microbatch for epoch in epochs for microbatch in epoch.split(self.rows)]
+
+    def _metrics(
+        self, completions: Sequence[Completion], rollout: Rollout, returns: Tensor
     ) -> dict[str, float]:
-        lengths = torch.tensor([float(len(answer.ids)) for answer in answers])
-        equal = zero_variance(rollout.rewards, self.settings.answers)
-        facts = {
+        lengths = torch.tensor([float(len(completion.ids)) for completion in completions])
+        metrics = {
             "reward": rollout.rewards.mean().item(),
             "reward_std": rollout.rewards.std(correction=0).item(),
             "length": lengths.mean().item(),
-            "ended": sum(answer.ended for answer in answers) / len(answers),
+            "ended": sum(completion.ended for completion in completions) / len(completions),
         }
         if self.reference:
-            facts["kl"] = (rollout.old - rollout.reference).sum(dim=-1).mean().item()
-            facts["beta"] = self.beta
-        if self.settings.answers > 1:
-            facts["equal_groups"] = equal.float().mean().item()
+            # The mean of k1 over the old policy's samples is an unbiased estimate of its KL.
+            kl = completion_kl(rollout.old_log_probs, rollout.reference_log_probs)
+            metrics["kl"] = kl.mean().item()
+            metrics["kl_coef"] = self.kl_coef
+        if self.settings.num_completions > 1:
+            equal = zero_variance(rollout.rewards, self.settings.num_completions)
+            metrics["zero_variance_groups"] = equal.float().mean().item()
         if isinstance(self.sampler.model, ActorCritic):
-            facts["explained"] = explained_variance(rollout.values, returns, rollout.mask)
-        return facts
-
-    def _steer(self, kl: float, answers: int) -> None:
-        """Moves beta towards the KL that is wanted (Ziegler et al. 2019, section 2.2)."""
-        if self.settings.target_kl is not None:
-            error = min(0.2, max(-0.2, kl / self.settings.target_kl - 1))
-            self.beta *= 1 + error * answers / self.settings.kl_horizon
+            metrics["explained_variance"] = explained_variance(
+                rollout.values, returns, rollout.mask
+            )
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, ready for JSON; the rollout that is gone through is in the tensors."""
+        """The position in prompts and rollout, ready for JSON; `state_tensors` has the rollout."""
         return {
-            "order": self._order.state_dict(),
+            "order": self._prompts.state_dict(),
             "rollouts": self._rollouts,
-            "left": len(self._queue),
+            "left": len(self._microbatches),
             "drawn": self.sampler.drawn,
-            "beta": self.beta,
+            "beta": self.kl_coef,
             "facts": self.facts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a cursor; `load_state_tensors` besides.
+        """Resumes from `state_dict`; call `load_state_tensors` too.
 
-        Raises KeyError or ValueError for what no `state_dict` gave.
+        Raises KeyError or ValueError for a state that no `state_dict` returned.
         """
         for name, kinds in _STATE.items():
             if type(state[name]) not in kinds:
                 raise ValueError(f"{name} is {state[name]!r:.40}")
         if min(state["rollouts"], state["left"]) < 0:
-            raise ValueError(f"{state['left']} minibatches left of {state['rollouts']} rollouts")
-        self._order.load_state_dict(state["order"])
-        self._rollouts, self.beta = state["rollouts"], state["beta"]
+            raise ValueError(f"{state['left']} microbatches left of {state['rollouts']} rollouts")
+        self._prompts.load_state_dict(state["order"])
+        self._rollouts, self.kl_coef = state["rollouts"], state["beta"]
         self.sampler.drawn, self.facts = state["drawn"], state["facts"]
+        # The rows' order is computed from the rollout's number; only its length is stored.
         left = state["left"]
-        self._queue = self._minibatches()[-left:] if left else []
+        self._microbatches = self._shuffled_rows()[-left:] if left else []
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The answers that are still to be gone through."""
-        if not self._queue or self._memory is None:
+        """The current rollout; empty if nothing is left to learn from it."""
+        if not self._microbatches or self._rollout is None:
             return {}
-        return self._memory.columns
+        return {_STORED_AS.get(name, name): t for name, t in self._rollout.columns.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self._memory = None
+        self._rollout = None
         if tensors:
-            self._remember(tensors)
+            self._store({_READ_AS.get(name, name): t for name, t in tensors.items()})
 
-    def _remember(self, columns: dict[str, Tensor]) -> None:
-        self._memory = None  # the last rollout's file goes before another is written
+    def _store(self, columns: dict[str, Tensor]) -> None:
+        self._rollout = None  # frees the last rollout, memory or file, before another is written
         settings = self.settings
-        self._memory = Experience(**kept(columns, settings.replay_bytes, settings.out))
+        self._rollout = RolloutBatch(**spill(columns, settings.rollout_memory_bytes, settings.out))
 
+
+_STORED_AS = {
+    "old_log_probs": "old",
+    "reference_log_probs": "reference",
+    "importance_weights": "correction",
+}
+"""Names of tensors in checkpoint files, where they differ; earlier versions wrote these."""
+_READ_AS = {stored: name for name, stored in _STORED_AS.items()}
 
 _STATE = {
     "rollouts": (int,),
@@ -321,26 +305,21 @@ _STATE = {
     "beta": (int, float),
     "facts": (dict,),
 }
-"""What a loader's state holds beside its order."""
+"""Types of the values in a loader's state, apart from its order."""
 
 
-def checked(reward: Reward, answers: Sequence[Answer]) -> list[float]:
-    """The rewards. Raises RewardError for one that is not finite, or not one for each answer."""
-    rewards = [float(value) for value in reward(answers)]
-    if len(rewards) != len(answers):
+def checked_rewards(reward: Reward, completions: Sequence[Completion]) -> list[float]:
+    """The rewards. Raises WorkError for a wrong number of them, RewardError for one not finite."""
+    rewards = [float(value) for value in reward(completions)]
+    if len(rewards) != len(completions):
         raise WorkError(
-            f"the reward gave {count_of(len(rewards), 'number')} for "
-            f"{count_of(len(answers), 'answer')}"
+            f"the reward returned {count_of(len(rewards), 'number')} for "
+            f"{count_of(len(completions), 'completion')}"
         )
-    for answer, value in zip(answers, rewards, strict=True):
+    for completion, value in zip(completions, rewards, strict=True):
         if not math.isfinite(value):
             raise RewardError(
-                f"the reward of an answer to prompt {answer.prompt} is {value}; it must be a "
-                "finite number: correct the reward and give the same command, which goes on"
+                f"the reward of a completion of prompt {completion.prompt} is {value}; it must be "
+                "a finite number: correct the reward and run the command again, which continues"
             )
     return rewards
-
-
-def seed_of(seed: int, draw: int) -> int:
-    """A seed of its own for every answer ever drawn in a run."""
-    return (seed * 0x9E3779B97F4A7C15 + draw * 0xD1B54A32D192ED03) % (1 << 63)

@@ -1,7 +1,6 @@
-"""palm-rlhf-pytorch and PaLM-pytorch state dicts -> ours, with the same logits.
+"""Converts state dicts of palm-rlhf-pytorch and PaLM-pytorch, with the same logits.
 
-Whatever can be folded into weights is; what each era computes is in eras.py, the way back in
-palm_rlhf_out.py.
+eras.py has the differences between versions; write.py converts back.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openpalm.convert.conversion import Converted, pad_vocabulary
-from openpalm.convert.eras import ERAS, Era, era_of, guess, is_known
+from openpalm.convert.eras import ERAS, Era, era_of, guess_era, is_known_version
 from openpalm.convert.files import Hyperparameters, Tensors
 from openpalm.errors import CheckpointError
 from openpalm.model.config import ModelConfig
@@ -19,7 +18,7 @@ from openpalm.model.config import ModelConfig
 PROJECT = "palm-rlhf-pytorch"
 
 NO_XPOS_BASE = 10**18
-"""An xPos base at which every scale rounds to one: how the newest form says "no xPos"."""
+"""xPos base at which every scale rounds to one: the newest version has no other "no xPos"."""
 
 _DEFAULT_XPOS_BASE = 512
 _ARGUMENTS = frozenset(
@@ -37,14 +36,14 @@ REWARD_ARGUMENTS = frozenset(
     )
 )
 _OLDEST_NOTE = (
-    "warning: the package 0.0.2 adds the residual stream twice a block; that is not reproduced, "
-    "each block is added once as in every later version"
+    "warning: version 0.0.2 adds the residual stream twice in each block; the converted model "
+    "adds it once, like every later version"
 )
 
 
 @dataclass(frozen=True)
 class _Names:
-    """Where the two projects keep the same tensors."""
+    """The names of the same tensors in the two projects."""
 
     depth: int
     embedding: str
@@ -53,14 +52,14 @@ class _Names:
     head: str
 
     def ff_out(self, i: int, tensors: Tensors) -> str:
-        """Without a dropout layer between, the matrix is the second of its Sequential."""
+        """ff_out is a Sequential: its matrix has index 1, or 2 after a dropout layer."""
         short = f"{self.block(i)}ff_out.1.weight"
         return short if short in tensors else f"{self.block(i)}ff_out.2.weight"
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """The era to read by, what it rests on, and warnings."""
+    """The era, the reason for it, and warnings."""
 
     era: Era
     why: str
@@ -68,9 +67,9 @@ class _Choice:
 
 
 def read_palm_rlhf(tensors: Tensors, given: Hyperparameters, era: str | None) -> Converted:
-    """Converts a palm-rlhf-pytorch state dict; `era` is a version, None guesses.
+    """Converts a palm-rlhf-pytorch state dict; `era` is a version, None guesses it.
 
-    Raises CheckpointError when the tensors contradict each other, `given` or the format.
+    Raises CheckpointError if the tensors contradict each other, `given` or the format.
     """
     block = "layers.{}.fn.".format
     depth = _depth(tensors, block)
@@ -84,15 +83,17 @@ def read_palm_rlhf(tensors: Tensors, given: Hyperparameters, era: str | None) ->
 
 
 def read_palm_pytorch(tensors: Tensors, given: Hyperparameters, era: str | None) -> Converted:
-    """Converts a PaLM-pytorch state dict: era 0.2.1's function without xPos.
+    """Converts a PaLM-pytorch state dict: the function of era 0.2.1 without xPos.
 
-    Raises CheckpointError as `read_palm_rlhf`, and for an era, of which there is one.
+    Raises CheckpointError like `read_palm_rlhf`, and for an `era`.
     """
     if era is not None:
-        raise CheckpointError(f"--era {era}: PaLM-pytorch has no eras; leave it out")
+        raise CheckpointError(
+            f"--era {era}: PaLM-pytorch has no versions that differ; leave it out"
+        )
 
     def block(i: int) -> str:
-        return f"{i + 1}.fn."  # the numbers of an nn.Sequential
+        return f"{i + 1}.fn."  # indices of an nn.Sequential
 
     depth = _depth(tensors, block)
     names = _Names(depth, "0.weight", block, f"{depth + 1}.", f"{depth + 2}.weight")
@@ -111,7 +112,7 @@ def xpos_scale(head_dim: int) -> Tensor:
 
 
 def qk_factor(era: Era, head_dim: int) -> float:
-    """What an era's q_scale and k_scale are multiplied by to be ours."""
+    """Factor from an era's q_scale and k_scale to ours."""
     root = head_dim**-0.5
     return ((era.qk_scale or root) * root) ** 0.5
 
@@ -127,15 +128,15 @@ def _depth(tensors: Tensors, block: Callable[[int], str]) -> int:
 
 
 def _choose(tensors: Tensors, given: Hyperparameters, asked: str | None, names: _Names) -> _Choice:
-    """The era: as asked, else as config.json says, else guessed; warns where tensors object."""
+    """The era that was asked for, else that of config.json, else a guess; with warnings."""
     gammas = torch.cat([tensors.peek(f"{names.block(i)}norm.gamma") for i in range(names.depth)])
     final = tensors.peek(f"{names.norm}gamma")
     mean = gammas.mean().item()
     rotary = f"{names.block(0)}rotary_emb."
-    # Parameters saved without any buffer say nothing about xPos.
+    # A file without any buffer does not show whether there is xPos.
     has_scale = f"{rotary}scale" in tensors or f"{rotary}inv_freq" not in tensors
     unused = bool((final == 1).all() and not (gammas == 1).all())
-    guessed, reason = guess(mean, has_scale=has_scale, norm_unused=unused)
+    guessed, reason = guess_era(mean, has_scale=has_scale, norm_unused=unused)
     stated = _stated_version(given)
     if asked is not None:
         era, why = era_of(asked), f"--era {asked}"
@@ -156,11 +157,11 @@ def _choose(tensors: Tensors, given: Hyperparameters, asked: str | None, names: 
 
 
 def _stated_version(given: Hyperparameters) -> str:
-    """The version a config.json names, if it is about this project and known; else empty."""
+    """The version in config.json if it is a known one of this project, else an empty text."""
     version = given.values.get("version")
     if given.values.get("system") != PROJECT or not isinstance(version, str):
         return ""
-    return version if is_known(version) else ""
+    return version if is_known_version(version) else ""
 
 
 def _read(tensors: Tensors, given: Hyperparameters, names: _Names, choice: _Choice) -> Converted:
@@ -179,12 +180,12 @@ def _read(tensors: Tensors, given: Hyperparameters, names: _Names, choice: _Choi
         state |= {f"blocks.{i}.{name}": tensor for name, tensor in parts.items()}
     state["norm.weight"] = _norm(tensors, names.norm, config, era)
     tensors.finish()
-    notes = [*choice.notes, *_sources(given, config), _folded(config, era)]
+    notes = [*choice.notes, *_hyperparameter_notes(given, config), _folding_note(config, era)]
     return Converted(config, state, str(era), choice.why, notes)
 
 
 def _config(tensors: Tensors, given: Hyperparameters, names: _Names, era: Era) -> ModelConfig:
-    """Sizes from shapes, which leave none open; `given` may only agree with them."""
+    """Sizes from the shapes; those in `given` must agree."""
     table = names.embedding if names.embedding in tensors else names.head
     block = names.block(0)
     vocab, dim = tensors.shape(table, 2)
@@ -235,7 +236,10 @@ def _matrices(tensors: Tensors, block: str, ff_out: str, config: ModelConfig) ->
 
 
 def _scales(tensors: Tensors, block: str, config: ModelConfig, era: Era) -> dict[str, Tensor]:
-    """scale l2(q)a . l2(k)b = d^-0.5 rms(q)fa . rms(k)fb; rms = d^0.5 l2, so f^2 = scale d^-0.5."""
+    """Query and key scales. With rms(x) = d^0.5 l2(x), the scores are equal,
+
+    scale l2(q) a . l2(k) b = d^-0.5 rms(q) f a . rms(k) f b,  if f^2 = scale d^-0.5.
+    """
     factor = qk_factor(era, config.head_dim)
     return {
         f"attention.{name}": tensors.take(f"{block}{name}", config.head_dim) * factor
@@ -244,7 +248,7 @@ def _scales(tensors: Tensors, block: str, config: ModelConfig, era: Era) -> dict
 
 
 def _table(tensors: Tensors, names: _Names, config: ModelConfig) -> Tensor:
-    """The one table; a writer that removes shared storages keeps either name."""
+    """The tied table; safetensors keeps only one name of a shared storage, either one."""
     present = [name for name in (names.embedding, names.head) if name in tensors]
     tables = [tensors.take(name, config.vocab_size, config.dim) for name in present]
     if not all(torch.equal(table, tables[0]) for table in tables):
@@ -259,7 +263,7 @@ def _norm(tensors: Tensors, name: str, config: ModelConfig, era: Era) -> Tensor:
     return tensors.take(f"{name}gamma", config.dim) + float(era.gamma_minus_one)
 
 
-def _sources(given: Hyperparameters, config: ModelConfig) -> list[str]:
+def _hyperparameter_notes(given: Hyperparameters, config: ModelConfig) -> list[str]:
     source = given.where if given.values else "the tensors' shapes and the original's defaults"
     xpos = f"xPos base {config.xpos_base:g}" if config.xpos_base else "no xPos"
     sizes = f"dim {config.dim}, depth {config.depth}, heads {config.heads} x {config.head_dim}"
@@ -271,7 +275,7 @@ def _sources(given: Hyperparameters, config: ModelConfig) -> list[str]:
     ]
 
 
-def _folded(config: ModelConfig, era: Era) -> str:
+def _folding_note(config: ModelConfig, era: Era) -> str:
     folded = ["fused rows split"]
     if era.gamma_minus_one:
         folded.append("one added to the norms' scales")

@@ -1,6 +1,6 @@
-"""palm-rlhf-pytorch's RewardModel <-> ours: its PaLM, its LoRA factors, its marks and its head.
+"""Converts palm-rlhf-pytorch's RewardModel from and to ours: PaLM, LoRA factors, marks and head.
 
-The factors stay an adapter: delta = A B there, (alpha / rank) B A here, A and B transposed.
+LoRA stays an adapter. Its update is A B there and (alpha / rank) B A here, A and B transposed.
 """
 
 import dataclasses
@@ -18,35 +18,35 @@ from openpalm.model.config import MAX_BINS, LoraConfig, ModelConfig, RewardConfi
 from openpalm.model.reward import RewardModel
 
 TARGETS = {"q": "project_in", "k": "project_in", "v": "project_in", "out": "project_out"}
-"""What the original adapts, in its order, and where ours has it."""
+"""Matrices with LoRA, in the order of the original: target -> our projection."""
 _SCOPES = "finetune_modules."
 _DEFAULT_SCOPE = "reward"
 _HEADS = ("to_pred.0.weight", "to_pred.weight")
 
 
 def is_reward(tensors: Tensors) -> bool:
-    """Whether a state dict is of a RewardModel."""
+    """Whether this is the state dict of a RewardModel."""
     return "palm.layers.0.fn.attn_out.weight" in tensors and any(h in tensors for h in _HEADS)
 
 
 def read_reward(tensors: Tensors, given: Hyperparameters, era: str | None) -> Converted:
     """Converts a RewardModel's state dict; arguments and errors are those of `read_palm_rlhf`.
 
-    Its bins are numbered from 0 in the original and stand for the ratings 1, 2, ... K here.
+    The original's bins 0, 1, ... K - 1 become the ratings 1, 2, ... K.
     """
     palm = tensors.under("palm.")
     scope, left_out = _scope(palm, given)
     factors = palm.under(f"{_SCOPES}{scope}.")
     palm.drop(r"finetune_modules\.")
     trunk = read_palm_rlhf(palm, given, era)
-    adapter, state = read_factors(factors, trunk.config, given)
+    adapter, state = read_lora_factors(factors, trunk.config, given)
     reward, head = _read_head(tensors, trunk.config, given)
     tensors.finish()
     notes = [*trunk.notes, f"reads the mean state; {reward.kind} head, {reward.outputs} outputs"]
     if adapter is not None:
         notes.append(f"LoRA factors of scope {scope}, rank {adapter.rank}, kept as an adapter")
     if left_out:
-        notes.append(f"left out: the LoRA factors of scope {', '.join(left_out):.100}")
+        notes.append(f"dropped: the LoRA factors of scope {', '.join(left_out):.100}")
     state = {**trunk.state, **state, **head}
     return Converted(trunk.config, state, trunk.era, trunk.why, notes, reward, adapter)
 
@@ -56,12 +56,14 @@ def write_reward(
 ) -> tuple[dict[str, object], dict[str, Tensor], list[str]]:
     """Constructor arguments of PaLM and RewardModel, the state dict (float32), and notes.
 
-    Raises CheckpointError naming what the original has no word for.
+    Raises CheckpointError for a model that palm-rlhf-pytorch cannot express.
     """
     _check_writable(model)
     adapter = lora.config_of(model)
     ours = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
-    unscaled = dataclasses.replace(model.config, logit_scale=1.0)  # of logits, not of rewards
+    unscaled = dataclasses.replace(
+        model.config, logit_scale=1.0
+    )  # it scales logits, which a reward model does not have
     arguments, palm, notes = write_palm_rlhf(unscaled, ours)
     dim = model.config.dim
     marks = ours.get("marks", torch.zeros(2, dim)).view(2, 1, 1, dim).clone()
@@ -69,7 +71,7 @@ def write_reward(
     state |= {f"palm.{name}": tensor for name, tensor in palm.items()}
     if adapter is not None:
         scope = f"palm.{_SCOPES}{_DEFAULT_SCOPE}."
-        state |= written_factors(ours, model.config, adapter, scope)
+        state |= write_lora_factors(ours, model.config, adapter, scope)
     if model.reward.kind == "scalar":
         state["to_pred.0.weight"] = ours["reward_head"]
     else:
@@ -86,7 +88,7 @@ def write_reward(
 
 
 def _scope(palm: Tensors, given: Hyperparameters) -> tuple[str, list[str]]:
-    """The scope whose factors the reward is computed with, and the other ones."""
+    """The LoRA scope that computes the reward, and the other scopes."""
     scopes = sorted({name.split(".")[1] for name in palm.names if name.startswith(_SCOPES)})
     named = given.values.get("reward_lora_scope")
     if not given.flag("use_lora", True):
@@ -97,15 +99,15 @@ def _scope(palm: Tensors, given: Hyperparameters) -> tuple[str, list[str]]:
     if scopes and wanted not in scopes:
         raise CheckpointError(
             f"{palm.where}: has LoRA scopes {', '.join(scopes):.100} and none named "
-            f"{wanted:.40}; say reward_lora_scope in --config"
+            f"{wanted:.40}; give reward_lora_scope in --config"
         )
     return wanted, [scope for scope in scopes if scope != wanted]
 
 
-def read_factors(
+def read_lora_factors(
     factors: Tensors, config: ModelConfig, given: Hyperparameters
 ) -> tuple[LoraConfig | None, dict[str, Tensor]]:
-    """The adapter in one scope's factors, and those by our names."""
+    """The adapter's config from the factors of one scope, and its tensors with our names."""
     if not factors.names:
         return None, {}
     rank = factors.shape("0.0.A", 2)[1]
@@ -122,10 +124,10 @@ def read_factors(
     return adapter, state
 
 
-def written_factors(
+def write_lora_factors(
     ours: dict[str, Tensor], config: ModelConfig, adapter: LoraConfig, prefix: str
 ) -> dict[str, Tensor]:
-    """The four matrices' factors, zeros where ours has none; the scale is folded into B."""
+    """Factors of the four matrices, zeros for those without LoRA; B includes the scale."""
     state = {}
     for i in range(config.depth):
         for j, (target, home) in enumerate(TARGETS.items()):
@@ -153,10 +155,10 @@ def _read_head(
         state["reward_bias"] = tensors.take("to_pred.bias", bins)
     else:
         state["reward_head"] = tensors.take("to_pred.0.weight", 1, dim)
-    said = given.values.get("num_binned_output") or 0
-    if (said > 1 if isinstance(said, int | float) else True) and said != bins:
+    stated = given.values.get("num_binned_output") or 0
+    if (stated > 1 if isinstance(stated, int | float) else True) and stated != bins:
         raise CheckpointError(
-            f"{given.where}: num_binned_output is {said!r:.40}, but the tensors say {bins}"
+            f"{given.where}: num_binned_output is {stated!r:.40}, but the tensors say {bins}"
         )
     values = tuple(float(k + 1) for k in range(bins))
     kind = "binned" if bins else "scalar"
@@ -164,7 +166,7 @@ def _read_head(
 
 
 def _check_writable(model: RewardModel) -> None:
-    """The original reads the mean state with one head; it adapts q, k, v and out."""
+    """palm-rlhf-pytorch reads the mean state with one head and has LoRA on q, k, v and out."""
     reward, adapter = model.reward, lora.config_of(model)
     targets = set(adapter.targets if adapter is not None else ())
     numbered = all(b - a == 1 for a, b in zip(reward.values, reward.values[1:], strict=False))
@@ -176,7 +178,7 @@ def _check_writable(model: RewardModel) -> None:
         "bins that are not 1 apart": not numbered,
         f"LoRA on {', '.join(sorted(targets - TARGETS.keys()))}": not targets <= TARGETS.keys(),
     }
-    for what in (what for what, wrong in refused.items() if wrong):
+    for what in (what for what, is_refused in refused.items() if is_refused):
         raise CheckpointError(
-            f"palm-rlhf-pytorch cannot express {what}; keep this model in OpenPaLM's form"
+            f"palm-rlhf-pytorch cannot express {what}; keep this model in OpenPaLM's format"
         )

@@ -1,4 +1,4 @@
-"""Our models -> the newest form of palm-rlhf-pytorch, as its PaLM.load (strict) reads it."""
+"""Converts our models to the newest version of palm-rlhf-pytorch, for its strict PaLM.load."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def write_palm_rlhf(
 ) -> tuple[dict[str, object], dict[str, Tensor], list[str]]:
     """PaLM's constructor arguments, its state dict (float32), and one-line notes.
 
-    Raises CheckpointError naming the field that the original has no word for.
+    Raises CheckpointError for a config that palm-rlhf-pytorch cannot express.
     """
     _check_writable(config)
     state = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
@@ -30,12 +30,14 @@ def write_palm_rlhf(
     if config.logit_scale != 1:
         notes.append(f"logit_scale {config.logit_scale:g} folded into the final norm's scale")
     if config.causal and not config.xpos_base:
-        notes.append(f"no xPos: said as rotary_xpos_scale_base {NO_XPOS_BASE}, where it vanishes")
+        notes.append(
+            f"no xPos: written as rotary_xpos_scale_base {NO_XPOS_BASE}, which has no effect"
+        )
     return _arguments(config), out, notes
 
 
-def in_era(state: dict[str, Tensor], era: Era, head_dim: int) -> dict[str, Tensor]:
-    """A state dict of the newest form as that era's versions have it."""
+def convert_to_era(state: dict[str, Tensor], era: Era, head_dim: int) -> dict[str, Tensor]:
+    """Converts a state dict of the newest era to `era`."""
     scale = qk_factor(NEWEST, head_dim) / qk_factor(era, head_dim)
     written = {}
     for name, tensor in state.items():
@@ -65,7 +67,7 @@ def _arguments(config: ModelConfig) -> dict[str, object]:
 
 def _block(config: ModelConfig, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
-    if config.qk_norm:  # rms = d^0.5 l2, and both divide scores by d^0.5
+    if config.qk_norm:  # rms(x) = d^0.5 l2(x), and both multiply the scores by d^-0.5
         for name in ("q_scale", "k_scale"):
             out[name] = parts[f"attention.{name}"] * config.head_dim**0.5
     out |= _norm("norm.", parts["norm.weight"])
@@ -83,7 +85,7 @@ def _norm(name: str, scale: Tensor) -> dict[str, Tensor]:
 
 
 def _check_writable(config: ModelConfig) -> None:
-    """The original is multi-query SwiGLU with one table and whole rotated heads, nothing else."""
+    """palm-rlhf-pytorch has only multi-query SwiGLU, a tied table and fully rotated heads."""
     whole = (0, config.head_dim)
     wanted = {
         "kv_heads": (1,),
@@ -103,5 +105,5 @@ def _check_writable(config: ModelConfig) -> None:
             needed = "a multiple of dim" if name == "ff_dim" else values[0]
             raise CheckpointError(
                 f"palm-rlhf-pytorch cannot express {name} {value}, only {needed}; "
-                "keep this model in OpenPaLM's form"
+                "keep this model in OpenPaLM's format"
             )

@@ -42,11 +42,10 @@ class Encoder:
 
     tokenizer: Tokenizer
     dtype: str
-    text_field: str
     lengths: np.ndarray | None
 
     def __call__(self, segment: Segment) -> tuple[int, int, dict[str, Encoded]]:
-        found = list(parts(segment, self.text_field, self.lengths))
+        found = list(parts(segment, self.lengths))
         encoded = {
             split: self._encoded([part for part in found if part.split == split])
             for split in SPLITS

@@ -105,12 +105,12 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
     """
     given = _given_tokenizer(request)
     left_out: Counter[str] = Counter()
-    sources = find_sources(request.inputs, left_out)
+    sources = find_sources(request.inputs, left_out, text_field=request.text_field)
     existing = _look_at(request)
     _refuse_own_output(sources, request.out)
     told = _Told(sources, 1 if existing else 2 if given else 3, progress)
     if existing:
-        scanned = [hashed(source, request.text_field, told.advance) for source in sources]
+        scanned = [hashed(source, told.advance) for source in sources]
         _refuse_another(existing, request, input_entries(sources, scanned), given)
         remove_scratch(request.out)
         return replace(existing, unchanged=True, left_out=dict(+left_out))
@@ -194,7 +194,6 @@ class _Preparation:
                 self.sources,
                 self.unfinished,
                 workers,
-                text_field=request.text_field,
                 lengths=lengths,
                 advance=self.advance,
             )
@@ -208,7 +207,6 @@ class _Preparation:
             scanned=scanned,
             plan=plan,
             folder=folder,
-            text_field=request.text_field,
             in_pieces=given is None or given.in_pieces,
             lengths=lengths,
             end_of_text=given.end_of_text if given else None,
@@ -227,7 +225,7 @@ class _Preparation:
             settings=request.settings,
             inputs=inputs,
             documents=plan.counts,
-            splits=self._write(segments, Encoder(tokenizer, dtype, request.text_field, lengths)),
+            splits=self._write(segments, Encoder(tokenizer, dtype, lengths)),
         )
 
     def _learnt(self, segments: Segments) -> Tokenizer:
@@ -239,7 +237,7 @@ class _Preparation:
                 return known
         step = -(-segments.plan.bytes // BPE_BYTES)
         chosen = islice(segments.read(Share(0, 1, segments.plan.bytes)), 0, None, step)
-        found = (part for one in chosen for part in parts(one, self.request.text_field, None))
+        found = (part for one in chosen for part in parts(one, None))
         texts = (part.piece.text for part in found if part.split == "train")
         tokenizer = Tokenizer.from_spec(self.request.tokenizer, texts)
         tokenizer.save(file)
@@ -303,7 +301,7 @@ def _size(source: Source) -> int:
             return source.path.stat().st_size
     if source.given.startswith(HUB_PREFIX):
         return 0
-    return hashed(source, "text", lambda count: None).bytes
+    return hashed(source, lambda count: None).bytes
 
 
 def _refuse_own_output(sources: list[Source], out: Path) -> None:

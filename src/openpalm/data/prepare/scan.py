@@ -14,8 +14,14 @@ from typing import BinaryIO
 import numpy as np
 
 from openpalm.base.workers import Workers
-from openpalm.data.corpus.document import RECORD, Measure
-from openpalm.data.corpus.documents import Block, documents, read_blocks, read_pieces, refuse_empty
+from openpalm.data.corpus.document import FINGERPRINT, Fingerprint
+from openpalm.data.corpus.document_reader import (
+    DocumentBlock,
+    documents,
+    read_document_blocks,
+    read_pieces,
+    refuse_empty,
+)
 from openpalm.data.corpus.line_streams import tap_file
 from openpalm.data.corpus.sources import Source
 from openpalm.data.dataset.manifest import REMEDY, InputEntry
@@ -50,14 +56,13 @@ def scan(
     unfinished: Unfinished,
     workers: Workers,
     *,
-    text_field: str,
     lengths: np.ndarray | None,
     advance: Advance,
 ) -> list[Scanned]:
     """Reads everything once. Raises DataError on the first thing that cannot be used.
 
-    Leaves RECORDS (a RECORD a document) and COUNTS (documents of each block, int64) in the folder.
-    `lengths` is Measure's; `advance` is told the raw bytes read.
+    Leaves RECORDS (a FINGERPRINT a document) and COUNTS (documents of each block, int64).
+    `lengths` is Fingerprint's; `advance` is told the raw bytes read.
     """
     done = unfinished.done
     unfinished.keep = True
@@ -65,12 +70,12 @@ def scan(
         _compare(source, before, advance)
     unfinished.keep = False
     with (
-        _grown(unfinished, RECORDS, "documents", RECORD.itemsize) as records,
+        _grown(unfinished, RECORDS, "documents", FINGERPRINT.itemsize) as records,
         _grown(unfinished, COUNTS, "blocks", COUNT_BYTES) as counts,
     ):
         for source in sources[len(done.scanned) :]:
             raw, found = Raw(advance), done.scanning
-            for measured in _measured(source, workers, text_field, lengths, raw, found.blocks):
+            for measured in _measured(source, workers, lengths, raw, found.blocks):
                 records.write(measured.tobytes())
                 blocks = 0
                 if not source.is_one:
@@ -98,13 +103,13 @@ def input_entries(sources: Sequence[Source], scanned: Sequence[Scanned]) -> tupl
     return tuple(_entry(given, [found for _, found in group]) for given, group in groups)
 
 
-def hashed(source: Source, text_field: str, advance: Advance) -> Scanned:
+def hashed(source: Source, advance: Advance) -> Scanned:
     """A source's raw bytes only, nothing parsed that need not be."""
     raw = Raw(advance)
     if source.path:
         tap_file(source.path, raw)
     else:
-        for _ in read_blocks(source, text_field=text_field, tap=raw):
+        for _ in read_document_blocks(source, raw):
             pass
     return Scanned(source.name, raw.bytes, raw.sha256, 0, 0)
 
@@ -118,35 +123,34 @@ def _entry(given: str, found: Sequence[Scanned]) -> InputEntry:
 def _measured(
     source: Source,
     workers: Workers,
-    text_field: str,
     lengths: np.ndarray | None,
     tap: Raw,
     begin: int,
 ) -> Iterator[np.ndarray]:
-    """RECORD [documents] of each block from `begin` on."""
+    """FINGERPRINT [documents] of each block from `begin` on."""
     if source.is_one:
-        measure = Measure(lengths)
+        measure = Fingerprint(lengths)
         for piece in read_pieces(source, tap):
             measure.add(piece)
-        yield np.array([measure.record()], dtype=RECORD)
+        yield np.array([measure.value()], dtype=FINGERPRINT)
     else:
-        blocks = read_blocks(source, text_field=text_field, tap=tap)
-        measured = partial(_measure_block, text_field=text_field, lengths=lengths)
+        blocks = read_document_blocks(source, tap)
+        measured = partial(_measure_block, lengths=lengths)
         yield from workers.map(measured, islice(blocks, begin, None))
 
 
-def _measure_block(block: Block, *, text_field: str, lengths: np.ndarray | None) -> np.ndarray:
+def _measure_block(block: DocumentBlock, *, lengths: np.ndarray | None) -> np.ndarray:
     found = []
-    for document in documents(block, text_field):
-        measure = Measure(lengths)
+    for document in documents(block):
+        measure = Fingerprint(lengths)
         measure.add(document)
-        found.append(measure.record())
-    return np.array(found, dtype=RECORD)
+        found.append(measure.value())
+    return np.array(found, dtype=FINGERPRINT)
 
 
 def _compare(source: Source, before: Scanned, advance: Advance) -> None:
     """What was scanned before a kill must still be what it was; the Hub's rows are met again."""
-    if source.path and (now := hashed(source, "", advance)).sha256 != before.sha256:
+    if source.path and (now := hashed(source, advance)).sha256 != before.sha256:
         raise DataError(
             f"{now.name}: changed since this dataset was begun; give what it was, choose another "
             f"--out, or {REMEDY}"

@@ -11,14 +11,19 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from openpalm.data.corpus.document import RECORD, Document, Measure, id_lengths
-from openpalm.data.corpus.documents import Block, documents, read_blocks, read_pieces
+from openpalm.data.corpus.document import FINGERPRINT, Document, Fingerprint, id_lengths
+from openpalm.data.corpus.document_reader import (
+    DocumentBlock,
+    documents,
+    read_document_blocks,
+    read_pieces,
+)
 from openpalm.data.corpus.sources import Source
 from openpalm.data.dataset.manifest import SPLITS
 from openpalm.data.prepare.progress_file import Scanned
 from openpalm.data.prepare.scan import COUNT_BYTES, COUNTS, RECORDS
 from openpalm.data.prepare.split import FATES, LEFT_OUT, SLICE, TRAIN, VAL, Plan
-from openpalm.data.text.byte_level import cut_at_seams
+from openpalm.data.text.byte_level import split_at_safe_points
 from openpalm.errors import DataError
 
 
@@ -52,7 +57,7 @@ class Segment(NamedTuple):
 
     source: int
     number: int
-    block: Block
+    block: DocumentBlock
     records: np.ndarray | None
     fates: np.ndarray
     seam: tuple[int, int] | None
@@ -76,14 +81,13 @@ class Segments:
 
     `in_pieces` says whether a long text may be cut: whether its ids are those of its pieces.
     `lengths` is
-    Measure's; `advance` is told the raw bytes read.
+    Fingerprint's; `advance` is told the raw bytes read.
     """
 
     sources: Sequence[Source]
     scanned: Sequence[Scanned]
     plan: Plan
     folder: Path
-    text_field: str
     in_pieces: bool
     lengths: np.ndarray | None
     end_of_text: int | None
@@ -113,7 +117,7 @@ class Segments:
         """The segments of a source of many documents, and the kept bytes before each."""
         given, found, at = self.sources[source], self.scanned[source], 0
         counts = np.fromfile(self.folder / COUNTS, "<i8", found.blocks, offset=block * COUNT_BYTES)
-        blocks = read_blocks(given, text_field=self.text_field, tap=self._tap)
+        blocks = read_document_blocks(given, self._tap)
         number = -1
         for number, content in enumerate(blocks):
             if number >= len(counts):
@@ -133,7 +137,7 @@ class Segments:
         given, (records, fates) = self.sources[source], self._read(document, 1)
         seam = self.plan.seam
         cut = seam[1] if seam and seam[0] == document else None
-        measure, at, ended = Measure(self.lengths), 0, True
+        measure, at, ended = Fingerprint(self.lengths), 0, True
         pieces = _seamed(read_pieces(given, self._tap), self.in_pieces)
         for number, (piece, last) in enumerate(pieces):
             measure.add(piece)
@@ -155,7 +159,7 @@ class Segments:
             )
             at += size
             ended = piece.ids is not None and piece.ids[-1] == self.end_of_text
-        if measure.record()[0] != tuple(records["digest"][0].tolist()):
+        if measure.value()[0] != tuple(records["digest"][0].tolist()):
             refuse_changed(given.name)
 
     def _tap(self, data: bytes) -> None:
@@ -169,23 +173,23 @@ class Segments:
         return total
 
     def _read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        offset = first * RECORD.itemsize
-        records = np.fromfile(self.folder / RECORDS, RECORD, count, offset=offset)
+        offset = first * FINGERPRINT.itemsize
+        records = np.fromfile(self.folder / RECORDS, FINGERPRINT, count, offset=offset)
         return records, np.fromfile(self.folder / FATES, np.uint8, count, offset=first)
 
 
-def parts(segment: Segment, text_field: str, lengths: np.ndarray | None) -> Iterator[Part]:
+def parts(segment: Segment, lengths: np.ndarray | None) -> Iterator[Part]:
     """What is kept of a segment, each document checked to be what the first pass saw."""
     count = 0
-    for count, document in enumerate(documents(segment.block, text_field), start=1):
+    for count, document in enumerate(documents(segment.block), start=1):
         i = count - 1
-        measure = Measure(lengths)
+        measure = Fingerprint(lengths)
         measure.add(document)
         if segment.records is not None and (
             i >= len(segment.records)
-            or measure.record()[0] != tuple(segment.records["digest"][i].tolist())
+            or measure.value()[0] != tuple(segment.records["digest"][i].tolist())
         ):
-            refuse_changed(document.source)
+            refuse_changed(document.place)
         if segment.seam and i == segment.seam[0]:
             yield from _sides(document, segment.seam[1], segment, lengths)
         elif segment.fates[i]:
@@ -203,7 +207,7 @@ def _seamed(pieces: Iterable[Document], in_pieces: bool) -> Iterator[tuple[Docum
     """Pieces cut where no token can lie, and whether each is the last."""
     texts, waiting, source, ids = [], 0, "", None
     for piece in pieces:
-        source = piece.source
+        source = piece.place
         if piece.ids is not None:
             if ids is not None:
                 yield ids, False
@@ -213,7 +217,7 @@ def _seamed(pieces: Iterable[Document], in_pieces: bool) -> Iterator[tuple[Docum
         waiting += 1
         # Where there is no seam, the next attempt waits for twice the text.
         if in_pieces and waiting & (waiting - 1) == 0:
-            *ready, rest = cut_at_seams("".join(texts))
+            *ready, rest = split_at_safe_points("".join(texts))
             texts = [rest]
             if ready:
                 yield Document("".join(ready), source), False

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openpalm.data.corpus.document import RECORD
+from openpalm.data.corpus.document import FINGERPRINT
 from openpalm.data.dataset.manifest import SPLITS, DocumentCounts
 from openpalm.errors import DataError, count_of
 
@@ -77,11 +77,11 @@ def decide(folder: Path, records: Path, split: Split, *, dedup: bool, given: str
 
 
 class Ledger:
-    """Records and fates side by side, a slice at a time: (RECORD [n], uint8 [n])."""
+    """Records and fates side by side, a slice at a time: (FINGERPRINT [n], uint8 [n])."""
 
     def __init__(self, records: Path, fates: Path):
         self._records, self._fates = records, fates
-        self._count = records.stat().st_size // RECORD.itemsize
+        self._count = records.stat().st_size // FINGERPRINT.itemsize
 
     def __len__(self) -> int:
         return self._count
@@ -101,7 +101,7 @@ class Ledger:
             yield self.read(start, count), self.fates[start : start + count]
 
     def read(self, start: int, count: int) -> np.ndarray:
-        return np.fromfile(self._records, RECORD, count, offset=start * RECORD.itemsize)
+        return np.fromfile(self._records, FINGERPRINT, count, offset=start * FINGERPRINT.itemsize)
 
 
 def _repeated(ledger: Ledger, folder: Path) -> Iterator[np.ndarray]:

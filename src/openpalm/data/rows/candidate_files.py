@@ -1,59 +1,49 @@
-"""Prompts with two or more answers that are still to be judged, from files."""
+"""Reads prompts with two or more completions to be judged (candidates) from files of rows."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from openpalm.data.rows.fields import Row
-from openpalm.data.rows.preferences import Candidate, Messages, Preference, Usable
-from openpalm.data.rows.row_formats import (
-    PROMPT,
-    RANKING,
-    SCORED,
-    Reading,
-    prompt_of,
-    read_forms,
-    responses_of,
-    texts_of,
-)
-from openpalm.data.rows.usable import collected
+from openpalm.data.rows.messages import Messages, parse_prompt, parse_responses
+from openpalm.data.rows.preferences import Candidate, Preference
+from openpalm.data.rows.read_result import ReadResult, collect_results
+from openpalm.data.rows.row_formats import PROMPT, RANKING, SCORED, RowReader
 
 
 class CandidateRow(NamedTuple):
+    """A prompt and the completions to choose from."""
+
     prompt: Messages
     candidates: tuple[Candidate, ...]
 
 
-def read_candidates(path: str | Path) -> Usable[CandidateRow]:
-    """Rows of prompt and responses (or answers), or Preference records, to be judged again.
+def read_candidates(path: str | Path) -> ReadResult[CandidateRow]:
+    """Rows of prompt and responses (or answers), or preference records, to be judged again.
 
     Raises DataError with line, field and remedy.
     """
-    makers = {PROMPT: _row, RANKING: _row, SCORED: _row}
-    return read_forms(path, Reading("set of answers", makers, _texts), _of_records)
+    converters = {PROMPT: row_to_candidates, RANKING: row_to_candidates, SCORED: row_to_candidates}
+    return RowReader("set of answers", converters, _from_preferences).read(path)
 
 
-def _texts(found: CandidateRow) -> Iterator[str]:
-    yield from texts_of(found.prompt)
-    yield from (candidate.text for candidate in found.candidates)
+def row_to_candidates(row: Row) -> Iterator[CandidateRow | str]:
+    texts = parse_responses(row)
+    yield CandidateRow(parse_prompt(row), tuple(map(Candidate, texts)))
 
 
-def _row(row: Row) -> Iterator[CandidateRow | str]:
-    texts = responses_of(row)
-    yield CandidateRow(prompt_of(row), tuple(map(Candidate, texts)))
-
-
-def _of_records(records: list[Preference]) -> Usable[CandidateRow]:
+def _from_preferences(preferences: list[Preference]) -> ReadResult[CandidateRow]:
+    """Each prompt with its candidates once, without the old judgement and sampling settings."""
     seen: set[tuple[Messages, tuple[str, ...]]] = set()
 
-    def made(record: Preference) -> CandidateRow | str:
-        answers = tuple(c.text for c in record.candidates)
-        if len(answers) < 2:
-            return "fewer than two answers"
-        if (record.prompt, answers) in seen:
-            return "repeated answers"
-        seen.add((record.prompt, answers))
-        found = tuple(Candidate(c.text, c.checkpoint) for c in record.candidates)
-        return CandidateRow(record.prompt, found)
+    def convert(record: Preference) -> CandidateRow | str:
+        texts = tuple(c.text for c in record.candidates)
+        if len(texts) < 2:
+            return "fewer than two completions"
+        if (record.prompt, texts) in seen:
+            return "repeated completions"
+        seen.add((record.prompt, texts))
+        candidates = tuple(Candidate(c.text, c.checkpoint) for c in record.candidates)
+        return CandidateRow(record.prompt, candidates)
 
-    return collected((record.id, made(record)) for record in records)
+    return collect_results((record.id, convert(record)) for record in preferences)

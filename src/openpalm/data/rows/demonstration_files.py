@@ -1,62 +1,65 @@
-"""What supervised fine-tuning imitates, from files: conversations with at least one answer."""
+"""Reads demonstrations for supervised fine-tuning (SFT): conversations with a completion."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from openpalm.data.rows.fields import COMPLETIONS, Row
-from openpalm.data.rows.preferences import Messages, Usable, demonstrations
+from openpalm.data.rows.messages import (
+    Messages,
+    parse_completion,
+    parse_conversation,
+    parse_prompt,
+    parse_solution,
+)
+from openpalm.data.rows.preferences import demonstrations_from_preferences
+from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.rows.row_formats import (
     ALPACA,
     COMPLETION,
     MESSAGES,
     PROBLEM,
     SHAREGPT,
-    Reading,
-    answer_of,
-    conversation_of,
-    prompt_of,
-    read_forms,
-    solution_of,
-    texts_of,
+    RowReader,
 )
 
 
-def read_demonstrations(path: str | Path) -> Usable[Messages]:
+def read_demonstrations(path: str | Path) -> ReadResult[Messages]:
     """Conversations of a .jsonl or .jsonl.gz file.
 
-    Forms: messages; ShareGPT's conversations; instruction, input, output (Alpaca); prompt and
-    completion or response; question (or prompt, problem) and answer (or solution); Preference
-    records that write or edit an answer. A prompt that is a text is the user's turn, its
-    completion the assistant's. Raises DataError with line, field and remedy.
+    Formats: messages; ShareGPT's conversations; instruction, input, output (Alpaca); prompt and
+    completion or response; question (or prompt, problem) and answer (or solution); preference
+    records that write or edit a completion. A prompt that is a text is a user message. Raises
+    DataError with line, field and remedy.
     """
-    makers = {
-        MESSAGES: _messages,
-        SHAREGPT: _messages,
-        ALPACA: _completion,
-        COMPLETION: _completion,
-        PROBLEM: _problem,
+    converters = {
+        MESSAGES: row_to_conversation,
+        SHAREGPT: row_to_conversation,
+        ALPACA: _completion_row_to_conversation,
+        COMPLETION: _completion_row_to_conversation,
+        PROBLEM: _problem_row_to_conversation,
     }
-    return read_forms(path, Reading("conversation", makers, texts_of), demonstrations)
+    return RowReader("conversation", converters, demonstrations_from_preferences).read(path)
 
 
-def _messages(row: Row) -> Iterator[Messages | str]:
-    yield usable(conversation_of(row))
+def row_to_conversation(row: Row) -> Iterator[Messages | str]:
+    yield check_demonstration(parse_conversation(row))
 
 
-def _completion(row: Row) -> Iterator[Messages | str]:
-    prompt = prompt_of(row)
-    yield usable(prompt + answer_of(row, row.name(COMPLETIONS), prompt))
+def _completion_row_to_conversation(row: Row) -> Iterator[Messages | str]:
+    prompt = parse_prompt(row)
+    completion = parse_completion(row, row.find_name(COMPLETIONS), prompt)
+    yield check_demonstration(prompt + completion)
 
 
-def _problem(row: Row) -> Iterator[Messages | str]:
-    yield usable(prompt_of(row) + solution_of(row))
+def _problem_row_to_conversation(row: Row) -> Iterator[Messages | str]:
+    yield check_demonstration(parse_prompt(row) + parse_solution(row))
 
 
-def usable(messages: Messages) -> Messages | str:
-    """The conversation, or the reason why there is nothing in it to imitate."""
-    answers = [m for m in messages if m.role == "assistant"]
-    if not answers:
+def check_demonstration(messages: Messages) -> Messages | str:
+    """The conversation, or the reason why SFT cannot use it: no assistant turn with a loss."""
+    turns = [m for m in messages if m.role == "assistant"]
+    if not turns:
         return "no assistant turn"
-    if not any(m.trained for m in answers):
+    if not any(m.trained for m in turns):
         return "no assistant turn has a weight"
-    return messages if all(m.content.strip() for m in answers) else "empty answer"
+    return messages if all(m.content.strip() for m in turns) else "empty completion"

@@ -1,24 +1,33 @@
-"""Pairs of answers from files, in the forms that people keep them in (data/rows/row_formats.py)."""
+"""Reads preference pairs, chosen and rejected completions of a prompt, from files of rows."""
 
 from collections.abc import Iterator
 from itertools import chain, combinations, takewhile
 from pathlib import Path
-from typing import Any
 
 from openpalm.base.typed import expect, is_number
 from openpalm.data.rows.fields import MARGINS, SCORES, SIDES, Row, is_blank
-from openpalm.data.rows.preferences import (
+from openpalm.data.rows.messages import (
     Messages,
+    add_system_message,
+    assistant_turn,
+    check_completion,
+    check_prompt,
+    parse_completion,
+    parse_hh_text,
+    parse_messages,
+    parse_prompt,
+    parse_responses,
+    stripped,
+)
+from openpalm.data.rows.preferences import (
     Pair,
     Tie,
-    Usable,
-    check_prompt,
-    contest,
-    pairs,
-    ranked,
-    says,
-    ties,
+    pair_or_reason,
+    pairs_from_preferences,
+    pairs_from_ranking,
+    ties_from_preferences,
 )
+from openpalm.data.rows.read_result import ReadResult, UnusableRow
 from openpalm.data.rows.row_formats import (
     EXPLICIT,
     HH,
@@ -26,137 +35,116 @@ from openpalm.data.rows.row_formats import (
     SCORED,
     TEXTS,
     WHOLE,
-    Reading,
-    answer_of,
-    check_answer,
-    form_of,
-    prompt_of,
-    read_forms,
-    responses_of,
-    texts_of,
-    with_system,
+    RowReader,
+    row_format,
 )
-from openpalm.data.rows.turns import hh_messages, messages_of, stripped
-from openpalm.data.rows.usable import Unusable
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
 
-def read_pairs(path: str | Path) -> Usable[Pair]:
+def read_pairs(path: str | Path) -> ReadResult[Pair]:
     """Pairs of a .jsonl or .jsonl.gz file.
 
-    Forms: Preference records; prompt, chosen, rejected (texts or messages; the answers may
-    repeat the prompt); chosen and rejected alone, whose common beginning is the prompt: message
-    lists, Anthropic HH texts, or plain texts, parted at a white space; prompt, responses and
+    Formats: preference records; prompt, chosen, rejected (texts or messages; the completions may
+    repeat the prompt); chosen and rejected alone, with the prompt as their common beginning:
+    message lists, Anthropic HH texts, or plain texts, split at white space; prompt, responses and
     `rank` (of each response, lower is better, equal is a tie), `ranking` (numbers of the
-    responses from 0, best first; those in a list of their own are tied) or `scores`; the public
-    shapes of data/rows/published.py. A pair may have a `margin`, or scores of both answers. Raises
+    responses from 0, best first; a nested list is a tie) or `scores`; the formats of
+    data/rows/public_datasets.py. A pair may have a `margin`, or scores of both completions. Raises
     DataError with line, field and remedy.
     """
-    makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), row_pair) | {
-        RANKING: _ranking,
-        SCORED: _scored,
-    }
-    return read_forms(path, Reading("pair", makers, _texts), pairs)
+    converters = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), row_to_pair)
+    converters |= {RANKING: _ranking_row_to_pairs, SCORED: _scored_row_to_pairs}
+    return RowReader("pair", converters, pairs_from_preferences).read(path)
 
 
 def read_ties(path: str | Path) -> list[Tie]:
     """The ties of a file that `read_pairs` reads.
 
-    Of Preference records, of responses with one rank or score, and of public shapes that have a
-    verdict for ties (LMSYS arena, HelpSteer).
+    Of preference records, of responses with equal rank or score, and of public data sets that have
+    a judgement for ties (LMSYS arena, HelpSteer).
     """
 
-    def none(row: Row) -> Iterator[Tie]:
+    def no_tie(row: Row) -> Iterator[Tie]:
         return iter(())
 
-    makers = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), none) | {
-        RANKING: _tied_ranks,
-        SCORED: _tied_scores,
-    }
-    reading = Reading("pair", makers, _texts, tied=_tied)
-    return read_forms(path, reading, ties).items
+    converters = dict.fromkeys((EXPLICIT, HH, TEXTS, WHOLE), no_tie)
+    converters |= {RANKING: _ranking_row_to_ties, SCORED: _scored_row_to_ties}
+    reader = RowReader("pair", converters, ties_from_preferences, convert_tie=row_to_tie)
+    return reader.read(path).items
 
 
-def _tied(row: Row) -> Iterator[Tie]:
-    prompt, first, second = _sides(row, form_of(row.values))
+def row_to_tie(row: Row) -> Iterator[Tie]:
+    prompt, first, second = _parse_sides(row, row_format(row.values))
     if not prompt:
         return
     try:
         check_prompt(prompt)
-        check_answer(first, "chosen")
-        check_answer(second, "rejected")
-    except Unusable:  # counted as a tie where pairs are read
+        check_completion(first, "chosen")
+        check_completion(second, "rejected")
+    except UnusableRow:  # read_pairs reports this row as a tie
         return
     yield Tie(prompt, first, second)
 
 
-def _tied_ranks(row: Row) -> Iterator[Tie]:
-    texts = responses_of(row)
-    order = (_order if row.has("ranking") else _order_of_ranks)(row, len(texts))
-    for i, j in chain.from_iterable(combinations(group, 2) for group in order):
-        yield Tie(prompt_of(row), says(texts[i]), says(texts[j]))
+def _ranking_row_to_ties(row: Row) -> Iterator[Tie]:
+    texts = parse_responses(row)
+    for i, j in chain.from_iterable(combinations(group, 2) for group in _parse_order(row)):
+        yield Tie(parse_prompt(row), assistant_turn(texts[i]), assistant_turn(texts[j]))
 
 
-def _tied_scores(row: Row) -> Iterator[Tie]:
-    prompt, texts, scores = prompt_of(row), responses_of(row), scores_of(row)
+def _scored_row_to_ties(row: Row) -> Iterator[Tie]:
+    prompt, texts, scores = parse_prompt(row), parse_responses(row), parse_scores(row)
     for i, j in combinations(range(len(texts)), 2):
         if scores[i] == scores[j]:
-            yield Tie(prompt, says(texts[i]), says(texts[j]))
+            yield Tie(prompt, assistant_turn(texts[i]), assistant_turn(texts[j]))
 
 
-def _texts(pair: Pair | Tie) -> Iterator[str]:
-    prompt, first, second = pair[:3]
-    return texts_of((*prompt, *first, *second))
-
-
-def row_pair(row: Row) -> Iterator[Pair]:
+def row_to_pair(row: Row) -> Iterator[Pair]:
     for name in SIDES:
         if not row.has(name):
             raise DataError(
                 f'field "{name}" is missing; write "prompt", "chosen" and "rejected", '
                 "or both answers with the conversation before them"
             )
-    prompt, chosen, rejected = _sides(row, form_of(row.values))
+    prompt, chosen, rejected = _parse_sides(row, row_format(row.values))
     if stripped(chosen) == stripped(rejected):
-        raise Unusable("equal answers", 'field "chosen" equals "rejected"; correct this row')
+        raise UnusableRow("equal completions", 'field "chosen" equals "rejected"; correct this row')
     if not prompt:
-        raise Unusable("no prompt, and the answers have no common beginning")
+        raise UnusableRow("no prompt, and the answers have no common beginning")
     check_prompt(prompt)
-    check_answer(chosen, "chosen")
-    check_answer(rejected, "rejected")
-    yield Pair(with_system(row, prompt), chosen, rejected, _margin(row))
+    check_completion(chosen, "chosen")
+    check_completion(rejected, "rejected")
+    yield Pair(add_system_message(row, prompt), chosen, rejected, _parse_margin(row))
 
 
-def _sides(row: Row, form: str | None) -> tuple[Messages, Messages, Messages]:
-    """The prompt and the two answers."""
+def _parse_sides(row: Row, name: str | None) -> tuple[Messages, Messages, Messages]:
+    """The prompt and the chosen and rejected completion of a row in the format `name`."""
     chosen, rejected = (row.get(side) for side in SIDES)
-    if form == TEXTS:
+    if name == TEXTS:
         for side in SIDES:
             if not row.get(side).strip():
-                raise Unusable("empty answer")
-        return _part_texts(chosen, rejected)
-    if form != EXPLICIT:
-        parse = _hh if form == HH else messages_of
-        return _part(*(parse(row.get(side), side, row) for side in SIDES))
-    before = {*row.used}
-    prompt = prompt_of(row)
-    answers = [answer_of(row, side, prompt) for side in SIDES]
-    if all(answer and answer[0].role != "assistant" for answer in answers):
-        # Whole conversations that do not begin with the prompt as it stands here: what they share
-        # is the prompt, and the field's own text must be in it.
-        row.used = before
-        return _part(*answers)
-    return prompt, answers[0], answers[1]
+                raise UnusableRow("empty completion")
+        return _split_texts(chosen, rejected)
+    if name == HH:
+        return _split_conversations(*(parse_hh_text(row.get(side), side) for side in SIDES))
+    if name != EXPLICIT:
+        return _split_conversations(*(parse_messages(row.get(side), side, row) for side in SIDES))
+    used = {*row.used}
+    prompt = parse_prompt(row)
+    completions = [parse_completion(row, side, prompt) for side in SIDES]
+    if all(messages and messages[0].role != "assistant" for messages in completions):
+        # Both sides are whole conversations that spell the prompt in another way. Their common
+        # beginning is the prompt; the prompt field counts as unread again, so that a text that
+        # is missing in the conversations is refused.
+        row.used = used
+        return _split_conversations(*completions)
+    return prompt, completions[0], completions[1]
 
 
-def _hh(text: str, field: str, row: Row) -> Messages:
-    return hh_messages(text, field)
-
-
-def _margin(row: Row) -> float | None:
-    """The row's own, or the difference of both answers' scores."""
-    field = row.name(MARGINS)
+def _parse_margin(row: Row) -> float | None:
+    """The row's own margin, or the difference of the scores of both completions."""
+    field = row.find_name(MARGINS)
     margin = row.get(field)
     expect(field, margin, "a number or null", lambda v: v is None or is_number(v))
     if margin is not None:
@@ -170,62 +158,65 @@ def _margin(row: Row) -> float | None:
     return None
 
 
-def _part(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """The common beginning, and what follows it on either side."""
+def _split_conversations(
+    chosen: Messages, rejected: Messages
+) -> tuple[Messages, Messages, Messages]:
+    """The common beginning of two conversations (the prompt), and the rest of each."""
     both = zip(stripped(chosen), stripped(rejected), strict=False)
     n = len(list(takewhile(lambda turns: turns[0] == turns[1], both)))
     return chosen[:n], chosen[n:], rejected[n:]
 
 
-def _part_texts(chosen: str, rejected: str) -> tuple[Messages, Messages, Messages]:
-    """The same for texts, cut at white space: a word that both begin alike stays whole in both."""
+def _split_texts(chosen: str, rejected: str) -> tuple[Messages, Messages, Messages]:
+    """The same for texts, split at white space."""
     both = zip(chosen, rejected, strict=False)
     n = len(list(takewhile(lambda letters: letters[0] == letters[1], both)))
+    # "The sky is" and "The sky isn't" share "The sky is": step back to whole words.
     while n and not chosen[n - 1].isspace():
         n -= 1
     prompt = (Message("user", chosen[:n].strip()),) if chosen[:n].strip() else ()
-    return prompt, says(chosen[n:].strip()), says(rejected[n:].strip())
+    return prompt, assistant_turn(chosen[n:].strip()), assistant_turn(rejected[n:].strip())
 
 
-def _ranking(row: Row) -> Iterator[Pair | str]:
-    texts = responses_of(row)
-    order = _order if row.has("ranking") else _order_of_ranks
-    return ranked(prompt_of(row), texts, order(row, len(texts)))
+def _ranking_row_to_pairs(row: Row) -> Iterator[Pair | str]:
+    texts, prompt = parse_responses(row), parse_prompt(row)
+    return pairs_from_ranking(prompt, texts, _parse_order(row))
 
 
-def _scored(row: Row) -> Iterator[Pair | str]:
-    """Pairs of different scores, whose difference is the margin."""
-    prompt, texts, scores = prompt_of(row), responses_of(row), scores_of(row)
+def _scored_row_to_pairs(row: Row) -> Iterator[Pair | str]:
+    """Pairs of responses with different scores; the difference is the margin."""
+    prompt, texts, scores = parse_prompt(row), parse_responses(row), parse_scores(row)
     for i, j in combinations(sorted(range(len(texts)), key=lambda i: -scores[i]), 2):
         gap = scores[i] - scores[j]
-        yield contest(prompt, texts[i], texts[j], gap) if gap else "tie"
+        yield pair_or_reason(prompt, texts[i], texts[j], gap) if gap else "tie"
 
 
-def scores_of(row: Row) -> list[float]:
-    """A number for each of the responses."""
-    scores, n = row.get("scores"), len(responses_of(row))
+def parse_scores(row: Row) -> list[float]:
+    """The score of each of the responses."""
+    return list(map(float, _parse_numbers(row, "scores", "score")))
+
+
+def _parse_order(row: Row) -> list[list[int]]:
+    """The numbers of the responses in groups of equal rank, best first."""
+    if row.has("ranking"):
+        return _parse_ranking(row)
+    ranks = _parse_numbers(row, "rank", "rank")
+    return [[i for i, rank in enumerate(ranks) if rank == r] for r in sorted(set(ranks))]
+
+
+def _parse_numbers(row: Row, field: str, one: str) -> list[float]:
+    numbers, n = row.get(field), len(parse_responses(row))
     expect(
-        "scores",
-        scores,
-        f"{n} numbers, the score of each response",
+        field,
+        numbers,
+        f"{n} numbers, the {one} of each response",
         lambda v: isinstance(v, list) and len(v) == n and all(map(is_number, v)),
     )
-    return list(map(float, scores))
+    return numbers
 
 
-def _order_of_ranks(row: Row, n: int) -> list[list[int]]:
-    ranks = row.get("rank")
-    expect(
-        "rank",
-        ranks,
-        f"{n} numbers, the rank of each response",
-        lambda v: isinstance(v, list) and len(v) == n and all(map(is_number, v)),
-    )
-    return [[i for i in range(n) if ranks[i] == rank] for rank in sorted(set(ranks))]
-
-
-def _order(row: Row, n: int) -> list[list[int]]:
-    given: Any = row.get("ranking")
+def _parse_ranking(row: Row) -> list[list[int]]:
+    given, n = row.get("ranking"), len(parse_responses(row))
     groups = given if isinstance(given, list) else []
     order = [group if isinstance(group, list) else [group] for group in groups]
     numbers = [i for group in order for i in group]

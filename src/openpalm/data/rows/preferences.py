@@ -1,7 +1,7 @@
-"""The Preference record, one judgement of a person or a model, and the training rows it becomes.
+"""The preference record, one judgement by a person or a model, and its conversion to examples.
 
-Owns what a judgement may say and which algorithm can use it. Drops nothing silently: what is of no
-use is counted with its reason. Knows neither files, tokens nor losses.
+A record becomes pairs (DPO, reward models), ties, ratings, labelled completions (KTO) or
+demonstrations (SFT). Everything unused is counted with its reason.
 """
 
 import json
@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from openpalm.base.console import shown
 from openpalm.base.typed import at, expect, is_number
-from openpalm.data.rows.turns import Messages, messages_of
-from openpalm.data.rows.usable import Unusable, Usable, collected
+from openpalm.data.rows.messages import Messages, assistant_turn, check_prompt, parse_messages
+from openpalm.data.rows.read_result import ReadResult, collect_results
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An answer that was judged; `checkpoint` (its hash) and `sampling` say where it came from."""
+    """A completion to judge; `checkpoint` (a hash) and `sampling` say how it was generated."""
 
     text: str
     checkpoint: str | None = None
@@ -40,10 +40,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One judgement of answers to `prompt`; raises DataError, naming the field, if it makes none.
+    """One judgement of completions of `prompt`. Raises DataError naming an invalid field.
 
-    `payload` has the shape that PAYLOADS shows for its kind, with candidates by number from 0.
-    `created` is ISO 8601 with its zone; `supersedes` the id of the record that this one replaces.
+    PAYLOADS shows the `payload` of each kind; it numbers the candidates from 0. `created` is
+    ISO 8601 with a time zone; `supersedes` is the id of the record that this one replaces.
     """
 
     id: str
@@ -78,8 +78,8 @@ class Preference:
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> "Preference":
-        """The record of a JSON object. Raises DataError that calls it `where` ("path:line")."""
-        return at(where, _record, obj)
+        """Parses a JSON object; a DataError begins with `where` ("path:line")."""
+        return at(where, _parse_record, obj)
 
 
 PAYLOADS: dict[Kind, str] = {
@@ -88,17 +88,17 @@ PAYLOADS: dict[Kind, str] = {
     "rank": '{"order": [[best ...], ..., [worst ...]]} with each of two or more candidates once',
     "rate": '{"ratings": {axis: 1 to 5}, "candidate": i}',
     "thumb": '{"up": true or false, "candidate": i}',
-    "edit": '{"candidate": i, "text": the better answer}',
+    "edit": '{"candidate": i, "text": the better completion}',
     "write": '{"text": a demonstration}',
     "flag": '{"candidate": i or null, "reason": a text}',
 }
 
 
 class Pair(NamedTuple):
-    """Two answers to one prompt, each beginning and ending with an assistant turn.
+    """A preference pair: two completions of a prompt, each a list of turns by the assistant.
 
-    `margin` is by how much: strength of a compare (1 to 3), gap of ratings (1 to 4), the file's
-    own, or None where nothing says.
+    `margin` says how much better `chosen` is: the strength of a comparison (1 to 3), the gap of
+    two ratings (1 to 4), or the file's own number; None if unknown.
     """
 
     prompt: Messages
@@ -108,7 +108,7 @@ class Pair(NamedTuple):
 
 
 class Tie(NamedTuple):
-    """Two answers to one prompt of which neither was found better; the order says nothing."""
+    """Two completions of a prompt, judged equally good; their order has no meaning."""
 
     prompt: Messages
     first: Messages
@@ -116,150 +116,185 @@ class Tie(NamedTuple):
 
 
 class Rating(NamedTuple):
+    """The rating of a completion on one axis ("" if the axis has no name)."""
+
     prompt: Messages
-    answer: Messages
+    completion: Messages
     axis: str
     value: float
-    """whole and 1 to 5 in a Preference record, any number in a file's own rows"""
+    """an integer from 1 to 5 in a preference record, any number in other rows"""
 
 
-class Verdict(NamedTuple):
-    """An answer that is good or bad by itself, which is what KTO learns from."""
+class LabelledCompletion(NamedTuple):
+    """A completion labelled good or bad by itself; KTO trains on these."""
 
     prompt: Messages
-    answer: Messages
+    completion: Messages
     good: bool
 
 
-def _export(
-    use: Callable[[Iterable[Preference]], Iterator[T | str]],
-) -> Callable[[Iterable[Preference]], Usable[T]]:
-    """Hands `use` the records in force; the texts among what it yields are reasons, counted.
-
-    The places of what comes out are the ids of the records.
-    """
-
-    def export(preferences: Iterable[Preference]) -> Usable[T]:
-        preferences = list(preferences)
-        gone = {p.supersedes for p in preferences}
-        current = {p.id: p for p in reversed(preferences) if p.id not in gone}
-        current = {p.id: p for p in reversed(preferences) if p.id not in gone}
-        found: list[tuple[str, T | str]] = [
-            (p.id, "superseded") for p in preferences if p.id in gone
-        ]
-        in_force = (p for p in preferences if p.id not in gone)
-        found += [(p.id, "repeated id") for p in in_force if current[p.id] is not p]
-        asked = ""
-
-        def asked_for() -> Iterator[Preference]:
-            """The records one by one, so that what is yielded meanwhile has a place."""
-            nonlocal asked
-            for record in reversed(current.values()):
-                asked = record.id
-                yield record
-            asked = ""
-
-        for item in use(asked_for()):
-            found.append((asked, item))
-        return collected(found)
-
-    export.__doc__ = use.__doc__
-    return export
-
-
-@_export
-def pairs(preferences: Iterable[Preference]) -> Iterator[Pair | str]:
+def pairs_from_preferences(preferences: Iterable[Preference]) -> ReadResult[Pair]:
     """Pairs for DPO and reward models from compare, rank (between groups), edit and rate.
 
-    Two ratings make a pair where one author rated answers to one prompt on the same axes under
+    Two ratings make a pair if one author rated completions of one prompt on the same axes under
     the same guidelines, and the means over the axes are at least 1 apart.
     """
+    return _convert(preferences, _pairs_of, _pairs_of_ratings)
+
+
+def ties_from_preferences(preferences: Iterable[Preference]) -> ReadResult[Tie]:
+    """The ties of compare and rank, for agreement figures; `pairs_from_preferences` skips them."""
+    return _convert(preferences, _ties_of)
+
+
+def ratings_from_preferences(preferences: Iterable[Preference]) -> ReadResult[Rating]:
+    """The ratings of rate, one for each axis."""
+    return _convert(preferences, _ratings_of)
+
+
+def labelled_completions_from_preferences(
+    preferences: Iterable[Preference],
+) -> ReadResult[LabelledCompletion]:
+    """Labels of thumb, both_bad and rate; a mean over the axes above 3 is good, below 3 bad."""
+    return _convert(preferences, _labelled_completions_of)
+
+
+def demonstrations_from_preferences(preferences: Iterable[Preference]) -> ReadResult[Messages]:
+    """Conversations for SFT from edit and write."""
+    return _convert(preferences, _demonstrations_of)
+
+
+def _convert(
+    preferences: Iterable[Preference],
+    of_one: Callable[[Preference], Iterable[T | str]],
+    of_all: Callable[[list[Preference]], Iterable[T | str]] | None = None,
+) -> ReadResult[T]:
+    """Converts the records in force; the place of an example is the id of its record.
+
+    `of_all` adds examples that need several records, and have no place.
+    """
+    preferences = list(preferences)
+    superseded = {p.supersedes for p in preferences}
+    # The first record with an id counts; a file that was appended to itself repeats all ids.
+    by_id = {p.id: p for p in reversed(preferences) if p.id not in superseded}
+    in_force = list(reversed(by_id.values()))
+    found: list[tuple[str, T | str]] = [
+        (p.id, "superseded") for p in preferences if p.id in superseded
+    ]
+    found += [(p.id, "repeated id") for p in preferences if by_id.get(p.id, p) is not p]
+    found += [(p.id, example) for p in in_force for example in of_one(p)]
+    found += [("", example) for example in (of_all(in_force) if of_all else ())]
+    return collect_results(found)
+
+
+def _pairs_of(p: Preference) -> Iterator[Pair | str]:
+    texts = [candidate.text for candidate in p.candidates]
+    match p.kind, p.payload:
+        case "compare", {"better": i, "worse": j, "strength": strength}:
+            yield pair_or_reason(p.prompt, texts[i], texts[j], strength)
+        case "compare", payload:
+            yield "tie" if "tie" in payload else "both bad"
+        case "rank", {"order": order}:
+            yield from pairs_from_ranking(p.prompt, texts, order)
+        case "edit", {"candidate": i, "text": text}:
+            yield pair_or_reason(p.prompt, text, texts[i])
+        case "rate", _:  # see _pairs_of_ratings
+            pass
+        case _:
+            yield f"{p.kind} gives no pair"
+
+
+def _pairs_of_ratings(preferences: list[Preference]) -> Iterator[Pair | str]:
+    """Pairs of completions that were rated one by one."""
+    # Ratings are comparable only within one author, one set of axes and one guideline version.
     rated: defaultdict[Any, list[tuple[Fraction, str]]] = defaultdict(list)
     for p in preferences:
-        texts = [candidate.text for candidate in p.candidates]
-        match p.kind, p.payload:
-            case "compare", {"better": i, "worse": j, "strength": strength}:
-                yield contest(p.prompt, texts[i], texts[j], strength)
-            case "compare", payload:
-                yield "tie" if "tie" in payload else "both bad"
-            case "rank", {"order": order}:
-                yield from ranked(p.prompt, texts, order)
-            case "edit", {"candidate": i, "text": text}:
-                yield contest(p.prompt, text, texts[i])
-            case "rate", {"candidate": i, "ratings": axes}:
-                key = (p.prompt, p.author, p.author_kind, p.guideline_version, frozenset(axes))
-                rated[key].append((_mean(axes), texts[i]))
-            case _:
-                yield f"{p.kind} gives no pair"
+        if p.kind == "rate":
+            axes, text = p.payload["ratings"], p.candidates[p.payload["candidate"]].text
+            key = (p.prompt, p.author, p.author_kind, p.guideline_version, frozenset(axes))
+            rated[key].append((_mean(axes), text))
     for (prompt, *_), group in rated.items():
         if len(group) == 1:
             yield "no other rating to compare with"
         for (low, worse), (high, better) in map(sorted, combinations(group, 2)):
             gap = high - low
-            yield contest(prompt, better, worse, gap) if gap >= 1 else "rating gap below 1"
+            yield pair_or_reason(prompt, better, worse, gap) if gap >= 1 else "rating gap below 1"
 
 
-def ranked(prompt: Messages, texts: list[str], order: list[list[int]]) -> Iterator[Pair | str]:
-    """Pairs of answers to one prompt, between the groups of their order from best to worst."""
+def pairs_from_ranking(
+    prompt: Messages, texts: list[str], order: list[list[int]]
+) -> Iterator[Pair | str]:
+    """Pairs of completions from different groups of `order`, best group first."""
     for i, j in chain(*(product(*groups) for groups in combinations(order, 2))):
-        yield contest(prompt, texts[i], texts[j])
+        yield pair_or_reason(prompt, texts[i], texts[j])
     yield from ["tie"] * sum(comb(len(group), 2) for group in order)
 
 
-@_export
-def ties(preferences: Iterable[Preference]) -> Iterator[Tie | str]:
-    """What `pairs` leaves out as a tie, for agreement figures: from compare and rank."""
-    for p in preferences:
-        match p.kind, p.payload:
-            case "compare", {"tie": [i, j]}:
-                found = [(i, j)]
-            case "rank", {"order": order}:
-                found = chain.from_iterable(combinations(group, 2) for group in order)
-            case _:
-                yield f"{p.kind} gives no tie"
-                continue
-        for i, j in found:
-            yield Tie(p.prompt, says(p.candidates[i].text), says(p.candidates[j].text))
+def pair_or_reason(prompt: Messages, better: str, worse: str, margin: Any = None) -> Pair | str:
+    """The pair of two texts, or the reason why they make none."""
+    if not (better.strip() and worse.strip()):
+        return "empty completion"
+    if better.strip() == worse.strip():
+        return "equal completions"
+    margin = None if margin is None else float(margin)
+    return Pair(prompt, assistant_turn(better), assistant_turn(worse), margin)
 
 
-@_export
-def ratings(preferences: Iterable[Preference]) -> Iterator[Rating | str]:
-    """The scalars of rate, one for each axis."""
-    for p in preferences:
-        if p.kind == "rate":
-            answer = says(p.candidates[p.payload["candidate"]].text)
-            yield from (Rating(p.prompt, answer, *axis) for axis in p.payload["ratings"].items())
-        else:
-            yield f"{p.kind} gives no rating"
+def _ties_of(p: Preference) -> Iterator[Tie | str]:
+    match p.kind, p.payload:
+        case "compare", {"tie": [i, j]}:
+            tied = [(i, j)]
+        case "rank", {"order": order}:
+            tied = chain.from_iterable(combinations(group, 2) for group in order)
+        case _:
+            yield f"{p.kind} gives no tie"
+            return
+    for i, j in tied:
+        first, second = (assistant_turn(p.candidates[k].text) for k in (i, j))
+        yield Tie(p.prompt, first, second)
 
 
-@_export
-def binary(preferences: Iterable[Preference]) -> Iterator[Verdict | str]:
-    """Verdicts from thumb, both_bad, and rate: a mean over the axes above 3 is good, below bad."""
-    for p in preferences:
-        match p.kind, p.payload:
-            case "thumb", {"candidate": i, "up": good}:
-                judged = [i]
-            case "compare", {"both_bad": judged}:
-                good = False
-            case "rate", {"candidate": i, "ratings": axes} if _mean(axes) != 3:
-                judged, good = [i], _mean(axes) > 3
-            case _:
-                yield "neither good nor bad" if p.kind == "rate" else f"{p.kind} gives no verdict"
-                continue
-        for text in (p.candidates[i].text for i in judged):
-            yield Verdict(p.prompt, says(text), good) if text.strip() else "empty answer"
+def _ratings_of(p: Preference) -> Iterator[Rating | str]:
+    if p.kind != "rate":
+        yield f"{p.kind} gives no rating"
+        return
+    completion = assistant_turn(p.candidates[p.payload["candidate"]].text)
+    for axis, value in p.payload["ratings"].items():
+        yield Rating(p.prompt, completion, axis, value)
 
 
-@_export
-def demonstrations(preferences: Iterable[Preference]) -> Iterator[Messages | str]:
-    """Whole conversations for SFT from edit and write."""
-    for p in preferences:
-        shows = p.kind in ("edit", "write")
-        yield p.prompt + says(p.payload["text"]) if shows else f"{p.kind} gives no demonstration"
+def _labelled_completions_of(p: Preference) -> Iterator[LabelledCompletion | str]:
+    match p.kind, p.payload:
+        case "thumb", {"candidate": i, "up": good}:
+            labelled = [i]
+        case "compare", {"both_bad": labelled}:
+            good = False
+        case "rate", {"candidate": i, "ratings": axes} if _mean(axes) != 3:
+            labelled, good = [i], _mean(axes) > 3
+        case "rate", _:
+            yield "neither good nor bad"
+            return
+        case _:
+            yield f"{p.kind} gives no labelled completion"
+            return
+    for text in (p.candidates[i].text for i in labelled):
+        completion = LabelledCompletion(p.prompt, assistant_turn(text), good)
+        yield completion if text.strip() else "empty completion"
 
 
-# What a record may say.
+def _demonstrations_of(p: Preference) -> Iterator[Messages | str]:
+    if p.kind in ("edit", "write"):
+        yield p.prompt + assistant_turn(p.payload["text"])
+    else:
+        yield f"{p.kind} gives no demonstration"
+
+
+def _mean(axes: dict[str, int]) -> Fraction:
+    # Exact: in floating point 14/3 - 11/3 is below 1.
+    return Fraction(sum(axes.values()), len(axes))
+
+
+# Validation of records.
 
 
 def _is_text(value: Any) -> bool:
@@ -274,7 +309,7 @@ def _is_time(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is an object that JSON gives back the same: no tuple, no NaN, only text keys."""
+    """Whether a JSON round trip preserves this object: no tuple, no NaN, only text keys."""
     try:
         return isinstance(value, dict) and json.loads(json.dumps(value)) == value
     except (TypeError, ValueError, RecursionError):
@@ -313,7 +348,7 @@ def _check_fields(record: Candidate | Preference) -> None:
 
 def _is_payload(kind: Kind, payload: dict[str, Any], n: int) -> bool:
     def every(*numbers: Any) -> bool:
-        """Whether these are numbers of candidates, none twice."""
+        """Whether these are distinct numbers of candidates."""
         right = all(type(i) is int and 0 <= i < n for i in numbers)
         return right and len(set(numbers)) == len(numbers)
 
@@ -339,55 +374,25 @@ def _is_payload(kind: Kind, payload: dict[str, Any], n: int) -> bool:
     return False
 
 
-def check_prompt(prompt: Messages) -> None:
-    """Raises Unusable for a prompt that nobody can answer."""
-    if not any(m.role == "user" and m.content.strip() for m in prompt):
-        raise Unusable(
-            "empty prompt", 'field "prompt" has no user turn with text; say what is answered'
-        )
-    if prompt[-1].role == "assistant":
-        raise Unusable(
-            "the prompt ends with an assistant turn",
-            'field "prompt" ends with an assistant turn; end it with what is answered',
-        )
-
-
-def _record(obj: object) -> Preference:
-    row = _row(obj, Preference)
-    row["prompt"] = messages_of(row["prompt"], "prompt")
+def _parse_record(obj: object) -> Preference:
+    row = _known_fields(obj, Preference)
+    row["prompt"] = parse_messages(row["prompt"], "prompt")
     if isinstance(row["candidates"], list):
         row["candidates"] = tuple(
-            at(f'field "candidates[{i}]"', lambda c: Candidate(**_row(c, Candidate)), candidate)
+            at(
+                f'field "candidates[{i}]"',
+                lambda c: Candidate(**_known_fields(c, Candidate)),
+                candidate,
+            )
             for i, candidate in enumerate(row["candidates"])
         )
     return Preference(**row)
 
 
-def _row(obj: object, of: type[Candidate | Preference]) -> dict[str, Any]:
+def _known_fields(obj: object, of: type[Candidate | Preference]) -> dict[str, Any]:
     names = [field.name for field in fields(of)]
     if not isinstance(obj, dict):
         raise DataError(f"is a {type(obj).__name__}; it must be an object with {', '.join(names)}")
     if unknown := obj.keys() - names:
         raise DataError(f"field {shown(min(unknown))} is unknown; leave it out")
     return {name: obj.get(name) for name in names}
-
-
-# What a record gives.
-
-
-def contest(prompt: Messages, better: str, worse: str, margin: Any = None) -> Pair | str:
-    if not (better.strip() and worse.strip()):
-        return "empty answer"
-    if better.strip() == worse.strip():
-        return "equal answers"
-    return Pair(prompt, says(better), says(worse), None if margin is None else float(margin))
-
-
-def _mean(axes: dict[str, int]) -> Fraction:
-    # Exact, for in floating point 14/3 - 11/3 is below 1.
-    return Fraction(sum(axes.values()), len(axes))
-
-
-def says(text: str) -> Messages:
-    """An answer of one turn."""
-    return (Message("assistant", text),)

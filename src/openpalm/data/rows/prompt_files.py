@@ -1,15 +1,18 @@
-"""Prompts from files, for what generates its own answers: reinforcement learning, best-of-n."""
+"""Reads prompts from files, for algorithms that generate completions: PPO, GRPO, best-of-n."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from openpalm.data.rows.fields import Row
-from openpalm.data.rows.preferences import Messages, Preference, Usable, check_prompt
+from openpalm.data.rows.messages import Messages, check_prompt, parse_conversation, parse_prompt
+from openpalm.data.rows.preferences import Preference
+from openpalm.data.rows.read_result import ReadResult, collect_results
 from openpalm.data.rows.row_formats import (
     ALPACA,
     COMPLETION,
     EXPLICIT,
+    LABELLED,
     MESSAGES,
     PROBLEM,
     PROMPT,
@@ -17,66 +20,64 @@ from openpalm.data.rows.row_formats import (
     RATING,
     SCORED,
     SHAREGPT,
-    VERDICT,
-    Reading,
-    conversation_of,
-    prompt_of,
-    read_forms,
-    texts_of,
+    RowReader,
 )
-from openpalm.data.rows.usable import collected
+
+_FORMATS: tuple[str, ...] = (
+    *(PROMPT, PROBLEM, ALPACA, COMPLETION),
+    *(EXPLICIT, RANKING, SCORED, RATING, LABELLED),
+)
 
 
 class PromptRow(NamedTuple):
-    """What is answered, and the whole row as it was, for the reward: its `answer`, for one."""
+    """A prompt, and the whole row as given, for rewards that read it (its `answer`, say)."""
 
     prompt: Messages
     row: dict[str, Any]
 
 
-def read_prompts(path: str | Path) -> Usable[PromptRow]:
+def read_prompts(path: str | Path) -> ReadResult[PromptRow]:
     """Prompts of a .jsonl or .jsonl.gz file.
 
-    Forms: a prompt (or question, problem; a text or messages) with any other fields beside it;
-    the rows of other verbs, of which the prompt is taken; messages and ShareGPT's conversations,
-    cut before the last turn of the assistant; Preference records, each prompt once. Raises
-    DataError with line, field and remedy.
+    Formats: a prompt (or question, problem; a text or messages) with any other fields; the rows of
+    other verbs, without their completion; messages and ShareGPT's conversations, cut before the
+    last turn of the assistant; preference records, each prompt once. Raises DataError with line,
+    field and remedy.
     """
-    forms = (PROMPT, PROBLEM, ALPACA, COMPLETION, EXPLICIT, RANKING, SCORED, RATING, VERDICT)
-    unanswered = _maker(lambda row: _unanswered(conversation_of(row)))
-    makers = dict.fromkeys(forms, _maker(prompt_of)) | {MESSAGES: unanswered, SHAREGPT: unanswered}
-    return read_forms(path, Reading("prompt", makers, _texts, keeps_row=True), _of_records)
+    converters = dict.fromkeys(_FORMATS, row_to_prompt) | {
+        MESSAGES: _conversation_row_to_prompt,
+        SHAREGPT: _conversation_row_to_prompt,
+    }
+    return RowReader("prompt", converters, _from_preferences, keeps_row=True).read(path)
 
 
-def _texts(found: PromptRow) -> Iterator[str]:
-    return texts_of(found.prompt)
+def row_to_prompt(row: Row) -> Iterator[PromptRow | str]:
+    yield _prompt_row(parse_prompt(row), row)
 
 
-def _maker(prompt: Callable[[Row], Messages]) -> Callable[[Row], Iterator[PromptRow | str]]:
-    def make(row: Row) -> Iterator[PromptRow | str]:
-        messages = prompt(row)
-        if not any(m.role == "user" and m.content.strip() for m in messages):
-            yield "nothing is asked before the last answer"
-            return
-        check_prompt(messages)
-        yield PromptRow(messages, row.given)
-
-    return make
+def _conversation_row_to_prompt(row: Row) -> Iterator[PromptRow | str]:
+    yield _prompt_row(_without_completion(parse_conversation(row)), row)
 
 
-def _unanswered(messages: Messages) -> Messages:
-    """Up to the last answer, which is left out, or to the end where the last turn asks."""
-    last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=len(messages))
-    return messages[:last] if last == len(messages) - 1 else messages
+def _prompt_row(messages: Messages, row: Row) -> PromptRow | str:
+    if not any(m.role == "user" and m.content.strip() for m in messages):
+        return "nothing is asked before the last answer"
+    check_prompt(messages)
+    return PromptRow(messages, row.given)
 
 
-def _of_records(records: list[Preference]) -> Usable[PromptRow]:
+def _without_completion(messages: Messages) -> Messages:
+    """Drops a completion at the end; a conversation that ends with a user turn stays whole."""
+    return messages[:-1] if messages and messages[-1].role == "assistant" else messages
+
+
+def _from_preferences(preferences: list[Preference]) -> ReadResult[PromptRow]:
     seen: set[Messages] = set()
 
-    def made(record: Preference) -> PromptRow | str:
+    def convert(record: Preference) -> PromptRow | str:
         if record.prompt in seen:
             return "repeated prompt"
         seen.add(record.prompt)
         return PromptRow(record.prompt, record.to_json())
 
-    return collected((record.id, made(record)) for record in records)
+    return collect_results((record.id, convert(record)) for record in preferences)

@@ -1,67 +1,57 @@
-"""Ratings of single answers from files: the numbers that a reward model learns to give."""
+"""Reads ratings of single completions from files: the numbers that a reward model predicts."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from openpalm.base.console import shown
 from openpalm.base.typed import expect, is_number
-from openpalm.data.rows.fields import COMPLETIONS, RATINGS, Row
-from openpalm.data.rows.pair_files import scores_of
-from openpalm.data.rows.preferences import Rating, Usable, ratings, says
-from openpalm.data.rows.row_formats import (
-    RATING,
-    SCORED,
-    VERDICT,
-    Reading,
-    answer_of,
-    check_answer,
-    prompt_of,
-    read_forms,
-    responses_of,
-    texts_of,
+from openpalm.data.rows.fields import RATINGS, Row
+from openpalm.data.rows.messages import (
+    assistant_turn,
+    parse_prompt,
+    parse_prompt_and_completion,
+    parse_responses,
 )
+from openpalm.data.rows.pair_files import parse_scores
+from openpalm.data.rows.preferences import Rating, ratings_from_preferences
+from openpalm.data.rows.read_result import ReadResult
+from openpalm.data.rows.row_formats import LABELLED, RATING, SCORED, RowReader
 from openpalm.errors import DataError
 
 
-def read_ratings(path: str | Path, axis: str | None = None) -> Usable[Rating]:
-    """Ratings of a .jsonl or .jsonl.gz file.
+def read_ratings(path: str | Path, axis: str | None = None) -> ReadResult[Rating]:
+    """Ratings of a .jsonl or .jsonl.gz file, on one axis.
 
-    Forms: Preference records, of which those of kind rate are used; prompt (a text or messages),
-    response or completion, and `rating`, `label` or `score` (a number) or `ratings` (a number for
-    each axis); prompt, responses and `scores`; the public shapes of data/rows/published.py.
-    axis: which one, where there are several. Raises DataError with line, field and remedy.
+    Formats: preference records of kind rate; prompt (a text or messages), response or completion,
+    and `rating`, `label` or `score` (a number) or `ratings` (a number for each axis); prompt,
+    responses and `scores`; the formats of data/rows/public_datasets.py. `axis` is needed if a
+    file rates several. Raises DataError with line, field and remedy.
     """
-    makers = {RATING: _rating, SCORED: _scored, VERDICT: _rating}
-    found = read_forms(path, Reading("rating", makers, _texts), ratings)
-    return _of_axis(found, Path(path), axis)
+    converters = {RATING: row_to_ratings, SCORED: _scored_row_to_ratings, LABELLED: row_to_ratings}
+    found = RowReader("rating", converters, ratings_from_preferences).read(path)
+    return _select_axis(found, Path(path), axis)
 
 
-def _texts(rating: Rating) -> Iterator[str]:
-    return texts_of((*rating.prompt, *rating.answer))
-
-
-def _of_axis(given: Usable[Rating], path: Path, axis: str | None) -> Usable[Rating]:
-    given.refuse_empty(path, "rating")
-    axes = sorted({rating.axis for rating in given.items})
-    said = ", ".join(shown(name) for name in axes[:8])
+def _select_axis(found: ReadResult[Rating], path: Path, axis: str | None) -> ReadResult[Rating]:
+    found.refuse_empty(path, "rating")
+    axes = sorted({rating.axis for rating in found.items})
+    listed = ", ".join(shown(name) for name in axes[:8])
     if axis is not None and axis not in axes:
-        raise DataError(f"--axis {shown(axis)}: {path} rates {said if any(axes) else 'no axis'}")
+        raise DataError(f"--axis {shown(axis)}: {path} rates {listed if any(axes) else 'no axis'}")
     if axis is None and len(axes) > 1:
-        raise DataError(f"{path}: rates {len(axes)} axes ({said}); say which with --axis")
-    return given.then(lambda rating: rating if axis in (None, rating.axis) else "another axis")
+        raise DataError(f"{path}: rates {len(axes)} axes ({listed}); say which with --axis")
+    return found.map(lambda rating: rating if axis in (None, rating.axis) else "another axis")
 
 
-def _rating(row: Row) -> Iterator[Rating]:
-    prompt, field = prompt_of(row), row.name(COMPLETIONS)
-    answer = answer_of(row, field, prompt)
-    check_answer(answer, field)
-    for axis, value in _values(row).items():
-        yield Rating(prompt, answer, axis, value)
+def row_to_ratings(row: Row) -> Iterator[Rating]:
+    prompt, completion = parse_prompt_and_completion(row)
+    for axis, value in _parse_ratings(row).items():
+        yield Rating(prompt, completion, axis, value)
 
 
-def _values(row: Row) -> dict[str, float]:
-    """The number of each axis; of a row with one number the axis has no name."""
-    field = row.name((*RATINGS, "ratings"))
+def _parse_ratings(row: Row) -> dict[str, float]:
+    """The number of each axis; the axis of a single number has no name."""
+    field = row.find_name((*RATINGS, "ratings"))
     value = row.get(field)
     if field != "ratings":
         expect(field, value, "a number", is_number)
@@ -72,7 +62,8 @@ def _values(row: Row) -> dict[str, float]:
     return value
 
 
-def _scored(row: Row) -> Iterator[Rating | str]:
-    prompt = prompt_of(row)
-    for text, score in zip(responses_of(row), scores_of(row), strict=True):
-        yield Rating(prompt, says(text), "", score) if text.strip() else "empty answer"
+def _scored_row_to_ratings(row: Row) -> Iterator[Rating | str]:
+    prompt = parse_prompt(row)
+    for text, score in zip(parse_responses(row), parse_scores(row), strict=True):
+        rating = Rating(prompt, assistant_turn(text), "", score)
+        yield rating if text.strip() else "empty completion"

@@ -1,9 +1,9 @@
-"""Several tasks as one fine-tuning set: files, how often each is drawn, and texts around fields.
+"""A mixture of fine-tuning tasks from a YAML file: data, weight and prompt templates of each task.
 
-The recipe of FLAN (Wei et al. 2021, "Finetuned Language Models Are Zero-Shot Learners"): every
-task is phrased by templates of its own, and tasks are drawn in proportion to their examples, up to
-a maximum rate (the examples-proportional mixing of Raffel et al. 2019, section 3.5.2). A template
-is text with the names of fields in braces; nothing in it is ever run.
+The recipe of FLAN (Wei et al. 2021, "Finetuned Language Models Are Zero-Shot Learners"): each task
+has its own templates, and is sampled in proportion to its number of examples up to a cap (Raffel
+et al. 2019, section 3.5.2, examples-proportional mixing). A template is text with {field} names; it
+is never executed.
 """
 
 import hashlib
@@ -19,60 +19,62 @@ from openpalm.base.console import shown
 from openpalm.base.permutation import mix64
 from openpalm.base.typed import at, expect, home, is_number
 from openpalm.base.yaml_file import read_yaml
-from openpalm.data.corpus.documents import read_rows
+from openpalm.data.corpus.json_lines import read_rows
 from openpalm.data.corpus.sources import is_rows
-from openpalm.data.rows.demonstration_files import read_demonstrations, usable
-from openpalm.data.rows.preferences import Messages, Usable, check_prompt, says
-from openpalm.data.rows.usable import Unusable, collected
+from openpalm.data.rows.demonstration_files import check_demonstration, read_demonstrations
+from openpalm.data.rows.messages import Messages, assistant_turn, check_prompt
+from openpalm.data.rows.read_result import ReadResult, UnusableRow, collect_results
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
 SUFFIXES = (".yaml", ".yml")
 _FIELD = re.compile(r"[^\W\d][\w -]*")
 
-Fill = Callable[[dict[str, Any]], str]
+FillTemplate = Callable[[dict[str, Any]], str]
+"""row -> text of a template with the row's fields in it"""
 
 
 class Template(NamedTuple):
-    """How a row is asked and answered."""
+    """The prompt and the completion of a row."""
 
-    prompt: Fill
-    answer: Fill
+    prompt: FillTemplate
+    completion: FillTemplate
 
 
 class Task(NamedTuple):
     data: Path
     weight: float | None = None
-    """how often it is drawn, beside the others' weights"""
+    """sampling weight, relative to those of the other tasks"""
     templates: tuple[Template, ...] = ()
-    """none where the file's own form says what is asked and answered"""
+    """empty if the rows have a format of their own (data/rows/row_formats.py)"""
 
 
 class Mixture(NamedTuple):
     tasks: tuple[Task, ...]
     cap: int | None = None
-    """examples beyond which a task is not drawn more often"""
+    """largest number of examples that counts for a task's share (FLAN's maximum rate)"""
 
     def shares(self, sizes: Sequence[int]) -> list[int]:
-        """How many of an epoch's draws each task has, of tasks that have `sizes` examples.
+        """The number of samples of each task in an epoch; `sizes` are the tasks' examples.
 
-        In proportion to weights where they are given (an epoch has as many draws as there are
-        examples); else to the examples, and a task has at most `cap`.
+        With weights, an epoch has as many samples as there are examples, divided by weight.
+        Without, each task has its own number of examples, at most `cap`.
         """
         weights = [Fraction(task.weight) for task in self.tasks if task.weight is not None]
         if not weights:
             return [min(size, self.cap or size) for size in sizes]
         total, whole = sum(sizes), sum(weights)
+        # Fractions: the shares must be the same on every machine, for a run that resumes.
         exact = [total * weight / whole for weight in weights]
         shares = [max(1, floor(share)) for share in exact]
-        # What rounding left over goes to those that lost most by it.
+        # The largest remainders get the samples that rounding down left over.
         order = sorted(range(len(exact)), key=lambda i: floor(exact[i]) - exact[i])
         for i in order[: max(0, total - sum(shares))]:
             shares[i] += 1
         return shares
 
     def digest(self, path: Path) -> str:
-        """A hash of the file and of all that it names."""
+        """A hash of the YAML file and of all data files in it."""
         digest = hashlib.sha256(path.read_bytes())
         for task in self.tasks:
             if task.data != path:
@@ -85,49 +87,51 @@ def is_mixture(path: Path) -> bool:
 
 
 def read_mixture(path: Path) -> Mixture:
-    """The tasks of a YAML file, or the one task that is any other file.
+    """The tasks of a YAML file; any other file is a single task.
 
-        cap: 3000                                 # the maximum rate; or weights, below
+        cap: 3000                                 # or weights, below
         tasks:
-          - data: sums.jsonl                      # beside the YAML file
+          - data: sums.jsonl                      # relative to the YAML file
             weight: 2
             templates:
               - {prompt: "{question}", answer: "{answer}"}
 
-    Raises DataError naming the file and the entry, SettingsError where it is no YAML.
+    Raises DataError naming the file and the entry, SettingsError if it is not YAML.
     """
     if not is_mixture(path):
         return Mixture((Task(path),))
     content = read_yaml(path)
-    return at(str(path), _mixture, content, path.parent)
+    return at(str(path), _parse_mixture, content, path.parent)
 
 
-def conversations(task: Task, seed: int) -> Usable[Messages]:
-    """The task's rows as conversations; `seed` draws the template of each."""
+def read_conversations(task: Task, seed: int) -> ReadResult[Messages]:
+    """Reads a task's rows as conversations; `seed` chooses the template of each row."""
     if not task.templates:
         return read_demonstrations(task.data)
     if not is_rows(task.data):
         raise DataError(f"{task.data}: templates fill rows of .jsonl or .jsonl.gz; convert it")
-    made = []
+    found = []
     for number, (where, row) in enumerate(read_rows(task.data)):
+        # A hash of seed and row number: the choice does not depend on the order of reading.
         template = task.templates[mix64(mix64(seed) + number) % len(task.templates)]
-        made.append((where, at(where, _filled, template, row)))
-    if not made:
+        found.append((where, at(where, _fill, template, row)))
+    if not found:
         raise DataError(f"{task.data}: is empty; give a file with at least one row")
-    return collected(made)
+    return collect_results(found)
 
 
-def parse_template(text: str) -> Fill:
-    """A text with {field} in it, as a function of a row; {{ and }} are braces.
+def parse_template(text: str) -> FillTemplate:
+    """Compiles a text with {field} names to a function of a row; {{ and }} are literal braces.
 
-    Raises DataError for anything but the plain name of a field: no attribute, index or format.
+    Raises DataError unless each is the plain name of a field. `str.format` would also evaluate
+    attributes, indices and format specifications, which reach beyond the row.
     """
     try:
         parts = list(Formatter().parse(text))
     except ValueError as error:
         raise DataError(f"{shown(text)}: {error}; write {{{{ for a brace that is text") from None
-    for _, field, how, conversion in parts:
-        if field is not None and (how or conversion or not _FIELD.fullmatch(field)):
+    for _, field, specification, conversion in parts:
+        if field is not None and (specification or conversion or not _FIELD.fullmatch(field)):
             raise DataError(
                 f"{shown(text)}: {shown('{' + field + '}')} is not the plain name of a field"
             )
@@ -147,22 +151,23 @@ def _field_text(row: dict[str, Any], field: str) -> str:
     return str(value)
 
 
-def _filled(template: Template, row: dict[str, Any]) -> Messages | str:
-    prompt, answer = (Message("user", template.prompt(row)),), says(template.answer(row))
+def _fill(template: Template, row: dict[str, Any]) -> Messages | str:
+    prompt = (Message("user", template.prompt(row)),)
+    completion = assistant_turn(template.completion(row))
     try:
         check_prompt(prompt)
-    except Unusable as error:
+    except UnusableRow as error:
         return error.reason
-    return usable(prompt + answer)
+    return check_demonstration(prompt + completion)
 
 
-def _mixture(content: dict[str, Any], folder: Path) -> Mixture:
-    _known(content, {"tasks", "cap"})
+def _parse_mixture(content: dict[str, Any], folder: Path) -> Mixture:
+    _refuse_unknown(content, {"tasks", "cap"})
     tasks, cap = content.get("tasks"), content.get("cap")
     expect("tasks", tasks, "a list of tasks", lambda v: isinstance(v, list) and v != [])
     expect("cap", cap, "a whole number above 0", lambda v: v is None or (type(v) is int and v > 0))
     assert isinstance(tasks, list)
-    made = tuple(at(f"tasks[{i}]", _task, task, folder) for i, task in enumerate(tasks))
+    made = tuple(at(f"tasks[{i}]", _parse_task, task, folder) for i, task in enumerate(tasks))
     weighted = sum(task.weight is not None for task in made)
     if weighted not in (0, len(made)):
         raise DataError(f"{weighted} of {len(made)} tasks have a weight; give each one, or none")
@@ -171,28 +176,28 @@ def _mixture(content: dict[str, Any], folder: Path) -> Mixture:
     return Mixture(made, cap)
 
 
-def _task(task: object, folder: Path) -> Task:
+def _parse_task(task: object, folder: Path) -> Task:
     expect("task", task, "data, weight and templates", lambda v: isinstance(v, dict))
     assert isinstance(task, dict)
-    _known(task, {"data", "weight", "templates"})
+    _refuse_unknown(task, {"data", "weight", "templates"})
     data, weight, templates = (task.get(name) for name in ("data", "weight", "templates"))
     expect("data", data, "the path of its data", lambda v: isinstance(v, str) and v != "")
     wanted = "a number above 0"
     expect("weight", weight, wanted, lambda v: v is None or (is_number(v) and 1e-9 < v < 1e9))
     wanted = "a list of templates"
     expect("templates", templates, wanted, lambda v: v is None or (isinstance(v, list) and v != []))
-    made = (at(f"templates[{i}]", _template, t) for i, t in enumerate(templates or ()))
+    made = (at(f"templates[{i}]", _parse_task_template, t) for i, t in enumerate(templates or ()))
     return Task(folder / home(str(data)), weight, tuple(made))
 
 
-def _template(template: object) -> Template:
+def _parse_task_template(template: object) -> Template:
     expect("template", template, "a prompt and an answer", lambda v: isinstance(v, dict))
     assert isinstance(template, dict)
-    _known(template, {"prompt", "answer"})
-    return Template(*_texts(template))
+    _refuse_unknown(template, {"prompt", "answer"})
+    return Template(*_parse_texts(template))
 
 
-def _texts(template: dict[str, Any]) -> Iterator[Fill]:
+def _parse_texts(template: dict[str, Any]) -> Iterator[FillTemplate]:
     for name in ("prompt", "answer"):
         text = template.get(name)
         expect(
@@ -204,6 +209,6 @@ def _texts(template: dict[str, Any]) -> Iterator[Fill]:
         yield at(name, parse_template, str(text))
 
 
-def _known(mapping: dict[Any, Any], names: set[str]) -> None:
+def _refuse_unknown(mapping: dict[Any, Any], names: set[str]) -> None:
     if unknown := [name for name in mapping if name not in names]:
         raise DataError(f"{shown(unknown[0])} is unknown; known are {', '.join(sorted(names))}")

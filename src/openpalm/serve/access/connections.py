@@ -1,7 +1,7 @@
-"""One connection's bounds, enforced on its bytes before a request exists.
+"""Limits of a connection: size of headers, number of headers, framing, idle time.
 
-The parser behind uvicorn keeps whatever a caller sends as one header, joined again with each
-packet, on the event loop that everybody shares. Here the bytes are counted first.
+uvicorn's parser stores a header of any length and joins it again with each packet, on the event
+loop that all connections share. Here the bytes are counted before they reach the parser.
 """
 
 import json
@@ -15,23 +15,23 @@ from openpalm.serve.api.error_responses import error_body
 MAX_HEAD_BYTES = 64 << 10
 """Request line and headers together."""
 MAX_HEADERS = 100
-OVERHEAD = 8
-"""Bytes of framing for each byte of a body; a chunk of one byte needs five."""
+FRAMING_PER_BODY_BYTE = 8
+"""Bytes of chunk framing allowed for each byte of a body; a chunk of one byte needs five."""
 MAX_UNREAD_BYTES = 128 << 20
-"""Of a body that comes after its answer; more closes the connection."""
+"""Limit for the rest of a body that arrives after its response; more closes the connection."""
 HEAD_TIMEOUT_S = 20.0
-"""From the connection, or from an answer, to the end of the next request's headers."""
+"""From the connection, or the last response, to the end of the next request's headers."""
 _SLICE = 16 << 10
-_TOO_LARGE = f"the headers are too large; at most {MAX_HEAD_BYTES >> 10} KiB are read"
-_TOO_MANY = f"too many headers; at most {MAX_HEADERS} are read"
+_TOO_LARGE = f"the headers are too large; the limit is {MAX_HEAD_BYTES >> 10} KiB"
+_TOO_MANY = f"too many headers; the limit is {MAX_HEADERS}"
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with bounds for heads, framing, what follows an answer, and idleness."""
+    """uvicorn's HTTP/1.1 protocol with these limits."""
 
     transport: Transport
     _deadline: TimerHandle | None = None
-    _framing = 0  # bytes of this message that are no body
+    _framing = 0  # bytes of this message outside its body
     _body = 0
     _unread = 0
     _too_many = False
@@ -47,22 +47,22 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         start = 0
         while start < len(data) and not self.transport.is_closing():
-            # Trailers and the framing of chunks count like a head: the parser keeps them too.
-            # Not one byte beyond the bound is parsed; large parts are parsed in small ones.
-            left = MAX_HEAD_BYTES + OVERHEAD * self._body - self._framing
+            # Trailers and chunk framing count as headers: the parser stores them too. No byte
+            # beyond the limit is parsed. Slices are small so that on_body can credit body bytes.
+            left = MAX_HEAD_BYTES + FRAMING_PER_BODY_BYTE * self._body - self._framing
             if left <= 0:
                 self._refuse(431, _TOO_LARGE)
                 return
-            part = data[start : start + min(left, _SLICE)]
-            start += len(part)
-            self._framing += len(part)
-            super().data_received(part)
+            piece = data[start : start + min(left, _SLICE)]
+            start += len(piece)
+            self._framing += len(piece)  # on_body takes back the bytes of the body
+            super().data_received(piece)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS:
             self._too_many = True
-            raise ValueError  # ends the parsing; what follows is send_400_response
+            raise ValueError  # ends the parsing; uvicorn then calls send_400_response
 
     def on_headers_complete(self) -> None:
         self._cancel_deadline()
@@ -88,7 +88,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._expect_head()
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn's answer to what is no HTTP, in the shape of all the others."""
+        """Answers data that is not valid HTTP with an error in the API's shape."""
         if self._too_many:
             self._refuse(431, _TOO_MANY)
         else:
@@ -97,7 +97,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         if self.transport.is_closing():
             return
-        # In the middle of another answer there is no place for this one.
+        # No response can be written inside another one; the connection is only closed.
         if self.cycle is None or self.cycle.response_complete:
             content = json.dumps(error_body(status, message)).encode()
             head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n"

@@ -1,4 +1,4 @@
-"""A response that is written while it is made, and work that ends when its caller has gone."""
+"""Server-sent events (SSE), and work that is cancelled when its client disconnects."""
 
 import asyncio
 import json
@@ -11,50 +11,55 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+# json.dumps with `separators` would make a new encoder for each chunk.
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
-class Gone(Exception):
-    """Nobody waits for the answer any more."""
+class Disconnected(Exception):
+    """The client closed the connection before the response was complete."""
 
 
 def event(data: Any) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(data).encode() + b"\n\n"
 
 
-async def while_wanted(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; where the caller disconnects first, the work is cancelled: Gone."""
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Returns the result of `work`. If the client disconnects first, cancels it: Disconnected.
+
+    The framework watches for this only while it streams, so it is watched here for all responses.
+    """
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Gone
+            raise Disconnected
         return working.result()
     finally:
-        for task in (working, gone):
+        for task in (working, watching):
             task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
+        await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def answer_or_nothing(
+async def response_unless_disconnected(
     request: Request, work: Coroutine[Any, Any, Response], close: Callable[[], None]
 ) -> Response:
-    """The response that `work` makes; an empty one to a caller who has gone. Then `close`."""
+    """The response that `work` makes, or an empty one after a disconnect. Calls `close` last."""
     try:
-        return await while_wanted(request.receive, work)
-    except Gone:
+        return await unless_disconnected(request.receive, work)
+    except Disconnected:
         return Response(status_code=499)
     finally:
         close()
 
 
 class EventStream(Response):
-    """Server-sent events; `close` is called at the end, however it comes."""
+    """Streams server-sent events. `close` is called at the end, also after a disconnect."""
 
     media_type = "text/event-stream"
 
@@ -64,12 +69,12 @@ class EventStream(Response):
         self._close = close
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
-        self.headers["x-accel-buffering"] = "no"
+        self.headers["x-accel-buffering"] = "no"  # asks nginx not to buffer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_wanted(receive, self._write(send))
-        except Gone:
+            await unless_disconnected(receive, self._write(send))
+        except Disconnected:
             pass
         finally:
             self._close()

@@ -1,6 +1,6 @@
-"""What callers may ask, field by field: OpenAI's names, the bounds of this server.
+"""The fields of request bodies, under OpenAI's names, with this server's limits.
 
-Unknown fields are accepted and ignored; null is the same as not given; numbers are not strings.
+Unknown fields are ignored. null means not given. A number in quotes is an error.
 """
 
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ from pydantic import (
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
-"""OpenAI takes 4; lm-evaluation-harness sends more for some tasks."""
+"""OpenAI's limit is 4; lm-evaluation-harness sends more for some tasks."""
 MAX_PROMPTS = 1024
 MAX_TOP_LOG_PROBS = 20
 
@@ -24,7 +24,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class Body(BaseModel):
-    """Any request's body."""
+    """The base of all request bodies."""
 
     model_config = ConfigDict(
         strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
@@ -32,7 +32,7 @@ class Body(BaseModel):
 
 
 def _no_tools(value: object) -> object:
-    """Lets through what asks for no tool: nothing, an empty list, a choice of none or auto."""
+    """Accepts only values that request no tool: null, an empty list, none or auto."""
     if value not in (None, [], "none", "auto"):
         raise ValueError("not supported: this model calls no tools")
     return value
@@ -45,13 +45,13 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class Generation(Body):
-    """What completions and chat have in common."""
+class GenerationFields(Body):
+    """The fields that completions and chat share."""
 
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31, description="0 or -1: all")
+    top_k: int | None = Field(None, ge=-1, le=2**31, description="0 or -1 keeps all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
@@ -61,27 +61,29 @@ class Generation(Body):
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=300, description="token id, as a string: what is added to its logit"),
+            Field(max_length=300, description="token id as a string -> number added to its logit"),
         ]
         | None
     ) = None
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="max_tokens")
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="no more than n")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, lt=2**31, description="newer name of max_tokens"
+    )
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="must not exceed n")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = Field(None, description="generate on after an end marker")
+    ignore_eos: bool | None = Field(None, description="continue after an end marker")
     user: str | None = None
 
     @field_validator("best_of")
     @classmethod
     def _no_best_of(cls, value: int | None, info: ValidationInfo) -> int | None:
         if (value or 1) > (info.data.get("n") or 1):
-            raise ValueError("not supported above n: every answer is returned, none is chosen")
+            raise ValueError("not supported above n: every completion is returned")
         return value
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationFields):
     """`POST /v1/completions`."""
 
     prompt: (
@@ -90,19 +92,19 @@ class CompletionRequest(Generation):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: int | None = Field(
-        None, ge=0, lt=2**31, description="16 where not given; 0 only with echo"
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="default 16; 0 only with echo")
+    max_completion_tokens: int | None = Field(
+        None, ge=0, lt=2**31, description="newer name of max_tokens"
     )
-    max_completion_tokens: int | None = Field(None, ge=0, lt=2**31, description="max_tokens")
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOG_PROBS)
     echo: bool | None = None
-    suffix: str | None = Field(None, description="not supported: only empty")
+    suffix: str | None = Field(None, description="not supported: must be empty")
 
     @field_validator("suffix")
     @classmethod
     def _no_suffix(cls, value: str | None) -> str | None:
         if value:
-            raise ValueError("not supported: this model only continues a prompt")
+            raise ValueError("not supported: the model only continues a prompt")
         return value
 
 
@@ -114,14 +116,14 @@ class TextPart(Body):
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None
-    tool_calls: list[Any] | None = Field(None, description="not supported: only empty")
+    tool_calls: list[Any] | None = Field(None, description="not supported: must be empty")
     function_call: Any = Field(None, description="not supported")
 
-    _asks_no_tools = field_validator("tool_calls", "function_call")(_no_tools)
+    _check_no_tools = field_validator("tool_calls", "function_call")(_no_tools)
 
     @property
     def text(self) -> str:
-        """The whole content as one text."""
+        """The content as one text."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
@@ -134,44 +136,44 @@ class ResponseFormat(Body):
     @classmethod
     def _only_text(cls, value: object) -> object:
         if value != "text":
-            raise ValueError("this server only answers with text")
+            raise ValueError("not supported: responses are always text")
         return value
 
 
-class Conversation(Body):
-    """Where in its messages the model goes on."""
+class ConversationEnd(Body):
+    """Where in the conversation the model continues."""
 
     add_generation_prompt: bool | None = Field(
-        None, description="begin the assistant's next turn; true where not given"
+        None, description="begin the assistant's next turn; default true"
     )
     continue_final_message: bool | None = Field(
-        None, description="continue the last message, the assistant's, in place of a new turn"
+        None, description="continue the last message, an assistant message, instead of a new turn"
     )
 
 
-class ChatRequest(Conversation, Generation):
+class ChatRequest(ConversationEnd, GenerationFields):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
-    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="what the context has left")
-    tools: list[Any] | None = Field(None, description="not supported: only empty")
-    functions: list[Any] | None = Field(None, description="not supported: only empty")
-    tool_choice: Any = Field(None, description="not supported: only none or auto")
-    function_call: Any = Field(None, description="not supported: only none or auto")
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="default: fills the context")
+    tools: list[Any] | None = Field(None, description="not supported: must be empty")
+    functions: list[Any] | None = Field(None, description="not supported: must be empty")
+    tool_choice: Any = Field(None, description="not supported: must be none or auto")
+    function_call: Any = Field(None, description="not supported: must be none or auto")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOG_PROBS)
     response_format: ResponseFormat | None = None
     store: bool | None = Field(
-        None, description="the user consents that this conversation is kept for training"
+        None, description="the user agrees that the conversation is kept for training"
     )
 
-    _asks_no_tools = field_validator("tools", "functions", "tool_choice", "function_call")(
+    _check_no_tools = field_validator("tools", "functions", "tool_choice", "function_call")(
         _no_tools
     )
 
 
-class TokenizeRequest(Conversation):
-    """`POST /tokenize`: a text, or messages as the model reads them."""
+class TokenizeRequest(ConversationEnd):
+    """`POST /tokenize`: a text, or messages rendered as the model reads them."""
 
     model: str | None = None
     prompt: str | None = None
@@ -186,9 +188,11 @@ class DetokenizeRequest(Body):
 
 
 class LoadRequest(Body):
-    """`POST /admin/models`: what to load and serve from now on."""
+    """`POST /admin/models`: the model to load and serve."""
 
-    path: Annotated[str, Field(min_length=1, max_length=4096, description="run, checkpoint or hub")]
+    path: Annotated[
+        str, Field(min_length=1, max_length=4096, description="run, checkpoint or hub name")
+    ]
     name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 
@@ -203,7 +207,7 @@ class ScoreRequest(Body):
 
 
 class LegacyRequest(BaseModel):
-    """mesh-transformer-jax's `POST /complete`; numbers may be strings, as there."""
+    """mesh-transformer-jax's `POST /complete`; as there, numbers may be strings."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""From a caller's request to the engine's, the same for completions and chat."""
+"""Turns a request's body into engine requests, the same for completions and chat."""
 
 import asyncio
 import secrets
@@ -13,15 +13,15 @@ from openpalm.generate.engine import Request
 from openpalm.generate.sampling import Sampling, completion_seed
 from openpalm.generate.streaming import document_ends, prompt_ids
 from openpalm.serve.api.error_responses import ApiError, is_failure
-from openpalm.serve.api.request_fields import ChatMessage, Conversation, Generation
-from openpalm.serve.worker import ServedModel, Worker, reason
+from openpalm.serve.api.request_fields import ChatMessage, ConversationEnd, GenerationFields
+from openpalm.serve.worker import ServedModel, Worker, error_line
 
 LONG_TEXT = 20_000
-"""Characters above which a text is encoded beside the event loop, which must not stand still."""
+"""Characters above which a text is encoded in another thread, to keep the event loop responsive."""
 
 
-def pick_model(worker: Worker, name: str | None) -> ServedModel:
-    """The model of that name, the only one there is. Raises ApiError."""
+def find_model(worker: Worker, name: str | None) -> ServedModel:
+    """The served model, if the request names it or no model. Raises ApiError."""
     served = worker.current
     if name not in (None, served.name):
         raise ApiError(
@@ -33,57 +33,58 @@ def pick_model(worker: Worker, name: str | None) -> ServedModel:
     return served
 
 
-async def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of prompts; an empty one starts where documents do."""
+async def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each prompt; an empty prompt begins a new document. Raises ApiError."""
 
-    def work() -> list[list[int]]:
-        with tokenizing():
+    def encode() -> list[list[int]]:
+        with tokenizer_errors():
             return [prompt_ids(tokenizer, text) for text in texts]
 
     if sum(map(len, texts)) > LONG_TEXT:
-        return await asyncio.to_thread(work)
-    return work()
+        return await asyncio.to_thread(encode)
+    return encode()
 
 
 async def encode_messages(
-    tokenizer: Tokenizer, messages: Sequence[ChatMessage], body: Conversation
+    tokenizer: Tokenizer, messages: Sequence[ChatMessage], body: ConversationEnd
 ) -> list[int]:
-    """The ids of a conversation, up to where the model goes on. Raises ApiError.
+    """The token ids of a conversation, up to where the model continues. Raises ApiError.
 
-    That is the begin of the assistant's next turn; with continue_final_message the end of what the
-    last one says; with add_generation_prompt false the end of the conversation.
+    They end with the beginning of the assistant's next turn; with continue_final_message with the
+    text of the last message; with add_generation_prompt false with the last turn's end.
     """
     turns = [Message("system" if m.role == "developer" else m.role, m.text) for m in messages]
     continued = bool(body.continue_final_message)
     if continued and body.add_generation_prompt:
         raise ApiError(
             400,
-            "continue_final_message: not with add_generation_prompt, which begins another turn",
+            "continue_final_message: cannot be combined with add_generation_prompt",
             param="continue_final_message",
         )
     if continued and (not turns or turns[-1].role != "assistant"):
         raise ApiError(
             400,
-            "continue_final_message: the last message must be the assistant's, to be continued",
+            "continue_final_message: the last message must be an assistant message",
             param="continue_final_message",
         )
 
-    def work() -> list[int]:
-        with tokenizing():
+    def encode() -> list[int]:
+        with tokenizer_errors():
             if continued:
-                begun = render(tokenizer, turns[:-1], answer_next=True).ids
-                return begun + tokenizer.encode(turns[-1].content)
-            answer_next = body.add_generation_prompt is not False
-            return render(tokenizer, turns, answer_next=answer_next).ids
+                # The turn is opened and not closed, so the model continues inside it.
+                opened = render(tokenizer, turns[:-1], add_generation_prompt=True).ids
+                return opened + tokenizer.encode(turns[-1].content)
+            add_generation_prompt = body.add_generation_prompt is not False
+            return render(tokenizer, turns, add_generation_prompt=add_generation_prompt).ids
 
     if sum(len(turn.content) for turn in turns) > LONG_TEXT:
-        return await asyncio.to_thread(work)
-    return work()
+        return await asyncio.to_thread(encode)
+    return encode()
 
 
 @contextmanager
-def tokenizing() -> Iterator[None]:
-    """Raises ApiError for a text or ids that the model's tokenizer fails on, panics included."""
+def tokenizer_errors() -> Iterator[None]:
+    """Raises ApiError for any failure of the model's tokenizer, panics included."""
     try:
         yield
     except OpenPalmError:
@@ -91,11 +92,12 @@ def tokenizing() -> Iterator[None]:
     except BaseException as error:
         if not is_failure(error):
             raise
-        raise ApiError(400, f"the model's tokenizer fails on this ({reason(error)})") from None
+        message = f"the model's tokenizer fails at this text ({error_line(error)})"
+        raise ApiError(400, message) from None
 
 
 def engine_requests(
-    body: Generation,
+    body: GenerationFields,
     served: ServedModel,
     prompts: Sequence[list[int]],
     *,
@@ -104,42 +106,42 @@ def engine_requests(
     score_prompt: bool = False,
     chat: bool = False,
 ) -> list[Request]:
-    """n requests for each prompt, those of a prompt together. Raises ApiError, SettingsError.
+    """n requests for each prompt, grouped by prompt. Raises ApiError, SettingsError.
 
-    Without `max_new_tokens` an answer may fill what the context leaves.
+    Without `max_new_tokens` a completion may fill the rest of the context.
     """
     choices = body.n or 1
-    how = sampling(body, served)
-    stops = frozenset() if body.ignore_eos else ends(served.tokenizer, chat=chat)
-    found = []
+    settings = sampling(body, served)
+    stops = frozenset() if body.ignore_eos else end_ids(served.tokenizer, chat=chat)
+    requests = []
     for prompt in prompts:
-        room = _room(served, prompt, max_new_tokens)
+        new_tokens = _new_tokens(served, prompt, max_new_tokens)
         for choice in range(choices):
-            own = replace(how, seed=completion_seed(how.seed, choice))
-            # The prompt is scored once; the other choices copy what was read of it. Where nothing
-            # is generated they have nothing to copy it for.
-            scored = score_prompt and (choice == 0 or room == 0)
-            found.append(Request(prompt, room, own, stops, top_log_probs, scored))
-    return found
+            own = replace(settings, seed=completion_seed(settings.seed, choice))
+            # The prompt is scored once: the other choices copy its cache instead of computing it.
+            # A choice without new tokens has no use for a cache, so it is scored too.
+            scored = score_prompt and (choice == 0 or new_tokens == 0)
+            requests.append(Request(prompt, new_tokens, own, stops, top_log_probs, scored))
+    return requests
 
 
-def sampling(body: Generation, served: ServedModel) -> Sampling:
-    """The settings of a body, else the model's own; a seed is drawn where none is given."""
-    how = served.defaults.given(body.temperature, body.top_p, body.top_k)
+def sampling(body: GenerationFields, served: ServedModel) -> Sampling:
+    """The body's settings, else the model's defaults. Without a seed a random one is drawn."""
+    defaults = served.defaults.override(body.temperature, body.top_p, body.top_k)
     return Sampling(
-        temperature=how.temperature,
-        top_k=max(0, how.top_k),
-        top_p=how.top_p,
+        temperature=defaults.temperature,
+        top_k=max(0, defaults.top_k),
+        top_p=defaults.top_p,
         min_p=body.min_p or 0.0,
-        seed=drawn_seed() if body.seed is None else body.seed,
+        seed=random_seed() if body.seed is None else body.seed,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=_bias(body.logit_bias or {}, served),
+        logit_bias=_logit_bias(body.logit_bias or {}, served),
     )
 
 
-def token_limit(body: Generation) -> int | None:
-    """max_completion_tokens, max_tokens in its older name; None for neither. Raises ApiError."""
+def token_limit(body: GenerationFields) -> int | None:
+    """max_completion_tokens, or max_tokens, its older name; None without both. Raises ApiError."""
     new, old = body.max_completion_tokens, body.max_tokens
     if None not in (new, old) and new != old:
         raise ApiError(
@@ -150,18 +152,17 @@ def token_limit(body: Generation) -> int | None:
     return old if new is None else new
 
 
-def drawn_seed() -> int:
-    """For a caller who gave none."""
+def random_seed() -> int:
     return secrets.randbits(63)
 
 
-def stop_strings(body: Generation) -> list[str]:
+def stop_strings(body: GenerationFields) -> list[str]:
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return [stop for stop in stops if stop]
 
 
-def check_stream_options(body: Generation) -> bool:
-    """Whether a stream shall end with its usage. Raises ApiError."""
+def include_usage(body: GenerationFields) -> bool:
+    """Whether a stream ends with its usage. Raises ApiError for stream_options without stream."""
     if body.stream_options is None:
         return False
     if not body.stream:
@@ -169,8 +170,8 @@ def check_stream_options(body: Generation) -> bool:
     return bool(body.stream_options.include_usage)
 
 
-def ends(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
-    """The ids that end an answer by themselves."""
+def end_ids(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
+    """The token ids that end a completion."""
     return stop_ids(tokenizer) if chat else document_ends(tokenizer)
 
 
@@ -185,32 +186,34 @@ def check_fits(served: ServedModel, ids: Sequence[int]) -> None:
         )
 
 
-def _room(served: ServedModel, prompt: list[int], wanted: int | None) -> int:
+def _new_tokens(served: ServedModel, prompt: list[int], requested: int | None) -> int:
+    """The number of tokens to generate. Raises ApiError if they do not fit the context."""
     served.engine.check(prompt)
     left = served.context - len(prompt)
-    if left < (1 if wanted is None else wanted):
-        asked = "" if wanted is None else f" and {count_of(wanted, 'token')} to generate"
+    if left < (1 if requested is None else requested):
+        new = "" if requested is None else f" and {count_of(requested, 'token')} to generate"
         raise ApiError(
             400,
-            f"the prompt's {count_of(len(prompt), 'token')}{asked} do not fit the model's context "
+            f"the prompt's {count_of(len(prompt), 'token')}{new} do not fit the model's context "
             f"of {served.context}; shorten the prompt"
-            + (" or lower max_tokens" if wanted is not None and left > 0 else ""),
+            + (" or lower max_tokens" if requested is not None and left > 0 else ""),
             param="prompt",
             code="context_length_exceeded",
         )
-    return left if wanted is None else wanted
+    return left if requested is None else requested
 
 
-def _bias(given: dict[str, float], served: ServedModel) -> dict[int, float]:
-    vocab = served.engine.model.config.vocab_size
+def _logit_bias(given: dict[str, float], served: ServedModel) -> dict[int, float]:
+    vocab_size = served.engine.model.config.vocab_size
     bias: dict[int, float] = {}
-    for name, value in given.items():
-        valid = name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab
+    for key, value in given.items():
+        # isdigit() accepts digits of other scripts, and int() is slow for very long numbers.
+        valid = key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size
         if not valid:
             raise ApiError(
                 400,
-                f"logit_bias: {name[:40]!r} is no token id of this model (0 to {vocab - 1})",
+                f"logit_bias: {key[:40]!r} is not a token id of this model (0 to {vocab_size - 1})",
                 param="logit_bias",
             )
-        bias[int(name)] = value
+        bias[int(key)] = value
     return bias

@@ -1,11 +1,11 @@
-"""Answers in the two shapes of OpenAI's API, whole or streamed.
+"""Builds the responses of completions and chat, whole or streamed.
 
-A Form says how one choice looks; everything else is the same for both.
+A ResponseFormat writes the JSON of one of the two APIs; the rest is the same for both.
 """
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,161 +14,167 @@ from starlette.responses import JSONResponse, Response
 
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.generate.engine import Token
-from openpalm.generate.streaming import Piece
+from openpalm.generate.streaming import FinishReason, TextDelta
 from openpalm.serve.api.error_responses import as_api_error, error_body, is_failure
-from openpalm.serve.api.event_stream import DONE, EventStream, answer_or_nothing, event
-from openpalm.serve.worker import Answers, Job
+from openpalm.serve.api.event_stream import DONE, EventStream, event, response_unless_disconnected
+from openpalm.serve.api.response_models import ChunkHead, ResponseHead, Usage
+from openpalm.serve.worker import OutputStream, ServedSequence
 
 
 @dataclass
-class Said:
-    """What one choice consists of so far."""
+class CompletedText:
+    """The text of one choice, with its tokens."""
 
     text: str = ""
     tokens: list[tuple[Token, int]] = field(default_factory=list)
-    finish: str | None = None
+    """each with the character of the text where it begins"""
+    finish: FinishReason | None = None
 
-    def add(self, piece: Piece) -> None:
-        self.text += piece.text
-        self.tokens += piece.tokens
-        self.finish = piece.finish
-
-
-Keep = Callable[[Job, str], None]
-"""Takes an answer, with its text, that its user agreed to share."""
+    def add(self, delta: TextDelta) -> None:
+        self.text += delta.text
+        self.tokens += delta.tokens
+        self.finish = delta.finish
 
 
-class Form(Protocol):
-    """How choices look in one of the two APIs."""
+KeepConversation = Callable[[ServedSequence, str], None]
+"""Called with each completion, and its text, that the user agreed to share."""
 
-    prefix: str
-    whole: str
-    chunk: str
 
-    def opening(self, job: Job) -> dict[str, Any] | None:
-        """The part of a streamed choice that comes before its text, if there is one."""
+class ResponseFormat(Protocol):
+    """The JSON of one of the two APIs."""
+
+    id_prefix: str
+
+    def choice(self, sequence: ServedSequence, completed: CompletedText) -> Any:
+        """A choice of a whole response."""
+
+    def response(
+        self, head: ResponseHead, choices: list[Any], usage: Usage
+    ) -> Mapping[str, object]:
+        """A whole response."""
         ...
 
-    def part(self, job: Job, piece: Piece) -> dict[str, Any]:
-        """A streamed choice's next part."""
-        ...
+    def first_delta(self, sequence: ServedSequence) -> Any:
+        """A streamed choice before its text begins; None if it begins with the text."""
 
-    def ending(self, job: Job, finish: str) -> dict[str, Any]:
-        """A streamed choice's last part."""
-        ...
+    def delta(self, sequence: ServedSequence, delta: TextDelta) -> Any:
+        """A streamed choice with its next text."""
 
-    def choice(self, job: Job, said: Said) -> dict[str, Any]:
-        """A whole choice."""
+    def last_delta(self, sequence: ServedSequence, finish: FinishReason) -> Any:
+        """A streamed choice with its finish reason."""
+
+    def chunk(self, head: ChunkHead, choices: list[Any]) -> Mapping[str, object]:
+        """A chunk of a stream."""
         ...
 
 
 async def respond(
     request: Request,
-    answers: Answers,
-    form: Form,
+    output: OutputStream,
+    format: ResponseFormat,
     *,
     prompt_tokens: int,
     stream: bool,
-    usage: bool,
-    keep: Keep | None = None,
+    include_usage: bool,
+    keep: KeepConversation | None = None,
 ) -> Response:
-    """The whole answer, or a stream of it that may end with its usage; `keep` gets each choice."""
-    head = {
-        "id": f"{form.prefix}-{secrets.token_hex(12)}",
-        "object": form.chunk if stream else form.whole,
+    """The whole response, or a stream of it that may end with its usage."""
+    head: ResponseHead = {
+        "id": f"{format.id_prefix}-{secrets.token_hex(12)}",
         "created": int(time.time()),
-        "model": answers.served.name,
+        "model": output.served.name,
     }
     if stream:
-        events = _events(answers, form, head, prompt_tokens, usage, keep)
-        return EventStream(events, answers.close)
-    whole = _whole(answers, form, head, prompt_tokens, keep)
-    return await answer_or_nothing(request, whole, answers.close)
+        chunk_head: ChunkHead = {**head, "usage": None} if include_usage else {**head}
+        events = _events(output, format, chunk_head, prompt_tokens, keep)
+        return EventStream(events, output.close)
+    whole = _whole(output, format, head, prompt_tokens, keep)
+    return await response_unless_disconnected(request, whole, output.close)
 
 
-async def collect(answers: Answers) -> list[Said]:
-    """Everything that is said, in the order of the requests. Raises as Answers do."""
-    said = [Said() for _ in answers.jobs]
-    async for pieces in answers:
-        for job, piece in pieces:
-            said[job.index].add(piece)
-    return said
+async def collect(output: OutputStream) -> list[CompletedText]:
+    """The completed text of every sequence, in order. Raises as OutputStream does."""
+    completed = [CompletedText() for _ in output.sequences]
+    async for deltas in output:
+        for sequence, delta in deltas:
+            completed[sequence.index].add(delta)
+    return completed
 
 
 async def _whole(
-    answers: Answers, form: Form, head: dict[str, Any], prompt_tokens: int, keep: Keep | None
+    output: OutputStream,
+    format: ResponseFormat,
+    head: ResponseHead,
+    prompt_tokens: int,
+    keep: KeepConversation | None,
 ) -> JSONResponse:
-    said = await collect(answers)
+    completed = await collect(output)
     if keep:
-        for job in answers.jobs:
-            keep(job, said[job.index].text)
-    choices = [form.choice(job, said[job.index]) for job in answers.jobs]
-    usage = _usage(answers.jobs, prompt_tokens)
-    return JSONResponse(head | {"choices": choices, "usage": usage})
+        for sequence in output.sequences:
+            keep(sequence, completed[sequence.index].text)
+    choices = [format.choice(sequence, completed[sequence.index]) for sequence in output.sequences]
+    return JSONResponse(format.response(head, choices, _usage(output.sequences, prompt_tokens)))
 
 
 async def _events(
-    answers: Answers,
-    form: Form,
-    head: dict[str, Any],
+    output: OutputStream,
+    format: ResponseFormat,
+    head: ChunkHead,
     prompt_tokens: int,
-    usage: bool,
-    keep: Keep | None,
+    keep: KeepConversation | None,
 ) -> AsyncIterator[bytes]:
-    """Chunks as bytes, everything that is ready in one write."""
-    if usage:
-        head = head | {"usage": None}
+    """Chunks as bytes; all chunks that are ready at the same time go out in one write."""
 
-    def chunk(choice: dict[str, Any]) -> bytes:
-        return event(head | {"choices": [choice]})
+    def chunk(choice: Any) -> bytes:
+        return event(format.chunk(head, [choice]))
 
-    opened: dict[Job, str] = {}
+    texts: dict[ServedSequence, str] = {}
     try:
-        async for pieces in answers:
+        async for deltas in output:
             ready = b""
-            for job, piece in pieces:
-                if job not in opened:
-                    opened[job] = ""
-                    opening = form.opening(job)
-                    ready += chunk(opening) if opening else b""
-                if piece.text or piece.tokens:
-                    ready += chunk(form.part(job, piece))
-                opened[job] += piece.text if keep else ""
-                if piece.finish:
+            for sequence, delta in deltas:
+                if sequence not in texts:
+                    texts[sequence] = ""
+                    first = format.first_delta(sequence)
+                    ready += chunk(first) if first else b""
+                if delta.text or delta.tokens:
+                    ready += chunk(format.delta(sequence, delta))
+                texts[sequence] += delta.text if keep else ""
+                if delta.finish:
                     if keep:
-                        keep(job, opened[job])
-                    ready += chunk(form.ending(job, piece.finish))
+                        keep(sequence, texts[sequence])
+                    ready += chunk(format.last_delta(sequence, delta.finish))
             if ready:
                 yield ready
-    except BaseException as error:  # whatever happens: the status is long sent
+    except BaseException as error:  # the status is already sent, so the error is an event
         if not is_failure(error):
             raise
-        told = as_api_error(error)
-        yield event(error_body(told.status, told.message, code=told.code))
+        api_error = as_api_error(error)
+        yield event(error_body(api_error.status, api_error.message, code=api_error.code))
         return
-    if usage:
-        yield event(head | {"choices": [], "usage": _usage(answers.jobs, prompt_tokens)})
+    if "usage" in head:
+        usage = _usage(output.sequences, prompt_tokens)
+        yield event(format.chunk({**head, "usage": usage}, []))
     yield DONE
 
 
-def _usage(jobs: Sequence[Job], prompt_tokens: int) -> dict[str, int]:
-    made = sum(job.generated for job in jobs)
+def _usage(sequences: Sequence[ServedSequence], prompt_tokens: int) -> Usage:
+    generated = sum(sequence.generated for sequence in sequences)
     return {
         "prompt_tokens": prompt_tokens,
-        "completion_tokens": made,
-        "total_tokens": prompt_tokens + made,
+        "completion_tokens": generated,
+        "total_tokens": prompt_tokens + generated,
     }
 
 
-# --- what tokens are called
-
-
-def spelt(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token's text; its bytes, where they are part of a character; a special token's name."""
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token as the API writes it: its text, its bytes if they are part of a character, or the
+    name of a special token.
+    """
     if token_id in tokenizer.special_ids:
         return tokenizer.decode([token_id], skip_special=False)
-    piece = tokenizer.bytes_of(token_id)
+    token_bytes = tokenizer.bytes_of(token_id)
     try:
-        return piece.decode()
+        return token_bytes.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)

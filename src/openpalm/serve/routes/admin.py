@@ -1,4 +1,4 @@
-"""What only holders of the admin key may do: replace the model, score sequences."""
+"""`POST /admin/models` and `POST /v1/score`: replace the model, score sequences (admin key)."""
 
 import asyncio
 import traceback
@@ -12,64 +12,70 @@ from starlette.responses import Response
 
 from openpalm.errors import OpenPalmError
 from openpalm.generate.engine import Request as EngineRequest
-from openpalm.serve.access.auth import StrictRoute
-from openpalm.serve.api import requests, response_models
+from openpalm.serve.access.body import StrictRoute
+from openpalm.serve.api import requests
 from openpalm.serve.api.error_responses import ApiError, is_failure
-from openpalm.serve.api.event_stream import answer_or_nothing
+from openpalm.serve.api.event_stream import response_unless_disconnected
 from openpalm.serve.api.request_fields import LoadRequest, ScoreRequest
-from openpalm.serve.api.response_models import ERRORS
+from openpalm.serve.api.response_models import LoadedModel, Score, Scores, responses
 from openpalm.serve.api.responses import collect
 from openpalm.serve.service import Service
-from openpalm.serve.worker import ServedModel, in_own_thread, reason
+from openpalm.serve.worker import ServedModel, error_line, run_in_new_thread
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=StrictRoute)
     worker = service.worker
 
-    @router.post("/admin/models", responses={200: {"model": response_models.Loaded}, **ERRORS})
+    @router.post("/admin/models", responses=responses(LoadedModel))
     async def load(body: LoadRequest) -> Response:
-        """Loads a model and serves it from now on; requests in flight finish on the old one."""
-        async with service.loading:  # two at once could be too much for the memory
-            served = await asyncio.to_thread(_loaded, partial(service.load, body.path, body.name))
-            before, worker.current = worker.current, served
-        return JSONResponse({"model": served.name, "replaced": before.name})
+        """Loads a model and serves it. Requests in flight finish on the old model."""
+        async with service.loading:  # memory may not hold two new models at the same time
+            load_model = partial(service.load_model, body.path, body.name)
+            served = await asyncio.to_thread(_load, load_model)
+            # New requests go to the new model from here on. The worker thread keeps running the
+            # old one until its last sequence ends.
+            replaced, worker.current = worker.current, served
+        loaded: LoadedModel = {"model": served.name, "replaced": replaced.name}
+        return JSONResponse(loaded)
 
-    @router.post("/v1/score", responses={200: {"model": response_models.Scores}, **ERRORS})
+    @router.post("/v1/score", responses=responses(Scores))
     async def score(body: ScoreRequest, request: Request) -> Response:
-        """The log-probability of each sequence, and of each of its tokens after the first."""
-        served = requests.pick_model(worker, body.model)
+        """The log-probability of each sequence, and of each of its tokens but the first."""
+        served = requests.find_model(worker, body.model)
         service.check_count(len(body.sequences))
-        given: Any = body.sequences
-        if isinstance(given[0], str):
-            given = await requests.encode(served.tokenizer, given)
-        scored = [EngineRequest(ids, 0, score_prompt=True) for ids in given]
-        for asked in scored:
-            requests.check_fits(served, asked.ids)
-        answers = worker.submit(served, scored)
+        sequences: Any = body.sequences
+        if isinstance(sequences[0], str):
+            sequences = await requests.encode_prompts(served.tokenizer, sequences)
+        for ids in sequences:
+            requests.check_fits(served, ids)
+        engine_requests = [EngineRequest(ids, 0, score_prompt=True) for ids in sequences]
+        output = worker.submit(served, engine_requests)
 
         async def whole() -> Response:
-            await collect(answers)
-            rows = [[token.log_prob for token in job.prompt] for job in answers.jobs]
-            scores = [
+            await collect(output)
+            rows = [[token.log_prob for token in s.prompt_tokens] for s in output.sequences]
+            data: list[Score] = [
                 {"index": i, "score": sum(row), "log_probs": row} for i, row in enumerate(rows)
             ]
-            told = {"object": "list", "model": served.name, "kind": "log_prob", "data": scores}
-            return JSONResponse(told)
+            name = served.name
+            scores: Scores = {"object": "list", "model": name, "kind": "log_prob", "data": data}
+            return JSONResponse(scores)
 
-        return await answer_or_nothing(request, whole(), answers.close)
+        return await response_unless_disconnected(request, whole(), output.close)
 
     return router
 
 
-def _loaded(load: Callable[[], ServedModel]) -> ServedModel:
-    """Raises ApiError for whatever is wrong with a checkpoint; a hostile one breaks anything."""
+def _load(load_model: Callable[[], ServedModel]) -> ServedModel:
+    """Raises ApiError for any failure: a damaged or hostile checkpoint may raise anything."""
     try:
-        return in_own_thread(load)
+        return run_in_new_thread(load_model)
     except OpenPalmError as error:
         raise ApiError(400, str(error), param="path") from None
     except BaseException as error:
         if not is_failure(error):
             raise
         traceback.print_exception(error)
-        raise ApiError(400, f"path: cannot be loaded ({reason(error)})", param="path") from None
+        message = f"path: cannot be loaded ({error_line(error)})"
+        raise ApiError(400, message, param="path") from None

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: prompts, as text or ids, continued."""
+"""`POST /v1/completions`: continues prompts, given as text or as token ids."""
 
 import codecs
 from collections.abc import Sequence
@@ -9,15 +9,24 @@ from starlette.responses import Response
 
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.generate.engine import Token
-from openpalm.generate.streaming import Piece
-from openpalm.serve.access.auth import StrictRoute
+from openpalm.generate.streaming import FinishReason, TextDelta
+from openpalm.serve.access.body import StrictRoute
 from openpalm.serve.api import requests
 from openpalm.serve.api.error_responses import ApiError
 from openpalm.serve.api.request_fields import CompletionRequest
-from openpalm.serve.api.response_models import Completion, answered
-from openpalm.serve.api.responses import Said, respond, spelt
+from openpalm.serve.api.response_models import (
+    ChunkHead,
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionLogProbs,
+    ResponseHead,
+    Usage,
+    streamed_responses,
+)
+from openpalm.serve.api.responses import CompletedText, respond, token_text
 from openpalm.serve.service import Service
-from openpalm.serve.worker import Job, ServedModel
+from openpalm.serve.worker import ServedModel, ServedSequence
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -25,16 +34,16 @@ DEFAULT_MAX_TOKENS = 16
 def routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=StrictRoute)
 
-    @router.post("/v1/completions", responses=answered(Completion))
+    @router.post("/v1/completions", responses=streamed_responses(Completion, CompletionChunk))
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        served = requests.pick_model(service.worker, body.model)
-        usage = requests.check_stream_options(body)
+        served = requests.find_model(service.worker, body.model)
+        include_usage = requests.include_usage(body)
         texts, prompts = await _prompts(body, served)
         service.check_count(len(prompts) * (body.n or 1))
         limit = requests.token_limit(body)
         if limit == 0 and not body.echo:
             raise ApiError(400, "max_tokens 0: only with echo", param="max_tokens")
-        wanted = requests.engine_requests(
+        engine_requests = requests.engine_requests(
             body,
             served,
             prompts,
@@ -42,15 +51,14 @@ def routes(service: Service) -> APIRouter:
             top_log_probs=body.logprobs or 0,
             score_prompt=bool(body.echo and body.logprobs is not None),
         )
-        answers = service.worker.submit(served, wanted, requests.stop_strings(body))
-        form = _Form(body, served, texts, answers.jobs)
+        output = service.worker.submit(served, engine_requests, requests.stop_strings(body))
         return await respond(
             request,
-            answers,
-            form,
+            output,
+            _CompletionFormat(body, served, texts, output.sequences),
             prompt_tokens=sum(map(len, prompts)),
             stream=bool(body.stream),
-            usage=usage,
+            include_usage=include_usage,
         )
 
     return router
@@ -59,84 +67,100 @@ def routes(service: Service) -> APIRouter:
 async def _prompts(
     body: CompletionRequest, served: ServedModel
 ) -> tuple[list[str | None], list[list[int]]]:
-    """Texts where they were given as such, and the ids of every prompt."""
+    """The text of each prompt, None if it was given as ids; and the ids of each prompt."""
     given: Any = body.prompt
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
     if isinstance(given[0], str):
-        return given, await requests.encode(served.tokenizer, given)
+        return given, await requests.encode_prompts(served.tokenizer, given)
     return [None] * len(given), given
 
 
-class _Form:
-    """Completions: text, and log-probabilities as parallel lists."""
+class _CompletionFormat:
+    """Text; log-probabilities as parallel lists. With `echo` the prompt comes first."""
 
-    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+    id_prefix = "cmpl"
 
     def __init__(
         self,
         body: CompletionRequest,
         served: ServedModel,
         texts: Sequence[str | None],
-        jobs: Sequence[Job],
+        sequences: Sequence[ServedSequence],
     ):
         self._tokenizer = served.tokenizer
-        self._choices = body.n or 1
-        self._log_probs = body.logprobs is not None
+        self._choices_per_prompt = body.n or 1
+        self._with_log_probs = body.logprobs is not None
         self._echo = bool(body.echo)
-        firsts = jobs[:: self._choices]
-        self._texts = [
-            self._tokenizer.decode(job.request.ids, skip_special=False) if text is None else text
-            for text, job in zip(texts, firsts, strict=True)
+        self._sequences = sequences
+        first_choices = sequences[:: self._choices_per_prompt]
+        self._prompt_texts = [
+            self._tokenizer.decode(first.request.ids, skip_special=False) if text is None else text
+            for text, first in zip(texts, first_choices, strict=True)
         ]
-        self._jobs = jobs
 
-    def opening(self, job: Job) -> dict[str, Any] | None:
+    def choice(self, sequence: ServedSequence, completed: CompletedText) -> CompletionChoice:
+        prompt = self._prompt_text(sequence) if self._echo else ""
+        log_probs = self._log_probs(sequence, completed.tokens, with_prompt=self._echo)
+        return _choice(sequence, prompt + completed.text, log_probs, completed.finish)
+
+    def response(
+        self, head: ResponseHead, choices: list[CompletionChoice], usage: Usage
+    ) -> Completion:
+        return {**head, "object": "text_completion", "choices": choices, "usage": usage}
+
+    def first_delta(self, sequence: ServedSequence) -> CompletionChoice | None:
         if not self._echo:
             return None
-        return _choice(job, self._prompt_text(job), self._listed(job, [], prompt=True))
+        log_probs = self._log_probs(sequence, [], with_prompt=True)
+        return _choice(sequence, self._prompt_text(sequence), log_probs)
 
-    def part(self, job: Job, piece: Piece) -> dict[str, Any]:
-        return _choice(job, piece.text, self._listed(job, piece.tokens))
+    def delta(self, sequence: ServedSequence, delta: TextDelta) -> CompletionChoice:
+        return _choice(sequence, delta.text, self._log_probs(sequence, delta.tokens))
 
-    def ending(self, job: Job, finish: str) -> dict[str, Any]:
-        return _choice(job, "", None, finish)
+    def last_delta(self, sequence: ServedSequence, finish: FinishReason) -> CompletionChoice:
+        return _choice(sequence, "", None, finish)
 
-    def choice(self, job: Job, said: Said) -> dict[str, Any]:
-        text = self._prompt_text(job) + said.text if self._echo else said.text
-        log_probs = self._listed(job, said.tokens, prompt=self._echo)
-        return _choice(job, text, log_probs, said.finish)
+    def chunk(self, head: ChunkHead, choices: list[CompletionChoice]) -> CompletionChunk:
+        return {**head, "object": "text_completion", "choices": choices}
 
-    def _prompt_text(self, job: Job) -> str:
-        """The prompt as it was given, decoded where it was given as ids."""
-        return self._texts[job.index // self._choices]
+    def _prompt_text(self, sequence: ServedSequence) -> str:
+        return self._prompt_texts[sequence.index // self._choices_per_prompt]
 
-    def _listed(
-        self, job: Job, tokens: Sequence[tuple[Token, int]], *, prompt: bool = False
-    ) -> dict[str, Any] | None:
-        """OpenAI's four parallel lists; a prompt's first token has no log-probability."""
-        if not self._log_probs:
+    def _log_probs(
+        self,
+        sequence: ServedSequence,
+        tokens: Sequence[tuple[Token, int]],
+        *,
+        with_prompt: bool = False,
+    ) -> CompletionLogProbs | None:
+        if not self._with_log_probs:
             return None
-        lists = _Lists(self._tokenizer, job.request.top_log_probs > 0)
-        shift = len(self._prompt_text(job)) if self._echo else 0
-        if prompt:
-            lists.add_prompt(job, self._scored(job))
+        lists = _LogProbLists(self._tokenizer, with_top=sequence.request.top_log_probs > 0)
+        # With echo, offsets count from the beginning of the prompt.
+        shift = len(self._prompt_text(sequence)) if self._echo else 0
+        if with_prompt:
+            lists.add_prompt(sequence.request.ids, self._scored_tokens(sequence))
         for token, start in tokens:
             lists.add(token, shift + start)
         return lists.fields
 
-    def _scored(self, job: Job) -> list[Token]:
-        """The prompt is scored with the first of its choices, or with each of them."""
-        if job.request.score_prompt:
-            return job.prompt
-        return self._jobs[job.index - job.index % self._choices].prompt
+    def _scored_tokens(self, sequence: ServedSequence) -> list[Token]:
+        """The prompt's scored tokens. If only the first choice of a prompt has them, they hold for
+        the other choices too.
+        """
+        if sequence.request.score_prompt:
+            return sequence.prompt_tokens
+        first_choice = sequence.index - sequence.index % self._choices_per_prompt
+        return self._sequences[first_choice].prompt_tokens
 
 
-class _Lists:
-    def __init__(self, tokenizer: Tokenizer, with_top: bool):
+class _LogProbLists:
+    """OpenAI's parallel lists: tokens, log-probabilities, top log-probabilities, offsets."""
+
+    def __init__(self, tokenizer: Tokenizer, *, with_top: bool):
         self._tokenizer = tokenizer
-        self._with_top = with_top
-        self.fields: dict[str, Any] = {
+        self.fields: CompletionLogProbs = {
             "tokens": [],
             "token_logprobs": [],
             "top_logprobs": [] if with_top else None,
@@ -144,42 +168,50 @@ class _Lists:
         }
 
     def add(self, token: Token, start: int) -> None:
-        self._append(spelt(self._tokenizer, token.id), token.log_prob, self._top(token), start)
+        text = token_text(self._tokenizer, token.id)
+        self._append(text, token.log_prob, self._top(token), start)
 
-    def add_prompt(self, job: Job, scored: Sequence[Token]) -> None:
-        """The prompt is shown with the names of special tokens, so they take room in it."""
+    def add_prompt(self, ids: Sequence[int], scored: Sequence[Token]) -> None:
+        """Adds all tokens of a prompt. Nothing predicts the first, so it has no log-probability.
+
+        An echoed prompt shows the names of special tokens, so they count as characters.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
         def length(token_id: int) -> int:
-            piece = self._tokenizer.bytes_of(token_id)
-            return len(decoder.decode(piece) if piece else spelt(self._tokenizer, token_id))
+            token_bytes = self._tokenizer.bytes_of(token_id)
+            if not token_bytes:
+                return len(token_text(self._tokenizer, token_id))
+            return len(decoder.decode(token_bytes))
 
-        first = job.request.ids[0]
-        self._append(spelt(self._tokenizer, first), None, None, 0)
-        start = length(first)
+        self._append(token_text(self._tokenizer, ids[0]), None, None, 0)
+        start = length(ids[0])
         for token in scored:
             self.add(token, start)
             start += length(token.id)
 
     def _top(self, token: Token) -> dict[str, float]:
-        """The likeliest by their text; of two that are spelt alike the likelier stays."""
+        """Log-probabilities by text. Of two tokens with the same text the likelier one counts."""
         top: dict[str, float] = {}
-        for other, log_prob in (*token.top, (token.id, token.log_prob)):
-            name = spelt(self._tokenizer, other)
-            top[name] = max(log_prob, top.get(name, log_prob))
+        for token_id, log_prob in (*token.top, (token.id, token.log_prob)):
+            text = token_text(self._tokenizer, token_id)
+            top[text] = max(log_prob, top.get(text, log_prob))
         return top
 
     def _append(
-        self, name: str, log_prob: float | None, top: dict[str, float] | None, start: int
+        self, text: str, log_prob: float | None, top: dict[str, float] | None, start: int
     ) -> None:
-        self.fields["tokens"].append(name)
+        self.fields["tokens"].append(text)
         self.fields["token_logprobs"].append(log_prob)
         self.fields["text_offset"].append(start)
-        if self._with_top:
+        if self.fields["top_logprobs"] is not None:
             self.fields["top_logprobs"].append(top)
 
 
 def _choice(
-    job: Job, text: str, log_probs: dict[str, Any] | None, finish: str | None = None
-) -> dict[str, Any]:
-    return {"index": job.index, "text": text, "logprobs": log_probs, "finish_reason": finish}
+    sequence: ServedSequence,
+    text: str,
+    log_probs: CompletionLogProbs | None,
+    finish: FinishReason | None = None,
+) -> CompletionChoice:
+    return {"index": sequence.index, "text": text, "logprobs": log_probs, "finish_reason": finish}

@@ -1,9 +1,8 @@
-"""The optimizers that torch does not have: StableAdamW, Lion, PaLM's Adafactor, and a Muon that
-iterates in a number format of the caller's choice.
+"""Optimizers that torch does not have: StableAdamW, Lion, PaLM's Adafactor, Muon in any dtype.
 
-Each is one `update` of whole lists of tensors, which a GPU runs as a few kernels. All state is in
-named tensors beside its parameter: moments, and how many steps that parameter has taken. Weight
-decay is decoupled everywhere: it shrinks by the learning rate times `weight_decay`.
+Each is one `update` of whole lists of tensors, which a GPU runs as a few kernels. The state of a
+parameter is named tensors: its moments and the number of its steps. Weight decay is decoupled: a
+step multiplies a parameter by 1 - lr * weight_decay.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor
 
 SCALE_FLOOR = 1e-3
-"""Least root mean square that Adafactor takes a parameter for, so that zeros can leave zero."""
+"""Least root mean square of a parameter in Adafactor's step, so that zeros can change."""
 
 
 class Listwise(torch.optim.Optimizer):
-    """Steps its parameters together; those that were stepped less often than others, apart."""
+    """An optimizer that updates all parameters with equal step counts in one call."""
 
     slots: ClassVar[tuple[str, ...]]
-    """names of the moments, each of its parameter's shape"""
+    """names of the moments; each has its parameter's shape"""
 
     def __init__(self, params: Iterable[Any], lr: float, **defaults: Any):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0} | defaults)
@@ -34,7 +33,7 @@ class Listwise(torch.optim.Optimizer):
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for step, parameters in self._of_equal_age(group["params"]).items():
-                # A processor's cache holds what one tensor needs, not what all of them do.
+                # A CPU's cache holds one tensor and its moments, not all of them.
                 on_cpu = parameters[0].device.type == "cpu"
                 for some in [[p] for p in parameters] if on_cpu else [parameters]:
                     gradients = [p.grad for p in some if p.grad is not None]
@@ -42,14 +41,14 @@ class Listwise(torch.optim.Optimizer):
                     self.update(group, step, some, gradients, *moments)
 
     def _of_equal_age(self, parameters: list[Tensor]) -> dict[int, list[Tensor]]:
-        """Those with a gradient, by the number (from 1) of the step that they take now."""
+        """The parameters with a gradient, by the number (from 1) of their next step."""
         ages = defaultdict[int, list[Tensor]](list)
         for parameter in parameters:
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.int64)  # on the CPU: it is read
+                state["step"] = torch.zeros((), dtype=torch.int64)  # on the CPU: read each step
                 state |= {slot: torch.zeros_like(parameter) for slot in self.slots}
             state["step"] += 1
             ages[int(state["step"])].append(parameter)
@@ -68,7 +67,7 @@ class Listwise(torch.optim.Optimizer):
 
 
 class StableAdamW(Listwise):
-    """AdamW that slows down a tensor whose gradient outgrew its second moment.
+    """AdamW with a smaller learning rate where gradients outgrow their second moment.
 
     Source: Wortsman et al. 2023 (arXiv 2304.13013), algorithm 2: betas debiased in place of the
     moments, and the rate of each tensor divided by max(1, RMS of g^2 / max(v, eps^2)).
@@ -94,12 +93,12 @@ class StableAdamW(Listwise):
 
 
 def _debiased(beta: float, step: int) -> float:
-    """beta (1 - beta^(t-1)) / (1 - beta^t): the moment is then a weighted mean from step 1 on."""
+    """beta (1 - beta^(t-1)) / (1 - beta^t): makes the moment a weighted mean from step 1 on."""
     return beta * (1 - beta ** (step - 1)) / (1 - beta**step)
 
 
 class Lion(Listwise):
-    """The sign of a momentum that the newest gradient counts more in (Chen et al. 2023).
+    """Lion: the sign of a momentum, with more weight on the newest gradient (Chen et al. 2023).
 
     Source: arXiv 2302.06675, algorithm 2.
     """
@@ -116,12 +115,12 @@ class Lion(Listwise):
 
 
 class Adafactor(Listwise):
-    """PaLM's: Adafactor (Shazeer and Stern 2018) without factors, which is Adam whose rate is
-    relative to the root mean square of each parameter.
+    """PaLM's Adafactor: Adam with a step relative to each parameter's root mean square.
 
-    Source: Chowdhery et al. 2022, section 5: momentum 0.9, beta2 = 1 - k^-0.8 at step k. What the
-    paper leaves open is as in T5X: the momentum is of scaled updates, without bias correction.
-    Updates are not clipped: the paper names only the clipping of the gradient.
+    It is Adafactor (Shazeer and Stern 2018) without factored moments.
+    Source: Chowdhery et al. 2022, section 5: momentum 0.9, beta2 = 1 - k^-0.8 at step k. Details
+    that the paper leaves open follow T5X: the momentum is of scaled updates, without bias
+    correction. Updates are not clipped: the paper names only the clipping of the gradient.
     """
 
     slots = ("exp_avg", "exp_avg_sq")
@@ -147,10 +146,11 @@ QUINTIC_STEPS = 5
 
 
 class Muon(Listwise):
-    """Nesterov momentum of matrices, orthogonalised (Jordan et al. 2024, kellerjordan.github.io).
+    """Muon: orthogonalised Nesterov momentum of matrices (Jordan et al. 2024).
 
-    As torch.optim.Muon, which iterates in bfloat16 on every processor: about 20 times slower
-    than float32 on one that only emulates bfloat16.
+    torch.optim.Muon always iterates in bfloat16, which is about 20 times slower than float32 on
+    processors that only emulate bfloat16; here the caller chooses the dtype.
+    Source: kellerjordan.github.io/posts/muon.
     """
 
     slots = ("momentum_buffer",)
@@ -158,7 +158,7 @@ class Muon(Listwise):
     def __init__(self, params: Iterable[Any], lr: float, *, dtype: torch.dtype):
         super().__init__(params, lr, momentum=0.95)
         self.dtype = dtype
-        """of the iteration"""
+        """dtype of the Newton-Schulz iteration"""
 
     def update(self, group, step, parameters, gradients, *moments):
         (buffers,) = moments
@@ -172,7 +172,7 @@ class Muon(Listwise):
 
 
 def orthogonalised(x: Tensor) -> Tensor:
-    """About U V^T of the matrix x = U S V^T, by a quintic Newton-Schulz iteration in x's dtype."""
+    """Approximates U V^T of the matrix x = U S V^T by a quintic Newton-Schulz iteration."""
     a, b, c = QUINTIC
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x

@@ -1,109 +1,106 @@
-"""What is chosen by measuring, once, before step 1: dtype, steps that fit a time, peak rate.
+"""Measures, before step 1, the faster dtype, the number of steps that fit --minutes, peak FLOP/s.
 
-Works on a model of its own, so that nothing it does can reach the run's weights or random state.
-Measuring is bounded: it ends after `_limit_seconds`, or after the one step or look in progress.
+Works on a model of its own, so that it cannot change the run's weights or random state. It stops
+after `_limit_seconds`, or after the step or probe in progress then.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from openpalm.base.device import multiplies_bfloat16
-from openpalm.model.transformer import Transformer
-from openpalm.train.config import PROBES_A_RUN, Chosen, Ramp, TrainSettings
+from openpalm.train.batch_shape import Ramp
+from openpalm.train.config import PROBES_PER_RUN, TrainSettings
 from openpalm.train.objective import StatefulLoader
+from openpalm.train.probes import Probe
 from openpalm.train.trainer import Trainer
 
 LIMIT_SHARE, LIMIT_S = 0.05, 20.0
-"""Measuring may take this share of --minutes, and no more than this many seconds."""
+"""Measuring may take this share of --minutes, and at most this many seconds."""
 LEAST_REPEATS, MOST_REPEATS, ENOUGH_S = 2, 10, 3.0
-"""Steps that are timed after the first: at least, at most, and the seconds that are enough."""
+"""Steps timed after the first: at least, at most, and the seconds after which to stop."""
 _BFLOAT16_GAIN = 1.05
-"""bfloat16 must be this much faster than float32 to be worth its rounding"""
+"""bfloat16 must be faster than float32 by this factor to be worth its rounding"""
 _HOPELESS = 3.0
-"""A dtype is given up when its first step takes this many times the best first step."""
-_LOOKS_SHARE = 0.1
-"""of a time budget that evaluations may take"""
+"""a dtype is given up if its first step takes this many times the best first step"""
+_PROBES_SHARE = 0.1
+"""share of a time budget that probes may take"""
 _FORWARD_SHARE = 0.4
-"""of a training step's time that the loss alone takes, no gradient wanted"""
+"""time of the loss without gradients, as a share of a training step's"""
 
 
-class Look(Protocol):
-    """Something looked at now and then, whose time a budget must hold."""
+@dataclass(frozen=True)
+class Measured:
+    """The results: values for run.json."""
 
-    @property
-    def measure(self) -> Callable[[Transformer, torch.dtype], object]: ...
-
-    @property
-    def tokens(self) -> int | None:
-        """Tokens that it computes the loss of, where that is all it does."""
-        ...
+    dtype: Literal["float32", "bfloat16"]
+    peak_flops: float
+    steps: int | None = None
+    """steps that fit --minutes; None where the number was known"""
+    eval_every: int | None = None
 
 
-def choose(
+def measure(
     settings: TrainSettings,
     make_trainer: Callable[[torch.dtype], Trainer],
-    looks: Sequence[Look],
+    probes: Sequence[Probe],
     device: torch.device,
     *,
     step_tokens: int,
+    steps_known: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> Chosen:
-    """Fills what the settings left open; what an earlier run chose stays.
+) -> Measured:
+    """Measures the dtype if it is auto, and the steps that fit --minutes unless they are known.
 
-    `make_trainer` gives a scratch trainer; a step of it is of `step_tokens`. `say` hears what is
-    being timed.
+    `make_trainer` makes a scratch trainer with steps of `step_tokens` tokens. `say` receives what
+    is being timed.
     """
     started = time.perf_counter()
     until = started + _limit_seconds(settings)
-    known = settings.chosen
-    dtype: str = settings.dtype if settings.dtype != "auto" else known.dtype or "auto"
-    timed: dict[str, _Timed] = {}
+    dtype, timed = settings.dtype, dict[str, _Timed]()
     if dtype == "auto":
         timed = _time_candidates(make_trainer, device, until, say)
         faster = len(timed) > 1 and timed["bfloat16"].best * _BFLOAT16_GAIN < timed["float32"].best
         dtype = "bfloat16" if faster else "float32"
-    assert dtype in ("float32", "bfloat16")
     torch_dtype = getattr(torch, dtype)
-    peak = known.peak_flops or matmul_flops(device, torch_dtype)
-    chosen = replace(known, dtype=dtype, peak_flops=peak)
-    if known.steps is not None or settings.minutes is None:
-        return chosen
+    peak_flops = matmul_flops(device, torch_dtype)
+    if steps_known or settings.minutes is None:
+        return Measured(dtype, peak_flops)
     trainer = make_trainer(torch_dtype)
     if dtype not in timed:
         say(f"timing a step in {dtype}")
         timed[dtype] = _time_steps(trainer, until)
     step_s = timed[dtype].best * Ramp.parse(settings.batch_ramp).mean
     say("timing an evaluation")
-    look_s = _look_seconds(trainer, looks, timed[dtype].best / step_tokens, until)
+    probes_s = _probe_seconds(trainer, probes, timed[dtype].best / step_tokens, until)
     left_s = settings.minutes * 60 - (time.perf_counter() - started)
-    steps, eval_every = fit(left_s, step_s, look_s, settings.eval_every)
-    return replace(chosen, steps=steps, eval_every=eval_every)
+    steps, eval_every = fit(left_s, step_s, probes_s, settings.eval_every)
+    return Measured(dtype, peak_flops, steps, eval_every)
 
 
 def _limit_seconds(settings: TrainSettings) -> float:
     return min(LIMIT_S, LIMIT_SHARE * 60 * (settings.minutes or math.inf))
 
 
-def fit(left_s: float, step_s: float, look_s: float, eval_every: int | None) -> tuple[int, int]:
-    """Steps that fit in `left_s`, and how many apart the looks at the model may be.
+def fit(left_s: float, step_s: float, probes_s: float, eval_every: int | None) -> tuple[int, int]:
+    """Number of steps that fit `left_s`, and the steps between evaluations.
 
-    Where `eval_every` leaves it open there are ten looks, or as many as take a tenth of the time.
+    If `eval_every` is not given there are ten evaluations, or as many as take a tenth of the time.
     """
     if eval_every:
-        return max(1, int(left_s / (step_s + look_s / eval_every))), eval_every
-    looks = max(1, min(PROBES_A_RUN, int(_LOOKS_SHARE * left_s / max(look_s, 1e-9))))
-    steps = max(1, int((left_s - looks * look_s) / step_s))
-    return steps, max(1, -(-steps // looks))
+        return max(1, int(left_s / (step_s + probes_s / eval_every))), eval_every
+    evaluations = max(1, min(PROBES_PER_RUN, int(_PROBES_SHARE * left_s / max(probes_s, 1e-9))))
+    steps = max(1, int((left_s - evaluations * probes_s) / step_s))
+    return steps, max(1, -(-steps // evaluations))
 
 
 @dataclass(frozen=True)
 class _Timed:
-    """Seconds of an optimizer step: the first, and the best of all."""
+    """Seconds per optimizer step: of the first step, and of the fastest."""
 
     first: float
     best: float
@@ -115,37 +112,41 @@ def _time_candidates(
     until: float,
     say: Callable[[str], None],
 ) -> dict[str, _Timed]:
-    """By dtype. Empty where bfloat16 is only emulated: float32 is then known to be faster."""
+    """Times by dtype; empty if bfloat16 is only emulated, because float32 is faster then."""
     if not multiplies_bfloat16(device):
         return {}
     timed: dict[str, _Timed] = {}
     for name in ("float32", "bfloat16"):
         say(f"timing a step in {name}")
         left_s = until - time.perf_counter()
-        share = until - left_s / 2 if name == "float32" else until
+        share = until - left_s / 2 if name == "float32" else until  # half the time for each
         hopeless = _HOPELESS * min((t.first for t in timed.values()), default=math.inf)
         trainer = make_trainer(getattr(torch, name))
         timed[name] = _time_steps(trainer, share, hopeless=hopeless)
     return timed
 
 
-def _look_seconds(trainer: Trainer, looks: Sequence[Look], token_s: float, until: float) -> float:
-    """Seconds of all looks: timed where there is time, else foretold from a step's."""
+def _probe_seconds(
+    trainer: Trainer, probes: Sequence[Probe], token_s: float, until: float
+) -> float:
+    """Seconds of all probes: timed if there is time, else predicted from the time of a step."""
     total = 0.0
-    for look in looks:
-        foretold = None if look.tokens is None else look.tokens * token_s * _FORWARD_SHARE
-        if foretold is not None and time.perf_counter() + foretold > until:
-            total += foretold
+    for probe in probes:
+        predicted = None if probe.tokens is None else probe.tokens * token_s * _FORWARD_SHARE
+        if predicted is not None and time.perf_counter() + predicted > until:
+            total += predicted
             continue
         start = time.perf_counter()
-        look.measure(trainer.model, trainer.dtype)
+        probe.measure(trainer.model, trainer.dtype)
         total += time.perf_counter() - start
     return total
 
 
 def _time_steps(trainer: Trainer, until: float, *, hopeless: float = math.inf) -> _Timed:
-    """One step to warm up, then the best of several while there is time, so that a moment's load
-    does not count; the first alone where it is hopeless.
+    """Times one step to warm up, then several while there is time.
+
+    The fastest counts, so that other work on the machine for a moment does not matter. A first
+    step above `hopeless` is the only one.
     """
     first = best = _step_seconds(trainer)
     if first > hopeless:
@@ -162,10 +163,10 @@ def _time_steps(trainer: Trainer, until: float, *, hopeless: float = math.inf) -
 
 
 def _step_seconds(trainer: Trainer) -> float:
-    """Seconds of an optimizer step, of whose microbatches one alone is computed."""
+    """Seconds per optimizer step. Only one microbatch is computed and its time multiplied."""
     _wait(trainer.device)
     start = time.perf_counter()
-    if isinstance(trainer.loader, StatefulLoader):  # its batches come by the step
+    if isinstance(trainer.loader, StatefulLoader):  # a rollout serves several steps: time a whole
         trainer.train_step()
         _wait(trainer.device)
         return time.perf_counter() - start
@@ -179,7 +180,7 @@ def _step_seconds(trainer: Trainer) -> float:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """The machine's best matrix-multiply rate, FLOP/s: the peak that shares are given of."""
+    """Best rate of a matrix multiplication in FLOP/s: the peak that mfu refers to."""
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
