@@ -107,10 +107,10 @@ HOSTILE = {
         "not finite",
     ),
     "rank of another": (lambda d: change(d, r=4), "another model"),
-    "rank too large": (lambda d: change(d, r=1 << 40), "make no adapter"),
+    "rank too large": (lambda d: change(d, r=1 << 40), "do not make an adapter"),
     "rank above the sizes": (lambda d: change(d, r=1 << 20), "must be at most"),
-    "rank is text": (lambda d: change(d, r="3"), "make no adapter"),
-    "alpha is endless": (lambda d: change(d, lora_alpha=float("inf")), "make no adapter"),
+    "rank is text": (lambda d: change(d, r="3"), "do not make an adapter"),
+    "alpha is endless": (lambda d: change(d, lora_alpha=float("inf")), "do not make an adapter"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "other formats"),
     "no safetensors": (
         lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x80\x04"),
