@@ -116,7 +116,7 @@ HOSTILE = {
         lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x80\x04"),
         "cannot be read",
     ),
-    "no factors": (lambda d: replace_weights(d, lambda s: {}), "0 factors"),
+    "no factors": (lambda d: replace_weights(d, lambda s: {}), "0 stored factors"),
     "a factor missing": (lambda d: replace_weights(d, without_one), "is absent"),
     "a factor too many": (
         lambda d: replace_weights(d, lambda s: s | {f"{PREFIX}9.project_in.k.lora_A.weight": s[
