@@ -52,7 +52,7 @@ TRAINED = 512
 """tokens of a training sequence in the extrapolation"""
 LENGTHS = (512, 1024, 2048, 4096)
 EDGES = (0, 64, 256, 512, 1024, 2048, 4096)
-"""of the ranges of positions whose loss is told apart"""
+"""boundaries of the ranges of positions with separate losses"""
 POSITIONS = {"rotary": (), "xPos": ("--arch.xpos-base", "512")}
 
 
@@ -80,7 +80,7 @@ def prepare(data: Path, *options: str) -> None:
 
 
 def train(out: Path, data: Path, seed: int, *options: str) -> list[Row]:
-    """The rows of a run of `openpalm train`, which goes on where it had stopped."""
+    """The rows of a run of `openpalm train`, which resumes if it was interrupted."""
     from openpalm.train.metrics import read_rows
 
     fixed = (
@@ -234,8 +234,8 @@ def variants_table(rows: list[Row]) -> str:
     lines = []
     for name in VARIANTS:
         found = compare(rows, name)
-        told = f"{found.difference:+.3f} ± {found.half_width:.3f}", found.verdict
-        paired = ("", "") if name == BASELINE else told
+        result = f"{found.difference:+.3f} ± {found.half_width:.3f}", found.verdict
+        paired = ("", "") if name == BASELINE else result
         lines.append((name, f"{found.rate:g}", f"{found.loss:.3f}", *paired))
     return table(("variant", "rate", "nats a token", "less the baseline's", "seen"), lines)
 
@@ -246,8 +246,8 @@ def search_table(rows: list[Row]) -> str:
         tried = (f"{losses[name, rate, TUNING_SEED]:.3f} at {rate:g}" for rate in variant.rates)
         fast = STABILITY * best_rate(rows, name)
         faster = losses.get((name, fast, TUNING_SEED))
-        told = "not run" if faster is None else f"{faster:.3f} at {fast:g}"
-        lines.append((name, *tried, told))
+        result = "not run" if faster is None else f"{faster:.3f} at {fast:g}"
+        lines.append((name, *tried, result))
     return table(("variant", "lowest", "middle", "highest", "4 times the best"), lines)
 
 

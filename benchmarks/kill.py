@@ -1,10 +1,10 @@
-"""Is a run that is killed again and again the run that never was? Losses, bit for bit.
+"""Whether a run that is killed many times gives the losses of an uninterrupted run, bit for bit.
 
     python benchmarks/kill.py [--verb train] [--kills 20] [--steps 80] [--save-every 5] [--seed 0]
                               [--json]
 
-Trains a small model once without disturbance, then a second time killed with SIGKILL at random
-moments, the same command repeated after each; with --verb grpo or ppo on its own answers, in
+Trains a small model once without interruption, and once killed with SIGKILL at random moments,
+with the same command run again after each; with --verb grpo or ppo on its own answers, in
 several passes over a rollout, so that kills come in the middle of one. Moments are spread over
 the whole run and take turns: some time after a process was started (while it imports, measures,
 restores), after a row was written, and inside a save, which is seen by the checkpoint's

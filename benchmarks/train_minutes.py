@@ -49,11 +49,11 @@ def dataset(data: str) -> Iterator[Any]:
 
 def trained(who: Contender, rules: Rules, loader: Loader[Batch]) -> None:
     """Takes a contender through all the steps of the schedule."""
-    told = time.perf_counter()
+    reported_at = time.perf_counter()
     for step in range(1, rules.steps + 1):
         loss = who.step(next(loader))
-        if time.perf_counter() - told > 15 or step == rules.steps:
-            told = time.perf_counter()
+        if time.perf_counter() - reported_at > 15 or step == rules.steps:
+            reported_at = time.perf_counter()
             say(f"  rate {rules.lr:g}: step {step} of {rules.steps}, loss {loss:.3f}")
 
 
