@@ -107,7 +107,7 @@ class Executes:
 def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"norm.gamma": Executes()}, "evil.pt")
-    with pytest.raises(CheckpointError, match="nothing of it was executed"):
+    with pytest.raises(CheckpointError, match="nothing in it was executed"):
         small().load("evil.pt")
     assert not Path("executed").exists()
 
