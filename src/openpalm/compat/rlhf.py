@@ -178,17 +178,19 @@ class RLHFTrainer:
         loop = Trainer(
             self.actor_critic, PpoObjective(settings), self._optimizer, loader, steps=steps
         )
-        was, told = self.palm.training, []
+        training, metrics = self.palm.training, []
         try:
             with _frozen(self._frozen):
                 for rollout in range(rollouts):
                     for _ in range(each):
                         loop.train_step()
-                    told.append(dict(loader.facts))
-                    print(f"rollout {rollout + 1}/{rollouts}: {_line(told[-1])}", file=sys.stderr)
+                    metrics.append(dict(loader.facts))
+                    print(
+                        f"rollout {rollout + 1}/{rollouts}: {_line(metrics[-1])}", file=sys.stderr
+                    )
         finally:
-            self.palm.train(was)
-        return told
+            self.palm.train(training)
+        return metrics
 
     def generate(
         self,

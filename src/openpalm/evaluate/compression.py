@@ -37,7 +37,7 @@ def gzip_bits(data: bytes) -> float:
 
 
 def primed_xz_bits(training: bytes, data: bytes) -> float:
-    """Bits that `data` adds to the training text under xz -9e, whose window holds both."""
+    """Bits that `data` adds to the training text under xz -9e; the window holds both."""
     window = max(1 << 16, len(training) + len(data))
     filters = [
         {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": window},
