@@ -1,14 +1,13 @@
-"""Hostile callers: requests nobody would send, headers without an end.
+"""Fuzzes the server with hostile requests and endless headers.
 
     python benchmarks/fuzz_server.py [--requests 20000] [--seed 0] [--concurrency 16] [--json]
 
-Serves a healthy model, one of NaN and one with a tokenizer that panics, in a process of their own
-on 127.0.0.1, swaps them with POST /admin/models, and sends seeded mutations of right requests:
-fields left out, of another type, out of bounds, nested, of another route; bodies cut, doubled,
-with bytes changed; methods, headers and content types. It passes where every answer is a status
-other than 5xx or is 503, the server lives, and at least a quarter of the requests reach the engine
-(an answer 200 or 503 of a route that generates, or a prompt of a model that fails). Then 8
-connections send one header each without end: the p99 of /health before and during.
+Serves a healthy model and one with a tokenizer that panics, swapped with POST /admin/models, and in
+a second server a model with NaN weights. Sends seeded mutations of valid requests: fields left out,
+of another type, out of bounds, nested, of another route; bodies cut, doubled, with changed bytes;
+methods, headers, content types. Passes if no response has a 5xx status except 503, the server
+survives, and at least a quarter of the requests reach the engine. Then 8 connections send endless
+headers: reports the 99th percentile of the latency of /health before and during this.
 """
 
 import argparse
@@ -34,6 +33,7 @@ import safetensors.torch
 import torch
 
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import manifest_text
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
@@ -41,11 +41,11 @@ from openpalm.model.transformer import Transformer, initialise
 CONFIG = ModelConfig(vocab_size=265, dim=32, depth=2, heads=4, head_dim=8, ff_dim=64, context=128)
 ADMIN_KEY = "fuzz"
 FATAL = "a" * 40 + "b"
-"""A text that the hostile model's tokenizer panics at."""
+"""A text at which the hostile model's tokenizer panics."""
 ENGINE = ("/v1/completions", "/v1/chat/completions", "/v1/score", "/complete")
 MODELS = 3
 ROUNDS = 4
-"""Of the three models, so that each is swapped in several times."""
+"""Rounds over the models, so that each is loaded several times."""
 HEALTH_CALLS = 200
 ENDLESS = 8
 
@@ -76,7 +76,7 @@ def write_models(folder: Path) -> dict[str, Path]:
 
 
 def reseal(directory: Path) -> None:
-    """A manifest that agrees with the files as they are now."""
+    """Writes a manifest for the current files."""
     file = directory / "manifest.json"
     body = json.loads(file.read_text(encoding="utf-8"))
     del body["sha256"]
@@ -84,7 +84,7 @@ def reseal(directory: Path) -> None:
         content = (directory / name).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         body["files"][name] = {"bytes": len(content), "sha256": digest}
-    file.write_text(checkpoint._manifest_text(body), encoding="utf-8")
+    file.write_text(manifest_text(body), encoding="utf-8")
 
 
 # --- requests
@@ -92,7 +92,7 @@ def reseal(directory: Path) -> None:
 
 @dataclass
 class Call:
-    """What is sent."""
+    """A request to send."""
 
     method: str
     path: str
@@ -164,8 +164,8 @@ NUMBERS: dict[str, list[Any]] = {
 }
 
 
-def right(draw: random.Random) -> tuple[str, dict[str, Any]]:
-    """A path and a body that is mostly right."""
+def valid_request(draw: random.Random) -> tuple[str, dict[str, Any]]:
+    """A path and a body that is mostly valid."""
     path = draw.choices(
         [*ENGINE, "/tokenize", "/detokenize", "/admin/models"], [40, 30, 8, 5, 7, 5, 1]
     )[0]
@@ -192,8 +192,8 @@ def right(draw: random.Random) -> tuple[str, dict[str, Any]]:
     }[path]
 
 
-def spoilt(draw: random.Random, body: dict[str, Any]) -> dict[str, Any]:
-    """With one field of another kind, left out, or nested."""
+def with_changed_field(draw: random.Random, body: dict[str, Any]) -> dict[str, Any]:
+    """Changes one field: another type, left out, or nested."""
     changed = dict(body)
     name = draw.choice([*body, *NUMBERS, "model", "messages", "prompt", "tools", "tool_choice"])
     kind = draw.randrange(4)
@@ -207,7 +207,7 @@ def spoilt(draw: random.Random, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def mangled(draw: random.Random, body: bytes) -> bytes:
-    """With bytes changed, cut off, doubled or put around it."""
+    """Cuts, doubles, surrounds or replaces the bytes of a body."""
     at = draw.randrange(len(body) + 1)
     return draw.choice(
         [
@@ -226,14 +226,14 @@ def mangled(draw: random.Random, body: bytes) -> bytes:
 
 
 def fuzzed(draw: random.Random) -> Call:
-    """One request: a half is right in its form, the others in no way that can be relied on."""
-    path, body = right(draw)
+    """One request: valid in form, or with a changed field, method, header or body."""
+    path, body = valid_request(draw)
     if path in ENGINE[:2]:
         for name in draw.sample(sorted(NUMBERS), k=draw.randrange(4)):
             body[name] = draw.choice(NUMBERS[name])
     kind = draw.random()
     if kind > 0.6:
-        body = spoilt(draw, body)
+        body = with_changed_field(draw, body)
     content = json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {ADMIN_KEY}"}
     method = "POST"
@@ -258,18 +258,18 @@ def fuzzed(draw: random.Random) -> Call:
     return Call(method, path, headers, content)
 
 
-# --- one caller
+# --- sending
 
 
 @dataclass
 class Counts:
-    """What came back from one model."""
+    """Responses of one model."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     engine: int = 0
-    """requests that reached it"""
+    """requests that reached the engine"""
     bad: list[str] = field(default_factory=list)
-    """answers that there must not be"""
+    """responses that fail the test"""
 
     @property
     def total(self) -> int:
@@ -277,7 +277,7 @@ class Counts:
 
 
 async def send(port: int, call: Call) -> tuple[int, bytes]:
-    """Status and body; status 0 where the server hung up without an answer."""
+    """Status and body; status 0 if the server closed the connection without a response."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     lines = {"Host": "127.0.0.1", "Connection": "close"} | call.headers
     lines["Content-Length"] = str(len(call.body))
@@ -301,7 +301,7 @@ def reached_engine(call: Call, status: int, body: bytes) -> bool:
 
 
 async def attack(port: int, calls: list[Call], concurrency: int, into: Counts) -> None:
-    """Sends the calls, so many at a time."""
+    """Sends the calls, `concurrency` at the same time."""
     waiting = iter(calls)
 
     async def caller() -> None:
@@ -323,7 +323,7 @@ async def swap(port: int, path: Path) -> None:
         raise SystemExit(f"{path.name} cannot be served: {status} {answer.decode()}")
 
 
-# --- headers without an end
+# --- endless headers
 
 
 async def health_ms(port: int, calls: int) -> list[float]:
@@ -339,7 +339,7 @@ async def health_ms(port: int, calls: int) -> list[float]:
 
 
 async def endless_header(port: int, stop: asyncio.Event) -> int:
-    """Opens a connection again wherever it is closed; returns how often it was."""
+    """Opens a new connection after each one is closed; returns the number of connections."""
     times = 0
     while not stop.is_set():
         with suppress(OSError):
@@ -357,7 +357,7 @@ async def endless_header(port: int, stop: asyncio.Event) -> int:
 
 
 async def under_headers(port: int) -> dict[str, float]:
-    """p99 of /health in ms, before and during."""
+    """Latency of /health in ms, before and during the endless headers."""
     before = await health_ms(port, HEALTH_CALLS)
     stop = asyncio.Event()
     senders = [asyncio.create_task(endless_header(port, stop)) for _ in range(ENDLESS)]
@@ -378,18 +378,18 @@ def _p99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100)[-1]
 
 
-# --- the whole
+# --- the run
 
 
 @contextmanager
 def server(model: Path) -> Iterator[int]:
-    """The port of `openpalm serve` with an admin key; it must end well."""
+    """Runs `openpalm serve` with an admin key and yields its port. Its exit status must be 0."""
     words = ["serve", str(model), "--port", "0", "--dtype", "float32"]
     environment = os.environ | {"OPENPALM_ADMIN_KEY": ADMIN_KEY, "OMP_NUM_THREADS": "1"}
     environment.pop("OPENPALM_API_KEY", None)
     log = model.parent / "log"
     with (
-        log.open("w") as errors,
+        log.open("w", encoding="utf-8") as errors,
         subprocess.Popen(
             [sys.executable, "-m", "openpalm", *words],
             stdout=subprocess.PIPE,
@@ -413,7 +413,7 @@ def server(model: Path) -> Iterator[int]:
 async def measure(
     port: int, models: dict[str, Path], options: argparse.Namespace, draw: random.Random
 ) -> dict[str, Counts]:
-    """Answers by status of each model, swapped in turn."""
+    """Fuzzes each model, alternating between them; returns the responses by status."""
     counts = {name: Counts() for name in models}
     share = -(-options.requests // (ROUNDS * MODELS))
     for _ in range(ROUNDS):
@@ -456,13 +456,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(Path(folder))
         draw = random.Random(options.seed)
-        spoilt = {"nan": models.pop("nan")}  # /admin/models refuses it: a server of its own
+        nan = {"nan": models.pop("nan")}  # /admin/models refuses it, so it gets its own server
         with server(models["healthy"]) as port:
             counts = asyncio.run(measure(port, models, options, draw))
             asyncio.run(swap(port, models["healthy"]))
             headers = asyncio.run(under_headers(port))
-        with server(spoilt["nan"]) as port:
-            counts |= asyncio.run(measure(port, spoilt, options, draw))
+        with server(nan["nan"]) as port:
+            counts |= asyncio.run(measure(port, nan, options, draw))
     if options.json:
         rows = {n: {"statuses": dict(c.statuses), "engine": c.engine} for n, c in counts.items()}
         print(json.dumps({"models": rows, "headers": headers}))

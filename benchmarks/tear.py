@@ -25,6 +25,7 @@ import torch
 
 import openpalm
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import verify
 from openpalm.cli.main import main as command_line
 from openpalm.errors import CheckpointError
 from openpalm.model.transformer import Transformer
@@ -66,7 +67,7 @@ def same_weights(a: Transformer, b: Transformer) -> bool:
 
 def load_directly(newest: Path) -> str:
     try:
-        checkpoint.verify(newest, training=True)  # as a run that continues
+        verify(newest, training=True)  # as a run that continues
         openpalm.load(newest)
     except CheckpointError:
         return "refused"
@@ -96,7 +97,7 @@ def prove(run: Path, work: Path, *, damages: int, seed: int) -> Result:
         raise CheckpointError(f"{run}: has {len(found)} checkpoints, two are needed")
     copied = work / "copied"
     for directory in found:
-        checkpoint.verify(directory)
+        verify(directory)
         shutil.copytree(directory, copied / "checkpoints" / directory.name)
     before, newest = checkpoint.steps(copied)
     previous = openpalm.load(before)
@@ -119,7 +120,7 @@ def prove(run: Path, work: Path, *, damages: int, seed: int) -> Result:
             if outcome not in ("refused", "fell back"):
                 print(f"{name} {kind} at {at}: {outcome}", file=sys.stderr)
         file.write_bytes(content)
-    checkpoint.verify(newest)
+    verify(newest)
     return Result(
         damages=damages,
         cut=counts["cut"],

@@ -88,7 +88,7 @@ def test_a_setting_that_is_lost_is_found(tmp_path: Path):
         check_as_in_the_file(used, recipe)
 
 
-def test_all_recipes_are_looked_at():
+def test_every_recipe_is_checked():
     assert {path.stem for path in RECIPES} >= {
         *("enwik8", "laptop", "nanopalm-213m", "palm-paper"),
         *("palm-150m", "palm-410m", "palm-1b", "palm-2.1b"),

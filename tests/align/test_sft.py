@@ -1,4 +1,4 @@
-"""Fine-tuning: who carries the loss, and a question learnt by heart."""
+"""Supervised fine-tuning: which tokens carry the loss, and a question that is memorised."""
 
 import json
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from command_line import TINY, ok, rows, talk, write_base
 
-from openpalm.align.sft import records
+from openpalm.align.sft import to_example
 from openpalm.data.batches.loader import IGNORE, Batch, example_loader, packed, padded
 from openpalm.data.text.conversation import Message
 from openpalm.data.text.tokenizer import Tokenizer
@@ -31,6 +31,10 @@ def messages(turns):
     return tuple(Message(role, text) for role, text in turns)
 
 
+def records(tokenizer, conversations, template="chat"):
+    return [to_example(tokenizer, messages, template) for messages in conversations]
+
+
 @pytest.fixture(scope="module")
 def byte():
     return Tokenizer.byte()
@@ -44,7 +48,7 @@ def model():
 
 
 def by_hand(tokenizer, turns):
-    """Ids, and whether each is learnt, written out from the format's definition."""
+    """Ids and loss mask, written out from the definition of the format."""
     ids, learnt = [], []
     for role, text in turns:
         said = [*text.encode(), tokenizer.special_id("<|end|>")]
@@ -54,7 +58,7 @@ def by_hand(tokenizer, turns):
 
 
 def loss_and_gradient(model, batch):
-    """The objective's loss and its gradient by the logits, [rows, time, vocab]."""
+    """The objective's loss and its gradient with respect to the logits, [rows, time, vocab]."""
     logits = model.logits(batch.inputs).detach().requires_grad_()
 
     class Fixed:
@@ -93,7 +97,7 @@ def test_only_the_assistant_and_its_end_markers_carry_gradient(byte, model, turn
 
 
 def test_what_the_user_said_is_never_a_target(byte, model):
-    """Whatever stands in the user's turn, only the assistant's tokens can be asked for."""
+    """The loss is on the assistant's tokens, with any user turn."""
     batches = [
         next(
             example_loader(
@@ -112,7 +116,7 @@ def test_what_the_user_said_is_never_a_target(byte, model):
 
 
 def test_a_row_of_a_batch_counts_as_alone(byte, model):
-    """Padding and neighbours change nothing: the sum of the rows is the batch."""
+    """The loss of a batch is the sum over its rows: padding and other rows change nothing."""
     several = records(byte, [messages(MULTI_TURN), messages(MULTI_TURN[1:3])])
     together = next(example_loader(several, rows=2, seed=0, sequence_length=48))
     total, _ = loss_and_gradient(model, together)
@@ -135,13 +139,6 @@ def test_a_vocabulary_without_markers_uses_words(model):
     assert bytes(record.ids[:-1]) == b"User: hi\n\nAssistant: YO"
 
 
-def test_no_assistant_anywhere_is_refused(byte):
-    with pytest.raises(DataError, match="no conversation has an assistant turn"):
-        records(byte, [messages([("user", "hi")]), messages([("system", "be kind")])])
-    with pytest.raises(DataError):
-        records(byte, [])
-
-
 def test_a_conversation_without_assistant_beside_others_is_only_read(byte):
     found = records(byte, [messages([("user", "hi")]), messages(MULTI_TURN)])
     assert not any(found[0].loss_mask)
@@ -149,7 +146,7 @@ def test_a_conversation_without_assistant_beside_others_is_only_read(byte):
 
 
 def test_gradient_of_the_loss_is_softmax_minus_target(byte, model):
-    """Cross entropy's own derivative, at an assistant's token."""
+    """The derivative of cross entropy at an assistant token."""
     (record,) = records(byte, [messages(MULTI_TURN[1:3])])
     batch = next(example_loader([record], rows=1, seed=0, sequence_length=48))
     _, gradient = loss_and_gradient(model, batch)
@@ -214,7 +211,7 @@ def test_without_a_template_a_prompt_goes_on_into_its_answer(byte):
     (record,) = records(byte, [messages([("user", "Hi "), ("assistant", "YO")])], "none")
     assert record.ids == [*b"Hi YO", byte.end_of_text]
     assert record.loss_mask == [False] * 3 + [True] * 3
-    with pytest.raises(DataError, match="joins one prompt and one answer, not system, user"):
+    with pytest.raises(DataError, match="joins one prompt and one completion, not system, user"):
         records(byte, [messages(MULTI_TURN)], "none")
 
 
@@ -225,7 +222,7 @@ QUESTIONS = {"What is red?": "A colour.", "Who barks?": "The dog!"}
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A model that never saw a text, fine-tuned on two questions."""
+    """A model without pretraining, fine-tuned on two questions."""
     folder = tmp_path_factory.mktemp("sft")
     base = write_base(folder / "base")
     data = talk(

@@ -12,7 +12,7 @@ from command_line import ok, program, talk
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from openpalm.align.sft import records
+from openpalm.align.sft import to_example
 from openpalm.base.settings import parse
 from openpalm.cli.main import main
 from openpalm.cli.sample import SampleSettings
@@ -48,7 +48,7 @@ def test_a_message_of_weight_0_is_not_learnt(place):
         ]
     tokenizer = Tokenizer.byte()
     conversations = read_demonstrations(lines(place / "w.jsonl", {"messages": messages})).items
-    (record,) = records(tokenizer, conversations)
+    record = to_example(tokenizer, conversations[0])
     learnt = [i for i, counts in zip(record.ids, record.loss_mask, strict=True) if counts]
     assert "good" in tokenizer.decode(learnt)
     assert "BAD" not in tokenizer.decode(learnt)

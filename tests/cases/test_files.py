@@ -25,7 +25,7 @@ BRIEF = ["--max-new-tokens", 2, "--dtype", "float32"]
 # --- checkpoints
 
 
-def test_a_model_of_nan_is_answered_503(work, tmp_path):
+def test_a_model_of_nan_gets_status_503(work, tmp_path):
     """Logits of NaN were answered with status 500, or without logprobs with NUL bytes as text."""
     broken = Path(shutil.copytree(work / "base", tmp_path / "broken"))
     weights = safetensors.torch.load_file(broken / "model.safetensors")
@@ -242,7 +242,7 @@ def test_a_reward_edited_between_two_parts_of_a_run(said, work, tmp_path):
     pay.write_text("def pay(prompt, answer, row):\n    return -1000.0\n", "utf-8")
     status, _, errors = said(*words)
     assert status == 2
-    assert "what --reward or --gold-reward names has changed" in errors[-1]
+    assert "the files of --reward or --gold-reward" in errors[-1]
     assert rows(run / "metrics.jsonl") == before
 
 

@@ -1,5 +1,6 @@
 """Faults in what is computed, met on particular weights or processors: each stays corrected."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,7 +86,7 @@ def test_without_bfloat16_instructions_training_takes_float32(
     words = ["--data", work / "data", "--out", out, "--steps", 1, "--batch-tokens", 96]
     status, _, errors = said("train", "--init", work / "base", *words)
     assert status == 0, errors
-    assert "\n  dtype: float32\n" in (out / "config.yaml").read_text(encoding="utf-8")
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(

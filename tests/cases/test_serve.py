@@ -23,7 +23,7 @@ def test_the_draws_of_two_seeds_differ(call):
     assert drawn(1) == one
 
 
-def test_the_list_of_models_with_a_slash_behind_it(call):
+def test_the_list_of_models_with_a_trailing_slash(call):
     """GET /v1/models/ was answered 404: the model '' is not served."""
     found = call("/v1/models/")
     assert (found.status, found.body["object"]) == (200, "list")

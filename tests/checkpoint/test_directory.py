@@ -21,6 +21,7 @@ from openpalm.base import hashing, json_file
 from openpalm.base.console import shown
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.directory import TrainState
+from openpalm.checkpoint.manifest import manifest_text, verify, write_manifest
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
@@ -75,11 +76,11 @@ def rewrite_manifest(directory: Path, **changes: Any) -> None:
     manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     lineage = manifest["lineage"]
     (directory / "manifest.json").unlink()
-    checkpoint._write_manifest(directory, lineage)
+    write_manifest(directory, lineage)
     if changes:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         body = {key: value for key, value in manifest.items() if key != "sha256"} | changes
-        text = checkpoint._manifest_text(body)
+        text = manifest_text(body)
         (directory / "manifest.json").write_text(text, encoding="utf-8")
 
 
@@ -104,7 +105,7 @@ FILES = [
 
 def test_the_files_of_a_checkpoint(pristine: Path):
     assert names_in(pristine) == FILES
-    manifest = checkpoint.verify(pristine)
+    manifest = verify(pristine)
     assert sorted(manifest["files"]) == [name for name in FILES if name != "manifest.json"]
     assert manifest["lineage"] == {"step": 12, "parent": None, "why": "é"}
     assert "2 heads" not in (pristine / "card.md").read_text(encoding="utf-8")
@@ -340,10 +341,10 @@ def test_only_what_is_read_is_hashed_and_once(copied: Path, monkeypatch: pytest.
     assert sorted(names) == MODEL
     checkpoint.resolve(copied, training=True)
     checkpoint.load_train_state(copied)
-    checkpoint.verify(copied)
+    verify(copied)
     assert sorted(names) == sorted([*MODEL, *TRAIN])
     (copied / "card.md").touch()
-    checkpoint.verify(copied)
+    verify(copied)
     assert names[len(MODEL) + len(TRAIN) :] == ["card.md"]
 
 
@@ -352,7 +353,7 @@ def test_damage_in_train_counts_where_train_is_read(copied: Path):
     content[-1] ^= 1
     (copied / "train" / "state.safetensors").write_bytes(content)
     openpalm.load(copied)
-    for read in (checkpoint.verify, checkpoint.load_train_state):
+    for read in (verify, checkpoint.load_train_state):
         with pytest.raises(CheckpointError, match=r"train/state.safetensors was altered"):
             read(copied)
     with pytest.raises(CheckpointError, match="was altered"):
@@ -460,7 +461,7 @@ def test_the_fingerprint_notices_other_weights_with_a_valid_manifest(copied: Pat
     weights["blocks.1.project_out.down"][3, 5] += 0.5
     safetensors.torch.save_file(weights, copied / "model.safetensors")
     rewrite_manifest(copied)
-    checkpoint.verify(copied)
+    verify(copied)
     assert "computes other logits than when it was written" in refused(copied)
 
 
@@ -626,7 +627,7 @@ def test_a_state_with_a_header_that_lies(copied: Path, kind: str):
     entry = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     write_header(path, json.dumps({"a": entry}).encode())
     rewrite_manifest(copied)
-    checkpoint.verify(copied)  # nothing but the content is wrong
+    verify(copied)  # nothing but the content is wrong
     assert "cannot be read" in refused(copied, "train/state.safetensors")
 
 
@@ -700,12 +701,12 @@ def no_space() -> OSError:
 FULL = "No space left on device"
 FAILURES: dict[str, tuple[str, BaseException]] = {
     "tensors": (
-        "tensors.safetensors.torch.save_file",
+        "directory.tensors.safetensors.torch.save_file",
         safetensors.SafetensorError(f"I/O error: {FULL} (os error 28)"),
     ),
-    "tensors, as an OSError": ("tensors.safetensors.torch.save_file", no_space()),
-    "texts": ("_write_text", no_space()),
-    "hashes": ("_hash", no_space()),
+    "tensors, as an OSError": ("directory.tensors.safetensors.torch.save_file", no_space()),
+    "texts": ("directory._write_text", no_space()),
+    "hashes": ("manifest.sha256_of", no_space()),
     "sync": ("os.fsync", no_space()),
 }
 
@@ -722,7 +723,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(
 
     for name in ("step-00000002", "step-00000001"):
         with monkeypatch.context() as patch:
-            target = where if where == "os.fsync" else f"openpalm.checkpoint.directory.{where}"
+            target = where if where == "os.fsync" else f"openpalm.checkpoint.{where}"
             patch.setattr(target, fail)
             with pytest.raises(StorageError) as caught:
                 save(tmp_path / name, made(seed=1))
@@ -804,11 +805,11 @@ def test_a_disk_that_is_really_full(small_disk: Callable[[int], Path]):
         except StorageError as error:
             said.add(str(error))
         assert [path.name for path in disk.iterdir()] == [older.name]
-        checkpoint.verify(older)
+        verify(older)
     assert saved
     assert said == {f"{disk / 'step-00000002'}: cannot be saved ({FULL})"}
     assert kilobytes > used + 40
-    checkpoint.verify(disk / "step-00000002")
+    verify(disk / "step-00000002")
 
 
 # --- a run's checkpoints -------------------------------------------------------------------------

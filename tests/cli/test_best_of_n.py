@@ -1,4 +1,4 @@
-"""`openpalm best-of-n`: the best answers out, gone on with after a kill, and what is refused."""
+"""`openpalm best-of-n`: the best completions, continued after a kill; errors in one line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`openpalm doctor`: a table where all is well, one line and status 1 where it is not."""
+"""`openpalm doctor`: a table of checks, or one error line and status 1."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_rewards_and_an_adapter(said, base, given):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_its_step_is_the_runs(said, base, given, rank):
-    """The learning rate of a run on rollouts that is told nothing else."""
+    """The doctor's step has the default learning rate of RL runs."""
     planned = planned_run(DoctorSettings(str(base), Path("prompts.jsonl"), lora=LoraSettings(rank)))
     words = ["--reward", "r.py:vowels", "--steps", 1, "--lora.rank", rank, "--out", given / "out"]
     words += ["--optim.warmup", 0, "--optim.final-lr", 1, "--max-new-tokens", 8]

@@ -1,4 +1,4 @@
-"""`openpalm dpo`: pairs in, a model that prefers the chosen answers, and what is refused."""
+"""`openpalm dpo`: every loss learns the preference; errors in one line."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ def test_every_loss_learns_what_is_preferred(said, base, pairs, tmp_path, loss):
 
 @pytest.mark.parametrize(("loss", "at_first"), [("dpo", 0.6931), ("kto", 0.5)])
 def test_dropout_is_off(said, base, pairs, tmp_path, loss, at_first):
-    """The policy is its reference at first, and would not be with it."""
+    """The policy equals its reference at first; with dropout it would not."""
     words = ("--loss", loss, "--arch.dropout", 0.5, "--steps", 1)
     assert run(said, base, pairs, tmp_path / "out", *words)[0] == 0
     logged = [row for row in rows(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
@@ -112,7 +112,7 @@ def test_a_bad_label_is_named(said, base, thumbs, tmp_path, row, says):
     ],
 )
 def test_labels_of_one_kind_alone_are_pointed_out(said, base, thumbs, tmp_path, label, says):
-    """The run goes through all the same."""
+    """The run completes nevertheless."""
     lines = [json.loads(line) for line in thumbs.read_text(encoding="utf-8").splitlines()]
     kept = [json.dumps(row) + "\n" for row in lines if row["label"] is label]
     thumbs.write_text("".join(kept), encoding="utf-8")
@@ -148,7 +148,7 @@ def test_the_same_command_again_does_nothing_and_another_beta_is_refused(
 
 
 def test_a_reference_that_moved_is_refused(said, base, pairs, tmp_path):
-    """--init names a run that has gone on: resumed, the pairs would have another reference."""
+    """--init names a run that was continued: the reference would change on resume."""
     parent = tmp_path / "parent"
     (parent / "checkpoints").mkdir(parents=True)
     for step in (1, 2):
@@ -172,7 +172,10 @@ def test_pairs_that_do_not_fit_are_left_out_and_told(said, base, pairs, tmp_path
         ({"rejected": None}, 'pairs.jsonl:61: field "rejected" is missing'),
         ({"prompt": 7}, 'field "prompt" is 7'),
         ({"context": ["Mine."]}, 'field "context" is a list; it must be a text'),
-        ({"messages": [{"role": "user", "content": "Other."}]}, "field 'messages' beside chosen,"),
+        (
+            {"messages": [{"role": "user", "content": "Other."}]},
+            "field 'messages' would not reach the model, which is given chosen,",
+        ),
         ({"chosen": 5}, "chosen"),
     ],
 )

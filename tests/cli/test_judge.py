@@ -1,4 +1,4 @@
-"""`openpalm judge`: preference records like a person's, gone on with, and what is refused."""
+"""`openpalm judge`: preference records, continued after a stop; errors in one line."""
 
 import json
 
@@ -24,7 +24,7 @@ def write(path, *rows):
 
 @pytest.fixture
 def given(tmp_path):
-    """Answers of which the one with more stars is the better one."""
+    """Completions; the one with more stars is better."""
     write(
         tmp_path / "a.jsonl",
         *({"prompt": f"Question {i}?", "responses": ["*", "***", "**"]} for i in range(3)),

@@ -138,7 +138,7 @@ def test_an_adapter_on_another_base_is_refused_unless_forced(folder, adapted, sa
         assert "an adapter of another checkpoint" in errors[0]
         status, _, errors = said(*words, "--force")
         assert status == 0
-        assert "--force: used all the same:" in errors[0]
+        assert "--force: used anyway:" in errors[0]
         out = tmp_path / f"merged{number}"
         assert said("merge-lora", other, "--adapter", given, "--out", out)[0] == 2
         assert said("merge-lora", other, "--adapter", given, "--out", out, "--force")[0] == 0

@@ -72,7 +72,7 @@ def reward_of(path, answer):
 
 
 def test_pairs_teach_what_is_preferred(said, base, pairs, tmp_path):
-    status, _, errors = run(said, base, pairs, tmp_path / "out", "--members", 2)
+    status, _, errors = run(said, base, pairs, tmp_path / "out", "--ensemble-size", 2)
     assert status == 0, errors
     (row,) = held_out(tmp_path / "out")
     assert row["val_accuracy"] == row["val_agreement"] == 1
@@ -97,7 +97,16 @@ def test_ratings_teach_numbers(said, base, ratings, tmp_path, loss):
 
 
 def test_mean_state_and_marks_can_be_chosen(said, base, pairs, tmp_path):
-    words = ["--read", "mean", "--marks", "true", "--centring", 0.01, "--margin-scale", 1]
+    words = [
+        "--pooling",
+        "mean",
+        "--segment-embeddings",
+        "true",
+        "--centring-coef",
+        0.01,
+        "--margin-scale",
+        1,
+    ]
     assert run(said, base, pairs, tmp_path / "out", *words)[0] == 0
     model = openpalm.load(tmp_path / "out")
     assert isinstance(model, RewardModel)
@@ -142,7 +151,7 @@ def test_ties_are_in_the_agreement(said, base, tmp_path):
 
 
 def test_resumed_is_uninterrupted(said, base, ratings, tmp_path):
-    words = ["--loss", "ordinal", "--members", 2, "--save-every", 4, "--keep-checkpoints", 0]
+    words = ["--loss", "ordinal", "--ensemble-size", 2, "--save-every", 4, "--keep-checkpoints", 0]
     out = tmp_path / "out"
     assert run(said, base, ratings, out, *words)[0] == 0
     whole = rows(out / "metrics.jsonl")
@@ -158,9 +167,9 @@ def test_resumed_is_uninterrupted(said, base, ratings, tmp_path):
     assert losses[0] == losses[1]
     status, output, _ = run(said, base, ratings, out, *words)
     assert (status, "nothing to do" in output) == (0, True)
-    status, _, errors = run(said, base, ratings, out, *words[:2], "--members", 3, *words[4:])
+    status, _, errors = run(said, base, ratings, out, *words[:2], "--ensemble-size", 3, *words[4:])
     assert status == 2
-    assert "another --members (2, now 3)" in errors[-1]
+    assert "another --ensemble-size (2, now 3)" in errors[-1]
 
 
 def test_an_adapter_learns_with_the_head(said, base, pairs, tmp_path):
@@ -173,7 +182,7 @@ def test_an_adapter_learns_with_the_head(said, base, pairs, tmp_path):
 
 
 def test_training_goes_on_from_a_reward_model(said, base, ratings, tmp_path):
-    first = ["--loss", "binned", "--read", "mean", "--members", 2]
+    first = ["--loss", "binned", "--pooling", "mean", "--ensemble-size", 2]
     assert run(said, base, ratings, tmp_path / "first", *first)[0] == 0
     words = ["--loss", "hl-gauss", "--steps", 1, "--optim.lr", 1e-9]
     assert run(said, tmp_path / "first", ratings, tmp_path / "next", *words)[0] == 0
@@ -210,7 +219,7 @@ def test_verbs_that_need_a_language_model_say_so(said, base, pairs, work, tmp_pa
     ("words", "change", "says"),
     [
         ((), {"rejected": None}, 'pairs.jsonl:61: field "rejected" is missing'),
-        (("--members", 0), {}, "--members 0: must be 1 to 64"),
+        (("--ensemble-size", 0), {}, "--ensemble-size 0: must be 1 to 64"),
         (("--loss", "mse"), {}, "--loss"),
         (
             ("--loss", "regression"),

@@ -1,4 +1,4 @@
-"""`openpalm grpo` and `openpalm ppo`: they earn more, are stopped when gamed, and lose nothing."""
+"""`openpalm grpo` and `openpalm ppo`: rewards rise, gamed runs stop, failures lose nothing."""
 
 import json
 
@@ -69,16 +69,16 @@ def weights(out):
 
 
 def one_line(errors):
-    """The only line of complaint; what is told before a run is not one."""
+    """The only line of complaint; notes before a run do not count."""
     complaints = [line for line in errors if line.startswith("openpalm: error:")]
     assert len(complaints) == 1, errors
     assert errors[-1] == complaints[0]
     assert "Traceback" not in "".join(errors)
-    assert "OPENPALM_TRACEBACK" not in complaints[0], "an error that nobody foresaw"
+    assert "OPENPALM_TRACEBACK" not in complaints[0], "an unexpected error"
     return complaints[0].removeprefix("openpalm: error: ")
 
 
-# --- they learn
+# --- rewards rise
 
 GROUPS = [
     *[("--advantage", kind) for kind in ("grpo", "dr-grpo", "dapo", "rloo")],
@@ -98,7 +98,7 @@ CRITICS = [
     [*[("grpo", words) for words in GROUPS], *[("ppo", words) for words in CRITICS]],
     ids=str,
 )
-def test_every_kind_earns_more(said, base, prompts, pay, tmp_path, verb, words):
+def test_every_variant_raises_the_reward(said, base, prompts, pay, tmp_path, verb, words):
     size = ("--prompts-per-rollout", 8, "--num-completions", 8) if verb == "ppo" else ()
     out = tmp_path / "out"
     status, _, errors = run(
@@ -116,13 +116,13 @@ def test_every_kind_earns_more(said, base, prompts, pay, tmp_path, verb, words):
     assert type(model) is Transformer
     assert not any(name.startswith("critic") for name in dict(model.named_parameters()))
     assert sorted(p.name for p in out.iterdir() if p.name.startswith(".")) == []
-    looked = [row for row in rows(out / "metrics.jsonl") if "val_reward" in row]
-    assert looked[-1]["val_reward"] > 2
+    evaluations = [row for row in rows(out / "metrics.jsonl") if "val_reward" in row]
+    assert evaluations[-1]["val_reward"] > 2
     shown = rows(out / "samples.jsonl")[-1]["samples"]
     assert {"prompt", "text"} == shown[0].keys()
 
 
-def test_what_it_made_can_be_sampled(said, base, prompts, pay, tmp_path):
+def test_the_policy_can_be_sampled(said, base, prompts, pay, tmp_path):
     out = tmp_path / "out"
     words = ("--steps", 1, "--prompts-per-rollout", 2)
     assert run(said, base, prompts, out, *words, verb="ppo", reward=f"{pay}:letters")[0] == 0
@@ -190,25 +190,25 @@ def test_a_temperature_leaves_the_ratio_at_one(said, base, prompts, pay, tmp_pat
 
 
 def check_stopped(status, errors, out, keep):
-    """Exit 1, and the checkpoint that is named is there, whole, and older than the alarm."""
+    """Status 1, and the named checkpoint exists, is whole, and is older than the last step."""
     assert status == 1
     line = one_line(errors)
     named = line.rpartition("the best checkpoint is ")[2]
     assert line.startswith("step ")
-    alarmed = int(line.split()[1].rstrip(":"))
+    stopped = int(line.split()[1].rstrip(":"))
     best = int(named.rpartition("step-")[2])
     checkpoint.load(named)
-    assert best < alarmed
+    assert best < stopped
     assert len(checkpoint.steps(out)) <= keep + 1
-    looked = {row["step"]: row for row in rows(out / "metrics.jsonl") if "val_reward" in row}
-    return line, looked, best, alarmed
+    evaluations = {row["step"]: row for row in rows(out / "metrics.jsonl") if "val_reward" in row}
+    return line, evaluations, best, stopped
 
 
 OFTEN = ("--eval-every", 2, "--save-every", 2, "--keep-checkpoints", 1, "--steps", 40)
 
 
 def test_a_reward_that_is_gamed_stops_the_run(said, base, prompts, pay, tmp_path):
-    """Letters are wanted, up to a third of an answer; the reward pays for every one."""
+    """Letters are wanted in up to a third of a completion; the reward counts all of them."""
     out = tmp_path / "out"
     gold = (
         "--gold-reward",
@@ -219,24 +219,24 @@ def test_a_reward_that_is_gamed_stops_the_run(said, base, prompts, pay, tmp_path
         0.015,
     )
     status, _, errors = run(said, base, prompts, out, *OFTEN, *gold, reward=f"{pay}:letters")
-    line, looked, best, alarmed = check_stopped(status, errors, out, keep=1)
+    line, evaluations, best, stopped = check_stopped(status, errors, out, keep=1)
     assert "the reward is being gamed" in line
-    assert looked[best]["val_gold"] == max(row["val_gold"] for row in looked.values())
-    assert looked[alarmed]["val_reward"] > looked[best]["val_reward"]
-    assert best < alarmed - 2, "more checkpoints were made than are kept"
+    assert evaluations[best]["val_gold"] == max(row["val_gold"] for row in evaluations.values())
+    assert evaluations[stopped]["val_reward"] > evaluations[best]["val_reward"]
+    assert best < stopped - 2, "more checkpoints were made than are kept"
 
 
-def test_a_band_that_is_left_names_a_checkpoint_inside_it(said, base, prompts, pay, tmp_path):
-    """The reward is highest where the band is left: that is not the best."""
+def test_a_limit_names_a_checkpoint_within_it(said, base, prompts, pay, tmp_path):
+    """The reward is highest beyond the limit: that checkpoint is not the best."""
     out = tmp_path / "out"
-    band = ("--early-stopping.max-kl", 3)
-    status, _, errors = run(said, base, prompts, out, *OFTEN, *band, reward=f"{pay}:letters")
-    line, looked, best, alarmed = check_stopped(status, errors, out, keep=1)
+    limit = ("--early-stopping.max-kl", 3)
+    status, _, errors = run(said, base, prompts, out, *OFTEN, *limit, reward=f"{pay}:letters")
+    line, evaluations, best, stopped = check_stopped(status, errors, out, keep=1)
     assert "nats from the reference, beyond --early-stopping.max-kl 3" in line
-    assert looked[best]["val_kl"] <= 3 < looked[alarmed]["val_kl"]
+    assert evaluations[best]["val_kl"] <= 3 < evaluations[stopped]["val_kl"]
 
 
-def test_a_band_that_was_never_kept(said, base, prompts, pay, tmp_path):
+def test_a_limit_that_no_checkpoint_is_within(said, base, prompts, pay, tmp_path):
     out = tmp_path / "out"
     status, _, errors = run(
         said, base, prompts, out, *OFTEN, "--early-stopping.max-length", 1, reward=f"{pay}:letters"
@@ -247,7 +247,7 @@ def test_a_band_that_was_never_kept(said, base, prompts, pay, tmp_path):
     )
 
 
-# --- what is wrong costs nothing
+# --- failures lose nothing
 
 LATER = """
 calls = 0
@@ -286,7 +286,7 @@ def undisturbed(base, tmp_path_factory):
         ("return None", "returned None, which is no finite number, for the completion"),
     ],
 )
-def test_a_reward_that_fails_later_costs_nothing(
+def test_a_reward_that_fails_later_loses_nothing(
     said, base, prompts, pay, undisturbed, tmp_path, body, says
 ):
     """Saved up to there; corrected, the run ends as if it had never failed."""
@@ -298,7 +298,7 @@ def test_a_reward_that_fails_later_costs_nothing(
     assert line.startswith(f"--reward {pay}:letters: {says}")
     assert "run the command again: the run continues" in line
     done = checkpoint.steps(out)[-1].name
-    assert done == "step-00000002", "two rollouts of 64 answers were paid for"
+    assert done == "step-00000002", "two rollouts of 64 completions were scored"
     pay.write_text(LATER.format(body="pass"))
     status, _, errors = run(said, base, prompts, out, *UNTIL, reward=f"{pay}:letters")
     assert status == 0, errors
@@ -342,7 +342,7 @@ def test_a_reward_that_fails_at_once(said, base, prompts, pay, tmp_path):
         ),
     ],
 )
-def test_a_wrong_request_begins_nothing(said, base, prompts, tmp_path, verb, words, says):
+def test_a_wrong_request_starts_nothing(said, base, prompts, tmp_path, verb, words, says):
     out = tmp_path / "out"
     status, _, errors = run(said, base, prompts, out, *words, verb=verb)
     assert status == 2
@@ -372,7 +372,7 @@ def test_data_without_prompts(said, base, prompts, tmp_path, text, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_prompts_that_do_not_fit_are_left_out_and_told(said, base, prompts, pay, tmp_path):
+def test_prompts_that_do_not_fit_are_reported(said, base, prompts, pay, tmp_path):
     with prompts.open("a") as file:
         file.write(json.dumps({"prompt": "long " * 20}) + "\n")
     out = tmp_path / "out"
@@ -407,7 +407,7 @@ def test_a_reward_model_of_another_tokenizer(said, base, prompts, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reward_model_pays(said, base, prompts, tmp_path):
+def test_a_reward_model_as_the_reward(said, base, prompts, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     row = {"prompt": "Q?", "chosen": "abc", "rejected": "123"}
     pairs.write_text(f"{json.dumps(row)}\n" * 8)
@@ -423,7 +423,7 @@ def test_a_reward_model_pays(said, base, prompts, tmp_path):
 
 
 def test_a_reference_that_moved_is_refused(said, prompts, pay, tmp_path):
-    """--init names a run that has gone on: resumed, the distance would be to another one."""
+    """--init names a run that was trained further: the KL would be to another reference."""
     parent = tmp_path / "parent"
     (parent / "checkpoints").mkdir(parents=True)
     for step in (1, 2):

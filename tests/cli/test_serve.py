@@ -1,4 +1,4 @@
-"""`openpalm serve`: what is refused before it serves; tests/serve has the server."""
+"""`openpalm serve`: settings refused at start; tests/serve tests the server."""
 
 import socket
 import sys
@@ -63,7 +63,7 @@ def test_keys_of_the_environment(monkeypatch, given, keys):
 
 
 @pytest.mark.parametrize("given", ["", " \n", "[", '["a", 1]', "[1]", '["a", ""]', "clé"])
-def test_keys_of_the_environment_that_nobody_could_send(monkeypatch, given):
+def test_invalid_keys_of_the_environment(monkeypatch, given):
     monkeypatch.setenv("OPENPALM_API_KEY", given)
     with pytest.raises(SettingsError, match="OPENPALM_API_KEY"):
         ServeSettings("run")
@@ -82,7 +82,7 @@ def test_keys_of_the_environment_that_nobody_could_send(monkeypatch, given):
         ("http://[::1]:5000", "http://[::1]:5000"),
     ],
 )
-def test_origins_are_spelt_as_browsers_do(given, origin):
+def test_origins_are_written_as_browsers_do(given, origin):
     """As of the fetch standard: lower case, punycode, no usual port, no slash."""
     assert ServeSettings("run", allow_origin=given).origins == [origin]
 
@@ -101,7 +101,7 @@ def test_no_such_run(said, tmp_path):
     assert str(tmp_path / "none") in errors[0]
 
 
-def test_a_missing_extra_says_how_to_get_it(said, run, monkeypatch):
+def test_a_missing_package_names_the_extra(said, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     status, _, errors = said("serve", run)
     assert status == 2

@@ -87,7 +87,7 @@ def test_models(client):
     assert client.models.retrieve("base") == model
 
 
-def test_answers_are_what_the_clients_types_say(client):
+def test_responses_have_the_clients_types(client):
     """The client itself does not check: what is missing is None, whatever the type."""
     for answer in (complete(client), complete(client, logprobs=2)):
         Completion.model_validate(answer.to_dict())
@@ -238,7 +238,7 @@ def test_logit_bias_forces_a_token(client, ask):
     ],
 )
 @both
-def test_what_is_wrong_is_raised(client, ask, kind, code, how):
+def test_errors_are_raised(client, ask, kind, code, how):
     with pytest.raises(kind) as caught:
         ask(client, **how)
     assert caught.value.code == code
@@ -270,7 +270,7 @@ def begun(client, ask):
 
 
 @both
-def test_where_all_is_busy_the_client_hears_when_to_come_back(narrow, ask):
+def test_overload_raises_a_rate_limit_error_with_retry_after(narrow, ask):
     with closing(begun(narrow, ask)), pytest.raises(openai.RateLimitError) as caught:
         ask(narrow)
     assert int(caught.value.response.headers["Retry-After"]) >= 1
@@ -278,7 +278,7 @@ def test_where_all_is_busy_the_client_hears_when_to_come_back(narrow, ask):
 
 
 @both
-def test_who_leaves_frees_the_slot(narrow, narrow_server, ask):
+def test_a_disconnect_frees_the_slot(narrow, narrow_server, ask):
     finished = narrow_server.metric("openpalm_generated_tokens_total")
     stream = begun(narrow, ask)
     assert narrow_server.metric("openpalm_sequences_running") == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import openpalm
-from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import read_manifest
 from openpalm.cli.main import main
 from openpalm.convert import export
 from openpalm.errors import WorkError
@@ -41,7 +41,7 @@ def test_there_and_back(capsys: pytest.CaptureFixture[str], data: Path, tmp_path
     assert "folded:" in out
     assert "reloaded: logits within" in out
     assert difference(tmp_path / "ours", source) < 1e-4
-    lineage = checkpoint.read_manifest(tmp_path / "ours")["lineage"]
+    lineage = read_manifest(tmp_path / "ours")["lineage"]
     assert (lineage["source_file"], lineage["source"]) == ("palm.pt", "palm-rlhf-pytorch")
     assert (tmp_path / "ours" / "fingerprint.safetensors").is_file()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import openpalm
-from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import read_manifest
 from openpalm.convert import hub
 from openpalm.errors import CheckpointError, StorageError, WorkError
 from openpalm.model.config import PRESETS, ModelConfig, Preset
@@ -123,7 +123,7 @@ def test_a_local_file_is_converted_once(published: Path, config: ModelConfig):
     stamp = (first / "manifest.json").stat().st_mtime_ns
     assert hub.fetch(NAME, path=str(published / f"{NAME}.pt"), say=quiet) == first
     assert (first / "manifest.json").stat().st_mtime_ns == stamp
-    lineage = checkpoint.read_manifest(first)["lineage"]
+    lineage = read_manifest(first)["lineage"]
     assert lineage["source_file"] == f"{NAME}.pt"
     assert lineage["era"] == "0.2.1 to 0.2.3"
     digest = hashlib.sha256((published / f"{NAME}.pt").read_bytes()).hexdigest()

@@ -53,7 +53,7 @@ def streamed(tokenizer, text, stops=(), stop_ids=frozenset(), ids=None):
     return pieces, answer, engine
 
 
-def test_pieces_joined_are_the_text(tokenizer):
+def test_joined_deltas_are_the_text(tokenizer):
     pieces, answer, _ = streamed(tokenizer, TEXT)
     assert answer.text == TEXT
     assert answer.tokens == tokenizer.encode(TEXT)
@@ -61,7 +61,7 @@ def test_pieces_joined_are_the_text(tokenizer):
     assert len(pieces) > 10
 
 
-def test_no_piece_holds_half_a_character(tokenizer):
+def test_no_delta_ends_inside_a_character(tokenizer):
     pieces, _, _ = streamed(tokenizer, "日本語😀é" * 5)
     assert not any("\ufffd" in piece for piece in pieces)
 
@@ -71,7 +71,7 @@ def test_a_character_cut_off_at_the_end_shows_as_one(byte):
     assert answer.text == byte.decode(list("a😀".encode())[:-1])
 
 
-def test_streaming_what_a_model_says_is_decoding_it(tokenizer):
+def test_streamed_text_is_the_decoded_text(tokenizer):
     engine = Engine(tiny(vocab_size=tokenizer.vocab_size))
     for seed in range(4):
         request = Request([1], 60, Sampling(temperature=100.0, seed=seed))
@@ -109,7 +109,7 @@ def test_a_stop_at_the_very_start_gives_no_text(tokenizer):
     assert (pieces, answer.text, answer.finish) == ([], "", "stop")
 
 
-def test_a_stop_that_never_completes_is_given_out(tokenizer):
+def test_an_incomplete_stop_string_is_returned(tokenizer):
     _, answer, _ = streamed(tokenizer, "the answer is STO", ["STOP"])
     assert (answer.text, answer.finish) == ("the answer is STO", "length")
 
@@ -156,7 +156,7 @@ def test_stop_strings_are_find_however_the_text_is_cut():
     assert 500 < stopped < 3500
 
 
-def test_no_more_is_held_back_than_could_become_a_stop():
+def test_only_text_that_may_begin_a_stop_string_is_held_back():
     gate = StopStrings(["abcd"])
     assert gate.push("xxab") == "xx"
     assert gate.push("c") == ""
@@ -166,7 +166,7 @@ def test_no_more_is_held_back_than_could_become_a_stop():
 # --- prompts
 
 
-def test_complete_continues_each_prompt_as_alone(byte):
+def test_complete_equals_each_prompt_alone(byte):
     engine = Engine(tiny())
     how = Sampling(temperature=0.8, seed=2)
     prompts = ["a", "The quick brown fox", ""]
@@ -185,6 +185,6 @@ def test_complete_ends_at_end_of_text(byte):
     assert texts[0] == byte.decode(free[: free.index(byte.end_of_text)])
 
 
-def test_an_empty_prompt_starts_where_documents_do(byte):
+def test_an_empty_prompt_begins_a_document(byte):
     assert prompt_ids(byte, "") == [byte.end_of_text]
     assert prompt_ids(byte, "hi") == [*b"hi"]

@@ -95,7 +95,16 @@ RUNS: dict[str, tuple[object, ...]] = {
     "reward": ("reward", "--data", _RECORDS, "--init", "sft/run", *_SMALL),
     "reward-binned": (
         *("reward", "--data", _RECORDS, "--init", "sft/run", "--loss", "binned"),
-        *("--axis", "helpful", "--members", 2, "--read", "mean", "--marks", *_SMALL),
+        *(
+            "--axis",
+            "helpful",
+            "--ensemble-size",
+            2,
+            "--pooling",
+            "mean",
+            "--segment-embeddings",
+            *_SMALL,
+        ),
     ),
     "reward-ordinal": (
         *(

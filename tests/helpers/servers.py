@@ -1,4 +1,4 @@
-"""A server as users start it, in a process of its own."""
+"""Starts `openpalm serve` in its own process, as a user does."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ class Running:
     def call(
         self, path: str, body: object = None, *, key: str | None = None, raw: bytes | None = None
     ) -> Answer:
-        """GET, or POST where there is a body; JSON is read, everything else is text."""
+        """GET, or POST with a body. Returns JSON parsed, other content as text."""
         data = json.dumps(body).encode() if raw is None and body is not None else raw
         headers = {"Content-Type": "application/json"} if data is not None else {}
         if key is not None:
@@ -56,16 +56,16 @@ class Running:
         return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
 
     def wait_idle(self, timeout_s: float = HANGS_S) -> None:
-        """Until nothing is in a slot or waiting."""
+        """Waits until no sequence is in flight."""
         deadline = time.monotonic() + timeout_s
         while self.metric("openpalm_sequences_in_flight") + self.metric(
             "openpalm_sequences_running"
         ):
-            assert time.monotonic() < deadline, "slots are still in use"
+            assert time.monotonic() < deadline, "sequences are still in flight"
             time.sleep(0.01)
 
     def stop(self, timeout_s: float = HANGS_S) -> tuple[int, str]:
-        """SIGTERM; the exit status and what was written to standard error."""
+        """Sends SIGTERM. Returns the exit status and standard error."""
         self.process.send_signal(signal.SIGTERM)
         _, errors = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, errors

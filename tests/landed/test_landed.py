@@ -38,6 +38,7 @@ from torch import Tensor
 import openpalm
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import load_adapter
+from openpalm.checkpoint.manifest import read_manifest
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.data.rows.preferences import Preference
 from openpalm.errors import SettingsError
@@ -146,7 +147,7 @@ def test_answers_are_as_likely_as_they_were(name: str):
 def test_an_adapter_directory_fits_the_checkpoint_it_was_trained_on():
     base, adapted = checkpoint_of("train"), checkpoint_of("lora")
     model = openpalm.load(base)
-    load_adapter(model, adapted / "adapter", bases=[checkpoint.read_manifest(base)["sha256"]])
+    load_adapter(model, adapted / "adapter", bases=[read_manifest(base)["sha256"]])
     same_weights(model, adapted)
     found = outputs(model, expected("lora")["ids"])
     check("lora", found)

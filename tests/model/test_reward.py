@@ -13,6 +13,7 @@ import torch
 from tiny_models import SIZES
 
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import write_manifest
 from openpalm.errors import CheckpointError, DataError, SettingsError
 from openpalm.model.config import ModelConfig, RewardConfig, reward_from_json
 from openpalm.model.reward import RewardModel, initialise_heads
@@ -269,7 +270,7 @@ def rewritten(directory, reward):
     content = json.loads(file.read_text()) | {"reward": reward}
     file.write_text(json.dumps(content))
     (directory / "manifest.json").unlink()
-    checkpoint._write_manifest(directory, {})
+    write_manifest(directory, {})
 
 
 @pytest.mark.parametrize(

@@ -131,3 +131,13 @@ def test_only_settings_that_differ_are_told(tmp_path):
         ("optim.beta1", ["0.9", "0.8"]),
         ("seed", ["not set", "3"]),
     ]
+
+
+def test_what_a_run_measured_is_read_from_run_json_and_from_older_settings(tmp_path):
+    new = make_run(tmp_path / "new", config="seed: 1\n")
+    (new / "run.json").write_text('{"steps": 50, "dtype": "float32"}', encoding="utf-8")
+    old = make_run(tmp_path / "old", config="seed: 1\nchosen: {steps: 50, dtype: float32}\n")
+    runs = read_runs([new, old])
+    assert [run.planned for run in runs] == [50, 50]
+    assert runs[0].settings == runs[1].settings
+    assert runs[0].settings["run.dtype"] == "float32"

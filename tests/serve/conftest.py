@@ -1,4 +1,4 @@
-"""One server for the tests that leave it as it was, and the engine that answers the same."""
+"""One server for all tests that do not change it, and an engine with the same model."""
 
 import pytest
 from command_line import write_base
@@ -11,7 +11,7 @@ from openpalm.generate.engine import Engine
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A checkpoint of a tiny model that is 128 tokens wide and clear in its choices."""
+    """A checkpoint of a tiny model with a context of 128 and no close calls between tokens."""
     return write_base(tmp_path_factory.mktemp("served") / "base", context=128, clear=True)
 
 

@@ -1,4 +1,4 @@
-"""What a model or its tokenizer fails at is an error of that request; the server goes on."""
+"""A failure of the model or its tokenizer ends one request; the server continues."""
 
 import hashlib
 import json
@@ -11,31 +11,32 @@ from command_line import write_base
 from servers import events, serving
 
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import manifest_text
 from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 
-# A panic's trace may be longer than the pipe that nobody reads here.
+# A panic's traceback could fill the pipe, which the tests do not read.
 ADMIN = {"OPENPALM_ADMIN_KEY": "boss", "RUST_BACKTRACE": "0"}
 HELLO = {"prompt": "Hello", "max_tokens": 3}
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
 FATAL = "a" * 40 + "b"
-"""A text that the regex of `panicking` gives up on."""
+"""The tokenizer of `panicking` panics at this text."""
 
 
 def reseal(directory):
-    """A manifest that agrees with what the files are now."""
+    """Writes a manifest for the current files."""
     body = json.loads((directory / "manifest.json").read_text())
     for name in body["files"]:
         content = (directory / name).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         body["files"][name] = {"bytes": len(content), "sha256": digest}
     del body["sha256"]
-    (directory / "manifest.json").write_text(checkpoint._manifest_text(body))
+    (directory / "manifest.json").write_text(manifest_text(body))
     return directory
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    """A model whose weights are NaN."""
+    """A model with NaN weights."""
     directory = write_base(tmp_path_factory.mktemp("nan") / "broken")
     weights = st.load_file(directory / "model.safetensors")
     nan = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
@@ -52,7 +53,7 @@ def spoilt(broken):
 
 @pytest.fixture(scope="module")
 def panicking(tmp_path_factory):
-    """A model whose tokenizer panics on some texts: its regex backtracks without end."""
+    """A model with a tokenizer that panics on some texts: its regex backtracks without end."""
     directory = write_base(tmp_path_factory.mktemp("panic") / "panicking")
     content = json.loads((directory / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
@@ -91,21 +92,21 @@ def served(swapping, base):
         ("/v1/score", {"sequences": ["Hello"]}),
     ],
 )
-def test_a_model_of_nan_is_answered_503(spoilt, path, body):
+def test_a_model_of_nan_gets_status_503(spoilt, path, body):
     answer = spoilt.call(path, body, key="boss")
     assert answer.status == 503
     assert "finite" in answer.body["error"]["message"]
     assert answer.body["error"]["type"] == "service_unavailable_error"
 
 
-def test_a_model_of_nan_is_not_swapped_in(served, broken):
+def test_a_model_of_nan_is_not_loaded(served, broken):
     answer = swap(served, broken)
     assert answer.status == 400
     assert "finite" in answer.body["error"]["message"]
 
 
 @pytest.mark.parametrize("body", [HELLO, HELLO | {"n": 8, "top_p": 0.5, "seed": 1}])
-def test_nothing_is_drawn_from_nan(spoilt, body):
+def test_nothing_is_sampled_from_nan(spoilt, body):
     assert spoilt.call("/v1/completions", body).status == 503
 
 
@@ -119,14 +120,14 @@ def test_a_stream_of_nan_ends_with_the_error(spoilt):
     ("path", "body"),
     [
         ("/v1/completions", {"prompt": FATAL}),
-        ("/v1/completions", {"prompt": FATAL * 600}),  # encoded beside the event loop
+        ("/v1/completions", {"prompt": FATAL * 600}),  # encoded in another thread
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": FATAL}]}),
         ("/tokenize", {"prompt": FATAL}),
         ("/complete", {"context": FATAL}),
         ("/v1/score", {"sequences": [FATAL]}),
     ],
 )
-def test_a_tokenizers_panic_is_answered(served, panicking, path, body):
+def test_a_tokenizer_panic_gets_status_400(served, panicking, path, body):
     assert swap(served, panicking).status == 200
     answer = served.call(path, body, key="boss")
     assert answer.status == 400
@@ -137,7 +138,7 @@ def _long_name(directory):
     body = json.loads((directory / "manifest.json").read_text())
     body["files"]["x" * 300] = {"bytes": 1, "sha256": "0"}
     del body["sha256"]
-    (directory / "manifest.json").write_text(checkpoint._manifest_text(body))
+    (directory / "manifest.json").write_text(manifest_text(body))
 
 
 def _no_pickle(directory):
@@ -164,10 +165,10 @@ def test_a_hostile_checkpoint_is_not_served(served, base, tmp_path, spoil):
     assert served.call("/v1/models").body["data"][0]["id"] == "base"
 
 
-# --- how tokens are chosen where nobody says
+# --- sampling defaults
 
 
-def test_a_models_own_settings_are_the_servers(served, base, tmp_path):
+def test_the_models_sampling_defaults_are_used(served, base, tmp_path):
     shutil.copytree(base, tmp_path / "own")
     own = {"temperature": 0.0, "top_k": 3, "eos_token_id": 2}
     (tmp_path / "own" / "generation_config.json").write_text(json.dumps(own))
@@ -179,7 +180,7 @@ def test_a_models_own_settings_are_the_servers(served, base, tmp_path):
     assert served.call("/v1/completions", HELLO).body["choices"] == greedy
 
 
-def test_a_models_own_settings_come_from_its_run_or_its_card(tmp_path):
+def test_sampling_defaults_come_from_the_run_or_the_card(tmp_path):
     step = tmp_path / "run" / "checkpoints" / "step-00000010"
     step.mkdir(parents=True)
     assert sampling_defaults(step) == SamplingDefaults(0.8, 1.0, 0)
@@ -193,7 +194,7 @@ def test_a_models_own_settings_come_from_its_run_or_its_card(tmp_path):
 @pytest.mark.parametrize(
     "text", ['{"temperature": 2.5}', '{"top_p": 0}', '{"top_k": 1.5}', "[1]", "{", "[" * 100_000]
 )
-def test_settings_that_are_none(tmp_path, text):
+def test_invalid_sampling_defaults_are_refused(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(checkpoint.CheckpointError, match="generation_config"):
         sampling_defaults(tmp_path)

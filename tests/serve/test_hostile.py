@@ -1,4 +1,4 @@
-"""Whatever comes in, the right status with a message that helps, and the server lives."""
+"""Hostile requests get the right status and a helpful message, and the server survives."""
 
 import json
 import socket
@@ -112,7 +112,7 @@ def test_fields(call, field, value, says):
     assert says in answer.body["error"]["message"]
 
 
-def test_unknown_fields_and_nul_bytes_are_no_fault(call):
+def test_unknown_fields_and_nul_bytes_are_accepted(call):
     body = {"prompt": "a\u0000b", "max_tokens": 2, "suffix": "", "best_of": 1, "x": {"y": [None]}}
     assert call(COMPLETIONS, body).status == 200
 
@@ -147,8 +147,8 @@ def test_wrong_paths_and_methods(call):
         ),
     ],
 )
-def test_json_that_is_not_declared_as_such_is_refused(server, headers, says):
-    """A page on another web site can send no JSON unasked; so it can start nothing here."""
+def test_undeclared_json_is_refused(server, headers, says):
+    """A page of another site cannot send JSON without a CORS preflight, so it starts nothing."""
     reply = raw_request(
         server,
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -161,7 +161,7 @@ def test_json_that_is_not_declared_as_such_is_refused(server, headers, says):
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/x+json"])
-def test_json_by_its_other_names(server, kind):
+def test_other_content_types_of_json_are_accepted(server, kind):
     reply = raw_request(
         server,
         f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
@@ -183,8 +183,8 @@ def test_json_by_its_other_names(server, kind):
         (b"[::1]:8000", b"200"),
     ],
 )
-def test_only_this_machines_own_names_are_answered(server, host, status):
-    """DNS rebinding: a page of evil.example whose name now means 127.0.0.1."""
+def test_only_local_host_names_are_accepted(server, host, status):
+    """DNS rebinding: evil.example points its name at 127.0.0.1."""
     head = b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n"
     reply = raw_request(server, head)
     assert reply.startswith(b"HTTP/1.1 " + status)
@@ -201,7 +201,7 @@ def test_only_this_machines_own_names_are_answered(server, host, status):
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
     ],
 )
-def test_what_is_no_http(server, sent):
+def test_invalid_http(server, sent):
     port = int(server.url.rsplit(":")[-1])
     with socket.create_connection(("127.0.0.1", port), timeout=HANGS_S) as connection:
         connection.sendall(sent)
@@ -209,7 +209,7 @@ def test_what_is_no_http(server, sent):
     server.wait_idle()
 
 
-def test_a_body_in_chunks_is_bounded_too(server):
+def test_the_body_limit_holds_for_chunks(server):
     port = int(server.url.rsplit(":")[-1])
     chunk = b"%x\r\n" % (1 << 20) + b" " * (1 << 20) + b"\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=HANGS_S) as connection:

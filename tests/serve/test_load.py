@@ -1,4 +1,4 @@
-"""Many at once: answers stay the same, slots come back, too many are refused, none is lost."""
+"""Many requests at the same time: equal results, freed slots, refusals, no request lost."""
 
 import asyncio
 import random
@@ -20,7 +20,7 @@ async def together(url, bodies, **how):
     return await asyncio.gather(*(call_async(url, COMPLETIONS, body, **how) for body in bodies))
 
 
-def test_256_streams_at_once_are_each_the_request_alone(server, engine, tokenizer):
+def test_256_concurrent_streams_equal_the_requests_alone(server, engine, tokenizer):
     """Greedy, in float32, prompts of different lengths, some with a common beginning."""
     draw = random.Random(0)
     prompts = [
@@ -38,8 +38,8 @@ def test_256_streams_at_once_are_each_the_request_alone(server, engine, tokenize
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_hangs_up_frees_the_slot_at_once(server, stream):
-    """Before the next two tokens: far fewer are generated than were asked for."""
+def test_a_disconnect_frees_the_slot_at_once(server, stream):
+    """The sequences end long before the requested number of tokens."""
     server.wait_idle()
     before = server.metric("openpalm_generated_tokens_total")
     body = ENDLESS | {"stream": stream, "n": 4}
@@ -70,8 +70,8 @@ def test_1000_disconnects_leave_nothing_behind(server):
     assert whole.status == 200
 
 
-def test_overload_is_refused_and_what_is_admitted_is_answered(base):
-    """Ten times what fits: only 200 and 429, each at once or whole."""
+def test_overload_is_refused_and_admitted_requests_are_answered(base):
+    """Ten times the capacity: each request gets 429 or a whole response."""
     with serving(base, "--max-sequences", 2, "--max-queue", 6) as server:
         body = ENDLESS | {"stream": False}
         answers = asyncio.run(together(server.url, [body] * 80))
@@ -82,7 +82,7 @@ def test_overload_is_refused_and_what_is_admitted_is_answered(base):
         assert len({answer.body for answer in answers if answer.status == 429}) == 1
 
 
-def test_a_refusal_says_when_to_come_back(base):
+def test_a_refusal_has_retry_after(base):
     with serving(base, "--max-sequences", 1, "--max-queue", 0) as server:
         over = threading.Event()
 
@@ -93,7 +93,7 @@ def test_a_refusal_says_when_to_come_back(base):
         holder = threading.Thread(target=hold)
         holder.start()
         try:
-            for _ in range(500):  # its turn between two of the holder's requests is luck
+            for _ in range(500):  # it may be admitted between two of the holder's requests
                 if (answer := server.call(COMPLETIONS, ENDLESS)).status != 200:
                     break
         finally:
@@ -104,7 +104,7 @@ def test_a_refusal_says_when_to_come_back(base):
 
 
 async def status_of(url):
-    """The status of a short request; None where the server accepts no connection."""
+    """The status of a short request; None if the server refuses the connection."""
     try:
         return (await call_async(url, COMPLETIONS, ENDLESS | {"max_tokens": 1})).status
     except OSError:
@@ -139,10 +139,10 @@ def test_sigterm_under_load_loses_nothing_in_flight(base):
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_drain_that_takes_too_long_is_cut_off_and_says_so(base, signals):
-    """Or one that is cut off by a second signal."""
-    drain_s = 1 if signals == 1 else 60
-    with serving(base, "--shutdown-timeout", drain_s, "--max-sequences", 1) as server:
+def test_after_the_shutdown_timeout_requests_end_with_an_error(base, signals):
+    """Also after a second signal."""
+    timeout_s = 1 if signals == 1 else 60
+    with serving(base, "--shutdown-timeout", timeout_s, "--max-sequences", 1) as server:
 
         async def load():
             bodies = [ENDLESS | {"stream": i % 2 == 0} for i in range(200)]

@@ -1,4 +1,4 @@
-"""The engine's thread: cancelling, breaking, and what it does in between."""
+"""The worker thread: admission, cancellation, failures, shutdown."""
 
 import asyncio
 import math
@@ -21,15 +21,15 @@ LONG = Request([1, 2, 3], 50, Sampling(seed=1))
 
 
 class Watched(Engine):
-    """Counts its steps, slow enough to be watched; breaks at one where it is told to."""
+    """Counts its steps, takes 5 ms for each, and fails at step `fails_at`."""
 
     steps = 0
-    breaks_at: int | None = None
+    fails_at: int | None = None
 
     def step(self):
         self.steps += 1
         time.sleep(0.005)
-        if self.steps == self.breaks_at:
+        if self.steps == self.fails_at:
             raise RuntimeError("out of memory")
         return super().step()
 
@@ -54,7 +54,7 @@ async def until(condition):
         await asyncio.sleep(0.001)
 
 
-def test_who_leaves_frees_the_slots_within_two_steps():
+def test_closing_a_stream_frees_the_slots_within_two_steps():
     async def test(worker, engine):
         answers = worker.submit(worker.current, [LONG] * 3)
         async for _ in answers:
@@ -71,7 +71,7 @@ def test_who_leaves_frees_the_slots_within_two_steps():
     run(test)
 
 
-def test_what_waits_is_bounded_and_comes_back():
+def test_the_queue_is_bounded_and_empties():
     async def test(worker, engine):
         answers = [worker.submit(worker.current, [LONG] * 4) for _ in range(3)]
         with pytest.raises(Overloaded):
@@ -84,9 +84,9 @@ def test_what_waits_is_bounded_and_comes_back():
     run(test)
 
 
-def test_an_engine_that_breaks_loses_its_requests_and_goes_on(capfd):
+def test_after_an_engine_error_new_requests_succeed(capfd):
     async def test(worker, engine):
-        engine.breaks_at = 5
+        engine.fails_at = 5
         answers = worker.submit(worker.current, [LONG] * 6)
         with pytest.raises(EngineFailed, match="RuntimeError: out of memory"):
             await collect(answers)
@@ -100,7 +100,7 @@ def test_an_engine_that_breaks_loses_its_requests_and_goes_on(capfd):
 
 
 class Panic(BaseException):
-    """As a library in Rust raises it: no Exception."""
+    """As a library in Rust raises it: not an Exception."""
 
 
 class Fussy(Tokenizer):
@@ -124,7 +124,7 @@ class _Fussily(list):
         return super().__getitem__(index)
 
 
-def test_a_tokenizers_panic_ends_one_request_alone(capfd):
+def test_a_tokenizer_panic_ends_one_request_only(capfd):
     async def test(worker, engine):
         other = replace(LONG, sampling=Sampling(seed=2))
         first, second = (Engine(tiny()).completions([asked])[0] for asked in (LONG, other))
@@ -142,7 +142,7 @@ def test_a_tokenizers_panic_ends_one_request_alone(capfd):
     assert capfd.readouterr().err.count("Traceback") == 1
 
 
-def test_an_engine_that_panics_does_not_end_the_thread(capfd):
+def test_an_engine_panic_does_not_end_the_thread(capfd):
     async def test(worker, engine):
         def panic(request):
             raise Panic("at once")
@@ -158,7 +158,7 @@ def test_an_engine_that_panics_does_not_end_the_thread(capfd):
     assert "at once" in capfd.readouterr().err
 
 
-def test_log_probs_that_are_no_numbers_end_one_request_alone():
+def test_nan_log_probs_end_one_request_only():
     async def test(worker, engine):
         step = engine.step
 
@@ -178,7 +178,7 @@ def test_log_probs_that_are_no_numbers_end_one_request_alone():
     run(test)
 
 
-def test_what_asks_for_nothing_is_answered_at_once():
+def test_empty_requests_finish_without_a_step():
     async def test(worker, engine):
         nothing = [Request([1, 2], 0), Request([1], 0, score_prompt=True)]
         said = await collect(worker.submit(worker.current, nothing))
@@ -188,7 +188,7 @@ def test_what_asks_for_nothing_is_answered_at_once():
     run(test)
 
 
-def test_a_drain_takes_nothing_new_and_ends_what_does_not_end():
+def test_shutdown_refuses_new_requests_and_ends_the_others():
     async def test(worker, engine):
         answers = worker.submit(worker.current, [LONG] * 2)
         worker.shut_down(0)
@@ -201,7 +201,7 @@ def test_a_drain_takes_nothing_new_and_ends_what_does_not_end():
     run(test)
 
 
-def test_an_old_model_is_dropped_when_its_last_request_ends():
+def test_a_replaced_model_is_dropped_after_its_last_request():
     async def test(worker, engine):
         old = worker.submit(worker.current, [LONG])
         worker.current = ServedModel("new", Watched(tiny(seed=1)), Tokenizer.byte(), "-")
@@ -214,7 +214,7 @@ def test_an_old_model_is_dropped_when_its_last_request_ends():
     run(test)
 
 
-def test_numbers_that_are_not_finite_end_one_request_alone():
+def test_numbers_that_are_not_finite_end_one_request_only():
     async def test(worker, engine):
         with torch.no_grad():
             engine.model.embedding[7] = math.nan

@@ -58,7 +58,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> type[Recorded]:
     return Own
 
 
-def test_a_board_gets_every_row_of_the_run(train: Train, tmp_path: Path, recorded: type[Recorded]):
+def test_a_logger_gets_every_row_of_the_run(train: Train, tmp_path: Path, recorded: type[Recorded]):
     assert train(tmp_path / "run", loggers="wandb") == 0
     files = [tmp_path / "run" / name for name in ("metrics.jsonl", "samples.jsonl")]
     wanted = [row for file in files for row in read_rows(file)]
@@ -67,7 +67,7 @@ def test_a_board_gets_every_row_of_the_run(train: Train, tmp_path: Path, recorde
 
 
 @pytest.mark.parametrize("when", ["open", "write", "close"])
-def test_a_board_that_fails_is_told_once_and_left(
+def test_a_logger_that_fails_is_reported_once_and_dropped(
     train: Train,
     tmp_path: Path,
     recorded: type[Recorded],
@@ -80,7 +80,8 @@ def test_a_board_that_fails_is_told_once_and_left(
     assert train(tmp_path / "run", loggers="wandb") == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "--loggers" in line]
     assert told == [
-        f"--loggers wandb: goes on without it (no route to host while it should {when})"
+        "--loggers wandb: failed, the run continues without it "
+        f"(no route to host while it should {when})"
     ]
     plain, logged = (
         [row["loss"] for row in read_rows(tmp_path / name / "metrics.jsonl") if "loss" in row]
@@ -90,7 +91,7 @@ def test_a_board_that_fails_is_told_once_and_left(
 
 
 @pytest.mark.parametrize("loggers", ["tensorbord", "tensorboard;wandb", "none", "wandb,"])
-def test_a_board_that_nobody_knows(
+def test_an_unknown_logger(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], loggers: str
 ):
     assert train(tmp_path / "run", loggers=loggers) == 2
@@ -100,7 +101,7 @@ def test_a_board_that_nobody_knows(
     )
 
 
-def test_a_missing_package_is_told_before_any_work(
+def test_a_missing_package_is_reported_before_any_work(
     train: Train,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -237,7 +238,7 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return made
 
 
-def test_wandb_goes_on_in_the_same_run(tmp_path: Path, fake_wandb: SimpleNamespace):
+def test_wandb_continues_the_same_run(tmp_path: Path, fake_wandb: SimpleNamespace):
     said: list[str] = []
     first = WeightsAndBiases(settings(tmp_path), 0, said.append)
     first.write({"step": 1, "loss": 2.0, "mfu": None})
@@ -266,7 +267,7 @@ def test_a_row_without_numbers_that_json_lacks(tmp_path: Path, fake_wandb: Simpl
     ]
 
 
-def test_a_run_that_is_stopped_closes_its_board(
+def test_a_run_that_is_stopped_closes_its_logger(
     train: Train, tmp_path: Path, recorded: type[Recorded], monkeypatch: pytest.MonkeyPatch
 ):
     original = Trainer.forward_backward
@@ -283,7 +284,7 @@ def test_a_run_that_is_stopped_closes_its_board(
     assert [row["step"] for row in recorded.made.rows] == [1, 2, 3]
 
 
-def test_no_board_is_no_work(tmp_path: Path):
+def test_without_loggers_nothing_is_opened(tmp_path: Path):
     none = Loggers(settings(tmp_path), 0, pytest.fail)
     none.write({"step": 1})
     none.close()

@@ -56,7 +56,7 @@ def test_freed_memory_is_kept_where_time_counts_for_more(
     assert len(calls) == kept
 
 
-def test_a_run_goes_on_with_less_memory(
+def test_a_run_resumes_with_less_memory(
     train: Callable[..., int], tmp_path: Path, plain: list[float]
 ):
     run = tmp_path / "run"

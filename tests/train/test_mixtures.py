@@ -46,7 +46,7 @@ def test_each_set_is_validated_and_their_mean(train: Train, mixture: Path, tmp_p
     assert row["val_bits_per_byte"] == pytest.approx(nats / of_bytes / 0.6931472, rel=1e-3)
 
 
-def test_a_run_goes_on_and_is_repeated(
+def test_a_run_is_resumed_and_repeated(
     train: Train, mixture: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     whole, halves, again = tmp_path / "whole", tmp_path / "halves", tmp_path / "again"

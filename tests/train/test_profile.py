@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from openpalm.base.yaml_file import read_yaml
-from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import read_manifest
 from openpalm.cli.main import main
 from openpalm.train.metrics import read_rows
 from openpalm.train.profile import operators
@@ -55,7 +55,7 @@ def test_a_profile_is_no_setting_of_the_run(train: Train, tmp_path: Path):
     assert train(run) == 0
     assert main(["train", f"--config={run}/config.yaml", f"--out={tmp_path}/again"]) == 0
     assert not (tmp_path / "again" / "profile").exists()
-    manifest = checkpoint.read_manifest(run / "checkpoints" / "step-00000008")
+    manifest = read_manifest(run / "checkpoints" / "step-00000008")
     assert not {"profile", "loggers"} & manifest["lineage"]["settings"].keys()
 
 

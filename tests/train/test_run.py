@@ -1,4 +1,4 @@
-"""A run's directory: begun, gone on with, repeated, refused; what a resumed run computes."""
+"""Runs: started, resumed, repeated, refused; a resumed run equals an uninterrupted one."""
 
 import errno
 import hashlib
@@ -22,6 +22,7 @@ from train_samples import same, weights, write_dataset
 
 import openpalm
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import read_manifest, write_manifest
 from openpalm.cli.main import main
 from openpalm.model.config import PRESETS
 from openpalm.model.transformer import Transformer
@@ -169,7 +170,7 @@ def test_the_last_checkpoint_is_what_its_rows_say(reference: Path, data: Path):
             nats += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
     row = rows(reference)[-1]
     assert row["val_loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
-    manifest = checkpoint.read_manifest(checkpoint.steps(reference)[-1])
+    manifest = read_manifest(checkpoint.steps(reference)[-1])
     assert manifest["lineage"]["step"] == 8
     assert "out" not in manifest["lineage"]["settings"]
     assert "fingerprint.safetensors" in manifest["files"]
@@ -267,7 +268,7 @@ def test_a_second_process_is_kept_out(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [2, 4, 5])  # 4 is saved anyway
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_resumes(
     train: Train,
     reference: Path,
     tmp_path: Path,
@@ -307,7 +308,7 @@ def test_a_second_signal_ends_at_once(
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 7, 8])
-def test_killed_in_any_step_the_same_command_goes_on(
+def test_killed_in_any_step_the_same_command_resumes(
     train: Train, reference: Path, tmp_path: Path, at_step: Callable[..., None], step: int
 ):
     out = tmp_path / "run"
@@ -437,7 +438,7 @@ def test_a_state_that_no_run_saves_is_refused(
     (newest / "train" / "state.json").write_text(json.dumps(state), encoding="utf-8")
     manifest = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
     (newest / "manifest.json").unlink()
-    checkpoint._write_manifest(newest, manifest["lineage"])
+    write_manifest(newest, manifest["lineage"])
     assert train(out) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert says in error
@@ -456,7 +457,7 @@ def test_all_checkpoints_damaged_starts_over(
     assert same_run(out, reference)
 
 
-def test_a_published_checkpoint_is_no_place_to_go_on_from(
+def test_a_published_checkpoint_cannot_be_resumed(
     train: Train,
     tmp_path: Path,
     at_step: Callable[..., None],
@@ -526,8 +527,8 @@ def test_init_takes_the_weights_and_nothing_else(train: Train, tmp_path: Path, s
     state = checkpoint.load_train_state(checkpoint.steps(child)[0])
     counters = {float(v) for name, v in state.tensors.items() if name.endswith("/step")}
     assert counters == {1.0}
-    manifest = checkpoint.read_manifest(checkpoint.steps(child)[0])
-    newest = checkpoint.read_manifest(checkpoint.steps(parent)[-1])
+    manifest = read_manifest(checkpoint.steps(child)[0])
+    newest = read_manifest(checkpoint.steps(parent)[-1])
     assert manifest["lineage"]["parent"] == newest["sha256"]
     before = tree(child)
     assert train(child, **ask) == 0
@@ -589,7 +590,7 @@ def test_a_full_disk_while_saving_loses_nothing(
     capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "run"
-    original = checkpoint._write_manifest
+    original = checkpoint.write_manifest
 
     def full(partial: Path, lineage: dict[str, Any]) -> None:
         if lineage["step"] == 8:
@@ -597,7 +598,7 @@ def test_a_full_disk_while_saving_loses_nothing(
         original(partial, lineage)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_manifest", full)
+        patch.setattr(checkpoint, "write_manifest", full)
         assert train(out) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith("step-00000008: cannot be saved (No space left on device)")
@@ -632,7 +633,7 @@ def program(out: Path, data: Path) -> list[str]:
     return [sys.executable, "-m", "openpalm", "train", *words.split()]
 
 
-def test_the_program_stopped_from_outside_goes_on(data: Path, tmp_path: Path):
+def test_the_program_stopped_from_outside_resumes(data: Path, tmp_path: Path):
     """Across processes: stopped and repeated there, uninterrupted here, equal bit for bit."""
     out, whole = tmp_path / "stopped", tmp_path / "whole"
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -716,7 +717,7 @@ def test_few_frames_from_the_command_to_the_backward_pass(
 
 
 @pytest.mark.parametrize("name", ["stable-adamw", "lion", "adafactor", "muon"])
-def test_killed_with_any_optimizer_the_same_command_goes_on(
+def test_killed_with_any_optimizer_the_same_command_resumes(
     train: Train, tmp_path: Path, at_step: Callable[..., None], name: str
 ):
     ask = {"optim.name": name}

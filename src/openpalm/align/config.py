@@ -26,7 +26,7 @@ _LOSSES_OF: dict[str, tuple[PairLoss, ...]] = {
 """Losses that read an option; an option that is not listed is read by all."""
 _REWARD_LOSSES_OF: dict[str, tuple[RewardLoss, ...]] = {
     "margin_scale": ("bradley-terry",),
-    "centring": ("bradley-terry",),
+    "centring_coef": ("bradley-terry",),
     "bins": ("binned", "hl-gauss", "ordinal"),
     "axis": ("regression", "binned", "hl-gauss", "ordinal"),
 }
@@ -41,7 +41,7 @@ def _check_field(settings: Any, name: str, holds: Callable[[Any], bool], wanted:
 def _refuse_options_of_others(
     settings: TrainSettings, loss: str, losses_of: Mapping[str, Sequence[str]]
 ) -> None:
-    """Raises SettingsError for an option that was set and that this loss does not read."""
+    """Raises SettingsError for an option that was set but belongs to other losses."""
     for option in fields(settings):
         losses, value = losses_of.get(option.name, (loss,)), getattr(settings, option.name)
         if loss not in losses and value != option.default:
@@ -64,32 +64,34 @@ def reward_sources(given: list[str] | str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class SftSettings(TrainSettings):
-    """Supervised fine-tuning (SFT) on conversations."""
+    """Supervised fine-tuning on conversations."""
 
     pack: bool = False
-    """pack several conversations into a sequence, each attending to itself only: less padding"""
+    """sequence packing: several conversations in a row, without attention between them"""
     template: Literal["chat", "none"] = "chat"
-    """chat: mark the turns; none: join prompt and completion as plain text"""
+    """chat template: chat marks the turns, none joins prompt and completion as plain text"""
 
 
 @dataclass(frozen=True)
 class DpoSettings(TrainSettings):
-    """Preference optimisation on pairs of completions, or on completions labelled good or bad."""
+    """Preference optimisation on pairs (--batch-tokens counts both completions), or with KTO."""
 
     loss: PairLoss = "dpo"
-    """dpo, cdpo (noisy labels), ipo, simpo, orpo (both without a reference), or kto (labels)"""
+    """dpo, cdpo (for noisy labels), ipo, simpo and orpo (both without a reference model)
+    train on pairs; kto on labelled completions"""
     beta: float | None = None
-    """KL regularisation strength (beta); default 0.1, and 2.0 for simpo"""
+    """scale of the implicit reward: a larger beta stays closer to the reference; default: 0.1,
+    for simpo 2.0"""
     label_smoothing: float = 0.1
-    """cdpo: probability that a pair is labelled the wrong way round"""
+    """cdpo: assumed share of pairs with a wrong label"""
     length_normalise: bool = False
-    """divide log-probabilities by the completion's length; simpo and orpo always do"""
+    """divide log-probabilities by the number of completion tokens; simpo and orpo always do"""
     margin: float = 1.0
-    """simpo: target reward margin (gamma)"""
+    """simpo: target margin between the rewards of chosen and rejected completion"""
     desirable_weight: float = 1.0
-    """kto: weight of completions labelled good"""
+    """kto: weight lambda_D of completions labelled desirable"""
     undesirable_weight: float = 1.0
-    """kto: weight of completions labelled bad"""
+    """kto: weight lambda_U of completions labelled undesirable"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,9 +135,10 @@ class RolloutSettings(TrainSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """number format of the arithmetic; weights stay float32; auto: the faster one here"""
     reward: list[str] | str | None = None
-    """reward SOURCE, or '[WEIGHT*SOURCE, ...]': a reward model's run, FILE.py:FUNCTION or exact"""
+    """reward, as SOURCE or '[WEIGHT*SOURCE, ...]'; a SOURCE is a reward model's run,
+    FILE.py:FUNCTION, hub:NAME, rules:FILE@CHECKPOINT or exact"""
     gold_reward: str | None = None
-    """reward SOURCE that is evaluated on held-out prompts but never trained on"""
+    """SOURCE of a second reward, evaluated on held-out prompts but never trained on"""
     prompts_per_rollout: int = 8
     """prompts per rollout"""
     num_completions: int = 4
@@ -296,30 +299,30 @@ class GrpoSettings(RolloutSettings):
 
 @dataclass(frozen=True)
 class RewardSettings(TrainSettings):
-    """A reward model, trained on pairs of completions or on ratings of single ones."""
+    """Training of a reward model on pairs or on ratings of single completions."""
 
     loss: RewardLoss = "bradley-terry"
-    """bradley-terry: learns from pairs; regression, binned, hl-gauss, ordinal: from ratings"""
-    members: int = 1
-    """ensemble size: heads on the one trunk; the reward is their mean"""
-    read: Literal["last", "mean"] = "last"
-    """input of a head: the state of the last token, or the mean over all tokens"""
-    marks: bool = False
-    """add learned embeddings for prompt and completion, as palm-rlhf-pytorch does"""
+    """bradley-terry trains on pairs; regression, binned, hl-gauss and ordinal on ratings"""
+    ensemble_size: int = 1
+    """number of heads on the shared trunk; the reward is their mean"""
+    pooling: Literal["last", "mean"] = "last"
+    """a head reads the state of the last token, or the mean over all tokens"""
+    segment_embeddings: bool = False
+    """learned embeddings that mark tokens as prompt or completion, as in palm-rlhf-pytorch"""
     margin_scale: float = 0.0
-    """bradley-terry: factor of each pair's margin, which its rewards must differ by"""
-    centring: float = 0.0
-    """bradley-terry: weight of (r_w + r_l)^2, which centres rewards at zero; try 0.01"""
+    """bradley-terry: wanted reward difference per unit of a pair's margin"""
+    centring_coef: float = 0.0
+    """bradley-terry: coefficient of (r_w + r_l)^2, which keeps rewards around zero; try 0.01"""
     bins: int | None = None
-    """binned, hl-gauss, ordinal: bins from the lowest rating to the highest; default one for each
-    whole number, and for hl-gauss 21 if ratings are not whole"""
+    """binned, hl-gauss, ordinal: number of values from the lowest to the highest rating; default:
+    every whole number, for hl-gauss with fractional ratings 21"""
     axis: str | None = None
-    """rating to learn, if preference records have several axes of ratings"""
+    """axis to learn, in preference records with ratings on several axes"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_field(self, "members", lambda v: 1 <= v <= MAX_MEMBERS, f"1 to {MAX_MEMBERS}")
-        for name in ("margin_scale", "centring"):
+        _check_field(self, "ensemble_size", lambda v: 1 <= v <= MAX_MEMBERS, f"1 to {MAX_MEMBERS}")
+        for name in ("margin_scale", "centring_coef"):
             _check_field(self, name, lambda v: 0 <= v < 1000, "0 or more, below 1000")
         _refuse_options_of_others(self, self.loss, _REWARD_LOSSES_OF)
         _check_field(self, "bins", lambda v: 2 <= v <= MAX_BINS, f"2 to {MAX_BINS}")

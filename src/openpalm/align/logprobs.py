@@ -1,13 +1,13 @@
-"""The only per-token log-probability function: every alignment objective reads its numbers here.
+"""Per-token log-probabilities (log_probs), entropy and values: the one function for all objectives.
 
-Position t of `inputs` predicts `targets[t]`, which is the token after it: the shift is made once,
-where a batch is built, and nowhere again. A target of IGNORE (prompt, padding) has no probability
-and contributes exactly zero, to the sum and to the gradient; the end marker is a target like any
-other, so that the probabilities of all answers sum to one. Only states that predict a target are
-computed after the last attention: with a large vocabulary logits are most of a prompt's memory.
+Position t of `inputs` predicts `targets[t]`, the token after it: batches are built with this shift,
+and no other code shifts. A target of IGNORE (prompt, padding) contributes exactly zero to the sum
+and to the gradient. The end marker is a target like any other, so the probabilities of all
+completions sum to one. Only the states that predict a target are computed after the last attention:
+with a large vocabulary, logits take most of the memory.
 
-Dropout is off in every pass: two passes would differ with it, so that an unchanged policy would be
-no ratio of one from the policy that answered, and not at its reference.
+Dropout is off in every pass. With dropout two passes differ, so the probability ratio of an
+unchanged policy would not be 1, and its KL to the reference not 0.
 """
 
 from typing import NamedTuple
@@ -29,11 +29,11 @@ def token_log_probs(
     layout: Layout | None = None,
     reads: Tensor | None = None,
 ) -> Tensor:
-    """Natural log of the probability of each target, 0 where it is IGNORE; float32, its shape.
+    """Log-probability of each target in nats, 0 where it is IGNORE; float32, shape of `targets`.
 
-    inputs, targets: int64 [rows, time]. Where rows hold several answers
-    (align/pairs/shared_prompt.py), with their `layout`, targets are [answers, tokens] and `reads`,
-    of that shape, is the place in `inputs`, flattened, that predicts each.
+    inputs, targets: int64 [rows, time]. Rows with several completions
+    (align/pairs/shared_prompt.py) have a `layout`; their targets are [completions, tokens], and
+    `reads`, of that shape, is the place in the flattened `inputs` that predicts each target.
     """
     counts = targets != IGNORE
     logits = model.head(_residual(model, inputs, counts, layout, reads))
@@ -47,10 +47,10 @@ def _residual(
     layout: Layout | None,
     reads: Tensor | None,
 ) -> Tensor:
-    """The states [n, dim] that predict the targets that count; leaves the model in eval mode.
+    """The states [n, dim] that predict the targets; leaves the model in eval mode.
 
-    It stays so through backward, which may compute blocks anew; a loop that wants dropout says
-    train() before its step, as THE loop does.
+    It must stay in eval mode through backward, which may recompute blocks. A loop that wants
+    dropout calls train() before each step, as THE loop does.
     """
     places = counts.flatten().nonzero()[:, 0] if reads is None else reads[counts]
     return model.eval().residual(inputs, layout=layout, selected=places)
@@ -61,22 +61,22 @@ def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _spread(counts: Tensor, values: Tensor) -> Tensor:
-    """The values where `counts` [rows, time] is True, in its order, and zeros elsewhere."""
+    """The values in order where `counts` [rows, time] is True, and zeros elsewhere."""
     return torch.zeros(counts.shape, device=values.device).masked_scatter(counts, values)
 
 
 def lengths(targets: Tensor) -> Tensor:
-    """Targets that count, of each row: [rows]."""
+    """Number of targets in each row, [rows]."""
     return (targets != IGNORE).sum(dim=-1)
 
 
 class Evaluated(NamedTuple):
-    """What a policy thinks of given answers; all [rows, time], 0 outside of them."""
+    """A policy's statistics of given completions; all [rows, time], 0 outside of completions."""
 
     log_probs: Tensor
     entropy: Tensor
     values: Tensor | None
-    """what a critic read before each of those tokens: [tokens], or [tokens, bins]"""
+    """the critic's value before each completion token: [tokens], or [tokens, bins]"""
 
 
 def evaluate(
@@ -89,9 +89,9 @@ def evaluate(
     temperature: float = 1.0,
     train_entropy: bool = False,
 ) -> Evaluated:
-    """The policy softmax(logits / temperature) and its critic, in one pass.
+    """Log-probabilities and entropy of softmax(logits / temperature), and values, in one pass.
 
-    Rows may hold several answers as for `token_log_probs`, unless there is a critic.
+    Rows may hold several completions as in `token_log_probs`, unless the model has a critic.
     """
     counts = targets != IGNORE
     residual = _residual(model, inputs, counts, layout, reads)
@@ -105,6 +105,6 @@ def evaluate(
 
 
 def entropies(logits: Tensor) -> Tensor:
-    """Nats of each distribution: [...] from logits [..., vocab]."""
+    """Entropy of each distribution in nats, [...] from logits [..., vocab]."""
     log_p = logits.log_softmax(dim=-1)
     return -(log_p.exp() * log_p).sum(dim=-1)

@@ -1,11 +1,11 @@
-"""An adapter in a directory of its own, laid out as PEFT lays its out, out and in.
+"""LoRA adapter directories in PEFT's layout: write, load, check that the base model fits.
 
-    adapter_config.json          rank, alpha and target names, among what PEFT wants to know
+    adapter_config.json          rank, alpha, target names and PEFT's other fields
     adapter_model.safetensors    base_model.model.blocks.0.project_in.q.lora_A.weight [rank, in]
                                  base_model.model.blocks.0.project_in.q.lora_B.weight [out, rank]
 
-Source: https://huggingface.co/docs/peft/developer_guides/checkpoint. Keys and values are targets of
-their own, k and v. Nothing but safetensors is read.
+Source: https://huggingface.co/docs/peft/developer_guides/checkpoint. Keys and values are separate
+targets, k and v. Reads safetensors only.
 """
 
 import json
@@ -31,20 +31,19 @@ _UNSUPPORTED = (
     *("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "modules_to_save"),
     *("rank_pattern", "alpha_pattern", "layer_replication", "target_parameters"),
 )
-"""Variants of PEFT that compute something else: none may be set."""
-
+"""Options of PEFT with other computations; an adapter that sets one is refused."""
 
 _KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
-"""PEFT's init_lora_weights that leave the base as it is (eva chooses A by the activations and sets
-B to zero); pissa, olora and corda subtract from its weights what the factors start with and loftq
-quantises them, so the factors fit the changed weights only."""
+"""PEFT's init_lora_weights that do not change the base. eva chooses A by activations, with B zero.
+Not among them: pissa, olora and corda subtract the initial factors from the base's weights, and
+loftq quantizes the weights, so their factors fit only the changed weights."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def write(directory: Path, model: Transformer, *, base: str | None = None) -> None:
-    """Makes the directory with the model's adapter in it.
+    """Creates the directory and writes the model's adapter into it.
 
-    `base` is the hash of the manifest of the checkpoint that it was trained on. It is kept as
+    base: the manifest hash of the checkpoint that the adapter was trained on. It is stored as
     PEFT's `revision`, "the specific base model version".
     """
     config = lora.config_of(model)
@@ -66,7 +65,7 @@ def write(directory: Path, model: Transformer, *, base: str | None = None) -> No
     text = json.dumps(content, indent=2) + "\n"
     (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
     factors = {
-        _foreign(name): factor.detach().cpu().contiguous()
+        _peft_name(name): factor.detach().cpu().contiguous()
         for name, factor in lora.adapter_parameters(model).items()
     }
     safetensors.torch.save_file(factors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -81,13 +80,15 @@ def load_adapter(
     made_for: str | None = None,
     allow: Callable[[str], None] | None = None,
 ) -> None:
-    """Attaches the adapter in `directory` to a model that has none.
+    """Attaches the adapter in `directory` to a model without one.
 
-    Raises CheckpointError where a file is missing or damaged, or is an adapter of another model.
-    Where it is known to be made for other weights than the model's, the error is raised unless
-    `allow` is given, which gets the message: one that changed its base's weights, or was trained
-    on none of `bases`, the hashes of checkpoints that have the model's weights. What it was
-    trained on is `made_for`, else what its config says.
+    bases: manifest hashes of checkpoints with this model's weights.
+    made_for: manifest hash of the checkpoint that the adapter was trained on; None reads it from
+    the adapter's config.
+
+    Raises CheckpointError if a file is missing or damaged, or the adapter's shapes fit another
+    model. Also if the adapter was trained on other weights: on none of `bases`, or on weights that
+    its initialisation changed. In this last case `allow`, if given, gets the message instead.
     """
     if lora.is_attached(model):
         raise CheckpointError(
@@ -110,18 +111,19 @@ def load_adapter(
             if odd := min((key for key, _ in stored.items() ^ shapes.items()), default=None):
                 raise CheckpointError(
                     f"{directory}: an adapter of another model ({odd} is "
-                    f"{_told(stored.get(odd))}, this model needs {_told(shapes.get(odd))})"
+                    f"{_shape_text(stored.get(odd))}, this model needs "
+                    f"{_shape_text(shapes.get(odd))})"
                 )
             factors = {key: file.finite(key) for key in stored}
     except SettingsError as error:
         raise CheckpointError(f"{directory}: {error}") from None
     lora.attach(model, config)
     for name, factor in lora.adapter_parameters(model).items():
-        factor.copy_(factors[_foreign(name)])
+        factor.copy_(factors[_peft_name(name)])
 
 
 def _misfit(values: dict[str, Any], bases: Collection[str], made_for: str | None) -> str | None:
-    """Why the adapter is for other weights than these, or None where nothing says so."""
+    """Why the adapter does not fit these weights, or None if nothing contradicts it."""
     start = values.get("init_lora_weights")
     if start not in _KEEPS_BASE:
         return (
@@ -136,7 +138,7 @@ def _misfit(values: dict[str, Any], bases: Collection[str], made_for: str | None
 
 
 def _config(values: dict[str, Any], keys: list[str], directory: Path) -> LoraConfig:
-    """Rank and alpha as the file says; the targets are those that have factors."""
+    """Rank and alpha from the file; targets from the stored factors."""
     where = str(directory / CONFIG_FILE)
     if values.get("peft_type") != "LORA":
         raise CheckpointError(f"{where}: peft_type {values.get('peft_type')!r}: only LORA is read")
@@ -162,24 +164,24 @@ def _config(values: dict[str, Any], keys: list[str], directory: Path) -> LoraCon
 
 
 def _shapes(config: LoraConfig, model: Transformer) -> dict[str, tuple[int, int]]:
-    """What the factors of such a model must be, by PEFT's names."""
+    """Expected shapes of the adapter's factors, by PEFT's names."""
     shapes = {}
     for layer in range(model.config.depth):
         for target in config.targets:
             rows, columns = model.config.matrices[target]
             side = "project_in" if target in lora.INPUTS else "project_out"
             name = f"blocks.{layer}.{side}.lora.{target}"
-            shapes[_foreign(f"{name}.a")] = (config.rank, columns)
-            shapes[_foreign(f"{name}.b")] = (rows, config.rank)
+            shapes[_peft_name(f"{name}.a")] = (config.rank, columns)
+            shapes[_peft_name(f"{name}.b")] = (rows, config.rank)
     return shapes
 
 
-def _foreign(name: str) -> str:
+def _peft_name(name: str) -> str:
     """PEFT's name of a factor: blocks.0.project_in.lora.q.a -> ...project_in.q.lora_A.weight."""
     place, _, factor = name.partition(".lora.")
     target, _, side = factor.partition(".")
     return f"base_model.model.{place}.{target}.lora_{side.upper()}.weight"
 
 
-def _told(shape: tuple[int, ...] | None) -> str:
+def _shape_text(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))

@@ -1,25 +1,22 @@
-"""The checkpoint directory, the only format inside the house: save, load, verify, latest.
+"""The checkpoint directory: save, load, resume state, and the newest checkpoint of a run.
 
     step-00002000/
       config.json  tokenizer.json  model.safetensors  fingerprint.safetensors  card.md
-      adapter/         where one is attached: its factors once more, as PEFT lays them out
+      adapter/         a copy of the LoRA adapter in PEFT's layout, if the model has one
       train/           optimizer and random state in state.safetensors, the rest in state.json
-      manifest.json    written last: every file's size and hash, its own hash, lineage
+      manifest.json    written last: size and hash of every file, its own hash, lineage
 
-A directory is written beside its final name and renamed, so it is whole or absent. A file is used
-only where the manifest lists it and its hash agrees; train/ is hashed only where a run resumes.
+A directory is written under a temporary name and renamed, so it is complete or absent. A file is
+used only if the manifest lists it and its hash agrees; train/ is hashed only to resume a run.
 Loading never runs code from a file. Deleting `train/` publishes a model.
 """
 
-import hashlib
 import json
 import math
 import re
 import shutil
-import stat
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +27,19 @@ from torch import Tensor
 from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.files import atomic_folder
-from openpalm.base.hashing import sha256_of as _hash
 from openpalm.base.json_file import read_failure, read_json
 from openpalm.checkpoint import adapter, fingerprint, tensors
+from openpalm.checkpoint.manifest import (
+    FORMAT,
+    REMEDY,
+    VERSION,
+    WEIGHTS,
+    file_size,
+    is_listed,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model import lora
 from openpalm.model.config import (
@@ -46,14 +53,10 @@ from openpalm.model.config import (
 from openpalm.model.reward import RewardModel, make_model
 from openpalm.model.transformer import Transformer
 
-FORMAT = "openpalm-checkpoint"
-VERSION = 1
 _STEP = re.compile(r"step-(\d{8,})")
-_NAME = re.compile(r"[\w.-]{1,255}(/[\w.-]{1,255})*", re.ASCII)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_REMEDY = "take an older checkpoint or another copy"
-_STEPPED = ("optimizer/", "model/")  # moments, and weights that only training needs
-_WEIGHTS, _FINGERPRINT = "model.safetensors", "fingerprint.safetensors"
+_STEPPED = ("optimizer/", "model/")
+"""Prefixes of state that must be finite: optimizer moments, weights that only training needs."""
+_FINGERPRINT = "fingerprint.safetensors"
 _STATE = ("train/state.safetensors", "train/state.json")
 
 Allow = Callable[[str], None]
@@ -62,11 +65,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a run needs, beside the weights, to go on as if it had never stopped."""
+    """Everything that resuming a run needs, except the published weights."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
-    """JSON-able"""
+    """values that JSON can hold"""
 
 
 def step_name(step: int) -> str:
@@ -83,15 +86,15 @@ def save(
     fingerprint: bool = False,
     card: str | None = None,
 ) -> None:
-    """Writes a checkpoint directory, whole or not at all; an older one of that name is replaced.
+    """Writes a complete checkpoint directory and replaces an older one of that name.
 
-    Raises StorageError when the disk is full or refuses; nothing half-written is left.
+    Raises StorageError when the disk is full or refuses; then nothing new is left behind.
     """
     try:
         with atomic_folder(directory) as partial:
             parent = (lineage or {}).get("parent")
             _write_contents(partial, model, tokenizer_json, train, fingerprint, card, parent)
-            _write_manifest(partial, lineage or {})
+            write_manifest(partial, lineage or {})
     except BaseException as error:
         if refused := tensors.refusal(error):
             raise StorageError(f"{directory}: cannot be saved ({refused})") from error
@@ -105,12 +108,12 @@ def load(
     *,
     allow: Allow | None = None,
 ) -> Transformer:
-    """The model of a checkpoint or of a run's newest whole checkpoint, in eval mode.
+    """Loads the model of a checkpoint, or of a run's newest complete checkpoint, in eval mode.
 
-    It is a RewardModel where config.json has a "reward" object.
-    Every file but train/'s is checked against the manifest first, and in float32 the fingerprint,
-    where there is one, against what this code computes. Raises CheckpointError naming the path and
-    reason. Weights that are not finite are such a reason; `allow` gets it in place of the error.
+    Returns a RewardModel if config.json has a "reward" object. Checks every file outside train/
+    against the manifest and, in float32, the stored fingerprint against the loaded model. Raises
+    CheckpointError with path and reason. Weights that are not finite are an error too, unless
+    `allow` is given, which then gets the message.
     """
     directory = resolve(path)
     if dtype not in DTYPES:
@@ -119,23 +122,23 @@ def load(
     model = make_model(configs.model, configs.reward).to(device=device, dtype=DTYPES[dtype])
     load_weights(model, directory, allow=allow)
     model.eval()
-    if dtype == "float32" and lists(directory, _FINGERPRINT):
+    if dtype == "float32" and is_listed(directory, _FINGERPRINT):
         fingerprint.check(model, directory / _FINGERPRINT)
     return model
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """The model's config, cheap: no weight is read."""
+    """The model's config; reads no weights."""
     return _load_configs(directory).model
 
 
 def load_reward_config(directory: Path) -> RewardConfig | None:
-    """What kind of reward model it is, or None for one that writes text."""
+    """The config of a reward model, or None for a language model."""
     return _load_configs(directory).reward
 
 
 class Configs(NamedTuple):
-    """Of the model, of the adapter where one is attached, of the heads of a reward model."""
+    """The three parts of config.json; lora and reward are None without adapter or reward heads."""
 
     model: ModelConfig
     lora: LoraConfig | None
@@ -144,7 +147,7 @@ class Configs(NamedTuple):
 
 def _load_configs(directory: Path) -> Configs:
     where = directory / "config.json"
-    content = read_json(where, _REMEDY)
+    content = read_json(where, REMEDY)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise CheckpointError(f"{where}: not a config.json of this version; see `openpalm convert`")
     try:
@@ -161,7 +164,7 @@ def _load_configs(directory: Path) -> Configs:
 
 
 def check_generates_text(directory: Path) -> None:
-    """Raises CheckpointError for a reward model, which scores answers and writes none."""
+    """Raises CheckpointError for a reward model, which scores completions and generates none."""
     if load_reward_config(directory) is not None:
         raise CheckpointError(
             f"{directory}: is a reward model, which scores answers and writes none; "
@@ -171,17 +174,17 @@ def check_generates_text(directory: Path) -> None:
 
 @torch.no_grad()
 def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = None) -> None:
-    """Fills `model` from the directory; its dtype and device stay the model's own.
+    """Copies the checkpoint's weights into `model`, which keeps its dtype and device.
 
-    A model without an adapter gets the one that the checkpoint has. Raises CheckpointError where
-    the weights fit another model or are not finite; `allow` gets the latter in place of the error.
+    A model without an adapter gets the checkpoint's adapter. Raises CheckpointError if the weights
+    fit another model, or are not finite unless `allow` is given, which then gets the message.
     """
     low_rank = _load_configs(directory).lora
     if low_rank is not None and not lora.is_attached(model):
         lora.attach(model, low_rank)
     if lora.config_of(model) != low_rank:
         raise CheckpointError(f"{directory}: its adapter differs from this model's")
-    with tensors.opened(directory / _WEIGHTS) as file:
+    with tensors.opened(directory / WEIGHTS) as file:
         for name, parameter in model.published_parameters():
             stored = file.finite(name, allow)
             if stored.shape != parameter.shape:
@@ -193,10 +196,11 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
 
 
 def load_train_state(directory: Path) -> TrainState:
-    """What `save` was given as `train`. Raises CheckpointError if it was published without it, or
-    where the optimizer's state or a weight in it is not finite.
+    """Loads the state to resume from, the `train` argument of `save`.
 
-    Raises SettingsError where another version wrote it in a form that this one does not read.
+    Raises CheckpointError if the checkpoint was published without it, or if the optimizer state or
+    a weight in it is not finite. Raises SettingsError if another version wrote it in a format that
+    this version does not read.
     """
     folder = directory / "train"
     if not folder.is_dir():
@@ -204,15 +208,15 @@ def load_train_state(directory: Path) -> TrainState:
     files = verify(directory)["files"]
     refuse_other_version(directory)
     if missing := set(_STATE) - files.keys():
-        raise CheckpointError(f"{directory}: its manifest lists no {min(missing)}; {_REMEDY}")
+        raise CheckpointError(f"{directory}: its manifest lists no {min(missing)}; {REMEDY}")
     with tensors.opened(directory / _STATE[0]) as file:
         state = file.all()
     tensors.check_finite(folder, {n: t for n, t in state.items() if n.startswith(_STEPPED)})
-    return TrainState(state, read_json(directory / _STATE[1], _REMEDY))
+    return TrainState(state, read_json(directory / _STATE[1], REMEDY))
 
 
 def refuse_other_version(directory: Path) -> None:
-    """Raises SettingsError where another version wrote a train/ that this one cannot read."""
+    """Raises SettingsError if another version wrote a train/ that this version cannot read."""
     manifest = read_manifest(directory)
     versions = manifest.get("versions")
     made = versions.get("openpalm") if isinstance(versions, dict) else None
@@ -224,12 +228,13 @@ def refuse_other_version(directory: Path) -> None:
 
 
 def resolve(path: str | Path, *, training: bool = False) -> Path:
-    """The checkpoint directory that `path`, a checkpoint or a run, stands for; verified.
+    """The verified checkpoint directory for `path`, a checkpoint or a run (its newest checkpoint).
 
-    train/ is verified only with `training`. Raises StorageError where the system fails to read.
+    train/ is verified only with `training`. Raises CheckpointError if there is no complete
+    checkpoint, StorageError if the system cannot read one.
     """
     path = Path(path)
-    if _size(path) is None:
+    if file_size(path) is None:
         raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
     if (path / "checkpoints").is_dir():
         found = latest(path, training=training)
@@ -248,9 +253,11 @@ def resolve(path: str | Path, *, training: bool = False) -> Path:
 def latest(
     run: Path, say: Callable[[str], None] | None = None, *, training: bool = False
 ) -> Path | None:
-    """The newest whole checkpoint of a run, or None; says which newer ones it passed over.
+    """The newest complete checkpoint of a run, or None.
 
-    train/ counts only with `training`. Raises StorageError where the system fails to read.
+    Reports damaged newer ones through `say`, by default on stderr. train/ is verified only with
+    `training`. Raises StorageError if the system cannot read a file: an unreadable checkpoint may
+    be complete, so no older one replaces it.
     """
     say = say or (lambda line: print(line, file=sys.stderr))
     for directory in reversed(steps(run)):
@@ -265,7 +272,7 @@ def latest(
 def steps(run: Path) -> list[Path]:
     """The run's checkpoint directories, oldest first, damaged ones included."""
     folder = run / "checkpoints"
-    try:  # unlike Path.glob, which finds nothing in a folder that cannot be read
+    try:  # iterdir, because Path.glob finds nothing in a folder that cannot be read
         found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
     except FileNotFoundError:
         return []
@@ -275,98 +282,26 @@ def steps(run: Path) -> list[Path]:
 
 
 def remove_partial(run: Path) -> None:
-    """Clears what a killed save left; only for the process that owns the run."""
+    """Deletes the leftovers of a killed save; only for the process that holds the run's lock."""
     for leftover in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def verify(directory: Path, *, training: bool = True) -> dict[str, Any]:
-    """The manifest, after checking every file's size, and the hashes, against it.
-
-    Without `training` the files in train/ are not hashed; a missing train/ is a published model.
-    A file is hashed once a process while it does not change. Raises CheckpointError naming the
-    file that is damaged, StorageError where the system fails to read one.
-    """
-    manifest = read_manifest(directory)
-    files = manifest["files"]
-    if _size(directory / "train") is None:
-        files = {name: entry for name, entry in files.items() if not name.startswith("train/")}
-    for name, entry in files.items():
-        size = _size(directory / name, regular=True)
-        if size is None:
-            raise CheckpointError(f"{directory}: {name} is missing; {_REMEDY}")
-        if size != entry["bytes"]:
-            raise CheckpointError(f"{directory}: {name} is torn ({size} bytes); {_REMEDY}")
-    names = [name for name in files if training or not name.startswith("train/")]
-
-    def hashed(name: str) -> str:
-        try:
-            return _hash(directory / name)
-        except OSError as error:
-            raise read_failure(directory / name, error) from None
-
-    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-        hashes = list(pool.map(hashed, names))
-    for name, found in zip(names, hashes, strict=True):
-        if found != files[name]["sha256"]:
-            raise CheckpointError(
-                f"{directory}: {name} was altered since it was written; {_REMEDY}"
-            )
-    return manifest
-
-
-def _size(path: Path, *, regular: bool = False) -> int | None:
-    """The size in bytes, or None where there is nothing, or where `regular` no regular file."""
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
-        return None
-    except OSError as error:
-        raise read_failure(path, error) from None
-    return found.st_size if stat.S_ISREG(found.st_mode) or not regular else None
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest alone, its own hash checked, no file compared with it."""
-    where = directory / "manifest.json"
-    manifest = read_json(where, _REMEDY)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise CheckpointError(f"{where}: not of a checkpoint that this version reads; check PATH")
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    if where.read_bytes() != _manifest_text(body).encode():
-        raise CheckpointError(f"{where}: was altered since it was written; {_REMEDY}")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(_is_entry(*item) for item in files.items()):
-        raise CheckpointError(f"{where}: its list of files is not one this project writes")
-    if missing := {"config.json", _WEIGHTS} - files.keys():
-        raise CheckpointError(f"{where}: does not list {min(missing)}; {_REMEDY}")
-    return manifest
-
-
-def _is_entry(name: str, entry: object) -> bool:
-    """Whether `save` could have written it: a file inside, spelled one way, a size and a hash."""
-    inside = _NAME.fullmatch(name) and {".", ".."}.isdisjoint(name.split("/"))
-    if not inside or not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
-        return False
-    return _SHA256.fullmatch(str(entry.get("sha256"))) is not None
-
-
-def lists(directory: Path, name: str) -> bool:
-    """Whether the checkpoint's manifest lists the file; one that it does not list is not used."""
-    return name in read_manifest(directory)["files"]
-
-
 def tokenizer_json(directory: Path) -> str | None:
-    """The checkpoint's tokenizer.json as text, or None where its manifest lists none."""
-    if not lists(directory, "tokenizer.json"):
+    """The text of the checkpoint's tokenizer.json, or None if its manifest lists none."""
+    if not is_listed(directory, "tokenizer.json"):
         return None
     return (directory / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def _check_tensors(configs: Configs, directory: Path) -> None:
-    """The stored names and shapes against the config's, so that a hostile size builds no model."""
+    """Compares stored names and shapes with the config.
+
+    Before any memory is allocated, so that a hostile config cannot make the process build a huge
+    model.
+    """
     config, low_rank = configs.model, configs.lora
-    where = directory / _WEIGHTS
+    where = directory / WEIGHTS
     with tensors.opened(where) as file:
         stored = file.shapes()
     numbers = sum(math.prod(shape) for shape in stored.values())
@@ -403,7 +338,7 @@ def _write_contents(
     reward = model.reward if isinstance(model, RewardModel) else None
     config |= {"reward": asdict(reward)} if reward else {}
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    tensors.write(partial / _WEIGHTS, dict(model.published_parameters()))
+    tensors.write(partial / WEIGHTS, dict(model.published_parameters()))
     if tokenizer is not None:
         _write_text(partial / "tokenizer.json", tokenizer)
     if with_fingerprint:
@@ -416,20 +351,8 @@ def _write_contents(
     _write_text(partial / "card.md", card or default_card(model.config, reward))
 
 
-def _write_manifest(partial: Path, lineage: dict[str, Any]) -> None:
-    files = {}
-    for file in sorted(path for path in partial.rglob("*") if path.is_file()):
-        file.chmod(0o644)  # safetensors writes files for the owner only
-        name = file.relative_to(partial).as_posix()
-        files[name] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
-    versions = {"openpalm": __version__, "torch": torch.__version__}
-    body = {"format": FORMAT, "version": VERSION, "files": files}
-    body |= {"lineage": lineage, "versions": versions}
-    _write_text(partial / "manifest.json", _manifest_text(body))
-
-
 def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str:
-    """A model card that says what can be known from the config alone."""
+    """A model card with the facts that the config gives."""
     what = "PaLM-style language model" if reward is None else f"{reward.kind} reward model"
     return (
         "# Model card\n\n"
@@ -445,9 +368,3 @@ def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _manifest_text(body: dict[str, Any]) -> str:
-    """The manifest to the last byte: its body and the body's own hash."""
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps(body | {"sha256": digest}, indent=1) + "\n"

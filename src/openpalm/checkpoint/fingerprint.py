@@ -1,4 +1,7 @@
-"""The fingerprint: what a model computes of 16 fixed tokens, stored with it and computed again."""
+"""The fingerprint: a model's logits for 16 fixed tokens, stored with it and compared at loading.
+
+It detects changed weights with a valid manifest, and changed code.
+"""
 
 from pathlib import Path
 
@@ -27,7 +30,7 @@ def compute(model: Transformer) -> tuple[Tensor, Tensor]:
 
 
 def output(model: Transformer, ids: Tensor) -> Tensor:
-    """What the model is for, float32: logits, or the scores of each half prompt, half answer."""
+    """Logits, float32; of a reward model its scores, with the first half of the ids as prompt."""
     if not isinstance(model, RewardModel):
         return model.logits(ids)
     lengths = torch.full(ids.shape[:1], ids.shape[1] // 2, device=ids.device)
@@ -35,7 +38,7 @@ def output(model: Transformer, ids: Tensor) -> Tensor:
 
 
 def check(model: Transformer, path: Path) -> None:
-    """Raises CheckpointError where the model computes something else than the file holds."""
+    """Raises CheckpointError if the model's output differs from the stored one."""
     with tensors.opened(path) as file:
         written = file.tensor("logits") if "logits" in file.shapes() else None
     computed = compute(model)[1].cpu()

@@ -1,7 +1,7 @@
-"""Named tensors in a safetensors file: written, opened, checked for numbers that are not finite.
+"""Writes and reads safetensors files, and checks tensors for numbers that are not finite.
 
 Nothing in such a file is executed. torch.distributed.checkpoint reads the same files
-(HuggingFaceStorageReader), so that many processes can load what one has saved.
+(HuggingFaceStorageReader), so several processes can load a checkpoint of one process.
 """
 
 import os
@@ -23,7 +23,7 @@ _REMEDY = "take an older checkpoint or another copy"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the tensors, on any device; each of those that share memory is written whole."""
+    """Writes tensors from any device; tensors that share memory are each written in full."""
     stored: dict[str, Tensor] = {}
     storages = set[int]()
     for name, tensor in tensors.items():
@@ -36,7 +36,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def refusal(error: BaseException) -> str | None:
-    """Why the system refused a write, if that is what the error says."""
+    """The system's reason for refusing a write, or None for other errors."""
     if isinstance(error, OSError):
         return error.strerror
     said = re.search(r"os error (\d+)", str(error))  # safetensors reports system errors as text
@@ -45,9 +45,10 @@ def refusal(error: BaseException) -> str | None:
 
 @contextmanager
 def opened(path: Path) -> Iterator["TensorFile"]:
-    """The file. Raises CheckpointError where it is damaged, StorageError where reading fails."""
+    """Opens a file. Raises CheckpointError if it is damaged, StorageError if reading fails."""
     try:
-        with path.open("rb"):  # safetensors reports every refusal as a file that is missing
+        # safetensors reports every refusal of the system as a missing file.
+        with path.open("rb"):
             pass
         with safetensors.safe_open(path, framework="pt") as file:
             yield TensorFile(path, file)
@@ -58,14 +59,14 @@ def opened(path: Path) -> Iterator["TensorFile"]:
 
 
 def check_finite(where: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError, naming the tensor, where a number is NaN or infinite."""
+    """Raises CheckpointError, naming the tensor, if a number is NaN or infinite."""
     for name, tensor in tensors.items():
         if not _is_finite(tensor):
             raise CheckpointError(f"{where}: {name} {_NOT_FINITE}; {_REMEDY}")
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether every number is: the extremes are NaN where one is; one pass without a copy."""
+    """Whether every number is finite. aminmax returns NaN if there is one; one pass, no copy."""
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
@@ -79,20 +80,21 @@ class TensorFile:
         return {n: tuple(self._file.get_slice(n).get_shape()) for n in list(self._file.keys())}
 
     def all(self) -> dict[str, Tensor]:
-        """Every tensor by name, in memory of its own.
+        """A copy of every tensor, by name.
 
-        What safetensors returns is mapped: it changes, or ends the process, when the file does.
+        safetensors returns memory-mapped tensors: when the file changes they change too, or end
+        the process.
         """
         return {name: self.tensor(name).clone() for name in self.shapes()}
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor. Raises SafetensorError, which `opened` translates, where there is none."""
+        """The tensor. Raises SafetensorError, which `opened` translates, if there is none."""
         return self._file.get_tensor(name)
 
     def finite(self, name: str, allow: Callable[[str], None] | None = None) -> Tensor:
-        """The tensor. Raises CheckpointError where a number is NaN or infinite.
+        """The tensor. Raises CheckpointError if a number is NaN or infinite.
 
-        `allow` gets that message in place of the error.
+        With `allow` it is returned all the same, and `allow` gets the message.
         """
         tensor = self.tensor(name)
         if allow is None:

@@ -35,9 +35,9 @@ class BestOfNSettings(ModelOptions):
     pairs: Path | None = None
     """also write a .jsonl of pairs, best and worst completion, for dpo and reward"""
     n: int = 8
-    """completions of each prompt"""
+    """completions per prompt"""
     max_new_tokens: int = 64
-    """most tokens in a completion"""
+    """maximum tokens per completion"""
     temperature: float = 1.0
     """sampling temperature"""
     seed: int = 0
@@ -150,6 +150,7 @@ def _best_and_worst(
 def _fingerprint(settings: BestOfNSettings) -> str:
     """Hash of model, data, reward and sampling, to recognise the rows of the same command."""
     from openpalm.checkpoint import directory as checkpoint
+    from openpalm.checkpoint.manifest import read_manifest
     from openpalm.cli.common import weights_path
 
     hashed = {name: str(value) for name, value in asdict(settings).items()}
@@ -157,7 +158,7 @@ def _fingerprint(settings: BestOfNSettings) -> str:
         del hashed[name]
     hashed["data"] = hashlib.sha256(settings.data.read_bytes()).hexdigest()
     directory = checkpoint.resolve(weights_path(settings.path))
-    hashed["model"] = checkpoint.read_manifest(directory)["sha256"]
+    hashed["model"] = read_manifest(directory)["sha256"]
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
 

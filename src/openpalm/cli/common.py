@@ -15,6 +15,7 @@ from openpalm.base.hashing import sha256_of
 from openpalm.base.typed import home
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from openpalm.checkpoint.manifest import is_listed, read_manifest
 from openpalm.cli.model_options import ModelOptions
 from openpalm.convert import hub
 from openpalm.data.rows.read_result import ReadResult
@@ -28,7 +29,7 @@ from openpalm.train.initial_weights import Start, check_reads, starting_point
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 30.0
-"""of progress, where no terminal shows a bar"""
+"""Time between progress lines if standard error is no terminal."""
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 64
 
@@ -43,7 +44,7 @@ def weights_path(name: str) -> Path:
 def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None:
     """The tokenizer at `given`, else the checkpoint's own, else None.
 
-    The files beside `given` name its end of text, as they do for `data prepare`.
+    The files next to `given` name its end-of-text token, as for `data prepare`.
     """
     if given is not None:
         if is_bpe(str(given)):
@@ -60,9 +61,9 @@ def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None
 def fine_tuning_start(
     settings: TrainSettings, *, may_score: bool = False
 ) -> tuple[Path, Tokenizer, Start]:
-    """The checkpoint that --init names, its tokenizer, and a start from it.
+    """The checkpoint that --init names, its tokenizer and its weights as a start.
 
-    Only where it `may_score` can it be a reward model.
+    `may_score` allows a reward model.
     """
     if settings.init is None:
         raise SettingsError(NO_INIT)
@@ -76,15 +77,15 @@ def fine_tuning_start(
 
 
 def held_out(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
-    """What is trained on, and the last items of a file, which only measure."""
+    """The training items, and the last items of a file, which are held out for evaluation."""
     kept = len(items) - min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(items)))
     return items[:kept], items[kept:]
 
 
 def report_unused(label: str, path: Path, given: ReadResult[T], what: str) -> ReadResult[T]:
-    """Says what of a file is left out, by reason and line, and which fields are not used.
+    """Prints which rows of a file are left out, by reason, and which fields are not used.
 
-    Raises DataError where nothing is left.
+    Raises DataError if no row is left.
     """
     given.refuse_empty(path, what)
     for line in given.report():
@@ -110,10 +111,10 @@ def serving_model(
     slots: int = 16,
     allow: Callable[[str], None] | None = None,
 ) -> tuple[Engine, Tokenizer, SamplingDefaults]:
-    """Those, and how tokens are chosen where nobody says.
+    """The engine, the tokenizer and the model's default sampling settings.
 
-    Weights that are not finite raise CheckpointError, unless `allow` is given, which gets the
-    message.
+    Weights that are not finite raise CheckpointError; if `allow` is given it receives the message
+    instead.
     """
     directory = checkpoint.resolve(weights_path(source), training=settings.verify)
     checkpoint.check_generates_text(directory)
@@ -139,8 +140,8 @@ def give_adapter(
 ) -> str | None:
     """Attaches the adapter at `path` to the model of checkpoint `base`; returns its hash.
 
-    `path` is a directory of its own, a run's or a checkpoint's. Raises CheckpointError for an
-    adapter that is known to be made for other weights; with `force` it is used, and that is said.
+    `path` is an adapter directory, a checkpoint or a run. Raises CheckpointError for an adapter
+    that was made for other weights; with `force` a warning is printed instead.
     """
     if path is None:
         return None
@@ -150,21 +151,21 @@ def give_adapter(
         holder = checkpoint.resolve(holder)
         path = holder / "adapter"
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not checkpoint.lists(holder, f"adapter/{name}"):
+            if not is_listed(holder, f"adapter/{name}"):
                 raise CheckpointError(f"{holder}: its manifest lists no adapter/{name}")
-        made_for = checkpoint.read_manifest(holder)["lineage"].get("parent")
+        made_for = read_manifest(holder)["lineage"].get("parent")
 
     def forced(reason: str) -> None:
-        print(f"--force: used all the same: {reason}", file=sys.stderr)
+        print(f"--force: used anyway: {reason}", file=sys.stderr)
 
     allow = forced if force else None
-    load_adapter(model, path, bases=_computing_as(base), made_for=made_for, allow=allow)
+    load_adapter(model, path, bases=_equivalent_hashes(base), made_for=made_for, allow=allow)
     return sha256_of(path / WEIGHTS_FILE)
 
 
-def _computing_as(directory: Path) -> set[str]:
-    """Hashes of the checkpoint and of the one whose own adapter was merged to make it."""
-    manifest = checkpoint.read_manifest(directory)
+def _equivalent_hashes(directory: Path) -> set[str]:
+    """Hashes of the checkpoint, and of its parent if it only merged the parent's adapter."""
+    manifest = read_manifest(directory)
     lineage = manifest["lineage"]
     merged = {lineage["parent"]} if lineage.get("adapter") == "own" else set()
     return {manifest["sha256"]} | merged
@@ -172,7 +173,7 @@ def _computing_as(directory: Path) -> set[str]:
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar in a terminal, a line in 30 seconds elsewhere; call it with how many more are done."""
+    """A progress bar in a terminal, elsewhere a line every 30 s; call it with the increment."""
     columns = (TextColumn(label), BarColumn(bar_width=24), MofNCompleteColumn())
     console = Console(stderr=True)
     remaining = TimeRemainingColumn(compact=True)

@@ -35,9 +35,9 @@ class DoctorSettings:
     prompts_per_rollout: int = 8
     """prompts to sample completions for"""
     num_completions: int = 4
-    """completions of each prompt"""
+    """completions per prompt"""
     max_new_tokens: int = 64
-    """most tokens in a completion"""
+    """maximum tokens per completion"""
     temperature: float = 1.0
     """sampling temperature"""
     seed: int = 0
@@ -165,7 +165,7 @@ class _Given(NamedTuple):
 def _read(path: Path) -> _Given:
     """Reads a file in any of the forms. Raises DataError."""
     from openpalm.cli.common import report_unused
-    from openpalm.data.corpus.document_reader import read_rows
+    from openpalm.data.corpus.json_lines import read_rows
     from openpalm.data.corpus.sources import is_rows
     from openpalm.data.rows.demonstration_files import read_demonstrations
     from openpalm.data.rows.pair_files import read_pairs

@@ -37,13 +37,13 @@ class JudgeSettings:
     model: str | None = None
     """run, checkpoint or hub name that generates completions, if --data has prompts only"""
     num_completions: int = 2
-    """completions of each prompt, sampled from --model"""
+    """completions per prompt, sampled from --model"""
     temperature: float = 1.0
     """sampling temperature of --model"""
     seed: int = 0
     """random seed of --model's sampling"""
     max_new_tokens: int = 64
-    """most tokens in a completion, and in a revision"""
+    """maximum tokens per completion and per revision"""
     revise: bool = False
     """revise the first completion of each prompt (records of kind edit) instead of comparing"""
     parallel: int = 4
@@ -190,7 +190,8 @@ def _sampled_items(settings: JudgeSettings, model: str) -> "list[Item]":
 
 def _hash_of(name: str) -> str:
     from openpalm.checkpoint import directory as checkpoint
+    from openpalm.checkpoint.manifest import read_manifest
     from openpalm.cli.common import weights_path
 
     directory = checkpoint.resolve(weights_path(name))
-    return checkpoint.read_manifest(directory)["sha256"]
+    return read_manifest(directory)["sha256"]

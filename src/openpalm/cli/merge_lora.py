@@ -37,6 +37,7 @@ def run(argv: Sequence[str]) -> None:
     )
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.checkpoint import fingerprint
+    from openpalm.checkpoint.manifest import read_manifest
     from openpalm.cli.common import give_adapter, weights_path
     from openpalm.convert import export
     from openpalm.model import lora
@@ -50,8 +51,8 @@ def run(argv: Sequence[str]) -> None:
     before = fingerprint.compute(model)[1]
     lora.merge(model)
     change = (fingerprint.compute(model)[1] - before).abs().max().item()
-    parent = checkpoint.read_manifest(directory)["sha256"]
-    # "own": it computes the same function as its parent, so adapters of the parent fit it too.
+    parent = read_manifest(directory)["sha256"]
+    # "own": the merged checkpoint computes what its parent does, so its adapters fit here too.
     lineage = {"parent": parent, "merged": True, "adapter": given or "own"}
     text = checkpoint.tokenizer_json(directory)
     export.save_as_openpalm(model, settings.out, lineage=lineage, tokenizer_json=text)

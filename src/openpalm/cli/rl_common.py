@@ -66,15 +66,11 @@ def train_on_rollouts(
     )
     context = RewardContext.from_rows(tokenizer, prompts)
     reward = load_reward(reward_sources(settings.reward), context)
-    gold = (
-        load_reward(reward_sources(settings.gold_reward), context, "gold_reward")
-        if settings.gold_reward
-        else None
-    )
-    numbers = range(len(ids))
-    trained, measured = held_out(numbers)
+    gold_sources = reward_sources(settings.gold_reward)
+    gold = load_reward(gold_sources, context, "gold_reward") if gold_sources else None
+    trained, measured = held_out(range(len(ids)))
     enough = len(measured) >= MIN_EVAL_PROMPTS
-    evaluated = list(measured if enough else numbers)[:MAX_EVAL_PROMPTS]
+    evaluated = list(measured if enough else range(len(ids)))[:MAX_EVAL_PROMPTS]
     reference = _reference(directory, settings)
     shape = _shape(settings, max(map(len, ids)) + settings.max_new_tokens)
 
@@ -101,9 +97,7 @@ def train_on_rollouts(
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
         parent_hash=start.parent_hash,
-        reward_hash=fingerprint(
-            [*reward_sources(settings.reward), *reward_sources(settings.gold_reward)]
-        ),
+        reward_hash=fingerprint([*reward_sources(settings.reward), *gold_sources]),
         parent_fixed=True,
         probes=_probes(settings, context, ids, evaluated, reference, reward, gold),
         best="val_gold" if gold else "val_reward",

@@ -112,6 +112,7 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
     from openpalm.cli.common import serving_model
     from openpalm.serve import server
     from openpalm.serve.app import create_app
+    from openpalm.serve.conversation_sink import ConversationSink
     from openpalm.serve.metrics import Metrics
     from openpalm.serve.service import Service
     from openpalm.serve.worker import ServedModel, Worker, run_in_new_thread
@@ -129,11 +130,7 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
         )
         return ServedModel(name or _model_name(path), engine, tokenizer, path, defaults)
 
-    sink = None
-    if settings.conversation_url:
-        from openpalm.serve.conversation_sink import ConversationSink
-
-        sink = ConversationSink(settings.conversation_url)
+    sink = ConversationSink(settings.conversation_url) if settings.conversation_url else None
     metrics = Metrics()
     with Console(stderr=True).status(f"loading {settings.path}"):
         served = run_in_new_thread(lambda: load(settings.path, settings.name, warn))

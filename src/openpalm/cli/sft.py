@@ -1,4 +1,4 @@
-"""`openpalm sft`: a checkpoint and conversations in, a model that answers out."""
+"""`openpalm sft`: supervised fine-tuning of a checkpoint on conversations."""
 
 import sys
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ def run(argv: Sequence[str]) -> None:
         SftSettings,
         argv,
         verb="sft",
-        about="Fine-tunes a checkpoint on conversations: a .jsonl of "
+        about="Supervised fine-tuning of a checkpoint on conversations. --data is a .jsonl of "
         '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, of '
-        '{"prompt": ..., "completion": ...} (the user\'s turn and the assistant\'s), ShareGPT, '
-        "Alpaca, questions with answers, or preference records: the keys tell. A .yaml is a "
-        "mixture of such files. The loss is on what the assistant says and on its end marker.",
+        '{"prompt": ..., "completion": ...}, ShareGPT, Alpaca, questions with answers, or '
+        "preference records, recognised by their keys; or a .yaml that mixes several files. The "
+        "loss is on the assistant's turns and their end markers.",
         examples=[
             "openpalm sft --init runs/tiny --data questions.jsonl --out runs/chat --epochs 2",
             "openpalm sft --init runs/tiny --data questions.jsonl --out runs/c2 --minutes 5 --pack",
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
-    """Composes the run: weights, conversations as records, THE loop."""
+    """Composes the run: weights, conversations as examples, THE loop."""
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.data.batches.loader import (
@@ -59,8 +59,8 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     length = settings.sequence_length or start.config.context
     mixture = read_mixture(settings.data)
     tasks = [held_out(task) for task in _tasks(mixture, tokenizer, settings, length, label)]
-    trained = [record for training, _ in tasks for record in training]
-    measured = [record for _, measuring in tasks for record in measuring]
+    trained = [example for training, _ in tasks for example in training]
+    measured = [example for _, measuring in tasks for example in measuring]
     sizes = [len(training) for training, _ in tasks]
     shares = mixture.shares(sizes)
     draws = mixed_draws(sizes, shares, settings.seed) if len(sizes) > 1 else None
@@ -69,7 +69,8 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     if cut := truncated([*trained, *measured], length):
         whole = count_of(len(trained) + len(measured), "conversation")
         print(
-            f"{label}: cut at {length} tokens: {cut} of {whole}; --sequence-length takes more",
+            f"{label}: {cut} of {whole} cut at {length} tokens; raise --sequence-length to keep "
+            "more",
             file=sys.stderr,
         )
     make = packed_loader if settings.pack else example_loader
@@ -77,7 +78,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     def loader(rows: int) -> Loader[Batch]:
         return make(trained, rows=rows, seed=settings.seed, sequence_length=length, draws=draws)
 
-    measurable = any(any(record.loss_mask[1 : length + 1]) for record in measured)
+    measurable = any(any(example.loss_mask[1 : length + 1]) for example in measured)
     spec = TrainSpec(
         config=start.config,
         fill=start.fill,
@@ -96,29 +97,31 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
 def _tasks(
     mixture: "Mixture", tokenizer: "Tokenizer", settings: SftSettings, length: int, label: str
 ) -> "list[list[Example]]":
-    """Each task's conversations as records; reports what is left out."""
-    from openpalm.align.sft import fitting
+    """Each task's conversations as examples; reports what is left out."""
+    from openpalm.align.sft import to_examples
     from openpalm.cli.common import report_unused
     from openpalm.data.rows.tasks import read_conversations
 
-    made = []
+    examples = []
     for number, task in enumerate(mixture.tasks):
         given = read_conversations(task, settings.seed + number)
-        found = fitting(tokenizer, given, settings.template, length)
-        made.append(report_unused(label, task.data, found, "conversation").items)
-    return made
+        found = to_examples(tokenizer, given, settings.template, length)
+        examples.append(report_unused(label, task.data, found, "conversation").items)
+    return examples
 
 
-def _held_out_probe(records: "Sequence[Example]", sequence_length: int) -> "Probe":
-    """val_loss over the held-out answers, nats a token."""
+def _held_out_probe(examples: "Sequence[Example]", sequence_length: int) -> "Probe":
+    """val_loss over the held-out completions, in nats per token."""
     from openpalm.data.batches.loader import Batch, padded
     from openpalm.train.objective import NextToken
     from openpalm.train.probes import held_out_probe
 
     batches = [
-        Batch(*padded(records[first : first + _PROBE_ROWS], sequence_length))
-        for first in range(0, len(records), _PROBE_ROWS)
+        Batch(*padded(examples[first : first + _PROBE_ROWS], sequence_length))
+        for first in range(0, len(examples), _PROBE_ROWS)
     ]
     return held_out_probe(
-        NextToken(), batches, lambda row: f"held-out answers {row['val_loss']:.4f} nats a token"
+        NextToken(),
+        batches,
+        lambda row: f"held-out completions: {row['val_loss']:.4f} nats per token",
     )

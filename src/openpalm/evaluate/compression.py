@@ -170,3 +170,11 @@ def documents(dataset: Dataset, split: str) -> list[bytes]:
             "prepare the data with a byte or bpe tokenizer"
         )
     return texts
+
+
+def baselines(dataset: Dataset) -> dict[str, float]:
+    """Bits per byte of the validation text: gzip, and a model of the last five bytes."""
+    training, validation = documents(dataset, "train"), documents(dataset, "val")
+    text = b"".join(validation)
+    order5 = WittenBell(training).bits(validation)
+    return {"gzip": gzip_bits(text) / len(text), "order5": order5 / len(text)}

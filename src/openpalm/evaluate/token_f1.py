@@ -2,6 +2,8 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
 
 
 def token_f1(completion: str, reference: str) -> float:
@@ -12,6 +14,11 @@ def token_f1(completion: str, reference: str) -> float:
         return float(found == expected)
     precision, recall = common / len(found), common / len(expected)
     return 2 * precision * recall / (precision + recall)
+
+
+def mean_token_f1(answers: Sequence[str], references: Sequence[str]) -> float:
+    """The mean over all answers."""
+    return fmean(token_f1(*pair) for pair in zip(answers, references, strict=True))
 
 
 def _words(text: str) -> list[str]:

@@ -5,7 +5,8 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from openpalm.data.text.tokenizer import StreamDecoder, Tokenizer
+from openpalm.data.text.stream_decoder import StreamDecoder
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.generate.engine import Engine, Request, Token
 from openpalm.generate.sampling import Sampling
 

@@ -1,6 +1,6 @@
-"""This process's rank among how many. A no-op alone.
+"""Rank and world size of this process, and sums over all ranks.
 
-The seam for many processes: everything that sums over ranks comes through here.
+Distributed training will enter here: everything that sums over ranks calls World.sum.
 """
 
 import os
@@ -11,7 +11,7 @@ from openpalm.errors import SettingsError
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """Rank and number of processes; one process by default."""
 
     rank: int = 0
     size: int = 1
@@ -22,7 +22,7 @@ class World:
 
 
 def world() -> World:
-    """The processes of this run. Raises SettingsError under a launcher of several, for now."""
+    """The world of this run. Raises SettingsError under a launcher with several processes."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1":
         raise SettingsError(f"WORLD_SIZE ({size}): training on several processes is still to come")

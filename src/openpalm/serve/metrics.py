@@ -38,16 +38,8 @@ class Metrics:
         for name, description, read in (
             ("openpalm_max_sequences", "Limit of sequences generated at the same time", _slots),
             ("openpalm_sequences_running", "Sequences being generated", lambda w: w.running),
-            (
-                "openpalm_sequences_in_flight",
-                "Sequences being generated or waiting",
-                lambda w: w.in_flight,
-            ),
-            (
-                "openpalm_prefilled_tokens",
-                "Prompt tokens computed; those shared with another prompt are copied",
-                _prefilled,
-            ),
+            ("openpalm_sequences_in_flight", "Sequences running or waiting", lambda w: w.in_flight),
+            ("openpalm_prefilled_tokens", "Prompt tokens computed, not copied", _prefilled),
         ):
             gauge = Gauge(name, description, registry=self.registry)
             gauge.set_function(lambda read=read: read(worker))

@@ -61,14 +61,10 @@ def run(
 
 class _Server(uvicorn.Server):
     def __init__(
-        self,
-        config: uvicorn.Config,
-        worker: Worker,
-        shutdown_timeout_s: int,
-        ready: Callable[[], None],
+        self, config: uvicorn.Config, worker: Worker, timeout_s: int, ready: Callable[[], None]
     ):
         super().__init__(config)
-        self._shutdown_timeout_s = shutdown_timeout_s
+        self._shutdown_timeout_s = timeout_s
         self._worker = worker
         self._ready = ready
 

@@ -3,16 +3,14 @@
 import asyncio
 import time
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from openpalm.serve.api.error_responses import ApiError
 from openpalm.serve.api.request_fields import ChatRequest
 from openpalm.serve.api.responses import KeepConversation
+from openpalm.serve.conversation_sink import ConversationSink
 from openpalm.serve.metrics import Metrics
 from openpalm.serve.worker import ServedModel, ServedSequence, Worker
-
-if TYPE_CHECKING:
-    from openpalm.serve.conversation_sink import ConversationSink
 
 
 class LoadModel(Protocol):
@@ -26,7 +24,7 @@ class Service:
     worker: Worker
     load_model: LoadModel
     metrics: Metrics
-    sink: "ConversationSink | None" = None
+    sink: ConversationSink | None = None
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def check_count(self, sequences: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run starts from: a preset's fresh weights, or a checkpoint's."""
+"""Initial weights of a run: new weights of a preset, or those of a checkpoint (--init)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from openpalm.base.settings import plain, spell
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import read_manifest
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError, count_of
 from openpalm.model import lora
@@ -16,23 +17,23 @@ from openpalm.train.config import TrainSettings
 from openpalm.train.sizing.scaling import of_depth
 
 SIZES = ("dim", "depth", "heads", "head_dim", "ff_dim", "kv_heads")
-"""What the shapes of a model's weights fix."""
+"""Fields of the config that the shapes of the weights determine."""
 MAX_PADDING = 256
-"""ids that a vocabulary may have beyond its tokenizer's, as rounding up to a multiple gives"""
+"""ids that a vocabulary may have beyond its tokenizer's, from rounding up to a multiple"""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A model's config, how it gets its first weights, and a learning rate that suits its size."""
+    """A model's config, its initial weights, and a learning rate that suits its size."""
 
     config: ModelConfig
     fill: Callable[[Transformer], None]
     learning_rate: float
     parent_hash: str | None = None
     reward: RewardConfig | None = None
-    """of a start from a reward model"""
+    """config of the heads, if --init is a reward model"""
     unsure: str | None = None
-    """what to say where the model may have been trained with another tokenizer"""
+    """a warning, if the model may have been trained with another tokenizer"""
 
 
 def starting_point(
@@ -43,12 +44,10 @@ def starting_point(
     may_score: bool = False,
     force: bool = False,
 ) -> Start:
-    """The start that `--model` and `--init` ask for; `init` is --init's checkpoint or run.
+    """The start that `--model` or `--init` names; `init` is the path of --init.
 
-    Only where it `may_score` can that be a reward model; `force` takes data of another tokenizer.
-
-    Raises SettingsError for an unknown preset, CheckpointError where the checkpoint is of another
-    model or reads another tokenizer's ids.
+    `may_score` allows a reward model, `force` data of another tokenizer. Raises SettingsError for
+    an unknown preset, CheckpointError if the checkpoint has other sizes or another tokenizer.
     """
     if init is None:
         named = _named(settings)
@@ -89,14 +88,14 @@ def starting_point(
         config,
         lambda model: _fill_merged(model, directory),
         _learning_rate_of_size(config),
-        checkpoint.read_manifest(directory)["sha256"],
+        read_manifest(directory)["sha256"],
         checkpoint.load_reward_config(directory),
         unsure,
     )
 
 
 def _named(settings: TrainSettings) -> Preset:
-    """What --depth or --model asks for."""
+    """The preset that --depth or --model names."""
     if settings.scaling_depth is not None:
         return of_depth(settings.scaling_depth)
     assert settings.model is not None
@@ -104,7 +103,7 @@ def _named(settings: TrainSettings) -> Preset:
 
 
 def check_trained(settings: TrainSettings, config: ModelConfig) -> None:
-    """Raises SettingsError where such a model cannot be trained in the part that is asked for."""
+    """Raises SettingsError if --lora or --last-layers does not fit the model."""
     settings.lora.config(config)
     if settings.last_layers is not None and settings.last_layers > config.depth:
         raise SettingsError(
@@ -114,7 +113,7 @@ def check_trained(settings: TrainSettings, config: ModelConfig) -> None:
 
 
 def choose_trained(model: Transformer, settings: TrainSettings) -> None:
-    """Attaches the adapter, or freezes all but the last blocks and the final norm, if asked to."""
+    """Attaches the adapter, or freezes all but the last blocks and the final norm."""
     config = settings.lora.config(model.config)
     if config is not None:
         lora.attach(model, config, settings.seed)
@@ -126,7 +125,7 @@ def choose_trained(model: Transformer, settings: TrainSettings) -> None:
 
 
 def _fill_merged(model: Transformer, directory: Path) -> None:
-    """The checkpoint's weights, its adapter folded in: a run begins from what it computes."""
+    """Loads the checkpoint's weights and merges its adapter into them."""
     checkpoint.load_weights(model, directory)
     lora.merge(model)
 
@@ -135,7 +134,7 @@ def _changed(
     config: ModelConfig, settings: TrainSettings, vocab_size: int | None = None
 ) -> ModelConfig:
     changes = plain(settings.arch)
-    changes.pop("init", None)  # says nothing of the model's shape
+    changes.pop("init", None)  # how weights are initialised is not part of the config
     if vocab_size is not None:
         changes["vocab_size"] = vocab_size
         changes["context"] = settings.sequence_length or config.context
@@ -145,9 +144,9 @@ def _changed(
 def check_reads(
     directory: Path, tokenizer: Tokenizer, remedy: str, *, force: bool = False
 ) -> str | None:
-    """Raises CheckpointError unless the checkpoint's model reads this tokenizer's ids.
+    """Raises CheckpointError unless the checkpoint's model was trained with this tokenizer.
 
-    With `force` only where it cannot: it has fewer ids. Returns what was forced, or None.
+    `force` accepts another tokenizer unless it has too many ids; returns a warning then, or None.
     """
     ids = checkpoint.load_config(directory).vocab_size
     has = f"its vocabulary has {ids} ids, this tokenizer {tokenizer.vocab_size}"
@@ -178,6 +177,6 @@ def _same_sizes(directory: Path, stored: ModelConfig, wanted: ModelConfig, name:
 
 
 def _learning_rate_of_size(config: ModelConfig) -> float:
-    """A third of the rate of the preset nearest in parameters: the weights are trained already."""
+    """A third of the nearest preset's rate, because the weights are already trained."""
     nearest = min(PRESETS.values(), key=lambda p: abs(p.config.parameters - config.parameters))
     return nearest.learning_rate / 3

@@ -1,7 +1,7 @@
-"""The rows of a run on other people's loggers too: TensorBoard and Weights & Biases.
+"""Loggers: TensorBoard and Weights & Biases receive the run's metrics and samples.
 
-They get what metrics.jsonl and samples.jsonl get, under the same names. A logger that fails is
-told of once and left; the run and its own files go on.
+They get the rows of metrics.jsonl and samples.jsonl, under the same names. If a logger fails it is
+reported once and dropped; the run continues.
 """
 
 import os
@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 
 class Logger(Protocol):
-    """Where rows go."""
+    """Receives rows."""
 
     def write(self, row: dict[str, Any]) -> None: ...
 
@@ -29,7 +29,7 @@ class Logger(Protocol):
 
 
 def check_installed(settings: TrainSettings) -> None:
-    """Raises SettingsError where --loggers asks for a package that is not there."""
+    """Raises SettingsError if --loggers names a package that is not installed."""
     for name in logger_names(settings.loggers):
         if find_spec(name) is None:
             raise SettingsError(
@@ -39,7 +39,7 @@ def check_installed(settings: TrainSettings) -> None:
 
 
 class Loggers:
-    """The loggers of a run that goes on after `step`."""
+    """The loggers of a run that continues after `step`."""
 
     def __init__(self, settings: TrainSettings, step: int, say: Say):
         self._say = say
@@ -48,7 +48,7 @@ class Loggers:
             self._try(name, lambda kind=_KINDS[name]: kind(settings, step, say))
 
     def write(self, row: dict[str, Any]) -> None:
-        """A row as the run's own file has it."""
+        """Sends a row of the run's own files to every logger."""
         for name, logger in [*self._open.items()]:
             self._try(name, lambda logger=logger: logger.write(row))
 
@@ -59,10 +59,10 @@ class Loggers:
     def _try(self, name: str, action: Callable[[], Logger | None]) -> None:
         try:
             made = action()
-        except Exception as error:  # whatever it is, it must not stop the training
+        except Exception as error:  # no failure of a logger may stop the training
             self._open.pop(name, None)
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._say(f"--loggers {name}: goes on without it ({reason[:300]})")
+            self._say(f"--loggers {name}: failed, the run continues without it ({reason[:300]})")
         else:
             if made is not None:
                 self._open[name] = made
@@ -74,7 +74,7 @@ class TensorBoard:
     def __init__(self, settings: TrainSettings, step: int, say: Say):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What was written after the checkpoint is hidden, as it is cut from the run's own files.
+        # Hides what was written after the checkpoint, as it is cut from the run's own files.
         self._writer = SummaryWriter(
             str(settings.out / "tensorboard"), purge_step=step + 1 if step else None
         )
@@ -96,11 +96,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of the logger for the directory, whose id is kept in RUN/wandb/run-id.
+    """One Weights & Biases run per run directory; its id is kept in RUN/wandb/run-id.
 
     Project, entity and mode are the library's own environment variables (WANDB_PROJECT,
-    WANDB_MODE=offline). A resumed run passes over steps that are on the logger: it would write the
-    same. Offline the logger cannot be asked: there, steps after the checkpoint are twice.
+    WANDB_MODE=offline). A resumed run does not send the steps that were sent before. Offline they
+    are not known: there, the steps after the checkpoint are written twice.
     """
 
     def __init__(self, settings: TrainSettings, step: int, say: Say):
@@ -140,7 +140,7 @@ _KINDS: dict[str, Callable[[TrainSettings, int, Say], Logger]] = {
 
 
 def _kept_id(file: Path) -> str:
-    """The id of the run on the logger: made once, then read."""
+    """The id of the Weights & Biases run: made once, then read."""
     if not file.exists():
         file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     return file.read_text(encoding="utf-8").strip()
@@ -151,5 +151,5 @@ def _samples(samples: list[dict[str, Any]]) -> str:
 
 
 def _indented(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text as a code block of Markdown."""
     return "".join(f"    {line}\n" for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""What a run writes while it runs: rows of JSON in files, and one live line in the terminal."""
+"""Metrics files (.jsonl rows per step) and the progress bar of a run."""
 
 import math
 import sys
@@ -15,31 +15,31 @@ from openpalm.base.files import sync
 
 
 class RowFile:
-    """A .jsonl file that only grows, except that a resumed run cuts it back to its checkpoint."""
+    """A .jsonl file that is appended to; a resumed run cuts it back to its checkpoint."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def append(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Adds one row and returns it; numbers that JSON does not have (nan, inf) become null."""
+        """Appends a row and returns it; nan and inf, which JSON does not have, become null."""
         row = {name: _json_number(value) for name, value in row.items()}
         jsonl.append_row(self.path, row)
         return row
 
     def cut_after(self, step: int) -> None:
-        """Removes rows later than `step` and a torn last line, by rewriting the file at once."""
+        """Removes rows after `step` and an incomplete last line, in one rename."""
         if self.path.exists():
             rows = read_rows(self.path)
             jsonl.write_rows(self.path, (row for row in rows if row["step"] <= step))
 
     def sync(self) -> None:
-        """Forces the rows to disk, before a checkpoint promises them."""
+        """Forces the rows to disk; a checkpoint must not be newer than its rows."""
         if self.path.exists():
             sync(self.path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a file; what a killed process left of its last line is passed over."""
+    """The rows of a file; skips lines that a killed process left incomplete."""
     return [row for row in jsonl.read_rows(path) if isinstance(row.get("step"), int)]
 
 
@@ -48,7 +48,7 @@ def _json_number(value: Any) -> Any:
 
 
 class LiveLine:
-    """Progress of a run: a live bar in a terminal, a plain line now and then elsewhere."""
+    """Progress of a run: a live bar in a terminal, elsewhere a line every 30 seconds."""
 
     def __init__(self, label: str, steps: int, console: Console | None = None):
         self.label = label
@@ -92,18 +92,20 @@ class LiveLine:
         return step in (1, self.steps) or waited > self.seconds_between_lines
 
     def say(self, line: str) -> None:
-        """A lasting line above the bar."""
+        """Prints a line above the bar."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A training row in a few words."""
+    """A training row in short: loss, speed, share of peak."""
     unit = unit_of(row)
     short = "tok" if unit == "tokens" else unit
-    words = [f"loss {row['loss']:.3f}", f"{row[f'{unit}_per_s']:,.0f} {short}/s"]
-    if "accuracy" in row:
+    # A number that is not finite is null in the row.
+    loss = "nan" if row["loss"] is None else f"{row['loss']:.3f}"
+    words = [f"loss {loss}", f"{row[f'{unit}_per_s']:,.0f} {short}/s"]
+    if row.get("accuracy") is not None:
         words.append(f"accuracy {row['accuracy']:.2f}")
-    if "reward_margin" in row:
+    if row.get("reward_margin") is not None:
         words.append(f"margin {row['reward_margin']:.3f}")
     if row.get("mfu") is not None:
         words.append(f"{row['mfu']:.0%} of peak")
@@ -111,7 +113,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def unit_of(row: dict[str, Any]) -> str:
-    """What a training row's loss averages over: tokens, pairs."""
+    """The unit of a training row's loss: tokens, pairs."""
     return next(name.removesuffix("_per_s") for name in row if name.endswith("_per_s"))
 
 

@@ -1,7 +1,7 @@
-"""What a run minimises: the Objective protocol, and next-token prediction.
+"""Objectives (loss functions): the Objective protocol, next-token prediction, loader protocols.
 
-An objective SUMS over the batch; the trainer divides by a count taken over all microbatches and
-all processes, so that k microbatches, or n processes, give the gradient of one whole batch.
+An objective SUMS over the batch. The trainer divides by a count over all microbatches and all
+processes, so that k microbatches, or n processes, give the gradient of one whole batch.
 """
 
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ B = TypeVar("B", contravariant=True)
 
 class Objective(Protocol[B]):
     def count(self, batch: B, /) -> int:
-        """What the loss averages over: tokens, pairs, responses."""
+        """The number of tokens, pairs or completions over which the loss is averaged."""
         ...
 
     def loss(self, model: Transformer, batch: B, /) -> tuple[Tensor, Metrics]:
-        """The loss SUMMED over the batch, a scalar, and sums to report beside it."""
+        """The loss SUMMED over the batch, a scalar, and further sums to report."""
         ...
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """Cross entropy of the next token in nats: pretraining, and fine-tuning by its mask."""
+    """Cross entropy of the next token in nats, for pretraining and masked fine-tuning."""
 
     z_loss: float = 0.0
-    """weight of log^2 Z in the gradient; the loss itself is reported without it"""
+    """z-loss coefficient; the reported loss does not include it"""
     chunk: int | None = None
-    """positions whose logits are in memory at a time; not set takes as many as are quick"""
+    """positions whose logits are in memory at once; None: as many as are fast"""
 
     def count(self, batch: Batch, /) -> int:
         return int((batch.targets != IGNORE).sum())
@@ -54,7 +54,7 @@ class NextToken:
 
 
 class Loader(Protocol):
-    """Endless microbatches, and where it stands."""
+    """An endless iterator of microbatches, with a cursor that can be saved."""
 
     def __next__(self) -> Any: ...
 
@@ -65,10 +65,10 @@ class Loader(Protocol):
 
 @runtime_checkable
 class StatefulLoader(Protocol):
-    """What a loader has besides, whose batches are made on the way: rollouts."""
+    """A loader that makes its batches while training and must save tensors: rollouts."""
 
     facts: dict[str, float]
-    """about the newest batches, for the log"""
+    """metrics of the newest batches"""
 
     def state_tensors(self) -> dict[str, Tensor]: ...
 

@@ -1,7 +1,7 @@
-"""A trace of a few training steps, and the operators that take their time.
+"""Profiler: a trace of a few training steps, and the operators that take most time.
 
 RUN/profile/trace.json.gz    every operator and kernel on a time line: open it in Perfetto
-RUN/profile/operators.txt    the ones that take most, by their own time
+RUN/profile/operators.txt    operators sorted by their own time
 """
 
 import os
@@ -14,12 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 from openpalm.train.config import TrainSettings
 
 WARM_UP_STEPS = 3
-"""of this process before the first that is traced: they allocate, compile, choose kernels"""
+"""Untraced steps first: they allocate memory, compile, choose kernels."""
 _SHOWN = 15
 
 
 class Profiler:
-    """Traces as many of this process's training steps as --profile.steps says."""
+    """Traces --profile.steps training steps of this process."""
 
     def __init__(self, settings: TrainSettings, device: torch.device, say: Callable[[str], None]):
         self._steps = self._left = settings.profile.steps or 0
@@ -31,7 +31,7 @@ class Profiler:
 
     def before_step(self) -> None:
         if self._left and not self._wait and self._trace is None:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # lines of its own in the terminal
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no lines of its own in the terminal
             cuda = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
             self._trace = profile(activities=[ProfilerActivity.CPU, *cuda])
             self._trace.start()
@@ -45,7 +45,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Writes what was traced; says so where the run was too short for it."""
+        """Writes the trace; says so if the run was too short for one."""
         if self._trace is not None:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
@@ -66,12 +66,12 @@ class Profiler:
 
 
 def operators(events: Any, steps: int, device: str) -> str:
-    """The operators that take most time of their own, as a table; what it sums to as well."""
+    """A table of the operators that take most time of their own, and the sum of all."""
 
     def own_us(event: Any) -> float:
         return event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
 
-    # On a GPU what launches a kernel and the kernel itself both carry its time; count kernels.
+    # On a GPU both the launch and the kernel carry its time; count kernels only.
     kernels = [e for e in events if device != "cuda" or e.device_type.name == "CUDA"]
     total = sum(map(own_us, kernels)) or 1.0
     lines = [f"{'share':>6} {'ms a step':>10} {'calls a step':>13}  operator"]

@@ -255,8 +255,7 @@ class _Session:
 
     def _best(self) -> int | None:
         """The step of the best saved checkpoint without an alarm; None if none is known."""
-        column = self.spec.best
-        if column is None:
+        if (column := self.spec.best) is None:
             return None
         saved = {step_of(path) for path in checkpoint.steps(self.settings.out)}
         rows = [row for row in read_rows(self.rows.path) if row.get(column) is not None]
@@ -303,9 +302,8 @@ class _Session:
         # A published model must not reveal the paths and loggers of the machine that made it.
         for name in ("data", "out", "init", "loggers", "profile"):
             settings.pop(name, None)
-        info = self.info
-        lineage = {"step": step, "data": info.data, "parent": info.parent}
-        return lineage | {"settings": settings, "run": plain(info)}
+        lineage = {"step": step, "data": self.info.data, "parent": self.info.parent}
+        return lineage | {"settings": settings, "run": plain(self.info)}
 
     def _remove_later_than(self, step: int) -> None:
         """Removes the rows and checkpoints after `step`, which an interrupted process left."""
@@ -314,7 +312,10 @@ class _Session:
             RowFile(self.settings.out / name).cut_after(step)
         for newer in checkpoint.steps(self.settings.out):
             if step_of(newer) > step:  # damaged, or it would have been resumed from
-                _set_aside(newer)
+                # Renamed, not deleted: the resumed run will save under its name.
+                aside = newer.with_name(f"damaged-{newer.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                newer.rename(aside)
 
 
 def _measured_info(
@@ -374,13 +375,6 @@ def _fault_in_state(error: Exception) -> str:
     if isinstance(error, (RuntimeError, ValueError)):
         return str(error).partition("\n")[0][:200]
     return "a value has another type"
-
-
-def _set_aside(damaged: Path) -> None:
-    """Renames a damaged checkpoint, so that the resumed run can save under its name."""
-    aside = damaged.with_name(f"damaged-{damaged.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    damaged.rename(aside)
 
 
 @contextmanager

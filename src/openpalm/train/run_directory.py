@@ -20,6 +20,7 @@ from openpalm.base.json_file import read_json
 from openpalm.base.settings import build, check, plain, spell
 from openpalm.base.yaml_file import read_yaml, to_yaml
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import read_manifest
 from openpalm.errors import CheckpointError, SettingsError, count_of
 from openpalm.train.batch_shape import Ramp
 from openpalm.train.config import PretrainSettings, ProfileSettings, TrainSettings
@@ -62,7 +63,7 @@ class RunInfo:
     parent: str | None = None
     """hash of the checkpoint that --init started from"""
     reward: str | None = None
-    """hash of the files that --reward and --gold name"""
+    """hash of the files that --reward and --gold-reward name"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "minutes", "peak_flops"):
@@ -203,7 +204,7 @@ def _version(out: Path) -> str | None:
             return __version__  # damaged: `recall` says so
     for newest in reversed(checkpoint.steps(out)):
         try:
-            return str(checkpoint.read_manifest(newest)["versions"]["openpalm"])
+            return str(read_manifest(newest)["versions"]["openpalm"])
         except (CheckpointError, KeyError, TypeError):
             continue  # damaged: it does not say who wrote it
     return None
@@ -253,7 +254,7 @@ def _info_at_checkpoint(out: Path) -> dict[str, Any]:
     """The copy of run.json in the newest readable checkpoint; empty if there is none."""
     for newest in reversed(checkpoint.steps(out)):
         try:
-            lineage = checkpoint.read_manifest(newest).get("lineage") or {}
+            lineage = read_manifest(newest).get("lineage") or {}
             return dict(lineage["run"])
         except (CheckpointError, KeyError, TypeError, ValueError):
             continue  # damaged, or not written by a run: its content is checked elsewhere
@@ -276,8 +277,8 @@ def _refuse_another_reward(out: Path, was: str | None, now: str | None) -> None:
         print("the reward has changed since it failed; the run continues with it", file=sys.stderr)
     elif corrected is None or corrected != now:
         raise SettingsError(
-            f"--out {out}: the files of --reward or --gold have changed since that run began "
-            f"({was}, now {now}); restore them, or choose another --out"
+            f"--out {out}: the files of --reward or --gold-reward have changed since that run "
+            f"began ({was}, now {now}); restore them, or choose another --out"
         )
 
 

@@ -1,7 +1,6 @@
-"""THE loop: batches in, optimizer steps out, for every objective.
+"""The training step: forward, backward, gradient accumulation, clipping, optimizer, skipped steps.
 
-Owns the arithmetic of a step and what is skipped. Knows no file, no tokenizer and no sampler:
-saving, measuring and sampling are callables that whoever builds the loop passes in.
+The same for every objective. Files, evaluation and sampling are in run.py and the probes.
 """
 
 import math
@@ -23,25 +22,25 @@ from openpalm.train.optimization.schedule import learning_rate_factor
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did."""
+    """Result of one step."""
 
     step: int
     loss: float
-    """mean over `count`, of the whole global batch"""
+    """mean over `count`, for the whole global batch"""
     count: int
-    """what the loss averages over, summed over microbatches and processes"""
+    """number that the loss is divided by: tokens, pairs; over all microbatches and processes"""
     grad_norm: float
-    """before clipping"""
+    """global norm of the gradient before clipping"""
     lr_factor: float
-    """share of the peak learning rate"""
+    """learning rate as a share of the peak"""
     skipped: str | None = None
-    """why the weights did not change, or None"""
+    """the reason why the weights did not change, or None"""
     metrics: Metrics = field(default_factory=dict)
-    """the objective's own sums, divided by `count`"""
+    """the objective's own sums divided by `count`"""
 
 
 class Trainer:
-    """Steps a model through an objective; resumable through `state` and `restore`."""
+    """Trains a model on an objective, step by step; `state` and `restore` resume it."""
 
     def __init__(
         self,
@@ -76,7 +75,7 @@ class Trainer:
         return self.model.embedding.device
 
     def train_step(self) -> StepReport:
-        """Takes the next global batch through one optimizer step."""
+        """Takes one optimizer step on the next global batch."""
         microbatches = int(self.accumulation * self.ramp.share(self.step + 1, self.steps))
         batches = [next(self.loader) for _ in range(microbatches)]
         self.model.train()
@@ -85,17 +84,15 @@ class Trainer:
         self.counted += count
         factor = learning_rate_factor(self.step, self.steps, self.optimizer.settings)
         norm, skipped = self.optimizer_step(loss, count, factor)
-        self._watch(skipped)
+        self._stop_if_only_skipping(skipped)
         if isinstance(self.loader, StatefulLoader):
             metrics |= self.loader.facts
         return StepReport(self.step, loss, count, norm, factor, skipped, metrics)
 
     def forward_backward(self, batches: Sequence[Any]) -> tuple[float, int, Metrics]:
-        """Accumulates the gradient of the mean loss; returns that mean, its count, and metrics.
-
-        The count is taken over every microbatch and process BEFORE backward, because a mean of
-        microbatch means is another loss as soon as masks differ.
-        """
+        """Accumulates the gradient of the mean loss; returns that mean, its count, the metrics."""
+        # Counted over all microbatches and processes BEFORE backward: a mean of microbatch means
+        # is another loss as soon as microbatches have different counts.
         count = round(self.world.sum(sum(self.objective.count(batch) for batch in batches)))
         total, sums = 0.0, dict[str, float]()
         if count == 0:
@@ -111,11 +108,12 @@ class Trainer:
         return self.world.sum(total) / count, count, means
 
     def optimizer_step(self, loss: float, count: int, factor: float) -> tuple[float, str | None]:
-        """Clips and steps, or skips; returns the gradient's norm and why it was skipped."""
+        """Clips and steps, or skips; returns the gradient norm and the reason for skipping."""
         if count == 0:
             reason, norm = "nothing to count", 0.0
         else:
             norm = self.optimizer.clip()
+            # The loss is a sum over all processes, so that all skip the same steps.
             finite = math.isfinite(loss), math.isfinite(norm)
             reason = None if all(finite) else f"{'gradient' if finite[0] else 'loss'} not finite"
         if reason is None:
@@ -124,7 +122,7 @@ class Trainer:
             self.optimizer.zero_grad()
         return norm, reason
 
-    def _watch(self, skipped: str | None) -> None:
+    def _stop_if_only_skipping(self, skipped: str | None) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise TrainingError(
@@ -133,7 +131,7 @@ class Trainer:
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON-able values that `restore` needs, the published weights apart."""
+        """The state that `restore` needs, as tensors and JSON values; without published weights."""
         tensors = {f"optimizer/{k}": v for k, v in self.optimizer.state_tensors().items()}
         tensors |= {f"model/{k}": v.detach() for k, v in self._unpublished()}
         if isinstance(self.loader, StatefulLoader):
@@ -150,9 +148,9 @@ class Trainer:
         return tensors, values
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Goes on exactly where `state` was taken.
+        """Restores `state`: the next step is that of an uninterrupted run.
 
-        Raises KeyError, TypeError, ValueError or RuntimeError for what no `state` gave.
+        Raises KeyError, TypeError, ValueError or RuntimeError for values that `state` never gives.
         """
         step, counted, skipped = (
             _whole(values, name) for name in ("step", "counted", "skipped_in_a_row")

@@ -37,14 +37,14 @@ def length_of(answers):
 
 @torch.no_grad()
 def soft(seed=0):
-    """A model whose answers vary and sometimes end."""
+    """A model with varying completions that sometimes end."""
     model = tiny(seed, dropout=0.5)
     model.embedding /= 10
     return model
 
 
 def healthy(**changes):
-    """A run with prompts, answers, pairs and rewards."""
+    """A planned run with prompts, completions, pairs and rewards."""
     model, reference = soft(), soft().requires_grad_(False)
     if changes.pop("adapter", False):
         lora.attach(model, LoraConfig(2, 4.0, ("q", "v", "down")), seed=0)
@@ -76,7 +76,7 @@ def healthy(**changes):
 
 
 def ill(planned):
-    """The first check that fails, or None; how many there were."""
+    """Name of the first failed check or None, and the number of checks."""
     seen = []
     for check in run_checks(planned):
         seen.append(check)
@@ -113,7 +113,7 @@ def test_masks_follow_the_template():
 
 def test_another_template_in_training_is_found(monkeypatch):
     def spaced(tokenizer, messages, *, add_generation_prompt=False):
-        """Joins the texts before they are encoded, as whoever writes prompts by hand does."""
+        """Joins the texts before encoding, as hand-written templates do."""
         text = "".join(f"{m.role}: {m.content}\n" for m in messages)
         ids = tokenizer.encode(text + ("assistant:" if add_generation_prompt else ""))
         start = len(tokenizer.encode(text)) - len(tokenizer.encode(messages[-1].content)) - 1
@@ -160,7 +160,7 @@ def test_answers_come_to_an_end():
 
 
 def with_evaluate(monkeypatch, broken):
-    """The run computes its log-probabilities so."""
+    """Changes the log-probabilities that the run computes."""
 
     def changed(model, inputs, targets, **how):
         return Evaluated(broken(model, inputs, targets), torch.zeros_like(inputs), None)
@@ -248,7 +248,7 @@ def test_rewards_vary():
 
 def test_a_reward_reads_its_own_answer():
     def at_the_padding(answers):
-        """As a reward model that reads the last place of the batch, padding or not."""
+        """A reward that reads the last position of the batch, padding or not."""
         width = max(len(answer.ids) for answer in answers)
         return [float((answer.ids + [0] * width)[width - 1]) for answer in answers]
 

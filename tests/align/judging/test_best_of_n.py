@@ -1,4 +1,4 @@
-"""Best of n against enumeration: what the best earns, and how far it is from the policy."""
+"""Best-of-n against enumeration: expected reward and KL divergence from the policy."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def test_the_estimate_is_the_mean_over_all_subsets():
 
 
 def check_unbiased(estimate):
-    """Over every sample of 4 from three values of known chances, the exact best of 2."""
+    """The mean over all samples of 4 is the exact expected best of 2."""
     chances = {0.0: 0.5, 1.0: 0.3, 5.0: 0.2}
     exact = sum(
         chances[a] * chances[b] * max(a, b) for a, b in itertools.product(chances, repeat=2)
@@ -72,7 +72,7 @@ def test_large_samples_stay_finite():
 
 
 def check_bounded(bound):
-    """The KL of the best of n, enumerated for a policy over five answers of unlike rewards."""
+    """KL of the best of n, enumerated over five completions with different rewards."""
     policy = [0.4, 0.3, 0.15, 0.1, 0.05]  # from the worst to the best
     below = list(itertools.accumulate(policy, initial=0.0))
     for n in (1, 2, 4, 8, 64):

@@ -1,4 +1,4 @@
-"""Judges: the engine's against the model's own logits, both orders, the endpoint's manners."""
+"""Judges: the engine's verdicts against the model's logits, position bias, the endpoint."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def outraged(check, *given):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A checkpoint that says A, B, yes or no, and which one depends on the text."""
+    """A checkpoint that replies A, B, yes or no, depending on the text."""
     folder = tmp_path_factory.mktemp("judge")
     config = replace(
         TINY, context=1024, kv_heads=4, tied=False, bias=True, feedforward="gelu", rotary_dims=4
@@ -118,7 +118,7 @@ def test_the_engines_judgement_is_the_models(judge):
 
 
 def test_labels_that_are_unlikely_together_are_no_verdict(judge, monkeypatch):
-    """A judge that would say something else: the ratio of two small numbers means nothing."""
+    """The judge would reply something else: a ratio of two small numbers is no verdict."""
     questions = [Question("Is this it?", ("A", "B")), Question("Is this it?", ("x", "z"))]
     (chance, mass), (_, little) = judge.label_probabilities(questions)
     assert little < 0.01 < mass
@@ -135,7 +135,7 @@ def logistic(x):
 
 
 def biased(quality, bias):
-    """Chances as of a judge whose log-odds are a difference in quality and a liking for A."""
+    """Verdicts of a judge with log-odds of quality difference plus a bias for A."""
 
     def chances(a, b):
         return [logistic(quality[a] - quality[b] + bias), logistic(quality[b] - quality[a] + bias)]

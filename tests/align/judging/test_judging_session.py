@@ -1,4 +1,4 @@
-"""A judge at work: every judgement once, what says nothing left out, answers drawn when wanted."""
+"""Judging sessions: each judgement once, exclusions counted, completions sampled on demand."""
 
 from dataclasses import dataclass, field
 
@@ -29,7 +29,7 @@ ARTICLES = Constitution((Article("More stars.", 1.0), Article("Many.", 2.0)))
 
 @dataclass
 class Stars:
-    """Likes the answer with more stars, cannot read a long one, and may have nothing to write."""
+    """Prefers the completion with more stars; refuses long texts; may write nothing."""
 
     name: str = "stars"
     asked: list[str] = field(default_factory=list)
@@ -64,8 +64,8 @@ def fails(check, *given):
         check(*given)
 
 
-def at_work(path, session, work, items):
-    """What the judge at work told, was asked, and all the records that are there then."""
+def run_session(path, session, work, items):
+    """The session's summary, the judge's questions, and all records of the file."""
     judge = Stars()
     with open_jsonl(path) as file:
         known = [row["id"] for row in file.found]
@@ -79,14 +79,14 @@ def at_work(path, session, work, items):
 
 def check_every_two_once(path, session):
     items = [item("*", "***", "**"), item("", "*", "long")]
-    told, asked, records = at_work(path, session, "compare", items)
+    told, asked, records = run_session(path, session, "compare", items)
     assert (told["written"], told["known"], len(asked)) == (3, 0, 3 * 2 * 2)
     assert told["left_out"] == {"empty completion": 2, "longer than the judge's context": 1}
     assert told["first_place"] == pytest.approx(0.5)
     for record in records:
         better, worse = (record.candidates[record.payload[key]] for key in ("better", "worse"))
         assert len(better.text) > len(worse.text)
-    told, asked, again = at_work(path, session, "compare", items)
+    told, asked, again = run_session(path, session, "compare", items)
     assert (told["written"], told["known"], asked, again) == (0, 3, [], records)
 
 
@@ -106,25 +106,27 @@ def test_every_two_answers_are_compared_once(tmp_path):
 
 
 def test_equal_answers_say_nothing(tmp_path):
-    told, asked, _ = at_work(tmp_path / "j.jsonl", JudgingSession, "compare", [item("*", " * ")])
+    told, asked, _ = run_session(
+        tmp_path / "j.jsonl", JudgingSession, "compare", [item("*", " * ")]
+    )
     assert (told["written"], told["left_out"], asked) == (0, {"equal completions": 1}, [])
     assert told["first_place"] is None
 
 
 def test_the_first_answer_is_revised_once(tmp_path):
     items = [item("*", "**"), item("silence"), item("long"), item("*", prompt="Other?")]
-    told, _, records = at_work(tmp_path / "j.jsonl", JudgingSession, "revise", items)
+    told, _, records = run_session(tmp_path / "j.jsonl", JudgingSession, "revise", items)
     assert told["left_out"] == {"no reply": 1, "longer than the judge's context": 1}
     assert [r.payload for r in records] == [{"candidate": 0, "text": "****"}] * 2
     assert [r.candidates[0].text for r in records] == ["*", "*"]
-    again = at_work(tmp_path / "j.jsonl", JudgingSession, "revise", items[:1])
+    again = run_session(tmp_path / "j.jsonl", JudgingSession, "revise", items[:1])
     assert (again[0]["known"], again[1]) == (1, [])
 
 
 def test_edits_and_comparisons_are_other_judgements(tmp_path):
     items = [item("*", "**")]
-    at_work(tmp_path / "j.jsonl", JudgingSession, "revise", items)
-    assert at_work(tmp_path / "j.jsonl", JudgingSession, "compare", items)[0]["written"] == 1
+    run_session(tmp_path / "j.jsonl", JudgingSession, "revise", items)
+    assert run_session(tmp_path / "j.jsonl", JudgingSession, "compare", items)[0]["written"] == 1
 
 
 # --- answers of a model
@@ -139,7 +141,7 @@ PROMPTS = [asks(f"{i}?") for i in range(judging_session.PROMPTS_PER_BATCH + 3)]
 
 
 def check_drawn(writer, draw_items):
-    """Each prompt has the answers that are drawn to it alone, and is known by their numbers."""
+    """Each prompt has the completions that are sampled for it alone, with their numbers."""
     ids = [render(writer.tokenizer, prompt, add_generation_prompt=True).ids for prompt in PROMPTS]
     stops = stop_ids(writer.tokenizer)
     for n, made in enumerate(draw_items(writer, [PromptRow(p, {}) for p in PROMPTS], ids)):

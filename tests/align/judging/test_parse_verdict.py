@@ -1,4 +1,4 @@
-"""Verdicts in the forms that judges use, and replies that hold none."""
+"""Parsing of verdicts in the usual forms, and of replies without one."""
 
 import pytest
 

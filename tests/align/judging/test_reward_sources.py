@@ -1,4 +1,4 @@
-"""What an answer is worth: every kind of source, and what is wrong with one, in a line."""
+"""Reward sources of every kind, and one-line errors for wrong ones."""
 
 import json
 import math
@@ -198,7 +198,7 @@ def test_a_language_model_is_no_reward_model(tmp_path):
 
 
 class Classifier:
-    """As transformers' models are called; its logits grow with the text."""
+    """Has the interface of transformers' models; its logits grow with the text."""
 
     def __init__(self, classes):
         self.classes = classes

@@ -1,4 +1,4 @@
-"""The pair losses against Python's doubles, and the silent bugs they must not have."""
+"""The pair losses against the papers' equations in Python doubles; checks of silent bugs."""
 
 import math
 
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_finite_differences(loss):
 
 
 def pairs(count=6, vocab=265):
-    """Ragged pairs with a common prompt of their own."""
+    """Pairs of different lengths, each with its own prompt."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(size):
@@ -111,7 +111,7 @@ def pairs(count=6, vocab=265):
 
 
 def check_ln_2(loss, reference, policy, away=1e-5):
-    """Of a policy and a reference as the loop has them: in training mode, with dropout."""
+    """Policy and reference are in training mode with dropout, as in the training loop."""
     known = with_reference(reference.train(), pairs())
     with torch.no_grad():
         total, metrics = PairObjective(settings(loss)).loss(policy.train(), collate(known))
@@ -121,7 +121,7 @@ def check_ln_2(loss, reference, policy, away=1e-5):
 
 @pytest.mark.parametrize("loss", ["dpo", "cdpo"])
 def test_at_the_reference_the_loss_is_ln_2(loss):
-    """A stale or moving reference, or dropout in one of the two passes, does not give it."""
+    """A stale reference, or dropout in one of the two passes, gives another loss."""
     check_ln_2(loss, tiny(dropout=0.5), tiny(dropout=0.5))
     bugs = [
         (deaf(tiny(dropout=0.5)), tiny(dropout=0.5)),
@@ -146,7 +146,7 @@ def test_the_reference_is_the_sum_over_the_answer_alone():
 
 
 def test_a_step_makes_the_chosen_answer_likelier():
-    """Chosen and rejected swapped would turn this round."""
+    """Fails where chosen and rejected are swapped."""
     model = tiny()
     known = with_reference(model, pairs())
     objective, batch = PairObjective(settings("dpo")), collate(known)
@@ -162,7 +162,7 @@ def test_a_step_makes_the_chosen_answer_likelier():
 
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_microbatches_of_ragged_pairs_are_one_batch(loss):
-    """The loss averages over pairs, whatever their lengths and however they are cut."""
+    """The mean over pairs does not depend on their lengths or on the microbatches."""
     model, objective = tiny(), PairObjective(settings(loss))
     known = with_reference(tiny(seed=2), pairs())
 

@@ -1,4 +1,4 @@
-"""The KTO loss against the paper's equations, and the silent bugs it must not have."""
+"""The KTO loss against the paper's equations; checks of silent bugs."""
 
 import math
 from dataclasses import replace
@@ -38,7 +38,7 @@ def settings(**changes):
 
 
 def by_hand(how):
-    """Equations 7 to 9 in Python's numbers."""
+    """Equations 7 to 9 in Python floats."""
     z0 = max(0.0, sum(ELSEWHERE) / len(ELSEWHERE))
     for r, good in zip(LOG_RATIOS, GOOD, strict=True):
         away = how.resolved_beta * (r - z0)
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def labelled(count=6, vocab=265):
-    """Ragged completions; each prompt's mismatched completion is the next one's."""
+    """Completions of different lengths; the mismatched completion is the next prompt's."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(size):
@@ -111,7 +111,7 @@ def labelled(count=6, vocab=265):
 
 
 def check_a_half(reference, policy, away=1e-5):
-    """Of a policy and a reference as the loop has them: in training mode, with dropout."""
+    """Policy and reference are in training mode with dropout, as in the training loop."""
     known = with_reference(reference.train(), labelled())
     with torch.no_grad():
         total, metrics = KtoObjective(settings()).loss(policy.train(), collate(known))
@@ -120,7 +120,7 @@ def check_a_half(reference, policy, away=1e-5):
 
 
 def test_at_the_reference_the_loss_is_a_half():
-    """A stale or moving reference, or dropout in one of the two passes, does not give it."""
+    """A stale reference, or dropout in one of the two passes, gives another loss."""
     check_a_half(tiny(dropout=0.5), tiny(dropout=0.5))
     bugs = [
         (deaf(tiny(dropout=0.5)), tiny(dropout=0.5)),
@@ -133,7 +133,7 @@ def test_at_the_reference_the_loss_is_a_half():
 
 
 def check_reference_point_has_no_gradient(objective):
-    """Against the loss with z0 as a number, which has no gradient."""
+    """Compares with the loss in which z0 is a constant."""
     model, how = tiny().double(), settings(beta=1.0)
     known = [
         replace(example, reference=(example.reference[0], example.reference[1] - 0.5))
@@ -169,7 +169,7 @@ def test_the_reference_point_has_no_gradient(monkeypatch):
 
 
 def test_steps_raise_the_good_and_lower_the_bad():
-    """Good and bad swapped would turn this round."""
+    """Fails where the labels are swapped."""
     model = tiny()
     known = with_reference(model, labelled())
     objective, batch = KtoObjective(settings()), collate(known)
@@ -200,7 +200,7 @@ def judged(prompt, answer, good=True):
 
 
 def examples_of(*given, length):
-    """With their mismatched completions."""
+    """The examples with their mismatched completions, and what is left out."""
     places = [f"v:{number}" for number, _ in enumerate(given, 1)]
     found = to_examples(TOKENIZER, ReadResult(list(given), {}, places), length + 1)
     return with_mismatched(found.items, length), found.unused_places

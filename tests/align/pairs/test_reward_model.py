@@ -1,4 +1,4 @@
-"""The reward losses against Python's doubles and torch, and the silent bugs they must not have.
+"""The reward losses against Python doubles and torch; checks of silent bugs.
 
 Every check of a silent bug is a function of the thing checked, shown to fail with the bug put in.
 """
@@ -82,13 +82,13 @@ def test_at_equal_rewards_the_loss_is_ln_2():
 
 
 def scored(loss, rows=4):
-    """Scores [2 members, rows, outputs] and ratings that are bins' values."""
+    """Scores [2 members, rows, outputs], and ratings equal to bin values."""
     outputs = {"regression": 1, "ordinal": len(VALUES) - 1}.get(loss, len(VALUES))
     return drawn(2, rows, outputs), torch.tensor([3.0, 1.0, 4.0, 3.0], dtype=DOUBLE)[:rows]
 
 
 def by_hand(loss, scores, rating):
-    """The loss of one answer under one member."""
+    """The loss of one completion under one member."""
     if loss == "regression":
         return (scores[0] - rating) ** 2
     if loss == "ordinal":
@@ -134,7 +134,7 @@ def test_gradients_are_those_of_finite_differences(loss):
 
 
 def test_the_ordinal_losses_minimum_is_the_distribution():
-    """Trained to the end on ratings in known shares, an ordinal head gives those shares."""
+    """Trained to convergence, an ordinal head gives the shares of the ratings in the data."""
     ratings = torch.tensor([1.0] * 5 + [2.0] * 1 + [3.0] * 2 + [4.0] * 2, dtype=DOUBLE)
     scores = torch.zeros(1, 3, dtype=DOUBLE, requires_grad=True)
     optimizer = torch.optim.LBFGS([scores], max_iter=100)
@@ -159,7 +159,7 @@ END = TOKENIZER.special_id("<|end|>")
 
 
 def pairs(count=6, margins=True):
-    """Ragged pairs; the rejected answers are made of other letters."""
+    """Pairs of different lengths; chosen and rejected completions have different letters."""
     made = []
     for i in range(count):
         prompt = [Message("user", "Why?" * (1 + i % 3))]
@@ -195,7 +195,7 @@ def reward_model(head, seed=1, **changes):
 
 
 def check_the_end_is_read(collate):
-    """Another end than the end marker gives another reward, for every answer of every length."""
+    """Replacing the end marker changes the reward of every completion."""
     model = reward_model(RewardConfig())
 
     def score(records):
@@ -216,7 +216,7 @@ def test_the_end_marker_is_the_last_token_read():
     check_the_end_is_read(collate)
 
     def inputs_of_prediction(records):
-        """A batch as next-token prediction feeds it: the last token is only a target there."""
+        """The inputs of next-token prediction, where the last token is only a target."""
         batch = collate(records)
         lengths = batch.mask.sum(dim=-1, keepdim=True) - 1
         return replace(batch, mask=torch.arange(batch.ids.shape[1]) < lengths)
@@ -280,8 +280,8 @@ def test_the_loader_gives_the_same_ratings_after_a_stop():
 # --- the objective
 
 
-OPTIONS = {"bradley-terry": {"centring": 0.1, "margin_scale": 0.5}}
-"""What only these losses read."""
+OPTIONS = {"bradley-terry": {"centring_coef": 0.1, "margin_scale": 0.5}}
+"""Options that only these losses read."""
 
 
 def everything(loss, **changes):
@@ -293,7 +293,7 @@ def everything(loss, **changes):
 
 @pytest.mark.parametrize("loss", ["bradley-terry", *RATING_LOSSES])
 def test_microbatches_of_ragged_judgements_are_one_batch(loss):
-    objective, model, known = everything(loss, members=2, **OPTIONS.get(loss, {}))
+    objective, model, known = everything(loss, ensemble_size=2, **OPTIONS.get(loss, {}))
 
     def gradients(cuts):
         model.zero_grad()
@@ -309,7 +309,7 @@ def test_microbatches_of_ragged_judgements_are_one_batch(loss):
 
 
 def check_rises(objective, collate):
-    """Steps on the loss put the chosen answers above the rejected ones, in every pair."""
+    """Training steps make every chosen reward larger than the rejected one."""
     model = reward_model(RewardConfig())
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     for _ in range(20):
@@ -338,7 +338,7 @@ def test_steps_raise_the_chosen_answers():
 
 
 def check_margins_push_apart(objective_of):
-    """A margin asks for more: at equal rewards its gradient is steeper, never flatter."""
+    """A margin increases the gradient at equal rewards."""
     model = reward_model(RewardConfig())
 
     def steepness(margin):
@@ -371,7 +371,7 @@ def test_margins_are_off_by_default():
 
 @torch.no_grad()
 def test_each_member_has_the_loss_of_a_model_of_its_own():
-    objective, model, known = everything("bradley-terry", members=3)
+    objective, model, known = everything("bradley-terry", ensemble_size=3)
     alone = []
     for head in model.reward_head:
         single = reward_model(RewardConfig())
@@ -388,7 +388,7 @@ def test_each_member_has_the_loss_of_a_model_of_its_own():
 
 
 def test_heads_follow_the_loss_and_the_ratings():
-    assert choose_head(settings(members=2), []) == RewardConfig(members=2)
+    assert choose_head(settings(ensemble_size=2), []) == RewardConfig(members=2)
     assert choose_head(settings("regression"), [0.5, 2.0]) == RewardConfig(bias=True)
     assert choose_head(settings("binned"), [5.0, 1.0, 2.0]).values == (1.0, 2.0, 3.0, 4.0, 5.0)
     assert choose_head(settings("ordinal", bins=3), [0.0, 0.5, 1.0]).values == (0.0, 0.5, 1.0)
@@ -424,9 +424,9 @@ def test_a_loss_that_does_not_suit_the_head_is_refused():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"members": 0}, "--members 0: must be 1 to 64"),
+        ({"ensemble_size": 0}, "--ensemble-size 0: must be 1 to 64"),
         ({"margin_scale": -1.0}, "--margin-scale -1.0: must be 0 or more"),
-        ({"centring": math.nan}, "--centring nan: must be 0 or more"),
+        ({"centring_coef": math.nan}, "--centring-coef nan: must be 0 or more"),
         ({"loss": "binned", "bins": 1}, "--bins 1: must be 2 to"),
     ],
 )

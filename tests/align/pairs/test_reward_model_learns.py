@@ -1,4 +1,4 @@
-"""A reward model learns the judge: an enumerable task whose true reward is known.
+"""A reward model learns a known true reward on an enumerable task.
 
 Five tokens, answers of at most four, four prompts; pairs drawn as Bradley and Terry say. The
 figures are taken over all 341 answers of each prompt, not over a sample.
@@ -33,7 +33,7 @@ CONFIG = ModelConfig(
 
 
 def true_rewards(generator):
-    """[prompts, answers]: what a token is worth after a prompt, and what a token after another."""
+    """[prompts, answers]: sums of a value of each token after the prompt and of each token pair."""
     worth = torch.randn(PROMPTS, 5, generator=generator)
     follows = torch.randn(5, 5, generator=generator)
     rewards = torch.tensor(
@@ -62,7 +62,7 @@ def judged(true, generator):
 
 
 def learnt(pairs, seed=0):
-    """The rewards [prompts, answers] of a model trained once over the pairs."""
+    """Rewards [prompts, answers] of a model trained for one epoch."""
     model = RewardModel(CONFIG, RewardConfig())
     initialise(model, seed)
     initialise_heads(model, seed)
@@ -86,7 +86,7 @@ def learnt(pairs, seed=0):
 
 
 def expected_accuracy(rewards, true):
-    """How often these rewards name the judge's choice, over every pair of answers."""
+    """Expected share of pairs in which the larger reward is of the preferred answer."""
     wins = (true[:, :, None] - true[:, None, :]).sigmoid()
     named = (rewards[:, :, None] > rewards[:, None, :]).float()
     apart = ~torch.eye(len(ANSWERS), dtype=torch.bool)

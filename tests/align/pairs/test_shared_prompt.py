@@ -1,4 +1,4 @@
-"""A pair in one row is the pair in two: log-probabilities, gradients, and the bugs between them."""
+"""Completions in a shared row have the log-probabilities and gradients of separate rows."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from openpalm.model.lora import LoraConfig, attach
 
 DECODERS = {name: config for name, config in SHAPES.items() if config.causal}
 LENGTHS = [(5, (4, 2, 7)), (1, (1, 6, 3)), (9, (2, 2, 5))]
-"""Of prompts and of their answers."""
+"""Lengths of prompts and of their completions."""
 
 
 def draw(generator, size):
@@ -24,7 +24,7 @@ def draw(generator, size):
 
 @pytest.fixture(scope="module")
 def groups():
-    """Ragged answers; one answers in two turns, of which the middle does not count."""
+    """Completions of different lengths; one has tokens without a loss in the middle."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for prompt, answers in LENGTHS:
@@ -44,7 +44,7 @@ def fails(check, *given):
 
 
 def outcome(model, log_probs):
-    """Sums a record, and the gradient of a weighting of all tokens."""
+    """The sum of each example, and the gradient of a weighted sum."""
     model.zero_grad()
     found = log_probs()
     weights = torch.linspace(-1, 1, len(found))
@@ -102,7 +102,7 @@ def test_the_bugs_are_noticed(groups):
         return Layout(right - prompts * (segments > 0), shared_prompt_layout(segments).attend)
 
     def first_token_from_the_place_before(groups):
-        """Of a second answer that is the end of the first one, not of the prompt."""
+        """For a second completion that is the end of the first one, not of the prompt."""
         rows = share(groups)
         reads = rows.reads.clone()
         reads[3:, 0] = reads[3:, 1] - 1
@@ -120,7 +120,7 @@ def test_the_bugs_are_noticed(groups):
 
 
 def test_bfloat16_in_blocks(groups, monkeypatch):
-    """The kernel of bfloat16 on a CPU, in blocks shorter than the row."""
+    """The bfloat16 kernel of CPUs, with blocks shorter than the row."""
     monkeypatch.setattr("openpalm.model.attention.BLOCK", 4)
     model, rows = make(SHAPES["grouped"]), share(groups)
     how = (model, rows.inputs, rows.targets, shared_prompt_layout(rows.segments), rows.reads)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from openpalm.data.corpus import document_reader
+from openpalm.data.corpus import json_lines
 from openpalm.data.corpus.document_reader import (
     Document,
     read_document_blocks,
@@ -140,7 +140,7 @@ def test_json_that_is_not_an_object_a_line(content, tmp_path):
 
 
 def test_a_line_of_millions_of_values_is_refused_in_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(document_reader, "MAX_LINE_VALUES", 1000)
+    monkeypatch.setattr(json_lines, "MAX_LINE_VALUES", 1000)
     path = tmp_path / "a.jsonl"
     for inner in ("{}," * 2000, '"",' * 2000, "[[" * 600, '{"a":1},' * 600):
         path.write_text('{"text": "a", "x": [' + inner + "0]}")
@@ -158,7 +158,7 @@ def test_inputs_keep_their_order(tmp_path):
     assert texts(tmp_path / "b", tmp_path / "a", tmp_path / "b") == ["b", "a", "b"]
 
 
-def test_every_raw_byte_is_shown_once(tmp_path):
+def test_the_tap_gets_every_raw_byte_once(tmp_path):
     data = rows({"text": "x" * 3000}, {"text": "y"})
     files = {"a.jsonl": data, "b.jsonl.gz": gzip.compress(data), "c.txt": b"\xef\xbb\xbfabc"}
     for name, content in files.items():
@@ -213,7 +213,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_what_cannot_be_used_is_named_in_one_line(name, tmp_path):
+def test_errors_name_the_problem_in_one_line(name, tmp_path):
     data, says = BAD_FILES[name]
     path = tmp_path / name
     path.write_bytes(data)
@@ -234,7 +234,7 @@ def test_what_cannot_be_used_is_named_in_one_line(name, tmp_path):
         ("x" * 5000, "cannot be read"),
     ],
 )
-def test_inputs_that_are_not_there(given, says):
+def test_missing_inputs(given, says):
     with pytest.raises(DataError, match=says) as error:
         texts(given)
     assert str(error.value).startswith(given)
@@ -252,7 +252,7 @@ def test_a_folder_without_text(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")
-def test_what_may_not_be_read(tmp_path):
+def test_a_file_without_read_permission(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.txt").chmod(0)
     with pytest.raises(DataError, match="cannot be read"):
@@ -278,7 +278,7 @@ def test_names_of_fields_cannot_flood_or_forge_the_message(tmp_path):
 
 
 def test_a_bomb_is_refused_in_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(document_reader, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "' + b"a" * (100 << 20)))
     tracemalloc.start()
@@ -289,7 +289,7 @@ def test_a_bomb_is_refused_in_little_memory(tmp_path, monkeypatch):
     assert peak < 16 << 20
 
 
-def test_a_text_of_unreasonable_size_is_not_read(tmp_path):
+def test_a_text_above_the_size_limit_is_not_read(tmp_path):
     path = tmp_path / "a.txt"
     with path.open("wb") as file:
         file.truncate(1 << 40)

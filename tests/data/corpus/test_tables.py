@@ -131,7 +131,7 @@ def test_damaged_parquet_is_named(table):
             texts(path)
 
 
-def test_row_groups_of_unreasonable_size_are_not_read(table, monkeypatch):
+def test_row_groups_above_the_size_limit_are_not_read(table, monkeypatch):
     path = table({"text": ["a" * 100] * 1000}, use_dictionary=False)
     with monkeypatch.context() as patch:
         patch.setattr(tables, "MAX_CHUNK_VALUES", 999)
@@ -174,7 +174,7 @@ def test_zstd_windows_and_bombs_are_bounded(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl.zst"
     bomb = b'{"text": "' + b"a" * (200 << 20)
     path.write_bytes(zstandard.ZstdCompressor().compress(bomb))
-    monkeypatch.setattr("openpalm.data.corpus.document_reader.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("openpalm.data.corpus.json_lines.MAX_LINE_BYTES", 1 << 20)
     with pytest.raises(DataError, match=":1: a line of more than 1048576 bytes"):
         texts(path)
     wide = zstandard.ZstdCompressionParameters.from_level(3, window_log=26)

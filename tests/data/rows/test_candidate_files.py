@@ -27,7 +27,7 @@ def test_prompts_with_answers(tmp_path, field, extra):
     assert len(row.prompt) == 1 + ("system" in extra)
 
 
-def test_records_are_judged_anew(tmp_path):
+def test_preference_records_give_their_candidates_once(tmp_path):
     def record(i, texts, kind, payload):
         return Preference(
             id=f"{i}",

@@ -19,7 +19,7 @@ def test_texts_and_weights(tmp_path):
     assert found.weights == [0.25, 0.75]
 
 
-def test_the_version_is_of_what_is_said(tmp_path):
+def test_the_version_depends_on_texts_and_weights_only(tmp_path):
     text = "principles: [The kinder.]"
     found = read_constitution(write(tmp_path, text), "principles")
     same = "# ours\nprinciples:\n- text: The kinder.\n  weight: 1.0\n"

@@ -134,7 +134,7 @@ def test_null_fields_may_be_left_out():
         ("flag", {"candidate": None, "reason": ""}),
     ],
 )
-def test_payloads_that_say_nothing(kind, payload):
+def test_invalid_payloads(kind, payload):
     with pytest.raises(DataError, match=f'field "payload" of this {kind} is .* it must be'):
         judge(kind, payload)
 
@@ -166,13 +166,13 @@ def test_a_rank_needs_two_candidates():
         ({"supersedes": "p1"}, 'field "supersedes" is the record\'s own id'),
     ],
 )
-def test_fields_that_cannot_be(fields, says):
+def test_invalid_fields(fields, says):
     with pytest.raises(DataError, match=says):
         judge("compare", COMPARE, **fields)
 
 
 @pytest.mark.parametrize("kind", ["like", None, ["rank"]])
-def test_kinds_that_are_none(kind):
+def test_unknown_kinds(kind):
     with pytest.raises(DataError, match=r'field "kind" is .* it must be one of compare, rank'):
         judge(kind, {})
 
@@ -204,7 +204,7 @@ def test_what_json_would_change_is_refused():
         ({"payload": {"better": 0}}, 'field "payload"'),
     ],
 )
-def test_rows_that_are_no_records(change, says):
+def test_rows_that_are_not_preference_records(change, says):
     with pytest.raises(DataError, match=says) as error:
         Preference.from_json(EVERY[0].to_json() | change, "j.jsonl:7")
     assert str(error.value).startswith("j.jsonl:7: ")
@@ -237,8 +237,8 @@ def test_pairs_of_every_kind():
 def test_a_rank_gives_all_pairs_between_groups():
     record = judge("rank", {"order": [[3], [0, 2], [1, 4]]}, "abcde")
     found, unused = pairs_from_preferences([record])[:2]
-    said = [(p.chosen[0].content, p.rejected[0].content) for p in found]
-    assert said == [
+    contents = [(p.chosen[0].content, p.rejected[0].content) for p in found]
+    assert contents == [
         ("d", "a"), ("d", "c"), ("d", "b"), ("d", "e"),
         ("a", "b"), ("a", "e"), ("c", "b"), ("c", "e"),
     ]  # fmt: skip
@@ -273,7 +273,7 @@ def test_ratings_are_compared_by_one_author_of_one_prompt_on_the_same_axes():
     assert unused == {}
 
 
-def test_pairs_that_teach_nothing_are_counted():
+def test_unusable_pairs_are_counted():
     records = [
         judge("compare", COMPARE, ("", "b")),
         judge("compare", COMPARE, ("b", "b\n"), id="p2"),
@@ -301,7 +301,7 @@ def test_ties_of_every_kind(tmp_path):
     assert read_ties(plain) == []
 
 
-def test_the_scalars_of_ratings():
+def test_ratings_of_every_kind():
     found, unused = ratings_from_preferences(EVERY)[:2]
     assert found == [Rating(ASK, say("c"), "true", 5), Rating(ASK, say("c"), "kind", 4)]
     assert unused == {
@@ -462,7 +462,7 @@ def test_answers_of_several_turns_and_margins(tmp_path):
         (EVERY[0].to_json() | {"id": 1}, 'field "id" is 1'),
     ],
 )
-def test_rows_that_are_no_pairs(row, says, tmp_path):
+def test_rows_that_are_not_pairs(row, says, tmp_path):
     path = save(tmp_path, row)
     with pytest.raises(DataError, match=says) as error:
         read_pairs(path)
@@ -505,7 +505,7 @@ BOTH = {"prompt": "q", "chosen": "a", "rejected": "b"}
         (BOTH | {"weight": 0}, "weight is 0"),
     ],
 )
-def test_rows_that_teach_nothing_are_left_out(row, reason, tmp_path):
+def test_unusable_rows_are_left_out(row, reason, tmp_path):
     found = read_pairs(save(tmp_path, row))
     assert not found.items
     [(given, count)] = found.unused.items()
@@ -535,7 +535,7 @@ def test_one_file_has_one_format(tmp_path):
     assert len(read_pairs(save(tmp_path, explicit, explicit | {"prompt": talk("q")})).items) == 2
 
 
-def test_files_that_hold_no_pairs(tmp_path):
+def test_files_without_pairs(tmp_path):
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(DataError, match="is empty; give a file with at least one pair"):
         read_pairs(tmp_path / "a.jsonl")

@@ -293,17 +293,17 @@ SHAPES = [
 ]
 
 
-def said(messages):
+def contents(messages):
     return [(m.role, m.content) for m in messages]
 
 
 def shown(item):
     """An item in the words of the readers above."""
     if isinstance(item, Pair):
-        return said(item.prompt), said(item.chosen), said(item.rejected)
+        return contents(item.prompt), contents(item.chosen), contents(item.rejected)
     if isinstance(item, Rating):
-        return said(item.prompt), said(item.completion), item.value
-    return said(item)
+        return contents(item.prompt), contents(item.completion), item.value
+    return contents(item)
 
 
 ASKED = ("system", "context", "input", "instruction", "question", "tools", "images", "history")
@@ -420,7 +420,7 @@ def test_a_thousand_altered_rows(read, make, sees, tmp_path):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_oasst_conversations_learn_every_answer_once(tmp_path, flat):
+def test_oasst_conversations_train_every_reply_once(tmp_path, flat):
     def message(name, role, parent, **more):
         ids = {"message_id": name, "parent_id": parent, "message_tree_id": "a"}
         return ids | {"role": role, "text": f"text {name}"} | more
@@ -442,10 +442,10 @@ def test_oasst_conversations_learn_every_answer_once(tmp_path, flat):
     path = tmp_path / "trees.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, second = read_demonstrations(path).items
-    assert said(first) == list(
+    assert contents(first) == list(
         zip(("user", "assistant") * 2, (f"text {name}" for name in "abcd"), strict=True)
     )
-    assert said(second)[-1] == ("assistant", "text e")
+    assert contents(second)[-1] == ("assistant", "text e")
     learnt = [m.content for talk in (first, second) for m in talk if m.trained]
     assert [text for text in learnt if text[-1] in "bdef"] == ["text b", "text d", "text e"]
     asked = read_prompts(path).items
@@ -459,7 +459,7 @@ TIES = {
 
 
 @pytest.mark.parametrize("name", TIES)
-def test_ties_as_published_are_ties_of_the_two_answers(name, tmp_path):
+def test_ties_of_public_data_sets(name, tmp_path):
     """A tie has the prompt and answers of the same row where the first answer won."""
     make, sees, won, tied, bad = TIES[name]
     numbers = iter(range(1000))
@@ -482,7 +482,7 @@ def test_ties_as_published_are_ties_of_the_two_answers(name, tmp_path):
         ("overall_preference", ("response1", "response2"), {"context": turns("w1")}),
     ],
 )
-def test_a_preference_of_no_strength_is_a_tie(field, sides, prompt, tmp_path):
+def test_a_preference_of_strength_0_is_a_tie(field, sides, prompt, tmp_path):
     path = tmp_path / "rows.jsonl"
     row = prompt | dict(zip(sides, ("w2", "w3"), strict=True))
     lines = [json.dumps(row | {field: strength}) + "\n" for strength in (0, -2)]

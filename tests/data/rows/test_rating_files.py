@@ -46,7 +46,7 @@ def test_preference_records(tmp_path):
     assert found.unused == {"thumb gives no rating": 1}
 
 
-def test_one_axis_is_learnt_at_a_time(tmp_path):
+def test_one_axis_is_read_at_a_time(tmp_path):
     path = save(tmp_path, rate(1, "a", true=5, kind=2))
     with pytest.raises(DataError, match=r"rates 2 axes \('kind', 'true'\); say which with --axis"):
         read_ratings(path)
@@ -74,14 +74,14 @@ def test_one_axis_is_learnt_at_a_time(tmp_path):
         ({"kind": "rate", "payload": {}}, "split the file"),
     ],
 )
-def test_rows_that_are_no_ratings(tmp_path, change, says):
+def test_rows_that_are_not_ratings(tmp_path, change, says):
     path = save(tmp_path, ROW, ROW | change)
     with pytest.raises(DataError, match=f"{path}:2") as caught:
         read_ratings(path)
     assert says in str(caught.value)
 
 
-def test_files_that_hold_no_ratings(tmp_path):
+def test_files_without_ratings(tmp_path):
     with pytest.raises(DataError, match="is empty"):
         read_ratings(save(tmp_path))
     thumb = rate(3, "c", true=1) | {"kind": "thumb", "payload": {"up": True, "candidate": 0}}
@@ -97,7 +97,7 @@ def test_files_that_hold_no_ratings(tmp_path):
         read_ratings(tmp_path / "ratings.csv")
 
 
-def test_rows_without_an_answer_are_left_out(tmp_path):
+def test_rows_without_a_completion_are_left_out(tmp_path):
     found = read_ratings(save(tmp_path, ROW, ROW | {"response": " "}, ROW | {"prompt": ""}))
     assert [rating.value for rating in found.items] == [4]
     assert found.report() == [

@@ -1,4 +1,4 @@
-"""Every form that rows of fine-tuning and alignment data have, told by its keys, and its errors."""
+"""The format of a row is recognised by its keys; rows become examples; wrong rows are refused."""
 
 import gzip
 import json
@@ -97,14 +97,14 @@ def save(tmp_path):
         (record("edit", {"candidate": 0, "text": "C."}), (*SKY, Message("assistant", "C."))),
     ],
 )
-def test_every_form_of_a_demonstration(save, row, expected):
+def test_every_format_of_a_demonstration(save, row, expected):
     assert read_demonstrations(save(row)).items == [expected]
     once_more = row | {"id": "p2"} if "kind" in row else row
     packed = save(row, "", once_more, name="rows.jsonl.gz")
     assert read_demonstrations(packed)[:2] == ([expected] * 2, {})
 
 
-def test_rows_without_use_are_counted_with_their_reason(save):
+def test_unusable_rows_are_counted_by_reason(save):
     silent, empty = {"messages": turns(*SKY)}, {"messages": turns(*SKY, Message("assistant", " "))}
     found = read_demonstrations(save(CONVERSATION, silent, empty, silent, {"messages": []}))
     assert found[:2] == ([SKY + BLUE], {"no assistant turn": 3, "empty completion": 1})
@@ -165,12 +165,12 @@ def test_rows_that_fine_tuning_refuses(save, row, says):
     assert "\n" not in str(error.value)
 
 
-def test_one_file_has_one_form(save):
+def test_one_file_has_one_format(save):
     with pytest.raises(DataError, match=r":2: this row is .*, the first is messages; split the f"):
         read_demonstrations(save(CONVERSATION, SHAREGPT))
 
 
-def test_files_that_hold_nothing(save, tmp_path):
+def test_empty_files(save, tmp_path):
     with pytest.raises(DataError, match="is empty; give a file with at least one conversation"):
         read_demonstrations(save("", ""))
     with pytest.raises(
@@ -181,7 +181,7 @@ def test_files_that_hold_nothing(save, tmp_path):
         read_prompts(tmp_path / "none.jsonl")
 
 
-FORMS = [
+FORMATS = [
     (record(), "a Preference record"),
     (PAIR, "prompt, chosen, rejected"),
     (HH, "Anthropic HH texts"),
@@ -198,22 +198,22 @@ FORMS = [
 ]
 
 
-def check_all_keys_tell(row_format):
-    """Whatever the order of the keys, and with fields of other forms that are null."""
-    for row, form in FORMS:
-        assert row_format(row) == form
-        assert row_format(dict(reversed(row.items()))) == form
-        null = dict.fromkeys(key for other, _ in FORMS for key in other)
-        assert row_format(null | row) == form
+def check_all_keys_count(row_format):
+    """Whatever the order of the keys, and with null fields of other formats."""
+    for row, name in FORMATS:
+        assert row_format(row) == name
+        assert row_format(dict(reversed(row.items()))) == name
+        null = dict.fromkeys(key for other, _ in FORMATS for key in other)
+        assert row_format(null | row) == name
 
 
-def test_all_keys_tell():
-    check_all_keys_tell(row_format)
-    firsts = {next(iter(row)): form for row, form in FORMS}
+def test_all_keys_count():
+    check_all_keys_count(row_format)
+    firsts = {next(iter(row)): name for row, name in FORMATS}
     with pytest.raises(AssertionError):
-        check_all_keys_tell(lambda row: firsts[next(iter(row))])
+        check_all_keys_count(lambda row: firsts[next(iter(row))])
     with pytest.raises(AssertionError):
-        check_all_keys_tell(lambda row: row_format({k: v or "" for k, v in row.items()}))
+        check_all_keys_count(lambda row: row_format({k: v or "" for k, v in row.items()}))
 
 
 def test_gsm8k_is_questions_and_answers():
@@ -285,14 +285,14 @@ def test_equal_scores_are_ties(save):
         ({"ranking": {"a": 1}}, 'field "ranking" must be'),
     ],
 )
-def test_rankings_that_make_no_sense(save, change, says):
+def test_invalid_rankings(save, change, says):
     path = save(RANKING | change)
     with pytest.raises(DataError, match=says) as error:
         read_pairs(path)
     assert str(error.value).startswith(f"{path}:1: field ")
 
 
-def test_rows_that_are_no_pairs_are_told_who_reads_them(save):
+def test_the_error_names_the_verb_that_reads_a_row(save):
     with pytest.raises(DataError, match=r"is messages, which `openpalm sft` reads; pairs are one"):
         read_pairs(save(CONVERSATION))
 
@@ -331,7 +331,7 @@ def test_labelled_completions(save):
         (LABELLED | {"prompt": 7}, 'field "prompt" is 7'),
     ],
 )
-def test_rows_that_are_no_verdicts(save, row, says):
+def test_rows_that_are_not_labelled_completions(save, row, says):
     with pytest.raises(DataError, match=says):
         read_labelled_completions(save(row))
 
@@ -358,7 +358,7 @@ def test_rows_that_are_no_verdicts(save, row, says):
         ({"system": "Be brief.", **SHAREGPT}, (SYSTEM, *SKY)),
     ],
 )
-def test_every_form_of_a_prompt(save, row, prompt):
+def test_every_format_of_a_prompt(save, row, prompt):
     assert read_prompts(save(row, row))[:2] == ([PromptRow(prompt, row)] * 2, {})
 
 
@@ -369,7 +369,7 @@ def test_prompts_of_records_once_each(save):
     assert unused == {"repeated prompt": 1}
 
 
-def test_prompts_of_nobody(save):
+def test_rows_without_a_prompt(save):
     rows = [CONVERSATION, {"messages": turns(*BLUE)}, {"messages": []}]
     found, unused = read_prompts(save(*rows))[:2]
     assert len(found) == 1
@@ -380,7 +380,7 @@ def test_prompts_of_nobody(save):
         read_prompts(save(HH))
 
 
-# --- a field beside a known form is used, refused or named
+# --- other fields of a row of a known format are used, refused or named
 
 
 @pytest.mark.parametrize(
@@ -402,12 +402,12 @@ def test_prompts_of_nobody(save):
 )
 def test_a_field_that_would_be_lost_is_refused(save, read, row):
     path = save(row)
-    with pytest.raises(DataError, match=r"beside .* would not reach|have the same role") as error:
+    with pytest.raises(DataError, match=r"would not reach the model|have the same role") as error:
         read(path)
     assert str(error.value).startswith(f"{path}:1: field")
 
 
-def test_fields_that_are_understood_are_used(save):
+def test_known_fields_are_used(save):
     row = {"input": "2 and 3", "history": [["Hi", "Hello"]], "system": "Be brief."}
     [found] = read_demonstrations(save(row | {"instruction": "Add.", "output": "5"})).items
     texts = ["Be brief.", "Hi", "Hello", "Add.\n\n2 and 3", "5"]
@@ -424,10 +424,10 @@ def test_fields_that_are_understood_are_used(save):
     assert row.prompt == (SYSTEM, Message("user", "Why?"))
 
 
-def test_what_changes_nothing_is_named_once(save):
-    told = CONVERSATION | {"prompt": SKY[0].content, "messages": turns(*SKY, *BLUE)}
-    told["messages"][0]["name"] = "ann"
-    found = read_demonstrations(save(told, CONVERSATION))
+def test_unused_fields_are_named_once(save):
+    row = CONVERSATION | {"prompt": SKY[0].content, "messages": turns(*SKY, *BLUE)}
+    row["messages"][0]["name"] = "ann"
+    found = read_demonstrations(save(row, CONVERSATION))
     assert len(found.items) == 2
     assert found.report() == [
         "2 rows carry fields that are not used: 'source' (2), 'prompt' (1), 'messages[].name' (1)"

@@ -180,14 +180,14 @@ def test_any_other_file_is_one_task(folder):
         ),
     ],
 )
-def test_mixtures_that_make_no_sense(folder, text, says):
+def test_invalid_mixtures(folder, text, says):
     path = write(folder, text)
     with pytest.raises(DataError, match=says) as error:
         read_mixture(path)
     assert str(error.value).startswith(f"{path}: ")
 
 
-def test_files_that_are_no_mixtures(folder):
+def test_files_that_are_not_mixtures(folder):
     for text in ("- a\n- b", "tasks: [", "a: &x [1]\ntasks: *x", "!!python/object:os.system {}"):
         with pytest.raises(SettingsError, match=r"mixture\.yaml"):
             read_mixture(write(folder, text))
@@ -212,7 +212,7 @@ def test_rows_that_do_not_fill_a_template(folder, row, says):
     assert str(error.value).startswith(f"{folder}/sums.jsonl:1: ")
 
 
-def test_rows_whose_answer_is_empty_are_counted(folder):
+def test_rows_with_an_empty_completion_are_counted(folder):
     text = MIXTURE.replace('"It is {answer}."', '"{answer}"')
     rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": " "}]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

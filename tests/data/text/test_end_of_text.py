@@ -55,7 +55,7 @@ def prepared(tmp_path, tokenizer, texts, **options):
         ("generation_config.json", {"eos_token_id": [257, 256]}),
     ],
 )
-def test_the_files_beside_a_tokenizer_name_its_end(file, content, tmp_path):
+def test_configuration_files_name_the_end_of_text(file, content, tmp_path):
     path = vocabulary(tmp_path, ["<|im_start|>", "<|im_end|>"])
     assert end_of(path) is None
     (tmp_path / file).write_text(json.dumps(content))
@@ -88,7 +88,7 @@ def test_every_document_ends_with_it_wherever_the_tokenizer_goes(tmp_path):
         (["<|begin|>"], None, None),
     ],
 )
-def test_the_end_of_a_turn_ends_documents_only_for_want_of_another(special, eos, right, tmp_path):
+def test_the_end_of_a_turn_ends_documents_if_there_is_no_other(special, eos, right, tmp_path):
     path = vocabulary(tmp_path, special)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
     assert end_of(path) == right
@@ -100,7 +100,7 @@ def test_a_known_name_leaves_the_digest_alone(tmp_path):
     assert Tokenizer.from_spec(str(path), ()).digest == Tokenizer.load(path).digest
 
 
-def test_where_no_end_is_known_it_is_asked_for(tmp_path):
+def test_an_unknown_end_of_text_is_asked_for(tmp_path):
     path = vocabulary(tmp_path, ["<|a|>", "<|b|>"])
     with pytest.raises(DataError, match=r"--end-of-text TOKEN \(special tokens: <\|a\|>, <\|b\|>"):
         prepared(tmp_path, path, ["one", "two"])
@@ -109,7 +109,7 @@ def test_where_no_end_is_known_it_is_asked_for(tmp_path):
     assert open_dataset(tmp_path / "out").tokenizer().end_of_text == 257
 
 
-def test_a_token_that_is_not_there_is_added(tmp_path):
+def test_a_missing_end_token_is_added(tmp_path):
     path = vocabulary(tmp_path, ["<|a|>"])
     tokenizer = Tokenizer.from_spec(str(path), (), "<|mine|>")
     assert (tokenizer.end_of_text, tokenizer.vocab_size) == (257, 258)
@@ -153,7 +153,7 @@ def test_a_text_that_is_mostly_lost_is_refused(tmp_path):
         prepared(tmp_path, path, [f"\u65e5\u672c\u8a9e\u65e5\u672c {i}" for i in range(30)])
 
 
-def test_what_is_lost_without_loss_is_nothing(byte, bpe, unigram, tmp_path):
+def test_lossless_vocabularies_lose_no_bytes(byte, bpe, unigram, tmp_path):
     complete = Tokenizer.load(vocabulary(tmp_path, [], normalizer={"type": "NFC"}))
     for tokenizer in (byte, bpe, unigram, complete):
         assert tokenizer.is_lossless
@@ -162,7 +162,7 @@ def test_what_is_lost_without_loss_is_nothing(byte, bpe, unigram, tmp_path):
     assert '"lost"' not in prepared(tmp_path, "byte", TEXTS).to_json().decode()
 
 
-def test_what_other_rules_lose(wordpiece, tmp_path):
+def test_bytes_lost_by_other_rules(wordpiece, tmp_path):
     lower = Tokenizer.load(vocabulary(tmp_path, [], normalizer={"type": "Lowercase"}))
     assert lower.lost_bytes("A bC", lower.encode("A bC")) == 2
     text = "the cats\n\u65e5"
@@ -178,7 +178,7 @@ def test_rules_that_fail_or_grow_without_end_are_errors(tmp_path):
     split["invert"] = False
     steps = {"type": "Sequence", "pretokenizers": [split, LEVEL]}
     panics = Tokenizer(json.dumps({**content, "pre_tokenizer": steps}).encode(), "t")
-    for encode in (panics.encode, panics._defused):
+    for encode in (panics.encode, panics._encode_hostile):
         with pytest.raises(DataError, match="the rules of this tokenizer"):
             encode("a" * 40 + "b")
     double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}

@@ -6,7 +6,7 @@ import pytest
 from data_samples import TEXTS, definition, shared_file
 
 from openpalm.data.text import byte_level
-from openpalm.data.text.tokenizer import MARKERS, MINIMUM_BPE, StreamDecoder, Tokenizer
+from openpalm.data.text.tokenizer import MINIMUM_BPE, SPECIAL_TOKENS, Tokenizer
 from openpalm.errors import DataError
 
 NASTY = [
@@ -43,8 +43,8 @@ def test_decoding_gives_the_text_back(name, request):
 def test_byte_ids_are_byte_values(byte):
     text = "aé😀\x00\n"
     assert byte.encode(text) == list(text.encode())
-    assert byte.vocab_size == 256 + len(MARKERS)
-    assert [byte.special_id(marker) for marker in MARKERS] == list(range(256, byte.vocab_size))
+    assert byte.vocab_size == 256 + len(SPECIAL_TOKENS)
+    assert [byte.special_id(token) for token in SPECIAL_TOKENS] == list(range(256, byte.vocab_size))
 
 
 def test_every_byte_has_a_token_in_a_bpe_vocabulary(bpe):
@@ -56,13 +56,13 @@ def test_every_byte_has_a_token_in_a_bpe_vocabulary(bpe):
 def test_text_never_becomes_a_special_token(any_tokenizer):
     specials = any_tokenizer.special_ids
     unknown = {any_tokenizer.special_id("[UNK]"), any_tokenizer.special_id("<unk>")}
-    names = [*MARKERS, "</s>", "<s>", "[SEP]"]
+    names = [*SPECIAL_TOKENS, "</s>", "<s>", "[SEP]"]
     texts = [f"a {name}{name} b" for name in names] + names + random_texts(100)
     for text, ids in zip(texts, any_tokenizer.encode_batch(texts), strict=True):
         assert not (specials - unknown) & set(ids), text
 
 
-def test_a_vocabulary_that_spells_its_marker_is_defused_without_losing_text(unigram):
+def test_a_vocabulary_with_its_special_token_as_a_word_loses_no_text(unigram):
     end = unigram.special_id("</s>")
     raw = unigram._inner.encode("cats</s>", add_special_tokens=False).ids
     assert end in raw  # the library alone would have ended the document here
@@ -193,60 +193,14 @@ def test_byte_lengths_by_decoding(unigram):
     assert lengths[ids].sum() == len(" the cats é".encode())
 
 
-def streamed(tokenizer, ids, **options):
-    decoder = StreamDecoder(tokenizer, **options)
-    return "".join([decoder.push(i) for i in ids] + [decoder.flush()])
-
-
-@pytest.mark.parametrize("skip_special", [True, False])
-def test_streaming_equals_the_whole_for_any_ids(any_tokenizer, skip_special):
-    draw = random.Random(3)
-    for length in (*range(1, 30), *[200] * 30):
-        ids = [draw.randrange(any_tokenizer.vocab_size) for _ in range(length)]
-        whole = any_tokenizer.decode(ids, skip_special=skip_special)
-        assert streamed(any_tokenizer, ids, skip_special=skip_special) == whole
-
-
-def test_streaming_equals_the_whole_for_byte_runs(unigram):
-    bytes_of = [unigram._inner.token_to_id(f"<0x{b:02X}>") for b in range(256)]
-    word = unigram._inner.token_to_id("▁cat")
-    draw = random.Random(5)
-    for _ in range(60):
-        data = [bytes_of[b] for b in "é😀".encode()] + [draw.choice(bytes_of)] * draw.randrange(2)
-        ids = ([word] * draw.randrange(3) + data) * 15 + [unigram.special_id("</s>")] + data
-        assert streamed(unigram, ids) == unigram.decode(ids)
-
-
-def test_streaming_holds_back_only_an_unfinished_character(byte):
-    decoder = StreamDecoder(byte)
-    assert [decoder.push(i) for i in "a😀b".encode()] == ["a", "", "", "", "😀", "b"]
-    decoder.push(0xF0)
-    assert decoder.flush() == "\ufffd"
-    assert decoder.flush() == ""
-
-
-def test_the_cost_of_streaming_does_not_grow(wordpiece, monkeypatch):
-    longest = 0
-    decode = Tokenizer.decode
-
-    def counting(self, ids, **options):
-        nonlocal longest
-        longest = max(longest, len(ids))
-        return decode(self, ids, **options)
-
-    monkeypatch.setattr(Tokenizer, "decode", counting)
-    streamed(wordpiece, [2, 3, 4] * 300)
-    assert 0 < longest <= StreamDecoder.WINDOW + 1
-
-
-def test_what_is_no_unicode_text(byte, unigram):
+def test_strings_that_are_not_unicode_text(byte, unigram):
     for tokenizer in (byte, unigram):
         with pytest.raises(DataError, match="half a surrogate pair"):
             tokenizer.encode("a\ud800")
 
 
 def test_ids_beyond_the_vocabulary_have_no_text(byte):
-    assert byte.decode([97, 300]) == "a" == streamed(byte, [97, 300])
+    assert byte.decode([97, 300]) == "a"
 
 
 def test_specs(bpe, tmp_path):

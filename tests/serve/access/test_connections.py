@@ -1,4 +1,4 @@
-"""Bounds on a connection's bytes: heads, trailers, framing, bodies, silence."""
+"""Limits of a connection: headers, trailers, framing, bodies, idle time."""
 
 import socket
 
@@ -13,7 +13,7 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 def exchange(server, *parts, most=60 << 20):
-    """What comes back for the bytes, sent until the server hangs up."""
+    """The response to these bytes, which are sent until the server closes the connection."""
     port = int(server.url.rsplit(":")[-1])
     reply = b""
     with socket.create_connection(("127.0.0.1", port), timeout=HANGS_S) as connection:
@@ -35,7 +35,7 @@ def exchange(server, *parts, most=60 << 20):
 
 def test_an_endless_header_is_cut_off(server):
     head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "
-    # More than the bound and what the system's buffers take.
+    # More than the limit plus the system's socket buffers.
     exchange(server, head, *[b"a" * (1 << 16)] * 1000)
     assert server.call("/health").status == 200
 
@@ -51,7 +51,7 @@ def test_an_endless_header_is_cut_off(server):
     ],
     ids=["path", "value", "name", "trailer", "extension"],
 )
-def test_what_has_no_end_is_refused_at_a_bound(server, start):
+def test_endless_parts_of_a_request_are_refused_at_the_limit(server, start):
     rest = MAX_HEAD_BYTES + (1 << 14)
     reply = exchange(server, start + b"a" * rest)
     assert not reply or reply.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))
@@ -97,14 +97,14 @@ def test_bodies_are_bounded_by_route_and_key(server, path, size, status):
     assert reply.startswith(b"HTTP/1.1 %d" % status)
 
 
-def test_a_body_that_says_it_is_too_large_is_not_waited_for(server):
+def test_a_declared_length_over_the_limit_is_refused_before_the_body(server):
     head = POST + b"Content-Length: 99999999\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
     assert exchange(server, head).startswith(b"HTTP/1.1 413")
 
 
 @pytest.fixture(scope="module")
-def hasty(base):
-    """A server whose patience ends at once, run by these bounds' own code."""
+def impatient(base):
+    """A server with timeouts of 0.2 seconds."""
     code = (
         "import sys; from openpalm.serve.access import body, connections; "
         "connections.HEAD_TIMEOUT_S = body.BODY_TIMEOUT_S = 0.2; "
@@ -125,8 +125,8 @@ def hasty(base):
     ],
     ids=["nothing", "a line's end", "half a line", "half a head", "half a body"],
 )
-def test_who_falls_silent_is_hung_up_on(hasty, sent, answer):
-    reply = exchange(hasty, sent)
+def test_silent_connections_are_closed(impatient, sent, answer):
+    reply = exchange(impatient, sent)
     assert reply[: len(answer) or 1] == answer
 
 

@@ -1,4 +1,4 @@
-"""Keys, replacing the model, scores, life signs, what is shared with consent."""
+"""Keys, replacing the model, scores, metrics, CORS, conversations with consent, tokenize."""
 
 import http.server
 import json
@@ -23,7 +23,7 @@ def other(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inbox():
-    """A server that keeps what is posted to it; its address, and what came."""
+    """A server that keeps posted conversations: its address, and a queue of them."""
     came = queue.SimpleQueue()
 
     class Keeper(http.server.BaseHTTPRequestHandler):
@@ -73,18 +73,18 @@ def test_keys(guarded, path, key, status):
         assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 
-def test_a_wrong_key_is_known_before_the_body_is_looked_at(guarded):
+def test_a_wrong_key_is_refused_before_the_body_is_parsed(guarded):
     assert guarded.call("/v1/completions", raw=b"{", key="wrong").status == 401
 
 
 @pytest.mark.parametrize("path", ["/admin/models", "/v1/score"])
 @pytest.mark.parametrize("key", [None, "sesame"])
-def test_what_only_the_admin_key_opens(guarded, path, key):
+def test_admin_endpoints_need_the_admin_key(guarded, path, key):
     answer = guarded.call(path, {}, key=key)
     assert (answer.status, answer.body["error"]["code"]) == (401, "admin_key")
 
 
-def test_without_an_admin_key_nobody_is_one(server):
+def test_without_an_admin_key_admin_endpoints_are_closed(server):
     answer = server.call("/admin/models", {"path": "x"}, key="")
     assert answer.status == 401
     assert "--admin-key" in answer.body["error"]["message"]
@@ -102,14 +102,14 @@ def test_scores_are_the_engines(guarded, engine):
     assert by_text.body["data"][0]["log_probs"] == [pytest.approx(by_ids, abs=1e-4)]
 
 
-def test_scores_of_what_does_not_fit(guarded):
+def test_scores_of_sequences_that_do_not_fit(guarded):
     for sequences, says in (([[1] * 129], "129 tokens"), ([[999]], "999"), ([[]], "sequences")):
         answer = guarded.call("/v1/score", {"sequences": sequences}, key="boss")
         assert answer.status == 400
         assert says in answer.body["error"]["message"]
 
 
-def test_only_what_its_user_agreed_to_share_is_kept(guarded, inbox):
+def test_only_conversations_with_consent_are_posted(guarded, inbox):
     _, came = inbox
     private = HELLO | {"messages": [{"role": "user", "content": "a secret"}]}
     guarded.call("/v1/chat/completions", private, key="sesame")
@@ -125,7 +125,7 @@ def test_only_what_its_user_agreed_to_share_is_kept(guarded, inbox):
 
 
 def test_a_model_is_replaced_while_requests_are_in_flight(base, other):
-    """Those on the way finish on the old one; the next is answered by the new one."""
+    """Requests in flight finish on the old model; the next one gets the new model."""
     with serving(base, "--max-sequences", 2, env=KEYS) as server:
         body = {"prompt": "abc", "max_tokens": 120, "ignore_eos": True, "temperature": 0}
         expected = server.call("/v1/completions", body, key="sesame").body["choices"]
@@ -148,8 +148,8 @@ def test_a_model_is_replaced_while_requests_are_in_flight(base, other):
         assert any(answer.status == 200 for answer in answers)
         listed = server.call("/v1/models", key="sesame").body["data"]
         assert [(model["id"], model["max_model_len"]) for model in listed] == [("other", 64)]
-        gone = server.call("/v1/completions", body | {"model": "base"}, key="sesame")
-        assert gone.status == 404
+        refused = server.call("/v1/completions", body | {"model": "base"}, key="sesame")
+        assert refused.status == 404
 
 
 def test_a_model_that_cannot_be_loaded_changes_nothing(guarded, tmp_path):
@@ -160,7 +160,7 @@ def test_a_model_that_cannot_be_loaded_changes_nothing(guarded, tmp_path):
     assert guarded.call("/v1/models", key="sesame").body["data"][0]["id"] == "base"
 
 
-def test_metrics_count_what_was_answered(base):
+def test_metrics_count_requests_and_tokens(base):
     with serving(base) as server:
         server.call("/v1/completions", {"prompt": "abc", "max_tokens": 7, "ignore_eos": True})
         server.call("/v1/completions", {"prompt": "abc", "temperature": 9})
@@ -195,11 +195,11 @@ def test_the_old_endpoint_of_mesh_transformer_jax(call):
     assert call("/complete", {"context": "a" * 128}).status == 400
 
 
-def test_tokens_there_and_back(call, tokenizer):
+def test_tokenize_and_detokenize(call, tokenizer):
     text = "né <|end|>\u0000"
-    told = call("/tokenize", {"prompt": text}).body
-    assert told == {"tokens": tokenizer.encode(text), "count": 12, "max_model_len": 128}
-    assert call("/detokenize", {"tokens": told["tokens"]}).body == {"prompt": text}
+    tokenized = call("/tokenize", {"prompt": text}).body
+    assert tokenized == {"tokens": tokenizer.encode(text), "count": 12, "max_model_len": 128}
+    assert call("/detokenize", {"tokens": tokenized["tokens"]}).body == {"prompt": text}
     assert call("/tokenize", {}).status == 400
 
 

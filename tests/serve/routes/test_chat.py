@@ -21,7 +21,7 @@ def ask(call, messages=TALK, **body):
     return answer.body
 
 
-def test_the_answer_is_the_engines_to_the_rendered_conversation(call, engine, tokenizer):
+def test_the_completion_is_the_engines_for_the_rendered_conversation(call, engine, tokenizer):
     body = ask(call, max_tokens=20)
     turns = [Message(m["role"], m["content"]) for m in TALK]
     ids = render(tokenizer, turns, add_generation_prompt=True).ids
@@ -35,12 +35,12 @@ def test_the_answer_is_the_engines_to_the_rendered_conversation(call, engine, to
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_both_names_of_the_limit(call, name):
+def test_both_names_of_max_tokens(call, name):
     body = ask(call, **{name: 3}, logit_bias={"66": 100})
     assert body["choices"][0]["message"]["content"] == "BBB"
 
 
-def test_without_a_limit_the_context_is_one(call):
+def test_without_max_tokens_the_context_is_the_limit(call):
     body = ask(call, logit_bias={"66": 100})
     assert body["usage"]["total_tokens"] == 128
     assert body["choices"][0]["finish_reason"] == "length"
@@ -70,7 +70,7 @@ def test_a_last_message_is_continued(call, engine, tokenizer):
     assert body["usage"]["prompt_tokens"] == len(ids)
 
 
-def test_no_turn_is_begun_where_none_is_asked_for(call, tokenizer):
+def test_without_add_generation_prompt_no_turn_begins(call, tokenizer):
     turns = [Message(m["role"], m["content"]) for m in TALK]
     body = ask(call, max_tokens=2, add_generation_prompt=False)
     assert body["usage"]["prompt_tokens"] == len(render(tokenizer, turns).ids)
@@ -84,11 +84,11 @@ def test_no_turn_is_begun_where_none_is_asked_for(call, tokenizer):
         {"n": 2, "best_of": 2},
     ],
 )
-def test_what_asks_for_nothing_is_no_fault(call, neutral):
+def test_neutral_values_of_unsupported_fields_are_accepted(call, neutral):
     ask(call, max_tokens=1, **neutral)
 
 
-def test_the_end_of_a_turn_ends_the_answer(call, tokenizer):
+def test_the_end_of_a_turn_ends_the_completion(call, tokenizer):
     end = tokenizer.special_id("<|end|>")
     body = ask(call, logit_bias={str(end): 100}, logprobs=True)
     (choice,) = body["choices"]
@@ -176,7 +176,7 @@ def test_the_bytes_of_tokens_are_the_text(call):
         ({"stop": ["a"] * 17}, "stop"),
     ],
 )
-def test_what_is_wrong_is_named(call, changes, param):
+def test_errors_name_the_field(call, changes, param):
     answer = call("/v1/chat/completions", {"messages": TALK} | changes)
     assert answer.status == 400
     assert answer.body["error"]["param"] == param

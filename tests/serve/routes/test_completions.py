@@ -1,4 +1,4 @@
-"""`/v1/completions` says what the engine says, in OpenAI's shape."""
+"""`/v1/completions` returns the engine's completions in OpenAI's shape."""
 
 import itertools
 import math
@@ -59,7 +59,7 @@ def joined(chunks, index=0):
         {"temperature": 0, "presence_penalty": 2.0, "frequency_penalty": 1.5},
     ],
 )
-def test_the_answer_is_the_engines(call, engine, tokenizer, how):
+def test_the_completion_is_the_engines(call, engine, tokenizer, how):
     body = ask(call, prompt="The quick", max_tokens=20, **how)
     (choice,) = body["choices"]
     expected = direct(engine, tokenizer, "The quick", **how)
@@ -72,7 +72,7 @@ def test_the_answer_is_the_engines(call, engine, tokenizer, how):
     }
 
 
-def test_settings_not_given(call, engine, tokenizer):
+def test_default_settings(call, engine, tokenizer):
     """16 tokens, the temperature of `openpalm sample`; null is the same as not given."""
     nothing = dict.fromkeys(["temperature", "top_p", "max_tokens", "n", "stop", "logit_bias"])
     body = ask(call, prompt="abc", seed=7, **nothing)
@@ -80,7 +80,7 @@ def test_settings_not_given(call, engine, tokenizer):
     assert body["choices"][0]["text"] == expected.text
 
 
-def test_without_a_seed_answers_differ(call):
+def test_without_a_seed_completions_differ(call):
     texts = {ask(call, prompt="abc", temperature=2)["choices"][0]["text"] for _ in range(4)}
     assert len(texts) > 1
 
@@ -97,7 +97,7 @@ def test_several_prompts_and_choices_come_in_order(call, engine, tokenizer, prom
     assert body["usage"]["prompt_tokens"] == 3
 
 
-def test_neighbouring_seeds_share_no_answer(call):
+def test_neighbouring_seeds_share_no_completion(call):
     def texts(seed):
         body = ask(call, prompt="ab", n=8, seed=seed, temperature=2, max_tokens=20)
         return {choice["text"] for choice in body["choices"]}
@@ -136,7 +136,7 @@ def test_logit_bias_forces_and_forbids(call):
     assert not without["choices"][0]["text"].startswith(best)
 
 
-def test_ignore_eos_goes_on(call, tokenizer):
+def test_ignore_eos_continues(call, tokenizer):
     bias = {str(tokenizer.end_of_text): 100}
     (ended,) = ask(call, prompt="a", logit_bias=bias, max_tokens=5)["choices"]
     (longer,) = ask(call, prompt="a", logit_bias=bias, max_tokens=5, ignore_eos=True)["choices"]
@@ -184,19 +184,19 @@ def test_a_prompt_is_scored_without_generating(call, engine, stream):
         assert choice["text"] == "".join(map(chr, prompt))
 
 
-def test_an_echo_alone_needs_no_model(call):
+def test_an_echo_without_new_tokens_needs_no_model(call):
     (choice,) = ask(call, prompt="abc", max_tokens=0, echo=True)["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
     assert call("/v1/completions", {"prompt": "abc", "max_tokens": 0}).status == 400
 
 
-def test_the_limits_newer_name(call):
+def test_max_completion_tokens(call):
     assert ask(call, prompt="a", max_completion_tokens=3)["usage"]["completion_tokens"] == 3
     both = {"prompt": "a", "max_tokens": 3, "max_completion_tokens": 4}
     assert call("/v1/completions", both).body["error"]["param"] == "max_completion_tokens"
 
 
-def test_log_probs_line_up_with_the_text(call):
+def test_log_prob_offsets_match_the_text(call):
     for echo, prompt in itertools.product([False, True], ["The quick", "né", ""]):
         (choice,) = ask(call, prompt=prompt, logprobs=3, echo=echo, seed=1)["choices"]
         found = choice["logprobs"]
@@ -221,7 +221,7 @@ def test_the_likeliest_tokens_come_with_each(call):
         assert max(top.values()) >= log_prob
 
 
-def test_log_probs_of_nothing_but_the_token(call):
+def test_logprobs_0_has_no_top_tokens(call):
     (choice,) = ask(call, prompt="abc", logprobs=0, seed=2)["choices"]
     assert choice["logprobs"]["top_logprobs"] is None
     assert len(choice["logprobs"]["token_logprobs"]) == 16
@@ -252,7 +252,7 @@ def test_a_stream_joined_is_the_whole(call, body):
             assert tokens == choice["logprobs"]["tokens"]
 
 
-def test_usage_comes_last_where_it_is_asked_for(call):
+def test_usage_comes_last_if_requested(call):
     body = {"prompt": "abc", "seed": 1}
     *chunks, last = streamed(call, **body, stream_options={"include_usage": True})
     assert last["choices"] == []

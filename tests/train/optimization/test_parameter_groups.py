@@ -165,7 +165,7 @@ def test_short_runs_have_a_rate_at_every_step(warmup: float, steps: int):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_goes_on_where_it_was_taken(name: str):
+def test_restored_state_continues_exactly(name: str):
     settings = OptimSettings(name=name)  # type: ignore[arg-type]
     model = made()
 

@@ -92,7 +92,7 @@ def test_a_share_of_a_batch_is_a_batch_of_that_size():
     assert same(weights(ramped.model), weights(small.model))
 
 
-def test_a_killed_run_goes_on_in_its_stage(
+def test_a_killed_run_resumes_in_its_stage(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     options = {"batch_ramp": "1/4@0.25,1/2@0.75", "save_every": 3}

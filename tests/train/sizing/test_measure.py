@@ -82,7 +82,7 @@ def test_steps_that_fit_the_minutes(timings: dict[torch.dtype, float]):
 @pytest.mark.parametrize("step_s", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize("look_s", [0.0, 0.5, 30.0])
 @pytest.mark.parametrize("eval_every", [None, 1, 25])
-def test_a_budget_holds_its_steps_and_looks(
+def test_a_time_budget_holds_its_steps_and_evaluations(
     left_s: float, step_s: float, look_s: float, eval_every: int | None
 ):
     steps, every = fit(left_s, step_s, look_s, eval_every)
@@ -141,7 +141,7 @@ def test_timing_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch, minutes: Any,
         assert clock.now <= max(limit_s, 2 * step_s)
 
 
-def test_a_long_evaluation_is_foretold_from_a_step(monkeypatch: pytest.MonkeyPatch):
+def test_a_long_evaluation_is_predicted_from_a_step(monkeypatch: pytest.MonkeyPatch):
     clock = Clock(monkeypatch, {torch.float32: 1.0})
 
     def read(model: Any, dtype: Any) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def test_a_long_evaluation_is_foretold_from_a_step(monkeypatch: pytest.MonkeyPat
     assert measure._probe_seconds(Scratch(), [Probe(read, tokens=10)], 0.1, until=20.0) == 100.0  # type: ignore[arg-type]
 
 
-def test_a_step_is_foretold_from_one_microbatch():
+def test_a_step_is_predicted_from_one_microbatch():
     trainer = trainer_of(accumulation=4)
     began = trainer.step
     assert measure._step_seconds(trainer) > 0

@@ -14,7 +14,7 @@ from openpalm.cli.main import main
 from openpalm.errors import SettingsError
 from openpalm.model.config import ModelConfig
 from openpalm.train.config import ArchSettings, OptimSettings, PretrainSettings, batch_shape
-from openpalm.train.sizing.scaling import RATE_BATCH_POWER, TOKENS_A_PARAMETER, of_depth, scaled
+from openpalm.train.sizing.scaling import RATE_BATCH_POWER, TOKENS_PER_PARAMETER, of_depth, scaled
 
 VOCAB, EPOCH = 1024, 1_000_000
 DEPTHS = [1, 2, 3, 4, 6, 8, 12, 20, 40]
@@ -54,7 +54,7 @@ def test_shapes_divide(depth: int):
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_length_is_twenty_tokens_a_parameter(depth: int):
     batch, steps, *_ = numbers(derived(depth))
-    wanted = TOKENS_A_PARAMETER * config(depth).parameters
+    wanted = TOKENS_PER_PARAMETER * config(depth).parameters
     assert 0 <= batch * steps - wanted < batch
 
 
@@ -185,7 +185,7 @@ def words(data: Path) -> Callable[..., list[str]]:
     return make
 
 
-def test_a_run_prints_keeps_and_goes_on_with_what_was_derived(
+def test_a_run_prints_keeps_and_resumes_with_derived_settings(
     words: Callable[..., list[str]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -31,7 +31,7 @@ class SamplingPlan(NamedTuple):
     """How completions are sampled; equal plans and models give equal completions."""
 
     per_prompt: int
-    """completions of each prompt"""
+    """completions per prompt"""
     max_new_tokens: int
     temperature: float
     seed: int

@@ -36,6 +36,7 @@ from openpalm.align.pairs.reward_model import collate
 from openpalm.align.rollouts.rollout_batch import Completion, Reward, to_example
 from openpalm.base.settings import spell
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import read_manifest
 from openpalm.data.rows.constitution import read_constitution
 from openpalm.data.rows.preferences import Messages
 from openpalm.data.rows.prompt_files import PromptRow
@@ -126,7 +127,7 @@ def fingerprint(words: Sequence[str], option: str = "reward") -> str:
 
 
 def _manifest_hash(path: str) -> bytes:
-    return checkpoint.read_manifest(checkpoint.resolve(path))["sha256"].encode()
+    return read_manifest(checkpoint.resolve(path))["sha256"].encode()
 
 
 def _weight_and_source(word: str, option: str) -> tuple[float, str]:

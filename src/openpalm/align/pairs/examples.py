@@ -95,7 +95,7 @@ def to_example(
         if len(example.ids) > max_tokens:  # cut, it would have no end to learn from
             return f"longer than {max_tokens} tokens, see --sequence-length"
         if not any(example.loss_mask):
-            return "no turn of the answer has a weight"
+            return "no turn of the completion has a weight"
         rendered.append(example)
     return PreferenceExample(tuple(rendered), label)
 

@@ -112,8 +112,8 @@ def next_other_prompts(prompts: Sequence[object]) -> list[int]:
         )
     count = len(prompts)
     found = [0] * count
-    # Backwards and twice: a prompt equal to its neighbour takes the neighbour's answer, which the
-    # first round does not know yet for the last prompts.
+    # Backwards, because a prompt equal to the next one shares its result; twice, because the last
+    # prompts need the results of the first ones.
     for i in reversed(range(2 * count)):
         here, following = i % count, (i + 1) % count
         same = prompts[here] == prompts[following]

@@ -95,7 +95,11 @@ def choose_head(
     kind = _KINDS[settings.loss]
     if given is None:
         values = _bin_values(settings, ratings) if kind != "scalar" else ()
-        options = {"read": settings.read, "marks": settings.marks, "members": settings.members}
+        options = {
+            "read": settings.pooling,
+            "marks": settings.segment_embeddings,
+            "members": settings.ensemble_size,
+        }
         given = RewardConfig(kind, values, bias=settings.loss == "regression", **options)
     elif given.kind != kind:
         raise SettingsError(
@@ -175,7 +179,7 @@ class RewardObjective:
         if self.settings.reads_pairs:
             chosen, rejected = rewards.chunk(2, dim=-1)
             margins = self.settings.margin_scale * batch.labels
-            losses = bradley_terry(chosen, rejected, margins, self.settings.centring)
+            losses = bradley_terry(chosen, rejected, margins, self.settings.centring_coef)
         else:
             values = scores.new_tensor(model.reward.values)
             losses = rating_losses(self.settings.loss, scores, batch.labels, values)

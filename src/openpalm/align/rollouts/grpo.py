@@ -49,6 +49,7 @@ class GroupObjective:
 def token_weights(mask: Tensor, kind: GroupAdvantage, max_new_tokens: int) -> Tensor:
     """Weight of each token's loss within its completion, [rows, 1]."""
     if kind == "grpo":
+        # A completion weighs the same whatever its length, so its tokens weigh less if it is long.
         return 1 / mask.sum(dim=-1, keepdim=True)
     # dr-grpo divides by a constant, so that a token weighs the same in short and long completions.
     weight = 1 / max_new_tokens if kind == "dr-grpo" else 1.0
@@ -57,6 +58,7 @@ def token_weights(mask: Tensor, kind: GroupAdvantage, max_new_tokens: int) -> Te
 
 def estimate(settings: GrpoSettings, rollout: Rollout, kl_coef: float) -> AdvantageEstimate:
     """Group advantages; every token of a completion has the same one. There are no returns."""
+    # Rewards are of whole completions, so the penalty is summed over each as well.
     penalty = completion_penalty(settings, rollout, kl_coef)
     each = group_advantages(rollout.rewards, settings.num_completions, settings.advantage, penalty)
     advantages = each[:, None] * rollout.mask

@@ -56,6 +56,7 @@ def value_losses(model: ActorCritic, read: Tensor, batch: RolloutBatch, clip: fl
     """
     bins, returns, old = model.critic.bins, batch.returns[batch.mask], batch.values[batch.mask]
     if bins is not None:
+        # A return outside of the range is learnt as the edge bin.
         targets = gaussian_bins(returns.clamp(bins.low, bins.high), bins.centres(read.device))
         return -(targets * read.log_softmax(dim=-1)).sum(dim=-1)
     near = old + (read - old).clamp(-clip, clip)
@@ -66,6 +67,7 @@ def value_losses(model: ActorCritic, read: Tensor, batch: RolloutBatch, clip: fl
 
 def estimate(settings: PpoSettings, rollout: Rollout, kl_coef: float) -> AdvantageEstimate:
     """GAE over the penalised rewards. Advantages are whitened; returns keep the reward's scale."""
+    # The KL penalty is paid token by token, so the critic learns to predict it too.
     penalty = reward_penalty(settings, rollout, kl_coef)
     rewards = token_rewards(rollout.rewards, rollout.mask, penalty)
     advantages = generalised_advantages(
@@ -75,6 +77,7 @@ def estimate(settings: PpoSettings, rollout: Rollout, kl_coef: float) -> Advanta
         discount=settings.discount,
         gae_lambda=settings.gae_lambda,
     )
+    # From unwhitened advantages: the critic must predict rewards, not normalised values.
     returns = (advantages + rollout.values) * rollout.mask
     if settings.whiten_advantages:
         advantages = whitened(advantages, rollout.mask)

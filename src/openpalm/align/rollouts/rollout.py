@@ -76,6 +76,7 @@ class RolloutLoader:
         self.facts: dict[str, float] = {}
         identity = {"kind": "rollouts", "seed": settings.seed, "prompts": len(sampler.prompts)}
         order = shuffle(len(sampler.prompts), settings.seed)
+        # Items are prompt numbers, so a step's batch is a plain list of them.
         self._prompts = Loader(order, list, identity, rows=settings.prompts_per_rollout)
         self._rollouts = 0
         self._microbatches: list[Tensor] = []
@@ -86,6 +87,7 @@ class RolloutLoader:
         if not self._microbatches:
             self._collect()
         assert self._rollout is not None
+        # Rows are copied only now, because the stored rollout may be a file.
         batch = self._rollout.take(self._microbatches.pop(0))
         completions = self.settings.num_completions
         return batch.with_shared_prompts(completions) if self._whole_groups else batch
@@ -117,6 +119,7 @@ class RolloutLoader:
     @torch.no_grad()
     def _collect(self) -> None:
         """Samples and evaluates the next rollout, and shuffles its rows into microbatches."""
+        # On-policy: the engine samples with the weights as the last step left them.
         self.sampler.refresh()
         before = self._prompts.state_dict(), self.sampler.drawn
         try:
@@ -128,9 +131,11 @@ class RolloutLoader:
             self.sampler.drawn = before[1]
             raise
         rollout = self._evaluate(completions, rewards)
+        # Once per rollout, before the first step: every epoch then uses the same advantages.
         estimate = self.estimate(self.settings, rollout, self.kl_coef)
         self._store(rollout.with_estimate(estimate).columns)
         self.facts = self._metrics(completions, rollout, estimate.returns)
+        # After the metrics, which report the coefficient that this rollout was penalised with.
         self.kl_coef = adapted_coefficient(
             self.kl_coef, self.facts.get("kl", 0.0), len(completions), self.settings
         )
@@ -156,6 +161,7 @@ class RolloutLoader:
             for group, place in enumerate(equal):
                 start, found = place * each, new[group * each : (group + 1) * each]
                 completions[start : start + each] = found
+                # Only the new completions are scored: a reward may cost more than sampling.
                 rewards[start : start + each] = checked_rewards(self.reward, found)
         return completions, rewards
 
@@ -164,8 +170,10 @@ class RolloutLoader:
         inputs, targets = collate_completions(completions)
         mask = targets != IGNORE
         sampled = torch.zeros(mask.shape)
+        # A mask is filled row by row, in the order of the completions and their tokens.
         sampled[mask] = torch.tensor([p for c in completions for p in c.log_probs])
         device = self.sampler.model.embedding.device
+        # A microbatch at a time, so that evaluation fits wherever a training step fits.
         chunks = [
             (inputs[i : i + self.rows].to(device), targets[i : i + self.rows].to(device))
             for i in range(0, len(inputs), self.rows)
@@ -182,6 +190,7 @@ class RolloutLoader:
         # At another temperature the engine's log-probabilities are not those it sampled by.
         if self._precisions_differ and self.settings.temperature == 1:
             ratio = (old[mask] - sampled[mask]).exp()
+            # Truncated: without a limit one improbable token could dominate a batch.
             weights[mask] = ratio.clamp_max(self.settings.max_importance_weight)
         return Rollout(inputs, targets, old, reference, weights, values, torch.tensor(rewards))
 
@@ -192,6 +201,7 @@ class RolloutLoader:
         values = torch.zeros_like(now.log_probs)
         if now.values is not None:
             assert isinstance(model, ActorCritic)
+            # A critic with bins returns logits; its value is the expected bin.
             values[targets != IGNORE] = model.as_value(now.values)
         return now.log_probs, values
 
@@ -203,7 +213,7 @@ class RolloutLoader:
         settings = self.settings
         group = settings.num_completions if self._whole_groups else 1
         rows = torch.arange(settings.prompts_per_rollout * settings.num_completions)
-        groups = rows.view(-1, group)
+        groups = rows.view(-1, group)  # completions of one prompt are neighbours
         generator = torch.Generator().manual_seed(derive_seed(settings.seed, -self._rollouts))
         epochs = [
             groups[torch.randperm(len(groups), generator=generator)].flatten()
@@ -222,6 +232,7 @@ class RolloutLoader:
             "ended": sum(completion.ended for completion in completions) / len(completions),
         }
         if self.reference:
+            # The mean of k1 over the old policy's samples is an unbiased estimate of its KL.
             kl = completion_kl(rollout.old_log_probs, rollout.reference_log_probs)
             metrics["kl"] = kl.mean().item()
             metrics["kl_coef"] = self.kl_coef

@@ -76,6 +76,7 @@ class RolloutBatch:
 
     def take(self, rows: Tensor) -> "RolloutBatch":
         """The given rows, cut to the longest of them."""
+        # Padding is on the right, so nothing after the longest completion is ever read.
         width = int(self.mask[rows].any(dim=0).nonzero().max()) + 1
         return RolloutBatch(**{name: value[rows, :width] for name, value in self.columns.items()})
 
@@ -95,6 +96,7 @@ class RolloutBatch:
         order = torch.arange(len(examples)).view(-1, num_completions).T.flatten()
         # Both layouts hold the same tokens in the same order, so masks pair them up.
         new_mask, mask = rows.targets != IGNORE, self.mask[order]
+        # Inputs and targets come from `share`; the other columns are floats, one per token.
         moved = {
             name: torch.zeros(new_mask.shape).masked_scatter(new_mask, value[order][mask])
             for name, value in self.columns.items()
@@ -150,6 +152,7 @@ class Rollout:
 def collate_completions(completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
     """Inputs and targets [rows, time], padded on the right; only completion tokens are targets."""
     examples = [to_example(completion) for completion in completions]
+    # Inputs are one token shorter: the last token is only a target.
     return padded(examples, max(len(example.ids) for example in examples) - 1)
 
 
@@ -162,6 +165,7 @@ def to_example(completion: Completion) -> Example:
 def _example(inputs: Tensor, targets: Tensor) -> Example:
     """The inverse of `collate_completions` for one row [time]."""
     places = (targets != IGNORE).nonzero()[:, 0]
+    # Targets are shifted by one: the completion starts one place after its first target.
     first, last = int(places[0]), int(places[-1])
     # The last target is no input, so it is appended.
     ids = [*inputs[: last + 1].tolist(), int(targets[last])]

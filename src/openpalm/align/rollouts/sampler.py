@@ -42,7 +42,7 @@ def sample_completions(
     for prompt, draw in draws:
         ids, room = prompts[prompt], options.max_new_tokens
         if context is not None:
-            room = min(room, context - len(ids))
+            room = min(room, context - len(ids))  # positions that the model has left
         sampling = Sampling(options.temperature, seed=derive_seed(options.seed, draw))
         requests.append(Request(ids, room, sampling, stop_ids))
         completions.append(Completion(prompt, ids, [], [], ended=False))
@@ -79,6 +79,7 @@ class Sampler:
 
     def refresh(self) -> None:
         """Copies the model's current weights into the engine."""
+        # One engine for all rollouts: its key/value cache is allocated once.
         if self._engine is None:
             weights, slots = self.settings.rollout_dtype, self._slots
             self._engine = Engine(self.model, slots=slots, weights=weights, prefill_tokens=2048)

@@ -1,18 +1,20 @@
-"""The corpus every CPython carries: its language reference and its library's docstrings.
+"""Built-in corpus from CPython itself: the language reference and the library's docstrings.
 
-Reads sources with ast and imports none of them; the order is fixed, so one Python version always
-gives the same documents. From the same docstrings come questions with their answers.
+Also questions with answers, made from the docstrings. Parses the library with `ast`, without
+importing it, in a fixed order: one Python version always gives the same documents.
 """
 
 import ast
 import os
+import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from openpalm.data.corpus.document import Document
 from openpalm.errors import DataError
@@ -25,21 +27,22 @@ TRAIN_PHRASINGS = (
     "Describe {name} in one sentence.",
     "I found {name} in some code. What is it?",
 )
-# Never trained on: answering these shows that the name was understood, not the sentence.
+# Never trained on: a correct answer to these shows that the model learnt the name, rather than
+# the wording of a question.
 HELD_OUT_PHRASINGS = (
     "Can you tell me what {name} does?",
     "How would you summarise {name}?",
 )
 
-# Short docstrings ("Return the name.") say little alone and would make half the corpus end-of-text
-# markers, so neighbours in a module share a document until it is about a paragraph long.
+# Many docstrings are one short sentence. As documents of their own they would fill the corpus with
+# end-of-text tokens; so neighbours in a module share a document of about a paragraph.
 DOCUMENT_CHARACTERS = 400
 ANSWER_CHARACTERS = 200
 SIGNATURE_CHARACTERS = 240
-# Tests, other people's packages, and a copy of the language in the past.
+# Tests, third-party packages, and an old copy of the language (lib2to3).
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "turtledemo", "lib2to3", "_vendor", "lib-dynload"}
 SKIPPED_FOLDERS |= {"site-packages", "dist-packages", "__pycache__"}
-# Where the library documents a public module in a private file.
+# Public modules with their docstrings in a private file.
 PUBLIC_MODULES = {
     "_pydecimal": "decimal",
     "_pydatetime": "datetime",
@@ -50,7 +53,7 @@ PUBLIC_MODULES = {
 
 @dataclass(frozen=True, slots=True)
 class QuestionAnswer:
-    """A public name of the standard library and what its docstring says it is."""
+    """A public name of the standard library and the first sentence of its docstring."""
 
     name: str
     answer: str
@@ -66,7 +69,7 @@ class QuestionAnswer:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One docstring: dotted name, the line that introduces it, the dedented text."""
+    """One docstring: module, dotted name, heading line, dedented text."""
 
     module: str
     name: str
@@ -78,7 +81,7 @@ class _Entry:
 def python_docs() -> Iterator[Document]:
     """The language reference by topic, then the library's docstrings by module; about 2.5 MB.
 
-    Raises DataError where this Python was installed without its library's sources.
+    Raises DataError if this Python was installed without the library's source files.
     """
     yield from _topics()
     group: list[_Entry] = []
@@ -93,7 +96,7 @@ def python_docs() -> Iterator[Document]:
 
 
 def question_answers() -> list[QuestionAnswer]:
-    """One per public class or function whose docstring starts with a sentence; names distinct."""
+    """One for each public class or function, if its docstring starts with a sentence."""
     found: dict[str, QuestionAnswer] = {}
     for entry in _entries():
         public = not any(part.startswith("_") for part in entry.name.split("."))
@@ -107,10 +110,26 @@ def question_answers() -> list[QuestionAnswer]:
 BUILTINS: dict[str, Callable[[], Iterator[Document]]] = {"python-docs": python_docs}
 
 
+def question_rows(items: Iterable[QuestionAnswer], seed: int) -> list[dict[str, Any]]:
+    """Conversations that ask for every item in every training phrasing, shuffled."""
+    turns = [(question, item.answer) for item in items for question in item.train_questions]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for question, answer in turns
+    ]
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
 def _topics() -> Iterator[Document]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart; the docstrings remain
+    except ImportError:  # a separate package in some distributions; the docstrings remain
         return
     for name in sorted(topics):
         yield Document(topics[name].strip() + "\n", f"builtin:python-docs:topics.{name}")
@@ -165,7 +184,7 @@ def _parsed(path: Path) -> ast.Module | None:
             warnings.simplefilter("ignore")
             return ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return None  # the library ships files that are wrong on purpose
+        return None  # the library has files with deliberate syntax errors
 
 
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -179,7 +198,7 @@ def _docstring(node: _Definition | ast.Module) -> str | None:
 def _definitions(
     body: list[ast.stmt], prefix: str, in_class: bool
 ) -> Iterator[tuple[str, str, _Definition]]:
-    """(dotted name, heading, node) at module and class level, also behind if and try."""
+    """(dotted name, heading, node) at module and class level, also inside if and try."""
     for node in body:
         if isinstance(node, ast.ClassDef):
             name = f"{prefix}.{node.name}"
@@ -206,9 +225,9 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, in_class: bool) -> 
 
 
 def _summary(text: str) -> str | None:
-    """The first sentence of a docstring as one line, or None where it does not start with one."""
+    """The first sentence of a docstring as one line, or None if it does not start with one."""
     paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", text)]
-    # C style: the first paragraph repeats the signature.
+    # Docstrings of C functions begin with a paragraph that repeats the signature.
     if re.match(r"[\w.]+\s?\([^)]*\)", paragraphs[0]):
         paragraphs = paragraphs[1:]
     if not paragraphs or not re.match(r"[A-Z]\w*[ ,]", paragraphs[0]) or ">>>" in paragraphs[0]:

@@ -1,4 +1,4 @@
-"""What a corpus is made of, and what the first pass remembers of it."""
+"""A document of a corpus, and its fingerprint: digest and size, kept from the first pass."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ import numpy as np
 
 from openpalm.errors import DataError
 
-# 24 bytes a document. `size` counts UTF-8 bytes of text; -1 for a blank document.
 FINGERPRINT = np.dtype([("digest", "<u8", (2,)), ("size", "<i8")])
+"""24 bytes per document; `size` is the UTF-8 bytes of text, -1 for a blank document."""
 IDS_REMEDY = "name the tokenizer they were made with: --tokenizer PATH/tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text; `source` says where it came from ("path", "path:line"), for messages.
+    """A text; `place` is its origin ("path" or "path:line"), for messages.
 
-    Where it was already tokenised, `ids` (uint32) stand for it and `text` is empty.
+    A document that is already tokenized has `ids` (uint32 [n]) and an empty text.
     """
 
     text: str
@@ -25,9 +25,9 @@ class Document:
 
 
 class Fingerprint:
-    """The record of a document that comes in one piece or many.
+    """Computes the fingerprint of a document that is added in one piece or many.
 
-    `lengths` gives the text bytes of each id of the vocabulary; None where ids are not allowed.
+    `lengths` (int64 [vocabulary]) gives the text bytes of each id; without it, ids are an error.
     `size` is the bytes so far.
     """
 
@@ -36,27 +36,28 @@ class Fingerprint:
         self._hash = hashlib.blake2b(digest_size=16)
 
     def add(self, piece: Document) -> None:
-        """Raises DataError for ids that no given vocabulary has."""
+        """Raises DataError for ids without `lengths`, or beyond the vocabulary."""
         if piece.ids is None:
             data = piece.text.encode()
             self._hash.update(data)
             self.size += len(data)
             self._blank = self._blank and (not data or piece.text.isspace())
         elif len(piece.ids):
-            if not self.size:  # no text has the digest of ids
+            if not self.size:  # another hash function: no text has the digest of token ids
                 self._hash = hashlib.blake2b(digest_size=16, person=b"token ids")
             self._hash.update(piece.ids.astype("<u4").tobytes())
             self.size += int(id_lengths(piece, self._lengths).sum())
             self._blank = False
 
     def value(self) -> tuple[tuple[int, int], int]:
+        """The fields of FINGERPRINT."""
         digest = self._hash.digest()
         low, high = (int.from_bytes(half, "little") for half in (digest[:8], digest[8:]))
         return (low, high), -1 if self._blank else self.size
 
 
 def id_lengths(document: Document, lengths: np.ndarray | None) -> np.ndarray:
-    """int64 [ids]: the bytes of text that each id of a document stands for."""
+    """int64 [ids]: the text bytes of each id of a document."""
     assert document.ids is not None
     if lengths is None:
         raise DataError(f"{document.place}: holds token ids, not text; {IDS_REMEDY}")

@@ -1,6 +1,7 @@
-"""The bytes of a file of lines, uncompressed on the way, every raw byte shown to a tap.
+"""Streams of .gz, .zst and plain files, with errors as DataError and a tap on the raw bytes.
 
-Bounded: a compressed file never unfolds further than its reader asks, but for one small chunk.
+Decompression bombs are bounded: memory grows with the bytes that the reader asks for, plus one
+small chunk.
 """
 
 import errno
@@ -16,37 +17,39 @@ from typing import Any, NoReturn, cast
 from openpalm.errors import DataError, StorageError
 
 Tap = Callable[[bytes], None]
+"""Called with every raw byte of a file, in order, to hash a source while it is read."""
 
 BUFFER_BYTES = 1 << 20
-# zstd repeats a byte 128 KiB long in four: what one chunk may become stays below 64 MiB.
+# Four bytes of zstd can encode 128 KiB (one repeated byte), so a chunk of 2 KiB decompresses to at
+# most 64 MiB.
 ZSTD_CHUNK_BYTES = 2048
 MAX_ZSTD_WINDOW_BYTES = 128 << 20
-_PATH = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-_OF_THE_REQUEST = (errno.EACCES, errno.EPERM, *_PATH)
+_PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_USER_ERRORS = (errno.EACCES, errno.EPERM, *_PATH_ERRORS)
+"""Errors of the path that the user gave; all others are failures of the storage."""
 
 
 def no_tap(data: bytes) -> None:
-    """For readers whose raw bytes nobody wants."""
+    """The tap that ignores the bytes."""
 
 
 class Unavailable(DataError):
-    """A source that is not there or may not be read. It says nothing against what was read
-    before, so unfinished work is kept."""
+    """A source that is missing or not readable now: unfinished work of earlier reads is kept."""
 
 
 def unreadable(path: Path, error: OSError) -> DataError | StorageError:
-    """What to raise where the system did not let us read `path`, or the file the error names."""
+    """The error to raise for an OSError while reading `path` or the file that it names."""
     name, reason = error.filename or path, error.strerror or error
     if isinstance(error, FileNotFoundError):
         return Unavailable(f"{name}: no such file or folder; check the path")
-    if error.errno in _OF_THE_REQUEST:
+    if error.errno in _USER_ERRORS:
         return Unavailable(f"{name}: cannot be read ({reason})")
     return StorageError(f"{name}: cannot be read ({reason}); repeat the command when it can be")
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """An OSError becomes Unavailable, or StorageError where reading itself fails."""
+    """Turns an OSError into Unavailable, or into StorageError if the read itself fails."""
     try:
         yield
     except OSError as error:
@@ -55,7 +58,7 @@ def readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def open_lines(path: Path, tap: Tap) -> Iterator[io.BufferedReader]:
-    """The file's content as a stream, by its suffix .gz, .zst or neither. Raises DataError."""
+    """The decompressed content of a file, by its suffix (.gz, .zst or other). Raises DataError."""
     kind = path.suffix.lower()
     with readable(path), path.open("rb", buffering=0) as raw:
         stream = _Tapped(raw, tap)
@@ -70,14 +73,14 @@ def open_lines(path: Path, tap: Tap) -> Iterator[io.BufferedReader]:
 
 
 def tap_file(path: Path, tap: Tap) -> None:
-    """Shows a whole file to `tap`."""
+    """Calls `tap` with a whole file, in pieces."""
     with readable(path), path.open("rb") as file:
         while data := file.read(BUFFER_BYTES):
             tap(data)
 
 
 class _Tapped(io.RawIOBase):
-    """A raw file that shows every byte it delivers to `tap`."""
+    """A raw file that calls `tap` with every byte it reads."""
 
     def __init__(self, raw: io.RawIOBase | io.FileIO, tap: Tap):
         self._raw, self._tap = raw, tap
@@ -92,7 +95,7 @@ class _Tapped(io.RawIOBase):
 
 
 class _Zstandard(io.RawIOBase):
-    """The frames of a .zst file, one after the other; a frame that does not end is damage."""
+    """Decompresses the frames of a .zst file one after another; a cut frame is an error."""
 
     def __init__(self, raw: io.RawIOBase, path: Path):
         self._raw, self._path = io.BufferedReader(raw, BUFFER_BYTES), path
@@ -120,13 +123,14 @@ class _Zstandard(io.RawIOBase):
     def _decompressed(self, data: bytes) -> bytes:
         if not self._frame:
             limit = MAX_ZSTD_WINDOW_BYTES
-            whole = self._zstandard.ZstdDecompressor(max_window_size=limit)
-            self._frame = whole.decompressobj()
+            decompressor = self._zstandard.ZstdDecompressor(max_window_size=limit)
+            self._frame = decompressor.decompressobj()
         try:
             text = self._frame.decompress(data)
         except self._zstandard.ZstdError as error:
             self._refuse(str(error))
         self._left = b""
+        # A file may hold several frames (zstd -c a b): the rest of the chunk starts the next one.
         if self._frame.eof:
             self._left, self._frame = self._frame.unused_data, None
         return text

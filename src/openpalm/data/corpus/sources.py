@@ -1,6 +1,6 @@
-"""What the user named as input, as a list of things to read: files, folders, globs, Hub datasets.
+"""Finds the data sources of inputs: files, folders, globs, built-in corpora and Hub datasets.
 
-Checks that everything exists and reads none of it.
+Checks that everything exists, without reading it.
 """
 
 import glob
@@ -20,7 +20,7 @@ from openpalm.errors import DataError
 ROW_NAMES = (".jsonl", ".ndjson", ".json")
 ROW_SUFFIXES = tuple(name + packed for name in ROW_NAMES for packed in ("", ".gz", ".zst"))
 FOLDER_SUFFIXES = (".txt", ".text", ".md", ".rst", *ROW_SUFFIXES, ".parquet")
-# A .json file in a folder is looked at so far to see whether it has an object a line.
+# Read from a .json file in a folder, to see whether its first line is an object.
 SNIFFED_BYTES = 1 << 16
 HIDDEN, OTHER, LINKED = "hidden", "of another kind", "linked a second time"
 BUILTIN_PREFIX = "builtin:"
@@ -31,11 +31,11 @@ SPLIT_FILES = {"train": "train.bin", "val": "val.bin"}
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One thing to read: a file, or a built-in corpus or Hub dataset where `path` is None.
+    """One data source: a file, or a built-in corpus or Hub dataset if `path` is None.
 
-    `given` is the input as the user wrote it; `named` says that it was this very file, so that
-    its being empty is a mistake and not a detail of a folder. `split` is the source's own, where
-    it comes with one. `text_field` names the field or column that holds a row's text.
+    `given` is the input as the user wrote it. `named` says that the user named this file itself,
+    so that an empty file is an error; a folder may have empty files. `split` is train or val if
+    the source was split before. `text_field` is the field or column with the text of a row.
     """
 
     given: str
@@ -62,7 +62,7 @@ class Source:
 
     @property
     def is_one(self) -> bool:
-        """Whether it is one document, of any length, read in pieces."""
+        """Whether the source is one document, read in pieces."""
         return self.path is not None and not (self.is_rows or self.is_table)
 
 
@@ -71,7 +71,7 @@ def find_sources(
 ) -> list[Source]:
     """Expands folders and globs, and checks that everything exists, without reading it.
 
-    `left_out` counts the entries of folders that are not read, by reason.
+    `left_out` counts the skipped entries of folders, by reason.
     """
     if not inputs:
         raise DataError("no input; name a file, a folder, a glob or builtin:python-docs")
@@ -110,7 +110,7 @@ def _expand(given: str, left_out: Counter[str]) -> list[Source]:
 
 
 def _folder(given: str, folder: Path, left_out: Counter[str]) -> list[Source]:
-    """The two token files of a folder that has both, or the text files below it by path."""
+    """train.bin and val.bin if the folder has both (nanoGPT), or the text files below it."""
     pair = [Source(given, folder / file, True, split) for split, file in SPLIT_FILES.items()]
     if all(source.path and source.path.is_file() for source in pair):
         return pair
@@ -128,7 +128,7 @@ def _folder(given: str, folder: Path, left_out: Counter[str]) -> list[Source]:
 
 
 def _files_below(folder: Path, left_out: Counter[str], *, hidden: bool = False) -> Iterator[Path]:
-    """The files below a folder, in linked folders too; each folder is entered once."""
+    """The files below a folder, also in linked folders; each folder is entered once."""
 
     def refuse(error: OSError) -> NoReturn:
         raise error
@@ -136,7 +136,7 @@ def _files_below(folder: Path, left_out: Counter[str], *, hidden: bool = False) 
     entered: set[tuple[int, int]] = set()
     waiting = [folder]
     while waiting:
-        # Links wait until what is really below was entered, so that this keeps its own names.
+        # Links come after the real folders: a folder that is reached both ways keeps its real path.
         for where, folders, names in os.walk(waiting.pop(0), onerror=refuse):
             if _identity(where) in entered:
                 left_out[LINKED] += 1
@@ -158,13 +158,13 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a file of a folder is to be read; a .json only where it has an object a line."""
+    """Whether to read a file of a folder: a .json file only if its first line is an object."""
     if not path.name.lower().endswith(".json"):
         return True
     with readable(path), path.open("rb") as file:
         lines = iter(lambda: file.readline(SNIFFED_BYTES), b"")
         line = next((line for line in lines if line.strip()), b"")
-    if len(line) == SNIFFED_BYTES:
+    if len(line) == SNIFFED_BYTES:  # a cut line cannot be parsed
         return line.lstrip().startswith(b"{")
     try:
         return isinstance(json.loads(line), dict)
@@ -173,7 +173,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _glob(pattern: str) -> list[Path]:
-    """The files that a pattern matches; `**` enters no folder twice, whatever links there are."""
+    """The files that a pattern matches; unlike glob's, `**` enters no folder twice (link loops)."""
     parts = Path(pattern).parts
     if "**" in parts:
         first = parts.index("**")
@@ -196,8 +196,10 @@ def _glob(pattern: str) -> list[Path]:
 
 
 def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path's parts match a pattern's; `**` stands for any number of them."""
-    reached = {0}  # how many parts of the pattern are used up
+    """Whether a path's parts match a pattern's; `**` matches any number of parts."""
+    # Tracks all positions in the pattern at once, like a nondeterministic automaton: backtracking
+    # is very slow for patterns with several `**`.
+    reached = {0}
     for name in (*names, None):
         for i in range(len(pattern)):
             if i in reached and pattern[i] == "**":
@@ -216,7 +218,7 @@ def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _regular(path: Path) -> Path:
-    # A device or a pipe has no end, or never a beginning.
+    # A device may have no end, and a pipe can block forever or be read only once.
     if not path.is_file():
         raise DataError(f"{path}: is not a regular file; save it as a file first")
     return path

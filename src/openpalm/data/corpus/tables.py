@@ -1,7 +1,7 @@
-"""Rows of .parquet files and of datasets on the Hugging Face Hub as documents.
+"""Reads .parquet files and Hugging Face Hub datasets (streamed) as documents, one per row.
 
-A row is a text, or token ids where the column holds lists of them. Nothing of a dataset's own
-code is ever run, and a file's declared sizes are looked at before its pages.
+A row is a text, or token ids if the column holds lists of integers. Never runs code of a dataset;
+checks the sizes that a file declares before reading its pages.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ import numpy as np
 
 from openpalm.base.console import names, shown
 from openpalm.data.corpus.document import Document
-from openpalm.data.corpus.document_reader import MAX_LINE_BYTES
+from openpalm.data.corpus.json_lines import MAX_LINE_BYTES
 from openpalm.data.corpus.line_streams import Unavailable, unreadable
 from openpalm.errors import DataError
 
 IDS_COLUMN = "input_ids"
-# Beyond these a file is hostile, or made for a machine much larger than those that read it.
+# Limits of one file: a small footer can declare pages that fill any memory.
 MAX_FOOTER_BYTES = 64 << 20
 MAX_FOOTER_ITEMS = 1 << 20
 MAX_CHUNK_BYTES = 4 << 30
@@ -43,7 +43,8 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
             kind = file.schema_arrow.field(column).type
         groups = range(metadata.num_row_groups)
         wide = [_batch_rows(metadata, group, column, path) for group in groups]
-        # A text that a small file repeats a million times stays one text in memory.
+        # Dictionary encoding stays on: a text that a small file repeats a million times is then one
+        # text in memory.
         as_one = [column] if str(kind) in ("string", "large_string") else []
         with parquet.ParquetFile(path, read_dictionary=as_one, **limits) as file:
             for group, rows in enumerate(wide):
@@ -55,7 +56,8 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
                         number += 1
                         yield _document(value, f"{path}:row {number}", column)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's; pyarrow's own have none
+        # pyarrow raises OSError for damaged data, too, but without an errno.
+        if isinstance(error, OSError) and error.errno:
             raise unreadable(path, error) from None
         reason = " ".join(str(error).split())[:200]
         raise DataError(
@@ -64,7 +66,7 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def hub_documents(name: str, text_field: str) -> Iterator[Document]:
-    """The rows of NAME[:SPLIT] or NAME:CONFIG:SPLIT, streamed; SPLIT is train where not given."""
+    """The rows of NAME[:SPLIT] or NAME:CONFIG:SPLIT, streamed; the default SPLIT is train."""
     try:
         import datasets
     except ImportError:
@@ -78,7 +80,7 @@ def hub_documents(name: str, text_field: str) -> Iterator[Document]:
             yield _document(row[column], f"hub:{name}:row {number}", column)
     except DataError:
         raise
-    except Exception as error:  # whatever the network, the Hub and the files' readers say
+    except Exception as error:  # network, Hub and file readers raise many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise Unavailable(f"hub:{name}: cannot be read ({reason})") from None
 
@@ -93,7 +95,7 @@ def _arrow(path: Path) -> tuple[Any, Any]:
 
 
 def _batch_rows(metadata: Any, group: int, column: str, path: Path) -> int:
-    """How many rows of a row group are some BATCH_BYTES, by what the footer says of them."""
+    """The number of rows of about BATCH_BYTES, by the sizes that the footer declares."""
     rows = metadata.row_group(group).num_rows
     chunks = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
     ours = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
@@ -104,12 +106,12 @@ def _batch_rows(metadata: Any, group: int, column: str, path: Path) -> int:
             f"{path}: {size} bytes, {values} values in one row group, the limits are "
             f"{MAX_CHUNK_BYTES} and {MAX_CHUNK_VALUES}; write it with smaller row groups"
         )
-    # Repeated numbers take next to nothing in the file, but not in memory.
+    # Run-length encoding stores repeated ids in a few bytes; in memory each takes four.
     return max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * rows // max(1, size, 4 * values)))
 
 
 def _values(column: Any) -> Iterator[Any]:
-    """A value at a time: a text, an array of ids, or whatever else is there."""
+    """The values of a column: texts, arrays of ids (None for a null inside), or other types."""
     import pyarrow
 
     if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):

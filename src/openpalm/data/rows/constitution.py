@@ -1,4 +1,4 @@
-"""Principles and rules, from YAML files that people write: each a text with its weight.
+"""Reads a constitution: weighted principles or rules for a judge model, from a YAML file.
 
 principles:                       rules:
   - The more honest answer.         - The assistant gives no medical advice.
@@ -33,19 +33,19 @@ class Constitution:
 
     @property
     def version(self) -> str:
-        """A digest of the texts and weights, not of how the file is laid out."""
+        """A digest of the texts and weights, independent of the file's formatting."""
         text = json.dumps(self.articles)
         return "constitution-" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def weights(self) -> list[float]:
-        """Summing to one."""
+        """The weights, normalized to a sum of 1."""
         total = sum(article.weight for article in self.articles)
         return [article.weight / total for article in self.articles]
 
 
 def read_constitution(path: Path, field: Literal["principles", "rules"]) -> Constitution:
-    """The list under `field`. Raises DataError with file, place and remedy."""
+    """Reads the list under `field`. Raises DataError with file, place and remedy."""
     try:
         content = read_yaml(path)
     except SettingsError as error:
@@ -56,17 +56,17 @@ def read_constitution(path: Path, field: Literal["principles", "rules"]) -> Cons
     if len(items) > MAX_ARTICLES:
         raise DataError(f"{path}: {field} are {len(items)}; give at most {MAX_ARTICLES}")
     return Constitution(
-        tuple(_article(item, f"{path}: {field}[{i}]") for i, item in enumerate(items))
+        tuple(_parse_article(item, f"{path}: {field}[{i}]") for i, item in enumerate(items))
     )
 
 
-def _article(item: object, where: str) -> Article:
+def _parse_article(item: object, where: str) -> Article:
     fields: dict[Any, Any] = item if isinstance(item, dict) else {"text": item}
     if unknown := fields.keys() - {"text", "weight"}:
         raise DataError(f"{where}: field {shown(min(map(str, unknown)))} is unknown; leave it out")
     text, weight = fields.get("text"), fields.get("weight", 1)
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f'{where}: must be a text, or "text" with a "weight" beside it')
+        raise DataError(f'{where}: must be a text, or an object with "text" and "weight"')
     if not is_number(weight) or weight <= 0:
         raise DataError(f"{where}: weight {shown(str(weight))}: must be a number above 0")
     return Article(text.strip(), float(weight))

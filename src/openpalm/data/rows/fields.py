@@ -105,10 +105,10 @@ class Row:
         unread = [n for n, v in self.values.items() if n not in self.used and not is_blank(v)]
         for name in unread:
             if name in roles and not _is_among(self.values[name], known):
-                read = ", ".join(sorted(self.used & self.values.keys())) or "the others"
+                read = ", ".join(sorted(self.used & self.values.keys())) or "the other fields"
                 raise DataError(
-                    f"field {shown(name)} beside {read} would not reach the model; "
-                    "write it into one of them, or leave it out"
+                    f"field {shown(name)} would not reach the model, which is given {read}; "
+                    "write it into one of these fields, or leave it out"
                 )
         return [*unread, *sorted(self.unused_nested)]
 

@@ -42,7 +42,7 @@ SPEAKERS: dict[str, Role] = {
 }
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _SPOKEN = ("reasoning_content", "reasoning", "thinking", "refusal", "audio")
-"""Fields of a turn with output of the speaker besides the content."""
+"""Fields of a turn with more output of its speaker than the content."""
 
 
 # The prompt, the completion or the conversation of a row.
@@ -195,7 +195,7 @@ def parse_messages(value: object, field: str, row: Row | None = None) -> Message
     if not isinstance(value, list):
         raise DataError(
             f'field "{field}" is {_shown(value)}; it must be a list of messages '
-            "(or a text, beside a prompt or as one)"
+            "(a prompt or a completion may be a text)"
         )
     return tuple(_parse_message(turn, f"{field}[{i}]", field, row) for i, turn in enumerate(value))
 

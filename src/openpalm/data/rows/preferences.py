@@ -178,13 +178,10 @@ def _convert(
     # The first record with an id counts; a file that was appended to itself repeats all ids.
     by_id = {p.id: p for p in reversed(preferences) if p.id not in superseded}
     in_force = list(reversed(by_id.values()))
-    found: list[tuple[str, T | str]] = []
-    for p in preferences:
-        if p.id in superseded:
-            found.append((p.id, "superseded"))
-    for p in preferences:
-        if p.id in by_id and by_id[p.id] is not p:
-            found.append((p.id, "repeated id"))
+    found: list[tuple[str, T | str]] = [
+        (p.id, "superseded") for p in preferences if p.id in superseded
+    ]
+    found += [(p.id, "repeated id") for p in preferences if by_id.get(p.id, p) is not p]
     found += [(p.id, example) for p in in_force for example in of_one(p)]
     found += [("", example) for example in (of_all(in_force) if of_all else ())]
     return collect_results(found)

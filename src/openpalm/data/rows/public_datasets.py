@@ -183,7 +183,7 @@ def join_oasst_messages(
     Raises DataError if a message's parent is missing.
     """
     known: dict[str, dict[str, Any]] = {}
-    waiting: list[tuple[str, dict[str, Any]]] = []
+    messages: list[tuple[str, dict[str, Any]]] = []
     # A reply may come before its parent in the file: collect all messages, then link them.
     for where, row in rows:
         if not {"message_id", "text", "role", "message_tree_id"} <= row.keys():
@@ -192,21 +192,21 @@ def join_oasst_messages(
         message = row | {"replies": []}
         expect("message_id", row["message_id"], "a text", lambda v: isinstance(v, str))
         known[row["message_id"]] = message
-        waiting.append((where, message))
-    for where, message in waiting:
+        messages.append((where, message))
+    for where, message in messages:
         parent = message.get("parent_id")
         if parent is not None and parent not in known:
             raise DataError(f'{where}: field "parent_id" names a message that is not in the file')
         if parent is not None:
             known[parent]["replies"].append(message)
-    for where, message in waiting:
+    for where, message in messages:
         if message.get("parent_id") is None:
             yield where, {"message_tree_id": message["message_tree_id"], "prompt": message}
 
 
 def _oasst(row: Row, what: str) -> Rows:
     """Conversations: every path from root to leaf. Other examples: each message with replies."""
-    paths = list(_paths(row.get("prompt"), (), row))
+    paths = list(_paths(row.get("prompt"), row))
     if what == "conversation":
         yield from _conversations(paths)
         return
@@ -232,23 +232,18 @@ def _oasst(row: Row, what: str) -> Rows:
 _Path = tuple[tuple[dict[str, Any], ...], list[dict[str, Any]]]
 
 
-def _paths(root: Any, before: tuple[dict[str, Any], ...], row: Row) -> Iterator[_Path]:
+def _paths(root: Any, row: Row) -> Iterator[_Path]:
     """(the turns up to and with a message, its replies) of each message that was not deleted."""
     # A stack in place of recursion: a thread may be deeper than Python's recursion limit.
-    stack = [(root, before)]
+    stack: list[tuple[Any, tuple[dict[str, Any], ...]]] = [(root, ())]
     while stack:
         node, before = stack.pop()
         expect("prompt", node, "a message with text, role and replies", _is_node)
         row.note_unused("prompt", node, ("text", "role", "replies", "rank", "deleted"))
         if node.get("deleted"):
             continue
-        path = (
-            *before,
-            {
-                "role": "user" if node["role"] == "prompter" else "assistant",
-                "content": node["text"],
-            },
-        )
+        role = "user" if node["role"] == "prompter" else "assistant"
+        path = (*before, {"role": role, "content": node["text"]})
         replies = [r for r in node.get("replies") or () if not r.get("deleted")]
         yield path, replies
         stack += [(reply, path) for reply in reversed(replies)]
@@ -272,11 +267,8 @@ def _conversations(paths: list[_Path]) -> Rows:
     for path, replies in paths:
         if replies:
             continue
-        turns = [turn | ({"weight": 0} if id(turn) in seen else {}) for turn in path]
-        for turn in turns:
-            if turn["role"] != "assistant":
-                turn.pop("weight", None)
-        seen |= {id(turn) for turn in path}
+        turns = [turn | {"weight": 0} if id(turn) in seen else turn for turn in path]
+        seen |= {id(turn) for turn in path if turn["role"] == "assistant"}
         yield {"messages": turns}
 
 
@@ -285,16 +277,14 @@ def _conversations(paths: list[_Path]) -> Rows:
 
 def _argilla(row: Row, what: str) -> Rows:
     """The fields, joined with the answers of one annotator at a time."""
-    fields = row.get("fields")
-    answers = row.get("responses")
-    annotators = _argilla_answers(answers, row)
+    fields, annotators = row.get("fields"), _argilla_answers(row.get("responses"), row)
     if not annotators and what in ("conversation", "prompt", "set of answers"):
-        annotators = [{}]
+        annotators = [{}]  # these need no judgement: the fields may hold all of it
     if not annotators:
         raise UnusableRow("no submitted response")
-    for given in annotators:
-        _refuse_collision(fields, given)
-        yield fields | given
+    for answers in annotators:
+        _refuse_collision(fields, answers)
+        yield fields | answers
 
 
 def _argilla_answers(answers: Any, row: Row) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from openpalm.base.console import shown
 from openpalm.base.typed import at
-from openpalm.data.corpus.document_reader import read_rows
+from openpalm.data.corpus.json_lines import read_rows
 from openpalm.data.corpus.sources import is_rows
 from openpalm.data.rows.fields import (
     COMPLETION_FIELDS,

@@ -19,7 +19,7 @@ from openpalm.base.console import shown
 from openpalm.base.permutation import mix64
 from openpalm.base.typed import at, expect, home, is_number
 from openpalm.base.yaml_file import read_yaml
-from openpalm.data.corpus.document_reader import read_rows
+from openpalm.data.corpus.json_lines import read_rows
 from openpalm.data.corpus.sources import is_rows
 from openpalm.data.rows.demonstration_files import check_demonstration, read_demonstrations
 from openpalm.data.rows.messages import Messages, assistant_turn, check_prompt

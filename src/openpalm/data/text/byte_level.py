@@ -1,6 +1,6 @@
-"""The byte alphabet and the words of our own vocabularies, and where a text may be cut in two.
+"""Byte-level tokenizers: new ones (bytes, BPE), and properties of any tokenizer.json.
 
-A byte-level vocabulary spells each byte as one printable character, so any text has an encoding.
+A byte-level vocabulary has one printable character for each byte, so it can encode any text.
 """
 
 import re
@@ -10,23 +10,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import tokenizers
 
-# After GPT-2's pattern (Radford et al. 2019, encoder.py): a word keeps the space before it, and of
-# a run of white space all but the last stay together, so that an indent is one token. Unlike
-# GPT-2, digits stand alone and marks stay with their letters.
+# GPT-2's pattern (Radford et al. 2019, encoder.py): a word includes the space before it; a run of
+# white space without its last character is one piece, so that an indent is one token. Unlike in
+# GPT-2, each digit is a piece, and combining marks stay with their letters.
 PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)(?!\p{L})| ?[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 )
-# Longer ones are rulers ("=====") and other oddities that crowd out words.
+# Longer tokens would be rulers ("=====") and the like, at the expense of words.
 MAX_TOKEN_CHARACTERS = 24
 PIECE_CHARACTERS = 1 << 16
 
-# After a lone line break, or before a lone space between words. No byte-level pattern in use joins
-# what stands on both sides, and the runs of white space that their lookaheads see stay whole.
-_SEAM = re.compile(r"(?<=\S)\n(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
-# Pre-tokenisers that cut a text and drop none of it, unless their behaviour is "Removed".
-_KEEPING = {"ByteLevel", "Split", "Digits", "Metaspace", "Punctuation", "UnicodeScripts"}
-# Normalisers that treat a text the same in two pieces cut at a seam.
-_LOCAL_NORMALISERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
+# Safe split points: after a single line break, or before a single space between two words. No
+# byte-level pattern in use has a piece across such a point, and no run of white space is cut, which
+# the patterns' lookaheads (\s+(?!\S)) would notice.
+_SAFE_POINT = re.compile(r"(?<=\S)\n(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
+# Pre-tokenizers that split a text without dropping any of it, unless their behavior is "Removed".
+_LOSSLESS_SPLITS = {"ByteLevel", "Split", "Digits", "Metaspace", "Punctuation", "UnicodeScripts"}
+# Normalizers with the same result on a whole text and on its pieces, split at safe points.
+_LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 
 
 def byte_characters() -> list[str]:
@@ -37,18 +38,18 @@ def byte_characters() -> list[str]:
 
 
 def new_byte_tokenizer() -> "tokenizers.Tokenizer":
-    """256 tokens whose id is the byte's value; no markers yet."""
+    """256 tokens, the id is the byte's value; without special tokens."""
     from tokenizers import Tokenizer, models
 
     vocabulary = {char: value for value, char in enumerate(byte_characters())}
-    return _with_words(Tokenizer(models.BPE(vocab=vocabulary, merges=[])))
+    return _with_pattern(Tokenizer(models.BPE(vocab=vocabulary, merges=[])))
 
 
 def new_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
-    """At most `vocab_size` byte-pair tokens learnt from `texts`; no markers yet."""
+    """A BPE of at most `vocab_size` tokens, trained on `texts`; without special tokens."""
     from tokenizers import Tokenizer, models, trainers
 
-    inner = _with_words(Tokenizer(models.BPE()))
+    inner = _with_pattern(Tokenizer(models.BPE()))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -61,52 +62,57 @@ def new_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> "tokenizers.Toke
 
 
 def split_at_safe_points(text: str) -> list[str]:
-    """`text` in pieces of PIECE_CHARACTERS or a little more, cut where no token can lie."""
+    """Splits a text into pieces of PIECE_CHARACTERS or a little more, between tokens.
+
+    The pieces can be encoded in parallel; their ids, joined, are the ids of the text.
+    """
     pieces, start = [], 0
-    while found := _SEAM.search(text, start + PIECE_CHARACTERS):
+    while found := _SAFE_POINT.search(text, start + PIECE_CHARACTERS):
         pieces.append(text[start : found.end()])
         start = found.end()
     return [*pieces, text[start:]]
 
 
 def encodes_in_pieces(content: dict[str, Any]) -> bool:
-    """Whether the tokenizer.json `content` gives a text the ids of its pieces, one after another.
+    """Whether the ids of a text are the joined ids of its pieces, for the tokenizer.json `content`.
 
-    Only byte-level vocabularies that cut words by a pattern surely do; others mark where a text
-    begins, or join across lines.
+    True for byte-level vocabularies that split words by a pattern. Others may mark the beginning
+    of a text (SentencePiece's prefix space), or have tokens across lines.
     """
-    parts = _parts(content.get("pre_tokenizer"), "pretokenizers")
+    parts = _steps(content.get("pre_tokenizer"), "pretokenizers")
     by_pattern = any(
         part.get("pattern") == {"Regex": PATTERN}
         or (part.get("type") == "ByteLevel" and part.get("use_regex", True))
         for part in parts
     )
     prefixed = any(part.get("add_prefix_space") for part in parts)
-    normalisers = set(component_types(content.get("normalizer"), "normalizers"))
-    greedy = any(
+    normalizers = set(component_types(content.get("normalizer"), "normalizers"))
+    # An added token with a line break, or one that takes the space before it, can span a split.
+    spanning = any(
         token.get("lstrip") or "\n" in token.get("content", "")
         for token in content.get("added_tokens") or []
         if not token.get("special")
     )
-    return by_pattern and not prefixed and not greedy and normalisers <= _LOCAL_NORMALISERS
+    return by_pattern and not prefixed and not spanning and normalizers <= _LOCAL_NORMALIZERS
 
 
 UTF8_BYTES = [value for value in range(0xF5) if value not in (0xC0, 0xC1)]
-"""The bytes that UTF-8 uses; vocabularies may lack the others."""
+"""The byte values that occur in UTF-8; a vocabulary may lack the others."""
 
 
-def spells_everything(content: dict[str, Any]) -> bool:
-    """Whether the tokenizer.json `content` surely has ids for every text and loses none of it.
+def is_lossless(content: dict[str, Any]) -> bool:
+    """Whether every text survives encoding and decoding, for the tokenizer.json `content`.
 
     True for vocabularies with a token for each byte, unless a rule changes or drops characters.
+    False if unsure.
     """
     model = content["model"]
     vocabulary = model.get("vocab") or {}
     pieces = set(vocabulary if isinstance(vocabulary, dict) else (p[0] for p in vocabulary))
-    splits = _parts(content.get("pre_tokenizer"), "pretokenizers")
-    if any(p.get("type") not in _KEEPING or p.get("behavior") == "Removed" for p in splits):
+    splits = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    if any(p.get("type") not in _LOSSLESS_SPLITS or p.get("behavior") == "Removed" for p in splits):
         return False
-    if not all(map(_keeps, _parts(content.get("normalizer"), "normalizers"))):
+    if not all(map(_is_lossless_normalizer, _steps(content.get("normalizer"), "normalizers"))):
         return False
     decoders = component_types(content.get("decoder"), "decoders")
     if any(p.get("type") == "ByteLevel" for p in splits):
@@ -119,36 +125,37 @@ def spells_everything(content: dict[str, Any]) -> bool:
     )
 
 
-def _keeps(normaliser: dict[str, Any]) -> bool:
-    """Whether a normaliser loses nothing; NFC and NFD spell the same characters differently."""
-    spaces = normaliser.get("pattern") == {"String": " "} and normaliser.get("content") == "\u2581"
-    kind = normaliser.get("type")
+def _is_lossless_normalizer(normalizer: dict[str, Any]) -> bool:
+    # NFC and NFD change the code points of a character, but not the character.
+    spaces = normalizer.get("pattern") == {"String": " "} and normalizer.get("content") == "\u2581"
+    kind = normalizer.get("type")
     return kind in ("NFC", "NFD", "Prepend") or (kind == "Replace" and spaces)
 
 
-def growth(part: Any, inside: str) -> int:
-    """How many times longer the replacements of a component, one after another, make a text."""
+def max_expansion(part: Any, inside: str) -> int:
+    """The factor by which a component's replacements, applied in sequence, can lengthen a text."""
     factor = 1
-    for step in _parts(part, inside):
-        nested = growth(step, inside) if isinstance(step.get(inside), list) else 1
+    for step in _steps(part, inside):
+        nested = max_expansion(step, inside) if isinstance(step.get(inside), list) else 1
         content = step.get("content") if step.get("type") == "Replace" else ""
         factor *= nested * max(1, len(content) if isinstance(content, str) else 1)
     return factor
 
 
 def component_types(part: Any, inside: str) -> list[str]:
-    """The types of a tokenizer.json component, those of a sequence in order."""
-    return [str(p.get("type")) for p in _parts(part, inside)]
+    """The type of a tokenizer.json component, or the types of its sequence."""
+    return [str(p.get("type")) for p in _steps(part, inside)]
 
 
-def _parts(part: Any, inside: str) -> list[dict[str, Any]]:
+def _steps(part: Any, inside: str) -> list[dict[str, Any]]:
+    """The steps of a component: itself, or the list in its field `inside` if it is a sequence."""
     if not isinstance(part, dict):
         return []
     steps = part.get(inside)
     return [p for p in (steps if isinstance(steps, list) else [part]) if isinstance(p, dict)]
 
 
-def _with_words(inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
+def _with_pattern(inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
     from tokenizers import Regex, decoders, pre_tokenizers
 
     words = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")

@@ -1,6 +1,7 @@
-"""THE chat template: messages to token ids and a loss mask, for every verb that talks.
+"""The chat template: renders the messages of a conversation to token ids and a loss mask.
 
-Roles are special tokens placed here and nowhere else, so no text can pretend to be another's turn.
+One template for training, sampling and serving. Roles are special tokens, and only this module
+writes them: no text of a message can imitate a turn of another role.
 """
 
 from collections.abc import Sequence
@@ -19,16 +20,16 @@ class Message:
     role: Role
     content: str
     trained: bool = True
-    """whether the loss is on it, where the assistant says it"""
+    """whether the loss includes this turn; only turns of the assistant are trained"""
 
     def to_json(self) -> dict[str, Any]:
-        """As a row has it."""
+        """The message as a row of a file has it."""
         row: dict[str, Any] = {"role": self.role, "content": self.content}
         return row if self.trained else row | {"weight": 0}
 
 
 class Example(NamedTuple):
-    """Token ids and, of equal length, whether each is one the model shall learn to say."""
+    """Token ids and, for each id, whether it is in the loss."""
 
     ids: list[int]
     loss_mask: list[bool]
@@ -37,22 +38,22 @@ class Example(NamedTuple):
 def render(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> Example:
-    """The ids of a conversation; the loss is on what the assistant says and on its ending it.
+    """The token ids of a conversation, and its loss mask: each `trained` turn of the assistant,
+    with the token that ends it.
 
-    A turn that is not `trained` has none.
-
-    With `add_generation_prompt`, ends where the assistant's next turn begins: exactly a prefix of
-    the ids of the conversation that has the answer.
+    With `add_generation_prompt`, the ids end with the opening of an assistant turn: a prefix of the
+    ids of the conversation with the completion, so that training and generation see the same.
     """
     template = _Template(tokenizer)
     ids: list[int] = []
     loss_mask: list[bool] = []
     for message in messages:
         opening = template.opening(message.role)
-        said = tokenizer.encode(message.content) + template.closing(message.role)
-        ids += opening + said
-        learnt = message.role == "assistant" and message.trained
-        loss_mask += [False] * len(opening) + [learnt] * len(said)
+        content = tokenizer.encode(message.content) + template.closing(message.role)
+        ids += opening + content
+        trained = message.role == "assistant" and message.trained
+        # The opening is given at generation; the model must learn the end, or it never stops.
+        loss_mask += [False] * len(opening) + [trained] * len(content)
     if add_generation_prompt:
         opening = template.opening("assistant")
         ids += opening
@@ -61,17 +62,18 @@ def render(
 
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an assistant's turn; none where the vocabulary has no such token."""
+    """The ids that end an assistant's turn; empty if the vocabulary has no such token."""
     ends = (tokenizer.special_id(END), tokenizer.end_of_text)
     return frozenset(i for i in ends if i is not None)
 
 
 class _Template:
-    """What is written before and after each turn.
+    """The ids before and after each turn.
 
-    With our markers: `<|user|>text<|end|><|assistant|>text<|end|>`. Without: `User: text`, a blank
-    line, `Assistant: text`, end of text or a blank line. Each part is encoded by itself, so that
-    a prompt's ids do not depend on the answer that follows.
+    With our special tokens: `<|user|>text<|end|><|assistant|>text<|end|>`. With a vocabulary that
+    lacks them: `User: text`, a blank line, `Assistant: text`, end of text or a blank line. Opening,
+    content and closing are encoded separately, so that a prompt's ids do not depend on what
+    follows.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -1,7 +1,7 @@
-"""Finds the token that ends a document: by its name, or in the files beside a tokenizer.json.
+"""Finds the end-of-text token of a tokenizer.json: by its name, or in its configuration files.
 
-A tokenizer.json has no field for it. Where the name does not tell, the token's entry in
-`added_tokens` is marked, which the `tokenizers` library ignores.
+A tokenizer.json has no field for this token. If the name is not a usual one, we mark the token's
+entry in `added_tokens` with a field that the `tokenizers` library ignores.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from openpalm.errors import DataError
 
 MARK = "end_of_text"
-# By preference: a vocabulary with several of them ends documents with the first.
+# In order of preference: the first that a vocabulary has ends its documents.
 NAMES = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -32,30 +32,30 @@ NAMES = (
     "<|end_of_sentence|>",
     "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek: full-width bars, U+2581 for spaces
 )
-# Chat models name one of these as eos_token; it ends a turn, and documents only for want of a
-# better one.
+# Chat models name one of these as eos_token. They end turns; they end documents only if the
+# vocabulary has no other token for it.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<end_of_turn>", "<|end|>")
 MAX_CONFIG_BYTES = 64 << 20
 
 
-def named_beside(folder: Path, token_of: Callable[[int], str | None]) -> str | None:
-    """The eos_token that the configuration files in `folder` name, the first that does.
+def find_in_config_files(folder: Path, token_of: Callable[[int], str | None]) -> str | None:
+    """The eos_token in the first configuration file of `folder` that names one.
 
-    `token_of` gives the token of an id. Raises DataError for a file that cannot be read.
+    `token_of` is id -> token. Raises DataError for a file that cannot be read.
     """
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _content(folder / file).get("eos_token")
+        token = _read_object(folder / file).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and token:
             return token
-    for number in _ids(_content(folder / "generation_config.json").get("eos_token_id")):
+    for number in _ids(_read_object(folder / "generation_config.json").get("eos_token_id")):
         if token := token_of(number):
             return token
     return None
 
 
-def marked(content: Mapping[str, Any], token: str, number: int) -> bytes:
-    """The tokenizer.json `content` with `token` as a special token that ends documents."""
+def mark(content: Mapping[str, Any], token: str, number: int) -> bytes:
+    """The tokenizer.json `content` with `token` marked as the special token for end of text."""
     others = [dict(entry) for entry in content.get("added_tokens") or []]
     found = next((entry for entry in others if entry.get("content") == token), None)
     if found is None:
@@ -69,22 +69,22 @@ def marked(content: Mapping[str, Any], token: str, number: int) -> bytes:
     return json.dumps({**content, "added_tokens": others}).encode()
 
 
-def marked_in(content: Mapping[str, Any]) -> str | None:
-    """The token that `marked` has marked."""
+def find_mark(content: Mapping[str, Any]) -> str | None:
+    """The token that `mark` marked."""
     tokens = content.get("added_tokens") or []
     found = (t.get("content") for t in tokens if isinstance(t, dict) and t.get(MARK) is True)
     return next((token for token in found if isinstance(token, str)), None)
 
 
 def _ids(value: object) -> Iterator[int]:
-    """An id, or the ids of a list."""
+    """The ids of a field that is an id or a list of ids."""
     for number in value if isinstance(value, list) else [value]:
         if type(number) is int and number >= 0:
             yield number
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; nothing where there is none."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty if there is no file."""
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise DataError(f"{path}: has more than {MAX_CONFIG_BYTES} bytes; fetch it again")

@@ -225,12 +225,9 @@ def responses(model: type) -> dict[int | str, dict[str, Any]]:
 
 def streamed_responses(model: type, chunk: type) -> dict[int | str, dict[str, Any]]:
     """The responses of an endpoint that returns `model`, or a stream of `chunk` if asked to."""
-    data = {
-        "type": "string",
-        "description": "a chunk as JSON, an error as JSON, or [DONE]",
-        "contentMediaType": "application/json",
-        "contentSchema": {"$ref": _REFERENCE.format(model=chunk.__name__)},
-    }
+    references = [{"$ref": _REFERENCE.format(model=name)} for name in (chunk.__name__, "Error")]
+    content = {"contentMediaType": "application/json", "contentSchema": {"anyOf": references}}
+    data = {"anyOf": [{"const": "[DONE]"}, {"type": "string", **content}]}
     events = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {200: {"model": model, "content": {"text/event-stream": {"schema": events}}}, **ERRORS}
 

@@ -47,25 +47,25 @@ class ResponseFormat(Protocol):
 
     def choice(self, sequence: ServedSequence, completed: CompletedText) -> Any:
         """A choice of a whole response."""
-        ...
 
     def response(
         self, head: ResponseHead, choices: list[Any], usage: Usage
-    ) -> Mapping[str, object]: ...
+    ) -> Mapping[str, object]:
+        """A whole response."""
+        ...
 
     def first_delta(self, sequence: ServedSequence) -> Any:
-        """A streamed choice before its text begins, None if there is nothing to say."""
-        ...
+        """A streamed choice before its text begins; None if it begins with the text."""
 
     def delta(self, sequence: ServedSequence, delta: TextDelta) -> Any:
         """A streamed choice with its next text."""
-        ...
 
     def last_delta(self, sequence: ServedSequence, finish: FinishReason) -> Any:
         """A streamed choice with its finish reason."""
-        ...
 
-    def chunk(self, head: ChunkHead, choices: list[Any]) -> Mapping[str, object]: ...
+    def chunk(self, head: ChunkHead, choices: list[Any]) -> Mapping[str, object]:
+        """A chunk of a stream."""
+        ...
 
 
 async def respond(

@@ -1,6 +1,6 @@
-// Requests to the server the page came from, and what can go wrong with them.
+// Requests to the server that serves this page, and their errors.
 
-// A reason to show to the reader; `status` is 0 where there was no answer to have one.
+// An error to show to the user. `status` is the HTTP status, 0 without a response.
 export class Refusal extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -38,7 +38,7 @@ async function refusal(response, key) {
   return new Refusal(`The server is busy; try again ${when}. It says: ${reason}`, status);
 }
 
-// The chunks of a streamed completion, up to [DONE] or the end; the API puts one on a line.
+// Yields the chunks of a streamed completion, up to [DONE] or the end. Each is on one line.
 export async function* chunks(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -69,7 +69,7 @@ async function read(reader) {
   }
 }
 
-// An error may come in the middle of an answer, when the status has long been sent.
+// An error may arrive inside a stream, after the HTTP status.
 function parse(data) {
   let chunk;
   try {

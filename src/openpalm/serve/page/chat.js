@@ -1,5 +1,5 @@
-// The chat page: a conversation with v1/chat/completions of the server it came from.
-// What a model says is hostile: it reaches the page as text nodes only, never as markup.
+// The chat page: a conversation with v1/chat/completions of the server that serves it.
+// A model's text may be hostile: it is inserted as text nodes only, never as markup.
 
 import { Refusal, chunks, request } from "./api.js";
 import {
@@ -12,18 +12,18 @@ const $ = (id) => document.getElementById(id);
 const log = $("log");
 const box = $("box");
 
-// --- what is remembered ----------------------------------------------------------------------
+// --- stored state -----------------------------------------------------------------------------
 
 let messages = recall("sessionStorage", "messages", []);
-let cleared = null; // the conversation before New chat, until something new is said
-let answering = null; // the AbortController of the answer that is coming in
-let editing = null; // { index, draft } while an earlier message is being changed
+let cleared = null; // the conversation before New chat, until the next message
+let answering = null; // the AbortController of the answer being received
+let editing = null; // { index, draft } while an earlier message is edited
 let models = [];
-let sharing = false; // whether the server keeps what its users agree to share
+let sharing = false; // whether the server keeps conversations that users agree to share
 
 function keepConversation() {
   const said = messages.filter((message) => message.content);
-  // A long conversation's probabilities may not fit; its words do.
+  // If the storage is too small for the token probabilities, store the text without them.
   if (!remember("sessionStorage", "messages", said)) {
     remember("sessionStorage", "messages", said.map((message) => ({ ...message, pieces: [] })));
   }
@@ -55,12 +55,12 @@ function completionRequest(conversation) {
     stream_options: { include_usage: true },
     logprobs: true,
     top_logprobs: 5,
-    // What is unset is the server's to choose.
+    // Settings that are not set are left out: the server uses its defaults.
     ...Object.fromEntries(Object.entries(options).filter(([, value]) => value !== null)),
   };
 }
 
-// Fills `message`, the answer to `conversation`, as it arrives.
+// Receives the answer to `conversation` into `message`.
 async function receive(message, conversation, signal) {
   const began = performance.now();
   if (!models.length) await loadModels();
@@ -97,8 +97,8 @@ function makeView(message) {
   return { message, root, text, tail, at: 0, drawn: 0, actions: "" };
 }
 
-// Draws what is new. Without probabilities the answer is one growing text node; with them each
-// aligned piece is a span, and `tail` holds what has no token yet.
+// Draws the new text. Without probabilities the answer is one growing text node; with them each
+// piece is a span, and `tail` holds the text that has no token yet.
 function paint(view) {
   const { message, text, tail } = view;
   const pieces = settings.show_tokens ? message.pieces ?? [] : [];
@@ -131,7 +131,7 @@ function repaint(view) {
 
 let frame = 0;
 
-// At most one drawing a frame, however fast tokens come.
+// Draws at most once per frame, however fast tokens arrive.
 function paintSoon() {
   frame ||= requestAnimationFrame(() => {
     frame = 0;
@@ -142,7 +142,7 @@ function paintSoon() {
   });
 }
 
-// Makes the page show the present state; keeps every element that is still right.
+// Shows the current state; keeps every element that is still valid.
 function refresh() {
   let same = 0;
   while (same < views.length && views[same].message === messages[same]) same++;
@@ -174,7 +174,7 @@ function showActions(view, i) {
   if (!user && !(answering && last)) acts.Copy = () => copy(view);
   if (!user && !answering && last) acts.Regenerate = again;
   const names = Object.keys(acts).join();
-  if (names === view.actions) return; // the same buttons stay, and so does the focus on them
+  if (names === view.actions) return; // keeps the buttons and the focus on them
   view.actions = names;
   const buttons = Object.entries(acts).map(([name, act]) => button(name, act));
   view.root.querySelector(".actions").replaceChildren(...buttons);
@@ -196,7 +196,7 @@ function showStats() {
   const { tokens, first, last } = stats ?? {};
   const parts = [];
   if (tokens) parts.push(`${tokens} token${tokens === 1 ? "" : "s"}`);
-  // The first token waited for the prompt, so the speed is that of the others.
+  // The first token includes the time for the prompt, so it does not count.
   const speed = ((tokens - 1) * 1000) / (last - first);
   if (tokens > 1 && last > first) parts.push(`${speed.toFixed(1)} tokens/s`);
   if (first) parts.push(`first after ${(first / 1000).toFixed(2)} s`);
@@ -216,13 +216,13 @@ function notice(text = "", ...buttons) {
 function explain(error) {
   const buttons = [button("Retry", retry)];
   if (error.status === 401) buttons.unshift(button("Enter API key", () => openSettings("key")));
-  if (!(error instanceof Refusal)) console.error(error); // this page's fault, or a strange server
+  if (!(error instanceof Refusal)) console.error(error); // a bug in this page, or an unknown server
   notice(error.message, ...buttons);
 }
 
 // --- scrolling and speech --------------------------------------------------------------------
 
-let pinned = true; // the reader is at the end and wants to stay there
+let pinned = true; // the view follows the end of the log
 
 function stick() {
   if (pinned) log.scrollTop = log.scrollHeight;
@@ -244,7 +244,7 @@ $("newest").addEventListener("click", () => {
   toBox();
 });
 
-// For screen readers. Lines leave again, or they would be met a second time below the page.
+// For screen readers. Lines are removed later, or a reader would find them again below the page.
 function say(text) {
   const line = document.createElement("p");
   line.textContent = text;
@@ -254,7 +254,7 @@ function say(text) {
 
 let spoken = 0;
 
-// Reads an answer out in whole sentences, some at a time.
+// Announces an answer in whole sentences, several at a time.
 function speak(message, whole = false) {
   const rest = message.content.slice(spoken);
   if (!whole && rest.length < 200) return;
@@ -265,7 +265,7 @@ function speak(message, whole = false) {
 
 // --- the conversation ------------------------------------------------------------------------
 
-// Asks for an answer to the messages as they are. `previous` comes back if none arrives.
+// Requests an answer to the messages. Restores `previous` if none arrives.
 async function ask(previous = null) {
   const conversation = messages;
   const message = { role: "assistant", content: "", pieces: [] };
@@ -288,14 +288,14 @@ async function ask(previous = null) {
   const stopped = abort.signal.aborted;
   if (problem) message.note = stopped ? "Stopped." : "Incomplete.";
   if (problem && !message.content) conversation.splice(-1, 1, ...(previous ? [previous] : []));
-  if (conversation !== messages) return; // New chat was chosen meanwhile
+  if (conversation !== messages) return; // New chat was pressed meanwhile
   settle(message, problem, stopped);
 }
 
 function settle(message, problem, stopped) {
   speak(message, true);
   if (views.at(-1)?.message === message) paint(views.at(-1));
-  // Stop and Send change places: whoever pressed one is not left without a focus.
+  // Stop is replaced by Send, so the focus moves to the text box.
   const lost = document.activeElement === $("stop");
   refresh();
   if (lost) toBox();
@@ -374,7 +374,7 @@ function undo() {
   toBox();
 }
 
-// The format `openpalm train` reads conversations from.
+// The format of conversations that `openpalm sft` reads.
 function saveFile() {
   const said = messages.filter((message) => message.content);
   const line = JSON.stringify({ messages: withSystemPrompt(said) });
@@ -399,7 +399,7 @@ async function toClipboard(text) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    // There is no clipboard API on plain http except on this machine; a selection can be copied.
+    // On plain http there is no clipboard API except on localhost; a selection can be copied.
     const focused = document.activeElement;
     const area = document.body.appendChild(document.createElement("textarea"));
     area.value = text;
@@ -420,7 +420,7 @@ function setBox(text) {
   boxChanged();
 }
 
-// Not on a touch screen, where the focus brings up a keyboard over what one wants to read.
+// Not on a touch screen: the focus would open a keyboard over the text.
 function toBox() {
   if (!matchMedia("(pointer: coarse)").matches) box.focus();
 }
@@ -435,7 +435,7 @@ function boxChanged() {
 }
 
 function boxKey(event) {
-  if (event.isComposing) return; // Enter chooses a word of the input method
+  if (event.isComposing) return; // Enter selects a word of the input method
   if (event.key === "Enter" && !event.shiftKey) {
     event.preventDefault();
     if (answering) say("The answer is still coming in; Escape stops it.");
@@ -456,7 +456,7 @@ function pageKey(event) {
     if (answering) answering.abort();
     else if (editing) stopEditing();
   } else if (event.altKey && !event.ctrlKey && !event.metaKey) {
-    // By the key's place: with Option a Mac keyboard gives other letters.
+    // By key position: with Option, a Mac keyboard produces other letters.
     const act = { KeyR: again, KeyN: newChat }[event.code];
     if (!act) return;
     event.preventDefault();
@@ -472,7 +472,7 @@ function settingChanged(name) {
   stick();
 }
 
-// A key that was missing is most likely what the last attempt failed for.
+// If the key changed, the last attempt probably failed because of the key.
 function settingsClosed(keyChanged) {
   toBox();
   if (keyChanged && !$("notice").hidden && !answering) retry();

@@ -1,9 +1,9 @@
-// The settings: where they are remembered, and the dialog that changes them.
+// The settings: how they are stored, and the dialog that changes them.
 
 const dialog = document.getElementById("settings");
 const form = dialog.querySelector("form");
 
-// Storage may be refused or full; the page then works without it.
+// The browser may refuse storage, or it may be full; the page works without it.
 export function recall(storage, name, otherwise) {
   try {
     return JSON.parse(window[storage].getItem(`openpalm.${name}`)) ?? otherwise;
@@ -21,7 +21,7 @@ export function remember(storage, name, value) {
   }
 }
 
-// By the names of the form's fields, which are the API's where it has them; null is unset.
+// Keys are the names of the form's fields, and the API's names if it has the setting. null: not set.
 const DEFAULTS = {
   model: "", system: "", temperature: null, top_p: null, top_k: null, max_tokens: null, seed: null,
   show_tokens: false, store: false, theme: "auto",
@@ -29,15 +29,15 @@ const DEFAULTS = {
 
 export const settings = { ...DEFAULTS, ...recall("localStorage", "settings", {}) };
 
-// Apart, and for this tab only.
+// Not among the settings: the key is stored for this tab only.
 export const secret = { key: recall("sessionStorage", "key", "") };
 
 let keyBefore = "";
 
-// `changed(name)` is called after each change, `closed(keyChanged)` when the dialog is left.
+// Calls `changed(name)` after each change, and `closed(keyChanged)` when the dialog closes.
 export function onSettings(changed, closed) {
   form.addEventListener("input", ({ target }) => {
-    if (!target.validity.valid) return; // marked in the form; the last good value stays
+    if (!target.validity.valid) return; // the form marks the field; the last valid value is kept
     change(target.name, valueOf(target));
     changed(target.name);
   });
@@ -58,7 +58,7 @@ export function openSettings(field) {
   form.elements[field]?.focus();
 }
 
-// What the server does without a setting: shown in the empty field, as a hint.
+// Shows the server's defaults in the empty fields.
 export function showServer(sampling, sharing) {
   for (const name of ["temperature", "top_p", "top_k"]) {
     form.elements[name].placeholder = sampling?.[name] ?? "";

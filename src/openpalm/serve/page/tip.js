@@ -1,9 +1,9 @@
-// The tooltip of a token: for the mouse, for touch, and for the keyboard.
+// The tooltip of a token, for mouse, touch and keyboard.
 
 const percent = (chance) =>
   chance < 1e-4 ? "< 0.01 %" : `${(chance * 100).toFixed(chance < 0.1 ? 2 : 1)} %`;
 
-// Blanks are tokens too, and control characters must not rearrange the tooltip.
+// White space must be visible, and control characters must not reorder the tooltip's text.
 const visible = (text) =>
   text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥")
     .replace(/\p{C}/gu, (c) => `\\u{${c.codePointAt(0).toString(16)}}`) || "(nothing)";
@@ -26,13 +26,13 @@ function row([text, chance, chosen]) {
   return element("div", chosen ? "row chosen" : "row", ...cells);
 }
 
-// Shows tips over `log`. `find(node)` gives the view { message, tail, at } whose text holds a node;
-// in a view without spans `tail` is all of the text.
+// Shows tooltips over `log`. `find(node)` returns the view { message, tail, at } that contains a
+// node. In a view without spans `tail` is the whole text.
 export class Tip {
   #tip;
   #log;
   #find;
-  #described = null; // the span the tip speaks of, if it is one
+  #described = null; // the span that the tooltip describes, if any
   #resting = 0;
   #leaving = 0;
 
@@ -64,7 +64,7 @@ export class Tip {
     this.#described = null;
   }
 
-  // Not at once: the pointer may be on its way to the tip.
+  // After a delay: the pointer may be moving to the tooltip.
   #leave() {
     clearTimeout(this.#resting);
     clearTimeout(this.#leaving);
@@ -79,7 +79,7 @@ export class Tip {
       return;
     }
     this.#leave();
-    // Over untinted text the mouse has to rest: reading must not make tips flicker.
+    // Over text without tint the mouse must rest first, so that tooltips do not flicker while reading.
     if (event.pointerType !== "mouse" || event.buttons) return;
     this.#resting = setTimeout(() => this.#showAt(event.clientX, event.clientY), 500);
   }
@@ -91,7 +91,7 @@ export class Tip {
     span.setAttribute("aria-describedby", this.#tip.id);
   }
 
-  // Without spans the browser says which character lies at a place, at no cost to the text.
+  // Without spans: asks the browser for the character at this position.
   #showAt(x, y) {
     const caret = document.caretPositionFromPoint?.(x, y);
     const view = caret && this.#find(caret.offsetNode);
@@ -99,7 +99,7 @@ export class Tip {
     const pieces = view?.message.pieces ?? [];
     const next = pieces.findIndex((piece) => piece.end >= view.at + caret.offset);
     if (next < 0) return;
-    // The caret goes to the nearer side of a character, so the token may be the one after.
+    // The caret is at the nearer side of a character, so the token may be the next one.
     for (const piece of pieces.slice(next, next + 2)) {
       const range = new Range();
       range.setStart(view.tail, piece.start - view.at);
@@ -120,7 +120,7 @@ export class Tip {
     this.#place(rect);
   }
 
-  // Above the token where there is room, else below; never outside the window.
+  // Above the token if there is room, else below; always inside the window.
   #place(rect) {
     const { offsetWidth, offsetHeight, style } = this.#tip;
     const left = Math.min(rect.left, document.documentElement.clientWidth - offsetWidth - 8);
@@ -130,7 +130,7 @@ export class Tip {
   }
 }
 
-// One Tab stop an answer; within it the arrows go from token to token.
+// Each completion is one Tab stop; the arrow keys move between its tokens.
 function walk(event) {
   const here = event.target.closest(".token");
   if (!here) return;

@@ -1,9 +1,9 @@
-// Which part of an answer's text each token wrote, and how probable it was.
+// Finds the text of each token of a completion, and its probability.
 
 const bytesOf = (token) =>
   token.bytes ? Uint8Array.from(token.bytes) : new TextEncoder().encode(token.token);
 
-// A token of half a character is shown as the server spells it.
+// A token that is half a character is shown as the server writes it.
 function label(token) {
   try {
     return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytesOf(token));
@@ -12,14 +12,14 @@ function label(token) {
   }
 }
 
-// Grows `message.content` and `message.pieces`. A token may end within a character and the server
-// may hold text back, so tokens and text meet only once both are complete.
+// Appends to `message.content` and `message.pieces`. A token may end inside a character, and the
+// server may hold text back, so tokens are matched with text when both are complete.
 export class Aligner {
   tokens = 0;
   #message;
   #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   #group = []; // tokens whose bytes are not yet a whole character
-  #waiting = []; // decoded groups whose text has not come
+  #waiting = []; // decoded groups; their text has not arrived yet
   #at = 0; // where in the text the next group begins
 
   constructor(message) {
@@ -43,7 +43,7 @@ export class Aligner {
     const { content, pieces } = this.#message;
     while (this.#waiting.length && content.length >= this.#at + this.#waiting[0].text.length) {
       const { text, tokens } = this.#waiting.shift();
-      // Nearby rather than exactly here: some tokens write no text.
+      // Search a few characters ahead: some tokens have no text.
       const skipped = content.slice(this.#at, this.#at + text.length + 8).indexOf(text);
       if (skipped < 0) continue;
       const start = this.#at + skipped;
@@ -53,7 +53,7 @@ export class Aligner {
   }
 }
 
-// `top` are [text, probability, whether it was chosen] of what could have stood there.
+// `top` lists the alternatives: [text, probability, whether it was chosen].
 function piece(start, end, tokens) {
   const chance = Math.exp(tokens.reduce((sum, token) => sum + token.logprob, 0));
   const top = (tokens[0].top_logprobs ?? []).map((other) => [

@@ -58,12 +58,8 @@ def routes(service: Service) -> APIRouter:
             data: list[Score] = [
                 {"index": i, "score": sum(row), "log_probs": row} for i, row in enumerate(rows)
             ]
-            scores: Scores = {
-                "object": "list",
-                "model": served.name,
-                "kind": "log_prob",
-                "data": data,
-            }
+            name = served.name
+            scores: Scores = {"object": "list", "model": name, "kind": "log_prob", "data": data}
             return JSONResponse(scores)
 
         return await response_unless_disconnected(request, whole(), output.close)

@@ -16,6 +16,7 @@ from openpalm.serve.api.response_models import (
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
+    ChatDelta,
     ChatLogProbs,
     ChatToken,
     ChunkHead,
@@ -87,23 +88,13 @@ class _ChatFormat:
         return {**head, "object": "chat.completion", "choices": choices, "usage": usage}
 
     def first_delta(self, sequence: ServedSequence) -> ChatChunkChoice:
-        return {
-            "index": sequence.index,
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
+        return _delta(sequence, {"role": "assistant", "content": ""})
 
     def delta(self, sequence: ServedSequence, delta: TextDelta) -> ChatChunkChoice:
-        return {
-            "index": sequence.index,
-            "delta": {"content": delta.text},
-            "logprobs": self._log_probs(delta.tokens),
-            "finish_reason": None,
-        }
+        return _delta(sequence, {"content": delta.text}, self._log_probs(delta.tokens))
 
     def last_delta(self, sequence: ServedSequence, finish: FinishReason) -> ChatChunkChoice:
-        return {"index": sequence.index, "delta": {}, "logprobs": None, "finish_reason": finish}
+        return _delta(sequence, {}, None, finish)
 
     def chunk(self, head: ChunkHead, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
         return {**head, "object": "chat.completion.chunk", "choices": choices}
@@ -127,3 +118,13 @@ class _ChatFormat:
             "logprob": log_prob,
             "bytes": None if is_special else list(self._tokenizer.bytes_of(token_id)),
         }
+
+
+def _delta(
+    sequence: ServedSequence,
+    delta: ChatDelta,
+    log_probs: ChatLogProbs | None = None,
+    finish: FinishReason | None = None,
+) -> ChatChunkChoice:
+    index = sequence.index
+    return {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": finish}

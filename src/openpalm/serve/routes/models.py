@@ -30,17 +30,13 @@ def routes(service: Service) -> APIRouter:
 
 
 def _model(served: ServedModel, service: Service) -> response_models.Model:
-    defaults = served.defaults
+    d = served.defaults
     return {
         "id": served.name,
         "object": "model",
         "created": served.created,
         "owned_by": "openpalm",
         "max_model_len": served.context,
-        "sampling": {
-            "temperature": defaults.temperature,
-            "top_p": defaults.top_p,
-            "top_k": defaults.top_k,
-        },
+        "sampling": {"temperature": d.temperature, "top_p": d.top_p, "top_k": d.top_k},
         "takes_conversations": service.sink is not None,
     }

@@ -6,14 +6,9 @@ from starlette.responses import Response
 
 from openpalm.data.text.conversation import stop_ids
 from openpalm.serve.access.body import StrictRoute
+from openpalm.serve.api import requests
 from openpalm.serve.api.error_responses import ApiError
 from openpalm.serve.api.request_fields import DetokenizeRequest, TokenizeRequest
-from openpalm.serve.api.requests import (
-    encode_messages,
-    encode_prompts,
-    find_model,
-    tokenizer_errors,
-)
 from openpalm.serve.api.response_models import (
     ERRORS,
     Detokenized,
@@ -32,25 +27,23 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/tokenize", responses=responses(Tokenized))
     async def tokenize(body: TokenizeRequest) -> Response:
-        served = find_model(worker, body.model)
+        served = requests.find_model(worker, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give prompt or messages, one of them", param="prompt")
-        if body.prompt is not None:
-            # Not the end-of-text that stands for an empty prompt in a completion.
-            ids = (await encode_prompts(served.tokenizer, [body.prompt]))[0] if body.prompt else []
+        if body.messages is not None:
+            ids = await requests.encode_messages(served.tokenizer, body.messages, body)
+        elif body.prompt:
+            (ids,) = await requests.encode_prompts(served.tokenizer, [body.prompt])
         else:
-            ids = await encode_messages(served.tokenizer, body.messages or [], body)
-        tokenized: Tokenized = {
-            "tokens": ids,
-            "count": len(ids),
-            "max_model_len": served.context,
-        }
+            ids = []  # a completion would put an end-of-text in the place of an empty prompt
+        context = served.context
+        tokenized: Tokenized = {"tokens": ids, "count": len(ids), "max_model_len": context}
         return JSONResponse(tokenized)
 
     @router.post("/detokenize", responses=responses(Detokenized))
     async def detokenize(body: DetokenizeRequest) -> Response:
-        tokenizer = find_model(worker, body.model).tokenizer
-        with tokenizer_errors():
+        tokenizer = requests.find_model(worker, body.model).tokenizer
+        with requests.tokenizer_errors():
             text = tokenizer.decode(body.tokens, skip_special=False)
         detokenized: Detokenized = {"prompt": text}
         return JSONResponse(detokenized)

@@ -5,17 +5,8 @@ from torch import Tensor, nn
 
 from openpalm.base.device import multiplies_bfloat16
 from openpalm.train.optimization.optimizers import Adafactor, Lion, Listwise, Muon, StableAdamW
+from openpalm.train.optimization.schedule import decay_coefficient
 from openpalm.train.optimizer_settings import OptimSettings, given
-
-
-def decay_coefficient(lr: float, settings: OptimSettings) -> float:
-    """The weight decay that an optimizer multiplies by the current learning rate `lr`.
-
-    fixed is weight_decay. PaLM decays by lr^2 per step (section 5; so does T5X). nanoPALM gives
-    lr^2 to AdamW, which multiplies by lr again: lr^3.
-    """
-    powers = {"fixed": 0, "palm": 1, "nanopalm": 2}
-    return given(settings.weight_decay) * lr ** powers[settings.rule]
 
 
 class Optimizer:

@@ -1,11 +1,11 @@
-"""Learning-rate schedules: warm-up, then cosine, linear, wsd (warm-up, stable, decay) or PaLM's.
+"""Learning-rate schedules (warm-up, then cosine, linear, wsd or PaLM's) and weight-decay rules.
 
-The learning rate is a pure function of the step, so there is no scheduler state to save.
+All are pure functions of the step, so there is no scheduler state to save.
 """
 
 import math
 
-from openpalm.train.optimizer_settings import OptimSettings
+from openpalm.train.optimizer_settings import OptimSettings, given
 
 PALM_HOLD = 10_000 / 255_000
 """Share of its steps for which PaLM kept the learning rate constant (section 5)."""
@@ -33,3 +33,13 @@ def learning_rate_factor(step: int, steps: int, settings: OptimSettings) -> floa
             falling = round(settings.cooldown * steps)
             share = min(1.0, max(0, steps - step) / falling) if falling else 1.0
     return settings.final_lr + (1 - settings.final_lr) * share
+
+
+def decay_coefficient(lr: float, settings: OptimSettings) -> float:
+    """The weight decay that an optimizer multiplies by the current learning rate `lr`.
+
+    fixed is weight_decay. PaLM decays by lr^2 per step (section 5; so does T5X). nanoPALM gives
+    lr^2 to AdamW, which multiplies by lr again: lr^3.
+    """
+    powers = {"fixed": 0, "palm": 1, "nanopalm": 2}
+    return given(settings.weight_decay) * lr ** powers[settings.rule]

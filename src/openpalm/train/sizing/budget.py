@@ -1,11 +1,13 @@
-"""What a few minutes on this machine can train well: a model's size, its batch, what it can learn.
+"""Model size for a time budget of minutes on this machine, and how much it can learn in it.
 
-A small text is best learnt by the smallest model that has the time to see it often: with 1.4e13
+A small text is learned best by the smallest model that has the time to see it often. With 1.4e13
 FLOPs (5 minutes on two AVX2 cores) on Python's own documentation, 717,000 tokens, palm-tiny reached
 1.70 bits a byte, 2.9M parameters 1.82 and palm-5m 2.03 (docs/training.md has the commands).
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,20 +15,20 @@ from openpalm.base.device import pick_dtype
 from openpalm.train.sizing.measure import matmul_flops
 
 TRAINING_SHARE = 0.5
-"""Of the rate of a matrix multiply, what training a small model reaches."""
-TOKENS_A_FACT = 640
-"""Tokens of fine-tuning, all its phrasings and passes together, that learn one short answer."""
+"""Training rate of a small model as a share of a matrix multiplication's."""
+TOKENS_PER_FACT = 640
+"""Tokens of fine-tuning, over all phrasings and epochs, that teach one short answer."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model's size and the batch that suits it."""
+    """A model size and the batch that suits it."""
 
     model: str
     sequence_length: int
     batch_tokens: int
     least_flops: float
-    """the FLOPs from which on it is chosen"""
+    """training FLOPs from which the size is used"""
 
 
 SIZES = (
@@ -36,8 +38,18 @@ SIZES = (
 """Smallest first. palm-tiny was measured up to 1.4e13 FLOPs; the bound of palm-5m is a guess."""
 
 
+def size_for(seconds: float, file: Path) -> Size:
+    """The size to train in that time, measured once: `file` keeps it for later calls."""
+    if file.exists():
+        model = json.loads(file.read_text(encoding="utf-8"))["model"]
+        return next(size for size in SIZES if size.model == model)
+    size = affordable(training_flops(seconds))
+    file.write_text(json.dumps({"model": size.model}) + "\n", encoding="utf-8")
+    return size
+
+
 def training_flops(seconds: float) -> float:
-    """FLOPs that training a small model can do in `seconds` here, by a short measurement."""
+    """Training FLOPs of a small model in that time, from a short measurement."""
     device = torch.device("cpu")
     dtype = getattr(torch, pick_dtype("auto", device))
     return TRAINING_SHARE * matmul_flops(device, dtype, repeats=3) * seconds
@@ -49,5 +61,5 @@ def affordable(flops: float) -> Size:
 
 
 def facts(seconds: float, tokens_per_s: float) -> int:
-    """Short answers that fine-tuning has the time to learn by heart."""
-    return max(8, int(seconds * tokens_per_s / TOKENS_A_FACT))
+    """Number of short answers that fine-tuning can teach in that time."""
+    return max(8, int(seconds * tokens_per_s / TOKENS_PER_FACT))

@@ -1,30 +1,29 @@
-"""`--depth N`: what else a run needs, from one number by rules. Knows no data and no clock.
+"""Scaling rules of `--depth N`: sizes, batch, learning rates, weight decay and steps from N.
 
-Shape: PaLM's block, 64 of width a block deep (within wide bounds the ratio hardly matters: Kaplan
-et al. 2020, section 3.2), heads of 64 that fill the width, one key/value head, feed-forward four
-times the width, 128 tokens of context a block rounded up to a power of two, 256 to 2048, as in
-our presets.
+Shape: PaLM's block. The width is 64 per block (within wide bounds the ratio hardly matters: Kaplan
+et al. 2020, section 3.2), heads of 64, one key/value head, feed-forward four times the width. The
+context is 128 tokens per block, rounded up to a power of two between 256 and 2048.
 
-Length: D = 20 N tokens for N parameters (Hoffmann et al. 2022), or what is asked for; the batch of
-so many --steps is that of 20 N.
+Length: D = 20 N tokens for N parameters (Hoffmann et al. 2022), or --epochs. With --steps the
+batch is that of 20 N.
 
 Batch, in tokens: B = 1130 (D / 2^19)^0.383, rounded to a power of two of sequences. The constant
-is of our runs, the exponent of Bergsma et al. (2025, Power Lines), who find it free of the size.
+is from our runs; the exponent is from Bergsma et al. (2025, Power Lines), who find that it does
+not depend on the model size.
 
-Optimizer: muon, which beats adamw by 0.13 nats a token at depth 2. Peak learning rates, of
-muon's matrices and of the rest (by far most of it the embedding), whose exponents of B and D are
-those of muon_lr:
+Optimizer: muon, which beats adamw by 0.13 nats per token at depth 2. The peak learning rates of
+muon's matrices and of the rest (mostly the embedding), with the same exponents of B and D:
 
     muon_lr = 0.033 (dim / 128)^-0.42 (B / 2048)^0.51 (D / 2^19)^-0.38
     lr      = 0.038 (dim / 128)^-0.67 (B / 2048)^0.51 (D / 2^19)^-0.38
 
 Fitted on runs of 0.13M to 4.1M parameters, batches of 512 to 4096 tokens and lengths of 2^17 to
-2^20 tokens (benchmarks/scaling.py); what lies beyond is extrapolated. adamw alone has 0.006 for
-0.038, measured at depth 2 only.
+2^20 tokens (benchmarks/scaling.py); larger sizes are extrapolated. Without muon, adamw's constant
+is 0.006 instead of 0.038, measured at depth 2 only.
 
-Weight decay: 1 / (tau rate steps), tau = 1.08 (D / N)^-0.527: the weights average their updates
-over a share tau of the run (Wang and Aitchison 2024), which falls with the tokens a parameter by
-Bergsma et al.'s exponent; the constant gives our runs the 0.1 they had.
+Weight decay: 1 / (tau lr steps) with tau = 1.08 (D / N)^-0.527. The weights average their updates
+over a share tau of the run (Wang and Aitchison 2024); the exponent is Bergsma et al.'s, and the
+constant gives our runs the 0.1 they had.
 """
 
 import math
@@ -36,11 +35,11 @@ from openpalm.train.batch_shape import Ramp
 from openpalm.train.config import PretrainSettings
 
 HEAD_DIM = 64
-CONTEXT_A_BLOCK, LEAST_CONTEXT, MOST_CONTEXT = 128, 256, 2048
-TOKENS_A_PARAMETER = 20
+CONTEXT_PER_BLOCK, LEAST_CONTEXT, MOST_CONTEXT = 128, 256, 2048
+TOKENS_PER_PARAMETER = 20
 
 FITTED_DIM, FITTED_BATCH, FITTED_TOKENS = 128, 2048, 2**19
-"""The runs in whose powers the rules are written."""
+"""The run at which the powers in the rules are 1."""
 BEST_BATCH, BATCH_POWER = 1130, 0.383
 MUON_RATE, MUON_DIM_POWER = 0.033, -0.42
 REST_RATE, ADAMW_RATE, DIM_POWER = 0.038, 0.006, -0.67
@@ -50,9 +49,9 @@ MOST_DECAY = 0.5
 
 
 def of_depth(depth: int) -> Preset:
-    """The model of that depth; its vocabulary and learning rate are not settled yet."""
+    """The sizes of that depth; vocab_size and learning_rate are set later."""
     dim = HEAD_DIM * depth
-    context = 1 << (CONTEXT_A_BLOCK * depth - 1).bit_length()
+    context = 1 << (CONTEXT_PER_BLOCK * depth - 1).bit_length()
     config = ModelConfig(
         vocab_size=1,
         dim=dim,
@@ -68,10 +67,10 @@ def of_depth(depth: int) -> Preset:
 def scaled(
     settings: PretrainSettings, vocab_size: int, epoch_tokens: int
 ) -> tuple[PretrainSettings, dict[str, Any]]:
-    """The settings with what --depth derives, and that, by option.
+    """The settings with the values that --depth derives, and those values by name.
 
-    What is set stays, and what follows from it follows from that; only --minutes, whose steps are
-    not known yet, counts as D = 20 N.
+    Values that are set are kept, and the rules use them. The steps of --minutes are not known yet:
+    it counts as D = 20 N.
     """
     assert settings.depth is not None
     values: dict[str, Any] = {}
@@ -88,7 +87,7 @@ def scaled(
     length = derive("sequence_length", settings.sequence_length, config.context)
 
     whole = Ramp.parse(settings.batch_ramp).mean
-    tokens = TOKENS_A_PARAMETER * config.parameters
+    tokens = TOKENS_PER_PARAMETER * config.parameters
     if settings.epochs:
         tokens = settings.epochs * epoch_tokens
     best = BEST_BATCH * (tokens / FITTED_TOKENS) ** BATCH_POWER
