@@ -7,7 +7,7 @@ there in order, with `.venv/bin` first on PATH and a link to `.venv` in the fold
 program of its own: files stay for the next block, variables do not.
 
 - In a `console` block only lines that start with `$ ` run; the others are output.
-- Lines that start with git, make, cd, pip, source, `. .venv`, `python3 -m venv` or sudo are skipped:
+- Lines that start with git, make, cd, pip, source, `. .venv`, `python3 -m venv` or sudo do not run:
   they prepare the reader's machine.
 - `openpalm serve ...` and `openpalm feedback ...` start in the background; the next line runs
   when the port answers. The server is stopped at the end of the document.
