@@ -1,4 +1,4 @@
-"""`openpalm report`: runs in, one page out."""
+"""`openpalm report`: an HTML page or plots from run directories."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""RewardModel: the original's outputs and state dicts, bins, prompts, finetuning."""
+"""RewardModel: outputs and state dicts of the original, bins, prompts, finetuning."""
 
 import json
 from pathlib import Path

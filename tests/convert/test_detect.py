@@ -1,4 +1,4 @@
-"""Sizes come from the tensors; what is said elsewhere may only agree."""
+"""Project and sizes are detected from the tensors; other statements must agree."""
 
 import dataclasses
 import json

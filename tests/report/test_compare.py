@@ -1,4 +1,4 @@
-"""Many runs on one page: told apart, in order, and not mixed where they cannot be compared."""
+"""Comparison of runs on one page: distinct lines, order, and no mix of different losses."""
 
 import re
 

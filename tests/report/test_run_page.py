@@ -1,4 +1,4 @@
-"""One run's page: its figures, whatever a model wrote, and nothing from elsewhere."""
+"""The page of one run: figures, samples, and nothing loaded from elsewhere."""
 
 import json
 import re

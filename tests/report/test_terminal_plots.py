@@ -1,4 +1,4 @@
-"""Curves as text: where the dots are, what the axes say, and how wide it is."""
+"""Plots in the terminal: dots, axes and width."""
 
 import io
 import math
