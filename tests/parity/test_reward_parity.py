@@ -1,4 +1,4 @@
-"""palm-rlhf-pytorch's RewardModel scores here as it does at home, adapter on and off, and back."""
+"""palm-rlhf-pytorch's RewardModel gives the same rewards here, with and without LoRA, and back."""
 
 import json
 from dataclasses import replace
