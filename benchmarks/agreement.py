@@ -17,8 +17,9 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.common import tokenizer_of
 from openpalm.data.corpus.builtin import question_answers
 from openpalm.data.text.conversation import Message, render, stop_ids
-from openpalm.generate.engine import Engine, Request, Token
+from openpalm.generate.engine import Engine
 from openpalm.generate.quantize import WeightFormat
+from openpalm.generate.request import Request, Token
 from openpalm.generate.sampling import Sampling
 
 FORMATS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "int4")

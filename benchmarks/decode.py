@@ -22,8 +22,9 @@ from collections.abc import Callable
 import torch
 
 from openpalm.base.device import pick_dtype, processor
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
 from openpalm.generate.quantize import WeightFormat
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise

@@ -23,7 +23,8 @@ from train_common import Row, random_batch
 from openpalm.base.settings import build
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.batches.loader import Batch, token_loader
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)

@@ -5,7 +5,8 @@ import torch
 from tiny_models import tiny
 
 from openpalm.errors import SettingsError
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling, distribution, draw
 
 GREEDY = Sampling(temperature=0)

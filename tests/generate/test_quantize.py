@@ -9,7 +9,7 @@ from tiny_models import KINDS, tiny
 
 from openpalm.base.device import multiplies_int8
 from openpalm.errors import SettingsError
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
 from openpalm.generate.quantize import (
     INT4_GROUP,
     _Int4,
@@ -19,6 +19,7 @@ from openpalm.generate.quantize import (
     _Widened,
     quantize,
 )
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig, ModelConfig

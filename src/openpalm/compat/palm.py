@@ -15,7 +15,8 @@ from openpalm.convert.palm_rlhf.read import read_palm_rlhf
 from openpalm.convert.palm_rlhf.reward import TARGETS, read_lora_factors, write_lora_factors
 from openpalm.convert.palm_rlhf.write import convert_to_era, write_palm_rlhf
 from openpalm.errors import SettingsError
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model import lora
 from openpalm.model.block import Block

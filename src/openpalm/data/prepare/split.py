@@ -84,7 +84,7 @@ def assign_splits(
 
 
 class DocumentTable:
-    """Iterates over documents in slices: measures (FINGERPRINT [n]), writable splits (uint8 [n])."""
+    """Iterates over documents in slices: FINGERPRINT [n] and writable splits, uint8 [n]."""
 
     def __init__(self, measures: Path, splits: Path):
         self._measures, self._path = measures, splits
