@@ -1,4 +1,4 @@
-"""The shape of the house: what may import torch, how long things get, what is never executed."""
+"""Structure of the code: what may import torch, length of functions and files, execution of files."""
 
 import ast
 import json

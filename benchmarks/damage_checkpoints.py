@@ -1,6 +1,6 @@
 """Whether a damaged checkpoint is ever loaded silently: files cut or changed at random places.
 
-    python benchmarks/tear.py [RUN] [--damages 200] [--seed 0] [--json]
+    python benchmarks/damage_checkpoints.py [RUN] [--damages 200] [--seed 0] [--json]
 
 RUN is a run with at least two checkpoints; without one a small run is trained. Each time one file
 of a copy of its newest checkpoint is cut at, or changed in, a random byte. Then loading the
