@@ -1,4 +1,4 @@
-"""Structure of the code: what may import torch, length of functions and files, execution of files."""
+"""Structure of the code: imports of torch, lengths of functions and files, no execution of files."""
 
 import ast
 import json
