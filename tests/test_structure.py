@@ -1,4 +1,4 @@
-"""Structure of the code: imports of torch, lengths of functions and files, no execution of files."""
+"""Structure of the code: imports of torch, lengths of functions and files, nothing executed."""
 
 import ast
 import json
