@@ -237,7 +237,7 @@ def variants_table(rows: list[Row]) -> str:
         result = f"{found.difference:+.3f} ± {found.half_width:.3f}", found.verdict
         paired = ("", "") if name == BASELINE else result
         lines.append((name, f"{found.rate:g}", f"{found.loss:.3f}", *paired))
-    return table(("variant", "rate", "nats a token", "less the baseline's", "seen"), lines)
+    return table(("variant", "rate", "nats per token", "less the baseline's", "seen"), lines)
 
 
 def search_table(rows: list[Row]) -> str:
@@ -293,9 +293,9 @@ def draw_variants(rows: list[Row], path: Path) -> None:
         )
         rates.plot(*zip(*tried, strict=True), marker="o", markersize=4, **style)
     first = max(fresh[0][STEPS // 20 :])
-    curves.set(xlabel="step", ylabel="training loss, nats a token", ylim=(None, first))
+    curves.set(xlabel="step", ylabel="training loss, nats per token", ylim=(None, first))
     rates.set(xlabel="learning rate over the middle one that was tried", xscale="log")
-    rates.set(ylabel="validation, nats a token")
+    rates.set(ylabel="validation, nats per token")
     ticks = sorted({r["lr"] / VARIANTS[r["variant"]].rates[1] for r in rows})
     rates.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     rates.minorticks_off()
@@ -314,7 +314,7 @@ def draw_extrapolation(rows: list[Row], path: Path) -> None:
             label = None if j else name
             windows.plot(LENGTHS, run["nats"].values(), label=label, **style)
             ranges.plot(middles, run["by_range"], label=label, **style)
-    windows.set(xlabel="tokens in a window", ylabel="nats a token", xscale="log")
+    windows.set(xlabel="tokens in a window", ylabel="nats per token", xscale="log")
     windows.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS])
     ranges.set(xlabel="position in windows of 4,096", xscale="log")
     ranges.set_xticks(EDGES[1:], [f"{n:,}" for n in EDGES[1:]])

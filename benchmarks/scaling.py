@@ -51,7 +51,7 @@ def of_depth(depth: int, vocab: int) -> ModelConfig:
 
 
 def trained(run: Run, data: Dataset) -> float:
-    """Validation loss of the run in nats a token."""
+    """Validation loss of the run in nats per token."""
     torch.manual_seed(run.seed)
     model = Transformer(of_depth(run.depth, data.tokenizer().vocab_size))
     initialise(model, run.seed)
@@ -234,7 +234,7 @@ def draw(losses: dict[Run, float], path: Path) -> None:
         axis.set_xticks(ticks := [0.01, 0.02, 0.04, 0.08, 0.16], [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.legend(fontsize=8)
-    axes[0].set_ylabel("nats a token above the optimum")
+    axes[0].set_ylabel("nats per token above the optimum")
     figure.savefig(path, dpi=110)
 
 

@@ -10,7 +10,7 @@ from openpalm.data.dataset.manifest import SPLITS
 from openpalm.data.prepare.segments import Excerpt, Segment, read_excerpts
 from openpalm.data.text.tokenizer import Tokenizer
 
-# Encoded in one call: the tokenizers library needs about a hundred bytes a token meanwhile.
+# Encoded in one call: the tokenizers library needs about a hundred bytes per token meanwhile.
 BATCH_CHARACTERS = 1 << 18
 
 
