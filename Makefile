@@ -52,9 +52,7 @@ prove: $(VENV)/.dev
 	$(BIN)/python proofs/prove.py $(PROVE_ARGS)
 
 kills: $(VENV)/.dev
-	$(BIN)/python benchmarks/kill.py --kills 10
-	$(BIN)/python benchmarks/kill.py --verb grpo --kills 10
-	$(BIN)/python benchmarks/kill.py --verb ppo --kills 10
+	for verb in train sft dpo reward grpo ppo; do $(BIN)/python benchmarks/kill.py --verb $$verb --kills 10 || exit 1; done
 
 prove-tasks: $(VENV)/.proofs
 	$(BIN)/python proofs/even.py $(PROVE_ARGS)
