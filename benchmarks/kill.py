@@ -8,8 +8,8 @@ with the same command run again after each. --verb is train, sft, dpo, reward, g
 last two use each rollout for several epochs, so that kills come in the middle of one. Moments are
 spread over the whole run and take turns: some time after a process was started (while it imports,
 measures, restores), after a row was written, and inside a save, which is recognised by the
-unfinished directory of the checkpoint. A kill counts as inside a save if it left such a directory. Exits 1 on
-any difference.
+unfinished directory of the checkpoint. A kill counts as inside a save if it left such a
+directory. Exits 1 on any difference.
 """
 
 import argparse
