@@ -46,6 +46,7 @@ class JobShare:
         return self._job_of(begin) <= self.index <= self._job_of(end)
 
     def _job_of(self, position: int) -> int:
+        # By the position in the text, not by documents: jobs get equal amounts of it.
         return min(position * self.count // max(1, self.total), self.count - 1)
 
 
@@ -103,6 +104,7 @@ class Segments:
         """
         document = block = position = 0
         for number, (source, scanned) in enumerate(zip(self.sources, self.scanned, strict=True)):
+            # Only kept text counts, so that jobs stay equal however much is left out.
             kept = self._kept_bytes(document, scanned.documents)
             # A source that lies wholly in other shares is not opened.
             if number >= begin[0] and share.overlaps(position, position + kept):
@@ -129,11 +131,14 @@ class Segments:
         blocks = read_document_blocks(given, self._tap)
         number, before = -1, 0
         for number, content in enumerate(blocks):
+            # More blocks than the first pass counted: the input grew.
             if number >= len(counts):
                 refuse_changed(given.name)
+            # Looked up by number: neither table is ever in memory whole.
             measures, splits = self._table(document, int(counts[number]))
             boundary = self.assignment.boundary
             is_inside = boundary and 0 <= boundary[0] - document < len(splits)
+            # A segment numbers its documents from 0.
             local = (boundary[0] - document, boundary[1]) if boundary and is_inside else None
             yield Segment(source, number, content, measures, splits, local), before
             document += len(splits)
@@ -151,6 +156,7 @@ class Segments:
         for number, (piece, last) in enumerate(pieces):
             measure.add(piece)
             size = measure.size - before
+            # At an end of the piece there is nothing to cut.
             is_cut = cut is not None and before < cut < before + size
             # A document that the boundary cuts is assigned to train: behind it comes validation.
             is_behind = cut is not None and cut <= before
@@ -200,6 +206,7 @@ def read_excerpts(segment: Segment, lengths: np.ndarray | None) -> Iterator[Exce
     for count, document in enumerate(documents(segment.block), start=1):
         i = count - 1
         measure = Fingerprint(lengths)
+        # Measured again: a file that changed between the passes would get a wrong split.
         measure.add(document)
         if segment.measures is not None and (
             i >= len(segment.measures)

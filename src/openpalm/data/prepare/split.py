@@ -70,6 +70,7 @@ def assign_splits(
         documents = count_of(len(table), "document")
         raise DataError(f"{given}: no text in {documents}; give other inputs")
     counts = DocumentCounts(len(table), len(table) - kept - blank, blank)
+    # With few documents a share by hash is far from the share asked for.
     tail = split.fraction if split.tail is None and kept < HASHED_DOCUMENTS else split.tail
     boundary, split_by = None, "hash"
     if split.own:
@@ -95,6 +96,7 @@ class DocumentTable:
 
     def begin(self) -> int:
         """Assigns every document to train, blank ones to neither; returns how many are blank."""
+        # On disk: a byte per document, however many there are.
         self.splits = np.memmap(self._path, dtype=np.uint8, mode="w+", shape=(len(self),))
         blank = 0
         for measures, splits in self:
@@ -124,6 +126,7 @@ def _split_by_hash(table: DocumentTable, kept: int, fraction: float) -> None:
     """The text alone decides: more documents later do not move one to the other split."""
     limit, smallest, held_out = np.uint64(fraction * 2.0**64), np.uint64(2**64 - 1), 0
     for measures, splits in table:
+        # A digest is uniform, so comparing it with a limit draws that share of the documents.
         draw = measures["digest"][:, 0]
         val = (splits == TRAIN) & (draw < limit)
         smallest = min(smallest, draw[splits == TRAIN].min(initial=smallest))
@@ -147,6 +150,7 @@ def _split_by_tail(table: DocumentTable, total: int, fraction: float) -> tuple[i
     cut, before, start = None, 0, 0
     for measures, splits in table:
         sizes = np.where(splits == TRAIN, measures["size"], 0)
+        # Documents that are left out have size 0 here, so they move no boundary.
         ends = before + np.cumsum(sizes)
         splits[(ends - sizes >= boundary) & (sizes > 0)] = VAL
         inside = np.flatnonzero((ends - sizes < boundary) & (boundary < ends))
