@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test test-avx2 prove prove-tasks kills browser clients ready-browser ready-clients lint style types layers docs house format ci clean force
+.PHONY: help quickstart test test-avx2 prove prove-tasks kills browser clients ready-browser ready-clients lint style types layers docs code-size format ci clean force
 .DELETE_ON_ERROR:
 
 help:
@@ -29,7 +29,7 @@ help:
 	@echo 'make lint                    style (ruff), types (pyright) and layers (import-linter)'
 	@echo 'make format                  let ruff rewrite what it can'
 	@echo 'make docs                    run the code blocks of README.md and docs/'
-	@echo 'make house                   sizes of the code: lines of logic, functions, files, comments'
+	@echo 'make code-size                   sizes of the code: lines of logic, functions, files, comments'
 	@echo 'make ci                      all of it, as the build server does'
 	@echo 'make clean                   remove .venv, .venv-clients and caches; runs/ and data/ stay'
 	@echo
@@ -52,9 +52,7 @@ prove: $(VENV)/.dev
 	$(BIN)/python proofs/prove.py $(PROVE_ARGS)
 
 kills: $(VENV)/.dev
-	$(BIN)/python benchmarks/kill.py --kills 10
-	$(BIN)/python benchmarks/kill.py --verb grpo --kills 10
-	$(BIN)/python benchmarks/kill.py --verb ppo --kills 10
+	for verb in train sft dpo reward grpo ppo; do $(BIN)/python benchmarks/kill.py --verb $$verb --kills 10 || exit 1; done
 
 prove-tasks: $(VENV)/.proofs
 	$(BIN)/python proofs/even.py $(PROVE_ARGS)
@@ -86,8 +84,8 @@ layers: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python tests/docs_blocks.py
 
-house: $(VENV)/.dev
-	$(BIN)/python tests/house.py
+code-size: $(VENV)/.dev
+	$(BIN)/python tests/code_size.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

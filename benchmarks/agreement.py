@@ -1,11 +1,11 @@
-"""Does an answer depend on who shares its batch? For each form of the weights, and what it costs.
+"""Whether a completion depends on the other requests in its batch, for each weight format.
 
     python benchmarks/agreement.py RUN [--prompts 64] [--new 48] [--json]
 
-Greedy answers of RUN's model to the beginnings of its own built-in questions, alone and 32 at a
-time. The share that is equal to the last token; where two differ, how far apart the two likeliest
-tokens were at the first difference (in nats, of the answer alone): in float32 all must be equal,
-with fewer bits a difference may only begin where the gap is below 0.02.
+Greedy completions of RUN's model for its built-in questions, alone and 32 at a time. Reports the
+share of equal completions and, for the others, the gap in nats between the two likeliest tokens at
+the first difference (computed alone). In float32 all must be equal; with fewer bits a difference
+may begin only where the gap is below 0.02.
 """
 
 import argparse
@@ -17,11 +17,12 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.common import tokenizer_of
 from openpalm.data.corpus.builtin import question_answers
 from openpalm.data.text.conversation import Message, render, stop_ids
-from openpalm.generate.engine import Engine, Request, Token
+from openpalm.generate.engine import Engine
 from openpalm.generate.quantize import WeightFormat
+from openpalm.generate.request import Request, Token
 from openpalm.generate.sampling import Sampling
 
-FORMS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "int4")
+FORMATS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "int4")
 CLOSE = 0.02
 
 
@@ -31,7 +32,7 @@ class Agreement:
     answers: int
     equal: int
     largest_gap: float
-    """between the two likeliest tokens where answers begin to differ"""
+    """between the two likeliest tokens at the first difference"""
 
 
 def answered(engine: Engine, requests: list[Request]) -> list[list[Token]]:
@@ -80,7 +81,7 @@ def main() -> None:
         for item in list(question_answers())[: how.prompts]
     ]
     found = []
-    for weights in FORMS:
+    for weights in FORMATS:
         found.append(compare(model, weights, requests))
         if not how.json:
             row = found[-1]

@@ -1,4 +1,4 @@
-"""Alignment training beside its peers and a bare PyTorch loop, in one run, interleaved.
+"""Speed of DPO, GRPO and PPO compared with TRL, palm-rlhf-pytorch and a bare PyTorch loop.
 
     python benchmarks/align.py [--rows dpo,grpo,ppo] [--rounds 5] [--threads 2] [--json]
                                [--peers PATH/python]
@@ -6,7 +6,7 @@
 About 4 million parameters (the palm-5m shape with a vocabulary of 512, for the Llama of TRL and for
 palm-rlhf-pytorch the nearest of the same width and depth), prompts of 64 tokens and answers of 64,
 batches of 8, float32, AdamW, no gradient checkpointing. Every contender is a process of its own
-that waits for its turn; a figure is the median over the rounds, in which each takes one turn of a
+that waits for its turn. A figure is the median over the rounds; in a round each contender takes a
 few optimizer steps, data and bookkeeping included. The peers run in the interpreter that --peers
 names, in which they are installed; what cannot be imported there is left out and named.
 
@@ -41,7 +41,7 @@ FOREVER = 10**6
 
 
 class Turns:
-    """A contender's side: it tells every step, and is held back while others take their turn."""
+    """A contender's side: it reports every step, and waits while the others take their turn."""
 
     def __init__(self, steps: int):
         self._steps, self._done, self._start = steps, 0, 0.0
@@ -293,7 +293,7 @@ def texts(rows: int, tokens: int, seed: int) -> list[str]:
     return [" ".join(f"w{i}" for i in ids) for ids in random_ids(rows, tokens, seed)]
 
 
-def told(turns: Turns) -> Any:
+def report_steps(turns: Turns) -> Any:
     from transformers import TrainerCallback
 
     class Told(TrainerCallback):
@@ -339,7 +339,7 @@ def trl_dpo(turns: Turns) -> None:
             args=how,
             train_dataset=Dataset.from_dict(rows),
             processing_class=word_tokenizer(),
-            callbacks=[told(turns)],
+            callbacks=[report_steps(turns)],
         )
         batch = next(iter(trainer.get_train_dataloader()))
         assert batch["input_ids"].shape == (2 * BATCH, PROMPT + ANSWER), batch["input_ids"].shape
@@ -370,7 +370,7 @@ def trl_grpo(turns: Turns, **how_else: Any) -> None:
             args=how,
             train_dataset=Dataset.from_dict({"prompt": texts(DATA, PROMPT, 0)}),
             processing_class=word_tokenizer(),
-            callbacks=[told(turns)],
+            callbacks=[report_steps(turns)],
         )
         trainer.train()
 
@@ -480,11 +480,11 @@ def seconds_of(process: subprocess.Popen[str], name: str) -> float | None:
     """Of the turn that ends next; None where the contender cannot take part."""
     assert process.stdout is not None
     line = process.stdout.readline()
-    told = json.loads(line) if line else "left out, it ended; run it with --contender to see why"
-    if isinstance(told, str):
-        print(f"{name}: {told}", file=sys.stderr)
+    result = json.loads(line) if line else "left out, it ended; run it with --contender to see why"
+    if isinstance(result, str):
+        print(f"{name}: {result}", file=sys.stderr)
         return None
-    return told
+    return result
 
 
 def measure(row: str, rounds: int, peers: str, threads: int) -> list[dict[str, Any]]:

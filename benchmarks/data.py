@@ -1,12 +1,12 @@
-"""Data preparation beside its peers, and what it needs of memory; prints one table.
+"""Speed and memory of data preparation, compared with other ways to tokenize; prints one table.
 
-    python benchmarks/data.py --make 1000 big.jsonl       # 1000 MB of text out of what is here
+    python benchmarks/data.py --make 1000 big.jsonl       # 1000 MB of text
     python benchmarks/data.py big.jsonl --tokenizer TOKENIZER.json [--rounds 3] [--megabytes 40]
     python benchmarks/data.py big.jsonl --tokenizer TOKENIZER.json --hashes [--kills 5]
 
 The first table: the whole command `openpalm data prepare`, `encode_batch_fast` alone on texts that
-lie in memory into an array that lies ready, and the recipe of `datasets.map` that
-conceptofmind's C4 sets were made with (tokenize in batches, then group into 8192; needs
+are in memory into a preallocated array, and the `datasets.map` recipe of conceptofmind's C4
+datasets (tokenize in batches, then group into 8192; needs
 datasets and transformers). Each in a
 process of its own, in turn; medians of the rounds. The second: the dataset's digest and the peak of
 resident memory above the start with 1, 2 and 4 threads, and killed at random moments.

@@ -1,11 +1,12 @@
-"""Decoding speed of the palm-150m shape beside its peers, in one run, interleaved.
+"""Decoding speed (tokens/s) of the palm-150m shape compared with other projects, interleaved.
 
     python benchmarks/decode.py [--rounds 3] [--new 256] [--batches 1,16] [--dtype auto] [--json]
 
-Random weights, prompt of 128 tokens, greedy. A figure is decode only: the time of the new tokens
-after the first, the median over rounds in which every contender takes its turn. Peers that are not
-installed are left out and named: transformers (Llama of equal size, one key/value head, its cache),
-litgpt (the same, one sequence at a time), palm-rlhf-pytorch (its own generate, without a cache).
+Random weights, prompt of 128 tokens, greedy. A figure covers decoding only: the time of the new
+tokens after the first, the median over rounds in which every contender runs once. Peers that are
+not installed are skipped and named: transformers (Llama of equal size, one key/value head, its
+cache), litgpt (the same, one sequence at a time), palm-rlhf-pytorch (its own generate, without a
+cache).
 The share is of the machine's measured read bandwidth: weights and cache that one step must read.
 Peers compute in --dtype; auto is bfloat16 where the processor has instructions for it.
 """
@@ -21,8 +22,9 @@ from collections.abc import Callable
 import torch
 
 from openpalm.base.device import pick_dtype, processor
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
 from openpalm.generate.quantize import WeightFormat
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise

@@ -52,7 +52,7 @@ TRAINED = 512
 """tokens of a training sequence in the extrapolation"""
 LENGTHS = (512, 1024, 2048, 4096)
 EDGES = (0, 64, 256, 512, 1024, 2048, 4096)
-"""of the ranges of positions whose loss is told apart"""
+"""boundaries of the ranges of positions with separate losses"""
 POSITIONS = {"rotary": (), "xPos": ("--arch.xpos-base", "512")}
 
 
@@ -80,7 +80,7 @@ def prepare(data: Path, *options: str) -> None:
 
 
 def train(out: Path, data: Path, seed: int, *options: str) -> list[Row]:
-    """The rows of a run of `openpalm train`, which goes on where it had stopped."""
+    """The rows of a run of `openpalm train`, which resumes if it was interrupted."""
     from openpalm.train.metrics import read_rows
 
     fixed = (
@@ -234,10 +234,10 @@ def variants_table(rows: list[Row]) -> str:
     lines = []
     for name in VARIANTS:
         found = compare(rows, name)
-        told = f"{found.difference:+.3f} ± {found.half_width:.3f}", found.verdict
-        paired = ("", "") if name == BASELINE else told
+        result = f"{found.difference:+.3f} ± {found.half_width:.3f}", found.verdict
+        paired = ("", "") if name == BASELINE else result
         lines.append((name, f"{found.rate:g}", f"{found.loss:.3f}", *paired))
-    return table(("variant", "rate", "nats a token", "less the baseline's", "seen"), lines)
+    return table(("variant", "rate", "nats per token", "less the baseline's", "seen"), lines)
 
 
 def search_table(rows: list[Row]) -> str:
@@ -246,8 +246,8 @@ def search_table(rows: list[Row]) -> str:
         tried = (f"{losses[name, rate, TUNING_SEED]:.3f} at {rate:g}" for rate in variant.rates)
         fast = STABILITY * best_rate(rows, name)
         faster = losses.get((name, fast, TUNING_SEED))
-        told = "not run" if faster is None else f"{faster:.3f} at {fast:g}"
-        lines.append((name, *tried, told))
+        result = "not run" if faster is None else f"{faster:.3f} at {fast:g}"
+        lines.append((name, *tried, result))
     return table(("variant", "lowest", "middle", "highest", "4 times the best"), lines)
 
 
@@ -293,9 +293,9 @@ def draw_variants(rows: list[Row], path: Path) -> None:
         )
         rates.plot(*zip(*tried, strict=True), marker="o", markersize=4, **style)
     first = max(fresh[0][STEPS // 20 :])
-    curves.set(xlabel="step", ylabel="training loss, nats a token", ylim=(None, first))
+    curves.set(xlabel="step", ylabel="training loss, nats per token", ylim=(None, first))
     rates.set(xlabel="learning rate over the middle one that was tried", xscale="log")
-    rates.set(ylabel="validation, nats a token")
+    rates.set(ylabel="validation, nats per token")
     ticks = sorted({r["lr"] / VARIANTS[r["variant"]].rates[1] for r in rows})
     rates.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     rates.minorticks_off()
@@ -314,7 +314,7 @@ def draw_extrapolation(rows: list[Row], path: Path) -> None:
             label = None if j else name
             windows.plot(LENGTHS, run["nats"].values(), label=label, **style)
             ranges.plot(middles, run["by_range"], label=label, **style)
-    windows.set(xlabel="tokens in a window", ylabel="nats a token", xscale="log")
+    windows.set(xlabel="tokens in a window", ylabel="nats per token", xscale="log")
     windows.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS])
     ranges.set(xlabel="position in windows of 4,096", xscale="log")
     ranges.set_xticks(EDGES[1:], [f"{n:,}" for n in EDGES[1:]])

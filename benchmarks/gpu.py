@@ -169,12 +169,12 @@ def attended(
 @contextmanager
 def memory(device: torch.device) -> Iterator[Row]:
     """Afterwards `peak_gb` of what was allocated inside."""
-    told: Row = {}
+    measured: Row = {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    yield told
+    yield measured
     if device.type == "cuda":
-        told["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        measured["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
 
 
 def training(bench: Bench) -> Iterator[Row]:
@@ -224,8 +224,8 @@ def trained(
             start = time.monotonic()
             who.step(random_batch(config.vocab_size, rows, config.context))
             seconds = time.monotonic() - start
-            told = {"who": "OpenPaLM, compiled", "first_step_s": seconds, **ready()}
-            yield row | told | stepped(bench, who, rows)[1]
+            first = {"who": "OpenPaLM, compiled", "first_step_s": seconds, **ready()}
+            yield row | first | stepped(bench, who, rows)[1]
             if profiled:
                 yield from spent(bench, who, rows)
     finally:
@@ -343,7 +343,7 @@ def measure(bench: Bench, parts: list[str], out: Path | None) -> bool:
             good = False
             traceback.print_exc()
             tell(part, {"error": f"{type(error).__name__}: {error}"[:300]}, out)
-        with suppress(RuntimeError):  # of a failed kernel, which was told of
+        with suppress(RuntimeError):  # of a failed kernel, which was already reported
             clear()
     return good
 

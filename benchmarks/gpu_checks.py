@@ -23,7 +23,8 @@ from train_common import Row, random_batch
 from openpalm.base.settings import build
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.batches.loader import Batch, token_loader
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig, preset
 from openpalm.model.transformer import Transformer, initialise
@@ -129,7 +130,7 @@ def gradient(who: OpenPalm, batch: Batch) -> Tensor:
 
 
 def compile_blocks(who: OpenPalm, backend: str) -> Callable[[], Row]:
-    """As --compile does; what is returned tells how many graphs were made, and breaks in them."""
+    """Compiles as --compile does; returns a function that counts graphs and graph breaks."""
     torch._dynamo.reset()  # else the shapes of earlier models count towards its limit
     torch._dynamo.utils.counters.clear()
     for block in who._trainer.model.blocks:
@@ -154,14 +155,14 @@ def resumed(device: torch.device) -> Iterator[Row]:
             ends.append(trained(cut, device, dtype))
             losses = [step_losses(out) for out in (whole_run, repeated, cut)]
         first, *others = ends
-        for name, end, told in zip(("repeated", "resumed"), others, losses[1:], strict=True):
+        for name, end, found in zip(("repeated", "resumed"), others, losses[1:], strict=True):
             allowed = 1e-5 if dtype == "float32" else 1e-3
             yield checked(
                 f"weights of a {name} run, {dtype}",
                 distance(end, first),
                 allowed,
-                same_bits=torch.equal(end, first) and told == losses[0],
-                last_loss=told[-1],
+                same_bits=torch.equal(end, first) and found == losses[0],
+                last_loss=found[-1],
             )
 
 

@@ -1,6 +1,6 @@
-"""Who takes part in train.py: OpenPaLM through its own Trainer, and its peers by the same rules.
+"""The contenders of train.py: OpenPaLM through its own Trainer, and other models under equal rules.
 
-A contender steps on the batch it is given and tells the loss. The peers get OpenPaLM's optimizer
+A contender takes a batch, makes a step and returns the loss. The peers get OpenPaLM's optimizer
 (the same fused AdamW, groups, clip and schedule), its autocast, and as many parameters as a whole
 number of their layers allows. A module is imported when its contender is built, so that a peer
 that is not installed costs the others nothing.
@@ -152,11 +152,11 @@ class Peer:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = self.loss(batch.to(self.rules.device))
         loss.backward()
-        told = loss.item()
+        value = loss.item()
         self.optimizer.clip()
         factor = learning_rate_factor(self.made, self.rules.steps, self.optimizer.settings)
         self.optimizer.step(factor)
-        return told
+        return value
 
     def loss(self, batch: Batch) -> Tensor:
         logits = self.forward(batch.inputs).float()

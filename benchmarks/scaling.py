@@ -1,11 +1,11 @@
-"""The small runs that the rules of `openpalm train --depth` were fitted on, and the fit.
+"""Scaling rules of `openpalm train --depth`: the small runs and the fit to their results.
 
     python benchmarks/scaling.py [--data DIR] [--runs scaling.csv] [--picture docs/scaling.png]
 
 DIR: `openpalm data prepare builtin:python-docs --out DIR --tokenizer bpe:1024`. A sweep is a line
-of runs that differ in one setting, a factor of two apart; it goes on until its best run has a
-worse one on either side. Runs that the csv holds are not repeated: a stopped sweep goes on, and
-without --data what is there is fitted.
+of runs that differ in one setting, by factors of two; it continues until the best run has a worse
+one on either side. Runs in the csv are not repeated, so a stopped sweep resumes; without --data
+only the fit is computed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Run:
     depth: int
     optimizer: str
     lr: float
-    """of AdamW: everything, or beside muon the embedding and the norms"""
+    """AdamW learning rate: of all parameters, or with muon of the embedding and the norms"""
     muon_lr: float = 0.02
     batch_tokens: int = 2048
     weight_decay: float = 0.1
@@ -51,7 +51,7 @@ def of_depth(depth: int, vocab: int) -> ModelConfig:
 
 
 def trained(run: Run, data: Dataset) -> float:
-    """Validation loss of the run in nats a token."""
+    """Validation loss of the run in nats per token."""
     torch.manual_seed(run.seed)
     model = Transformer(of_depth(run.depth, data.tokenizer().vocab_size))
     initialise(model, run.seed)
@@ -108,7 +108,7 @@ class Runs:
             table.writerows(rows)
 
     def sweep(self, start: Run, field: str) -> Run:
-        """The best of the runs whose `field` is that of `start` times a power of two."""
+        """The best run of a sweep: `field` of `start`, times powers of two."""
         best = start
         for factor in (2.0, 0.5):
             while self.loss(run := changed(best, field, factor)) < self.loss(best):
@@ -133,7 +133,7 @@ def sweeps(runs: Runs) -> None:
     runs.sweep(replace(tuned, depth=4), "muon_lr")
     for depth in (2, 3):
         runs.sweep(replace(tuned, depth=depth, muon_lr=0.04), "lr")
-    # Not fitted to: are they foretold? The second is all that --depth 1 derives.
+    # Held out from the fit, to test its predictions. The second is all that --depth 1 derives.
     runs.sweep(replace(tuned, muon_lr=0.04, tokens=1 << 20), "muon_lr")
     whole = Run(1, "muon", lr=0.0328, muon_lr=0.0239, weight_decay=0.146, tokens=1282 * 2048)
     runs.sweep(whole, "muon_lr")
@@ -205,9 +205,9 @@ def fit(losses: dict[Run, float]) -> None:
     """Prints the optimum of each sweep, and the power law through those of several."""
     for name in SWEEPS:
         found = optima(losses, name)
-        told = ", ".join(f"{v}: {o.rate:.3g} (loss {o.loss:.3f})" for v, o in found.items())
+        rates = ", ".join(f"{v}: {o.rate:.3g} (loss {o.loss:.3f})" for v, o in found.items())
         law = "; {1:.3g} x^{0:.2f}".format(*power(found)) if len(found) > 1 else ""
-        print(f"{name}: {told}{law}")
+        print(f"{name}: {rates}{law}")
     print(f"best batch: {best_batch(losses):.0f}")
 
 
@@ -234,7 +234,7 @@ def draw(losses: dict[Run, float], path: Path) -> None:
         axis.set_xticks(ticks := [0.01, 0.02, 0.04, 0.08, 0.16], [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.legend(fontsize=8)
-    axes[0].set_ylabel("nats a token above the optimum")
+    axes[0].set_ylabel("nats per token above the optimum")
     figure.savefig(path, dpi=110)
 
 

@@ -1,9 +1,9 @@
-"""The server under load: many streams beside one at a time, in one run.
+"""The server under load: tokens/s and latency with many concurrent streams, and with one.
 
     python benchmarks/serve.py [--streams 1,32,256] [--new 128] [--dtype bfloat16] [--json]
 
 Serves random weights of the palm-150m shape with `openpalm serve` in a process of its own and
-calls /v1/completions as clients do: streamed, prompts of 128 tokens that share no beginning. For
+calls /v1/completions as clients do: streamed, prompts of 128 tokens without a common prefix. For
 each number of concurrent streams: tokens/s of all together, the time to the first token, the time
 between tokens, the server's memory before and after. The rounds of the numbers are interleaved;
 figures are medians over rounds, percentiles over all requests of all rounds.

@@ -1,19 +1,19 @@
-"""Training beside its peers: speed, memory, and the loss after equal minutes.
+"""Training compared with other projects: speed, memory, and the loss after equal minutes.
 
     python benchmarks/train.py speed [--rounds 5] [--rows PRESET:LENGTHxROWS:DTYPE,...]
     python benchmarks/train.py memory [--model palm-150m] [--length 8192] [--dtype float32]
     python benchmarks/train.py curves [--picture benchmarks/memory.svg]
     python benchmarks/train.py equal-minutes [--data PATH] [--minutes 1.5]
 
-Run it in an environment that has the peers beside OpenPaLM (pip install torch==2.13.0, then
+Run it in an environment that has the peers and OpenPaLM (pip install torch==2.13.0, then
 transformers, palm-rlhf-pytorch==0.8.0 and this project); a peer that cannot be imported is left out
 and named. Random weights. Progress goes to stderr, tables in Markdown to stdout, or --json.
 
 speed          whole steps (forward, backward, clip, AdamW): medians of rounds in which every
                contender takes its turn, and the share of the matrix-multiply rate measured then.
 memory         peak resident memory and time of a step, each in a fresh process, ours with each way
-               to recompute and to cut the loss, beside palm-rlhf-pytorch's flash attention.
-curves         the same for ours against context and against size, beside what theory says: one
+               to recompute and to cut the loss, compared with palm-rlhf-pytorch's flash attention.
+curves         the same for ours against context and against size, compared with theory: one
                picture and a table. Both need Linux; a point that would not fit is left out.
 equal-minutes  validation loss of ours after T minutes and of each peer after 2T: one order of one
                data set, batch, schedule and dtype, the peer with the best of several learning rates
@@ -131,7 +131,7 @@ def parsed() -> argparse.Namespace:
     of.add_argument(
         "--give-back",
         action="store_true",
-        help="what is freed goes back to the system, as by default; `openpalm train` keeps it",
+        help="freed memory returns to the system, as by default; `openpalm train` keeps it",
     )
 
     of = verb(memory, memory_table)
@@ -151,7 +151,7 @@ def parsed() -> argparse.Namespace:
     of.add_argument(
         "--ways", default="none,selective:1024,full:1024", help="RECOMPUTE[:LOSS CHUNK], by commas"
     )
-    of.add_argument("--model", default="palm-150m", help="whose context varies")
+    of.add_argument("--model", default="palm-150m", help="preset; its context varies")
     of.add_argument("--lengths", default="1024,2048,4096,8192,16384")
     of.add_argument("--models", default="palm-5m,palm-14m,palm-32m,palm-150m,palm-410m")
     of.add_argument("--size-length", type=int, default=1024, help="context where the size varies")

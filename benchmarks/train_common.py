@@ -44,8 +44,8 @@ def step_seconds(
 
 def peaks_line(rows: list[Row]) -> str:
     peaks = {row["dtype"]: row["peak_flops"] / 1e9 for row in rows}
-    told = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in sorted(peaks.items()))
-    return f"Matrix multiplication at best: {told}\n\n"
+    rates = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in sorted(peaks.items()))
+    return f"Matrix multiplication at best: {rates}\n\n"
 
 
 def table(head: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Peak memory and time of a step, beside a peer and beside theory; see train.py.
+"""Peak memory and time of a step, compared with a peer and with theory; see train.py.
 
 Every point is a process of its own (train.py point), so that one's peak is not another's. Linux.
 """
@@ -57,7 +57,7 @@ def memory_settings(way: str, *, keep_freed: bool) -> dict[str, Any]:
 
 
 def theory(config: ModelConfig, length: int, dtype: str, way: str) -> tuple[float, float]:
-    """Bytes and FLOPs of a step on one sequence, as far as simple arithmetic tells.
+    """Bytes and FLOPs of a step on one sequence, by simple arithmetic.
 
     Weights, gradient and two moments in float32; 20 d numbers a token a layer that backward needs,
     or, where all is recomputed, the layer's input and one layer's numbers (nan where only a part
@@ -80,8 +80,8 @@ def theory(config: ModelConfig, length: int, dtype: str, way: str) -> tuple[floa
 
 
 def point(how: argparse.Namespace) -> list[Row]:
-    """The process of one point: builds, warms up on a few tokens, steps, and tells."""
-    # Where memory ends, the kernel shall end this process and no other.
+    """The process of one point: builds, warms up on a few tokens, steps, and prints the result."""
+    # If memory runs out, the kernel kills this process and no other.
     Path("/proc/self/oom_score_adj").write_text("1000")
     peer, dtype = how.way == PalmRlhfFlash.name, getattr(torch, how.dtype)
     make: Callable[[Rules], Contender] = PalmRlhfFlash

@@ -49,11 +49,11 @@ def dataset(data: str) -> Iterator[Any]:
 
 def trained(who: Contender, rules: Rules, loader: Loader[Batch]) -> None:
     """Takes a contender through all the steps of the schedule."""
-    told = time.perf_counter()
+    reported_at = time.perf_counter()
     for step in range(1, rules.steps + 1):
         loss = who.step(next(loader))
-        if time.perf_counter() - told > 15 or step == rules.steps:
-            told = time.perf_counter()
+        if time.perf_counter() - reported_at > 15 or step == rules.steps:
+            reported_at = time.perf_counter()
             say(f"  rate {rules.lr:g}: step {step} of {rules.steps}, loss {loss:.3f}")
 
 
@@ -107,7 +107,7 @@ def equal_minutes(how: argparse.Namespace) -> list[Row]:
             who, start = (ours | PEERS)[name](run), time.perf_counter()
             trained(who, run, loader)
             taken, loss = time.perf_counter() - start, validation_loss(who, held_out, run)
-            say(f"  {taken:.0f} s, validation {loss:.4f} nats a token")
+            say(f"  {taken:.0f} s, validation {loss:.4f} nats per token")
             row = {"who": name, "parameters": who.parameters, "lr": lr, "minutes": minutes}
             return row | {"steps": steps, "taken_s": taken, "val_loss": loss, "search": {}}
 
@@ -125,7 +125,7 @@ def equal_minutes(how: argparse.Namespace) -> list[Row]:
 
 def equal_minutes_table(rows: list[Row]) -> str:
     losses = table(
-        ("who", "parameters", "learning rate", "minutes", "steps", "took, s", "nats a token"),
+        ("who", "parameters", "learning rate", "minutes", "steps", "took, s", "nats per token"),
         [
             (
                 row["who"],
@@ -142,6 +142,6 @@ def equal_minutes_table(rows: list[Row]) -> str:
     searched = [row for row in rows if row["search"]]
     if not searched:
         return losses
-    head = ("nats a token at T/2, learning rate", *(f"{lr:g}" for lr in searched[0]["search"]))
+    head = ("nats per token at T/2, learning rate", *(f"{lr:g}" for lr in searched[0]["search"]))
     lines = [(row["who"], *(f"{loss:.4f}" for loss in row["search"].values())) for row in searched]
     return f"{losses}\n\n{table(head, lines)}"

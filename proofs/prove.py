@@ -71,7 +71,7 @@ class Row:
 def settings(kind: type, lr: float, seed: int, **changes: Any) -> Any:
     optim = OptimSettings(lr=lr, weight_decay=0.0, beta2=0.99, warmup=0.02, final_lr=0.0)
     if kind is not RewardSettings:
-        changes = {"kl_coef": BETA} | changes
+        changes = {"beta" if kind is DpoSettings else "kl_coef": BETA} | changes
     return kind(data=Path("-"), out=Path("-"), init="-", seed=seed, optim=optim, **changes)
 
 

@@ -24,7 +24,8 @@ from openpalm.align.rollouts.rollout_batch import Completion, collate_completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.transformer import Transformer
 

@@ -1,16 +1,16 @@
-"""Runs the code blocks of documents, so that what a reader copies works.
+"""Runs the code blocks of Markdown documents, to test them.
 
     python tests/docs_blocks.py [DOCUMENT.md ...]     (default: README.md, docs/, examples/)
 
-Each document gets one fresh temporary folder, in which its ```bash, ```sh, ```console and ```python
-blocks run in the document's order, `.venv/bin` first on PATH and `.venv` linked into the folder.
-Every block is a program of its own: files stay for the next block, variables do not.
+Each document gets a new temporary folder. Its ```bash, ```sh, ```console and ```python blocks run
+there in order, with `.venv/bin` first on PATH and a link to `.venv` in the folder. Every block is a
+program of its own: files stay for the next block, variables do not.
 
-- Of a `console` block only the lines that start with `$ ` run; the others are output.
-- Lines that start with git, make, cd, pip, source, `. .venv`, `python3 -m venv` or sudo are left
-  out: they prepare the reader's machine, and here it is prepared.
-- `openpalm serve ...` and `openpalm feedback ...` start in the background; the next line waits
-  until the port answers, and the server is stopped at the end of the document.
+- In a `console` block only lines that start with `$ ` run; the others are output.
+- Lines that start with git, make, cd, pip, source, `. .venv`, `python3 -m venv` or sudo do not run:
+  they prepare the reader's machine.
+- `openpalm serve ...` and `openpalm feedback ...` start in the background; the next line runs
+  when the port answers. The server is stopped at the end of the document.
 - A block whose first line is `# not run`, or that follows the line `<!-- not run -->`, is skipped
   and counted.
 """
@@ -39,7 +39,7 @@ SERVER_START_S = 120
 
 
 class BlockFailed(Exception):
-    """What the reader would have seen; the text is shown under the block's line."""
+    """A block failed; the text is its output."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Block:
 
 
 def parse(document: str) -> list[Block]:
-    """The blocks of a Markdown text in the languages that run here, skipped ones included."""
+    """The blocks of a Markdown text in LANGUAGES, with skipped ones."""
     blocks = []
     lines = iter(enumerate(document.splitlines(), start=1))
     before = ""
@@ -81,11 +81,11 @@ def commands(block: Block) -> list[str]:
 
 
 def _prompted(lines: list[str]) -> list[str]:
-    kept, goes_on = [], False
+    kept, continued = [], False
     for line in lines:
-        if line.startswith("$ ") or goes_on:
-            kept.append(line if goes_on else line[2:])
-            goes_on = line.endswith("\\")
+        if line.startswith("$ ") or continued:
+            kept.append(line if continued else line[2:])
+            continued = line.endswith("\\")
     return kept
 
 
@@ -104,21 +104,21 @@ def _logical(lines: Iterator[str]) -> Iterator[str]:
 
 
 def port_of(command: str) -> int:
-    """The port a server's command line names."""
+    """The port in a server's command line."""
     given = re.search(r"--port[ =](\d+)", command)
     return int(given[1]) if given else DEFAULT_PORT
 
 
 @dataclass
 class Runner:
-    """Runs blocks in `folder` until `deadline` (time.monotonic) and owns the servers they start."""
+    """Runs blocks in `folder` until `deadline` (time.monotonic); stops the servers they start."""
 
     folder: Path
     deadline: float
     servers: list[tuple[subprocess.Popen, Path]] = field(default_factory=list)
 
     def run(self, block: Block) -> None:
-        """Raises BlockFailed with the output of what failed."""
+        """Runs one block. Raises BlockFailed with the output of a failed command."""
         if block.language == "python":
             self._execute([sys.executable, "-c", block.text])
             return
@@ -154,7 +154,7 @@ class Runner:
         try:
             status = process.wait(timeout=max(1.0, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            status = "the document's time is over"
+            status = "timeout of the document"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -166,7 +166,9 @@ class Runner:
     def _serve(self, command: str) -> None:
         port = port_of(command)
         if _answers(port):
-            raise BlockFailed(f"port {port} is taken; stop what listens there and repeat")
+            raise BlockFailed(
+                f"port {port} is in use; stop the program that listens on it and run again"
+            )
         log = self.folder.parent / f"server-{len(self.servers)}"
         with log.open("wb") as output:
             server = self._start(["bash", "-c", f"exec {command}"], output)
@@ -200,7 +202,7 @@ def _answers(port: int) -> bool:
 
 
 def check(document: Path, timeout_s: float) -> tuple[int, bool]:
-    """Runs a document's blocks up to the first failure; how many were skipped, and if all went."""
+    """Runs a document's blocks up to the first failure: number of skipped blocks, and success."""
     blocks = parse(document.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "work"
@@ -238,7 +240,7 @@ def main() -> int:
         Path("README.md"),
         *sorted(path for room in ("docs", "examples") for path in Path(room).rglob("*.md")),
     ]
-    # A stopped run (timeout, a build server) must still stop the servers it started.
+    # After SIGTERM (a timeout, a build server) the servers must be stopped too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = [check(document, options.timeout) for document in documents]
     skipped, failed = sum(count for count, _ in results), sum(not went for _, went in results)

@@ -150,7 +150,7 @@ def test_files_stay_between_blocks_and_failures_show_their_output(tmp_path):
 
 def test_a_document_has_only_its_time(tmp_path):
     run = runner(tmp_path, seconds=0.0)
-    with pytest.raises(docs_blocks.BlockFailed, match="time is over"):
+    with pytest.raises(docs_blocks.BlockFailed, match="timeout of the document"):
         run.run(block("bash", "sleep 60; echo late > file"))
     assert not list(tmp_path.rglob("file"))  # it was stopped, not waited for
 
@@ -164,7 +164,7 @@ def test_a_server_is_waited_for_and_stopped(tmp_path):
     try:
         run.run(block("bash", f'{program} serve --port {port} &\npython -c "{fetch}"'))
         assert docs_blocks._answers(port)
-        with pytest.raises(docs_blocks.BlockFailed, match="is taken"):
+        with pytest.raises(docs_blocks.BlockFailed, match="is in use"):
             run.run(block("bash", f"{program} serve --port {port}"))
     finally:
         run.stop()

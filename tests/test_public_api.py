@@ -1,4 +1,4 @@
-"""What other programs rely on: names, `load`, and logits."""
+"""Names of the public API, `load` and logits."""
 
 import json
 import subprocess

@@ -10,7 +10,8 @@ import torch
 from openpalm.align.config import GrpoSettings
 from openpalm.align.rollouts.grpo import estimate
 from openpalm.errors import OpenPalmError
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise

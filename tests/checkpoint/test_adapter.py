@@ -107,16 +107,16 @@ HOSTILE = {
         "not finite",
     ),
     "rank of another": (lambda d: change(d, r=4), "another model"),
-    "rank too large": (lambda d: change(d, r=1 << 40), "make no adapter"),
+    "rank too large": (lambda d: change(d, r=1 << 40), "do not make an adapter"),
     "rank above the sizes": (lambda d: change(d, r=1 << 20), "must be at most"),
-    "rank is text": (lambda d: change(d, r="3"), "make no adapter"),
-    "alpha is endless": (lambda d: change(d, lora_alpha=float("inf")), "make no adapter"),
+    "rank is text": (lambda d: change(d, r="3"), "do not make an adapter"),
+    "alpha is endless": (lambda d: change(d, lora_alpha=float("inf")), "do not make an adapter"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "other formats"),
     "no safetensors": (
         lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x80\x04"),
         "cannot be read",
     ),
-    "no factors": (lambda d: replace_weights(d, lambda s: {}), "0 factors"),
+    "no factors": (lambda d: replace_weights(d, lambda s: {}), "0 stored factors"),
     "a factor missing": (lambda d: replace_weights(d, without_one), "is absent"),
     "a factor too many": (
         lambda d: replace_weights(d, lambda s: s | {f"{PREFIX}9.project_in.k.lora_A.weight": s[

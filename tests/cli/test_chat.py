@@ -1,4 +1,4 @@
-"""A conversation through standard input: history, commands, an answer stopped half-way."""
+"""`openpalm chat` through standard input: history, commands, an interrupted reply."""
 
 import io
 import json

@@ -87,7 +87,7 @@ def test_inspect(text, tmp_path, capsys):
         (["prepare", "a.txt", "--out", "o", "--vall", "x"], "unknown option --vall"),
         (["prepare", "a.txt", "--out", "o", "--dedup", "fuzzy"], "one of exact, none"),
         (["prepare", "a.txt", "--out", "o", "--val-fraction", "lots"], "--val-fraction lots"),
-        (["prepare", "a.txt", "--out", "o", "--val-fraction", "2"], "must lie between 0 and 1"),
+        (["prepare", "a.txt", "--out", "o", "--val-fraction", "2"], "must be between 0 and 1"),
         (["prepare", "a.txt", "--out", "o", "--tokenizer", "bpe:x"], "VOCAB must be a whole"),
         (["prepare", "a.txt", "--out", "o", "--tokenizer", "gpt9"], "gpt9: no such tokenizer"),
         (["prepare", "a.txt", "--out", "o", "--workers", "0"], "--workers 0: must be at least 1"),

@@ -1,4 +1,4 @@
-"""`openpalm eval`: the run's own figures, found again."""
+"""`openpalm eval` reproduces the run's own validation figures."""
 
 import json
 import shutil

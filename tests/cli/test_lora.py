@@ -1,4 +1,4 @@
-"""Adapters and last layers through the command line: trained, resumed, merged, given, refused."""
+"""Adapters and --last-layers from the command line: train, resume, merge, use, refuse."""
 
 import json
 import shutil

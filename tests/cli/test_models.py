@@ -1,4 +1,4 @@
-"""`openpalm models`: the sizes' arithmetic."""
+"""`openpalm models`: parameters, memory and FLOPs of the presets."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The program itself: no arguments, versions, helps, pipes."""
+"""The program: no arguments, --version, --help, errors, pipes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""`openpalm report`: runs in, one page out."""
+"""`openpalm report`: an HTML page or plots from run directories."""
 
 import shutil
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_no_run(said, tmp_path, name):
     status, output, errors = said("report", tmp_path / name)
     assert (status, output) == (2, "")
     assert errors == [
-        f"openpalm: error: {tmp_path / name}: holds no metrics.jsonl; give the directory of a run"
+        f"openpalm: error: {tmp_path / name}: holds no metrics.jsonl; give a run directory"
     ]
 
 

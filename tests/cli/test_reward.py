@@ -211,7 +211,7 @@ def test_verbs_that_need_a_language_model_say_so(said, base, pairs, work, tmp_pa
     ):
         status, _, errors = said(*words)
         assert (status, len(errors)) == (2, 1), words
-        assert "is a reward model, which scores answers and writes none" in errors[0]
+        assert "is a reward model, which scores completions and generates none" in errors[0]
     assert not (tmp_path / "x").exists()
 
 

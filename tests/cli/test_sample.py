@@ -1,4 +1,4 @@
-"""`openpalm sample`: the same answer by every door."""
+"""`openpalm sample`: the completions of the model, with each option."""
 
 import io
 import json

@@ -13,7 +13,7 @@ from command_line import rows
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from openpalm.data.text.conversation import Message, render, stop_ids
-from openpalm.generate.engine import Request
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.generate.streaming import Completion, stream
 

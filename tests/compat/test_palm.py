@@ -1,4 +1,4 @@
-"""PaLM: the original's outputs and state dicts, nn.Module's ways, scopes, generation."""
+"""PaLM: outputs and state dicts of the original, nn.Module methods, scopes, generation."""
 
 import copy
 from collections.abc import Callable
@@ -87,8 +87,8 @@ def test_state_dicts_are_strict_and_tell_what_is_wrong(tmp_path: Path):
         palm.load_state_dict(state | {"norm.gamma": torch.full((16,), torch.nan)})
     other = small(seed=1).state_dict()
     del other["norm.gamma"]
-    told = palm.load_state_dict(other | {"wings": torch.zeros(1)}, strict=False)
-    assert (told.missing_keys, told.unexpected_keys) == (["norm.gamma"], ["wings"])
+    result = palm.load_state_dict(other | {"wings": torch.zeros(1)}, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["norm.gamma"], ["wings"])
     now = palm.state_dict()
     assert torch.equal(now["norm.gamma"], state["norm.gamma"])
     assert torch.equal(now["token_emb.weight"], other["token_emb.weight"])
@@ -107,7 +107,7 @@ class Executes:
 def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"norm.gamma": Executes()}, "evil.pt")
-    with pytest.raises(CheckpointError, match="nothing of it was executed"):
+    with pytest.raises(CheckpointError, match="nothing in it was executed"):
         small().load("evil.pt")
     assert not Path("executed").exists()
 

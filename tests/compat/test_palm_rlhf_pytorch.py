@@ -1,4 +1,4 @@
-"""The three examples of palm-rlhf-pytorch's README: its sizes smaller, its import changed."""
+"""The three examples of palm-rlhf-pytorch's README with smaller sizes and our import."""
 
 from pathlib import Path
 

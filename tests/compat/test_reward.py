@@ -1,4 +1,4 @@
-"""RewardModel: the original's outputs and state dicts, bins, prompts, finetuning."""
+"""RewardModel: outputs and state dicts of the original, bins, prompts, finetuning."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_prompts_are_said_once_and_come_first():
     model, ids = RewardModel(small()), torch.arange(6)[None]
     with pytest.raises(SettingsError, match="one of them"):
         model(ids, prompt_mask=ids < 2, prompt_lengths=torch.tensor([2]))
-    with pytest.raises(DataError, match="after one of the response"):
+    with pytest.raises(DataError, match="after a token of the response"):
         model(ids, prompt_mask=ids > 3)
     with pytest.raises(DataError, match="no real token"):
         model(ids, mask=ids > 9)

@@ -1,4 +1,4 @@
-"""RLHFTrainer: it learns, judges whole answers, takes prompts as they come, warns."""
+"""RLHFTrainer: learning, rewards of completions, forms of prompts, warnings."""
 
 import copy
 import warnings
@@ -247,10 +247,10 @@ def test_prompts_must_leave_room_and_be_of_the_vocabulary():
     ],
 )
 def test_arguments_that_mean_nothing_are_warned_of(given: dict[str, Any]):
-    with pytest.warns(UserWarning, match=r"changes nothing") as told:
+    with pytest.warns(UserWarning, match=r"changes nothing") as caught:
         learner(**given)
-    assert any(key in str(told[0].message) for key in given)
-    assert told[0].filename == __file__
+    assert any(key in str(caught[0].message) for key in given)
+    assert caught[0].filename == __file__
 
 
 def test_defaults_are_not_warned_of_and_unknown_arguments_are_refused():

@@ -1,4 +1,4 @@
-"""A foreign checkpoint small enough to make in a test, and the parity data."""
+"""A foreign checkpoint of small size, and the parity data."""
 
 from collections.abc import Callable
 from pathlib import Path

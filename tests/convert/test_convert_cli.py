@@ -1,4 +1,4 @@
-"""`openpalm convert` as a user meets it: what it prints, what it leaves, its exit statuses."""
+"""`openpalm convert` from the command line: output, files and exit status."""
 
 import os
 from pathlib import Path

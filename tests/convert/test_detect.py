@@ -1,4 +1,4 @@
-"""Sizes come from the tensors; what is said elsewhere may only agree."""
+"""Project and sizes are detected from the tensors; other statements must agree."""
 
 import dataclasses
 import json
@@ -194,7 +194,7 @@ def test_another_project_than_said(data: Path):
     ):
         read_foreign(data / "palm-rlhf-pytorch/v0.8.0/palm", "nanopalm")
     for folder in ("PaLM-pytorch/palm", "nanoPALM/palm/ckpt.pt"):
-        with pytest.raises(CheckpointError, match=r"--era 0\.2\.1: .* has no eras"):
+        with pytest.raises(CheckpointError, match=r"--era 0\.2\.1: .* has no versions that differ"):
             read_foreign(data / folder, era="0.2.1")
 
 

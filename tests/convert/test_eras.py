@@ -1,4 +1,4 @@
-"""Versions fall into eras, and gammas betray one."""
+"""Versions belong to eras, and norm scales are evidence for an era."""
 
 import pytest
 

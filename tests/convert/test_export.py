@@ -1,4 +1,4 @@
-"""What is written reloads to the same logits, or is not left behind."""
+"""A saved model reloads to the same logits, or its directory is removed."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What strangers may put into a file: one clear line, nothing executed, nothing huge built."""
+"""Hostile checkpoint files give one clear line; nothing is executed, nothing large is built."""
 
 import io
 import os

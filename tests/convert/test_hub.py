@@ -1,4 +1,4 @@
-"""Hub names from local files, a folder, or a server, with shrunk stand-ins for the real weights."""
+"""Hub names from local files, folders and servers, with small models in place of the real ones."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Agreement figures against enumeration, and against values worked out by hand."""
+"""Agreement figures against enumeration and against values computed by hand."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""The baselines: the count model against a written-out one, and what compressors may see."""
+"""Compression baselines: the byte model against a direct implementation, inputs of gzip and xz."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ HELD_OUT = [b"the cat and the dog sat on a log", b"", b"a mat", bytes([7, 255, 0
 
 
 def written_out(training, context, symbol, order):
-    """The recursion as the docstring gives it, counted anew at every call."""
+    """The recursion as the docstring gives it, counted again at every call."""
     p = 1 / 256
     for length in range(order + 1):
         follow = Counter()

@@ -1,4 +1,4 @@
-"""Token F1 against examples worked by hand."""
+"""Token F1 against examples computed by hand."""
 
 import random
 

@@ -5,7 +5,8 @@ import torch
 from tiny_models import tiny
 
 from openpalm.errors import SettingsError
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling, distribution, draw
 
 GREEDY = Sampling(temperature=0)
@@ -32,13 +33,14 @@ def recomputed(model, request):
 def mixed_requests():
     """Different lengths, temperatures, filters, stops and room."""
     stops = [frozenset(), frozenset(range(30)), frozenset({7})]
-    hows = [GREEDY, Sampling(seed=3), Sampling(0.7, 20, 0.9, 4), Sampling(2.0, seed=-5)]
+    samplings = [GREEDY, Sampling(seed=3), Sampling(0.7, 20, 0.9, 4), Sampling(2.0, seed=-5)]
     return [
-        Request(prompt, 3 + 5 * i, hows[i % 4], stops[i % 3]) for i, prompt in enumerate(PROMPTS)
+        Request(prompt, 3 + 5 * i, samplings[i % 4], stops[i % 3])
+        for i, prompt in enumerate(PROMPTS)
     ]
 
 
-def answers(engine, requests):
+def generated(engine, requests):
     """(ids, log-probabilities, finish) of every request; the order of tokens checked."""
     found = [([], [], []) for _ in requests]
     for token in engine.generate(requests):
@@ -66,7 +68,7 @@ def test_greedy_takes_the_best_token_each_time(any_model):
 
 def test_batched_equals_alone_equals_recomputed(any_model):
     requests = mixed_requests()
-    together = answers(Engine(any_model), requests)
+    together = generated(Engine(any_model), requests)
     assert {finish[-1] for _, _, finish in together} == {"stop", "length"}
     for request, (ids, log_probs, _) in zip(requests, together, strict=True):
         assert Engine(any_model).completions([request]) == [ids]
@@ -81,7 +83,7 @@ def test_more_requests_than_slots(model, slots):
     assert Engine(model, slots=slots).completions(requests) == Engine(model).completions(requests)
 
 
-def test_neighbours_do_not_change_an_answer(model):
+def test_neighbours_do_not_change_a_completion(model):
     requests = mixed_requests()
     backwards = Engine(model).completions(requests[::-1])
     assert backwards[::-1] == Engine(model).completions(requests)
@@ -99,14 +101,14 @@ def test_tokens_come_as_they_are_made(model):
 
 
 def test_seeds(model):
-    def answer(seed):
+    def completion(seed):
         return Engine(model).completions([Request([1, 2], 30, Sampling(seed=seed))])[0]
 
-    assert answer(1) == answer(1)
-    assert answer(1) != answer(2)
+    assert completion(1) == completion(1)
+    assert completion(1) != completion(2)
 
 
-def test_equal_requests_get_equal_answers(model):
+def test_equal_requests_get_equal_completions(model):
     first, second = Engine(model).completions([Request([1, 2], 30, Sampling(seed=8))] * 2)
     assert first == second
 
@@ -127,7 +129,7 @@ def test_log_probs_of_generation_are_the_score(any_model):
     """The model's own, whatever the temperature and the filters were."""
     engine = Engine(any_model)
     requests = mixed_requests()
-    found = answers(engine, requests)
+    found = generated(engine, requests)
     scores = engine.score([[*r.ids, *ids] for r, (ids, _, _) in zip(requests, found, strict=True)])
     for request, (_, log_probs, _), score in zip(requests, found, scores, strict=True):
         assert log_probs == pytest.approx(score[len(request.ids) - 1 :].tolist(), abs=1e-5)
@@ -161,7 +163,7 @@ def test_one_token(model):
     assert (token.request, token.finish) == (0, "length")
 
 
-def test_no_token_is_asked_for(model):
+def test_requests_for_no_tokens(model):
     requests = [Request([1], 0), Request([1], 2, GREEDY)]
     assert [len(ids) for ids in Engine(model).completions(requests)] == [0, 2]
 
@@ -200,7 +202,7 @@ def test_the_engine_leaves_dropout_off():
     assert Engine(model).completions(requests) == Engine(tiny()).completions(requests)
 
 
-# --- what comes beside the tokens
+# --- log-probabilities of prompt and likeliest tokens
 
 
 @torch.no_grad()
@@ -219,7 +221,7 @@ def test_the_likeliest_tokens_are_those_of_the_model(any_model):
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 5, 64])
-def test_a_scored_prompt_comes_before_its_answer(any_model, prefill_tokens):
+def test_a_scored_prompt_comes_before_its_completion(any_model, prefill_tokens):
     """Among others that read, decode and share beginnings."""
     prompts = [list(range(i, i + 30)) for i in (0, 0, 7)]
     engine = Engine(any_model, slots=4, prefill_tokens=prefill_tokens)
@@ -244,17 +246,17 @@ def test_a_score_ends_with_the_prompt(model):
     assert list(Engine(model).generate([Request([1], 0, score_prompt=True)])) == []
 
 
-def test_penalties_look_at_the_answer_only(model):
+def test_penalties_count_the_completion_only(model):
     """A penalty of 2 a time, on logits this far apart, in the end changes what is greedy."""
     plain = Engine(model).completions([Request([1, 2, 3], 40, GREEDY)])[0]
     how = Sampling(temperature=0, frequency_penalty=2.0)
     penalised = Engine(model).completions([Request([1, 2, 3], 40, how)])[0]
     first = next(i for i, (a, b) in enumerate(zip(plain, penalised, strict=True)) if a != b)
-    assert plain[first] in plain[:first], "only what was said before is penalised"
+    assert plain[first] in plain[:first], "only what was generated before is penalised"
     assert len(set(penalised)) > len(set(plain))
 
 
-def test_an_engine_that_was_abandoned_starts_anew(model):
+def test_an_engine_works_after_reset(model):
     engine, request = Engine(model, slots=2), Request([1, 2, 3], 9, GREEDY)
     for _ in range(3):
         engine.submit(request)

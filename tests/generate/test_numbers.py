@@ -11,7 +11,7 @@ from openpalm.generate.engine import Engine
 from openpalm.generate.request import NO_TOKEN, Request
 from openpalm.generate.sampling import Sampling, draw
 
-HOWS = [Sampling(temperature=0), Sampling(seed=1), Sampling(0.7, 20, 0.9, 4)]
+SAMPLINGS = [Sampling(temperature=0), Sampling(seed=1), Sampling(0.7, 20, 0.9, 4)]
 
 
 def poisoned(value=math.nan):
@@ -22,7 +22,7 @@ def poisoned(value=math.nan):
     return model
 
 
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("how", SAMPLINGS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_token_comes_of_numbers_that_are_not_finite(how, value):
     for request in (Request([1, 7, 2], 4, how), Request([1, 7, 2], 0, score_prompt=True)):
@@ -31,10 +31,10 @@ def test_no_token_comes_of_numbers_that_are_not_finite(how, value):
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
-def test_the_neighbours_answer_as_alone(slots):
+def test_the_neighbours_complete_as_alone(slots):
     model = poisoned()
-    healthy = [Request([*range(20, 20 + n)], 9, HOWS[n % 3]) for n in (1, 4, 17)]
-    hit = [Request([1] * n + [7] + [2] * n, 9, HOWS[0]) for n in (0, 3, 30)]
+    healthy = [Request([*range(20, 20 + n)], 9, SAMPLINGS[n % 3]) for n in (1, 4, 17)]
+    hit = [Request([1] * n + [7] + [2] * n, 9, SAMPLINGS[0]) for n in (0, 3, 30)]
     alone = [Engine(model).completions([request])[0] for request in healthy]
     engine = Engine(model, slots=slots, prefill_tokens=16)
     tickets = [engine.submit(r) for pair in zip(hit, healthy, strict=True) for r in pair]
@@ -46,7 +46,7 @@ def test_the_neighbours_answer_as_alone(slots):
         [token] = found[ticket]
         assert (token.id, token.finish) == (NO_TOKEN, "error")
     assert [[token.id for token in found[ticket]] for ticket in tickets[1::2]] == alone
-    assert engine.completions(healthy) == alone  # in the slots that the others left
+    assert engine.completions(healthy) == alone  # in the slots of the failed requests
 
 
 def test_nothing_is_drawn_from_probabilities_that_are_not_finite():

@@ -1,4 +1,4 @@
-"""Packed matrices compute what the plain ones do, as far as their bits go."""
+"""Quantized and reordered matrices against the plain ones, within the rounding of their format."""
 
 import importlib
 
@@ -9,7 +9,7 @@ from tiny_models import KINDS, tiny
 
 from openpalm.base.device import multiplies_int8
 from openpalm.errors import SettingsError
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
 from openpalm.generate.quantize import (
     INT4_GROUP,
     _Int4,
@@ -19,6 +19,7 @@ from openpalm.generate.quantize import (
     _Widened,
     quantize,
 )
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model import lora
 from openpalm.model.config import LoraConfig, ModelConfig
@@ -39,20 +40,20 @@ def wide() -> Transformer:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_packed_in_float32_is_the_model(kind):
+def test_float32_is_the_model(kind):
     model = tiny(**KINDS[kind])
-    packed = quantize(model, "float32")
-    assert torch.allclose(packed.logits(IDS), model.logits(IDS), atol=1e-5)
+    quantized = quantize(model, "float32")
+    assert torch.allclose(quantized.logits(IDS), model.logits(IDS), atol=1e-5)
 
 
 @torch.no_grad()
-def test_packed_in_bfloat16_is_the_model_in_bfloat16():
+def test_bfloat16_is_the_model_in_bfloat16():
     model = wide()
     plain = wide().to(torch.bfloat16)
     exact = model.logits(IDS)
     rounded = (plain.logits(IDS) - exact).norm()
-    packed = (quantize(model, "bfloat16").logits(IDS) - exact).norm()
-    assert packed < 1.5 * rounded
+    quantized = (quantize(model, "bfloat16").logits(IDS) - exact).norm()
+    assert quantized < 1.5 * rounded
 
 
 ROWS = [1, 2, 3, 7, 8, 16, 40]
@@ -84,14 +85,14 @@ def test_emulated_bfloat16_is_multiplied_in_float32(monkeypatch: pytest.MonkeyPa
     assert isinstance(matrix, _Widened)
     assert (matrix(x) - exact).norm() < 1e-6 * exact.norm()
     model = wide()
-    packed = quantize(model, "bfloat16").logits(IDS)
+    quantized = quantize(model, "bfloat16").logits(IDS)
     rounded = wide().to(torch.bfloat16).logits(IDS) - model.logits(IDS)
-    assert (packed - model.logits(IDS)).norm() < 1.5 * rounded.norm()
+    assert (quantized - model.logits(IDS)).norm() < 1.5 * rounded.norm()
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 @torch.no_grad()
-def test_where_onednn_refuses_to_pack_plain_products_serve(weights, monkeypatch):
+def test_plain_products_where_onednn_refuses_a_matrix(weights, monkeypatch):
     def refuse(*_: object) -> None:
         raise RuntimeError("mkldnn_reorder_linear_weight: needs another processor")
 
@@ -111,7 +112,7 @@ def adapted(**changes) -> Transformer:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_an_adapter_is_packed_and_the_live_model_stays(kind):
+def test_an_adapter_is_merged_and_the_model_is_unchanged(kind):
     model = adapted(**KINDS[kind])
     before = {name: p.clone() for name, p in model.named_parameters()}
     expected = model.logits(IDS)
@@ -192,15 +193,15 @@ def test_int4_is_its_rounded_matrix():
 @torch.no_grad()
 def test_fewer_bits_stay_near_the_model(weights, most):
     exact = wide().logits(IDS)
-    packed = quantize(wide(), weights).logits(IDS)
-    assert 0 < (packed - exact).norm() / exact.norm() < most
+    quantized = quantize(wide(), weights).logits(IDS)
+    assert 0 < (quantized - exact).norm() / exact.norm() < most
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
-def test_cached_decoding_works_in_every_form(weights):
+def test_cached_decoding_works_in_every_format(weights):
     engine = Engine(wide(), weights=weights)
     requests = [Request([1, 2, 3], 6, Sampling(temperature=0)), Request([5], 4)]
-    assert [len(answer) for answer in engine.completions(requests)] == [6, 4]
+    assert [len(completion) for completion in engine.completions(requests)] == [6, 4]
 
 
 @torch.no_grad()
@@ -209,11 +210,11 @@ def test_the_model_and_the_engine_do_not_disturb_each_other():
     before = model.logits(IDS)
     engine = Engine(model)
     assert torch.equal(model.logits(IDS), before)
-    asked = Request([1, 2], 5, Sampling(temperature=0))
-    answer = engine.completions([asked])
+    request = Request([1, 2], 5, Sampling(temperature=0))
+    completion = engine.completions([request])
     for block in model.blocks:
         block.project_out.down.neg_()
-    assert engine.completions([asked]) == answer
+    assert engine.completions([request]) == completion
     assert not torch.equal(model.logits(IDS), before)
     engine.refresh(model)
     assert torch.allclose(engine.model.logits(IDS), model.logits(IDS), atol=1e-5)
@@ -225,7 +226,7 @@ def test_int4_says_which_matrix_does_not_fit():
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
-def test_a_batch_changes_an_answer_only_where_two_tokens_are_as_likely(weights):
+def test_a_batch_changes_a_completion_only_where_two_tokens_are_equally_likely(weights):
     """In float32 never; with fewer bits from a step where the best two are within 0.02."""
     model, greedy = wide(), Sampling(temperature=0)
     with torch.no_grad():

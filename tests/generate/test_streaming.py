@@ -7,7 +7,8 @@ import torch
 from tiny_models import tiny
 
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.generate.engine import Engine, Request, Token
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request, Token
 from openpalm.generate.sampling import Sampling
 from openpalm.generate.streaming import Completion, StopStrings, complete, prompt_ids, stream
 

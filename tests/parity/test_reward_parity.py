@@ -1,4 +1,4 @@
-"""palm-rlhf-pytorch's RewardModel scores here as it does at home, adapter on and off, and back."""
+"""palm-rlhf-pytorch's RewardModel gives the same rewards here, with and without LoRA, and back."""
 
 import json
 from dataclasses import replace
@@ -143,7 +143,7 @@ def test_without_factors_there_is_no_adapter(tmp_path: Path, state: dict[str, Te
 def test_the_scope_that_is_not_the_rewards_is_left_out(tmp_path: Path, state: dict[str, Tensor]):
     other = {n.replace(".reward.", ".actor."): -t for n, t in state.items() if "finetune" in n}
     foreign = read(tmp_path, state | other)
-    assert "left out: the LoRA factors of scope actor" in foreign.notes
+    assert "dropped: the LoRA factors of scope actor" in foreign.notes
     right = read(tmp_path, state).state
     assert all(torch.equal(tensor, right[name]) for name, tensor in foreign.state.items())
     named = read(tmp_path, state | other, reward_lora_scope="actor")

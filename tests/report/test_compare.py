@@ -1,4 +1,4 @@
-"""Many runs on one page: told apart, in order, and not mixed where they cannot be compared."""
+"""Comparison of runs on one page: distinct lines, order, and no mix of different losses."""
 
 import re
 
@@ -38,7 +38,7 @@ def test_two_runs_share_their_figures(tmp_path):
         "Throughput against steps"
     ]
     assert "training FLOPs" not in page.text, "no run has a checkpoint that says its size"
-    assert "What they write" not in page.text
+    assert "Samples" not in page.text
 
 
 def strokes(html, colour, label):
@@ -132,7 +132,7 @@ def test_samples_stand_side_by_side_at_the_same_steps(tmp_path):
     a = make_run(tmp_path / "a", samples=texts(2, 4, 6, 8, 9))
     b = make_run(tmp_path / "b", samples=texts(4, 6, 8), config="seed: 0\nlr: 2\n")
     text = Page(page_of([a, b])).text
-    shown = text[text.index("What they write") : text.index("Each run")]
+    shown = text[text.index("Samples") : text.index("Each run")]
     assert re.findall(r"after step (\d)", shown) == ["8", "6", "4"]
     assert re.findall(r"t(\d)\.", shown) == ["8", "8", "6", "6", "4", "4"]
 

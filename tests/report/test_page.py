@@ -1,4 +1,4 @@
-"""A page is written whole, and its tables escape what they are given."""
+"""An HTML page is written as a whole, and its tables escape text."""
 
 import os
 

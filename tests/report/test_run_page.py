@@ -1,4 +1,4 @@
-"""One run's page: its figures, whatever a model wrote, and nothing from elsewhere."""
+"""The page of one run: figures, samples, and nothing loaded from elsewhere."""
 
 import json
 import re
@@ -24,10 +24,10 @@ def test_the_page_holds_the_figures(tmp_path):
         "steps": "20",
         "tokens": "20,000",
         "minutes": "10.0",
-        "tokens a second, median": "111",
+        "tokens per second, median": "111",
         "training loss, last tenth": f"{(6 / 19 + 6 / 20) / 2:.3f}",
-        "validation loss, nats a token": "0.388",
-        "validation bits a byte": "0.16",
+        "validation loss, nats per token": "0.388",
+        "validation bits per byte": "0.16",
         "optim.lr": "0.0625",
         "model": "palm-tiny",
     }
@@ -114,7 +114,7 @@ def test_a_torn_last_row_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (None, "holds no metrics.jsonl; give the directory of a run"),
+        (None, "holds no metrics.jsonl; give a run directory"),
         ("", "has no training row yet"),
         ('{"step": 1, "val_loss": 2.0}\n', "has no training row yet"),
         ("\x00\x01garbage\n", "has no training row yet"),

@@ -1,4 +1,4 @@
-"""What the directories of runs say, read back from directories that were made up."""
+"""Run directories are read back: rows, settings, sizes, groups."""
 
 import json
 

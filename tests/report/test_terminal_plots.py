@@ -1,4 +1,4 @@
-"""Curves as text: where the dots are, what the axes say, and how wide it is."""
+"""Plots in the terminal: dots, axes and width."""
 
 import io
 import math
@@ -107,8 +107,8 @@ def test_losses_of_runs_are_printed(tmp_path, capsys, monkeypatch):
     paths.append(make_run(tmp_path / "c", [{"step": 1, **pairs}], config="loss: dpo\n"))
     terminal_plots.print_losses(read_runs(paths), "tokens")
     text = capsys.readouterr().out
-    assert text.count("training loss, smoothed (nats a token)") == 1
-    assert text.count("validation loss (nats a token)") == 1
+    assert text.count("training loss, smoothed (nats per token)") == 1
+    assert text.count("validation loss (nats per token)") == 1
     assert text.count("training loss, smoothed (mean over pairs)") == 1
     assert max(map(len, text.splitlines())) <= 80
 

@@ -42,20 +42,20 @@ def test_kills_change_nothing_of_a_run_on_its_own_answers(verb: str):
 
 
 def test_no_damage_is_loaded_silently():
-    status, found = proof("tear.py", "--damages=30", "--seed=7")
+    status, found = proof("damage_checkpoints.py", "--damages=30", "--seed=7")
     assert status == 0, found
     assert found["refused"] == found["fell_back_and_said_so"] == 30
     assert found["silent_loads"] == found["other_errors"] == 0
 
 
 def test_a_run_with_nothing_to_fall_back_on_is_no_proof(tmp_path: Path):
-    program = [sys.executable, str(ROOT / "benchmarks" / "tear.py"), str(tmp_path)]
+    program = [sys.executable, str(ROOT / "benchmarks" / "damage_checkpoints.py"), str(tmp_path)]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 2
     assert "has 0 checkpoints, two are needed" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["kill.py", "tear.py"])
+@pytest.mark.parametrize("name", ["kill.py", "damage_checkpoints.py"])
 def test_the_proofs_explain_themselves(name: str):
     program = [sys.executable, str(ROOT / "benchmarks" / name), "--help"]
     done = subprocess.run(program, capture_output=True, text=True)

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from servers import HANGS_S, call_async, serving
 
-from openpalm.generate.engine import Request
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 
 COMPLETIONS = "/v1/completions"

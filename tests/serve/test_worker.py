@@ -12,7 +12,8 @@ from tiny_models import tiny
 
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import NumbersError
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.serve.api.responses import collect
 from openpalm.serve.worker import EngineFailed, Overloaded, ServedModel, ShuttingDown, Worker

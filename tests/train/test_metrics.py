@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from openpalm.train.metrics import LiveLine, RowFile, describe, last, read_rows
+from openpalm.train.metrics import LiveLine, RowFile, describe, read_rows
 
 
 @pytest.fixture
@@ -86,11 +86,6 @@ def test_reading_survives_bytes_that_are_no_text(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1}\n\xff\xfe\x80\n{"step": 2}')
     assert read_rows(file) == [{"step": 1}, {"step": 2}]
-
-
-def test_the_newest_value_of_a_column(rows: RowFile):
-    assert last(read_rows(rows.path), "loss") == pytest.approx(1 / 3)
-    assert last(read_rows(rows.path), "other") is None
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:

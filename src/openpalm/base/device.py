@@ -1,7 +1,6 @@
-"""Which device this process uses, and what its processor computes natively.
+"""Device and dtype selection (--device auto, --dtype auto) and native CPU instructions.
 
-The one place that asks the processor for instructions: training, packing, sampling, serving,
-benchmarks and tests all read it here. torch is imported inside the functions.
+The only module that queries the processor's instructions. torch is imported inside the functions.
 """
 
 import ctypes
@@ -20,7 +19,7 @@ _LEVELS: list[str] = [
     *("AVX512_CORE_BF16", "AVX10_1_512", "AVX512_CORE_FP16"),
     *("AVX10_1_512_AMX", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16"),
 ]
-"""Values of ONEDNN_MAX_CPU_ISA, least first."""
+"""values of ONEDNN_MAX_CPU_ISA, lowest first"""
 
 
 def multiplies_bfloat16(device: "torch.device | None" = None) -> bool:
@@ -54,13 +53,13 @@ def _has(instructions: dict[str, str]) -> bool:
 
 
 def _allowed(level: str) -> bool:
-    """Whether ONEDNN_MAX_CPU_ISA, which hides instructions from oneDNN, leaves this level."""
+    """Whether ONEDNN_MAX_CPU_ISA, which hides instructions from oneDNN, permits this level."""
     most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     return most not in _LEVELS or not level or _LEVELS.index(level) <= _LEVELS.index(most)
 
 
 def processor() -> str:
-    """The processor in words: its name, cores, and what it computes natively."""
+    """The processor as text: name, cores, native dtypes."""
     import platform
 
     import torch
@@ -109,11 +108,11 @@ def pick_device(name: str) -> "torch.device":
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep what it frees, so that the next step need not ask for it again.
+    """Keeps freed memory in this process (glibc mallopt), so that the next step reuses it.
 
     By default glibc gives every large block back at once, and the kernel clears its pages again:
     about a tenth of a training step on a CPU. The price is gaps between blocks: a third to
-    two thirds more memory where activations are large. Elsewhere than on glibc nothing is done.
+    two thirds more memory where activations are large. Without glibc nothing is done.
     """
     if not sys.platform.startswith("linux"):
         return

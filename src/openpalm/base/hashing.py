@@ -1,4 +1,4 @@
-"""SHA-256 of files, computed once a process while a file stays as it is. No torch."""
+"""SHA-256 of files, cached for the life of the process while a file does not change."""
 
 import hashlib
 import os
@@ -26,6 +26,6 @@ def sha256_of(path: Path) -> str:
 
 
 def _state(descriptor: int) -> tuple[int, ...]:
-    """The change time is part of it because a program cannot set it back."""
+    """Includes the change time (ctime): a program cannot set it back."""
     stat = os.fstat(descriptor)
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -1,4 +1,4 @@
-"""Reads a JSON object from a file that anybody may have written."""
+"""Reads a JSON object from an untrusted file, with bounds and clear errors."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.
 
 
 def read_json(path: Path, remedy: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The object. Raises CheckpointError; `remedy` says what to do where the file is missing.
+    """The object. Raises CheckpointError; `remedy` is the advice where the file is missing.
 
     Raises StorageError where the system fails to read it.
     """
@@ -32,9 +32,9 @@ def read_json(path: Path, remedy: str, max_bytes: int = MAX_BYTES) -> dict[str, 
 
 
 def read_failure(path: Path, error: OSError) -> CheckpointError | StorageError:
-    """What to raise where a file could not be read.
+    """The error to raise for a file that could not be read.
 
-    No such file is damage, and an older checkpoint may take its place. An I/O error, a missing
+    A missing file is damage, and an older checkpoint may replace it. An I/O error, a missing
     permission or too many open files say nothing about the content: the work stops.
     """
     reason = error.strerror or str(error)

@@ -38,7 +38,7 @@ class JsonlWriter:
         except OSError as error:
             raise StorageError(
                 f"--out {self._path}: cannot be written ({error.strerror}); the rows so far are "
-                "kept: free some space and give the same command"
+                "kept: free some space and run the command again"
             ) from None
 
 

@@ -1,14 +1,14 @@
-"""A pseudorandom permutation of any length, computed in place: no table, no library's generator."""
+"""Pseudorandom permutation of any length, computed index by index (Feistel network, SplitMix64)."""
 
 _MASK64 = (1 << 64) - 1
 
 
 def shuffled(index: int, size: int, key: int) -> int:
-    """Where `index` goes in the permutation of range(size) that `key` names.
+    """The image of `index` in the permutation of range(size) given by `key`.
 
-    A four-round Feistel network over the next even power of two, walked until it is back inside
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): no table in memory however
-    many windows, and an order that no library's next version changes.
+    A four-round Feistel network over the next even power of two, repeated until the result is
+    below `size` (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    It needs no table in memory, and no new version of a library can change the order.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

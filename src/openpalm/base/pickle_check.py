@@ -1,8 +1,8 @@
-"""Bounds what reading a pickle can cost, from its opcodes alone; executes nothing.
+"""Checks a pickle before it is read: bounds time and memory from its opcodes; executes nothing.
 
-A few hundred bytes can describe a tuple of tuples with 2^60 leaves: every part refers twice to the
-one before. Building it is quick, but hashing it as the key of a dictionary never ends. So the
-opcodes are followed with, in the place of each object, how large it is when unfolded.
+A few hundred bytes can describe a tuple of tuples with 2^60 leaves: every tuple refers twice to
+the one before. Building it is quick, but hashing it as a dictionary key never ends. So the opcodes
+are followed with the unfolded size of each object instead of the object.
 """
 
 import pickletools
@@ -41,10 +41,10 @@ class _Object:
 
 
 def check_pickle(file: Any) -> None:
-    """Follows the pickle that begins where `file` is, up to its end.
+    """Checks the pickle at the file's position, up to its end.
 
-    Raises ValueError with the reason where reading it could take unbounded time or memory, or it
-    uses opcodes that no checkpoint needs.
+    Raises ValueError with the reason where reading it could take unbounded time or memory, or
+    where it uses opcodes that no checkpoint needs.
     """
     machine = _Machine()
     try:
@@ -90,7 +90,7 @@ class _Machine:
             self._stack[-1].add(parts)
         elif name == "BUILD":
             state, built = self._pop(1), self._stack[-1]
-            # Whoever holds it was measured without this state.
+            # Objects that refer to it were measured without this state.
             if built.held:
                 raise ValueError("fills an object that another one holds already")
             self._hash(state)
@@ -124,7 +124,7 @@ class _Machine:
         return parts
 
     def _hash(self, parts: list[_Object]) -> None:
-        """What a dictionary, a set or a call may go through as a whole."""
+        """Counts objects that a dictionary, a set or a call may visit in full."""
         self._work += sum(part.size for part in parts)
         if self._work > MAX_WORK:
             raise ValueError("unfolds to far more objects than it has")

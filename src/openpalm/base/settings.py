@@ -269,8 +269,9 @@ def _help_groups(kind: type, title: str, prefix: str, positional: Sequence[str])
     """The options of a dataclass, then those of the dataclasses inside it."""
     docs, hints = _docs(kind), typing.get_type_hints(kind)
     lines, groups = [f"{title}:"], []
-    # The verb's own options come first, then the options it shares with other verbs.
-    order = [name for base in kind.__mro__ for name in inspect.get_annotations(base)]
+    # Required options come first, then the verb's own, then those it shares with other verbs.
+    order = required(kind)
+    order += [name for base in kind.__mro__ for name in inspect.get_annotations(base)]
     for field in sorted(settings_of(kind), key=lambda field: order.index(field.name)):
         hint, name = hints[field.name], prefix + field.name
         if dataclasses.is_dataclass(hint):

@@ -1,6 +1,6 @@
-"""Work on several cores whose results come in the order of the tasks.
+"""Thread pool: maps work over several cores, with results in the order of the tasks.
 
-Threads: parsing apart, the work is done by libraries that let go of the interpreter's lock.
+Threads suffice: apart from parsing, the work is done by libraries that release the GIL.
 """
 
 import os
@@ -23,7 +23,7 @@ def available_cores() -> int:
 
 
 class Workers:
-    """`map` runs on `count` threads; what waits to be done or to be taken is bounded."""
+    """Runs `map` on `count` threads, with a bounded number of tasks and results in memory."""
 
     def __init__(self, pool: ThreadPoolExecutor, count: int):
         self._pool, self._count = pool, count
@@ -41,10 +41,10 @@ class Workers:
 
 @contextmanager
 def working(count: int | None) -> Iterator[Workers]:
-    """`count` threads (all cores for None), each of which encodes by itself."""
+    """A pool of `count` threads (None: all cores); each encodes on its own."""
     count = count or available_cores()
     before = os.environ.get(PARALLELISM)
-    # The tokenizers library would put all cores on every batch, whatever `count` says.
+    # The tokenizers library would use all cores for every batch, whatever `count` is.
     os.environ[PARALLELISM] = "false"
     pool = ThreadPoolExecutor(count)
     try:

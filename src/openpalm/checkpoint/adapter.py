@@ -158,8 +158,8 @@ def _config(values: dict[str, Any], keys: list[str], directory: Path) -> LoraCon
         return lora_from_json({"rank": rank, "alpha": alpha, "targets": targets}, where)
     except SettingsError:
         raise CheckpointError(
-            f"{where}: r {rank!r} and lora_alpha {alpha!r}, with {len(keys)} factors beside it, "
-            "make no adapter"
+            f"{where}: r {rank!r} and lora_alpha {alpha!r} and {len(keys)} stored factors "
+            "do not make an adapter"
         ) from None
 
 

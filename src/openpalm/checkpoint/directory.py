@@ -167,7 +167,7 @@ def check_generates_text(directory: Path) -> None:
     """Raises CheckpointError for a reward model, which scores completions and generates none."""
     if load_reward_config(directory) is not None:
         raise CheckpointError(
-            f"{directory}: is a reward model, which scores answers and writes none; "
+            f"{directory}: is a reward model, which scores completions and generates none; "
             "take the checkpoint of a language model"
         )
 

@@ -112,7 +112,7 @@ class _Conversation:
     def reply(self, text: str) -> None:
         """Streams the reply; Ctrl-C stops it and keeps the part that was printed."""
         from openpalm.data.text.conversation import Message, render, stop_ids
-        from openpalm.generate.engine import Request
+        from openpalm.generate.request import Request
         from openpalm.generate.sampling import Sampling, completion_seed
         from openpalm.generate.streaming import Completion, stream
 

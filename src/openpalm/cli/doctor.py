@@ -14,7 +14,8 @@ from openpalm.train.config import LoraSettings
 if TYPE_CHECKING:
     from openpalm.align.doctor.checks import Check
     from openpalm.align.doctor.run_checks import PlannedRun
-    from openpalm.data.rows.preferences import Messages, Pair
+    from openpalm.data.rows.messages import Messages
+    from openpalm.data.rows.preferences import Pair
     from openpalm.data.rows.prompt_files import PromptRow
     from openpalm.data.rows.read_result import ReadResult
 
@@ -168,8 +169,8 @@ def _read(path: Path) -> _Given:
     from openpalm.data.corpus.json_lines import read_rows
     from openpalm.data.corpus.sources import is_rows
     from openpalm.data.rows.demonstration_files import read_demonstrations
+    from openpalm.data.rows.messages import assistant_turn
     from openpalm.data.rows.pair_files import read_pairs
-    from openpalm.data.rows.preferences import assistant_turn
     from openpalm.data.rows.prompt_files import PromptRow, read_prompts
     from openpalm.data.rows.read_result import ReadResult
     from openpalm.data.rows.row_formats import (

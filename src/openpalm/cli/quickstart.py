@@ -102,7 +102,7 @@ def prepare_data(settings: QuickstartSettings, console: "Console") -> "Manifest"
     console.print(
         f"{manifest.documents.read:,} documents, {manifest.documents.duplicates:,} of them exact "
         f"copies and left out; {train.tokens:,} tokens to train on, {val.tokens:,} to validate, "
-        f"{train.bytes / train.tokens:.2f} bytes a token"
+        f"{train.bytes / train.tokens:.2f} bytes per token"
     )
     return manifest
 
@@ -131,7 +131,7 @@ def pretrain(settings: QuickstartSettings, console: "Console", compared: dict[st
     console.print(f"{outcome.step} steps; checkpoint {outcome.checkpoint}")
     bits = _rows(settings, "pretrain", "val_bits_per_byte")[-1]
     console.print(
-        f"validation: {bits:.3f} bits a byte; a model that counts five bytes back "
+        f"validation: {bits:.3f} bits per byte; a model that counts five bytes back "
         f"has {compared['order5']:.3f}, gzip {compared['gzip']:.3f}"
     )
     for sample in _rows(settings, "pretrain", "samples", "samples.jsonl")[-1]:
@@ -297,7 +297,7 @@ def shortcomings(summary: dict[str, Any], settings: QuickstartSettings) -> list[
     found = []
     if summary["bits_per_byte"] > summary["order5"]:
         found.append(
-            f"The language model is poor: {summary['bits_per_byte']:.3f} bits a byte, where "
+            f"The language model is poor: {summary['bits_per_byte']:.3f} bits per byte, where "
             f"counting five bytes back gives {summary['order5']:.3f}."
         )
     if summary["f1_after"] < GOOD_F1:

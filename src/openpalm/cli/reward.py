@@ -85,7 +85,8 @@ def _pairs(
     from openpalm.align.pairs.examples import to_examples
     from openpalm.cli.common import held_out, report_unused
     from openpalm.data.rows.pair_files import read_pairs, read_ties
-    from openpalm.data.rows.preferences import Pair, ReadResult
+    from openpalm.data.rows.preferences import Pair
+    from openpalm.data.rows.read_result import ReadResult
 
     found = to_examples(tokenizer, read_pairs(settings.data), length)
     pairs = report_unused(label, settings.data, found, "pair").items

@@ -15,7 +15,7 @@ from openpalm.errors import SettingsError, count_of
 if TYPE_CHECKING:
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.generate.defaults import SamplingDefaults
-    from openpalm.generate.engine import Request
+    from openpalm.generate.request import Request
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _request(
     settings: SampleSettings, tokenizer: "Tokenizer", vocab_size: int, defaults: "SamplingDefaults"
 ) -> "Request":
     from openpalm.data.text.conversation import Message, render, stop_ids
-    from openpalm.generate.engine import Request
+    from openpalm.generate.request import Request
     from openpalm.generate.sampling import Sampling
     from openpalm.generate.streaming import document_ends, prompt_ids
 

@@ -1,6 +1,6 @@
-"""palm-rlhf-pytorch's own classes: where it is imported, only the import changes.
+"""palm-rlhf-pytorch's classes with its names and arguments: only the import line changes.
 
-Source: its README and 0.8.0's constructors; what differs, and why, is in docs/compat.md.
+Follows its README and the constructors of 0.8.0; docs/compat.md lists the differences.
 """
 
 from openpalm.compat.palm import PaLM, top_k, top_p

@@ -1,4 +1,4 @@
-"""palm-rlhf-pytorch's RewardModel, computed by our reward model."""
+"""palm-rlhf-pytorch's RewardModel class, computed by our reward model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,10 +21,11 @@ from openpalm.model.reward import initialise_heads
 
 
 class RewardModel(OriginalModule):
-    """A PaLM's copy that says what a sequence is worth: a number, or one of several bins.
+    """A copy of a PaLM with a head that returns the reward of a sequence: a number or a bin.
 
-    num_binned_output: bins, numbered from 0, where more than one. sample_from_bins: not set
-    gives the expected bin; True draws one by sample_temperature, False gives the bins' logits.
+    num_binned_output: number of bins, numbered from 0; 0 or 1 is a scalar reward.
+    sample_from_bins: None returns the expected bin, True a bin sampled with sample_temperature,
+    False the logits of the bins.
     """
 
     def __init__(
@@ -66,12 +67,12 @@ class RewardModel(OriginalModule):
         labels: Tensor | None = None,
         disable_lora: bool = False,
     ) -> Tensor:
-        """The reward [batch] of ids [batch, time], or with labels [batch] the mean loss.
+        """The reward [batch] of ids [batch, time], or the mean loss if labels [batch] are given.
 
-        mask: True where a token counts in the mean that is read. prompt_mask [batch, time] or
-        prompt_lengths [batch]: what is prompt, at the beginning; without either nothing is
-        marked. The loss is the squared error, of bins the cross entropy. Raises DataError for a
-        prompt that is not the beginning, or a row of which nothing counts.
+        mask: True for tokens in the mean state that the head reads. prompt_mask [batch, time] or
+        prompt_lengths [batch] mark the prompt at the start of a row; without them no token is
+        marked. The loss is the squared error, or the cross entropy of bins. Raises DataError for
+        a prompt that is not at the start, or a row without a token in the mask.
         """
         lengths = _prompt_lengths(prompt_mask, prompt_lengths)
         with lora.detached(self.model) if disable_lora else nullcontext():
@@ -88,7 +89,7 @@ class RewardModel(OriginalModule):
 
     @torch.no_grad()
     def rewards(self, ids: Tensor, mask: Tensor, prompt_lengths: Tensor) -> list[float]:
-        """The reward of each row, of bins the expected one; dropout off."""
+        """The reward of each row, for bins the expected one; dropout is off."""
         was = self.training
         self.eval()
         values = self.model.value(*(t.to(self.device) for t in (ids, mask, prompt_lengths)))
@@ -96,7 +97,7 @@ class RewardModel(OriginalModule):
         return values.tolist()
 
     def finetune_parameters(self) -> list[nn.Parameter]:
-        """The head, the marks, and the factors, or without those everything."""
+        """The head, the marks and the LoRA factors; without LoRA all parameters."""
         if self.reward_lora_scope is None:
             return list(self.model.parameters())
         heads = [self.model.reward_head, self.model.reward_bias, self.model.marks]
@@ -109,9 +110,9 @@ class RewardModel(OriginalModule):
         return convert_to_era(named, self.era, self.model.config.head_dim)
 
     def converted_state(self, tensors: Tensors) -> tuple[Mapping[str, Tensor], list[str]]:
-        said = stated_arguments(self.model.config)
-        values = said.values | {"reward_lora_scope": self.reward_lora_scope}
-        read = read_reward(tensors, Hyperparameters(said.where, values), self.era.last)
+        stated = stated_arguments(self.model.config)
+        values = stated.values | {"reward_lora_scope": self.reward_lora_scope}
+        read = read_reward(tensors, Hyperparameters(stated.where, values), self.era.last)
         return {f"model.{name}": tensor for name, tensor in read.state.items()}, read.notes
 
 
@@ -127,5 +128,5 @@ def _prompt_lengths(mask: Tensor | None, lengths: Tensor | None) -> Tensor | Non
     lengths = mask.sum(dim=-1)
     beginning = torch.arange(mask.shape[-1], device=mask.device) < lengths[:, None]
     if not torch.equal(beginning, mask.bool()):
-        raise DataError("prompt_mask: a row marks a token after one of the response as prompt")
+        raise DataError("prompt_mask: a row marks a prompt token after a token of the response")
     return lengths

@@ -1,7 +1,7 @@
-"""palm-rlhf-pytorch's RLHFTrainer: our PPO over its arguments.
+"""palm-rlhf-pytorch's RLHFTrainer class, computed by our PPO.
 
-The rollouts, the loss and the loop are those of `openpalm ppo`; here prompts are token ids, and the
-reward is a RewardModel of this package.
+Rollouts, loss and loop are those of `openpalm ppo`; prompts are token ids, and the reward is a
+RewardModel of this package.
 """
 
 import copy
@@ -37,23 +37,23 @@ from openpalm.train.trainer import Trainer
 _SCOPE = "actor"
 _UNUSED = {
     "critic_pooled_values": (True, "values are per token here, with GAE"),
-    "actor_dropout": (0.0, "dropout would make the policy another one than was sampled from"),
-    "critic_dropout": (0.0, "values are read with dropout off"),
+    "actor_dropout": (0.0, "with dropout the trained policy would differ from the sampled one"),
+    "critic_dropout": (0.0, "values are computed without dropout"),
     "accelerate_kwargs": ({}, "accelerate is not used"),
 }
-"""Arguments without a meaning here: their defaults, and why."""
+"""Arguments without effect here: default and reason."""
 
 
 class RLHFTrainer:
-    """Trains a PaLM on its own answers to prompts, by a reward model, with PPO.
+    """Trains a PaLM with PPO on completions of prompts that a reward model scores.
 
-    prompt_token_ids: a tensor [prompts, time], whose rows' pad_value at either end is padding, or
-    a list of tensors or lists of ids of any lengths; or prompts, or prompts_path with one a line,
-    and a tokenizer that makes those of a list of texts. With actor_lora the palm gets a finetune
-    scope "actor" and only that learns; else the palm itself does. The critic has a trunk of its
-    own, which begins as the palm or as `critic`. The penalty kl_div_loss_weight is for the
-    distance to the palm as it was given, a nat. Raises DataError for prompts that cannot be used,
-    SettingsError for values out of range, and warns of arguments that mean nothing here.
+    Give one of: prompt_token_ids, a tensor [prompts, time] with pad_value at either end of a row,
+    or a list of tensors or lists of ids; prompts, a list of texts; prompts_path, a file with one
+    prompt per line. Texts need `tokenizer`, which maps a list of texts to prompt_token_ids.
+    actor_lora: only a new finetune scope "actor" learns, else the whole palm. The critic has a
+    trunk of its own, initialised from `critic` or the palm. kl_div_loss_weight: KL penalty
+    coefficient, per nat from the palm at the start. Raises DataError for unusable prompts,
+    SettingsError for values out of range; warns about arguments without effect.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ class RLHFTrainer:
         eos_token: int | None = None,
         temperature: float = 1.0,
     ) -> list[dict[str, float]]:
-        """Takes num_episodes * max_timesteps answers, learning from update_timesteps at a time.
+        """Trains on num_episodes * max_timesteps completions, update_timesteps in a rollout.
 
-        An answer ends with eos_token, or where it and its prompt are max_seq_len tokens;
-        max_batch_size are generated at a time. Answers that do not fill a last rollout are
-        spread over all. Returns facts of each rollout: reward, kl, length, ended ...
-        Raises DataError where a prompt leaves no room for an answer.
+        A completion ends with eos_token, or when it and its prompt have max_seq_len tokens;
+        max_batch_size are generated at a time. Completions that do not fill a last rollout are
+        spread over all rollouts. Returns the metrics of each rollout: reward, kl, length, ended ...
+        Raises DataError if a prompt leaves no room for a completion.
         """
         for number, ids in enumerate(self.prompt_token_ids):
             _room(ids, max_seq_len, f"prompt {number}")
@@ -178,17 +178,19 @@ class RLHFTrainer:
         loop = Trainer(
             self.actor_critic, PpoObjective(settings), self._optimizer, loader, steps=steps
         )
-        was, told = self.palm.training, []
+        training, metrics = self.palm.training, []
         try:
             with _frozen(self._frozen):
                 for rollout in range(rollouts):
                     for _ in range(each):
                         loop.train_step()
-                    told.append(dict(loader.facts))
-                    print(f"rollout {rollout + 1}/{rollouts}: {_line(told[-1])}", file=sys.stderr)
+                    metrics.append(dict(loader.facts))
+                    print(
+                        f"rollout {rollout + 1}/{rollouts}: {_line(metrics[-1])}", file=sys.stderr
+                    )
         finally:
-            self.palm.train(was)
-        return told
+            self.palm.train(training)
+        return metrics
 
     def generate(
         self,
@@ -198,27 +200,25 @@ class RLHFTrainer:
         num_samples: int = 4,
         **how: Any,
     ) -> Tensor:
-        """The best of num_samples answers by the reward model: its prompt and it, [<= max_seq_len].
+        """The prompt and the best of num_samples completions by reward, [<= max_seq_len].
 
-        `how` is as for PaLM.generate: eos_token, temperature, filter_logits_fn, filter_thres.
+        `how`: eos_token, temperature, filter_logits_fn, filter_thres as for PaLM.generate.
         """
         ids = _ids(prompt)
         room = _room(ids, max_seq_len, "prompt")
-        answers = self.palm.completions(
+        completions = self.palm.completions(
             [ids] * num_samples, room, finetune_scope=self._scope, **how
         )
-        rewards = self._judged([ids] * num_samples, answers)
+        rewards = self._score([ids] * num_samples, completions)
         best = max(range(num_samples), key=rewards.__getitem__)
-        return torch.tensor([*ids, *answers[best]], device=self.palm.device)
+        return torch.tensor([*ids, *completions[best]], device=self.palm.device)
 
     def _rewards(self, answers: Sequence[Completion]) -> list[float]:
-        return self._judged([a.prompt_ids for a in answers], [a.ids for a in answers])
+        return self._score([a.prompt_ids for a in answers], [a.ids for a in answers])
 
-    def _judged(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[list[int]]
-    ) -> list[float]:
+    def _score(self, prompts: Sequence[Sequence[int]], answers: Sequence[list[int]]) -> list[float]:
         rewards: list[float] = []
-        pad = 0 if self.reward_model.model.config.causal else -1  # which it does not attend to
+        pad = 0 if self.reward_model.model.config.causal else -1  # a negative id is not attended to
         for i in range(0, len(answers), self.minibatch_size):
             part = list(zip(prompts, answers, strict=True))[i : i + self.minibatch_size]
             rows = [torch.tensor([*prompt, *answer]) for prompt, answer in part]
@@ -231,7 +231,7 @@ class RLHFTrainer:
 
 
 def _warn(unused: dict[str, Any], merged: dict[str, tuple[float | None, float]]) -> None:
-    """Of what means nothing here. Raises TypeError for what the original does not have either."""
+    """Warns about arguments without effect; raises TypeError for unknown ones."""
     for name, value in unused.items():
         if name not in _UNUSED:
             raise TypeError(f"RLHFTrainer() got an unexpected keyword argument {name!r}")
@@ -252,13 +252,13 @@ def _texts(
     tokenizer: Callable[[list[str]], Any] | None,
     ids: Tensor | Sequence[Any] | None,
 ) -> Tensor | Sequence[Any]:
-    """The ids, or those of the texts."""
+    """The token ids that were given, or those of the texts."""
     if sum(given is not None for given in (prompts, path, ids)) != 1:
         raise SettingsError("give one of prompts, prompts_path and prompt_token_ids")
     if ids is not None:
         return ids
     if tokenizer is None:
-        raise SettingsError("tokenizer: needed to read prompts that are text")
+        raise SettingsError("tokenizer: required for prompts that are text")
     lines = Path(path).read_text(encoding="utf-8").splitlines() if path is not None else prompts
     return tokenizer([line for line in lines or () if line.strip()])
 
@@ -272,7 +272,7 @@ def _prompts(given: Tensor | Sequence[Any], pad: int) -> list[list[int]]:
         while padded and ids and ids[0] == pad:
             ids.pop(0)
         if not ids:
-            raise DataError(f"prompt {number} has no token, or only padding; leave it out")
+            raise DataError(f"prompt {number} has no token, or only padding; remove it")
     if not prompts:
         raise DataError("there are no prompts")
     return prompts
@@ -288,8 +288,8 @@ def _ids(prompt: Tensor | Sequence[int]) -> list[int]:
 def _room(ids: Sequence[int], longest: int, what: str) -> int:
     if len(ids) >= longest:
         raise DataError(
-            f"{what} has {len(ids)} tokens, which leave no room for an answer in {longest}; raise "
-            "max_seq_len or leave it out"
+            f"{what} has {len(ids)} tokens, which leave no room for a completion in {longest}; "
+            "raise max_seq_len or remove the prompt"
         )
     return longest - len(ids)
 
@@ -304,7 +304,7 @@ def _bins(count: int, min_value: float = 0.0, max_value: float = 5.0, **unused: 
 
 
 def _critic(trunk: Transformer, bins: Bins | None) -> Critic:
-    """One that says zero, or the middle bin, at first."""
+    """A critic with the value zero, or the middle bin, at the start."""
     critic = Critic(trunk.config, "detached", bins)
     critic.kind, critic.trunk = "separate", trunk
     nn.init.zeros_(critic.read.weight)
@@ -314,17 +314,17 @@ def _critic(trunk: Transformer, bins: Bins | None) -> Critic:
 
 @contextmanager
 def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, these do not learn."""
-    were = [parameter.requires_grad for parameter in parameters]
+    """Within this context the parameters are frozen."""
+    before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter, learns in zip(parameters, were, strict=True):
+        for parameter, learns in zip(parameters, before, strict=True):
             parameter.requires_grad_(learns)
 
 
 def _line(facts: dict[str, float]) -> str:
-    said = f"reward {facts['reward']:.3f}, {facts['kl']:.2f} nats from where it began"
+    said = f"reward {facts['reward']:.3f}, {facts['kl']:.2f} nats from the start"
     return f"{said}, {facts['length']:.0f} tokens"

@@ -1,7 +1,7 @@
-"""What the original's modules have in common here: their state dicts, and their eras.
+"""Base class of the compat modules: state dicts with palm-rlhf-pytorch's names, and eras.
 
-A module of ours inside keeps its own names; to the outside, alone or as a part of another module,
-`state_dict` and `load_state_dict` speak the original's keys.
+Inside, parameters have our names; `state_dict` and `load_state_dict` convert to and from the
+original's, also for a module within another module.
 """
 
 import warnings
@@ -20,7 +20,7 @@ LATEST = NEWEST.last
 
 
 class OriginalModule(nn.Module):
-    """A module of the versions that `era`, one of them, belongs to."""
+    """A module that computes the function of palm-rlhf-pytorch `era` (a version)."""
 
     def __init__(self, era: str):
         super().__init__()
@@ -33,10 +33,10 @@ class OriginalModule(nn.Module):
         return next(self.parameters()).device
 
     def load(self, path: str | Path) -> None:
-        """Takes the weights of a state dict in a file, which must have every key and no other.
+        """Loads the state dict in a file; its names must be exactly those of this module.
 
-        Nothing in it is executed. Raises CheckpointError for a file that cannot be read so, or
-        that is of another model.
+        Nothing in the file is executed. Raises CheckpointError for a file that cannot be read
+        or is of another model.
         """
         tensors, _ = read_tensors(find_file(Path(path)))
         try:
@@ -49,12 +49,12 @@ class OriginalModule(nn.Module):
         raise NotImplementedError
 
     def converted_state(self, tensors: Tensors) -> tuple[Mapping[str, Tensor], list[str]]:
-        """Ours from the original's, by the names of `named_parameters`; and notes."""
+        """Our state dict, by the names of `named_parameters`, from the original's; and notes."""
         raise NotImplementedError
 
 
 def draw_seed() -> int:
-    """From torch's own generator, so that torch.manual_seed decides."""
+    """A seed from torch's generator, so that torch.manual_seed makes it repeatable."""
     return int(torch.randint(1 << 62, ()))
 
 
@@ -63,7 +63,7 @@ def _write(module: OriginalModule, state: dict[str, Any], prefix: str, _: object
         del state[name]
     like = next(module.parameters()).detach()
     theirs = module.original_state()
-    moved = {id(tensor): tensor.to(like) for tensor in theirs.values()}  # tied ones stay tied
+    moved = {id(tensor): tensor.to(like) for tensor in theirs.values()}  # keeps tied tensors tied
     state.update({prefix + name: moved[id(tensor)] for name, tensor in theirs.items()})
 
 
@@ -77,7 +77,7 @@ def _read(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Puts ours in the place of the original's; what is wrong goes where torch collects it."""
+    """Replaces the original's tensors by ours; adds errors to the lists of torch."""
     given = {n.removeprefix(prefix): state.pop(n) for n in list(state) if n.startswith(prefix)}
     whole = module.original_state()
     missing += [prefix + name for name in whole if name not in given]
@@ -86,7 +86,7 @@ def _read(
         if whole[name].shape == given[name].shape:
             whole[name] = given[name].detach().cpu()
         else:
-            shapes = f"{list(given[name].shape)}, not {list(whole[name].shape)} as here"
+            shapes = f"{list(given[name].shape)}, not {list(whole[name].shape)}"
             errors.append(f"{prefix}{name} is {shapes}")
     ours: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     try:
@@ -97,6 +97,6 @@ def _read(
         ours |= read
         for note in notes:
             if note.startswith("warning: "):
-                said = note.removeprefix("warning: ")
-                warnings.warn(f"{said} (to read another era: era=...)", stacklevel=6)
+                warning = note.removeprefix("warning: ")
+                warnings.warn(f"{warning} (to read another era: era=...)", stacklevel=6)
     state.update({prefix + name: tensor for name, tensor in ours.items()})

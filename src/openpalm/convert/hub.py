@@ -35,7 +35,7 @@ ERA = "0.2.1"
 
 TOKENIZER = ("EleutherAI/gpt-neox-20b", "tokenizer.json")
 _SIZES = ("vocab_size", "dim", "depth", "heads", "head_dim", "ff_dim")
-_BYTES_PER_PARAMETER = 16  # float32 weights with an optimizer's two moments saved beside them
+_BYTES_PER_PARAMETER = 16  # float32 weights, and an optimizer's two moments in the same file
 _SLACK_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = 30

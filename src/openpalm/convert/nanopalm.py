@@ -60,7 +60,7 @@ def _config(tensors: Tensors, given: Hyperparameters, outside: dict[str, Any]) -
     if odd or head_dim < 2 or head_dim % 2 or dim % head_dim:
         raise CheckpointError(
             f"{tensors.where}: {rows} attention rows are not those of one key/value head "
-            f"beside {dim} query rows; the file was altered"
+            f"and {dim} query rows; the file was altered"
         )
     heads = dim // head_dim
     for stated in (given, Hyperparameters(str(tensors.where), _arguments(tensors, outside))):

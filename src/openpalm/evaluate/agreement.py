@@ -1,6 +1,6 @@
-"""How well rewards agree with judgements: accuracy, calibration, agreement with ties, rank order.
+"""Agreement of rewards with judgements: accuracy, calibration, agreement with ties, Spearman.
 
-Pure functions of numbers; knows no model and no file.
+Pure functions of numbers, without models and files.
 """
 
 import math
@@ -10,12 +10,12 @@ CALIBRATION_BINS = 10
 
 
 def accuracy(differences: Sequence[float]) -> float:
-    """The share of pairs whose chosen answer has the greater reward; differences: r_w - r_l."""
+    """Share of pairs with the larger reward for the chosen completion; differences: r_w - r_l."""
     return sum(d > 0 for d in differences) / len(differences)
 
 
 def calibration_error(differences: Sequence[float]) -> float:
-    """Expected calibration error of s(|r_w - r_l|) as the chance that the greater one is chosen.
+    """Expected calibration error of sigmoid(|r_w - r_l|), the probability of the larger reward.
 
     Guo et al. 2017, eq. 3, over ten equal bins of the confidence from 1/2 to 1. 0 is perfect.
     """
@@ -29,14 +29,14 @@ def calibration_error(differences: Sequence[float]) -> float:
 
 
 def agreement(differences: Sequence[float], tied: Sequence[float] = ()) -> float:
-    """The share of judgements, ties included, that the rewards repeat.
+    """Share of judgements, ties included, that the rewards reproduce.
 
-    differences: r_w - r_l of pairs with a better answer; tied: differences of ties, either way.
-    Rewards closer than a threshold call a tie, the one threshold that agrees most often
-    (Deutsch et al. 2023, "Ties matter", section 4); without ties this is the accuracy.
+    differences: r_w - r_l of pairs with a better completion; tied: differences of ties, of either
+    sign. Rewards closer than a threshold predict a tie; the threshold is the one that agrees most
+    often (Deutsch et al. 2023, "Ties matter", section 4); without ties this is the accuracy.
     """
     right = best = sum(d > 0 for d in differences)
-    # Raising the threshold past a pair loses it if it was right, and gains it if it was a tie.
+    # A threshold above a pair's difference loses the pair if it was right, gains it if it is a tie.
     passed = sorted([(abs(d), -(d > 0)) for d in differences] + [(abs(d), 1) for d in tied])
     for i, (size, change) in enumerate(passed):
         right += change
@@ -46,7 +46,7 @@ def agreement(differences: Sequence[float], tied: Sequence[float] = ()) -> float
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """The correlation of ranks, equal values sharing the mean of theirs; nan where one is flat."""
+    """Spearman rank correlation, with mean ranks for equal values; nan if one side is constant."""
     x, y = _ranks(a), _ranks(b)
     mean = (len(x) + 1) / 2
     covariance = math.fsum((p - mean) * (q - mean) for p, q in zip(x, y, strict=True))

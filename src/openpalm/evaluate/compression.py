@@ -1,16 +1,15 @@
-"""What general compressors and a count model reach on the data a language model was trained on.
+"""Compression baselines in bits per byte: gzip, xz and a Witten-Bell byte model.
 
-The figures are bits per byte of a prepared dataset's validation text, to be read beside a model's
-`val_bits_per_byte`:
+Computed on the validation text of a prepared dataset, to compare with `val_bits_per_byte`:
 
 - gzip -9 of the validation text alone;
 - xz -9e primed with the training text: the size of both together minus that of the training text;
-- an order-5 Witten-Bell model of bytes, counted on the training text and then frozen.
+- an order-5 Witten-Bell byte model with counts from the training text.
 
-Wherever there is a choice it favours the baseline. Document separators, names and lengths are not
-scored. The compressors see the documents joined, with nothing in between. The byte model starts
-every document afresh, with separators for context, so that it knows how documents begin; carrying
-on from the bytes of the document before costs it 0.006 bits a byte on builtin:python-docs.
+Choices favour the baseline. Document separators, names and lengths are not scored. The compressors
+read the documents joined, without separators. The byte model starts each document with separators
+as context, so it learns how documents begin; with the previous document as context it is 0.006 bits
+per byte worse on builtin:python-docs.
 """
 
 import gzip
@@ -26,7 +25,7 @@ from openpalm.errors import DataError
 
 ORDER = 5
 BYTES = 256
-SEPARATOR = 256  # stands before a document's first byte; never predicted
+SEPARATOR = 256  # context before a document's first byte; never predicted
 SYMBOL_BITS = 9
 
 Integers = NDArray[np.int64]
@@ -38,7 +37,7 @@ def gzip_bits(data: bytes) -> float:
 
 
 def primed_xz_bits(training: bytes, data: bytes) -> float:
-    """Bits that `data` adds to the training text under xz -9e, whose window holds both."""
+    """Bits that `data` adds to the training text under xz -9e; the window holds both."""
     window = max(1 << 16, len(training) + len(data))
     filters = [
         {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": window},
@@ -49,7 +48,7 @@ def primed_xz_bits(training: bytes, data: bytes) -> float:
 
 @dataclass(frozen=True)
 class _Counts:
-    """What followed each context of one length: keys are context and next symbol, packed."""
+    """Symbol counts after each context of one length; a key packs context and next symbol."""
 
     keys: Integers  # sorted, unique
     seen: Integers  # how often each key occurred
@@ -67,15 +66,15 @@ class _Counts:
 
 
 class WittenBell:
-    """A byte model of fixed order whose escape weight is the number of kinds seen.
+    """Witten-Bell byte model of fixed order.
 
     Witten and Bell (1991), method C, interpolated as Chen and Goodman (1998) do: with N(c) symbols
     of T(c) kinds seen after context c, and c' the context without its oldest symbol,
 
         p(b | c) = (count(c, b) + T(c) p(b | c')) / (N(c) + T(c))
 
-    An unseen context is its shorter one; below order 0 every byte has probability 1/256. Contexts
-    begin at the document: separators stand for what is before its first byte.
+    An unseen context is replaced by the shorter one; below order 0 each byte has probability 1/256.
+    Separators are the context before the first byte of a document.
     """
 
     def __init__(self, training: Sequence[bytes], *, order: int = ORDER):
@@ -91,7 +90,7 @@ class WittenBell:
         ]
 
     def bits(self, documents: Sequence[bytes]) -> float:
-        """The code length of the documents, separators free."""
+        """Code length of the documents in bits, without separators."""
         symbols = _joined(documents, self.order)
         predicted = symbols != SEPARATOR
         contexts = [context[predicted] for context in _contexts(symbols, self.order)]
@@ -114,14 +113,14 @@ class WittenBell:
 
 
 def _joined(documents: Sequence[bytes], order: int) -> Integers:
-    """All documents as symbols, each behind as many separators as its first byte has context."""
+    """All documents as symbols, with `order` separators before each."""
     gap = np.full(order, SEPARATOR, dtype=np.int64)
     texts = (np.frombuffer(document, np.uint8).astype(np.int64) for document in documents)
     return np.concatenate([gap, *(part for text in texts for part in (text, gap))])
 
 
 def _contexts(symbols: Integers, order: int) -> Iterator[Integers]:
-    """For lengths 0 to `order`: the symbols before each position, packed, the last one lowest."""
+    """For lengths 0 to `order`: the packed symbols before each position, the last one lowest."""
     context = np.zeros_like(symbols)
     yield context
     for length in range(1, order + 1):
@@ -135,7 +134,7 @@ def _pack(context: Integers, symbols: Integers) -> Integers:
 
 
 def _look_up(keys: Integers, wanted: Integers, *columns: Integers) -> list[Integers]:
-    """The columns' values at the wanted keys, 0 where there is none."""
+    """Values of the columns at the wanted keys, 0 for a missing key."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     found = keys[at] == wanted
     return [np.where(found, column[at], 0) for column in columns]
@@ -152,15 +151,15 @@ def compare(training: Sequence[bytes], validation: Sequence[bytes]) -> dict[str,
 
 
 def documents(dataset: Dataset, split: str) -> list[bytes]:
-    """A split's documents as the bytes that their tokens stand for.
+    """The documents of a split as bytes, decoded from their tokens.
 
-    Raises DataError where those are not the bytes that went in, so that figures would not compare.
+    Raises DataError if their size differs from the prepared text: bits per byte would not compare.
     """
     tokenizer = dataset.tokenizer()
     starts = dataset.document_offsets(split)[1:]
     rows = [row.tolist() for row in np.split(dataset.tokens(split)[:], starts)]
     if tokenizer.is_byte_level:
-        table = tokenizer.token_bytes  # exact where a split begins inside a character
+        table = tokenizer.token_bytes  # exact if a split begins inside a character
         texts = [b"".join([table[i] for i in row]) for row in rows]
     else:
         texts = [tokenizer.decode(row).encode() for row in rows]

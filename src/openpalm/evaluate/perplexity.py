@@ -1,4 +1,4 @@
-"""How well a model predicts a split: nats a token and bits a byte of text."""
+"""Loss of a model on a split: nats per token and bits per byte."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ TOKENS_AT_A_TIME = 8192
 
 @dataclass(frozen=True)
 class SplitLoss:
-    """Sums over a whole split, or what a mixture of splits has in their place."""
+    """Sums over a whole split, or weighted sums over a mixture of splits."""
 
     nats: float
     tokens: float
@@ -31,12 +31,12 @@ class SplitLoss:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable across tokenizers: bits for all tokens, end markers too, per text byte."""
+        """Bits of all tokens, with end-of-text, per byte of text: comparable across tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
 
 def mixed_loss(losses: Sequence[SplitLoss], shares: Sequence[float]) -> SplitLoss:
-    """Of a text whose tokens are from the splits in the proportion of `shares`."""
+    """The loss on a text with tokens from the splits in the proportion of `shares`."""
     rates = [share / loss.tokens for loss, share in zip(losses, shares, strict=True)]
     rated = list(zip(losses, rates, strict=True))
     return SplitLoss(
@@ -54,8 +54,8 @@ def split_loss(
 ) -> SplitLoss:
     """Sums the loss of `model` over batches that predict each token of a split once.
 
-    `text_bytes` is the UTF-8 size of the split's text. Each window starts without context, so a
-    longer sequence length gives a lower figure.
+    `text_bytes` is the UTF-8 size of the split's text. Each window starts without context, so
+    longer windows give a lower loss.
     """
     sums, tokens = held_out_sums(model, NextToken(), batches, dtype)
     return SplitLoss(sums.get("loss", 0.0), tokens, text_bytes)

@@ -43,8 +43,8 @@ def validation_probe(sets: TokenSets, sequence_length: int, *, document_mask: bo
 
     def describe(row: dict[str, Any]) -> str:
         line = (
-            f"validation {row['val_loss']:.4f} nats a token, "
-            f"{row['val_bits_per_byte']:.4f} bits a byte"
+            f"validation {row['val_loss']:.4f} nats per token, "
+            f"{row['val_bits_per_byte']:.4f} bits per byte"
         )
         each = [f"{n} {row[f'val_loss/{n}']:.4f}" for n in sets.names if f"val_loss/{n}" in row]
         return f"{line} ({', '.join(each)})" if each else line

@@ -12,7 +12,8 @@ from openpalm.data.rows.preferences import Candidate, Preference
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.evaluate.token_f1 import token_f1
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 
 MAX_NEW_TOKENS = 64

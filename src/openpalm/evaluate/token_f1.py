@@ -1,4 +1,4 @@
-"""How close answers come to references: token F1, as reading-comprehension tests measure it."""
+"""Token F1 of a completion against a reference, as in SQuAD."""
 
 import re
 from collections import Counter
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from statistics import fmean
 
 
-def token_f1(answer: str, reference: str) -> float:
+def token_f1(completion: str, reference: str) -> float:
     """Harmonic mean of word precision and recall, in [0, 1] (Rajpurkar et al. 2016, SQuAD)."""
-    given, wanted = _words(answer), _words(reference)
-    shared = sum((Counter(given) & Counter(wanted)).values())
-    if not shared:
-        return float(given == wanted)
-    precision, recall = shared / len(given), shared / len(wanted)
+    found, expected = _words(completion), _words(reference)
+    common = sum((Counter(found) & Counter(expected)).values())
+    if not common:
+        return float(found == expected)
+    precision, recall = common / len(found), common / len(expected)
     return 2 * precision * recall / (precision + recall)
 
 

@@ -113,6 +113,7 @@ class Engine:
         self.check(request.ids)
         ticket = next(self._tickets)
         if request.max_new_tokens > 0 or (request.score_prompt and len(request.ids) > 1):
+            # A generator per request: its completion does not depend on what else is in the batch.
             generator = torch.Generator().manual_seed(request.sampling.seed)
             self._waiting.append(ActiveRequest(ticket, request, list(request.ids), generator))
         return ticket
@@ -129,6 +130,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Token]:
         """Admits requests, decodes one token each, prefills one chunk; returns the new tokens."""
+        # Decoding before prefill: running requests never wait for a long prompt.
         self._admit()
         tokens = self._decode() if self._decoding else []
         if len(self._active) > self._decoding:
@@ -238,6 +240,7 @@ class Engine:
         The chunk's budget is divided among the prompts, so all advance together.
         """
         first, last = self._decoding, len(self._active)
+        # A bounded chunk, so that a step stays short and its memory known in advance.
         width = max(1, self.prefill_tokens // (last - first))
         cache = self._cache.span(first, last)
         chunks = [
@@ -246,6 +249,7 @@ class Engine:
         ]
         counts = [len(chunk) for chunk in chunks]
         states = self.model.residual(self._padded(chunks), cache, counts)
+        # The span is a view with its own lengths: write them back only after the step succeeded.
         self._cache.lengths[first:last] = cache.lengths
         self.prefilled_tokens += sum(counts)
         rows = list(zip(self._active[first:], cache.lengths, counts, states, strict=True))
@@ -312,6 +316,7 @@ class Engine:
         count = self._decoding
         ids = torch.tensor([[each.ids[-1]] for each in self._active[:count]])
         cache = self._cache.span(0, count)
+        # Decoding slots are contiguous, so the cache of the whole batch is one view without a copy.
         states = self.model.residual(ids.to(self._cache.keys.device), cache)[:, -1]
         self._cache.lengths[:count] = cache.lengths
         return self._sample(range(count), self.model.head(states))

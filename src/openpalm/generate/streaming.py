@@ -7,7 +7,8 @@ from typing import Literal
 
 from openpalm.data.text.stream_decoder import StreamDecoder
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.generate.engine import Engine, Request, Token
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request, Token
 from openpalm.generate.sampling import Sampling
 
 FinishReason = Literal["stop", "length"]

@@ -1,4 +1,4 @@
-"""Many runs on one page: figures they share, a table of how they differ, their samples in a row."""
+"""HTML comparison of several runs: figures, a summary, settings that differ, samples."""
 
 import html
 import statistics
@@ -22,14 +22,14 @@ from openpalm.report.runs import (
 
 _REWARDED = (
     Panel("reward", "mean reward of rollouts, smoothed", smoothed=True),
-    Panel("val_reward", "mean reward of held-out answers", marked=True),
-    Panel("val_gold", "gold reward of held-out answers", marked=True),
+    Panel("val_reward", "mean reward of held-out completions", marked=True),
+    Panel("val_gold", "gold reward of held-out completions", marked=True),
     Panel("val_kl", "nats from the reference", marked=True),
 )
 
 
 def comparison_sections(runs: Sequence[Run]) -> list[Section]:
-    """A page's sections for two runs or more."""
+    """The sections of a page that compares two or more runs."""
     lines = [Line(i, group) for i, group in enumerate(group_by_seed(runs), 1)]
     sections = [Section("Runs", _legend(lines) + _summary(lines) + _seeds(lines))]
     kinds = [[line for line in lines if line.runs[0] in kind] for kind in group_by_kind(runs)]
@@ -37,10 +37,10 @@ def comparison_sections(runs: Sequence[Run]) -> list[Section]:
     for i, kind in enumerate(kinds):
         of = "" if len(kinds) == 1 else f": {_numbers(kind)}"
         sections.append(Section(f"Learning{of}", _learning(kind, f"kind{i}")))
-    sections.append(Section("Throughput", "".join(map(_throughput, _of_a_unit(lines)))))
+    sections.append(Section("Throughput", "".join(map(_throughput, _group_by_unit(lines)))))
     sections.append(Section("Settings that differ", _differences(lines)))
     if any(run.samples for run in runs):
-        sections.append(Section("What they write", _side_by_side(lines)))
+        sections.append(Section("Samples", _side_by_side(lines)))
     return [*sections, Section("Each run", "".join(_folded(line, r) for line, r in _each(lines)))]
 
 
@@ -49,7 +49,7 @@ def _each(lines: Sequence[Line]) -> list[tuple[Line, Run]]:
 
 
 def _key(line: Line) -> SafeHtml:
-    """The line as the figures draw it, and its number."""
+    """The legend key: the line in its colour and dashes, and its number."""
     dashes = f' stroke-dasharray="{line.dashes}"' if line.dashes else ""
     return SafeHtml(
         '<svg width="28" height="10" aria-hidden="true"><path d="M1 5H27" stroke-width="3" '
@@ -71,9 +71,17 @@ def _numbers(lines: Sequence[Line]) -> str:
 
 
 def _summary(lines: Sequence[Line]) -> str:
-    head = ["", "run", "parameters, millions", "steps", "trained on", "minutes", "median a second"]
+    head = [
+        "",
+        "run",
+        "parameters, millions",
+        "steps",
+        "trained on",
+        "minutes",
+        "median per second",
+    ]
     head += ["share of peak, median", "training loss, last tenth"]
-    head += ["validation loss, last", "validation bits a byte"]
+    head += ["validation loss, last", "validation bits per byte"]
     body = [
         (
             _key(line),
@@ -94,7 +102,7 @@ def _summary(lines: Sequence[Line]) -> str:
 
 
 def _steps(run: Run) -> str:
-    """How far it got, and how many steps taught it nothing."""
+    """The number of steps, and of steps without an update."""
     done = run.steps[-1]["step"]
     text = f"{done:,}"
     if run.planned and done < run.planned:
@@ -104,7 +112,7 @@ def _steps(run: Run) -> str:
 
 
 def _seeds(lines: Sequence[Line]) -> str:
-    """Means over seeds, where some line has several."""
+    """A table of mean and deviation over seeds; empty without repeated seeds."""
     body = []
     for line in lines:
         finals = [run.last("val_loss") for run in line.runs]
@@ -117,13 +125,13 @@ def _seeds(lines: Sequence[Line]) -> str:
 
 
 def _learning(lines: list[Line], name: str) -> str:
-    """The figures of runs of one kind, against each axis."""
+    """The learning curves of comparable runs, against each axis."""
     runs = [run for line in lines for run in line.runs]
     unit = loss_unit(runs[0].unit)
     data = {run.settings.get("run.data") for run in runs}
     bits = len(data) > 1 and all(run.last("val_bits_per_byte") is not None for run in runs)
     validation = (
-        Panel("val_bits_per_byte", "validation, bits a byte", marked=True)
+        Panel("val_bits_per_byte", "validation, bits per byte", marked=True)
         if bits
         else Panel("val_loss", f"validation loss, {unit}", marked=True)
     )
@@ -137,13 +145,13 @@ def _learning(lines: list[Line], name: str) -> str:
         for axis in AXES
         if axis != "flops" or any(run.flops_per_token for run in runs)
     ]
-    told = "" if len(data) == 1 else _OTHER_DATA
-    return _legend(lines) + tabs(name, "against", panes) + told
+    warning = "" if len(data) == 1 else _OTHER_DATA
+    return _legend(lines) + tabs(name, "against", panes) + warning
 
 
 _OTHER_DATA = (
-    '<p class="muted">These runs have different data: a token of one tokenizer is not a token of '
-    "another, and a loss on one text is not a loss on another.</p>"
+    '<p class="muted">These runs have different data: losses per token of different tokenizers, or '
+    "on different texts, cannot be compared.</p>"
 )
 
 
@@ -151,9 +159,9 @@ def _note(runs: list[Run], axis: str) -> str:
     if axis != "flops":
         return ""
     without = [run.name for run in runs if run.flops_per_token is None]
-    missing = f" Not known of {', '.join(without)}." if without else ""
+    missing = f" Not known for {', '.join(without)}." if without else ""
     text = (
-        "FLOPs of training are tokens times 6 N + 12 L h head_dim T of the run's own config "
+        "Training FLOPs are tokens times 6 N + 12 L h head_dim T of the run's config "
         f"(PaLM, appendix B), without evaluations.{missing}"
     )
     return f'<p class="muted">{html.escape(text)}</p>'
@@ -163,7 +171,7 @@ def _known(runs: Sequence[Run], column: str) -> bool:
     return any(run.last(column) is not None for run in runs)
 
 
-def _of_a_unit(lines: Sequence[Line]) -> list[list[Line]]:
+def _group_by_unit(lines: Sequence[Line]) -> list[list[Line]]:
     units: dict[str, list[Line]] = {}
     for line in lines:
         units.setdefault(line.runs[0].unit, []).append(line)
@@ -172,7 +180,7 @@ def _of_a_unit(lines: Sequence[Line]) -> list[list[Line]]:
 
 def _throughput(lines: list[Line]) -> str:
     unit, runs = lines[0].runs[0].unit, [run for line in lines for run in line.runs]
-    wanted = [Panel(f"{unit}_per_s", f"{unit} a second", from_zero=True)]
+    wanted = [Panel(f"{unit}_per_s", f"{unit} per second", from_zero=True)]
     wanted.append(Panel("mfu", "share of the measured peak", from_zero=True))
     panels = [panel for panel in wanted if _known(runs, panel.column)]
     return _legend(lines) + comparison(lines, panels, "steps", "Throughput against steps")
@@ -191,14 +199,14 @@ def _differences(lines: Sequence[Line]) -> str:
 
 
 def _side_by_side(lines: Sequence[Line]) -> str:
-    """Samples at steps that all runs have, else each run's last; the newest unfolded."""
+    """Samples at steps that all runs have (the last one is open), else each run's last ones."""
     each = [(line, run) for line, run in _each(lines) if run.samples]
     by_step = [{row["step"]: row for row in run.samples} for _, run in each]
     common = sorted(set.intersection(*(set(rows) for rows in by_step)))
     chosen = sorted({common[0], common[len(common) // 2], common[-1]}) if common else []
     if not chosen:
         last = [run.samples[-1] for _, run in each]
-        return "<p>At each run's last samples.</p>" + _columns(each, last)
+        return "<p>The last samples of each run.</p>" + _columns(each, last)
     return "".join(
         f"<details{' open' * (step == chosen[-1])}><summary>after step {step:,}</summary>"
         f"{_columns(each, [rows[step] for rows in by_step])}</details>"

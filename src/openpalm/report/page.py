@@ -1,6 +1,6 @@
-"""One HTML page that needs nothing beside it: it loads nothing and runs no script.
+"""Writes a self-contained HTML page: no other file, no script.
 
-Whatever came out of a model or a file is escaped.
+Text from models and files is escaped.
 """
 
 import html
@@ -47,16 +47,16 @@ details { margin: .6rem 0; } summary { cursor: pointer; } details h3 { margin-bo
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and ready HTML below it."""
+    """A heading and its HTML body."""
 
     heading: str
     body: str
 
 
 def write_page(path: Path, title: str, sections: Iterable[Section]) -> None:
-    """Writes the page, whole or not at all. Raises SettingsError where `path` is a directory."""
+    """Writes the page, as a whole or not at all. Raises SettingsError for a directory."""
     if path.is_dir():
-        raise SettingsError(f"--out {path}: is a directory; give the name of a page in it")
+        raise SettingsError(f"--out {path}: is a directory; give the name of an HTML file")
     parts = [f"<section><h2>{html.escape(s.heading)}</h2>{s.body}</section>" for s in sections]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -68,7 +68,7 @@ def write_page(path: Path, title: str, sections: Iterable[Section]) -> None:
 
 
 def environment_section() -> Section:
-    """The machine and the versions that made the page."""
+    """The machine and the versions of the software."""
     import torch
 
     facts = [
@@ -87,7 +87,7 @@ def environment_section() -> Section:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """An HTML table; numbers are aligned, None is empty, ready HTML (`SafeHtml`) is kept."""
+    """An HTML table; numbers are right-aligned, None is empty, SafeHtml is not escaped."""
     head = "".join(f"<th>{_text(column)}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     header = f"<thead><tr>{head}</tr></thead>" if any(columns) else ""
@@ -114,7 +114,7 @@ def _cell(value: object) -> str:
 
 
 def tabs(name: str, question: str, panes: Sequence[tuple[str, str]]) -> str:
-    """HTML of which the reader sees one of at most four, by name."""
+    """HTML with one of at most four labelled panes visible; radio buttons choose it."""
     buttons = "".join(
         f'<input type="radio" name="{name}" id="{name}-{i}"{" checked" * (i == 0)}>'
         f'<label for="{name}-{i}"> {html.escape(label)}</label>'

@@ -1,7 +1,8 @@
-"""Curves as inline SVG: of one run, and of many in colours that the colour-blind tell apart.
+"""Learning curves as inline SVG, of one run or of several.
 
-The colours are from Tol's muted scheme (Tol 2021, "Colour Schemes", SRON/EPS/TN/09-002), where
-needed darker; from the fifth line on dashes tell them apart too, and every line ends in its number.
+Colours are Tol's muted scheme for colour-blind readers (Tol 2021, "Colour Schemes",
+SRON/EPS/TN/09-002), some darker. From the fifth line on, lines are dashed; each line ends with its
+number.
 """
 
 import io
@@ -19,15 +20,15 @@ COLOURS = (
     *("#882255", "#8A8A00", "#2F8F7F", "#AA4499"),
 )
 DASHES = ("", "6 2", "2 1.5", "6 2 2 2")
-"""of lines 1 to 4, of 5 to 8, and so on, in the points of a dash and a gap"""
+"""for lines 1 to 4, 5 to 8 and so on: lengths of dash and gap in points"""
 _MOST_POINTS = 500
 _BEGINNING = 0.05
-"""share of a curve whose highest losses may lie above the figure"""
+"""share at the start of a curve that may be above the figure"""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a figure: a run, or runs that differ in their seed alone."""
+    """One line of a figure: a run, or several that differ only in their seed."""
 
     number: int
     runs: list[Run]
@@ -43,18 +44,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """What one pair of axes shows."""
+    """The content of one pair of axes."""
 
     column: str
     title: str
     smoothed: bool = False
     marked: bool = False
-    """with a dot at each value"""
+    """draw a dot at each value"""
     from_zero: bool = False
 
 
 def comparison(lines: Sequence[Line], panels: Sequence[Panel], axis: Axis, label: str) -> str:
-    """The panels, two in a row, of which some line has each."""
+    """A figure with two panels per row, as HTML."""
     rows = math.ceil(len(panels) / 2)
     figure, grid = _figure(rows, min(2, len(panels)))
     for axes, panel in zip(grid, panels, strict=False):
@@ -89,7 +90,7 @@ def _points(run: Run, panel: Panel, axis: Axis) -> tuple[np.ndarray, np.ndarray]
 def _band(
     curves: list[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x, lowest, mean and highest of several curves, where all of them are."""
+    """x, minimum, mean and maximum of several curves, on their common range."""
     curves = [curve for curve in curves if len(curve[0])]
     if len(curves) < 2:
         x, y = curves[0] if curves else (np.empty(0), np.empty(0))
@@ -109,7 +110,7 @@ def _draw(axes: Any, line: Line, panel: Panel, x: np.ndarray, y: np.ndarray) -> 
 
 
 def _limit(axes: Any, panel: Panel, tops: list[tuple[float, float]]) -> None:
-    """The fall of the first steps would press everything after it flat."""
+    """Sets the y range without the first steps, whose large losses would flatten the rest."""
     if panel.from_zero:
         axes.set_ylim(0, None)
     elif panel.smoothed and tops:
@@ -119,7 +120,7 @@ def _limit(axes: Any, panel: Panel, tops: list[tuple[float, float]]) -> None:
 
 
 def _number(axes: Any, ends: list[tuple[float, float, Line]], apart: float = 0.065) -> None:
-    """Each line's number right of the axes at the height of its end, none on another."""
+    """Writes each line's number to the right of its end, without overlaps."""
     low, high = axes.get_ylim()
     place = -math.inf
     heights: list[tuple[float, Line]] = []
@@ -146,7 +147,7 @@ def _engineering() -> Any:
 
 
 def learning(run: Run) -> str:
-    """One run's loss against steps, and its throughput."""
+    """Loss and throughput of one run against steps."""
     figure, (loss, speed) = _figure(1, 2, width_ratios=[2, 1])
     x, y = run.curve("loss", "steps")
     loss.plot(x, y, color="#9ecbff", linewidth=0.8, label="training, each step")
@@ -155,21 +156,21 @@ def learning(run: Run) -> str:
     loss.set(xlabel="step", ylabel=f"loss ({loss_unit(run.unit)})")
     loss.legend(frameon=False)
     speed.plot(*run.curve(f"{run.unit}_per_s", "steps"), color="#57606a")
-    speed.set(xlabel="step", ylabel=f"{run.unit} a second", ylim=(0, None))
+    speed.set(xlabel="step", ylabel=f"{run.unit} per second", ylim=(0, None))
     return svg(figure, "Loss and throughput against steps")
 
 
 def rewards(run: Run) -> str:
-    """Of a run on its own answers: rewards, and the distance to the reference."""
+    """Rewards and distance to the reference of a PPO or GRPO run."""
     figure, (reward, distance) = _figure(1, 2, width_ratios=[2, 1])
     x, y = run.curve("reward", "steps")
     reward.plot(x, y, color="#9ecbff", linewidth=0.8, label="rollouts")
     reward.plot(x, smooth(y), color="#0550ae", label="rollouts, smoothed")
-    _dots(reward, run, "val_reward", "held-out answers")
-    _dots(reward, run, "val_gold", "held-out answers, gold", color="#1a7f37")
+    _dots(reward, run, "val_reward", "held-out completions")
+    _dots(reward, run, "val_gold", "held-out completions, gold", color="#1a7f37")
     reward.set(xlabel="step", ylabel="mean reward")
     reward.legend(frameon=False)
-    _dots(distance, run, "val_kl", "held-out answers")
+    _dots(distance, run, "val_kl", "held-out completions")
     distance.set(xlabel="step", ylabel="nats from the reference")
     return svg(figure, "Reward and distance to the reference against steps")
 
@@ -181,7 +182,7 @@ def _dots(axes: Any, run: Run, column: str, label: str, color: str = "#bc4c00") 
 
 
 def _figure(rows: int, columns: int, width_ratios: list[int] | None = None) -> tuple[Any, Any]:
-    """A figure and its axes, row by row."""
+    """A figure and its axes in row order."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

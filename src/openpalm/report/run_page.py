@@ -1,4 +1,4 @@
-"""One run: its curves, what it wrote on the way, and its settings."""
+"""HTML sections about one run: learning curves, samples and settings."""
 
 import html
 from pathlib import Path
@@ -10,15 +10,15 @@ from openpalm.report.runs import Run, loss_unit, mean_of_last, read_runs
 
 
 def run_sections(path: Path) -> list[Section]:
-    """The sections of the run in a directory. Raises DataError where it holds no run."""
+    """The sections of the run in a directory. Raises DataError if there is none."""
     return sections_of(read_runs([path])[0])
 
 
 def sections_of(run: Run) -> list[Section]:
-    """The run's part of a page."""
+    """The sections about a run."""
     sections = [Section(f"{run.name}: learning", _learning(run))]
     if run.samples:
-        sections.append(Section(f"{run.name}: what it writes", _samples(run.samples)))
+        sections.append(Section(f"{run.name}: samples", _samples(run.samples)))
     settings = table(["setting", "value"], run.settings.items())
     sections.append(Section(f"{run.name}: settings", settings))
     return sections
@@ -31,11 +31,11 @@ def _learning(run: Run) -> str:
         ("steps", last["step"]),
         (unit, last[unit]),
         ("minutes", _rounded(last["elapsed_s"] / 60, 1)),
-        (f"{unit} a second, median", _rounded(run.median(f"{unit}_per_s"), 0)),
+        (f"{unit} per second, median", _rounded(run.median(f"{unit}_per_s"), 0)),
         ("training loss, last tenth", _rounded(mean_of_last(run), 3)),
         ("share of the measured matrix-multiply peak, median", _percent(run.median("mfu"))),
         (f"validation loss, {loss_unit(unit)}", _rounded(run.last("val_loss"), 3)),
-        ("validation bits a byte", _rounded(run.last("val_bits_per_byte"), 3)),
+        ("validation bits per byte", _rounded(run.last("val_bits_per_byte"), 3)),
         ("steps skipped", sum("skipped" in row for row in run.steps) or None),
     ]
     known = [(name, value) for name, value in facts if value is not None]
@@ -61,7 +61,7 @@ def _samples(rows: list[dict[str, Any]]) -> str:
 
 
 def sample_text(sample: dict[str, Any]) -> str:
-    """A prompt and what was written after it."""
+    """A prompt and its completion, as HTML."""
     return (
         f'<pre><span class="prompt">{html.escape(str(sample["prompt"]))}</span>'
         f"{html.escape(str(sample['text']))}</pre>"

@@ -1,6 +1,6 @@
-"""What the directories of runs say: rows, settings, sizes, and which runs can be compared.
+"""Reads run directories: metrics, settings, sizes, and which runs can be compared.
 
-Draws nothing. The rows may be of a run that is still going on, or of one that was killed.
+A run may be unfinished or still running.
 """
 
 import math
@@ -20,55 +20,55 @@ AXES: tuple[Axis, ...] = get_args(Axis)
 Curve = tuple[list[float], list[float]]
 
 _WHAT_THE_LOSS_IS = ("loss", "advantage", "critic", "template")
-"""settings that exist for some objectives only, or choose one"""
+"""settings that choose the objective"""
 _NOT_CHOICES = ("out", "run.peak_flops", "run.minutes")
-"""settings that say where a run is or what was measured, not what was wanted"""
+"""settings that are a path or a measurement, not a choice"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its directory shows it."""
+    """A run, read from its directory."""
 
     path: Path
     name: str
-    """of the directory, with as much of the path as tells it from the others"""
+    """name of the directory, with as much of the path as makes it unique"""
     rows: list[dict[str, Any]]
     steps: list[dict[str, Any]]
-    """the training rows among them"""
+    """the training rows"""
     samples: list[dict[str, Any]]
     settings: dict[str, str]
     """dotted name -> value; `run.` names are of run.json"""
     unit: str
-    """what the loss averages over"""
+    """unit that the loss is averaged over"""
     parameters: int | None
     flops_per_token: int | None
-    """None where the run has no checkpoint yet, or a step costs other FLOPs than its tokens'"""
+    """None without a checkpoint, or if the FLOPs of a step do not follow from its tokens"""
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """Losses of runs of one kind mean the same."""
+        """Runs of the same kind have comparable losses."""
         return (self.unit, *(self.settings.get(name, "") for name in _WHAT_THE_LOSS_IS))
 
     @property
     def planned(self) -> int | None:
-        """Steps that the run shall have."""
+        """Number of steps of the finished run."""
         return _whole(self.settings.get("run.steps"))
 
     def curve(self, column: str, axis: Axis) -> Curve:
-        """A column's known values against an axis; empty where the run cannot tell."""
+        """The values of a column against an axis; empty if the axis is not known."""
         if axis == "flops" and self.flops_per_token is None:
             return [], []
-        own = self.rows if axis == "steps" else self.steps
-        places = {row["step"]: self._place(row, axis) for row in own}
+        rows = self.rows if axis == "steps" else self.steps
+        positions = {row["step"]: self._position(row, axis) for row in rows}
         known = [
-            (places[row["step"]], row[column])
+            (positions[row["step"]], row[column])
             for row in self.rows
-            if is_number(row.get(column)) and row["step"] in places
+            if is_number(row.get(column)) and row["step"] in positions
         ]
         return [x for x, _ in known], [y for _, y in known]
 
     def last(self, column: str) -> float | None:
-        """The newest known value of a column."""
+        """The last value of a column."""
         values = self.curve(column, "steps")[1]
         return values[-1] if values else None
 
@@ -76,7 +76,7 @@ class Run:
         values = sorted(self.curve(column, "steps")[1])
         return values[len(values) // 2] if values else None
 
-    def _place(self, row: dict[str, Any], axis: Axis) -> float:
+    def _position(self, row: dict[str, Any], axis: Axis) -> float:
         if axis == "steps":
             return row["step"]
         if axis == "minutes":
@@ -85,14 +85,14 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs, each once. Raises DataError where a directory holds no run."""
+    """The runs, without repeated paths. Raises DataError for a directory without a run."""
     given = {path.resolve(): path for path in paths}
     return [_read(path, name) for path, name in zip(given.values(), _names([*given]), strict=True)]
 
 
 def _read(path: Path, name: str) -> Run:
     if not (path / "metrics.jsonl").is_file():
-        raise DataError(f"{path}: holds no metrics.jsonl; give the directory of a run")
+        raise DataError(f"{path}: holds no metrics.jsonl; give a run directory")
     rows = read_rows(path / "metrics.jsonl")
     steps = [row for row in rows if _is_training(row)]
     if not steps:
@@ -125,14 +125,14 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _is_training(row: dict[str, Any]) -> bool:
-    """A loss may be null: the step was skipped."""
+    """Whether this is a training row; its loss is null if the step was skipped."""
     units = [name.removesuffix("_per_s") for name in row if name.endswith("_per_s")]
     wanted = ["elapsed_s", *units, *(f"{unit}_per_s" for unit in units)]
     return "loss" in row and bool(units) and all(is_number(row.get(name)) for name in wanted)
 
 
 def _sizes(path: Path, sequence_length: str | None) -> tuple[int | None, int | None]:
-    """Parameters and FLOPs a token (PaLM, appendix B), as the newest checkpoint's config says."""
+    """Parameters and FLOPs per token (PaLM, appendix B) from the newest checkpoint's config."""
     saved = checkpoint.steps(path)
     try:
         config = checkpoint.load_config(saved[-1]) if saved else None
@@ -152,7 +152,7 @@ def is_number(value: Any) -> bool:
 
 
 def flat(mapping: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as dotted names and values."""
+    """Nested settings as pairs of dotted name and value."""
     rows: list[tuple[str, str]] = []
     for name, value in mapping.items():
         if isinstance(value, dict):
@@ -163,7 +163,7 @@ def flat(mapping: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Of each of the distinct paths the shortest end that no other has."""
+    """For each path the shortest end that no other path has."""
     names = []
     for path in paths:
         ends = (path.parts[-n:] for n in range(1, 1 + len(path.parts)))
@@ -173,7 +173,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def group_by_kind(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs in groups whose losses can be compared, in the order given."""
+    """Groups of runs with comparable losses, in the given order."""
     kinds: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         kinds.setdefault(run.kind, []).append(run)
@@ -181,7 +181,7 @@ def group_by_kind(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def group_by_seed(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs in groups that differ in nothing but their seed."""
+    """Groups of runs that differ only in their seed."""
     groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         rest = ((k, v) for k, v in run.settings.items() if k not in ("seed", *_NOT_CHOICES))
@@ -194,14 +194,14 @@ def group_by_seed(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings that are not the same in all runs, with each run's value."""
+    """The settings that differ between the runs, with the value of each run."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     table = [(name, [run.settings.get(name, "not set") for run in runs]) for name in names]
     return [(n, values) for n, values in table if n not in _NOT_CHOICES and len({*values}) > 1]
 
 
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """Exponential mean over about `share` of the curve, unbiased at its start."""
+    """Exponential moving average over about `share` of the curve, with bias correction."""
     keep = 1 - 1 / max(1.0, share * len(values))
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
@@ -218,9 +218,9 @@ def mean_of_last(run: Run) -> float:
 
 
 def loss_unit(unit: str) -> str:
-    return "nats a token" if unit == "tokens" else f"mean over {unit}"
+    return "nats per token" if unit == "tokens" else f"mean over {unit}"
 
 
 def axis_label(axis: Axis, unit: str) -> str:
-    """As a figure writes it: training tokens may be pairs."""
+    """The label of an axis; the unit of training may be pairs in place of tokens."""
     return {"steps": "steps", "tokens": unit, "minutes": "minutes", "flops": "training FLOPs"}[axis]

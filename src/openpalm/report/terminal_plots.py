@@ -1,4 +1,4 @@
-"""Curves as text: braille dots, axes, and each line's name at the height of its end."""
+"""Plots curves in the terminal with braille characters."""
 
 import math
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ from openpalm.report.runs import (
 
 COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red", "bright_black", "white")
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-"""bits of a braille character (U+2800 and on), row by row"""
+"""bits of the dots of a braille character (from U+2800), by row and column"""
 _UNITS = "kMGTPEZ"
 _BEGINNING = 0.05
-"""share of a curve whose highest values may lie above the plot"""
+"""share at the start of a curve that may be above the plot"""
 
 
 def plot(
     curves: Sequence[tuple[str, Curve]], *, title: str, x_label: str, width: int, height: int
 ) -> Text:
-    """The curves, each with a name, in `width` columns and `height` lines; empty ones left out."""
+    """Plots named curves in `width` columns and `height` lines; skips empty ones."""
     curves = [(name, curve) for name, curve in curves if curve[0]]
     if not curves:
         return Text(f"{title}: nothing to draw yet\n")
@@ -72,7 +72,7 @@ def _colour(owner: int) -> str:
 def _stroke(
     cells: np.ndarray, owners: np.ndarray, owner: int, across: np.ndarray, down: np.ndarray
 ) -> None:
-    """Sets the dots of a polyline; what lies above the plot is left out."""
+    """Sets the dots of a polyline inside the plot."""
     if len(across) == 1:
         across, down = np.repeat(across, 2), np.repeat(down, 2)
     for (x0, y0), (x1, y1) in pairwise(zip(across, down, strict=True)):
@@ -85,7 +85,7 @@ def _stroke(
 
 
 def _labels(ends: list[tuple[str, float]], rows: int) -> dict[int, tuple[int, str]]:
-    """Row -> whose name stands there: as near to the line's end as the others let it."""
+    """Row -> curve number and name, as near to the end of its curve as possible."""
     if len(ends) < 2:
         return {}
     order = sorted(range(len(ends)), key=lambda i: ends[i][1])
@@ -112,7 +112,7 @@ def _short(value: float) -> str:
 
 
 def print_losses(runs: Sequence[Run], axis: Axis, height: int = 20) -> None:
-    """The losses on standard output, training and validation, what differs in meaning apart."""
+    """Prints training and validation losses, one plot per group of comparable runs."""
     console = Console()
     for kind in group_by_kind(runs):
         for column in ("loss", "val_loss"):
@@ -121,7 +121,7 @@ def print_losses(runs: Sequence[Run], axis: Axis, height: int = 20) -> None:
 
 
 def print_loss(path: Path, console: Console, height: int = 10) -> None:
-    """The training loss of the run in a directory, small."""
+    """Prints a small plot of the training loss of the run in a directory."""
     console.print(_losses(read_runs([path]), "loss", "steps", console.width, height), end="")
 
 

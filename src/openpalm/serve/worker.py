@@ -23,7 +23,8 @@ from typing import TypeVar
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import NumbersError, OpenPalmError
 from openpalm.generate.defaults import SamplingDefaults
-from openpalm.generate.engine import NOT_FINITE, Engine, Request, Token
+from openpalm.generate.engine import NOT_FINITE, Engine
+from openpalm.generate.request import Request, Token
 from openpalm.generate.streaming import CompletionText, TextDelta
 
 T = TypeVar("T")

@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +114,3 @@ def describe(row: dict[str, Any]) -> str:
 def unit_of(row: dict[str, Any]) -> str:
     """The unit of a training row's loss: tokens, pairs."""
     return next(name.removesuffix("_per_s") for name in row if name.endswith("_per_s"))
-
-
-def last(rows: Iterable[dict[str, Any]], name: str) -> Any:
-    """The newest value of a column, or None."""
-    values = [row[name] for row in rows if name in row]
-    return values[-1] if values else None

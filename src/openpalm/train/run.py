@@ -76,6 +76,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
         other = run_directory.finished_by_other_version(settings.out)
         if other is not None:
             return Outcome(other, step_of(other), was_finished=True)
+        # A measured choice (dtype, number of steps) is made once: a resumed run must repeat it.
         info = run_directory.recall(
             settings,
             spec.hashes,
@@ -89,6 +90,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
         # Only now is the training state read and verified: a finished run may be without it.
         newest = checkpoint.latest(settings.out, training=True)
         run_directory.write(settings, info)
+        # Fresh weights and dropout depend on it; a resumed run overwrites both.
         torch.manual_seed(settings.seed)
         dtype = getattr(torch, info.dtype)
         trainer = make_trainer(settings, spec, shape, device, steps=info.steps, dtype=dtype)
@@ -136,10 +138,12 @@ class _Session:
                 f"{newest / 'train'}: its state is not one that this run saves "
                 f"({_fault_in_state(error)}); remove this checkpoint to continue from an older one"
             ) from error
+        # Time counts over all processes of the run, so that curves over time have no jumps.
         self.started = time.monotonic() - elapsed_s
 
     def run(self) -> Outcome:
         """Trains to the last step; saves and ends the process after SIGINT or SIGTERM."""
+        # Rows of steps after the checkpoint are computed again, to the same numbers.
         self._remove_later_than(self.trainer.step)
         with ExitStack() as stack:
             line = self._open(stack)
@@ -155,10 +159,12 @@ class _Session:
                     self._save_unless_saved()
                     raise
                 self._after_step(report, time.monotonic() - began)
+                # A signal is looked at between steps only: a checkpoint is of a whole step.
                 if signals and self.trainer.step < self.trainer.steps:
                     self._save_unless_saved()
                     more = "run the same command again to continue"
                     line.say(f"stopped after step {self.trainer.step}; {more}")
+                    # By the signal itself, so that a shell sees why the process ended.
                     _end_by(signals[0])
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
@@ -192,6 +198,7 @@ class _Session:
     def _after_step(self, report: StepReport, seconds: float) -> None:
         """Writes the step's row; evaluates and saves if it is time to."""
         self.profiler.after_step()
+        # The row comes before the checkpoint that counts it; after a kill the row is cut off again.
         row = self.rows.append(self._row(report, seconds))
         self.loggers.write(row)
         self.line.show(row)
@@ -200,6 +207,7 @@ class _Session:
         last, alarm = report.step == self.trainer.steps, None
         if last or report.step % self.eval_every == 0:
             alarm = self._probe(report.step)
+        # An alarm saves too: the step that raised it can be examined.
         if last or alarm or report.step % self.save_every == 0:
             self._save()
         if alarm:
@@ -292,6 +300,7 @@ class _Session:
             fingerprint=step == self.trainer.steps,
         )
         if self.settings.keep_checkpoints:
+            # The best checkpoint survives --keep-checkpoints; after an alarm it is the one to use.
             best = self._best()
             for old in checkpoint.steps(self.settings.out)[: -self.settings.keep_checkpoints]:
                 if step_of(old) != best:

@@ -18,7 +18,9 @@ from openpalm.align.logprobs import Evaluated, evaluate
 from openpalm.align.pairs.examples import render_completion, to_examples
 from openpalm.align.rollouts.rollout_batch import Completion, collate_completions
 from openpalm.data.batches.loader import IGNORE, Example
-from openpalm.data.rows.preferences import Pair, ReadResult, assistant_turn
+from openpalm.data.rows.messages import assistant_turn
+from openpalm.data.rows.preferences import Pair
+from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model import lora

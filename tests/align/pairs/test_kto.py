@@ -23,7 +23,8 @@ from openpalm.align.pairs.kto import (
     reference_point,
     with_mismatched,
 )
-from openpalm.data.rows.preferences import LabelledCompletion, ReadResult
+from openpalm.data.rows.preferences import LabelledCompletion
+from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.conversation import Example, Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError

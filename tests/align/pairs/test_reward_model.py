@@ -30,7 +30,8 @@ from openpalm.align.pairs.reward_model import (
     gaussian_bins,
     rating_losses,
 )
-from openpalm.data.rows.preferences import Rating, ReadResult
+from openpalm.data.rows.preferences import Rating
+from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.conversation import Example, Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError, SettingsError

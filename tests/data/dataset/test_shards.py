@@ -294,7 +294,7 @@ def test_inputs_may_not_lie_in_the_output(tmp_path):
     corpus(tmp_path / "out" / "a.jsonl", 20)
     (tmp_path / "out" / progress_file.PARTIAL).touch()
     (tmp_path / "out" / "a.jsonl").rename(tmp_path / "out" / "tokenizer.json")
-    with pytest.raises(DataError, match="lies inside --out"):
+    with pytest.raises(DataError, match="is inside --out"):
         run(tmp_path, tmp_path / "out" / "tokenizer.json")
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
@@ -342,14 +342,14 @@ def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
 def test_two_at_once_do_not_mix(tmp_path):
     corpus(tmp_path / "a.jsonl", 20)
     with (
-        progress_file.claimed(tmp_path / "out", {}),
+        progress_file.claim_folder(tmp_path / "out", {}),
         pytest.raises(DataError, match="another process is preparing it"),
     ):
         run(tmp_path, tmp_path / "a.jsonl")
     run(tmp_path, tmp_path / "a.jsonl")
     with (
         pytest.raises(DataError, match="has just prepared it"),
-        progress_file.claimed(tmp_path / "out", {}),
+        progress_file.claim_folder(tmp_path / "out", {}),
     ):
         pass
     assert open_dataset(tmp_path / "out").manifest.documents.read == 20
@@ -469,7 +469,7 @@ def test_everything_held_out(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"val_fraction": 0.0}, "--val-fraction 0.0: must lie between 0 and 1"),
+        ({"val_fraction": 0.0}, "--val-fraction 0.0: must be between 0 and 1"),
         ({"val_fraction": float("nan")}, "--val-fraction nan"),
         ({"val": "tail"}, "--val tail: must be hash or tail:F"),
         ({"val": "tail:0.0"}, "--val tail:0.0"),

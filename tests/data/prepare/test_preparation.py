@@ -15,7 +15,7 @@ import pytest
 from openpalm.base import workers
 from openpalm.data.corpus import document_reader
 from openpalm.data.dataset.shards import open_dataset
-from openpalm.data.prepare import preparation, progress_file, scan, split, writing
+from openpalm.data.prepare import duplicates, preparation, progress_file, scan, split, writing
 from openpalm.data.prepare.parts import build
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
 from openpalm.errors import DataError
@@ -75,7 +75,11 @@ def slow_at_first(self, segment, encode=preparation.Encoder.__call__):
 
 MISTAKES = {
     "results as they come": (workers.Workers, "map", as_they_come),
-    "no hash goes on": (writing, "_beginning", lambda path, entry: hashlib.sha256()),
+    "a hash starts over": (
+        writing,
+        "_reopened",
+        lambda folder, entry: writing._HashedFile(folder / entry.name, entry.size),
+    ),
     "all written twice": (
         preparation.Segments,
         "read",
@@ -86,10 +90,10 @@ MISTAKES = {
 
 
 def check_bytes(inputs, folder, killed):
-    """Gone on after a kill, and begun anew by other threads: as the first run wrote them."""
+    """Resumed after a kill, and by other numbers of threads: the bytes of the first run."""
     run(inputs, killed, workers=3)
-    run(inputs, folder / "anew", workers=3)
-    for out in (killed, folder / "anew"):
+    run(inputs, folder / "again", workers=3)
+    for out in (killed, folder / "again"):
         assert contents(out) == contents(folder / "right")
 
 
@@ -164,7 +168,7 @@ def test_parts_that_do_not_belong_together(inputs, tmp_path):
         run(inputs, tmp_path / name, shard=shard, **options)
     for names, says in (
         (["1"], "parts missing: 2/2"),
-        (["1", "again"], "is part 1/2 as"),
+        (["1", "again"], "is part 1/2, and so is"),
         (["1", "other"], "was made from other inputs or with other settings than"),
         (["1", "2", "third"], "was made from other inputs"),
     ):
@@ -297,19 +301,19 @@ def test_unfinished_work_on_changed_inputs_is_refused(inputs, tmp_path, monkeypa
     assert contents(tmp_path / "out") == contents(tmp_path / "at-once")
 
 
-@pytest.mark.parametrize("damage", ["journal", "records", "last shard", "shorter shard"])
+@pytest.mark.parametrize("damage", ["progress file", "measures", "last shard", "shorter shard"])
 def test_damaged_unfinished_work_is_refused(damage, inputs, tmp_path, monkeypatch):
     assert until_killed(inputs, tmp_path / "out", 180, monkeypatch)
-    name = {"journal": progress_file.PARTIAL, "records": "documents.partial"}.get(
+    name = {"progress file": progress_file.PARTIAL, "measures": "documents.partial"}.get(
         damage, "train-00000.bin"
     )
     if damage == "last shard":
         name = max(path.name for path in (tmp_path / "out").glob("train-*.bin"))
     file = tmp_path / "out" / name
     data = file.read_bytes()
-    changed = {"journal": b"[]\n" + data, "last shard": bytes(len(data))}
+    changed = {"progress file": b"[]\n" + data, "last shard": bytes(len(data))}
     file.write_bytes(changed.get(damage, data[: len(data) // 3]))
-    with pytest.raises(DataError, match=r"is no journal|torn|altered|the manifest says"):
+    with pytest.raises(DataError, match=r"is no progress file|torn|altered|the manifest says"):
         run(inputs, tmp_path / "out")
 
 
@@ -318,7 +322,7 @@ def test_duplicates_are_found_across_buckets_and_slices(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     run([str(path)], tmp_path / "one", val="hash")
-    monkeypatch.setattr(split, "BUCKET_DOCUMENTS", 50)
+    monkeypatch.setattr(duplicates, "BUCKET_DOCUMENTS", 50)
     monkeypatch.setattr(split, "SLICE", 64)
     manifest = run([str(path)], tmp_path / "two", val="hash")
     assert manifest.documents.duplicates == 1000 - 331

@@ -494,14 +494,20 @@ BOTH = {"prompt": "q", "chosen": "a", "rejected": "b"}
             {"chosen": [SYSTEM, *talk("q", "a")], "rejected": [SYSTEM, *talk("r", "a")]},
             "empty prompt",
         ),
-        (BOTH | {"chosen": talk("r", "a")}, "chosen does not begin as an answer to the prompt"),
+        (BOTH | {"chosen": talk("r", "a")}, "chosen does not begin with an assistant turn"),
         (BOTH | {"rejected": talk("q", "b", "c")}, "rejected does not end with an assistant turn"),
         (
             {"chosen": HH + " a", "rejected": HH + " b\n\nHuman: c"},
             "rejected does not end with an a",
         ),
-        ({"chosen": "a b", "rejected": "c b"}, "no prompt, and the answers have no common begin"),
-        ({"chosen": talk("q", "a"), "rejected": talk("r", "a")}, "no prompt, and the answers have"),
+        (
+            {"chosen": "a b", "rejected": "c b"},
+            "no prompt, and the completions have no common begin",
+        ),
+        (
+            {"chosen": talk("q", "a"), "rejected": talk("r", "a")},
+            "no prompt, and the completions have",
+        ),
         (BOTH | {"weight": 0}, "weight is 0"),
     ],
 )

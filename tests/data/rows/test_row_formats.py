@@ -373,7 +373,7 @@ def test_rows_without_a_prompt(save):
     rows = [CONVERSATION, {"messages": turns(*BLUE)}, {"messages": []}]
     found, unused = read_prompts(save(*rows))[:2]
     assert len(found) == 1
-    assert unused == {"nothing is asked before the last answer": 2}
+    assert unused == {"no user turn before the last completion": 2}
     found = read_prompts(save({"prompt": turns(*SKY, *BLUE)}))
     assert found[:2] == ([], {"the prompt ends with an assistant turn": 1})
     with pytest.raises(DataError, match="Anthropic HH texts, which `openpalm dpo` reads"):

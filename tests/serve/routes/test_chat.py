@@ -4,7 +4,7 @@ import pytest
 from servers import events
 
 from openpalm.data.text.conversation import Message, render, stop_ids
-from openpalm.generate.engine import Request
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 
 TALK = [

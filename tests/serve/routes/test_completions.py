@@ -6,7 +6,7 @@ import math
 import pytest
 from servers import events
 
-from openpalm.generate.engine import Request
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling, completion_seed
 from openpalm.generate.streaming import Completion, stream
 

@@ -44,7 +44,7 @@ from openpalm.align.rollouts.rollout import RolloutLoader, reference_log_probs
 from openpalm.align.rollouts.rollout_batch import Completion, Reward, collate_completions
 from openpalm.align.rollouts.sampler import Sampler
 from openpalm.data.batches.loader import IGNORE
-from openpalm.data.rows.preferences import Messages
+from openpalm.data.rows.messages import Messages
 from openpalm.data.text.conversation import Example, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.transformer import Transformer

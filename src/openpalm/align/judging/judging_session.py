@@ -27,7 +27,8 @@ from openpalm.align.judging.model_judge import (
 from openpalm.base.jsonl import JsonlWriter
 from openpalm.data.rows.candidate_files import CandidateRow
 from openpalm.data.rows.constitution import Constitution
-from openpalm.data.rows.preferences import Candidate, Messages, Preference
+from openpalm.data.rows.messages import Messages
+from openpalm.data.rows.preferences import Candidate, Preference
 from openpalm.data.rows.prompt_files import PromptRow
 from openpalm.data.text.conversation import stop_ids
 from openpalm.data.text.tokenizer import Tokenizer

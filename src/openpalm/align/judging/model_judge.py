@@ -31,10 +31,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from openpalm.data.rows.constitution import Article, Constitution
-from openpalm.data.rows.preferences import Candidate, Messages
+from openpalm.data.rows.messages import Messages
+from openpalm.data.rows.preferences import Candidate
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 
 LABELS = ("A", "B")

@@ -17,7 +17,8 @@ from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.shared_prompt import saves_work, share
 from openpalm.data.batches.loader import Example, Loader, padded
 from openpalm.data.batches.order import shuffle
-from openpalm.data.rows.preferences import LabelledCompletion, Pair, Rating, ReadResult
+from openpalm.data.rows.preferences import LabelledCompletion, Pair, Rating
+from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.conversation import Message, render
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.layout import shared_prompt_layout

@@ -16,6 +16,7 @@ from torch import Tensor
 from openpalm.align.config import GrpoSettings
 from openpalm.align.logprobs import evaluate
 from openpalm.align.rollouts.advantages import explained_variance, zero_variance
+from openpalm.align.rollouts.disk_rollout import spill
 from openpalm.align.rollouts.kl import adapted_coefficient, completion_kl
 from openpalm.align.rollouts.rollout_batch import (
     AdvantageEstimate,
@@ -26,7 +27,6 @@ from openpalm.align.rollouts.rollout_batch import (
     collate_completions,
 )
 from openpalm.align.rollouts.sampler import Sampler, derive_seed
-from openpalm.align.rollouts.spill import spill
 from openpalm.data.batches.loader import IGNORE, Loader
 from openpalm.data.batches.order import shuffle
 from openpalm.errors import RewardError, WorkError, count_of

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from openpalm.align.config import RolloutSettings
 from openpalm.align.rollouts.rollout_batch import Completion
-from openpalm.generate.engine import Engine, Request
+from openpalm.generate.engine import Engine
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.transformer import Transformer
 

@@ -69,6 +69,7 @@ class Loader(Generic[B]):
     ):
         self.rows_per_epoch = draws.epoch
         self._batch_of = lambda numbers: collate([draws.item(number) for number in numbers])
+        # The order is part of the identity: a cursor is a count and means nothing in another order.
         self._cursor = Cursor(identity | draws.identity, rows, rank, world_size)
 
     def __iter__(self) -> Self:
@@ -105,8 +106,10 @@ def token_loader(
     """
 
     def collate(starts: list[int]) -> Batch:
+        # One token more than the length: inputs and targets are the same window, one apart.
         windows = np.stack([tokens[start : start + sequence_length + 1] for start in starts])
         ids = torch.from_numpy(windows.astype(np.int64))
+        # Contiguous, or every later view of the shifted halves would copy.
         batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         if documents is None:
             return batch
@@ -169,6 +172,7 @@ def packed_loader(
     draws = draws or shuffle(len(examples), seed)
     lengths = [_length(example, sequence_length) for example in examples]
     return Loader(
+        # The draws are whole rows here, so that the cursor counts rows and not examples.
         packed_draws(draws, lengths, sequence_length, seed),
         lambda rows: packed([[examples[i] for i in row] for row in rows], sequence_length),
         identity,
@@ -196,6 +200,7 @@ def packed(rows: Sequence[Sequence[Example]], sequence_length: int) -> Batch:
     widest = max(map(sum, sizes))
     # Few different widths: compiled kernels are made for each shape.
     width = min(-(-widest // PAD_MULTIPLE) * PAD_MULTIPLE, sequence_length)
+    # Padding may be any id: nothing attends to it and its targets are IGNORE.
     inputs = torch.zeros(len(rows), width, dtype=torch.int64)
     targets, segments = torch.full_like(inputs, IGNORE), torch.full_like(inputs, -1)
     for n, row in enumerate(rows):
@@ -236,6 +241,7 @@ def evaluation_batches(
         )
     for first in range(0, targets, rows * sequence_length):
         ids = tokens[first : first + rows * sequence_length + 1].astype(np.int64)
+        # Windows overlap by one token, so that the first of each is a target too.
         inputs = _windowed(ids[:-1], sequence_length, 0)
         batch = Batch(inputs, _windowed(ids[1:], sequence_length, IGNORE))
         if documents is not None:
@@ -273,6 +279,7 @@ def _identity(examples: Sequence[Example], seed: int, sequence_length: int) -> d
     digest = hashlib.blake2b(digest_size=8)
     for example in examples:
         digest.update(np.array([len(example.ids), *example.ids], dtype="<i8").tobytes())
+        # The mask counts: the same ids with other targets are other data.
         digest.update(bytes(example.loss_mask))
     return {
         "seed": seed,

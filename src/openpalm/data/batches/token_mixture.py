@@ -1,7 +1,6 @@
-"""The prepared datasets that a model is trained on: one, or several in given proportions.
+"""Pretraining data: one prepared dataset, or a mixture of several by weight (a .yaml file).
 
-Several are one array of tokens, one after the other, of which an order draws windows: nothing is
-copied. They are named by a `.yaml`, in the words of a mixture of fine-tuning tasks.
+The datasets form one array of tokens, of which the order draws windows; nothing is copied.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ from openpalm.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class TokenSets:
-    """Datasets of one tokenizer; names tell them apart."""
+    """Datasets of one tokenizer, with their names and weights."""
 
     names: tuple[str, ...]
     datasets: tuple[Dataset, ...]
@@ -33,13 +32,13 @@ class TokenSets:
 
     @property
     def digest(self) -> str:
-        """Stands for the data and the weights."""
+        """Identifies the data and the weights."""
         digests = [dataset.manifest.digest for dataset in self.datasets]
         if len(digests) == 1:
             return digests[0]
         weights = [task.weight and float(task.weight) for task in self.mixture.tasks]
-        told = json.dumps(list(zip(digests, weights, strict=True)))
-        return hashlib.sha256(told.encode()).hexdigest()
+        content = json.dumps(list(zip(digests, weights, strict=True)))
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def tokens(self, split: str) -> "JoinedTokens":
         return JoinedTokens([dataset.tokens(split) for dataset in self.datasets])
@@ -48,18 +47,18 @@ class TokenSets:
         return Documents(self.datasets, split)
 
     def shares(self, sequence_length: int) -> list[int]:
-        """How many windows of an epoch are of each set.
+        """Windows of each set in an epoch.
 
-        An epoch has as many as all sets have together. Where weights ask more of a set than it
-        has, it is repeated; where they ask less, an epoch has a part of it.
+        An epoch has as many windows as all sets together. A set with a larger weight than its
+        size is repeated within an epoch; of one with a smaller weight an epoch has a part.
         """
         return self.mixture.shares([max(1, size // sequence_length) for size in self._sizes])
 
     def draws(self, sequence_length: int, seed: int) -> Draws:
-        """Where each window begins in `tokens("train")`.
+        """The start of each window in `tokens("train")`.
 
-        The sets take turns in the proportion of their shares, and each goes through all its
-        windows before it repeats one. Raises DataError where one has too few tokens.
+        Sets are interleaved in proportion to their shares; each uses all its windows before it
+        repeats one. Raises DataError where a set has too few tokens.
         """
         if len(self.datasets) == 1:
             return windows(self._sizes[0], sequence_length, seed)
@@ -75,14 +74,14 @@ class TokenSets:
 
 
 def open_sets(path: Path) -> TokenSets:
-    """The dataset in a directory, or those that a .yaml names with their weights.
+    """Opens the dataset in a directory, or the datasets of a .yaml file with their weights.
 
         tasks:
-          - {data: docs, weight: 3}     # beside the YAML file
+          - {data: docs, weight: 3}     # relative to the YAML file
           - {data: code, weight: 1}
 
-    Weights are shares of the tokens trained on; without, a set counts as its tokens. Raises
-    DataError where a dataset is missing or damaged, or they are of different tokenizers.
+    Weights are shares of the training tokens; the default is a set's number of tokens. Raises
+    DataError where a dataset is missing or damaged, or tokenizers differ.
     """
     mixture = read_mixture(path)
     paths = [task.data for task in mixture.tasks]
@@ -107,7 +106,7 @@ def open_sets(path: Path) -> TokenSets:
 
 
 class JoinedTokens:
-    """Arrays of tokens as one, one after the other; slices are NumPy arrays."""
+    """Several token arrays as one array; slices are NumPy arrays."""
 
     def __init__(self, arrays: Sequence[TokenArray]):
         self._arrays = arrays

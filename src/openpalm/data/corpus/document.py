@@ -1,10 +1,12 @@
 """A document of a corpus, and its fingerprint: digest and size, kept from the first pass."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from openpalm.base.console import names, shown
 from openpalm.errors import DataError
 
 FINGERPRINT = np.dtype([("digest", "<u8", (2,)), ("size", "<i8")])
@@ -54,6 +56,13 @@ class Fingerprint:
         digest = self._hash.digest()
         low, high = (int.from_bytes(half, "little") for half in (digest[:8], digest[8:]))
         return (low, high), -1 if self._blank else self.size
+
+
+def no_text_field(where: str, field: str, columns: Iterable[str]) -> DataError:
+    """The DataError of a row or a table without the field of its text."""
+    return DataError(
+        f"{where}: no field {shown(field)}; it has {names(columns)}; name one with --text-field"
+    )
 
 
 def id_lengths(document: Document, lengths: np.ndarray | None) -> np.ndarray:

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from openpalm.base.console import names, shown
+from openpalm.base.console import shown
 from openpalm.data.corpus.builtin import BUILTINS
-from openpalm.data.corpus.document import Document
+from openpalm.data.corpus.document import Document, no_text_field
 from openpalm.data.corpus.json_lines import (
     UnparsedLines,
     not_utf8,
@@ -169,9 +169,7 @@ def _id_pieces(source: Source, path: Path, tap: Tap) -> Iterator[Document]:
 
 def _text_of(row: dict[str, Any], field: str, where: str) -> str:
     if field not in row:
-        raise DataError(
-            f"{where}: no field {shown(field)}; it has {names(row)}; name one with --text-field"
-        )
+        raise no_text_field(where, field, row)
     text = row[field]
     if not isinstance(text, str):
         raise DataError(

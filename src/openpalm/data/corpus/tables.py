@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from openpalm.base.console import names, shown
-from openpalm.data.corpus.document import Document
+from openpalm.base.console import shown
+from openpalm.data.corpus.document import Document, no_text_field
 from openpalm.data.corpus.json_lines import MAX_LINE_BYTES
 from openpalm.data.corpus.line_streams import Unavailable, unreadable
 from openpalm.errors import DataError
@@ -129,10 +129,7 @@ def _column(columns: Any, text_field: str, where: str) -> str:
     for name in (text_field, IDS_COLUMN):
         if name in columns:
             return name
-    raise DataError(
-        f"{where}: no field {shown(text_field)}; it has {names(columns)}; "
-        "name one with --text-field"
-    )
+    raise no_text_field(where, text_field, columns)
 
 
 def _document(value: Any, where: str, column: str) -> Document:

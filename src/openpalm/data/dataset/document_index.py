@@ -1,4 +1,4 @@
-"""Where documents begin in the tokens of prepared datasets: read in place, a window at a time."""
+"""Document starts in the tokens of prepared datasets, as segments for the document mask."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from openpalm.errors import DataError
 
 
 class _Index(NamedTuple):
-    """Of a shard, memory-mapped; `base` is where its dataset begins in the tokens of all."""
+    """The index of a shard, memory-mapped; `base`: its dataset's first token among all tokens."""
 
     starts: np.ndarray
     base: int
@@ -20,7 +20,7 @@ class _Index(NamedTuple):
 
 
 class Documents:
-    """The documents of a split of several datasets, whose tokens are counted one after another."""
+    """The documents of a split of several datasets; their tokens are numbered consecutively."""
 
     def __init__(self, datasets: Sequence[Dataset], split: str):
         self._indices: list[_Index] = []
@@ -40,9 +40,9 @@ class Documents:
                 self._ends.append(end)
 
     def segments(self, start: int, stop: int) -> np.ndarray:
-        """int64 [stop - start]: how many documents have begun since token `start`, at each token.
+        """int64 [stop - start]: for each token, the documents that started after token `start`.
 
-        Raises DataError where the index is seen to be torn there.
+        Raises DataError where the index is torn in that range.
         """
         begins = np.zeros(stop - start, dtype=np.int64)
         here, shard = start, bisect_right(self._ends, start)

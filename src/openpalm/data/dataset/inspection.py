@@ -1,4 +1,4 @@
-"""What is in a prepared dataset: counts, lengths, samples, and whether its files are intact."""
+"""`openpalm data inspect`: counts, lengths and samples of a dataset, and a check of its files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SAMPLE_TOKENS = 64
 class SplitReport:
     """`length_percentiles`: tokens a document, at PERCENTILES; `samples`: beginnings.
 
-    `lost`: bytes of text that the vocabulary could not spell, beside `bytes`.
+    `lost`: bytes of text that the vocabulary could not spell; not in `bytes`.
     """
 
     documents: int
@@ -45,7 +45,7 @@ def inspect_dataset(
 ) -> Inspection:
     """Checks every file of a dataset. Raises DataError naming the first file that was altered.
 
-    `progress` is told (bytes done, bytes in total).
+    `progress` gets (bytes done, bytes in total).
     """
     files = dataset.manifest.files(dataset.path)
     check_hashes(files, progress)

@@ -1,7 +1,7 @@
-"""The manifest of a prepared dataset: what its files are and where they came from.
+"""The manifest of a prepared dataset: its files with sizes and SHA-256, its inputs and settings.
 
-Holds no times and no machine's details, so one input always gives the same bytes. Reading trusts
-nothing: every type, name and size is checked before a file is opened.
+It holds no times and no details of the machine, so one input always gives the same bytes. Reading
+trusts nothing: every type, name and size is checked before a file is opened.
 """
 
 import dataclasses
@@ -42,10 +42,10 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class SplitEntry:
-    """`bytes` counts the UTF-8 bytes of the text that `tokens` stand for, end markers apart.
+    """`bytes` counts the UTF-8 bytes of the text that `tokens` spell, without end markers.
 
     `lost` counts the bytes of text that the vocabulary could not spell; they are not in `bytes`.
-    A text that the seam between the splits cuts in two is a document of both.
+    A text that the boundary between the splits cuts in two is a document of both.
     """
 
     documents: int
@@ -84,7 +84,7 @@ class PrepareSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """`split_by` says which of the two ways was taken; `tokenizer` is its digest."""
+    """split_by: hash, tail or files; tokenizer: its digest."""
 
     format: str
     version: int
@@ -103,7 +103,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Stands for the dataset: it covers the hash of every file."""
+        """Identifies the dataset: covers the hash of every file."""
         return hashlib.sha256(self.to_json()).hexdigest()
 
     def files(self, folder: Path) -> list[tuple[Path, FileEntry]]:
@@ -115,28 +115,28 @@ class Manifest:
         for name in NOT_IN_FILE:
             del content[name]
         for split in content["splits"].values():
-            # Written only where there is something to say: the digest of older files stays.
+            # Left out where 0: digests of older manifests stay the same.
             if not split["lost"]:
                 del split["lost"]
         return (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode()
 
     def to_part(self, shard: str) -> bytes:
-        """What one job of several has written, as `read_part` reads it."""
+        """The content of part.json, the manifest of one job of several."""
         part = {"format": PART_FORMAT, "shard": shard, "manifest": json.loads(self.to_json())}
         return (json.dumps(part, indent=2, ensure_ascii=True) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a dataset folder, and every file's presence and size checked.
+    """The manifest of a dataset folder; checks that every file exists with its size.
 
-    Raises DataError where there is none, or it is torn, altered or of another version.
+    Raises DataError where it is missing, torn, altered or of another version.
     """
     path = folder / NAME
     return _checked(path, _content(path, FORMAT), whole=True)
 
 
 def read_part(folder: Path) -> tuple[str, Manifest]:
-    """I/N and the manifest of one job's part, checked as `read_manifest` does."""
+    """I/N and the manifest of one job's part, with the checks of `read_manifest`."""
     path = folder / PART_NAME
     part = _content(path, PART_FORMAT)
     content = typed(dict[str, Any], part.get("manifest"), f"{path}: manifest")
@@ -200,7 +200,7 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
 
 
 def _check_split(path: Path, manifest: Manifest, split: str, entry: SplitEntry) -> None:
-    """Names are the ones we write, so none leads elsewhere; sizes add up to the counts."""
+    """Names are exactly ours, so none leaves the folder; sizes agree with the counts."""
     shards = len(entry.files) // 2
     expected = [name for shard in range(shards) for name in shard_names(split, shard)]
     if not shards or [file.name for file in entry.files] != expected:
@@ -214,7 +214,7 @@ def _check_split(path: Path, manifest: Manifest, split: str, entry: SplitEntry) 
 
 
 def check_size(path: Path, size: int) -> None:
-    """Raises DataError where a file is not there, or not of the size it should have."""
+    """Raises DataError where a file is missing or has another size."""
     try:
         found = path.stat().st_size
     except OSError:
@@ -228,8 +228,8 @@ def check_hashes(
 ) -> None:
     """Compares the SHA-256 of each file (folder, entry) with its entry, on all cores.
 
-    A file that did not change since this process last hashed it is not read again. `progress` is
-    told (bytes done, bytes in total). Raises DataError for the first that was altered.
+    A file that did not change since this process last hashed it is not read again. `progress`
+    gets (bytes done, bytes in total). Raises DataError for the first that was altered.
     """
     total, done = sum(entry.size for _, entry in files), 0
     pool = ThreadPoolExecutor(available_cores())
@@ -248,7 +248,7 @@ def check_hashes(
 
 
 def own_share(files: Sequence[FileEntry]) -> Sequence[FileEntry]:
-    """The part of `files` that this process checks: those of one machine divide the work."""
+    """The files that this process checks: the ranks of one machine divide the work."""
     rank, count = (os.environ.get(name, "") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
         return files
@@ -264,7 +264,7 @@ def _hash_of(file: tuple[Path, FileEntry]) -> str:
 
 
 def typed(kind: Any, value: object, where: str) -> Any:
-    """`value` from JSON as the dataclass, tuple, dict or scalar that `kind` says, or DataError."""
+    """`value` from JSON as the dataclass, tuple, dict or scalar `kind`. Raises DataError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value

@@ -1,9 +1,9 @@
-"""Documents become packed token shards with an index; prepared datasets are opened again.
+"""Opens prepared datasets: token shards with an index of documents, memory-mapped.
 
 DIR/tokenizer.json
 DIR/{train,val}-00000.bin   token ids, little-endian uint16 (uint32 above 65536 ids)
-DIR/{train,val}-00000.idx   uint64: where in the split's tokens each document starts
-DIR/manifest.json           written last: while it is missing, there is no dataset
+DIR/{train,val}-00000.idx   uint64: start of each document in the split's tokens
+DIR/manifest.json           written last: without it there is no dataset
 """
 
 from bisect import bisect_right
@@ -31,13 +31,13 @@ def open_dataset(path: str | Path) -> "Dataset":
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A dataset on disk; nothing is read before it is asked for."""
+    """A dataset on disk; its files are read on demand."""
 
     path: Path
     manifest: Manifest
 
     def tokenizer(self) -> Tokenizer:
-        """Raises DataError if tokenizer.json is not the one the tokens were made with."""
+        """Raises DataError where tokenizer.json is not the tokenizer of these tokens."""
         file = self.path / "tokenizer.json"
         try:
             tokenizer = Tokenizer.load(file)
@@ -50,9 +50,9 @@ class Dataset:
         return tokenizer
 
     def check(self, split: str) -> None:
-        """Raises DataError where a file of the split is not the one that was prepared.
+        """Compares the hashes of a split's files. Raises DataError where one was altered.
 
-        The processes of one machine divide the files among them.
+        The ranks of one machine divide the files among them.
         """
         files = manifest_file.own_share(self.manifest.splits[split].files)
         manifest_file.check_hashes([(self.path, file) for file in files])
@@ -65,7 +65,7 @@ class Dataset:
         return TokenArray(paths, self.manifest.dtype, self.manifest.vocab_size)
 
     def document_offsets(self, split: str) -> np.ndarray:
-        """int64 [documents]: where each starts in the split's tokens. DataError if altered."""
+        """int64 [documents]: starts in the split's tokens. Raises DataError if altered."""
         self.check(split)
         entry = self.manifest.splits[split]
         data = b"".join((self.path / file.name).read_bytes() for file in entry.files[1::2])

@@ -1,4 +1,7 @@
-"""Parts that several jobs have prepared, joined into the bytes that one would have written."""
+"""Joins the parts that several `data prepare --shard I/N` jobs wrote into one dataset.
+
+The files are byte for byte those that a single job would have written.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +13,8 @@ import numpy as np
 
 from openpalm.data.dataset import manifest as manifest_file
 from openpalm.data.dataset.manifest import Manifest, SplitEntry, check_hashes
-from openpalm.data.prepare.preparation import TOKENIZER, job_of, refuse_unusable
-from openpalm.data.prepare.progress_file import claimed
+from openpalm.data.prepare.preparation import TOKENIZER, parse_shard, refuse_unusable
+from openpalm.data.prepare.progress_file import claim_folder
 from openpalm.data.prepare.writing import SplitWriter
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError
@@ -24,10 +27,10 @@ Part = tuple[Path, Manifest]
 def build(
     folders: Sequence[Path], out: Path, progress: Callable[[int, int], None] | None = None
 ) -> Manifest:
-    """Joins the folders that `prepare` wrote for --shard 1/N to N/N, in any order, into `out`.
+    """Joins the folders of --shard 1/N to N/N, given in any order, into `out`.
 
-    Raises DataError where one is missing, altered, or made from other inputs or settings.
-    `progress` is told (bytes checked, bytes in total).
+    Raises DataError where a part is missing, altered, or made from other inputs or settings.
+    `progress` gets (bytes checked, bytes in total).
     """
     parts = _in_order(folders)
     planned = replace(parts[0][1], splits={})
@@ -38,7 +41,7 @@ def build(
         return replace(existing, unchanged=True)
     check_hashes([file for folder, part in parts for file in part.files(folder)], progress)
     files = "".join(str(manifest.splits) for _, manifest in parts).encode()
-    with claimed(out, {"parts": hashlib.sha256(files).hexdigest()}) as unfinished:
+    with claim_folder(out, {"parts": hashlib.sha256(files).hexdigest()}) as unfinished:
         Tokenizer.load(parts[0][0]).save(out / TOKENIZER)
         with ExitStack() as stack:
             splits = {
@@ -57,15 +60,16 @@ def build(
 
 
 def _in_order(folders: Sequence[Path]) -> list[Part]:
-    """Part 1 to part N, all of one preparation."""
+    """The parts 1 to N, checked to be of the same inputs and settings."""
     read = [(folder, *manifest_file.read_part(folder)) for folder in folders]
     first, shard, wanted = read[0]
-    jobs = job_of(shard)[1]
+    jobs = parse_shard(shard)[1]
     found: dict[int, Part] = {}
     for folder, shard, manifest in read:
-        index, count = job_of(shard)
+        index, count = parse_shard(shard)
         if index in found:
-            raise DataError(f"{folder}: is part {shard} as {found[index][0]} is; leave one out")
+            first_given = found[index][0]
+            raise DataError(f"{folder}: is part {shard}, and so is {first_given}; leave one out")
         if count != jobs or replace(manifest, splits={}) != replace(wanted, splits={}):
             raise DataError(
                 f"{folder}: was made from other inputs or with other settings than {first}; "
@@ -92,12 +96,12 @@ def _joined(writer: SplitWriter, parts: Sequence[tuple[Path, SplitEntry]]) -> Sp
 def _chunks(
     folder: Path, entry: SplitEntry, dtype: np.dtype
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens of a part, and which of them start documents."""
+    """Tokens of a part in chunks, and the positions in a chunk where documents start."""
     before = 0
     for tokens_file, index_file in zip(entry.files[::2], entry.files[1::2], strict=True):
         tokens = np.memmap(folder / tokens_file.name, dtype=dtype, mode="r")
         starts = np.fromfile(folder / index_file.name, dtype="<u8").astype(np.int64) - before
         for at in range(0, len(tokens), CHUNK_TOKENS):
-            begun = starts[np.searchsorted(starts, at) : np.searchsorted(starts, at + CHUNK_TOKENS)]
-            yield tokens[at : at + CHUNK_TOKENS], begun - at
+            first, last = np.searchsorted(starts, [at, at + CHUNK_TOKENS])
+            yield tokens[at : at + CHUNK_TOKENS], starts[first:last] - at
         before += len(tokens)

@@ -1,7 +1,7 @@
-"""Preparing a dataset: the inputs scanned, split, encoded and written, from wherever it stopped.
+"""`openpalm data prepare`: scans, splits, encodes and writes a dataset, resuming after a kill.
 
-One mechanism for workers, jobs and kills: the inputs are cut in segments that depend on nothing
-else, segments are encoded side by side and written in order.
+One mechanism for threads, jobs and kills: the inputs alone decide where segments begin; segments
+are encoded in parallel and written in order.
 """
 
 import hashlib
@@ -23,20 +23,20 @@ from openpalm.data.prepare.encoding import Encoder
 from openpalm.data.prepare.progress_file import (
     OUR_NAMES,
     PARTIAL,
-    Unfinished,
-    Written,
-    claimed,
+    UnfinishedDataset,
+    WritePosition,
+    claim_folder,
     remove_scratch,
 )
-from openpalm.data.prepare.scan import RECORDS, hashed, input_entries, scan
-from openpalm.data.prepare.segments import Segments, Share, parts
-from openpalm.data.prepare.split import Split, decide
+from openpalm.data.prepare.scan import MEASURES, hash_source, input_entries, scan
+from openpalm.data.prepare.segments import JobShare, Segments, read_excerpts
+from openpalm.data.prepare.split import Split, assign_splits
 from openpalm.data.prepare.writing import SplitWriter
 from openpalm.data.text.tokenizer import Tokenizer, bpe_size, is_bpe
 from openpalm.errors import DataError, count_of
 
 TOKENIZER = "tokenizer.json"
-# More training text than this makes a vocabulary no better, and learning holds its words in memory.
+# More text makes a vocabulary no better, and training it holds all distinct words in memory.
 BPE_BYTES = 128 << 20
 
 Progress = Callable[[int, int], None]
@@ -44,10 +44,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareRequest:
-    """What to prepare, how, and where to. Raises DataError for a value out of range.
+    """The inputs, the settings and the folder of a dataset. DataError for a value out of range.
 
-    `workers` is a number of threads, None for all cores; `shard` is I/N, one job's part of N.
-    `end_of_text` names the token that ends a document, for a tokenizer that does not tell.
+    workers: number of threads, None for all cores; shard: I/N, one job's part of N; end_of_text:
+    the token that ends a document, for a tokenizer that does not name it.
     """
 
     inputs: Sequence[str]
@@ -64,7 +64,7 @@ class PrepareRequest:
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
-            raise DataError(f"--val-fraction {self.val_fraction}: must lie between 0 and 1")
+            raise DataError(f"--val-fraction {self.val_fraction}: must be between 0 and 1")
         if self.val != "hash":
             tail_fraction(self.val)
         if self.dedup not in ("exact", "none"):
@@ -74,7 +74,7 @@ class PrepareRequest:
         if self.workers is not None and self.workers < 1:
             raise DataError(f"--workers {self.workers}: must be at least 1")
         if self.shard:
-            job_of(self.shard)
+            parse_shard(self.shard)
         if is_bpe(self.tokenizer):
             bpe_size(self.tokenizer)
 
@@ -97,25 +97,26 @@ def tail_fraction(val: str) -> float | None:
 def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manifest:
     """Writes `request.inputs` as a dataset to `request.out`, in bounded memory.
 
-    All inputs are validated before any token is written. A BPE vocabulary is learnt from training
-    text only. What a kill or a full disk interrupted goes on; repeating what is done changes
-    nothing (`manifest.unchanged`). With `request.shard` only one job's part is written, for
-    `openpalm.data.prepare.parts.build` to join. `progress` is given (bytes done, bytes in total).
-    Raises DataError for inputs or a folder that cannot be used, StorageError when the disk refuses.
+    All inputs are validated before any token is written. A BPE vocabulary is trained on training
+    text only. The same request resumes work that a kill or a full disk interrupted, and leaves a
+    finished dataset as it is (`manifest.unchanged`). With `request.shard` one job's part is
+    written, for `openpalm.data.prepare.parts.build` to join. `progress` gets (bytes done, bytes in
+    total). Raises DataError for inputs or a folder that cannot be used, StorageError for the disk.
     """
     given = _given_tokenizer(request)
     left_out: Counter[str] = Counter()
     sources = find_sources(request.inputs, left_out, text_field=request.text_field)
-    existing = _look_at(request)
+    existing = _existing_dataset(request)
     _refuse_own_output(sources, request.out)
-    told = _Told(sources, 1 if existing else 2 if given else 3, progress)
+    # Passes over the inputs: hash only; scan, encode; scan, train the vocabulary, encode.
+    total = _Total(sources, 1 if existing else 2 if given else 3, progress)
     if existing:
-        scanned = [hashed(source, told.advance) for source in sources]
-        _refuse_another(existing, request, input_entries(sources, scanned), given)
+        scanned = [hash_source(source, total.advance) for source in sources]
+        _refuse_other_dataset(existing, request, input_entries(sources, scanned), given)
         remove_scratch(request.out)
         return replace(existing, unchanged=True, left_out=dict(+left_out))
-    with claimed(request.out, _wanted(request, sources, given)) as unfinished:
-        work = _Preparation(request, sources, unfinished, told.advance)
+    with claim_folder(request.out, _description(request, sources, given)) as unfinished:
+        work = _Preparation(request, sources, unfinished, total.advance)
         manifest = work.run(given)
         if request.shard:
             unfinished.commit(manifest_file.PART_NAME, manifest.to_part(request.shard))
@@ -125,8 +126,8 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
     return replace(manifest, left_out=dict(+left_out))
 
 
-def job_of(shard: str) -> tuple[int, int]:
-    """(I, N) of I/N, jobs counted from 1. Raises DataError otherwise."""
+def parse_shard(shard: str) -> tuple[int, int]:
+    """(I, N) of "I/N", jobs counted from 1. Raises DataError otherwise."""
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", shard)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise DataError(f"--shard {shard}: must be I/N with I from 1 to N, such as 1/4")
@@ -134,10 +135,11 @@ def job_of(shard: str) -> tuple[int, int]:
 
 
 def _given_tokenizer(request: PrepareRequest) -> Tokenizer | None:
-    """The tokenizer that is not learnt here; every one must be able to separate documents."""
+    """The tokenizer, unless it is trained here. Raises DataError where it has no end marker."""
     if is_bpe(request.tokenizer):
         if request.end_of_text:
-            Tokenizer.from_spec("byte", (), request.end_of_text)  # refuses another marker
+            # Our own vocabularies have a fixed marker: this refuses any other.
+            Tokenizer.from_spec("byte", (), request.end_of_text)
         return None
     given = Tokenizer.from_spec(request.tokenizer, (), request.end_of_text)
     if given.end_of_text is None:
@@ -166,8 +168,8 @@ def refuse_unusable(manifest: Manifest) -> None:
             )
 
 
-class _Told:
-    """How far all passes together are."""
+class _Total:
+    """Reports the progress of all passes over the inputs together."""
 
     def __init__(self, sources: Sequence[Source], passes: int, progress: Callable | None):
         self._progress, self._done = progress, 0
@@ -183,7 +185,7 @@ class _Told:
 class _Preparation:
     request: PrepareRequest
     sources: Sequence[Source]
-    unfinished: Unfinished
+    unfinished: UnfinishedDataset
     advance: Callable[[int], None]
 
     def run(self, given: Tokenizer | None) -> Manifest:
@@ -198,21 +200,22 @@ class _Preparation:
                 advance=self.advance,
             )
         inputs = input_entries(self.sources, scanned)
-        split = Split(request.val_fraction, tail_fraction(request.val), _own_splits(self.sources))
+        own = [source.split for source in self.sources if source.split]
+        split = Split(request.val_fraction, tail_fraction(request.val), own)
         names = ", ".join(entry.given for entry in inputs)
         dedup = request.dedup == "exact"
-        plan = decide(folder, folder / RECORDS, split, dedup=dedup, given=names)
+        assignment = assign_splits(folder, folder / MEASURES, split, dedup=dedup, given=names)
         segments = Segments(
             sources=self.sources,
             scanned=scanned,
-            plan=plan,
+            assignment=assignment,
             folder=folder,
             in_pieces=given is None or given.in_pieces,
             lengths=lengths,
             end_of_text=given.end_of_text if given else None,
             advance=self.advance,
         )
-        tokenizer = given or self._learnt(segments)
+        tokenizer = given or self._trained_tokenizer(segments)
         tokenizer.save(folder / TOKENIZER)
         dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
         return Manifest(
@@ -221,24 +224,26 @@ class _Preparation:
             dtype=dtype,
             vocab_size=tokenizer.vocab_size,
             tokenizer=tokenizer.digest,
-            split_by=plan.split_by,
+            split_by=assignment.split_by,
             settings=request.settings,
             inputs=inputs,
-            documents=plan.counts,
+            documents=assignment.counts,
             splits=self._write(segments, Encoder(tokenizer, dtype, lengths)),
         )
 
-    def _learnt(self, segments: Segments) -> Tokenizer:
-        """The vocabulary of the training text, evenly sampled where that is long; learnt once."""
+    def _trained_tokenizer(self, segments: Segments) -> Tokenizer:
+        """Trains a BPE vocabulary on the training text, or on an even sample of a long one."""
         file = self.unfinished.folder / TOKENIZER
-        if self.unfinished.done.tokenizer:
+        if self.unfinished.progress.tokenizer:
             known = Tokenizer.load(file)
-            if known.digest == self.unfinished.done.tokenizer:
+            if known.digest == self.unfinished.progress.tokenizer:
                 return known
-        step = -(-segments.plan.bytes // BPE_BYTES)
-        chosen = islice(segments.read(Share(0, 1, segments.plan.bytes)), 0, None, step)
-        found = (part for one in chosen for part in parts(one, None))
-        texts = (part.piece.text for part in found if part.split == "train")
+        size = segments.assignment.bytes
+        # Every job trains on the whole text, so that all jobs get the same vocabulary.
+        step = -(-size // BPE_BYTES)
+        sample = islice(segments.read(JobShare(0, 1, size)), 0, None, step)
+        excerpts = (excerpt for one in sample for excerpt in read_excerpts(one, None))
+        texts = (excerpt.document.text for excerpt in excerpts if excerpt.split == "train")
         tokenizer = Tokenizer.from_spec(self.request.tokenizer, texts)
         tokenizer.save(file)
         with file.open("r+b") as saved:
@@ -247,9 +252,9 @@ class _Preparation:
         return tokenizer
 
     def _write(self, segments: Segments, encoder: Encoder) -> dict[str, SplitEntry]:
-        index, count = job_of(self.request.shard or "1/1")
-        share = Share(index - 1, count, segments.plan.bytes)
-        done = self.unfinished.done.written or Written(0, 0, {})
+        index, count = parse_shard(self.request.shard or "1/1")
+        share = JobShare(index - 1, count, segments.assignment.bytes)
+        done = self.unfinished.progress.written or WritePosition(0, 0, {})
         with ExitStack() as stack:
             writers = {
                 split: stack.enter_context(
@@ -265,26 +270,22 @@ class _Preparation:
             }
             workers = stack.enter_context(working(self.request.workers))
             begin = (done.source, done.segment)
+            # map returns results in the order of the segments, whichever thread was quicker.
             for source, number, encoded in workers.map(encoder, segments.read(share, begin)):
-                for split, found in encoded.items():
-                    writers[split].extend(*found)
+                for split, tokens in encoded.items():
+                    writers[split].extend(*tokens)
                 if self.unfinished.is_due():
                     entries = {split: writer.entry() for split, writer in writers.items()}
-                    self.unfinished.note(Written(source, number + 1, entries))
+                    self.unfinished.note(WritePosition(source, number + 1, entries))
                     files = [file for writer in writers.values() for file in writer.files]
                     self.unfinished.checkpoint(*files)
             return {split: writer.close() for split, writer in writers.items()}
 
 
-def _own_splits(sources: Sequence[Source]) -> list[str] | None:
-    own = [source.split for source in sources if source.split]
-    return own or None
-
-
-def _wanted(
+def _description(
     request: PrepareRequest, sources: Sequence[Source], given: Tokenizer | None
 ) -> dict[str, str]:
-    """What must be the same for unfinished work to be gone on with."""
+    """Everything that must be equal for a request to resume unfinished work."""
     listing = "\n".join(f"{source.given}\0{source.path}" for source in sources)
     return {
         "inputs": hashlib.sha256(os.fsencode(listing)).hexdigest(),
@@ -301,18 +302,18 @@ def _size(source: Source) -> int:
             return source.path.stat().st_size
     if source.given.startswith(HUB_PREFIX):
         return 0
-    return hashed(source, lambda count: None).bytes
+    return hash_source(source, lambda count: None).bytes
 
 
 def _refuse_own_output(sources: list[Source], out: Path) -> None:
     folder = out.resolve()
     for source in sources:
         if source.path and folder in source.path.resolve().parents:
-            raise DataError(f"{source.path}: lies inside --out {out}; choose another --out")
+            raise DataError(f"{source.path}: is inside --out {out}; choose another --out")
 
 
-def _look_at(request: PrepareRequest) -> Manifest | None:
-    """What is already in `out`, if it is whole. Raises DataError for anything that is not ours."""
+def _existing_dataset(request: PrepareRequest) -> Manifest | None:
+    """The finished dataset in `out`, if any. Raises DataError for files that are not ours."""
     out = request.out
     file = next((path for path in (out, *out.parents) if path.is_file()), None)
     if file:
@@ -328,14 +329,14 @@ def _look_at(request: PrepareRequest) -> Manifest | None:
             return manifest
         raise DataError(f"--out {out}: holds part {shard}; choose another --out")
     foreign = sorted(name for name in names if not OUR_NAMES.fullmatch(name))
-    # Without our own mark, even a tokenizer.json is somebody's.
+    # Without the progress file nothing says that we wrote a tokenizer.json.
     if foreign or (names and PARTIAL not in names):
         odd = (foreign or sorted(names))[0]
         raise DataError(f"--out {out}: holds {odd}, which is not ours; choose a new folder")
     return None
 
 
-def _refuse_another(
+def _refuse_other_dataset(
     existing: Manifest,
     request: PrepareRequest,
     inputs: Sequence[InputEntry],
@@ -343,7 +344,7 @@ def _refuse_another(
 ) -> None:
     settings = request.settings
     if given:
-        # The same vocabulary under any path is the same, another one under the same path is not.
+        # Compared by content: the same vocabulary may be given under another path.
         same = given.digest == existing.tokenizer
         name = existing.settings.tokenizer if same else given.digest
         settings = replace(settings, tokenizer=name)

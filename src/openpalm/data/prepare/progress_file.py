@@ -1,8 +1,9 @@
-"""An unfinished dataset: a folder claimed, and how far the work in it has come.
+"""The folder of an unfinished dataset: locked, with a progress file that a killed run resumes from.
 
-While the partial manifest is there, what lies beside it is ours and unfinished. Its lines of JSON
-say what was asked for and what is done: the files they speak of reached the disk before them, and
-a torn last line is cut off. So the same command goes on after a kill at any moment.
+While the progress file (manifest.json.partial) exists, the files next to it are ours and
+unfinished. Each of its lines of JSON says what was requested or how far the work is. The files it
+describes reach the disk before the line does, and a torn last line is cut off; so the same
+command resumes after a kill at any moment.
 """
 
 import contextlib
@@ -22,18 +23,20 @@ from openpalm.data.dataset.manifest import SplitEntry
 from openpalm.errors import DataError, StorageError
 
 PARTIAL = manifest_file.NAME + ".partial"
-OUR_NAMES = re.compile(
-    r"(train|val)-\d{5}\.(bin|idx)|tokenizer\.json|(manifest|part)\.json\.(partial|new)"
-    r"|(documents|blocks|fates|bucket-\d+)\.partial"
+_SCRATCH = (
+    r"(documents|blocks|splits|bucket-\d+|(manifest|part)\.json)\.partial"
+    r"|\.(manifest|part)\.json\.partial-\d+"
 )
-MAX_JOURNAL_BYTES = 64 << 30
-MAX_ROW_BYTES = 64 << 20
+_SCRATCH_NAMES = re.compile(_SCRATCH)
+OUR_NAMES = re.compile(r"(train|val)-\d{5}\.(bin|idx)|tokenizer\.json|" + _SCRATCH)
+MAX_FILE_BYTES = 64 << 30
+MAX_LINE_BYTES = 64 << 20
 CHECKPOINT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Scanned:
-    """A source that the first pass has read: its raw bytes, their hash, what it holds."""
+class ScannedSource:
+    """A source that the first pass has read: its raw bytes, their hash, its documents."""
 
     name: str
     bytes: int
@@ -43,127 +46,138 @@ class Scanned:
 
 
 @dataclass(frozen=True, slots=True)
-class Scanning:
-    """How much of the source after those that were scanned is in the records."""
+class ScanPosition:
+    """Documents and blocks already scanned of the source that is being scanned."""
 
     documents: int
     blocks: int
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """The first segment not yet in the shards, and what they hold; of a split's files, the last
-    two are still open."""
+class WritePosition:
+    """The first segment not yet in the shards, and the content of each split so far.
+
+    The last two files of a split are still open.
+    """
 
     source: int
     segment: int
     splits: dict[str, SplitEntry]
 
 
+_LINES = {"scanned": ScannedSource, "scanning": ScanPosition, "written": WritePosition}
+"""key of a line -> its content"""
+
+
 @dataclass(slots=True)
 class Progress:
-    scanned: list[Scanned] = field(default_factory=list)
-    scanning: Scanning = Scanning(0, 0)
+    scanned: list[ScannedSource] = field(default_factory=list)
+    scanning: ScanPosition = ScanPosition(0, 0)
     tokenizer: str = ""
-    written: Written | None = None
+    written: WritePosition | None = None
 
 
-class Unfinished:
-    """The folder of a dataset being made, this process's alone. `done` says how far it has come."""
+class UnfinishedDataset:
+    """The folder of a dataset that this process is making. `progress` says how far it is."""
 
-    def __init__(self, folder: Path, journal: BinaryIO, wanted: dict[str, str]):
-        self.folder, self.done = folder, Progress()
-        self._journal, self._pending = journal, bytearray()
+    def __init__(self, folder: Path, file: BinaryIO, request: dict[str, str]):
+        self.folder, self.progress = folder, Progress()
+        self._file, self._pending = file, bytearray()
         self.keep = False
-        """Whether an error in the request leaves what was done."""
-        self._resume(wanted)
+        """whether the work so far is kept when the request turns out to be wrong"""
+        self._resume(request)
 
-    def note(self, row: Scanned | Scanning | Written) -> None:
-        """Remembers a row until the next checkpoint."""
-        self._line(type(row).__name__.lower(), dataclasses.asdict(row))
+    def note(self, progress: ScannedSource | ScanPosition | WritePosition) -> None:
+        """Adds a line, written at the next checkpoint."""
+        key = next(key for key, kind in _LINES.items() if type(progress) is kind)
+        self._add_line(key, dataclasses.asdict(progress))
 
     def note_tokenizer(self, digest: str) -> None:
-        self._line("tokenizer", digest)
+        self._add_line("tokenizer", digest)
 
     def is_due(self) -> bool:
-        """Whether enough would be lost by a kill to make it durable now."""
-        return time.monotonic() - self._durable_at >= CHECKPOINT_S
+        """Whether the last checkpoint is more than CHECKPOINT_S ago."""
+        return time.monotonic() - self._checkpoint_at >= CHECKPOINT_S
 
     def checkpoint(self, *files: BinaryIO) -> None:
-        """Makes `files`, and after them what was noted, durable."""
-        self._durable_at = time.monotonic()
+        """Forces `files` to disk, then the lines that describe them."""
+        self._checkpoint_at = time.monotonic()
         for file in files:
             flush(file)
-        self._journal.write(self._pending)
+        self._file.write(self._pending)
         self._pending.clear()
-        flush(self._journal)
+        flush(self._file)
 
     def commit(self, name: str, content: bytes) -> None:
-        """The one instant at which the dataset begins to exist."""
+        """Writes the manifest: from this instant on the dataset exists."""
         write_atomically(self.folder / name, content)
         remove_scratch(self.folder)
 
-    def _line(self, name: str, value: object) -> None:
-        self._pending += json.dumps({name: value}).encode() + b"\n"
+    def _add_line(self, key: str, value: object) -> None:
+        self._pending += json.dumps({key: value}).encode() + b"\n"
 
-    def _resume(self, wanted: dict[str, str]) -> None:
-        where = self.folder / PARTIAL
-        if where.stat().st_size > MAX_JOURNAL_BYTES:
-            raise DataError(f"{where}: more than {MAX_JOURNAL_BYTES} bytes; {manifest_file.REMEDY}")
+    def _resume(self, request: dict[str, str]) -> None:
+        path = self.folder / PARTIAL
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(f"{path}: more than {MAX_FILE_BYTES} bytes; {manifest_file.REMEDY}")
         begun, end = None, 0
-        with where.open("rb") as file:
-            while line := file.readline(MAX_ROW_BYTES):
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE_BYTES):
                 if not line.endswith(b"\n"):
                     break
                 end += len(line)
-                begun = self._read(line, f"{where}") or begun
+                begun = self._read(line, f"{path}") or begun
         if begun is None:
+            # A kill before the first line: nothing in the folder can be trusted.
             remove_ours(self.folder, keep=PARTIAL)
             end = 0
-            self._line("begun", wanted)
-        elif begun != wanted:
-            other = ", ".join(name for name in wanted if begun.get(name) != wanted[name])
+            self._add_line("begun", request)
+        elif begun != request:
+            other = ", ".join(name for name in request if begun.get(name) != request[name])
             raise DataError(
                 f"--out {self.folder}: holds an unfinished dataset (other {other}); repeat the "
                 "command that began it, choose another --out, or remove it first"
             )
-        self._journal.truncate(end)
+        self._file.truncate(end)
         self.checkpoint()
 
     def _read(self, line: bytes, where: str) -> dict[str, str] | None:
+        """Takes a line into `progress`; returns the request that began the dataset."""
         try:
-            ((name, value),) = json.loads(line).items()
+            ((key, value),) = json.loads(line).items()
         except (ValueError, AttributeError, RecursionError):
-            raise DataError(f"{where}: is no journal of ours; {manifest_file.REMEDY}") from None
-        done = self.done
-        if name == "begun":
+            raise DataError(
+                f"{where}: is no progress file of ours; {manifest_file.REMEDY}"
+            ) from None
+        progress = self.progress
+        if key == "begun":
             return manifest_file.typed(dict[str, str], value, where)
-        if name == "scanned":
-            done.scanned.append(manifest_file.typed(Scanned, value, where))
-            done.scanning = Scanning(0, 0)
-        elif name == "scanning":
-            done.scanning = manifest_file.typed(Scanning, value, where)
-        elif name == "tokenizer":
-            done.tokenizer = manifest_file.typed(str, value, where)
+        if key == "scanned":
+            progress.scanned.append(manifest_file.typed(ScannedSource, value, where))
+            progress.scanning = ScanPosition(0, 0)
+        elif key == "scanning":
+            progress.scanning = manifest_file.typed(ScanPosition, value, where)
+        elif key == "tokenizer":
+            progress.tokenizer = manifest_file.typed(str, value, where)
         else:
-            done.written = manifest_file.typed(Written, value, where)
+            progress.written = manifest_file.typed(WritePosition, value, where)
         return None
 
 
 @contextlib.contextmanager
-def claimed(out: Path, wanted: dict[str, str]) -> Iterator[Unfinished]:
-    """The folder, ours alone while the mark in it is locked.
+def claim_folder(out: Path, request: dict[str, str]) -> Iterator[UnfinishedDataset]:
+    """Locks the folder for this process, and resumes the unfinished work in it.
 
-    `wanted` says what is asked for; DataError where the folder holds other unfinished work. An
-    error in the request removes what was done; anything else keeps it for the next attempt, a
-    source that cannot be read at the moment too.
+    `request` describes the dataset: DataError where the folder holds unfinished work of another.
+    A DataError in the block removes the work; every other error keeps it for the next attempt,
+    and so does a source that cannot be read at the moment.
     """
     new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with (out / PARTIAL).open("ab") as partial:
-            _lock(partial, out)
-            unfinished = Unfinished(out, partial, wanted)
+        with (out / PARTIAL).open("ab") as file:
+            _lock(file, out)
+            unfinished = UnfinishedDataset(out, file, request)
             try:
                 yield unfinished
             except DataError as error:
@@ -175,18 +189,19 @@ def claimed(out: Path, wanted: dict[str, str]) -> Iterator[Unfinished]:
                 raise
     except OSError as error:
         name = Path(str(error.filename or out))
-        if not (name.is_relative_to(out) or out.is_relative_to(name)):  # a source's
+        # The error may be about a source, not about our folder.
+        if not (name.is_relative_to(out) or out.is_relative_to(name)):
             raise unreadable(name, error) from None
         raise StorageError(
             f"--out {error.filename or out}: cannot be written ({error.strerror}); "
-            "free some space and repeat the command (it goes on), or choose another --out"
+            "free some space and repeat the command (it continues), or choose another --out"
         ) from None
 
 
 def remove_scratch(out: Path) -> None:
-    """What a finished dataset does not need; the mark last."""
-    for path in [*out.glob("*.partial"), *out.glob("*.json.new")]:
-        if OUR_NAMES.fullmatch(path.name) and path.name != PARTIAL:
+    """Removes the files that a finished dataset does not need, the progress file last."""
+    for path in list(out.iterdir()):
+        if _SCRATCH_NAMES.fullmatch(path.name) and path.name != PARTIAL:
             path.unlink(missing_ok=True)
     (out / PARTIAL).unlink(missing_ok=True)
 
@@ -197,8 +212,9 @@ def remove_ours(out: Path, keep: str = "") -> None:
             entry.unlink()
 
 
-def _lock(partial: BinaryIO, out: Path) -> None:
-    if not lock(partial.fileno()):
+def _lock(file: BinaryIO, out: Path) -> None:
+    if not lock(file.fileno()):
         raise DataError(f"--out {out}: another process is preparing it; wait for it")
+    # Checked under the lock: the process that held it may have finished meanwhile.
     if any((out / name).exists() for name in (manifest_file.NAME, manifest_file.PART_NAME)):
         raise DataError(f"--out {out}: another process has just prepared it; repeat the command")

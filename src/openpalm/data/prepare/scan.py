@@ -1,7 +1,7 @@
-"""The first pass: every document validated, hashed and counted, 24 bytes of each kept on disk.
+"""First pass of `data prepare`: validates, hashes and counts every document.
 
-Memory does not grow with the inputs. What was scanned before a kill is not parsed again: its raw
-bytes are only compared with their hash.
+It leaves 24 bytes a document on disk, so memory does not grow with the inputs. After a kill,
+sources already scanned are not parsed again: only their raw bytes are compared with their hash.
 """
 
 import hashlib
@@ -25,17 +25,19 @@ from openpalm.data.corpus.document_reader import (
 from openpalm.data.corpus.line_streams import tap_file
 from openpalm.data.corpus.sources import Source
 from openpalm.data.dataset.manifest import REMEDY, InputEntry
-from openpalm.data.prepare.progress_file import Scanned, Scanning, Unfinished
+from openpalm.data.prepare.progress_file import ScannedSource, ScanPosition, UnfinishedDataset
 from openpalm.errors import DataError
 
-RECORDS = "documents.partial"
+MEASURES = "documents.partial"
+"""scratch file: digest and size (FINGERPRINT) of each document"""
 COUNTS = "blocks.partial"
+"""scratch file: number of documents in each block (int64)"""
 COUNT_BYTES = 8
 
 Advance = Callable[[int], None]
 
 
-class Raw:
+class RawHash:
     """A tap that hashes and counts the raw bytes of a source."""
 
     def __init__(self, advance: Advance):
@@ -53,104 +55,112 @@ class Raw:
 
 def scan(
     sources: Sequence[Source],
-    unfinished: Unfinished,
+    unfinished: UnfinishedDataset,
     workers: Workers,
     *,
     lengths: np.ndarray | None,
     advance: Advance,
-) -> list[Scanned]:
-    """Reads everything once. Raises DataError on the first thing that cannot be used.
+) -> list[ScannedSource]:
+    """Reads all sources once. Raises DataError on the first document that cannot be used.
 
-    Leaves RECORDS (a FINGERPRINT a document) and COUNTS (documents of each block, int64).
-    `lengths` is Fingerprint's; `advance` is told the raw bytes read.
+    Writes the files MEASURES and COUNTS. `lengths` is that of Fingerprint; `advance` gets the
+    number of raw bytes read.
     """
-    done = unfinished.done
+    progress = unfinished.progress
+    # A changed source is an error of the request that must not cost the work done so far.
     unfinished.keep = True
-    for source, before in zip(sources, done.scanned, strict=False):
-        _compare(source, before, advance)
+    for source, before in zip(sources, progress.scanned, strict=False):
+        _refuse_changed_source(source, before, advance)
     unfinished.keep = False
     with (
-        _grown(unfinished, RECORDS, "documents", FINGERPRINT.itemsize) as records,
-        _grown(unfinished, COUNTS, "blocks", COUNT_BYTES) as counts,
+        _resumed_file(unfinished, MEASURES, "documents", FINGERPRINT.itemsize) as measures,
+        _resumed_file(unfinished, COUNTS, "blocks", COUNT_BYTES) as counts,
     ):
-        for source in sources[len(done.scanned) :]:
-            raw, found = Raw(advance), done.scanning
-            for measured in _measured(source, workers, lengths, raw, found.blocks):
-                records.write(measured.tobytes())
-                blocks = 0
+        for source in sources[len(progress.scanned) :]:
+            raw, position = RawHash(advance), progress.scanning
+            blocks = _measured(source, workers, lengths, raw, position.blocks)
+            for measured in blocks:
+                measures.write(measured.tobytes())
+                done = 0
                 if not source.is_one:
                     counts.write(len(measured).to_bytes(COUNT_BYTES, "little"))
-                    blocks = found.blocks + 1
-                found = Scanning(found.documents + len(measured), blocks)
+                    done = position.blocks + 1
+                position = ScanPosition(position.documents + len(measured), done)
+                # A source that is one document is scanned again as a whole: it has no blocks.
                 if unfinished.is_due() and not source.is_one:
-                    unfinished.note(found)
-                    unfinished.checkpoint(records, counts)
-            refuse_empty(source, found.documents)
-            row = Scanned(source.name, raw.bytes, raw.sha256, found.documents, found.blocks)
-            done.scanned.append(row)
-            done.scanning = Scanning(0, 0)
-            unfinished.note(row)
+                    unfinished.note(position)
+                    unfinished.checkpoint(measures, counts)
+            refuse_empty(source, position.documents)
+            scanned = ScannedSource(
+                source.name, raw.bytes, raw.sha256, position.documents, position.blocks
+            )
+            progress.scanned.append(scanned)
+            progress.scanning = ScanPosition(0, 0)
+            unfinished.note(scanned)
             if unfinished.is_due():
-                unfinished.checkpoint(records, counts)
-        unfinished.checkpoint(records, counts)
-    return done.scanned
+                unfinished.checkpoint(measures, counts)
+        unfinished.checkpoint(measures, counts)
+    return progress.scanned
 
 
-def input_entries(sources: Sequence[Source], scanned: Sequence[Scanned]) -> tuple[InputEntry, ...]:
-    """What the manifest says of each input, from what is known of each source."""
+def input_entries(
+    sources: Sequence[Source], scanned: Sequence[ScannedSource]
+) -> tuple[InputEntry, ...]:
+    """The manifest's entry of each input, which may be several sources (a folder, a glob)."""
     pairs = zip(sources, scanned, strict=True)
     groups = groupby(pairs, key=lambda pair: pair[0].given)
     return tuple(_entry(given, [found for _, found in group]) for given, group in groups)
 
 
-def hashed(source: Source, advance: Advance) -> Scanned:
-    """A source's raw bytes only, nothing parsed that need not be."""
-    raw = Raw(advance)
+def hash_source(source: Source, advance: Advance) -> ScannedSource:
+    """Hashes the raw bytes of a source; parses only sources that have no file."""
+    raw = RawHash(advance)
     if source.path:
         tap_file(source.path, raw)
     else:
         for _ in read_document_blocks(source, raw):
             pass
-    return Scanned(source.name, raw.bytes, raw.sha256, 0, 0)
+    return ScannedSource(source.name, raw.bytes, raw.sha256, 0, 0)
 
 
-def _entry(given: str, found: Sequence[Scanned]) -> InputEntry:
-    listing = "".join(f"{one.sha256}\n" for one in found).encode()
-    whole = found[0].sha256 if len(found) == 1 else hashlib.sha256(listing).hexdigest()
-    return InputEntry(given, len(found), sum(one.bytes for one in found), whole)
+def _entry(given: str, scanned: Sequence[ScannedSource]) -> InputEntry:
+    listing = "".join(f"{one.sha256}\n" for one in scanned).encode()
+    whole = scanned[0].sha256 if len(scanned) == 1 else hashlib.sha256(listing).hexdigest()
+    return InputEntry(given, len(scanned), sum(one.bytes for one in scanned), whole)
 
 
 def _measured(
     source: Source,
     workers: Workers,
     lengths: np.ndarray | None,
-    tap: Raw,
+    tap: RawHash,
     begin: int,
 ) -> Iterator[np.ndarray]:
-    """FINGERPRINT [documents] of each block from `begin` on."""
+    """FINGERPRINT [documents] of each block from number `begin` on."""
     if source.is_one:
         measure = Fingerprint(lengths)
         for piece in read_pieces(source, tap):
             measure.add(piece)
         yield np.array([measure.value()], dtype=FINGERPRINT)
     else:
+        # Blocks before `begin` are read for the raw hash, and not parsed.
         blocks = read_document_blocks(source, tap)
-        measured = partial(_measure_block, lengths=lengths)
-        yield from workers.map(measured, islice(blocks, begin, None))
+        measure_block = partial(_measure_block, lengths=lengths)
+        yield from workers.map(measure_block, islice(blocks, begin, None))
 
 
 def _measure_block(block: DocumentBlock, *, lengths: np.ndarray | None) -> np.ndarray:
-    found = []
+    measured = []
     for document in documents(block):
         measure = Fingerprint(lengths)
         measure.add(document)
-        found.append(measure.value())
-    return np.array(found, dtype=FINGERPRINT)
+        measured.append(measure.value())
+    return np.array(measured, dtype=FINGERPRINT)
 
 
-def _compare(source: Source, before: Scanned, advance: Advance) -> None:
-    """What was scanned before a kill must still be what it was; the Hub's rows are met again."""
-    if source.path and (now := hashed(source, advance)).sha256 != before.sha256:
+def _refuse_changed_source(source: Source, before: ScannedSource, advance: Advance) -> None:
+    """Sources without a file (Hub, built-in) are checked when the second pass reads them."""
+    if source.path and (now := hash_source(source, advance)).sha256 != before.sha256:
         raise DataError(
             f"{now.name}: changed since this dataset was begun; give what it was, choose another "
             f"--out, or {REMEDY}"
@@ -158,10 +168,16 @@ def _compare(source: Source, before: Scanned, advance: Advance) -> None:
 
 
 @contextmanager
-def _grown(unfinished: Unfinished, name: str, unit: str, size: int) -> Iterator[BinaryIO]:
-    """A scratch file, cut to what the journal knows, to be written on."""
-    done = unfinished.done
-    known = size * (sum(getattr(row, unit) for row in done.scanned) + getattr(done.scanning, unit))
+def _resumed_file(
+    unfinished: UnfinishedDataset, name: str, unit: str, size: int
+) -> Iterator[BinaryIO]:
+    """A scratch file opened for appending, after cutting it to the length in the progress file.
+
+    unit: "documents" or "blocks", of which the file has `size` bytes each.
+    """
+    progress = unfinished.progress
+    counted = [*progress.scanned, progress.scanning]
+    known = size * sum(getattr(position, unit) for position in counted)
     with (unfinished.folder / name).open("ab") as file:
         if file.tell() < known:
             raise DataError(f"{file.name}: is torn; {REMEDY}")

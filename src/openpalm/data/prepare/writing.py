@@ -1,4 +1,4 @@
-"""The shards of a split: filled in order, hashed on the way, gone on with where they end."""
+"""Writes the token shards of a split: in order, hashed while written, resumable."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ from openpalm.errors import DataError
 
 
 class _HashedFile:
-    """A file being written, hashed on the way; the first `size` bytes are there and in `sha256`."""
+    """A file hashed while it is written; `sha256` covers the first `size` bytes, which it has."""
 
     def __init__(self, path: Path, size: int = 0, sha256: "hashlib._Hash | None" = None):
         self.path, self.size = path, size
@@ -37,23 +37,23 @@ class _HashedFile:
         return self.entry()
 
 
-def _beginning(path: Path, entry: FileEntry) -> "hashlib._Hash":
-    """The hash of a file's first bytes, those that `entry` tells of."""
-    sha256, left = hashlib.sha256(), entry.size
+def _reopened(folder: Path, entry: FileEntry) -> _HashedFile:
+    """The file cut to its entry, ready for more bytes: a kill may have left some behind it."""
+    path, sha256, left = folder / entry.name, hashlib.sha256(), entry.size
     with path.open("rb") as file:
         while left and (data := file.read(min(left, 1 << 20))):
             sha256.update(data)
             left -= len(data)
     if sha256.hexdigest() != entry.sha256:
         raise DataError(f"{path}: is torn or was altered; {manifest_file.REMEDY}")
-    return sha256
+    return _HashedFile(path, entry.size, sha256)
 
 
 class SplitWriter:
-    """Appends to the shards of a split; each shard but the last is full.
+    """Appends tokens to the shards of a split; every shard but the last is full.
 
-    `done` is where an earlier writer of the same files came to. A context manager: files still
-    open when it ends were not finished, and are only closed.
+    `done` is the entry of an earlier writer of the same files, to continue from. A context
+    manager: files still open at its end are unfinished, and are only closed.
     """
 
     def __init__(
@@ -73,26 +73,24 @@ class SplitWriter:
         self._open: tuple[_HashedFile, _HashedFile] | None = None
         for entry in self._files[:-2]:
             manifest_file.check_size(folder / entry.name, entry.size)
+        # The last shard may still grow: its bytes are hashed again up to where the entry ends.
         if self._files:
-            last, self._files = self._files[-2:], self._files[:-2]
-            known = [
-                (folder / one.name, one.size, _beginning(folder / one.name, one)) for one in last
-            ]
-            self._open = (_HashedFile(*known[0]), _HashedFile(*known[1]))
+            tokens, index = (_reopened(folder, entry) for entry in self._files[-2:])
+            self._open, self._files = (tokens, index), self._files[:-2]
 
     def __enter__(self) -> "SplitWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
         for file in self._open or ():
-            # On a full disk, closing fails once more; the error that counts is on its way.
+            # On a full disk closing fails too; the first error is already being raised.
             with contextlib.suppress(OSError):
                 file.file.close()
 
     def extend(self, tokens: np.ndarray, starts: np.ndarray, size: int, lost: int) -> None:
-        """`tokens` of `size` bytes of text; documents start at `starts` (int64, in `tokens`).
+        """Appends `tokens`; documents start at `starts` (int64, positions in `tokens`).
 
-        `lost` counts the bytes of text beside them that the vocabulary cannot spell.
+        size: bytes of text that they spell; lost: bytes that the vocabulary cannot spell.
         """
         data = tokens.astype(self.dtype, copy=False)
         written = 0
@@ -100,10 +98,10 @@ class SplitWriter:
             files = self._shard()
             room = self._shard_tokens - files[0].size // self.dtype.itemsize
             taken = data[written : written + room]
-            # A document starts in the shard that its first token is in.
-            begun = starts[(starts >= written) & (starts < written + len(taken))]
+            # A document is indexed in the shard of its first token, by its place in the split.
+            local = starts[(starts >= written) & (starts < written + len(taken))]
             files[0].write(taken.tobytes())
-            files[1].write((begun + self.tokens).astype("<u8").tobytes())
+            files[1].write((local + self.tokens).astype("<u8").tobytes())
             written += len(taken)
         self.tokens += len(data)
         self.documents += len(starts)
@@ -115,7 +113,7 @@ class SplitWriter:
         return [file.file for file in self._open or ()]
 
     def entry(self) -> SplitEntry:
-        """What was written so far; the last two files may still grow."""
+        """The content so far; the last two files may still grow."""
         entries = [*self._files, *(file.entry() for file in self._open or ())]
         return SplitEntry(self.documents, self.tokens, self.bytes, tuple(entries), self.lost)
 

@@ -21,7 +21,6 @@ COMPLETIONS = ("completion", "response", "output")
 SOLUTIONS = ("answer", "solution")
 RESPONSES = ("responses", "answers")
 SIDES = ("chosen", "rejected")
-RANKS = ("ranking", "rank")
 RATINGS = ("rating", "label", "score")
 MARGINS = ("margin",)
 SCORES = (

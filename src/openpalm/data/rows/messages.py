@@ -165,12 +165,13 @@ def check_prompt(prompt: Messages) -> None:
     """Raises UnusableRow for a prompt without a user message, or with a completion at its end."""
     if not any(m.role == "user" and m.content.strip() for m in prompt):
         raise UnusableRow(
-            "empty prompt", 'field "prompt" has no user turn with text; say what is answered'
+            "empty prompt",
+            'field "prompt" has no user turn with text; write what the model completes',
         )
     if prompt[-1].role == "assistant":
         raise UnusableRow(
             "the prompt ends with an assistant turn",
-            'field "prompt" ends with an assistant turn; end it with what is answered',
+            'field "prompt" ends with an assistant turn; end it with a user turn',
         )
 
 
@@ -179,7 +180,7 @@ def check_completion(completion: Messages, field: str) -> None:
     if not completion or any(m.role == "assistant" and not m.content.strip() for m in completion):
         raise UnusableRow("empty completion", f'field "{field}" has an empty completion')
     if completion[0].role != "assistant":
-        raise UnusableRow(f"{field} does not begin as an answer to the prompt")
+        raise UnusableRow(f"{field} does not begin with an assistant turn")
     if completion[-1].role != "assistant":
         raise UnusableRow(f"{field} does not end with an assistant turn")
 
@@ -268,8 +269,8 @@ def _is_trained(turn: Mapping[str, Any], role: Role, where: str) -> bool:
     ]
     if role != "assistant" and any(given):
         raise DataError(
-            f'field "{where}" asks for the loss on a turn of the {role}; only what the assistant '
-            "says is learnt: leave the weight out"
+            f'field "{where}" asks for the loss on a turn of the {role}; only turns of the '
+            "assistant have a loss: leave the weight out"
         )
     return all(given)
 

@@ -105,13 +105,13 @@ def row_to_pair(row: Row) -> Iterator[Pair]:
         if not row.has(name):
             raise DataError(
                 f'field "{name}" is missing; write "prompt", "chosen" and "rejected", '
-                "or both answers with the conversation before them"
+                "or both completions with the conversation before them"
             )
     prompt, chosen, rejected = _parse_sides(row, row_format(row.values))
     if stripped(chosen) == stripped(rejected):
         raise UnusableRow("equal completions", 'field "chosen" equals "rejected"; correct this row')
     if not prompt:
-        raise UnusableRow("no prompt, and the answers have no common beginning")
+        raise UnusableRow("no prompt, and the completions have no common beginning")
     check_prompt(prompt)
     check_completion(chosen, "chosen")
     check_completion(rejected, "rejected")

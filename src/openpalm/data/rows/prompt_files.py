@@ -61,7 +61,7 @@ def _conversation_row_to_prompt(row: Row) -> Iterator[PromptRow | str]:
 
 def _prompt_row(messages: Messages, row: Row) -> PromptRow | str:
     if not any(m.role == "user" and m.content.strip() for m in messages):
-        return "nothing is asked before the last answer"
+        return "no user turn before the last completion"
     check_prompt(messages)
     return PromptRow(messages, row.given)
 

@@ -10,7 +10,6 @@ preference fine-tuning; the exports of Argilla and Label Studio.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from openpalm.base.typed import expect, is_number
@@ -30,7 +29,7 @@ class PublicFormat(NamedTuple):
     """a row with all of these has this format"""
     translate: Callable[[Row, str], Rows]
     """the rows in our formats; the second argument names the examples to read ("pair", ...)"""
-    nested: Mapping[str, type] = MappingProxyType({})
+    nested: Mapping[str, type]
     """types of fields with common names, which tell this format from other rows"""
 
 
@@ -116,20 +115,19 @@ def _helpsteer_prompt(prompt: object) -> object:
 
 
 def _arena(row: Row, what: str) -> Rows:
-    winner = row.get("winner")
     sides = [row.get("conversation_a"), row.get("conversation_b")]
-    yield _pair_of_winner(winner, sides)
+    yield _pair_of_winner(row.get("winner"), sides)
 
 
-def _pair_of_winner(winner: object, sides: list[Any], **more: Any) -> dict[str, Any]:
+def _pair_of_winner(winner: object, sides: list[Any]) -> dict[str, Any]:
     if winner == "tie":
-        raise TiedRow({**more, "chosen": sides[0], "rejected": sides[1]})
+        raise TiedRow({"chosen": sides[0], "rejected": sides[1]})
     if winner in ("tie (bothbad)", "both_bad"):
         raise UnusableRow("both bad")
     wanted = "model_a, model_b, tie or tie (bothbad)"
     expect("winner", winner, wanted, lambda v: v in ("model_a", "model_b"))
     better, worse = sides if winner == "model_a" else reversed(sides)
-    return {**more, "chosen": better, "rejected": worse}
+    return {"chosen": better, "rejected": worse}
 
 
 def _arena_kaggle(row: Row, what: str) -> Rows:
@@ -137,14 +135,14 @@ def _arena_kaggle(row: Row, what: str) -> Rows:
     flags = [row.get(f"winner_{side}") for side in ("model_a", "model_b", "tie")]
     if sorted(flags, key=str) != [0, 0, 1]:
         raise DataError('fields "winner_model_a", "winner_model_b" and "winner_tie" name no winner')
-    asked = _turn_texts(row, "prompt")
+    questions = _turn_texts(row, "prompt")
     sides = []
     for field in ("response_a", "response_b"):
         answered = _turn_texts(row, field)
-        if len(answered) != len(asked):
+        if len(answered) != len(questions):
             turns = count_of(len(answered), "turn")
-            raise DataError(f'field "{field}" has {turns}, "prompt" has {len(asked)}')
-        both = zip(asked, answered, strict=True)
+            raise DataError(f'field "{field}" has {turns}, "prompt" has {len(questions)}')
+        both = zip(questions, answered, strict=True)
         pairs = ((("user", question), ("assistant", answer)) for question, answer in both)
         sides.append([{"role": r, "content": t or ""} for pair in pairs for r, t in pair])
     yield _pair_of_winner(("model_a", "model_b", "tie")[flags.index(1)], sides)
@@ -331,8 +329,7 @@ def _label_studio(row: Row, what: str) -> Rows:
 
 def _add_label_studio_result(result: Any, values: dict[str, Any], row: Row) -> None:
     """Adds the fields of one result to the task's data."""
-    right = isinstance(result, dict) and isinstance(result.get("value"), dict)
-    if not right:
+    if not (isinstance(result, dict) and isinstance(result.get("value"), dict)):
         raise DataError('field "annotations[].result[]" must be an object with a value')
     kind, value, name = result.get("type"), result["value"], str(result.get("from_name"))
     row.note_unused("annotations[].result[]", result, ("type", "value", "to_name"))
@@ -345,9 +342,8 @@ def _add_label_studio_result(result: Any, values: dict[str, Any], row: Row) -> N
             raise UnusableRow("no side is selected")
         if not set(sides) <= values.keys():
             raise DataError(f'field "to_name" names {", ".join(sides)}, which "data" has not')
-        left, right_side = (values.pop(side) for side in sides)
-        won = value["selected"] == "left"
-        chosen, rejected = (left, right_side) if won else (right_side, left)
+        left_won = value["selected"] == "left"
+        chosen, rejected = (values.pop(side) for side in (sides if left_won else sides[::-1]))
         given = {"chosen": chosen, "rejected": rejected}
     elif kind == "textarea":
         text = value.get("text")
@@ -365,45 +361,30 @@ def _refuse_collision(fields: dict[str, Any], answers: dict[str, Any]) -> None:
         raise DataError(f'"{both[0]}" is a field and a question; rename one of them')
 
 
+def _format(
+    name: str, fields: str, translate: Callable[[Row, str], Rows], /, **nested: type
+) -> PublicFormat:
+    return PublicFormat(name, frozenset(fields.split()), translate, nested)
+
+
+_HELPSTEER2 = "prompt response_1 response_2 preference_strength"
+_KAGGLE = "prompt response_a response_b winner_model_a winner_model_b"
+# The first match counts.
 _FORMATS = (
-    PublicFormat(
-        "UltraFeedback",
-        frozenset({"instruction", "completions"}),
-        _ultrafeedback,
-        {"completions": list},
-    ),
-    PublicFormat("SHP", frozenset({"history", "human_ref_A", "human_ref_B", "labels"}), _shp),
-    PublicFormat(
-        "HelpSteer2 preferences",
-        frozenset({"prompt", "response_1", "response_2", "preference_strength"}),
-        _helpsteer_pair,
-    ),
-    PublicFormat(
-        "HelpSteer3",
-        frozenset({"context", "response1", "response2", "overall_preference"}),
-        _helpsteer3,
-    ),
-    PublicFormat("HelpSteer", frozenset({"prompt", "response", *AXES[:3]}), _helpsteer),
-    PublicFormat("LMSYS arena", frozenset({"conversation_a", "conversation_b", "winner"}), _arena),
-    PublicFormat(
-        "LMSYS arena (Kaggle)",
-        frozenset({"prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"}),
-        _arena_kaggle,
-    ),
-    PublicFormat(
+    _format("UltraFeedback", "instruction completions", _ultrafeedback, completions=list),
+    _format("SHP", "history human_ref_A human_ref_B labels", _shp),
+    _format("HelpSteer2 preferences", _HELPSTEER2, _helpsteer_pair),
+    _format("HelpSteer3", "context response1 response2 overall_preference", _helpsteer3),
+    _format("HelpSteer", f"prompt response {' '.join(AXES[:3])}", _helpsteer),
+    _format("LMSYS arena", "conversation_a conversation_b winner", _arena),
+    _format("LMSYS arena (Kaggle)", _KAGGLE, _arena_kaggle),
+    _format(
         "OpenAI preferences",
-        frozenset({"input", "preferred_output", "non_preferred_output"}),
+        "input preferred_output non_preferred_output",
         _openai_pair,
-        {"input": dict},
+        input=dict,
     ),
-    PublicFormat("OASST trees", frozenset({"message_tree_id", "prompt"}), _oasst, {"prompt": dict}),
-    PublicFormat(
-        "an Argilla record", frozenset({"fields", "responses"}), _argilla, {"fields": dict}
-    ),
-    PublicFormat(
-        "a Label Studio task",
-        frozenset({"data", "annotations"}),
-        _label_studio,
-        {"data": dict, "annotations": list},
-    ),
+    _format("OASST trees", "message_tree_id prompt", _oasst, prompt=dict),
+    _format("an Argilla record", "fields responses", _argilla, fields=dict),
+    _format("a Label Studio task", "data annotations", _label_studio, data=dict, annotations=list),
 )

@@ -71,8 +71,8 @@ def row_format(row: Mapping[str, Any]) -> str | None:
     with prompt, completion and a boolean label is not merely prompt and completion.
     """
     has = {name for name, value in row.items() if value is not None}
-    asked = has & {*PROMPTS}
-    prompted, completed = asked or has & {*INPUTS}, has & {*COMPLETIONS}
+    has_prompt = has & {*PROMPTS}
+    prompted, completed = has_prompt or has & {*INPUTS}, has & {*COMPLETIONS}
     formats = [
         (PREFERENCE, {"kind", "payload"} <= has),
         (_pair_format(row), has & {*SIDES}),
@@ -86,7 +86,7 @@ def row_format(row: Mapping[str, Any]) -> str | None:
         (ALPACA, "instruction" in has and completed),
         (COMPLETION, prompted and completed),
         (PROBLEM, prompted and has & {*SOLUTIONS}),
-        (PROMPT, asked),
+        (PROMPT, has_prompt),
         (TEXT, "text" in has),
     ]
     return next((name for name, matches in formats if matches), None)

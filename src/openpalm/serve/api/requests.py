@@ -9,7 +9,7 @@ from dataclasses import replace
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import OpenPalmError, count_of
-from openpalm.generate.engine import Request
+from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling, completion_seed
 from openpalm.generate.streaming import document_ends, prompt_ids
 from openpalm.serve.api.error_responses import ApiError, is_failure

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.generate.engine import Token
+from openpalm.generate.request import Token
 from openpalm.generate.streaming import FinishReason, TextDelta
 from openpalm.serve.api.error_responses import as_api_error, error_body, is_failure
 from openpalm.serve.api.event_stream import DONE, EventStream, event, response_unless_disconnected

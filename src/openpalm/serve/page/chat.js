@@ -5,7 +5,7 @@ import { Refusal, chunks, request } from "./api.js";
 import {
   onSettings, openSettings, recall, remember, secret, settings, showModels, showServer,
 } from "./settings.js";
-import { Tip } from "./tip.js";
+import { Tip } from "./tooltip.js";
 import { Aligner, level } from "./tokens.js";
 
 const $ = (id) => document.getElementById(id);

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from openpalm.errors import OpenPalmError
-from openpalm.generate.engine import Request as EngineRequest
+from openpalm.generate.request import Request as EngineRequest
 from openpalm.serve.access.body import StrictRoute
 from openpalm.serve.api import requests
 from openpalm.serve.api.error_responses import ApiError, is_failure

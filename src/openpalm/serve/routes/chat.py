@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from openpalm.generate.engine import Token
+from openpalm.generate.request import Token
 from openpalm.generate.streaming import FinishReason, TextDelta
 from openpalm.serve.access.body import StrictRoute
 from openpalm.serve.api import requests

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from openpalm.generate.engine import Request as EngineRequest
+from openpalm.generate.request import Request as EngineRequest
 from openpalm.generate.sampling import Sampling
 from openpalm.serve.access.body import StrictRoute
 from openpalm.serve.api import requests

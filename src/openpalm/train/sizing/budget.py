@@ -2,7 +2,7 @@
 
 A small text is learned best by the smallest model that has the time to see it often. With 1.4e13
 FLOPs (5 minutes on two AVX2 cores) on Python's own documentation, 717,000 tokens, palm-tiny reached
-1.70 bits a byte, 2.9M parameters 1.82 and palm-5m 2.03 (docs/training.md has the commands).
+1.70 bits per byte, 2.9M parameters 1.82 and palm-5m 2.03 (docs/training.md has the commands).
 """
 
 import json

@@ -1,6 +1,6 @@
 """Prints size figures of the code: lines of logic, function and file lengths, comments, folders.
 
-    python tests/house.py [src/openpalm]
+    python tests/code_size.py [src/openpalm]
 
 A line of logic is a line of code that is not blank and not a comment, docstring or import.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from openpalm.align.rollouts.spill import spill
+from openpalm.align.rollouts.disk_rollout import spill
 
 
 def columns():

@@ -1,11 +1,11 @@
-"""Is a damaged checkpoint ever loaded without a word? Files cut or changed at random places.
+"""Whether a damaged checkpoint is ever loaded silently: files cut or changed at random places.
 
-    python benchmarks/tear.py [RUN] [--damages 200] [--seed 0] [--json]
+    python benchmarks/damage_checkpoints.py [RUN] [--damages 200] [--seed 0] [--json]
 
 RUN is a run with at least two checkpoints; without one a small run is trained. Each time one file
 of a copy of its newest checkpoint is cut at, or changed in, a random byte. Then loading the
-checkpoint must refuse, and loading the run must give the checkpoint before and say so. Anything
-else is counted, and exits 1.
+checkpoint must fail, and loading the run must return the previous checkpoint with a warning. Any
+other outcome is counted, and exits 1.
 """
 
 import argparse
@@ -83,8 +83,10 @@ def load_run(run: Path, newest: Path, previous: Transformer) -> str:
             model = openpalm.load(checkpoint.resolve(run, training=True))
     except Exception as error:
         return f"other error: {error!r}"
-    told = "passing over a damaged checkpoint" in said.getvalue() and str(newest) in said.getvalue()
-    return "fell back" if told and same_weights(model, previous) else "silent"
+    warned = (
+        "passing over a damaged checkpoint" in said.getvalue() and str(newest) in said.getvalue()
+    )
+    return "fell back" if warned and same_weights(model, previous) else "silent"
 
 
 def prove(run: Path, work: Path, *, damages: int, seed: int) -> Result:

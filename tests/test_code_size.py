@@ -5,11 +5,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-_spec = importlib.util.spec_from_file_location("house", Path(__file__).with_name("house.py"))
+_spec = importlib.util.spec_from_file_location(
+    "code_size", Path(__file__).with_name("code_size.py")
+)
 assert _spec
 assert _spec.loader
-house = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(house)
+code_size = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(code_size)
 
 TEXT = '''"""A module docstring
 of two lines."""
@@ -33,15 +35,15 @@ def double(value):
 
 
 def test_logic_is_neither_docstring_import_comment_nor_blank():
-    assert house.logic_and_comments(TEXT) == (5, 2)
-    assert house.function_lengths(TEXT) == [5]
+    assert code_size.logic_and_comments(TEXT) == (5, 2)
+    assert code_size.function_lengths(TEXT) == [5]
 
 
 def test_report_names_what_is_counted(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "run.py").write_text(TEXT, encoding="utf-8")
     (tmp_path / "other.py").write_text("a = 1\n", encoding="utf-8")
-    lines = house.report(tmp_path).splitlines()
+    lines = code_size.report(tmp_path).splitlines()
     assert lines[0].split() == ["lines", "of", "logic", "6", "in", "2", "files"]
     assert "in the hard bodies   40.0 (run 40)" in lines
     assert lines[-2:] == ["  .                    1", "  train                1"]
@@ -49,4 +51,4 @@ def test_report_names_what_is_counted(tmp_path):
 
 def test_hard_bodies_are_files_of_today():
     package = ROOT / "src" / "openpalm"
-    assert [name for name in house.HARD_BODIES if not (package / name).is_file()] == []
+    assert [name for name in code_size.HARD_BODIES if not (package / name).is_file()] == []
