@@ -91,7 +91,7 @@ def without_one(stored):
 
 HOSTILE = {
     "no config": (lambda d: (d / "adapter_config.json").unlink(), "is missing"),
-    "config is no JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "be read"),
+    "config is no JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "not valid JSON"),
     "config is a list": (lambda d: (d / "adapter_config.json").write_text("[]"), "JSON object"),
     "another method": (lambda d: change(d, peft_type="IA3"), "only LORA"),
     "dora": (lambda d: change(d, use_dora=True), "use_dora is set"),

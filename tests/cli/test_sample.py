@@ -126,8 +126,8 @@ def test_seq_len_counts_prompt_and_answer(requests, sampled, total, spelling):
 def test_seq_len_without_room_for_an_answer(said, run):
     status, _, errors = said("sample", run, PROMPT, "--seq_len", len(PROMPT))
     assert status == 2
-    assert f"--seq_len {len(PROMPT)}: the prompt alone has {len(PROMPT)} tokens" in errors[0]
-    assert errors[0].endswith("shorten it, or give a larger --seq_len")
+    assert f"--seq-len {len(PROMPT)}: the prompt alone has {len(PROMPT)} tokens" in errors[0]
+    assert errors[0].endswith("shorten it, or give a larger --seq-len")
 
 
 @pytest.mark.parametrize(

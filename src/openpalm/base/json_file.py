@@ -25,7 +25,7 @@ def read_json(path: Path, remedy: str, max_bytes: int = MAX_BYTES) -> dict[str, 
     except OSError as error:
         raise read_failure(path, error) from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        raise CheckpointError(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
     return content

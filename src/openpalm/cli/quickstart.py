@@ -128,7 +128,7 @@ def pretrain(settings: QuickstartSettings, console: "Console", compared: dict[st
         ),
         label="pretrain",
     )
-    console.print(f"{outcome.step} steps; checkpoint {outcome.checkpoint}")
+    console.print(f"{count_of(outcome.step, 'step')}; checkpoint {outcome.checkpoint}")
     bits = _rows(settings, "pretrain", "val_bits_per_byte")[-1]
     console.print(
         f"validation: {bits:.3f} bits per byte; a model that counts five bytes back "
@@ -178,7 +178,7 @@ def finetune(
             optim=OptimSettings(lr=2e-3, weight_decay=0.0),
         ),
     )
-    console.print(f"{outcome.step} steps; checkpoint {outcome.checkpoint}")
+    console.print(f"{count_of(outcome.step, 'step')}; checkpoint {outcome.checkpoint}")
 
 
 def ask(
@@ -250,7 +250,7 @@ def prefer(
             optim=OptimSettings(lr=1e-4, weight_decay=0.0),
         ),
     )
-    console.print(f"{outcome.step} steps; checkpoint {outcome.checkpoint}")
+    console.print(f"{count_of(outcome.step, 'step')}; checkpoint {outcome.checkpoint}")
     held_out = [item.held_out_questions[0] for item in judged]
     with console.status("answering"):
         runs = [settings.out / name for name in ("sft", "dpo")]

@@ -49,7 +49,7 @@ class SampleSettings(GenerationOptions):
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
         if self.max_new_tokens is not None and self.seq_len is not None:
-            raise SettingsError("give --max-new-tokens or --seq_len, not both")
+            raise SettingsError("give --max-new-tokens or --seq-len, not both")
         if self.filter_thres is not None and not 0 <= self.filter_thres < 1:
             raise SettingsError(f"--filter_thres {self.filter_thres}: must be in [0, 1)")
         if self.filter_thres is not None and self.top_k:
@@ -79,7 +79,7 @@ def run(argv: Sequence[str]) -> None:
             'openpalm sample runs/tiny "The following example"',
             'openpalm sample runs/tiny "Return the" --temperature 0 --max-new-tokens 40 --json',
             'openpalm sample runs/quickstart/sft --chat "What does shutil.copytree do?" --stream',
-            'openpalm sample --model palm_410m_8k_v0 "Once upon a time" --seq_len 256',
+            'openpalm sample --model palm_410m_8k_v0 "Once upon a time" --seq-len 256',
         ],
         positional=["path", "prompt"],
     )
@@ -128,8 +128,8 @@ def _request(
         new_tokens = settings.seq_len - len(ids)
         if new_tokens < 1:
             raise SettingsError(
-                f"--seq_len {settings.seq_len}: the prompt alone has "
-                f"{count_of(len(ids), 'token')}; shorten it, or give a larger --seq_len"
+                f"--seq-len {settings.seq_len}: the prompt alone has "
+                f"{count_of(len(ids), 'token')}; shorten it, or give a larger --seq-len"
             )
     top_k = settings.top_k
     if settings.filter_thres is not None:

@@ -155,12 +155,10 @@ def read_info(out: Path) -> RunInfo:
     """The content of run.json. Raises SettingsError naming the file if no run wrote it."""
     file = out / INFO_FILE
     try:
-        return build(RunInfo, read_json(file, "it is gone"))
+        return build(RunInfo, read_json(file, "a run wrote it"))
     except (CheckpointError, SettingsError) as error:
-        reason = str(error).removeprefix(f"{file}: ")
-        raise SettingsError(
-            f"{file}: is not the info of a run ({reason}); restore it, or choose another --out"
-        ) from None
+        reason = str(error).removeprefix(f"{file}: ").removesuffix("; a run wrote it")
+        raise SettingsError(f"{file}: {reason}; restore it, or choose another --out") from None
 
 
 def finished_by_other_version(out: Path) -> Path | None:
@@ -174,7 +172,7 @@ def finished_by_other_version(out: Path) -> Path | None:
     if newest is not None and step_of(newest) == _planned_steps(out):
         print(
             f"warning: {out} was written by OpenPaLM {shown(str(version))}; its settings were not "
-            "compared with these",
+            "compared with this command's",
             file=sys.stderr,
         )
         return newest

@@ -195,8 +195,8 @@ def parse_messages(value: object, field: str, row: Row | None = None) -> Message
     """
     if not isinstance(value, list):
         raise DataError(
-            f'field "{field}" is {_shown(value)}; it must be a list of messages '
-            "(a prompt or a completion may be a text)"
+            f'field "{field}" is {_shown(value)}; it must be a list of messages, '
+            "or a text if it is a prompt or a completion"
         )
     return tuple(_parse_message(turn, f"{field}[{i}]", field, row) for i, turn in enumerate(value))
 
