@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import enumerable
+import pytest
 import torch
 from enumerable import ANSWERS, CONFIG, END, LONGEST, PROMPTS
 from torch import Tensor
@@ -38,6 +39,16 @@ _GIVEN: dict[str, Any] = {
     "prompts_per_rollout": 4,
     "epochs_per_rollout": 2,
 }
+
+
+EVERY = {"prompts_per_rollout": 1, "num_completions": 341}
+"""Settings of a rollout with every completion of one prompt."""
+
+
+def fails(check, *given: Any) -> None:
+    """Asserts that a check refuses what it is given."""
+    with pytest.raises(AssertionError):
+        check(*given)
 
 
 def grpo(**changes: Any) -> GrpoSettings:

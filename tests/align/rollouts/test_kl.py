@@ -8,7 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rollouts import distance, enumerated, every_completion, gradient, grpo, moved, ppo, task
+from rollouts import (
+    EVERY,
+    distance,
+    enumerated,
+    every_completion,
+    fails,
+    gradient,
+    grpo,
+    moved,
+    ppo,
+    task,
+)
 
 from openpalm.align.logprobs import evaluate, token_log_probs
 from openpalm.align.rollouts import grpo as group_file
@@ -17,13 +28,6 @@ from openpalm.align.rollouts import ppo as ppo_file
 from openpalm.align.rollouts.kl import adapted_coefficient, completion_kl, k1, k2, k3
 from openpalm.align.rollouts.policy_loss import surrogate
 from openpalm.align.rollouts.rollout_batch import AdvantageEstimate
-
-EVERY = {"prompts_per_rollout": 1, "num_completions": 341}
-
-
-def fails(check, *given):
-    with pytest.raises(AssertionError):
-        check(*given)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ import pytest
 import torch
 from enumerable import PROMPTS
 from rollouts import (
+    EVERY,
     distance,
     enumerated,
     every_completion,
+    fails,
     gradient,
     grpo,
     moved,
@@ -26,13 +28,6 @@ from openpalm.align.rollouts import grpo as group_file
 from openpalm.align.rollouts.policy_loss import surrogate
 from openpalm.align.rollouts.rollout_batch import AdvantageEstimate
 from openpalm.align.rollouts.sampler import Sampler
-
-EVERY = {"prompts_per_rollout": 1, "num_completions": 341}
-
-
-def fails(check, *given):
-    with pytest.raises(AssertionError):
-        check(*given)
 
 
 @pytest.fixture(scope="module")
