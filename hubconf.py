@@ -20,7 +20,6 @@ dependencies = [
     "tokenizers",
     "rich",
     "yaml",
-    "docstring_parser",
     "huggingface_hub",
     "httpx2",
 ]

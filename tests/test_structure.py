@@ -251,6 +251,18 @@ def test_what_is_imported_is_declared():
     assert imported - sys.stdlib_module_names - {"openpalm"} - declared == set()
 
 
+def test_torch_hub_asks_for_what_a_plain_install_has():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tree = ast.parse((ROOT / "hubconf.py").read_text(encoding="utf-8"))
+    wanted = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "dependencies"
+    )
+    declared = {re.match(r"[\w-]+", one)[0].replace("-", "_") for one in project["dependencies"]}
+    assert set(wanted) - {"yaml"} <= declared - {"PyYAML"}
+
+
 def imports(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
