@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test test-avx2 prove prove-tasks kills browser clients ready-browser ready-clients lint style types layers docs code-size format ci clean force
+.PHONY: help quickstart test test-avx2 prove prove-tasks kills browser clients ready-browser ready-clients ready-interop interop lint style types layers docs code-size format ci clean force
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo 'make prove-tasks             even tokens, addition, sentiment: base models aligned by commands'
 	@echo 'make browser                 the chat page in a headless Chromium (fetched from npm where there is none)'
 	@echo 'make clients                 the server with the packages that people call it with, from PyPI'
+	@echo 'make interop                 weights, data and scores beside transformers, lm-eval, datatrove and S3'
 	@echo 'make lint                    style (ruff), types (pyright) and layers (import-linter)'
 	@echo 'make format                  let ruff rewrite what it can'
 	@echo 'make docs                    run the code blocks of README.md and docs/'
@@ -69,6 +70,11 @@ browser: ready-browser
 clients: ready-clients
 	OMP_NUM_THREADS=1 $(VENV)-clients/bin/python -m pytest tests/clients $(PYTEST_ARGS)
 
+ready-interop: $(VENV)-interop/.ready
+
+interop: ready-interop
+	OMP_NUM_THREADS=1 $(VENV)-interop/bin/python -m pytest tests/interop $(PYTEST_ARGS)
+
 lint: style types layers
 
 style: $(VENV)/.dev
@@ -95,7 +101,7 @@ ci:
 	.ci/run
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients node_modules build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-interop node_modules build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- .venv -------------------------------------------------------------------------------------
@@ -135,6 +141,13 @@ $(VENV)-clients/.ready: pyproject.toml constraints.txt $(BIN)/python $(MOVED)
 	@$(BIN)/python -m venv --clear $(VENV)-clients
 	@$(VENV)-clients/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
 	    $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[clients]'
+	@touch $@
+
+$(VENV)-interop/.ready: pyproject.toml constraints.txt $(BIN)/python $(MOVED)
+	@echo 'installing the libraries of others into $(VENV)-interop (some minutes, once)'
+	@$(BIN)/python -m venv --clear $(VENV)-interop
+	@$(VENV)-interop/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	    $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[interop]'
 	@touch $@
 
 $(BIN)/python:
