@@ -106,27 +106,30 @@ def save_one_by_one(
     optimizer: LazyState | None = None,
     tokenizer_json: str | None = None,
     lineage: dict[str, Any] | None = None,
-) -> None:
-    """As `save`, with a fingerprint, for a model larger than memory: holds one block at a time.
+) -> Tensor:
+    """As `save`, for a model larger than memory: holds one block at a time. Returns the logits of
+    the fingerprint, computed from the weights that were written.
 
     optimizer: its state as Optimizer.state_tensors names it, for `--keep-optimizer`.
     """
     with _complete_or_absent(directory, lineage) as partial:
         _write_config(partial, config, None, None)
-        tensors.write_one_by_one(partial / WEIGHTS, weights.layout, weights.__getitem__)
         if tokenizer_json is not None:
             _write_text(partial / "tokenizer.json", tokenizer_json)
         ids = fingerprint.fixed_tokens(config)
-        logits = streamed_logits(config, weights, ids)
+        # Reading is slow (arrays of shards are joined), so one pass computes and writes.
+        with tensors.filled(partial / WEIGHTS, weights.layout) as put:
+            logits = streamed_logits(config, weights.copied_to(put), ids)
         tensors.write(partial / _FINGERPRINT, {"tokens": ids, "logits": logits})
         if optimizer is not None:
             (partial / "train").mkdir()
-            named = LazyState(
-                optimizer.where, {f"optimizer/{n}": e for n, e in optimizer.entries.items()}
-            )
-            tensors.write_one_by_one(partial / _STATE[0], named.layout, named.__getitem__)
+            layout = {f"optimizer/{name}": entry for name, entry in optimizer.layout.items()}
+            with tensors.filled(partial / _STATE[0], layout) as put:
+                for name in optimizer:
+                    put(f"optimizer/{name}", optimizer[name])
             _write_text(partial / _STATE[1], "{}\n")
         _write_text(partial / "card.md", default_card(config))
+    return logits
 
 
 @contextmanager
