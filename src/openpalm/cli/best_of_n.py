@@ -101,7 +101,8 @@ def best_completions(settings: BestOfNSettings) -> list[dict[str, Any]]:
     from openpalm.align.judging.reward_sources import RewardContext, load_reward
     from openpalm.align.rollouts.rollout import checked_rewards
     from openpalm.base.jsonl import open_jsonl
-    from openpalm.cli.common import progress, serving_engine
+    from openpalm.base.progress_bar import ProgressBar
+    from openpalm.cli.common import serving_engine
     from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.prompt_files import read_prompts
 
@@ -113,9 +114,9 @@ def best_completions(settings: BestOfNSettings) -> list[dict[str, Any]]:
     reward = load_reward(reward_sources(settings.reward), context)
     plan = SamplingPlan(settings.n, settings.max_new_tokens, settings.temperature, settings.seed)
     fingerprint = _fingerprint(settings)
-    with open_jsonl(settings.out) as file, progress("best-of-n", len(ids)) as advance:
+    with open_jsonl(settings.out) as file, ProgressBar("best-of-n", len(ids)) as bar:
         rows = _finished_rows(file.found, fingerprint, settings.out)
-        advance(len(rows))
+        bar.advance(len(rows))
         step = max(1, ROWS_PER_BATCH // settings.n)
         for first in range(len(rows), len(ids), step):
             chosen = range(first, min(first + step, len(ids)))
@@ -130,7 +131,7 @@ def best_completions(settings: BestOfNSettings) -> list[dict[str, Any]]:
                 }
                 file.append(row)
                 rows.append(row)
-            advance(len(chosen))
+            bar.advance(len(chosen))
     return rows
 
 

@@ -119,20 +119,20 @@ def judge_completions(settings: JudgeSettings) -> dict[str, Any]:
     """Appends a preference record for every item without one; returns the session's counts."""
     from openpalm.align.judging.judging_session import JudgingSession
     from openpalm.base.jsonl import open_jsonl
-    from openpalm.cli.common import progress
+    from openpalm.base.progress_bar import ProgressBar
     from openpalm.data.rows.constitution import read_constitution
     from openpalm.data.rows.preferences import Preference
 
     constitution = read_constitution(settings.constitution, "principles")
     items, judge = _items(settings), _judge(settings)
-    with open_jsonl(settings.out) as file, progress("judge", len(items)) as advance:
+    with open_jsonl(settings.out) as file, ProgressBar("judge", len(items)) as bar:
         rows = enumerate(file.found, 1)
         known = {Preference.from_json(row, f"--out {settings.out}:{i}").id for i, row in rows}
         session = JudgingSession(judge, constitution, settings.max_new_tokens, file, known)
         ask = session.revise if settings.revise else session.compare
         for item in items:
             ask(item)
-            advance(1)
+            bar.advance(1)
         session.check()
     return session.summary()
 

@@ -36,7 +36,7 @@ from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.config import LEAST_STEPS_APART, PROBES_PER_RUN, TrainSettings, batch_shape
 from openpalm.train.initial_weights import check_trained
 from openpalm.train.loggers import Loggers, check_installed
-from openpalm.train.metrics import LiveLine, RowFile, read_rows
+from openpalm.train.metrics import RowFile, TrainingBar, read_rows
 from openpalm.train.profile import Profiler
 from openpalm.train.run_directory import RunInfo, step_of
 from openpalm.train.sizing.measure import measure
@@ -172,9 +172,9 @@ class _Session:
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
 
-    def _open(self, stack: ExitStack) -> LiveLine:
+    def _open(self, stack: ExitStack) -> TrainingBar:
         """Opens the loggers, the profiler and the line in the terminal; `stack` closes them."""
-        self.line = line = LiveLine(self.spec.label, self.trainer.steps)
+        self.line = line = TrainingBar(self.spec.label, self.trainer.steps)
         # Before the bar is drawn: a logger may ask for a password.
         loggers = Loggers(self.settings, self.trainer.step, line.say)
         self.loggers = stack.enter_context(closing(loggers))
