@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from openpalm.align.config import reward_sources
-from openpalm.base.settings import parse
-from openpalm.cli.model_options import ModelOptions
+from openpalm.base.settings import check_field, parse
+from openpalm.cli.model_options import ModelOptions, check_sampling
 from openpalm.errors import DataError, SettingsError, count_of
 
 if TYPE_CHECKING:
@@ -48,14 +48,9 @@ class BestOfNSettings(ModelOptions):
     """data type of weights and arithmetic; in float32 a completion does not depend on its batch"""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= 4096:
-            raise SettingsError(f"--n {self.n}: must be 1 to 4096")
-        if self.max_new_tokens < 1:
-            raise SettingsError(f"--max-new-tokens {self.max_new_tokens}: must be 1 or more")
-        if not 0 < self.temperature <= 100:
-            raise SettingsError(f"--temperature {self.temperature}: must be in (0, 100]")
-        if not -(2**63) <= self.seed < 2**63:
-            raise SettingsError(f"--seed {self.seed}: must be a 64-bit whole number")
+        check_field(self, "n", lambda v: 1 <= v <= 4096, "1 to 4096")
+        check_field(self, "max_new_tokens", lambda v: v >= 1, "1 or more")
+        check_sampling(self)
         if self.pairs is not None and self.pairs in (self.out, self.data):
             raise SettingsError(f"--pairs {self.pairs}: must be another file than --out and --data")
         if self.out == self.data:
