@@ -1,14 +1,9 @@
-"""What several verbs share: weights and tokenizers from names, held-out rows, progress lines."""
+"""What several verbs share: weights and tokenizers from names, held-out rows."""
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openpalm.base.device import pick_device, pick_dtype
 from openpalm.base.hashing import sha256_of
@@ -28,8 +23,6 @@ from openpalm.train.config import NO_INIT, TrainSettings
 from openpalm.train.initial_weights import Start, check_reads, starting_point
 
 T = TypeVar("T")
-SECONDS_BETWEEN_LINES = 30.0
-"""Time between progress lines if standard error is no terminal."""
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 64
 
@@ -169,24 +162,3 @@ def _equivalent_hashes(directory: Path) -> set[str]:
     lineage = manifest["lineage"]
     merged = {lineage["parent"]} if lineage.get("adapter") == "own" else set()
     return {manifest["sha256"]} | merged
-
-
-@contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in a terminal, elsewhere a line every 30 s; call it with the increment."""
-    columns = (TextColumn(label), BarColumn(bar_width=24), MofNCompleteColumn())
-    console = Console(stderr=True)
-    remaining = TimeRemainingColumn(compact=True)
-    with Progress(*columns, remaining, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total)
-        said, done = time.monotonic(), 0
-
-        def advance(more: int) -> None:
-            nonlocal said, done
-            done += more
-            bar.advance(task, more)
-            if not console.is_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                print(f"{label}: {done:,} of {total:,}", file=sys.stderr, flush=True)
-
-        yield advance
