@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     )
     from openpalm.cli.common import serving_model
 
-    conversation = _Conversation(*serving_model(settings.path, settings), settings)
+    conversation = _Conversation(*serving_model(settings.path, settings, slots=1), settings)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from openpalm.base.device import pick_device, pick_dtype
 from openpalm.base.hashing import sha256_of
@@ -18,6 +18,8 @@ from openpalm.data.text.tokenizer import Tokenizer, is_bpe
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 from openpalm.generate.engine import Engine
+from openpalm.generate.load import load_quantized
+from openpalm.generate.quantize import WeightFormat
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import NO_INIT, TrainSettings
 from openpalm.train.initial_weights import Start, check_reads, starting_point
@@ -122,8 +124,12 @@ def serving_model(
             print(f"openpalm: warning: {forced}", file=sys.stderr)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    model = checkpoint.load(directory, str(device), dtype, allow=allow)
-    give_adapter(model, settings.adapter, directory, force=settings.force)
+    if settings.adapter is None and checkpoint.load_configs(directory).lora is None:
+        weights = settings.quantize or cast(WeightFormat, dtype)
+        model = load_quantized(directory, weights, str(device), allow=allow)
+    else:  # an adapter is merged before quantizing, so the whole model is needed
+        model = checkpoint.load(directory, str(device), dtype, allow=allow)
+        give_adapter(model, settings.adapter, directory, force=settings.force)
     engine = Engine(model, slots=slots, weights=settings.quantize, owned=True)
     return engine, tokenizer, sampling_defaults(directory)
 

@@ -25,6 +25,8 @@ INT4_GROUP = 32
 """Neighbouring weights of a row that share a scale and a zero point."""
 ONEDNN_FLOAT32_ROWS = 8
 """Number of input rows that oneDNN's float32 layout is chosen for: fast for 1 and for hundreds."""
+ROUNDED_ELEMENTS = 1 << 22
+"""Weights rounded to int8 at a time."""
 WIDENED_ELEMENTS = 1 << 18
 """Weights converted to float32 at a time: a megabyte, which fits the processor's cache."""
 
@@ -41,20 +43,37 @@ def quantize(model: Transformer, weights: WeightFormat) -> Transformer:
     float32 and bfloat16 change the layout only. int8 keeps one scale per row and, where the
     processor multiplies 8-bit numbers, quantizes each token's activations too. int4 keeps a scale
     and a zero point for each group of 32 weights of a row. Both compute in bfloat16. Other
-    parameters are shared with `model`. Raises SettingsError where the device has no kernel for it.
+    parameters are shared with `model`. A quantized model is returned as it is. Raises SettingsError
+    where the device has no kernel for it.
     """
-    table = model.embedding
-    if weights in ("int8", "int4") and table.device.type != "cpu":
-        raise SettingsError(f"--quantize {weights}: needs a CPU so far; leave it out on a GPU")
+    if is_quantized(model):
+        return model
+    check_format(weights, model.embedding.device.type)
     model = merged(model)  # before rounding, which would lose the small low-rank update
     if weights != "float32":
         model = _in_dtype(model, torch.bfloat16)
     quantized = shallow_copy_as(model, type(model))
-    quantized.blocks = nn.ModuleList(_quantized_block(block, weights) for block in model.blocks)
+    quantized.blocks = nn.ModuleList(quantized_block(block, weights) for block in model.blocks)
     unembedding = model.embedding if model.unembedding is None else model.unembedding
-    # bfloat16 logits are 1/16 apart, which is too coarse, so the head returns float32 if it can.
-    quantized.project_head = _QuantizedHead(_matrix(unembedding, weights, torch.float32))
+    quantized.project_head = quantized_head(unembedding, weights)
     return quantized.eval()
+
+
+def check_format(weights: WeightFormat, device: str) -> None:
+    """Raises SettingsError where the device has no kernel for the format."""
+    if weights in ("int8", "int4") and torch.device(device).type != "cpu":
+        raise SettingsError(f"--quantize {weights}: needs a CPU so far; leave it out on a GPU")
+
+
+def quantized_head(table: Tensor, weights: WeightFormat) -> ProjectHead:
+    """The head over a table in this format."""
+    # bfloat16 logits are 1/16 apart, which is too coarse, so the head returns float32 if it can.
+    return QuantizedHead(_matrix(table, weights, torch.float32))
+
+
+def is_quantized(model: Transformer) -> bool:
+    """Whether `quantize` made this model."""
+    return isinstance(model.project_head, QuantizedHead)
 
 
 def copy_unquantized_parts(model: Transformer) -> Transformer:
@@ -104,7 +123,7 @@ class _FusedOut(nn.Module):
         return update if self.down_bias is None else update + self.down_bias
 
 
-class _QuantizedHead(ProjectHead):
+class QuantizedHead(ProjectHead):
     def __init__(self, matrix: Matrix):
         super().__init__()
         self.matrix = matrix
@@ -295,7 +314,7 @@ def _round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scales[:, None]).round().to(torch.int8), scales
 
 
-def _quantized_block(block: nn.Module, weights: WeightFormat) -> nn.Module:
+def quantized_block(block: nn.Module, weights: WeightFormat) -> nn.Module:
     assert isinstance(block, Block)
     quantized = shallow_copy_as(block, Block)
     quantized._modules["project_in"] = _FusedIn(block.project_in, weights)
