@@ -9,7 +9,6 @@ from typing import Any, Literal
 from openpalm.base.settings import check, spell
 from openpalm.base.typed import home
 from openpalm.errors import SettingsError
-from openpalm.model.config import MAX_BINS, MAX_MEMBERS
 from openpalm.train.config import TrainSettings
 
 GroupAdvantage = Literal["grpo", "dr-grpo", "dapo", "rloo"]
@@ -320,6 +319,9 @@ class RewardSettings(TrainSettings):
     """axis to learn, in preference records with ratings on several axes"""
 
     def __post_init__(self) -> None:
+        # Not at the top: --help reads this module and needs no model.
+        from openpalm.model.config import MAX_BINS, MAX_MEMBERS
+
         super().__post_init__()
         _check_field(self, "ensemble_size", lambda v: 1 <= v <= MAX_MEMBERS, f"1 to {MAX_MEMBERS}")
         for name in ("margin_scale", "centring_coef"):

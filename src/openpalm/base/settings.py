@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import keyword
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -304,9 +305,13 @@ def _help_line(left: str, doc: str, field: dataclasses.Field[Any] | None) -> str
 
 def _width() -> int:
     """Columns of the help: the terminal's, or 96 where there is no terminal."""
-    from shutil import get_terminal_size
-
-    return max(40, get_terminal_size(fallback=(98, 24)).columns - 2)
+    # As shutil.get_terminal_size, which brings three compression libraries.
+    columns = os.environ.get("COLUMNS", "")
+    try:
+        width = int(columns) if columns.isdecimal() else os.get_terminal_size().columns
+    except OSError:
+        width = 0
+    return max(40, (width or 98) - 2)
 
 
 def _docs(kind: type) -> dict[str, str]:

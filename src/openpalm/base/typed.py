@@ -5,7 +5,6 @@ kind in words, never a Python type.
 """
 
 import dataclasses
-import json
 import math
 import os
 import types
@@ -196,6 +195,8 @@ def _texts(value: object, *, or_one: bool) -> list[str] | str:
 
 def _json_list(text: str) -> list[str] | None:
     try:
+        import json
+
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from openpalm.align.config import reward_sources
 from openpalm.base.settings import parse
 from openpalm.cli.model_options import ModelOptions
 from openpalm.errors import DataError, SettingsError, count_of
@@ -97,6 +96,7 @@ def run(argv: Sequence[str]) -> None:
 
 def best_completions(settings: BestOfNSettings) -> list[dict[str, Any]]:
     """One row for each prompt; rows that are in --out already are kept, not sampled again."""
+    from openpalm.align.config import reward_sources
     from openpalm.align.judging.best_of_n import SamplingPlan
     from openpalm.align.judging.reward_sources import RewardContext, load_reward
     from openpalm.align.rollouts.rollout import checked_rewards

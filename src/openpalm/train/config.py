@@ -3,13 +3,15 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from openpalm.base.settings import NOT_AN_OPTION, check
 from openpalm.errors import SettingsError
-from openpalm.model.config import LORA_TARGETS, LoraConfig, ModelConfig
 from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.optimizer_settings import OptimSettings
+
+if TYPE_CHECKING:
+    from openpalm.model.config import LoraConfig, ModelConfig
 
 PROBES_PER_RUN = 10
 """Default number of evaluations, and of checkpoints, per run."""
@@ -60,6 +62,9 @@ class LoraSettings:
     """adapted matrices: all, or some of q,k,v,gate,up,out,down"""
 
     def __post_init__(self) -> None:
+        # Not at the top: --help reads this module and needs no model.
+        from openpalm.model.config import LORA_TARGETS
+
         check(self.rank >= 0, "lora.rank", self.rank, "0 or more")
         check(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "above 0 and finite")
         known = self.targets == "all" or {*self._names} <= {*LORA_TARGETS}
@@ -71,12 +76,14 @@ class LoraSettings:
     def _names(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.targets.split(","))
 
-    def config(self, model: ModelConfig) -> LoraConfig | None:
+    def config(self, model: "ModelConfig") -> "LoraConfig | None":
         """The adapter of `model`, or None. Raises SettingsError if it does not fit the model.
 
         By default every matrix is adapted: queries and values alone, as in the paper, learn
         less (Dettmers et al. 2023, QLoRA, figure 2; Schulman et al. 2025, LoRA Without Regret).
         """
+        from openpalm.model.config import LoraConfig
+
         if self.rank == 0:
             return None
         names = tuple(model.matrices) if self.targets == "all" else self._names
