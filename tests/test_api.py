@@ -124,7 +124,7 @@ def test_wrong_requests(saved, config, tmp_path):
     initialise(reward, 0)
     with pytest.raises(CheckpointError, match="a reward model scores completions"):
         openpalm.generate(reward, PROMPT)
-    with pytest.raises(SettingsError, match="has no field stepz"):
+    with pytest.raises(SettingsError, match="unknown setting stepz"):
         openpalm.train(model="palm-tiny", data="x", out="y", stepz=1)
     with pytest.raises(SettingsError, match="steps many: must be a whole number"):
         openpalm.train(model="palm-tiny", data="x", out="y", steps="many")

@@ -11,13 +11,17 @@ from typing import Literal
 import pytest
 import yaml
 
+from openpalm import __version__
 from openpalm.base.settings import HelpRequested, _options, build, parse, plain, settings_of, spell
 from openpalm.base.typed import alternatives, convert
 from openpalm.base.yaml_file import MAX_BYTES, read_yaml, to_yaml
 from openpalm.cli.main import VERBS
 from openpalm.errors import SettingsError
-from openpalm.train.config import ArchSettings, TrainSettings
+from openpalm.train.config import ArchSettings, PretrainSettings, TrainSettings
 from openpalm.train.optimizer_settings import OptimSettings
+
+LANDED = Path(__file__).resolve().parents[1] / "landed" / "data"
+"""runs that OpenPaLM 0.1.0 made"""
 
 
 @dataclass(frozen=True)
@@ -423,7 +427,7 @@ def test_the_path_of_the_settings_file_is_known_but_is_no_setting(yaml_file):
 
 
 def test_build_refuses_an_unknown_name():
-    with pytest.raises(SettingsError, match="Inner has no field momentum"):
+    with pytest.raises(SettingsError, match=r"unknown setting inner\.momentum; leave it out"):
         build(Settings, {"data": "d", "inner": {"momentum": 1}})
 
 
@@ -466,6 +470,8 @@ def test_values_wrong_at_birth_speak_for_themselves():
         ("--confg", "--config"),
         ("--lr", "--inner.lr"),
         ("--batch-size", "--batch-tokens"),
+        ("--tokens", "--batch-tokens"),
+        ("--norm", "--qk-norm"),
     ],
 )
 def test_an_unknown_option_suggests(given, meant):
@@ -540,6 +546,30 @@ def test_a_bad_file_is_named(yaml_file, tmp_path, monkeypatch, content, part):
 def test_a_wrong_value_in_a_file(yaml_file):
     line = refused("--config", yaml_file("data: d\nbatch_tokens: many\n"))
     assert "some.yaml: batch_tokens many: must be a whole number; see" in line
+
+
+def test_a_file_of_another_version_names_both_versions(tmp_path):
+    run = LANDED / "train" / "run"
+    argv = ["--config", str(run / "config.yaml"), "--out", str(tmp_path / "out")]
+    assert refused(*argv, kind=PretrainSettings) == (
+        f"--config {run / 'config.yaml'}: was written by OpenPaLM '0.1.0', and this is "
+        f"{__version__} (unknown setting keep; did you mean keep_checkpoints?); change a copy of "
+        f"the file, or start from that run's weights with --init {run}"
+    )
+
+
+def test_a_file_beside_a_run_of_this_version_has_no_other_version(tmp_path, yaml_file):
+    run_json = tmp_path / "run.json"
+    for text in (f'{{"openpalm": "{__version__}"}}', '{"openpalm": 3}', "{torn", "[]"):
+        run_json.write_text(text, encoding="utf-8")
+        line = refused("--config", yaml_file("zzz: 3\n"))
+        assert (
+            line == f"--config {tmp_path}/some.yaml: unknown setting zzz; see `openpalm try --help`"
+        )
+    run_json.write_text('{"openpalm": "9.0"}', encoding="utf-8")
+    line = refused("--config", yaml_file("batch_tokens: many\n"))
+    assert "was written by OpenPaLM '9.0', and this is" in line
+    assert line.endswith("see `openpalm try --help`); change a copy of the file")
 
 
 def test_a_missing_file_and_a_folder(tmp_path):

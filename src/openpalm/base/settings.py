@@ -160,7 +160,7 @@ def _split(
 
 
 def _nearest(name: str, options: dict[str, Any]) -> str | None:
-    """The option probably meant: a synonym, a nested one (--lr, --optim.lr), a similar spelling."""
+    """The option probably meant: a synonym, one of a group (--lr), a similar name, a longer one."""
     from difflib import get_close_matches
 
     synonym = _SYNONYMS.get(name.replace("-", "_"))
@@ -170,8 +170,20 @@ def _nearest(name: str, options: dict[str, Any]) -> str | None:
     in_group = [option for option, own in last.items() if own == name.rpartition(".")[2]]
     if len(in_group) == 1:
         return in_group[0]
-    near = get_close_matches(name, [*options, "config"], n=1)
+    near = get_close_matches(name, [*options, "config"], n=1) or _with_words(name, options)
     return near[0] if near else None
+
+
+def _with_words(name: str, options: dict[str, Any]) -> list[str]:
+    """The one option that has all words of `name`: keep -> keep_checkpoints. Groups come second."""
+    words = {*_words(name)}
+    having = [option for option in options if words <= {*_words(option)}]
+    own = [option for option in having if "." not in option]
+    return own if len(own) == 1 else having if len(having) == 1 else []
+
+
+def _words(name: str) -> list[str]:
+    return name.replace(".", "_").split("_")
 
 
 def _converted(value: object, hint: Any, name: str, verb: str) -> Any:
@@ -212,8 +224,27 @@ def _from_file(path: Path, options: dict[str, Any], verb: str) -> dict[str, Any]
         content = read_yaml(path, as_text=True)
     except SettingsError as error:
         raise SettingsError(f"--config {error}") from None
-    visit(content, "")
+    try:
+        visit(content, "")
+    except SettingsError as error:
+        raise _of_other_version(path, error, "init" in options) from None
     return values
+
+
+def _of_other_version(path: Path, error: SettingsError, may_start: bool) -> SettingsError:
+    """The error, with both versions if another version began the run that has this file."""
+    from openpalm import __version__
+    from openpalm.base.console import shown
+    from openpalm.base.run_version import version_of_run
+
+    version = version_of_run(path.parent)
+    if version in (None, __version__):
+        return error
+    start = f", or start from that run's weights with --init {path.parent}" if may_start else ""
+    return SettingsError(
+        f"--config {path}: was written by OpenPaLM {shown(version)}, and this is {__version__} "
+        f"({str(error).removeprefix(f'--config {path}: ')}); change a copy of the file{start}"
+    )
 
 
 def _fill_positional(

@@ -83,9 +83,9 @@ def build(kind: type[T], values: dict[str, Any], inside: str = "") -> T:
     dotted prefix of the names in messages.
     """
     hints = typing.get_type_hints(kind)
-    unknown = sorted(str(name) for name in values if name not in hints)
+    unknown = sorted(inside + str(name) for name in values if name not in hints)
     if unknown:
-        raise SettingsError(f"{kind.__name__} has no field {', '.join(unknown)}")
+        raise SettingsError(f"unknown setting {', '.join(unknown)}; leave it out")
     missing = [name for name in required(kind) if name not in values]
     if missing:
         raise SettingsError(f"{', '.join(inside + name for name in missing)}: is missing")

@@ -28,6 +28,7 @@ from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.files import atomic_folder
 from openpalm.base.json_file import read_failure, read_json
+from openpalm.base.run_version import version_in
 from openpalm.checkpoint import adapter, fingerprint, tensors
 from openpalm.checkpoint.manifest import (
     FORMAT,
@@ -157,10 +158,21 @@ def _load_configs(directory: Path) -> Configs:
             low_rank.check(config)
         reward = reward_from_json(content["reward"], str(where)) if "reward" in content else None
     except SettingsError as error:
-        raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+        raise _of_other_version(where, str(error).removeprefix(f"{where}: ")) from None
     configs = Configs(config, low_rank, reward)
     _check_tensors(configs, directory)
     return configs
+
+
+def _of_other_version(where: Path, reason: str) -> CheckpointError:
+    """The error for a config.json that is not valid, with both versions if they differ."""
+    version = version_in(where.parent / "manifest.json")
+    if version in (None, __version__):
+        return CheckpointError(f"{where}: {reason}; {REMEDY}")
+    return CheckpointError(
+        f"{where}: was written by OpenPaLM {shown(version)}, and this is {__version__} ({reason}); "
+        f"install that version, or {REMEDY}"
+    )
 
 
 def check_generates_text(directory: Path) -> None:

@@ -340,7 +340,7 @@ def _from_json(kind: type[C], values: object, where: str, what: str) -> C:
         raise SettingsError(f"{where}: the {what}'s settings must be a JSON object")
     for name, value in values.items():
         if name not in fields:
-            raise SettingsError(f"{where}: unknown {what} field {name}; a newer OpenPaLM wrote it")
+            raise SettingsError(f"{where}: unknown {what} field {name}")
         if not _fits(value, fields[name].type):
             raise SettingsError(f"{where}: {what} field {name} cannot be {value!r:.100}")
     missing = [

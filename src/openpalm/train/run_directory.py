@@ -17,6 +17,7 @@ from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.files import lock, write_atomically
 from openpalm.base.json_file import read_json
+from openpalm.base.run_version import version_of_run
 from openpalm.base.settings import build, check, plain, spell
 from openpalm.base.yaml_file import read_yaml, to_yaml
 from openpalm.checkpoint import directory as checkpoint
@@ -195,17 +196,8 @@ def step_of(directory: Path) -> int:
 
 def _version(out: Path) -> str | None:
     """The version that made the run: from run.json, else from its newest readable checkpoint."""
-    if (out / INFO_FILE).exists():
-        try:
-            return str(read_json(out / INFO_FILE, "")["openpalm"])
-        except (CheckpointError, KeyError):
-            return __version__  # damaged: `recall` says so
-    for newest in reversed(checkpoint.steps(out)):
-        try:
-            return str(read_manifest(newest)["versions"]["openpalm"])
-        except (CheckpointError, KeyError, TypeError):
-            continue  # damaged: it does not say who wrote it
-    return None
+    damaged = (out / INFO_FILE).exists()  # if it names no version: `recall` says so
+    return version_of_run(out) or (__version__ if damaged else None)
 
 
 def _planned_steps(out: Path) -> object:
