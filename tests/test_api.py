@@ -189,5 +189,5 @@ except openpalm.OpenPalmError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "data, out: is missing\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "missing data, out\n"), done.stderr
     assert list(inspect.signature(openpalm.generate).parameters)[:2] == ["model", "prompts"]

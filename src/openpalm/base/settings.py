@@ -26,6 +26,7 @@ from openpalm.base.typed import (
     convert,
     is_flag,
     is_list,
+    not_a_group,
     optional,
     plain,
     required,
@@ -80,6 +81,7 @@ def parse(
     files = [] if "config" in options else [Path(v) for name, v in given if name == "config"]
     for path in files:
         values |= _from_file(path, options, verb)
+    from_files = {*values}
     for name, text in given:
         if name in options:
             values[name] = _converted(text, options[name], spell(name), verb)
@@ -93,7 +95,18 @@ def parse(
         raise SettingsError(f"missing {named}; see `openpalm {verb} --help`")
     if files and "config_file" in typing.get_type_hints(kind):
         values["config_file"] = files[-1]
-    return build(kind, _nested(values))
+    try:
+        return build(kind, _nested(values))
+    except SettingsError as error:
+        in_file = from_files - {name for name, _ in given}
+        raise _naming_file(error, files[-1], in_file) if files else error from None
+
+
+def _naming_file(error: SettingsError, file: Path, names: set[str]) -> SettingsError:
+    """The error of a check, which names an option; names the file if the value is from there."""
+    option, space, rest = str(error).partition(" ")
+    name = option.removesuffix(":").removeprefix("--").replace("-", "_")
+    return SettingsError(f"--config {file}: {name}{space}{rest}") if name in names else error
 
 
 def spell(name: str) -> str:
@@ -206,6 +219,9 @@ def _from_file(path: Path, options: dict[str, Any], verb: str) -> dict[str, Any]
             is_group = any(option.startswith(f"{name}.") for option in options)
             if is_group and isinstance(value, dict):
                 visit(value, f"{name}.")
+            elif is_group:
+                within = [o.removeprefix(f"{name}.") for o in options if o.startswith(f"{name}.")]
+                raise SettingsError(f"--config {path}: {not_a_group(name, value, within)}")
             elif name not in options:
                 near = _nearest(name, options)
                 hint = f"did you mean {near}?" if near else f"see `openpalm {verb} --help`"

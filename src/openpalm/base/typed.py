@@ -72,7 +72,9 @@ def convert(value: object, hint: Any) -> Any:
 
 def shortened(value: object) -> str:
     """A value for an error message: one line, not too long."""
-    text = " ".join(str(value).split())
+    in_files = {None: "null", True: "true", False: "false"}  # as YAML and JSON spell them
+    plain = in_files[value] if value is None or isinstance(value, bool) else str(value)
+    text = " ".join(plain.split())
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
@@ -85,10 +87,10 @@ def build(kind: type[T], values: dict[str, Any], inside: str = "") -> T:
     hints = typing.get_type_hints(kind)
     unknown = sorted(inside + str(name) for name in values if name not in hints)
     if unknown:
-        raise SettingsError(f"unknown setting {', '.join(unknown)}; leave it out")
+        raise SettingsError(f"unknown setting {', '.join(unknown)}{_meant(unknown, hints, inside)}")
     missing = [name for name in required(kind) if name not in values]
     if missing:
-        raise SettingsError(f"{', '.join(inside + name for name in missing)}: is missing")
+        raise SettingsError(f"missing {', '.join(inside + name for name in missing)}")
     fields = {name: _field(hints[name], value, inside + name) for name, value in values.items()}
     return kind(**fields)
 
@@ -127,11 +129,28 @@ def _field(hint: Any, value: object, name: str) -> Any:
             return build(typing.cast(type, hint), value, f"{name}.")
         if isinstance(value, typing.cast(type, hint)):
             return value
-        raise SettingsError(f"{name} {shortened(value)}: must be a group of settings")
+        raise not_a_group(name, value, settings_names(hint))
     try:
         return convert(value, hint)
     except WrongValue as wrong:
         raise SettingsError(f"{name} {shortened(value)}: must be {wrong}") from None
+
+
+def not_a_group(name: str, value: object, names: list[str]) -> SettingsError:
+    """The error for a single value where a group of settings is wanted."""
+    wanted = f"a group of settings, such as {name}: {{{names[0]}: ...}}"
+    return SettingsError(f"{name} {shortened(value)}: must be {wanted}")
+
+
+def settings_names(kind: Any) -> list[str]:
+    return [field.name for field in settings_of(kind)]
+
+
+def _meant(unknown: list[str], hints: dict[str, Any], inside: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(unknown[0].removeprefix(inside), hints, n=1)
+    return f" (did you mean {inside}{near[0]}?)" if near else ""
 
 
 def _whole(value: object) -> int:

@@ -58,6 +58,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 _STEPPED = ("optimizer/", "model/")
 """Prefixes of state that must be finite: optimizer moments, weights that only training needs."""
 _FINGERPRINT = "fingerprint.safetensors"
+_DAMAGED = "passing over a damaged checkpoint: "
 _STATE = ("train/state.safetensors", "train/state.json")
 
 Allow = Callable[[str], None]
@@ -249,9 +250,9 @@ def resolve(path: str | Path, *, training: bool = False) -> Path:
     if file_size(path) is None:
         raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
     if (path / "checkpoints").is_dir():
-        found = latest(path, training=training)
+        found = newest_whole(path, training=training)
         if found is None:
-            raise CheckpointError(f"{path}: this run has no whole checkpoint yet")
+            raise CheckpointError(f"{path}: this run has no checkpoint yet; let it train longer")
         return found
     if not (path / "manifest.json").is_file():
         raise CheckpointError(
@@ -277,8 +278,28 @@ def latest(
             verify(directory, training=training)
             return directory
         except CheckpointError as error:
-            say(f"passing over a damaged checkpoint: {error}")
+            say(f"{_DAMAGED}{error}")
     return None
+
+
+def newest_whole(run: Path, *, training: bool = False) -> Path | None:
+    """`latest`, but a run of which every checkpoint is damaged raises CheckpointError.
+
+    It is not the same as a run without a checkpoint: beginning it again would overwrite files that
+    may still be restored.
+    """
+    lines: list[str] = []
+    found = latest(run, say=lines.append, training=training)
+    if found is None and lines:
+        reason = lines[0].removeprefix(_DAMAGED).removesuffix(f"; {REMEDY}")
+        all_of = "its one checkpoint is" if len(lines) == 1 else f"its {len(lines)} checkpoints are"
+        raise CheckpointError(
+            f"{run}: {all_of} damaged ({reason}); restore one from a copy, or train again with "
+            "another --out"
+        )
+    for line in lines:
+        print(line, file=sys.stderr)
+    return found
 
 
 def steps(run: Path) -> list[Path]:
