@@ -315,8 +315,10 @@ def _help_text(
 
 def _help_groups(kind: type, title: str, prefix: str, positional: Sequence[str]) -> list[str]:
     """The options of a dataclass, then those of the dataclasses inside it."""
+    from textwrap import fill
+
     docs, hints = _docs(kind), typing.get_type_hints(kind)
-    lines, groups = [f"{title}:"], []
+    lines, groups = [fill(f"{title}:", _width())], []
     # Required options come first, then the verb's own, then those it shares with other verbs.
     order = required(kind)
     order += [name for base in kind.__mro__ for name in inspect.get_annotations(base)]

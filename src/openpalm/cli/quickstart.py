@@ -37,7 +37,8 @@ class QuickstartSettings:
     """Time budget and directory."""
 
     minutes: float = 5.0
-    """time budget: about 62 % pretraining, 20 % fine-tuning"""
+    """time budget: 62 % for pretraining, 20 % for fine-tuning; the other 18 % is not enforced: data
+    and tokenizer, timing of the model sizes, answers to questions, preferences, the report"""
     out: Path = Path("runs/quickstart")
     """directory for data, runs and report"""
     seed: int = 0

@@ -57,9 +57,11 @@ class LoraSettings:
     rank: int = 0
     """rank of the adapter, usually 8 or 16; 0 trains the weights themselves"""
     alpha: float = 32.0
-    """scale: the adapter's output is multiplied by alpha / rank"""
+    """scale: the adapter's output is multiplied by alpha / rank; used only with --lora.rank above
+    0"""
     targets: str = "all"
-    """adapted matrices: all, or some of q,k,v,gate,up,out,down"""
+    """adapted matrices: all, or some of q,k,v,gate,up,out,down; used only with --lora.rank above
+    0"""
 
     def __post_init__(self) -> None:
         # Not at the top: --help reads this module and needs no model.
@@ -138,12 +140,11 @@ class TrainSettings:
     """Settings that every training run has."""
 
     data: Path
-    """training data: for train a directory written by `openpalm data prepare`, or a .yaml that
-    mixes several; for the other verbs a .jsonl"""
+    """training data"""
     out: Path
     """run directory; the same command resumes a run that was interrupted"""
     model: str | None = None
-    """preset size, see `openpalm models`; not needed with --init"""
+    """size of the model, see `openpalm models`; with --init a check only: the checkpoint decides"""
     init: str | None = None
     """checkpoint, run or hub name to take the weights from; the optimizer starts new"""
     steps: int | None = None
@@ -187,7 +188,8 @@ class TrainSettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     """low-rank adapter (LoRA) instead of the weights"""
     arch: ArchSettings = field(default_factory=ArchSettings)
-    """changes to the preset's architecture"""
+    """changes to the architecture of --model; with --init the checkpoint decides all but xpos_base
+    and dropout, and another value is refused"""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """optimizer and learning-rate schedule"""
     loggers: str | None = None
@@ -247,6 +249,8 @@ class TrainSettings:
 class PretrainSettings(TrainSettings):
     """Settings of pretraining: a run on prepared text, one dataset or a mixture of several."""
 
+    data: Path
+    """directory that `openpalm data prepare` wrote, or a .yaml that mixes several"""
     depth: int | None = None
     """number of blocks, instead of --model; width, heads, batch, learning rates, weight decay and
     steps follow from it by rules and are printed; their own options override them"""
