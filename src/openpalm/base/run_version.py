@@ -1,9 +1,15 @@
 """The version of OpenPaLM that wrote a run or a checkpoint, for messages about other versions."""
 
+from importlib import import_module
 from pathlib import Path
 
 from openpalm.base.json_file import read_json
 from openpalm.errors import CheckpointError, StorageError
+
+
+def this_version() -> str:
+    # By name: the package refers to the public API above this room, for type checkers.
+    return import_module("openpalm").__version__
 
 
 def version_of_run(run: Path) -> str | None:

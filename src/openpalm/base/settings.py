@@ -249,16 +249,15 @@ def _from_file(path: Path, options: dict[str, Any], verb: str) -> dict[str, Any]
 
 def _of_other_version(path: Path, error: SettingsError, may_start: bool) -> SettingsError:
     """The error, with both versions if another version began the run that has this file."""
-    from openpalm import __version__
     from openpalm.base.console import shown
-    from openpalm.base.run_version import version_of_run
+    from openpalm.base.run_version import this_version, version_of_run
 
     version = version_of_run(path.parent)
-    if version in (None, __version__):
+    if version in (None, this_version()):
         return error
     start = f", or start from that run's weights with --init {path.parent}" if may_start else ""
     return SettingsError(
-        f"--config {path}: was written by OpenPaLM {shown(version)}, and this is {__version__} "
+        f"--config {path}: was written by OpenPaLM {shown(version)}, and this is {this_version()} "
         f"({str(error).removeprefix(f'--config {path}: ')}); change a copy of the file{start}"
     )
 
