@@ -3,12 +3,10 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from openpalm.base.settings import parse, spell
 from openpalm.train.config import PretrainSettings, TrainSettings
-from openpalm.train.sizing.scaling import scaled
 
 if TYPE_CHECKING:
     from openpalm.data.batches.token_mixture import TokenSets
@@ -46,6 +44,7 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     from openpalm.data.batches.token_mixture import open_sets
     from openpalm.train.initial_weights import starting_point
     from openpalm.train.run import run_training
+    from openpalm.train.sizing.scaling import scaled
     from openpalm.train.spec import TrainSpec
 
     sets = open_sets(settings.data)
@@ -86,6 +85,8 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
 
 def _print_derived(depth: int | None, derived: dict[str, Any]) -> None:
     """The settings that follow from --depth, as the options that would set them."""
+    from textwrap import fill
+
     options = " ".join(f"{spell(name)}={value}" for name, value in derived.items())
     print(fill(f"--depth {depth}: {options}", 98, break_on_hyphens=False), file=sys.stderr)
 

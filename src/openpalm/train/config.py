@@ -3,13 +3,15 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from openpalm.base.settings import NOT_AN_OPTION, check
 from openpalm.errors import SettingsError
-from openpalm.model.config import LORA_TARGETS, LoraConfig, ModelConfig
 from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.optimizer_settings import OptimSettings
+
+if TYPE_CHECKING:
+    from openpalm.model.config import LoraConfig, ModelConfig
 
 PROBES_PER_RUN = 10
 """Default number of evaluations, and of checkpoints, per run."""
@@ -55,11 +57,16 @@ class LoraSettings:
     rank: int = 0
     """rank of the adapter, usually 8 or 16; 0 trains the weights themselves"""
     alpha: float = 32.0
-    """scale: the adapter's output is multiplied by alpha / rank"""
+    """scale: the adapter's output is multiplied by alpha / rank; used only with --lora.rank above
+    0"""
     targets: str = "all"
-    """adapted matrices: all, or some of q,k,v,gate,up,out,down"""
+    """adapted matrices: all, or some of q,k,v,gate,up,out,down; used only with --lora.rank above
+    0"""
 
     def __post_init__(self) -> None:
+        # Not at the top: --help reads this module and needs no model.
+        from openpalm.model.config import LORA_TARGETS
+
         check(self.rank >= 0, "lora.rank", self.rank, "0 or more")
         check(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "above 0 and finite")
         known = self.targets == "all" or {*self._names} <= {*LORA_TARGETS}
@@ -71,12 +78,14 @@ class LoraSettings:
     def _names(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.targets.split(","))
 
-    def config(self, model: ModelConfig) -> LoraConfig | None:
+    def config(self, model: "ModelConfig") -> "LoraConfig | None":
         """The adapter of `model`, or None. Raises SettingsError if it does not fit the model.
 
         By default every matrix is adapted: queries and values alone, as in the paper, learn
         less (Dettmers et al. 2023, QLoRA, figure 2; Schulman et al. 2025, LoRA Without Regret).
         """
+        from openpalm.model.config import LoraConfig
+
         if self.rank == 0:
             return None
         names = tuple(model.matrices) if self.targets == "all" else self._names
@@ -131,12 +140,11 @@ class TrainSettings:
     """Settings that every training run has."""
 
     data: Path
-    """training data: for train a directory written by `openpalm data prepare`, or a .yaml that
-    mixes several; for the other verbs a .jsonl"""
+    """training data"""
     out: Path
     """run directory; the same command resumes a run that was interrupted"""
     model: str | None = None
-    """preset size, see `openpalm models`; not needed with --init"""
+    """size of the model, see `openpalm models`; with --init a check only: the checkpoint decides"""
     init: str | None = None
     """checkpoint, run or hub name to take the weights from; the optimizer starts new"""
     steps: int | None = None
@@ -180,7 +188,8 @@ class TrainSettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     """low-rank adapter (LoRA) instead of the weights"""
     arch: ArchSettings = field(default_factory=ArchSettings)
-    """changes to the preset's architecture"""
+    """changes to the architecture of --model; with --init the checkpoint decides all but xpos_base
+    and dropout, and another value is refused"""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """optimizer and learning-rate schedule"""
     loggers: str | None = None
@@ -240,6 +249,8 @@ class TrainSettings:
 class PretrainSettings(TrainSettings):
     """Settings of pretraining: a run on prepared text, one dataset or a mixture of several."""
 
+    data: Path
+    """directory that `openpalm data prepare` wrote, or a .yaml that mixes several"""
     depth: int | None = None
     """number of blocks, instead of --model; width, heads, batch, learning rates, weight decay and
     steps follow from it by rules and are printed; their own options override them"""

@@ -90,7 +90,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
         if newest is not None and step_of(newest) >= info.steps:
             return Outcome(newest, info.steps, was_finished=True)
         # Only now is the training state read and verified: a finished run may be without it.
-        newest = checkpoint.latest(settings.out, training=True)
+        newest = checkpoint.newest_whole(settings.out, training=True)
         run_directory.write(settings, info)
         # Fresh weights and dropout depend on it; a resumed run overwrites both.
         torch.manual_seed(settings.seed)
