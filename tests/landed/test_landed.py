@@ -215,7 +215,6 @@ def test_a_run_with_settings_that_are_gone_is_not_continued(
     shutil.rmtree(out / "checkpoints")
     line = refused(said, "train", out)
     assert "says which version made this run" in line
-    assert "continue the run with the version that made it" in line
 
 
 @pytest.mark.parametrize("name", RESUMABLE)
