@@ -52,6 +52,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     )
     from openpalm.data.batches.order import mixture as mixed_draws
     from openpalm.data.rows.tasks import read_mixture
+    from openpalm.train.probes import BestBy
     from openpalm.train.run import run_training
     from openpalm.train.spec import TrainSpec
 
@@ -89,6 +90,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
         data_hash=mixture.digest(settings.data),
         parent_hash=start.parent_hash,
         probes=[_held_out_probe(measured, length)] if measurable else [],
+        best=BestBy() if measurable else None,
         label=label,
     )
     return run_training(settings, spec)

@@ -162,6 +162,12 @@ class TrainSettings:
     """steps between evaluations; default: ten per run, at least 20 steps apart"""
     keep_checkpoints: int = 3
     """number of newest checkpoints to keep; 0 keeps all"""
+    keep_every: int | None = None
+    """checkpoints at multiples of this many steps are saved and never removed"""
+    keep_best: bool = False
+    """keep the checkpoint with the best evaluation, too, and link checkpoints/best to it: the
+    lowest val_loss, for ppo and grpo the highest val_gold or val_reward; an evaluation that
+    improves it is saved"""
     device: str = "auto"
     """device: auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -201,7 +207,8 @@ class TrainSettings:
         if self.lora.rank and self.last_layers is not None:
             raise SettingsError("give --lora.rank or --last-layers, not both")
         for name in (
-            *("steps", "minutes", "epochs", "save_every", "eval_every", "last_layers"),
+            *("steps", "minutes", "epochs", "save_every", "eval_every", "keep_every"),
+            "last_layers",
             *("sequence_length", "batch_tokens", "microbatch_tokens"),
         ):
             value = getattr(self, name)
