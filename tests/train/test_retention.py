@@ -159,17 +159,6 @@ def test_another_choice_when_resumed(
     assert not best(run).is_symlink()
 
 
-def test_no_validation_data(
-    train: Train, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
-):
-    (tmp_path / "text.txt").write_text("the model reads a word. " * 400, encoding="utf-8")
-    words = ["--out", str(tmp_path / "data"), "--tokenizer", "byte", "--val-fraction", "0.0001"]
-    assert main(["data", "prepare", str(tmp_path / "text.txt"), *words]) == 0
-    assert train(tmp_path / "run", data=tmp_path / "data", keep_best=True) == 2
-    assert "--keep-best: no data is held out" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def row(step: int, value: object) -> dict[str, Any]:
     return {"step": step, "val_loss": value}
 
