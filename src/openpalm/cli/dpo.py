@@ -69,6 +69,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
         unit=kind.unit,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
+        parent=start.parent,
         parent_hash=start.parent_hash,
         parent_fixed=settings.loss not in WITHOUT_REFERENCE,
         probes=[_held_out_probe(kind, kind.collate(measured))] if measured else [],

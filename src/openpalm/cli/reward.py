@@ -72,6 +72,7 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
         unit="pairs" if settings.reads_pairs else "ratings",
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
+        parent=start.parent,
         parent_hash=start.parent_hash,
         probes=[_held_out_probe(settings, measured, ties)] if measured else [],
         best=BestBy() if measured else None,

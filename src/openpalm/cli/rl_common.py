@@ -97,6 +97,7 @@ def train_on_rollouts(
         shape=shape,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
+        parent=start.parent,
         parent_hash=start.parent_hash,
         reward_hash=fingerprint([*reward_sources(settings.reward), *gold_sources]),
         parent_fixed=True,

@@ -88,6 +88,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
         learning_rate=start.learning_rate,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=mixture.digest(settings.data),
+        parent=start.parent,
         parent_hash=start.parent_hash,
         probes=[_held_out_probe(measured, length)] if measurable else [],
         best=BestBy() if measurable else None,

@@ -78,6 +78,7 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
         learning_rate=start.learning_rate,
         tokenizer_json=(sets.datasets[0].path / "tokenizer.json").read_text(encoding="utf-8"),
         data_hash=sets.digest,
+        parent=start.parent,
         parent_hash=start.parent_hash,
         probes=_probes(settings, sets, tokenizer, length),
         best=BestBy() if _validates(sets) else None,

@@ -139,6 +139,8 @@ class TrainSettings:
     """preset size, see `openpalm models`; not needed with --init"""
     init: str | None = None
     """checkpoint, run or hub name to take the weights from; the optimizer starts new"""
+    keep_optimizer: bool = False
+    """with --init: the optimizer continues with the moments and step counts of that checkpoint"""
     steps: int | None = None
     """number of optimizer steps"""
     minutes: float | None = None
@@ -204,6 +206,13 @@ class TrainSettings:
             raise SettingsError(self.no_model_message)
         if self.lengths != 1 and not (self.lengths == 0 and self.scaling_depth is not None):
             raise SettingsError("give exactly one of --steps, --minutes and --epochs")
+        if self.keep_optimizer and self.init is None:
+            raise SettingsError("--keep-optimizer: is for --init; leave it out")
+        if self.keep_optimizer and self.lora.rank:
+            raise SettingsError(
+                "--keep-optimizer: a LoRA adapter starts new and has no moments; leave it or "
+                "--lora.rank out"
+            )
         if self.lora.rank and self.last_layers is not None:
             raise SettingsError("give --lora.rank or --last-layers, not both")
         for name in (

@@ -10,6 +10,7 @@ from openpalm.model.transformer import initialise
 from openpalm.train import run_directory
 from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.config import TrainSettings
+from openpalm.train.inherited_optimizer import check_optimizer
 from openpalm.train.run_directory import RunInfo
 from openpalm.train.sizing.measure import measure
 from openpalm.train.spec import TrainSpec, make_trainer
@@ -23,6 +24,8 @@ def measured_info(
 ) -> RunInfo:
     """The info of a new run. A run that is repeated with --config keeps its dtype and steps."""
     run_directory.check_new(settings.out)
+    if settings.keep_optimizer and spec.parent is not None:
+        check_optimizer(spec.parent, settings.optim)
     repeated = run_directory.repeated_run(settings, spec.hashes)
     steps, eval_every = settings.steps, None
     if settings.epochs:

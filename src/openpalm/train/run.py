@@ -31,6 +31,7 @@ from openpalm.parallel.world import world
 from openpalm.train import retention, run_directory
 from openpalm.train.batch_shape import BatchShape
 from openpalm.train.config import LEAST_STEPS_APART, PROBES_PER_RUN, TrainSettings, batch_shape
+from openpalm.train.inherited_optimizer import inherit_optimizer
 from openpalm.train.initial_weights import check_trained
 from openpalm.train.loggers import Loggers, check_installed
 from openpalm.train.metrics import LiveLine, RowFile, read_rows
@@ -85,11 +86,14 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
             return Outcome(newest, info.steps, was_finished=True)
         # Only now is the training state read and verified: a finished run may be without it.
         newest = checkpoint.latest(settings.out, training=True)
-        run_directory.write(settings, info)
         # Fresh weights and dropout depend on it; a resumed run overwrites both.
         torch.manual_seed(settings.seed)
         dtype = getattr(torch, info.dtype)
         trainer = make_trainer(settings, spec, shape, device, steps=info.steps, dtype=dtype)
+        if newest is None and settings.keep_optimizer and spec.parent is not None:
+            inherit_optimizer(trainer.optimizer, spec.parent, spec.label)
+        # After everything that may refuse: config.yaml makes the directory a run.
+        run_directory.write(settings, info)
         session = _Session(settings, spec, info, trainer, shape)
         if newest is not None:
             session.restore(newest)

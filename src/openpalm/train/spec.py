@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class TrainSpec:
     tokenizer_json: str | None = None
     data_hash: str | None = None
     reward_hash: str | None = None
+    parent: Path | None = None
+    """checkpoint of the initial weights, whose optimizer state --keep-optimizer takes over"""
     parent_hash: str | None = None
     parent_fixed: bool = False
     """whether a resumed run needs the same parent weights, because they are the reference"""
