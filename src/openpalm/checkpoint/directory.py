@@ -61,7 +61,6 @@ BEST = "best"
 _STEP = re.compile(r"step-(\d{8,})")
 _STEPPED = ("optimizer/", "model/")
 """Prefixes of state that must be finite: optimizer moments, weights that only training needs."""
-_FINGERPRINT = "fingerprint.safetensors"
 _STATE = ("train/state.safetensors", "train/state.json")
 
 Allow = Callable[[str], None]
@@ -108,27 +107,30 @@ def save_one_by_one(
     optimizer: LazyState | None = None,
     tokenizer_json: str | None = None,
     lineage: dict[str, Any] | None = None,
-) -> None:
-    """As `save`, with a fingerprint, for a model larger than memory: holds one block at a time.
+) -> Tensor:
+    """As `save`, for a model larger than memory: holds one block at a time. Returns the logits of
+    the fingerprint, computed from the weights that were written.
 
     optimizer: its state as Optimizer.state_tensors names it, for `--keep-optimizer`.
     """
     with _complete_or_absent(directory, lineage) as partial:
         _write_config(partial, config, None, None)
-        tensors.write_one_by_one(partial / WEIGHTS, weights.layout, weights.__getitem__)
         if tokenizer_json is not None:
             _write_text(partial / "tokenizer.json", tokenizer_json)
         ids = fingerprint.fixed_tokens(config)
-        logits = streamed_logits(config, weights, ids)
-        tensors.write(partial / _FINGERPRINT, {"tokens": ids, "logits": logits})
+        # Reading is slow (arrays of shards are joined), so one pass computes and writes.
+        with tensors.filled(partial / WEIGHTS, weights.layout) as put:
+            logits = streamed_logits(config, weights.copied_to(put), ids)
+        tensors.write(partial / fingerprint.FILE, {"tokens": ids, "logits": logits})
         if optimizer is not None:
             (partial / "train").mkdir()
-            named = LazyState(
-                optimizer.where, {f"optimizer/{n}": e for n, e in optimizer.entries.items()}
-            )
-            tensors.write_one_by_one(partial / _STATE[0], named.layout, named.__getitem__)
+            layout = {f"optimizer/{name}": entry for name, entry in optimizer.layout.items()}
+            with tensors.filled(partial / _STATE[0], layout) as put:
+                for name in optimizer:
+                    put(f"optimizer/{name}", optimizer[name])
             _write_text(partial / _STATE[1], "{}\n")
         _write_text(partial / "card.md", default_card(config))
+    return logits
 
 
 @contextmanager
@@ -165,11 +167,13 @@ def load(
     if dtype not in DTYPES:
         raise SettingsError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
     configs = load_configs(directory)
-    model = make_model(configs.model, configs.reward).to(device=device, dtype=DTYPES[dtype])
+    with torch.device("meta"):
+        model = make_model(configs.model, configs.reward).to(DTYPES[dtype])
+    model.to_empty(device=device)
     load_weights(model, directory, allow=allow)
     model.eval()
-    if dtype == "float32" and is_listed(directory, _FINGERPRINT):
-        fingerprint.check(model, directory / _FINGERPRINT)
+    if dtype == "float32" and is_listed(directory, fingerprint.FILE):
+        fingerprint.check(model, directory / fingerprint.FILE)
     return model
 
 
@@ -231,8 +235,9 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
         lora.attach(model, low_rank)
     if lora.config_of(model) != low_rank:
         raise CheckpointError(f"{directory}: its adapter differs from this model's")
-    with tensors.opened(directory / WEIGHTS) as file:
-        for name, parameter in model.published_parameters():
+    for name, parameter in model.published_parameters():
+        # Opened for each tensor: pages of the file that stay mapped would count as memory.
+        with tensors.opened(directory / WEIGHTS) as file:
             stored = file.finite(name, allow)
             if stored.shape != parameter.shape:
                 raise CheckpointError(
@@ -393,7 +398,7 @@ def _write_contents(
         _write_text(partial / "tokenizer.json", tokenizer)
     if with_fingerprint:
         tokens, logits = fingerprint.compute(model)
-        tensors.write(partial / _FINGERPRINT, {"tokens": tokens, "logits": logits})
+        tensors.write(partial / fingerprint.FILE, {"tokens": tokens, "logits": logits})
     if train is not None:
         (partial / "train").mkdir()
         tensors.write(partial / _STATE[0], train.tensors)

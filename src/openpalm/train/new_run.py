@@ -36,6 +36,7 @@ def measured_info(
     timed = settings
     if repeated is not None and settings.dtype == "auto":
         timed = replace(settings, dtype=repeated.dtype)
+    # Without the ramp, whose first steps are smaller and would measure too fast.
     whole = replace(shape, ramp=Ramp())
 
     def make_scratch_trainer(dtype: torch.dtype) -> Trainer:
@@ -46,6 +47,7 @@ def measured_info(
             device,
             steps=_STEPS_WHILE_MEASURING,
             dtype=dtype,
+            # Time does not depend on the values of weights, so no checkpoint is read for it.
             fill=lambda model: initialise(model, seed=0),
         )
 

@@ -34,7 +34,7 @@ from openpalm.train.config import LEAST_STEPS_APART, PROBES_PER_RUN, TrainSettin
 from openpalm.train.inherited_optimizer import inherit_optimizer
 from openpalm.train.initial_weights import check_trained
 from openpalm.train.loggers import Loggers, check_installed
-from openpalm.train.metrics import LiveLine, RowFile, read_rows
+from openpalm.train.metrics import RowFile, TrainingBar, read_rows
 from openpalm.train.new_run import measured_info
 from openpalm.train.profile import Profiler
 from openpalm.train.run_directory import RunInfo, step_of
@@ -70,6 +70,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
     length = settings.sequence_length or spec.config.context
     shape = spec.shape or batch_shape(settings, length, world().size)
     with run_directory.locked(settings.out):
+        # First, because another version's settings cannot be compared with ours.
         other = run_directory.finished_by_other_version(settings.out)
         if other is not None:
             return Outcome(other, step_of(other), was_finished=True)
@@ -81,6 +82,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
             cut_changes=lambda stored: spec.cut_changes(stored, shape),
         )
         info = info or measured_info(settings, spec, shape, device)
+        # Silent: if the run is not finished, the call below reports damaged checkpoints.
         newest = checkpoint.latest(settings.out, say=lambda line: None)
         if newest is not None and step_of(newest) >= info.steps:
             return Outcome(newest, info.steps, was_finished=True)
@@ -156,6 +158,7 @@ class _Session:
                 began = time.monotonic()
                 try:
                     report = self.trainer.train_step()
+                # Not saved: its message names the last checkpoint as the good one.
                 except TrainingError:
                     raise
                 except WorkError:  # the loader made no batch, because a reward failed
@@ -172,9 +175,9 @@ class _Session:
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
 
-    def _open(self, stack: ExitStack) -> LiveLine:
+    def _open(self, stack: ExitStack) -> TrainingBar:
         """Opens the loggers, the profiler and the line in the terminal; `stack` closes them."""
-        self.line = line = LiveLine(self.spec.label, self.trainer.steps)
+        self.line = line = TrainingBar(self.spec.label, self.trainer.steps)
         # Before the bar is drawn: a logger may ask for a password.
         loggers = Loggers(self.settings, self.trainer.step, line.say)
         self.loggers = stack.enter_context(closing(loggers))
@@ -254,10 +257,12 @@ class _Session:
         self.trainer.model.eval()
         for probe in self.spec.probes:
             values = probe.measure(self.trainer.model, self.trainer.dtype)
+            # Written probe by probe, so that a kill during a slow one keeps the others' rows.
             row = RowFile(self.settings.out / probe.file).append({"step": step} | values)
             self.loggers.write(row)
             if probe.describe:
                 self.line.say(f"{self.spec.label} step {step}: {probe.describe(values)}")
+        # From the file: an alarm also looks at rows from before this process resumed.
         return self._alarm(read_rows(self.rows.path))
 
     def _alarm(self, rows: list[dict[str, Any]]) -> str | None:
@@ -311,6 +316,7 @@ class _Session:
             lineage=self._lineage(step),
             fingerprint=step == self.trainer.steps,
         )
+        # Old ones go only after the new one is complete, so there always is one to resume from.
         best = self._link_best()
         retention.prune(self.settings, best)
 
@@ -370,4 +376,5 @@ def _caught_signals() -> Iterator[list[int]]:
 def _end_by(number: int) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
+    # The exit status by which shells report an end by this signal.
     raise SystemExit(128 + number)
