@@ -66,7 +66,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     shares = mixture.shares(sizes)
     draws = mixed_draws(sizes, shares, settings.seed) if len(sizes) > 1 else None
     for task, size, share in zip(mixture.tasks, sizes, shares, strict=True) if draws else ():
-        print(f"{label}: {task.data}: {share} draws an epoch of {size} examples", file=sys.stderr)
+        print(f"{label}: {task.name}: {share} draws an epoch of {size} examples", file=sys.stderr)
     if cut := truncated([*trained, *measured], length):
         whole = count_of(len(trained) + len(measured), "conversation")
         print(
@@ -109,7 +109,7 @@ def _tasks(
     for number, task in enumerate(mixture.tasks):
         given = read_conversations(task, settings.seed + number)
         found = to_examples(tokenizer, given, settings.template, length)
-        examples.append(report_unused(label, task.data, found, "conversation").items)
+        examples.append(report_unused(label, task.name, found, "conversation").items)
     return examples
 
 
