@@ -14,7 +14,7 @@ import yaml
 from openpalm import __version__
 from openpalm.base.settings import HelpRequested, _options, build, parse, plain, settings_of, spell
 from openpalm.base.typed import alternatives, convert
-from openpalm.base.yaml_file import MAX_BYTES, read_yaml, to_yaml
+from openpalm.base.yaml_file import MAX_BYTES, packaged, read_yaml, to_yaml
 from openpalm.cli.main import VERBS
 from openpalm.errors import SettingsError
 from openpalm.train.config import ArchSettings, PretrainSettings, TrainSettings
@@ -649,3 +649,15 @@ def test_every_field_is_in_the_help():
         for item in settings_of(kind):
             if not dataclasses.is_dataclass(item.type):
                 assert f"{spell(prefix + item.name)} " in text
+
+
+def test_a_recipe_of_the_package_is_found_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """configs/NAME.yaml is the file here; without one it is the package's own."""
+    monkeypatch.chdir(tmp_path)
+    own = packaged(Path("configs/laptop.yaml"))
+    assert own.read_text(encoding="utf-8").startswith("# Half an hour on a laptop")
+    assert packaged(Path("laptop.yaml")) == Path("laptop.yaml")
+    assert packaged(Path("configs/none.yaml")) == Path("configs/none.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "laptop.yaml").write_text("minutes: 1", encoding="utf-8")
+    assert packaged(Path("configs/laptop.yaml")) == Path("configs/laptop.yaml")

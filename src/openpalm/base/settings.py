@@ -215,7 +215,7 @@ def _converted(value: object, hint: Any, name: str, verb: str) -> Any:
 
 def _from_file(path: Path, options: dict[str, Any], verb: str) -> dict[str, Any]:
     """Dotted name -> value of a settings file. Raises SettingsError that names the file."""
-    from openpalm.base.yaml_file import read_yaml
+    from openpalm.base.yaml_file import packaged, read_yaml
 
     values: dict[str, Any] = {}
 
@@ -243,7 +243,7 @@ def _from_file(path: Path, options: dict[str, Any], verb: str) -> dict[str, Any]
 
     try:
         # As text: the option's type decides whether 007 is a number or a folder.
-        content = read_yaml(path, as_text=True)
+        content = read_yaml(packaged(path), as_text=True)
     except SettingsError as error:
         raise SettingsError(f"--config {error}") from None
     try:

@@ -57,6 +57,8 @@ from openpalm.model.config import (
 from openpalm.model.reward import RewardModel, make_model
 from openpalm.model.transformer import Transformer
 
+BEST = "best"
+"""Link in a run's checkpoints/ to its best checkpoint (--keep-best)."""
 _STEP = re.compile(r"step-(\d{8,})")
 _STEPPED = ("optimizer/", "model/")
 """Prefixes of state that must be finite: optimizer moments, weights that only training needs."""
@@ -297,6 +299,9 @@ def resolve(path: str | Path, *, training: bool = False) -> Path:
     checkpoint, StorageError if the system cannot read one.
     """
     path = Path(path)
+    if path.is_symlink() and path.name == BEST:
+        # Followed once: a run that is still training may point the link to another checkpoint.
+        path = path.parent / path.readlink()
     if file_size(path) is None:
         raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
     if (path / "checkpoints").is_dir():
@@ -366,8 +371,11 @@ def steps(run: Path) -> list[Path]:
 
 def remove_partial(run: Path) -> None:
     """Deletes the leftovers of a killed save; only for the process that holds the run's lock."""
-    for leftover in (run / "checkpoints").glob(".step-*"):
+    folder = run / "checkpoints"
+    for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(f".{BEST}.*"):
+        leftover.unlink(missing_ok=True)
 
 
 def tokenizer_json(directory: Path) -> str | None:

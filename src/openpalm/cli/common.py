@@ -77,7 +77,7 @@ def held_out(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     return items[:kept], items[kept:]
 
 
-def report_unused(label: str, path: Path, given: ReadResult[T], what: str) -> ReadResult[T]:
+def report_unused(label: str, path: Path | str, given: ReadResult[T], what: str) -> ReadResult[T]:
     """Prints which rows of a file are left out, by reason, and which fields are not used.
 
     Raises DataError if no row is left.

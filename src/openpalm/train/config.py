@@ -147,6 +147,8 @@ class TrainSettings:
     """size of the model, see `openpalm models`; with --init a check only: the checkpoint decides"""
     init: str | None = None
     """checkpoint, run or hub name to take the weights from; the optimizer starts new"""
+    keep_optimizer: bool = False
+    """with --init: the optimizer continues with the moments and step counts of that checkpoint"""
     steps: int | None = None
     """number of optimizer steps"""
     minutes: float | None = None
@@ -170,6 +172,12 @@ class TrainSettings:
     """steps between evaluations; default: ten per run, at least 20 steps apart"""
     keep_checkpoints: int = 3
     """number of newest checkpoints to keep; 0 keeps all"""
+    keep_every: int | None = None
+    """checkpoints at multiples of this many steps are saved and never removed"""
+    keep_best: bool = False
+    """keep the checkpoint with the best evaluation, too, and link checkpoints/best to it: the
+    lowest val_loss, for ppo and grpo the highest val_gold or val_reward; an evaluation that
+    improves it is saved"""
     device: str = "auto"
     """device: auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -207,10 +215,18 @@ class TrainSettings:
             raise SettingsError(self.no_model_message)
         if self.lengths != 1 and not (self.lengths == 0 and self.scaling_depth is not None):
             raise SettingsError("give exactly one of --steps, --minutes and --epochs")
+        if self.keep_optimizer and self.init is None:
+            raise SettingsError("--keep-optimizer: is for --init; leave it out")
+        if self.keep_optimizer and self.lora.rank:
+            raise SettingsError(
+                "--keep-optimizer: a LoRA adapter starts new and has no moments; leave it or "
+                "--lora.rank out"
+            )
         if self.lora.rank and self.last_layers is not None:
             raise SettingsError("give --lora.rank or --last-layers, not both")
         for name in (
-            *("steps", "minutes", "epochs", "save_every", "eval_every", "last_layers"),
+            *("steps", "minutes", "epochs", "save_every", "eval_every", "keep_every"),
+            "last_layers",
             *("sequence_length", "batch_tokens", "microbatch_tokens"),
         ):
             value = getattr(self, name)

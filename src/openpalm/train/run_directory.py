@@ -36,7 +36,8 @@ HASHES = ("data", "parent", "reward")
 MAY_CHANGE = (
     *("out", "data", "init"),  # data and parent are compared by their hashes
     *("loggers", "profile", "memory", "compile", "device"),
-    *("save_every", "eval_every", "keep_checkpoints", "max_skipped_steps", "force"),
+    *("save_every", "eval_every", "max_skipped_steps", "force"),
+    *("keep_checkpoints", "keep_every", "keep_best"),
 )
 """Settings that do not change what a run computes: a resumed run may have others."""
 
