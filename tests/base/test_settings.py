@@ -325,7 +325,7 @@ def test_what_is_no_path_is_refused_in_plain_words(yaml_file, content):
         ({"data": "d", "batch_tokens": True}, "batch_tokens True: must be a whole number"),
         ({"data": "d", "inner": {"name": "cow"}}, "inner.name cow: must be one of adamw, muon"),
         ({"data": "d", "inner": {"lr": []}}, "inner.lr []: must be a number"),
-        ({"data": "d", "inner": 3}, "inner 3: must be a group of settings"),
+        ({"data": "d", "inner": 3}, "inner 3: must be a group of fields"),
         ({"data": "d", "stream": 1}, "stream 1: must be true or false"),
         ({"data": "d", "words": [1]}, "words [1]: must be a list of texts"),
         ({"data": "d", "title": 7}, "title 7: must be a text"),

@@ -2,11 +2,11 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Literal
 
-from openpalm.base.settings import check, spell
+from openpalm.base.settings import check, check_field, spell
 from openpalm.base.typed import home
 from openpalm.errors import SettingsError
 from openpalm.model.config import MAX_BINS, MAX_MEMBERS
@@ -30,12 +30,6 @@ _REWARD_LOSSES_OF: dict[str, tuple[RewardLoss, ...]] = {
     "bins": ("binned", "hl-gauss", "ordinal"),
     "axis": ("regression", "binned", "hl-gauss", "ordinal"),
 }
-
-
-def _check_field(settings: Any, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
-    """Raises SettingsError if the field is set to a value for which `holds` is false."""
-    value = getattr(settings, name)
-    check(value is None or holds(value), name, value, wanted)
 
 
 def _refuse_options_of_others(
@@ -95,12 +89,12 @@ class DpoSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_field(self, "beta", lambda v: 0 < v < 1000, "above 0 and below 1000")
-        _check_field(self, "label_smoothing", lambda v: 0 <= v < 0.5, "in [0, 0.5)")
-        _check_field(self, "margin", lambda v: 0 <= v < 1000, "0 or more, below 1000")
+        check_field(self, "beta", lambda v: 0 < v < 1000, "above 0 and below 1000")
+        check_field(self, "label_smoothing", lambda v: 0 <= v < 0.5, "in [0, 0.5)")
+        check_field(self, "margin", lambda v: 0 <= v < 1000, "0 or more, below 1000")
         _refuse_options_of_others(self, self.loss, _LOSSES_OF)
         for name in ("desirable_weight", "undesirable_weight"):
-            _check_field(self, name, lambda v: 0 < v < 1000, "above 0 and below 1000")
+            check_field(self, name, lambda v: 0 < v < 1000, "above 0 and below 1000")
 
     @property
     def resolved_beta(self) -> float:
@@ -180,14 +174,14 @@ class RolloutSettings(TrainSettings):
             *("prompts_per_rollout", "num_completions", "max_new_tokens"),
             *("epochs_per_rollout", "minibatches", "kl_horizon", "max_importance_weight"),
         ):
-            _check_field(self, name, lambda v: v >= 1, "1 or more")
-        _check_field(self, "temperature", lambda v: 0 < v <= 100, "in (0, 100]")
-        _check_field(self, "kl_coef", lambda v: 0 <= v < 1000, "0 or more, below 1000")
-        _check_field(self, "clip_low", lambda v: 0 < v < 1, "above 0, below 1")
-        _check_field(self, "clip_high", lambda v: 0 < v < 100, "above 0, below 100")
-        _check_field(self, "entropy_coef", lambda v: 0 <= v < 100, "0 or more, below 100")
-        _check_field(self, "target_kl", lambda v: v > 0, "above 0")
-        _check_field(self, "rollout_memory_bytes", lambda v: v >= 0, "0 or more")
+            check_field(self, name, lambda v: v >= 1, "1 or more")
+        check_field(self, "temperature", lambda v: 0 < v <= 100, "in (0, 100]")
+        check_field(self, "kl_coef", lambda v: 0 <= v < 1000, "0 or more, below 1000")
+        check_field(self, "clip_low", lambda v: 0 < v < 1, "above 0, below 1")
+        check_field(self, "clip_high", lambda v: 0 < v < 100, "above 0, below 100")
+        check_field(self, "entropy_coef", lambda v: 0 <= v < 100, "0 or more, below 100")
+        check_field(self, "target_kl", lambda v: v > 0, "above 0")
+        check_field(self, "rollout_memory_bytes", lambda v: v >= 0, "0 or more")
         if self.target_kl is not None and self.kl != "reward":
             raise SettingsError(f"--target-kl: adapts --kl reward, not {self.kl}; leave it out")
         if self.target_kl is not None and not self.kl_coef:
@@ -258,13 +252,13 @@ class PpoSettings(RolloutSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_field(self, "value_loss_coef", lambda v: 0 <= v < 100, "0 or more, below 100")
+        check_field(self, "value_loss_coef", lambda v: 0 <= v < 100, "0 or more, below 100")
         wanted = "0, or at least 2 and at most 1024"
-        _check_field(self, "value_bins", lambda v: v == 0 or 2 <= v <= 1024, wanted)
+        check_field(self, "value_bins", lambda v: v == 0 or 2 <= v <= 1024, wanted)
         for name in ("value_range", "value_clip"):
-            _check_field(self, name, lambda v: v > 0, "above 0")
+            check_field(self, name, lambda v: v > 0, "above 0")
         for name in ("discount", "gae_lambda"):
-            _check_field(self, name, lambda v: 0 <= v <= 1, "in [0, 1]")
+            check_field(self, name, lambda v: 0 <= v <= 1, "in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -282,8 +276,8 @@ class GrpoSettings(RolloutSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_field(self, "num_completions", lambda v: v >= 2, "2 or more: they are compared")
-        _check_field(self, "max_resamples", lambda v: v >= 0, "0 or more")
+        check_field(self, "num_completions", lambda v: v >= 2, "2 or more: they are compared")
+        check_field(self, "max_resamples", lambda v: v >= 0, "0 or more")
 
     @property
     def highest_clip(self) -> float:
@@ -321,11 +315,11 @@ class RewardSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_field(self, "ensemble_size", lambda v: 1 <= v <= MAX_MEMBERS, f"1 to {MAX_MEMBERS}")
+        check_field(self, "ensemble_size", lambda v: 1 <= v <= MAX_MEMBERS, f"1 to {MAX_MEMBERS}")
         for name in ("margin_scale", "centring_coef"):
-            _check_field(self, name, lambda v: 0 <= v < 1000, "0 or more, below 1000")
+            check_field(self, name, lambda v: 0 <= v < 1000, "0 or more, below 1000")
         _refuse_options_of_others(self, self.loss, _REWARD_LOSSES_OF)
-        _check_field(self, "bins", lambda v: 2 <= v <= MAX_BINS, f"2 to {MAX_BINS}")
+        check_field(self, "bins", lambda v: 2 <= v <= MAX_BINS, f"2 to {MAX_BINS}")
 
     @property
     def reads_pairs(self) -> bool:

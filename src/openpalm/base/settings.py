@@ -12,7 +12,7 @@ import inspect
 import keyword
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,6 +104,12 @@ def check(condition: bool, name: str, value: object, wanted: str) -> None:
     """Raises SettingsError that names the option, its value and what is wanted."""
     if not condition:
         raise SettingsError(f"{spell(name)} {value}: must be {wanted}")
+
+
+def check_field(settings: Any, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
+    """Raises SettingsError if the field is set to a value for which `holds` is false."""
+    value = getattr(settings, name)
+    check(value is None or holds(value), name, value, wanted)
 
 
 def _options(kind: type, prefix: str = "") -> dict[str, Any]:

@@ -20,7 +20,14 @@ from openpalm.errors import DataError, SettingsError
 T = TypeVar("T")
 
 _FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_WANTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    dict: "a group of fields",
+}
 _MAX_SHOWN = 100
 
 
@@ -77,11 +84,11 @@ def shortened(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def build(kind: type[T], values: dict[str, Any], inside: str = "") -> T:
+def build(kind: type[T], values: dict[str, Any], inside: str = "", *, exact: bool = False) -> T:
     """The dataclass `kind` from nested plain values, such as `plain` returns.
 
-    Raises SettingsError for an unknown name, a missing one, or a wrong value. `inside` is the
-    dotted prefix of the names in messages.
+    exact: no value is converted, see `checked`. Raises SettingsError for an unknown name, a
+    missing one, or a wrong value. `inside` is the dotted prefix of the names in messages.
     """
     hints = typing.get_type_hints(kind)
     unknown = sorted(str(name) for name in values if name not in hints)
@@ -90,8 +97,12 @@ def build(kind: type[T], values: dict[str, Any], inside: str = "") -> T:
     missing = [name for name in required(kind) if name not in values]
     if missing:
         raise SettingsError(f"{', '.join(inside + name for name in missing)}: is missing")
-    fields = {name: _field(hints[name], value, inside + name) for name, value in values.items()}
-    return kind(**fields)
+    return kind(
+        **{
+            name: checked(hints[name], value, inside + name, exact=exact)
+            for name, value in values.items()
+        }
+    )
 
 
 NOT_AN_OPTION = {"option": False}
@@ -122,17 +133,44 @@ def required(kind: type) -> list[str]:
     return [f.name for f in fields if f.default is unset and f.default_factory is unset]
 
 
-def _field(hint: Any, value: object, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, dict):
-            return build(typing.cast(type, hint), value, f"{name}.")
-        if isinstance(value, typing.cast(type, hint)):
-            return value
-        raise SettingsError(f"{name} {shortened(value)}: must be a group of settings")
+def checked(hint: Any, value: object, name: str, *, exact: bool = False) -> Any:
+    """`value` as the type `hint`, which may be a dataclass.
+
+    exact: the value is of a file that only we write, so a scalar must have its very type and a
+    whole number must not be negative; tuples and dicts of values are read too. Raises
+    SettingsError.
+    """
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        inside = f"{name}." if name else ""
+        return build(typing.cast(type, hint), value, inside, exact=exact)
     try:
-        return convert(value, hint)
+        if dataclasses.is_dataclass(hint):
+            return value if isinstance(value, typing.cast(type, hint)) else _not(dict)
+        return _exactly(hint, value, name) if exact else convert(value, hint)
     except WrongValue as wrong:
-        raise SettingsError(f"{name} {shortened(value)}: must be {wrong}") from None
+        given = repr(value) if exact else value
+        named = f"{name} {shortened(given)}".strip()
+        raise SettingsError(f"{named}: must be {wrong}") from None
+
+
+def _exactly(hint: Any, value: object, name: str) -> Any:
+    kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hint is Any:
+        return value
+    if kind is tuple:
+        items = enumerate(value if isinstance(value, list) else _not(list))
+        return tuple(checked(arguments[0], v, f"{name}[{i}]", exact=True) for i, v in items)
+    if kind is dict:
+        items = (value if isinstance(value, dict) else _not(dict)).items()
+        inside = f"{name}." if name else ""
+        return {
+            k: checked(arguments[1], v, f"{inside}{shortened(k)}", exact=True) for k, v in items
+        }
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and (type(value) is not int or value < 0):
+        raise WrongValue("a whole number, 0 or more")
+    return value if type(value) is kind else _not(kind)
 
 
 def _whole(value: object) -> int:

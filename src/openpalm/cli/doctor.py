@@ -85,14 +85,14 @@ def run(argv: Sequence[str]) -> None:
         ],
     )
     from openpalm.align.doctor.run_checks import run_checks
-    from openpalm.cli.common import progress
+    from openpalm.base.progress_bar import ProgressBar
 
     planned = planned_run(settings)
     checks: list[Check] = []
-    with progress("doctor", _check_count(planned)) as advance:
+    with ProgressBar("doctor", _check_count(planned)) as bar:
         for check in run_checks(planned):
             checks.append(check)
-            advance(1)
+            bar.advance(1)
             if not check.ok:
                 break
     if settings.json:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from openpalm.base.settings import check_field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +48,9 @@ class GenerationOptions(ModelOptions):
     else 1"""
     seed: int = 0
     """random seed"""
+
+
+def check_sampling(settings: Any) -> None:
+    """Raises SettingsError for a temperature or a seed that no completion can be sampled with."""
+    check_field(settings, "temperature", lambda v: 0 < v <= 100, "in (0, 100]")
+    check_field(settings, "seed", lambda v: -(2**63) <= v < 2**63, "a 64-bit whole number")

@@ -14,9 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
+from openpalm.base.progress_bar import ProgressBar
 from openpalm.convert.detect import ForeignCheckpoint, read_foreign
 from openpalm.convert.export import save_as_openpalm
 from openpalm.errors import CheckpointError, StorageError, WorkError
@@ -164,21 +162,20 @@ def _download(url: str, target: Path, most: int) -> None:
     """Downloads `url`, at most `most` bytes. Raises WorkError for a failed or short download."""
     import httpx2
 
-    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn())
     try:
         with (
             httpx2.stream("GET", url, timeout=_TIMEOUT_S, follow_redirects=True) as response,
             target.open("wb") as file,
-            Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar,
+            ProgressBar("download", in_bytes=True) as bar,
         ):
             response.raise_for_status()
             size = int(response.headers.get("Content-Length") or 0)
-            task = bar.add_task("download", total=size or None)
+            bar.move_to(0, size)
             for chunk in response.iter_bytes(_CHUNK_BYTES):
                 if response.num_bytes_downloaded > most:
                     raise CheckpointError(f"{url}: more than {most} bytes; that is not this model")
                 file.write(chunk)
-                bar.advance(task, len(chunk))
+                bar.advance(len(chunk))
     except httpx2.HTTPStatusError as error:
         reply = error.response
         raise _unreachable(url, f"{reply.status_code} {reply.reason_phrase}") from None

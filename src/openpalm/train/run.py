@@ -36,7 +36,7 @@ from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.config import LEAST_STEPS_APART, PROBES_PER_RUN, TrainSettings, batch_shape
 from openpalm.train.initial_weights import check_trained
 from openpalm.train.loggers import Loggers, check_installed
-from openpalm.train.metrics import LiveLine, RowFile, read_rows
+from openpalm.train.metrics import RowFile, TrainingBar, read_rows
 from openpalm.train.profile import Profiler
 from openpalm.train.run_directory import RunInfo, step_of
 from openpalm.train.sizing.measure import measure
@@ -73,6 +73,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
     length = settings.sequence_length or spec.config.context
     shape = spec.shape or batch_shape(settings, length, world().size)
     with run_directory.locked(settings.out):
+        # First, because another version's settings cannot be compared with ours.
         other = run_directory.finished_by_other_version(settings.out)
         if other is not None:
             return Outcome(other, step_of(other), was_finished=True)
@@ -84,6 +85,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
             cut_changes=lambda stored: spec.cut_changes(stored, shape),
         )
         info = info or _measured_info(settings, spec, shape, device)
+        # Silent: if the run is not finished, the call below reports damaged checkpoints.
         newest = checkpoint.latest(settings.out, say=lambda line: None)
         if newest is not None and step_of(newest) >= info.steps:
             return Outcome(newest, info.steps, was_finished=True)
@@ -153,6 +155,7 @@ class _Session:
                 began = time.monotonic()
                 try:
                     report = self.trainer.train_step()
+                # Not saved: its message names the last checkpoint as the good one.
                 except TrainingError:
                     raise
                 except WorkError:  # the loader made no batch, because a reward failed
@@ -169,9 +172,9 @@ class _Session:
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
 
-    def _open(self, stack: ExitStack) -> LiveLine:
+    def _open(self, stack: ExitStack) -> TrainingBar:
         """Opens the loggers, the profiler and the line in the terminal; `stack` closes them."""
-        self.line = line = LiveLine(self.spec.label, self.trainer.steps)
+        self.line = line = TrainingBar(self.spec.label, self.trainer.steps)
         # Before the bar is drawn: a logger may ask for a password.
         loggers = Loggers(self.settings, self.trainer.step, line.say)
         self.loggers = stack.enter_context(closing(loggers))
@@ -250,10 +253,12 @@ class _Session:
         self.trainer.model.eval()
         for probe in self.spec.probes:
             values = probe.measure(self.trainer.model, self.trainer.dtype)
+            # Written probe by probe, so that a kill during a slow one keeps the others' rows.
             row = RowFile(self.settings.out / probe.file).append({"step": step} | values)
             self.loggers.write(row)
             if probe.describe:
                 self.line.say(f"{self.spec.label} step {step}: {probe.describe(values)}")
+        # From the file: an alarm also looks at rows from before this process resumed.
         return self._alarm(read_rows(self.rows.path))
 
     def _alarm(self, rows: list[dict[str, Any]]) -> str | None:
@@ -299,6 +304,7 @@ class _Session:
             lineage=self._lineage(step),
             fingerprint=step == self.trainer.steps,
         )
+        # Old ones go only after the new one is complete, so there always is one to resume from.
         if self.settings.keep_checkpoints:
             # The best checkpoint survives --keep-checkpoints; after an alarm it is the one to use.
             best = self._best()
@@ -342,6 +348,7 @@ def _measured_info(
     timed = settings
     if repeated is not None and settings.dtype == "auto":
         timed = replace(settings, dtype=repeated.dtype)
+    # Without the ramp, whose first steps are smaller and would measure too fast.
     whole = replace(shape, ramp=Ramp())
 
     def make_scratch_trainer(dtype: torch.dtype) -> Trainer:
@@ -352,6 +359,7 @@ def _measured_info(
             device,
             steps=_STEPS_WHILE_MEASURING,
             dtype=dtype,
+            # Time does not depend on the values of weights, so no checkpoint is read for it.
             fill=lambda model: initialise(model, seed=0),
         )
 
@@ -407,4 +415,5 @@ def _caught_signals() -> Iterator[list[int]]:
 def _end_by(number: int) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
+    # The exit status by which shells report an end by this signal.
     raise SystemExit(128 + number)

@@ -120,6 +120,7 @@ class PrepareRequest:
         """The settings as they are in the manifest: those without effect have their default."""
         names = PrepareSettings.__dataclass_fields__
         values = {name: getattr(self, name) for name in names}
+        values["split_text"] = self.split_text or ""
         values["fix_text"] = self.cleaning.fixer
         if not self.min_unique_tokens:
             values["sequence_tokens"] = 0
