@@ -33,7 +33,7 @@ HASHES = ("data", "parent", "reward")
 
 MAY_CHANGE = (
     *("out", "data", "init"),  # data and parent are compared by their hashes
-    *("loggers", "profile", "memory", "compile", "device"),
+    *("loggers", "wandb_project", "wandb_name", "profile", "memory", "compile", "device"),
     *("save_every", "eval_every", "keep_checkpoints", "max_skipped_steps", "force"),
 )
 """Settings that do not change what a run computes: a resumed run may have others."""
