@@ -20,6 +20,7 @@ EXAMPLES = [
     "openpalm train --model palm-14m --data mixture.yaml --out runs/mixed --epochs 2",
     "openpalm train --depth 4 --data data/docs --out runs/d4",
     "openpalm train --config configs/laptop.yaml --data data/docs --out runs/laptop",
+    "openpalm train --config 6B_roto_256.json --data data/pile --out runs/gpt-j",
     "openpalm train --init runs/laptop --data data/more --out runs/more --steps 500",
     "openpalm train --config runs/tiny/config.yaml --out runs/again",
 ]
@@ -33,8 +34,22 @@ def run(argv: Sequence[str]) -> None:
         about="Trains a model on prepared data. The same command resumes an interrupted run; "
         "a finished run is not changed.",
         examples=EXAMPLES,
+        foreign=_mesh_settings,
     )
     report(pretrain(settings), settings)
+
+
+def _mesh_settings(path: Path) -> dict[str, Any] | None:
+    """The settings of a configuration of mesh-transformer-jax; None for any other file."""
+    from openpalm.train.mesh_config import read_mesh_config
+
+    found = read_mesh_config(path, PretrainSettings.__dataclass_fields__)
+    if found is None:
+        return None
+    print(f"train: {path}: a configuration of mesh-transformer-jax", file=sys.stderr)
+    for line in found.lines:
+        print(fill(f"train: {line}", 98, break_on_hyphens=False), file=sys.stderr)
+    return found.values
 
 
 def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":

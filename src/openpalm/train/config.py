@@ -42,6 +42,8 @@ class ArchSettings:
     """hidden width of the feed-forward layer"""
     kv_heads: int | None = None
     """number of key/value heads: 1 is multi-query attention, as many as heads multi-head"""
+    rotary_dims: int | None = None
+    """number of rotated dimensions at the start of each head (GPT-J: 64); 0 rotates all"""
     qk_norm: bool | None = None
     """QK norm: RMS norm on queries and keys"""
     xpos_base: float | None = None
@@ -202,6 +204,10 @@ class TrainSettings:
     """optimizer and learning-rate schedule"""
     loggers: str | None = None
     """loggers that also receive the metrics: tensorboard, wandb, or both with a comma between"""
+    wandb_project: str | None = None
+    """project of --loggers wandb; default: WANDB_PROJECT, or openpalm"""
+    wandb_name: str | None = None
+    """name of the run for --loggers wandb; default: that of the run directory"""
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     """profiler"""
     config_file: Path | None = field(default=None, compare=False, metadata=NOT_AN_OPTION)
