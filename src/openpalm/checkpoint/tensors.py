@@ -61,11 +61,11 @@ def opened(path: Path) -> Iterator["TensorFile"]:
 def check_finite(where: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError, naming the tensor, if a number is NaN or infinite."""
     for name, tensor in tensors.items():
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise CheckpointError(f"{where}: {name} {_NOT_FINITE}; {_REMEDY}")
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether every number is finite. aminmax returns NaN if there is one; one pass, no copy."""
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
@@ -78,6 +78,10 @@ class TensorFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor by name; no tensor is read."""
         return {n: tuple(self._file.get_slice(n).get_shape()) for n in list(self._file.keys())}
+
+    def dtype_name(self, name: str) -> str:
+        """The dtype by safetensors' name, such as F32 or BF16."""
+        return self._file.get_slice(name).get_dtype()
 
     def all(self) -> dict[str, Tensor]:
         """A copy of every tensor, by name.
@@ -99,6 +103,6 @@ class TensorFile:
         tensor = self.tensor(name)
         if allow is None:
             check_finite(self.path, {name: tensor})
-        elif not _is_finite(tensor):
+        elif not is_finite(tensor):
             allow(f"{self.path}: {name} {_NOT_FINITE}")
         return tensor
