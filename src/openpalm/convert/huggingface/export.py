@@ -10,6 +10,7 @@ The folder is written under a temporary name, reloaded and compared, and then re
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,7 +178,7 @@ def _check(model: Transformer, partial: Path, dtype: str, directory: Path) -> tu
     ids, lengths = _inputs(model)
     expected = _output(model, ids, lengths)
     try:
-        import transformers
+        transformers = import_module("transformers")
     except ImportError:
         found = _output(read_palm(partial).model.float(), ids, lengths)
         reader = "OpenPaLM itself (transformers is not installed)"
@@ -239,8 +240,7 @@ def _transformers_output(folder: Path, ids: Tensor, lengths: Tensor, reward: boo
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Without its progress bars and advice."""
-    from transformers.utils import logging
-
+    logging = import_module("transformers.utils.logging")
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

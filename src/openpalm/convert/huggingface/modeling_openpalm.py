@@ -8,6 +8,7 @@ An exported model folder holds a copy of this file, so it imports only torch and
 A block is parallel, x + attention(norm(x)) + feedforward(norm(x)), as in PaLM (Chowdhery et al.
 2022) and GPT-J. It computes the same function as OpenPaLM's own model.
 """
+# pyright: reportMissingImports=false
 
 import math
 from dataclasses import fields
@@ -519,18 +520,17 @@ class OpenPalmForSequenceClassification(OpenPalmPreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """labels [batch]: rewards; the loss is their mean squared error."""
-        if inputs_embeds is None:
-            inputs_embeds = self.model.embed_tokens(input_ids)
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         real = attention_mask
         if real is None:
-            real = torch.ones(inputs_embeds.shape[:2], device=inputs_embeds.device).long()
+            real = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
         if self.marks is not None and prompt_lengths is not None:
             in_completion = real.long().cumsum(-1) > prompt_lengths[:, None]
-            inputs_embeds = inputs_embeds + self.marks[in_completion.long()]
+            x = x + self.marks[in_completion.long()]
         output = self.model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=x,
             use_cache=False,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,

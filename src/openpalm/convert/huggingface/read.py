@@ -4,7 +4,7 @@ Reads config.json, generation_config.json, the safetensors files and the tokeniz
 modelling file and everything else in the folder is ignored.
 """
 
-import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,6 @@ def write_checkpoint(folder: Path, directory: Path) -> None:
 
 def folder_digest(folder: Path) -> str:
     """SHA-256 over the names and hashes of the files that are read. Raises CheckpointError."""
-    import hashlib
-
     names = [CONFIG_FILE, "generation_config.json", *TOKENIZER_FILES, weights.INDEX]
     found = [folder / name for name in names if (folder / name).is_file()]
     found += sorted(path for path in folder.glob("*.safetensors") if path.is_file())
