@@ -221,10 +221,14 @@ def test_text_of_the_locale_is_recognised(call, wrong):
     assert bool(list(of_the_locale(call))) == wrong
 
 
+OPENS_BYTES = ("os.open", "archive.open")
+"""calls named open without an encoding: a descriptor, a member of a zip file"""
+
+
 def of_the_locale(source: str) -> Iterator[int]:
     """The lines that open a text in the encoding of the user's locale."""
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call) or ast.unparse(node.func) == "os.open":
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) in OPENS_BYTES:
             continue
         name = ast.unparse(node.func).rpartition(".")
         words = {word.arg: ast.unparse(word.value) for word in node.keywords}

@@ -21,6 +21,7 @@ from torch import Tensor
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.convert.huggingface.export import save_as_huggingface
 from openpalm.convert.huggingface.read import read_palm
+from openpalm.convert.source import in_memory
 from openpalm.data.text.conversation import ROLES, Message, render
 from openpalm.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from openpalm.errors import WorkError
@@ -42,6 +43,7 @@ MORE_KINDS = {
     "gelu": {"feedforward": "gelu"},
     "bias": {"bias": True},
     "untied": {"tied": False},
+    "embedding-bias": {"embedding_bias": True},
     "norm-eps": {"norm_eps": 1e-2},
     "encoder": {"causal": False},
     "everything": {
@@ -81,7 +83,7 @@ class Exported(NamedTuple):
 
 
 def models() -> dict[str, Transformer]:
-    made = {f"tiny-{name}": tiny(**change) for name, change in TINY.items()}
+    made = {f"tiny-{name}": trained(tiny(**change)) for name, change in TINY.items()}
     made |= {f"old-{name}": checkpoint.load(LANDED / name / "checkpoint") for name in OLD}
     for case in CASES:
         made[f"era-{case.file.replace('/', '-')}"] = case.read().model()
@@ -93,13 +95,37 @@ def models() -> dict[str, Transformer]:
     return made
 
 
+def trained(model: Transformer) -> Transformer:
+    """The model with norms and biases unlike those of a new one."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                rows = model.config.vocab_size if name in VOCABULARY else None
+                parameter[:rows] += 0.2 * torch.randn(parameter[:rows].shape, generator=generator)
+    return model
+
+
 def reward_model(reward: RewardConfig, **change: Any) -> RewardModel:
     model = RewardModel(ModelConfig(**(vars(tiny(**change).config))), reward).eval()
     initialise(model, 3)
     initialise_heads(model, 4)
     if model.marks is not None:
         torch.nn.init.normal_(model.marks)
-    return model.requires_grad_(False)
+    return trained(model).requires_grad_(False)  # type: ignore[return-value]
+
+
+def save(model: Transformer, folder: Path, tokenizer: str | None = None) -> float:
+    exported = save_as_huggingface(
+        model.config,
+        in_memory(folder, model),
+        folder,
+        reward=model.reward if isinstance(model, RewardModel) else None,
+        tokenizer_json=tokenizer,
+        lineage={"step": 1},
+    )
+    assert exported.notes[-1].startswith("reloaded by transformers")
+    return exported.difference
 
 
 def conversations() -> list[list[dict[str, str]]]:
@@ -136,16 +162,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     }
     save_file(inputs, work / "inputs.safetensors")
     byte = Tokenizer.byte().definition
-    differences = {
-        name: save_as_huggingface(
-            model, work / name, lineage={"step": 1}, tokenizer_json=byte
-        ).difference
-        for name, model in made.items()
-    }
+    differences = {name: save(model, work / name, byte) for name, model in made.items()}
     bpe = Tokenizer.train_bpe(["user: the cat sat on the mat. " * 50], 300)
-    save_as_huggingface(
-        made["tiny-grouped"], work / "bpe", lineage={}, tokenizer_json=bpe.definition
-    )
+    save(made["tiny-grouped"], work / "bpe", bpe.definition)
     jobs = {
         "language": [name for name in made if not name.startswith("reward")],
         "encoders": [name for name, model in made.items() if not model.config.causal],
@@ -262,12 +281,12 @@ def test_rewards_are_ours(exported: Exported, name: str):
 def test_what_save_pretrained_wrote_is_read_back(exported: Exported, name: str):
     model = exported.models[name]
     folder = exported.work / f"{name}-saved"
-    read = read_palm(folder).model
-    assert read.config == model.config
+    config, reward, read = read_palm(folder)
+    assert (config, reward) == (model.config, None)
     for key, parameter in model.named_parameters():
         # Without the padding rows of the vocabulary: no token uses them.
         rows = slice(model.config.vocab_size if key in VOCABULARY else None)
-        assert torch.equal(read.get_parameter(key)[rows], parameter.detach()[rows]), key
+        assert torch.equal(read[key][rows], parameter.detach()[rows]), key
 
 
 @pytest.mark.parametrize("name", ["tiny-grouped", "bpe"])
@@ -288,5 +307,5 @@ def test_weights_that_transformers_does_not_find_fail_the_export(
 
     monkeypatch.setitem(names._INSIDE, "project_in.q", "attention.query.weight")
     with pytest.raises(WorkError, match="does not find the weights"):
-        save_as_huggingface(tiny(), tmp_path / "out", lineage={})
+        save(tiny(), tmp_path / "out")
     assert not list(tmp_path.iterdir())

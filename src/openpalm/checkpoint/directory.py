@@ -16,7 +16,8 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from openpalm.base.console import shown
 from openpalm.base.files import atomic_folder
 from openpalm.base.json_file import read_failure, read_json
 from openpalm.checkpoint import adapter, fingerprint, tensors
+from openpalm.checkpoint.lazy_state import LazyState
 from openpalm.checkpoint.manifest import (
     FORMAT,
     REMEDY,
@@ -40,6 +42,7 @@ from openpalm.checkpoint.manifest import (
     verify,
     write_manifest,
 )
+from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model import lora
 from openpalm.model.config import (
@@ -90,10 +93,51 @@ def save(
 
     Raises StorageError when the disk is full or refuses; then nothing new is left behind.
     """
+    with _complete_or_absent(directory, lineage) as partial:
+        parent = (lineage or {}).get("parent")
+        _write_contents(partial, model, tokenizer_json, train, fingerprint, card, parent)
+
+
+def save_one_by_one(
+    directory: Path,
+    config: ModelConfig,
+    weights: LazyState,
+    *,
+    optimizer: LazyState | None = None,
+    tokenizer_json: str | None = None,
+    lineage: dict[str, Any] | None = None,
+) -> None:
+    """As `save`, with a fingerprint, for a model larger than memory: holds one block at a time.
+
+    optimizer: its state as Optimizer.state_tensors names it, for `--keep-optimizer`.
+    """
+    with _complete_or_absent(directory, lineage) as partial:
+        _write_config(partial, config, None, None)
+        tensors.write_one_by_one(partial / WEIGHTS, weights.layout, weights.__getitem__)
+        if tokenizer_json is not None:
+            _write_text(partial / "tokenizer.json", tokenizer_json)
+        ids = fingerprint.fixed_tokens(config)
+        logits = streamed_logits(config, weights, ids)
+        tensors.write(partial / _FINGERPRINT, {"tokens": ids, "logits": logits})
+        if optimizer is not None:
+            (partial / "train").mkdir()
+            named = LazyState(
+                optimizer.where, {f"optimizer/{n}": e for n, e in optimizer.entries.items()}
+            )
+            tensors.write_one_by_one(partial / _STATE[0], named.layout, named.__getitem__)
+            _write_text(partial / _STATE[1], "{}\n")
+        _write_text(partial / "card.md", default_card(config))
+
+
+@contextmanager
+def _complete_or_absent(directory: Path, lineage: dict[str, Any] | None) -> Iterator[Path]:
+    """A folder that becomes the checkpoint `directory` at the end, when its manifest is written.
+
+    Raises StorageError when the disk is full or refuses; then nothing new is left behind.
+    """
     try:
         with atomic_folder(directory) as partial:
-            parent = (lineage or {}).get("parent")
-            _write_contents(partial, model, tokenizer_json, train, fingerprint, card, parent)
+            yield partial
             write_manifest(partial, lineage or {})
     except BaseException as error:
         if refused := tensors.refusal(error):
@@ -118,7 +162,7 @@ def load(
     directory = resolve(path)
     if dtype not in DTYPES:
         raise SettingsError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
-    configs = _load_configs(directory)
+    configs = load_configs(directory)
     model = make_model(configs.model, configs.reward).to(device=device, dtype=DTYPES[dtype])
     load_weights(model, directory, allow=allow)
     model.eval()
@@ -129,12 +173,12 @@ def load(
 
 def load_config(directory: Path) -> ModelConfig:
     """The model's config; reads no weights."""
-    return _load_configs(directory).model
+    return load_configs(directory).model
 
 
 def load_reward_config(directory: Path) -> RewardConfig | None:
     """The config of a reward model, or None for a language model."""
-    return _load_configs(directory).reward
+    return load_configs(directory).reward
 
 
 class Configs(NamedTuple):
@@ -145,7 +189,8 @@ class Configs(NamedTuple):
     reward: RewardConfig | None
 
 
-def _load_configs(directory: Path) -> Configs:
+def load_configs(directory: Path) -> Configs:
+    """The checked parts of config.json; reads no weights."""
     where = directory / "config.json"
     content = read_json(where, REMEDY)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
@@ -179,7 +224,7 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
     A model without an adapter gets the checkpoint's adapter. Raises CheckpointError if the weights
     fit another model, or are not finite unless `allow` is given, which then gets the message.
     """
-    low_rank = _load_configs(directory).lora
+    low_rank = load_configs(directory).lora
     if low_rank is not None and not lora.is_attached(model):
         lora.attach(model, low_rank)
     if lora.config_of(model) != low_rank:
@@ -330,14 +375,11 @@ def _write_contents(
     card: str | None,
     parent: str | None,
 ) -> None:
-    config = {"format": FORMAT, "version": VERSION, "model": asdict(model.config)}
     low_rank = lora.config_of(model)
-    if low_rank is not None:
-        config["lora"] = asdict(low_rank)
-        adapter.write(partial / "adapter", model, base=parent)
     reward = model.reward if isinstance(model, RewardModel) else None
-    config |= {"reward": asdict(reward)} if reward else {}
-    _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    _write_config(partial, model.config, low_rank, reward)
+    if low_rank is not None:
+        adapter.write(partial / "adapter", model, base=parent)
     tensors.write(partial / WEIGHTS, dict(model.published_parameters()))
     if tokenizer is not None:
         _write_text(partial / "tokenizer.json", tokenizer)
@@ -349,6 +391,15 @@ def _write_contents(
         tensors.write(partial / _STATE[0], train.tensors)
         _write_text(partial / _STATE[1], json.dumps(train.values, indent=1) + "\n")
     _write_text(partial / "card.md", card or default_card(model.config, reward))
+
+
+def _write_config(
+    partial: Path, model: ModelConfig, low_rank: LoraConfig | None, reward: RewardConfig | None
+) -> None:
+    content = {"format": FORMAT, "version": VERSION, "model": asdict(model)}
+    parts = {"lora": low_rank, "reward": reward}
+    content |= {name: asdict(part) for name, part in parts.items() if part is not None}
+    _write_text(partial / "config.json", json.dumps(content, indent=2) + "\n")
 
 
 def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str:

@@ -4,6 +4,8 @@ Nothing in such a file is executed. torch.distributed.checkpoint reads the same 
 (HuggingFaceStorageReader), so several processes can load a checkpoint of one process.
 """
 
+import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +20,13 @@ from torch import Tensor
 from openpalm.base.json_file import read_failure
 from openpalm.errors import CheckpointError
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+"""floating-point types of a safetensors file"""
 _NOT_FINITE = "holds numbers that are not finite"
 _REMEDY = "take an older checkpoint or another copy"
 
@@ -33,6 +42,41 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         stored[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     safetensors.torch.save_file(stored, path)
+
+
+def write_one_by_one(
+    path: Path,
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file of which one tensor is in memory at a time.
+
+    layout: shape and dtype of each tensor; read: gives the tensor of a name. Raises OSError.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (shape, dtype) in layout.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the first tensor to eight bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (shape, dtype) in layout.items():
+            tensor = read(name)
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise AssertionError(
+                    f"{name}: {list(tensor.shape)} {tensor.dtype}, not as declared"
+                )
+            file.write(raw_bytes(tensor.contiguous()))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU: bytes to write, or to read into."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # pyright: ignore
 
 
 def refusal(error: BaseException) -> str | None:
@@ -79,9 +123,10 @@ class TensorFile:
         """Shape of each tensor by name; no tensor is read."""
         return {n: tuple(self._file.get_slice(n).get_shape()) for n in list(self._file.keys())}
 
-    def dtype_name(self, name: str) -> str:
-        """The dtype by safetensors' name, such as F32 or BF16."""
-        return self._file.get_slice(name).get_dtype()
+    def floating(self) -> dict[str, torch.dtype]:
+        """Data type of each floating-point tensor by name; no tensor is read."""
+        names = {n: self._file.get_slice(n).get_dtype() for n in list(self._file.keys())}
+        return {name: DTYPES[code] for name, code in names.items() if code in DTYPES}
 
     def all(self) -> dict[str, Tensor]:
         """A copy of every tensor, by name.

@@ -1,10 +1,12 @@
 """A Hugging Face folder or hub name as a checkpoint: converted once, into the user's cache.
 
-The key is the content of the files that are read, so a changed folder is converted again. A cached
-conversion is verified when it is loaded, like any checkpoint.
+The same for a folder of mesh-transformer-jax. The key is the content of the files that are read, so
+a changed folder is converted again. A cached conversion is verified when it is loaded, like any
+checkpoint.
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -13,25 +15,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openpalm.base.json_file import read_json
 from openpalm.base.typed import home
 from openpalm.convert import hub
-from openpalm.convert.huggingface import read as palm
-from openpalm.convert.huggingface.names import MODEL_TYPE
+from openpalm.convert.huggingface.read import TOKENIZER_FILES
+from openpalm.convert.source import Source, check_kind, detect, open_source
+from openpalm.convert.target import write
 from openpalm.errors import CheckpointError, StorageError, WorkError
 
 Say = Callable[[str], None]
 
-WRITERS: dict[str, Callable[[Path, Path], None]] = {MODEL_TYPE: palm.write_checkpoint}
-"""model_type in config.json -> function (folder, directory) that writes our checkpoint"""
-
+_FOREIGN = ("huggingface", "mesh-transformer-jax")
 _VERSION = 1
 """Increased when a conversion changes, so that cached ones are made again."""
-_FILES = (
-    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
-    *palm.TOKENIZER_FILES,
-)
-"""The files of a repository that are downloaded; code and pickles never are."""
+_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+_OLD_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""Only for repositories without safetensors; nothing in them is executed."""
 _SCHEME = "hf://"
 _TIMEOUT_S = 10
 _HUB_NAME = re.compile(
@@ -51,7 +50,7 @@ def checkpoint_path(name: str, say: Say | None = None) -> Path:
     path = Path(home(name))
     if name in hub.NAMES and not path.exists():
         return hub.fetch(name)
-    if is_huggingface_folder(path):
+    if path.is_dir() and detect(path) in _FOREIGN:
         return _converted(path, name, say)
     if name.startswith(_SCHEME) or (not path.exists() and not path.parent.exists()):
         found = _HUB_NAME.fullmatch(name.removeprefix(_SCHEME))
@@ -62,39 +61,18 @@ def checkpoint_path(name: str, say: Say | None = None) -> Path:
     return path
 
 
-def is_huggingface_folder(path: Path) -> bool:
-    """Whether the folder holds a model of transformers and not a checkpoint or run of ours."""
-    if not (path / "config.json").is_file() or (path / "checkpoints").is_dir():
-        return False
-    return not (path / "manifest.json").is_file() and "model_type" in _config(path)
-
-
-def writer(folder: Path) -> Callable[[Path, Path], None]:
-    """The function that converts this folder. Raises CheckpointError for an unknown model_type."""
-    kind = _config(folder).get("model_type")
-    if not isinstance(kind, str) or kind not in WRITERS:
-        raise CheckpointError(
-            f"{folder}: a Hugging Face model of type {str(kind)[:40]!r}; OpenPaLM reads "
-            f"{' and '.join(sorted(WRITERS))}"
-        )
-    return WRITERS[kind]
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json", "check the path", palm.MAX_CONFIG_BYTES)
-
-
 def _converted(folder: Path, name: str, say: Say) -> Path:
-    write = writer(folder)
     try:
-        digest = hashlib.sha256(f"{_VERSION} {palm.folder_digest(folder)}".encode()).hexdigest()
-        kept = hub.cache() / f"huggingface-{digest[:16]}"
+        source = open_source(folder)
+        kept = hub.cache() / f"{source.format}-{_key(source)}"
         if (kept / "manifest.json").is_file():
             return kept
-        say(f"{name}: converting it once, into {kept}")
+        say(f"{name}: {source.found}; converting it once, into {kept}")
         mine = kept.with_name(f".{kept.name}.{os.getpid()}")
         try:
-            write(folder, mine)
+            write(source, mine, "openpalm")
+            defaults = json.dumps(vars(source.defaults))
+            (mine / "generation_config.json").write_text(defaults, encoding="utf-8")
             hub.keep(mine, kept)
         finally:
             shutil.rmtree(mine, ignore_errors=True)
@@ -104,6 +82,13 @@ def _converted(folder: Path, name: str, say: Say) -> Path:
     return kept
 
 
+def _key(source: Source) -> str:
+    """Identifies everything that is read from a folder."""
+    parts = [_VERSION, source.lineage["source_sha256"], source.config, source.reward]
+    parts += [source.tokenizer_json, source.defaults]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 def _downloaded(name: str, found: re.Match[str], say: Say) -> Path:
     """The model's files in Hugging Face's cache; config.json first, to refuse other models."""
     import httpx2
@@ -111,20 +96,24 @@ def _downloaded(name: str, found: re.Match[str], say: Say) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, revision = found["repository"], found["revision"]
-    offline = False
+    offline, weights = False, _WEIGHTS
     try:
         try:
             # Unlike a download it fails at once where there is no network: NAME may be a typo.
-            HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_S)
+            info = HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_S)
+            files = [each.rfilename for each in info.siblings or []]
+            if not any(name.endswith(".safetensors") for name in files):
+                weights = _OLD_WEIGHTS
         except (httpx2.HTTPError, ConnectionError):
             cached = try_to_load_from_cache(repository, "config.json", revision=revision)
             if not isinstance(cached, str):
                 raise
             offline = True
         which: Any = {"revision": revision, "local_files_only": offline}
-        writer(Path(hf_hub_download(repository, "config.json", **which)).parent)
+        check_kind(Path(hf_hub_download(repository, "config.json", **which)).parent)
         say(f"{name}: reading it from {'the cache of ' * offline}the Hugging Face Hub")
-        return Path(snapshot_download(repository, allow_patterns=list(_FILES), **which))
+        patterns = [*_FILES, *weights]
+        return Path(snapshot_download(repository, allow_patterns=patterns, **which))
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:200]
         if name.startswith(_SCHEME):

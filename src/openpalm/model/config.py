@@ -46,6 +46,8 @@ class ModelConfig:
     """feed-forward activation: swiglu (PaLM) or tanh-approximated gelu (GPT-J)"""
     bias: bool = False
     """biases in layer norms, feed-forward and head (GPT-J); PaLM has none"""
+    embedding_bias: bool = False
+    """learned vector added to every token embedding (mesh-transformer-jax)"""
     tied: bool = True
     """tied embeddings: the output head uses the embedding table"""
     qk_norm: bool = False
@@ -132,6 +134,7 @@ class ModelConfig:
         block = 2 * d * inner + 2 * d * self.kv_heads * self.head_dim + matrices * d * self.ff_dim
         norms = (self.depth + 1) * d * (2 if self.bias else 1)
         biases = self.depth * (self.ff_dim + d) + self.vocab_size if self.bias else 0
+        biases += d if self.embedding_bias else 0
         scales = self.depth * 2 * self.head_dim if self.qk_norm else 0
         tables = self.vocab_size * d * (1 if self.tied else 2)
         return self.depth * block + norms + biases + scales + tables

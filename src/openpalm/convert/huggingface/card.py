@@ -74,11 +74,6 @@ def model_card(
     return "\n".join(lines)
 
 
-def sampling_header(defaults: SamplingDefaults) -> str:
-    """A YAML header that `sampling_defaults` reads."""
-    return "\n".join(["---", *_inference(defaults), "---", "", ""])
-
-
 def _inference(defaults: SamplingDefaults) -> list[str]:
     return ["inference:", "  parameters:", *(f"    {k}: {v}" for k, v in vars(defaults).items())]
 

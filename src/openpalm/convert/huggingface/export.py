@@ -19,21 +19,21 @@ from torch import Tensor
 
 from openpalm.base.files import atomic_folder
 from openpalm.checkpoint import tensors
+from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
+from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.convert.export import TOLERANCE, check_output_directory
-from openpalm.convert.huggingface import chat_template, weights
+from openpalm.convert.gptj.huggingface import MAX_SHARD_BYTES, write_shards
+from openpalm.convert.huggingface import chat_template
 from openpalm.convert.huggingface.card import model_card
-from openpalm.convert.huggingface.names import MODELING_FILE, config_json, parts_of
+from openpalm.convert.huggingface.names import MODELING_FILE, Part, config_json, parts_of
 from openpalm.convert.huggingface.read import read_palm
 from openpalm.data.text.conversation import stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.errors import SettingsError, StorageError, WorkError
+from openpalm.errors import StorageError, WorkError
 from openpalm.generate.defaults import SamplingDefaults
-from openpalm.model import lora
-from openpalm.model.reward import RewardModel
-from openpalm.model.transformer import Transformer
+from openpalm.model.config import ModelConfig, RewardConfig
+from openpalm.model.reward import RewardModel, make_model
 
-_HALF_TOLERANCE = 0.05
-"""TOLERANCE for weights of 16 bits, which have three digits."""
 _CHECK_SHAPE = (2, 32)
 _PADDING = ("<|padding|>", "<pad>", "[PAD]", "<|pad|>", "<|reserved_3|>")
 
@@ -48,95 +48,111 @@ class Exported(NamedTuple):
 
 
 def save_as_huggingface(
-    model: Transformer,
+    config: ModelConfig,
+    weights: LazyState,
     directory: Path,
     *,
-    lineage: dict[str, Any],
+    reward: RewardConfig | None = None,
     tokenizer_json: str | None = None,
-    dtype: str = "float32",
     defaults: SamplingDefaults | None = None,
-    max_shard_bytes: int = weights.MAX_SHARD_BYTES,
+    lineage: dict[str, Any],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Exported:
-    """Writes the folder; adapters are merged.
+    """Writes the folder, in the dtype of the weights; one tensor is in memory at a time.
 
-    Raises SettingsError for an unknown dtype, CheckpointError if the directory is not empty,
-    StorageError if the disk is full, WorkError if a weight does not fit the dtype or the reloaded
-    logits differ; then nothing is left behind.
+    weights: our tensors, adapters merged. Raises CheckpointError if the directory is not empty,
+    StorageError if the disk is full, WorkError if the reloaded logits differ; then nothing is left
+    behind.
     """
-    if dtype not in weights.DTYPES:
-        raise SettingsError(f"--dtype {dtype}: must be one of {', '.join(weights.DTYPES)}")
     check_output_directory(directory)
-    model = lora.merged(model)
+    defaults = defaults or SamplingDefaults()
+    dtype = str(weights.entries["embedding"].dtype).removeprefix("torch.")
     tokenizer = None
     if tokenizer_json is not None:
         tokenizer = Tokenizer(tokenizer_json.encode(), "tokenizer.json")
     try:
         with atomic_folder(directory) as partial:
-            weights.write(partial, _stored(model), weights.DTYPES[dtype], max_shard_bytes)
-            notes = _write_configs(partial, model, tokenizer, dtype, defaults or SamplingDefaults())
-            difference, checked = _check(model, partial, dtype, directory)
-            notes.append(checked)
+            write_shards(partial, _parts(config, reward, weights), max_shard_bytes)
+            notes = _write_configs(partial, config, reward, tokenizer, dtype, defaults)
             card = model_card(
-                model.config,
-                model.reward if isinstance(model, RewardModel) else None,
-                dtype=dtype,
-                defaults=defaults or SamplingDefaults(),
-                lineage=lineage,
-                notes=notes[:-1],
+                config, reward, dtype=dtype, defaults=defaults, lineage=lineage, notes=notes
             )
             _write(partial / "README.md", card)
+            difference, reader = _check(config, reward, weights, partial)
+            if not difference <= TOLERANCE:  # also true for nan
+                raise WorkError(
+                    f"{directory}: its outputs, reloaded by {reader}, differ by {difference:.1e}; "
+                    "nothing was written"
+                )
     except BaseException as error:
         if refused := tensors.refusal(error):
             raise StorageError(f"{directory}: cannot be saved ({refused})") from error
         raise
-    return Exported(difference, notes)
+    return Exported(difference, [*notes, f"reloaded by {reader}"])
 
 
-def _stored(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    reward = isinstance(model, RewardModel)
-    for name, parameter in model.published_parameters():
-        for part in parts_of(name, model.config, reward=reward):
-            yield part.name, parameter[part.rows]
+def _parts(config: ModelConfig, reward: RewardConfig | None, weights: LazyState) -> LazyState:
+    """The tensors under the names of the modelling file."""
+
+    def entry(name: str, part: Part) -> LazyTensor:
+        whole = weights.entries[name]
+        rows = len(range(*part.rows.indices(whole.shape[0])))
+        return LazyTensor((rows, *whole.shape[1:]), whole.dtype, lambda: weights[name][part.rows])
+
+    return LazyState(
+        weights.where,
+        {
+            part.name: entry(name, part)
+            for name in weights
+            for part in parts_of(name, config, reward=reward is not None)
+        },
+    )
 
 
 def _write_configs(
     folder: Path,
-    model: Transformer,
+    config: ModelConfig,
+    reward: RewardConfig | None,
     tokenizer: Tokenizer | None,
     dtype: str,
     defaults: SamplingDefaults,
 ) -> list[str]:
     """Everything but weights and card; returns notes."""
-    reward = model.reward if isinstance(model, RewardModel) else None
     end = None if tokenizer is None else tokenizer.end_of_text
     padding = None if tokenizer is None else _padding_id(tokenizer)
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": padding}
-    _write_json(folder / "config.json", config_json(model.config, reward, dtype, ids))
+    _write_json(folder / "config.json", config_json(config, reward, dtype, ids))
     source = Path(__file__).with_name(MODELING_FILE).read_text(encoding="utf-8")
     _write(folder / MODELING_FILE, source)
     notes = []
     if reward is None:
         _write_json(folder / "generation_config.json", _generation(tokenizer, ids, defaults))
-    elif not model.config.tied or model.config.bias:
+    elif not config.tied or config.bias:
         notes.append("the output head is left out, because a reward model does not use it")
     if tokenizer is None:
         return [*notes, "the checkpoint has no tokenizer, so the folder has none"]
-    return notes + _write_tokenizer(folder, tokenizer, model.config.context, reward is not None)
+    return notes + write_tokenizer(folder, tokenizer, config.context, padding_left=reward is None)
 
 
 def _generation(
     tokenizer: Tokenizer | None, ids: dict[str, int | None], defaults: SamplingDefaults
 ) -> dict[str, Any]:
     stops = [] if tokenizer is None else sorted(stop_ids(tokenizer))
-    sampling = {"do_sample": defaults.temperature > 0}
-    if sampling["do_sample"]:
+    sampling: dict[str, Any] = {"do_sample": defaults.temperature > 0}
+    if defaults.temperature > 0:
         # transformers takes the 50 likeliest tokens where top_k is not given.
         sampling |= vars(defaults)
     content = sampling | ids | {"eos_token_id": stops or None}
     return {name: value for name, value in content.items() if value is not None}
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int, reward: bool) -> list[str]:
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, context: int, *, padding_left: bool
+) -> list[str]:
+    """Writes the files that AutoTokenizer reads, and the chat template; returns notes.
+
+    padding_left: for generation, where a prompt must end where its completion begins.
+    """
     definition = tokenizer.definition
     _write(folder / "tokenizer.json", definition)
     named = {"pad_token": _padding_id(tokenizer)}
@@ -152,8 +168,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int, reward: b
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        # A prompt must end where its completion begins.
-        "padding_side": "right" if reward else "left",
+        "padding_side": "left" if padding_left else "right",
     }
     _write_json(folder / "tokenizer_config.json", settings | tokens)
     template = chat_template.chat_template(tokenizer)
@@ -173,51 +188,45 @@ def _padding_id(tokenizer: Tokenizer) -> int | None:
     return next((number for number in found if number is not None), tokenizer.end_of_text)
 
 
-def _check(model: Transformer, partial: Path, dtype: str, directory: Path) -> tuple[float, str]:
-    """Reloads the folder; the largest difference of outputs, and a note that tells who read it."""
-    ids, lengths = _inputs(model)
-    expected = _output(model, ids, lengths)
+@torch.no_grad()
+def _check(
+    config: ModelConfig, reward: RewardConfig | None, weights: LazyState, folder: Path
+) -> tuple[float, str]:
+    """Reloads the folder. The largest difference of outputs in float32, relative to the largest
+    output where that is above one; and who reloaded it."""
+    rows, time = _CHECK_SHAPE
+    ids = (torch.arange(rows * time) * 7919 % config.vocab_size).view(rows, time)
+    expected = _output(config, reward, weights, ids)
     try:
         transformers = import_module("transformers")
     except ImportError:
-        found = _output(read_palm(partial).model.float(), ids, lengths)
+        found = _output(*read_palm(folder), ids)
         reader = "OpenPaLM itself (transformers is not installed)"
     else:
-        found = _transformers_output(partial, ids, lengths, isinstance(model, RewardModel))
+        found = _transformers_output(folder, ids, reward is not None)
         reader = f"transformers {transformers.__version__}"
-    difference = (expected - found).abs().max().item()
-    tolerance = TOLERANCE if dtype == "float32" else _HALF_TOLERANCE
-    if not difference <= tolerance * max(1.0, expected.abs().max().item()):  # also true for nan
-        raise WorkError(
-            f"{directory}: its logits, reloaded by {reader}, differ by {difference:.1e}; "
-            "nothing was written"
-        )
-    return difference, f"reloaded by {reader}"
+    return ((expected - found).abs().max() / expected.abs().max().clamp_min(1)).item(), reader
 
 
-def _inputs(model: Transformer) -> tuple[Tensor, Tensor]:
-    rows, time = _CHECK_SHAPE
-    ids = (torch.arange(rows * time) * 7919 % model.config.vocab_size).view(rows, time)
-    return ids, torch.full((rows,), time // 2)
+def _output(
+    config: ModelConfig, reward: RewardConfig | None, weights: LazyState, ids: Tensor
+) -> Tensor:
+    """Logits [rows, time, vocabulary], or the rewards [rows] of a reward model, in float32."""
+    if reward is None:
+        return streamed_logits(config, weights, ids)
+    with torch.device("meta"):
+        model = make_model(config, reward).eval()
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    assert isinstance(model, RewardModel)
+    return model.value(ids, prompt_lengths=_prompt_lengths(ids))
 
 
-@torch.no_grad()
-def _output(model: Transformer, ids: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """Logits, or the rewards [rows] of a reward model, in float32 on the CPU."""
-    training, device = model.training, model.embedding.device
-    model.eval()
-    ids, prompt_lengths = ids.to(device), prompt_lengths.to(device)
-    if isinstance(model, RewardModel):
-        found = model.value(ids, prompt_lengths=prompt_lengths)
-    else:
-        found = model.logits(ids)
-    model.train(training)
-    return found.cpu()
+def _prompt_lengths(ids: Tensor) -> Tensor:
+    return torch.full(ids.shape[:1], ids.shape[1] // 2)
 
 
-@torch.no_grad()
-def _transformers_output(folder: Path, ids: Tensor, lengths: Tensor, reward: bool) -> Tensor:
-    """The output of the folder's model in transformers.
+def _transformers_output(folder: Path, ids: Tensor, is_reward: bool) -> Tensor:
+    """As `_output`, by transformers.
 
     Our own copy of the modelling file runs it: the folder's is the same, and would be copied into
     the user's module cache.
@@ -225,15 +234,15 @@ def _transformers_output(folder: Path, ids: Tensor, lengths: Tensor, reward: boo
     from openpalm.convert.huggingface import modeling_openpalm as modeling
 
     kind: Any = (
-        modeling.OpenPalmForSequenceClassification if reward else modeling.OpenPalmForCausalLM
+        modeling.OpenPalmForSequenceClassification if is_reward else modeling.OpenPalmForCausalLM
     )
     with _quiet_transformers():
         loaded, report = kind.from_pretrained(folder, output_loading_info=True)
     if odd := [*report["missing_keys"], *report["unexpected_keys"]]:
         raise WorkError(f"{folder}: transformers does not find the weights of {odd[0]}")
     loaded = loaded.float().eval()
-    if reward:
-        return loaded(input_ids=ids, prompt_lengths=lengths).logits[:, 0]
+    if is_reward:
+        return loaded(input_ids=ids, prompt_lengths=_prompt_lengths(ids)).logits[:, 0]
     return loaded(input_ids=ids, use_cache=False).logits
 
 

@@ -65,6 +65,7 @@ class OpenPalmConfig(PretrainedConfig):
         causal: bool = True,
         feedforward: str = "swiglu",
         bias: bool = False,
+        embedding_bias: bool = False,
         tie_word_embeddings: bool = True,
         qk_norm: bool = False,
         rotary: str = "halves",
@@ -91,6 +92,7 @@ class OpenPalmConfig(PretrainedConfig):
         self.causal = causal
         self.feedforward = feedforward
         self.bias = bias
+        self.embedding_bias = embedding_bias
         self.qk_norm = qk_norm
         self.rotary = rotary
         self.rotary_dims = rotary_dims
@@ -312,12 +314,10 @@ class OpenPalmPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         elif isinstance(module, OpenPalmForSequenceClassification):
             nn.init.normal_(module.reward_head, 0.0, deviation)
-            for extra in (module.reward_bias, module.marks):
-                if extra is not None:
-                    nn.init.zeros_(extra)
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, nn.Parameter):
-            nn.init.zeros_(bias)
+        for name in ("bias", "embed_bias", "reward_bias", "marks"):
+            extra = getattr(module, name, None)
+            if isinstance(extra, nn.Parameter):
+                nn.init.zeros_(extra)
 
 
 class OpenPalmModel(OpenPalmPreTrainedModel):
@@ -326,6 +326,8 @@ class OpenPalmModel(OpenPalmPreTrainedModel):
     def __init__(self, config: OpenPalmConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        has_bias = config.embedding_bias
+        self.embed_bias = nn.Parameter(torch.zeros(config.dim)) if has_bias else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
         self.rotary = Rotary(config)
@@ -365,6 +367,7 @@ class OpenPalmModel(OpenPalmPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x if self.embed_bias is None else x + self.embed_bias
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = Mask(attention_mask, past, x.shape[1], self.config.causal, x)
         if position_ids is None:

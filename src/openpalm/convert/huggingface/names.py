@@ -23,6 +23,7 @@ _UNREAD_BY_REWARDS = ("unembedding", "head_bias")
 
 _OUTSIDE = {
     "embedding": "model.embed_tokens.weight",
+    "embedding_bias": "model.embed_bias",
     "unembedding": "lm_head.weight",
     "head_bias": "lm_head.bias",
     "norm.weight": "model.norm.weight",
