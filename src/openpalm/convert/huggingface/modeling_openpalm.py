@@ -12,7 +12,7 @@ A block is parallel, x + attention(norm(x)) + feedforward(norm(x)), as in PaLM (
 
 import math
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class OpenPalmConfig(PretrainedConfig):
     """Sizes and options of the model; OpenPaLM's names, with the usual names as aliases."""
 
     model_type = "openpalm"
-    attribute_map = {  # noqa: RUF012 (transformers declares it without an annotation)
+    attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "dim",
         "num_hidden_layers": "depth",
         "num_attention_heads": "heads",
@@ -50,62 +50,41 @@ class OpenPalmConfig(PretrainedConfig):
         "max_position_embeddings": "context",
         "layer_norm_eps": "norm_eps",
     }
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
-    def __init__(
-        self,
-        vocab_size: int = 320,
-        dim: int = 128,
-        depth: int = 4,
-        heads: int = 4,
-        head_dim: int = 32,
-        ff_dim: int = 512,
-        kv_heads: int = 1,
-        context: int = 256,
-        causal: bool = True,
-        feedforward: str = "swiglu",
-        bias: bool = False,
-        embedding_bias: bool = False,
-        tie_word_embeddings: bool = True,
-        qk_norm: bool = False,
-        rotary: str = "halves",
-        rotary_dims: int = 0,
-        rotary_base: float = 10000.0,
-        xpos_base: float = 0.0,
-        norm_before_head: bool = True,
-        logit_scale: float = 1.0,
-        norm_eps: float = 1e-5,
-        dropout: float = 0.0,
-        reward: dict[str, Any] | None = None,
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ):
-        self.vocab_size = vocab_size
-        self.dim = dim
-        self.depth = depth
-        self.heads = heads
-        self.head_dim = head_dim
-        self.ff_dim = ff_dim
-        self.kv_heads = kv_heads
-        self.context = context
-        self.causal = causal
-        self.feedforward = feedforward
-        self.bias = bias
-        self.embedding_bias = embedding_bias
-        self.qk_norm = qk_norm
-        self.rotary = rotary
-        self.rotary_dims = rotary_dims
-        self.rotary_base = rotary_base
-        self.xpos_base = xpos_base
-        self.norm_before_head = norm_before_head
-        self.logit_scale = logit_scale
-        self.norm_eps = norm_eps
-        self.dropout = dropout
-        self.reward = reward
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+    defaults: ClassVar[dict[str, Any]] = {
+        "vocab_size": 320,
+        "dim": 128,
+        "depth": 4,
+        "heads": 4,
+        "head_dim": 32,
+        "ff_dim": 512,
+        "kv_heads": 1,
+        "context": 256,
+        "causal": True,
+        "feedforward": "swiglu",  # or gelu
+        "bias": False,
+        "embedding_bias": False,
+        "tie_word_embeddings": True,
+        "qk_norm": False,
+        "rotary": "halves",  # or interleaved, or nanopalm
+        "rotary_dims": 0,  # all
+        "rotary_base": 10000.0,
+        "xpos_base": 0.0,  # no xPos
+        "norm_before_head": True,
+        "logit_scale": 1.0,
+        "norm_eps": 1e-5,
+        "dropout": 0.0,
+        "reward": None,  # the heads of a reward model
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+
+    def __init__(self, **kwargs: Any):
+        own = {name: kwargs.pop(name, value) for name, value in self.defaults.items()}
+        for name, value in own.items():
+            setattr(self, name, value)
+        super().__init__(tie_word_embeddings=own["tie_word_embeddings"], **kwargs)
 
 
 class Rotary:
@@ -304,6 +283,12 @@ class OpenPalmPreTrainedModel(PreTrainedModel):
     _supports_cache_class = True
     _supports_static_cache = True
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.base_model.embed_tokens = value
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """New weights, for training from the config: normal matrices, norms of one."""
@@ -334,12 +319,6 @@ class OpenPalmModel(OpenPalmPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -348,14 +327,13 @@ class OpenPalmModel(OpenPalmPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """last_hidden_state is the final norm's output (with norm_before_head False, its input)."""
-        if output_attentions:
+        if kwargs.get("output_attentions"):
             raise ValueError("output_attentions: this model does not return attention weights")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
@@ -390,7 +368,7 @@ class OpenPalmModel(OpenPalmPreTrainedModel):
             hidden_states=tuple(seen) if output_hidden_states else None,
             **{_CACHE: cache if use_cache else None},
         )
-        return output if return_dict in (None, True) else output.to_tuple()
+        return output if return_dict else output.to_tuple()
 
 
 def _positions(attention_mask: Tensor | None, past: int, x: Tensor) -> Tensor:
@@ -412,12 +390,6 @@ class OpenPalmForCausalLM(OpenPalmPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=config.bias)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
@@ -437,10 +409,7 @@ class OpenPalmForCausalLM(OpenPalmPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
+        return_dict: bool = True,
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -450,12 +419,9 @@ class OpenPalmForCausalLM(OpenPalmPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            cache=cache,
+            cache=past_key_values if cache is None else cache,
+            **kwargs,
         )
         states = output.last_hidden_state
         if not isinstance(logits_to_keep, int):
@@ -465,16 +431,15 @@ class OpenPalmForCausalLM(OpenPalmPreTrainedModel, GenerationMixin):
         logits = self.lm_head(states * self.config.logit_scale).float()
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            vocab = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab, **kwargs)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=output.hidden_states,
             **{_CACHE: getattr(output, _CACHE)},
         )
-        return result if return_dict in (None, True) else result.to_tuple()
+        return result if return_dict else result.to_tuple()
 
 
 class OpenPalmForSequenceClassification(OpenPalmPreTrainedModel):
@@ -487,7 +452,7 @@ class OpenPalmForSequenceClassification(OpenPalmPreTrainedModel):
 
     def __init__(self, config: OpenPalmConfig):
         super().__init__(config)
-        reward = config.reward or {"kind": "scalar"}
+        reward: dict[str, Any] = config.reward or {"kind": "scalar"}
         self.num_labels = 1
         self.model = OpenPalmModel(config)
         self.kind = reward["kind"]
@@ -503,12 +468,6 @@ class OpenPalmForSequenceClassification(OpenPalmPreTrainedModel):
         self.marks = nn.Parameter(torch.zeros(2, config.dim)) if marked else None
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -517,9 +476,7 @@ class OpenPalmForSequenceClassification(OpenPalmPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
+        return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
         """labels [batch]: rewards; the loss is their mean squared error."""
@@ -534,9 +491,7 @@ class OpenPalmForSequenceClassification(OpenPalmPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=x,
-            use_cache=False,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
+            **(kwargs | {"use_cache": False}),
         )
         states = output.last_hidden_state
         states = states if self.config.norm_before_head else self.model.norm(states)
@@ -547,7 +502,7 @@ class OpenPalmForSequenceClassification(OpenPalmPreTrainedModel):
         result = SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, hidden_states=output.hidden_states
         )
-        return result if return_dict in (None, True) else result.to_tuple()
+        return result if return_dict else result.to_tuple()
 
     def _pooled(self, states: Tensor, real: Tensor) -> Tensor:
         """The state of the last real token, or the mean of all real ones, float32 [batch, dim]."""
