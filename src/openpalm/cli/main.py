@@ -36,6 +36,7 @@ VERBS = {
     "serve": ("serve", "serve a model over HTTP: the OpenAI API and a chat page"),
     "eval": ("eval", "loss and bits per byte of a checkpoint on prepared data"),
     "convert": ("convert", "read and write checkpoints of other projects"),
+    "push": ("push", "upload a model to the Hugging Face Hub"),
     "models": ("models", "list the model sizes: parameters, memory, FLOPs per token"),
     "report": ("report", "show runs as one HTML page or as curves in the terminal"),
 }

@@ -126,6 +126,11 @@ def _convert(name: str, file: Path, kept: Path, say: Callable[[str], None]) -> N
     lineage = foreign.lineage() | {"source_file": f"{name}.pt"}
     mine = kept.with_name(f".{kept.name}.{os.getpid()}")
     save_as_openpalm(foreign.model(), mine, lineage=lineage, tokenizer_json=tokenizer)
+    keep(mine, kept)
+
+
+def keep(mine: Path, kept: Path) -> None:
+    """Gives this process's conversion its name in the cache, unless another process was first."""
     try:
         mine.rename(kept)
     except OSError:  # another process was first, or another file has the name
