@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from openpalm.base.device import pick_device, pick_dtype
 from openpalm.base.hashing import sha256_of
+from openpalm.base.settings import check
 from openpalm.base.typed import home
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
@@ -24,8 +25,9 @@ from openpalm.errors import CheckpointError, SettingsError
 from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 from openpalm.generate.engine import Engine
 from openpalm.model.transformer import Transformer
-from openpalm.train.config import NO_INIT, TrainSettings
+from openpalm.train.config import NO_INIT, TaskProbeSettings, TrainSettings
 from openpalm.train.initial_weights import Start, check_reads, starting_point
+from openpalm.train.probes import Probe
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 30.0
@@ -80,6 +82,30 @@ def held_out(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     """The training items, and the last items of a file, which are held out for evaluation."""
     kept = len(items) - min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(items)))
     return items[:kept], items[kept:]
+
+
+def task_probes(
+    settings: TaskProbeSettings, tokenizer: Tokenizer, *, chat: bool = False
+) -> list[Probe]:
+    """The probe of --eval-tasks, if it is given; the rows of the tasks are read now."""
+    if settings.eval_tasks is None:
+        return []
+    from openpalm.evaluate.harness import check_installed
+    from openpalm.evaluate.probes import task_probe
+    from openpalm.evaluate.tasks import load_tasks, task_names
+
+    check_installed("--eval-tasks")
+    names = task_names(settings.eval_tasks)
+    check(bool(names), "eval_tasks", repr(settings.eval_tasks), "names of tasks")
+    with Console(stderr=True).status("reading the tasks (some seconds)"):
+        tasks = load_tasks(
+            names,
+            settings.eval_tasks_path,
+            shots=settings.eval_tasks_fewshot,
+            limit=settings.eval_tasks_limit or None,
+            chat=chat,
+        )
+    return [task_probe(tokenizer, tasks, every=settings.eval_tasks_every)]
 
 
 def report_unused(label: str, path: Path, given: ReadResult[T], what: str) -> ReadResult[T]:
