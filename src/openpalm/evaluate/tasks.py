@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ FEWSHOT_SEED = 1234
 """Seed of the choice of examples for few-shot prompts; the library's default."""
 RESAMPLES = 1000
 """Bootstrap resamples for the standard error of a metric that is no mean, such as perplexity."""
+_LOADING = "task "
 _SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
 _ROW_FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -77,15 +79,13 @@ def load_tasks(
     if path is not None and not path.is_dir():
         raise DataError(f"--task-path {path}: no such folder; check the path")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    with _quiet("the library"):
-        manager = import_module("lm_eval.tasks").TaskManager(
-            include_path=None if path is None else str(path)
-        )
+    own = _own_tasks(path)
     for name in names:
+        manager = _library_tasks() if own is None or name not in own.task_index else own
         if name not in manager.task_index:
             raise DataError(_unknown(name, manager.all_tasks, path))
         folder = None if path is None or not (path / name).is_dir() else path / name
-        with _quiet(f"task {name}"):
+        with _quiet(_LOADING + name):
             if folder is None:
                 found = manager.load([name])
             else:
@@ -93,7 +93,7 @@ def load_tasks(
         for kind, entries in loaded.items():
             entries |= found.get(kind, {})
     for name, task in loaded["tasks"].items():
-        with _quiet(f"task {name}"):
+        with _quiet(_LOADING + name):
             _prepare(task, shots)
     return Tasks(tuple(names), loaded, shots, limit, chat)
 
@@ -113,6 +113,23 @@ def run_tasks(model: HarnessModel, tasks: Tasks, *, resamples: int = RESAMPLES) 
             fewshot_as_multiturn=tasks.chat,
         )
     return [score for name, row in found["results"].items() for score in _scores(found, name, row)]
+
+
+@cache
+def _library_tasks() -> Any:
+    """The definitions that come with the library; reading these thousands takes seconds."""
+    with _quiet("the library"):
+        return import_module("lm_eval.tasks").TaskManager()
+
+
+def _own_tasks(path: Path | None) -> Any:
+    """The definitions below --task-path, or None without any."""
+    if path is None or next(path.rglob("*.yaml"), None) is None:
+        return None
+    with _quiet(f"--task-path {path}"):
+        return import_module("lm_eval.tasks").TaskManager(
+            include_path=str(path), include_defaults=False
+        )
 
 
 def _prepare(task: Any, shots: int | None) -> None:
@@ -207,7 +224,10 @@ def _quiet(what: str) -> Iterator[None]:
 
 def _reason(what: str, error: Exception) -> str:
     line = " ".join(str(error).split())[:300] or "no message"
+    reason = f"{what}: lm-evaluation-harness failed ({type(error).__name__}: {line})"
+    if not what.startswith(_LOADING):
+        return f"{reason}; check the number of examples and the rows"
     return (
-        f"{what}: lm-evaluation-harness failed ({type(error).__name__}: {line}); "
-        "to use rows of your own, put them in DIR/TASK/test.jsonl and give --task-path DIR"
+        f"{reason}; to use rows of your own, put them in DIR/TASK/test.jsonl and give "
+        "--task-path DIR"
     )
