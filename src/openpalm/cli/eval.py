@@ -226,7 +226,7 @@ def _tasks(settings: EvalSettings, names: str) -> None:
         )
     model = HarnessModel(engine, tokenizer, progress=_visible_progress(), seed=0)
     scores = run_tasks(model, tasks)
-    for line in model.note_lines():
+    for line in (*tasks.warning_lines(), *model.note_lines()):
         print(f"eval: {line}", file=sys.stderr)
     result = _results(settings, _weights(engine), scores)
     if out is not None:

@@ -88,7 +88,8 @@ def task_probe(tokenizer: Tokenizer, tasks: Tasks, *, every: int | None) -> Prob
         asked = HarnessModel(Engine(model, owned=True), tokenizer)
         # Without standard errors: bootstrapping would take longer than a small model's answers.
         scores = run_tasks(asked, tasks, resamples=0)
-        notes[:] = [line for line in asked.note_lines() if line not in seen]
+        lines = [*tasks.warning_lines(), *asked.note_lines()]
+        notes[:] = [line for line in lines if line not in seen]
         seen.update(notes)
         return {f"task/{score.task}/{score.metric}": score.value for score in scores}
 

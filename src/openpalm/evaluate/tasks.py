@@ -54,6 +54,11 @@ class Tasks:
     shots: int | None
     limit: int | None
     chat: bool
+    warnings: dict[str, None]
+    """what the library warned of, each once"""
+
+    def warning_lines(self) -> list[str]:
+        return [f"lm-evaluation-harness warns: {text}" for text in self.warnings]
 
 
 def task_names(names: str) -> tuple[str, ...]:
@@ -79,13 +84,14 @@ def load_tasks(
     if path is not None and not path.is_dir():
         raise DataError(f"--task-path {path}: no such folder; check the path")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    warnings: dict[str, None] = {}
     own = _own_tasks(path)
     for name in names:
         manager = _library_tasks() if own is None or name not in own.task_index else own
         if name not in manager.task_index:
             raise DataError(_unknown(name, manager.all_tasks, path))
         folder = None if path is None or not (path / name).is_dir() else path / name
-        with _quiet(_LOADING + name):
+        with _quiet(_LOADING + name, warnings):
             if folder is None:
                 found = manager.load([name])
             else:
@@ -93,14 +99,14 @@ def load_tasks(
         for kind, entries in loaded.items():
             entries |= found.get(kind, {})
     for name, task in loaded["tasks"].items():
-        with _quiet(_LOADING + name):
+        with _quiet(_LOADING + name, warnings):
             _prepare(task, shots)
-    return Tasks(tuple(names), loaded, shots, limit, chat)
+    return Tasks(tuple(names), loaded, shots, limit, chat, warnings)
 
 
 def run_tasks(model: HarnessModel, tasks: Tasks, *, resamples: int = RESAMPLES) -> list[TaskScore]:
     """Every metric of every task, for the model."""
-    with _quiet("the tasks"):
+    with _quiet("the tasks", tasks.warnings):
         for task in tasks.loaded["tasks"].values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples in every run
         found = import_module("lm_eval.evaluator").evaluate(
@@ -199,12 +205,28 @@ def _unknown(name: str, known: Sequence[str], path: Path | None) -> str:
     return f"--tasks {name}: lm-evaluation-harness has no such task{where}{hint}"
 
 
+class _Collect(logging.Handler):
+    """Keeps the warnings that the library logs, each once and in one line."""
+
+    def __init__(self, into: dict[str, None]):
+        super().__init__(logging.WARNING)
+        self._into = into
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._into.setdefault(" ".join(record.getMessage().split())[:300].rstrip(":"))
+
+
 @contextmanager
-def _quiet(what: str) -> Iterator[None]:
-    """Hides what the library prints; raises its errors as DataError, with the reason in a line."""
+def _quiet(what: str, warnings: dict[str, None] | None = None) -> Iterator[None]:
+    """Hides what the library prints, and collects its warnings.
+
+    Raises its errors as DataError, with the reason in a line.
+    """
     logger = logging.getLogger("lm_eval")
-    level, serial = logger.level, os.environ.get("DISABLE_MULTIPROC")
-    logger.setLevel(logging.ERROR)
+    propagate, serial = logger.propagate, os.environ.get("DISABLE_MULTIPROC")
+    handler = _Collect({} if warnings is None else warnings)
+    logger.addHandler(handler)
+    logger.propagate = False
     # Bootstrapping would start processes, each with a copy of this one.
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
@@ -215,7 +237,8 @@ def _quiet(what: str) -> Iterator[None]:
     except Exception as error:  # a definition or a row that the library cannot use
         raise DataError(_reason(what, error)) from None
     finally:
-        logger.setLevel(level)
+        logger.removeHandler(handler)
+        logger.propagate = propagate
         if serial is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:
