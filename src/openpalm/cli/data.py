@@ -1,4 +1,4 @@
-"""`openpalm data prepare|build|inspect`: makes token shards from text, joins and inspects them."""
+"""`openpalm data prepare|build|blocks|inspect|push`: makes token shards or blocks from text."""
 
 import dataclasses
 import json
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
        openpalm data build PART... --out DIR
+       openpalm data blocks INPUT... --out DIR [options]
        openpalm data inspect DIR [options]
+       openpalm data push DIR --repo ACCOUNT/NAME [options]
 
   prepare     make token shards from text, .jsonl, .parquet, Hub datasets or built-in corpora
   build       join the parts that several `prepare --shard` jobs made
-  inspect     show the contents of a prepared dataset and check its files
+  blocks      make parquet files with rows of token ids, all of one length
+  inspect     show the contents of a prepared dataset or blocks, and check the files
+  push        upload a prepared dataset or blocks to the Hugging Face Hub
 
 `openpalm data prepare --help`, and so on, show the options.
 """
@@ -76,7 +80,7 @@ class Build:
 @dataclass(frozen=True)
 class Inspect:
     data: Path
-    """folder that `openpalm data prepare` wrote"""
+    """folder that `openpalm data prepare` or `data blocks` wrote"""
     samples: int = 3
     """number of documents of each split to show the beginning of"""
     json: bool = False
@@ -86,16 +90,20 @@ class Inspect:
 def run(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
-    elif argv[0] == "prepare":
-        run_prepare(argv[1:])
-    elif argv[0] == "build":
-        run_build(argv[1:])
-    elif argv[0] == "inspect":
-        run_inspect(argv[1:])
-    else:
-        raise SettingsError(
-            f"data {argv[0]}: must be prepare, build or inspect; see `openpalm data`"
-        )
+        return
+    from openpalm.cli.data_blocks import run_blocks
+    from openpalm.cli.data_push import run_push
+
+    verbs = {
+        "prepare": run_prepare,
+        "build": run_build,
+        "blocks": run_blocks,
+        "inspect": run_inspect,
+        "push": run_push,
+    }
+    if argv[0] not in verbs:
+        raise SettingsError(f"data {argv[0]}: must be {', '.join(verbs)}; see `openpalm data`")
+    verbs[argv[0]](argv[1:])
 
 
 def run_prepare(argv: Sequence[str]) -> None:
@@ -120,7 +128,7 @@ def run_prepare(argv: Sequence[str]) -> None:
     values["inputs"] = [home(name) for name in given.inputs]
     values["tokenizer"] = home(given.tokenizer)
     request = PrepareRequest(**values)
-    with _progress("preparing") as progress:
+    with progress_bar("preparing") as progress:
         manifest = prepare(request, progress)
     print(
         manifest.to_json().decode().rstrip()
@@ -141,7 +149,7 @@ def run_build(argv: Sequence[str]) -> None:
     )
     from openpalm.data.prepare.parts import build
 
-    with _progress("joining") as progress:
+    with progress_bar("joining") as progress:
         manifest = build([Path(home(part)) for part in given.parts], given.out, progress)
     print(manifest.to_json().decode().rstrip() if given.json else _prepared(given.out, manifest))
 
@@ -158,7 +166,7 @@ def run_inspect(argv: Sequence[str]) -> None:
     from openpalm.data.dataset.inspection import inspect_dataset
     from openpalm.data.dataset.shards import open_dataset
 
-    with _progress("checking") as progress:
+    with progress_bar("checking") as progress:
         found = inspect_dataset(
             open_dataset(given.data), samples=max(0, given.samples), progress=progress
         )
@@ -168,7 +176,8 @@ def run_inspect(argv: Sequence[str]) -> None:
         print(_inspected(given.data, found))
 
 
-def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
+def documents_read(out: Path, manifest: "Manifest") -> list[str]:
+    """Lines with the counts of the documents that were read, dropped and not read."""
     counts = manifest.documents
     lines = [f"{out}: already holds this dataset, nothing changed"] if manifest.unchanged else []
     lines.append(
@@ -178,13 +187,18 @@ def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
     if manifest.left_out:
         counts = (f"{count:,} {reason}" for reason, count in manifest.left_out.items())
         lines.append(f"not read in folders: {', '.join(counts)}")
+    return lines
+
+
+def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
+    lines = documents_read(out, manifest)
     for name, split in manifest.splits.items():
         per_token = split.bytes / max(1, split.tokens)
         lines.append(
             f"{name:<6}{split.documents:>10,} documents {split.tokens:>14,} tokens "
             f"{split.bytes:>14,} bytes {per_token:6.2f} bytes per token"
         )
-        lines += _lost(name, split.lost, split.bytes)
+        lines += lost_text(name, split.lost, split.bytes)
     lines.append(f"vocabulary {manifest.vocab_size:,}, validation split by {manifest.split_by}")
     if shard:
         lines.append(f"part {shard}; next: openpalm data build PART... --out DIR")
@@ -193,7 +207,7 @@ def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def _lost(split: str, lost: int, kept: int) -> list[str]:
+def lost_text(split: str, lost: int, kept: int) -> list[str]:
     if not lost:
         return []
     share = 100 * lost / (lost + kept)
@@ -215,14 +229,14 @@ def _inspected(path: Path, found: "Inspection") -> str:
             f"{name}: {count_of(split.documents, 'document')}, {count_of(split.tokens, 'token')}, "
             f"{split.bytes:,} bytes, {split.bytes_per_token:.2f} bytes per token",
             f"  tokens per document: {levels}",
-            *_lost(name, split.lost, split.bytes),
+            *lost_text(name, split.lost, split.bytes),
         ]
         lines += [f"  {json.dumps(text, ensure_ascii=False)}" for text in split.samples]
     return "\n".join(lines)
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error after SHOWN_AFTER_S; lines if it is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn

@@ -28,7 +28,7 @@ MAX_BATCH_ROWS = 1024
 
 def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
     """The rows of a .parquet file, in order. Raises DataError for a damaged or oversized one."""
-    pyarrow, parquet = _arrow(path)
+    pyarrow, parquet = arrow(path)
     limits = {
         "pre_buffer": False,
         "buffer_size": BATCH_BYTES,
@@ -85,7 +85,7 @@ def hub_documents(name: str, text_field: str) -> Iterator[Document]:
         raise Unavailable(f"hub:{name}: cannot be read ({reason})") from None
 
 
-def _arrow(path: Path) -> tuple[Any, Any]:
+def arrow(path: Path) -> tuple[Any, Any]:
     try:
         import pyarrow
         import pyarrow.parquet
