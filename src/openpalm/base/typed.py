@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -22,6 +23,7 @@ T = TypeVar("T")
 _FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _MAX_SHOWN = 100
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 class WrongValue(ValueError):
@@ -173,6 +175,8 @@ def _path(value: object) -> Path:
         return value
     if not isinstance(value, str) or not value or "\0" in value:
         raise WrongValue("a path")
+    if _URL.match(value):
+        raise WrongValue("a local path (`openpalm copy` copies folders to and from URLs)")
     return Path(home(value))
 
 

@@ -40,7 +40,8 @@ SECONDS_BETWEEN_LINES = 30.0
 @dataclass(frozen=True)
 class Prepare:
     inputs: list[str]
-    """files, folders, globs, hub:NAME[:SPLIT] or builtin:python-docs. A .jsonl, .ndjson or .json
+    """files, folders, globs (also as s3://, gs://, hf:// or other URLs), hub:NAME[:SPLIT] or
+    builtin:python-docs. A .jsonl, .ndjson or .json
     file (also .gz, .zst) has one document per line, a .parquet file one per row; a .bin file holds
     uint16 token ids; any other file is one document"""
     out: Path
