@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
-from openpalm.base.files import flush, partial_name, sync
+from openpalm.base.files import atomic_file
 from openpalm.errors import SettingsError, StorageError, WorkError
 
 READ_BYTES = 4 << 20
@@ -211,18 +211,9 @@ def _upload(source: str, url: str, size: int) -> None:
 
 
 def _download(url: str, target: str, size: int) -> None:
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = partial_name(path)
-    try:
-        with RemoteFile(url, size).open() as reader, part.open("wb") as file:
-            while data := reader.read(READ_BYTES):
-                file.write(data)
-            flush(file)
-        part.replace(path)
-        sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    with RemoteFile(url, size).open("rb") as reader, atomic_file(Path(target)) as file:
+        while data := reader.read(READ_BYTES):
+            file.write(data)
 
 
 class _Reader(io.RawIOBase):
@@ -232,7 +223,7 @@ class _Reader(io.RawIOBase):
         self._remote = file
         fs, path = file_system(file.url)
         with _errors(file.url):
-            self._file = fs.open(path, "rb", block_size=READ_BYTES)
+            self._file = fs.open(path, mode="rb", block_size=READ_BYTES)
             # The objects of memory:// keep the position of their last reader.
             self._file.seek(0)
 

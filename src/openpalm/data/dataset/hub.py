@@ -114,8 +114,13 @@ def _refused(repo: str, work: Callable[[], str]) -> str:
         ) from None
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _line(error: BaseException) -> str:
+    """What the server said, or the error that caused this one, in one line."""
+    said = getattr(error, "server_message", None)
+    while error.__cause__ and not said:
+        error = error.__cause__
+        said = getattr(error, "server_message", None)
+    return " ".join((said or str(error)).split())[:200] or type(error).__name__
 
 
 def _front_matter(manifest: Manifest) -> str:
