@@ -20,6 +20,7 @@ from openpalm.errors import SettingsError, StorageError, WorkError
 READ_BYTES = 4 << 20
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _EXTRAS = {"s3": "cloud", "s3a": "cloud", "gs": "cloud", "gcs": "cloud"}
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "oss", "hf")
 _MANIFEST = "manifest.json"
 
 Progress = Callable[[int, int], None]
@@ -201,8 +202,9 @@ def _manifest_at(folder: str) -> bytes | None:
 def _upload(source: str, url: str, size: int) -> None:
     fs, path = file_system(url)
     with _errors(url):
-        # Object stores have no folders; other file systems need them first.
-        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        # Object stores have no folders, and makedirs would make a misspelt bucket.
+        if url.partition("://")[0] not in OBJECT_STORES:
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         fs.put_file(source, path)
         fs.invalidate_cache()
         found = fs.info(path)["size"]
