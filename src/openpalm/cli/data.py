@@ -31,17 +31,27 @@ USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
 class Prepare:
     inputs: list[str]
     """files, folders, globs, hub:NAME[:SPLIT] or builtin:python-docs. A .jsonl, .ndjson or .json
-    file (also .gz, .zst) has one document per line, a .parquet file one per row; a .bin file holds
-    uint16 token ids; any other file is one document"""
+    file has one document per line, a .parquet file one per row, a .tar or .tgz archive one per
+    member, a .tfrecords file one of token ids per record (an .index file lists them); a .bin file
+    holds uint16 token ids; any other file is one document; text may be packed as .gz, .zst, .xz"""
     out: Path
     """output folder; new, empty, or with this same dataset"""
     tokenizer: str = "bpe:4096"
-    """byte, bpe:VOCAB (trained on the training text; VOCAB ids in total) or a tokenizer.json"""
+    """byte, bpe:VOCAB (trained on the training text; VOCAB ids in total), a tokenizer.json, a
+    folder with one or with GPT-2's vocab.json and merges.txt, or a name on the Hugging Face Hub
+    (gpt2, hub:NAME)"""
     end_of_text: str | None = None
     """end-of-text token of a tokenizer.json, if neither its name nor the files in its folder
     (tokenizer_config.json and others) give it; added to the vocabulary if it is missing"""
     text_field: str = "text"
-    """field with the text in a line or row; if it is missing, `input_ids` is read"""
+    """field with the text in a line or row; if it is missing, `input_ids` is read; of
+    .tfrecords the feature with the ids"""
+    split_text: str | None = None
+    """text between documents, such as "<|endoftext|>": every text is split at it"""
+    fix_text: Literal["none", "ftfy"] = "none"
+    """ftfy mends wrongly decoded text and applies Unicode NFKC, before documents are hashed"""
+    detokenize: Literal["none", "wikitext"] = "none"
+    """wikitext undoes the tokenization of WikiText (`a 1 @,@ 000 @-@ mile trip .`)"""
     val_fraction: float = 0.05
     """share of the text in the validation split, between 0 and 1"""
     val: str = "hash"
@@ -49,6 +59,18 @@ class Prepare:
     documents, the tail) or tail:F (the last share F of the text)"""
     dedup: Literal["exact", "none"] = "exact"
     """exact drops documents with the same text as an earlier one"""
+    min_unique_tokens: int = 0
+    """drops sequences of --sequence-tokens with fewer distinct tokens than this, in both splits;
+    the documents are joined and cut into sequences first"""
+    sequence_tokens: int = 2048
+    """length of the sequences of --min-unique-tokens"""
+    repack_epochs: int = 1
+    """writes the training split this many times; from the second on, its documents are in a new
+    random order, so that other documents share a sequence"""
+    keep_order: bool = False
+    """with --repack-epochs: every epoch has the order of the inputs"""
+    seed: int = 0
+    """random seed of the orders of --repack-epochs"""
     workers: int | None = None
     """threads that parse and encode; default: all cores. The output does not depend on it"""
     shard: str | None = None
@@ -104,6 +126,7 @@ def run_prepare(argv: Sequence[str]) -> None:
             "openpalm data prepare posts.jsonl.zst --text-field body --out data/posts --workers 4",
             "openpalm data prepare c4/ --tokenizer neox.json --out parts/1 --shard 1/8",
             "openpalm data prepare hub:roneneldan/TinyStories:train --out data/stories",
+            "openpalm data prepare books.tar.gz --tokenizer gpt2 --fix-text ftfy --out data/books",
         ),
         positional=("inputs",),
     )
@@ -182,6 +205,12 @@ def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
             f"{split.bytes:>14,} bytes {per_token:6.2f} bytes per token"
         )
         lines += _lost(name, split.lost, split.bytes)
+        lines += _dropped(name, split.dropped, manifest)
+    if manifest.settings.repack_epochs > 1:
+        order = "the order of the inputs" if manifest.settings.keep_order else "new orders"
+        lines.append(
+            f"train holds its documents {manifest.settings.repack_epochs} times, in {order}"
+        )
     lines.append(f"vocabulary {manifest.vocab_size:,}, validation split by {manifest.split_by}")
     if shard:
         lines.append(f"part {shard}; next: openpalm data build PART... --out DIR")
@@ -197,6 +226,16 @@ def _lost(split: str, lost: int, kept: int) -> list[str]:
     return [
         f"{split:<6}{lost:,} bytes ({share:.3g} % of the text) are lost: this tokenizer cannot "
         "encode them; bits per byte count only the bytes that are kept"
+    ]
+
+
+def _dropped(split: str, dropped: int, manifest: "Manifest") -> list[str]:
+    if not dropped:
+        return []
+    settings = manifest.settings
+    return [
+        f"{split:<6}{count_of(dropped, 'sequence')} of {settings.sequence_tokens} tokens dropped: "
+        f"fewer than {settings.min_unique_tokens} distinct tokens"
     ]
 
 

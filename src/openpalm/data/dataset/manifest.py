@@ -44,7 +44,8 @@ class SplitEntry:
     """`bytes` counts the UTF-8 bytes of the text that `tokens` spell, without end markers.
 
     `lost` counts the bytes of text that the vocabulary could not spell; they are not in `bytes`.
-    A text that the boundary between the splits cuts in two is a document of both.
+    A text that the boundary between the splits cuts in two is a document of both. `dropped` counts
+    the sequences that --min-unique-tokens left out.
     """
 
     documents: int
@@ -52,6 +53,7 @@ class SplitEntry:
     bytes: int
     files: tuple[FileEntry, ...]
     lost: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,31 @@ class DocumentCounts:
 
 @dataclass(frozen=True, slots=True)
 class PrepareSettings:
+    """What decides the bytes of a dataset, besides its inputs.
+
+    Settings with a default are in the file only where they differ from it: manifests of versions
+    that did not have them stay the same.
+    """
+
     tokenizer: str
     text_field: str
     val_fraction: float
     val: str
     dedup: str
     shard_tokens: int
+    split_text: str = ""
+    fix_text: str = "none"
+    detokenize: str = "none"
+    min_unique_tokens: int = 0
+    sequence_tokens: int = 0
+    repack_epochs: int = 1
+    keep_order: bool = False
+    seed: int = 0
+
+    @property
+    def repacks(self) -> bool:
+        """Whether the tokens are packed again, after all documents are encoded."""
+        return self.repack_epochs > 1 or self.min_unique_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,16 +134,22 @@ class Manifest:
         content = dataclasses.asdict(self)
         for name in NOT_IN_FILE:
             del content[name]
-        for split in content["splits"].values():
-            # Left out where 0: digests of older manifests stay the same.
-            if not split["lost"]:
-                del split["lost"]
+        # Digests of older manifests stay the same.
+        content["settings"] = without_defaults(self.settings)
+        content["splits"] = {n: without_defaults(split) for n, split in self.splits.items()}
         return (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode()
 
     def to_part(self, shard: str) -> bytes:
         """The content of part.json, the manifest of one job of several."""
         part = {"format": PART_FORMAT, "shard": shard, "manifest": json.loads(self.to_json())}
         return (json.dumps(part, indent=2, ensure_ascii=True) + "\n").encode()
+
+
+def without_defaults(entry: "PrepareSettings | SplitEntry") -> dict[str, Any]:
+    """The fields of an entry, without those that have their default."""
+    content = dataclasses.asdict(entry)
+    own = {one.name: one.default for one in dataclasses.fields(entry)}
+    return {name: value for name, value in content.items() if value != own[name]}
 
 
 def read_manifest(folder: Path) -> Manifest:
