@@ -119,9 +119,10 @@ class ProfileSettings:
 class MemorySettings:
     """Trades time for memory; the trained weights are the same."""
 
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full", "offload"] = "none"
     """activations recomputed in the backward pass: none; selective, all but the outputs of large
-    matrix multiplications; full, whole blocks"""
+    matrix multiplications; full, whole blocks; offload, full with the inputs of blocks in the
+    CPU's memory"""
     loss_chunk: int | None = None
     """positions whose logits are in memory at once; default: as many as are fast"""
     keep_freed: bool | None = None
