@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
+from openpalm.checkpoint.lazy_state import LazyState
 from openpalm.convert.gptj.mesh_write import config_json, write_mesh
 from openpalm.convert.gptj.names import joined, part_shapes
 from openpalm.model.config import ModelConfig, preset

@@ -1,5 +1,6 @@
 """Checkpoint directories: a model and its training state come back; which one of a run is taken."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -139,10 +140,10 @@ def test_a_run_without_a_whole_checkpoint(a_run: Path, tmp_path: Path):
     for directory in checkpoint.steps(a_run):
         (directory / "manifest.json").write_text("{}", encoding="utf-8")
     assert checkpoint.latest(a_run) is None
-    with pytest.raises(CheckpointError, match="no whole checkpoint yet"):
+    with pytest.raises(CheckpointError, match=r"its \d+ checkpoints are damaged \(.*; restore one"):
         openpalm.load(a_run)
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="no whole checkpoint yet"):
+    with pytest.raises(CheckpointError, match="no checkpoint yet; let it train longer"):
         openpalm.load(tmp_path / "empty")
 
 
@@ -175,3 +176,19 @@ def test_a_save_after_a_killed_one_of_the_same_number(tmp_path: Path):
     save(tmp_path / "ckpt", made(seed=1))
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
     assert torch.equal(openpalm.load(tmp_path / "ckpt").embedding, made(seed=1).embedding)
+
+
+def test_a_config_of_another_version_names_both_versions(tmp_path: Path):
+    landed = Path(__file__).resolve().parents[1] / "landed" / "data" / "palm" / "checkpoint"
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(landed, directory)
+    file = directory / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"]["wings"] = 2
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load_config(directory)
+    assert str(caught.value) == (
+        f"{file}: was written by OpenPaLM '0.1.0', and this is {openpalm.__version__} (unknown "
+        "model field wings); install that version, or take an older checkpoint or another copy"
+    )

@@ -103,14 +103,28 @@ def test_a_state_that_no_run_saves_is_refused(
     assert "Error:" not in error
 
 
-def test_all_checkpoints_damaged_starts_over(
-    train: Train, reference: Path, tmp_path: Path, at_step: Callable[..., None]
+def test_a_run_of_damaged_checkpoints_is_refused_and_kept(
+    train: Train,
+    reference: Path,
+    tmp_path: Path,
+    at_step: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "run"
     at_step(6, kill)
     with pytest.raises(Killed):
         train(out)
-    (out / "checkpoints" / "step-00000004" / "manifest.json").unlink()
+    manifest = out / "checkpoints" / "step-00000004" / "manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:-9])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert train(out) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"openpalm: error: {out}: its one checkpoint is damaged ({manifest}: ")
+    assert said.endswith("; restore one from a copy, or train again with another --out")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    manifest.write_bytes(whole)
     assert train(out) == 0
     assert same_run(out, reference)
 

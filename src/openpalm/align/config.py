@@ -4,12 +4,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 from openpalm.base.settings import check, check_field, spell
 from openpalm.base.typed import home
 from openpalm.errors import SettingsError
-from openpalm.model.config import MAX_BINS, MAX_MEMBERS
 from openpalm.train.config import TrainSettings
 
 GroupAdvantage = Literal["grpo", "dr-grpo", "dapo", "rloo"]
@@ -60,6 +60,9 @@ def reward_sources(given: list[str] | str | None) -> list[str]:
 class SftSettings(TrainSettings):
     """Supervised fine-tuning on conversations."""
 
+    data: Path
+    """conversations: a .jsonl of messages, of prompt and completion, of question and answer,
+    ShareGPT or Alpaca rows; or a .yaml that mixes several"""
     pack: bool = False
     """sequence packing: several conversations in a row, without attention between them"""
     template: Literal["chat", "none"] = "chat"
@@ -70,6 +73,9 @@ class SftSettings(TrainSettings):
 class DpoSettings(TrainSettings):
     """Preference optimisation on pairs (--batch-tokens counts both completions), or with KTO."""
 
+    data: Path
+    """pairs: a .jsonl of prompt, chosen and rejected, of ranked or scored responses, or of
+    preference records; for kto also of prompt, completion and label"""
     loss: PairLoss = "dpo"
     """dpo, cdpo (for noisy labels), ipo, simpo and orpo (both without a reference model)
     train on pairs; kto on labelled completions"""
@@ -126,6 +132,9 @@ class EarlyStoppingSettings:
 class RolloutSettings(TrainSettings):
     """RL on sampled completions; each step learns from an equal share of a rollout."""
 
+    data: Path
+    """prompts: a .jsonl with a prompt, question or messages in each row, and any fields that the
+    reward reads; the rows of sft and dpo do too, without their completions"""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """number format of the arithmetic; weights stay float32; auto: the faster one here"""
     reward: list[str] | str | None = None
@@ -148,7 +157,9 @@ class RolloutSettings(TrainSettings):
     kl_coef: float = 0.05
     """KL penalty coefficient, per nat"""
     kl: Literal["reward", "k2", "k3"] = "reward"
-    """KL penalty: in the reward (exact gradient), or in the loss with the k2 or k3 estimator"""
+    """KL penalty: in the reward, as -log r (estimator k1, exact gradient), or in the loss, as
+    (log r)^2 / 2 of a completion (k2) or r - 1 - log r of each token (k3); r: probability under
+    the reference, divided by that under the policy"""
     target_kl: float | None = None
     """target KL, nats per completion; --kl-coef then adapts to reach it"""
     kl_horizon: int = 1000
@@ -238,7 +249,8 @@ class PpoSettings(RolloutSettings):
     value_loss_coef: float = 0.5
     """value loss coefficient"""
     value_bins: int = 0
-    """bins of a critic that classifies returns (HL-Gauss); 0: the critic regresses them"""
+    """bins of a critic that classifies returns, with a Gaussian around the return as target
+    (HL-Gauss); 0: the critic predicts the number"""
     value_range: float = 5.0
     """range of the bins, from minus this to this"""
     value_clip: float = 0.2
@@ -295,8 +307,13 @@ class GrpoSettings(RolloutSettings):
 class RewardSettings(TrainSettings):
     """Training of a reward model on pairs or on ratings of single completions."""
 
+    data: Path
+    """bradley-terry: pairs, in the rows of dpo; the other losses: a .jsonl of prompt, response and
+    rating, of scored responses, or of preference records"""
     loss: RewardLoss = "bradley-terry"
-    """bradley-terry trains on pairs; regression, binned, hl-gauss and ordinal on ratings"""
+    """bradley-terry trains on pairs; the others on ratings: regression predicts the number, binned
+    its bin, hl-gauss its bin too but with a Gaussian around the rating as target, so that near bins
+    count as nearly right, ordinal the chance to be above each bin"""
     ensemble_size: int = 1
     """number of heads on the shared trunk; the reward is their mean"""
     pooling: Literal["last", "mean"] = "last"
@@ -314,6 +331,9 @@ class RewardSettings(TrainSettings):
     """axis to learn, in preference records with ratings on several axes"""
 
     def __post_init__(self) -> None:
+        # Not at the top: --help reads this module and needs no model.
+        from openpalm.model.config import MAX_BINS, MAX_MEMBERS
+
         super().__post_init__()
         check_field(self, "ensemble_size", lambda v: 1 <= v <= MAX_MEMBERS, f"1 to {MAX_MEMBERS}")
         for name in ("margin_scale", "centring_coef"):

@@ -5,7 +5,6 @@ kind in words, never a Python type.
 """
 
 import dataclasses
-import json
 import math
 import os
 import types
@@ -80,7 +79,9 @@ def convert(value: object, hint: Any) -> Any:
 
 def shortened(value: object) -> str:
     """A value for an error message: one line, not too long."""
-    text = " ".join(str(value).split())
+    in_files = {None: "null", True: "true", False: "false"}  # as YAML and JSON spell them
+    plain = in_files[value] if value is None or isinstance(value, bool) else str(value)
+    text = " ".join(plain.split())
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
@@ -91,12 +92,12 @@ def build(kind: type[T], values: dict[str, Any], inside: str = "", *, exact: boo
     missing one, or a wrong value. `inside` is the dotted prefix of the names in messages.
     """
     hints = typing.get_type_hints(kind)
-    unknown = sorted(str(name) for name in values if name not in hints)
+    unknown = sorted(inside + str(name) for name in values if name not in hints)
     if unknown:
-        raise SettingsError(f"{kind.__name__} has no field {', '.join(unknown)}")
+        raise SettingsError(f"unknown setting {', '.join(unknown)}{_meant(unknown, hints, inside)}")
     missing = [name for name in required(kind) if name not in values]
     if missing:
-        raise SettingsError(f"{', '.join(inside + name for name in missing)}: is missing")
+        raise SettingsError(f"missing {', '.join(inside + name for name in missing)}")
     return kind(
         **{
             name: checked(hints[name], value, inside + name, exact=exact)
@@ -140,12 +141,14 @@ def checked(hint: Any, value: object, name: str, *, exact: bool = False) -> Any:
     whole number must not be negative; tuples and dicts of values are read too. Raises
     SettingsError.
     """
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        inside = f"{name}." if name else ""
-        return build(typing.cast(type, hint), value, inside, exact=exact)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            inside = f"{name}." if name else ""
+            return build(typing.cast(type, hint), value, inside, exact=exact)
+        if isinstance(value, typing.cast(type, hint)):
+            return value
+        raise not_a_group(name, value, settings_names(hint))
     try:
-        if dataclasses.is_dataclass(hint):
-            return value if isinstance(value, typing.cast(type, hint)) else _not(dict)
         return _exactly(hint, value, name) if exact else convert(value, hint)
     except WrongValue as wrong:
         given = repr(value) if exact else value
@@ -171,6 +174,23 @@ def _exactly(hint: Any, value: object, name: str) -> Any:
     if kind is int and (type(value) is not int or value < 0):
         raise WrongValue("a whole number, 0 or more")
     return value if type(value) is kind else _not(kind)
+
+
+def not_a_group(name: str, value: object, names: list[str]) -> SettingsError:
+    """The error for a single value where a group of settings is wanted."""
+    wanted = f"a group of settings, such as {name}: {{{names[0]}: ...}}"
+    return SettingsError(f"{name} {shortened(value)}: must be {wanted}")
+
+
+def settings_names(kind: Any) -> list[str]:
+    return [field.name for field in settings_of(kind)]
+
+
+def _meant(unknown: list[str], hints: dict[str, Any], inside: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(unknown[0].removeprefix(inside), hints, n=1)
+    return f" (did you mean {inside}{near[0]}?)" if near else ""
 
 
 def _whole(value: object) -> int:
@@ -234,6 +254,8 @@ def _texts(value: object, *, or_one: bool) -> list[str] | str:
 
 def _json_list(text: str) -> list[str] | None:
     try:
+        import json
+
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None

@@ -29,6 +29,7 @@ from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.files import atomic_folder
 from openpalm.base.json_file import read_failure, read_json
+from openpalm.base.run_version import version_in
 from openpalm.checkpoint import adapter, fingerprint, tensors
 from openpalm.checkpoint.lazy_state import LazyState
 from openpalm.checkpoint.manifest import (
@@ -56,9 +57,12 @@ from openpalm.model.config import (
 from openpalm.model.reward import RewardModel, make_model
 from openpalm.model.transformer import Transformer
 
+BEST = "best"
+"""Link in a run's checkpoints/ to its best checkpoint (--keep-best)."""
 _STEP = re.compile(r"step-(\d{8,})")
 _STEPPED = ("optimizer/", "model/")
 """Prefixes of state that must be finite: optimizer moments, weights that only training needs."""
+_DAMAGED = "passing over a damaged checkpoint: "
 _STATE = ("train/state.safetensors", "train/state.json")
 
 Allow = Callable[[str], None]
@@ -206,10 +210,21 @@ def load_configs(directory: Path) -> Configs:
             low_rank.check(config)
         reward = reward_from_json(content["reward"], str(where)) if "reward" in content else None
     except SettingsError as error:
-        raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+        raise _of_other_version(where, str(error).removeprefix(f"{where}: ")) from None
     configs = Configs(config, low_rank, reward)
     _check_tensors(configs, directory)
     return configs
+
+
+def _of_other_version(where: Path, reason: str) -> CheckpointError:
+    """The error for a config.json that is not valid, with both versions if they differ."""
+    version = version_in(where.parent / "manifest.json")
+    if version in (None, __version__):
+        return CheckpointError(f"{where}: {reason}; {REMEDY}")
+    return CheckpointError(
+        f"{where}: was written by OpenPaLM {shown(version)}, and this is {__version__} ({reason}); "
+        f"install that version, or {REMEDY}"
+    )
 
 
 def check_generates_text(directory: Path) -> None:
@@ -284,12 +299,15 @@ def resolve(path: str | Path, *, training: bool = False) -> Path:
     checkpoint, StorageError if the system cannot read one.
     """
     path = Path(path)
+    if path.is_symlink() and path.name == BEST:
+        # Followed once: a run that is still training may point the link to another checkpoint.
+        path = path.parent / path.readlink()
     if file_size(path) is None:
         raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
     if (path / "checkpoints").is_dir():
-        found = latest(path, training=training)
+        found = newest_whole(path, training=training)
         if found is None:
-            raise CheckpointError(f"{path}: this run has no whole checkpoint yet")
+            raise CheckpointError(f"{path}: this run has no checkpoint yet; let it train longer")
         return found
     if not (path / "manifest.json").is_file():
         raise CheckpointError(
@@ -315,8 +333,28 @@ def latest(
             verify(directory, training=training)
             return directory
         except CheckpointError as error:
-            say(f"passing over a damaged checkpoint: {error}")
+            say(f"{_DAMAGED}{error}")
     return None
+
+
+def newest_whole(run: Path, *, training: bool = False) -> Path | None:
+    """`latest`, but a run of which every checkpoint is damaged raises CheckpointError.
+
+    It is not the same as a run without a checkpoint: beginning it again would overwrite files that
+    may still be restored.
+    """
+    lines: list[str] = []
+    found = latest(run, say=lines.append, training=training)
+    if found is None and lines:
+        reason = lines[0].removeprefix(_DAMAGED).removesuffix(f"; {REMEDY}")
+        all_of = "its one checkpoint is" if len(lines) == 1 else f"its {len(lines)} checkpoints are"
+        raise CheckpointError(
+            f"{run}: {all_of} damaged ({reason}); restore one from a copy, or train again with "
+            "another --out"
+        )
+    for line in lines:
+        print(line, file=sys.stderr)
+    return found
 
 
 def steps(run: Path) -> list[Path]:
@@ -333,8 +371,11 @@ def steps(run: Path) -> list[Path]:
 
 def remove_partial(run: Path) -> None:
     """Deletes the leftovers of a killed save; only for the process that holds the run's lock."""
-    for leftover in (run / "checkpoints").glob(".step-*"):
+    folder = run / "checkpoints"
+    for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(f".{BEST}.*"):
+        leftover.unlink(missing_ok=True)
 
 
 def tokenizer_json(directory: Path) -> str | None:

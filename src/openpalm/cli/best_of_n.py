@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from openpalm.align.config import reward_sources
 from openpalm.base.settings import check_field, parse
 from openpalm.cli.model_options import ModelOptions, check_sampling
 from openpalm.errors import DataError, SettingsError, count_of
@@ -92,6 +91,7 @@ def run(argv: Sequence[str]) -> None:
 
 def best_completions(settings: BestOfNSettings) -> list[dict[str, Any]]:
     """One row for each prompt; rows that are in --out already are kept, not sampled again."""
+    from openpalm.align.config import reward_sources
     from openpalm.align.judging.best_of_n import SamplingPlan
     from openpalm.align.judging.reward_sources import RewardContext, load_reward
     from openpalm.align.rollouts.rollout import checked_rewards

@@ -7,12 +7,11 @@ from typing import TypeVar, cast
 
 from openpalm.base.device import pick_device, pick_dtype
 from openpalm.base.hashing import sha256_of
-from openpalm.base.typed import home
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from openpalm.checkpoint.manifest import is_listed, read_manifest
 from openpalm.cli.model_options import ModelOptions
-from openpalm.convert import hub
+from openpalm.convert.cached import checkpoint_path
 from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.tokenizer import Tokenizer, is_bpe
 from openpalm.errors import CheckpointError, SettingsError
@@ -30,10 +29,9 @@ MAX_HELD_OUT = 64
 
 
 def weights_path(name: str) -> Path:
-    """A run, a checkpoint or a hub name as a path that `checkpoint.resolve` understands."""
-    if name in hub.NAMES and not Path(name).exists():
-        return hub.fetch(name)
-    return Path(home(name))
+    """A run, a checkpoint, a Hugging Face folder or a hub name as a path that `checkpoint.resolve`
+    understands."""
+    return checkpoint_path(name)
 
 
 def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None:
@@ -77,7 +75,7 @@ def held_out(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     return items[:kept], items[kept:]
 
 
-def report_unused(label: str, path: Path, given: ReadResult[T], what: str) -> ReadResult[T]:
+def report_unused(label: str, path: Path | str, given: ReadResult[T], what: str) -> ReadResult[T]:
     """Prints which rows of a file are left out, by reason, and which fields are not used.
 
     Raises DataError if no row is left.

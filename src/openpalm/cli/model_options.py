@@ -30,7 +30,8 @@ class ModelOptions(LoadOptions):
     tokenizer: Path | None = None
     """tokenizer.json for a checkpoint without one"""
     adapter: Path | None = None
-    """LoRA adapter for the model: a directory in PEFT's layout, a run or a checkpoint"""
+    """LoRA adapter for the model: a directory in PEFT's layout (adapter_config.json and
+    adapter_model.safetensors), a run or a checkpoint"""
     force: bool = False
     """use a tokenizer or an adapter that was made for another checkpoint"""
 

@@ -19,9 +19,18 @@ from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.convert.detect import Project, read_foreign
 from openpalm.convert.gptj import huggingface
 from openpalm.convert.gptj.mesh_read import find_step, read_mesh
+from openpalm.convert.huggingface.names import MODEL_TYPE
+from openpalm.convert.huggingface.read import (
+    MAX_CONFIG_BYTES,
+    read_defaults,
+    read_palm,
+    read_tokenizer,
+)
 from openpalm.errors import CheckpointError, SettingsError
+from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 from openpalm.model import lora
 from openpalm.model.config import ModelConfig, RewardConfig
+from openpalm.model.reward import make_model
 from openpalm.model.transformer import Transformer
 
 SourceFormat = Literal[
@@ -53,6 +62,10 @@ class Source:
     """AdamW's state, `<parameter>/<slot>`, if the checkpoint has it"""
     step: int = 0
     tokenizer_json: str | None = None
+    history: dict[str, Any] = field(default_factory=dict)
+    """lineage of a checkpoint of ours, for the card of an export"""
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """sampling settings"""
 
     def model(self) -> Transformer:
         """The model in memory, in eval mode, in the type of its weights."""
@@ -131,7 +144,7 @@ def _openpalm(path: Path) -> Source:
         weights = LazyState.of_file(directory / WEIGHTS)
     else:
         loaded = checkpoint.load(directory)
-        weights = _in_memory(directory, loaded)
+        weights = in_memory(directory, loaded)
     manifest = read_manifest(directory)
     state = directory / "train/state.safetensors"
     optimizer = None
@@ -148,6 +161,8 @@ def _openpalm(path: Path) -> Source:
         optimizer=optimizer,
         step=_step(directory, manifest["lineage"]),
         tokenizer_json=checkpoint.tokenizer_json(directory),
+        history=manifest["lineage"] | {"checkpoint": manifest["sha256"]},
+        defaults=sampling_defaults(directory),
     )
 
 
@@ -166,16 +181,31 @@ def _adamw(state: LazyState) -> LazyState | None:
     return state if slots == {"exp_avg", "exp_avg_sq", "step"} else None
 
 
+def check_kind(path: Path) -> str:
+    """The model_type of a Hugging Face folder. Raises CheckpointError for one that is not read."""
+    kind = read_json(path / "config.json", "check the path", MAX_CONFIG_BYTES).get("model_type")
+    if kind in ("gptj", MODEL_TYPE):
+        return kind
+    raise CheckpointError(
+        f"{path}: a {shown(kind)} model; of Hugging Face's models OpenPaLM reads gptj (GPT-J) "
+        f"and {MODEL_TYPE} (its own exports)"
+    )
+
+
 def _huggingface(path: Path) -> Source:
-    content = read_json(path / "config.json", "check the path")
-    kind = content.get("model_type")
-    if kind != "gptj":
-        raise CheckpointError(
-            f"{path}: a {shown(kind)} model; of Hugging Face's models `openpalm convert` reads "
-            "gptj (GPT-J)"
-        )
-    config, weights = huggingface.read_gptj(path)
-    tokenizer = path / "tokenizer.json"
+    kind = check_kind(path)
+    reward, loaded = None, None
+    if kind == "gptj":
+        config, weights = huggingface.read_gptj(path)
+    else:
+        config, reward, weights = read_palm(path)
+    name = {"gptj": "Hugging Face's GPT-J"}.get(kind, "an OpenPaLM export for Hugging Face")
+    found = f"{name}, {str(weights.entries['embedding'].dtype)[6:]}"
+    if reward is not None:
+        with torch.device("meta"):
+            loaded = make_model(config, reward).eval().requires_grad_(False)
+        loaded.load_state_dict(dict(weights), assign=True)
+        weights = in_memory(path, loaded)
     hashes = {
         file.name: sha256_of(file)
         for file in sorted(path.iterdir())
@@ -185,9 +215,12 @@ def _huggingface(path: Path) -> Source:
         format="huggingface",
         config=config,
         weights=weights,
-        found=f"Hugging Face's GPT-J, {str(weights.entries['embedding'].dtype)[6:]}",
+        loaded=loaded,
+        found=found,
         lineage=_lineage("huggingface", path, hashes),
-        tokenizer_json=tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None,
+        reward=reward,
+        tokenizer_json=read_tokenizer(path),
+        defaults=read_defaults(path),
     )
 
 
@@ -226,7 +259,7 @@ def _of_state_dict(
     return Source(
         format=foreign.project,
         config=foreign.config,
-        weights=_in_memory(foreign.file, model),
+        weights=in_memory(foreign.file, model),
         loaded=model,
         found=f"{foreign.project}, era: {foreign.era} ({foreign.why})",
         notes=foreign.notes,
@@ -235,7 +268,7 @@ def _of_state_dict(
     )
 
 
-def _in_memory(where: Path, model: Transformer) -> LazyState:
+def in_memory(where: Path, model: Transformer) -> LazyState:
     def entry(tensor: Tensor) -> LazyTensor:
         return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
 

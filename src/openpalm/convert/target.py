@@ -22,6 +22,7 @@ from openpalm.convert.export import (
 )
 from openpalm.convert.gptj import huggingface, mesh_write
 from openpalm.convert.gptj.names import is_gptj, without_embedding_bias
+from openpalm.convert.huggingface.export import save_as_huggingface
 from openpalm.convert.source import Source, open_source
 from openpalm.errors import CheckpointError, StorageError
 from openpalm.model.config import ModelConfig
@@ -57,7 +58,7 @@ def write(
     """
     check_output_directory(directory)
     notes: list[str] = []
-    if target == "huggingface" and source.config.embedding_bias:
+    if target == "huggingface" and source.config.embedding_bias and _is_native(source):
         config, weights = without_embedding_bias(source.config, source.weights)
         source = replace(source, config=config, weights=weights)
         notes.append("the embedding bias is added to every row of the table")
@@ -116,9 +117,28 @@ def _write_mesh(source: Source, directory: Path, shards: int) -> Written:
     return Written(what, _compared(logits, source.config, directory), [])
 
 
+def _is_native(source: Source) -> bool:
+    """Whether transformers has a class of its own for the model: GPTJForCausalLM."""
+    config = source.config
+    if config.embedding_bias and config.tied:  # the sum with the bias would change the head
+        return False
+    return source.reward is None and is_gptj(config)
+
+
 def _write_huggingface(source: Source, directory: Path, notes: list[str]) -> Written:
-    if source.reward is not None or not is_gptj(source.config):
-        raise CheckpointError("only GPT-J is written for Hugging Face so far")
+    if not _is_native(source):
+        exported = save_as_huggingface(
+            source.config,
+            source.weights,
+            directory,
+            reward=source.reward,
+            tokenizer_json=source.tokenizer_json,
+            defaults=source.defaults,
+            lineage=source.history or source.lineage,
+        )
+        kind = "CausalLM" if source.reward is None else "SequenceClassification"
+        what = f"a folder for AutoModelFor{kind}, with trust_remote_code=True"
+        return Written(what, exported.difference, notes + exported.notes)
     huggingface.check_writable(source.config)
     with _written(directory) as partial:
         ids = fingerprint.fixed_tokens(source.config)

@@ -308,10 +308,17 @@ def _onednn_or_dense(weight: Tensor) -> Matrix:
 
 def _round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes [rows, columns] and the float32 scale of each row."""
-    weight = weight.float()
-    scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
-    # Codes are -127 .. 127, symmetric: a weight of zero stays exactly zero.
-    return (weight / scales[:, None]).round().to(torch.int8), scales
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight), dtype=torch.float32)
+    # Some rows at a time, because their float32 copies are four times as large as the codes.
+    rows = max(1, ROUNDED_ELEMENTS // weight.shape[1])
+    parts = (tensor.split(rows) for tensor in (weight, codes, scales))
+    for some, code, scale in zip(*parts, strict=True):
+        wide = some.float()
+        scale.copy_(wide.abs().amax(dim=1).clamp_min_(1e-12) / 127)
+        # Codes are -127 .. 127, symmetric: a weight of zero stays exactly zero.
+        code.copy_((wide / scale[:, None]).round_())
+    return codes, scales
 
 
 def quantized_block(block: nn.Module, weights: WeightFormat) -> nn.Module:

@@ -51,8 +51,8 @@ def test_torn_files_are_named(name, dataset):
 CHANGES = {
     "version 2": (lambda m: m.update(version=2), "format version 2, this OpenPaLM reads 1"),
     "another format": (lambda m: m.update(format="x"), "is not a manifest of openpalm-tokens"),
-    "unknown field": (lambda m: m.update(extra=1), "Manifest has no field extra; remove"),
-    "missing field": (lambda m: m.pop("dtype"), "dtype: is missing; remove"),
+    "unknown field": (lambda m: m.update(extra=1), "unknown setting extra; remove"),
+    "missing field": (lambda m: m.pop("dtype"), "missing dtype; remove"),
     "pickle dtype": (lambda m: m.update(dtype="object"), "dtype must be uint16 or uint32"),
     "text for a number": (
         lambda m: m.update(vocab_size="265"),

@@ -143,6 +143,11 @@ class Tokenizer:
         Path(path).write_bytes(self._canonical)
 
     @property
+    def definition(self) -> str:
+        """The text of tokenizer.json, as `save` writes it."""
+        return self._canonical.decode()
+
+    @property
     def digest(self) -> str:
         return hashlib.sha256(self._canonical).hexdigest()
 
