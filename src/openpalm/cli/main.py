@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 
 from openpalm.errors import OpenPalmError
@@ -37,6 +36,7 @@ VERBS = {
     "serve": ("serve", "serve a model over HTTP: the OpenAI API and a chat page"),
     "eval": ("eval", "loss and bits per byte of a checkpoint on prepared data"),
     "convert": ("convert", "read and write checkpoints of other projects"),
+    "push": ("push", "upload a model to the Hugging Face Hub"),
     "models": ("models", "list the model sizes: parameters, memory, FLOPs per token"),
     "report": ("report", "show runs as one HTML page or as curves in the terminal"),
 }
@@ -128,6 +128,8 @@ def _explain(error: BaseException, verb: str) -> int:
 
 
 def _suggestion(verb: str) -> str:
+    from difflib import get_close_matches
+
     near = get_close_matches(verb.lower().replace("_", "-"), [*VERBS, *DATA_VERBS], n=1)
     if not near:
         return "see `openpalm --help`"
