@@ -29,6 +29,7 @@ from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.files import atomic_folder
 from openpalm.base.json_file import read_failure, read_json
+from openpalm.base.run_version import version_in
 from openpalm.checkpoint import adapter, fingerprint, tensors
 from openpalm.checkpoint.lazy_state import LazyState
 from openpalm.checkpoint.manifest import (
@@ -56,10 +57,12 @@ from openpalm.model.config import (
 from openpalm.model.reward import RewardModel, make_model
 from openpalm.model.transformer import Transformer
 
+BEST = "best"
+"""Link in a run's checkpoints/ to its best checkpoint (--keep-best)."""
 _STEP = re.compile(r"step-(\d{8,})")
 _STEPPED = ("optimizer/", "model/")
 """Prefixes of state that must be finite: optimizer moments, weights that only training needs."""
-_FINGERPRINT = "fingerprint.safetensors"
+_DAMAGED = "passing over a damaged checkpoint: "
 _STATE = ("train/state.safetensors", "train/state.json")
 
 Allow = Callable[[str], None]
@@ -106,27 +109,30 @@ def save_one_by_one(
     optimizer: LazyState | None = None,
     tokenizer_json: str | None = None,
     lineage: dict[str, Any] | None = None,
-) -> None:
-    """As `save`, with a fingerprint, for a model larger than memory: holds one block at a time.
+) -> Tensor:
+    """As `save`, for a model larger than memory: holds one block at a time. Returns the logits of
+    the fingerprint, computed from the weights that were written.
 
     optimizer: its state as Optimizer.state_tensors names it, for `--keep-optimizer`.
     """
     with _complete_or_absent(directory, lineage) as partial:
         _write_config(partial, config, None, None)
-        tensors.write_one_by_one(partial / WEIGHTS, weights.layout, weights.__getitem__)
         if tokenizer_json is not None:
             _write_text(partial / "tokenizer.json", tokenizer_json)
         ids = fingerprint.fixed_tokens(config)
-        logits = streamed_logits(config, weights, ids)
-        tensors.write(partial / _FINGERPRINT, {"tokens": ids, "logits": logits})
+        # Reading is slow (arrays of shards are joined), so one pass computes and writes.
+        with tensors.filled(partial / WEIGHTS, weights.layout) as put:
+            logits = streamed_logits(config, weights.copied_to(put), ids)
+        tensors.write(partial / fingerprint.FILE, {"tokens": ids, "logits": logits})
         if optimizer is not None:
             (partial / "train").mkdir()
-            named = LazyState(
-                optimizer.where, {f"optimizer/{n}": e for n, e in optimizer.entries.items()}
-            )
-            tensors.write_one_by_one(partial / _STATE[0], named.layout, named.__getitem__)
+            layout = {f"optimizer/{name}": entry for name, entry in optimizer.layout.items()}
+            with tensors.filled(partial / _STATE[0], layout) as put:
+                for name in optimizer:
+                    put(f"optimizer/{name}", optimizer[name])
             _write_text(partial / _STATE[1], "{}\n")
         _write_text(partial / "card.md", default_card(config))
+    return logits
 
 
 @contextmanager
@@ -163,11 +169,13 @@ def load(
     if dtype not in DTYPES:
         raise SettingsError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
     configs = load_configs(directory)
-    model = make_model(configs.model, configs.reward).to(device=device, dtype=DTYPES[dtype])
+    with torch.device("meta"):
+        model = make_model(configs.model, configs.reward).to(DTYPES[dtype])
+    model.to_empty(device=device)
     load_weights(model, directory, allow=allow)
     model.eval()
-    if dtype == "float32" and is_listed(directory, _FINGERPRINT):
-        fingerprint.check(model, directory / _FINGERPRINT)
+    if dtype == "float32" and is_listed(directory, fingerprint.FILE):
+        fingerprint.check(model, directory / fingerprint.FILE)
     return model
 
 
@@ -202,10 +210,21 @@ def load_configs(directory: Path) -> Configs:
             low_rank.check(config)
         reward = reward_from_json(content["reward"], str(where)) if "reward" in content else None
     except SettingsError as error:
-        raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+        raise _of_other_version(where, str(error).removeprefix(f"{where}: ")) from None
     configs = Configs(config, low_rank, reward)
     _check_tensors(configs, directory)
     return configs
+
+
+def _of_other_version(where: Path, reason: str) -> CheckpointError:
+    """The error for a config.json that is not valid, with both versions if they differ."""
+    version = version_in(where.parent / "manifest.json")
+    if version in (None, __version__):
+        return CheckpointError(f"{where}: {reason}; {REMEDY}")
+    return CheckpointError(
+        f"{where}: was written by OpenPaLM {shown(version)}, and this is {__version__} ({reason}); "
+        f"install that version, or {REMEDY}"
+    )
 
 
 def check_generates_text(directory: Path) -> None:
@@ -229,8 +248,9 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
         lora.attach(model, low_rank)
     if lora.config_of(model) != low_rank:
         raise CheckpointError(f"{directory}: its adapter differs from this model's")
-    with tensors.opened(directory / WEIGHTS) as file:
-        for name, parameter in model.published_parameters():
+    for name, parameter in model.published_parameters():
+        # Opened for each tensor: pages of the file that stay mapped would count as memory.
+        with tensors.opened(directory / WEIGHTS) as file:
             stored = file.finite(name, allow)
             if stored.shape != parameter.shape:
                 raise CheckpointError(
@@ -279,12 +299,15 @@ def resolve(path: str | Path, *, training: bool = False) -> Path:
     checkpoint, StorageError if the system cannot read one.
     """
     path = Path(path)
+    if path.is_symlink() and path.name == BEST:
+        # Followed once: a run that is still training may point the link to another checkpoint.
+        path = path.parent / path.readlink()
     if file_size(path) is None:
         raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
     if (path / "checkpoints").is_dir():
-        found = latest(path, training=training)
+        found = newest_whole(path, training=training)
         if found is None:
-            raise CheckpointError(f"{path}: this run has no whole checkpoint yet")
+            raise CheckpointError(f"{path}: this run has no checkpoint yet; let it train longer")
         return found
     if not (path / "manifest.json").is_file():
         raise CheckpointError(
@@ -310,8 +333,28 @@ def latest(
             verify(directory, training=training)
             return directory
         except CheckpointError as error:
-            say(f"passing over a damaged checkpoint: {error}")
+            say(f"{_DAMAGED}{error}")
     return None
+
+
+def newest_whole(run: Path, *, training: bool = False) -> Path | None:
+    """`latest`, but a run of which every checkpoint is damaged raises CheckpointError.
+
+    It is not the same as a run without a checkpoint: beginning it again would overwrite files that
+    may still be restored.
+    """
+    lines: list[str] = []
+    found = latest(run, say=lines.append, training=training)
+    if found is None and lines:
+        reason = lines[0].removeprefix(_DAMAGED).removesuffix(f"; {REMEDY}")
+        all_of = "its one checkpoint is" if len(lines) == 1 else f"its {len(lines)} checkpoints are"
+        raise CheckpointError(
+            f"{run}: {all_of} damaged ({reason}); restore one from a copy, or train again with "
+            "another --out"
+        )
+    for line in lines:
+        print(line, file=sys.stderr)
+    return found
 
 
 def steps(run: Path) -> list[Path]:
@@ -328,8 +371,11 @@ def steps(run: Path) -> list[Path]:
 
 def remove_partial(run: Path) -> None:
     """Deletes the leftovers of a killed save; only for the process that holds the run's lock."""
-    for leftover in (run / "checkpoints").glob(".step-*"):
+    folder = run / "checkpoints"
+    for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(f".{BEST}.*"):
+        leftover.unlink(missing_ok=True)
 
 
 def tokenizer_json(directory: Path) -> str | None:
@@ -385,7 +431,7 @@ def _write_contents(
         _write_text(partial / "tokenizer.json", tokenizer)
     if with_fingerprint:
         tokens, logits = fingerprint.compute(model)
-        tensors.write(partial / _FINGERPRINT, {"tokens": tokens, "logits": logits})
+        tensors.write(partial / fingerprint.FILE, {"tokens": tokens, "logits": logits})
     if train is not None:
         (partial / "train").mkdir()
         tensors.write(partial / _STATE[0], train.tensors)

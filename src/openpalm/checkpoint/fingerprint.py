@@ -14,6 +14,7 @@ from openpalm.model.config import ModelConfig
 from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer
 
+FILE = "fingerprint.safetensors"
 TOKENS = 16
 TOLERANCE = 1e-4
 

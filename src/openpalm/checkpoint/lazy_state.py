@@ -59,6 +59,19 @@ class LazyState(Mapping[str, Tensor]):
 
         return LazyState(self.where, {n: entry(n, old) for n, old in self.entries.items()})
 
+    def copied_to(self, put: Callable[[str, Tensor], None]) -> "LazyState":
+        """The same tensors; each is also given to `put` when it is read."""
+
+        def entry(name: str, old: LazyTensor) -> LazyTensor:
+            def read() -> Tensor:
+                tensor = self[name]
+                put(name, tensor)
+                return tensor
+
+            return LazyTensor(old.shape, old.dtype, read)
+
+        return LazyState(self.where, {n: entry(n, old) for n, old in self.entries.items()})
+
     @property
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor; reads none."""

@@ -44,34 +44,45 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     safetensors.torch.save_file(stored, path)
 
 
-def write_one_by_one(
-    path: Path,
-    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    read: Callable[[str], Tensor],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a safetensors file of which one tensor is in memory at a time.
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each tensor of a file."""
 
-    layout: shape and dtype of each tensor; read: gives the tensor of a name. Raises OSError.
+
+@contextmanager
+def filled(
+    path: Path, layout: Layout, metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """A new safetensors file, filled by calls with a name and its tensor, in any order.
+
+    One tensor is in memory at a time. A second call for a name does nothing. Raises OSError.
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
+    end = 0
     for name, (shape, dtype) in layout.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the first tensor to eight bytes
+    missing = set(layout)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, (shape, dtype) in layout.items():
-            tensor = read(name)
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        data = file.tell()
+
+        def put(name: str, tensor: Tensor) -> None:
+            if name not in missing:
+                return
+            if (tuple(tensor.shape), tensor.dtype) != layout[name]:
                 raise AssertionError(
                     f"{name}: {list(tensor.shape)} {tensor.dtype}, not as declared"
                 )
+            file.seek(data + header[name]["data_offsets"][0])
             file.write(raw_bytes(tensor.contiguous()))
+            missing.remove(name)
+
+        yield put
+        if missing:
+            raise AssertionError(f"{path}: {min(missing)} was not written")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

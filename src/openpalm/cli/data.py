@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,9 +25,6 @@ USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
 
 `openpalm data prepare --help`, and so on, show the options.
 """
-SHOWN_AFTER_S = 2.0
-SECONDS_BETWEEN_LINES = 30.0
-"""between progress lines when standard error is not a terminal"""
 
 
 @dataclass(frozen=True)
@@ -113,6 +107,7 @@ def run_prepare(argv: Sequence[str]) -> None:
         ),
         positional=("inputs",),
     )
+    from openpalm.base.progress_bar import LONG_JOB_S, ProgressBar
     from openpalm.data.prepare.preparation import PrepareRequest, prepare
 
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
@@ -120,8 +115,8 @@ def run_prepare(argv: Sequence[str]) -> None:
     values["inputs"] = [home(name) for name in given.inputs]
     values["tokenizer"] = home(given.tokenizer)
     request = PrepareRequest(**values)
-    with _progress("preparing") as progress:
-        manifest = prepare(request, progress)
+    with ProgressBar("preparing", in_bytes=True, delay_s=LONG_JOB_S) as bar:
+        manifest = prepare(request, bar.move_to)
     print(
         manifest.to_json().decode().rstrip()
         if given.json
@@ -139,10 +134,11 @@ def run_build(argv: Sequence[str]) -> None:
         examples=("openpalm data build parts/* --out data/c4",),
         positional=("parts",),
     )
+    from openpalm.base.progress_bar import LONG_JOB_S, ProgressBar
     from openpalm.data.prepare.parts import build
 
-    with _progress("joining") as progress:
-        manifest = build([Path(home(part)) for part in given.parts], given.out, progress)
+    with ProgressBar("joining", in_bytes=True, delay_s=LONG_JOB_S) as bar:
+        manifest = build([Path(home(part)) for part in given.parts], given.out, bar.move_to)
     print(manifest.to_json().decode().rstrip() if given.json else _prepared(given.out, manifest))
 
 
@@ -155,12 +151,13 @@ def run_inspect(argv: Sequence[str]) -> None:
         examples=("openpalm data inspect data/docs", "openpalm data inspect data/docs --json"),
         positional=("data",),
     )
+    from openpalm.base.progress_bar import LONG_JOB_S, ProgressBar
     from openpalm.data.dataset.inspection import inspect_dataset
     from openpalm.data.dataset.shards import open_dataset
 
-    with _progress("checking") as progress:
+    with ProgressBar("checking", in_bytes=True, delay_s=LONG_JOB_S) as bar:
         found = inspect_dataset(
-            open_dataset(given.data), samples=max(0, given.samples), progress=progress
+            open_dataset(given.data), samples=max(0, given.samples), progress=bar.move_to
         )
     if given.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
@@ -219,36 +216,3 @@ def _inspected(path: Path, found: "Inspection") -> str:
         ]
         lines += [f"  {json.dumps(text, ensure_ascii=False)}" for text in split.samples]
     return "\n".join(lines)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error after SHOWN_AFTER_S; lines if it is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
-    task = bar.add_task(what, total=None)
-    started = time.monotonic()
-    shown = False
-    said = started
-
-    def report(done: int, total: int) -> None:
-        nonlocal shown, said
-        if not bar.console.is_terminal:
-            if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                share = f" of {total / 1e6:,.0f}" if total else ""
-                print(f"{what}: {done / 1e6:,.0f}{share} MB", file=sys.stderr, flush=True)
-            return
-        if not shown and time.monotonic() - started > SHOWN_AFTER_S:
-            shown = True
-            bar.start()
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        if shown:
-            bar.stop()

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 
 from openpalm.errors import OpenPalmError
@@ -129,6 +128,8 @@ def _explain(error: BaseException, verb: str) -> int:
 
 
 def _suggestion(verb: str) -> str:
+    from difflib import get_close_matches
+
     near = get_close_matches(verb.lower().replace("_", "-"), [*VERBS, *DATA_VERBS], n=1)
     if not near:
         return "see `openpalm --help`"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from openpalm.base.files import atomic_folder
 from openpalm.checkpoint import directory as checkpoint
@@ -24,6 +25,7 @@ from openpalm.convert.gptj.names import is_gptj, without_embedding_bias
 from openpalm.convert.huggingface.export import save_as_huggingface
 from openpalm.convert.source import Source, open_source
 from openpalm.errors import CheckpointError, StorageError
+from openpalm.model.config import ModelConfig
 
 TargetFormat = Literal["openpalm", "mesh-transformer-jax", "huggingface", "palm-rlhf-pytorch"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,7 +86,7 @@ def _write_openpalm(source: Source, directory: Path) -> Written:
             source.loaded, directory, lineage=source.lineage, tokenizer_json=text
         )
         return Written(what, difference, [])
-    checkpoint.save_one_by_one(
+    logits = checkpoint.save_one_by_one(
         directory,
         source.config,
         source.weights,
@@ -93,7 +95,7 @@ def _write_openpalm(source: Source, directory: Path) -> Written:
         lineage=source.lineage,
     )
     notes = [] if source.optimizer is None else ["optimizer state kept, for --keep-optimizer"]
-    return Written(what, _compared(source, directory), notes)
+    return Written(what, _compared(logits, source.config, directory), notes)
 
 
 def _write_mesh(source: Source, directory: Path, shards: int) -> Written:
@@ -111,7 +113,8 @@ def _write_mesh(source: Source, directory: Path, shards: int) -> Written:
         )
     kind = "slim, without optimizer state" if source.optimizer is None else "full"
     what = f"mesh-transformer-jax, {kind}, step {source.step}, shards: {shards}"
-    return Written(what, _compared(source, directory), [])
+    logits = source.logits(fingerprint.fixed_tokens(source.config))
+    return Written(what, _compared(logits, source.config, directory), [])
 
 
 def _is_native(source: Source) -> bool:
@@ -138,10 +141,12 @@ def _write_huggingface(source: Source, directory: Path, notes: list[str]) -> Wri
         return Written(what, exported.difference, notes + exported.notes)
     huggingface.check_writable(source.config)
     with _written(directory) as partial:
-        huggingface.write_gptj(partial, source.config, source.weights)
+        ids = fingerprint.fixed_tokens(source.config)
+        logits = huggingface.write_gptj(partial, source.config, source.weights, ids)
         if source.tokenizer_json is not None:
             (partial / "tokenizer.json").write_text(source.tokenizer_json, encoding="utf-8")
-    return Written("a folder for GPTJForCausalLM", _compared(source, directory), notes)
+    difference = _compared(logits, source.config, directory)
+    return Written("a folder for GPTJForCausalLM", difference, notes)
 
 
 @contextmanager
@@ -154,8 +159,7 @@ def _written(directory: Path) -> Iterator[Path]:
         raise StorageError(f"{directory}: cannot be written ({error.strerror})") from error
 
 
-def _compared(source: Source, directory: Path) -> float:
-    ids = fingerprint.fixed_tokens(source.config)
-    return check_reloaded(
-        directory, lambda: source.logits(ids), lambda: open_source(directory).logits(ids)
-    )
+def _compared(logits: Tensor, config: ModelConfig, directory: Path) -> float:
+    """Largest difference between these logits and those of the files that were written."""
+    ids = fingerprint.fixed_tokens(config)
+    return check_reloaded(directory, lambda: logits, lambda: open_source(directory).logits(ids))

@@ -29,6 +29,8 @@ class Start:
     config: ModelConfig
     fill: Callable[[Transformer], None]
     learning_rate: float
+    parent: Path | None = None
+    """the checkpoint that --init names"""
     parent_hash: str | None = None
     reward: RewardConfig | None = None
     """config of the heads, if --init is a reward model"""
@@ -88,6 +90,7 @@ def starting_point(
         config,
         lambda model: _fill_merged(model, directory),
         _learning_rate_of_size(config),
+        directory,
         read_manifest(directory)["sha256"],
         checkpoint.load_reward_config(directory),
         unsure,

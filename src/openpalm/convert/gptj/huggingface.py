@@ -5,8 +5,10 @@ are read; nothing that the folder brings along is executed.
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from openpalm.base.console import shown
 from openpalm.base.json_file import read_json
 from openpalm.checkpoint import tensors
 from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
+from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.convert.files import Hyperparameters, read_tensors
 from openpalm.convert.gptj.names import (
     check_is_gptj,
@@ -197,56 +200,70 @@ def check_writable(config: ModelConfig) -> None:
 
 
 def write_gptj(
-    folder: Path, config: ModelConfig, state: LazyState, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
+    folder: Path,
+    config: ModelConfig,
+    state: LazyState,
+    ids: Tensor,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Tensor:
     """Writes config.json and the weights, in shards with an index where they are large.
 
-    Raises OSError.
+    Returns the logits of `ids` [batch, time], computed in the same pass. Raises OSError.
     """
-    entries = _foreign_entries(config, state)
-    dtype = entries["transformer.wte.weight"].dtype
-    text = json.dumps(config_json(config, dtype), indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    write_shards(folder, LazyState(state.where, entries), max_shard_bytes)
-
-
-def write_shards(folder: Path, state: LazyState, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes model.safetensors or, if it is larger, shards with an index. Raises OSError."""
-    entries = state.entries
-    shards = _shards_of(entries, max_shard_bytes)
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        part = LazyState(state.where, {name: entries[name] for name in names})
-        tensors.write_one_by_one(folder / file, part.layout, part.__getitem__, {"format": "pt"})
-        places |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        size = sum(_bytes(entry) for entry in entries.values())
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        text = json.dumps(index, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def _foreign_entries(config: ModelConfig, state: LazyState) -> dict[str, LazyTensor]:
-    owners = {part: ours for ours, parts in parts_of(config).items() for part in parts}
+    names, owners = names_of(config), parts_of(config)
     shapes = part_shapes(config)
+    layout = {
+        names[part]: (shapes[part], state.entries[ours].dtype)
+        for ours, parts in owners.items()
+        for part in parts
+    }
+    dtype = layout["transformer.wte.weight"][1]
+    _write_json(folder / "config.json", config_json(config, dtype))
 
-    def entry(name: str) -> LazyTensor:
-        def read() -> Tensor:
-            return part(config, state, name)
+    with filled_shards(folder, layout, max_shard_bytes) as put:
 
-        return LazyTensor(shapes[name], state.entries[owners[name]].dtype, read)
+        def put_parts(ours: str, tensor: Tensor) -> None:
+            for name in owners[ours]:
+                put(names[name], part(config, {ours: tensor}, name))
 
-    return {theirs: entry(ours) for ours, theirs in names_of(config).items()}
+        return streamed_logits(config, state.copied_to(put_parts), ids)
 
 
-def _shards_of(entries: Mapping[str, LazyTensor], most: int) -> list[list[str]]:
+@contextmanager
+def filled_shards(
+    folder: Path, layout: tensors.Layout, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """model.safetensors or, if it is larger, shards with an index; call it with each tensor."""
+    shards = _shards_of(layout, max_shard_bytes)
+    files = {}
+    for number, shard in enumerate(shards, start=1):
+        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files |= dict.fromkeys(shard, several if len(shards) > 1 else "model.safetensors")
+    if len(shards) > 1:
+        size = sum(_bytes(entry) for entry in layout.values())
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        _write_json(folder / "model.safetensors.index.json", index)
+    with ExitStack() as stack:
+        puts = {
+            files[min(shard)]: stack.enter_context(
+                tensors.filled(
+                    folder / files[min(shard)], {n: layout[n] for n in shard}, {"format": "pt"}
+                )
+            )
+            for shard in shards
+        }
+        yield lambda name, tensor: puts[files[name]](name, tensor)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards_of(layout: tensors.Layout, most: int) -> list[list[str]]:
     """Consecutive tensors, up to `most` bytes in each shard."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, entry in entries.items():
+    for name, entry in layout.items():
         if shards[-1] and size + _bytes(entry) > most:
             shards.append([])
             size = 0
@@ -255,5 +272,5 @@ def _shards_of(entries: Mapping[str, LazyTensor], most: int) -> list[list[str]]:
     return shards
 
 
-def _bytes(entry: LazyTensor) -> int:
-    return torch.Size(entry.shape).numel() * entry.dtype.itemsize
+def _bytes(entry: tuple[tuple[int, ...], torch.dtype]) -> int:
+    return math.prod(entry[0]) * entry[1].itemsize

@@ -216,8 +216,9 @@ class _Reader:
         if leaf.join == "first" or (leaf.join == "sum" and moment):
             return self.shards[0].read(start + index, shape)
         if leaf.join == "sum":
-            shares = [shard.read(start + index, shape).float() for shard in self.shards]
-            return torch.stack(shares).sum(dim=0)
+            # In float64, because three times a float32 may already be rounded.
+            shares = [shard.read(start + index, shape).double() for shard in self.shards]
+            return torch.stack(shares).sum(dim=0).float()
         whole = torch.empty(part_shapes(self.config)[name], dtype=self._dtype(start + index))
         along = (leaf.join == "columns") != leaf.transposed and len(leaf.shape) == 2
         for shard, target in zip(

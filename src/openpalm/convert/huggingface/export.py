@@ -19,13 +19,13 @@ from torch import Tensor
 
 from openpalm.base.files import atomic_folder
 from openpalm.checkpoint import tensors
-from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
+from openpalm.checkpoint.lazy_state import LazyState
 from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.convert.export import TOLERANCE, check_output_directory
-from openpalm.convert.gptj.huggingface import MAX_SHARD_BYTES, write_shards
+from openpalm.convert.gptj.huggingface import MAX_SHARD_BYTES, filled_shards
 from openpalm.convert.huggingface import chat_template
 from openpalm.convert.huggingface.card import model_card
-from openpalm.convert.huggingface.names import MODELING_FILE, Part, config_json, parts_of
+from openpalm.convert.huggingface.names import MODELING_FILE, config_json, parts_of
 from openpalm.convert.huggingface.read import read_palm
 from openpalm.data.text.conversation import stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
@@ -72,13 +72,13 @@ def save_as_huggingface(
         tokenizer = Tokenizer(tokenizer_json.encode(), "tokenizer.json")
     try:
         with atomic_folder(directory) as partial:
-            write_shards(partial, _parts(config, reward, weights), max_shard_bytes)
+            expected = _write_weights(partial, config, reward, weights, max_shard_bytes)
             notes = _write_configs(partial, config, reward, tokenizer, dtype, defaults)
             card = model_card(
                 config, reward, dtype=dtype, defaults=defaults, lineage=lineage, notes=notes
             )
             _write(partial / "README.md", card)
-            difference, reader = _check(config, reward, weights, partial)
+            difference, reader = _check(partial, config, reward, expected)
             if not difference <= TOLERANCE:  # also true for nan
                 raise WorkError(
                     f"{directory}: its outputs, reloaded by {reader}, differ by {difference:.1e}; "
@@ -91,22 +91,29 @@ def save_as_huggingface(
     return Exported(difference, [*notes, f"reloaded by {reader}"])
 
 
-def _parts(config: ModelConfig, reward: RewardConfig | None, weights: LazyState) -> LazyState:
-    """The tensors under the names of the modelling file."""
+@torch.no_grad()
+def _write_weights(
+    folder: Path,
+    config: ModelConfig,
+    reward: RewardConfig | None,
+    weights: LazyState,
+    max_shard_bytes: int,
+) -> Tensor:
+    """Writes the tensors under the names of the modelling file; returns the model's output for
+    `_inputs`, which the same pass computes."""
+    parts = {name: parts_of(name, config, reward=reward is not None) for name in weights}
+    layout = {
+        part.name: (part.shape(entry.shape), entry.dtype)
+        for name, entry in weights.entries.items()
+        for part in parts[name]
+    }
+    with filled_shards(folder, layout, max_shard_bytes) as put:
 
-    def entry(name: str, part: Part) -> LazyTensor:
-        whole = weights.entries[name]
-        rows = len(range(*part.rows.indices(whole.shape[0])))
-        return LazyTensor((rows, *whole.shape[1:]), whole.dtype, lambda: weights[name][part.rows])
+        def put_parts(name: str, tensor: Tensor) -> None:
+            for part in parts[name]:
+                put(part.name, tensor[part.rows])
 
-    return LazyState(
-        weights.where,
-        {
-            part.name: entry(name, part)
-            for name in weights
-            for part in parts_of(name, config, reward=reward is not None)
-        },
-    )
+        return _output(config, reward, weights.copied_to(put_parts))
 
 
 def _write_configs(
@@ -190,28 +197,29 @@ def _padding_id(tokenizer: Tokenizer) -> int | None:
 
 @torch.no_grad()
 def _check(
-    config: ModelConfig, reward: RewardConfig | None, weights: LazyState, folder: Path
+    folder: Path, config: ModelConfig, reward: RewardConfig | None, expected: Tensor
 ) -> tuple[float, str]:
     """Reloads the folder. The largest difference of outputs in float32, relative to the largest
     output where that is above one; and who reloaded it."""
-    rows, time = _CHECK_SHAPE
-    ids = (torch.arange(rows * time) * 7919 % config.vocab_size).view(rows, time)
-    expected = _output(config, reward, weights, ids)
     try:
         transformers = import_module("transformers")
     except ImportError:
-        found = _output(*read_palm(folder), ids)
+        found = _output(*read_palm(folder))
         reader = "OpenPaLM itself (transformers is not installed)"
     else:
-        found = _transformers_output(folder, ids, reward is not None)
+        found = _transformers_output(folder, _inputs(config), reward is not None)
         reader = f"transformers {transformers.__version__}"
     return ((expected - found).abs().max() / expected.abs().max().clamp_min(1)).item(), reader
 
 
-def _output(
-    config: ModelConfig, reward: RewardConfig | None, weights: LazyState, ids: Tensor
-) -> Tensor:
+def _inputs(config: ModelConfig) -> Tensor:
+    rows, time = _CHECK_SHAPE
+    return (torch.arange(rows * time) * 7919 % config.vocab_size).view(rows, time)
+
+
+def _output(config: ModelConfig, reward: RewardConfig | None, weights: LazyState) -> Tensor:
     """Logits [rows, time, vocabulary], or the rewards [rows] of a reward model, in float32."""
+    ids = _inputs(config)
     if reward is None:
         return streamed_logits(config, weights, ids)
     with torch.device("meta"):

@@ -54,6 +54,10 @@ class Part(NamedTuple):
     name: str
     rows: slice
 
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the part of a parameter with shape `whole`."""
+        return (len(range(*self.rows.indices(whole[0]))), *whole[1:])
+
 
 def parts_of(name: str, config: ModelConfig, *, reward: bool) -> list[Part]:
     """The stored tensors of our parameter `name`; empty if they are not stored.

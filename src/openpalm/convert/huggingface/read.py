@@ -80,9 +80,7 @@ def _tensors(folder: Path, config: ModelConfig, reward: RewardConfig | None) -> 
     shapes = dict(_shapes(config, reward))
     parts = {name: parts_of(name, config, reward=reward is not None) for name in shapes}
     expected = {
-        part.name: (len(range(*part.rows.indices(shapes[name][0]))), *shapes[name][1:])
-        for name, each in parts.items()
-        for part in each
+        part.name: part.shape(shapes[name]) for name, each in parts.items() for part in each
     }
     _check(folder, {name: each.shape for name, each in stored.items()}, expected)
     entries = {

@@ -111,7 +111,7 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
         ) from None
     if not isinstance(row, dict):
         raise DataError(
-            f'{where}: a JSON {type(row).__name__}, not an object; write {{"text": ...}} a line'
+            f"{where}: a JSON {type(row).__name__}, not an object; each line must be one object"
         )
     if surrogate:
         raise DataError(

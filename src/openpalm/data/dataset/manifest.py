@@ -8,8 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import types
-import typing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from openpalm.base.hashing import sha256_of
+from openpalm.base.typed import checked
 from openpalm.base.workers import available_cores
-from openpalm.errors import DataError, count_of
+from openpalm.errors import DataError, SettingsError, count_of
 
 NAME = "manifest.json"
 PART_NAME = "part.json"
@@ -139,8 +138,8 @@ def read_part(folder: Path) -> tuple[str, Manifest]:
     """I/N and the manifest of one job's part, with the checks of `read_manifest`."""
     path = folder / PART_NAME
     part = _content(path, PART_FORMAT)
-    content = typed(dict[str, Any], part.get("manifest"), f"{path}: manifest")
-    return typed(str, part.get("shard"), f"{path}: shard"), _checked(path, content, whole=False)
+    content = typed(dict[str, Any], part.get("manifest"), str(path), "manifest")
+    return typed(str, part.get("shard"), str(path), "shard"), _checked(path, content, whole=False)
 
 
 def shard_names(split: str, shard: int) -> tuple[str, str]:
@@ -263,32 +262,9 @@ def _hash_of(file: tuple[Path, FileEntry]) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def typed(kind: Any, value: object, where: str) -> Any:
+def typed(kind: Any, value: object, where: str, name: str = "") -> Any:
     """`value` from JSON as the dataclass, tuple, dict or scalar `kind`. Raises DataError."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _typed_dataclass(typing.cast(type, kind), value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(typed(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {k: typed(arguments[1], v, f"{where}.{k}"[:200]) for k, v in value.items()}
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is kind and not (kind is int and typing.cast(int, value) < 0):
-        return value
-    wanted = getattr(kind, "__name__", str(kind)) if not isinstance(kind, types.UnionType) else kind
-    raise DataError(f"{where}: must be {wanted}, is {str(value)[:40]}; {REMEDY}")
-
-
-def _typed_dataclass(kind: type, value: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    for name in NOT_IN_FILE:
-        hints.pop(name, None)
-    if set(value) == set(hints) - {"lost"}:
-        hints.pop("lost", None)
-    if set(value) != set(hints):
-        odd = sorted(str(name)[:40] for name in set(value) ^ set(hints))[:3]
-        raise DataError(f"{where}: fields missing or unknown ({', '.join(odd)}); {REMEDY}")
-    return kind(**{n: typed(hint, value[n], f"{where}: {n}") for n, hint in hints.items()})
+    try:
+        return checked(kind, value, name, exact=True)
+    except SettingsError as error:
+        raise DataError(f"{where}: {error}; {REMEDY}") from None
