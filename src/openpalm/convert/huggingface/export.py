@@ -67,17 +67,19 @@ def save_as_huggingface(
     check_output_directory(directory)
     defaults = defaults or SamplingDefaults()
     dtype = str(weights.entries["embedding"].dtype).removeprefix("torch.")
-    tokenizer = None
-    if tokenizer_json is not None:
-        tokenizer = Tokenizer(tokenizer_json.encode(), "tokenizer.json")
     try:
         with atomic_folder(directory) as partial:
             expected = _write_weights(partial, config, reward, weights, max_shard_bytes)
-            notes = _write_configs(partial, config, reward, tokenizer, dtype, defaults)
-            card = model_card(
-                config, reward, dtype=dtype, defaults=defaults, lineage=lineage, notes=notes
+            source = Path(__file__).with_name(MODELING_FILE).read_text(encoding="utf-8")
+            _write(partial / MODELING_FILE, source)
+            _write_json(partial / "config.json", config_json(config, reward, dtype))
+            notes = write_around(
+                *(partial, config, reward),
+                dtype=dtype,
+                tokenizer_json=tokenizer_json,
+                defaults=defaults,
+                lineage=lineage,
             )
-            _write(partial / "README.md", card)
             difference, reader = _check(partial, config, reward, expected)
             if not difference <= TOLERANCE:  # also true for nan
                 raise WorkError(
@@ -116,44 +118,64 @@ def _write_weights(
         return _output(config, reward, weights.copied_to(put_parts))
 
 
-def _write_configs(
+def write_around(
     folder: Path,
     config: ModelConfig,
     reward: RewardConfig | None,
-    tokenizer: Tokenizer | None,
+    *,
     dtype: str,
+    tokenizer_json: str | None,
     defaults: SamplingDefaults,
+    lineage: dict[str, Any],
+    native: bool = False,
 ) -> list[str]:
-    """Everything but weights and card; returns notes."""
+    """Writes what is not the model: tokenizer, generation config, card; returns notes.
+
+    Adds the ids of special tokens to the folder's config.json. native: transformers has the model
+    itself, without the modelling file.
+    """
+    tokenizer = None
+    if tokenizer_json is not None:
+        tokenizer = Tokenizer(tokenizer_json.encode(), "tokenizer.json")
     end = None if tokenizer is None else tokenizer.end_of_text
     padding = None if tokenizer is None else _padding_id(tokenizer)
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": padding}
-    _write_json(folder / "config.json", config_json(config, reward, dtype, ids))
-    source = Path(__file__).with_name(MODELING_FILE).read_text(encoding="utf-8")
-    _write(folder / MODELING_FILE, source)
+    ids = {name: number for name, number in ids.items() if number is not None}
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _write_json(folder / "config.json", content | ids)
     notes = []
     if reward is None:
         _write_json(folder / "generation_config.json", _generation(tokenizer, ids, defaults))
     elif not config.tied or config.bias:
         notes.append("the output head is left out, because a reward model does not use it")
     if tokenizer is None:
-        return [*notes, "the checkpoint has no tokenizer, so the folder has none"]
-    return notes + write_tokenizer(folder, tokenizer, config.context, padding_left=reward is None)
+        notes.append("the checkpoint has no tokenizer, so the folder has none")
+    else:
+        notes += _write_tokenizer(folder, tokenizer, config.context, padding_left=reward is None)
+    card = model_card(
+        *(config, reward),
+        dtype=dtype,
+        defaults=defaults,
+        lineage=lineage,
+        notes=notes,
+        native=native,
+    )
+    _write(folder / "README.md", card)
+    return notes
 
 
 def _generation(
-    tokenizer: Tokenizer | None, ids: dict[str, int | None], defaults: SamplingDefaults
+    tokenizer: Tokenizer | None, ids: dict[str, int], defaults: SamplingDefaults
 ) -> dict[str, Any]:
     stops = [] if tokenizer is None else sorted(stop_ids(tokenizer))
     sampling: dict[str, Any] = {"do_sample": defaults.temperature > 0}
     if defaults.temperature > 0:
         # transformers takes the 50 likeliest tokens where top_k is not given.
         sampling |= vars(defaults)
-    content = sampling | ids | {"eos_token_id": stops or None}
-    return {name: value for name, value in content.items() if value is not None}
+    return sampling | ids | ({"eos_token_id": stops} if stops else {})
 
 
-def write_tokenizer(
+def _write_tokenizer(
     folder: Path, tokenizer: Tokenizer, context: int, *, padding_left: bool
 ) -> list[str]:
     """Writes the files that AutoTokenizer reads, and the chat template; returns notes.
