@@ -179,9 +179,7 @@ def test_the_template_gives_our_ids(spec: str):
 
 def unmarked() -> Tokenizer:
     """A vocabulary without tokens for roles, as GPT-NeoX's."""
-    inner = tokenizers.Tokenizer.from_str(
-        Tokenizer.train_bpe(["User: Hi there. " * 99], 290).definition
-    )
+    marked = Tokenizer.train_bpe(["User: Hi there. " * 99], 290).definition
     content = json.loads(marked)
     content["added_tokens"] = content["added_tokens"][:1]
     return Tokenizer(json.dumps(content).encode(), "unmarked")
