@@ -12,7 +12,6 @@ headers: reports the 99th percentile of the latency of /health before and during
 
 import argparse
 import asyncio
-import hashlib
 import json
 import os
 import random
@@ -33,10 +32,13 @@ import safetensors.torch
 import torch
 
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.checkpoint.manifest import manifest_text
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
+
+from altered import seal
 
 CONFIG = ModelConfig(vocab_size=265, dim=32, depth=2, heads=4, head_dim=8, ff_dim=64, context=128)
 ADMIN_KEY = "fuzz"
@@ -71,20 +73,8 @@ def write_models(folder: Path) -> dict[str, Path]:
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
     (paths["hostile"] / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     for name in ("nan", "hostile"):
-        reseal(paths[name])
+        seal(paths[name])
     return paths
-
-
-def reseal(directory: Path) -> None:
-    """Writes a manifest for the current files."""
-    file = directory / "manifest.json"
-    body = json.loads(file.read_text(encoding="utf-8"))
-    del body["sha256"]
-    for name in body["files"]:
-        content = (directory / name).read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        body["files"][name] = {"bytes": len(content), "sha256": digest}
-    file.write_text(manifest_text(body), encoding="utf-8")
 
 
 # --- requests

@@ -1,18 +1,25 @@
 """Every recipe of configs/ trains: as its file says, but for a model and batches made small."""
 
+import gzip
+import json
+import re
 from pathlib import Path
 
 import pytest
+from command_line import write_base
 from train_samples import write_dataset
 
 from openpalm.base.settings import build, parse, plain
 from openpalm.base.yaml_file import read_yaml
 from openpalm.cli.main import main
+from openpalm.data.rows import tasks
 from openpalm.errors import SettingsError
 from openpalm.train.config import PretrainSettings
 from openpalm.train.sizing import measure
 
-RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parent.parent / "configs"
+MIXTURE = CONFIGS / "flan-mixture.yaml"
+RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path != MIXTURE)
 SMALL = {
     "arch.dim": 32,
     "arch.depth": 2,
@@ -93,3 +100,56 @@ def test_every_recipe_is_checked():
         *("enwik8", "laptop", "nanopalm-213m", "palm-paper"),
         *("palm-150m", "palm-410m", "palm-1b", "palm-2.1b"),
     }
+
+
+ROWS = {
+    "flan": {"inputs": "Is {} even? OPTIONS: yes, no", "targets": "yes", "task": "parity"},
+    "databricks": {
+        "instruction": "Name a number after {}.",
+        "context": "",
+        "response": "One more than {}.",
+        "category": "brainstorming",
+    },
+}
+
+
+def stand_in(address: str, folder: Path) -> Path:
+    """A few rows in the format of the file at this address of the Hub, under its name."""
+    kind = address.removeprefix("hf://datasets/").split("/")[1]
+    file = folder / Path(address).name
+    if kind == "oasst1":
+        rows = [oasst_tree(i) for i in range(4)]
+    else:
+        form = ROWS["flan" if kind == "flan" else "databricks"]
+        rows = [{key: text.format(i) for key, text in form.items()} for i in range(4)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_bytes(gzip.compress(text.encode()) if file.suffix == ".gz" else text.encode())
+    return file
+
+
+def oasst_tree(number: int) -> dict:
+    answer = {"text": "It is one.", "role": "assistant", "message_id": f"a{number}", "replies": []}
+    question = {"text": f"What is {number}?", "role": "prompter", "message_id": f"q{number}"}
+    return {"message_tree_id": f"q{number}", "prompt": question | {"replies": [answer]}}
+
+
+def test_the_mixture_of_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Every task is read in its published format and drawn by its weight; no file is fetched."""
+    monkeypatch.setattr(tasks, "fetch_rows", lambda address: stand_in(address, tmp_path))
+    base = write_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)  # the package's own file is found
+    words = ["--data", "configs/flan-mixture.yaml", "--out", "run", "--steps", "2"]
+    more = ["--batch-tokens", "192", "--dtype", "float32", "--pack"]
+    assert main(["sft", "--init", str(base), *words, *more]) == 0
+    said = capsys.readouterr().err
+    mixture = read_yaml(MIXTURE)["tasks"]
+    assert len(mixture) >= 12
+    whole = sum(task["weight"] for task in mixture)
+    for task in mixture:
+        share = 4 * len(mixture) * task["weight"] / whole
+        found = re.search(rf"{re.escape(task['data'])}: (\d+) draws an epoch of 4 examples", said)
+        assert found is not None, task["data"]
+        assert abs(int(found[1]) - share) < 1
+    assert "left out" not in said

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import re
 from dataclasses import dataclass, field, is_dataclass
 from math import inf
 from pathlib import Path
@@ -11,13 +12,18 @@ from typing import Literal
 import pytest
 import yaml
 
+from openpalm import __version__
 from openpalm.base.settings import HelpRequested, _options, build, parse, plain, settings_of, spell
 from openpalm.base.typed import alternatives, convert
-from openpalm.base.yaml_file import MAX_BYTES, read_yaml, to_yaml
+from openpalm.base.yaml_file import MAX_BYTES, packaged, read_yaml, to_yaml
 from openpalm.cli.main import VERBS
 from openpalm.errors import SettingsError
-from openpalm.train.config import ArchSettings, TrainSettings
+from openpalm.train.config import ArchSettings, PretrainSettings, TrainSettings
 from openpalm.train.optimizer_settings import OptimSettings
+
+LANDED = Path(__file__).resolve().parents[1] / "landed" / "data"
+"""runs that OpenPaLM 0.1.0 made"""
+A_GROUP = "a group of settings, such as inner: {lr: ...}"
 
 
 @dataclass(frozen=True)
@@ -322,15 +328,18 @@ def test_what_is_no_path_is_refused_in_plain_words(yaml_file, content):
     ("values", "said"),
     [
         ({"data": "d", "batch_tokens": "many"}, "batch_tokens many: must be a whole number"),
-        ({"data": "d", "batch_tokens": True}, "batch_tokens True: must be a whole number"),
+        ({"data": "d", "batch_tokens": True}, "batch_tokens true: must be a whole number"),
         ({"data": "d", "inner": {"name": "cow"}}, "inner.name cow: must be one of adamw, muon"),
         ({"data": "d", "inner": {"lr": []}}, "inner.lr []: must be a number"),
-        ({"data": "d", "inner": 3}, "inner 3: must be a group of settings"),
+        (
+            {"data": "d", "inner": 3},
+            f"inner 3: must be {A_GROUP}",
+        ),
         ({"data": "d", "stream": 1}, "stream 1: must be true or false"),
         ({"data": "d", "words": [1]}, "words [1]: must be a list of texts"),
         ({"data": "d", "title": 7}, "title 7: must be a text"),
-        ({"data": "d", "title": None}, "title None: must be left out or have a value"),
-        ({}, "data: is missing"),
+        ({"data": "d", "title": None}, "title null: must be left out or have a value"),
+        ({}, "missing data"),
     ],
 )
 def test_build_checks_every_value(values, said):
@@ -423,7 +432,7 @@ def test_the_path_of_the_settings_file_is_known_but_is_no_setting(yaml_file):
 
 
 def test_build_refuses_an_unknown_name():
-    with pytest.raises(SettingsError, match="Inner has no field momentum"):
+    with pytest.raises(SettingsError, match=r"^unknown setting inner\.momentum$"):
         build(Settings, {"data": "d", "inner": {"momentum": 1}})
 
 
@@ -466,6 +475,8 @@ def test_values_wrong_at_birth_speak_for_themselves():
         ("--confg", "--config"),
         ("--lr", "--inner.lr"),
         ("--batch-size", "--batch-tokens"),
+        ("--tokens", "--batch-tokens"),
+        ("--norm", "--qk-norm"),
     ],
 )
 def test_an_unknown_option_suggests(given, meant):
@@ -502,7 +513,7 @@ def test_words_too_many():
         ("batch_token: 3\n", "unknown setting batch_token; did you mean batch_tokens?"),
         ("zzz: 3\n", "unknown setting zzz; see"),
         ("inner:\n  lrr: 3\n", "unknown setting inner.lrr; did you mean inner.lr?"),
-        ("inner: 3\n", "unknown setting inner"),
+        ("inner: 3\n", "inner 3: must be a group of settings, such as inner: {lr: ...}"),
         ("3: 4\n", "unknown setting 3"),
         ("share: null\n", "share has no value"),
         ("inner:\n  lr:\n", "inner.lr has no value"),
@@ -540,6 +551,42 @@ def test_a_bad_file_is_named(yaml_file, tmp_path, monkeypatch, content, part):
 def test_a_wrong_value_in_a_file(yaml_file):
     line = refused("--config", yaml_file("data: d\nbatch_tokens: many\n"))
     assert "some.yaml: batch_tokens many: must be a whole number; see" in line
+
+
+def test_a_file_of_another_version_names_both_versions(tmp_path):
+    run = LANDED / "train" / "run"
+    argv = ["--config", str(run / "config.yaml"), "--out", str(tmp_path / "out")]
+    assert re.sub(r"keep_\w+", "keep_...", refused(*argv, kind=PretrainSettings)) == (
+        f"--config {run / 'config.yaml'}: was written by OpenPaLM '0.1.0', and this is "
+        f"{__version__} (unknown setting keep; did you mean keep_...?); change a copy of "
+        f"the file, or start from that run's weights with --init {run}"
+    )
+
+
+def test_a_file_beside_a_run_of_this_version_has_no_other_version(tmp_path, yaml_file):
+    run_json = tmp_path / "run.json"
+    for text in (f'{{"openpalm": "{__version__}"}}', '{"openpalm": 3}', "{torn", "[]"):
+        run_json.write_text(text, encoding="utf-8")
+        line = refused("--config", yaml_file("zzz: 3\n"))
+        assert (
+            line == f"--config {tmp_path}/some.yaml: unknown setting zzz; see `openpalm try --help`"
+        )
+    run_json.write_text('{"openpalm": "9.0"}', encoding="utf-8")
+    line = refused("--config", yaml_file("batch_tokens: many\n"))
+    assert "was written by OpenPaLM '9.0', and this is" in line
+    assert line.endswith("see `openpalm try --help`); change a copy of the file")
+
+
+def test_a_check_of_a_value_from_a_file_names_the_file(yaml_file):
+    file = yaml_file("data: d\nbatch_tokens: 13\n")
+    said = "batch_tokens 13: brings bad luck; use 14"
+    assert refused("--config", file) == f"--config {file}: {said}"
+    assert refused("--config", file, "--batch-tokens", 13) == f"--batch-tokens 13: {said[17:]}"
+
+
+def test_build_suggests_a_name():
+    with pytest.raises(SettingsError, match=r"inner\.nam \(did you mean inner\.name\?\)$"):
+        build(Settings, {"data": "d", "inner": {"nam": "muon"}})
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
@@ -603,3 +650,15 @@ def test_every_field_is_in_the_help():
         for item in settings_of(kind):
             if not dataclasses.is_dataclass(item.type):
                 assert f"{spell(prefix + item.name)} " in text
+
+
+def test_a_recipe_of_the_package_is_found_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """configs/NAME.yaml is the file here; without one it is the package's own."""
+    monkeypatch.chdir(tmp_path)
+    own = packaged(Path("configs/laptop.yaml"))
+    assert own.read_text(encoding="utf-8").startswith("# Half an hour on a laptop")
+    assert packaged(Path("laptop.yaml")) == Path("laptop.yaml")
+    assert packaged(Path("configs/none.yaml")) == Path("configs/none.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "laptop.yaml").write_text("minutes: 1", encoding="utf-8")
+    assert packaged(Path("configs/laptop.yaml")) == Path("configs/laptop.yaml")

@@ -40,15 +40,3 @@ def test_a_given_tokenizer_ends_texts_as_it_does_for_data_prepare(tmp_path):
 def test_a_tokenizer_to_train_is_refused_where_there_is_no_text(tmp_path):
     with pytest.raises(SettingsError, match="--tokenizer bpe:400: there is no text to train it"):
         common.tokenizer_of(tmp_path, Path("bpe:400"))
-
-
-def test_progress_is_a_line_now_and_then_without_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    for between, said in ((0.0, ["judge: 2 of 1,000", "judge: 5 of 1,000"]), (1e9, [])):
-        monkeypatch.setattr(common, "SECONDS_BETWEEN_LINES", between)
-        with common.progress("judge", 1000) as advance:
-            advance(2)
-            advance(3)
-        out, err = capsys.readouterr()
-        assert (out, err.split("\n")[:-1] if err.strip() else []) == ("", said)

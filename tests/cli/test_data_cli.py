@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from openpalm.cli import data
+from openpalm.base import progress_bar
 from openpalm.cli.main import main
 
 
@@ -143,7 +143,7 @@ def test_a_full_disk_is_exit_1(text, tmp_path, capsys, monkeypatch):
 
 
 def test_long_work_shows_a_bar_on_standard_error(text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data, "SHOWN_AFTER_S", -1.0)
+    monkeypatch.setattr(progress_bar, "LONG_JOB_S", -1.0)
     monkeypatch.setenv("FORCE_COLOR", "1")
     words = [text, "--out", tmp_path / "out", "--tokenizer", "byte", "--json"]
     status, said, errors = run(capsys, "prepare", *words)
@@ -194,7 +194,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(tmp_path, capsys, mo
     path, size = tmp_path / "a.txt", 3_000_000
     path.write_text("A line of text, 31 bytes long.\n" * (size // 31), encoding="utf-8")
     for between, counts in ((0.0, True), (1e9, False)):
-        monkeypatch.setattr(data, "SECONDS_BETWEEN_LINES", between)
+        monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", between)
         words = ["--out", tmp_path / f"out-{counts}", "--tokenizer", "byte"]
         status, _, errors = run(capsys, "prepare", path, *words)
         assert status == 0

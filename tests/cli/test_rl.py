@@ -247,6 +247,19 @@ def test_a_limit_that_no_checkpoint_is_within(said, base, prompts, pay, tmp_path
     )
 
 
+@pytest.mark.parametrize(("verb", "critic"), [("grpo", False), ("ppo", True)])
+def test_the_optimizer_of_pretraining_is_kept(said, run, prompts, pay, tmp_path, verb, critic):
+    """A critic has no state in the checkpoint of --init and starts new."""
+    more = ("--keep-optimizer", "--steps", 1, "--reward", f"{pay}:letters")
+    words = ("--init", run, "--data", prompts, "--out", tmp_path / "out", "--max-new-tokens", 12)
+    status, _, errors = said(verb, *words, *more)
+    assert status == 0, errors
+    assert any("such as critic." in line for line in errors) == critic
+    state = checkpoint.load_train_state(checkpoint.resolve(tmp_path / "out")).tensors
+    counts = {name: float(value) for name, value in state.items() if name.endswith("/step")}
+    assert {c for n, c in counts.items() if "/critic." not in n} == {9.0}
+
+
 # --- failures lose nothing
 
 LATER = """

@@ -14,7 +14,13 @@ import openpalm.compat.rlhf as rlhf
 from openpalm.align.rollouts.ppo import estimate
 from openpalm.align.rollouts.rollout_batch import AdvantageEstimate
 from openpalm.compat.palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
-from openpalm.errors import DataError, OpenPalmError, SettingsError
+from openpalm.errors import (
+    CheckpointError,
+    DataError,
+    OpenPalmError,
+    SettingsError,
+    StorageError,
+)
 
 
 def even_reward(palm: PaLM) -> RewardModel:
@@ -108,6 +114,91 @@ def test_a_critic_of_ones_own_learns_too():
     assert not torch.equal(
         now["layers.0.fn.attn_out.weight"], before["layers.0.fn.attn_out.weight"]
     )
+
+
+ACTOR_CRITIC = {
+    "actor_palm.token_emb.weight": [20, 16],
+    "actor_palm.layers.1.fn.ff_out.2.weight": [16, 64],
+    "actor_palm.finetune_modules.actor.0.3.B": [8, 16],
+    "critic.token_emb.weight": [20, 16],
+    "critic.finetune_modules.critic.1.2.A": [16, 8],
+    "value_head.weight": [6, 16],
+    "value_head.bias": [6],
+}
+"""Some of the names and shapes that palm-rlhf-pytorch 0.8.0 writes for these sizes."""
+
+
+def saving(**more: Any) -> RLHFTrainer:
+    palm = small(seed=more.pop("seed", 0), sharp=1.0)
+    return RLHFTrainer(palm=palm, reward_model=RewardModel(palm), prompt_token_ids=[[1]], **more)
+
+
+@pytest.mark.parametrize("how", [{}, {"actor_lora": False, "critic_lora": False}])
+def test_a_saved_trainer_is_loaded(tmp_path: Path, how: dict[str, Any]):
+    trainer = saving(**how)
+    trainer.train(1, 8, 8, max_seq_len=6)
+    trainer.save(tmp_path / "checkpoint.pt")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    if not how:
+        assert {name: list(state[name].shape) for name in ACTOR_CRITIC} == ACTOR_CRITIC
+    other = saving(seed=1, **how)
+    prompt = {"prompt": torch.arange(6), "num_samples": 1, "filter_logits_fn": None}
+    other.load(tmp_path / "checkpoint.pt")
+    ids = torch.arange(12)[None]
+    scope = None if how else "actor"
+    assert torch.equal(
+        other.palm(ids, finetune_scope=scope), trainer.palm(ids, finetune_scope=scope)
+    )
+    trunks = [t.actor_critic.critic.trunk for t in (trainer, other)]
+    assert torch.equal(trunks[0].hidden(ids), trunks[1].hidden(ids))
+    heads = [t.actor_critic.critic.read.weight for t in (trainer, other)]
+    assert torch.equal(*heads)
+    assert heads[0].abs().max() > 0, "training moved it from zero"
+    given = []
+    for one in (trainer, other):
+        torch.manual_seed(3)
+        given.append(one.generate(10, **prompt))
+    assert torch.equal(*given)
+
+
+def test_the_file_of_another_trainer_changes_nothing(tmp_path: Path):
+    saving(actor_lora_r=4).save(tmp_path / "checkpoint.pt")
+    trainer = saving()
+    before = kept(trainer.palm)
+    with pytest.raises(CheckpointError, match=r"actor\.0\.0\.A is \[16, 4\], here \[16, 8\]"):
+        trainer.load(tmp_path / "checkpoint.pt")
+    saving(critic_lora=False).save(tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"finetune_modules\.critic.* is missing"):
+        trainer.load(tmp_path / "checkpoint.pt")
+    assert all(torch.equal(t, before[name]) for name, t in trainer.palm.state_dict().items())
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("canary"),)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = saving()
+    before = kept(trainer.palm)
+    torch.save({"actor_palm.token_emb.weight": Malicious()}, "checkpoint.pt")
+    with pytest.raises(CheckpointError):
+        trainer.load()
+    assert not Path("canary").exists()
+    trainer.save()
+    state = torch.load("checkpoint.pt", weights_only=True)
+    state["value_head.bias"][0] = float("nan")
+    torch.save(state, "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"value_head\.bias holds numbers"):
+        trainer.load()
+    assert all(torch.equal(t, before[name]) for name, t in trainer.palm.state_dict().items())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(StorageError, match="cannot be saved"):
+        saving().save(tmp_path / "file" / "checkpoint.pt")
 
 
 class Watching(RewardModel):

@@ -19,6 +19,7 @@ from openpalm.errors import CheckpointError, StorageError, WorkError
 from openpalm.model.config import PRESETS, ModelConfig, Preset
 
 NAME = "palm_150m_8k_v0"
+READ_TOKENIZER = hub._tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -177,6 +178,31 @@ def test_the_publisher_is_read_by_huggingface_hub(publisher: Server, tmp_path: P
     assert publisher.requests == requests  # the conversion is kept
 
 
+def test_a_larger_file_of_the_publisher_is_not_downloaded(
+    publisher: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    size = (publisher.folder / f"{NAME}.pt").stat().st_size
+    parameters = hub._expected(NAME).parameters
+    monkeypatch.setattr(hub, "_BYTES_PER_PARAMETER", 0)
+    monkeypatch.setattr(hub, "_SLACK_BYTES", size - 1)
+    with pytest.raises(CheckpointError, match=rf"{NAME}\.pt: has {size:,} bytes, at most"):
+        hub.fetch(NAME, say=quiet)
+    assert publisher.requests == 0
+    assert not list((tmp_path / "huggingface").rglob("*.pt"))
+    monkeypatch.setattr(hub, "_SLACK_BYTES", size)
+    assert openpalm.load(hub.fetch(NAME, say=quiet)).config.parameters == parameters
+
+
+def test_a_larger_tokenizer_is_not_downloaded(publisher: Server, monkeypatch: pytest.MonkeyPatch):
+    (publisher.folder / "tokenizer.json").write_text("{}" * 50, encoding="utf-8")
+    monkeypatch.setattr(hub, "TOKENIZER", ("conceptofmind/palm-150m", "tokenizer.json"))
+    monkeypatch.setattr(hub, "_TOKENIZER_BYTES", 99)
+    lines: list[str] = []
+    assert READ_TOKENIZER(lines.append) is None
+    assert "tokenizer.json: has 100 bytes" in lines[0]
+    assert publisher.requests == 0
+
+
 def test_the_publisher_is_not_reached(publisher: Server, monkeypatch: pytest.MonkeyPatch):
     (publisher.folder / f"{NAME}.pt").rename(publisher.folder / "other.pt")
     with pytest.raises(
@@ -267,6 +293,7 @@ def test_the_tokenizer_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     def offline(*_: str) -> str:
         raise RuntimeError("no network")
 
+    monkeypatch.setattr(hub, "_refuse_larger", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     assert hub._tokenizer(lines.append) is None
     assert "no network" in lines[0]

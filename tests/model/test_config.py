@@ -87,13 +87,13 @@ def test_config_round_trips_through_json(name: str):
     ("change", "said"),
     [
         ({"wings": 2}, "unknown model field wings"),
-        ({"depth": "2"}, "depth cannot be '2'"),
+        ({"depth": "2"}, "depth cannot be '2'; it must be a whole number"),
         ({"depth": 2.0}, "depth cannot be 2.0"),
         ({"depth": True}, "depth cannot be True"),
-        ({"causal": 1}, "causal cannot be 1"),
-        ({"rotary": "sideways"}, "rotary cannot be 'sideways'"),
+        ({"causal": 1}, "causal cannot be 1; it must be true or false"),
+        ({"rotary": "sideways"}, "rotary cannot be 'sideways'; it must be one of halves, "),
         ({"rotary": ["halves"]}, "rotary cannot be"),
-        ({"rotary_base": None}, "rotary_base cannot be None"),
+        ({"rotary_base": None}, "rotary_base cannot be None; it must be a number"),
     ],
 )
 def test_json_of_other_fields_or_types_is_refused(change: dict, said: str):

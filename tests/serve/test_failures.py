@@ -1,17 +1,16 @@
 """A failure of the model or its tokenizer ends one request; the server continues."""
 
-import hashlib
 import json
 import shutil
 
 import pytest
 import safetensors.torch as st
 import torch
+from altered import seal
 from command_line import write_base
 from servers import events, serving
 
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.checkpoint.manifest import manifest_text
 from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 
 # A panic's traceback could fill the pipe, which the tests do not read.
@@ -22,18 +21,6 @@ FATAL = "a" * 40 + "b"
 """The tokenizer of `panicking` panics at this text."""
 
 
-def reseal(directory):
-    """Writes a manifest for the current files."""
-    body = json.loads((directory / "manifest.json").read_text())
-    for name in body["files"]:
-        content = (directory / name).read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        body["files"][name] = {"bytes": len(content), "sha256": digest}
-    del body["sha256"]
-    (directory / "manifest.json").write_text(manifest_text(body))
-    return directory
-
-
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
     """A model with NaN weights."""
@@ -41,7 +28,7 @@ def broken(tmp_path_factory):
     weights = st.load_file(directory / "model.safetensors")
     nan = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
     st.save_file(nan, directory / "model.safetensors")
-    return reseal(directory)
+    return seal(directory)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +47,7 @@ def panicking(tmp_path_factory):
     parts = [split | {"invert": False}, content["pre_tokenizer"]]
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
     (directory / "tokenizer.json").write_text(json.dumps(content))
-    return reseal(directory)
+    return seal(directory)
 
 
 @pytest.fixture(scope="module")
@@ -135,20 +122,18 @@ def test_a_tokenizer_panic_gets_status_400(served, panicking, path, body):
 
 
 def _long_name(directory):
-    body = json.loads((directory / "manifest.json").read_text())
-    body["files"]["x" * 300] = {"bytes": 1, "sha256": "0"}
-    del body["sha256"]
-    (directory / "manifest.json").write_text(manifest_text(body))
+    entry = {"bytes": 1, "sha256": "0"}
+    seal(directory, lambda body: body["files"].update({"x" * 300: entry}))
 
 
 def _no_pickle(directory):
     (directory / "model.safetensors").write_bytes(b"\x80\x04")
-    reseal(directory)
+    seal(directory)
 
 
 def _deep_config(directory):
     (directory / "config.json").write_text("[" * 100_000)
-    reseal(directory)
+    seal(directory)
 
 
 def _odd_settings(directory):

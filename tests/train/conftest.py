@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from train_runs import Train
 from train_samples import tiny, write_dataset
 
 from openpalm.cli.main import main
 from openpalm.model.config import PRESETS, Preset
 from openpalm.train.sizing import measure
+from openpalm.train.trainer import Trainer
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +44,28 @@ def train(data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return main(["train", f"--out={out}", *words])
 
     return call
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Calls something once, in the middle of the step of that number."""
+    original = Trainer.forward_backward
+
+    def arrange(step: int, action: Callable[[], object]) -> None:
+        todo = [action]
+
+        def patched(self: Trainer, batches: Any) -> Any:
+            if self.step + 1 == step and self.steps < 10**6 and todo:
+                todo.pop()()
+            return original(self, batches)
+
+        monkeypatch.setattr(Trainer, "forward_backward", patched)
+
+    return arrange
+
+
+@pytest.fixture
+def reference(train: Train, tmp_path: Path) -> Path:
+    """A run of eight steps that nothing disturbed."""
+    assert train(tmp_path / "reference") == 0
+    return tmp_path / "reference"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from openpalm.train.metrics import LiveLine, RowFile, describe, read_rows
+from openpalm.base import progress_bar
+from openpalm.train.metrics import RowFile, TrainingBar, describe, read_rows
 
 
 @pytest.fixture
@@ -93,8 +94,7 @@ def row(step: int, **more: Any) -> dict[str, Any]:
 
 
 def test_without_a_terminal_lines_are_printed(capsys: pytest.CaptureFixture[str]):
-    with LiveLine("train", 3) as line:
-        assert not line.live
+    with TrainingBar("train", 3) as line:
         line.start_at(0)
         for step in (1, 2, 3):
             line.show(row(step, mfu=0.25))
@@ -108,9 +108,9 @@ def test_without_a_terminal_lines_are_printed(capsys: pytest.CaptureFixture[str]
     ]
 
 
-def test_a_line_now_and_then(capsys: pytest.CaptureFixture[str]):
-    line = LiveLine("train", 100)
-    line.seconds_between_lines = -1.0
+def test_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
+    line = TrainingBar("train", 100)
     line.show(row(50))
     assert capsys.readouterr().err == "train step 50/100  loss 2.346  12,345 tok/s\n"
 
@@ -118,7 +118,7 @@ def test_a_line_now_and_then(capsys: pytest.CaptureFixture[str]):
 def test_in_a_terminal_there_is_a_bar(capsys: pytest.CaptureFixture[str]):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=100)
-    with LiveLine("train", 3, console) as line:
+    with TrainingBar("train", 3, console) as line:
         line.start_at(1)
         line.show(row(2))
         line.show(row(3))

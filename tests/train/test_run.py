@@ -1,14 +1,8 @@
-"""Runs: started, resumed, repeated, refused; a resumed run equals an uninterrupted one."""
+"""Runs: what they write, repeat and refuse; their length, initial weights and recipe."""
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from train_samples import same, weights, write_dataset
+from train_runs import TIMES, Killed, Train, kill, rows, same_run, step_names
+from train_samples import write_dataset
 
 import openpalm
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.checkpoint.manifest import read_manifest, write_manifest
+from openpalm.checkpoint.manifest import read_manifest
 from openpalm.cli.main import main
 from openpalm.model.config import PRESETS
 from openpalm.model.transformer import Transformer
@@ -31,28 +26,7 @@ from openpalm.train.config import BatchShape
 from openpalm.train.metrics import read_rows
 from openpalm.train.run import _Session
 from openpalm.train.sizing import measure
-from openpalm.train.trainer import StepReport, Trainer
-
-Train = Callable[..., int]
-TIMES = {"elapsed_s", "tokens_per_s", "mfu"}
-
-
-def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """What a run computed, without what a clock said."""
-    if not (run / name).exists():
-        return []
-    return [
-        {key: value for key, value in row.items() if key not in TIMES}
-        for row in read_rows(run / name)
-    ]
-
-
-def step_names(run: Path) -> list[str]:
-    return [directory.name for directory in checkpoint.steps(run)]
-
-
-def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return weights(checkpoint.load(checkpoint.steps(run)[-1]))
+from openpalm.train.trainer import StepReport
 
 
 def tree(folder: Path) -> dict[str, tuple[int, str]]:
@@ -64,51 +38,6 @@ def tree(folder: Path) -> dict[str, tuple[int, str]]:
         )
         for path in [folder, *folder.rglob("*")]
     }
-
-
-def same_run(a: Path, b: Path) -> bool:
-    """Equal losses, samples and weights, bit for bit."""
-    names = ("metrics.jsonl", "samples.jsonl")
-    return all(rows(a, name) == rows(b, name) for name in names) and same(
-        final_weights(a), final_weights(b)
-    )
-
-
-@pytest.fixture
-def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """Calls something once, in the middle of the step of that number."""
-    original = Trainer.forward_backward
-
-    def arrange(step: int, action: Callable[[], object]) -> None:
-        todo = [action]
-
-        def patched(self: Trainer, batches: Any) -> Any:
-            if self.step + 1 == step and self.steps < 10**6 and todo:
-                todo.pop()()
-            return original(self, batches)
-
-        monkeypatch.setattr(Trainer, "forward_backward", patched)
-
-    return arrange
-
-
-class Killed(BaseException):
-    """Ends a run in the middle of a step without any of its care, as SIGKILL would."""
-
-
-def kill() -> None:
-    raise Killed
-
-
-def send(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
-
-
-@pytest.fixture
-def reference(train: Train, tmp_path: Path) -> Path:
-    """A run of eight steps that nothing disturbed."""
-    assert train(tmp_path / "reference") == 0
-    return tmp_path / "reference"
 
 
 def test_a_fresh_run_writes_all_it_should(
@@ -266,212 +195,6 @@ def test_a_second_process_is_kept_out(
     assert same_run(out, reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [2, 4, 5])  # 4 is saved anyway
-def test_a_signal_saves_and_the_same_command_resumes(
-    train: Train,
-    reference: Path,
-    tmp_path: Path,
-    at_step: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
-    number: signal.Signals,
-    step: int,
-):
-    out = tmp_path / "run"
-    at_step(step, send(number))
-    if number == signal.SIGTERM:
-        with pytest.raises(SystemExit) as ended:
-            train(out)
-        assert ended.value.code == 128 + number
-    else:
-        assert train(out) == 128 + number
-    assert checkpoint.steps(out)[-1].name == checkpoint.step_name(step)
-    assert rows(out)[-1]["step"] == step
-    assert (
-        f"stopped after step {step}; run the same command again to continue"
-        in capsys.readouterr().err
-    )
-    assert train(out) == 0
-    assert f"resuming after step {step}" in capsys.readouterr().err
-    assert same_run(out, reference)
-
-
-def test_a_second_signal_ends_at_once(
-    train: Train, reference: Path, tmp_path: Path, at_step: Callable[..., None]
-):
-    out = tmp_path / "run"
-    at_step(6, lambda: [send(signal.SIGINT)(), send(signal.SIGINT)()])
-    assert train(out) == 128 + signal.SIGINT
-    assert step_names(out) == ["step-00000004"]
-    assert train(out) == 0
-    assert same_run(out, reference)
-
-
-@pytest.mark.parametrize("step", [1, 4, 5, 7, 8])
-def test_killed_in_any_step_the_same_command_resumes(
-    train: Train, reference: Path, tmp_path: Path, at_step: Callable[..., None], step: int
-):
-    out = tmp_path / "run"
-    at_step(step, kill)
-    with pytest.raises(Killed):
-        train(out)
-    restored = 4 if step > 4 else 0
-    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, step))
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"step": 9, "loss": 1.0}\n{"step": 9, "lo')  # later, and torn
-    leftover = out / "checkpoints" / ".step-00000008.partial-1"
-    leftover.mkdir(parents=True)
-    (leftover / "model.safetensors").write_bytes(b"half")
-    assert len(checkpoint.steps(out)) == restored // 4
-    assert train(out) == 0
-    assert same_run(out, reference)
-    assert not list((out / "checkpoints").glob(".*"))
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_around_the_writing_of_the_settings(
-    train: Train,
-    reference: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    when: str,
-):
-    from openpalm.train import run_directory as run_module
-
-    original = run_module.write_atomically
-
-    def patched(path: Path, text: str) -> None:
-        if when == "after":
-            original(path, text)
-        else:
-            path.with_name(f".{path.name}.partial").write_text(text[:20], encoding="utf-8")
-        raise Killed
-
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "write_atomically", patched)
-        with pytest.raises(Killed):
-            train(out)
-    assert train(out) == 0
-    assert same_run(out, reference)
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json", "train/state.json"])
-def test_a_damaged_checkpoint_is_passed_over_and_set_aside(
-    train: Train,
-    reference: Path,
-    tmp_path: Path,
-    at_step: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
-    file: str,
-):
-    out = tmp_path / "run"
-    at_step(6, send(signal.SIGINT))
-    assert train(out) == 128 + signal.SIGINT
-    newest = out / "checkpoints" / "step-00000006"
-    content = bytearray((newest / file).read_bytes())
-    content[len(content) // 2] ^= 1
-    (newest / file).write_bytes(content)
-    capsys.readouterr()
-    assert train(out) == 0
-    error = capsys.readouterr().err
-    assert "passing over a damaged checkpoint" in error
-    assert str(newest) in error
-    assert "resuming after step 4" in error
-    assert (out / "checkpoints" / "damaged-step-00000006").is_dir()
-    assert step_names(out) == ["step-00000004", "step-00000008"]
-    assert same_run(out, reference)
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "train/state.json", "config.json"])
-def test_a_read_error_stops_the_run_and_changes_nothing(
-    train: Train,
-    reference: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    file: str,
-):
-    out = Path(shutil.copytree(reference, tmp_path / "run"))
-    shutil.rmtree(out / "checkpoints" / "step-00000008")
-    unread = out / "checkpoints" / "step-00000004" / file
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    opened = Path.open
-
-    def broken(path: Path, *more: Any, **named: Any) -> Any:
-        if path == unread:
-            raise OSError(errno.EIO, "Input/output error", str(path))
-        return opened(path, *more, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", broken)
-        assert train(out) == 1
-    assert f"{unread}: cannot be read (Input/output error)" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert train(out) == 0
-    assert same_run(out, reference)
-
-
-STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "empty": (lambda state: state.clear(), "'step' is missing"),
-    "text for a number": (lambda state: state.update(step="4"), "step is '4'"),
-    "another step": (lambda state: state.update(step=3), "step 3"),
-    "below zero": (lambda state: state.update(counted=-1), "counted is -1"),
-    "no loader": (lambda state: state.pop("loader"), "'loader' is missing"),
-    "list for a loader": (lambda state: state.update(loader=[]), "data cursor is []"),
-    "no time": (lambda state: state.pop("elapsed_s"), "'elapsed_s' is missing"),
-    "list for a time": (lambda state: state.update(elapsed_s=[]), "another type"),
-    "time without end": (lambda state: state.update(elapsed_s=float("nan")), "nan s"),
-}
-
-
-@pytest.mark.parametrize("kind", STATES)
-def test_a_state_that_no_run_saves_is_refused(
-    train: Train, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-):
-    out = Path(shutil.copytree(reference, tmp_path / "run"))
-    shutil.rmtree(out / "checkpoints" / "step-00000008")
-    newest = out / "checkpoints" / "step-00000004"
-    state = json.loads((newest / "train" / "state.json").read_text(encoding="utf-8"))
-    change, says = STATES[kind]
-    change(state)
-    (newest / "train" / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    manifest = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
-    (newest / "manifest.json").unlink()
-    write_manifest(newest, manifest["lineage"])
-    assert train(out) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert says in error
-    assert "Error:" not in error
-
-
-def test_all_checkpoints_damaged_starts_over(
-    train: Train, reference: Path, tmp_path: Path, at_step: Callable[..., None]
-):
-    out = tmp_path / "run"
-    at_step(6, kill)
-    with pytest.raises(Killed):
-        train(out)
-    (out / "checkpoints" / "step-00000004" / "manifest.json").unlink()
-    assert train(out) == 0
-    assert same_run(out, reference)
-
-
-def test_a_published_checkpoint_cannot_be_resumed(
-    train: Train,
-    tmp_path: Path,
-    at_step: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
-):
-    out = tmp_path / "run"
-    at_step(6, kill)
-    with pytest.raises(Killed):
-        train(out)
-    shutil.rmtree(out / "checkpoints" / "step-00000004" / "train")
-    assert train(out) == 2
-    assert "holds no train/ to resume; start from it with --init" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("keep", "left"), [(1, [8]), (2, [6, 8]), (0, [2, 4, 6, 8])])
 def test_only_the_newest_are_kept(train: Train, tmp_path: Path, keep: int, left: list[int]):
     assert train(tmp_path / "run", keep_checkpoints=keep, save_every=2) == 0
@@ -582,86 +305,6 @@ def test_a_run_that_only_skips_stops_and_says_why(
     assert rows(tmp_path / "run")[0]["skipped"] == "loss not finite"
 
 
-def test_a_full_disk_while_saving_loses_nothing(
-    train: Train,
-    reference: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    out = tmp_path / "run"
-    original = checkpoint.write_manifest
-
-    def full(partial: Path, lineage: dict[str, Any]) -> None:
-        if lineage["step"] == 8:
-            raise OSError(28, "No space left on device")
-        original(partial, lineage)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_manifest", full)
-        assert train(out) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.endswith("step-00000008: cannot be saved (No space left on device)")
-    assert step_names(out) == ["step-00000004"]
-    assert train(out) == 0
-    assert same_run(out, reference)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "steps: [",
-        "nonsense",
-        "steps: 8\n",
-        "more: 1\n",
-        "data: d\nout: o\nsteps: [8]\nmodel: m",
-        "\x00",
-    ],
-)
-def test_a_damaged_settings_file_is_named(
-    train: Train, reference: Path, capsys: pytest.CaptureFixture[str], content: str
-):
-    (reference / "config.yaml").write_text(content, encoding="utf-8")
-    assert train(reference) == 2
-    assert "config.yaml" in capsys.readouterr().err.splitlines()[-1]
-
-
-def program(out: Path, data: Path) -> list[str]:
-    words = "--model palm-tiny --steps 30 --sequence-length 32 --batch-tokens 128 --dtype float32"
-    words += f" --save-every 10 --eval-every 30 --data {data} --out {out}"
-    return [sys.executable, "-m", "openpalm", "train", *words.split()]
-
-
-def test_the_program_stopped_from_outside_resumes(data: Path, tmp_path: Path):
-    """Across processes: stopped and repeated there, uninterrupted here, equal bit for bit."""
-    out, whole = tmp_path / "stopped", tmp_path / "whole"
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    assert main(program(whole, data)[3:]) == 0
-
-    with subprocess.Popen(
-        program(out, data), env=environment, stderr=subprocess.PIPE, text=True
-    ) as running:
-        deadline = time.monotonic() + 1800
-        while not (out / "metrics.jsonl").exists() and running.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        running.send_signal(signal.SIGTERM)
-        assert running.stderr is not None
-        error = running.stderr.read()
-    assert running.returncode == 128 + signal.SIGTERM, error
-    stopped_at = rows(out)[-1]["step"]
-    assert f"stopped after step {stopped_at}; run the same command again to continue" in error
-    assert stopped_at < 30
-
-    done = subprocess.run(program(out, data), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{out / 'checkpoints' / 'step-00000030'}\n"
-    assert f"resuming after step {stopped_at}" in done.stderr
-    assert same_run(out, whole)
-    assert json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
-
-
 def test_a_run_with_all_of_palms_recipe(train: Train, tmp_path: Path):
     """Initialisation, logits, Adafactor, schedule and ramp: killed or not, and continued from."""
     recipe = {
@@ -714,19 +357,6 @@ def test_few_frames_from_the_command_to_the_backward_pass(
         "trainer.train_step",
         "trainer.forward_backward",
     ]
-
-
-@pytest.mark.parametrize("name", ["stable-adamw", "lion", "adafactor", "muon"])
-def test_killed_with_any_optimizer_the_same_command_resumes(
-    train: Train, tmp_path: Path, at_step: Callable[..., None], name: str
-):
-    ask = {"optim.name": name}
-    assert train(tmp_path / "whole", **ask) == 0
-    at_step(6, kill)
-    with pytest.raises(Killed):
-        train(tmp_path / "cut", **ask)
-    assert train(tmp_path / "cut", **ask) == 0
-    assert same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.parametrize(("busy", "share"), [(1.0, 0.5), (0.5, 1.0), (0.49, None)])

@@ -244,6 +244,49 @@ def test_an_edited_dtype_is_refused_after_auto(
     assert train(out, dtype="auto") == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": "three"}, "steps three: must be a whole number"),
+        ({"peak_flops": -1}, "peak_flops -1.0: must be above 0 and finite"),
+        ({"cow": True}, "unknown setting cow"),
+    ],
+)
+def test_a_wrong_value_in_run_json_is_one_line_with_a_remedy(
+    train: Train,
+    begun: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    said: str,
+):
+    out = tmp_path / "run"
+    begun(out, 6)
+    file = out / "run.json"
+    content = json.loads(file.read_text(encoding="utf-8")) | change
+    file.write_text(json.dumps(content), encoding="utf-8")
+    capsys.readouterr()
+    assert train(out) == 2
+    remedy = "restore it from a copy, or choose another --out"
+    assert capsys.readouterr().err == f"openpalm: error: {file}: {said}; {remedy}\n"
+
+
+def test_a_wrong_value_in_config_yaml_is_one_line_with_a_remedy(
+    train: Train, begun: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    begun(out, 6)
+    file = out / "config.yaml"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("\nseed: ", "\nseed: soon # "), encoding="utf-8")
+    capsys.readouterr()
+    assert train(out) == 2
+    assert capsys.readouterr().err == (
+        f"openpalm: error: {file}: not as the run wrote it: seed soon: must be a whole number; "
+        "restore it from a copy, or choose another --out\n"
+    )
+
+
 @pytest.mark.parametrize("version", ["0.1.0", "9.0"])
 def test_a_run_of_another_version_is_refused_by_name(
     train: Train,

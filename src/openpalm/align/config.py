@@ -2,14 +2,14 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
-from openpalm.base.settings import check, spell
+from openpalm.base.settings import check, check_field, spell
 from openpalm.base.typed import home
 from openpalm.errors import SettingsError
-from openpalm.model.config import MAX_BINS, MAX_MEMBERS
 from openpalm.train.config import TrainSettings
 
 GroupAdvantage = Literal["grpo", "dr-grpo", "dapo", "rloo"]
@@ -30,12 +30,6 @@ _REWARD_LOSSES_OF: dict[str, tuple[RewardLoss, ...]] = {
     "bins": ("binned", "hl-gauss", "ordinal"),
     "axis": ("regression", "binned", "hl-gauss", "ordinal"),
 }
-
-
-def _check_field(settings: Any, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
-    """Raises SettingsError if the field is set to a value for which `holds` is false."""
-    value = getattr(settings, name)
-    check(value is None or holds(value), name, value, wanted)
 
 
 def _refuse_options_of_others(
@@ -66,6 +60,9 @@ def reward_sources(given: list[str] | str | None) -> list[str]:
 class SftSettings(TrainSettings):
     """Supervised fine-tuning on conversations."""
 
+    data: Path
+    """conversations: a .jsonl of messages, of prompt and completion, of question and answer,
+    ShareGPT or Alpaca rows; or a .yaml that mixes several"""
     pack: bool = False
     """sequence packing: several conversations in a row, without attention between them"""
     template: Literal["chat", "none"] = "chat"
@@ -76,6 +73,9 @@ class SftSettings(TrainSettings):
 class DpoSettings(TrainSettings):
     """Preference optimisation on pairs (--batch-tokens counts both completions), or with KTO."""
 
+    data: Path
+    """pairs: a .jsonl of prompt, chosen and rejected, of ranked or scored responses, or of
+    preference records; for kto also of prompt, completion and label"""
     loss: PairLoss = "dpo"
     """dpo, cdpo (for noisy labels), ipo, simpo and orpo (both without a reference model)
     train on pairs; kto on labelled completions"""
@@ -95,12 +95,12 @@ class DpoSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_field(self, "beta", lambda v: 0 < v < 1000, "above 0 and below 1000")
-        _check_field(self, "label_smoothing", lambda v: 0 <= v < 0.5, "in [0, 0.5)")
-        _check_field(self, "margin", lambda v: 0 <= v < 1000, "0 or more, below 1000")
+        check_field(self, "beta", lambda v: 0 < v < 1000, "above 0 and below 1000")
+        check_field(self, "label_smoothing", lambda v: 0 <= v < 0.5, "in [0, 0.5)")
+        check_field(self, "margin", lambda v: 0 <= v < 1000, "0 or more, below 1000")
         _refuse_options_of_others(self, self.loss, _LOSSES_OF)
         for name in ("desirable_weight", "undesirable_weight"):
-            _check_field(self, name, lambda v: 0 < v < 1000, "above 0 and below 1000")
+            check_field(self, name, lambda v: 0 < v < 1000, "above 0 and below 1000")
 
     @property
     def resolved_beta(self) -> float:
@@ -132,6 +132,9 @@ class EarlyStoppingSettings:
 class RolloutSettings(TrainSettings):
     """RL on sampled completions; each step learns from an equal share of a rollout."""
 
+    data: Path
+    """prompts: a .jsonl with a prompt, question or messages in each row, and any fields that the
+    reward reads; the rows of sft and dpo do too, without their completions"""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """number format of the arithmetic; weights stay float32; auto: the faster one here"""
     reward: list[str] | str | None = None
@@ -154,7 +157,9 @@ class RolloutSettings(TrainSettings):
     kl_coef: float = 0.05
     """KL penalty coefficient, per nat"""
     kl: Literal["reward", "k2", "k3"] = "reward"
-    """KL penalty: in the reward (exact gradient), or in the loss with the k2 or k3 estimator"""
+    """KL penalty: in the reward, as -log r (estimator k1, exact gradient), or in the loss, as
+    (log r)^2 / 2 of a completion (k2) or r - 1 - log r of each token (k3); r: probability under
+    the reference, divided by that under the policy"""
     target_kl: float | None = None
     """target KL, nats per completion; --kl-coef then adapts to reach it"""
     kl_horizon: int = 1000
@@ -180,14 +185,14 @@ class RolloutSettings(TrainSettings):
             *("prompts_per_rollout", "num_completions", "max_new_tokens"),
             *("epochs_per_rollout", "minibatches", "kl_horizon", "max_importance_weight"),
         ):
-            _check_field(self, name, lambda v: v >= 1, "1 or more")
-        _check_field(self, "temperature", lambda v: 0 < v <= 100, "in (0, 100]")
-        _check_field(self, "kl_coef", lambda v: 0 <= v < 1000, "0 or more, below 1000")
-        _check_field(self, "clip_low", lambda v: 0 < v < 1, "above 0, below 1")
-        _check_field(self, "clip_high", lambda v: 0 < v < 100, "above 0, below 100")
-        _check_field(self, "entropy_coef", lambda v: 0 <= v < 100, "0 or more, below 100")
-        _check_field(self, "target_kl", lambda v: v > 0, "above 0")
-        _check_field(self, "rollout_memory_bytes", lambda v: v >= 0, "0 or more")
+            check_field(self, name, lambda v: v >= 1, "1 or more")
+        check_field(self, "temperature", lambda v: 0 < v <= 100, "in (0, 100]")
+        check_field(self, "kl_coef", lambda v: 0 <= v < 1000, "0 or more, below 1000")
+        check_field(self, "clip_low", lambda v: 0 < v < 1, "above 0, below 1")
+        check_field(self, "clip_high", lambda v: 0 < v < 100, "above 0, below 100")
+        check_field(self, "entropy_coef", lambda v: 0 <= v < 100, "0 or more, below 100")
+        check_field(self, "target_kl", lambda v: v > 0, "above 0")
+        check_field(self, "rollout_memory_bytes", lambda v: v >= 0, "0 or more")
         if self.target_kl is not None and self.kl != "reward":
             raise SettingsError(f"--target-kl: adapts --kl reward, not {self.kl}; leave it out")
         if self.target_kl is not None and not self.kl_coef:
@@ -244,7 +249,8 @@ class PpoSettings(RolloutSettings):
     value_loss_coef: float = 0.5
     """value loss coefficient"""
     value_bins: int = 0
-    """bins of a critic that classifies returns (HL-Gauss); 0: the critic regresses them"""
+    """bins of a critic that classifies returns, with a Gaussian around the return as target
+    (HL-Gauss); 0: the critic predicts the number"""
     value_range: float = 5.0
     """range of the bins, from minus this to this"""
     value_clip: float = 0.2
@@ -258,13 +264,13 @@ class PpoSettings(RolloutSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_field(self, "value_loss_coef", lambda v: 0 <= v < 100, "0 or more, below 100")
+        check_field(self, "value_loss_coef", lambda v: 0 <= v < 100, "0 or more, below 100")
         wanted = "0, or at least 2 and at most 1024"
-        _check_field(self, "value_bins", lambda v: v == 0 or 2 <= v <= 1024, wanted)
+        check_field(self, "value_bins", lambda v: v == 0 or 2 <= v <= 1024, wanted)
         for name in ("value_range", "value_clip"):
-            _check_field(self, name, lambda v: v > 0, "above 0")
+            check_field(self, name, lambda v: v > 0, "above 0")
         for name in ("discount", "gae_lambda"):
-            _check_field(self, name, lambda v: 0 <= v <= 1, "in [0, 1]")
+            check_field(self, name, lambda v: 0 <= v <= 1, "in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -282,8 +288,8 @@ class GrpoSettings(RolloutSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_field(self, "num_completions", lambda v: v >= 2, "2 or more: they are compared")
-        _check_field(self, "max_resamples", lambda v: v >= 0, "0 or more")
+        check_field(self, "num_completions", lambda v: v >= 2, "2 or more: they are compared")
+        check_field(self, "max_resamples", lambda v: v >= 0, "0 or more")
 
     @property
     def highest_clip(self) -> float:
@@ -301,8 +307,13 @@ class GrpoSettings(RolloutSettings):
 class RewardSettings(TrainSettings):
     """Training of a reward model on pairs or on ratings of single completions."""
 
+    data: Path
+    """bradley-terry: pairs, in the rows of dpo; the other losses: a .jsonl of prompt, response and
+    rating, of scored responses, or of preference records"""
     loss: RewardLoss = "bradley-terry"
-    """bradley-terry trains on pairs; regression, binned, hl-gauss and ordinal on ratings"""
+    """bradley-terry trains on pairs; the others on ratings: regression predicts the number, binned
+    its bin, hl-gauss its bin too but with a Gaussian around the rating as target, so that near bins
+    count as nearly right, ordinal the chance to be above each bin"""
     ensemble_size: int = 1
     """number of heads on the shared trunk; the reward is their mean"""
     pooling: Literal["last", "mean"] = "last"
@@ -320,12 +331,15 @@ class RewardSettings(TrainSettings):
     """axis to learn, in preference records with ratings on several axes"""
 
     def __post_init__(self) -> None:
+        # Not at the top: --help reads this module and needs no model.
+        from openpalm.model.config import MAX_BINS, MAX_MEMBERS
+
         super().__post_init__()
-        _check_field(self, "ensemble_size", lambda v: 1 <= v <= MAX_MEMBERS, f"1 to {MAX_MEMBERS}")
+        check_field(self, "ensemble_size", lambda v: 1 <= v <= MAX_MEMBERS, f"1 to {MAX_MEMBERS}")
         for name in ("margin_scale", "centring_coef"):
-            _check_field(self, name, lambda v: 0 <= v < 1000, "0 or more, below 1000")
+            check_field(self, name, lambda v: 0 <= v < 1000, "0 or more, below 1000")
         _refuse_options_of_others(self, self.loss, _REWARD_LOSSES_OF)
-        _check_field(self, "bins", lambda v: 2 <= v <= MAX_BINS, f"2 to {MAX_BINS}")
+        check_field(self, "bins", lambda v: 2 <= v <= MAX_BINS, f"2 to {MAX_BINS}")
 
     @property
     def reads_pairs(self) -> bool:

@@ -65,6 +65,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def link_atomically(path: Path, target: str) -> None:
+    """Makes `path` a symbolic link to `target`, a name in its folder; replaces an older link.
+
+    Raises OSError.
+    """
+    partial = partial_name(path)
+    partial.unlink(missing_ok=True)  # of a killed process that had our number
+    partial.symlink_to(target)
+    partial.replace(path)
+    sync(path.parent)
+
+
 def partial_name(path: Path) -> Path:
     """The temporary name of this process for `path`, in the same folder."""
     return path.with_name(f".{path.name}.partial-{os.getpid()}")

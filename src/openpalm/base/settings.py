@@ -10,9 +10,10 @@ import dataclasses
 import functools
 import inspect
 import keyword
+import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from openpalm.base.typed import (
     convert,
     is_flag,
     is_list,
+    not_a_group,
     optional,
     plain,
     required,
@@ -63,12 +65,14 @@ def parse(
     examples: Sequence[str],
     positional: Sequence[str] = (),
     aliases: dict[str, str] | None = None,
+    foreign: Callable[[Path], dict[str, Any] | None] = lambda path: None,
 ) -> T:
     """Parses `argv`, and the YAML file of --config, into an instance of the dataclass `kind`.
 
     `positional` names the fields given without an option; `aliases` maps other spellings of an
-    option to its field. A field `from_` is spelled --from; a kind with a field `config` of its
-    own reads no YAML file; a field `config_file` that is NOT_AN_OPTION gets its
+    option to its field; `foreign` reads a --config file of another program (dotted name -> value,
+    None if the file is not of that program). A field `from_` is spelled --from; a kind with a field
+    `config` of its own reads no YAML file; a field `config_file` that is NOT_AN_OPTION gets its
     path. Raises SettingsError for a wrong request, HelpRequested for --help.
     """
     options = _options(kind)
@@ -78,7 +82,9 @@ def parse(
     values: dict[str, Any] = {}
     files = [] if "config" in options else [Path(v) for name, v in given if name == "config"]
     for path in files:
-        values |= _from_file(path, options, verb)
+        found = foreign(path)
+        values |= _from_file(path, options, verb) if found is None else found
+    from_files = {*values}
     for name, text in given:
         if name in options:
             values[name] = _converted(text, options[name], spell(name), verb)
@@ -92,7 +98,18 @@ def parse(
         raise SettingsError(f"missing {named}; see `openpalm {verb} --help`")
     if files and "config_file" in typing.get_type_hints(kind):
         values["config_file"] = files[-1]
-    return build(kind, _nested(values))
+    try:
+        return build(kind, _nested(values))
+    except SettingsError as error:
+        in_file = from_files - {name for name, _ in given}
+        raise _naming_file(error, files[-1], in_file) if files else error from None
+
+
+def _naming_file(error: SettingsError, file: Path, names: set[str]) -> SettingsError:
+    """The error of a check, which names an option; names the file if the value is from there."""
+    option, space, rest = str(error).partition(" ")
+    name = option.removesuffix(":").removeprefix("--").replace("-", "_")
+    return SettingsError(f"--config {file}: {name}{space}{rest}") if name in names else error
 
 
 def spell(name: str) -> str:
@@ -104,6 +121,12 @@ def check(condition: bool, name: str, value: object, wanted: str) -> None:
     """Raises SettingsError that names the option, its value and what is wanted."""
     if not condition:
         raise SettingsError(f"{spell(name)} {value}: must be {wanted}")
+
+
+def check_field(settings: Any, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
+    """Raises SettingsError if the field is set to a value for which `holds` is false."""
+    value = getattr(settings, name)
+    check(value is None or holds(value), name, value, wanted)
 
 
 def _options(kind: type, prefix: str = "") -> dict[str, Any]:
@@ -159,7 +182,7 @@ def _split(
 
 
 def _nearest(name: str, options: dict[str, Any]) -> str | None:
-    """The option probably meant: a synonym, a nested one (--lr, --optim.lr), a similar spelling."""
+    """The option probably meant: a synonym, one of a group (--lr), a similar name, a longer one."""
     from difflib import get_close_matches
 
     synonym = _SYNONYMS.get(name.replace("-", "_"))
@@ -169,8 +192,20 @@ def _nearest(name: str, options: dict[str, Any]) -> str | None:
     in_group = [option for option, own in last.items() if own == name.rpartition(".")[2]]
     if len(in_group) == 1:
         return in_group[0]
-    near = get_close_matches(name, [*options, "config"], n=1)
+    near = get_close_matches(name, [*options, "config"], n=1) or _with_words(name, options)
     return near[0] if near else None
+
+
+def _with_words(name: str, options: dict[str, Any]) -> list[str]:
+    """The one option that has all words of `name`: keep -> keep_checkpoints. Groups come second."""
+    words = {*_words(name)}
+    having = [option for option in options if words <= {*_words(option)}]
+    own = [option for option in having if "." not in option]
+    return own if len(own) == 1 else having if len(having) == 1 else []
+
+
+def _words(name: str) -> list[str]:
+    return name.replace(".", "_").split("_")
 
 
 def _converted(value: object, hint: Any, name: str, verb: str) -> Any:
@@ -183,7 +218,7 @@ def _converted(value: object, hint: Any, name: str, verb: str) -> Any:
 
 def _from_file(path: Path, options: dict[str, Any], verb: str) -> dict[str, Any]:
     """Dotted name -> value of a settings file. Raises SettingsError that names the file."""
-    from openpalm.base.yaml_file import read_yaml
+    from openpalm.base.yaml_file import packaged, read_yaml
 
     values: dict[str, Any] = {}
 
@@ -193,6 +228,9 @@ def _from_file(path: Path, options: dict[str, Any], verb: str) -> dict[str, Any]
             is_group = any(option.startswith(f"{name}.") for option in options)
             if is_group and isinstance(value, dict):
                 visit(value, f"{name}.")
+            elif is_group:
+                within = [o.removeprefix(f"{name}.") for o in options if o.startswith(f"{name}.")]
+                raise SettingsError(f"--config {path}: {not_a_group(name, value, within)}")
             elif name not in options:
                 near = _nearest(name, options)
                 hint = f"did you mean {near}?" if near else f"see `openpalm {verb} --help`"
@@ -208,11 +246,29 @@ def _from_file(path: Path, options: dict[str, Any], verb: str) -> dict[str, Any]
 
     try:
         # As text: the option's type decides whether 007 is a number or a folder.
-        content = read_yaml(path, as_text=True)
+        content = read_yaml(packaged(path), as_text=True)
     except SettingsError as error:
         raise SettingsError(f"--config {error}") from None
-    visit(content, "")
+    try:
+        visit(content, "")
+    except SettingsError as error:
+        raise _of_other_version(path, error, "init" in options) from None
     return values
+
+
+def _of_other_version(path: Path, error: SettingsError, may_start: bool) -> SettingsError:
+    """The error, with both versions if another version began the run that has this file."""
+    from openpalm.base.console import shown
+    from openpalm.base.run_version import this_version, version_of_run
+
+    version = version_of_run(path.parent)
+    if version in (None, this_version()):
+        return error
+    start = f", or start from that run's weights with --init {path.parent}" if may_start else ""
+    return SettingsError(
+        f"--config {path}: was written by OpenPaLM {shown(version)}, and this is {this_version()} "
+        f"({str(error).removeprefix(f'--config {path}: ')}); change a copy of the file{start}"
+    )
 
 
 def _fill_positional(
@@ -267,8 +323,10 @@ def _help_text(
 
 def _help_groups(kind: type, title: str, prefix: str, positional: Sequence[str]) -> list[str]:
     """The options of a dataclass, then those of the dataclasses inside it."""
+    from textwrap import fill
+
     docs, hints = _docs(kind), typing.get_type_hints(kind)
-    lines, groups = [f"{title}:"], []
+    lines, groups = [fill(f"{title}:", _width())], []
     # Required options come first, then the verb's own, then those it shares with other verbs.
     order = required(kind)
     order += [name for base in kind.__mro__ for name in inspect.get_annotations(base)]
@@ -304,9 +362,13 @@ def _help_line(left: str, doc: str, field: dataclasses.Field[Any] | None) -> str
 
 def _width() -> int:
     """Columns of the help: the terminal's, or 96 where there is no terminal."""
-    from shutil import get_terminal_size
-
-    return max(40, get_terminal_size(fallback=(98, 24)).columns - 2)
+    # As shutil.get_terminal_size, which brings three compression libraries.
+    columns = os.environ.get("COLUMNS", "")
+    try:
+        width = int(columns) if columns.isdecimal() else os.get_terminal_size().columns
+    except OSError:
+        width = 0
+    return max(40, (width or 98) - 2)
 
 
 def _docs(kind: type) -> dict[str, str]:

@@ -5,7 +5,6 @@ kind in words, never a Python type.
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -21,7 +20,14 @@ from openpalm.errors import DataError, SettingsError
 T = TypeVar("T")
 
 _FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_WANTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    dict: "a group of fields",
+}
 _MAX_SHOWN = 100
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
@@ -75,25 +81,31 @@ def convert(value: object, hint: Any) -> Any:
 
 def shortened(value: object) -> str:
     """A value for an error message: one line, not too long."""
-    text = " ".join(str(value).split())
+    in_files = {None: "null", True: "true", False: "false"}  # as YAML and JSON spell them
+    plain = in_files[value] if value is None or isinstance(value, bool) else str(value)
+    text = " ".join(plain.split())
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def build(kind: type[T], values: dict[str, Any], inside: str = "") -> T:
+def build(kind: type[T], values: dict[str, Any], inside: str = "", *, exact: bool = False) -> T:
     """The dataclass `kind` from nested plain values, such as `plain` returns.
 
-    Raises SettingsError for an unknown name, a missing one, or a wrong value. `inside` is the
-    dotted prefix of the names in messages.
+    exact: no value is converted, see `checked`. Raises SettingsError for an unknown name, a
+    missing one, or a wrong value. `inside` is the dotted prefix of the names in messages.
     """
     hints = typing.get_type_hints(kind)
-    unknown = sorted(str(name) for name in values if name not in hints)
+    unknown = sorted(inside + str(name) for name in values if name not in hints)
     if unknown:
-        raise SettingsError(f"{kind.__name__} has no field {', '.join(unknown)}")
+        raise SettingsError(f"unknown setting {', '.join(unknown)}{_meant(unknown, hints, inside)}")
     missing = [name for name in required(kind) if name not in values]
     if missing:
-        raise SettingsError(f"{', '.join(inside + name for name in missing)}: is missing")
-    fields = {name: _field(hints[name], value, inside + name) for name, value in values.items()}
-    return kind(**fields)
+        raise SettingsError(f"missing {', '.join(inside + name for name in missing)}")
+    return kind(
+        **{
+            name: checked(hints[name], value, inside + name, exact=exact)
+            for name, value in values.items()
+        }
+    )
 
 
 NOT_AN_OPTION = {"option": False}
@@ -124,17 +136,63 @@ def required(kind: type) -> list[str]:
     return [f.name for f in fields if f.default is unset and f.default_factory is unset]
 
 
-def _field(hint: Any, value: object, name: str) -> Any:
+def checked(hint: Any, value: object, name: str, *, exact: bool = False) -> Any:
+    """`value` as the type `hint`, which may be a dataclass.
+
+    exact: the value is of a file that only we write, so a scalar must have its very type and a
+    whole number must not be negative; tuples and dicts of values are read too. Raises
+    SettingsError.
+    """
     if dataclasses.is_dataclass(hint):
         if isinstance(value, dict):
-            return build(typing.cast(type, hint), value, f"{name}.")
+            inside = f"{name}." if name else ""
+            return build(typing.cast(type, hint), value, inside, exact=exact)
         if isinstance(value, typing.cast(type, hint)):
             return value
-        raise SettingsError(f"{name} {shortened(value)}: must be a group of settings")
+        raise not_a_group(name, value, settings_names(hint))
     try:
-        return convert(value, hint)
+        return _exactly(hint, value, name) if exact else convert(value, hint)
     except WrongValue as wrong:
-        raise SettingsError(f"{name} {shortened(value)}: must be {wrong}") from None
+        given = repr(value) if exact else value
+        named = f"{name} {shortened(given)}".strip()
+        raise SettingsError(f"{named}: must be {wrong}") from None
+
+
+def _exactly(hint: Any, value: object, name: str) -> Any:
+    kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hint is Any:
+        return value
+    if kind is tuple:
+        items = enumerate(value if isinstance(value, list) else _not(list))
+        return tuple(checked(arguments[0], v, f"{name}[{i}]", exact=True) for i, v in items)
+    if kind is dict:
+        items = (value if isinstance(value, dict) else _not(dict)).items()
+        inside = f"{name}." if name else ""
+        return {
+            k: checked(arguments[1], v, f"{inside}{shortened(k)}", exact=True) for k, v in items
+        }
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and (type(value) is not int or value < 0):
+        raise WrongValue("a whole number, 0 or more")
+    return value if type(value) is kind else _not(kind)
+
+
+def not_a_group(name: str, value: object, names: list[str]) -> SettingsError:
+    """The error for a single value where a group of settings is wanted."""
+    wanted = f"a group of settings, such as {name}: {{{names[0]}: ...}}"
+    return SettingsError(f"{name} {shortened(value)}: must be {wanted}")
+
+
+def settings_names(kind: Any) -> list[str]:
+    return [field.name for field in settings_of(kind)]
+
+
+def _meant(unknown: list[str], hints: dict[str, Any], inside: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(unknown[0].removeprefix(inside), hints, n=1)
+    return f" (did you mean {inside}{near[0]}?)" if near else ""
 
 
 def _whole(value: object) -> int:
@@ -200,6 +258,8 @@ def _texts(value: object, *, or_one: bool) -> list[str] | str:
 
 def _json_list(text: str) -> list[str] | None:
     try:
+        import json
+
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None

@@ -9,6 +9,8 @@ from openpalm.base.typed import plain
 from openpalm.errors import SettingsError
 
 MAX_BYTES = 1 << 20
+CONFIGS = Path(__file__).parent.parent / "configs"
+"""The recipes that come with the package."""
 
 
 def to_yaml(settings: Any) -> str:
@@ -22,6 +24,13 @@ class _TextLoader(yaml.SafeLoader):
 
 for _tag in ("int", "float", "bool", "timestamp", "value"):
     _TextLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_scalar)
+
+
+def packaged(path: Path) -> Path:
+    """The package's own configs/NAME.yaml if `path` names one and is no file here, else `path`."""
+    own = CONFIGS / path.name
+    is_own = path.parent == Path("configs") and not path.exists() and own.is_file()
+    return own if is_own else path
 
 
 def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,9 @@ from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.files import atomic_folder
 from openpalm.base.json_file import read_failure, read_json
+from openpalm.base.run_version import version_in
 from openpalm.checkpoint import adapter, fingerprint, tensors
+from openpalm.checkpoint.lazy_state import LazyState
 from openpalm.checkpoint.manifest import (
     FORMAT,
     REMEDY,
@@ -40,6 +43,7 @@ from openpalm.checkpoint.manifest import (
     verify,
     write_manifest,
 )
+from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.errors import CheckpointError, SettingsError, StorageError
 from openpalm.model import lora
 from openpalm.model.config import (
@@ -53,10 +57,12 @@ from openpalm.model.config import (
 from openpalm.model.reward import RewardModel, make_model
 from openpalm.model.transformer import Transformer
 
+BEST = "best"
+"""Link in a run's checkpoints/ to its best checkpoint (--keep-best)."""
 _STEP = re.compile(r"step-(\d{8,})")
 _STEPPED = ("optimizer/", "model/")
 """Prefixes of state that must be finite: optimizer moments, weights that only training needs."""
-_FINGERPRINT = "fingerprint.safetensors"
+_DAMAGED = "passing over a damaged checkpoint: "
 _STATE = ("train/state.safetensors", "train/state.json")
 
 Allow = Callable[[str], None]
@@ -90,10 +96,54 @@ def save(
 
     Raises StorageError when the disk is full or refuses; then nothing new is left behind.
     """
+    with _complete_or_absent(directory, lineage) as partial:
+        parent = (lineage or {}).get("parent")
+        _write_contents(partial, model, tokenizer_json, train, fingerprint, card, parent)
+
+
+def save_one_by_one(
+    directory: Path,
+    config: ModelConfig,
+    weights: LazyState,
+    *,
+    optimizer: LazyState | None = None,
+    tokenizer_json: str | None = None,
+    lineage: dict[str, Any] | None = None,
+) -> Tensor:
+    """As `save`, for a model larger than memory: holds one block at a time. Returns the logits of
+    the fingerprint, computed from the weights that were written.
+
+    optimizer: its state as Optimizer.state_tensors names it, for `--keep-optimizer`.
+    """
+    with _complete_or_absent(directory, lineage) as partial:
+        _write_config(partial, config, None, None)
+        if tokenizer_json is not None:
+            _write_text(partial / "tokenizer.json", tokenizer_json)
+        ids = fingerprint.fixed_tokens(config)
+        # Reading is slow (arrays of shards are joined), so one pass computes and writes.
+        with tensors.filled(partial / WEIGHTS, weights.layout) as put:
+            logits = streamed_logits(config, weights.copied_to(put), ids)
+        tensors.write(partial / fingerprint.FILE, {"tokens": ids, "logits": logits})
+        if optimizer is not None:
+            (partial / "train").mkdir()
+            layout = {f"optimizer/{name}": entry for name, entry in optimizer.layout.items()}
+            with tensors.filled(partial / _STATE[0], layout) as put:
+                for name in optimizer:
+                    put(f"optimizer/{name}", optimizer[name])
+            _write_text(partial / _STATE[1], "{}\n")
+        _write_text(partial / "card.md", default_card(config))
+    return logits
+
+
+@contextmanager
+def _complete_or_absent(directory: Path, lineage: dict[str, Any] | None) -> Iterator[Path]:
+    """A folder that becomes the checkpoint `directory` at the end, when its manifest is written.
+
+    Raises StorageError when the disk is full or refuses; then nothing new is left behind.
+    """
     try:
         with atomic_folder(directory) as partial:
-            parent = (lineage or {}).get("parent")
-            _write_contents(partial, model, tokenizer_json, train, fingerprint, card, parent)
+            yield partial
             write_manifest(partial, lineage or {})
     except BaseException as error:
         if refused := tensors.refusal(error):
@@ -118,23 +168,25 @@ def load(
     directory = resolve(path)
     if dtype not in DTYPES:
         raise SettingsError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
-    configs = _load_configs(directory)
-    model = make_model(configs.model, configs.reward).to(device=device, dtype=DTYPES[dtype])
+    configs = load_configs(directory)
+    with torch.device("meta"):
+        model = make_model(configs.model, configs.reward).to(DTYPES[dtype])
+    model.to_empty(device=device)
     load_weights(model, directory, allow=allow)
     model.eval()
-    if dtype == "float32" and is_listed(directory, _FINGERPRINT):
-        fingerprint.check(model, directory / _FINGERPRINT)
+    if dtype == "float32" and is_listed(directory, fingerprint.FILE):
+        fingerprint.check(model, directory / fingerprint.FILE)
     return model
 
 
 def load_config(directory: Path) -> ModelConfig:
     """The model's config; reads no weights."""
-    return _load_configs(directory).model
+    return load_configs(directory).model
 
 
 def load_reward_config(directory: Path) -> RewardConfig | None:
     """The config of a reward model, or None for a language model."""
-    return _load_configs(directory).reward
+    return load_configs(directory).reward
 
 
 class Configs(NamedTuple):
@@ -145,7 +197,8 @@ class Configs(NamedTuple):
     reward: RewardConfig | None
 
 
-def _load_configs(directory: Path) -> Configs:
+def load_configs(directory: Path) -> Configs:
+    """The checked parts of config.json; reads no weights."""
     where = directory / "config.json"
     content = read_json(where, REMEDY)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
@@ -157,10 +210,21 @@ def _load_configs(directory: Path) -> Configs:
             low_rank.check(config)
         reward = reward_from_json(content["reward"], str(where)) if "reward" in content else None
     except SettingsError as error:
-        raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+        raise _of_other_version(where, str(error).removeprefix(f"{where}: ")) from None
     configs = Configs(config, low_rank, reward)
     _check_tensors(configs, directory)
     return configs
+
+
+def _of_other_version(where: Path, reason: str) -> CheckpointError:
+    """The error for a config.json that is not valid, with both versions if they differ."""
+    version = version_in(where.parent / "manifest.json")
+    if version in (None, __version__):
+        return CheckpointError(f"{where}: {reason}; {REMEDY}")
+    return CheckpointError(
+        f"{where}: was written by OpenPaLM {shown(version)}, and this is {__version__} ({reason}); "
+        f"install that version, or {REMEDY}"
+    )
 
 
 def check_generates_text(directory: Path) -> None:
@@ -179,13 +243,14 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
     A model without an adapter gets the checkpoint's adapter. Raises CheckpointError if the weights
     fit another model, or are not finite unless `allow` is given, which then gets the message.
     """
-    low_rank = _load_configs(directory).lora
+    low_rank = load_configs(directory).lora
     if low_rank is not None and not lora.is_attached(model):
         lora.attach(model, low_rank)
     if lora.config_of(model) != low_rank:
         raise CheckpointError(f"{directory}: its adapter differs from this model's")
-    with tensors.opened(directory / WEIGHTS) as file:
-        for name, parameter in model.published_parameters():
+    for name, parameter in model.published_parameters():
+        # Opened for each tensor: pages of the file that stay mapped would count as memory.
+        with tensors.opened(directory / WEIGHTS) as file:
             stored = file.finite(name, allow)
             if stored.shape != parameter.shape:
                 raise CheckpointError(
@@ -234,12 +299,15 @@ def resolve(path: str | Path, *, training: bool = False) -> Path:
     checkpoint, StorageError if the system cannot read one.
     """
     path = Path(path)
+    if path.is_symlink() and path.name == BEST:
+        # Followed once: a run that is still training may point the link to another checkpoint.
+        path = path.parent / path.readlink()
     if file_size(path) is None:
         raise CheckpointError(f"{path}: no such checkpoint or run; check the path")
     if (path / "checkpoints").is_dir():
-        found = latest(path, training=training)
+        found = newest_whole(path, training=training)
         if found is None:
-            raise CheckpointError(f"{path}: this run has no whole checkpoint yet")
+            raise CheckpointError(f"{path}: this run has no checkpoint yet; let it train longer")
         return found
     if not (path / "manifest.json").is_file():
         raise CheckpointError(
@@ -265,8 +333,28 @@ def latest(
             verify(directory, training=training)
             return directory
         except CheckpointError as error:
-            say(f"passing over a damaged checkpoint: {error}")
+            say(f"{_DAMAGED}{error}")
     return None
+
+
+def newest_whole(run: Path, *, training: bool = False) -> Path | None:
+    """`latest`, but a run of which every checkpoint is damaged raises CheckpointError.
+
+    It is not the same as a run without a checkpoint: beginning it again would overwrite files that
+    may still be restored.
+    """
+    lines: list[str] = []
+    found = latest(run, say=lines.append, training=training)
+    if found is None and lines:
+        reason = lines[0].removeprefix(_DAMAGED).removesuffix(f"; {REMEDY}")
+        all_of = "its one checkpoint is" if len(lines) == 1 else f"its {len(lines)} checkpoints are"
+        raise CheckpointError(
+            f"{run}: {all_of} damaged ({reason}); restore one from a copy, or train again with "
+            "another --out"
+        )
+    for line in lines:
+        print(line, file=sys.stderr)
+    return found
 
 
 def steps(run: Path) -> list[Path]:
@@ -283,8 +371,11 @@ def steps(run: Path) -> list[Path]:
 
 def remove_partial(run: Path) -> None:
     """Deletes the leftovers of a killed save; only for the process that holds the run's lock."""
-    for leftover in (run / "checkpoints").glob(".step-*"):
+    folder = run / "checkpoints"
+    for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(f".{BEST}.*"):
+        leftover.unlink(missing_ok=True)
 
 
 def tokenizer_json(directory: Path) -> str | None:
@@ -330,25 +421,31 @@ def _write_contents(
     card: str | None,
     parent: str | None,
 ) -> None:
-    config = {"format": FORMAT, "version": VERSION, "model": asdict(model.config)}
     low_rank = lora.config_of(model)
-    if low_rank is not None:
-        config["lora"] = asdict(low_rank)
-        adapter.write(partial / "adapter", model, base=parent)
     reward = model.reward if isinstance(model, RewardModel) else None
-    config |= {"reward": asdict(reward)} if reward else {}
-    _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    _write_config(partial, model.config, low_rank, reward)
+    if low_rank is not None:
+        adapter.write(partial / "adapter", model, base=parent)
     tensors.write(partial / WEIGHTS, dict(model.published_parameters()))
     if tokenizer is not None:
         _write_text(partial / "tokenizer.json", tokenizer)
     if with_fingerprint:
         tokens, logits = fingerprint.compute(model)
-        tensors.write(partial / _FINGERPRINT, {"tokens": tokens, "logits": logits})
+        tensors.write(partial / fingerprint.FILE, {"tokens": tokens, "logits": logits})
     if train is not None:
         (partial / "train").mkdir()
         tensors.write(partial / _STATE[0], train.tensors)
         _write_text(partial / _STATE[1], json.dumps(train.values, indent=1) + "\n")
     _write_text(partial / "card.md", card or default_card(model.config, reward))
+
+
+def _write_config(
+    partial: Path, model: ModelConfig, low_rank: LoraConfig | None, reward: RewardConfig | None
+) -> None:
+    content = {"format": FORMAT, "version": VERSION, "model": asdict(model)}
+    parts = {"lora": low_rank, "reward": reward}
+    content |= {name: asdict(part) for name, part in parts.items() if part is not None}
+    _write_text(partial / "config.json", json.dumps(content, indent=2) + "\n")
 
 
 def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str:

@@ -10,23 +10,29 @@ from torch import Tensor
 
 from openpalm.checkpoint import tensors
 from openpalm.errors import CheckpointError
+from openpalm.model.config import ModelConfig
 from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer
 
+FILE = "fingerprint.safetensors"
 TOKENS = 16
 TOLERANCE = 1e-4
 
 
 def compute(model: Transformer) -> tuple[Tensor, Tensor]:
     """16 fixed tokens [1, 16] and the model's `output` for them."""
-    vocab = model.config.vocab_size
-    tokens = torch.arange(TOKENS, device=model.embedding.device)[None] * 7919 % vocab
+    tokens = fixed_tokens(model.config).to(model.embedding.device)
     training = model.training
     model.eval()
     with torch.no_grad():
         logits = output(model, tokens)
     model.train(training)
     return tokens, logits
+
+
+def fixed_tokens(config: ModelConfig) -> Tensor:
+    """The token ids [1, 16] of every fingerprint, spread over the vocabulary."""
+    return torch.arange(TOKENS)[None] * 7919 % config.vocab_size
 
 
 def output(model: Transformer, ids: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Nothing in such a file is executed. torch.distributed.checkpoint reads the same 
 (HuggingFaceStorageReader), so several processes can load a checkpoint of one process.
 """
 
+import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +20,13 @@ from torch import Tensor
 from openpalm.base.json_file import read_failure
 from openpalm.errors import CheckpointError
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+"""floating-point types of a safetensors file"""
 _NOT_FINITE = "holds numbers that are not finite"
 _REMEDY = "take an older checkpoint or another copy"
 
@@ -33,6 +42,52 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         stored[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     safetensors.torch.save_file(stored, path)
+
+
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each tensor of a file."""
+
+
+@contextmanager
+def filled(
+    path: Path, layout: Layout, metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """A new safetensors file, filled by calls with a name and its tensor, in any order.
+
+    One tensor is in memory at a time. A second call for a name does nothing. Raises OSError.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (shape, dtype) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the first tensor to eight bytes
+    missing = set(layout)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        data = file.tell()
+
+        def put(name: str, tensor: Tensor) -> None:
+            if name not in missing:
+                return
+            if (tuple(tensor.shape), tensor.dtype) != layout[name]:
+                raise AssertionError(
+                    f"{name}: {list(tensor.shape)} {tensor.dtype}, not as declared"
+                )
+            file.seek(data + header[name]["data_offsets"][0])
+            file.write(raw_bytes(tensor.contiguous()))
+            missing.remove(name)
+
+        yield put
+        if missing:
+            raise AssertionError(f"{path}: {min(missing)} was not written")
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU: bytes to write, or to read into."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # pyright: ignore
 
 
 def refusal(error: BaseException) -> str | None:
@@ -61,11 +116,11 @@ def opened(path: Path) -> Iterator["TensorFile"]:
 def check_finite(where: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError, naming the tensor, if a number is NaN or infinite."""
     for name, tensor in tensors.items():
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise CheckpointError(f"{where}: {name} {_NOT_FINITE}; {_REMEDY}")
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether every number is finite. aminmax returns NaN if there is one; one pass, no copy."""
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
@@ -78,6 +133,11 @@ class TensorFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor by name; no tensor is read."""
         return {n: tuple(self._file.get_slice(n).get_shape()) for n in list(self._file.keys())}
+
+    def floating(self) -> dict[str, torch.dtype]:
+        """Data type of each floating-point tensor by name; no tensor is read."""
+        names = {n: self._file.get_slice(n).get_dtype() for n in list(self._file.keys())}
+        return {name: DTYPES[code] for name, code in names.items() if code in DTYPES}
 
     def all(self) -> dict[str, Tensor]:
         """A copy of every tensor, by name.
@@ -99,6 +159,6 @@ class TensorFile:
         tensor = self.tensor(name)
         if allow is None:
             check_finite(self.path, {name: tensor})
-        elif not _is_finite(tensor):
+        elif not is_finite(tensor):
             allow(f"{self.path}: {name} {_NOT_FINITE}")
         return tensor

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from openpalm.align.config import reward_sources
-from openpalm.base.settings import parse
-from openpalm.cli.model_options import ModelOptions
+from openpalm.base.settings import check_field, parse
+from openpalm.cli.model_options import ModelOptions, check_sampling
 from openpalm.errors import DataError, SettingsError, count_of
 
 if TYPE_CHECKING:
@@ -48,14 +47,9 @@ class BestOfNSettings(ModelOptions):
     """data type of weights and arithmetic; in float32 a completion does not depend on its batch"""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= 4096:
-            raise SettingsError(f"--n {self.n}: must be 1 to 4096")
-        if self.max_new_tokens < 1:
-            raise SettingsError(f"--max-new-tokens {self.max_new_tokens}: must be 1 or more")
-        if not 0 < self.temperature <= 100:
-            raise SettingsError(f"--temperature {self.temperature}: must be in (0, 100]")
-        if not -(2**63) <= self.seed < 2**63:
-            raise SettingsError(f"--seed {self.seed}: must be a 64-bit whole number")
+        check_field(self, "n", lambda v: 1 <= v <= 4096, "1 to 4096")
+        check_field(self, "max_new_tokens", lambda v: v >= 1, "1 or more")
+        check_sampling(self)
         if self.pairs is not None and self.pairs in (self.out, self.data):
             raise SettingsError(f"--pairs {self.pairs}: must be another file than --out and --data")
         if self.out == self.data:
@@ -97,11 +91,13 @@ def run(argv: Sequence[str]) -> None:
 
 def best_completions(settings: BestOfNSettings) -> list[dict[str, Any]]:
     """One row for each prompt; rows that are in --out already are kept, not sampled again."""
+    from openpalm.align.config import reward_sources
     from openpalm.align.judging.best_of_n import SamplingPlan
     from openpalm.align.judging.reward_sources import RewardContext, load_reward
     from openpalm.align.rollouts.rollout import checked_rewards
     from openpalm.base.jsonl import open_jsonl
-    from openpalm.cli.common import progress, serving_engine
+    from openpalm.base.progress_bar import ProgressBar
+    from openpalm.cli.common import serving_engine
     from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.prompt_files import read_prompts
 
@@ -113,9 +109,9 @@ def best_completions(settings: BestOfNSettings) -> list[dict[str, Any]]:
     reward = load_reward(reward_sources(settings.reward), context)
     plan = SamplingPlan(settings.n, settings.max_new_tokens, settings.temperature, settings.seed)
     fingerprint = _fingerprint(settings)
-    with open_jsonl(settings.out) as file, progress("best-of-n", len(ids)) as advance:
+    with open_jsonl(settings.out) as file, ProgressBar("best-of-n", len(ids)) as bar:
         rows = _finished_rows(file.found, fingerprint, settings.out)
-        advance(len(rows))
+        bar.advance(len(rows))
         step = max(1, ROWS_PER_BATCH // settings.n)
         for first in range(len(rows), len(ids), step):
             chosen = range(first, min(first + step, len(ids)))
@@ -130,7 +126,7 @@ def best_completions(settings: BestOfNSettings) -> list[dict[str, Any]]:
                 }
                 file.append(row)
                 rows.append(row)
-            advance(len(chosen))
+            bar.advance(len(chosen))
     return rows
 
 

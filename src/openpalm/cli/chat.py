@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openpalm.base.settings import parse
+from openpalm.base.settings import check_field, parse
 from openpalm.cli.model_options import GenerationOptions
-from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
     from openpalm.data.text.conversation import Message
@@ -34,8 +33,7 @@ class ChatSettings(GenerationOptions):
     """maximum number of tokens in a reply"""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise SettingsError(f"--max-new-tokens {self.max_new_tokens}: must be 1 or more")
+        check_field(self, "max_new_tokens", lambda v: v >= 1, "1 or more")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -52,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     )
     from openpalm.cli.common import serving_model
 
-    conversation = _Conversation(*serving_model(settings.path, settings), settings)
+    conversation = _Conversation(*serving_model(settings.path, settings, slots=1), settings)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
 

@@ -1,44 +1,37 @@
-"""What several verbs share: weights and tokenizers from names, held-out rows, progress lines."""
+"""What several verbs share: weights and tokenizers from names, held-out rows."""
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TypeVar, cast
 
 from openpalm.base.device import pick_device, pick_dtype
 from openpalm.base.hashing import sha256_of
-from openpalm.base.typed import home
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from openpalm.checkpoint.manifest import is_listed, read_manifest
 from openpalm.cli.model_options import ModelOptions
-from openpalm.convert import hub
+from openpalm.convert.cached import checkpoint_path
 from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.tokenizer import Tokenizer, is_bpe
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 from openpalm.generate.engine import Engine
+from openpalm.generate.load import load_quantized
+from openpalm.generate.quantize import WeightFormat
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import NO_INIT, TrainSettings
 from openpalm.train.initial_weights import Start, check_reads, starting_point
 
 T = TypeVar("T")
-SECONDS_BETWEEN_LINES = 30.0
-"""Time between progress lines if standard error is no terminal."""
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 64
 
 
 def weights_path(name: str) -> Path:
-    """A run, a checkpoint or a hub name as a path that `checkpoint.resolve` understands."""
-    if name in hub.NAMES and not Path(name).exists():
-        return hub.fetch(name)
-    return Path(home(name))
+    """A run, a checkpoint, a Hugging Face folder or a hub name as a path that `checkpoint.resolve`
+    understands."""
+    return checkpoint_path(name)
 
 
 def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None:
@@ -82,7 +75,7 @@ def held_out(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     return items[:kept], items[kept:]
 
 
-def report_unused(label: str, path: Path, given: ReadResult[T], what: str) -> ReadResult[T]:
+def report_unused(label: str, path: Path | str, given: ReadResult[T], what: str) -> ReadResult[T]:
     """Prints which rows of a file are left out, by reason, and which fields are not used.
 
     Raises DataError if no row is left.
@@ -129,8 +122,12 @@ def serving_model(
             print(f"openpalm: warning: {forced}", file=sys.stderr)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    model = checkpoint.load(directory, str(device), dtype, allow=allow)
-    give_adapter(model, settings.adapter, directory, force=settings.force)
+    if settings.adapter is None and checkpoint.load_configs(directory).lora is None:
+        weights = settings.quantize or cast(WeightFormat, dtype)
+        model = load_quantized(directory, weights, str(device), allow=allow)
+    else:  # an adapter is merged before quantizing, so the whole model is needed
+        model = checkpoint.load(directory, str(device), dtype, allow=allow)
+        give_adapter(model, settings.adapter, directory, force=settings.force)
     engine = Engine(model, slots=slots, weights=settings.quantize, owned=True)
     return engine, tokenizer, sampling_defaults(directory)
 
@@ -169,24 +166,3 @@ def _equivalent_hashes(directory: Path) -> set[str]:
     lineage = manifest["lineage"]
     merged = {lineage["parent"]} if lineage.get("adapter") == "own" else set()
     return {manifest["sha256"]} | merged
-
-
-@contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in a terminal, elsewhere a line every 30 s; call it with the increment."""
-    columns = (TextColumn(label), BarColumn(bar_width=24), MofNCompleteColumn())
-    console = Console(stderr=True)
-    remaining = TimeRemainingColumn(compact=True)
-    with Progress(*columns, remaining, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total)
-        said, done = time.monotonic(), 0
-
-        def advance(more: int) -> None:
-            nonlocal said, done
-            done += more
-            bar.advance(task, more)
-            if not console.is_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                print(f"{label}: {done:,} of {total:,}", file=sys.stderr, flush=True)
-
-        yield advance

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,27 +30,34 @@ USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
 
 `openpalm data prepare --help`, and so on, show the options.
 """
-SHOWN_AFTER_S = 2.0
-SECONDS_BETWEEN_LINES = 30.0
-"""between progress lines when standard error is not a terminal"""
 
 
 @dataclass(frozen=True)
 class Prepare:
     inputs: list[str]
-    """files, folders, globs (also as s3://, gs://, hf:// or other URLs), hub:NAME[:SPLIT] or
+    """files, folders, globs (also at s3://, gs://, hf:// and other URLs), hub:NAME[:SPLIT] or
     builtin:python-docs. A .jsonl, .ndjson or .json
-    file (also .gz, .zst) has one document per line, a .parquet file one per row; a .bin file holds
-    uint16 token ids; any other file is one document"""
+    file has one document per line, a .parquet file one per row, a .tar or .tgz archive one per
+    member, a .tfrecords file one of token ids per record (an .index file lists them); a .bin file
+    holds uint16 token ids; any other file is one document; text may be packed as .gz, .zst, .xz"""
     out: Path
     """output folder; new, empty, or with this same dataset"""
     tokenizer: str = "bpe:4096"
-    """byte, bpe:VOCAB (trained on the training text; VOCAB ids in total) or a tokenizer.json"""
+    """byte, bpe:VOCAB (trained on the training text; VOCAB ids in total), a tokenizer.json, a
+    folder with one or with GPT-2's vocab.json and merges.txt, or a name on the Hugging Face Hub
+    (gpt2, hub:NAME)"""
     end_of_text: str | None = None
     """end-of-text token of a tokenizer.json, if neither its name nor the files in its folder
     (tokenizer_config.json and others) give it; added to the vocabulary if it is missing"""
     text_field: str = "text"
-    """field with the text in a line or row; if it is missing, `input_ids` is read"""
+    """field with the text in a line or row; if it is missing, `input_ids` is read; of
+    .tfrecords the feature with the ids"""
+    split_text: str | None = None
+    """text between documents, such as "<|endoftext|>": every text is split at it"""
+    fix_text: Literal["none", "ftfy"] = "none"
+    """ftfy mends wrongly decoded text and applies Unicode NFKC, before documents are hashed"""
+    detokenize: Literal["none", "wikitext"] = "none"
+    """wikitext undoes the tokenization of WikiText (`a 1 @,@ 000 @-@ mile trip .`)"""
     val_fraction: float = 0.05
     """share of the text in the validation split, between 0 and 1"""
     val: str = "hash"
@@ -60,6 +65,18 @@ class Prepare:
     documents, the tail) or tail:F (the last share F of the text)"""
     dedup: Literal["exact", "none"] = "exact"
     """exact drops documents with the same text as an earlier one"""
+    min_unique_tokens: int = 0
+    """drops sequences of --sequence-tokens with fewer distinct tokens than this, in both splits;
+    the documents are joined and cut into sequences first"""
+    sequence_tokens: int = 2048
+    """length of the sequences of --min-unique-tokens"""
+    repack_epochs: int = 1
+    """writes the training split this many times; from the second on, its documents are in a new
+    random order, so that other documents share a sequence"""
+    keep_order: bool = False
+    """with --repack-epochs: every epoch has the order of the inputs"""
+    seed: int = 0
+    """random seed of the orders of --repack-epochs"""
     workers: int | None = None
     """threads that parse and encode; default: all cores. The output does not depend on it"""
     shard: str | None = None
@@ -119,6 +136,7 @@ def run_prepare(argv: Sequence[str]) -> None:
             "openpalm data prepare posts.jsonl.zst --text-field body --out data/posts --workers 4",
             "openpalm data prepare c4/ --tokenizer neox.json --out parts/1 --shard 1/8",
             "openpalm data prepare hub:roneneldan/TinyStories:train --out data/stories",
+            "openpalm data prepare books.tar.gz --tokenizer gpt2 --fix-text ftfy --out data/books",
         ),
         positional=("inputs",),
     )
@@ -200,6 +218,12 @@ def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
             f"{split.bytes:>14,} bytes {per_token:6.2f} bytes per token"
         )
         lines += lost_text(name, split.lost, split.bytes)
+        lines += _dropped(name, split.dropped, manifest)
+    if manifest.settings.repack_epochs > 1:
+        order = "the order of the inputs" if manifest.settings.keep_order else "new orders"
+        lines.append(
+            f"train holds its documents {manifest.settings.repack_epochs} times, in {order}"
+        )
     lines.append(f"vocabulary {manifest.vocab_size:,}, validation split by {manifest.split_by}")
     if shard:
         lines.append(f"part {shard}; next: openpalm data build PART... --out DIR")
@@ -215,6 +239,16 @@ def lost_text(split: str, lost: int, kept: int) -> list[str]:
     return [
         f"{split:<6}{lost:,} bytes ({share:.3g} % of the text) are lost: this tokenizer cannot "
         "encode them; bits per byte count only the bytes that are kept"
+    ]
+
+
+def _dropped(split: str, dropped: int, manifest: "Manifest") -> list[str]:
+    if not dropped:
+        return []
+    settings = manifest.settings
+    return [
+        f"{split:<6}{count_of(dropped, 'sequence')} of {settings.sequence_tokens} tokens dropped: "
+        f"fewer than {settings.min_unique_tokens} distinct tokens"
     ]
 
 
@@ -237,33 +271,9 @@ def _inspected(path: Path, found: "Inspection") -> str:
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error after SHOWN_AFTER_S; lines if it is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes, drawn when the job takes long; gives its function of (done, total)."""
+    from openpalm.base.progress_bar import LONG_JOB_S, ProgressBar
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
-    task = bar.add_task(what, total=None)
-    started = time.monotonic()
-    shown = False
-    said = started
-
-    def report(done: int, total: int) -> None:
-        nonlocal shown, said
-        if not bar.console.is_terminal:
-            if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                share = f" of {total / 1e6:,.0f}" if total else ""
-                print(f"{what}: {done / 1e6:,.0f}{share} MB", file=sys.stderr, flush=True)
-            return
-        if not shown and time.monotonic() - started > SHOWN_AFTER_S:
-            shown = True
-            bar.start()
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        if shown:
-            bar.stop()
+    with ProgressBar(label, in_bytes=True, delay_s=LONG_JOB_S) as bar:
+        yield bar.move_to

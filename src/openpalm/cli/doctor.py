@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from openpalm.align.config import GrpoSettings, reward_sources, rollout_rate
 from openpalm.base.settings import parse
 from openpalm.errors import WorkError
 from openpalm.train.config import LoraSettings
 
 if TYPE_CHECKING:
+    from openpalm.align.config import GrpoSettings
     from openpalm.align.doctor.checks import Check
     from openpalm.align.doctor.run_checks import PlannedRun
     from openpalm.data.rows.messages import Messages
@@ -53,8 +53,10 @@ class DoctorSettings:
     def __post_init__(self) -> None:
         self.as_run()
 
-    def as_run(self) -> GrpoSettings:
+    def as_run(self) -> "GrpoSettings":
         """The settings that `openpalm grpo` would get. Raises SettingsError."""
+        from openpalm.align.config import GrpoSettings
+
         return GrpoSettings(
             data=self.data,
             out=Path("doctor"),
@@ -85,14 +87,14 @@ def run(argv: Sequence[str]) -> None:
         ],
     )
     from openpalm.align.doctor.run_checks import run_checks
-    from openpalm.cli.common import progress
+    from openpalm.base.progress_bar import ProgressBar
 
     planned = planned_run(settings)
     checks: list[Check] = []
-    with progress("doctor", _check_count(planned)) as advance:
+    with ProgressBar("doctor", _check_count(planned)) as bar:
         for check in run_checks(planned):
             checks.append(check)
-            advance(1)
+            bar.advance(1)
             if not check.ok:
                 break
     if settings.json:
@@ -105,6 +107,7 @@ def run(argv: Sequence[str]) -> None:
 
 def planned_run(settings: DoctorSettings) -> "PlannedRun":
     """Composes the model, data and reward that the run would start with."""
+    from openpalm.align.config import reward_sources, rollout_rate
     from openpalm.align.doctor.run_checks import PlannedRun
     from openpalm.align.judging.reward_sources import RewardContext, load_reward
     from openpalm.align.pairs.examples import PreferenceExample, to_example

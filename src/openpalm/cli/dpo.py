@@ -43,6 +43,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     from openpalm.align.pairs.examples import preference_loader
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
+    from openpalm.train.probes import BestBy
     from openpalm.train.run import run_training
     from openpalm.train.spec import TrainSpec
 
@@ -68,9 +69,11 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
         unit=kind.unit,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
+        parent=start.parent,
         parent_hash=start.parent_hash,
         parent_fixed=settings.loss not in WITHOUT_REFERENCE,
         probes=[_held_out_probe(kind, kind.collate(measured))] if measured else [],
+        best=BestBy() if measured else None,
         label=label,
     )
     return run_training(settings, spec)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from openpalm.base.settings import parse
+from openpalm.base.settings import check_field, parse
 from openpalm.cli.model_options import LoadOptions
-from openpalm.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ class EvalSettings(LoadOptions):
     """print one JSON object"""
 
     def __post_init__(self) -> None:
-        if self.sequence_length is not None and self.sequence_length < 1:
-            raise SettingsError(f"--sequence-length {self.sequence_length}: must be 1 or more")
+        check_field(self, "sequence_length", lambda v: v >= 1, "1 or more")
 
 
 def run(argv: Sequence[str]) -> None:

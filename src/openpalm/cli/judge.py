@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from openpalm.base.settings import parse
-from openpalm.cli.model_options import ModelOptions
+from openpalm.base.settings import check, check_field, parse
+from openpalm.cli.model_options import ModelOptions, check_sampling
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -64,15 +64,10 @@ class JudgeSettings:
             raise SettingsError("--endpoint and --judge-model: give both or neither")
         for name in ("num_completions", "max_new_tokens", "parallel"):
             least = 2 if name == "num_completions" and not self.revise else 1
-            if not least <= getattr(self, name) <= 4096:
-                option = name.replace("_", "-")
-                raise SettingsError(f"--{option} {getattr(self, name)}: must be {least} to 4096")
-        if not 0 < self.temperature <= 100:
-            raise SettingsError(f"--temperature {self.temperature}: must be in (0, 100]")
-        if not 0 < self.timeout <= 3600:
-            raise SettingsError(f"--timeout {self.timeout}: must be above 0, at most 3600")
-        if not -(2**63) <= self.seed < 2**63:
-            raise SettingsError(f"--seed {self.seed}: must be a 64-bit whole number")
+            value = getattr(self, name)
+            check(least <= value <= 4096, name, value, f"{least} to 4096")
+        check_field(self, "timeout", lambda v: 0 < v <= 3600, "above 0, at most 3600")
+        check_sampling(self)
         if self.out == self.data:
             raise SettingsError(f"--out {self.out}: must be another file than --data")
 
@@ -119,20 +114,20 @@ def judge_completions(settings: JudgeSettings) -> dict[str, Any]:
     """Appends a preference record for every item without one; returns the session's counts."""
     from openpalm.align.judging.judging_session import JudgingSession
     from openpalm.base.jsonl import open_jsonl
-    from openpalm.cli.common import progress
+    from openpalm.base.progress_bar import ProgressBar
     from openpalm.data.rows.constitution import read_constitution
     from openpalm.data.rows.preferences import Preference
 
     constitution = read_constitution(settings.constitution, "principles")
     items, judge = _items(settings), _judge(settings)
-    with open_jsonl(settings.out) as file, progress("judge", len(items)) as advance:
+    with open_jsonl(settings.out) as file, ProgressBar("judge", len(items)) as bar:
         rows = enumerate(file.found, 1)
         known = {Preference.from_json(row, f"--out {settings.out}:{i}").id for i, row in rows}
         session = JudgingSession(judge, constitution, settings.max_new_tokens, file, known)
         ask = session.revise if settings.revise else session.compare
         for item in items:
             ask(item)
-            advance(1)
+            bar.advance(1)
         session.check()
     return session.summary()
 

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 
 from openpalm.errors import OpenPalmError
@@ -38,6 +37,7 @@ VERBS = {
     "eval": ("eval", "loss and bits per byte of a checkpoint on prepared data"),
     "convert": ("convert", "read and write checkpoints of other projects"),
     "copy": ("copy", "copy a checkpoint, run or dataset to or from s3://, gs://, hf://"),
+    "push": ("push", "upload a model to the Hugging Face Hub"),
     "models": ("models", "list the model sizes: parameters, memory, FLOPs per token"),
     "report": ("report", "show runs as one HTML page or as curves in the terminal"),
 }
@@ -129,6 +129,8 @@ def _explain(error: BaseException, verb: str) -> int:
 
 
 def _suggestion(verb: str) -> str:
+    from difflib import get_close_matches
+
     near = get_close_matches(verb.lower().replace("_", "-"), [*VERBS, *DATA_VERBS], n=1)
     if not near:
         return "see `openpalm --help`"

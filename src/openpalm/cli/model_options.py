@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from openpalm.base.settings import check_field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class ModelOptions(LoadOptions):
     tokenizer: Path | None = None
     """tokenizer.json for a checkpoint without one"""
     adapter: Path | None = None
-    """LoRA adapter for the model: a directory in PEFT's layout, a run or a checkpoint"""
+    """LoRA adapter for the model: a directory in PEFT's layout (adapter_config.json and
+    adapter_model.safetensors), a run or a checkpoint"""
     force: bool = False
     """use a tokenizer or an adapter that was made for another checkpoint"""
 
@@ -46,3 +49,9 @@ class GenerationOptions(ModelOptions):
     else 1"""
     seed: int = 0
     """random seed"""
+
+
+def check_sampling(settings: Any) -> None:
+    """Raises SettingsError for a temperature or a seed that no completion can be sampled with."""
+    check_field(settings, "temperature", lambda v: 0 < v <= 100, "in (0, 100]")
+    check_field(settings, "seed", lambda v: -(2**63) <= v < 2**63, "a 64-bit whole number")

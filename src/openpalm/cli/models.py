@@ -3,9 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from openpalm.base.settings import parse
-from openpalm.model.config import PRESETS, ModelConfig, Preset
+
+if TYPE_CHECKING:
+    from openpalm.model.config import ModelConfig, Preset
 
 TRAIN_BYTES_PER_PARAMETER = 16
 """float32 weight, gradient and AdamW's two moments; activations need more memory."""
@@ -40,6 +43,8 @@ def run(argv: Sequence[str]) -> None:
         "AdamW in float32, training FLOPs per token at the preset's context.",
         examples=["openpalm models", "openpalm models --json"],
     )
+    from openpalm.model.config import PRESETS
+
     if settings.json:
         print(json.dumps([_row(name, PRESETS[name].config) for name in PRESETS], indent=1))
         return
@@ -50,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _line(name: str, preset: Preset) -> tuple[str, ...]:
+def _line(name: str, preset: "Preset") -> tuple[str, ...]:
     config = preset.config
     return (
         name,
@@ -65,7 +70,7 @@ def _line(name: str, preset: Preset) -> tuple[str, ...]:
     )
 
 
-def _row(name: str, config: ModelConfig) -> dict[str, object]:
+def _row(name: str, config: "ModelConfig") -> dict[str, object]:
     return {
         "name": name,
         "parameters": config.parameters,

@@ -5,19 +5,14 @@ done is not repeated.
 """
 
 import json
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from openpalm.align.config import DpoSettings, SftSettings
 from openpalm.base.settings import parse
 from openpalm.errors import SettingsError, count_of
-from openpalm.train.config import PretrainSettings
-from openpalm.train.optimizer_settings import OptimSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +37,8 @@ class QuickstartSettings:
     """Time budget and directory."""
 
     minutes: float = 5.0
-    """time budget: about 62 % pretraining, 20 % fine-tuning"""
+    """time budget: 62 % for pretraining, 20 % for fine-tuning; the other 18 % is not enforced: data
+    and tokenizer, timing of the model sizes, answers to questions, preferences, the report"""
     out: Path = Path("runs/quickstart")
     """directory for data, runs and report"""
     seed: int = 0
@@ -110,6 +106,8 @@ def prepare_data(settings: QuickstartSettings, console: "Console") -> "Manifest"
 def pretrain(settings: QuickstartSettings, console: "Console", compared: dict[str, float]) -> None:
     """Stage 2: a model of a size that this machine can train in the time."""
     from openpalm.cli.train import pretrain as train_verb
+    from openpalm.train.config import PretrainSettings
+    from openpalm.train.optimizer_settings import OptimSettings
     from openpalm.train.sizing.budget import size_for
 
     seconds = settings.minutes * 60 * PRETRAIN_SHARE
@@ -142,6 +140,9 @@ def pretrain(settings: QuickstartSettings, console: "Console", compared: dict[st
 
 def taught_items(settings: QuickstartSettings) -> "list[QuestionAnswer]":
     """As many top-level functions and classes as fine-tuning can teach in the time."""
+    import random
+    from statistics import median
+
     from openpalm.data.corpus.builtin import question_answers
     from openpalm.train.sizing.budget import facts
 
@@ -156,8 +157,10 @@ def finetune(
     settings: QuickstartSettings, console: "Console", items: "list[QuestionAnswer]"
 ) -> None:
     """Stage 3: fine-tuning on questions about those items."""
+    from openpalm.align.config import SftSettings
     from openpalm.cli.sft import finetune as sft_verb
     from openpalm.data.corpus.builtin import question_rows
+    from openpalm.train.optimizer_settings import OptimSettings
 
     console.rule("3  fine-tuning on questions and answers", align="left")
     data, rows = settings.out / "questions.jsonl", question_rows(items, settings.seed)
@@ -216,10 +219,12 @@ def prefer(
 
     None if the completions are too much alike.
     """
+    from openpalm.align.config import DpoSettings
     from openpalm.cli.dpo import prefer as dpo_verb
     from openpalm.evaluate.question_answering import answer_questions, preferences_by_f1
     from openpalm.evaluate.token_f1 import mean_token_f1
     from openpalm.report.quickstart_page import Preferred
+    from openpalm.train.optimizer_settings import OptimSettings
 
     console.rule("5  preferring the better of its own answers", align="left")
     judged = items[: max(16, int(JUDGED_PER_MINUTE * settings.minutes))]

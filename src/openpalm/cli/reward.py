@@ -46,6 +46,7 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out
     from openpalm.model.reward import RewardModel
+    from openpalm.train.probes import BestBy
     from openpalm.train.run import run_training
     from openpalm.train.spec import TrainSpec
 
@@ -71,8 +72,10 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
         unit="pairs" if settings.reads_pairs else "ratings",
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
+        parent=start.parent,
         parent_hash=start.parent_hash,
         probes=[_held_out_probe(settings, measured, ties)] if measured else [],
+        best=BestBy() if measured else None,
         label=label,
     )
     return run_training(settings, spec)

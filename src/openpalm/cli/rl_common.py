@@ -54,6 +54,7 @@ def train_on_rollouts(
     from openpalm.data.rows.prompt_files import read_prompts
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
+    from openpalm.train.probes import BestBy
     from openpalm.train.run import run_training
     from openpalm.train.run_directory import reward_failed
     from openpalm.train.spec import TrainSpec
@@ -96,11 +97,12 @@ def train_on_rollouts(
         shape=shape,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
+        parent=start.parent,
         parent_hash=start.parent_hash,
         reward_hash=fingerprint([*reward_sources(settings.reward), *gold_sources]),
         parent_fixed=True,
         probes=_probes(settings, context, ids, evaluated, reference, reward, gold),
-        best="val_gold" if gold else "val_reward",
+        best=BestBy("val_gold" if gold else "val_reward", highest=True, always=True),
         label=label,
     )
     try:

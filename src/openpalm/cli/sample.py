@@ -88,7 +88,7 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.cli.common import serving_model
     from openpalm.generate.streaming import Completion, stream
 
-    engine, tokenizer, defaults = serving_model(settings.source, settings)
+    engine, tokenizer, defaults = serving_model(settings.source, settings, slots=1)
     request = _request(settings, tokenizer, engine.model.config.vocab_size, defaults)
     stops = [settings.stop] if isinstance(settings.stop, str) else settings.stop or []
     completion = Completion("", [], "")

@@ -156,8 +156,12 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
 
 
 def _model_name(path: str) -> str:
-    """The last directory of a path that is not a checkpoint's: runs/tiny/step-10 is tiny."""
-    parts = [part for part in Path(path).resolve().parts if not part.startswith("step-")]
+    """The run's name, from the path of a checkpoint: runs/tiny/checkpoints/step-10 is tiny."""
+    parts = [
+        part
+        for part in Path(path).resolve().parts
+        if part != "checkpoints" and not part.startswith("step-")
+    ]
     return parts[-1] if parts else path
 
 

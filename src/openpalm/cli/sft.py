@@ -52,6 +52,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     )
     from openpalm.data.batches.order import mixture as mixed_draws
     from openpalm.data.rows.tasks import read_mixture
+    from openpalm.train.probes import BestBy
     from openpalm.train.run import run_training
     from openpalm.train.spec import TrainSpec
 
@@ -65,7 +66,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     shares = mixture.shares(sizes)
     draws = mixed_draws(sizes, shares, settings.seed) if len(sizes) > 1 else None
     for task, size, share in zip(mixture.tasks, sizes, shares, strict=True) if draws else ():
-        print(f"{label}: {task.data}: {share} draws an epoch of {size} examples", file=sys.stderr)
+        print(f"{label}: {task.name}: {share} draws an epoch of {size} examples", file=sys.stderr)
     if cut := truncated([*trained, *measured], length):
         whole = count_of(len(trained) + len(measured), "conversation")
         print(
@@ -87,8 +88,10 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
         learning_rate=start.learning_rate,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=mixture.digest(settings.data),
+        parent=start.parent,
         parent_hash=start.parent_hash,
         probes=[_held_out_probe(measured, length)] if measurable else [],
+        best=BestBy() if measurable else None,
         label=label,
     )
     return run_training(settings, spec)
@@ -106,7 +109,7 @@ def _tasks(
     for number, task in enumerate(mixture.tasks):
         given = read_conversations(task, settings.seed + number)
         found = to_examples(tokenizer, given, settings.template, length)
-        examples.append(report_unused(label, task.data, found, "conversation").items)
+        examples.append(report_unused(label, task.name, found, "conversation").items)
     return examples
 
 

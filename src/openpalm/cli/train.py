@@ -3,12 +3,10 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from openpalm.base.settings import parse, spell
 from openpalm.train.config import PretrainSettings, TrainSettings
-from openpalm.train.sizing.scaling import scaled
 
 if TYPE_CHECKING:
     from openpalm.data.batches.token_mixture import TokenSets
@@ -22,6 +20,7 @@ EXAMPLES = [
     "openpalm train --model palm-14m --data mixture.yaml --out runs/mixed --epochs 2",
     "openpalm train --depth 4 --data data/docs --out runs/d4",
     "openpalm train --config configs/laptop.yaml --data data/docs --out runs/laptop",
+    "openpalm train --config 6B_roto_256.json --data data/pile --out runs/gpt-j",
     "openpalm train --init runs/laptop --data data/more --out runs/more --steps 500",
     "openpalm train --config runs/tiny/config.yaml --out runs/again",
 ]
@@ -35,8 +34,24 @@ def run(argv: Sequence[str]) -> None:
         about="Trains a model on prepared data. The same command resumes an interrupted run; "
         "a finished run is not changed.",
         examples=EXAMPLES,
+        foreign=_mesh_settings,
     )
     report(pretrain(settings), settings)
+
+
+def _mesh_settings(path: Path) -> dict[str, Any] | None:
+    """The settings of a configuration of mesh-transformer-jax; None for any other file."""
+    from textwrap import fill
+
+    from openpalm.train.mesh_config import read_mesh_config
+
+    found = read_mesh_config(path, PretrainSettings.__dataclass_fields__)
+    if found is None:
+        return None
+    print(f"train: {path}: a configuration of mesh-transformer-jax", file=sys.stderr)
+    for line in found.lines:
+        print(fill(f"train: {line}", 98, break_on_hyphens=False), file=sys.stderr)
+    return found.values
 
 
 def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
@@ -45,7 +60,9 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     from openpalm.data.batches.loader import token_loader
     from openpalm.data.batches.token_mixture import open_sets
     from openpalm.train.initial_weights import starting_point
+    from openpalm.train.probes import BestBy
     from openpalm.train.run import run_training
+    from openpalm.train.sizing.scaling import scaled
     from openpalm.train.spec import TrainSpec
 
     sets = open_sets(settings.data)
@@ -77,8 +94,10 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
         learning_rate=start.learning_rate,
         tokenizer_json=(sets.datasets[0].path / "tokenizer.json").read_text(encoding="utf-8"),
         data_hash=sets.digest,
+        parent=start.parent,
         parent_hash=start.parent_hash,
         probes=_probes(settings, sets, tokenizer, length),
+        best=BestBy() if _validates(sets) else None,
         label=label,
     )
     return run_training(settings, spec)
@@ -86,6 +105,8 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
 
 def _print_derived(depth: int | None, derived: dict[str, Any]) -> None:
     """The settings that follow from --depth, as the options that would set them."""
+    from textwrap import fill
+
     options = " ".join(f"{spell(name)}={value}" for name, value in derived.items())
     print(fill(f"--depth {depth}: {options}", 98, break_on_hyphens=False), file=sys.stderr)
 
@@ -99,9 +120,14 @@ def _probes(
     given = settings.sample_prompts
     prompts = [given] if isinstance(given, str) else given or first_words(sets.datasets[0])
     samples = sample_probe(tokenizer, prompts)
-    if any(dataset.manifest.splits["val"].tokens <= 1 for dataset in sets.datasets):
+    if not _validates(sets):
         return [samples]
     return [validation_probe(sets, length, document_mask=settings.document_mask), samples]
+
+
+def _validates(sets: "TokenSets") -> bool:
+    """Whether every dataset has a validation split."""
+    return all(dataset.manifest.splits["val"].tokens > 1 for dataset in sets.datasets)
 
 
 def report(outcome: "Outcome", settings: TrainSettings) -> None:

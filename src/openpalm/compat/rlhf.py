@@ -23,7 +23,8 @@ from openpalm.align.rollouts.ppo import PpoObjective, estimate
 from openpalm.align.rollouts.rollout import RolloutLoader, reference_log_probs
 from openpalm.align.rollouts.rollout_batch import Completion
 from openpalm.align.rollouts.sampler import Sampler
-from openpalm.compat.palm import PaLM, with_adapter
+from openpalm.compat.actor_critic_file import OriginalActorCritic
+from openpalm.compat.palm import PaLM
 from openpalm.compat.reward import RewardModel
 from openpalm.compat.state_dicts import draw_seed
 from openpalm.errors import DataError, SettingsError
@@ -34,7 +35,7 @@ from openpalm.train.config import OptimSettings
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.trainer import Trainer
 
-_SCOPE = "actor"
+_SCOPE, _CRITIC_SCOPE = "actor", "critic"
 _UNUSED = {
     "critic_pooled_values": (True, "values are per token here, with GAE"),
     "actor_dropout": (0.0, "with dropout the trained policy would differ from the sampled one"),
@@ -117,17 +118,21 @@ class RLHFTrainer:
             value_bins=critic_num_pred_bins,
         )
         self._scope = _SCOPE if actor_lora else None
+        critic = copy.deepcopy(palm) if critic is None else critic
         if actor_lora:
             palm.add_finetune_params(_SCOPE, actor_lora_r)
-        trunk = copy.deepcopy(palm.model) if critic is None else critic.model
+        trunk = critic.model
         self._reference = palm.model if actor_lora else copy.deepcopy(palm.model)
         self._frozen = [*palm.model.parameters()] if actor_lora else []
         self._frozen += [*trunk.parameters()] if critic_lora else []
         self.actor_critic = lora.shallow_copy_as(palm.model_for_scope(self._scope), ActorCritic)
+        if critic_lora:
+            critic.add_finetune_params(_CRITIC_SCOPE, critic_lora_r)
         self.actor_critic.critic = _critic(
-            with_adapter(trunk, critic_lora_r) if critic_lora else trunk,
+            critic.model_for_scope(_CRITIC_SCOPE if critic_lora else None),
             _bins(critic_num_pred_bins, **(hl_gauss_loss_kwargs or {})),
         ).to(palm.model.embedding)
+        self._file = OriginalActorCritic(palm, critic, self.actor_critic.critic.read)
         with _frozen(self._frozen):
             self._optimizer = Optimizer(self.actor_critic, self._settings.optim, actor_lr)
 
@@ -191,6 +196,21 @@ class RLHFTrainer:
         finally:
             self.palm.train(training)
         return metrics
+
+    def save(self, filepath: str | Path = "./checkpoint.pt") -> None:
+        """Writes the palm, the critic and its value head as the original does.
+
+        The file is complete or absent. Raises StorageError when the disk refuses.
+        """
+        self._file.save(Path(filepath))
+
+    def load(self, filepath: str | Path = "./checkpoint.pt") -> None:
+        """Loads what `save`, here or of the original, wrote of a trainer with the same arguments.
+
+        Nothing in the file is executed. Raises CheckpointError for any other file; then nothing
+        changes.
+        """
+        self._file.load(Path(filepath))
 
     def generate(
         self,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from openpalm.base.files import atomic_folder
 from openpalm.checkpoint import directory as checkpoint
@@ -22,8 +23,6 @@ from openpalm.model.transformer import Transformer
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit where that is above one."""
-
-_CHECK_SHAPE = (2, 32)
 
 
 def check_output_directory(directory: Path) -> None:
@@ -49,7 +48,7 @@ def save_as_openpalm(
     checkpoint.save(
         directory, model, lineage=lineage, tokenizer_json=tokenizer_json, fingerprint=True
     )
-    return _check_reloaded(model, directory, lambda: checkpoint.load(directory))
+    return _compared(model, directory, lambda: checkpoint.load(directory))
 
 
 def save_as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[str]]:
@@ -73,7 +72,7 @@ def save_as_palm_rlhf(model: Transformer, directory: Path) -> tuple[float, list[
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or "the disk is full or read-only"
         raise StorageError(f"{directory}: cannot be written ({reason})") from error
-    return _check_reloaded(
+    return _compared(
         model, directory, lambda: read_foreign(directory, era=NEWEST.last).model()
     ), notes
 
@@ -83,12 +82,18 @@ def weights_file_name(model: Transformer) -> str:
     return "reward.pt" if isinstance(model, RewardModel) else "palm.pt"
 
 
-def _check_reloaded(
-    model: Transformer, directory: Path, reload: Callable[[], Transformer]
+def check_reloaded(
+    directory: Path, expected: Callable[[], Tensor], reloaded: Callable[[], Tensor]
 ) -> float:
+    """The largest difference of two outputs; removes the directory if they differ.
+
+    Raises WorkError above TOLERANCE, or if the directory cannot be read again.
+    """
     try:
-        difference, size = _difference(model, reload())
-        if not difference <= TOLERANCE * max(1.0, size):  # also true for nan
+        with torch.no_grad():
+            first, second = expected(), reloaded()
+        difference = (first - second).abs().max().item()
+        if not difference <= TOLERANCE * max(1.0, first.abs().max().item()):  # also true for nan
             raise WorkError(
                 f"{directory}: its reloaded logits differ by {difference:.1e}; removed it"
             )
@@ -100,12 +105,10 @@ def _check_reloaded(
     return difference
 
 
-@torch.no_grad()
-def _difference(model: Transformer, reloaded: Transformer) -> tuple[float, float]:
-    """The largest difference of outputs on fixed token ids, and the largest output."""
-    rows, time = _CHECK_SHAPE
-    ids = (torch.arange(rows * time) * 7919 % model.config.vocab_size).view(rows, time)
-    expected = fingerprint.output(model, ids)
-    return (
-        expected - fingerprint.output(reloaded, ids)
-    ).abs().max().item(), expected.abs().max().item()
+def _compared(model: Transformer, directory: Path, reload: Callable[[], Transformer]) -> float:
+    ids = fingerprint.fixed_tokens(model.config)
+    return check_reloaded(
+        directory,
+        lambda: fingerprint.output(model, ids),
+        lambda: fingerprint.output(reload(), ids),
+    )

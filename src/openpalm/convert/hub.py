@@ -1,9 +1,9 @@
 """Downloads the four published PaLMs by hub name and converts each once, into a cache.
 
 huggingface_hub downloads from the publisher, so its cache and its variables (HF_HOME, HF_ENDPOINT,
-HF_HUB_OFFLINE) apply. A download from another address has a size limit and a temporary name, so
-that a part of a file is never used. A cached conversion is verified when it is loaded, like any
-checkpoint.
+HF_HUB_OFFLINE) apply. Every download has a size limit, and one from another address a temporary
+name, so that a part of a file is never used. A cached conversion is verified when it is loaded,
+like any checkpoint.
 """
 
 import dataclasses
@@ -14,9 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
+from openpalm.base.progress_bar import ProgressBar
 from openpalm.convert.detect import ForeignCheckpoint, read_foreign
 from openpalm.convert.export import save_as_openpalm
 from openpalm.errors import CheckpointError, StorageError, WorkError
@@ -37,6 +35,7 @@ TOKENIZER = ("EleutherAI/gpt-neox-20b", "tokenizer.json")
 _SIZES = ("vocab_size", "dim", "depth", "heads", "head_dim", "ff_dim")
 _BYTES_PER_PARAMETER = 16  # float32 weights, and an optimizer's two moments in the same file
 _SLACK_BYTES = 64 << 20
+_TOKENIZER_BYTES = 32 << 20
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = 30
 
@@ -127,6 +126,11 @@ def _convert(name: str, file: Path, kept: Path, say: Callable[[str], None]) -> N
     lineage = foreign.lineage() | {"source_file": f"{name}.pt"}
     mine = kept.with_name(f".{kept.name}.{os.getpid()}")
     save_as_openpalm(foreign.model(), mine, lineage=lineage, tokenizer_json=tokenizer)
+    keep(mine, kept)
+
+
+def keep(mine: Path, kept: Path) -> None:
+    """Gives this process's conversion its name in the cache, unless another process was first."""
     try:
         mine.rename(kept)
     except OSError:  # another process was first, or another file has the name
@@ -151,34 +155,60 @@ def _published(name: str) -> Path:
     """The publisher's file in Hugging Face's cache; huggingface_hub resumes a partial download."""
     import httpx2
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     repository = NAMES[name][1]
     try:
+        _refuse_larger(repository, f"{name}.pt", _bound(_expected(name)))
         return Path(hf_hub_download(repository, f"{name}.pt"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError) as error:
+    except (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        httpx2.HTTPError,
+    ) as error:
         raise _unreachable(f"{repository}/{name}.pt", str(error)) from None
+
+
+def _refuse_larger(repository: str, file: str, most: int) -> None:
+    """Raises CheckpointError if the hub names a size above `most` bytes, before any download.
+
+    A file in huggingface_hub's cache is not asked about: `_read` refuses a model of another size.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repository, file), str):
+        return
+    size = get_hf_file_metadata(hf_hub_url(repository, file), timeout=_TIMEOUT_S).size
+    if size is not None and size > most:
+        raise CheckpointError(
+            f"{repository}/{file}: has {size:,} bytes, at most {most:,} are expected; not "
+            "downloaded: get the file yourself and set OPENPALM_HUB to its folder if it is right"
+        )
 
 
 def _download(url: str, target: Path, most: int) -> None:
     """Downloads `url`, at most `most` bytes. Raises WorkError for a failed or short download."""
     import httpx2
 
-    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn())
     try:
         with (
             httpx2.stream("GET", url, timeout=_TIMEOUT_S, follow_redirects=True) as response,
             target.open("wb") as file,
-            Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar,
+            ProgressBar("download", in_bytes=True) as bar,
         ):
             response.raise_for_status()
             size = int(response.headers.get("Content-Length") or 0)
-            task = bar.add_task("download", total=size or None)
+            bar.move_to(0, size)
             for chunk in response.iter_bytes(_CHUNK_BYTES):
                 if response.num_bytes_downloaded > most:
                     raise CheckpointError(f"{url}: more than {most} bytes; that is not this model")
                 file.write(chunk)
-                bar.advance(task, len(chunk))
+                bar.advance(len(chunk))
     except httpx2.HTTPStatusError as error:
         reply = error.response
         raise _unreachable(url, f"{reply.status_code} {reply.reason_phrase}") from None
@@ -199,6 +229,7 @@ def _tokenizer(say: Callable[[str], None]) -> str | None:
     try:
         from huggingface_hub import hf_hub_download
 
+        _refuse_larger(*TOKENIZER, _TOKENIZER_BYTES)
         return Path(hf_hub_download(*TOKENIZER)).read_text(encoding="utf-8")
     # Errors of huggingface_hub, of httpx and of the system: the model works without a tokenizer.
     except Exception as error:

@@ -118,6 +118,7 @@ class Engine:
             self._waiting.append(ActiveRequest(ticket, request, list(request.ids), generator))
         return ticket
 
+    # The cache grew in inference mode, and torch changes such tensors in that mode only.
     @torch.inference_mode()
     def cancel(self, ticket: int) -> None:
         """Drops a request, waiting or active; its slot is free at once."""
@@ -143,6 +144,7 @@ class Engine:
         Raises SettingsError for a bad id, and NumbersError where logits are not finite. Closing
         the iterator early cancels the unfinished requests.
         """
+        # All prompts before the first submit: a bad one must not leave others in the queue.
         for request in requests:
             self.check(request.ids)
         if self.busy:
@@ -185,6 +187,7 @@ class Engine:
         vocab = self.model.config.vocab_size
         if not ids:
             raise SettingsError("the prompt is empty; give at least one token")
+        # A negative id ranks above every valid one, so one pass finds either kind of bad id.
         worst = max(ids, key=lambda i: i if i >= 0 else vocab - i)
         if not 0 <= worst < vocab:
             raise SettingsError(
@@ -206,11 +209,14 @@ class Engine:
             # A chunk is written at its padded width, so there must be room for one beyond the end.
             needed = new.reserved_tokens + self.prefill_tokens
             self._cache.grow(-(-needed // CACHE_GROWTH) * CACHE_GROWTH)
+            # A prefix that this free slot holds itself is used where it is.
             if shared and source != slot:
                 self._cache.copy_slot(source, slot, shared)
             self._cache.lengths[slot] = shared
+            # The slot's old tokens will be overwritten, so no later prompt may copy them.
             self._finished_ids.pop(slot, None)
             self._active.append(new)
+        # Back to the front in their old order, or later requests would overtake them.
         self._waiting.extendleft(reversed(postponed))
 
     def _longest_cached_prefix(self, new: ActiveRequest) -> tuple[int, int]:
@@ -221,6 +227,7 @@ class Engine:
         held = [(slot, each.ids) for slot, each in enumerate(self._active)]
         best = (0, 0)
         for slot, ids in [*held, *self._finished_ids.items()]:
+            # Only what the cache holds: a prompt in prefill, or a newest token, is not all there.
             shared = _common_prefix_length(ids[: self._cache.lengths[slot]], wanted)
             if shared > best[1]:
                 best = (slot, shared)
@@ -271,6 +278,7 @@ class Engine:
             ends = torch.tensor([counts[i] - 1 for i in complete])
             logits = self.model.head(states[torch.tensor(complete), ends])
             for i in complete:  # ascending: a swap moves only rows that were visited before
+                # The swaps keep this order, so row n of `logits` is of slot first + n.
                 self._swap(first + i, self._decoding)
                 self._decoding += 1
             tokens += self._sample(range(first, self._decoding), logits)
@@ -297,6 +305,7 @@ class Engine:
         request = active.request
         if not states.sum(dtype=torch.float32).isfinite():
             return [active.error_token()]
+        # The state of a position predicts the next token; the prompt's last one has none.
         following = request.ids[end - len(states) + 1 : end + 1]
         if not request.score_prompt or not following:
             return []
@@ -330,10 +339,13 @@ class Engine:
         logits = logits if finite.all() else logits.where(finite[:, None], 0.0)
         samplings = [each.request.sampling for each in chosen_for]
         generated = [
-            each.generated if each.request.sampling.adjusts_logits else () for each in chosen_for
+            # A copy of all tokens so far, so it is made only where penalties read it.
+            each.generated if each.request.sampling.adjusts_logits else ()
+            for each in chosen_for
         ]
         ids = choose_tokens(logits, samplings, generated, [each.generator for each in chosen_for])
         for each, token in zip(chosen_for, ids, strict=True):
+            # Appended first: finish_reason looks at the last id and at how many there are.
             each.ids.append(token)
         reasons = [each.finish_reason() for each in chosen_for]
         tokens = [

@@ -25,6 +25,8 @@ INT4_GROUP = 32
 """Neighbouring weights of a row that share a scale and a zero point."""
 ONEDNN_FLOAT32_ROWS = 8
 """Number of input rows that oneDNN's float32 layout is chosen for: fast for 1 and for hundreds."""
+ROUNDED_ELEMENTS = 1 << 22
+"""Weights rounded to int8 at a time."""
 WIDENED_ELEMENTS = 1 << 18
 """Weights converted to float32 at a time: a megabyte, which fits the processor's cache."""
 
@@ -41,20 +43,37 @@ def quantize(model: Transformer, weights: WeightFormat) -> Transformer:
     float32 and bfloat16 change the layout only. int8 keeps one scale per row and, where the
     processor multiplies 8-bit numbers, quantizes each token's activations too. int4 keeps a scale
     and a zero point for each group of 32 weights of a row. Both compute in bfloat16. Other
-    parameters are shared with `model`. Raises SettingsError where the device has no kernel for it.
+    parameters are shared with `model`. A quantized model is returned as it is. Raises SettingsError
+    where the device has no kernel for it.
     """
-    table = model.embedding
-    if weights in ("int8", "int4") and table.device.type != "cpu":
-        raise SettingsError(f"--quantize {weights}: needs a CPU so far; leave it out on a GPU")
+    if is_quantized(model):
+        return model
+    check_format(weights, model.embedding.device.type)
     model = merged(model)  # before rounding, which would lose the small low-rank update
     if weights != "float32":
         model = _in_dtype(model, torch.bfloat16)
     quantized = shallow_copy_as(model, type(model))
-    quantized.blocks = nn.ModuleList(_quantized_block(block, weights) for block in model.blocks)
+    quantized.blocks = nn.ModuleList(quantized_block(block, weights) for block in model.blocks)
     unembedding = model.embedding if model.unembedding is None else model.unembedding
-    # bfloat16 logits are 1/16 apart, which is too coarse, so the head returns float32 if it can.
-    quantized.project_head = _QuantizedHead(_matrix(unembedding, weights, torch.float32))
+    quantized.project_head = quantized_head(unembedding, weights)
     return quantized.eval()
+
+
+def check_format(weights: WeightFormat, device: str) -> None:
+    """Raises SettingsError where the device has no kernel for the format."""
+    if weights in ("int8", "int4") and torch.device(device).type != "cpu":
+        raise SettingsError(f"--quantize {weights}: needs a CPU so far; leave it out on a GPU")
+
+
+def quantized_head(table: Tensor, weights: WeightFormat) -> ProjectHead:
+    """The head over a table in this format."""
+    # bfloat16 logits are 1/16 apart, which is too coarse, so the head returns float32 if it can.
+    return QuantizedHead(_matrix(table, weights, torch.float32))
+
+
+def is_quantized(model: Transformer) -> bool:
+    """Whether `quantize` made this model."""
+    return isinstance(model.project_head, QuantizedHead)
 
 
 def copy_unquantized_parts(model: Transformer) -> Transformer:
@@ -69,6 +88,7 @@ def copy_unquantized_parts(model: Transformer) -> Transformer:
         assert isinstance(block, Block)
         for projection in (block.project_in, block.project_out):
             shared += [p for p in projection.parameters(recurse=False) if p.dim() == 2]
+    # deepcopy returns an object that is in its memo as it is, so these are not copied.
     return copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
 
 
@@ -82,6 +102,7 @@ class _FusedIn(nn.Module):
         self.up_bias = plain.up_bias
 
     def forward(self, n: Tensor, names: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        # All outputs are computed even if `names` asks for fewer: one call reads all rows anyway.
         *outputs, up = self.matrix(n).split(list(self.rows.values()), dim=-1)
         outputs.append(up if self.up_bias is None else up + self.up_bias)
         return tuple(
@@ -102,7 +123,7 @@ class _FusedOut(nn.Module):
         return update if self.down_bias is None else update + self.down_bias
 
 
-class _QuantizedHead(ProjectHead):
+class QuantizedHead(ProjectHead):
     def __init__(self, matrix: Matrix):
         super().__init__()
         self.matrix = matrix
@@ -121,6 +142,7 @@ class _QuantizedHead(ProjectHead):
         chunk: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Without a gradient, because a quantized matrix is not trained."""
+        # The matrix has the padded rows of the vocabulary, which the given table may be without.
         logits = self.matrix(states)[:, : len(table)].float()
         logits = logits if bias is None else logits + bias
         z = z_loss * logits.logsumexp(-1).square().sum()
@@ -178,6 +200,7 @@ class _Widened:
         self.rows = max(1, WIDENED_ELEMENTS // weight.shape[1])
 
     def __call__(self, x: Tensor) -> Tensor:
+        # Converted once, not once for each group of rows.
         wide = x.float()
         products = [F.linear(wide, rows.float()) for rows in self.weight.split(self.rows)]
         return torch.cat(products, dim=-1).to(self.result)
@@ -216,6 +239,7 @@ class _Int8Dot:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2).float()
         largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True)
+        # A token of zeros would otherwise be divided by zero.
         largest.clamp_min_(1e-12)
         codes = torch.addcmul(self.middle, rows, 127 / largest).to(torch.uint8)
         # The kernel takes one scale for all rows, so each row's own is applied to its product.
@@ -233,6 +257,7 @@ class _Int4:
     def __init__(self, weight: Tensor):
         groups = weight.float().unflatten(1, (-1, INT4_GROUP))
         low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+        # Lowest and highest weight become codes 0 and 15; equal weights would give scale zero.
         scale = ((high - low) / 15).clamp_min(1e-12)
         zero = low + 8 * scale
         q = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15)
@@ -253,6 +278,7 @@ class _Int4:
 def _matrix(weight: Tensor, weights: WeightFormat, result: torch.dtype = torch.bfloat16) -> Matrix:
     """The weight in this format; products are in `result` where the kernel leaves a choice."""
     weight = weight.detach()
+    # First, because all other kernels here run on a CPU only.
     if weight.device.type != "cpu":
         return _Dense(weight)
     if weights == "bfloat16" and not multiplies_bfloat16():
@@ -275,18 +301,27 @@ def _onednn_or_dense(weight: Tensor) -> Matrix:
         return _Dense(weight)
     try:
         return _OneDnn(weight)
+    # torch has no query for this; it raises where oneDNN has no kernel for the shape.
     except RuntimeError:
         return _Dense(weight)
 
 
 def _round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes [rows, columns] and the float32 scale of each row."""
-    weight = weight.float()
-    scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
-    return (weight / scales[:, None]).round().to(torch.int8), scales
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight), dtype=torch.float32)
+    # Some rows at a time, because their float32 copies are four times as large as the codes.
+    rows = max(1, ROUNDED_ELEMENTS // weight.shape[1])
+    parts = (tensor.split(rows) for tensor in (weight, codes, scales))
+    for some, code, scale in zip(*parts, strict=True):
+        wide = some.float()
+        scale.copy_(wide.abs().amax(dim=1).clamp_min_(1e-12) / 127)
+        # Codes are -127 .. 127, symmetric: a weight of zero stays exactly zero.
+        code.copy_((wide / scale[:, None]).round_())
+    return codes, scales
 
 
-def _quantized_block(block: nn.Module, weights: WeightFormat) -> nn.Module:
+def quantized_block(block: nn.Module, weights: WeightFormat) -> nn.Module:
     assert isinstance(block, Block)
     quantized = shallow_copy_as(block, Block)
     quantized._modules["project_in"] = _FusedIn(block.project_in, weights)
@@ -298,4 +333,5 @@ def _in_dtype(model: Transformer, dtype: torch.dtype) -> Transformer:
     """A copy of the model in `dtype`, or `model` itself if it has that dtype."""
     if model.embedding.dtype == dtype:
         return model
+    # `to` changes a module in place, and this one belongs to the caller.
     return copy.deepcopy(model).to(dtype)

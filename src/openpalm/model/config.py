@@ -46,6 +46,8 @@ class ModelConfig:
     """feed-forward activation: swiglu (PaLM) or tanh-approximated gelu (GPT-J)"""
     bias: bool = False
     """biases in layer norms, feed-forward and head (GPT-J); PaLM has none"""
+    embedding_bias: bool = False
+    """learned vector added to every token embedding (mesh-transformer-jax)"""
     tied: bool = True
     """tied embeddings: the output head uses the embedding table"""
     qk_norm: bool = False
@@ -132,6 +134,7 @@ class ModelConfig:
         block = 2 * d * inner + 2 * d * self.kv_heads * self.head_dim + matrices * d * self.ff_dim
         norms = (self.depth + 1) * d * (2 if self.bias else 1)
         biases = self.depth * (self.ff_dim + d) + self.vocab_size if self.bias else 0
+        biases += d if self.embedding_bias else 0
         scales = self.depth * 2 * self.head_dim if self.qk_norm else 0
         tables = self.vocab_size * d * (1 if self.tied else 2)
         return self.depth * block + norms + biases + scales + tables
@@ -340,9 +343,12 @@ def _from_json(kind: type[C], values: object, where: str, what: str) -> C:
         raise SettingsError(f"{where}: the {what}'s settings must be a JSON object")
     for name, value in values.items():
         if name not in fields:
-            raise SettingsError(f"{where}: unknown {what} field {name}; a newer OpenPaLM wrote it")
+            raise SettingsError(f"{where}: unknown {what} field {name}")
         if not _fits(value, fields[name].type):
-            raise SettingsError(f"{where}: {what} field {name} cannot be {value!r:.100}")
+            wanted = _wanted(fields[name].type)
+            raise SettingsError(
+                f"{where}: {what} field {name} cannot be {value!r:.100}; it must be {wanted}"
+            )
     missing = [
         name
         for name, field in fields.items()
@@ -362,6 +368,15 @@ def lora_from_json(values: object, where: str) -> LoraConfig:
         if named and _fits(values["rank"], int) and _fits(values["alpha"], float):
             return LoraConfig(values["rank"], values["alpha"], tuple(targets))
     raise SettingsError(f"{where}: its lora must be rank, alpha and targets")
+
+
+def _wanted(kind: object) -> str:
+    """The values that `_fits` accepts, in words."""
+    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    if isinstance(kind, type) and kind in names:
+        return names[kind]
+    choices = getattr(kind, "__args__", ())
+    return "a list of numbers" if kind == tuple[float, ...] else f"one of {', '.join(choices)}"
 
 
 def _fits(value: object, kind: object) -> bool:

@@ -108,7 +108,8 @@ def adapter_parameters(model: Transformer) -> dict[str, nn.Parameter]:
 def trunk(model: Transformer) -> Iterator[nn.Parameter]:
     """Parameters of the Transformer itself, without the heads that a subclass adds."""
     yield from (model.embedding, *model.blocks.parameters(), *model.norm.parameters())
-    yield from (p for p in (model.unembedding, model.head_bias) if p is not None)
+    optional = (model.embedding_bias, model.unembedding, model.head_bias)
+    yield from (p for p in optional if p is not None)
 
 
 @contextmanager

@@ -27,6 +27,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab, config.dim))
+        has_bias = config.embedding_bias
+        self.embedding_bias = nn.Parameter(torch.empty(config.dim)) if has_bias else None
         self.embed = Embedding()
         self.rotary = Rotary(config)
         self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.depth))
@@ -76,7 +78,8 @@ class Transformer(nn.Module):
         tables = self.rotary(positions, longest)
         # Negative ids are an encoder's padding; any row of the table serves, since it is masked.
         x = self.embed(ids if self.config.causal else ids.clamp_min(0), self.embedding)
-        x = x if added is None else x + added
+        for vector in (self.embedding_bias, added):
+            x = x if vector is None else x + vector
         for layer, block in enumerate(self.blocks):
             last = layer == self.config.depth - 1
             x = block(layer, x, tables, attend, selected if last else None)

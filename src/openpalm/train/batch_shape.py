@@ -2,10 +2,13 @@
 
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from openpalm.base.settings import check
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 _STAGE = re.compile(r"([1-9]\d{0,3}/[1-9]\d{0,3})@(0?\.\d{1,9})")
 """a stage of a ramp: SHARE@UNTIL"""
@@ -15,11 +18,14 @@ _STAGE = re.compile(r"([1-9]\d{0,3}/[1-9]\d{0,3})@(0?\.\d{1,9})")
 class Ramp:
     """Batch-size ramp: each stage takes a share of the whole batch until a share of the steps."""
 
-    stages: tuple[tuple[Fraction, float], ...] = ()
+    stages: "tuple[tuple[Fraction, float], ...]" = ()
 
     @classmethod
     def parse(cls, text: str | None) -> "Ramp":
         """Reads `1/4@0.1,1/2@0.3`. Raises SettingsError unless both sides rise and stay below 1."""
+        # Not at the top: --help reads this module and makes no ramp.
+        from fractions import Fraction
+
         parts = [] if text is None else [_STAGE.fullmatch(part) for part in text.split(",")]
         stages = [(Fraction(p[1]), float(p[2])) if p else (Fraction(0), 0.0) for p in parts]
         rising = all(
@@ -29,8 +35,10 @@ class Ramp:
         check(rising, "batch_ramp", text, wanted)
         return cls(tuple(stages))
 
-    def share(self, step: int, steps: int) -> Fraction:
+    def share(self, step: int, steps: int) -> "Fraction":
         """Share of the whole batch that `step` (from 1) of `steps` takes."""
+        from fractions import Fraction
+
         reached = (share for share, until in self.stages if step <= round(until * steps))
         return next(reached, Fraction(1))
 
@@ -38,9 +46,9 @@ class Ramp:
     def mean(self) -> float:
         """Mean share over all steps."""
         ends = [0.0, *(until for _, until in self.stages), 1.0]
-        shares = [*(share for share, _ in self.stages), Fraction(1)]
+        shares = [*(float(share) for share, _ in self.stages), 1.0]
         pieces = zip(shares, pairwise(ends), strict=True)
-        return sum(float(share) * (end - start) for share, (start, end) in pieces)
+        return sum(share * (end - start) for share, (start, end) in pieces)
 
 
 @dataclass(frozen=True)

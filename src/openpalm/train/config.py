@@ -3,13 +3,15 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from openpalm.base.settings import NOT_AN_OPTION, check
 from openpalm.errors import SettingsError
-from openpalm.model.config import LORA_TARGETS, LoraConfig, ModelConfig
 from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.optimizer_settings import OptimSettings
+
+if TYPE_CHECKING:
+    from openpalm.model.config import LoraConfig, ModelConfig
 
 PROBES_PER_RUN = 10
 """Default number of evaluations, and of checkpoints, per run."""
@@ -40,6 +42,8 @@ class ArchSettings:
     """hidden width of the feed-forward layer"""
     kv_heads: int | None = None
     """number of key/value heads: 1 is multi-query attention, as many as heads multi-head"""
+    rotary_dims: int | None = None
+    """number of rotated dimensions at the start of each head (GPT-J: 64); 0 rotates all"""
     qk_norm: bool | None = None
     """QK norm: RMS norm on queries and keys"""
     xpos_base: float | None = None
@@ -55,11 +59,16 @@ class LoraSettings:
     rank: int = 0
     """rank of the adapter, usually 8 or 16; 0 trains the weights themselves"""
     alpha: float = 32.0
-    """scale: the adapter's output is multiplied by alpha / rank"""
+    """scale: the adapter's output is multiplied by alpha / rank; used only with --lora.rank above
+    0"""
     targets: str = "all"
-    """adapted matrices: all, or some of q,k,v,gate,up,out,down"""
+    """adapted matrices: all, or some of q,k,v,gate,up,out,down; used only with --lora.rank above
+    0"""
 
     def __post_init__(self) -> None:
+        # Not at the top: --help reads this module and needs no model.
+        from openpalm.model.config import LORA_TARGETS
+
         check(self.rank >= 0, "lora.rank", self.rank, "0 or more")
         check(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "above 0 and finite")
         known = self.targets == "all" or {*self._names} <= {*LORA_TARGETS}
@@ -71,12 +80,14 @@ class LoraSettings:
     def _names(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.targets.split(","))
 
-    def config(self, model: ModelConfig) -> LoraConfig | None:
+    def config(self, model: "ModelConfig") -> "LoraConfig | None":
         """The adapter of `model`, or None. Raises SettingsError if it does not fit the model.
 
         By default every matrix is adapted: queries and values alone, as in the paper, learn
         less (Dettmers et al. 2023, QLoRA, figure 2; Schulman et al. 2025, LoRA Without Regret).
         """
+        from openpalm.model.config import LoraConfig
+
         if self.rank == 0:
             return None
         names = tuple(model.matrices) if self.targets == "all" else self._names
@@ -131,14 +142,15 @@ class TrainSettings:
     """Settings that every training run has."""
 
     data: Path
-    """training data: for train a directory written by `openpalm data prepare`, or a .yaml that
-    mixes several; for the other verbs a .jsonl"""
+    """training data"""
     out: Path
     """run directory; the same command resumes a run that was interrupted"""
     model: str | None = None
-    """preset size, see `openpalm models`; not needed with --init"""
+    """size of the model, see `openpalm models`; with --init a check only: the checkpoint decides"""
     init: str | None = None
     """checkpoint, run or hub name to take the weights from; the optimizer starts new"""
+    keep_optimizer: bool = False
+    """with --init: the optimizer continues with the moments and step counts of that checkpoint"""
     steps: int | None = None
     """number of optimizer steps"""
     minutes: float | None = None
@@ -162,6 +174,12 @@ class TrainSettings:
     """steps between evaluations; default: ten per run, at least 20 steps apart"""
     keep_checkpoints: int = 3
     """number of newest checkpoints to keep; 0 keeps all"""
+    keep_every: int | None = None
+    """checkpoints at multiples of this many steps are saved and never removed"""
+    keep_best: bool = False
+    """keep the checkpoint with the best evaluation, too, and link checkpoints/best to it: the
+    lowest val_loss, for ppo and grpo the highest val_gold or val_reward; an evaluation that
+    improves it is saved"""
     device: str = "auto"
     """device: auto, cpu or cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -180,11 +198,16 @@ class TrainSettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     """low-rank adapter (LoRA) instead of the weights"""
     arch: ArchSettings = field(default_factory=ArchSettings)
-    """changes to the preset's architecture"""
+    """changes to the architecture of --model; with --init the checkpoint decides all but xpos_base
+    and dropout, and another value is refused"""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """optimizer and learning-rate schedule"""
     loggers: str | None = None
     """loggers that also receive the metrics: tensorboard, wandb, or both with a comma between"""
+    wandb_project: str | None = None
+    """project of --loggers wandb; default: WANDB_PROJECT, or openpalm"""
+    wandb_name: str | None = None
+    """name of the run for --loggers wandb; default: that of the run directory"""
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     """profiler"""
     config_file: Path | None = field(default=None, compare=False, metadata=NOT_AN_OPTION)
@@ -198,10 +221,18 @@ class TrainSettings:
             raise SettingsError(self.no_model_message)
         if self.lengths != 1 and not (self.lengths == 0 and self.scaling_depth is not None):
             raise SettingsError("give exactly one of --steps, --minutes and --epochs")
+        if self.keep_optimizer and self.init is None:
+            raise SettingsError("--keep-optimizer: is for --init; leave it out")
+        if self.keep_optimizer and self.lora.rank:
+            raise SettingsError(
+                "--keep-optimizer: a LoRA adapter starts new and has no moments; leave it or "
+                "--lora.rank out"
+            )
         if self.lora.rank and self.last_layers is not None:
             raise SettingsError("give --lora.rank or --last-layers, not both")
         for name in (
-            *("steps", "minutes", "epochs", "save_every", "eval_every", "last_layers"),
+            *("steps", "minutes", "epochs", "save_every", "eval_every", "keep_every"),
+            "last_layers",
             *("sequence_length", "batch_tokens", "microbatch_tokens"),
         ):
             value = getattr(self, name)
@@ -240,6 +271,8 @@ class TrainSettings:
 class PretrainSettings(TrainSettings):
     """Settings of pretraining: a run on prepared text, one dataset or a mixture of several."""
 
+    data: Path
+    """directory that `openpalm data prepare` wrote, or a .yaml that mixes several"""
     depth: int | None = None
     """number of blocks, instead of --model; width, heads, batch, learning rates, weight decay and
     steps follow from it by rules and are printed; their own options override them"""

@@ -29,6 +29,8 @@ class Start:
     config: ModelConfig
     fill: Callable[[Transformer], None]
     learning_rate: float
+    parent: Path | None = None
+    """the checkpoint that --init names"""
     parent_hash: str | None = None
     reward: RewardConfig | None = None
     """config of the heads, if --init is a reward model"""
@@ -75,8 +77,10 @@ def starting_point(
         unsure = f"{directory}: has no tokenizer of its own; the data's is taken to be the one"
     stored = checkpoint.load_config(directory)
     config = _changed(stored, settings)
-    for name in (*SIZES, "qk_norm"):
-        if getattr(config, name) != getattr(stored, name):
+    for name in (*SIZES, "qk_norm", "rotary_dims"):
+        # 0 and all dimensions of a head are the same.
+        kept = "rotated" if name == "rotary_dims" else name
+        if getattr(config, kept) != getattr(stored, kept):
             raise CheckpointError(
                 f"{directory}: has {name} {getattr(stored, name)}, which its weights fix; "
                 f"leave {spell('arch.' + name)} out"
@@ -88,6 +92,7 @@ def starting_point(
         config,
         lambda model: _fill_merged(model, directory),
         _learning_rate_of_size(config),
+        directory,
         read_manifest(directory)["sha256"],
         checkpoint.load_reward_config(directory),
         unsure,

@@ -1,16 +1,14 @@
 """Metrics files (.jsonl rows per step) and the progress bar of a run."""
 
 import math
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openpalm.base import jsonl
 from openpalm.base.files import sync
+from openpalm.base.progress_bar import ProgressBar
 
 
 class RowFile:
@@ -46,53 +44,20 @@ def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class LiveLine:
-    """Progress of a run: a live bar in a terminal, elsewhere a line every 30 seconds."""
+class TrainingBar(ProgressBar):
+    """Progress of a run: a bar in a terminal, elsewhere lines, always of steps 1 and last."""
 
     def __init__(self, label: str, steps: int, console: Console | None = None):
-        self.label = label
-        self.steps = steps
-        self.console = console or Console(stderr=True)
-        self.live = self.console.is_terminal
-        self.seconds_between_lines = 30.0
-        self._last_line = time.monotonic()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=self.console,
-        )
-        self._task = self._bar.add_task(label, total=steps, numbers="")
-
-    def __enter__(self) -> "LiveLine":
-        if self.live:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self._bar.stop()
-
-    def start_at(self, step: int) -> None:
-        self._bar.reset(self._task, completed=step, numbers="")
+        super().__init__(label, steps, kept=True, console=console)
 
     def show(self, row: dict[str, Any]) -> None:
-        numbers = describe(row)
-        if self.live:
-            self._bar.update(self._task, completed=row["step"], numbers=numbers)
-        elif self._due(row["step"]):
-            self._last_line = time.monotonic()
-            print(f"{self.label} step {row['step']}/{self.steps}  {numbers}", file=sys.stderr)
+        self.move_to(row["step"], note=describe(row))
 
-    def _due(self, step: int) -> bool:
-        waited = time.monotonic() - self._last_line
-        return step in (1, self.steps) or waited > self.seconds_between_lines
+    def line_is_due(self) -> bool:
+        return self.done in (1, self.total) or super().line_is_due()
 
-    def say(self, line: str) -> None:
-        """Prints a line above the bar."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def line(self, note: str) -> str:
+        return f"{self.label} step {self.done}/{self.total}  {note}"
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@
 (evaluate/probes.py). Here is the one that every objective can have: its loss on held-out data.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Metrics, Objective
+
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,39 @@ class Probe:
     """file of the run directory that gets the row"""
     describe: Callable[[dict[str, Any]], str] | None = None
     """the row as one line for the terminal"""
-    alarm: Callable[[list[dict[str, Any]]], str | None] | None = None
+    alarm: Callable[[Rows], str | None] | None = None
     """the reason why the run must stop, from all its rows so far, or None"""
     tokens: int | None = None
     """tokens whose loss is computed, if the probe does nothing else: its time can be predicted"""
+
+
+@dataclass(frozen=True)
+class BestBy:
+    """The evaluation column that decides which checkpoint is the best one."""
+
+    column: str = "val_loss"
+    highest: bool = False
+    always: bool = False
+    """whether the best checkpoint is kept without --keep-best, too"""
+
+    def step(
+        self, rows: Rows, steps: set[int], alarm: Callable[[Rows], str | None] = lambda rows: None
+    ) -> int | None:
+        """The best of `steps` by the run's rows, except those for which `alarm` has a reason.
+
+        Of equal values the first is the best. None if none of the steps has a finite value.
+        """
+        rows = [row for row in rows if _is_finite(row.get(self.column))]
+        # An alarm judges the rows up to its step, so each row is judged with those before it.
+        known = [
+            row for n, row in enumerate(rows, 1) if row["step"] in steps and not alarm(rows[:n])
+        ]
+        sign = -1 if self.highest else 1
+        return min(known, key=lambda row: sign * row[self.column])["step"] if known else None
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def held_out_probe(

@@ -17,33 +17,30 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from openpalm import __version__
 from openpalm.base.device import keep_freed_memory, pick_device
 from openpalm.base.settings import plain
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, TrainingError, WorkError, count_of
-from openpalm.model.transformer import initialise
 from openpalm.parallel.world import world
-from openpalm.train import run_directory
-from openpalm.train.batch_shape import BatchShape, Ramp
+from openpalm.train import retention, run_directory
+from openpalm.train.batch_shape import BatchShape
 from openpalm.train.config import LEAST_STEPS_APART, PROBES_PER_RUN, TrainSettings, batch_shape
+from openpalm.train.inherited_optimizer import inherit_optimizer
 from openpalm.train.initial_weights import check_trained
 from openpalm.train.loggers import Loggers, check_installed
-from openpalm.train.metrics import LiveLine, RowFile, read_rows
+from openpalm.train.metrics import RowFile, TrainingBar, read_rows
+from openpalm.train.new_run import measured_info
 from openpalm.train.profile import Profiler
 from openpalm.train.run_directory import RunInfo, step_of
-from openpalm.train.sizing.measure import measure
 from openpalm.train.spec import TrainSpec, make_trainer
 from openpalm.train.trainer import StepReport, Trainer
 
-_STEPS_WHILE_MEASURING = 10**6
 _NOT_ITS_STATE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Raised by restoring if a field or tensor is missing, or has another type or shape."""
 
@@ -73,6 +70,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
     length = settings.sequence_length or spec.config.context
     shape = spec.shape or batch_shape(settings, length, world().size)
     with run_directory.locked(settings.out):
+        # First, because another version's settings cannot be compared with ours.
         other = run_directory.finished_by_other_version(settings.out)
         if other is not None:
             return Outcome(other, step_of(other), was_finished=True)
@@ -83,17 +81,21 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
             parent_fixed=spec.parent_fixed,
             cut_changes=lambda stored: spec.cut_changes(stored, shape),
         )
-        info = info or _measured_info(settings, spec, shape, device)
+        info = info or measured_info(settings, spec, shape, device)
+        # Silent: if the run is not finished, the call below reports damaged checkpoints.
         newest = checkpoint.latest(settings.out, say=lambda line: None)
         if newest is not None and step_of(newest) >= info.steps:
             return Outcome(newest, info.steps, was_finished=True)
         # Only now is the training state read and verified: a finished run may be without it.
-        newest = checkpoint.latest(settings.out, training=True)
-        run_directory.write(settings, info)
+        newest = checkpoint.newest_whole(settings.out, training=True)
         # Fresh weights and dropout depend on it; a resumed run overwrites both.
         torch.manual_seed(settings.seed)
         dtype = getattr(torch, info.dtype)
         trainer = make_trainer(settings, spec, shape, device, steps=info.steps, dtype=dtype)
+        if newest is None and settings.keep_optimizer and spec.parent is not None:
+            inherit_optimizer(trainer.optimizer, spec.parent, spec.label)
+        # After everything that may refuse: config.yaml makes the directory a run.
+        run_directory.write(settings, info)
         session = _Session(settings, spec, info, trainer, shape)
         if newest is not None:
             session.restore(newest)
@@ -121,6 +123,8 @@ class _Session:
         tenth = max(LEAST_STEPS_APART, trainer.steps // PROBES_PER_RUN)
         self.eval_every = settings.eval_every or info.eval_every or tenth
         self.save_every = settings.save_every or tenth
+        tracked = spec.best is not None and (settings.keep_best or spec.best.always)
+        self.best_by = spec.best if tracked else None
 
     def restore(self, newest: Path) -> None:
         """Loads a checkpoint. Raises CheckpointError if train/ holds no state of this run."""
@@ -145,6 +149,7 @@ class _Session:
         """Trains to the last step; saves and ends the process after SIGINT or SIGTERM."""
         # Rows of steps after the checkpoint are computed again, to the same numbers.
         self._remove_later_than(self.trainer.step)
+        self._link_best()
         with ExitStack() as stack:
             line = self._open(stack)
             signals = stack.enter_context(_caught_signals())
@@ -153,6 +158,7 @@ class _Session:
                 began = time.monotonic()
                 try:
                     report = self.trainer.train_step()
+                # Not saved: its message names the last checkpoint as the good one.
                 except TrainingError:
                     raise
                 except WorkError:  # the loader made no batch, because a reward failed
@@ -169,9 +175,9 @@ class _Session:
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
 
-    def _open(self, stack: ExitStack) -> LiveLine:
+    def _open(self, stack: ExitStack) -> TrainingBar:
         """Opens the loggers, the profiler and the line in the terminal; `stack` closes them."""
-        self.line = line = LiveLine(self.spec.label, self.trainer.steps)
+        self.line = line = TrainingBar(self.spec.label, self.trainer.steps)
         # Before the bar is drawn: a logger may ask for a password.
         loggers = Loggers(self.settings, self.trainer.step, line.say)
         self.loggers = stack.enter_context(closing(loggers))
@@ -204,11 +210,12 @@ class _Session:
         self.line.show(row)
         if report.skipped:
             self.line.say(f"step {report.step} skipped: {report.skipped}")
-        last, alarm = report.step == self.trainer.steps, None
+        last, alarm, better = report.step == self.trainer.steps, None, False
         if last or report.step % self.eval_every == 0:
             alarm = self._probe(report.step)
+            better = self._improves(report.step)
         # An alarm saves too: the step that raised it can be examined.
-        if last or alarm or report.step % self.save_every == 0:
+        if last or alarm or better or self._saves_at(report.step):
             self._save()
         if alarm:
             raise TrainingError(f"step {report.step}: {alarm}; {self._best_checkpoint()}")
@@ -250,10 +257,12 @@ class _Session:
         self.trainer.model.eval()
         for probe in self.spec.probes:
             values = probe.measure(self.trainer.model, self.trainer.dtype)
+            # Written probe by probe, so that a kill during a slow one keeps the others' rows.
             row = RowFile(self.settings.out / probe.file).append({"step": step} | values)
             self.loggers.write(row)
             if probe.describe:
                 self.line.say(f"{self.spec.label} step {step}: {probe.describe(values)}")
+        # From the file: an alarm also looks at rows from before this process resumed.
         return self._alarm(read_rows(self.rows.path))
 
     def _alarm(self, rows: list[dict[str, Any]]) -> str | None:
@@ -261,19 +270,23 @@ class _Session:
         alarms = (probe.alarm(rows) for probe in self.spec.probes if probe.alarm)
         return next((alarm for alarm in alarms if alarm), None)
 
-    def _best(self) -> int | None:
-        """The step of the best saved checkpoint without an alarm; None if none is known."""
-        if (column := self.spec.best) is None:
+    def _best(self, unsaved: int | None = None) -> int | None:
+        """The step of the best checkpoint without an alarm; None if none is known.
+
+        `unsaved` is a step that counts as saved.
+        """
+        if self.best_by is None:
             return None
-        saved = {step_of(path) for path in checkpoint.steps(self.settings.out)}
-        rows = [row for row in read_rows(self.rows.path) if row.get(column) is not None]
-        # An alarm judges the rows up to its step, so each row is judged with those before it.
-        known = [
-            row
-            for n, row in enumerate(rows, 1)
-            if row["step"] in saved and not self._alarm(rows[:n])
-        ]
-        return max(known, key=lambda row: row[column])["step"] if known else None
+        steps = retention.saved_steps(self.settings.out)
+        if unsaved is not None:
+            steps.add(unsaved)
+        if not steps:  # a run without checkpoints may be without rows, too
+            return None
+        return self.best_by.step(read_rows(self.rows.path), steps, self._alarm)
+
+    def _improves(self, step: int) -> bool:
+        """Whether --keep-best saves this step, which was just evaluated."""
+        return self.settings.keep_best and self._best(unsaved=step) == step
 
     def _best_checkpoint(self) -> str:
         best = self._best()
@@ -282,9 +295,13 @@ class _Session:
         path = self.settings.out / "checkpoints" / checkpoint.step_name(best)
         return f"the best checkpoint is {path}"
 
+    def _saves_at(self, step: int) -> bool:
+        """Whether the step is saved, however good it is."""
+        return any(step % n == 0 for n in (self.save_every, self.settings.keep_every) if n)
+
     def _save_unless_saved(self) -> None:
         """Saves before the process ends, unless this step has just been saved."""
-        if self.trainer.step % self.save_every:
+        if not self._saves_at(self.trainer.step):
             self._save()
 
     def _save(self) -> None:
@@ -299,12 +316,15 @@ class _Session:
             lineage=self._lineage(step),
             fingerprint=step == self.trainer.steps,
         )
-        if self.settings.keep_checkpoints:
-            # The best checkpoint survives --keep-checkpoints; after an alarm it is the one to use.
-            best = self._best()
-            for old in checkpoint.steps(self.settings.out)[: -self.settings.keep_checkpoints]:
-                if step_of(old) != best:
-                    shutil.rmtree(old)
+        # Old ones go only after the new one is complete, so there always is one to resume from.
+        best = self._link_best()
+        retention.prune(self.settings, best)
+
+    def _link_best(self) -> int | None:
+        """Updates the link to the best checkpoint; returns its step."""
+        best = self._best()
+        retention.link_best(self.settings.out, best if self.settings.keep_best else None)
+        return best
 
     def _lineage(self, step: int) -> dict[str, Any]:
         settings = plain(self.settings)
@@ -325,57 +345,6 @@ class _Session:
                 aside = newer.with_name(f"damaged-{newer.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 newer.rename(aside)
-
-
-def _measured_info(
-    settings: TrainSettings, spec: TrainSpec, shape: BatchShape, device: torch.device
-) -> RunInfo:
-    """The info of a new run. A run that is repeated with --config keeps its dtype and steps."""
-    run_directory.check_new(settings.out)
-    repeated = run_directory.repeated_run(settings, spec.hashes)
-    steps, eval_every = settings.steps, None
-    if settings.epochs:
-        sequences = shape.sequences * shape.ramp.mean
-        steps = max(1, round(settings.epochs * spec.sequences_per_epoch / sequences))
-    if repeated is not None and settings.minutes and settings.minutes == repeated.minutes:
-        steps, eval_every = repeated.steps, repeated.eval_every
-    timed = settings
-    if repeated is not None and settings.dtype == "auto":
-        timed = replace(settings, dtype=repeated.dtype)
-    whole = replace(shape, ramp=Ramp())
-
-    def make_scratch_trainer(dtype: torch.dtype) -> Trainer:
-        return make_trainer(
-            settings,
-            spec,
-            whole,
-            device,
-            steps=_STEPS_WHILE_MEASURING,
-            dtype=dtype,
-            fill=lambda model: initialise(model, seed=0),
-        )
-
-    with Console(stderr=True).status("timing a few steps") as status:
-        measured = measure(
-            timed,
-            make_scratch_trainer,
-            spec.probes,
-            device,
-            step_tokens=shape.sequences * shape.sequence_length,
-            steps_known=steps is not None,
-            say=status.update,
-        )
-    steps = steps or measured.steps
-    assert steps is not None
-    return RunInfo(
-        openpalm=__version__,
-        steps=steps,
-        dtype=measured.dtype,
-        peak_flops=measured.peak_flops,
-        minutes=settings.minutes,
-        eval_every=eval_every or measured.eval_every,
-        **spec.hashes,
-    )
 
 
 def _fault_in_state(error: Exception) -> str:
@@ -407,4 +376,5 @@ def _caught_signals() -> Iterator[list[int]]:
 def _end_by(number: int) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
+    # The exit status by which shells report an end by this signal.
     raise SystemExit(128 + number)

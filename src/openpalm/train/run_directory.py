@@ -17,7 +17,8 @@ from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.files import lock, write_atomically
 from openpalm.base.json_file import read_json
-from openpalm.base.settings import build, check, plain, spell
+from openpalm.base.run_version import version_of_run
+from openpalm.base.settings import build, plain, spell
 from openpalm.base.yaml_file import read_yaml, to_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.manifest import read_manifest
@@ -29,12 +30,14 @@ from openpalm.train.optimization.schedule import learning_rate_factor
 REWARD_FAILED = "reward_failed"
 """Written if a reward failed; holds the corrected reward's hash once the run continues."""
 SETTINGS_FILE, INFO_FILE = "config.yaml", "run.json"
+RESTORE = "restore it from a copy, or choose another --out"
 HASHES = ("data", "parent", "reward")
 
 MAY_CHANGE = (
     *("out", "data", "init"),  # data and parent are compared by their hashes
-    *("loggers", "profile", "memory", "compile", "device"),
-    *("save_every", "eval_every", "keep_checkpoints", "max_skipped_steps", "force"),
+    *("loggers", "wandb_project", "wandb_name", "profile", "memory", "compile", "device"),
+    *("save_every", "eval_every", "max_skipped_steps", "force"),
+    *("keep_checkpoints", "keep_every", "keep_best"),
 )
 """Settings that do not change what a run computes: a resumed run may have others."""
 
@@ -68,8 +71,8 @@ class RunInfo:
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "minutes", "peak_flops"):
             value = getattr(self, name)
-            fits = value is None or 0 < value < math.inf
-            check(fits, name, value, "above 0 and finite")
+            if value is not None and not 0 < value < math.inf:
+                raise SettingsError(f"{name} {value}: must be above 0 and finite")
 
 
 @contextmanager
@@ -119,7 +122,7 @@ def repeated_run(settings: TrainSettings, hashes: dict[str, str | None]) -> RunI
     file = settings.config_file
     if file is None or file.name != SETTINGS_FILE or not (file.parent / INFO_FILE).exists():
         return None
-    info = read_info(file.parent)
+    info = read_info(file.parent, "restore it from a copy, or move it away to measure again")
     for name, option in zip(HASHES, ("--data", "--init", "--reward"), strict=True):
         if getattr(info, name) != hashes[name]:
             print(f"warning: {option} is not what {file.parent} used", file=sys.stderr)
@@ -151,14 +154,14 @@ def write(settings: TrainSettings, info: RunInfo) -> None:
             write_atomically(file, text)
 
 
-def read_info(out: Path) -> RunInfo:
-    """The content of run.json. Raises SettingsError naming the file if no run wrote it."""
+def read_info(out: Path, remedy: str = RESTORE) -> RunInfo:
+    """The content of run.json. Raises SettingsError with `remedy` if no run wrote it."""
     file = out / INFO_FILE
     try:
-        return build(RunInfo, read_json(file, "a run wrote it"))
+        return build(RunInfo, read_json(file, remedy))
     except (CheckpointError, SettingsError) as error:
-        reason = str(error).removeprefix(f"{file}: ").removesuffix("; a run wrote it")
-        raise SettingsError(f"{file}: {reason}; restore it, or choose another --out") from None
+        reason = str(error).removeprefix(f"{file}: ").removesuffix(f"; {remedy}")
+        raise SettingsError(f"{file}: {reason}; {remedy}") from None
 
 
 def finished_by_other_version(out: Path) -> Path | None:
@@ -178,8 +181,8 @@ def finished_by_other_version(out: Path) -> Path | None:
         return newest
     if version is None:
         raise SettingsError(
-            f"{out / SETTINGS_FILE}: was written by another version of OpenPaLM, without "
-            f"{INFO_FILE}; continue the run with the version that made it, or choose another --out"
+            f"--out {out}: has no {INFO_FILE}, and no readable checkpoint says which version made "
+            f"this run; {RESTORE}"
         )
     raise SettingsError(
         f"--out {out}: was written by OpenPaLM {shown(version)} and cannot be resumed by "
@@ -195,17 +198,8 @@ def step_of(directory: Path) -> int:
 
 def _version(out: Path) -> str | None:
     """The version that made the run: from run.json, else from its newest readable checkpoint."""
-    if (out / INFO_FILE).exists():
-        try:
-            return str(read_json(out / INFO_FILE, "")["openpalm"])
-        except (CheckpointError, KeyError):
-            return __version__  # damaged: `recall` says so
-    for newest in reversed(checkpoint.steps(out)):
-        try:
-            return str(read_manifest(newest)["versions"]["openpalm"])
-        except (CheckpointError, KeyError, TypeError):
-            continue  # damaged: it does not say who wrote it
-    return None
+    damaged = (out / INFO_FILE).exists()  # if it names no version: `recall` says so
+    return version_of_run(out) or (__version__ if damaged else None)
 
 
 def _planned_steps(out: Path) -> object:
@@ -222,10 +216,7 @@ def _read_settings(file: Path, kind: type[TrainSettings]) -> TrainSettings:
     try:
         return build(kind, values)
     except SettingsError as error:
-        raise SettingsError(
-            f"{file}: is not the settings of a run of this version ({error}); set it back, "
-            "continue the run with the version that made it, or choose another --out"
-        ) from None
+        raise SettingsError(f"{file}: not as the run wrote it: {error}; {RESTORE}") from None
 
 
 def _refuse_edited(file: Path, info: RunInfo, stored: TrainSettings) -> None:

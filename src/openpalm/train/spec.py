@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from openpalm.train.config import TrainSettings, batch_shape
 from openpalm.train.initial_weights import choose_trained
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
-from openpalm.train.probes import Probe
+from openpalm.train.probes import BestBy, Probe
 from openpalm.train.trainer import Trainer
 
 LORA_RATE = 10
@@ -49,12 +50,14 @@ class TrainSpec:
     tokenizer_json: str | None = None
     data_hash: str | None = None
     reward_hash: str | None = None
+    parent: Path | None = None
+    """checkpoint of the initial weights, whose optimizer state --keep-optimizer takes over"""
     parent_hash: str | None = None
     parent_fixed: bool = False
     """whether a resumed run needs the same parent weights, because they are the reference"""
     probes: Sequence[Probe] = ()
-    best: str | None = None
-    """the evaluation column with the highest value at the best checkpoint, which is kept"""
+    best: BestBy | None = None
+    """how the best checkpoint is known; None if nothing is evaluated"""
     label: str = "train"
     """name of the run in the terminal"""
 
@@ -65,6 +68,11 @@ class TrainSpec:
 
     def check(self, settings: TrainSettings) -> None:
         """Raises SettingsError for a setting that this training would ignore."""
+        if settings.keep_best and self.best is None:
+            raise SettingsError(
+                "--keep-best: no data is held out, so no checkpoint is known to be the best; give "
+                "data with a validation part, or leave it out"
+            )
         if self.shape is not None and settings.batch_ramp is not None:
             raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
         next_token = {

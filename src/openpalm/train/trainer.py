@@ -144,6 +144,7 @@ class Trainer:
             "counted": self.counted,
             "skipped_in_a_row": self.skipped_in_a_row,
             "loader": self.loader.state_dict(),
+            "optimizer": self.optimizer.settings.kind,
         }
         return tensors, values
 

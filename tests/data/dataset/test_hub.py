@@ -8,7 +8,7 @@ import sys
 import huggingface_hub.constants
 import pytest
 import yaml
-from hub_server import TOKEN, hub_server
+from lfs_hub import TOKEN, hub_server
 
 from openpalm.data.dataset import hub
 from openpalm.data.dataset.hub import push_dataset

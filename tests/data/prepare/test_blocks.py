@@ -82,7 +82,7 @@ def test_rows_joined_are_the_tokens_that_prepare_writes(rest, rows, tmp_path):
         kept = len(tokens) // 64 * 64 if rest == "drop" else len(tokens)
         assert joined == tokens[:kept]
         assert len(tokens) % 64  # so that there is a rest to speak of
-        assert manifest.dropped[split] == len(tokens) - kept
+        assert manifest.rest[split] == len(tokens) - kept
         assert manifest.splits[split].tokens == kept
         # The byte tokenizer: bytes are the tokens that are no end marker.
         assert manifest.splits[split].bytes == sum(i < 256 for i in joined)

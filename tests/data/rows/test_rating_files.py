@@ -62,7 +62,10 @@ def test_one_axis_is_read_at_a_time(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"rating": None}, "this row is prompt, completion, which `openpalm sft` reads"),
+        (
+            {"rating": None},
+            "this row is prompt, completion, the first row is prompt, response, rating; write",
+        ),
         ({"score": 1}, 'fields "rating" and "score" have the same role'),
         ({"completion": "x"}, 'fields "completion" and "response" have the same role'),
         ({"rating": True}, 'field "rating" is True; it must be a number'),

@@ -68,6 +68,7 @@ class Loader(Generic[B]):
         world_size: int = 1,
     ):
         self.rows_per_epoch = draws.epoch
+        # A closure keeps the item's type out of the class, so callers name only what batches are.
         self._batch_of = lambda numbers: collate([draws.item(number) for number in numbers])
         # The order is part of the identity: a cursor is a count and means nothing in another order.
         self._cursor = Cursor(identity | draws.identity, rows, rank, world_size)
@@ -118,6 +119,7 @@ def token_loader(
 
     identity = {
         "kind": "tokens",
+        # Seed and length decide where windows begin: a count of rows means nothing with others.
         "seed": seed,
         "sequence_length": sequence_length,
         "tokens": len(tokens),
@@ -170,6 +172,7 @@ def packed_loader(
     """
     identity = {"kind": "packed"} | _identity(examples, seed, sequence_length)
     draws = draws or shuffle(len(examples), seed)
+    # Once, because packing reads the lengths of a whole epoch at a time.
     lengths = [_length(example, sequence_length) for example in examples]
     return Loader(
         # The draws are whole rows here, so that the cursor counts rows and not examples.
@@ -240,11 +243,14 @@ def evaluation_batches(
             f"nothing to predict in {count_of(len(tokens), 'token')}; use more validation text"
         )
     for first in range(0, targets, rows * sequence_length):
+        # One id more than inputs: it is the target of the last one.
         ids = tokens[first : first + rows * sequence_length + 1].astype(np.int64)
         # Windows overlap by one token, so that the first of each is a target too.
+        # Padding of the inputs may be any id, because its targets are IGNORE.
         inputs = _windowed(ids[:-1], sequence_length, 0)
         batch = Batch(inputs, _windowed(ids[1:], sequence_length, IGNORE))
         if documents is not None:
+            # Segments are those of the inputs, which are one fewer than the ids.
             segments = documents.segments(first, first + len(ids) - 1)
             batch = replace(batch, segments=_windowed(segments, sequence_length, -1))
         yield batch
@@ -261,6 +267,7 @@ def _sample(tokens: Tokens) -> str:
     """A digest of the first and the last tokens: cheap, and other data differ there."""
     digest = hashlib.blake2b(digest_size=8)
     for end in (tokens[:4096], tokens[max(0, len(tokens) - 4096) :]):
+        # One width and byte order, so that the digest depends on neither shards nor machine.
         digest.update(end.astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -278,6 +285,7 @@ def _identity(examples: Sequence[Example], seed: int, sequence_length: int) -> d
         )
     digest = hashlib.blake2b(digest_size=8)
     for example in examples:
+        # With its length: the same ids divided into other examples are other data.
         digest.update(np.array([len(example.ids), *example.ids], dtype="<i8").tobytes())
         # The mask counts: the same ids with other targets are other data.
         digest.update(bytes(example.loss_mask))

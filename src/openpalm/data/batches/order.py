@@ -41,6 +41,7 @@ class Cursor:
     def take(self) -> range:
         """This rank's rows of the next step."""
         first = self._consumed + self._rank * self._rows
+        # Every rank counts the rows of all ranks, so any number of ranks can resume from it.
         self._consumed += self._world_size * self._rows
         return range(first, first + self._rows)
 
@@ -59,6 +60,7 @@ class Cursor:
                 f"the data cursor is of other data ({listed}); resume with the same data"
             )
         consumed = state.get("rows_consumed")
+        # Not isinstance, which would take true for 1.
         if type(consumed) is not int or consumed < 0:
             raise DataError(f"the data cursor's rows_consumed is {consumed!r}; it is damaged")
         self._consumed = consumed
@@ -93,6 +95,7 @@ def windows(tokens: int, length: int, seed: int) -> Draws[int]:
         epoch, index = divmod(draw, count)
         key = order_key(seed, epoch)
         phase = mix64(key) % length if shifted else 0
+        # Neighbouring windows share one token: the last target of one begins the next.
         return phase + shuffled(index, count, key) * length
 
     return Draws(count, item, {})
@@ -105,6 +108,7 @@ def mixture(sizes: Sequence[int], shares: Sequence[int], seed: int) -> Draws[int
     after it has used all its items, across epochs.
     """
     epoch_size = sum(shares)
+    # A key of its own for each task, or tasks of equal size would be in the same order.
     tasks = [shuffle(size, mix64(seed + task + 1)).item for task, size in enumerate(sizes)]
 
     def item(draw: int) -> int:
@@ -115,6 +119,7 @@ def mixture(sizes: Sequence[int], shares: Sequence[int], seed: int) -> Draws[int
             place -= shares[task]
             first += sizes[task]
             task += 1
+        # Counted on across epochs: only so are all items used before one is repeated.
         return first + tasks[task](epoch * shares[task] + place)
 
     return Draws(epoch_size, item, {"sizes": list(sizes), "shares": list(shares)})
@@ -134,6 +139,7 @@ def interleaved(
         # Set by set: either this draw is one of the set's, or it is one of the remaining sets'.
         left, first = epoch_size, 0
         for draws, size, share in zip(sets, sizes, shares, strict=True):
+            # How many of the draws before this one were the set's; whole numbers stay exact.
             before = draw * share // left
             if (draw + 1) * share // left > before:
                 return first + draws.item(before)

@@ -8,17 +8,16 @@ import dataclasses
 import hashlib
 import json
 import os
-import types
-import typing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from openpalm.base.hashing import sha256_of
+from openpalm.base.typed import checked
 from openpalm.base.workers import available_cores
-from openpalm.errors import DataError, count_of
+from openpalm.errors import DataError, SettingsError, count_of
 
 NAME = "manifest.json"
 PART_NAME = "part.json"
@@ -45,7 +44,8 @@ class SplitEntry:
     """`bytes` counts the UTF-8 bytes of the text that `tokens` spell, without end markers.
 
     `lost` counts the bytes of text that the vocabulary could not spell; they are not in `bytes`.
-    A text that the boundary between the splits cuts in two is a document of both.
+    A text that the boundary between the splits cuts in two is a document of both. `dropped` counts
+    the sequences that --min-unique-tokens left out.
     """
 
     documents: int
@@ -53,6 +53,7 @@ class SplitEntry:
     bytes: int
     files: tuple[FileEntry, ...]
     lost: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +75,31 @@ class DocumentCounts:
 
 @dataclass(frozen=True, slots=True)
 class PrepareSettings:
+    """What decides the bytes of a dataset, besides its inputs.
+
+    Settings with a default are in the file only where they differ from it: manifests of versions
+    that did not have them stay the same.
+    """
+
     tokenizer: str
     text_field: str
     val_fraction: float
     val: str
     dedup: str
     shard_tokens: int
+    split_text: str = ""
+    fix_text: str = "none"
+    detokenize: str = "none"
+    min_unique_tokens: int = 0
+    sequence_tokens: int = 0
+    repack_epochs: int = 1
+    keep_order: bool = False
+    seed: int = 0
+
+    @property
+    def repacks(self) -> bool:
+        """Whether the tokens are packed again, after all documents are encoded."""
+        return self.repack_epochs > 1 or self.min_unique_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +134,9 @@ class Manifest:
         content = dataclasses.asdict(self)
         for name in NOT_IN_FILE:
             del content[name]
-        for split in content["splits"].values():
-            # Left out where 0: digests of older manifests stay the same.
-            if not split["lost"]:
-                del split["lost"]
+        # Digests of older manifests stay the same.
+        content["settings"] = without_defaults(self.settings)
+        content["splits"] = {n: without_defaults(split) for n, split in self.splits.items()}
         return (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode()
 
     def to_part(self, shard: str) -> bytes:
@@ -126,7 +145,14 @@ class Manifest:
         return (json.dumps(part, indent=2, ensure_ascii=True) + "\n").encode()
 
 
-M = typing.TypeVar("M", bound=Manifest)
+M = TypeVar("M", bound=Manifest)
+
+
+def without_defaults(entry: "PrepareSettings | SplitEntry") -> dict[str, Any]:
+    """The fields of an entry, without those that have their default."""
+    content = dataclasses.asdict(entry)
+    own = {one.name: one.default for one in dataclasses.fields(entry)}
+    return {name: value for name, value in content.items() if value != own[name]}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -142,8 +168,8 @@ def read_part(folder: Path) -> tuple[str, Manifest]:
     """I/N and the manifest of one job's part, with the checks of `read_manifest`."""
     path = folder / PART_NAME
     part = read_content(path, PART_FORMAT)
-    content = typed(dict[str, Any], part.get("manifest"), f"{path}: manifest")
-    return typed(str, part.get("shard"), f"{path}: shard"), _checked(path, content, whole=False)
+    content = typed(dict[str, Any], part.get("manifest"), str(path), "manifest")
+    return typed(str, part.get("shard"), str(path), "shard"), _checked(path, content, whole=False)
 
 
 def shard_names(split: str, shard: int) -> tuple[str, str]:
@@ -268,32 +294,9 @@ def _hash_of(file: tuple[Path, FileEntry]) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def typed(kind: Any, value: object, where: str) -> Any:
+def typed(kind: Any, value: object, where: str, name: str = "") -> Any:
     """`value` from JSON as the dataclass, tuple, dict or scalar `kind`. Raises DataError."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _typed_dataclass(typing.cast(type, kind), value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(typed(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {k: typed(arguments[1], v, f"{where}.{k}"[:200]) for k, v in value.items()}
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is kind and not (kind is int and typing.cast(int, value) < 0):
-        return value
-    wanted = getattr(kind, "__name__", str(kind)) if not isinstance(kind, types.UnionType) else kind
-    raise DataError(f"{where}: must be {wanted}, is {str(value)[:40]}; {REMEDY}")
-
-
-def _typed_dataclass(kind: type, value: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    for name in NOT_IN_FILE:
-        hints.pop(name, None)
-    if set(value) == set(hints) - {"lost"}:
-        hints.pop("lost", None)
-    if set(value) != set(hints):
-        odd = sorted(str(name)[:40] for name in set(value) ^ set(hints))[:3]
-        raise DataError(f"{where}: fields missing or unknown ({', '.join(odd)}); {REMEDY}")
-    return kind(**{n: typed(hint, value[n], f"{where}: {n}") for n, hint in hints.items()})
+    try:
+        return checked(kind, value, name, exact=True)
+    except SettingsError as error:
+        raise DataError(f"{where}: {error}; {REMEDY}") from None

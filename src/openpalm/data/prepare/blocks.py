@@ -134,7 +134,7 @@ def _finished(request: BlocksRequest, given: Dataset | None, stage: Stage) -> Bl
     out = request.prepare.out
     existing = read_blocks_manifest(out)
     wanted = (request.sequence_length, request.order)
-    kept = not any(existing.dropped.values())
+    kept = not any(existing.rest.values())
     whole = all(entry.tokens % existing.sequence_length == 0 for entry in existing.splits.values())
     # With no rest at all both choices give the same files.
     same_rest = whole if request.rest == "drop" else kept
@@ -215,7 +215,7 @@ def _cut(dataset: Dataset, request: BlocksRequest, progress: Progress) -> Blocks
     tokenizer, manifest = dataset.tokenizer(), dataset.manifest
     group, file = blocks.sizes(request.sequence_length)
     total = sum(entry.tokens for entry in manifest.splits.values())
-    splits, dropped, done = {}, {}, 0
+    splits, rest, done = {}, {}, 0
     for split in SPLITS:
         cutter = _Cutter(dataset, split, request, group, file)
         cutter.refuse_empty()
@@ -225,7 +225,7 @@ def _cut(dataset: Dataset, request: BlocksRequest, progress: Progress) -> Blocks
             written = done + min(cutter.kept, len(entries) * file * request.sequence_length)
             progress(written * manifest_file.ITEM_BYTES[manifest.dtype], total * 2)
         splits[split] = cutter.entry(tuple(entries), tokenizer.byte_lengths())
-        dropped[split] = cutter.tokens - cutter.kept
+        rest[split] = cutter.tokens - cutter.kept
         done += cutter.kept
     tokenizer.save(request.prepare.out / TOKENIZER)
     described = {f.name: getattr(manifest, f.name) for f in fields(Manifest)}
@@ -235,7 +235,7 @@ def _cut(dataset: Dataset, request: BlocksRequest, progress: Progress) -> Blocks
         order=request.order,
         group_blocks=group,
         file_blocks=file,
-        dropped=dropped,
+        rest=rest,
     )
 
 

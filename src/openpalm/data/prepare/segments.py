@@ -110,10 +110,12 @@ class Segments:
             if number >= begin[0] and share.overlaps(position, position + kept):
                 cut = self._pieces if source.is_one else self._blocks
                 for segment, before in cut(number, document, block):
+                    # Encoded segments are read all the same: `before` depends on their sizes.
                     is_ahead = (number, segment.number) >= begin
                     if is_ahead and share.contains(position + before) and segment.splits.any():
                         yield segment
             else:
+                # Counts as read, so that the progress reaches its total in every job.
                 self.advance(scanned.bytes)
             document += scanned.documents
             block += scanned.blocks
@@ -143,6 +145,7 @@ class Segments:
             yield Segment(source, number, content, measures, splits, local), before
             document += len(splits)
             before += int(measures["size"][splits != LEFT_OUT].sum())
+        # Fewer blocks than the first pass counted: the input shrank.
         if number + 1 != len(counts):
             refuse_changed(given.name)
 
@@ -258,6 +261,7 @@ def _cut_at_boundary(
     """The training and the validation part of the document that the boundary cuts."""
     if document.ids is not None:
         sizes = np.cumsum(id_lengths(document, lengths))
+        # An id cannot be cut: the one that crosses the boundary is validation.
         at = int(np.searchsorted(sizes, boundary, side="right"))
         head, tail = (replace(document, ids=ids) for ids in (document.ids[:at], document.ids[at:]))
         whole, before = int(sizes[-1]), int(sizes[at - 1]) if at else 0
@@ -270,6 +274,7 @@ def _cut_at_boundary(
             replace(document, text=t.decode()) for t in (data[:boundary], data[boundary:])
         )
         whole, before = len(data), boundary
+    # The boundary may have moved back to the start, which leaves no training part.
     if before:
         yield Excerpt("train", head, before, segment.starts, False)
     yield Excerpt("val", tail, whole - before, True, segment.ends)

@@ -65,6 +65,7 @@ def assign_splits(
         for numbers in repeated_documents(_digests(table), len(table), folder):
             table.splits[numbers] = LEFT_OUT
     kept = sum(int((splits != LEFT_OUT).sum()) for _, splits in table)
+    # Of kept text only: job shares and the tail's boundary count in these bytes.
     size = sum(int(measures["size"][splits != LEFT_OUT].sum()) for measures, splits in table)
     if not kept:
         documents = count_of(len(table), "document")
@@ -129,6 +130,7 @@ def _split_by_hash(table: DocumentTable, kept: int, fraction: float) -> None:
         # A digest is uniform, so comparing it with a limit draws that share of the documents.
         draw = measures["digest"][:, 0]
         val = (splits == TRAIN) & (draw < limit)
+        # Kept in the same pass: whether any document is below is known only at its end.
         smallest = min(smallest, draw[splits == TRAIN].min(initial=smallest))
         splits[val] = VAL
         held_out += int(val.sum())
@@ -146,6 +148,7 @@ def _split_by_hash(table: DocumentTable, kept: int, fraction: float) -> None:
 
 def _split_by_tail(table: DocumentTable, total: int, fraction: float) -> tuple[int, int] | None:
     """Holds out the last `fraction` of the bytes; returns the boundary if a document is cut."""
+    # At least one byte, or a small share of a small text would hold out nothing.
     boundary = total - max(1, round(total * fraction))
     cut, before, start = None, 0, 0
     for measures, splits in table:
@@ -153,6 +156,7 @@ def _split_by_tail(table: DocumentTable, total: int, fraction: float) -> tuple[i
         # Documents that are left out have size 0 here, so they move no boundary.
         ends = before + np.cumsum(sizes)
         splits[(ends - sizes >= boundary) & (sizes > 0)] = VAL
+        # Both are strict: a boundary between two documents cuts neither.
         inside = np.flatnonzero((ends - sizes < boundary) & (boundary < ends))
         if len(inside):
             i = int(inside[0])

@@ -53,6 +53,9 @@ PROBLEM = "question, answer"
 PROMPT = "a prompt alone"
 TEXT = "a text"
 
+OR_REMOVE = "(or remove this line)"
+"""Ends the message of every line that cannot be read, for all verbs."""
+
 PAIRS = (EXPLICIT, HH, TEXTS, WHOLE, RANKING, SCORED)
 
 _VERBS = dict.fromkeys(PAIRS, "openpalm dpo") | {
@@ -62,6 +65,14 @@ _VERBS = dict.fromkeys(PAIRS, "openpalm dpo") | {
     TEXT: "openpalm data prepare",
 }
 """The verb that reads a format, to suggest in messages; `openpalm sft` for all others."""
+
+
+def _line(read: Callable[..., T], *given: Any) -> T:
+    """Calls `read` for one line; its DataError says that the line may be removed."""
+    try:
+        return read(*given)
+    except DataError as error:
+        raise DataError(f"{error} {OR_REMOVE}") from None
 
 
 def row_format(row: Mapping[str, Any]) -> str | None:
@@ -128,17 +139,17 @@ class RowReader(Generic[T]):
             public = public_format(given)
             name = public.name if public else row_format(given)
             if public is None and (name is None or name not in (PREFERENCE, *self.converters)):
-                raise self._refuse_row(where, given, name)
+                raise self._refuse_row(where, given, name, first)
             # One format for a file: a second one is a mix-up of files rather than an intention.
             first = first or name
             if name != first:
                 raise DataError(
-                    f"{where}: this row is {name}, the first is {first}; split the file"
+                    f"{where}: this row is {name}, the first is {first}; split the file {OR_REMOVE}"
                 )
             if name == PREFERENCE:
-                preferences.append((where, Preference.from_json(given, where)))
+                preferences.append((where, _line(Preference.from_json, given, where)))
             else:
-                examples, fields = at(where, self._convert, given, public)
+                examples, fields = _line(at, where, self._convert, given, public)
                 found += [(where, example) for example in examples]
                 unused.update(fields)
         if first is None:
@@ -197,10 +208,19 @@ class RowReader(Generic[T]):
         """The fields that are refused, not counted, if their text is in no example."""
         return PROMPT_FIELDS if self.keeps_row else PROMPT_FIELDS | COMPLETION_FIELDS
 
-    def _refuse_row(self, where: str, row: dict[str, Any], name: str | None) -> DataError:
+    def _refuse_row(
+        self, where: str, row: dict[str, Any], name: str | None, first: str | None
+    ) -> DataError:
+        fields = ", ".join(map(shown, islice(row, 8))) or "none"
+        if first is not None:  # a bad line in a good file: the list of formats would not help
+            found = (
+                f"this row is {name}" if name else f"the fields ({fields}) match no known format"
+            )
+            return DataError(
+                f"{where}: {found}, the first row is {first}; write the same fields {OR_REMOVE}"
+            )
         if name is not None:
             return DataError(f"{where}: {self._wrong_format(name, name)}")
-        fields = ", ".join(map(shown, islice(row, 8))) or "none"
         return DataError(
             f"{where}: the row's fields ({fields}) match no known format; "
             f"{self.what}s are one of: {self._formats}"

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from openpalm.base.console import shown
 from openpalm.base.permutation import mix64
 from openpalm.base.typed import at, expect, home, is_number
-from openpalm.base.yaml_file import read_yaml
+from openpalm.base.yaml_file import packaged, read_yaml
 from openpalm.data.corpus.json_lines import read_rows
 from openpalm.data.corpus.sources import is_rows
 from openpalm.data.rows.demonstration_files import check_demonstration, read_demonstrations
+from openpalm.data.rows.hub_rows import PREFIX, fetch_rows
 from openpalm.data.rows.messages import Messages, assistant_turn, check_prompt
 from openpalm.data.rows.read_result import ReadResult, UnusableRow, collect_results
 from openpalm.data.text.conversation import Message
@@ -47,6 +48,13 @@ class Task(NamedTuple):
     """sampling weight, relative to those of the other tasks"""
     templates: tuple[Template, ...] = ()
     """empty if the rows have a format of their own (data/rows/row_formats.py)"""
+    address: str | None = None
+    """where `data` came from, if it is the local copy of a file on the Hub"""
+
+    @property
+    def name(self) -> str:
+        """The task's data as the user wrote it."""
+        return self.address or str(self.data)
 
 
 class Mixture(NamedTuple):
@@ -75,6 +83,7 @@ class Mixture(NamedTuple):
 
     def digest(self, path: Path) -> str:
         """A hash of the YAML file and of all data files in it."""
+        path = packaged(path)
         digest = hashlib.sha256(path.read_bytes())
         for task in self.tasks:
             if task.data != path:
@@ -91,7 +100,7 @@ def read_mixture(path: Path) -> Mixture:
 
         cap: 3000                                 # or weights, below
         tasks:
-          - data: sums.jsonl                      # relative to the YAML file
+          - data: sums.jsonl                      # relative to the YAML file, or hf://
             weight: 2
             templates:
               - {prompt: "{question}", answer: "{answer}"}
@@ -100,6 +109,7 @@ def read_mixture(path: Path) -> Mixture:
     """
     if not is_mixture(path):
         return Mixture((Task(path),))
+    path = packaged(path)
     content = read_yaml(path)
     return at(str(path), _parse_mixture, content, path.parent)
 
@@ -187,7 +197,10 @@ def _parse_task(task: object, folder: Path) -> Task:
     wanted = "a list of templates"
     expect("templates", templates, wanted, lambda v: v is None or (isinstance(v, list) and v != []))
     made = (at(f"templates[{i}]", _parse_task_template, t) for i, t in enumerate(templates or ()))
-    return Task(folder / home(str(data)), weight, tuple(made))
+    made = tuple(made)  # before the download: a wrong template is reported at once
+    if str(data).startswith(PREFIX):
+        return Task(fetch_rows(str(data)), weight, made, str(data))
+    return Task(folder / home(str(data)), weight, made)
 
 
 def _parse_task_template(template: object) -> Template:

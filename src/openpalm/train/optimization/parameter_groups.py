@@ -1,5 +1,7 @@
 """Parameter groups and the optimizer of a model: weight decay, clipping, state as named tensors."""
 
+from collections.abc import Set
+
 import torch
 from torch import Tensor, nn
 
@@ -94,3 +96,43 @@ class Optimizer:
             stays = slot == "step" and isinstance(owner[parameter], Listwise)
             place = value.device if stays else parameter.device
             owner[parameter].state[parameter][slot] = value.to(place)
+
+    def take_over(self, tensors: dict[str, Tensor], names: Set[str]) -> list[str]:
+        """Continues with the moments and step counts that another run gave the parameters `names`.
+
+        `tensors` are its `state_tensors`. Returns the trained parameters not in `names`, whose
+        state is new. Raises ValueError naming a tensor that is missing or does not fit.
+        """
+        taken, new = dict[str, Tensor](), []
+        for part in self.parts:
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                name = self.names[parameter]
+                if name not in names:
+                    new.append(name)
+                    continue
+                for slot in ("step", *_moments(part)):
+                    key = f"{name}/{slot}"
+                    taken[key] = _fitting(key, tensors.get(key), part, parameter)
+        self.load_state_tensors(taken)
+        return new
+
+
+def _moments(part: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The names of the moments of a part's parameters."""
+    return part.slots if isinstance(part, Listwise) else ("exp_avg", "exp_avg_sq")
+
+
+def _fitting(
+    key: str, value: Tensor | None, part: torch.optim.Optimizer, parameter: Tensor
+) -> Tensor:
+    """A moment, or a step count, in the dtype that `part` keeps it in. Raises ValueError."""
+    if value is None:
+        raise ValueError(f"{key} is missing")
+    if key.endswith("/step"):
+        if value.numel() != 1 or float(value) < 0 or not float(value).is_integer():
+            raise ValueError(f"{key} is {value.tolist()}, not a count")
+        whole = isinstance(part, Listwise)
+        return value.reshape(()).to(torch.int64 if whole else torch.float32)
+    if value.shape != parameter.shape or not value.is_floating_point():
+        raise ValueError(f"{key} is {list(value.shape)}, not {list(parameter.shape)}")
+    return value.to(parameter.dtype)

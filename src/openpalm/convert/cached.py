@@ -1,0 +1,124 @@
+"""A Hugging Face folder or hub name as a checkpoint: converted once, into the user's cache.
+
+The same for a folder of mesh-transformer-jax. The key is the content of the files that are read, so
+a changed folder is converted again. A cached conversion is verified when it is loaded, like any
+checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from openpalm.base.typed import home
+from openpalm.convert import hub
+from openpalm.convert.huggingface.read import TOKENIZER_FILES
+from openpalm.convert.source import Source, check_kind, detect, open_source
+from openpalm.convert.target import write
+from openpalm.errors import CheckpointError, StorageError, WorkError
+
+Say = Callable[[str], None]
+
+_FOREIGN = ("huggingface", "mesh-transformer-jax")
+_VERSION = 1
+"""Increased when a conversion changes, so that cached ones are made again."""
+_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+_OLD_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""Only for repositories without safetensors; nothing in them is executed."""
+_SCHEME = "hf://"
+_TIMEOUT_S = 10
+_HUB_NAME = re.compile(
+    r"(?P<repository>\w[\w.-]{0,95}/\w[\w.-]{0,95})(@(?P<revision>[\w.-]{1,100}))?", re.ASCII
+)
+
+
+def checkpoint_path(name: str, say: Say | None = None) -> Path:
+    """The path of the run or checkpoint that `name` means, converted first if it is foreign.
+
+    name: a path, one of `hub.NAMES`, or a model of the Hugging Face Hub: ACCOUNT/NAME, where no
+    local folder ACCOUNT exists, or hf://ACCOUNT/NAME, each optionally with @REVISION. Raises
+    CheckpointError for a kind of model that is not read, WorkError when the network fails,
+    StorageError when the disk is full.
+    """
+    say = say or (lambda line: print(line, file=sys.stderr))
+    path = Path(home(name))
+    if name in hub.NAMES and not path.exists():
+        return hub.fetch(name)
+    if path.is_dir() and detect(path) in _FOREIGN:
+        return _converted(path, name, say)
+    if name.startswith(_SCHEME) or (not path.exists() and not path.parent.exists()):
+        found = _HUB_NAME.fullmatch(name.removeprefix(_SCHEME))
+        if found is not None:
+            return _converted(_downloaded(name, found, say), name, say)
+        if name.startswith(_SCHEME):
+            raise CheckpointError(f"{name}: must be hf://ACCOUNT/NAME")
+    return path
+
+
+def _converted(folder: Path, name: str, say: Say) -> Path:
+    try:
+        source = open_source(folder)
+        kept = hub.cache() / f"{source.format}-{_key(source)}"
+        if (kept / "manifest.json").is_file():
+            return kept
+        say(f"{name}: {source.found}; converting it once, into {kept}")
+        mine = kept.with_name(f".{kept.name}.{os.getpid()}")
+        try:
+            write(source, mine, "openpalm")
+            defaults = json.dumps(vars(source.defaults))
+            (mine / "generation_config.json").write_text(defaults, encoding="utf-8")
+            hub.keep(mine, kept)
+        finally:
+            shutil.rmtree(mine, ignore_errors=True)
+    except OSError as error:
+        where = error.filename or hub.cache()
+        raise StorageError(f"{where}: {error.strerror or error}; free some space") from error
+    return kept
+
+
+def _key(source: Source) -> str:
+    """Identifies everything that is read from a folder."""
+    parts = [_VERSION, source.lineage["source_sha256"], source.config, source.reward]
+    parts += [source.tokenizer_json, source.defaults]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _downloaded(name: str, found: re.Match[str], say: Say) -> Path:
+    """The model's files in Hugging Face's cache; config.json first, to refuse other models."""
+    import httpx2
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, revision = found["repository"], found["revision"]
+    offline, weights = False, _WEIGHTS
+    try:
+        try:
+            # Unlike a download it fails at once where there is no network: NAME may be a typo.
+            info = HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_S)
+            files = [each.rfilename for each in info.siblings or []]
+            if not any(name.endswith(".safetensors") for name in files):
+                weights = _OLD_WEIGHTS
+        except (httpx2.HTTPError, ConnectionError):
+            cached = try_to_load_from_cache(repository, "config.json", revision=revision)
+            if not isinstance(cached, str):
+                raise
+            offline = True
+        which: Any = {"revision": revision, "local_files_only": offline}
+        check_kind(Path(hf_hub_download(repository, "config.json", **which)).parent)
+        say(f"{name}: reading it from {'the cache of ' * offline}the Hugging Face Hub")
+        patterns = [*_FILES, *weights]
+        return Path(snapshot_download(repository, allow_patterns=patterns, **which))
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, ConnectionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if name.startswith(_SCHEME):
+            raise WorkError(f"{name}: cannot be downloaded ({reason}); try again") from None
+        raise CheckpointError(
+            f"{name}: no such checkpoint or run; check the path (as the name of a model on the "
+            f"Hugging Face Hub it cannot be read either: {reason})"
+        ) from None
