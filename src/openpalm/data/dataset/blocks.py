@@ -62,13 +62,7 @@ def block_file(split: str, number: int) -> str:
 
 def is_blocks(folder: Path) -> bool:
     """Whether a folder's manifest is one of blocks; False also where there is none."""
-    path = folder / manifest_file.NAME
-    try:
-        with path.open("rb") as file:
-            # Our own files begin with the format; the whole file is checked when it is read.
-            return f'"format": "{FORMAT}"'.encode() in file.read(100)
-    except OSError:
-        return False
+    return manifest_file.format_of(folder) == FORMAT
 
 
 def read_blocks_manifest(folder: Path) -> BlocksManifest:

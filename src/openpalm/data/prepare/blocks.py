@@ -114,7 +114,8 @@ def write_blocks(
 def _dataset_given(request: BlocksRequest) -> Dataset | None:
     """The dataset, if the only input is one."""
     folder = Path(request.prepare.inputs[0]) if len(request.prepare.inputs) == 1 else None
-    if folder is None or not (folder / manifest_file.NAME).is_file():
+    known = (manifest_file.FORMAT, blocks.FORMAT)
+    if folder is None or manifest_file.format_of(folder) not in known:
         return None
     dataset = open_dataset(folder)
     if folder.resolve() == request.prepare.out.resolve():
