@@ -14,7 +14,7 @@ from openpalm.errors import SettingsError, count_of
 if TYPE_CHECKING:
     from openpalm.data.dataset.blocks import BlocksManifest
 
-OF_BLOCKS = ("json", "seq_len", "seed", "rest", "dataset_name", "hf_account", "private")
+OF_BLOCKS = ("json", "seq_len", "rest", "dataset_name", "hf_account", "private")
 ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 
@@ -25,8 +25,9 @@ class Blocks(Prepare):
     wrote: its tokens are cut into blocks as they are"""
     seq_len: int = 8192
     """tokens in a block, which is a row of a file"""
-    seed: int | None = None
-    """shuffle the order of the blocks with this seed; default: the order of the text"""
+    seed: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """shuffle the order of the blocks with this seed (and that of --repack-epochs); default: the
+    order of the text"""
     rest: Literal["drop", "keep"] = "drop"
     """the tokens at the end of a split that fill no block: drop (counted and printed), or keep as
     a shorter last row"""
@@ -61,7 +62,6 @@ def run_blocks(argv: Sequence[str]) -> None:
     from openpalm.base.progress_bar import long_job
     from openpalm.data.prepare.blocks import BlocksRequest, write_blocks
     from openpalm.data.prepare.preparation import PrepareRequest
-    from openpalm.data.text.hub_tokenizer import find_tokenizer
 
     inputs = [home(name) for name in given.inputs]
     inputs += [f"hub:{given.dataset_name}"] if given.dataset_name else []
@@ -69,9 +69,7 @@ def run_blocks(argv: Sequence[str]) -> None:
         raise SettingsError("missing INPUTS, or --dataset-name; see `openpalm data blocks --help`")
     values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
     values = {name: value for name, value in values.items() if name not in OF_BLOCKS}
-    is_prepared = len(inputs) == 1 and (Path(inputs[0]) / "manifest.json").is_file()
-    tokenizer = given.tokenizer if is_prepared else find_tokenizer(home(given.tokenizer))
-    values |= {"inputs": inputs, "tokenizer": tokenizer}
+    values |= {"inputs": inputs, "tokenizer": home(given.tokenizer), "seed": given.seed or 0}
     request = BlocksRequest(
         prepare=PrepareRequest(**values),
         sequence_length=given.seq_len,
@@ -89,7 +87,7 @@ def run_blocks(argv: Sequence[str]) -> None:
 def _written(out: Path, manifest: "BlocksManifest") -> str:
     length, lines = manifest.sequence_length, documents_read(out, manifest)
     for name, split in manifest.splits.items():
-        dropped, kept = manifest.dropped[name], split.tokens % length
+        dropped, kept = manifest.rest[name], split.tokens % length
         rest = f"; a last row of {count_of(kept, 'token')}" if kept else ""
         rest = f"; {count_of(dropped, 'token')} at the end fill none, dropped" if dropped else rest
         lines.append(f"{name:<6}{split.tokens // length:>10,} blocks of {length:,} tokens{rest}")

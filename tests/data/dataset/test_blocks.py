@@ -153,12 +153,12 @@ def edit(folder, **changes):
     [
         ({"sequence_length": 0}, "sequence_length is out of range"),
         ({"sequence_length": 1 << 30}, "sequence_length is out of range"),
-        ({"sequence_length": "48"}, "sequence_length .*must be"),
+        ({"sequence_length": "48"}, "sequence_length '48': must be a whole number"),
         ({"group_blocks": 0}, "sizes of groups or files are out of range"),
         ({"group_blocks": 1 << 40, "file_blocks": 1 << 40}, "groups or files are out of range"),
         ({"file_blocks": 63}, "sizes of groups or files are out of range"),
         ({"file_blocks": 8}, "the files of train contradict its counts"),
-        ({"dropped": {}}, "sizes of groups or files are out of range"),
+        ({"rest": {}}, "sizes of groups or files are out of range"),
         ({"extra": 1}, "unknown setting extra"),
     ],
 )

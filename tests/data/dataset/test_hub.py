@@ -8,7 +8,7 @@ import sys
 import huggingface_hub.constants
 import pytest
 import yaml
-from dataset_hub_server import TOKEN, hub_server
+from hub_server import TOKEN, hub_server
 
 from openpalm.data.dataset import hub
 from openpalm.data.dataset.hub import push_dataset
@@ -39,11 +39,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    with hub_server() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+def server(monkeypatch, tmp_path):
+    with hub_server(monkeypatch, tmp_path / "cache") as server:
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
         monkeypatch.setattr(hub, "COMMIT_FILES", 4)
         yield server
@@ -53,16 +50,21 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def sent(server):
+    return sum(request.startswith("PUT /lfs/") for request in server.requests)
+
+
 @pytest.mark.parametrize("name", ["b", "p"])
 def test_all_files_arrive_and_the_manifest_last(name, folder, server):
     url = push_dataset(folder / name, "me/set", private=True)
-    assert url == f"{server.url}/{REPO}"
-    arrived = dict(server.repos[REPO])
+    assert url == f"{server.address}/{REPO}"
+    repository = server.repositories[REPO]
+    arrived = dict(repository.files)
     card = arrived.pop("README.md").decode()
     assert arrived == contents(folder / name)
-    assert server.private == {REPO}
-    assert server.commits[-1] == "Manifest and dataset card"
-    assert len(server.commits) == 1 + -(-(len(arrived) - 2) // 4)
+    assert repository.private
+    assert repository.messages[-1] == "Manifest and dataset card"
+    assert len(repository.messages) == 1 + -(-(len(arrived) - 2) // 4)
     header = yaml.safe_load(card.split("---")[1])
     manifest = json.loads(arrived["manifest.json"])
     assert manifest["tokenizer"] in card
@@ -77,30 +79,30 @@ def test_all_files_arrive_and_the_manifest_last(name, folder, server):
 
 def test_what_the_hub_has_is_not_sent_again(folder, server):
     push_dataset(folder / "b", "me/set")
-    sent = len(server.sent)
     push_dataset(folder / "b", "me/set")
-    assert len(server.sent) == sent == len(list((folder / "b").glob("*.parquet")))
+    assert sent(server) == len(server.objects) == len(list((folder / "b").glob("*.parquet")))
 
 
 def test_files_of_an_earlier_dataset_are_removed(folder, server):
     push_dataset(folder / "b", "me/set")
     push_dataset(folder / "c", "me/set")
-    arrived = dict(server.repos[REPO])
+    arrived = dict(server.repositories[REPO].files)
     del arrived["README.md"]
     assert arrived == contents(folder / "c")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_upload_that_is_cut_off_has_no_manifest_and_continues(folder, server):
-    server.fail_after = 5
+    server.cut_after = 5
     with pytest.raises(WorkError, match=r"me/set: .*repeat the command \(it continues\)") as error:
         push_dataset(folder / "b", "me/set")
     assert "\n" not in str(error.value)
-    assert "manifest.json" not in server.repos[REPO]
-    server.fail_after = None
+    assert "manifest.json" not in server.repositories[REPO].files
+    refused = sent(server) - len(server.objects)
+    server.cut_after = None
     push_dataset(folder / "b", "me/set")
-    assert len(server.sent) == len(list((folder / "b").glob("*.parquet")))
-    assert contents(folder / "b").items() <= server.repos[REPO].items()
+    assert sent(server) - refused == len(list((folder / "b").glob("*.parquet")))
+    assert contents(folder / "b").items() <= server.repositories[REPO].files.items()
 
 
 def test_requests_that_cannot_be_met_are_one_line(folder, server, monkeypatch):
@@ -114,7 +116,7 @@ def test_requests_that_cannot_be_met_are_one_line(folder, server, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(WorkError, match="me/set: cannot be uploaded"):
         push_dataset(folder / "b", "me/set")
-    assert server.repos == {}
+    assert server.repositories == {}
 
 
 def test_an_altered_file_is_not_pushed(folder, server, tmp_path):
@@ -127,7 +129,7 @@ def test_an_altered_file_is_not_pushed(folder, server, tmp_path):
     path.write_bytes(data)
     with pytest.raises(DataError, match="was altered"):
         push_dataset(tmp_path / "c", "me/set")
-    assert server.repos == {}
+    assert server.repositories == {}
 
 
 COPY = """
@@ -143,11 +145,11 @@ assert main(["data", "prepare", files, "--out", sys.argv[3] + "-url", *options])
 """
 
 
-def test_built_pushed_and_read_back_as_the_original_did_it(folder, tmp_path):
+def test_built_pushed_and_read_back_as_the_original_did_it(folder, tmp_path, monkeypatch):
     """In another process: HF_ENDPOINT is read when huggingface_hub is imported."""
-    with hub_server() as server:
+    with hub_server(monkeypatch, tmp_path / "cache") as server:
         home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        env = os.environ | home | {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN}
+        env = os.environ | home | {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN}
         words = [sys.executable, "-c", COPY, folder / "a.jsonl", tmp_path / "b", tmp_path / "back"]
         done = subprocess.run(words, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

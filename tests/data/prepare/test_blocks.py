@@ -82,7 +82,7 @@ def test_rows_joined_are_the_tokens_that_prepare_writes(rest, rows, tmp_path):
         kept = len(tokens) // 64 * 64 if rest == "drop" else len(tokens)
         assert joined == tokens[:kept]
         assert len(tokens) % 64  # so that there is a rest to speak of
-        assert manifest.dropped[split] == len(tokens) - kept
+        assert manifest.rest[split] == len(tokens) - kept
         assert manifest.splits[split].tokens == kept
         # The byte tokenizer: bytes are the tokens that are no end marker.
         assert manifest.splits[split].bytes == sum(i < 256 for i in joined)
@@ -141,6 +141,20 @@ def test_a_prepared_dataset_or_blocks_are_cut_as_their_text_is(rows, tmp_path):
     assert make(tmp_path / "p", tmp_path / "from-tokens", seq_len=50, rest="keep").unchanged
     with pytest.raises(DataError, match="is the input; choose another --out"):
         make(tmp_path / "p", tmp_path / "p")
+
+
+def test_prepared_folders_are_no_texts(rows, tmp_path):
+    make(rows, tmp_path / "b")
+    options = {"tokenizer": "byte", "out": tmp_path / "o"}
+    prepare(PrepareRequest(inputs=[str(rows)], **options | {"out": tmp_path / "p"}))
+    for name in ("b", "p"):
+        with pytest.raises(DataError, match="is prepared already; train on it as it is"):
+            prepare(PrepareRequest(inputs=[str(tmp_path / name)], **options))
+    # A manifest.json of another program is nothing to us.
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "manifest.json").write_text('{"name": "x",\n"files": 1}')
+    (tmp_path / "t" / "a.txt").write_text("some words of text " * 200)
+    assert make(tmp_path / "t", tmp_path / "o", tokenizer="byte").documents.read == 1
 
 
 def until_killed(path, out, after, monkeypatch, **options):

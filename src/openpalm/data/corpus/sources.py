@@ -152,7 +152,7 @@ def _remote(url: str, left_out: Counter[str]) -> list[Source]:
             left_out[HIDDEN] += 1
         elif is_one or is_glob or _is_text_file(cast(Path, file)):
             # A RemoteFile has all the methods of Path that readers call.
-            chosen.append(Source(url, cast(Path, file), is_one))
+            chosen.append(_file(url, cast(Path, file), named=is_one))
         else:
             left_out[OTHER] += 1
     if not chosen:

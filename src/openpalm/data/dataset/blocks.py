@@ -35,15 +35,15 @@ CACHED_GROUPS = 8
 class BlocksManifest(Manifest):
     """The manifest of a folder of blocks: that of the tokens, and how they are cut into rows.
 
-    order: "text", or "shuffled:SEED"; dropped: tokens at the end of each split that fill no block;
-    group_blocks, file_blocks: rows of each row group and file but the last.
+    order: "text", or "shuffled:SEED"; rest: tokens at the end of each split that fill no block and
+    were dropped; group_blocks, file_blocks: rows of each row group and file but the last.
     """
 
     sequence_length: int
     order: str
     group_blocks: int
     file_blocks: int
-    dropped: dict[str, int]
+    rest: dict[str, int]
 
     @property
     def is_shuffled(self) -> bool:
@@ -62,13 +62,7 @@ def block_file(split: str, number: int) -> str:
 
 def is_blocks(folder: Path) -> bool:
     """Whether a folder's manifest is one of blocks; False also where there is none."""
-    path = folder / manifest_file.NAME
-    try:
-        with path.open("rb") as file:
-            # Our own files begin with the format; the whole file is checked when it is read.
-            return f'"format": "{FORMAT}"'.encode() in file.read(100)
-    except OSError:
-        return False
+    return manifest_file.format_of(folder) == FORMAT
 
 
 def read_blocks_manifest(folder: Path) -> BlocksManifest:
@@ -83,7 +77,7 @@ def read_blocks_manifest(folder: Path) -> BlocksManifest:
         raise DataError(f"{path}: sequence_length is out of range; {REMEDY}")
     group, file = manifest.group_blocks, manifest.file_blocks
     limit = max(1, 4 * GROUP_TOKENS // manifest.sequence_length)
-    if not 0 < group <= limit or not file or file % group or set(manifest.dropped) != set(SPLITS):
+    if not 0 < group <= limit or not file or file % group or set(manifest.rest) != set(SPLITS):
         raise DataError(f"{path}: the sizes of groups or files are out of range; {REMEDY}")
     for split, entry in manifest.splits.items():
         count = -(-_rows(entry.tokens, manifest) // file)

@@ -145,7 +145,7 @@ def _about(manifest: Manifest) -> str:
         "end-of-text token.",
     ]
     if isinstance(manifest, BlocksManifest):
-        dropped = sum(manifest.dropped.values())
+        dropped = sum(manifest.rest.values())
         lines.append(
             f"Each row's `input_ids` has {manifest.sequence_length:,} ids: the documents, joined "
             f"and cut; order {manifest.order}. {dropped:,} tokens at the ends of the splits fill "

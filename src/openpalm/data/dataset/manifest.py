@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -162,6 +163,17 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / NAME
     return _checked(path, read_content(path, FORMAT), whole=True)
+
+
+def format_of(folder: Path) -> str | None:
+    """The format that the manifest in a folder names; None where there is no manifest of ours."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            # Ours begin with the format; the whole file is checked when it is read.
+            found = re.match(rb'\{\s*"format": "([\w-]{1,40})"', file.read(200))
+    except OSError:
+        return None
+    return found and found[1].decode()
 
 
 def read_part(folder: Path) -> tuple[str, Manifest]:

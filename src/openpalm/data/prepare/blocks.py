@@ -114,7 +114,8 @@ def write_blocks(
 def _dataset_given(request: BlocksRequest) -> Dataset | None:
     """The dataset, if the only input is one."""
     folder = Path(request.prepare.inputs[0]) if len(request.prepare.inputs) == 1 else None
-    if folder is None or not (folder / manifest_file.NAME).is_file():
+    known = (manifest_file.FORMAT, blocks.FORMAT)
+    if folder is None or manifest_file.format_of(folder) not in known:
         return None
     dataset = open_dataset(folder)
     if folder.resolve() == request.prepare.out.resolve():
@@ -134,7 +135,7 @@ def _finished(request: BlocksRequest, given: Dataset | None, stage: Stage) -> Bl
     out = request.prepare.out
     existing = read_blocks_manifest(out)
     wanted = (request.sequence_length, request.order)
-    kept = not any(existing.dropped.values())
+    kept = not any(existing.rest.values())
     whole = all(entry.tokens % existing.sequence_length == 0 for entry in existing.splits.values())
     # With no rest at all both choices give the same files.
     same_rest = whole if request.rest == "drop" else kept
@@ -215,7 +216,7 @@ def _cut(dataset: Dataset, request: BlocksRequest, progress: Progress) -> Blocks
     tokenizer, manifest = dataset.tokenizer(), dataset.manifest
     group, file = blocks.sizes(request.sequence_length)
     total = sum(entry.tokens for entry in manifest.splits.values())
-    splits, dropped, done = {}, {}, 0
+    splits, rest, done = {}, {}, 0
     for split in SPLITS:
         cutter = _Cutter(dataset, split, request, group, file)
         cutter.refuse_empty()
@@ -225,7 +226,7 @@ def _cut(dataset: Dataset, request: BlocksRequest, progress: Progress) -> Blocks
             written = done + min(cutter.kept, len(entries) * file * request.sequence_length)
             progress(written * manifest_file.ITEM_BYTES[manifest.dtype], total * 2)
         splits[split] = cutter.entry(tuple(entries), tokenizer.byte_lengths())
-        dropped[split] = cutter.tokens - cutter.kept
+        rest[split] = cutter.tokens - cutter.kept
         done += cutter.kept
     tokenizer.save(request.prepare.out / TOKENIZER)
     described = {f.name: getattr(manifest, f.name) for f in fields(Manifest)}
@@ -235,7 +236,7 @@ def _cut(dataset: Dataset, request: BlocksRequest, progress: Progress) -> Blocks
         order=request.order,
         group_blocks=group,
         file_blocks=file,
-        dropped=dropped,
+        rest=rest,
     )
 
 

@@ -19,6 +19,7 @@ from openpalm.base.workers import working
 from openpalm.data.corpus.cleaning import Cleaning, Detokenize, FixText
 from openpalm.data.corpus.line_streams import readable
 from openpalm.data.corpus.sources import HUB_PREFIX, Source, find_sources
+from openpalm.data.dataset import blocks
 from openpalm.data.dataset import manifest as manifest_file
 from openpalm.data.dataset.manifest import (
     InputEntry,
@@ -152,6 +153,7 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
     written, for `openpalm.data.prepare.parts.build` to join. `progress` gets (bytes done, bytes in
     total). Raises DataError for inputs or a folder that cannot be used, StorageError for the disk.
     """
+    _refuse_datasets(request.inputs)
     given = _given_tokenizer(request)
     left_out: Counter[str] = Counter()
     sources = find_sources(
@@ -182,12 +184,24 @@ def unchanged(request: PrepareRequest, existing: M, progress: Progress | None = 
     Raises DataError that names the differing inputs and settings.
     """
     left_out: Counter[str] = Counter()
-    sources = find_sources(request.inputs, left_out, text_field=request.text_field)
+    sources = find_sources(
+        request.inputs, left_out, text_field=request.text_field, cleaning=request.cleaning
+    )
     total = _Total(sources, 1, progress)
     scanned = [hash_source(source, total.advance) for source in sources]
     inputs = input_entries(sources, scanned)
     _refuse_other_dataset(existing, request, inputs, _given_tokenizer(request))
     return replace(existing, unchanged=True, left_out=dict(+left_out))
+
+
+def _refuse_datasets(inputs: Sequence[str]) -> None:
+    """Raises DataError for a folder that holds tokens already."""
+    for given in inputs:
+        if manifest_file.format_of(Path(given)) in (manifest_file.FORMAT, blocks.FORMAT):
+            raise DataError(
+                f"{given}: is prepared already; train on it as it is (--data {given}), or cut it "
+                f"into blocks with `openpalm data blocks {given}`"
+            )
 
 
 def parse_shard(shard: str) -> tuple[int, int]:
