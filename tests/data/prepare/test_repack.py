@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -144,6 +145,10 @@ CASES = [
     {"repack_epochs": 3, "seed": 5, "min_unique_tokens": 18, "sequence_tokens": 100},
     {"repack_epochs": 2, "keep_order": True, "tokenizer": "bpe:300"},
     {"split_text": "1", "detokenize": "wikitext", "min_unique_tokens": 5, "sequence_tokens": 30},
+    pytest.param(
+        {"fix_text": "ftfy", "repack_epochs": 2, "val": "tail:0.3"},
+        marks=pytest.mark.skipif(find_spec("ftfy") is None, reason="needs ftfy"),
+    ),
 ]
 
 
