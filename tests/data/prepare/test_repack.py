@@ -174,7 +174,7 @@ def test_killed_at_many_moments_the_bytes_are_the_same(options, inputs, tmp_path
     whole = contents(tmp_path / "at-once")
     assert not any(name.startswith("base-") for name in whole)
     kills = repacking = 0
-    for after in range(5, 3000, 61):
+    for after in range(5, 3000, 29):
         out = tmp_path / f"killed-{after}"
         if not until_killed(inputs, out, after, monkeypatch, **options):
             break
