@@ -13,11 +13,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from openpalm.base.workers import working
 from openpalm.data.corpus.cleaning import Cleaning, Detokenize, FixText
 from openpalm.data.corpus.line_streams import readable
 from openpalm.data.corpus.sources import HUB_PREFIX, Source, find_sources
+from openpalm.data.dataset import blocks
 from openpalm.data.dataset import manifest as manifest_file
 from openpalm.data.dataset.manifest import (
     InputEntry,
@@ -50,6 +52,7 @@ MAX_EPOCHS = 1000
 MAX_SEQUENCE = 1 << 20
 
 Progress = Callable[[int, int], None]
+M = TypeVar("M", bound=Manifest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,20 +153,20 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
     written, for `openpalm.data.prepare.parts.build` to join. `progress` gets (bytes done, bytes in
     total). Raises DataError for inputs or a folder that cannot be used, StorageError for the disk.
     """
+    _refuse_datasets(request.inputs)
     given = _given_tokenizer(request)
     left_out: Counter[str] = Counter()
     sources = find_sources(
         request.inputs, left_out, text_field=request.text_field, cleaning=request.cleaning
     )
     existing = _existing_dataset(request)
-    _refuse_own_output(sources, request.out)
-    # Passes over the inputs: hash only; scan, encode; scan, train the vocabulary, encode.
-    total = _Total(sources, 1 if existing else 2 if given else 3, progress)
+    refuse_own_output(sources, request.out)
     if existing:
-        scanned = [hash_source(source, total.advance) for source in sources]
-        _refuse_other_dataset(existing, request, input_entries(sources, scanned), given)
+        found = unchanged(request, existing, progress)
         remove_scratch(request.out)
-        return replace(existing, unchanged=True, left_out=dict(+left_out))
+        return found
+    # Passes over the inputs: scan, encode; scan, train the vocabulary, encode.
+    total = _Total(sources, 2 if given else 3, progress)
     with claim_folder(request.out, _description(request, sources, given)) as unfinished:
         work = _Preparation(request, sources, unfinished, total.advance)
         manifest = work.run(given)
@@ -173,6 +176,32 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
             refuse_unusable(manifest)
             unfinished.commit(manifest_file.NAME, manifest.to_json())
     return replace(manifest, left_out=dict(+left_out))
+
+
+def unchanged(request: PrepareRequest, existing: M, progress: Progress | None = None) -> M:
+    """`existing`, if it is what the request would write; hashes the inputs.
+
+    Raises DataError that names the differing inputs and settings.
+    """
+    left_out: Counter[str] = Counter()
+    sources = find_sources(
+        request.inputs, left_out, text_field=request.text_field, cleaning=request.cleaning
+    )
+    total = _Total(sources, 1, progress)
+    scanned = [hash_source(source, total.advance) for source in sources]
+    inputs = input_entries(sources, scanned)
+    _refuse_other_dataset(existing, request, inputs, _given_tokenizer(request))
+    return replace(existing, unchanged=True, left_out=dict(+left_out))
+
+
+def _refuse_datasets(inputs: Sequence[str]) -> None:
+    """Raises DataError for a folder that holds tokens already."""
+    for given in inputs:
+        if manifest_file.format_of(Path(given)) in (manifest_file.FORMAT, blocks.FORMAT):
+            raise DataError(
+                f"{given}: is prepared already; train on it as it is (--data {given}), or cut it "
+                f"into blocks with `openpalm data blocks {given}`"
+            )
 
 
 def parse_shard(shard: str) -> tuple[int, int]:
@@ -370,7 +399,8 @@ def _size(source: Source) -> int:
     return hash_source(source, lambda count: None).bytes
 
 
-def _refuse_own_output(sources: list[Source], out: Path) -> None:
+def refuse_own_output(sources: Sequence[Source], out: Path) -> None:
+    """Raises DataError where a source is inside the output folder."""
     folder = out.resolve()
     for source in sources:
         if source.path and folder in source.path.resolve().parents:
