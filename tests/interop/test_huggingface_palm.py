@@ -111,7 +111,7 @@ def reward_model(reward: RewardConfig, **change: Any) -> RewardModel:
     initialise(model, 3)
     initialise_heads(model, 4)
     if model.marks is not None:
-        torch.nn.init.normal_(model.marks)
+        torch.nn.init.normal_(model.marks, generator=torch.Generator().manual_seed(5))
     return trained(model).requires_grad_(False)  # type: ignore[return-value]
 
 
