@@ -37,6 +37,10 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.refused = False
         """answers every write with 403"""
+        self.objects: dict[str, bytes] = {}
+        """large files by their SHA-256, uploaded apart from the commits (Git LFS)"""
+        self.cut_after: int | None = None
+        """cuts the connection of every large file after so many"""
 
     @property
     def address(self) -> str:
@@ -65,13 +69,52 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"errors": [], "warnings": []})
         elif found := re.fullmatch(r"/api/(\w+/[\w.-]+/[\w.-]+)/(preupload|commit)/main", path):
             if found[2] == "preupload":
-                files = json.loads(content)["files"]
-                kept = {"uploadMode": "regular", "shouldIgnore": False}
-                self._json({"files": [{"path": file["path"]} | kept for file in files]})
+                self._upload_modes(json.loads(content)["files"])
             else:
                 self._commit(found[1], content)
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self._large_files(json.loads(content)["objects"])
+        elif found := re.fullmatch(r"/api/(\w+/[\w.-]+/[\w.-]+)/paths-info/\w+", path):
+            wanted = json.loads(content)["paths"]
+            self._json([e for e in self._entries(found[1]) if e["path"] in wanted])
         else:
             self._missing()
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append(f"PUT {self.path}")
+        if self.server.cut_after is not None and len(self.server.objects) >= self.server.cut_after:
+            self.connection.close()
+            return
+        name = self.path.removeprefix("/lfs/")
+        assert hashlib.sha256(content).hexdigest() == name
+        self.server.objects[name] = content
+        self._json({})
+
+    def _upload_modes(self, files: list[dict[str, Any]]) -> None:
+        def mode(path: str) -> str:
+            return "lfs" if path.endswith((".parquet", ".bin")) else "regular"
+
+        modes = [
+            {"path": file["path"], "uploadMode": mode(file["path"]), "shouldIgnore": False}
+            for file in files
+        ]
+        self._json({"files": modes})
+
+    def _large_files(self, wanted: list[dict[str, Any]]) -> None:
+        """Where to send each large file; no address for those that are here."""
+        answers = []
+        for one in wanted:
+            upload = {"upload": {"href": f"{self.server.address}/lfs/{one['oid']}"}}
+            is_known = one["oid"] in self.server.objects
+            answers.append(one | ({} if is_known else {"actions": upload}))
+        self._json({"transfer": "basic", "objects": answers})
+
+    def _entries(self, key: str) -> list[dict[str, Any]]:
+        return [
+            {"type": "file", "path": n, "size": len(c), "oid": COMMIT}
+            for n, c in self.server.repositories[key].files.items()
+        ]
 
     def _create(self, given: dict[str, Any]) -> None:
         kind = f"{given.get('type') or 'model'}s"
@@ -94,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
                 repository.messages.append(value["summary"])
             elif entry["key"] == "file":
                 repository.files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                repository.files[value["path"]] = self.server.objects[value["oid"]]
             elif entry["key"] == "deletedFile":
                 repository.files.pop(value["path"], None)
         url = f"{self.server.address}/{key.removeprefix('models/')}/commit/{COMMIT}"
@@ -102,16 +147,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
-        if found := re.fullmatch(r"/api/(\w+/[\w.-]+/[\w.-]+)(/revision/\w+|/tree/\w+)?", path):
+        pattern = r"/api/(\w+/[\w.-]+/[\w.-]+)(/revision/\w+|/tree/\w+)?(/.*)?"
+        if found := re.fullmatch(pattern, path):
             repository = self.server.repositories.get(found[1])
             if repository is None:
                 return self._missing("RepoNotFound")
-            entries = [
-                {"type": "file", "path": n, "size": len(c), "oid": COMMIT}
-                for n, c in repository.files.items()
-            ]
+            if found[3]:
+                return self._missing()  # no repository here has folders
             if (found[2] or "").startswith("/tree"):
-                return self._json(entries)
+                return self._json(self._entries(found[1]))
             name = found[1].partition("/")[2]
             siblings = [{"rfilename": file} for file in repository.files]
             facts = {"id": name, "modelId": name, "sha": COMMIT, "private": repository.private}
@@ -127,9 +171,15 @@ class _Handler(BaseHTTPRequestHandler):
         return self._file(repository.files[found[2]], body)
 
     def _file(self, content: bytes, body: bool) -> None:
-        self.send_response(200)
+        whole, asked = content, re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked:
+            content = whole[int(asked[1]) : int(asked[2] or len(whole)) + 1]
+        self.send_response(206 if asked else 200)
+        if asked:
+            last = int(asked[1]) + len(content) - 1
+            self.send_header("Content-Range", f"bytes {asked[1]}-{last}/{len(whole)}")
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("ETag", f'"{hashlib.sha256(whole).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if body:
@@ -165,6 +215,7 @@ def hub_server(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubServ
         monkeypatch.setattr(constants, "ENDPOINT", made.address)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

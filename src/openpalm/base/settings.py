@@ -65,12 +65,14 @@ def parse(
     examples: Sequence[str],
     positional: Sequence[str] = (),
     aliases: dict[str, str] | None = None,
+    foreign: Callable[[Path], dict[str, Any] | None] = lambda path: None,
 ) -> T:
     """Parses `argv`, and the YAML file of --config, into an instance of the dataclass `kind`.
 
     `positional` names the fields given without an option; `aliases` maps other spellings of an
-    option to its field. A field `from_` is spelled --from; a kind with a field `config` of its
-    own reads no YAML file; a field `config_file` that is NOT_AN_OPTION gets its
+    option to its field; `foreign` reads a --config file of another program (dotted name -> value,
+    None if the file is not of that program). A field `from_` is spelled --from; a kind with a field
+    `config` of its own reads no YAML file; a field `config_file` that is NOT_AN_OPTION gets its
     path. Raises SettingsError for a wrong request, HelpRequested for --help.
     """
     options = _options(kind)
@@ -80,7 +82,8 @@ def parse(
     values: dict[str, Any] = {}
     files = [] if "config" in options else [Path(v) for name, v in given if name == "config"]
     for path in files:
-        values |= _from_file(path, options, verb)
+        found = foreign(path)
+        values |= _from_file(path, options, verb) if found is None else found
     from_files = {*values}
     for name, text in given:
         if name in options:

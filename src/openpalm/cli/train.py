@@ -20,6 +20,7 @@ EXAMPLES = [
     "openpalm train --model palm-14m --data mixture.yaml --out runs/mixed --epochs 2",
     "openpalm train --depth 4 --data data/docs --out runs/d4",
     "openpalm train --config configs/laptop.yaml --data data/docs --out runs/laptop",
+    "openpalm train --config 6B_roto_256.json --data data/pile --out runs/gpt-j",
     "openpalm train --init runs/laptop --data data/more --out runs/more --steps 500",
     "openpalm train --config runs/tiny/config.yaml --out runs/again",
 ]
@@ -33,8 +34,24 @@ def run(argv: Sequence[str]) -> None:
         about="Trains a model on prepared data. The same command resumes an interrupted run; "
         "a finished run is not changed.",
         examples=EXAMPLES,
+        foreign=_mesh_settings,
     )
     report(pretrain(settings), settings)
+
+
+def _mesh_settings(path: Path) -> dict[str, Any] | None:
+    """The settings of a configuration of mesh-transformer-jax; None for any other file."""
+    from textwrap import fill
+
+    from openpalm.train.mesh_config import read_mesh_config
+
+    found = read_mesh_config(path, PretrainSettings.__dataclass_fields__)
+    if found is None:
+        return None
+    print(f"train: {path}: a configuration of mesh-transformer-jax", file=sys.stderr)
+    for line in found.lines:
+        print(fill(f"train: {line}", 98, break_on_hyphens=False), file=sys.stderr)
+    return found.values
 
 
 def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
@@ -97,15 +114,16 @@ def _print_derived(depth: int | None, derived: dict[str, Any]) -> None:
 def _probes(
     settings: PretrainSettings, sets: "TokenSets", tokenizer: "Tokenizer", length: int
 ) -> "list[Probe]":
-    """Validation loss, if every dataset has a validation split, and samples."""
+    """Validation loss, if every dataset has a validation split, samples and tasks."""
+    from openpalm.cli.common import task_probes
     from openpalm.evaluate.probes import first_words, sample_probe, validation_probe
 
     given = settings.sample_prompts
     prompts = [given] if isinstance(given, str) else given or first_words(sets.datasets[0])
-    samples = sample_probe(tokenizer, prompts)
+    probes = [sample_probe(tokenizer, prompts), *task_probes(settings, tokenizer)]
     if not _validates(sets):
-        return [samples]
-    return [validation_probe(sets, length, document_mask=settings.document_mask), samples]
+        return probes
+    return [validation_probe(sets, length, document_mask=settings.document_mask), *probes]
 
 
 def _validates(sets: "TokenSets") -> bool:

@@ -1,7 +1,7 @@
 """Opens a checkpoint of any format that `openpalm convert` reads, and says what was found."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,9 +12,10 @@ from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.hashing import sha256_of
 from openpalm.base.json_file import read_json
+from openpalm.base.typed import home
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
-from openpalm.checkpoint.manifest import WEIGHTS, is_listed, read_manifest
+from openpalm.checkpoint.manifest import WEIGHTS, read_manifest
 from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.convert.detect import Project, read_foreign
 from openpalm.convert.gptj import huggingface
@@ -26,6 +27,7 @@ from openpalm.convert.huggingface.read import (
     read_palm,
     read_tokenizer,
 )
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 from openpalm.model import lora
@@ -115,6 +117,21 @@ def open_source(
 _FOLDERS = ("openpalm", "huggingface", "mesh-transformer-jax")
 
 
+def with_tokenizer(source: Source, spec: str) -> Source:
+    """The source with another tokenizer: a tokenizer.json, a folder or a name on the Hub.
+
+    Raises CheckpointError for a tokenizer with more ids than the vocabulary, DataError for one
+    that cannot be read.
+    """
+    tokenizer = Tokenizer.from_spec(home(spec), ())
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise CheckpointError(
+            f"--tokenizer {spec}: has {tokenizer.vocab_size} ids, more than the model's "
+            f"{source.config.vocab_size}; give the one that it was trained with"
+        )
+    return replace(source, tokenizer_json=tokenizer.definition)
+
+
 def detect(path: Path) -> SourceFormat | None:
     """The format of a folder; None for a file or a folder with one checkpoint file."""
     is_checkpoint = all((path / name).exists() for name in ("manifest.json", "config.json"))
@@ -148,8 +165,9 @@ def _openpalm(path: Path) -> Source:
     manifest = read_manifest(directory)
     state = directory / "train/state.safetensors"
     optimizer = None
-    if configs.lora is None and is_listed(directory, "train/state.safetensors"):
-        optimizer = _adamw(LazyState.of_file(state, "optimizer/"))
+    # Another optimizer's state has the same names, but other meanings.
+    if configs.lora is None and checkpoint.optimizer_name(directory) == "adamw":
+        optimizer = LazyState.of_file(state, "optimizer/")
     return Source(
         format="openpalm",
         config=configs.model,
@@ -173,12 +191,6 @@ def _step(directory: Path, lineage: dict[str, Any]) -> int:
     if name.isdecimal() and name != directory.name:
         return int(name)
     return steps if type(steps) is int and 0 <= steps < 1 << 31 else 0
-
-
-def _adamw(state: LazyState) -> LazyState | None:
-    """The optimizer state, or None if it is not AdamW's."""
-    slots = {name.rsplit("/", 1)[-1] for name in state}
-    return state if slots == {"exp_avg", "exp_avg_sq", "step"} else None
 
 
 def check_kind(path: Path) -> str:

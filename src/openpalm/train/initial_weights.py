@@ -77,8 +77,10 @@ def starting_point(
         unsure = f"{directory}: has no tokenizer of its own; the data's is taken to be the one"
     stored = checkpoint.load_config(directory)
     config = _changed(stored, settings)
-    for name in (*SIZES, "qk_norm"):
-        if getattr(config, name) != getattr(stored, name):
+    for name in (*SIZES, "qk_norm", "rotary_dims"):
+        # 0 and all dimensions of a head are the same.
+        kept = "rotated" if name == "rotary_dims" else name
+        if getattr(config, kept) != getattr(stored, kept):
             raise CheckpointError(
                 f"{directory}: has {name} {getattr(stored, name)}, which its weights fix; "
                 f"leave {spell('arch.' + name)} out"

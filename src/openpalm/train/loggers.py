@@ -98,9 +98,10 @@ class TensorBoard:
 class WeightsAndBiases:
     """One Weights & Biases run per run directory; its id is kept in RUN/wandb/run-id.
 
-    Project, entity and mode are the library's own environment variables (WANDB_PROJECT,
-    WANDB_MODE=offline). A resumed run does not send the steps that were sent before. Offline they
-    are not known: there, the steps after the checkpoint are written twice.
+    Entity, mode and, without --wandb-project, the project are the library's own environment
+    variables (WANDB_PROJECT, WANDB_MODE=offline). A resumed run does not send the steps that were
+    sent before. Offline they are not known: there, the steps after the checkpoint are written
+    twice.
     """
 
     def __init__(self, settings: TrainSettings, step: int, say: Say):
@@ -109,8 +110,8 @@ class WeightsAndBiases:
         folder.mkdir(exist_ok=True)
         self._wandb = wandb
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "openpalm"),
-            name=settings.out.resolve().name,
+            project=settings.wandb_project or os.environ.get("WANDB_PROJECT", "openpalm"),
+            name=settings.wandb_name or settings.out.resolve().name,
             id=_kept_id(folder / "run-id"),
             resume="allow",
             dir=str(settings.out),

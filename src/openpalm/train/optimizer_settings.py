@@ -61,6 +61,9 @@ class OptimSettings:
     warmup: float | None = None
     """warm-up: share of the steps in which the learning rate rises from zero; default 0.05, palm
     0"""
+    anneal: float | None = None
+    """share of the steps in which cosine and linear fall, after the warm-up; then the learning rate
+    stays at --optim.final-lr; default: all the steps that are left"""
     cooldown: float = 0.2
     """cooldown of wsd: share of the steps in which the learning rate falls"""
     final_lr: float = 0.1
@@ -85,6 +88,10 @@ class OptimSettings:
         fits = self.schedule != "wsd" or self.warm + self.cooldown <= 1
         room = f"at most 1 - warmup ({1 - self.warm:g})"
         check(fits, "optim.cooldown", self.cooldown, room)
+        fits = self.anneal is None or 0 < self.anneal < 1e6
+        check(fits, "optim.anneal", self.anneal, "above 0")
+        fits = self.anneal is None or self.schedule in ("cosine", "linear")
+        check(fits, "optim.anneal", self.anneal, f"left out: {self.schedule} has none")
         check(self.clip > 0, "optim.clip", self.clip, "above 0")
 
     @property

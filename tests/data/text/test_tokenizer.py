@@ -223,7 +223,7 @@ def test_specs(bpe, tmp_path):
         ("bpe:-5", "VOCAB must be a whole number"),
         ("bpe:100", f"VOCAB must be {MINIMUM_BPE}"),
         ("bpe:99999999", "to 16777216"),
-        ("gpt2", "no such tokenizer; use byte, bpe:VOCAB or the path"),
+        ("gpt3", "no such tokenizer; use byte, bpe:VOCAB, the path"),
     ],
 )
 def test_wrong_specs(spec, says):

@@ -5,10 +5,7 @@ are read; nothing that the folder brings along is executed.
 """
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ from torch import Tensor
 
 from openpalm.base.console import shown
 from openpalm.base.json_file import read_json
-from openpalm.checkpoint import tensors
 from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
 from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.convert.files import Hyperparameters, read_tensors
@@ -29,10 +25,10 @@ from openpalm.convert.gptj.names import (
     part_shapes,
     parts_of,
 )
+from openpalm.convert.shard_files import MAX_SHARD_BYTES, filled_shards
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.model.config import ModelConfig
 
-MAX_SHARD_BYTES = 5 * 10**9
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _REMEDY = "take another copy of the folder"
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -78,6 +74,12 @@ def read_gptj(folder: Path) -> tuple[ModelConfig, LazyState]:
     """The config of a GPT-J folder, and its tensors, read on access. Raises CheckpointError."""
     config = read_config(folder)
     stored = stored_tensors(folder)
+    # Before the names of all layers are made: a hostile config must not fill the memory.
+    if config.depth > len(stored):
+        raise CheckpointError(
+            f"{folder}: holds {len(stored)} tensors, too few for the {config.depth} layers of its "
+            "config.json; it is of another model"
+        )
     names, shapes = names_of(config), part_shapes(config)
     stored = {n: e for n, e in stored.items() if not _BUFFERS.fullmatch(n)}
     if config.tied:
@@ -144,10 +146,10 @@ def _indexed(index: Path) -> dict[str, LazyTensor]:
     places = read_json(index, _REMEDY).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index}: has no weight_map")
-    files = set(places.values())
-    for file in files:
+    for file in places.values():
         if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file) or file.startswith("."):
             raise CheckpointError(f"{index}: names {shown(file)}, which is no file of its folder")
+    files = set(places.values())
     found: dict[str, LazyTensor] = {}
     for file in sorted(files):
         if not (index.parent / file).is_file():
@@ -206,7 +208,7 @@ def write_gptj(
     ids: Tensor,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Tensor:
-    """Writes config.json and the weights, in shards with an index where they are large.
+    """Writes config.json and the weights.
 
     Returns the logits of `ids` [batch, time], computed in the same pass. Raises OSError.
     """
@@ -217,60 +219,13 @@ def write_gptj(
         for ours, parts in owners.items()
         for part in parts
     }
-    dtype = layout["transformer.wte.weight"][1]
-    _write_json(folder / "config.json", config_json(config, dtype))
+    content = config_json(config, layout["transformer.wte.weight"][1])
+    text = json.dumps(content, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    with filled_shards(folder, layout, max_shard_bytes) as fill:
 
-    with filled_shards(folder, layout, max_shard_bytes) as put:
-
-        def put_parts(ours: str, tensor: Tensor) -> None:
+        def put(ours: str, tensor: Tensor) -> None:
             for name in owners[ours]:
-                put(names[name], part(config, {ours: tensor}, name))
+                fill(names[name], part(config, {ours: tensor}, name))
 
-        return streamed_logits(config, state.copied_to(put_parts), ids)
-
-
-@contextmanager
-def filled_shards(
-    folder: Path, layout: tensors.Layout, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> Iterator[Callable[[str, Tensor], None]]:
-    """model.safetensors or, if it is larger, shards with an index; call it with each tensor."""
-    shards = _shards_of(layout, max_shard_bytes)
-    files = {}
-    for number, shard in enumerate(shards, start=1):
-        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        files |= dict.fromkeys(shard, several if len(shards) > 1 else "model.safetensors")
-    if len(shards) > 1:
-        size = sum(_bytes(entry) for entry in layout.values())
-        index = {"metadata": {"total_size": size}, "weight_map": files}
-        _write_json(folder / "model.safetensors.index.json", index)
-    with ExitStack() as stack:
-        puts = {
-            files[min(shard)]: stack.enter_context(
-                tensors.filled(
-                    folder / files[min(shard)], {n: layout[n] for n in shard}, {"format": "pt"}
-                )
-            )
-            for shard in shards
-        }
-        yield lambda name, tensor: puts[files[name]](name, tensor)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards_of(layout: tensors.Layout, most: int) -> list[list[str]]:
-    """Consecutive tensors, up to `most` bytes in each shard."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, entry in layout.items():
-        if shards[-1] and size + _bytes(entry) > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += _bytes(entry)
-    return shards
-
-
-def _bytes(entry: tuple[tuple[int, ...], torch.dtype]) -> int:
-    return math.prod(entry[0]) * entry[1].itemsize
+        return streamed_logits(config, state.copied_to(put), ids)

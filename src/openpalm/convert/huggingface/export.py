@@ -22,11 +22,11 @@ from openpalm.checkpoint import tensors
 from openpalm.checkpoint.lazy_state import LazyState
 from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.convert.export import TOLERANCE, check_output_directory
-from openpalm.convert.gptj.huggingface import MAX_SHARD_BYTES, filled_shards
 from openpalm.convert.huggingface import chat_template
 from openpalm.convert.huggingface.card import model_card
 from openpalm.convert.huggingface.names import MODELING_FILE, config_json, parts_of
 from openpalm.convert.huggingface.read import read_palm
+from openpalm.convert.shard_files import MAX_SHARD_BYTES, filled_shards
 from openpalm.data.text.conversation import stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import StorageError, WorkError

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +64,19 @@ def no_text_field(where: str, field: str, columns: Iterable[str]) -> DataError:
     return DataError(
         f"{where}: no field {shown(field)}; it has {names(columns)}; name one with --text-field"
     )
+
+
+def text_of(row: dict[str, Any], field: str, where: str) -> str:
+    """The text of a row. Raises DataError if the field is missing or no text."""
+    if field not in row:
+        raise no_text_field(where, field, row)
+    text = row[field]
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where}: field {shown(field)} is a {type(text).__name__}, not a text; "
+            "name another with --text-field"
+        )
+    return text
 
 
 def id_lengths(document: Document, lengths: np.ndarray | None) -> np.ndarray:

@@ -8,13 +8,14 @@ another process see the same ones. Executes nothing it reads; knows nothing abou
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
-from openpalm.base.console import shown
+from openpalm.data.corpus.archives import archive_documents
 from openpalm.data.corpus.builtin import BUILTINS
-from openpalm.data.corpus.document import Document, no_text_field
+from openpalm.data.corpus.cleaning import UNCHANGED, Cleaning
+from openpalm.data.corpus.document import Document, text_of
 from openpalm.data.corpus.json_lines import (
     UnparsedLines,
     not_utf8,
@@ -22,7 +23,14 @@ from openpalm.data.corpus.json_lines import (
     read_lines,
     refuse_binary,
 )
-from openpalm.data.corpus.line_streams import Tap, no_tap, readable, tap_file
+from openpalm.data.corpus.line_streams import (
+    PACKED,
+    Tap,
+    no_tap,
+    open_lines,
+    readable,
+    tap_file,
+)
 from openpalm.data.corpus.sources import (
     BUILTIN_PREFIX,
     HUB_PREFIX,
@@ -30,22 +38,31 @@ from openpalm.data.corpus.sources import (
     Source,
     find_sources,
 )
+from openpalm.data.corpus.tfrecords import tfrecord_documents
 from openpalm.errors import DataError, count_of
 
 BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1 << 30
 BOM = "\ufeff"
 
-DocumentBlock = UnparsedLines | list[Document]
+
+class UncleanedDocuments(NamedTuple):
+    """Documents that are cleaned when they are used."""
+
+    found: list[Document]
+    cleaning: Cleaning
+
+
+DocumentBlock = UnparsedLines | UncleanedDocuments | list[Document]
 
 
 def read_documents(inputs: Sequence[str], *, text_field: str = TEXT_FIELD) -> Iterator[Document]:
     """All documents of `inputs` in order, blank ones included.
 
-    An input is a file (.jsonl, .ndjson, .json, also .gz and .zst: one document per line, in the
-    field `text_field`; .parquet: one per row; any other: one text), a folder (recursively,
-    sorted), a glob (sorted), `builtin:NAME` or `hub:NAME`. Raises DataError with file, line and
-    remedy.
+    An input is a file (.jsonl, .ndjson, .json, also packed: one document per line, in the field
+    `text_field`; .parquet: one per row; .tar: one per member; .tfrecords: one per record; any
+    other: one text), a folder (recursively, sorted), a glob (sorted), `builtin:NAME` or
+    `hub:NAME`. Raises DataError with file, line and remedy.
     """
     for source in find_sources(inputs, text_field=text_field):
         if source.is_one:
@@ -66,34 +83,60 @@ def read_document_blocks(source: Source, tap: Tap = no_tap) -> Iterator[Document
     `tap` is called with every raw byte of the source, in order.
     """
     if source.is_rows:
-        return read_lines(cast(Path, source.path), tap, BLOCK_BYTES, source.text_field)
-    if source.is_table:
-        from openpalm.data.corpus.tables import parquet_documents
+        path, field = cast(Path, source.path), source.text_field
+        return read_lines(path, tap, BLOCK_BYTES, field, source.cleaning)
+    groups = _group(_found_documents(source, tap))
+    if source.cleaning == UNCHANGED:
+        return groups
+    return (UncleanedDocuments(group, source.cleaning) for group in groups)
 
-        # Parquet is read by columns, out of order: the raw bytes need a pass of their own.
-        tap_file(cast(Path, source.path), tap)
-        return _group(parquet_documents(cast(Path, source.path), source.text_field))
+
+def _found_documents(source: Source, tap: Tap) -> Iterator[Document]:
+    """The documents of a source that is not lines, one by one and not cleaned."""
+    if source.path is None:
+        return _tap_documents(_unfiled_documents(source), tap)
+    if source.is_tfrecords:
+        return tfrecord_documents(source.path, source.text_field, tap)
+    if not (source.is_table or source.is_archive):
+        return source.cleaning.split_pieces(_text_pieces(source, source.path, tap))
+    # Parquet is read by columns, out of order, and an archive not to its end: the raw bytes need a
+    # pass of their own.
+    tap_file(source.path, tap)
+    if source.is_archive:
+        return archive_documents(source.path, source.text_field)
+    from openpalm.data.corpus.tables import parquet_documents
+
+    return parquet_documents(source.path, source.text_field)
+
+
+def _unfiled_documents(source: Source) -> Iterable[Document]:
+    """The documents of the Hub or of a built-in corpus."""
     if source.given.startswith(HUB_PREFIX):
         from openpalm.data.corpus.tables import hub_documents
 
-        name = source.given.removeprefix(HUB_PREFIX)
-        return _group(_tap_documents(hub_documents(name, source.text_field), tap))
-    builtin = BUILTINS[source.given.removeprefix(BUILTIN_PREFIX)]
-    return _group(_tap_documents(builtin(), tap))
+        return hub_documents(source.given.removeprefix(HUB_PREFIX), source.text_field)
+    return BUILTINS[source.given.removeprefix(BUILTIN_PREFIX)]()
 
 
 def documents(block: DocumentBlock) -> Iterator[Document]:
-    """The documents of a block, parsed and validated."""
+    """The documents of a block, parsed, validated and cleaned."""
     if isinstance(block, UnparsedLines):
         for where, row in parse_lines(block):
-            yield Document(_text_of(row, block.text_field, where), where)
+            text = text_of(row, block.text_field, where)
+            yield from block.cleaning.documents(Document(text, where))
+    elif isinstance(block, UncleanedDocuments):
+        for document in block.found:
+            yield from block.cleaning.documents(document)
     else:
         yield from block
 
 
 def read_pieces(source: Source, tap: Tap = no_tap) -> Iterator[Document]:
     """A source of one document, in pieces of about BLOCK_BYTES; no character is cut."""
-    return (_id_pieces if source.is_ids else _text_pieces)(source, cast(Path, source.path), tap)
+    path = cast(Path, source.path)
+    if source.is_ids:
+        return _id_pieces(source, path, tap)
+    return source.cleaning.pieces(_text_pieces(source, path, tap))
 
 
 def refuse_empty(source: Source, count: int) -> None:
@@ -129,29 +172,34 @@ def _text_pieces(source: Source, path: Path, tap: Tap) -> Iterator[Document]:
     offset = 0
     with readable(path):
         size = path.stat().st_size
-        if size > MAX_TEXT_BYTES:
-            raise DataError(
-                f"{path}: {size} bytes in one text, the limit is {MAX_TEXT_BYTES}; "
-                "split it, or write a document a line as .jsonl"
-            )
-        if source.named and not size:
-            raise DataError(f"{path}: is empty; give a file with text in it")
-        with path.open("rb") as file:
-            # The file may grow while it is read, beyond the size that was checked.
-            while offset <= MAX_TEXT_BYTES:
-                data = file.read(BLOCK_BYTES)
-                tap(data)
-                refuse_binary(data, source.name, offset)
-                # The decoder holds back a character cut by the end of the last piece.
-                held = len(decoder.getstate()[0])
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    raise not_utf8(error, source.name, offset - held) from None
-                if not data:
-                    return
-                yield Document(text if offset else text.removeprefix(BOM), source.name)
-                offset += len(data)
+    if path.suffix.lower() not in PACKED:
+        _refuse_long_text(path, size)
+    if source.named and not size:
+        raise DataError(f"{path}: is empty; give a file with text in it")
+    with open_lines(path, tap) as file:
+        while True:
+            data = file.read(BLOCK_BYTES)
+            refuse_binary(data, source.name, offset)
+            # The decoder holds back a character cut by the end of the last piece.
+            held = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise not_utf8(error, source.name, offset - held) from None
+            if not data:
+                return
+            yield Document(text if offset else text.removeprefix(BOM), source.name)
+            offset += len(data)
+            # A packed file does not tell its size, and any file may grow while it is read.
+            _refuse_long_text(path, offset)
+
+
+def _refuse_long_text(path: Path, size: int) -> None:
+    if size > MAX_TEXT_BYTES:
+        raise DataError(
+            f"{path}: {size} bytes in one text, the limit is {MAX_TEXT_BYTES}; "
+            "split it, or write a document a line as .jsonl"
+        )
 
 
 def _id_pieces(source: Source, path: Path, tap: Tap) -> Iterator[Document]:
@@ -165,15 +213,3 @@ def _id_pieces(source: Source, path: Path, tap: Tap) -> Iterator[Document]:
         while data := file.read(BLOCK_BYTES):
             tap(data)
             yield Document("", source.name, np.frombuffer(data, dtype="<u2").astype(np.uint32))
-
-
-def _text_of(row: dict[str, Any], field: str, where: str) -> str:
-    if field not in row:
-        raise no_text_field(where, field, row)
-    text = row[field]
-    if not isinstance(text, str):
-        raise DataError(
-            f"{where}: field {shown(field)} is a {type(text).__name__}, not a text; "
-            "name another with --text-field"
-        )
-    return text

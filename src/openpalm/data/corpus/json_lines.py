@@ -7,10 +7,12 @@ parsed: a hostile line cannot take more than a fixed multiple of MAX_LINE_BYTES 
 import json
 import re
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from openpalm.base.console import shown
+from openpalm.data.corpus.cleaning import UNCHANGED, Cleaning
 from openpalm.data.corpus.line_streams import Tap, no_tap, open_lines
 from openpalm.data.corpus.sources import TEXT_FIELD
 from openpalm.errors import DataError
@@ -31,6 +33,7 @@ class UnparsedLines(NamedTuple):
     first: int
     data: bytes
     text_field: str = TEXT_FIELD
+    cleaning: Cleaning = UNCHANGED
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -40,24 +43,33 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_lines(
-    path: Path, tap: Tap, size: int, text_field: str = TEXT_FIELD
+    path: Path,
+    tap: Tap,
+    size: int,
+    text_field: str = TEXT_FIELD,
+    cleaning: Cleaning = UNCHANGED,
 ) -> Iterator[UnparsedLines]:
     """The lines of a file in blocks of about `size` bytes, which depend on the file alone."""
-    first = 1
     with open_lines(path, tap) as stream:
-        while data := stream.read(size):
-            if not data.endswith(b"\n"):
-                data += stream.readline(MAX_LINE_BYTES + 1)
-            count = data.count(b"\n")
-            # Only the last line can be too long: all others are within `size` bytes.
-            if len(data) - 1 - data.rfind(b"\n", 0, -1) > MAX_LINE_BYTES:
-                number = first + count - data.endswith(b"\n")
-                raise DataError(
-                    f"{path}:{number}: a line of more than {MAX_LINE_BYTES} bytes; "
-                    "split this document"
-                )
-            yield UnparsedLines(path, first, data, text_field)
-            first += count
+        for lines in blocks_of_lines(stream, path, size):
+            yield lines._replace(text_field=text_field, cleaning=cleaning)
+
+
+def blocks_of_lines(stream: BufferedIOBase, path: Path, size: int) -> Iterator[UnparsedLines]:
+    """The lines of an open file or member of an archive; `path` is its name for messages."""
+    first = 1
+    while data := stream.read(size):
+        if not data.endswith(b"\n"):
+            data += stream.readline(MAX_LINE_BYTES + 1)
+        count = data.count(b"\n")
+        # Only the last line can be too long: all others are within `size` bytes.
+        if len(data) - 1 - data.rfind(b"\n", 0, -1) > MAX_LINE_BYTES:
+            number = first + count - data.endswith(b"\n")
+            raise DataError(
+                f"{path}:{number}: a line of more than {MAX_LINE_BYTES} bytes; split this document"
+            )
+        yield UnparsedLines(path, first, data)
+        first += count
 
 
 def parse_lines(lines: UnparsedLines) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Streams of .gz, .zst and plain files, with errors as DataError and a tap on the raw bytes.
+"""Streams of .gz, .zst, .xz and plain files, with errors as DataError and a tap on the raw bytes.
 
 Decompression bombs are bounded: memory grows with the bytes that the reader asks for, plus one
 small chunk.
@@ -7,6 +7,7 @@ small chunk.
 import errno
 import gzip
 import io
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,12 @@ BUFFER_BYTES = 1 << 20
 # most 64 MiB.
 ZSTD_CHUNK_BYTES = 2048
 MAX_ZSTD_WINDOW_BYTES = 128 << 20
+XZ_CHUNK_BYTES = 1 << 20
+# `xz -9` needs 65 MiB.
+MAX_XZ_BYTES = 256 << 20
+GZIP, ZSTANDARD, XZ = (".gz", ".tgz"), (".zst",), (".xz", ".txz")
+PACKED = (*GZIP, *ZSTANDARD, *XZ)
+"""suffixes of compressed files"""
 _PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _USER_ERRORS = (errno.EACCES, errno.EPERM, *_PATH_ERRORS)
 """Errors of the path that the user gave; all others are failures of the storage."""
@@ -58,13 +65,15 @@ def readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def open_lines(path: Path, tap: Tap) -> Iterator[io.BufferedReader]:
-    """The decompressed content of a file, by its suffix (.gz, .zst or other). Raises DataError."""
+    """The decompressed content of a file, by its suffix (see PACKED). Raises DataError."""
     kind = path.suffix.lower()
     with readable(path), path.open("rb", buffering=0) as raw:
         stream = _Tapped(raw, tap)
-        if kind == ".zst":
+        if kind in ZSTANDARD:
             stream = _Zstandard(stream, path)
-        elif kind == ".gz":
+        elif kind in XZ:
+            stream = _Xz(stream, path)
+        elif kind in GZIP:
             stream = gzip.GzipFile(fileobj=io.BufferedReader(stream, BUFFER_BYTES))
         try:
             yield io.BufferedReader(cast(io.RawIOBase, stream), BUFFER_BYTES)
@@ -139,6 +148,53 @@ class _Zstandard(io.RawIOBase):
         raise DataError(
             f"{self._path}: zstd data damaged, or made with a window of more than "
             f"{MAX_ZSTD_WINDOW_BYTES} bytes ({reason}); fetch the file again"
+        )
+
+
+class _Xz(io.RawIOBase):
+    """Decompresses the streams of an .xz file one after another; a cut stream is an error."""
+
+    def __init__(self, raw: io.RawIOBase, path: Path):
+        self._raw, self._path = io.BufferedReader(raw, BUFFER_BYTES), path
+        self._stream: lzma.LZMADecompressor | None = None
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while True:
+            # Asked for no input, the stream has output of earlier input left.
+            needs = self._stream is None or self._stream.needs_input
+            data = (self._left or self._raw.read(XZ_CHUNK_BYTES)) if needs else b""
+            self._left = b""
+            if needs and not data:
+                if self._stream:
+                    self._refuse("the last stream is not whole")
+                return 0
+            # Between streams there may be padding of zero bytes.
+            if self._stream is None and not (data := data.lstrip(b"\0")):
+                continue
+            text = self._decompressed(data, len(buffer))
+            if text:
+                buffer[: len(text)] = text
+                return len(text)
+
+    def _decompressed(self, data: bytes, most: int) -> bytes:
+        try:
+            if self._stream is None:
+                self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_XZ_BYTES)
+            text = self._stream.decompress(data, most)
+        except lzma.LZMAError as error:
+            self._refuse(str(error))
+        if self._stream.eof:
+            self._left, self._stream = self._stream.unused_data, None
+        return text
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise DataError(
+            f"{self._path}: xz data damaged, or made with a dictionary of more than "
+            f"{MAX_XZ_BYTES} bytes ({reason}); fetch the file again"
         )
 
 

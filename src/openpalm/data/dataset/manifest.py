@@ -8,11 +8,12 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from openpalm.base.hashing import sha256_of
 from openpalm.base.typed import checked
@@ -44,7 +45,8 @@ class SplitEntry:
     """`bytes` counts the UTF-8 bytes of the text that `tokens` spell, without end markers.
 
     `lost` counts the bytes of text that the vocabulary could not spell; they are not in `bytes`.
-    A text that the boundary between the splits cuts in two is a document of both.
+    A text that the boundary between the splits cuts in two is a document of both. `dropped` counts
+    the sequences that --min-unique-tokens left out.
     """
 
     documents: int
@@ -52,6 +54,7 @@ class SplitEntry:
     bytes: int
     files: tuple[FileEntry, ...]
     lost: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +76,31 @@ class DocumentCounts:
 
 @dataclass(frozen=True, slots=True)
 class PrepareSettings:
+    """What decides the bytes of a dataset, besides its inputs.
+
+    Settings with a default are in the file only where they differ from it: manifests of versions
+    that did not have them stay the same.
+    """
+
     tokenizer: str
     text_field: str
     val_fraction: float
     val: str
     dedup: str
     shard_tokens: int
+    split_text: str = ""
+    fix_text: str = "none"
+    detokenize: str = "none"
+    min_unique_tokens: int = 0
+    sequence_tokens: int = 0
+    repack_epochs: int = 1
+    keep_order: bool = False
+    seed: int = 0
+
+    @property
+    def repacks(self) -> bool:
+        """Whether the tokens are packed again, after all documents are encoded."""
+        return self.repack_epochs > 1 or self.min_unique_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +135,9 @@ class Manifest:
         content = dataclasses.asdict(self)
         for name in NOT_IN_FILE:
             del content[name]
-        for split in content["splits"].values():
-            # Left out where 0: digests of older manifests stay the same.
-            if not split["lost"]:
-                del split["lost"]
+        # Digests of older manifests stay the same.
+        content["settings"] = without_defaults(self.settings)
+        content["splits"] = {n: without_defaults(split) for n, split in self.splits.items()}
         return (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode()
 
     def to_part(self, shard: str) -> bytes:
@@ -125,19 +146,40 @@ class Manifest:
         return (json.dumps(part, indent=2, ensure_ascii=True) + "\n").encode()
 
 
+def without_defaults(entry: "PrepareSettings | SplitEntry") -> dict[str, Any]:
+    """The fields of an entry, without those that have their default."""
+    content = dataclasses.asdict(entry)
+    own = {one.name: one.default for one in dataclasses.fields(entry)}
+    return {name: value for name, value in content.items() if value != own[name]}
+
+
+M = TypeVar("M", bound=Manifest)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a dataset folder; checks that every file exists with its size.
 
     Raises DataError where it is missing, torn, altered or of another version.
     """
     path = folder / NAME
-    return _checked(path, _content(path, FORMAT), whole=True)
+    return _checked(path, read_content(path, FORMAT), whole=True)
+
+
+def format_of(folder: Path) -> str | None:
+    """The format that the manifest in a folder names; None where there is no manifest of ours."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            # Ours begin with the format; the whole file is checked when it is read.
+            found = re.match(rb'\{\s*"format": "([\w-]{1,40})"', file.read(200))
+    except OSError:
+        return None
+    return found and found[1].decode()
 
 
 def read_part(folder: Path) -> tuple[str, Manifest]:
     """I/N and the manifest of one job's part, with the checks of `read_manifest`."""
     path = folder / PART_NAME
-    part = _content(path, PART_FORMAT)
+    part = read_content(path, PART_FORMAT)
     content = typed(dict[str, Any], part.get("manifest"), str(path), "manifest")
     return typed(str, part.get("shard"), str(path), "shard"), _checked(path, content, whole=False)
 
@@ -148,7 +190,7 @@ def shard_names(split: str, shard: int) -> tuple[str, str]:
 
 
 def _checked(path: Path, content: dict[str, Any], *, whole: bool) -> Manifest:
-    manifest = _parse(content, path)
+    manifest = parse(content, path, Manifest)
     for split, entry in manifest.splits.items():
         # A job may have found nothing for one of the splits.
         if whole or entry.files:
@@ -158,7 +200,8 @@ def _checked(path: Path, content: dict[str, Any], *, whole: bool) -> Manifest:
     return manifest
 
 
-def _content(path: Path, wanted: str) -> dict[str, Any]:
+def read_content(path: Path, wanted: str) -> dict[str, Any]:
+    """The JSON object of a manifest of the format `wanted`. Raises DataError."""
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise DataError(f"{path}: more than {MAX_MANIFEST_BYTES} bytes is no manifest")
@@ -178,7 +221,8 @@ def _content(path: Path, wanted: str) -> dict[str, Any]:
     return content
 
 
-def _parse(content: dict[str, Any], path: Path) -> Manifest:
+def parse(content: dict[str, Any], path: Path, kind: type[M]) -> M:
+    """The content as a manifest of class `kind`, every field checked. Raises DataError."""
     if content.get("version") != VERSION:
         raise DataError(
             f"{path}: format version {str(content.get('version'))[:20]}, this OpenPaLM reads "
@@ -186,7 +230,7 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
         )
     for name in NOT_IN_FILE:
         content.pop(name, None)
-    manifest: Manifest = typed(Manifest, content, str(path))
+    manifest: M = typed(kind, content, str(path))
     if manifest.dtype not in ITEM_BYTES:
         raise DataError(f"{path}: dtype must be {' or '.join(ITEM_BYTES)}; {REMEDY}")
     if set(manifest.splits) != set(SPLITS):

@@ -15,6 +15,7 @@ from openpalm.data.dataset import manifest as manifest_file
 from openpalm.data.dataset.manifest import Manifest, SplitEntry, check_hashes
 from openpalm.data.prepare.preparation import TOKENIZER, parse_shard, refuse_unusable
 from openpalm.data.prepare.progress_file import claim_folder
+from openpalm.data.prepare.repack import base_name, repack
 from openpalm.data.prepare.writing import SplitWriter
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError
@@ -42,17 +43,25 @@ def build(
     check_hashes([file for folder, part in parts for file in part.files(folder)], progress)
     files = "".join(str(manifest.splits) for _, manifest in parts).encode()
     with claim_folder(out, {"parts": hashlib.sha256(files).hexdigest()}) as unfinished:
-        Tokenizer.load(parts[0][0]).save(out / TOKENIZER)
+        tokenizer, settings = Tokenizer.load(parts[0][0]), planned.settings
+        tokenizer.save(out / TOKENIZER)
         with ExitStack() as stack:
             splits = {
                 split: _joined(
                     stack.enter_context(
-                        SplitWriter(out, split, planned.dtype, planned.settings.shard_tokens)
+                        SplitWriter(
+                            out,
+                            base_name(split, settings, None),
+                            planned.dtype,
+                            settings.shard_tokens,
+                        )
                     ),
                     [(folder, manifest.splits[split]) for folder, manifest in parts],
                 )
                 for split in manifest_file.SPLITS
             }
+        if settings.repacks:
+            splits = repack(unfinished, splits, settings, tokenizer, planned.dtype)
         manifest = replace(planned, splits=splits)
         refuse_unusable(manifest)
         unfinished.commit(manifest_file.NAME, manifest.to_json())

@@ -10,15 +10,24 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from openpalm.base.workers import working
+from openpalm.data.corpus.cleaning import Cleaning, Detokenize, FixText
 from openpalm.data.corpus.line_streams import readable
 from openpalm.data.corpus.sources import HUB_PREFIX, Source, find_sources
+from openpalm.data.dataset import blocks
 from openpalm.data.dataset import manifest as manifest_file
-from openpalm.data.dataset.manifest import InputEntry, Manifest, PrepareSettings, SplitEntry
+from openpalm.data.dataset.manifest import (
+    InputEntry,
+    Manifest,
+    PrepareSettings,
+    SplitEntry,
+    without_defaults,
+)
 from openpalm.data.prepare.encoding import Encoder
 from openpalm.data.prepare.progress_file import (
     OUR_NAMES,
@@ -28,6 +37,7 @@ from openpalm.data.prepare.progress_file import (
     claim_folder,
     remove_scratch,
 )
+from openpalm.data.prepare.repack import base_name, repack
 from openpalm.data.prepare.scan import MEASURES, hash_source, input_entries, scan
 from openpalm.data.prepare.segments import JobShare, Segments, read_excerpts
 from openpalm.data.prepare.split import Split, assign_splits
@@ -38,8 +48,11 @@ from openpalm.errors import DataError, count_of
 TOKENIZER = "tokenizer.json"
 # More text makes a vocabulary no better, and training it holds all distinct words in memory.
 BPE_BYTES = 128 << 20
+MAX_EPOCHS = 1000
+MAX_SEQUENCE = 1 << 20
 
 Progress = Callable[[int, int], None]
+M = TypeVar("M", bound=Manifest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +60,8 @@ class PrepareRequest:
     """The inputs, the settings and the folder of a dataset. DataError for a value out of range.
 
     workers: number of threads, None for all cores; shard: I/N, one job's part of N; end_of_text:
-    the token that ends a document, for a tokenizer that does not name it.
+    the token that ends a document, for a tokenizer that does not name it; sequence_tokens: length
+    of the sequences that min_unique_tokens counts in.
     """
 
     inputs: Sequence[str]
@@ -61,6 +75,14 @@ class PrepareRequest:
     workers: int | None = None
     shard: str | None = None
     end_of_text: str | None = None
+    split_text: str | None = None
+    fix_text: FixText = "none"
+    detokenize: Detokenize = "none"
+    min_unique_tokens: int = 0
+    sequence_tokens: int = 2048
+    repack_epochs: int = 1
+    keep_order: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
@@ -77,11 +99,39 @@ class PrepareRequest:
             parse_shard(self.shard)
         if is_bpe(self.tokenizer):
             bpe_size(self.tokenizer)
+        if not 1 <= self.repack_epochs <= MAX_EPOCHS:
+            raise DataError(f"--repack-epochs {self.repack_epochs}: must be 1 to {MAX_EPOCHS}")
+        if not 2 <= self.sequence_tokens <= MAX_SEQUENCE:
+            raise DataError(
+                f"--sequence-tokens {self.sequence_tokens}: must be 2 to {MAX_SEQUENCE}"
+            )
+        if not 0 <= self.min_unique_tokens <= self.sequence_tokens:
+            raise DataError(
+                f"--min-unique-tokens {self.min_unique_tokens}: must be 0 to --sequence-tokens "
+                f"({self.sequence_tokens})"
+            )
+        if not 0 <= self.seed < 1 << 63:
+            raise DataError(f"--seed {self.seed}: must be 0 or more")
+        self.cleaning.fixer  # noqa: B018 - a missing library is an error of the request
+
+    @property
+    def cleaning(self) -> Cleaning:
+        return Cleaning(self.split_text, self.fix_text, self.detokenize)
 
     @property
     def settings(self) -> PrepareSettings:
+        """The settings as they are in the manifest: those without effect have their default."""
         names = PrepareSettings.__dataclass_fields__
-        return PrepareSettings(**{name: getattr(self, name) for name in names})
+        values = {name: getattr(self, name) for name in names}
+        values["split_text"] = self.split_text or ""
+        values["fix_text"] = self.cleaning.fixer
+        if not self.min_unique_tokens:
+            values["sequence_tokens"] = 0
+        if self.repack_epochs == 1:
+            values["keep_order"] = False
+        if self.repack_epochs == 1 or self.keep_order:
+            values["seed"] = 0
+        return PrepareSettings(**values)
 
 
 def tail_fraction(val: str) -> float | None:
@@ -103,18 +153,20 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
     written, for `openpalm.data.prepare.parts.build` to join. `progress` gets (bytes done, bytes in
     total). Raises DataError for inputs or a folder that cannot be used, StorageError for the disk.
     """
+    _refuse_datasets(request.inputs)
     given = _given_tokenizer(request)
     left_out: Counter[str] = Counter()
-    sources = find_sources(request.inputs, left_out, text_field=request.text_field)
+    sources = find_sources(
+        request.inputs, left_out, text_field=request.text_field, cleaning=request.cleaning
+    )
     existing = _existing_dataset(request)
-    _refuse_own_output(sources, request.out)
-    # Passes over the inputs: hash only; scan, encode; scan, train the vocabulary, encode.
-    total = _Total(sources, 1 if existing else 2 if given else 3, progress)
+    refuse_own_output(sources, request.out)
     if existing:
-        scanned = [hash_source(source, total.advance) for source in sources]
-        _refuse_other_dataset(existing, request, input_entries(sources, scanned), given)
+        found = unchanged(request, existing, progress)
         remove_scratch(request.out)
-        return replace(existing, unchanged=True, left_out=dict(+left_out))
+        return found
+    # Passes over the inputs: scan, encode; scan, train the vocabulary, encode.
+    total = _Total(sources, 2 if given else 3, progress)
     with claim_folder(request.out, _description(request, sources, given)) as unfinished:
         work = _Preparation(request, sources, unfinished, total.advance)
         manifest = work.run(given)
@@ -124,6 +176,32 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
             refuse_unusable(manifest)
             unfinished.commit(manifest_file.NAME, manifest.to_json())
     return replace(manifest, left_out=dict(+left_out))
+
+
+def unchanged(request: PrepareRequest, existing: M, progress: Progress | None = None) -> M:
+    """`existing`, if it is what the request would write; hashes the inputs.
+
+    Raises DataError that names the differing inputs and settings.
+    """
+    left_out: Counter[str] = Counter()
+    sources = find_sources(
+        request.inputs, left_out, text_field=request.text_field, cleaning=request.cleaning
+    )
+    total = _Total(sources, 1, progress)
+    scanned = [hash_source(source, total.advance) for source in sources]
+    inputs = input_entries(sources, scanned)
+    _refuse_other_dataset(existing, request, inputs, _given_tokenizer(request))
+    return replace(existing, unchanged=True, left_out=dict(+left_out))
+
+
+def _refuse_datasets(inputs: Sequence[str]) -> None:
+    """Raises DataError for a folder that holds tokens already."""
+    for given in inputs:
+        if manifest_file.format_of(Path(given)) in (manifest_file.FORMAT, blocks.FORMAT):
+            raise DataError(
+                f"{given}: is prepared already; train on it as it is (--data {given}), or cut it "
+                f"into blocks with `openpalm data blocks {given}`"
+            )
 
 
 def parse_shard(shard: str) -> tuple[int, int]:
@@ -160,6 +238,11 @@ def refuse_unusable(manifest: Manifest) -> None:
                 f"--tokenizer {manifest.settings.tokenizer}: cannot spell {entry.lost:,} of "
                 f"{entry.lost + entry.bytes:,} bytes of the {split} split; use byte, bpe:VOCAB or "
                 "a tokenizer.json for such text"
+            )
+        if entry.tokens < 2 and entry.dropped:
+            raise DataError(
+                f"--min-unique-tokens {manifest.settings.min_unique_tokens}: drops all sequences "
+                f"of the {split} split ({entry.dropped:,}); lower it"
             )
         if entry.tokens < 2:
             raise DataError(
@@ -228,8 +311,18 @@ class _Preparation:
             settings=request.settings,
             inputs=inputs,
             documents=assignment.counts,
-            splits=self._write(segments, Encoder(tokenizer, dtype, lengths)),
+            splits=self._splits(segments, tokenizer, dtype),
         )
+
+    def _splits(
+        self, segments: Segments, tokenizer: Tokenizer, dtype: str
+    ) -> dict[str, SplitEntry]:
+        settings = self.request.settings
+        encoded = self._write(segments, Encoder(tokenizer, dtype, segments.lengths))
+        if not settings.repacks or self.request.shard:
+            return encoded
+        self.unfinished.note(WritePosition(len(self.sources), 0, encoded))
+        return repack(self.unfinished, encoded, settings, tokenizer, dtype)
 
     def _trained_tokenizer(self, segments: Segments) -> Tokenizer:
         """Trains a BPE vocabulary on the training text, or on an even sample of a long one."""
@@ -252,7 +345,8 @@ class _Preparation:
         return tokenizer
 
     def _write(self, segments: Segments, encoder: Encoder) -> dict[str, SplitEntry]:
-        index, count = parse_shard(self.request.shard or "1/1")
+        settings, shard = self.request.settings, self.request.shard
+        index, count = parse_shard(shard or "1/1")
         share = JobShare(index - 1, count, segments.assignment.bytes)
         done = self.unfinished.progress.written or WritePosition(0, 0, {})
         with ExitStack() as stack:
@@ -260,7 +354,7 @@ class _Preparation:
                 split: stack.enter_context(
                     SplitWriter(
                         self.unfinished.folder,
-                        split,
+                        base_name(split, settings, shard),
                         encoder.dtype,
                         self.request.shard_tokens,
                         done.splits.get(split),
@@ -289,7 +383,7 @@ def _description(
     listing = "\n".join(f"{source.given}\0{source.path}" for source in sources)
     return {
         "inputs": hashlib.sha256(os.fsencode(listing)).hexdigest(),
-        **{name: str(value) for name, value in asdict(request.settings).items()},
+        **{name: str(value) for name, value in without_defaults(request.settings).items()},
         "tokenizer": given.digest if given else request.tokenizer,
         "shard": request.shard or "",
         "version": str(manifest_file.VERSION),
@@ -305,7 +399,8 @@ def _size(source: Source) -> int:
     return hash_source(source, lambda count: None).bytes
 
 
-def _refuse_own_output(sources: list[Source], out: Path) -> None:
+def refuse_own_output(sources: Sequence[Source], out: Path) -> None:
+    """Raises DataError where a source is inside the output folder."""
     folder = out.resolve()
     for source in sources:
         if source.path and folder in source.path.resolve().parents:

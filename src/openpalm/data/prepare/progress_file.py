@@ -23,8 +23,11 @@ from openpalm.data.dataset.manifest import SplitEntry
 from openpalm.errors import DataError, StorageError
 
 PARTIAL = manifest_file.NAME + ".partial"
+BASE = "base-"
+"""prefix of the files of a split that is encoded, but not repacked yet"""
 _SCRATCH = (
     r"(documents|blocks|splits|bucket-\d+|(manifest|part)\.json)\.partial"
+    r"|base-(train|val)-\d{5}\.(bin|idx)"
     r"|\.(manifest|part)\.json\.partial-\d+"
 )
 _SCRATCH_NAMES = re.compile(_SCRATCH)
@@ -65,7 +68,28 @@ class WritePosition:
     splits: dict[str, SplitEntry]
 
 
-_LINES = {"scanned": ScannedSource, "scanning": ScanPosition, "written": WritePosition}
+@dataclass(frozen=True, slots=True)
+class RepackPosition:
+    """The split that is being repacked, and the tokens of its stream that are done.
+
+    cut: whether the last sequence was dropped; dropped_bytes: the text of those that were;
+    splits: the content of each split so far.
+    """
+
+    split: str
+    read: int
+    cut: bool
+    dropped_bytes: int
+    splits: dict[str, SplitEntry]
+
+
+Note = ScannedSource | ScanPosition | WritePosition | RepackPosition
+_LINES = {
+    "scanned": ScannedSource,
+    "scanning": ScanPosition,
+    "written": WritePosition,
+    "repacked": RepackPosition,
+}
 """key of a line -> its content"""
 
 
@@ -75,6 +99,7 @@ class Progress:
     scanning: ScanPosition = ScanPosition(0, 0)
     tokenizer: str = ""
     written: WritePosition | None = None
+    repacked: RepackPosition | None = None
 
 
 class UnfinishedDataset:
@@ -87,7 +112,7 @@ class UnfinishedDataset:
         """whether the work so far is kept when the request turns out to be wrong"""
         self._resume(request)
 
-    def note(self, progress: ScannedSource | ScanPosition | WritePosition) -> None:
+    def note(self, progress: Note) -> None:
         """Adds a line, written at the next checkpoint."""
         key = next(key for key, kind in _LINES.items() if type(progress) is kind)
         self._add_line(key, dataclasses.asdict(progress))
@@ -133,7 +158,8 @@ class UnfinishedDataset:
             end = 0
             self._add_line("begun", request)
         elif begun != request:
-            other = ", ".join(name for name in request if begun.get(name) != request[name])
+            names = {**request, **begun}
+            other = ", ".join(name for name in names if begun.get(name) != request.get(name))
             raise DataError(
                 f"--out {self.folder}: holds an unfinished dataset (other {other}); repeat the "
                 "command that began it, choose another --out, or remove it first"
@@ -159,6 +185,8 @@ class UnfinishedDataset:
             progress.scanning = manifest_file.typed(ScanPosition, value, where)
         elif key == "tokenizer":
             progress.tokenizer = manifest_file.typed(str, value, where)
+        elif key == "repacked":
+            progress.repacked = manifest_file.typed(RepackPosition, value, where)
         else:
             progress.written = manifest_file.typed(WritePosition, value, where)
         return None

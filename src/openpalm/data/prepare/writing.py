@@ -68,7 +68,7 @@ class SplitWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         done = done or SplitEntry(0, 0, 0, ())
         self.documents, self.tokens = done.documents, done.tokens
-        self.bytes, self.lost = done.bytes, done.lost
+        self.bytes, self.lost, self.dropped = done.bytes, done.lost, done.dropped
         self._files = list(done.files)
         self._open: tuple[_HashedFile, _HashedFile] | None = None
         for entry in self._files[:-2]:
@@ -115,7 +115,8 @@ class SplitWriter:
     def entry(self) -> SplitEntry:
         """The content so far; the last two files may still grow."""
         entries = [*self._files, *(file.entry() for file in self._open or ())]
-        return SplitEntry(self.documents, self.tokens, self.bytes, tuple(entries), self.lost)
+        counts = self.documents, self.tokens, self.bytes
+        return SplitEntry(*counts, tuple(entries), self.lost, self.dropped)
 
     def close(self) -> SplitEntry:
         if self._open:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from openpalm.data.text import end_of_text
+from openpalm.data.text import end_of_text, gpt2_files
 from openpalm.data.text.byte_level import (
     byte_characters,
     component_types,
@@ -28,6 +28,7 @@ from openpalm.data.text.byte_level import (
     new_byte_tokenizer,
     split_at_safe_points,
 )
+from openpalm.data.text.hub_tokenizer import find_tokenizer
 from openpalm.errors import DataError
 
 if TYPE_CHECKING:
@@ -98,10 +99,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer.json, or the one in a folder. Raises DataError."""
+        """Reads a tokenizer.json, or the one in a folder, or GPT-2's files. Raises DataError."""
         path = Path(path)
         if path.is_dir():
-            path = path / "tokenizer.json"
+            folder, path = path, path / "tokenizer.json"
+            if not path.exists() and gpt2_files.are_in(folder):
+                return cls(gpt2_files.definition(folder), str(folder))
         try:
             size = path.stat().st_size
             if size > MAX_FILE_BYTES:
@@ -111,7 +114,8 @@ class Tokenizer:
             return cls(path.read_bytes(), str(path))
         except FileNotFoundError:
             raise DataError(
-                f"{path}: no such tokenizer; use byte, bpe:VOCAB or the path of a tokenizer.json"
+                f"{path}: no such tokenizer; use byte, bpe:VOCAB, the path of a tokenizer.json or "
+                "hub:NAME"
             ) from None
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
@@ -120,10 +124,10 @@ class Tokenizer:
     def from_spec(
         cls, spec: str, texts: Iterable[str], end_token: str | None = None
     ) -> "Tokenizer":
-        """`byte`, `bpe:VOCAB` (trained on `texts`, read for this only) or a path.
+        """`byte`, `bpe:VOCAB` (trained on `texts`, read for this only), a path or a hub name.
 
-        For a path, the end-of-text token is `end_token`, or else the one that the configuration
-        files in its folder name, or else the one with a usual name.
+        For a path or a name, the end-of-text token is `end_token`, or else the one that the
+        configuration files in its folder name, or else the one with a usual name.
         """
         if spec == "byte" or is_bpe(spec):
             if end_token not in (None, END_OF_TEXT):
@@ -131,6 +135,7 @@ class Tokenizer:
                     f"--end-of-text {end_token}: {spec} ends texts with {END_OF_TEXT}; leave it out"
                 )
             return cls.byte() if spec == "byte" else cls.train_bpe(texts, bpe_size(spec))
+        spec = find_tokenizer(spec)
         return cls.load(spec)._with_end_of_text(Path(spec), end_token)
 
     def save(self, path: str | Path) -> None:

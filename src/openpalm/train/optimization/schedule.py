@@ -21,7 +21,8 @@ def learning_rate_factor(step: int, steps: int, settings: OptimSettings) -> floa
     warmup = round(settings.warm * steps)
     if step <= warmup:
         return step / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    falling = steps - warmup if settings.anneal is None else round(settings.anneal * steps)
+    progress = min(1.0, (step - warmup) / max(1, falling))
     match settings.schedule:
         case "palm":
             return min(1.0, (max(1, warmup, PALM_HOLD * steps) / step) ** 0.5)
