@@ -95,7 +95,7 @@ def test_inspect(text, tmp_path, capsys):
         (["prepare", "a.txt", "--out", "o", "--shard", "5/4"], "--shard 5/4: must be I/N with I"),
         (["build", "nowhere", "--out", "o"], "nowhere: no prepared dataset here (no part.json)"),
         (["inspect", "nowhere"], "nowhere: no prepared dataset here"),
-        (["inspcet", "x"], "data inspcet: must be prepare, build or inspect"),
+        (["inspcet", "x"], "data inspcet: must be prepare, build, blocks, inspect, push"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_2(words, says, tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ kind in words, never a Python type.
 import dataclasses
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -28,6 +29,7 @@ _WANTED = {
     dict: "a group of fields",
 }
 _MAX_SHOWN = 100
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 class WrongValue(ValueError):
@@ -231,6 +233,8 @@ def _path(value: object) -> Path:
         return value
     if not isinstance(value, str) or not value or "\0" in value:
         raise WrongValue("a path")
+    if _URL.match(value):
+        raise WrongValue("a local path (`openpalm copy` copies folders to and from URLs)")
     return Path(home(value))
 
 

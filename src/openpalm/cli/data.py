@@ -1,4 +1,4 @@
-"""`openpalm data prepare|build|inspect`: makes token shards from text, joins and inspects them."""
+"""`openpalm data prepare|build|blocks|inspect|push`: makes token shards or blocks from text."""
 
 import dataclasses
 import json
@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
        openpalm data build PART... --out DIR
+       openpalm data blocks INPUT... --out DIR [options]
        openpalm data inspect DIR [options]
+       openpalm data push DIR --repo ACCOUNT/NAME [options]
 
   prepare     make token shards from text, .jsonl, .parquet, Hub datasets or built-in corpora
   build       join the parts that several `prepare --shard` jobs made
-  inspect     show the contents of a prepared dataset and check its files
+  blocks      make parquet files with rows of token ids, all of one length
+  inspect     show the contents of a prepared dataset or blocks, and check the files
+  push        upload a prepared dataset or blocks to the Hugging Face Hub
 
 `openpalm data prepare --help`, and so on, show the options.
 """
@@ -30,10 +34,11 @@ USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
 @dataclass(frozen=True)
 class Prepare:
     inputs: list[str]
-    """files, folders, globs, hub:NAME[:SPLIT] or builtin:python-docs. A .jsonl, .ndjson or .json
-    file has one document per line, a .parquet file one per row, a .tar or .tgz archive one per
-    member, a .tfrecords file one of token ids per record (an .index file lists them); a .bin file
-    holds uint16 token ids; any other file is one document; text may be packed as .gz, .zst, .xz"""
+    """files, folders, globs (also as s3://, gs://, hf:// or other URLs), hub:NAME[:SPLIT] or
+    builtin:python-docs. A .jsonl, .ndjson or .json file has one document per line, a .parquet file
+    one per row, a .tar or .tgz archive one per member, a .tfrecords file one of token ids per
+    record (an .index file lists them); a .bin file holds uint16 token ids; any other file is one
+    document; text may be packed as .gz, .zst, .xz"""
     out: Path
     """output folder; new, empty, or with this same dataset"""
     tokenizer: str = "bpe:4096"
@@ -69,8 +74,8 @@ class Prepare:
     random order, so that other documents share a sequence"""
     keep_order: bool = False
     """with --repack-epochs: every epoch has the order of the inputs"""
-    seed: int = 0
-    """random seed of the orders of --repack-epochs"""
+    seed: int | None = None
+    """random seed of the orders of --repack-epochs; default: 0"""
     workers: int | None = None
     """threads that parse and encode; default: all cores. The output does not depend on it"""
     shard: str | None = None
@@ -92,7 +97,7 @@ class Build:
 @dataclass(frozen=True)
 class Inspect:
     data: Path
-    """folder that `openpalm data prepare` wrote"""
+    """folder that `openpalm data prepare` or `data blocks` wrote"""
     samples: int = 3
     """number of documents of each split to show the beginning of"""
     json: bool = False
@@ -102,16 +107,20 @@ class Inspect:
 def run(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
-    elif argv[0] == "prepare":
-        run_prepare(argv[1:])
-    elif argv[0] == "build":
-        run_build(argv[1:])
-    elif argv[0] == "inspect":
-        run_inspect(argv[1:])
-    else:
-        raise SettingsError(
-            f"data {argv[0]}: must be prepare, build or inspect; see `openpalm data`"
-        )
+        return
+    from openpalm.cli.data_blocks import run_blocks
+    from openpalm.cli.data_push import run_push
+
+    verbs = {
+        "prepare": run_prepare,
+        "build": run_build,
+        "blocks": run_blocks,
+        "inspect": run_inspect,
+        "push": run_push,
+    }
+    if argv[0] not in verbs:
+        raise SettingsError(f"data {argv[0]}: must be {', '.join(verbs)}; see `openpalm data`")
+    verbs[argv[0]](argv[1:])
 
 
 def run_prepare(argv: Sequence[str]) -> None:
@@ -130,16 +139,17 @@ def run_prepare(argv: Sequence[str]) -> None:
         ),
         positional=("inputs",),
     )
-    from openpalm.base.progress_bar import LONG_JOB_S, ProgressBar
+    from openpalm.base.progress_bar import long_job
     from openpalm.data.prepare.preparation import PrepareRequest, prepare
 
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     del values["json"]
     values["inputs"] = [home(name) for name in given.inputs]
     values["tokenizer"] = home(given.tokenizer)
+    values["seed"] = given.seed or 0
     request = PrepareRequest(**values)
-    with ProgressBar("preparing", in_bytes=True, delay_s=LONG_JOB_S) as bar:
-        manifest = prepare(request, bar.move_to)
+    with long_job("preparing") as progress:
+        manifest = prepare(request, progress)
     print(
         manifest.to_json().decode().rstrip()
         if given.json
@@ -157,11 +167,11 @@ def run_build(argv: Sequence[str]) -> None:
         examples=("openpalm data build parts/* --out data/c4",),
         positional=("parts",),
     )
-    from openpalm.base.progress_bar import LONG_JOB_S, ProgressBar
+    from openpalm.base.progress_bar import long_job
     from openpalm.data.prepare.parts import build
 
-    with ProgressBar("joining", in_bytes=True, delay_s=LONG_JOB_S) as bar:
-        manifest = build([Path(home(part)) for part in given.parts], given.out, bar.move_to)
+    with long_job("joining") as progress:
+        manifest = build([Path(home(part)) for part in given.parts], given.out, progress)
     print(manifest.to_json().decode().rstrip() if given.json else _prepared(given.out, manifest))
 
 
@@ -174,13 +184,13 @@ def run_inspect(argv: Sequence[str]) -> None:
         examples=("openpalm data inspect data/docs", "openpalm data inspect data/docs --json"),
         positional=("data",),
     )
-    from openpalm.base.progress_bar import LONG_JOB_S, ProgressBar
+    from openpalm.base.progress_bar import long_job
     from openpalm.data.dataset.inspection import inspect_dataset
     from openpalm.data.dataset.shards import open_dataset
 
-    with ProgressBar("checking", in_bytes=True, delay_s=LONG_JOB_S) as bar:
+    with long_job("checking") as progress:
         found = inspect_dataset(
-            open_dataset(given.data), samples=max(0, given.samples), progress=bar.move_to
+            open_dataset(given.data), samples=max(0, given.samples), progress=progress
         )
     if given.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
@@ -188,7 +198,8 @@ def run_inspect(argv: Sequence[str]) -> None:
         print(_inspected(given.data, found))
 
 
-def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
+def documents_read(out: Path, manifest: "Manifest") -> list[str]:
+    """Lines with the counts of the documents that were read, dropped and not read."""
     counts = manifest.documents
     lines = [f"{out}: already holds this dataset, nothing changed"] if manifest.unchanged else []
     lines.append(
@@ -198,13 +209,18 @@ def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
     if manifest.left_out:
         counts = (f"{count:,} {reason}" for reason, count in manifest.left_out.items())
         lines.append(f"not read in folders: {', '.join(counts)}")
+    return lines
+
+
+def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
+    lines = documents_read(out, manifest)
     for name, split in manifest.splits.items():
         per_token = split.bytes / max(1, split.tokens)
         lines.append(
             f"{name:<6}{split.documents:>10,} documents {split.tokens:>14,} tokens "
             f"{split.bytes:>14,} bytes {per_token:6.2f} bytes per token"
         )
-        lines += _lost(name, split.lost, split.bytes)
+        lines += lost_text(name, split.lost, split.bytes)
         lines += _dropped(name, split.dropped, manifest)
     if manifest.settings.repack_epochs > 1:
         order = "the order of the inputs" if manifest.settings.keep_order else "new orders"
@@ -219,7 +235,7 @@ def _prepared(out: Path, manifest: "Manifest", shard: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def _lost(split: str, lost: int, kept: int) -> list[str]:
+def lost_text(split: str, lost: int, kept: int) -> list[str]:
     if not lost:
         return []
     share = 100 * lost / (lost + kept)
@@ -251,7 +267,7 @@ def _inspected(path: Path, found: "Inspection") -> str:
             f"{name}: {count_of(split.documents, 'document')}, {count_of(split.tokens, 'token')}, "
             f"{split.bytes:,} bytes, {split.bytes_per_token:.2f} bytes per token",
             f"  tokens per document: {levels}",
-            *_lost(name, split.lost, split.bytes),
+            *lost_text(name, split.lost, split.bytes),
         ]
         lines += [f"  {json.dumps(text, ensure_ascii=False)}" for text in split.samples]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from openpalm.base.files import write_atomically
-from openpalm.base.settings import check, parse
+from openpalm.base.settings import check, check_field, parse
 from openpalm.cli.model_options import ModelOptions
 from openpalm.errors import SettingsError
 
@@ -71,20 +71,17 @@ class EvalSettings(ModelOptions):
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.data, self.text, self.tasks)) != 1:
             raise SettingsError("give one of --data, --text and --tasks")
-        length = self.sequence_length
-        check(length is None or length >= 1, "sequence_length", length, "1 or more")
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        check(self.overlap >= 0, "overlap", self.overlap, "0 or more")
-        shots, limit = self.num_fewshot, self.limit
-        check(shots is None or shots >= 0, "num_fewshot", shots, "0 or more")
-        check(limit is None or limit >= 1, "limit", limit, "1 or more")
+        for name in ("sequence_length", "batch_size", "limit"):
+            check_field(self, name, lambda v: v >= 1, "1 or more")
+        for name in ("overlap", "num_fewshot"):
+            check_field(self, name, lambda v: v >= 0, "0 or more")
         others = {"data": _OF_DATA, "text": _OF_TEXT, "tasks": _OF_TASKS}
         for owner, names in others.items():
             for name in names if getattr(self, owner) is None else ():
                 if getattr(self, name) != getattr(type(self), name):
                     option = name.replace("_", "-")
                     raise SettingsError(f"--{option}: is an option of --{owner}; leave it out")
-        if self.tasks is not None and length is not None:
+        if self.tasks is not None and self.sequence_length is not None:
             raise SettingsError("--sequence-length: --tasks uses the model's context; leave it out")
         if self.data is not None and self.tokenizer is not None:
             raise SettingsError("--tokenizer: the data has its own; leave it out")

@@ -20,7 +20,7 @@ VERBS = {
         "quickstart",
         "prepare, train, fine-tune and align in minutes, without a download",
     ),
-    "data": ("data", "prepare text as token shards, join parts, inspect a dataset"),
+    "data": ("data", "prepare text as token shards or blocks; join, inspect, push a dataset"),
     "train": ("train", "train a model from scratch or from a checkpoint"),
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
     "dpo": ("dpo", "train on preferences offline: dpo, ipo, simpo, orpo, kto"),
@@ -37,11 +37,12 @@ VERBS = {
     "eval": ("eval", "loss and bits per byte of a checkpoint on prepared data"),
     "convert": ("convert", "read and write checkpoints of other projects"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
+    "copy": ("copy", "copy a checkpoint, run or dataset to or from s3://, gs://, hf://"),
     "models": ("models", "list the model sizes: parameters, memory, FLOPs per token"),
     "report": ("report", "show runs as one HTML page or as curves in the terminal"),
 }
 
-DATA_VERBS = ("prepare", "build", "inspect")
+DATA_VERBS = ("prepare", "build", "blocks", "inspect", "push")
 CONTINUES = {"train", "sft", "dpo", "reward", "ppo", "grpo", "data", "best-of-n", "judge"}
 """verbs that save progress, so that the same command continues after an interruption"""
 

@@ -16,6 +16,7 @@ import numpy as np
 from openpalm.base.permutation import mix64
 from openpalm.base.typed import at
 from openpalm.data.batches.order import Draws, interleaved, windows
+from openpalm.data.dataset.blocks import BlockArray
 from openpalm.data.dataset.document_index import Documents
 from openpalm.data.dataset.shards import Dataset, TokenArray, open_dataset
 from openpalm.data.rows.tasks import Mixture, read_mixture
@@ -108,7 +109,7 @@ def open_sets(path: Path) -> TokenSets:
 class JoinedTokens:
     """Several token arrays as one array; slices are NumPy arrays."""
 
-    def __init__(self, arrays: Sequence[TokenArray]):
+    def __init__(self, arrays: Sequence[TokenArray | BlockArray]):
         self._arrays = arrays
         self._ends = list(accumulate(map(len, arrays)))
 

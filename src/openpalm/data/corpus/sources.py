@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
+from openpalm.base.remote import is_url, remote_files
 from openpalm.data.corpus.builtin import BUILTINS
 from openpalm.data.corpus.cleaning import UNCHANGED, Cleaning
 from openpalm.data.corpus.line_streams import PACKED, no_tap, open_lines, readable
@@ -123,6 +124,8 @@ def _expand(given: str, left_out: Counter[str]) -> list[Source]:
             known = ", ".join(BUILTIN_PREFIX + name for name in BUILTINS)
             raise DataError(f"{given}: no such built-in corpus; known: {known}")
         return [Source(given, None, True)]
+    if is_url(given):
+        return _remote(given, left_out)
     path = Path(given)
     with readable(path):
         if path.is_dir():
@@ -135,6 +138,28 @@ def _expand(given: str, left_out: Counter[str]) -> list[Source]:
     raise DataError(f"{given}: no such file or folder; check the path")
 
 
+def _remote(url: str, left_out: Counter[str]) -> list[Source]:
+    """The files at a URL: one file, the files that a pattern matches, or those below a folder."""
+    if url.startswith("file://"):
+        return [replace(source, given=url) for source in _expand(url[len("file://") :], left_out)]
+    with readable(Path(url)):
+        files, is_one = remote_files(url)
+    is_glob = glob.has_magic(url)
+    chosen = []
+    for file in files:
+        below = file.url.removeprefix(url.rstrip("/")).split("/")
+        if not (is_one or is_glob) and any(part.startswith(".") for part in below):
+            left_out[HIDDEN] += 1
+        elif is_one or is_glob or _is_text_file(cast(Path, file)):
+            # A RemoteFile has all the methods of Path that readers call.
+            chosen.append(Source(url, cast(Path, file), is_one))
+        else:
+            left_out[OTHER] += 1
+    if not chosen:
+        raise DataError(f"{url}: no file of text here; name a file, or use a pattern")
+    return chosen
+
+
 def _folder(given: str, folder: Path, left_out: Counter[str]) -> list[Source]:
     """train.bin and val.bin if the folder has both (nanoGPT), or the text files below it."""
     pair = [Source(given, folder / file, True, split) for split, file in SPLIT_FILES.items()]
@@ -142,7 +167,7 @@ def _folder(given: str, folder: Path, left_out: Counter[str]) -> list[Source]:
         return pair
     found = []
     for path in _files_below(folder, left_out):
-        if path.name.lower().endswith(FOLDER_SUFFIXES) and path.is_file() and _is_text(path):
+        if _is_text_file(path):
             found.append(path)
         else:
             left_out[OTHER] += 1
@@ -229,8 +254,10 @@ def _identity(folder: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _is_text(path: Path) -> bool:
+def _is_text_file(path: Path) -> bool:
     """Whether to read a file of a folder: a .json file only if its first line is an object."""
+    if not (path.name.lower().endswith(FOLDER_SUFFIXES) and path.is_file()):
+        return False
     if not path.name.lower().endswith(".json"):
         return True
     with readable(path), path.open("rb") as file:

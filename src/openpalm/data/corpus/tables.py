@@ -28,7 +28,7 @@ MAX_BATCH_ROWS = 1024
 
 def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
     """The rows of a .parquet file, in order. Raises DataError for a damaged or oversized one."""
-    pyarrow, parquet = _arrow(path)
+    pyarrow, parquet = arrow(path)
     limits = {
         "pre_buffer": False,
         "buffer_size": BATCH_BYTES,
@@ -37,7 +37,7 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
     }
     number = 0
     try:
-        with parquet.ParquetFile(path, **limits) as file:
+        with parquet.ParquetFile(_openable(path), **limits) as file:
             metadata = file.metadata
             column = _column(file.schema_arrow.names, text_field, str(path))
             kind = file.schema_arrow.field(column).type
@@ -46,7 +46,7 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
         # Dictionary encoding stays on: a text that a small file repeats a million times is then one
         # text in memory.
         as_one = [column] if str(kind) in ("string", "large_string") else []
-        with parquet.ParquetFile(path, read_dictionary=as_one, **limits) as file:
+        with parquet.ParquetFile(_openable(path), read_dictionary=as_one, **limits) as file:
             for group, rows in enumerate(wide):
                 batches = file.iter_batches(
                     rows, row_groups=[group], columns=[column], use_threads=False
@@ -85,13 +85,18 @@ def hub_documents(name: str, text_field: str) -> Iterator[Document]:
         raise Unavailable(f"hub:{name}: cannot be read ({reason})") from None
 
 
-def _arrow(path: Path) -> tuple[Any, Any]:
+def arrow(path: Path) -> tuple[Any, Any]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise DataError(f"{path}: needs pyarrow; pip install 'openpalm[data]'") from None
     return pyarrow, pyarrow.parquet
+
+
+def _openable(path: Path) -> Any:
+    """A path for pyarrow; a file at a URL as an open file."""
+    return path if isinstance(path, Path) else path.open("rb")
 
 
 def _batch_rows(metadata: Any, group: int, column: str, path: Path) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from openpalm.base.hashing import sha256_of
 from openpalm.base.typed import checked
@@ -152,19 +152,22 @@ def without_defaults(entry: "PrepareSettings | SplitEntry") -> dict[str, Any]:
     return {name: value for name, value in content.items() if value != own[name]}
 
 
+M = TypeVar("M", bound=Manifest)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a dataset folder; checks that every file exists with its size.
 
     Raises DataError where it is missing, torn, altered or of another version.
     """
     path = folder / NAME
-    return _checked(path, _content(path, FORMAT), whole=True)
+    return _checked(path, read_content(path, FORMAT), whole=True)
 
 
 def read_part(folder: Path) -> tuple[str, Manifest]:
     """I/N and the manifest of one job's part, with the checks of `read_manifest`."""
     path = folder / PART_NAME
-    part = _content(path, PART_FORMAT)
+    part = read_content(path, PART_FORMAT)
     content = typed(dict[str, Any], part.get("manifest"), str(path), "manifest")
     return typed(str, part.get("shard"), str(path), "shard"), _checked(path, content, whole=False)
 
@@ -175,7 +178,7 @@ def shard_names(split: str, shard: int) -> tuple[str, str]:
 
 
 def _checked(path: Path, content: dict[str, Any], *, whole: bool) -> Manifest:
-    manifest = _parse(content, path)
+    manifest = parse(content, path, Manifest)
     for split, entry in manifest.splits.items():
         # A job may have found nothing for one of the splits.
         if whole or entry.files:
@@ -185,7 +188,8 @@ def _checked(path: Path, content: dict[str, Any], *, whole: bool) -> Manifest:
     return manifest
 
 
-def _content(path: Path, wanted: str) -> dict[str, Any]:
+def read_content(path: Path, wanted: str) -> dict[str, Any]:
+    """The JSON object of a manifest of the format `wanted`. Raises DataError."""
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise DataError(f"{path}: more than {MAX_MANIFEST_BYTES} bytes is no manifest")
@@ -205,7 +209,8 @@ def _content(path: Path, wanted: str) -> dict[str, Any]:
     return content
 
 
-def _parse(content: dict[str, Any], path: Path) -> Manifest:
+def parse(content: dict[str, Any], path: Path, kind: type[M]) -> M:
+    """The content as a manifest of class `kind`, every field checked. Raises DataError."""
     if content.get("version") != VERSION:
         raise DataError(
             f"{path}: format version {str(content.get('version'))[:20]}, this OpenPaLM reads "
@@ -213,7 +218,7 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
         )
     for name in NOT_IN_FILE:
         content.pop(name, None)
-    manifest: Manifest = typed(Manifest, content, str(path))
+    manifest: M = typed(kind, content, str(path))
     if manifest.dtype not in ITEM_BYTES:
         raise DataError(f"{path}: dtype must be {' or '.join(ITEM_BYTES)}; {REMEDY}")
     if set(manifest.splits) != set(SPLITS):

@@ -15,17 +15,25 @@ from pathlib import Path
 import numpy as np
 
 from openpalm.data.dataset import manifest as manifest_file
+from openpalm.data.dataset.blocks import (
+    BlockArray,
+    BlocksManifest,
+    is_blocks,
+    read_blocks_manifest,
+)
 from openpalm.data.dataset.manifest import Manifest
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError
 
 
 def open_dataset(path: str | Path) -> "Dataset":
-    """A prepared dataset. Raises DataError where it is missing, torn or altered in size.
+    """A prepared dataset, or blocks. Raises DataError where it is missing, torn or altered in size.
 
     The files of a split are compared with their hashes when it is first read.
     """
     path = Path(path)
+    if is_blocks(path):
+        return Dataset(path, read_blocks_manifest(path))
     return Dataset(path, manifest_file.read_manifest(path))
 
 
@@ -57,9 +65,15 @@ class Dataset:
         files = manifest_file.own_share(self.manifest.splits[split].files)
         manifest_file.check_hashes([(self.path, file) for file in files])
 
-    def tokens(self, split: str) -> "TokenArray":
-        """The split's tokens, memory-mapped. Raises DataError where a file was altered."""
+    def tokens(self, split: str) -> "TokenArray | BlockArray":
+        """The split's tokens, read on demand. Raises DataError where a file was altered."""
         self.check(split)
+        return self.array(split)
+
+    def array(self, split: str) -> "TokenArray | BlockArray":
+        """The split's tokens without a comparison of hashes: `check` has done it."""
+        if isinstance(self.manifest, BlocksManifest):
+            return BlockArray(self.path, self.manifest, split)
         files = self.manifest.splits[split].files[::2]
         paths = [self.path / file.name for file in files]
         return TokenArray(paths, self.manifest.dtype, self.manifest.vocab_size)
@@ -68,6 +82,9 @@ class Dataset:
         """int64 [documents]: starts in the split's tokens. Raises DataError if altered."""
         self.check(split)
         entry = self.manifest.splits[split]
+        if isinstance(self.manifest, BlocksManifest):
+            tokens = BlockArray(self.path, self.manifest, split)
+            return tokens.document_starts(0, len(tokens), self.tokenizer().end_of_text)
         data = b"".join((self.path / file.name).read_bytes() for file in entry.files[1::2])
         offsets = np.frombuffer(data, dtype="<u8")
         if (offsets[1:] < offsets[:-1]).any() or (offsets > entry.tokens).any():

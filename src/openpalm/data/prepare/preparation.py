@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from openpalm.base.workers import working
 from openpalm.data.corpus.cleaning import Cleaning, Detokenize, FixText
@@ -50,6 +51,7 @@ MAX_EPOCHS = 1000
 MAX_SEQUENCE = 1 << 20
 
 Progress = Callable[[int, int], None]
+M = TypeVar("M", bound=Manifest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,14 +158,13 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
         request.inputs, left_out, text_field=request.text_field, cleaning=request.cleaning
     )
     existing = _existing_dataset(request)
-    _refuse_own_output(sources, request.out)
-    # Passes over the inputs: hash only; scan, encode; scan, train the vocabulary, encode.
-    total = _Total(sources, 1 if existing else 2 if given else 3, progress)
+    refuse_own_output(sources, request.out)
     if existing:
-        scanned = [hash_source(source, total.advance) for source in sources]
-        _refuse_other_dataset(existing, request, input_entries(sources, scanned), given)
+        found = unchanged(request, existing, progress)
         remove_scratch(request.out)
-        return replace(existing, unchanged=True, left_out=dict(+left_out))
+        return found
+    # Passes over the inputs: scan, encode; scan, train the vocabulary, encode.
+    total = _Total(sources, 2 if given else 3, progress)
     with claim_folder(request.out, _description(request, sources, given)) as unfinished:
         work = _Preparation(request, sources, unfinished, total.advance)
         manifest = work.run(given)
@@ -173,6 +174,20 @@ def prepare(request: PrepareRequest, progress: Progress | None = None) -> Manife
             refuse_unusable(manifest)
             unfinished.commit(manifest_file.NAME, manifest.to_json())
     return replace(manifest, left_out=dict(+left_out))
+
+
+def unchanged(request: PrepareRequest, existing: M, progress: Progress | None = None) -> M:
+    """`existing`, if it is what the request would write; hashes the inputs.
+
+    Raises DataError that names the differing inputs and settings.
+    """
+    left_out: Counter[str] = Counter()
+    sources = find_sources(request.inputs, left_out, text_field=request.text_field)
+    total = _Total(sources, 1, progress)
+    scanned = [hash_source(source, total.advance) for source in sources]
+    inputs = input_entries(sources, scanned)
+    _refuse_other_dataset(existing, request, inputs, _given_tokenizer(request))
+    return replace(existing, unchanged=True, left_out=dict(+left_out))
 
 
 def parse_shard(shard: str) -> tuple[int, int]:
@@ -370,7 +385,8 @@ def _size(source: Source) -> int:
     return hash_source(source, lambda count: None).bytes
 
 
-def _refuse_own_output(sources: list[Source], out: Path) -> None:
+def refuse_own_output(sources: Sequence[Source], out: Path) -> None:
+    """Raises DataError where a source is inside the output folder."""
     folder = out.resolve()
     for source in sources:
         if source.path and folder in source.path.resolve().parents:

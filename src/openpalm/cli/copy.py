@@ -1,0 +1,43 @@
+"""`openpalm copy`: copies a checkpoint, a run or a dataset to or from a URL."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from openpalm.base import settings
+from openpalm.base.typed import home
+from openpalm.errors import count_of
+
+
+@dataclass(frozen=True)
+class Copy:
+    source: str
+    """folder to copy: a local path, or a URL such as s3://BUCKET/FOLDER"""
+    target: str
+    """folder to copy it to: a URL, or a local path"""
+
+
+def run(argv: Sequence[str]) -> None:
+    given = settings.parse(
+        Copy,
+        argv,
+        verb="copy",
+        about="Copies a folder with all its files to or from s3://, gs://, hf:// or another file "
+        "system of fsspec. Its manifest.json is copied last, so that an interrupted copy is never "
+        "taken for a checkpoint or dataset; repeat the command then.",
+        examples=(
+            "openpalm copy runs/tiny/checkpoints/step-00000200 s3://bucket/tiny",
+            "openpalm copy gs://bucket/c4 data/c4",
+            "openpalm copy hf://datasets/ACCOUNT/NAME data/blocks",
+        ),
+        positional=("source", "target"),
+    )
+    from openpalm.base.progress_bar import long_job
+    from openpalm.base.remote import copy_folder
+
+    source, target = home(given.source), home(given.target)
+    with long_job("copying") as progress:
+        files, size = copy_folder(source, target, progress)
+    if files:
+        print(f"{target}: {count_of(files, 'file')}, {count_of(size, 'byte')} copied")
+    else:
+        print(f"{target}: already holds this folder, nothing copied")

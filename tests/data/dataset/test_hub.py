@@ -1,0 +1,160 @@
+"""Pushes to a stand-in of the Hub: what arrives is what was made, and reads back the same."""
+
+import json
+import os
+import subprocess
+import sys
+
+import huggingface_hub.constants
+import pytest
+import yaml
+from dataset_hub_server import TOKEN, hub_server
+
+from openpalm.data.dataset import hub
+from openpalm.data.dataset.hub import push_dataset
+from openpalm.data.prepare.blocks import BlocksRequest, write_blocks
+from openpalm.data.prepare.preparation import PrepareRequest, prepare
+from openpalm.errors import DataError, WorkError
+
+pytest.importorskip("pyarrow")
+# huggingface_hub uploads in a way that its own HTTP client deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+REPO = "datasets/me/set"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("push")
+    path = folder / "a.jsonl"
+    rows = [json.dumps({"text": f"document {i} has words"}) + "\n" for i in range(300)]
+    path.write_text("".join(rows))
+    prepare(PrepareRequest(inputs=[str(path)], out=folder / "p", tokenizer="byte"))
+    for name, length in (("b", 32), ("c", 64)):
+        given = PrepareRequest(inputs=[str(folder / "p")], out=folder / name, tokenizer="byte")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("openpalm.data.dataset.blocks.GROUP_TOKENS", 640)
+            patch.setattr("openpalm.data.dataset.blocks.FILE_GROUPS", 1 if name == "b" else 8)
+            write_blocks(BlocksRequest(prepare=given, sequence_length=length))
+    return folder
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with hub_server() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        monkeypatch.setattr(hub, "COMMIT_FILES", 4)
+        yield server
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["b", "p"])
+def test_all_files_arrive_and_the_manifest_last(name, folder, server):
+    url = push_dataset(folder / name, "me/set", private=True)
+    assert url == f"{server.url}/{REPO}"
+    arrived = dict(server.repos[REPO])
+    card = arrived.pop("README.md").decode()
+    assert arrived == contents(folder / name)
+    assert server.private == {REPO}
+    assert server.commits[-1] == "Manifest and dataset card"
+    assert len(server.commits) == 1 + -(-(len(arrived) - 2) // 4)
+    header = yaml.safe_load(card.split("---")[1])
+    manifest = json.loads(arrived["manifest.json"])
+    assert manifest["tokenizer"] in card
+    assert all(entry["sha256"] in card for entry in manifest["inputs"])
+    assert all(file["sha256"] in card for file in manifest["splits"]["train"]["files"])
+    assert f"{manifest['splits']['train']['tokens']:,}" in card
+    assert "`a.jsonl`" in card
+    assert str(folder) not in card
+    splits = [one["split"] for one in header.get("configs", [{"data_files": []}])[0]["data_files"]]
+    assert splits == (["train", "validation"] if name == "b" else [])
+
+
+def test_what_the_hub_has_is_not_sent_again(folder, server):
+    push_dataset(folder / "b", "me/set")
+    sent = len(server.sent)
+    push_dataset(folder / "b", "me/set")
+    assert len(server.sent) == sent == len(list((folder / "b").glob("*.parquet")))
+
+
+def test_files_of_an_earlier_dataset_are_removed(folder, server):
+    push_dataset(folder / "b", "me/set")
+    push_dataset(folder / "c", "me/set")
+    arrived = dict(server.repos[REPO])
+    del arrived["README.md"]
+    assert arrived == contents(folder / "c")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_upload_that_is_cut_off_has_no_manifest_and_continues(folder, server):
+    server.fail_after = 5
+    with pytest.raises(WorkError, match=r"me/set: .*repeat the command \(it continues\)") as error:
+        push_dataset(folder / "b", "me/set")
+    assert "\n" not in str(error.value)
+    assert "manifest.json" not in server.repos[REPO]
+    server.fail_after = None
+    push_dataset(folder / "b", "me/set")
+    assert len(server.sent) == len(list((folder / "b").glob("*.parquet")))
+    assert contents(folder / "b").items() <= server.repos[REPO].items()
+
+
+def test_requests_that_cannot_be_met_are_one_line(folder, server, monkeypatch):
+    with pytest.raises(DataError, match="--repo 'set': must be ACCOUNT/NAME"):
+        push_dataset(folder / "b", "set")
+    with pytest.raises(DataError, match="no prepared dataset here"):
+        push_dataset(folder, "me/set")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(WorkError, match=r"the Hub refused \(.*; log in with `hf auth login`"):
+        push_dataset(folder / "b", "me/set")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(WorkError, match="me/set: cannot be uploaded"):
+        push_dataset(folder / "b", "me/set")
+    assert server.repos == {}
+
+
+def test_an_altered_file_is_not_pushed(folder, server, tmp_path):
+    import shutil
+
+    shutil.copytree(folder / "c", tmp_path / "c")
+    path = tmp_path / "c" / "train-00000.parquet"
+    data = bytearray(path.read_bytes())
+    data[50] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="was altered"):
+        push_dataset(tmp_path / "c", "me/set")
+    assert server.repos == {}
+
+
+COPY = """
+import sys
+from openpalm.cli.main import main
+words = ["data", "blocks", sys.argv[1], "--tokenizer", "byte", "--seq_len", "32",
+         "--hf_account", "me/set", "--out", sys.argv[2]]
+assert main(words) == 0
+assert main(["copy", "hf://datasets/me/set", sys.argv[3]]) == 0
+options = ["--tokenizer", "byte", "--dedup", "none", "--val", "tail:0.1"]
+files = "hf://datasets/me/set/train-*.parquet"
+assert main(["data", "prepare", files, "--out", sys.argv[3] + "-url", *options]) == 0
+"""
+
+
+def test_built_pushed_and_read_back_as_the_original_did_it(folder, tmp_path):
+    """In another process: HF_ENDPOINT is read when huggingface_hub is imported."""
+    with hub_server() as server:
+        home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        env = os.environ | home | {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN}
+        words = [sys.executable, "-c", COPY, folder / "a.jsonl", tmp_path / "b", tmp_path / "back"]
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    back = contents(tmp_path / "back")
+    del back["README.md"]
+    assert back == contents(tmp_path / "b")
+    # The rows of the training files, read through the Hub's file system.
+    manifest = json.loads((tmp_path / "back-url" / "manifest.json").read_bytes())
+    tokens = sum(entry["tokens"] for entry in manifest["splits"].values())
+    assert tokens == json.loads(back["manifest.json"])["splits"]["train"]["tokens"]
