@@ -132,10 +132,11 @@ def _own_tasks(path: Path | None) -> Any:
     """The definitions below --task-path, or None without any."""
     if path is None or next(path.rglob("*.yaml"), None) is None:
         return None
+    make = import_module("lm_eval.tasks").TaskManager
     with _quiet(f"--task-path {path}"):
-        return import_module("lm_eval.tasks").TaskManager(
-            include_path=str(path), include_defaults=False
-        )
+        own = make(include_path=str(path), include_defaults=False)
+        # A group may name tasks of the library.
+        return make(include_path=str(path)) if own.all_groups else own
 
 
 def _prepare(task: Any, shots: int | None) -> None:
