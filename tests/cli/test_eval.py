@@ -81,3 +81,77 @@ def test_fewer_bits_cost_little_and_something(said, work, run, words):
     assert found["weights"] == words[1]
     assert found["nats_per_token"] != exact["nats_per_token"]
     assert found["nats_per_token"] == pytest.approx(exact["nats_per_token"], rel=0.01)
+
+
+def test_bits_per_byte_of_a_text_file(said, run, tmp_path):
+    text = "Chapter 7. The quick brown fox — né. " * 5
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    status, output, errors = said("eval", run, "--text", tmp_path / "t.txt", "--json")
+    assert (status, errors) == (0, [])
+    found = json.loads(output)
+    assert (found["bytes"], found["tokens"]) == (len(text.encode()), len(text.encode()))
+    line = said("eval", run, "--text", tmp_path / "t.txt", "--overlap", 24)[1]
+    assert "windows of 48 that overlap by 24" in line
+    # The rows of a file, each after an end of text: the same text twice has the same figure.
+    rows_file = tmp_path / "t.jsonl"
+    rows_file.write_text((json.dumps({"body": text}) + "\n") * 2, encoding="utf-8")
+    words = ["eval", run, "--text", rows_file, "--text-field", "body", "--json"]
+    twice = json.loads(said(*words)[1])
+    assert twice["bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=1e-6)
+    assert twice["tokens"] == 2 * found["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give one of --data, --text and --tasks"),
+        (["--data", "d", "--tasks", "piqa"], "give one of --data, --text and --tasks"),
+        (["--data", "d", "--limit", 3], "--limit: is an option of --tasks; leave it out"),
+        (["--text", "t", "--split", "train"], "--split: is an option of --data; leave it out"),
+        (["--tasks", "piqa", "--overlap", 3], "--overlap: is an option of --text; leave it out"),
+        (["--tasks", "piqa", "--sequence-length", 3], "--tasks uses the model's context"),
+        (["--tasks", "piqa", "--limit", 0], "--limit 0: must be 1 or more"),
+        (["--text", "t", "--batch-size", 0], "--batch-size 0: must be 1 or more"),
+        (["--data", "d", "--tokenizer", "t"], "--tokenizer: the data has its own"),
+        (["--text", "nowhere.txt"], "nowhere.txt: no such file or folder"),
+    ],
+)
+def test_a_wrong_request_is_one_line(said, run, words, message):
+    status, _, errors = said("eval", run, *words)
+    assert (status, len(errors)) == (2, 1)
+    assert message in errors[0]
+
+
+def test_an_overlap_must_leave_something_to_predict(said, work, run):
+    status, _, errors = said("eval", run, "--text", work / "text.txt", "--overlap", 48)
+    assert (status, len(errors)) == (2, 1)
+    assert "--overlap 48: must be below the 48 tokens of a window" in errors[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "{run}", "--tasks", "piqa"],
+        [*("train", "--init", "{base}", "--data", "{data}", "--out", "{out}"), "--steps", "1"],
+    ],
+)
+def test_a_missing_library_is_one_line(said, work, tmp_path, monkeypatch, words):
+    monkeypatch.setattr("openpalm.evaluate.harness.find_spec", lambda name: None)
+    known = {
+        "run": work / "run",
+        "base": work / "base",
+        "data": work / "data",
+        "out": tmp_path / "r",
+    }
+    words = [word.format(**known) for word in words]
+    words += ["--eval-tasks", "piqa"] if words[0] == "train" else []
+    status, _, errors = said(*words)
+    assert (status, len(errors)) == (2, 1)
+    assert "lm-eval is not installed; pip install 'openpalm[eval]'" in errors[0]
+
+
+def test_options_of_the_probe_need_the_probe(said, work, tmp_path):
+    words = ["train", "--init", work / "base", "--data", work / "data", "--out", tmp_path / "run"]
+    status, _, errors = said(*words, "--steps", 1, "--eval-tasks-every", 5)
+    assert (status, len(errors)) == (2, 1)
+    assert "--eval-tasks-every 5: needs --eval-tasks" in errors[0]

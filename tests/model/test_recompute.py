@@ -30,7 +30,7 @@ def gradient(what: Recompute, dtype: torch.dtype, segments: Tensor | None = None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("what", ["selective", "full"])
+@pytest.mark.parametrize("what", ["selective", "full", "offload"])
 def test_the_gradient_is_the_same(what: Recompute, dtype: torch.dtype):
     assert torch.equal(gradient(what, dtype), gradient("none", dtype))
 
@@ -60,3 +60,18 @@ def saved_bytes(what: Recompute) -> int:
 
 def test_less_is_kept():
     assert saved_bytes("full") < saved_bytes("none") / 3
+
+
+def test_offload_gives_up_only_the_inputs_of_blocks(monkeypatch: pytest.MonkeyPatch):
+    """No weight is copied: what waits on the CPU has the size of a block's input."""
+    given: list[tuple[int, ...]] = []
+
+    class Recorded(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool):
+            super().__init__(lambda x: given.append(tuple(x.shape)) or x, lambda x: x)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Recorded)
+    assert torch.equal(gradient("offload", torch.float32), gradient("none", torch.float32))
+    assert given.count((2, 48, CONFIG.dim)) == CONFIG.depth
+    weights = {tuple(p.shape) for p in Transformer(CONFIG).parameters()}
+    assert not weights & set(given)

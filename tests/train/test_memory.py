@@ -24,7 +24,7 @@ def plain(train: Callable[..., int], tmp_path: Path) -> list[float]:
     return losses(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["selective", "full", "offload"])
 def test_recomputing_changes_no_loss(
     train: Callable[..., int], tmp_path: Path, plain: list[float], recompute: str
 ):

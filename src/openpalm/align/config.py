@@ -10,7 +10,7 @@ from typing import Literal
 from openpalm.base.settings import check, check_field, spell
 from openpalm.base.typed import home
 from openpalm.errors import SettingsError
-from openpalm.train.config import TrainSettings
+from openpalm.train.config import TaskProbeSettings, TrainSettings
 
 GroupAdvantage = Literal["grpo", "dr-grpo", "dapo", "rloo"]
 RewardLoss = Literal["bradley-terry", "regression", "binned", "hl-gauss", "ordinal"]
@@ -57,7 +57,7 @@ def reward_sources(given: list[str] | str | None) -> list[str]:
 
 
 @dataclass(frozen=True)
-class SftSettings(TrainSettings):
+class SftSettings(TaskProbeSettings, TrainSettings):
     """Supervised fine-tuning on conversations."""
 
     data: Path
@@ -67,6 +67,10 @@ class SftSettings(TrainSettings):
     """sequence packing: several conversations in a row, without attention between them"""
     template: Literal["chat", "none"] = "chat"
     """chat template: chat marks the turns, none joins prompt and completion as plain text"""
+
+    def __post_init__(self) -> None:
+        self.check_tasks()
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

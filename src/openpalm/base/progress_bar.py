@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Self
 
 from rich.console import Console
@@ -94,3 +96,10 @@ class ProgressBar:
         waited = time.monotonic() - self._began
         if self.console.is_terminal and not self._bar.live.is_started and waited >= self._delay_s:
             self._bar.start()
+
+
+@contextmanager
+def long_job(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of a job that is counted in bytes, drawn if the job is long; gives its `move_to`."""
+    with ProgressBar(label, in_bytes=True, delay_s=LONG_JOB_S) as bar:
+        yield bar.move_to

@@ -113,7 +113,7 @@ def save_one_by_one(
     """As `save`, for a model larger than memory: holds one block at a time. Returns the logits of
     the fingerprint, computed from the weights that were written.
 
-    optimizer: its state as Optimizer.state_tensors names it, for `--keep-optimizer`.
+    optimizer: AdamW's state as Optimizer.state_tensors names it, for `--keep-optimizer`.
     """
     with _complete_or_absent(directory, lineage) as partial:
         _write_config(partial, config, None, None)
@@ -130,7 +130,7 @@ def save_one_by_one(
             with tensors.filled(partial / _STATE[0], layout) as put:
                 for name in optimizer:
                     put(f"optimizer/{name}", optimizer[name])
-            _write_text(partial / _STATE[1], "{}\n")
+            _write_text(partial / _STATE[1], json.dumps({"optimizer": "adamw"}) + "\n")
         _write_text(partial / "card.md", default_card(config))
     return logits
 
@@ -278,6 +278,18 @@ def load_train_state(directory: Path) -> TrainState:
         state = file.all()
     tensors.check_finite(folder, {n: t for n, t in state.items() if n.startswith(_STEPPED)})
     return TrainState(state, read_json(directory / _STATE[1], REMEDY))
+
+
+def optimizer_name(directory: Path) -> str | None:
+    """The optimizer of which train/ holds the state; None if there is none, or it is not named."""
+    manifest = read_manifest(directory)
+    if file_size(directory / _STATE[1]) is None or not {*_STATE} <= manifest["files"].keys():
+        return None
+    name = read_json(directory / _STATE[1], REMEDY).get("optimizer")
+    if name is None:  # version 0.2.0 and older named it in the lineage only
+        settings = manifest["lineage"].get("settings") or {}
+        name = settings.get("optim", {}).get("name")
+    return name if isinstance(name, str) else None
 
 
 def refuse_other_version(directory: Path) -> None:

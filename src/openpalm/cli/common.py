@@ -7,6 +7,7 @@ from typing import TypeVar, cast
 
 from openpalm.base.device import pick_device, pick_dtype
 from openpalm.base.hashing import sha256_of
+from openpalm.base.settings import check
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from openpalm.checkpoint.manifest import is_listed, read_manifest
@@ -20,8 +21,9 @@ from openpalm.generate.engine import Engine
 from openpalm.generate.load import load_quantized
 from openpalm.generate.quantize import WeightFormat
 from openpalm.model.transformer import Transformer
-from openpalm.train.config import NO_INIT, TrainSettings
+from openpalm.train.config import NO_INIT, TaskProbeSettings, TrainSettings
 from openpalm.train.initial_weights import Start, check_reads, starting_point
+from openpalm.train.probes import Probe
 
 T = TypeVar("T")
 HELD_OUT_SHARE = 0.05
@@ -73,6 +75,32 @@ def held_out(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     """The training items, and the last items of a file, which are held out for evaluation."""
     kept = len(items) - min(MAX_HELD_OUT, int(HELD_OUT_SHARE * len(items)))
     return items[:kept], items[kept:]
+
+
+def task_probes(
+    settings: TaskProbeSettings, tokenizer: Tokenizer, *, chat: bool = False
+) -> list[Probe]:
+    """The probe of --eval-tasks, if it is given; the rows of the tasks are read now."""
+    if settings.eval_tasks is None:
+        return []
+    from rich.console import Console
+
+    from openpalm.evaluate.harness import check_installed
+    from openpalm.evaluate.probes import task_probe
+    from openpalm.evaluate.tasks import load_tasks, task_names
+
+    check_installed("--eval-tasks")
+    names = task_names(settings.eval_tasks)
+    check(bool(names), "eval_tasks", repr(settings.eval_tasks), "names of tasks")
+    with Console(stderr=True).status("reading the tasks (some seconds)"):
+        tasks = load_tasks(
+            names,
+            settings.eval_tasks_path,
+            shots=settings.eval_tasks_fewshot,
+            limit=settings.eval_tasks_limit or None,
+            chat=chat,
+        )
+    return [task_probe(tokenizer, tasks, every=settings.eval_tasks_every)]
 
 
 def report_unused(label: str, path: Path | str, given: ReadResult[T], what: str) -> ReadResult[T]:

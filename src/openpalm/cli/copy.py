@@ -31,11 +31,11 @@ def run(argv: Sequence[str]) -> None:
         ),
         positional=("source", "target"),
     )
+    from openpalm.base.progress_bar import long_job
     from openpalm.base.remote import copy_folder
-    from openpalm.cli.data import progress_bar
 
     source, target = home(given.source), home(given.target)
-    with progress_bar("copying") as progress:
+    with long_job("copying") as progress:
         files, size = copy_folder(source, target, progress)
     if files:
         print(f"{target}: {count_of(files, 'file')}, {count_of(size, 'byte')} copied")

@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -35,11 +34,11 @@ USAGE = """usage: openpalm data prepare INPUT... --out DIR [options]
 @dataclass(frozen=True)
 class Prepare:
     inputs: list[str]
-    """files, folders, globs (also at s3://, gs://, hf:// and other URLs), hub:NAME[:SPLIT] or
-    builtin:python-docs. A .jsonl, .ndjson or .json
-    file has one document per line, a .parquet file one per row, a .tar or .tgz archive one per
-    member, a .tfrecords file one of token ids per record (an .index file lists them); a .bin file
-    holds uint16 token ids; any other file is one document; text may be packed as .gz, .zst, .xz"""
+    """files, folders, globs (also as s3://, gs://, hf:// or other URLs), hub:NAME[:SPLIT] or
+    builtin:python-docs. A .jsonl, .ndjson or .json file has one document per line, a .parquet file
+    one per row, a .tar or .tgz archive one per member, a .tfrecords file one of token ids per
+    record (an .index file lists them); a .bin file holds uint16 token ids; any other file is one
+    document; text may be packed as .gz, .zst, .xz"""
     out: Path
     """output folder; new, empty, or with this same dataset"""
     tokenizer: str = "bpe:4096"
@@ -75,8 +74,8 @@ class Prepare:
     random order, so that other documents share a sequence"""
     keep_order: bool = False
     """with --repack-epochs: every epoch has the order of the inputs"""
-    seed: int = 0
-    """random seed of the orders of --repack-epochs"""
+    seed: int | None = None
+    """random seed of the orders of --repack-epochs; default: 0"""
     workers: int | None = None
     """threads that parse and encode; default: all cores. The output does not depend on it"""
     shard: str | None = None
@@ -140,14 +139,16 @@ def run_prepare(argv: Sequence[str]) -> None:
         ),
         positional=("inputs",),
     )
+    from openpalm.base.progress_bar import long_job
     from openpalm.data.prepare.preparation import PrepareRequest, prepare
 
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     del values["json"]
     values["inputs"] = [home(name) for name in given.inputs]
     values["tokenizer"] = home(given.tokenizer)
+    values["seed"] = given.seed or 0
     request = PrepareRequest(**values)
-    with progress_bar("preparing") as progress:
+    with long_job("preparing") as progress:
         manifest = prepare(request, progress)
     print(
         manifest.to_json().decode().rstrip()
@@ -166,9 +167,10 @@ def run_build(argv: Sequence[str]) -> None:
         examples=("openpalm data build parts/* --out data/c4",),
         positional=("parts",),
     )
+    from openpalm.base.progress_bar import long_job
     from openpalm.data.prepare.parts import build
 
-    with progress_bar("joining") as progress:
+    with long_job("joining") as progress:
         manifest = build([Path(home(part)) for part in given.parts], given.out, progress)
     print(manifest.to_json().decode().rstrip() if given.json else _prepared(given.out, manifest))
 
@@ -182,10 +184,11 @@ def run_inspect(argv: Sequence[str]) -> None:
         examples=("openpalm data inspect data/docs", "openpalm data inspect data/docs --json"),
         positional=("data",),
     )
+    from openpalm.base.progress_bar import long_job
     from openpalm.data.dataset.inspection import inspect_dataset
     from openpalm.data.dataset.shards import open_dataset
 
-    with progress_bar("checking") as progress:
+    with long_job("checking") as progress:
         found = inspect_dataset(
             open_dataset(given.data), samples=max(0, given.samples), progress=progress
         )
@@ -268,12 +271,3 @@ def _inspected(path: Path, found: "Inspection") -> str:
         ]
         lines += [f"  {json.dumps(text, ensure_ascii=False)}" for text in split.samples]
     return "\n".join(lines)
-
-
-@contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes, drawn when the job takes long; gives its function of (done, total)."""
-    from openpalm.base.progress_bar import LONG_JOB_S, ProgressBar
-
-    with ProgressBar(label, in_bytes=True, delay_s=LONG_JOB_S) as bar:
-        yield bar.move_to

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from openpalm.base import settings
 from openpalm.base.typed import home
-from openpalm.cli.data import Prepare, documents_read, lost_text, progress_bar
+from openpalm.cli.data import Prepare, documents_read, lost_text
 from openpalm.errors import SettingsError, count_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Blocks(Prepare):
     wrote: its tokens are cut into blocks as they are"""
     seq_len: int = 8192
     """tokens in a block, which is a row of a file"""
-    seed: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    seed: int | None = None
     """shuffle the order of the blocks with this seed (and that of --repack-epochs); default: the
     order of the text"""
     rest: Literal["drop", "keep"] = "drop"
@@ -59,6 +59,7 @@ def run_blocks(argv: Sequence[str]) -> None:
         ),
         positional=("inputs",),
     )
+    from openpalm.base.progress_bar import long_job
     from openpalm.data.prepare.blocks import BlocksRequest, write_blocks
     from openpalm.data.prepare.preparation import PrepareRequest
 
@@ -75,7 +76,7 @@ def run_blocks(argv: Sequence[str]) -> None:
         seed=given.seed,
         rest=given.rest,
     )
-    manifest = write_blocks(request, progress_bar)
+    manifest = write_blocks(request, long_job)
     print(manifest.to_json().decode().rstrip() if given.json else _written(given.out, manifest))
     if given.hf_account:
         from openpalm.cli.data_push import push

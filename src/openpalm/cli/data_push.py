@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openpalm.base import settings
-from openpalm.cli.data import progress_bar
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,10 @@ def run_push(argv: Sequence[str]) -> None:
 
 
 def push(folder: Path, repo: str, *, private: bool) -> None:
+    from openpalm.base.progress_bar import long_job
     from openpalm.data.dataset.hub import push_dataset
 
-    with progress_bar("uploading") as progress:
+    with long_job("uploading") as progress:
         url = push_dataset(folder, repo, private=private, progress=progress)
     print(f"{folder}: pushed to {url}")
     print(f"copy it back: openpalm copy hf://datasets/{repo} DIR")

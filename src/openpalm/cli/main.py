@@ -36,8 +36,8 @@ VERBS = {
     "serve": ("serve", "serve a model over HTTP: the OpenAI API and a chat page"),
     "eval": ("eval", "loss and bits per byte of a checkpoint on prepared data"),
     "convert": ("convert", "read and write checkpoints of other projects"),
-    "copy": ("copy", "copy a checkpoint, run or dataset to or from s3://, gs://, hf://"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
+    "copy": ("copy", "copy a checkpoint, run or dataset to or from s3://, gs://, hf://"),
     "models": ("models", "list the model sizes: parameters, memory, FLOPs per token"),
     "report": ("report", "show runs as one HTML page or as curves in the terminal"),
 }

@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
 def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     """Composes the run: weights, conversations as examples, THE loop."""
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import fine_tuning_start, held_out
+    from openpalm.cli.common import fine_tuning_start, held_out, task_probes
     from openpalm.data.batches.loader import (
         Batch,
         Loader,
@@ -90,7 +90,10 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
         data_hash=mixture.digest(settings.data),
         parent=start.parent,
         parent_hash=start.parent_hash,
-        probes=[_held_out_probe(measured, length)] if measurable else [],
+        probes=[
+            *([_held_out_probe(measured, length)] if measurable else []),
+            *task_probes(settings, tokenizer, chat=settings.template == "chat"),
+        ],
         best=BestBy() if measurable else None,
         label=label,
     )

@@ -114,15 +114,16 @@ def _print_derived(depth: int | None, derived: dict[str, Any]) -> None:
 def _probes(
     settings: PretrainSettings, sets: "TokenSets", tokenizer: "Tokenizer", length: int
 ) -> "list[Probe]":
-    """Validation loss, if every dataset has a validation split, and samples."""
+    """Validation loss, if every dataset has a validation split, samples and tasks."""
+    from openpalm.cli.common import task_probes
     from openpalm.evaluate.probes import first_words, sample_probe, validation_probe
 
     given = settings.sample_prompts
     prompts = [given] if isinstance(given, str) else given or first_words(sets.datasets[0])
-    samples = sample_probe(tokenizer, prompts)
+    probes = [sample_probe(tokenizer, prompts), *task_probes(settings, tokenizer)]
     if not _validates(sets):
-        return [samples]
-    return [validation_probe(sets, length, document_mask=settings.document_mask), samples]
+        return probes
+    return [validation_probe(sets, length, document_mask=settings.document_mask), *probes]
 
 
 def _validates(sets: "TokenSets") -> bool:

@@ -14,7 +14,7 @@ from openpalm.base.hashing import sha256_of
 from openpalm.base.json_file import read_json
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
-from openpalm.checkpoint.manifest import WEIGHTS, is_listed, read_manifest
+from openpalm.checkpoint.manifest import WEIGHTS, read_manifest
 from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.convert.detect import Project, read_foreign
 from openpalm.convert.gptj import huggingface
@@ -148,8 +148,9 @@ def _openpalm(path: Path) -> Source:
     manifest = read_manifest(directory)
     state = directory / "train/state.safetensors"
     optimizer = None
-    if configs.lora is None and is_listed(directory, "train/state.safetensors"):
-        optimizer = _adamw(LazyState.of_file(state, "optimizer/"))
+    # Another optimizer's state has the same names, but other meanings.
+    if configs.lora is None and checkpoint.optimizer_name(directory) == "adamw":
+        optimizer = LazyState.of_file(state, "optimizer/")
     return Source(
         format="openpalm",
         config=configs.model,
@@ -173,12 +174,6 @@ def _step(directory: Path, lineage: dict[str, Any]) -> int:
     if name.isdecimal() and name != directory.name:
         return int(name)
     return steps if type(steps) is int and 0 <= steps < 1 << 31 else 0
-
-
-def _adamw(state: LazyState) -> LazyState | None:
-    """The optimizer state, or None if it is not AdamW's."""
-    slots = {name.rsplit("/", 1)[-1] for name in state}
-    return state if slots == {"exp_avg", "exp_avg_sq", "step"} else None
 
 
 def check_kind(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Probes of pretraining: validation loss of each dataset, and samples from the model."""
+"""Probes of training: validation loss of each dataset, samples from the model, scores of tasks."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -9,7 +9,9 @@ import torch
 from openpalm.data.batches.token_mixture import TokenSets
 from openpalm.data.dataset.shards import Dataset
 from openpalm.data.text.tokenizer import Tokenizer
+from openpalm.evaluate.harness import HarnessModel
 from openpalm.evaluate.perplexity import SplitLoss, dataset_loss, mixed_loss
+from openpalm.evaluate.tasks import Tasks, run_tasks
 from openpalm.generate.engine import Engine
 from openpalm.generate.sampling import Sampling
 from openpalm.generate.streaming import complete, document_ends
@@ -74,6 +76,28 @@ def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str]) -> Probe:
         return {"samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]}
 
     return Probe(measure, file="samples.jsonl")
+
+
+def task_probe(tokenizer: Tokenizer, tasks: Tasks, *, every: int | None) -> Probe:
+    """The scores of tasks of lm-evaluation-harness, in columns task/NAME/METRIC."""
+
+    seen: set[str] = set()  # a note is described once
+    notes: list[str] = []
+
+    def measure(model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
+        asked = HarnessModel(Engine(model, owned=True), tokenizer)
+        # Without standard errors: bootstrapping would take longer than a small model's answers.
+        scores = run_tasks(asked, tasks, resamples=0)
+        lines = [*tasks.warning_lines(), *asked.note_lines()]
+        notes[:] = [line for line in lines if line not in seen]
+        seen.update(notes)
+        return {f"task/{score.task}/{score.metric}": score.value for score in scores}
+
+    def describe(row: dict[str, Any]) -> str:
+        figures = [f"{name.removeprefix('task/')} {value:.4g}" for name, value in row.items()]
+        return ", ".join(figures) + (f" ({'; '.join(notes)})" if notes else "")
+
+    return Probe(measure, describe=describe, every=every)
 
 
 def first_words(dataset: Dataset, count: int = 3, words: int = 4) -> list[str]:

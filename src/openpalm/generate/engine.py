@@ -112,7 +112,8 @@ class Engine:
         """
         self.check(request.ids)
         ticket = next(self._tickets)
-        if request.max_new_tokens > 0 or (request.score_prompt and len(request.ids) > 1):
+        scored = request.score_prompt and len(request.ids) > request.score_from
+        if request.max_new_tokens > 0 or scored:
             # A generator per request: its completion does not depend on what else is in the batch.
             generator = torch.Generator().manual_seed(request.sampling.seed)
             self._waiting.append(ActiveRequest(ticket, request, list(request.ids), generator))
@@ -306,10 +307,12 @@ class Engine:
         if not states.sum(dtype=torch.float32).isfinite():
             return [active.error_token()]
         # The state of a position predicts the next token; the prompt's last one has none.
-        following = request.ids[end - len(states) + 1 : end + 1]
+        start = end - len(states) + 1
+        first = max(start, request.score_from)
+        following = request.ids[first : end + 1]
         if not request.score_prompt or not following:
             return []
-        logits = self.model.head(states[: len(following)])
+        logits = self.model.head(states[first - start :][: len(following)])
         if not _finite_rows(logits).all():
             return [active.error_token()]
         tokens = [

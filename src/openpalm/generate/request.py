@@ -26,7 +26,10 @@ class Request:
     top_log_probs: int = 0
     """number of likeliest tokens reported with every token"""
     score_prompt: bool = False
-    """also yield the prompt's tokens from the second on, first, with their log-probabilities"""
+    """also yield the prompt's tokens, before the generated ones, with their log-probabilities"""
+    score_from: int = 1
+    """index of the first prompt token that `score_prompt` yields; the prefix that predicts none of
+    them may be copied from another request's cache"""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,10 @@ class ActiveRequest:
     def reusable_ids(self) -> list[int]:
         """The prefix that may be copied from another slot.
 
-        Copied tokens yield no logits. Generation needs those of the last token, scoring all.
+        Copied tokens yield no logits. Generation needs those of the last token, scoring those of
+        the token before the first scored one and of all after it.
         """
-        return [] if self.request.score_prompt else self.ids[:-1]
+        return self.ids[: self.request.score_from - 1 if self.request.score_prompt else -1]
 
     @property
     def prefill_length(self) -> int:
@@ -107,6 +111,10 @@ def tokens_with_log_probs(
 def _top_log_probs(
     logits: Tensor, normaliser: Tensor, count: int
 ) -> list[tuple[tuple[int, float], ...]]:
-    values, ids = logits.topk(min(count, logits.shape[-1]))
+    if count == 1:  # argmax, so that of tied logits the one is first that greedy sampling takes
+        ids = logits.argmax(dim=-1, keepdim=True)
+        values = logits.gather(-1, ids)
+    else:
+        values, ids = logits.topk(min(count, logits.shape[-1]))
     pairs = zip(ids.tolist(), (values - normaliser).tolist(), strict=True)
     return [tuple(zip(*pair, strict=True)) for pair in pairs]

@@ -4,6 +4,7 @@ Attached from outside: it replaces the forward of each block; parameters and res
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import (
 
 from openpalm.model.transformer import Transformer
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "full", "offload"]
 
 _aten = torch.ops.aten
 _KEPT = {_aten.mm.default, _aten.addmm.default}
@@ -27,7 +28,8 @@ def recompute(model: Transformer, what: Recompute) -> None:
 
     full keeps only the input of each block and computes the block twice: about a third more
     arithmetic. selective also keeps the products of the large matrices and recomputes the rest,
-    attention included (after Korthikanti et al. 2022, section 5).
+    attention included (after Korthikanti et al. 2022, section 5). offload is full with the blocks'
+    inputs in the CPU's memory until the backward pass.
     """
     if what == "none":
         return
@@ -36,7 +38,18 @@ def recompute(model: Transformer, what: Recompute) -> None:
         more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     for block in model.blocks:
         forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **more)
+        if what == "offload":
+            forward = functools.partial(_offloaded, forward)
         block.forward = forward  # type: ignore[method-assign]
+
+
+def _offloaded(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs `forward`; what it keeps for the backward pass waits in the CPU's memory.
+
+    Around `checkpoint`, which keeps a block's inputs and no weights: weights would be copied too.
+    """
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return forward(*args, **kwargs)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

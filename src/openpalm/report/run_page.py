@@ -7,6 +7,7 @@ from typing import Any
 from openpalm.report.page import Section, table
 from openpalm.report.plots import learning, rewards
 from openpalm.report.runs import Run, loss_unit, mean_of_last, read_runs
+from openpalm.report.task_scores import SCORES_FILE, probed_section, read_scores, scores_section
 
 
 def run_sections(path: Path) -> list[Section]:
@@ -19,6 +20,10 @@ def sections_of(run: Run) -> list[Section]:
     sections = [Section(f"{run.name}: learning", _learning(run))]
     if run.samples:
         sections.append(Section(f"{run.name}: samples", _samples(run.samples)))
+    if probed := probed_section(run.rows, f"{run.name}: tasks during training"):
+        sections.append(probed)
+    if (scores := run.path / SCORES_FILE).is_file():
+        sections.append(scores_section(read_scores(scores), f"{run.name}: tasks"))
     settings = table(["setting", "value"], run.settings.items())
     sections.append(Section(f"{run.name}: settings", settings))
     return sections

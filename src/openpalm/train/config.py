@@ -119,9 +119,10 @@ class ProfileSettings:
 class MemorySettings:
     """Trades time for memory; the trained weights are the same."""
 
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full", "offload"] = "none"
     """activations recomputed in the backward pass: none; selective, all but the outputs of large
-    matrix multiplications; full, whole blocks"""
+    matrix multiplications; full, whole blocks; offload, full with the inputs of blocks in the
+    CPU's memory"""
     loss_chunk: int | None = None
     """positions whose logits are in memory at once; default: as many as are fast"""
     keep_freed: bool | None = None
@@ -267,8 +268,33 @@ class TrainSettings:
         return not self.lora.rank and self.last_layers is None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskProbeSettings:
+    """Tasks of lm-evaluation-harness, scored while the model trains."""
+
+    eval_tasks: str | None = None
+    """tasks of lm-evaluation-harness to score during training, with a comma between; needs
+    pip install 'openpalm[eval]'"""
+    eval_tasks_every: int | None = None
+    """steps between two scorings; default: --eval-every"""
+    eval_tasks_path: Path | None = None
+    """folder with task definitions (.yaml) or rows of tasks (TASK/test.jsonl)"""
+    eval_tasks_limit: int = 100
+    """rows of each task, from the first on; 0 is all"""
+    eval_tasks_fewshot: int | None = None
+    """examples in each prompt; default: the task's own number"""
+
+    def check_tasks(self) -> None:
+        for name, least in (("every", 1), ("limit", 0), ("fewshot", 0)):
+            value = getattr(self, f"eval_tasks_{name}")
+            check(value is None or value >= least, f"eval_tasks_{name}", value, f"{least} or more")
+        for name in ("every", "path", "fewshot") if self.eval_tasks is None else ():
+            if (value := getattr(self, f"eval_tasks_{name}")) is not None:
+                raise SettingsError(f"--eval-tasks-{name} {value}: needs --eval-tasks")
+
+
 @dataclass(frozen=True)
-class PretrainSettings(TrainSettings):
+class PretrainSettings(TaskProbeSettings, TrainSettings):
     """Settings of pretraining: a run on prepared text, one dataset or a mixture of several."""
 
     data: Path
@@ -288,6 +314,7 @@ class PretrainSettings(TrainSettings):
         check(self.depth is None or self.depth > 0, "depth", self.depth, "above 0 and finite")
         if self.depth is not None and (self.model or self.init or self.arch.depth):
             raise SettingsError("give --depth alone, without --model, --init or --arch.depth")
+        self.check_tasks()
         super().__post_init__()
 
     @property

@@ -7,23 +7,21 @@ continues on similar data keeps it instead of warming up again, as mesh-transfor
 import sys
 from pathlib import Path
 
-from openpalm.base.json_file import read_json
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint import tensors
-from openpalm.checkpoint.manifest import REMEDY, WEIGHTS, is_listed, read_manifest
-from openpalm.errors import CheckpointError, SettingsError, count_of
+from openpalm.checkpoint.manifest import WEIGHTS
+from openpalm.errors import SettingsError, count_of
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.optimizer_settings import OptimSettings
 
 _NEW = "leave --keep-optimizer out to start a new optimizer"
-_STATE = "train/state.json"
 
 
 def check_optimizer(directory: Path, settings: OptimSettings) -> None:
     """Raises SettingsError unless the checkpoint has the state of the same optimizer."""
-    if not (directory / "train").is_dir() or not is_listed(directory, _STATE):
+    name = checkpoint.optimizer_name(directory)
+    if name is None:
         raise SettingsError(f"--keep-optimizer: {directory} holds no optimizer state; {_NEW}")
-    name = _optimizer_name(directory)
     if name != settings.kind:
         raise SettingsError(
             f"--keep-optimizer: {directory} was trained with {name}, not {settings.kind}; give "
@@ -55,14 +53,3 @@ def inherit_optimizer(optimizer: Optimizer, directory: Path, label: str) -> None
             f"--init has no weights for, such as {new[0]}",
             file=sys.stderr,
         )
-
-
-def _optimizer_name(directory: Path) -> str:
-    """The optimizer that wrote the checkpoint's state."""
-    name = read_json(directory / _STATE, REMEDY).get("optimizer")
-    if name is None:  # version 0.2.0 and older named it in the lineage only
-        lineage = read_manifest(directory)["lineage"]
-        name = lineage.get("settings", {}).get("optim", {}).get("name")
-    if not isinstance(name, str):
-        raise CheckpointError(f"{directory / _STATE}: does not name its optimizer; {_NEW}")
-    return name

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from openpalm.base.settings import spell
-from openpalm.base.yaml_file import MAX_BYTES
 from openpalm.errors import SettingsError
 
+MAX_BYTES = 1 << 20
 _OF_ITS_KIND = {"layers", "d_model", "n_heads", "cores_per_replica", "per_replica_batch"}
 _MODEL = ("layers", "d_model", "n_heads", "norm", "pe", "pe_rotary_dims", "seq")
 _BATCH = ("tpu_size", "cores_per_replica", "per_replica_batch", "gradient_accumulation_steps")

@@ -19,7 +19,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement taken every `eval_every` steps and after the last step."""
+    """A measurement taken every `eval_every` steps, or its own, and after the last step."""
 
     measure: Callable[[Transformer, torch.dtype], dict[str, Any]]
     """columns of a row, from the model and the dtype of the run's arithmetic"""
@@ -29,6 +29,8 @@ class Probe:
     """the row as one line for the terminal"""
     alarm: Callable[[Rows], str | None] | None = None
     """the reason why the run must stop, from all its rows so far, or None"""
+    every: int | None = None
+    """steps between two measurements; None is the run's `eval_every`"""
     tokens: int | None = None
     """tokens whose loss is computed, if the probe does nothing else: its time can be predicted"""
 

@@ -15,7 +15,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from openpalm.train.initial_weights import check_trained
 from openpalm.train.loggers import Loggers, check_installed
 from openpalm.train.metrics import RowFile, TrainingBar, read_rows
 from openpalm.train.new_run import measured_info
+from openpalm.train.probes import Probe
 from openpalm.train.profile import Profiler
 from openpalm.train.run_directory import RunInfo, step_of
 from openpalm.train.spec import TrainSpec, make_trainer
@@ -211,8 +212,9 @@ class _Session:
         if report.skipped:
             self.line.say(f"step {report.step} skipped: {report.skipped}")
         last, alarm, better = report.step == self.trainer.steps, None, False
-        if last or report.step % self.eval_every == 0:
-            alarm = self._probe(report.step)
+        due = [p for p in self.spec.probes if last or self._is_due(p, report.step)]
+        if due:
+            alarm = self._probe(report.step, due)
             better = self._improves(report.step)
         # An alarm saves too: the step that raised it can be examined.
         if last or alarm or better or self._saves_at(report.step):
@@ -252,10 +254,13 @@ class _Session:
     def _elapsed_s(self) -> float:
         return time.monotonic() - self.started
 
-    def _probe(self, step: int) -> str | None:
-        """Takes all measurements; returns the reason why the run must stop, or None."""
+    def _is_due(self, probe: Probe, step: int) -> bool:
+        return step % (probe.every or self.eval_every) == 0
+
+    def _probe(self, step: int, probes: Sequence[Probe]) -> str | None:
+        """Takes measurements; returns the reason why the run must stop, or None."""
         self.trainer.model.eval()
-        for probe in self.spec.probes:
+        for probe in probes:
             values = probe.measure(self.trainer.model, self.trainer.dtype)
             # Written probe by probe, so that a kill during a slow one keeps the others' rows.
             row = RowFile(self.settings.out / probe.file).append({"step": step} | values)

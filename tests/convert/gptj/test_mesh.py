@@ -13,17 +13,19 @@ import torch
 
 import openpalm
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.directory import TrainState
 from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
 from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.cli.main import main
 from openpalm.convert.gptj.mesh_read import read_mesh
 from openpalm.convert.gptj.mesh_write import write_mesh
-from openpalm.errors import CheckpointError
+from openpalm.errors import CheckpointError, SettingsError
 from openpalm.generate.engine import Engine
 from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.train.config import OptimSettings
+from openpalm.train.inherited_optimizer import check_optimizer, inherit_optimizer
 from openpalm.train.optimization.parameter_groups import Optimizer
 
 ROTO = Path(__file__).parents[2] / "parity/data/mesh-transformer-jax/roto"
@@ -220,6 +222,36 @@ def test_one_step_of_adamw_goes_on_from_them():
         expected = weight - lr * (update + decayed)
         found = changed[name].detach().double().numpy()[: len(weight)]
         assert np.abs(found - expected).max() < 1e-6, name
+
+
+def test_keep_optimizer_takes_them_over(tmp_path):
+    """What `convert` writes is what --keep-optimizer reads: moments and the three steps."""
+    assert main(["convert", str(ROTO / "full"), str(tmp_path / "ours")]) == 0
+    model = openpalm.load(tmp_path / "ours")
+    optimizer = Optimizer(model, OptimSettings(), 1e-3)
+    check_optimizer(tmp_path / "ours", optimizer.settings)
+    inherit_optimizer(optimizer, tmp_path / "ours", "train")
+    expected = dict(read_mesh(ROTO / "full").moments)
+    found = optimizer.state_tensors()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert main(["convert", str(ROTO / "slim"), str(tmp_path / "slim")]) == 0
+    with pytest.raises(SettingsError, match="holds no optimizer state"):
+        check_optimizer(tmp_path / "slim", optimizer.settings)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_the_moments_of_adamw_alone_are_written(tmp_path, name):
+    """Adafactor's moments have the same names and another meaning."""
+    mesh = read_mesh(ROTO / "full")
+    model = Transformer(mesh.config)
+    model.load_state_dict(dict(mesh.weights))
+    state = {f"optimizer/{key}": tensor for key, tensor in dict(mesh.moments).items()}
+    checkpoint.save(tmp_path / "ours", model, train=TrainState(state, {"optimizer": name}))
+    target = tmp_path / "theirs"
+    words = ["--to", "mesh-transformer-jax", "--shards", "2"]
+    assert main(["convert", str(tmp_path / "ours"), str(target), *words]) == 0
+    assert (read_mesh(target).moments is not None) == (name == "adamw")
 
 
 # --- which folder, which config

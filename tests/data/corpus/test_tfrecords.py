@@ -88,6 +88,55 @@ def test_a_record_is_a_document_of_ids(packed, tmp_path):
     assert ids_of(path) == rows
 
 
+def proto_example(ids):
+    """tf.train.Example by the protobuf library, from the published message definitions."""
+    pool = pytest.importorskip("google.protobuf.descriptor_pool").DescriptorPool()
+    descriptor = pytest.importorskip("google.protobuf.descriptor_pb2").FieldDescriptorProto
+    factory = pytest.importorskip("google.protobuf.message_factory")
+    file = pytest.importorskip("google.protobuf.descriptor_pb2").FileDescriptorProto()
+    file.name, file.package, file.syntax = "example.proto", "t", "proto3"
+
+    def message(within, name, *fields):
+        made = within.add(name=name)
+        for field, number, kind, is_repeated in fields:
+            label = descriptor.LABEL_REPEATED if is_repeated else descriptor.LABEL_OPTIONAL
+            entry = made.field.add(name=field, number=number, label=label)
+            if isinstance(kind, str):
+                entry.type, entry.type_name = descriptor.TYPE_MESSAGE, f".t.{kind}"
+            else:
+                entry.type = kind
+        return made
+
+    message(file.message_type, "Int64List", ("value", 1, descriptor.TYPE_INT64, True))
+    message(file.message_type, "FloatList", ("value", 1, descriptor.TYPE_FLOAT, True))
+    lists = ("float_list", 2, "FloatList", False), ("int64_list", 3, "Int64List", False)
+    message(file.message_type, "Feature", *lists)
+    features = message(file.message_type, "Features", ("feature", 1, "Features.Entry", True))
+    pairs = ("key", 1, descriptor.TYPE_STRING, False), ("value", 2, "Feature", False)
+    message(features.nested_type, "Entry", *pairs)
+    message(file.message_type, "Example", ("features", 1, "Features", False))
+    pool.Add(file)
+    example = factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))()
+    for name in ("other", "text"):
+        entry = example.features.feature.add(key=name)
+        if name == "other":
+            entry.value.float_list.value.append(0.5)
+        else:
+            entry.value.int64_list.value.extend(ids)
+    return example.SerializeToString()
+
+
+def test_files_of_other_libraries(tmp_path):
+    """Records of tensorboard's writer, messages of the protobuf library."""
+    writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
+    rows = [[0, 5, 127, 128, 50256], list(range(0, 50400, 7)), [2**32 - 1] * 3]
+    path = tmp_path / "a.tfrecords"
+    with path.open("wb") as file:
+        for row in rows:
+            writer(file).write(proto_example(row))
+    assert ids_of(path) == rows
+
+
 def test_other_features_are_passed_over(tmp_path):
     other = example([1], b"other") + nested(9, b"new") + varint(9 << 3) + varint(5)
     path = tmp_path / "a.tfrecord"

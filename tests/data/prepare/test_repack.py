@@ -216,6 +216,10 @@ def test_settings_without_effect_are_not_in_the_manifest(inputs, tmp_path):
     run(inputs, tmp_path / "plain")
     run(inputs, tmp_path / "same", seed=7, keep_order=True, sequence_tokens=99)
     assert contents(tmp_path / "same") == contents(tmp_path / "plain")
+    content = json.loads((tmp_path / "plain" / "manifest.json").read_bytes())
+    first = ["tokenizer", "text_field", "val_fraction", "val", "dedup", "shard_tokens"]
+    assert [*content["settings"]] == first
+    assert [*content["splits"]["train"]] == ["documents", "tokens", "bytes", "files"]
     assert run(inputs, tmp_path / "plain", seed=3).unchanged
     with pytest.raises(DataError, match=r"another dataset \(other repack_epochs\)"):
         run(inputs, tmp_path / "plain", repack_epochs=2)

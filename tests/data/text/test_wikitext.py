@@ -29,3 +29,8 @@ PAIRS = [
 @pytest.mark.parametrize(("tokenized", "written"), PAIRS)
 def test_pairs(tokenized, written):
     assert detokenize_wikitext(tokenized) == written
+
+
+def test_a_line_of_many_quotes():
+    """Once a quote looked for its partner in the whole rest of its line."""
+    assert detokenize_wikitext("' a ' b " * 30_000) == ("'a' b " * 30_000).rstrip()

@@ -164,6 +164,18 @@ def test_a_step_is_predicted_from_one_microbatch():
     assert trainer.step == began
 
 
+def test_a_probe_with_steps_of_its_own_makes_every_step_longer(timings: dict[torch.dtype, float]):
+    asked = settings(steps=None, minutes=1.0, dtype="float32", eval_every=10)
+    probes = [Probe(lambda model, dtype: {}, every=4)]
+    found = [
+        measure.measure(asked, lambda dtype: dtype, given, CPU, step_tokens=100)  # type: ignore[arg-type, return-value]
+        for given in ([], probes)
+    ]
+    # A step takes 1 s, the evaluations 2 s every 10 steps, the probe 2 s every 4 steps. Measuring
+    # itself takes a moment of the minute.
+    assert [each.steps for each in found] == [49, 35]
+
+
 def test_every_probe_is_timed_once(monkeypatch: pytest.MonkeyPatch):
     seen: list[tuple[object, object]] = []
     trainer = trainer_of()

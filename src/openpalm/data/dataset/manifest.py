@@ -146,14 +146,14 @@ class Manifest:
         return (json.dumps(part, indent=2, ensure_ascii=True) + "\n").encode()
 
 
-M = TypeVar("M", bound=Manifest)
-
-
 def without_defaults(entry: "PrepareSettings | SplitEntry") -> dict[str, Any]:
     """The fields of an entry, without those that have their default."""
     content = dataclasses.asdict(entry)
     own = {one.name: one.default for one in dataclasses.fields(entry)}
     return {name: value for name, value in content.items() if value != own[name]}
+
+
+M = TypeVar("M", bound=Manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:

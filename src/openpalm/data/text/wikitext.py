@@ -41,13 +41,15 @@ def _quotes(line: str) -> str:
     words = line.split(" ")
     joined: list[str] = []
     opened = {'"': False, "'": False}
+    left = {mark: words.count(mark) for mark in opened}
     glue = False
     for i, word in enumerate(words):
         closes = False
         opens = False
         if word in opened:
             closes = opened[word] or (word == "'" and i > 0 and words[i - 1].lower().endswith("s"))
-            opens = not closes and word in words[i + 1 :]
+            left[word] -= 1
+            opens = not closes and left[word] > 0
             opened[word] = opens
         if joined and (glue or closes):
             joined[-1] += word

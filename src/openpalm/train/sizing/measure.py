@@ -76,7 +76,13 @@ def measure(
         timed[dtype] = _time_steps(trainer, until)
     step_s = timed[dtype].best * Ramp.parse(settings.batch_ramp).mean
     say("timing an evaluation")
-    probes_s = _probe_seconds(trainer, probes, timed[dtype].best / step_tokens, until)
+    token_s = timed[dtype].best / step_tokens
+    together = [probe for probe in probes if probe.every is None]
+    probes_s = _probe_seconds(trainer, together, token_s, until)
+    # A probe with steps of its own makes every step longer, whatever the number of evaluations.
+    for probe in probes:
+        if probe.every is not None:
+            step_s += _probe_seconds(trainer, [probe], token_s, until) / probe.every
     left_s = settings.minutes * 60 - (time.perf_counter() - started)
     steps, eval_every = fit(left_s, step_s, probes_s, settings.eval_every)
     return Measured(dtype, peak_flops, steps, eval_every)
