@@ -22,7 +22,7 @@ from openpalm.convert.export import (
 )
 from openpalm.convert.gptj import huggingface, mesh_write
 from openpalm.convert.gptj.names import is_gptj, without_embedding_bias
-from openpalm.convert.huggingface.export import save_as_huggingface
+from openpalm.convert.huggingface.export import save_as_huggingface, write_around
 from openpalm.convert.source import Source, open_source
 from openpalm.errors import CheckpointError, StorageError
 from openpalm.model.config import ModelConfig
@@ -143,8 +143,14 @@ def _write_huggingface(source: Source, directory: Path, notes: list[str]) -> Wri
     with _written(directory) as partial:
         ids = fingerprint.fixed_tokens(source.config)
         logits = huggingface.write_gptj(partial, source.config, source.weights, ids)
-        if source.tokenizer_json is not None:
-            (partial / "tokenizer.json").write_text(source.tokenizer_json, encoding="utf-8")
+        notes += write_around(
+            *(partial, source.config, None),
+            dtype=str(source.weights.entries["embedding"].dtype)[6:],
+            tokenizer_json=source.tokenizer_json,
+            defaults=source.defaults,
+            lineage=source.history or source.lineage,
+            native=True,
+        )
     difference = _compared(logits, source.config, directory)
     return Written("a folder for GPTJForCausalLM", difference, notes)
 

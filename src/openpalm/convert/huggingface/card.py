@@ -23,6 +23,11 @@ model = AutoModelForSequenceClassification.from_pretrained(PATH, trust_remote_co
 text = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
 print(model(**text).logits)  # the reward, [batch, 1]
 """
+_REMOTE_CODE = [
+    "`trust_remote_code=True` runs modeling_openpalm.py of this folder; it imports only torch and "
+    "transformers. OpenPaLM itself reads config.json and the safetensors files and runs no code.",
+    "",
+]
 _WORDS = {
     "kind": "how it was made",
     "source": "source",
@@ -44,8 +49,12 @@ def model_card(
     defaults: SamplingDefaults,
     lineage: dict[str, Any],
     notes: list[str],
+    native: bool = False,
 ) -> str:
-    """The card, with a YAML header that the Hub and `sampling_defaults` read."""
+    """The card, with a YAML header that the Hub reads.
+
+    native: transformers has the model itself.
+    """
     what = "PaLM-style language model" if reward is None else f"{reward.kind} reward model"
     task = "text-generation" if reward is None else "text-classification"
     header = ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- openpalm"]
@@ -54,12 +63,10 @@ def model_card(
     lines = ["---", *header, "---", "", "# Model card", ""]
     lines += [f"A {what} of {config.parameters:,} parameters in {dtype}.", ""]
     lines += [f"Exported by OpenPaLM {__version__}.", ""]
-    lines += ["```python", (_LOAD_TEXT if reward is None else _LOAD_REWARD).rstrip(), "```", ""]
+    code = (_LOAD_TEXT if reward is None else _LOAD_REWARD).rstrip()
+    code = code.replace(", trust_remote_code=True", "") if native else code
+    lines += ["```python", code, "```", "", *([] if native else _REMOTE_CODE)]
     lines += [
-        "`trust_remote_code=True` runs modeling_openpalm.py of this folder; it imports only torch "
-        "and transformers. OpenPaLM itself reads config.json and the safetensors files and runs no "
-        "code.",
-        "",
         "| | |",
         "|---|---|",
         f"| width x depth | {config.dim} x {config.depth} |",

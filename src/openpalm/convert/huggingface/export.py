@@ -19,12 +19,12 @@ from torch import Tensor
 
 from openpalm.base.files import atomic_folder
 from openpalm.checkpoint import tensors
-from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
+from openpalm.checkpoint.lazy_state import LazyState
 from openpalm.checkpoint.streamed_logits import streamed_logits
 from openpalm.convert.export import TOLERANCE, check_output_directory
 from openpalm.convert.huggingface import chat_template
 from openpalm.convert.huggingface.card import model_card
-from openpalm.convert.huggingface.names import MODELING_FILE, Part, config_json, parts_of
+from openpalm.convert.huggingface.names import MODELING_FILE, config_json, parts_of
 from openpalm.convert.huggingface.read import read_palm
 from openpalm.convert.shard_files import MAX_SHARD_BYTES, filled_shards
 from openpalm.data.text.conversation import stop_ids
@@ -67,21 +67,20 @@ def save_as_huggingface(
     check_output_directory(directory)
     defaults = defaults or SamplingDefaults()
     dtype = str(weights.entries["embedding"].dtype).removeprefix("torch.")
-    tokenizer = None
-    if tokenizer_json is not None:
-        tokenizer = Tokenizer(tokenizer_json.encode(), "tokenizer.json")
     try:
         with atomic_folder(directory) as partial:
-            parts = _parts(config, reward, weights)
-            with filled_shards(partial, parts.layout, max_shard_bytes) as put:
-                for name in parts:
-                    put(name, parts[name])
-            notes = _write_configs(partial, config, reward, tokenizer, dtype, defaults)
-            card = model_card(
-                config, reward, dtype=dtype, defaults=defaults, lineage=lineage, notes=notes
+            expected = _write_weights(partial, config, reward, weights, max_shard_bytes)
+            source = Path(__file__).with_name(MODELING_FILE).read_text(encoding="utf-8")
+            _write(partial / MODELING_FILE, source)
+            _write_json(partial / "config.json", config_json(config, reward, dtype))
+            notes = write_around(
+                *(partial, config, reward),
+                dtype=dtype,
+                tokenizer_json=tokenizer_json,
+                defaults=defaults,
+                lineage=lineage,
             )
-            _write(partial / "README.md", card)
-            difference, reader = _check(config, reward, weights, partial)
+            difference, reader = _check(partial, config, reward, expected)
             if not difference <= TOLERANCE:  # also true for nan
                 raise WorkError(
                     f"{directory}: its outputs, reloaded by {reader}, differ by {difference:.1e}; "
@@ -94,62 +93,89 @@ def save_as_huggingface(
     return Exported(difference, [*notes, f"reloaded by {reader}"])
 
 
-def _parts(config: ModelConfig, reward: RewardConfig | None, weights: LazyState) -> LazyState:
-    """The tensors under the names of the modelling file."""
-
-    def entry(name: str, part: Part) -> LazyTensor:
-        whole = weights.entries[name]
-        rows = len(range(*part.rows.indices(whole.shape[0])))
-        return LazyTensor((rows, *whole.shape[1:]), whole.dtype, lambda: weights[name][part.rows])
-
-    return LazyState(
-        weights.where,
-        {
-            part.name: entry(name, part)
-            for name in weights
-            for part in parts_of(name, config, reward=reward is not None)
-        },
-    )
-
-
-def _write_configs(
+@torch.no_grad()
+def _write_weights(
     folder: Path,
     config: ModelConfig,
     reward: RewardConfig | None,
-    tokenizer: Tokenizer | None,
+    weights: LazyState,
+    max_shard_bytes: int,
+) -> Tensor:
+    """Writes the tensors under the names of the modelling file; returns the model's output for
+    `_inputs`, which the same pass computes."""
+    parts = {name: parts_of(name, config, reward=reward is not None) for name in weights}
+    layout = {
+        part.name: (part.shape(entry.shape), entry.dtype)
+        for name, entry in weights.entries.items()
+        for part in parts[name]
+    }
+    with filled_shards(folder, layout, max_shard_bytes) as put:
+
+        def put_parts(name: str, tensor: Tensor) -> None:
+            for part in parts[name]:
+                put(part.name, tensor[part.rows])
+
+        return _output(config, reward, weights.copied_to(put_parts))
+
+
+def write_around(
+    folder: Path,
+    config: ModelConfig,
+    reward: RewardConfig | None,
+    *,
     dtype: str,
+    tokenizer_json: str | None,
     defaults: SamplingDefaults,
+    lineage: dict[str, Any],
+    native: bool = False,
 ) -> list[str]:
-    """Everything but weights and card; returns notes."""
+    """Writes what is not the model: tokenizer, generation config, card; returns notes.
+
+    Adds the ids of special tokens to the folder's config.json. native: transformers has the model
+    itself, without the modelling file.
+    """
+    tokenizer = None
+    if tokenizer_json is not None:
+        tokenizer = Tokenizer(tokenizer_json.encode(), "tokenizer.json")
     end = None if tokenizer is None else tokenizer.end_of_text
     padding = None if tokenizer is None else _padding_id(tokenizer)
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": padding}
-    _write_json(folder / "config.json", config_json(config, reward, dtype, ids))
-    source = Path(__file__).with_name(MODELING_FILE).read_text(encoding="utf-8")
-    _write(folder / MODELING_FILE, source)
+    ids = {name: number for name, number in ids.items() if number is not None}
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _write_json(folder / "config.json", content | ids)
     notes = []
     if reward is None:
         _write_json(folder / "generation_config.json", _generation(tokenizer, ids, defaults))
     elif not config.tied or config.bias:
         notes.append("the output head is left out, because a reward model does not use it")
     if tokenizer is None:
-        return [*notes, "the checkpoint has no tokenizer, so the folder has none"]
-    return notes + write_tokenizer(folder, tokenizer, config.context, padding_left=reward is None)
+        notes.append("the checkpoint has no tokenizer, so the folder has none")
+    else:
+        notes += _write_tokenizer(folder, tokenizer, config.context, padding_left=reward is None)
+    card = model_card(
+        *(config, reward),
+        dtype=dtype,
+        defaults=defaults,
+        lineage=lineage,
+        notes=notes,
+        native=native,
+    )
+    _write(folder / "README.md", card)
+    return notes
 
 
 def _generation(
-    tokenizer: Tokenizer | None, ids: dict[str, int | None], defaults: SamplingDefaults
+    tokenizer: Tokenizer | None, ids: dict[str, int], defaults: SamplingDefaults
 ) -> dict[str, Any]:
     stops = [] if tokenizer is None else sorted(stop_ids(tokenizer))
     sampling: dict[str, Any] = {"do_sample": defaults.temperature > 0}
     if defaults.temperature > 0:
         # transformers takes the 50 likeliest tokens where top_k is not given.
         sampling |= vars(defaults)
-    content = sampling | ids | {"eos_token_id": stops or None}
-    return {name: value for name, value in content.items() if value is not None}
+    return sampling | ids | ({"eos_token_id": stops} if stops else {})
 
 
-def write_tokenizer(
+def _write_tokenizer(
     folder: Path, tokenizer: Tokenizer, context: int, *, padding_left: bool
 ) -> list[str]:
     """Writes the files that AutoTokenizer reads, and the chat template; returns notes.
@@ -193,28 +219,29 @@ def _padding_id(tokenizer: Tokenizer) -> int | None:
 
 @torch.no_grad()
 def _check(
-    config: ModelConfig, reward: RewardConfig | None, weights: LazyState, folder: Path
+    folder: Path, config: ModelConfig, reward: RewardConfig | None, expected: Tensor
 ) -> tuple[float, str]:
     """Reloads the folder. The largest difference of outputs in float32, relative to the largest
     output where that is above one; and who reloaded it."""
-    rows, time = _CHECK_SHAPE
-    ids = (torch.arange(rows * time) * 7919 % config.vocab_size).view(rows, time)
-    expected = _output(config, reward, weights, ids)
     try:
         transformers = import_module("transformers")
     except ImportError:
-        found = _output(*read_palm(folder), ids)
+        found = _output(*read_palm(folder))
         reader = "OpenPaLM itself (transformers is not installed)"
     else:
-        found = _transformers_output(folder, ids, reward is not None)
+        found = _transformers_output(folder, _inputs(config), reward is not None)
         reader = f"transformers {transformers.__version__}"
     return ((expected - found).abs().max() / expected.abs().max().clamp_min(1)).item(), reader
 
 
-def _output(
-    config: ModelConfig, reward: RewardConfig | None, weights: LazyState, ids: Tensor
-) -> Tensor:
+def _inputs(config: ModelConfig) -> Tensor:
+    rows, time = _CHECK_SHAPE
+    return (torch.arange(rows * time) * 7919 % config.vocab_size).view(rows, time)
+
+
+def _output(config: ModelConfig, reward: RewardConfig | None, weights: LazyState) -> Tensor:
     """Logits [rows, time, vocabulary], or the rewards [rows] of a reward model, in float32."""
+    ids = _inputs(config)
     if reward is None:
         return streamed_logits(config, weights, ids)
     with torch.device("meta"):

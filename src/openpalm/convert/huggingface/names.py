@@ -54,6 +54,10 @@ class Part(NamedTuple):
     name: str
     rows: slice
 
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the part of a parameter with shape `whole`."""
+        return (len(range(*self.rows.indices(whole[0]))), *whole[1:])
+
 
 def parts_of(name: str, config: ModelConfig, *, reward: bool) -> list[Part]:
     """The stored tensors of our parameter `name`; empty if they are not stored.
@@ -76,10 +80,8 @@ def parts_of(name: str, config: ModelConfig, *, reward: bool) -> list[Part]:
     return [Part(place + _INSIDE[block[2]], slice(None))]
 
 
-def config_json(
-    config: ModelConfig, reward: RewardConfig | None, dtype: str, token_ids: dict[str, int | None]
-) -> dict[str, Any]:
-    """config.json of an exported model. token_ids: bos_token_id, eos_token_id, pad_token_id."""
+def config_json(config: ModelConfig, reward: RewardConfig | None, dtype: str) -> dict[str, Any]:
+    """config.json of an exported model."""
     values = asdict(config)
     # A reward model has no output head.
     tied = values.pop("tied") or reward is not None
@@ -97,7 +99,6 @@ def config_json(
         **values,
         TIED: tied,
         "use_cache": config.causal,
-        **{name: number for name, number in token_ids.items() if number is not None},
     }
     if reward is not None:
         content["auto_map"].pop("AutoModelForCausalLM")
