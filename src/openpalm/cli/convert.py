@@ -16,7 +16,7 @@ ABOUT = (
 EXAMPLES = (
     "openpalm convert palm.pt models/palm",
     "openpalm convert palm.pt models/palm --from palm-rlhf-pytorch --era 0.2.1",
-    "openpalm convert step_383500 models/gpt-j --config 6B_roto_256.json",
+    "openpalm convert step_383500 models/gpt-j --config 6B_roto_256.json --tokenizer gpt2",
     "openpalm convert models/gpt-j exported --to huggingface --dtype bfloat16",
     "openpalm convert models/gpt-j mesh --to mesh-transformer-jax --shards 8",
 )
@@ -50,6 +50,9 @@ class ConvertSettings:
     dimension and vocabulary; default: 8"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """data type of the written weights; default: that of SRC"""
+    tokenizer: str | None = None
+    """tokenizer to write with the model: a tokenizer.json, a folder or a name on the Hugging Face
+    Hub, such as gpt2 for GPT-J; default: that of SRC, if it has one"""
     era: str | None = None
     """version of palm-rlhf-pytorch that wrote SRC, such as 0.2.1: its versions compute different
     functions from the same tensor names; default: guessed from the weights and printed"""
@@ -79,16 +82,18 @@ def run(argv: Sequence[str]) -> None:
 def convert(settings: ConvertSettings, say: Callable[[str], None]) -> None:
     """Writes `settings.dst`; `say` gets a line for all that was read, assumed or written."""
     from openpalm.convert.export import check_output_directory
-    from openpalm.convert.source import open_source
+    from openpalm.convert.source import open_source, with_tokenizer
     from openpalm.convert.target import write
 
     check_output_directory(settings.dst)
     source = open_source(settings.src, settings.from_, settings.era, settings.config)
-    if source.format == settings.to == "openpalm" and settings.dtype is None:
+    if source.format == settings.to == "openpalm" and not (settings.dtype or settings.tokenizer):
         raise SettingsError(
             f"{settings.src}: is an OpenPaLM checkpoint already; give --to another format, or "
-            "--dtype for a smaller copy"
+            "--dtype for a smaller copy, or --tokenizer"
         )
+    if settings.tokenizer is not None:
+        source = with_tokenizer(source, settings.tokenizer)
     say(f"read {settings.src}: {source.found}")
     for note in source.notes:
         say(f"  {note}")

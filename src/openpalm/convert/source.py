@@ -1,7 +1,7 @@
 """Opens a checkpoint of any format that `openpalm convert` reads, and says what was found."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ from openpalm import __version__
 from openpalm.base.console import shown
 from openpalm.base.hashing import sha256_of
 from openpalm.base.json_file import read_json
+from openpalm.base.typed import home
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
 from openpalm.checkpoint.manifest import WEIGHTS, read_manifest
@@ -26,6 +27,7 @@ from openpalm.convert.huggingface.read import (
     read_palm,
     read_tokenizer,
 )
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 from openpalm.model import lora
@@ -113,6 +115,21 @@ def open_source(
 
 
 _FOLDERS = ("openpalm", "huggingface", "mesh-transformer-jax")
+
+
+def with_tokenizer(source: Source, spec: str) -> Source:
+    """The source with another tokenizer: a tokenizer.json, a folder or a name on the Hub.
+
+    Raises CheckpointError for a tokenizer with more ids than the vocabulary, DataError for one
+    that cannot be read.
+    """
+    tokenizer = Tokenizer.from_spec(home(spec), ())
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise CheckpointError(
+            f"--tokenizer {spec}: has {tokenizer.vocab_size} ids, more than the model's "
+            f"{source.config.vocab_size}; give the one that it was trained with"
+        )
+    return replace(source, tokenizer_json=tokenizer.definition)
 
 
 def detect(path: Path) -> SourceFormat | None:
