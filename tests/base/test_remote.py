@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from openpalm.base import remote
-from openpalm.base.remote import RemoteFile, copy_folder, is_url, remote_files
+from openpalm.base.remote import Copied, RemoteFile, copy_folder, is_url, remote_files
 from openpalm.errors import SettingsError, WorkError
 
 
@@ -87,7 +87,7 @@ def test_a_folder_goes_out_and_comes_back(memory, folder, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(memory), "put_file", noting)
-        assert copy_folder(str(folder), "memory://b/checkpoint")[0] == 3
+        assert copy_folder(str(folder), "memory://b/checkpoint").files == 3
     assert [path.rpartition("/")[2] for path in order][-1] == "manifest.json"
     shown = {n: c for n, c in contents(folder).items() if not n.startswith(".")}
     assert {p.removeprefix("/b/checkpoint/"): f.getvalue() for p, f in memory.store.items()} == (
@@ -98,14 +98,24 @@ def test_a_folder_goes_out_and_comes_back(memory, folder, tmp_path):
         "memory://b/checkpoint/", str(tmp_path / "back"), lambda *at: seen.append(at)
     )
     total = sum(map(len, shown.values()))
-    assert copied == (3, total)
+    assert copied == Copied(3, total)
     assert seen[-1] == (total, total)
     assert contents(tmp_path / "back") == shown
 
 
+def test_what_is_not_copied_is_named(memory, folder):
+    (folder / "best").symlink_to(folder / "train")
+    (folder / "model.link").symlink_to(folder / "model.bin")
+    found = copy_folder(str(folder), "memory://b/c")
+    assert set(found.left_out) == {".lock", ".a.partial-7", "best", "model.link"}
+    assert {path.removeprefix("/b/c/") for path in memory.store} == {
+        *("model.bin", "train/state.bin", "manifest.json")
+    }
+
+
 def test_a_copy_that_is_there_is_left_and_another_is_refused(memory, folder, tmp_path):
     copy_folder(str(folder), "memory://b/c")
-    assert copy_folder(str(folder), "memory://b/c") == (0, 0)
+    assert copy_folder(str(folder), "memory://b/c") == Copied(0, 0)
     (folder / "manifest.json").write_bytes(b"other")
     with pytest.raises(SettingsError, match="memory://b/c: holds something else already"):
         copy_folder(str(folder), "memory://b/c")
@@ -127,7 +137,7 @@ def test_an_interrupted_copy_has_no_manifest_and_continues(memory, folder, tmp_p
         ):
             copy_folder(str(folder), "memory://b/c")
     assert "/b/c/manifest.json" not in memory.store
-    assert copy_folder(str(folder), "memory://b/c")[0] == 3
+    assert copy_folder(str(folder), "memory://b/c").files == 3
     short = RemoteFile("memory://b/c/model.bin", 10**6)
     names = remote._remote_names("memory://b/c")
     with monkeypatch.context() as patch:
@@ -135,7 +145,7 @@ def test_an_interrupted_copy_has_no_manifest_and_continues(memory, folder, tmp_p
         with pytest.raises(WorkError, match=r"model.bin: ends at byte 8991 of 1000000; repeat"):
             copy_folder("memory://b/c", str(tmp_path / "back"))
     assert not contents(tmp_path / "back")
-    assert copy_folder("memory://b/c", str(tmp_path / "back"))[0] == 3
+    assert copy_folder("memory://b/c", str(tmp_path / "back")).files == 3
 
 
 @pytest.mark.parametrize(

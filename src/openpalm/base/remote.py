@@ -109,8 +109,17 @@ def file_system(url: str) -> tuple[Any, str]:
         raise _os_error(error, url) from None
 
 
-def copy_folder(source: str, target: str, progress: Progress | None = None) -> tuple[int, int]:
-    """Copies a folder to or from a URL; returns the number of files and bytes.
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """left_out: names of hidden and unfinished files, and of links, that were not copied."""
+
+    files: int
+    bytes: int
+    left_out: tuple[str, ...] = ()
+
+
+def copy_folder(source: str, target: str, progress: Progress | None = None) -> Copied:
+    """Copies a folder to or from a URL.
 
     manifest.json comes last: a copy that was interrupted has none. A target whose manifest is the
     same is left as it is (0 files). Raises SettingsError for a source or target that cannot be
@@ -129,14 +138,15 @@ def copy_folder(source: str, target: str, progress: Progress | None = None) -> t
         raise StorageError(f"{name}: {reason}; free some space, or choose another path") from None
 
 
-def _copy(source: str, target: str, progress: Progress) -> tuple[int, int]:
-    files = _remote_names(source) if is_url(source) else _local_names(Path(source))
+def _copy(source: str, target: str, progress: Progress) -> Copied:
+    found = _remote_names(source) if is_url(source) else _local_names(Path(source))
+    files = _in_order({name: size for name, size in found.items() if size is not None})
     if not files:
         raise SettingsError(f"{source}: no files here; name a folder with files")
     theirs = _manifest_at(target)
     if theirs is not None:
         if _MANIFEST in files and theirs == _manifest_at(source):
-            return 0, 0
+            return Copied(0, 0)
         raise SettingsError(f"{target}: holds something else already (other {_MANIFEST})")
     total, done = sum(files.values()), 0
     for name, size in files.items():
@@ -144,22 +154,22 @@ def _copy(source: str, target: str, progress: Progress) -> tuple[int, int]:
         move(f"{source}/{name}", f"{target}/{name}", size)
         done += size
         progress(done, total)
-    return len(files), total
+    return Copied(len(files), total, tuple(name for name, size in found.items() if size is None))
 
 
-def _local_names(folder: Path) -> dict[str, int]:
-    """Relative name -> size, manifests last; without unfinished and hidden files."""
+def _local_names(folder: Path) -> dict[str, int | None]:
+    """Relative name -> size; None for what is not copied."""
     if not folder.is_dir():
         raise SettingsError(f"{folder}: no such folder; check the path")
     found = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
+        path.relative_to(folder).as_posix(): None if path.is_symlink() else path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_symlink() or path.is_file()
     }
-    return _in_order({name: size for name, size in found.items() if not _is_hidden(name)})
+    return {name: None if _is_hidden(name) else size for name, size in found.items()}
 
 
-def _remote_names(url: str) -> dict[str, int]:
+def _remote_names(url: str) -> dict[str, int | None]:
     try:
         files, is_one = remote_files(url)
     except FileNotFoundError:
@@ -169,7 +179,7 @@ def _remote_names(url: str) -> dict[str, int]:
     found = {file.url.removeprefix(url).lstrip("/"): file.size for file in files}
     if any(".." in PurePosixPath(name).parts for name in found):
         raise SettingsError(f"{url}: holds names with `..`; they are not copied")
-    return _in_order({name: size for name, size in found.items() if not _is_hidden(name)})
+    return {name: None if _is_hidden(name) else size for name, size in found.items()}
 
 
 def _is_hidden(name: str) -> bool:

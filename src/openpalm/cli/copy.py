@@ -36,8 +36,16 @@ def run(argv: Sequence[str]) -> None:
 
     source, target = home(given.source), home(given.target)
     with long_job("copying") as progress:
-        files, size = copy_folder(source, target, progress)
-    if files:
-        print(f"{target}: {count_of(files, 'file')}, {count_of(size, 'byte')} copied")
+        copied = copy_folder(source, target, progress)
+    if copied.files:
+        files, size = count_of(copied.files, "file"), count_of(copied.bytes, "byte")
+        print(f"{target}: {files}, {size} copied")
+        if copied.left_out:
+            print(f"not copied, because hidden, unfinished or a link: {_some(copied.left_out)}")
     else:
         print(f"{target}: already holds this folder, nothing copied")
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

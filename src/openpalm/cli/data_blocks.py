@@ -25,7 +25,7 @@ class Blocks(Prepare):
     wrote: its tokens are cut into blocks as they are"""
     seq_len: int = 8192
     """tokens in a block, which is a row of a file"""
-    seed: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    seed: int | None = None
     """shuffle the order of the blocks with this seed (and that of --repack-epochs); default: the
     order of the text"""
     rest: Literal["drop", "keep"] = "drop"
@@ -60,6 +60,7 @@ def run_blocks(argv: Sequence[str]) -> None:
         positional=("inputs",),
     )
     from openpalm.base.progress_bar import long_job
+    from openpalm.data.dataset.hub import check_repository
     from openpalm.data.prepare.blocks import BlocksRequest, write_blocks
     from openpalm.data.prepare.preparation import PrepareRequest
 
@@ -67,6 +68,9 @@ def run_blocks(argv: Sequence[str]) -> None:
     inputs += [f"hub:{given.dataset_name}"] if given.dataset_name else []
     if not inputs:
         raise SettingsError("missing INPUTS, or --dataset-name; see `openpalm data blocks --help`")
+    if given.hf_account:
+        # Before the work, which may take days.
+        check_repository(given.hf_account, "--hf-account")
     values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
     values = {name: value for name, value in values.items() if name not in OF_BLOCKS}
     values |= {"inputs": inputs, "tokenizer": home(given.tokenizer), "seed": given.seed or 0}

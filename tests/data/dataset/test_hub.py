@@ -12,6 +12,7 @@ from hub_server import TOKEN, hub_server
 
 from openpalm.data.dataset import hub
 from openpalm.data.dataset.hub import push_dataset
+from openpalm.data.dataset.shards import open_dataset
 from openpalm.data.prepare.blocks import BlocksRequest, write_blocks
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
 from openpalm.errors import DataError, WorkError
@@ -142,6 +143,7 @@ assert main(["copy", "hf://datasets/me/set", sys.argv[3]]) == 0
 options = ["--tokenizer", "byte", "--dedup", "none", "--val", "tail:0.1"]
 files = "hf://datasets/me/set/train-*.parquet"
 assert main(["data", "prepare", files, "--out", sys.argv[3] + "-url", *options]) == 0
+assert main(["data", "prepare", "hub:me/set", "--out", sys.argv[3] + "-hub", *options]) == 0
 """
 
 
@@ -156,7 +158,9 @@ def test_built_pushed_and_read_back_as_the_original_did_it(folder, tmp_path, mon
     back = contents(tmp_path / "back")
     del back["README.md"]
     assert back == contents(tmp_path / "b")
-    # The rows of the training files, read through the Hub's file system.
-    manifest = json.loads((tmp_path / "back-url" / "manifest.json").read_bytes())
-    tokens = sum(entry["tokens"] for entry in manifest["splits"].values())
-    assert tokens == json.loads(back["manifest.json"])["splits"]["train"]["tokens"]
+    # The rows of the training files, through the Hub's file system and through `datasets`.
+    trained = open_dataset(tmp_path / "b").tokens("train")[:].tolist()
+    for way in ("url", "hub"):
+        dataset = open_dataset(tmp_path / f"back-{way}")
+        found = [dataset.tokens(split)[:].tolist() for split in ("train", "val")]
+        assert found[0] + found[1] == trained

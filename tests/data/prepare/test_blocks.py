@@ -1,5 +1,6 @@
 """Blocks hold the tokens of the text, in rows of one length, whatever happens on the way."""
 
+import errno
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from openpalm.data.prepare import blocks as writing
 from openpalm.data.prepare import progress_file
 from openpalm.data.prepare.blocks import BlocksRequest, write_blocks
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
-from openpalm.errors import DataError
+from openpalm.errors import DataError, StorageError
 
 parquet = pytest.importorskip("pyarrow.parquet")
 
@@ -178,7 +179,7 @@ def until_killed(path, out, after, monkeypatch, **options):
 def test_killed_at_every_durable_moment(options, rows, tmp_path, monkeypatch):
     make(rows, tmp_path / "at-once", **options)
     whole, kills = contents(tmp_path / "at-once"), 0
-    for after in range(2, 1000, 19):
+    for after in range(1, 1000, 19):
         out = tmp_path / f"killed-{after}"
         if not until_killed(rows, out, after, monkeypatch, **options):
             break
@@ -208,6 +209,25 @@ def test_files_that_are_written_are_not_written_again(rows, tmp_path, monkeypatc
     make(rows, out)
     after = {path.name: path.stat().st_ino for path in out.glob("*.parquet")}
     assert {name: after[name] for name in before} == before
+
+
+def test_a_full_disk_is_one_line_and_the_work_is_kept(rows, tmp_path, monkeypatch):
+    out, calls, write = tmp_path / "out", itertools.count(1), writing.atomic_file
+
+    def full(path):
+        if next(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "atomic_file", full)
+        says = r"parquet: cannot be written \(No space left on device\); free some space and repeat"
+        with pytest.raises(StorageError, match=says):
+            make(rows, out)
+    assert len(list(out.glob("*.parquet"))) == 2
+    make(rows, out)
+    make(rows, tmp_path / "at-once")
+    assert contents(out) == contents(tmp_path / "at-once")
 
 
 SIGKILLED = """

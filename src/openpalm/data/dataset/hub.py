@@ -38,12 +38,17 @@ def push_dataset(
     comparison with the hashes. Raises DataError for a folder or a name that cannot be used,
     WorkError where the Hub refuses or cannot be reached.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise DataError(f"--repo {shown(repo)}: must be ACCOUNT/NAME")
+    check_repository(repo)
     dataset = open_dataset(folder)
     dataset.tokenizer()
     check_hashes(dataset.manifest.files(folder), progress)
     return _refused(repo, lambda: _upload(folder, dataset.manifest, repo, private))
+
+
+def check_repository(repo: str, option: str = "--repo") -> None:
+    """Raises DataError for a name that no repository can have."""
+    if not re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", repo, re.ASCII):
+        raise DataError(f"{option} {shown(repo)}: must be ACCOUNT/NAME")
 
 
 def dataset_card(manifest: Manifest, repo: str) -> str:

@@ -191,7 +191,9 @@ def _refuse_foreign(out: Path) -> None:
         raise DataError(f"--out {out}: {file} is a file; name a folder")
     names = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
     foreign = [name for name in names if not OUR_NAMES.fullmatch(name)]
-    if foreign or (names and SETTINGS not in names):
+    # A kill while the settings were written leaves nothing but their temporary file.
+    begun = SETTINGS in names or all(".partial-" in name for name in names)
+    if foreign or not begun:
         odd = (foreign or names)[0]
         raise DataError(f"--out {out}: holds {odd}, which is not ours; choose a new folder")
 
