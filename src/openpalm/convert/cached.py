@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from openpalm.base.typed import home
-from openpalm.convert import hub
+from openpalm.convert import published
 from openpalm.convert.huggingface.read import TOKENIZER_FILES
 from openpalm.convert.source import Source, check_kind, detect, open_source
 from openpalm.convert.target import write
@@ -41,15 +41,15 @@ _HUB_NAME = re.compile(
 def checkpoint_path(name: str, say: Say | None = None) -> Path:
     """The path of the run or checkpoint that `name` means, converted first if it is foreign.
 
-    name: a path, one of `hub.NAMES`, or a model of the Hugging Face Hub: ACCOUNT/NAME, where no
+    name: a path, one of `published.NAMES`, or a model of the Hugging Face Hub: ACCOUNT/NAME, if no
     local folder ACCOUNT exists, or hf://ACCOUNT/NAME, each optionally with @REVISION. Raises
     CheckpointError for a kind of model that is not read, WorkError when the network fails,
     StorageError when the disk is full.
     """
     say = say or (lambda line: print(line, file=sys.stderr))
     path = Path(home(name))
-    if name in hub.NAMES and not path.exists():
-        return hub.fetch(name)
+    if name in published.NAMES and not path.exists():
+        return published.fetch(name)
     if path.is_dir() and detect(path) in _FOREIGN:
         return _converted(path, name, say)
     if name.startswith(_SCHEME) or (not path.exists() and not path.parent.exists()):
@@ -64,7 +64,7 @@ def checkpoint_path(name: str, say: Say | None = None) -> Path:
 def _converted(folder: Path, name: str, say: Say) -> Path:
     try:
         source = open_source(folder)
-        kept = hub.cache() / f"{source.format}-{_key(source)}"
+        kept = published.cache() / f"{source.format}-{_key(source)}"
         if (kept / "manifest.json").is_file():
             return kept
         say(f"{name}: {source.found}; converting it once, into {kept}")
@@ -73,11 +73,11 @@ def _converted(folder: Path, name: str, say: Say) -> Path:
             write(source, mine, "openpalm")
             defaults = json.dumps(vars(source.defaults))
             (mine / "generation_config.json").write_text(defaults, encoding="utf-8")
-            hub.keep(mine, kept)
+            published.keep(mine, kept)
         finally:
             shutil.rmtree(mine, ignore_errors=True)
     except OSError as error:
-        where = error.filename or hub.cache()
+        where = error.filename or published.cache()
         raise StorageError(f"{where}: {error.strerror or error}; free some space") from error
     return kept
 

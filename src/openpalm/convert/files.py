@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from openpalm.base.json_file import read_json
-from openpalm.base.pickle_check import check_pickle
+from openpalm.convert.pickle_check import check_pickle
 from openpalm.errors import CheckpointError, count_of
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openpalm import __version__
 from openpalm.base.console import shown
-from openpalm.base.hashing import sha256_of
+from openpalm.base.files import sha256_of
 from openpalm.base.json_file import read_json
 from openpalm.base.typed import home
 from openpalm.checkpoint import directory as checkpoint

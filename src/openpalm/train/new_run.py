@@ -10,7 +10,7 @@ from openpalm.model.transformer import initialise
 from openpalm.train import run_directory
 from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.config import TrainSettings
-from openpalm.train.inherited_optimizer import check_optimizer
+from openpalm.train.optimization.inherited_optimizer import check_optimizer
 from openpalm.train.run_directory import RunInfo
 from openpalm.train.sizing.measure import measure
 from openpalm.train.spec import TrainSpec, make_trainer

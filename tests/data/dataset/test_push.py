@@ -10,8 +10,8 @@ import pytest
 import yaml
 from hub_server import TOKEN, hub_server
 
-from openpalm.data.dataset import hub
-from openpalm.data.dataset.hub import push_dataset
+from openpalm.data.dataset import push
+from openpalm.data.dataset.push import push_dataset
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.data.prepare.blocks import BlocksRequest, write_blocks
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 def server(monkeypatch, tmp_path):
     with hub_server(monkeypatch, tmp_path / "cache") as server:
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setattr(hub, "COMMIT_FILES", 4)
+        monkeypatch.setattr(push, "COMMIT_FILES", 4)
         yield server
 
 
