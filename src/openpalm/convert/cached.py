@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from openpalm.base.hub import PREFIX, REPOSITORY, hub_errors, reason_of
 from openpalm.base.typed import home
 from openpalm.convert import published
 from openpalm.convert.huggingface.read import TOKENIZER_FILES
@@ -31,11 +32,8 @@ _FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _OLD_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 """Only for repositories without safetensors; nothing in them is executed."""
-_SCHEME = "hf://"
 _TIMEOUT_S = 10
-_HUB_NAME = re.compile(
-    r"(?P<repository>\w[\w.-]{0,95}/\w[\w.-]{0,95})(@(?P<revision>[\w.-]{1,100}))?", re.ASCII
-)
+_HUB_NAME = re.compile(rf"(?P<repository>{REPOSITORY})(@(?P<revision>[\w.-]{{1,100}}))?", re.ASCII)
 
 
 def checkpoint_path(name: str, say: Say | None = None) -> Path:
@@ -52,11 +50,11 @@ def checkpoint_path(name: str, say: Say | None = None) -> Path:
         return published.fetch(name)
     if path.is_dir() and detect(path) in _FOREIGN:
         return _converted(path, name, say)
-    if name.startswith(_SCHEME) or (not path.exists() and not path.parent.exists()):
-        found = _HUB_NAME.fullmatch(name.removeprefix(_SCHEME))
+    if name.startswith(PREFIX) or (not path.exists() and not path.parent.exists()):
+        found = _HUB_NAME.fullmatch(name.removeprefix(PREFIX))
         if found is not None:
             return _converted(_downloaded(name, found, say), name, say)
-        if name.startswith(_SCHEME):
+        if name.startswith(PREFIX):
             raise CheckpointError(f"{name}: must be hf://ACCOUNT/NAME")
     return path
 
@@ -93,7 +91,6 @@ def _downloaded(name: str, found: re.Match[str], say: Say) -> Path:
     """The model's files in Hugging Face's cache; config.json first, to refuse other models."""
     import httpx2
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, revision = found["repository"], found["revision"]
     offline, weights = False, _WEIGHTS
@@ -114,9 +111,9 @@ def _downloaded(name: str, found: re.Match[str], say: Say) -> Path:
         say(f"{name}: reading it from {'the cache of ' * offline}the Hugging Face Hub")
         patterns = [*_FILES, *weights]
         return Path(snapshot_download(repository, allow_patterns=patterns, **which))
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, ConnectionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if name.startswith(_SCHEME):
+    except hub_errors() as error:
+        reason = reason_of(error)
+        if name.startswith(PREFIX):
             raise WorkError(f"{name}: cannot be downloaded ({reason}); try again") from None
         raise CheckpointError(
             f"{name}: no such checkpoint or run; check the path (as the name of a model on the "
