@@ -106,7 +106,8 @@ def test_tokenizers_that_are_none(place, tokenizer, part):
         (["train", "--config", "no.yaml"], ["--config no.yaml", "no such file", "check the path"]),
         (["sample", "--topk=3"], ["--topk", "did you mean --top-k?"]),
         (["samples", "x"], ["samples", "did you mean sample?"]),
-        (["eval"], ["PATH", "--data", "--help"]),
+        (["eval"], ["PATH", "--help"]),
+        (["eval", "base"], ["one of --data, --text and --tasks"]),
         (["convert", "a", "b", "--from", "llama"], ["--from llama", "palm-rlhf-pytorch"]),
     ],
 )
