@@ -207,3 +207,45 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(tmp_path, capsys, mo
         if counts:
             assert all(re.fullmatch(r"\w+: [0-6] of 6 MB", line) for line in lines)
             assert lines[-1].endswith(": 6 of 6 MB")
+
+
+def test_the_options_of_cleaning_and_packing(tmp_path, capsys):
+    path = tmp_path / "a.txt"
+    path.write_text("<|endoftext|>".join(f" number {i} @,@ 000 . " for i in range(400)) + "z" * 900)
+    words = ["--out", tmp_path / "out", "--tokenizer=byte", "--split-text", "<|endoftext|>"]
+    words += ["--detokenize", "wikitext", "--repack-epochs", "2", "--seed", "3"]
+    words += ["--min-unique-tokens", "3", "--sequence-tokens", "100"]
+    status, said, errors = run(capsys, "prepare", path, *words)
+    assert (status, errors) == (0, "")
+    assert "read 400 documents" in said
+    assert "train holds its documents 2 times, in new orders" in said
+    dropped = re.findall(
+        r"(train|val) +(\d+) sequences of 100 tokens dropped: fewer than 3 d", said
+    )
+    assert sum(int(count) for _, count in dropped) in (8, 16)
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
+    wanted = {"split_text": "<|endoftext|>", "detokenize": "wikitext", "repack_epochs": 2}
+    wanted |= {"seed": 3, "min_unique_tokens": 3, "sequence_tokens": 100}
+    assert wanted.items() <= settings.items()
+    status, said, _ = run(capsys, "inspect", tmp_path / "out", "--json")
+    assert status == 0
+    assert '"number 0,000.' in said or '"number 1,000.' in said
+    status, said, _ = run(capsys, "prepare", path, *words, "--keep-order")
+    assert status == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--fix-text", "all"], "--fix-text all: must be one of none, ftfy"),
+        (["--detokenize", "ptb"], "--detokenize ptb: must be one of none, wikitext"),
+        (["--split-text", ""], "--split-text: is empty"),
+        (["--min-unique-tokens", "2049"], "must be 0 to --sequence-tokens (2048)"),
+        (["--repack-epochs", "0"], "--repack-epochs 0: must be 1 to 1000"),
+    ],
+)
+def test_wrong_options_of_cleaning_and_packing(words, says, text, tmp_path, capsys):
+    status, _, errors = run(capsys, "prepare", text, "--out", tmp_path / "out", *words)
+    assert status == 2
+    assert says in errors
+    assert errors.count("\n") == 1

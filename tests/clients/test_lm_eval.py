@@ -7,16 +7,33 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import lm_eval.tasks
 import pytest
 from command_line import rows
+from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.text.conversation import Message, render, stop_ids
+from openpalm.evaluate.harness import HarnessModel, as_lm
+from openpalm.evaluate.tasks import definition_with_rows, load_tasks, row_files, run_tasks
+from openpalm.generate.engine import Engine
 from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.generate.streaming import Completion, stream
 
+ROWS = Path(__file__).parents[1] / "interop" / "data"
+SIX = {
+    "lambada_openai": "lambada/lambada_openai.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "mathqa": "mathqa/mathqa.yaml",
+    "pubmedqa": "pubmedqa/pubmedqa.yaml",
+}
+"""tasks with their definitions in the package"""
 NEW = 20
 UNTIL = ["$", "never there"]
 # The likeliest token of this model is the last one again.
@@ -62,6 +79,10 @@ def evaluate(server, engine, tokenizer, tmp_path):
         files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
         definition = {"task": name, "test_split": "test"} | files | task
         (tmp_path / f"{name}.yaml").write_text(json.dumps(definition))  # JSON is YAML
+    for name, given in SIX.items():
+        given = Path(lm_eval.tasks.__file__).parent / given
+        definition = definition_with_rows(given, name, row_files(ROWS / name))
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(definition))
 
     def run(*tasks, model="local-completions", path="/v1/completions", batch=1, chat=False, **how):
         how = {
@@ -175,3 +196,40 @@ def test_chat(evaluate, engine, tokenizer):
         talk = [Message("user", document["text"])]
         ids = render(tokenizer, talk, add_generation_prompt=True).ids
         assert answer == said(engine, tokenizer, ids, stop_ids(tokenizer))
+
+
+@pytest.fixture
+def in_process(base, tokenizer):
+    """The engine's own model class, one sequence at a time, with the server's weights."""
+    return HarnessModel(Engine(checkpoint.load(base), slots=1), tokenizer)
+
+
+def test_the_same_in_this_process_to_the_last_digit(evaluate, in_process, tmp_path):
+    """The six tasks of mesh-transformer-jax, a choice without context, windows and texts."""
+    found = evaluate(*SIX, "choose", "roll", "say")
+    lm = as_lm(in_process)
+    for task in (*SIX, "choose"):
+        pairs = [arguments for arguments, _ in found[task]]
+        answers = lm.loglikelihood(_instances("loglikelihood", pairs))
+        assert [tuple(answer) for _, answer in found[task]] == [
+            (str(log_prob), str(is_greedy)) for log_prob, is_greedy in answers
+        ], task
+    # Over HTTP a window is shorter by two tokens: a longer text is cut at other places.
+    short = [(arguments, answer) for arguments, answer in found["roll"] if len(arguments[0]) < 500]
+    texts = [arguments for arguments, _ in short]
+    answers = lm.loglikelihood_rolling(_instances("loglikelihood_rolling", texts))
+    assert [answer for _, answer in short] == [str(log_prob) for log_prob in answers]
+    settings = TASKS["say"]["generation_kwargs"]
+    said_requests = [(arguments[0], settings) for arguments, _ in found["say"]]
+    answers = lm.generate_until(_instances("generate_until", said_requests))
+    assert [answer for _, answer in found["say"]] == answers
+    # The figures that are printed, of the command as of the library's own program.
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"]
+    for score in run_tasks(in_process, load_tasks([*SIX], ROWS), resamples=0):
+        assert theirs[score.task][f"{score.metric},none"] == score.value
+    assert not in_process.notes
+
+
+def _instances(kind, arguments):
+    return [Instance(kind, {}, tuple(each), i) for i, each in enumerate(arguments)]

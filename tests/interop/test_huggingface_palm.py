@@ -19,9 +19,11 @@ from tiny_models import KINDS, tiny
 from torch import Tensor
 
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.manifest import read_manifest
 from openpalm.convert.huggingface.export import save_as_huggingface
 from openpalm.convert.huggingface.read import read_palm
-from openpalm.convert.source import in_memory
+from openpalm.convert.source import in_memory, open_source
+from openpalm.convert.target import write
 from openpalm.data.text.conversation import ROLES, Message, render
 from openpalm.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from openpalm.errors import WorkError
@@ -111,7 +113,7 @@ def reward_model(reward: RewardConfig, **change: Any) -> RewardModel:
     initialise(model, 3)
     initialise_heads(model, 4)
     if model.marks is not None:
-        torch.nn.init.normal_(model.marks)
+        torch.nn.init.normal_(model.marks, generator=torch.Generator().manual_seed(5))
     return trained(model).requires_grad_(False)  # type: ignore[return-value]
 
 
@@ -298,6 +300,26 @@ def test_the_chat_template_renders_as_ours(exported: Exported, name: str):
         ours = [render(tokenizer, messages, add_generation_prompt=opened).ids for opened in (0, 1)]
         assert found == ours, turns
     assert exported.rendered[name][1000:] == [None, None]  # a forged turn, an unknown role
+
+
+def test_a_gptj_folder_has_a_tokenizer_and_a_card(tmp_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    byte = Tokenizer.byte()
+    checkpoint.save(
+        tmp_path / "model", tiny(**KINDS["gpt-j"]), tokenizer_json=byte.definition, lineage={}
+    )
+    write(open_source(tmp_path / "model"), tmp_path / "out", "huggingface")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "GPTJForCausalLM"
+    assert model.generation_config.eos_token_id == [byte.end_of_text, byte.special_id("<|end|>")]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    found = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], return_dict=False)
+    assert found == render(byte, [Message("user", "a")]).ids
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "trust_remote_code" not in card
+    assert read_manifest(tmp_path / "model")["sha256"] in card
+    assert not (tmp_path / "out/modeling_openpalm.py").exists()
 
 
 def test_weights_that_transformers_does_not_find_fail_the_export(

@@ -95,7 +95,7 @@ def load_tasks(
             if folder is None:
                 found = manager.load([name])
             else:
-                found = _load_with_rows(manager, name, _row_files(folder))
+                found = _load_with_rows(manager, name, row_files(folder))
         for kind, entries in loaded.items():
             entries |= found.get(kind, {})
     for name, task in loaded["tasks"].items():
@@ -132,10 +132,11 @@ def _own_tasks(path: Path | None) -> Any:
     """The definitions below --task-path, or None without any."""
     if path is None or next(path.rglob("*.yaml"), None) is None:
         return None
+    make = import_module("lm_eval.tasks").TaskManager
     with _quiet(f"--task-path {path}"):
-        return import_module("lm_eval.tasks").TaskManager(
-            include_path=str(path), include_defaults=False
-        )
+        own = make(include_path=str(path), include_defaults=False)
+        # A group may name tasks of the library.
+        return make(include_path=str(path)) if own.all_groups else own
 
 
 def _prepare(task: Any, shots: int | None) -> None:
@@ -145,7 +146,7 @@ def _prepare(task: Any, shots: int | None) -> None:
         task.set_config(key="num_fewshot", value=shots or 0)
 
 
-def _row_files(folder: Path) -> dict[str, Path]:
+def row_files(folder: Path) -> dict[str, Path]:
     """The files with the rows of a task, by split."""
     files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in _ROW_FILES}
     if len({_ROW_FILES[file.suffix] for file in files.values()}) != 1:
@@ -157,8 +158,16 @@ def _row_files(folder: Path) -> dict[str, Path]:
 
 def _load_with_rows(manager: Any, name: str, files: dict[str, Path]) -> dict[str, Any]:
     """The task with the rows of these files in place of its dataset."""
-    given = manager.task_index[name].yaml_path
-    changes = {
+    changed = definition_with_rows(manager.task_index[name].yaml_path, name, files)
+    with TemporaryDirectory() as folder:
+        definition = Path(folder) / f"{name}.yaml"
+        definition.write_text(json.dumps(changed), encoding="utf-8")  # JSON is YAML
+        return manager.load([str(definition)])
+
+
+def definition_with_rows(given: Path, name: str, files: dict[str, Path]) -> dict[str, Any]:
+    """The definition of a task in the file `given`, with other rows."""
+    return {
         "include": str(given),
         "task": name,
         "dataset_path": _ROW_FILES[next(iter(files.values())).suffix],
@@ -167,10 +176,6 @@ def _load_with_rows(manager: Any, name: str, files: dict[str, Path]) -> dict[str
         # A split that the definition names but the folder lacks would be an error.
         **{key: split if split in files else None for key, split in _SPLITS.items()},
     }
-    with TemporaryDirectory() as folder:
-        definition = Path(folder) / f"{name}.yaml"
-        definition.write_text(json.dumps(changes), encoding="utf-8")  # JSON is YAML
-        return manager.load([str(definition)])
 
 
 def _scores(found: dict[str, Any], name: str, row: dict[str, Any]) -> Iterator[TaskScore]:

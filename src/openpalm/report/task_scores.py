@@ -3,6 +3,7 @@
 `openpalm eval --tasks` writes the file, and tasks.json in a run directory.
 """
 
+import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def scores_section(found: dict[str, Any], heading: str) -> Section:
     facts = [f"weights in {found['weights']}"] if found.get("weights") else []
     facts += [f"the first {found['limit']} rows of each task"] if found.get("limit") else []
     facts += ["prompts as conversations"] if found.get("chat_template") else []
-    caption = f'<p class="muted">{"; ".join(facts)}</p>' if facts else ""
+    caption = f'<p class="muted">{html.escape("; ".join(facts))}</p>' if facts else ""
     return Section(heading, table(COLUMNS, score_rows(found["scores"])) + caption + _NOTE)
 
 

@@ -1,5 +1,6 @@
 """TFRecords of token ids, written here by the format's description, and damaged ones."""
 
+import dataclasses
 import struct
 
 import numpy as np
@@ -9,6 +10,9 @@ from openpalm.data.corpus import tfrecords
 from openpalm.data.corpus.document_reader import read_documents
 from openpalm.data.corpus.sources import find_sources
 from openpalm.data.corpus.tfrecords import crc32c
+from openpalm.data.dataset.shards import open_dataset
+from openpalm.data.prepare.preparation import PrepareRequest, prepare
+from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import DataError
 
 
@@ -158,6 +162,39 @@ def test_an_index_lists_files(tmp_path, monkeypatch):
     assert [source.given for source in find_sources([str(index)])] == [str(index)] * 3
 
 
+def test_an_index_of_urls(tmp_path):
+    """mesh-transformer-jax's lists name files of a bucket; fsspec's memory stands in for one."""
+    fsspec = pytest.importorskip("fsspec")
+    for i in range(2):
+        fsspec.filesystem("memory").pipe(f"/bucket/{i}.tfrecords", record(example([i])))
+    content = "memory://bucket/0.tfrecords\nmemory://bucket/1.tfrecords\n"
+    (tmp_path / "x.index").write_text(content)
+    fsspec.filesystem("memory").pipe("/bucket/all.index", content.encode())
+    assert ids_of(tmp_path / "x.index") == ids_of("memory://bucket/all.index") == [[0], [1]]
+    (tmp_path / "x.index").write_text("memory://bucket/missing.tfrecords\n")
+    with pytest.raises(DataError, match=r"memory://bucket/missing.tfrecords"):
+        find_sources([str(tmp_path / "x.index")])
+
+
+def test_a_dataset_of_records(tmp_path):
+    """Ids stay as they are; a document ends behind an end-of-text id, and with its record."""
+    end, path = Tokenizer.byte().end_of_text, tmp_path / "a.tfrecords"
+    rows = [[*b"one", end, *b"two"], [*b"three", end], *([i % 256] * 9 for i in range(300))]
+    path.write_bytes(b"".join(record(example(row)) for row in [*rows, rows[0]]))
+    (tmp_path / "x.index").write_text("a.tfrecords\n")
+    request = PrepareRequest(
+        inputs=[str(tmp_path / "x.index")], out=tmp_path / "out", tokenizer="byte", val="tail:0.1"
+    )
+    manifest = prepare(request)
+    assert manifest.documents.duplicates == 300 - 256 + 1
+    tokens = open_dataset(tmp_path / "out").tokens("train")[:].tolist()
+    assert tokens[:22] == [*rows[0], *rows[1], *rows[2]]
+    starts = open_dataset(tmp_path / "out").document_offsets("train").tolist()
+    assert starts[:5] == [0, 4, 7, 13, 22]
+    with pytest.raises(DataError, match=r"a\.tfrecords: record 1: holds token ids, not text"):
+        prepare(dataclasses.replace(request, out=tmp_path / "other", tokenizer="bpe:300"))
+
+
 def test_an_index_of_something_else_is_a_text(tmp_path):
     path = tmp_path / "book.index"
     path.write_text("Aardvark, 3\n")
@@ -168,7 +205,6 @@ def test_an_index_of_something_else_is_a_text(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("gs://bucket/pile_00.tfrecords", "is not on this machine; copy it here"),
         ("missing.tfrecords", "no such file"),
         ("notes.txt", "not a .tfrecords or .tfrecord file"),
     ],

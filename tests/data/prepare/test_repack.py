@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -144,6 +145,10 @@ CASES = [
     {"repack_epochs": 3, "seed": 5, "min_unique_tokens": 18, "sequence_tokens": 100},
     {"repack_epochs": 2, "keep_order": True, "tokenizer": "bpe:300"},
     {"split_text": "1", "detokenize": "wikitext", "min_unique_tokens": 5, "sequence_tokens": 30},
+    pytest.param(
+        {"fix_text": "ftfy", "repack_epochs": 2, "val": "tail:0.3"},
+        marks=pytest.mark.skipif(find_spec("ftfy") is None, reason="needs ftfy"),
+    ),
 ]
 
 
@@ -169,7 +174,7 @@ def test_killed_at_many_moments_the_bytes_are_the_same(options, inputs, tmp_path
     whole = contents(tmp_path / "at-once")
     assert not any(name.startswith("base-") for name in whole)
     kills = repacking = 0
-    for after in range(1, 2000, 23):
+    for after in range(5, 3000, 29):
         out = tmp_path / f"killed-{after}"
         if not until_killed(inputs, out, after, monkeypatch, **options):
             break
@@ -177,8 +182,8 @@ def test_killed_at_many_moments_the_bytes_are_the_same(options, inputs, tmp_path
         repacking += b'"repacked"' in (out / progress_file.PARTIAL).read_bytes()
         run(inputs, out, **options)
         assert contents(out) == whole
-    assert kills > 5
-    assert repacking > 1
+    assert kills > 3
+    assert repacking > 0
 
 
 def test_what_is_repacked_is_not_read_again(inputs, tmp_path, monkeypatch):

@@ -74,6 +74,12 @@ def read_gptj(folder: Path) -> tuple[ModelConfig, LazyState]:
     """The config of a GPT-J folder, and its tensors, read on access. Raises CheckpointError."""
     config = read_config(folder)
     stored = stored_tensors(folder)
+    # Before the names of all layers are made: a hostile config must not fill the memory.
+    if config.depth > len(stored):
+        raise CheckpointError(
+            f"{folder}: holds {len(stored)} tensors, too few for the {config.depth} layers of its "
+            "config.json; it is of another model"
+        )
     names, shapes = names_of(config), part_shapes(config)
     stored = {n: e for n, e in stored.items() if not _BUFFERS.fullmatch(n)}
     if config.tied:
@@ -140,10 +146,10 @@ def _indexed(index: Path) -> dict[str, LazyTensor]:
     places = read_json(index, _REMEDY).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index}: has no weight_map")
-    files = set(places.values())
-    for file in files:
+    for file in places.values():
         if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file) or file.startswith("."):
             raise CheckpointError(f"{index}: names {shown(file)}, which is no file of its folder")
+    files = set(places.values())
     found: dict[str, LazyTensor] = {}
     for file in sorted(files):
         if not (index.parent / file).is_file():

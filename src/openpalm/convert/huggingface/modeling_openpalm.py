@@ -200,7 +200,9 @@ class Attention(nn.Module):
         query_cos, query_sin, key_cos, key_sin = tables
         q, k = rotary.rotate(q, query_cos, query_sin), rotary.rotate(k, key_cos, key_sin)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            # Versions with the old name need the places in a static cache.
+            places = () if _CACHE == "cache" else ({"cache_position": mask.places},)
+            k, v = cache.update(k, v, self.layer, *places)
             # A static cache returns room for later tokens too.
             k, v = k[:, :, : mask.keys], v[:, :, : mask.keys]
         groups = self.config.heads // self.config.kv_heads
@@ -251,6 +253,7 @@ class Mask:
         """given: attention mask [batch, keys], 1 at real tokens, or [batch, 1, time, keys] as
         `generate` makes it for a static cache; past: keys that precede the `time` new ones."""
         self.keys = past + time
+        self.places = torch.arange(past, past + time, device=like.device)
         self.is_causal = False
         self.allowed: Tensor | None = None
         if given is not None and given.dim() == 4:

@@ -152,7 +152,8 @@ def _remote(url: str, left_out: Counter[str]) -> list[Source]:
             left_out[HIDDEN] += 1
         elif is_one or is_glob or _is_text_file(cast(Path, file)):
             # A RemoteFile has all the methods of Path that readers call.
-            chosen.append(_file(url, cast(Path, file), named=is_one))
+            path = cast(Path, file)
+            chosen += _listed(url, path) or [_file(url, path, named=is_one)]
         else:
             left_out[OTHER] += 1
     if not chosen:
@@ -203,7 +204,8 @@ def _listed(given: str, path: Path) -> list[Source]:
     with readable(path):
         if path.stat().st_size > MAX_INDEX_BYTES:
             return []
-        lines = path.read_bytes().decode(errors="replace").splitlines()
+        with path.open("rb") as file:
+            lines = file.read().decode(errors="replace").splitlines()
     named = [(n, line.strip()) for n, line in enumerate(lines, start=1) if line.strip()]
     if not named or not named[0][1].lower().endswith(TFRECORDS_SUFFIXES):
         return []
@@ -211,13 +213,18 @@ def _listed(given: str, path: Path) -> list[Source]:
 
 
 def _indexed(index: Path, number: int, name: str) -> Path:
-    """A file of an index: from the working directory, or else from the folder of the index."""
+    """A file of an index: a URL, or a path from the working directory, or else from the index's."""
     where = f"{index}:{number}: {name[:200]}"
     if not name.lower().endswith(TFRECORDS_SUFFIXES):
         raise DataError(f"{where}: not a {' or '.join(TFRECORDS_SUFFIXES)} file; correct the list")
-    if "://" in name:
-        raise DataError(f"{where}: is not on this machine; copy it here and list its path")
-    for path in (Path(name), index.parent / name):
+    if is_url(name):
+        with readable(Path(name)):
+            files, is_one = remote_files(name)
+        if not is_one:
+            raise DataError(f"{where}: is no file; correct the list")
+        return cast(Path, files[0])
+    folders = [Path(), *list(index.parents)[:1]]  # an index at a URL has no folder here
+    for path in (folder / name for folder in folders):
         with readable(path):
             if path.is_file():
                 return path

@@ -50,13 +50,14 @@ def repack(
     """The splits of the dataset, from those that are encoded. Resumes after a kill."""
     done = unfinished.progress.repacked or RepackPosition(SPLITS[0], 0, False, 0, {})
     splits: dict[str, SplitEntry] = {}
+    lengths = tokenizer.byte_lengths() if settings.min_unique_tokens else _EMPTY.starts
     for split in SPLITS:
         if SPLITS.index(split) < SPLITS.index(done.split):
             splits[split] = done.splits[split]
             continue
         begin = done if split == done.split else RepackPosition(split, 0, False, 0, {})
         base = _Base(unfinished.folder, encoded[split], dtype, tokenizer.vocab_size)
-        work = _Repacking(settings, tokenizer.byte_lengths(), base, unfinished, splits)
+        work = _Repacking(settings, lengths, base, unfinished, splits)
         splits[split] = work.run(split, begin, dtype)
     return splits
 
@@ -126,7 +127,10 @@ class _Base:
 
 @dataclass(frozen=True, slots=True)
 class _Repacking:
-    """The pass over one split; `before` has the entries of the splits that are done."""
+    """The pass over one split; `before` has the entries of the splits that are done.
+
+    lengths: int64 [vocabulary], the text bytes of each id, to count what is dropped.
+    """
 
     settings: PrepareSettings
     lengths: np.ndarray
