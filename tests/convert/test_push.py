@@ -115,5 +115,5 @@ def test_refused_uploads_are_one_line(said, server: HubServer):
         status, _, errors = said("push", RUN, "--repo", name)
         assert status == 2
         assert errors == [
-            f"openpalm: error: --repo {name}: must be ACCOUNT/NAME, of letters, digits, -, _ and ."
+            f"openpalm: error: --repo {name!r}: must be ACCOUNT/NAME, of letters, digits, -, _ and ."
         ]

@@ -133,6 +133,12 @@ class Hyperparameters:
             raise CheckpointError(f"{self.where}: {name} cannot be {value!r}; give a whole number")
         return value
 
+    def required(self, *names: str, remedy: str) -> list[int]:
+        """Positive whole numbers that the file must have."""
+        if missing := [name for name in names if self.whole(name) is None]:
+            raise CheckpointError(f"{self.where}: lacks {', '.join(missing)}; {remedy}")
+        return [self.whole(name) or 0 for name in names]
+
     def flag(self, name: str, default: bool) -> bool:
         value = self.values.get(name, default)
         if type(value) is not bool:

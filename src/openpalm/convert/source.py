@@ -47,7 +47,7 @@ SourceFormat = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint whose tensors are read on access."""
+    """A checkpoint; its tensors are read on access."""
 
     format: SourceFormat
     config: ModelConfig

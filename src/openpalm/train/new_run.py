@@ -36,7 +36,7 @@ def measured_info(
     timed = settings
     if repeated is not None and settings.dtype == "auto":
         timed = replace(settings, dtype=repeated.dtype)
-    # Without the ramp, whose first steps are smaller and would measure too fast.
+    # Without the ramp: its first steps are smaller and would measure too fast.
     whole = replace(shape, ramp=Ramp())
 
     def make_scratch_trainer(dtype: torch.dtype) -> Trainer:
