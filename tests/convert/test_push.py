@@ -114,6 +114,5 @@ def test_refused_uploads_are_one_line(said, server: HubServer):
     for name in ("tiny", "me/tiny/x", "me/ti ny", "../tiny", "me/tiny.git"):
         status, _, errors = said("push", RUN, "--repo", name)
         assert status == 2
-        assert errors == [
-            f"openpalm: error: --repo {name!r}: must be ACCOUNT/NAME, of letters, digits, -, _ and ."
-        ]
+        fault = "must be ACCOUNT/NAME, of letters, digits, -, _ and ."
+        assert errors == [f"openpalm: error: --repo {name!r}: {fault}"]

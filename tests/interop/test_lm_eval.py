@@ -1,4 +1,4 @@
-"""lm-evaluation-harness in this process: our model class on its tasks, compared with its own hf model.
+"""lm-evaluation-harness in this process: our model class on its tasks, against its own hf model.
 
 The rows in data/ are our own, in the formats in which the tasks are published.
 """
