@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _OF_DATA = ("split", "document_mask")
 _OF_TEXT = ("overlap", "text_field")
-_OF_TASKS = ("task_path", "num_fewshot", "limit", "apply_chat_template", "out")
+_OF_TASKS = ("task_path", "run_task_code", "num_fewshot", "limit", "apply_chat_template", "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,8 @@ class EvalSettings(ModelOptions):
     task_path: Path | None = None
     """with --tasks: folder with task definitions (.yaml), or with rows for tasks of the library
     (TASK/test.jsonl)"""
+    run_task_code: bool = False
+    """with --task-path: run the Python code that definitions in the folder name"""
     num_fewshot: int | None = None
     """with --tasks: examples in each prompt; default: the task's own number"""
     limit: int | None = None
@@ -221,6 +223,8 @@ def _tasks(settings: EvalSettings, names: str) -> None:
             shots=settings.num_fewshot,
             limit=settings.limit,
             chat=settings.apply_chat_template,
+            code=settings.run_task_code,
+            code_option="--run-task-code",
         )
     model = HarnessModel(engine, tokenizer, progress=_visible_progress(), seed=0)
     scores = run_tasks(model, tasks)
