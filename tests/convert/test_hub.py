@@ -131,16 +131,18 @@ def test_a_local_file_is_converted_once(published: Path, config: ModelConfig):
     assert lineage["source_sha256"] == digest
 
 
-def test_the_first_of_two_processes_wins(published: Path):
+def test_the_first_of_two_processes_wins(published: Path, tmp_path: Path):
     file = published / f"{NAME}.pt"
     kept = hub.fetch(NAME, path=str(file), say=quiet)
     stamp = (kept / "manifest.json").stat().st_mtime_ns
-    hub._convert(NAME, file, kept, quiet)  # as one that looked before the other was done
+    hub._convert(
+        NAME, file, tmp_path / "a", kept, quiet
+    )  # as one that looked before the other was done
     assert (kept / "manifest.json").stat().st_mtime_ns == stamp
     assert [path.name for path in hub.cache().iterdir()] == [kept.name]
     (kept / "manifest.json").unlink()
     with pytest.raises(OSError, match="not empty"):
-        hub._convert(NAME, file, kept, quiet)
+        hub._convert(NAME, file, tmp_path / "b", kept, quiet)
 
 
 @pytest.mark.parametrize("slash", ["", "/"])

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from openpalm.evaluate.tasks import TaskScore
     from openpalm.generate.engine import Engine
 
+_MAX_TEXT_BYTES = 256 << 20
+"""The tokens of --text are in memory at once; a small compressed file can hold far more."""
 _OF_DATA = ("split", "document_mask")
 _OF_TEXT = ("overlap", "text_field")
 _OF_TASKS = ("task_path", "run_task_code", "num_fewshot", "limit", "apply_chat_template", "out")
@@ -161,8 +163,16 @@ def _text(settings: EvalSettings, text: Path) -> None:
     from openpalm.errors import DataError
     from openpalm.evaluate.text import text_loss, text_windows
 
-    found = read_documents([str(text)], text_field=settings.text_field)
-    texts = [document.text for document in found if document.ids is None and document.text]
+    texts, size = [], 0
+    for document in read_documents([str(text)], text_field=settings.text_field):
+        if document.ids is None and document.text:
+            texts.append(document.text)
+            size += len(document.text.encode())
+        if size > _MAX_TEXT_BYTES:
+            raise DataError(
+                f"--text {text}: more than {_MAX_TEXT_BYTES:,} bytes of text; prepare it with "
+                "`openpalm data prepare`, and give --data"
+            )
     if not texts:
         raise DataError(f"--text {text}: has no text; give a text file")
     engine, tokenizer, _ = serving_model(settings.path, settings, slots=settings.batch_size)
@@ -171,7 +181,6 @@ def _text(settings: EvalSettings, text: Path) -> None:
     check(settings.overlap < length, "overlap", settings.overlap, wanted)
     windows = text_windows(tokenizer, texts, length, settings.overlap)
     with ProgressBar("scoring", len(windows)) as bar:
-        size = sum(len(each.encode()) for each in texts)
         result = text_loss(engine, windows, size, bar.advance)
     row = {"text": str(text), "weights": _weights(engine), **_measures(result, length)}
     _show_loss(settings, str(text), row | {"overlap": settings.overlap})
