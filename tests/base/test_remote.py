@@ -1,6 +1,7 @@
 """Files at URLs, with fsspec's file system in memory in place of a distant one."""
 
 import errno
+import os
 
 import fsspec
 import pytest
@@ -106,8 +107,9 @@ def test_a_folder_goes_out_and_comes_back(memory, folder, tmp_path):
 def test_what_is_not_copied_is_named(memory, folder):
     (folder / "best").symlink_to(folder / "train")
     (folder / "model.link").symlink_to(folder / "model.bin")
+    os.mkfifo(folder / "pipe")
     found = copy_folder(str(folder), "memory://b/c")
-    assert set(found.left_out) == {".lock", ".a.partial-7", "best", "model.link"}
+    assert set(found.left_out) == {".lock", ".a.partial-7", "best", "model.link", "pipe"}
     assert {path.removeprefix("/b/c/") for path in memory.store} == {
         *("model.bin", "train/state.bin", "manifest.json")
     }
