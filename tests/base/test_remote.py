@@ -8,6 +8,7 @@ import pytest
 
 from openpalm.base import remote
 from openpalm.base.remote import Copied, RemoteFile, copy_folder, is_url, remote_files
+from openpalm.cli.main import main
 from openpalm.errors import SettingsError, WorkError
 
 
@@ -185,3 +186,12 @@ def test_a_file_system_that_is_not_installed_names_the_extra(monkeypatch):
         remote_files("s3://b/x")
     with pytest.raises(SettingsError, match=r"abfs:// is not installed; Install s3fs"):
         remote_files("abfs://b/x")
+
+
+def test_names_of_a_bucket_do_not_reach_the_terminal(memory, tmp_path, capsys):
+    memory.pipe("/b/c/a", b"1")
+    memory.pipe("/b/c/.\x1b[31mred", b"1")
+    assert main(["copy", "memory://b/c", str(tmp_path / "here")]) == 0
+    output = capsys.readouterr().out
+    assert "\\x1b[31mred" in output
+    assert "\x1b" not in output

@@ -54,7 +54,7 @@ def _included(file: Path, option: str) -> list[Path]:
     try:
         if file.stat().st_size > _MAX_BYTES:
             raise DataError(f"{file}: has more than {_MAX_BYTES:,} bytes; it is no definition")
-        content = yaml.load(file.read_bytes(), Loader=Loader)
+        content = Loader(file.read_bytes()).get_single_data()
     except (yaml.YAMLError, OSError, ValueError, RecursionError, TypeError):
         return []  # the library cannot read it either
     included = content.get("include", []) if isinstance(content, dict) else []
