@@ -238,6 +238,46 @@ def test_a_folder_is_a_model_path(said, tmp_path: Path):
     assert len(list(published.cache().iterdir())) == 2
 
 
+def test_a_folder_that_changes_while_it_is_read_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said
+):
+    """Its conversion would be a mixture, under the key of the folder as it was."""
+    save(tiny(), tmp_path / "out")
+    file = tmp_path / "out/model.safetensors"
+
+    def changed(source: object, directory: Path, *words: object, **more: object) -> object:
+        written = write(source, directory, *words, **more)  # type: ignore[arg-type]
+        file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+        return written
+
+    monkeypatch.setattr("openpalm.convert.cached.write", changed)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        checkpoint_path(str(tmp_path / "out"), quiet)
+    assert not list(published.cache().iterdir())
+    monkeypatch.setattr("openpalm.convert.target.write", changed)
+    status, _, errors = said("convert", tmp_path / "out", tmp_path / "ours")
+    assert status == 1
+    assert "changed while it was read" in errors[-1]
+    assert not (tmp_path / "ours").exists()
+
+
+def test_the_index_is_part_of_the_key(tmp_path: Path):
+    """Two files have a tensor: the index says which one is the model's."""
+    save(tiny(), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    first = min(stored)
+    save_file(stored, tmp_path / "model-1.safetensors")
+    save_file({first: stored[first] + 1}, tmp_path / "model-2.safetensors")
+    kept = set()
+    for other in ("model-1.safetensors", "model-2.safetensors"):
+        places = dict.fromkeys(stored, "model-1.safetensors") | {first: other}
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+        kept.add(checkpoint_path(str(tmp_path), quiet))
+    assert len(kept) == 2
+
+
 def test_training_starts_from_a_folder(said, work: Path, tmp_path: Path):
     assert said("convert", work / "run", tmp_path / "out", "--to", "huggingface")[0] == 0
     status, _, errors = said(

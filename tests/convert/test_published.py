@@ -131,16 +131,17 @@ def test_a_local_file_is_converted_once(folder: Path, config: ModelConfig):
     assert lineage["source_sha256"] == digest
 
 
-def test_the_first_of_two_processes_wins(folder: Path):
+def test_the_first_of_two_processes_wins(folder: Path, tmp_path: Path):
     file = folder / f"{NAME}.pt"
     kept = published.fetch(NAME, path=str(file), say=quiet)
     stamp = (kept / "manifest.json").stat().st_mtime_ns
-    published._convert(NAME, file, kept, quiet)  # as one that looked before the other was done
+    # As one that looked before the other was done.
+    published._convert(NAME, file, tmp_path / "a", kept, quiet)
     assert (kept / "manifest.json").stat().st_mtime_ns == stamp
     assert [path.name for path in published.cache().iterdir()] == [kept.name]
     (kept / "manifest.json").unlink()
     with pytest.raises(OSError, match="not empty"):
-        published._convert(NAME, file, kept, quiet)
+        published._convert(NAME, file, tmp_path / "b", kept, quiet)
 
 
 @pytest.mark.parametrize("slash", ["", "/"])

@@ -5,6 +5,7 @@ a power failure its name holds either the old content or the new one, whole.
 """
 
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -53,11 +54,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Raises OSError.
     """
-    partial = partial_name(path)
-    old = partial.with_suffix(".old")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
-        partial.mkdir(parents=True)
+    old = partial_name(path).with_suffix(".old")
+    with own_folder(path) as partial:
         yield partial
         for entry in [*partial.rglob("*"), partial]:
             sync(entry)
@@ -68,9 +66,40 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         partial.rename(path)
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+
+
+@contextmanager
+def own_folder(path: Path) -> Iterator[Path]:
+    """A new folder under the temporary name for `path`, removed at the end if it is still there.
+
+    It is locked, so the next process knows that of a killed one, and removes it first: it may be as
+    large as a model. Raises OSError.
+    """
+    partial = partial_name(path)
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
+    for other in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        _remove_abandoned(other)
+    partial.mkdir(parents=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        lock(handle)
+        yield partial
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes a folder that no process has locked."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # a file, or removed since
+        return
+    try:
+        if lock(handle):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 def link_atomically(path: Path, target: str) -> None:

@@ -99,6 +99,8 @@ def task_probes(
             shots=settings.eval_tasks_fewshot,
             limit=settings.eval_tasks_limit or None,
             chat=chat,
+            code=settings.eval_tasks_code,
+            code_option="--eval-tasks-code",
         )
     return [task_probe(tokenizer, tasks, every=settings.eval_tasks_every)]
 

@@ -1,32 +1,32 @@
 """A Hugging Face folder or hub name as a checkpoint: converted once, into the user's cache.
 
-The same for a folder of mesh-transformer-jax. The key is the content of the files that are read, so
-a changed folder is converted again. A cached conversion is verified when it is loaded, like any
-checkpoint.
+The same for a folder of mesh-transformer-jax. The key is the content of the files that are read (of
+mesh-transformer-jax: their path, size and time), so a changed folder is converted again. A cached
+conversion is verified when it is loaded, like any checkpoint.
 """
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from openpalm.base.files import own_folder
 from openpalm.base.hub import PREFIX, REPOSITORY, hub_errors, reason_of
 from openpalm.base.typed import home
 from openpalm.convert import published
 from openpalm.convert.huggingface.read import TOKENIZER_FILES
 from openpalm.convert.source import Source, check_kind, detect, open_source
+from openpalm.convert.stamps import refuse_changed, stamps
 from openpalm.convert.target import write
 from openpalm.errors import CheckpointError, StorageError, WorkError
 
 Say = Callable[[str], None]
 
 _FOREIGN = ("huggingface", "mesh-transformer-jax")
-_VERSION = 1
+_VERSION = 2
 """Increased when a conversion changes, so that cached ones are made again."""
 _FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
@@ -61,29 +61,31 @@ def checkpoint_path(name: str, say: Say | None = None) -> Path:
 
 def _converted(folder: Path, name: str, say: Say) -> Path:
     try:
+        before = stamps(folder)
         source = open_source(folder)
-        kept = published.cache() / f"{source.format}-{_key(source)}"
+        # The checksums of mesh-transformer-jax's files are short: anyone can make others with them.
+        own = (folder.resolve(), before) if source.format == "mesh-transformer-jax" else ()
+        kept = published.cache() / f"{source.format}-{_key(source, own)}"
         if (kept / "manifest.json").is_file():
             return kept
         say(f"{name}: {source.found}; converting it once, into {kept}")
-        mine = kept.with_name(f".{kept.name}.{os.getpid()}")
-        try:
+        with own_folder(kept) as work:
+            mine = work / "checkpoint"
             write(source, mine, "openpalm")
             defaults = json.dumps(vars(source.defaults))
             (mine / "generation_config.json").write_text(defaults, encoding="utf-8")
+            refuse_changed(folder, before)
             published.keep(mine, kept)
-        finally:
-            shutil.rmtree(mine, ignore_errors=True)
     except OSError as error:
         where = error.filename or published.cache()
         raise StorageError(f"{where}: {error.strerror or error}; free some space") from error
     return kept
 
 
-def _key(source: Source) -> str:
-    """Identifies everything that is read from a folder."""
+def _key(source: Source, own: object) -> str:
+    """Identifies everything that is read from a folder; `own` tells it from other folders."""
     parts = [_VERSION, source.lineage["source_sha256"], source.config, source.reward]
-    parts += [source.tokenizer_json, source.defaults]
+    parts += [source.tokenizer_json, source.defaults, own]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from openpalm.base.files import own_folder
 from openpalm.base.hub import hub_errors, reason_of
 from openpalm.base.progress_bar import ProgressBar
 from openpalm.convert.detect import ForeignCheckpoint, read_foreign
@@ -62,20 +63,18 @@ def fetch(
     kept = cache() / f"{name}-{_key(name, local, url)}"
     if (kept / "manifest.json").is_file():
         return kept
-    part = cache() / f".{name}.part-{os.getpid()}.pt"
     try:
         if local is None and url is None:
             say(f"{name}: downloading from {NAMES[name][1]}")
             local = _published(name)
         elif url is not None:
             say(f"{name}: downloading {url}")
-            cache().mkdir(parents=True, exist_ok=True)
-            _download(url, part, _bound(_expected(name)))
-        _convert(name, local or part, kept, say)
+        with own_folder(kept) as work:
+            if url is not None:
+                _download(url, work / "download.pt", _bound(_expected(name)))
+            _convert(name, local or work / "download.pt", work, kept, say)
     except OSError as error:
         raise StorageError(f"{cache()}: {error.strerror or error}; free some space") from error
-    finally:
-        part.unlink(missing_ok=True)
     return kept
 
 
@@ -120,12 +119,12 @@ def _bound(config: ModelConfig) -> int:
     return _BYTES_PER_PARAMETER * config.parameters + _SLACK_BYTES
 
 
-def _convert(name: str, file: Path, kept: Path, say: Callable[[str], None]) -> None:
+def _convert(name: str, file: Path, work: Path, kept: Path, say: Callable[[str], None]) -> None:
     foreign = _read(name, file)
     tokenizer = _tokenizer(say)
     say(f"{name}: read as palm-rlhf-pytorch {foreign.era}, writing {kept}")
     lineage = foreign.lineage() | {"source_file": f"{name}.pt"}
-    mine = kept.with_name(f".{kept.name}.{os.getpid()}")
+    mine = work / "checkpoint"
     save_as_openpalm(foreign.model(), mine, lineage=lineage, tokenizer_json=tokenizer)
     keep(mine, kept)
 

@@ -221,7 +221,8 @@ def _huggingface(path: Path) -> Source:
     hashes = {
         file.name: sha256_of(file)
         for file in sorted(path.iterdir())
-        if file.suffix in (".safetensors", ".bin")
+        # An index decides which of two files a tensor is taken from.
+        if file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
     }
     return Source(
         format="huggingface",
