@@ -163,7 +163,13 @@ def find_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder; check the path")
+        hub = (
+            "; to convert a model of the Hugging Face Hub, download it first "
+            "(hf download ACCOUNT/NAME --local-dir FOLDER)"
+        )
+        raise CheckpointError(
+            f"{path}: no such file or folder; check the path{'' if path.suffix in SUFFIXES else hub}"
+        )
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not found:
         raise CheckpointError(f"{path}: holds no checkpoint file ({', '.join(SUFFIXES)})")
