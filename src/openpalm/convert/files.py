@@ -164,12 +164,11 @@ def find_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         hub = (
-            "; to convert a model of the Hugging Face Hub, download it first "
+            ", or download a model of the Hugging Face Hub first "
             "(hf download ACCOUNT/NAME --local-dir FOLDER)"
         )
-        raise CheckpointError(
-            f"{path}: no such file or folder; check the path{'' if path.suffix in SUFFIXES else hub}"
-        )
+        hint = "" if path.suffix in SUFFIXES else hub
+        raise CheckpointError(f"{path}: no such file or folder; check the path{hint}")
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not found:
         raise CheckpointError(f"{path}: holds no checkpoint file ({', '.join(SUFFIXES)})")
