@@ -1,7 +1,7 @@
 """Whatever is wrong with what is given: one line that says so, exit 2, nothing lost or executed.
 
-Text, requests and pickles run the program in a process of its own, as a user does; `quickly` asks the
-same of further cases in this process, where torch is loaded already.
+Text, requests and pickles run the program in a process of their own, as a user does; `quickly` asks
+the same of further cases in this process, where torch is loaded already.
 """
 
 import json
