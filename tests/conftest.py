@@ -11,6 +11,12 @@ def seeded():
     torch.manual_seed(0)
 
 
+def pytest_fixture_setup(fixturedef):
+    """Shared fixtures too: what they draw must not depend on the tests before them."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
     """A folder with text.txt, data/, base/ and run/; tests leave them as they are."""

@@ -107,6 +107,7 @@ def test_tokenizers_that_are_none(place, tokenizer, part):
         (["sample", "--topk=3"], ["--topk", "did you mean --top-k?"]),
         (["samples", "x"], ["samples", "did you mean sample?"]),
         (["eval"], ["PATH", "--help"]),
+        (["eval", "base"], ["one of --data, --text and --tasks"]),
         (["convert", "a", "b", "--from", "llama"], ["--from llama", "palm-rlhf-pytorch"]),
     ],
 )

@@ -93,9 +93,11 @@ def folders(request, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("models")
     model = Transformer(request.param)
     initialise(model, seed=0)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # logits far apart, so that rounding decides no choice
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * noise)
     checkpoint.save(folder / "ours", model, tokenizer_json=Tokenizer.byte().definition)
     ok("convert", folder / "ours", folder / "theirs", "--to", "huggingface")
     return folder / "ours", folder / "theirs"

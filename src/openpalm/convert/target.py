@@ -22,7 +22,7 @@ from openpalm.convert.export import (
 )
 from openpalm.convert.gptj import huggingface, mesh_write
 from openpalm.convert.gptj.names import is_gptj, without_embedding_bias
-from openpalm.convert.huggingface.export import save_as_huggingface, write_around
+from openpalm.convert.huggingface.export import gptj_logits, save_as_huggingface, write_around
 from openpalm.convert.source import Source, open_source
 from openpalm.errors import CheckpointError, StorageError
 from openpalm.model.config import ModelConfig
@@ -152,6 +152,11 @@ def _write_huggingface(source: Source, directory: Path, notes: list[str]) -> Wri
             native=True,
         )
     difference = _compared(logits, source.config, directory)
+    theirs = gptj_logits(directory, source.config, ids)
+    if theirs is not None:
+        found, version = theirs
+        check_reloaded(directory, lambda: logits, lambda: found)
+        notes.append(f"transformers {version} computes the same logits")
     return Written("a folder for GPTJForCausalLM", difference, notes)
 
 

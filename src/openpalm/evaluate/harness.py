@@ -18,7 +18,7 @@ from openpalm.evaluate.scoring import Advance, Ids, Pair, rolling_windows, score
 from openpalm.generate.engine import NOT_FINITE, Engine
 from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling, completion_seed
-from openpalm.generate.streaming import CompletionText, document_ends
+from openpalm.generate.streaming import CompletionText
 
 MAX_NEW_TOKENS = 256
 """Tokens generated if a task names no limit, as in the library."""
@@ -162,9 +162,9 @@ class HarnessModel:
         if len(ids) + limit > self.max_length:
             self._note("does not fit the model's context and lost its beginning")
             ids = ids[limit - self.max_length :]
-        ends = stop_ids if context.startswith(_CHAT) else document_ends
+        # The end of a turn also ends a completion of plain text, as in an exported folder.
         sampling = Sampling(**sampling, seed=completion_seed(self._seed, number))
-        return Request(ids, limit, sampling, ends(self.tokenizer)), until
+        return Request(ids, limit, sampling, stop_ids(self.tokenizer)), until
 
     def _generation_settings(
         self, settings: dict[str, Any]

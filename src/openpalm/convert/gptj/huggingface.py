@@ -191,6 +191,9 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "activation_function": "gelu_new",
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tied,
+        # Not GPT-2's, which transformers assumes; the tokenizer's are filled in where there is one.
+        "bos_token_id": None,
+        "eos_token_id": None,
         "use_cache": True,
         "torch_dtype": str(dtype)[6:],
     }

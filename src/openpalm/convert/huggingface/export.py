@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ from openpalm.model.config import ModelConfig, RewardConfig
 from openpalm.model.reward import RewardModel, make_model
 
 _CHECK_SHAPE = (2, 32)
+_MAX_COMPARED_BYTES = 8 << 30
+"""Largest model, in float32, that transformers loads whole for a comparison."""
 _PADDING = ("<|padding|>", "<pad>", "[PAD]", "<|pad|>", "<|reserved_3|>")
 
 
@@ -274,6 +277,19 @@ def _transformers_output(folder: Path, ids: Tensor, is_reward: bool) -> Tensor:
     if is_reward:
         return loaded(input_ids=ids, prompt_lengths=_prompt_lengths(ids)).logits[:, 0]
     return loaded(input_ids=ids, use_cache=False).logits
+
+
+def gptj_logits(folder: Path, config: ModelConfig, ids: Tensor) -> tuple[Tensor, str] | None:
+    """Logits of a GPT-J folder by transformers, and its version.
+
+    None where transformers is not installed, or the model is too large to load for a comparison.
+    """
+    if 4 * config.parameters > _MAX_COMPARED_BYTES or find_spec("transformers") is None:
+        return None
+    transformers = import_module("transformers")
+    with _quiet_transformers(), torch.no_grad():
+        model = transformers.GPTJForCausalLM.from_pretrained(folder).float().eval()
+        return model(input_ids=ids, use_cache=False).logits, transformers.__version__
 
 
 @contextmanager
