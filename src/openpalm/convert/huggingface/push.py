@@ -36,7 +36,8 @@ def upload(folder: Path, repository: str, *, private: bool, message: str) -> str
             repo_id=repository, folder_path=folder, commit_message=message, delete_patterns="*"
         )
         return str(made)
-    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
+    # huggingface_hub raises RuntimeError where the upload of a large file fails.
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         remedy = (
             "log in with `hf auth login` or set HF_TOKEN"
