@@ -116,3 +116,16 @@ def test_refused_uploads_are_one_line(said, server: HubServer):
         assert status == 2
         fault = "must be ACCOUNT/NAME, of letters, digits, -, _ and ."
         assert errors == [f"openpalm: error: --repo {name!r}: {fault}"]
+
+
+def test_a_failed_upload_of_a_large_file_is_one_line(
+    said, server: HubServer, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("Error while uploading 'model.safetensors'\nto the Hub.")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", fails)
+    status, _, errors = said("push", DATA / "dpo" / "run", "--repo", "me/chat")
+    assert status == 1
+    assert "me/chat: cannot be uploaded (Error while uploading" in errors[-1]
+    assert "Traceback" not in "".join(errors)

@@ -43,9 +43,12 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.base.typed import home
     from openpalm.convert.huggingface.push import upload
     from openpalm.convert.source import open_source
+    from openpalm.convert.stamps import refuse_changed, stamps
     from openpalm.convert.target import write
 
-    source = open_source(Path(home(settings.path)))
+    path = Path(home(settings.path))
+    before = stamps(path)
+    source = open_source(path)
     print(f"read {settings.path}: {source.found}")
     with tempfile.TemporaryDirectory(prefix="openpalm-push-") as work:
         folder = Path(work) / "model"
@@ -54,6 +57,8 @@ def run(argv: Sequence[str]) -> None:
             print(f"  {note}")
         what = "logits" if source.reward is None else "scores"
         print(f"exported: {what} within {written.difference:.1e} of the model that was read")
+        if source.format != "openpalm":
+            refuse_changed(path, before)
         message = f"Upload by OpenPaLM {__version__}"
         address = upload(folder, settings.repo, private=settings.private, message=message)
     print(f"uploaded to {address}")

@@ -25,7 +25,8 @@ def upload(folder: Path, repository: str, *, private: bool, message: str) -> str
             repo_id=repository, folder_path=folder, commit_message=message, delete_patterns="*"
         )
         return str(made)
-    except (*hub_errors(), OSError, ValueError) as error:
+    # huggingface_hub raises RuntimeError where the upload of a large file fails.
+    except (*hub_errors(), OSError, ValueError, RuntimeError) as error:
         raise upload_error(repository, error) from None
     finally:
         enable_progress_bars()
