@@ -40,6 +40,25 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_the_folder_of_a_killed_process_is_removed_and_that_of_another_is_not(tmp_path):
+    program = (
+        "import os, sys; from pathlib import Path; from openpalm.base.files import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'large').touch(); print('ready', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "a")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, **pipes) as killed, subprocess.Popen(words, **pipes) as other:
+        assert killed.stdout.readline() == other.stdout.readline() == b"ready\n"
+        killed.kill()
+        killed.wait()
+        assert len(os.listdir(tmp_path)) == 2
+        with atomic_folder(tmp_path / "a"):
+            names = {f".a.partial-{pid}" for pid in (other.pid, os.getpid())}
+            assert set(os.listdir(tmp_path)) == names
+        other.kill()
+
+
 def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path):
     path = tmp_path / "a"
     for text in ("first", "second"):

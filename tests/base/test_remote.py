@@ -1,12 +1,14 @@
 """Files at URLs, with fsspec's file system in memory in place of a distant one."""
 
 import errno
+import os
 
 import fsspec
 import pytest
 
 from openpalm.base import remote
 from openpalm.base.remote import Copied, RemoteFile, copy_folder, is_url, remote_files
+from openpalm.cli.main import main
 from openpalm.errors import SettingsError, WorkError
 
 
@@ -106,8 +108,9 @@ def test_a_folder_goes_out_and_comes_back(memory, folder, tmp_path):
 def test_what_is_not_copied_is_named(memory, folder):
     (folder / "best").symlink_to(folder / "train")
     (folder / "model.link").symlink_to(folder / "model.bin")
+    os.mkfifo(folder / "pipe")
     found = copy_folder(str(folder), "memory://b/c")
-    assert set(found.left_out) == {".lock", ".a.partial-7", "best", "model.link"}
+    assert set(found.left_out) == {".lock", ".a.partial-7", "best", "model.link", "pipe"}
     assert {path.removeprefix("/b/c/") for path in memory.store} == {
         *("model.bin", "train/state.bin", "manifest.json")
     }
@@ -183,3 +186,12 @@ def test_a_file_system_that_is_not_installed_names_the_extra(monkeypatch):
         remote_files("s3://b/x")
     with pytest.raises(SettingsError, match=r"abfs:// is not installed; Install s3fs"):
         remote_files("abfs://b/x")
+
+
+def test_names_of_a_bucket_do_not_reach_the_terminal(memory, tmp_path, capsys):
+    memory.pipe("/b/c/a", b"1")
+    memory.pipe("/b/c/.\x1b[31mred", b"1")
+    assert main(["copy", "memory://b/c", str(tmp_path / "here")]) == 0
+    output = capsys.readouterr().out
+    assert "\\x1b[31mred" in output
+    assert "\x1b" not in output

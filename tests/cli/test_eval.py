@@ -1,5 +1,6 @@
 """`openpalm eval` reproduces the run's own validation figures."""
 
+import gzip
 import json
 import shutil
 
@@ -81,6 +82,15 @@ def test_fewer_bits_cost_little_and_something(said, work, run, words):
     assert found["weights"] == words[1]
     assert found["nats_per_token"] != exact["nats_per_token"]
     assert found["nats_per_token"] == pytest.approx(exact["nats_per_token"], rel=0.01)
+
+
+def test_a_text_that_unpacks_to_far_more_is_refused(said, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("openpalm.cli.eval._MAX_TEXT_BYTES", 1000)
+    with gzip.open(tmp_path / "t.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write((json.dumps({"text": "a" * 500}) + "\n") * 3)
+    status, _, errors = said("eval", run, "--text", tmp_path / "t.jsonl.gz")
+    assert (status, len(errors)) == (2, 1)
+    assert "more than 1,000 bytes of text; prepare it" in errors[0]
 
 
 def test_bits_per_byte_of_a_text_file(said, run, tmp_path):

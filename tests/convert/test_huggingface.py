@@ -15,7 +15,7 @@ from tiny_models import KINDS, tiny
 
 import openpalm
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.convert import hub
+from openpalm.convert import published
 from openpalm.convert.cached import checkpoint_path
 from openpalm.convert.huggingface import chat_template, export
 from openpalm.convert.huggingface.read import read_defaults, read_palm
@@ -225,7 +225,7 @@ def test_a_folder_is_a_model_path(said, tmp_path: Path):
     save(tiny(), folder)
     lines: list[str] = []
     kept = checkpoint_path(str(folder), lines.append)
-    assert kept.parent == hub.cache()
+    assert kept.parent == published.cache()
     assert [line.split("; ")[1] for line in lines] == [f"converting it once, into {kept}"]
     assert checkpoint_path(str(folder), lines.append) == kept
     assert len(lines) == 1
@@ -235,7 +235,47 @@ def test_a_folder_is_a_model_path(said, tmp_path: Path):
     stored = load_file(tmp_path / "moved/model.safetensors")
     save_file({n: t + 0.01 for n, t in stored.items()}, tmp_path / "moved/model.safetensors")
     assert checkpoint_path(str(tmp_path / "moved"), quiet) != kept
-    assert len(list(hub.cache().iterdir())) == 2
+    assert len(list(published.cache().iterdir())) == 2
+
+
+def test_a_folder_that_changes_while_it_is_read_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said
+):
+    """Its conversion would be a mixture, under the key of the folder as it was."""
+    save(tiny(), tmp_path / "out")
+    file = tmp_path / "out/model.safetensors"
+
+    def changed(source: object, directory: Path, *words: object, **more: object) -> object:
+        written = write(source, directory, *words, **more)  # type: ignore[arg-type]
+        file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+        return written
+
+    monkeypatch.setattr("openpalm.convert.cached.write", changed)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        checkpoint_path(str(tmp_path / "out"), quiet)
+    assert not list(published.cache().iterdir())
+    monkeypatch.setattr("openpalm.convert.target.write", changed)
+    status, _, errors = said("convert", tmp_path / "out", tmp_path / "ours")
+    assert status == 1
+    assert "changed while it was read" in errors[-1]
+    assert not (tmp_path / "ours").exists()
+
+
+def test_the_index_is_part_of_the_key(tmp_path: Path):
+    """Two files have a tensor: the index says which one is the model's."""
+    save(tiny(), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    first = min(stored)
+    save_file(stored, tmp_path / "model-1.safetensors")
+    save_file({first: stored[first] + 1}, tmp_path / "model-2.safetensors")
+    kept = set()
+    for other in ("model-1.safetensors", "model-2.safetensors"):
+        places = dict.fromkeys(stored, "model-1.safetensors") | {first: other}
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+        kept.add(checkpoint_path(str(tmp_path), quiet))
+    assert len(kept) == 2
 
 
 def test_training_starts_from_a_folder(said, work: Path, tmp_path: Path):
@@ -353,7 +393,7 @@ def test_broken_folders_are_refused(said, tmp_path: Path, broken: str):
     status, _, errors = said("sample", folder, "a")
     assert status == 2
     assert len(errors) == 1 + errors[0].startswith(str(folder))  # it may say what it converts
-    assert not list(hub.cache().glob("*"))
+    assert not list(published.cache().glob("*"))
 
 
 def test_code_in_a_folder_is_not_executed(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness in this process: our model class on its tasks, beside its own hf model.
+"""lm-evaluation-harness in this process: our model class on its tasks, against its own hf model.
 
 The rows in data/ are our own, in the formats in which the tasks are published.
 """
@@ -227,7 +227,7 @@ def test_the_command_and_the_report(said, run, tmp_path):
     assert any("lost its beginning" in line for line in errors)  # contexts beyond 48 tokens
     status, output, _ = said(*words, "--out", tmp_path / "scores.json")
     assert status == 0
-    assert "3.9900" in output  # the published perplexity, beside ours
+    assert "3.9900" in output  # the published perplexity, next to ours
     status, output, _ = said("report", tmp_path / "scores.json")
     assert output.strip() == str(tmp_path / "scores.html")
     assert "3.9900" in (tmp_path / "scores.html").read_text()
@@ -301,7 +301,7 @@ def test_rows_in_another_format_are_one_line(said, run, tmp_path):
 
 
 def test_a_task_of_ones_own(said, run, tmp_path):
-    """A definition in a .yaml with its rows beside it."""
+    """A definition in a .yaml with its rows next to it."""
     rows_file = tmp_path / "rows.jsonl"
     rows_file.write_text(json.dumps({"q": "Chapter", "a": " 1"}) + "\n", encoding="utf-8")
     definition = {
@@ -321,6 +321,61 @@ def test_a_task_of_ones_own(said, run, tmp_path):
     assert status == 0, errors
     assert [row["metric"] for row in json.loads(output)["scores"]] == ["perplexity", "acc"]
     (run / "tasks.json").unlink()
+
+
+CODE = "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}"
+OWN = """task: own
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{q}}"
+doc_to_target: "{{a}}"
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("process_docs: !function code.run\n", "names Python code (!function code.run)"),
+        ("process_docs: !function os.system\n", "names Python code (!function os.system)"),
+        ("class: !function code.Task\n", "names Python code (!function code.Task)"),
+        ("include: other.yml\n", "other.yml: names Python code (!function code.run)"),
+        ("x: &x {include: other.yml}\n<<: *x\n", "other.yml: names Python code"),
+        (
+            "metric_list: [{metric: ./code.py, aggregation: mean, higher_is_better: true}]\n",
+            "metric",
+        ),
+        (f"doc_to_text: {json.dumps(CODE)}\n", "'cycler' is undefined|SecurityError"),
+        ("process_docs: !!python/name:os.system\n", "no such task"),
+    ],
+)
+def test_code_of_a_definition_is_not_run(said, run, tmp_path, more, says):
+    """Not even when another task of the folder is wanted."""
+    canary, rows_file = tmp_path / "canary", tmp_path / "rows.jsonl"
+    touch = f"open({str(canary)!r}, 'w')\n"
+    (tmp_path / "code.py").write_text(touch, encoding="utf-8")
+    rows_file.write_text(json.dumps({"q": "Chapter", "a": " 1"}) + "\n", encoding="utf-8")
+    (tmp_path / "other.yml").write_text("process_docs: !function code.run\n", encoding="utf-8")
+    text = (OWN + more).replace("ROWS", str(rows_file)).replace("CANARY", str(canary))
+    text = text.replace("./code.py", str(tmp_path / "code.py"))
+    (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+    status, _, errors = said("eval", run, "--tasks", "own", "--task-path", tmp_path)
+    assert not canary.exists()
+    assert (status, len(errors)) == (2, 1), errors
+    assert any(each in errors[0] for each in says.split("|"))
+
+
+def test_code_of_a_definition_runs_when_the_user_says_so(said, run, tmp_path):
+    rows_file = tmp_path / "rows.jsonl"
+    rows_file.write_text(json.dumps({"q": "Chapter", "a": " 1"}) + "\n", encoding="utf-8")
+    (tmp_path / "code.py").write_text("def text(row): return row['q']\n", encoding="utf-8")
+    text = OWN.replace("ROWS", str(rows_file)) + "doc_to_text: !function code.text\n"
+    (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+    words = ["eval", run, "--tasks", "own", "--task-path", tmp_path, "--out", tmp_path / "s.json"]
+    status, _, errors = said(*words, "--run-task-code")
+    assert status == 0, errors
 
 
 def test_simple_evaluate_takes_our_model(model, tokenizer):

@@ -1,16 +1,25 @@
-"""Durable files: atomic write and rename, fsync, locks. The SHA-256 of a file is in hashing.py.
+"""Durable files: atomic write and rename, fsync, locks; the SHA-256 of a file.
 
 A file or folder is written under a temporary name, forced to disk and renamed. So after a kill or
 a power failure its name holds either the old content or the new one, whole.
 """
 
 import fcntl
+import glob
+import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+SETTLED_NS = 2 * 10**9
+"""A file changed this recently is hashed again: a second change could have the same time stamp."""
+
+_hashes: dict[tuple[int, ...], str] = {}
+"""Hash of each file by its device, inode, size, modification time and change time."""
 
 
 @contextmanager
@@ -45,11 +54,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Raises OSError.
     """
-    partial = partial_name(path)
-    old = partial.with_suffix(".old")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
-        partial.mkdir(parents=True)
+    old = partial_name(path).with_suffix(".old")
+    with own_folder(path) as partial:
         yield partial
         for entry in [*partial.rglob("*"), partial]:
             sync(entry)
@@ -60,9 +66,40 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         partial.rename(path)
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+
+
+@contextmanager
+def own_folder(path: Path) -> Iterator[Path]:
+    """A new folder under the temporary name for `path`, removed at the end if it is still there.
+
+    It is locked, so the next process knows that of a killed one, and removes it first: it may be as
+    large as a model. Raises OSError.
+    """
+    partial = partial_name(path)
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
+    for other in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        _remove_abandoned(other)
+    partial.mkdir(parents=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        lock(handle)
+        yield partial
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes a folder that no process has locked."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # a file, or removed since
+        return
+    try:
+        if lock(handle):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 def link_atomically(path: Path, target: str) -> None:
@@ -104,3 +141,22 @@ def lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hex, remembered until the file changes. Raises OSError."""
+    with path.open("rb") as file:
+        before = _state(file.fileno())
+        if before in _hashes:
+            return _hashes[before]
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        changed_ns = before[-1]
+        if _state(file.fileno()) == before and time.time_ns() - changed_ns > SETTLED_NS:
+            _hashes[before] = found
+        return found
+
+
+def _state(descriptor: int) -> tuple[int, ...]:
+    """Includes the change time (ctime): a program cannot set it back."""
+    stat = os.fstat(descriptor)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

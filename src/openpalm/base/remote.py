@@ -111,7 +111,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """left_out: names of hidden and unfinished files, and of links, that were not copied."""
+    """left_out: names of hidden and unfinished files, links and pipes, that were not copied."""
 
     files: int
     bytes: int
@@ -162,9 +162,11 @@ def _local_names(folder: Path) -> dict[str, int | None]:
     if not folder.is_dir():
         raise SettingsError(f"{folder}: no such folder; check the path")
     found = {
-        path.relative_to(folder).as_posix(): None if path.is_symlink() else path.stat().st_size
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        if path.is_file() and not path.is_symlink()
+        else None
         for path in sorted(folder.rglob("*"))
-        if path.is_symlink() or path.is_file()
+        if path.is_symlink() or not path.is_dir()
     }
     return {name: None if _is_hidden(name) else size for name, size in found.items()}
 

@@ -81,11 +81,13 @@ def run(argv: Sequence[str]) -> None:
 
 def convert(settings: ConvertSettings, say: Callable[[str], None]) -> None:
     """Writes `settings.dst`; `say` gets a line for all that was read, assumed or written."""
-    from openpalm.convert.export import check_output_directory
+    from openpalm.convert.export import check_output_directory, removed_on_error
     from openpalm.convert.source import open_source, with_tokenizer
+    from openpalm.convert.stamps import refuse_changed, stamps
     from openpalm.convert.target import write
 
     check_output_directory(settings.dst)
+    before = stamps(settings.src)
     source = open_source(settings.src, settings.from_, settings.era, settings.config)
     if source.format == settings.to == "openpalm" and not (settings.dtype or settings.tokenizer):
         raise SettingsError(
@@ -98,6 +100,9 @@ def convert(settings: ConvertSettings, say: Callable[[str], None]) -> None:
     for note in source.notes:
         say(f"  {note}")
     written = write(source, settings.dst, settings.to, dtype=settings.dtype, shards=settings.shards)
+    if source.format != "openpalm":  # a run may go on; its checkpoints do not change
+        with removed_on_error(settings.dst):
+            refuse_changed(settings.src, before)
     say(f"wrote {settings.dst}: {written.what}")
     for note in written.notes:
         say(f"  {note}")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from openpalm.base import settings
+from openpalm.base.console import shown
 from openpalm.base.typed import home
 from openpalm.errors import count_of
 
@@ -41,11 +42,12 @@ def run(argv: Sequence[str]) -> None:
         files, size = count_of(copied.files, "file"), count_of(copied.bytes, "byte")
         print(f"{target}: {files}, {size} copied")
         if copied.left_out:
-            print(f"not copied, because hidden, unfinished or a link: {_some(copied.left_out)}")
+            print(f"not copied, hidden, unfinished or no plain file: {_some(copied.left_out)}")
     else:
         print(f"{target}: already holds this folder, nothing copied")
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    # Names from a bucket may hold what a terminal obeys.
+    return ", ".join(n if n.isprintable() else shown(n) for n in names[:most]) + more

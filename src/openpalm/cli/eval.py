@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from openpalm.evaluate.tasks import TaskScore
     from openpalm.generate.engine import Engine
 
+_MAX_TEXT_BYTES = 256 << 20
+"""The tokens of --text are in memory at once; a small compressed file can hold far more."""
 _OF_DATA = ("split", "document_mask")
 _OF_TEXT = ("overlap", "text_field")
-_OF_TASKS = ("task_path", "num_fewshot", "limit", "apply_chat_template", "out")
+_OF_TASKS = ("task_path", "run_task_code", "num_fewshot", "limit", "apply_chat_template", "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class EvalSettings(ModelOptions):
     task_path: Path | None = None
     """with --tasks: folder with task definitions (.yaml), or with rows for tasks of the library
     (TASK/test.jsonl)"""
+    run_task_code: bool = False
+    """with --task-path: run the Python code that definitions in the folder name"""
     num_fewshot: int | None = None
     """with --tasks: examples in each prompt; default: the task's own number"""
     limit: int | None = None
@@ -159,8 +163,16 @@ def _text(settings: EvalSettings, text: Path) -> None:
     from openpalm.errors import DataError
     from openpalm.evaluate.text import text_loss, text_windows
 
-    found = read_documents([str(text)], text_field=settings.text_field)
-    texts = [document.text for document in found if document.ids is None and document.text]
+    texts, size = [], 0
+    for document in read_documents([str(text)], text_field=settings.text_field):
+        if document.ids is None and document.text:
+            texts.append(document.text)
+            size += len(document.text.encode())
+        if size > _MAX_TEXT_BYTES:
+            raise DataError(
+                f"--text {text}: more than {_MAX_TEXT_BYTES:,} bytes of text; prepare it with "
+                "`openpalm data prepare`, and give --data"
+            )
     if not texts:
         raise DataError(f"--text {text}: has no text; give a text file")
     engine, tokenizer, _ = serving_model(settings.path, settings, slots=settings.batch_size)
@@ -169,7 +181,6 @@ def _text(settings: EvalSettings, text: Path) -> None:
     check(settings.overlap < length, "overlap", settings.overlap, wanted)
     windows = text_windows(tokenizer, texts, length, settings.overlap)
     with ProgressBar("scoring", len(windows)) as bar:
-        size = sum(len(each.encode()) for each in texts)
         result = text_loss(engine, windows, size, bar.advance)
     row = {"text": str(text), "weights": _weights(engine), **_measures(result, length)}
     _show_loss(settings, str(text), row | {"overlap": settings.overlap})
@@ -221,6 +232,8 @@ def _tasks(settings: EvalSettings, names: str) -> None:
             shots=settings.num_fewshot,
             limit=settings.limit,
             chat=settings.apply_chat_template,
+            code=settings.run_task_code,
+            code_option="--run-task-code",
         )
     model = HarnessModel(engine, tokenizer, progress=_visible_progress(), seed=0)
     scores = run_tasks(model, tasks)

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def check_reloaded(
 
     Raises WorkError above TOLERANCE, or if the directory cannot be read again.
     """
-    try:
+    with removed_on_error(directory):
         with torch.no_grad():
             first, second = expected(), reloaded()
         difference = (first - second).abs().max().item()
@@ -97,12 +98,19 @@ def check_reloaded(
             raise WorkError(
                 f"{directory}: its reloaded logits differ by {difference:.1e}; removed it"
             )
+    return difference
+
+
+@contextmanager
+def removed_on_error(directory: Path) -> Iterator[None]:
+    """Removes the directory that was written if the block fails; what was wrong is WorkError."""
+    try:
+        yield
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
         if isinstance(error, OpenPalmError) and not isinstance(error, WorkError):
             raise WorkError(f"{error}; removed it") from error
         raise
-    return difference
 
 
 def _compared(model: Transformer, directory: Path, reload: Callable[[], Transformer]) -> float:

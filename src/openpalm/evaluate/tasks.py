@@ -8,7 +8,13 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -18,6 +24,7 @@ from typing import Any
 
 from openpalm.errors import DataError, OpenPalmError
 from openpalm.evaluate.harness import HarnessModel, as_lm
+from openpalm.evaluate.task_code import no_scripts, refuse_code, sandboxed
 
 FEWSHOT_SEED = 1234
 """Seed of the choice of examples for few-shot prompts; the library's default."""
@@ -47,7 +54,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks whose rows have been read."""
+    """Tasks with their rows, which have been read."""
 
     names: tuple[str, ...]
     loaded: dict[str, Any]
@@ -56,6 +63,8 @@ class Tasks:
     chat: bool
     warnings: dict[str, None]
     """what the library warned of, each once"""
+    code: bool = False
+    """whether definitions may run code"""
 
     def warning_lines(self) -> list[str]:
         return [f"lm-evaluation-harness warns: {text}" for text in self.warnings]
@@ -73,25 +82,31 @@ def load_tasks(
     shots: int | None = None,
     limit: int | None = None,
     chat: bool = False,
+    code_option: str = "code=True",
+    code: bool = False,
 ) -> Tasks:
     """Reads the rows of the tasks. `path` is a folder with task definitions (.yaml) and rows.
 
     A folder PATH/TASK with files such as test.jsonl or train.parquet holds the rows of the splits
     of TASK, in the format of the dataset that its definition names, which is then not fetched.
     `shots` is the number of examples in a prompt (default: the task's own), `limit` the number of
-    rows of each task (default all), `chat` whether prompts are conversations.
+    rows of each task (default all), `chat` whether prompts are conversations. `code` says that
+    definitions below `path` may run Python code; `code_option` is the user's word for it.
     """
     if path is not None and not path.is_dir():
         raise DataError(f"--task-path {path}: no such folder; check the path")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     warnings: dict[str, None] = {}
+    if path is not None and not code:
+        refuse_code(path, code_option)
     own = _own_tasks(path)
     for name in names:
         manager = _library_tasks() if own is None or name not in own.task_index else own
         if name not in manager.task_index:
             raise DataError(_unknown(name, manager.all_tasks, path))
         folder = None if path is None or not (path / name).is_dir() else path / name
-        with _quiet(_LOADING + name, warnings):
+        scripts = nullcontext() if code or manager is not own else no_scripts(code_option)
+        with _quiet(_LOADING + name, warnings), _templates(code=code), scripts:
             if folder is None:
                 found = manager.load([name])
             else:
@@ -99,14 +114,14 @@ def load_tasks(
         for kind, entries in loaded.items():
             entries |= found.get(kind, {})
     for name, task in loaded["tasks"].items():
-        with _quiet(_LOADING + name, warnings):
+        with _quiet(_LOADING + name, warnings), _templates(code=code):
             _prepare(task, shots)
-    return Tasks(tuple(names), loaded, shots, limit, chat, warnings)
+    return Tasks(tuple(names), loaded, shots, limit, chat, warnings, code)
 
 
 def run_tasks(model: HarnessModel, tasks: Tasks, *, resamples: int = RESAMPLES) -> list[TaskScore]:
     """Every metric of every task, for the model."""
-    with _quiet("the tasks", tasks.warnings):
+    with _quiet("the tasks", tasks.warnings), _templates(code=tasks.code):
         for task in tasks.loaded["tasks"].values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples in every run
         found = import_module("lm_eval.evaluator").evaluate(
@@ -119,6 +134,10 @@ def run_tasks(model: HarnessModel, tasks: Tasks, *, resamples: int = RESAMPLES) 
             fewshot_as_multiturn=tasks.chat,
         )
     return [score for name, row in found["results"].items() for score in _scores(found, name, row)]
+
+
+def _templates(*, code: bool) -> AbstractContextManager[None]:
+    return nullcontext() if code else sandboxed()
 
 
 @cache

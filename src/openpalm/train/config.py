@@ -279,6 +279,8 @@ class TaskProbeSettings:
     """steps between two scorings; default: --eval-every"""
     eval_tasks_path: Path | None = None
     """folder with task definitions (.yaml) or rows of tasks (TASK/test.jsonl)"""
+    eval_tasks_code: bool = False
+    """run the Python code that definitions in --eval-tasks-path name"""
     eval_tasks_limit: int = 100
     """rows of each task, from the first on; 0 is all"""
     eval_tasks_fewshot: int | None = None

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from openpalm.base.files import own_folder
+from openpalm.base.hub import hub_errors, reason_of
 from openpalm.base.progress_bar import ProgressBar
 from openpalm.convert.detect import ForeignCheckpoint, read_foreign
 from openpalm.convert.export import save_as_openpalm
@@ -61,20 +63,18 @@ def fetch(
     kept = cache() / f"{name}-{_key(name, local, url)}"
     if (kept / "manifest.json").is_file():
         return kept
-    part = cache() / f".{name}.part-{os.getpid()}.pt"
     try:
         if local is None and url is None:
             say(f"{name}: downloading from {NAMES[name][1]}")
             local = _published(name)
         elif url is not None:
             say(f"{name}: downloading {url}")
-            cache().mkdir(parents=True, exist_ok=True)
-            _download(url, part, _bound(_expected(name)))
-        _convert(name, local or part, kept, say)
+        with own_folder(kept) as work:
+            if url is not None:
+                _download(url, work / "download.pt", _bound(_expected(name)))
+            _convert(name, local or work / "download.pt", work, kept, say)
     except OSError as error:
         raise StorageError(f"{cache()}: {error.strerror or error}; free some space") from error
-    finally:
-        part.unlink(missing_ok=True)
     return kept
 
 
@@ -119,12 +119,12 @@ def _bound(config: ModelConfig) -> int:
     return _BYTES_PER_PARAMETER * config.parameters + _SLACK_BYTES
 
 
-def _convert(name: str, file: Path, kept: Path, say: Callable[[str], None]) -> None:
+def _convert(name: str, file: Path, work: Path, kept: Path, say: Callable[[str], None]) -> None:
     foreign = _read(name, file)
     tokenizer = _tokenizer(say)
     say(f"{name}: read as palm-rlhf-pytorch {foreign.era}, writing {kept}")
     lineage = foreign.lineage() | {"source_file": f"{name}.pt"}
-    mine = kept.with_name(f".{kept.name}.{os.getpid()}")
+    mine = work / "checkpoint"
     save_as_openpalm(foreign.model(), mine, lineage=lineage, tokenizer_json=tokenizer)
     keep(mine, kept)
 
@@ -153,25 +153,14 @@ def _read(name: str, file: Path) -> ForeignCheckpoint:
 
 def _published(name: str) -> Path:
     """The publisher's file in Hugging Face's cache; huggingface_hub resumes a partial download."""
-    import httpx2
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
 
     repository = NAMES[name][1]
     try:
         _refuse_larger(repository, f"{name}.pt", _bound(_expected(name)))
         return Path(hf_hub_download(repository, f"{name}.pt"))
-    except (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        httpx2.HTTPError,
-    ) as error:
-        raise _unreachable(f"{repository}/{name}.pt", str(error)) from None
+    except hub_errors() as error:
+        raise _unreachable(f"{repository}/{name}.pt", reason_of(error)) from None
 
 
 def _refuse_larger(repository: str, file: str, most: int) -> None:
@@ -213,11 +202,10 @@ def _download(url: str, target: Path, most: int) -> None:
         reply = error.response
         raise _unreachable(url, f"{reply.status_code} {reply.reason_phrase}") from None
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise _unreachable(url, str(error)) from None
+        raise _unreachable(url, reason_of(error)) from None
 
 
 def _unreachable(address: str, reason: str) -> WorkError:
-    reason = " ".join(reason.split())[:200]
     return WorkError(
         f"{address}: cannot be downloaded ({reason}); try again, or get the file elsewhere and "
         "set OPENPALM_HUB to its folder"
@@ -233,6 +221,6 @@ def _tokenizer(say: Callable[[str], None]) -> str | None:
         return Path(hf_hub_download(*TOKENIZER)).read_text(encoding="utf-8")
     # Errors of huggingface_hub, of httpx and of the system: the model works without a tokenizer.
     except Exception as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = reason_of(error)
         say(f"note: no tokenizer, its download failed ({reason}); the model reads ids only")
         return None
