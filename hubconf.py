@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "src"))  # torch.hub clones, it d
 
 from openpalm import Transformer
 from openpalm import load as _load
-from openpalm.convert.hub import fetch as _fetch
+from openpalm.convert.published import fetch as _fetch
 
 dependencies = [
     "torch",

@@ -81,7 +81,7 @@ def prepare(data: Path, *options: str) -> None:
 
 def train(out: Path, data: Path, seed: int, *options: str) -> list[Row]:
     """The rows of a run of `openpalm train`, which resumes if it was interrupted."""
-    from openpalm.train.metrics import read_rows
+    from openpalm.train.logging.metrics import read_rows
 
     fixed = (
         "--model",

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from openpalm.train.metrics import read_rows
+from openpalm.train.logging.metrics import read_rows
 
 CLOCK = {"elapsed_s", "mfu"}
 KINDS = ("started", "row", "save")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from openpalm.base import hashing
-from openpalm.base.hashing import sha256_of
+from openpalm.base import files
+from openpalm.base.files import sha256_of
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_it_is_sha256(tmp_path: Path):
 def test_a_file_is_hashed_once_until_it_changes(
     tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(hashing, "SETTLED_NS", -1)
+    monkeypatch.setattr(files, "SETTLED_NS", -1)
     file = tmp_path / "a"
     file.write_bytes(b"abc")
     first = [sha256_of(file) for _ in range(3)]
@@ -51,7 +51,7 @@ def test_a_file_is_hashed_once_until_it_changes(
 def test_a_modification_time_that_was_set_back_hides_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(hashing, "SETTLED_NS", -1)
+    monkeypatch.setattr(files, "SETTLED_NS", -1)
     file = tmp_path / "a"
     file.write_bytes(b"abc")
     sha256_of(file)

@@ -13,7 +13,7 @@ import pytest
 from checkpoints import FILES, TOKENIZER, refused, rewrite_manifest
 
 import openpalm
-from openpalm.base import hashing
+from openpalm.base import files
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.manifest import verify
 from openpalm.errors import CheckpointError, StorageError
@@ -134,13 +134,13 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
 def hashed_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files whose content is hashed from now on, in the order of hashing."""
     names: list[str] = []
-    digest = hashing.hashlib.file_digest
+    digest = files.hashlib.file_digest
 
     def counted(file: Any, algorithm: str) -> Any:
         names.append(Path(file.name).name)
         return digest(file, algorithm)
 
-    monkeypatch.setattr(hashing.hashlib, "file_digest", counted)
+    monkeypatch.setattr(files.hashlib, "file_digest", counted)
     return names
 
 
@@ -151,7 +151,7 @@ TRAIN = ["state.json", "state.safetensors"]
 
 
 def test_only_what_is_read_is_hashed_and_once(copied: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hashing, "SETTLED_NS", -1)
+    monkeypatch.setattr(files, "SETTLED_NS", -1)
     names = hashed_files(monkeypatch)
     openpalm.load(copied)
     checkpoint.load(checkpoint.resolve(copied))

@@ -207,10 +207,10 @@ def test_stop(sampled):
 
 
 def test_model_takes_the_one_word_as_the_prompt(said, sampled, work, monkeypatch):
-    from openpalm.convert import hub
+    from openpalm.convert import published
 
-    name = next(iter(hub.NAMES))
-    monkeypatch.setattr(hub, "fetch", lambda asked: work / "run" if asked == name else None)
+    name = next(iter(published.NAMES))
+    monkeypatch.setattr(published, "fetch", lambda asked: work / "run" if asked == name else None)
     status, output, errors = said("sample", "--model", name, PROMPT, "--json", "--seq_len", 40)
     assert (status, errors) == (0, [])
     assert json.loads(output) == sampled("--max-new-tokens", 40 - len(PROMPT))

@@ -15,7 +15,7 @@ from tiny_models import KINDS, tiny
 
 import openpalm
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.convert import hub
+from openpalm.convert import published
 from openpalm.convert.cached import checkpoint_path
 from openpalm.convert.huggingface import chat_template, export
 from openpalm.convert.huggingface.read import read_defaults, read_palm
@@ -225,7 +225,7 @@ def test_a_folder_is_a_model_path(said, tmp_path: Path):
     save(tiny(), folder)
     lines: list[str] = []
     kept = checkpoint_path(str(folder), lines.append)
-    assert kept.parent == hub.cache()
+    assert kept.parent == published.cache()
     assert [line.split("; ")[1] for line in lines] == [f"converting it once, into {kept}"]
     assert checkpoint_path(str(folder), lines.append) == kept
     assert len(lines) == 1
@@ -235,7 +235,7 @@ def test_a_folder_is_a_model_path(said, tmp_path: Path):
     stored = load_file(tmp_path / "moved/model.safetensors")
     save_file({n: t + 0.01 for n, t in stored.items()}, tmp_path / "moved/model.safetensors")
     assert checkpoint_path(str(tmp_path / "moved"), quiet) != kept
-    assert len(list(hub.cache().iterdir())) == 2
+    assert len(list(published.cache().iterdir())) == 2
 
 
 def test_a_folder_that_changes_while_it_is_read_is_not_kept(
@@ -253,7 +253,7 @@ def test_a_folder_that_changes_while_it_is_read_is_not_kept(
     monkeypatch.setattr("openpalm.convert.cached.write", changed)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         checkpoint_path(str(tmp_path / "out"), quiet)
-    assert not list(hub.cache().iterdir())
+    assert not list(published.cache().iterdir())
     monkeypatch.setattr("openpalm.convert.target.write", changed)
     status, _, errors = said("convert", tmp_path / "out", tmp_path / "ours")
     assert status == 1
@@ -393,7 +393,7 @@ def test_broken_folders_are_refused(said, tmp_path: Path, broken: str):
     status, _, errors = said("sample", folder, "a")
     assert status == 2
     assert len(errors) == 1 + errors[0].startswith(str(folder))  # it may say what it converts
-    assert not list(hub.cache().glob("*"))
+    assert not list(published.cache().glob("*"))
 
 
 def test_code_in_a_folder_is_not_executed(tmp_path: Path):

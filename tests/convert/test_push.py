@@ -108,13 +108,14 @@ def test_refused_uploads_are_one_line(said, server: HubServer):
     status, _, errors = said("push", RUN, "--repo", "me/tiny")
     assert status == 1
     assert errors[-1].startswith("openpalm: error: me/tiny: cannot be uploaded (")
-    assert errors[-1].endswith("; log in with `hf auth login` or set HF_TOKEN")
+    assert errors[-1].endswith(
+        "; log in with `hf auth login` or set HF_TOKEN to a token that may write"
+    )
     for name in ("tiny", "me/tiny/x", "me/ti ny", "../tiny", "me/tiny.git"):
         status, _, errors = said("push", RUN, "--repo", name)
         assert status == 2
-        assert errors == [
-            f"openpalm: error: --repo {name}: must be ACCOUNT/NAME, of letters, digits, -, _ and ."
-        ]
+        fault = "must be ACCOUNT/NAME, of letters, digits, -, _ and ."
+        assert errors == [f"openpalm: error: --repo {name!r}: {fault}"]
 
 
 def test_a_failed_upload_of_a_large_file_is_one_line(

@@ -1,4 +1,4 @@
-"""Bits per byte of a text, beside a computation from the logits."""
+"""Bits per byte of a text, compared with a computation from the logits."""
 
 import math
 

@@ -9,7 +9,7 @@ import torch
 from train_samples import same, weights
 
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.train.metrics import read_rows
+from openpalm.train.logging.metrics import read_rows
 
 Train = Callable[..., int]
 

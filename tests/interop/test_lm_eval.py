@@ -1,4 +1,4 @@
-"""lm-evaluation-harness in this process: our model class on its tasks, beside its own hf model.
+"""lm-evaluation-harness in this process: our model class on its tasks, against its own hf model.
 
 The rows in data/ are our own, in the formats in which the tasks are published.
 """
@@ -227,7 +227,7 @@ def test_the_command_and_the_report(said, run, tmp_path):
     assert any("lost its beginning" in line for line in errors)  # contexts beyond 48 tokens
     status, output, _ = said(*words, "--out", tmp_path / "scores.json")
     assert status == 0
-    assert "3.9900" in output  # the published perplexity, beside ours
+    assert "3.9900" in output  # the published perplexity, next to ours
     status, output, _ = said("report", tmp_path / "scores.json")
     assert output.strip() == str(tmp_path / "scores.html")
     assert "3.9900" in (tmp_path / "scores.html").read_text()
@@ -301,7 +301,7 @@ def test_rows_in_another_format_are_one_line(said, run, tmp_path):
 
 
 def test_a_task_of_ones_own(said, run, tmp_path):
-    """A definition in a .yaml with its rows beside it."""
+    """A definition in a .yaml with its rows next to it."""
     rows_file = tmp_path / "rows.jsonl"
     rows_file.write_text(json.dumps({"q": "Chapter", "a": " 1"}) + "\n", encoding="utf-8")
     definition = {

@@ -8,7 +8,7 @@ from train_samples import random_loader, tiny
 
 from openpalm.errors import SettingsError
 from openpalm.train.config import TrainSettings
-from openpalm.train.metrics import read_rows
+from openpalm.train.logging.metrics import read_rows
 from openpalm.train.objective import NextToken
 from openpalm.train.run import run_training
 from openpalm.train.spec import TrainSpec

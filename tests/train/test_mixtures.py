@@ -10,7 +10,7 @@ from openpalm.base.yaml_file import read_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.evaluate.perplexity import dataset_loss
-from openpalm.train.metrics import read_rows
+from openpalm.train.logging.metrics import read_rows
 
 Train = Callable[..., int]
 

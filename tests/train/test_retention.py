@@ -14,7 +14,7 @@ from openpalm.cli.main import main
 from openpalm.evaluate import probes
 from openpalm.evaluate.perplexity import SplitLoss
 from openpalm.train import retention
-from openpalm.train.metrics import read_rows
+from openpalm.train.logging.metrics import read_rows
 from openpalm.train.probes import BestBy
 
 Train = Callable[..., int]

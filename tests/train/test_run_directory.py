@@ -15,7 +15,7 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main
 from openpalm.train.batch_shape import BatchShape
 from openpalm.train.config import TrainSettings, batch_shape
-from openpalm.train.metrics import read_rows
+from openpalm.train.logging.metrics import read_rows
 from openpalm.train.sizing import measure
 from openpalm.train.spec import TrainSpec
 from openpalm.train.trainer import Trainer

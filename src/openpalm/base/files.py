@@ -1,4 +1,4 @@
-"""Durable files: atomic write and rename, fsync, locks. The SHA-256 of a file is in hashing.py.
+"""Durable files: atomic write and rename, fsync, locks; the SHA-256 of a file.
 
 A file or folder is written under a temporary name, forced to disk and renamed. So after a kill or
 a power failure its name holds either the old content or the new one, whole.
@@ -6,12 +6,20 @@ a power failure its name holds either the old content or the new one, whole.
 
 import fcntl
 import glob
+import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+SETTLED_NS = 2 * 10**9
+"""A file changed this recently is hashed again: a second change could have the same time stamp."""
+
+_hashes: dict[tuple[int, ...], str] = {}
+"""Hash of each file by its device, inode, size, modification time and change time."""
 
 
 @contextmanager
@@ -133,3 +141,22 @@ def lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hex, remembered until the file changes. Raises OSError."""
+    with path.open("rb") as file:
+        before = _state(file.fileno())
+        if before in _hashes:
+            return _hashes[before]
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        changed_ns = before[-1]
+        if _state(file.fileno()) == before and time.time_ns() - changed_ns > SETTLED_NS:
+            _hashes[before] = found
+        return found
+
+
+def _state(descriptor: int) -> tuple[int, ...]:
+    """Includes the change time (ctime): a program cannot set it back."""
+    stat = os.fstat(descriptor)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from openpalm import __version__
-from openpalm.base.hashing import sha256_of
+from openpalm.base.files import sha256_of
 from openpalm.base.json_file import read_failure, read_json
 from openpalm.errors import CheckpointError
 

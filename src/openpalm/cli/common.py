@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from openpalm.base.device import pick_device, pick_dtype
-from openpalm.base.hashing import sha256_of
+from openpalm.base.files import sha256_of
 from openpalm.base.settings import check
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter

@@ -54,7 +54,7 @@ class Prepare:
     split_text: str | None = None
     """text between documents, such as "<|endoftext|>": every text is split at it"""
     fix_text: Literal["none", "ftfy"] = "none"
-    """ftfy mends wrongly decoded text and applies Unicode NFKC, before documents are hashed"""
+    """ftfy repairs wrongly decoded text and applies Unicode NFKC, before documents are hashed"""
     detokenize: Literal["none", "wikitext"] = "none"
     """wikitext undoes the tokenization of WikiText (`a 1 @,@ 000 @-@ mile trip .`)"""
     val_fraction: float = 0.05

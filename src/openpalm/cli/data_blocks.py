@@ -59,8 +59,8 @@ def run_blocks(argv: Sequence[str]) -> None:
         ),
         positional=("inputs",),
     )
+    from openpalm.base.hub import check_repository
     from openpalm.base.progress_bar import long_job
-    from openpalm.data.dataset.hub import check_repository
     from openpalm.data.prepare.blocks import BlocksRequest, write_blocks
     from openpalm.data.prepare.preparation import PrepareRequest
 

@@ -34,7 +34,7 @@ def run_push(argv: Sequence[str]) -> None:
 
 def push(folder: Path, repo: str, *, private: bool) -> None:
     from openpalm.base.progress_bar import long_job
-    from openpalm.data.dataset.hub import push_dataset
+    from openpalm.data.dataset.push import push_dataset
 
     with long_job("uploading") as progress:
         url = push_dataset(folder, repo, private=private, progress=progress)

@@ -21,7 +21,7 @@ class PushSettings:
     """data type of the weights; default: that of the checkpoint"""
 
     def __post_init__(self) -> None:
-        from openpalm.convert.huggingface.push import check_repository
+        from openpalm.base.hub import check_repository
 
         check_repository(self.repo)
 

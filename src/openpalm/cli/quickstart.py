@@ -331,7 +331,7 @@ def _rows(
     settings: QuickstartSettings, run: str, column: str, file: str = "metrics.jsonl"
 ) -> list[Any]:
     """The values of a column in the rows that a stage's run wrote."""
-    from openpalm.train.metrics import read_rows
+    from openpalm.train.logging.metrics import read_rows
 
     return [row[column] for row in read_rows(settings.out / run / file) if column in row]
 

@@ -20,7 +20,7 @@ class ReportSettings:
     runs: list[str]
     """run directories; several are compared. Also .json files of `openpalm eval --tasks --out`"""
     out: Path | None = None
-    """HTML file to write; default: report.html in the first run, or beside the first .json file"""
+    """HTML file to write; default: report.html in the first run, or next to the first .json file"""
     plot: Literal["steps", "tokens", "minutes", "flops"] | None = None
     """plot the losses in the terminal against this axis, in place of the page; with --out, both"""
 

@@ -43,7 +43,7 @@ def _mesh_settings(path: Path) -> dict[str, Any] | None:
     """The settings of a configuration of mesh-transformer-jax; None for any other file."""
     from textwrap import fill
 
-    from openpalm.train.mesh_config import read_mesh_config
+    from openpalm.convert.gptj.mesh_config import read_mesh_config
 
     found = read_mesh_config(path, PretrainSettings.__dataclass_fields__)
     if found is None:

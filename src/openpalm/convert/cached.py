@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from openpalm.base.files import own_folder
+from openpalm.base.hub import PREFIX, REPOSITORY, hub_errors, reason_of
 from openpalm.base.typed import home
-from openpalm.convert import hub
+from openpalm.convert import published
 from openpalm.convert.huggingface.read import TOKENIZER_FILES
 from openpalm.convert.source import Source, check_kind, detect, open_source
 from openpalm.convert.stamps import refuse_changed, stamps
@@ -31,32 +32,29 @@ _FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _OLD_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 """Only for repositories without safetensors; nothing in them is executed."""
-_SCHEME = "hf://"
 _TIMEOUT_S = 10
-_HUB_NAME = re.compile(
-    r"(?P<repository>\w[\w.-]{0,95}/\w[\w.-]{0,95})(@(?P<revision>[\w.-]{1,100}))?", re.ASCII
-)
+_HUB_NAME = re.compile(rf"(?P<repository>{REPOSITORY})(@(?P<revision>[\w.-]{{1,100}}))?", re.ASCII)
 
 
 def checkpoint_path(name: str, say: Say | None = None) -> Path:
     """The path of the run or checkpoint that `name` means, converted first if it is foreign.
 
-    name: a path, one of `hub.NAMES`, or a model of the Hugging Face Hub: ACCOUNT/NAME, where no
+    name: a path, one of `published.NAMES`, or a model of the Hugging Face Hub: ACCOUNT/NAME, if no
     local folder ACCOUNT exists, or hf://ACCOUNT/NAME, each optionally with @REVISION. Raises
     CheckpointError for a kind of model that is not read, WorkError when the network fails,
     StorageError when the disk is full.
     """
     say = say or (lambda line: print(line, file=sys.stderr))
     path = Path(home(name))
-    if name in hub.NAMES and not path.exists():
-        return hub.fetch(name)
+    if name in published.NAMES and not path.exists():
+        return published.fetch(name)
     if path.is_dir() and detect(path) in _FOREIGN:
         return _converted(path, name, say)
-    if name.startswith(_SCHEME) or (not path.exists() and not path.parent.exists()):
-        found = _HUB_NAME.fullmatch(name.removeprefix(_SCHEME))
+    if name.startswith(PREFIX) or (not path.exists() and not path.parent.exists()):
+        found = _HUB_NAME.fullmatch(name.removeprefix(PREFIX))
         if found is not None:
             return _converted(_downloaded(name, found, say), name, say)
-        if name.startswith(_SCHEME):
+        if name.startswith(PREFIX):
             raise CheckpointError(f"{name}: must be hf://ACCOUNT/NAME")
     return path
 
@@ -67,7 +65,7 @@ def _converted(folder: Path, name: str, say: Say) -> Path:
         source = open_source(folder)
         # The checksums of mesh-transformer-jax's files are short: anyone can make others with them.
         own = (folder.resolve(), before) if source.format == "mesh-transformer-jax" else ()
-        kept = hub.cache() / f"{source.format}-{_key(source, own)}"
+        kept = published.cache() / f"{source.format}-{_key(source, own)}"
         if (kept / "manifest.json").is_file():
             return kept
         say(f"{name}: {source.found}; converting it once, into {kept}")
@@ -77,9 +75,9 @@ def _converted(folder: Path, name: str, say: Say) -> Path:
             defaults = json.dumps(vars(source.defaults))
             (mine / "generation_config.json").write_text(defaults, encoding="utf-8")
             refuse_changed(folder, before)
-            hub.keep(mine, kept)
+            published.keep(mine, kept)
     except OSError as error:
-        where = error.filename or hub.cache()
+        where = error.filename or published.cache()
         raise StorageError(f"{where}: {error.strerror or error}; free some space") from error
     return kept
 
@@ -95,7 +93,6 @@ def _downloaded(name: str, found: re.Match[str], say: Say) -> Path:
     """The model's files in Hugging Face's cache; config.json first, to refuse other models."""
     import httpx2
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, revision = found["repository"], found["revision"]
     offline, weights = False, _WEIGHTS
@@ -116,9 +113,9 @@ def _downloaded(name: str, found: re.Match[str], say: Say) -> Path:
         say(f"{name}: reading it from {'the cache of ' * offline}the Hugging Face Hub")
         patterns = [*_FILES, *weights]
         return Path(snapshot_download(repository, allow_patterns=patterns, **which))
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, ConnectionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if name.startswith(_SCHEME):
+    except hub_errors() as error:
+        reason = reason_of(error)
+        if name.startswith(PREFIX):
             raise WorkError(f"{name}: cannot be downloaded ({reason}); try again") from None
         raise CheckpointError(
             f"{name}: no such checkpoint or run; check the path (as the name of a model on the "

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from openpalm import __version__
-from openpalm.base.hashing import sha256_of
+from openpalm.base.files import sha256_of
 from openpalm.convert.conversion import Converted
 from openpalm.convert.files import Tensors, find_file, read_hyperparameters, read_tensors
 from openpalm.convert.nanopalm import read_nanopalm

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from openpalm.base.json_file import read_json
-from openpalm.base.pickle_check import check_pickle
+from openpalm.convert.pickle_check import check_pickle
 from openpalm.errors import CheckpointError, count_of
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -132,6 +132,12 @@ class Hyperparameters:
         if type(value) is not int or not 0 < value < _MAX_WHOLE:
             raise CheckpointError(f"{self.where}: {name} cannot be {value!r}; give a whole number")
         return value
+
+    def required(self, *names: str, remedy: str) -> list[int]:
+        """Positive whole numbers that the file must have."""
+        if missing := [name for name in names if self.whole(name) is None]:
+            raise CheckpointError(f"{self.where}: lacks {', '.join(missing)}; {remedy}")
+        return [self.whole(name) or 0 for name in names]
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.values.get(name, default)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openpalm import __version__
 from openpalm.base.console import shown
-from openpalm.base.hashing import sha256_of
+from openpalm.base.files import sha256_of
 from openpalm.base.json_file import read_json
 from openpalm.base.typed import home
 from openpalm.checkpoint import directory as checkpoint
@@ -47,7 +47,7 @@ SourceFormat = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint whose tensors are read on access."""
+    """A checkpoint; its tensors are read on access."""
 
     format: SourceFormat
     config: ModelConfig

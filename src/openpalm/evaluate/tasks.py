@@ -54,7 +54,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks whose rows have been read."""
+    """Tasks with their rows, which have been read."""
 
     names: tuple[str, ...]
     loaded: dict[str, Any]

@@ -13,7 +13,7 @@ from openpalm.base.json_file import read_json
 from openpalm.base.yaml_file import read_yaml
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import CheckpointError, DataError
-from openpalm.train.metrics import read_rows, unit_of
+from openpalm.train.logging.metrics import read_rows, unit_of
 
 Axis = Literal["steps", "tokens", "minutes", "flops"]
 AXES: tuple[Axis, ...] = get_args(Axis)

@@ -10,7 +10,7 @@ from openpalm.model.transformer import initialise
 from openpalm.train import run_directory
 from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.config import TrainSettings
-from openpalm.train.inherited_optimizer import check_optimizer
+from openpalm.train.optimization.inherited_optimizer import check_optimizer
 from openpalm.train.run_directory import RunInfo
 from openpalm.train.sizing.measure import measure
 from openpalm.train.spec import TrainSpec, make_trainer
@@ -36,7 +36,7 @@ def measured_info(
     timed = settings
     if repeated is not None and settings.dtype == "auto":
         timed = replace(settings, dtype=repeated.dtype)
-    # Without the ramp, whose first steps are smaller and would measure too fast.
+    # Without the ramp: its first steps are smaller and would measure too fast.
     whole = replace(shape, ramp=Ramp())
 
     def make_scratch_trainer(dtype: torch.dtype) -> Trainer:

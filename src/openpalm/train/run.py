@@ -31,13 +31,13 @@ from openpalm.parallel.world import world
 from openpalm.train import retention, run_directory
 from openpalm.train.batch_shape import BatchShape
 from openpalm.train.config import LEAST_STEPS_APART, PROBES_PER_RUN, TrainSettings, batch_shape
-from openpalm.train.inherited_optimizer import inherit_optimizer
 from openpalm.train.initial_weights import check_trained
-from openpalm.train.loggers import Loggers, check_installed
-from openpalm.train.metrics import RowFile, TrainingBar, read_rows
+from openpalm.train.logging.loggers import Loggers, check_installed
+from openpalm.train.logging.metrics import RowFile, TrainingBar, read_rows
+from openpalm.train.logging.profile import Profiler
 from openpalm.train.new_run import measured_info
+from openpalm.train.optimization.inherited_optimizer import inherit_optimizer
 from openpalm.train.probes import Probe
-from openpalm.train.profile import Profiler
 from openpalm.train.run_directory import RunInfo, step_of
 from openpalm.train.spec import TrainSpec, make_trainer
 from openpalm.train.trainer import StepReport, Trainer

@@ -51,7 +51,7 @@ class TrainSpec:
     data_hash: str | None = None
     reward_hash: str | None = None
     parent: Path | None = None
-    """checkpoint of the initial weights, whose optimizer state --keep-optimizer takes over"""
+    """checkpoint of the initial weights; --keep-optimizer takes over its optimizer state"""
     parent_hash: str | None = None
     parent_fixed: bool = False
     """whether a resumed run needs the same parent weights, because they are the reference"""

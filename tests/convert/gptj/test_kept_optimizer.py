@@ -1,4 +1,4 @@
-"""Fine-tuning goes on from the moments of a full checkpoint of mesh-transformer-jax."""
+"""Fine-tuning continues from the moments of a full checkpoint of mesh-transformer-jax."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from openpalm.cli.main import main
 from openpalm.convert.gptj.mesh_read import read_mesh
 from openpalm.errors import SettingsError
 from openpalm.train.config import OptimSettings
-from openpalm.train.inherited_optimizer import check_optimizer, inherit_optimizer
+from openpalm.train.optimization.inherited_optimizer import check_optimizer, inherit_optimizer
 from openpalm.train.optimization.parameter_groups import Optimizer
 
 ROTO = Path(__file__).parents[2] / "parity/data/mesh-transformer-jax/roto"

@@ -25,7 +25,7 @@ from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.transformer import Transformer, initialise
 from openpalm.train.config import OptimSettings
-from openpalm.train.inherited_optimizer import check_optimizer, inherit_optimizer
+from openpalm.train.optimization.inherited_optimizer import check_optimizer, inherit_optimizer
 from openpalm.train.optimization.parameter_groups import Optimizer
 
 ROTO = Path(__file__).parents[2] / "parity/data/mesh-transformer-jax/roto"

@@ -1,4 +1,4 @@
-"""Text that is split, mended and detokenized before it is hashed."""
+"""Text that is split, repaired and detokenized before it is hashed."""
 
 import builtins
 import json

@@ -169,7 +169,7 @@ def test_a_manifest_that_cannot_be_is_refused(changes, says, copy):
 
 
 def lying(copy, rows, kind=None):
-    """A first file with other rows, whose size and hash the manifest confirms."""
+    """A first file with other rows; the manifest confirms its size and hash."""
     import hashlib
 
     path = copy / "val-00000.parquet"

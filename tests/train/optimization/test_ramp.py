@@ -14,7 +14,7 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import SettingsError
 from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.config import TrainSettings, batch_shape
-from openpalm.train.metrics import read_rows
+from openpalm.train.logging.metrics import read_rows
 from openpalm.train.sizing import measure
 from openpalm.train.trainer import Trainer
 

@@ -106,13 +106,11 @@ def read_config(folder: Path) -> ModelConfig:
     """The model that config.json describes. Raises CheckpointError for what we do not compute."""
     where = folder / "config.json"
     given = Hyperparameters(str(where), read_json(where, _REMEDY))
-    sizes = {n: given.whole(n) for n in ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim")}
-    if missing := [name for name, value in sizes.items() if value is None]:
-        raise CheckpointError(f"{where}: lacks {', '.join(missing)}; {_REMEDY}")
+    names = ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim")
+    vocab, dim, layers, heads, rotary = given.required(*names, remedy=_REMEDY)
     activation = given.values.get("activation_function", "gelu_new")
     if activation not in _TANH_GELU:
         raise CheckpointError(f"{where}: activation_function {shown(activation)} is not GPT-J's")
-    vocab, dim, layers, heads, rotary = (value or 0 for value in sizes.values())
     if dim % heads:
         raise CheckpointError(f"{where}: n_head {heads} does not divide n_embd {dim}")
     try:

@@ -26,7 +26,7 @@ _REMEDY = "give the config that it was trained with: --config CONFIG.json"
 
 @dataclass(frozen=True)
 class MeshCheckpoint:
-    """A checkpoint whose tensors are read on access."""
+    """A checkpoint; its tensors are read on access."""
 
     folder: Path
     config: ModelConfig
@@ -125,13 +125,11 @@ def _known_sizes(shards: list[Shard], folder: Path, notes: list[str]) -> Hyperpa
 
 
 def _config(given: Hyperparameters) -> ModelConfig:
-    sizes = {name: given.whole(name) for name in ("layers", "d_model", "n_heads", "n_vocab")}
-    if missing := [name for name, value in sizes.items() if value is None]:
-        raise CheckpointError(f"{given.where}: lacks {', '.join(missing)}; {_REMEDY}")
+    names = ("layers", "d_model", "n_heads", "n_vocab")
+    layers, dim, heads, vocab = given.required(*names, remedy=_REMEDY)
     for name, only in (("norm", "layernorm"), ("pe", "rotary")):
         if (found := given.values.get(name, only)) != only:
             raise CheckpointError(f"{given.where}: {name} {found!r:.40} is not read, only {only}")
-    layers, dim, heads, vocab = (value or 0 for value in sizes.values())
     if dim % heads:
         raise CheckpointError(f"{given.where}: n_heads {heads} does not divide d_model {dim}")
     try:

@@ -144,7 +144,7 @@ def _cut(leaf: Leaf, tensor: Tensor, shards: int, *, moment: bool) -> Shards:
 
 
 def _shares(bias: Tensor, shards: int) -> list[Tensor]:
-    """Equal shares of a bias, whose sum is the bias: exactly so for a power of two of shards."""
+    """Equal shares that sum to a bias: exactly so for a power of two of shards."""
     share = (bias.float() / shards).to(bias.dtype)
     rest = bias.float() - share.float() * shards
     return [(share.float() + rest).to(bias.dtype), *[share] * (shards - 1)]

@@ -1,8 +1,8 @@
 """The chat template as Jinja, for `tokenizer.apply_chat_template` and servers that use it.
 
-It writes the text whose token ids data/text/conversation.py renders. That module places special
-tokens itself; a Jinja template can only write their names into the text, so a message that spells
-a special token is refused.
+It writes the text of the token ids that data/text/conversation.py renders. That module places
+special tokens itself; a Jinja template can only write their names into the text, so a message that
+spells a special token is refused.
 """
 
 import json

@@ -1,18 +1,9 @@
 """Uploads a folder to a model repository of the Hugging Face Hub."""
 
-import re
 from pathlib import Path
 
 from openpalm import __version__
-from openpalm.errors import SettingsError, WorkError
-
-_NAME = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
-
-
-def check_repository(name: str) -> None:
-    """Raises SettingsError for a name that no repository can have."""
-    if not _NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
-        raise SettingsError(f"--repo {name}: must be ACCOUNT/NAME, of letters, digits, -, _ and .")
+from openpalm.base.hub import hub_errors, upload_error
 
 
 def upload(folder: Path, repository: str, *, private: bool, message: str) -> str:
@@ -22,9 +13,7 @@ def upload(folder: Path, repository: str, *, private: bool, message: str) -> str
     folder has not are deleted, so that no shard of an earlier upload stays. Raises WorkError if
     the Hub refuses or the network fails.
     """
-    import httpx2
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     api = HfApi(library_name="openpalm", library_version=__version__)
@@ -37,14 +26,7 @@ def upload(folder: Path, repository: str, *, private: bool, message: str) -> str
         )
         return str(made)
     # huggingface_hub raises RuntimeError where the upload of a large file fails.
-    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        remedy = (
-            "log in with `hf auth login` or set HF_TOKEN"
-            if status in (401, 403)
-            else ("check the name and the network, and run the command again")
-        )
-        reason = " ".join(str(error).split())[:200]
-        raise WorkError(f"{repository}: cannot be uploaded ({reason}); {remedy}") from None
+    except (*hub_errors(), OSError, ValueError, RuntimeError) as error:
+        raise upload_error(repository, error) from None
     finally:
         enable_progress_bars()

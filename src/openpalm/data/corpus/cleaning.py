@@ -1,4 +1,4 @@
-"""Changes of a document's text before it is hashed: split at a marker, mended, detokenized.
+"""Changes of a document's text before it is hashed: split at a marker, repaired, detokenized.
 
 The order is that of create_finetune_tfrecords of mesh-transformer-jax: split, ftfy, detokenizer.
 Both changes are made line by line, so a long text is cleaned in pieces of whole lines.

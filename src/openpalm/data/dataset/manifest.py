@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from openpalm.base.hashing import sha256_of
+from openpalm.base.files import sha256_of
 from openpalm.base.typed import checked
 from openpalm.base.workers import available_cores
 from openpalm.errors import DataError, SettingsError, count_of

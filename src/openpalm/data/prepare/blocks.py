@@ -17,8 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from openpalm.base.files import atomic_file, lock, write_atomically
-from openpalm.base.hashing import sha256_of
+from openpalm.base.files import atomic_file, lock, sha256_of, write_atomically
 from openpalm.base.permutation import order_key, shuffled
 from openpalm.data.corpus.line_streams import Unavailable
 from openpalm.data.corpus.sources import find_sources

@@ -16,13 +16,13 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from openpalm.base.console import shown
+from openpalm.base.hub import PREFIX, fetch_dataset_file
 from openpalm.base.permutation import mix64
 from openpalm.base.typed import at, expect, home, is_number
 from openpalm.base.yaml_file import packaged, read_yaml
 from openpalm.data.corpus.json_lines import read_rows
 from openpalm.data.corpus.sources import is_rows
 from openpalm.data.rows.demonstration_files import check_demonstration, read_demonstrations
-from openpalm.data.rows.hub_rows import PREFIX, fetch_rows
 from openpalm.data.rows.messages import Messages, assistant_turn, check_prompt
 from openpalm.data.rows.read_result import ReadResult, UnusableRow, collect_results
 from openpalm.data.text.conversation import Message
@@ -199,7 +199,7 @@ def _parse_task(task: object, folder: Path) -> Task:
     made = (at(f"templates[{i}]", _parse_task_template, t) for i, t in enumerate(templates or ()))
     made = tuple(made)  # before the download: a wrong template is reported at once
     if str(data).startswith(PREFIX):
-        return Task(fetch_rows(str(data)), weight, made, str(data))
+        return Task(fetch_dataset_file(str(data)), weight, made, str(data))
     return Task(folder / home(str(data)), weight, made)
 
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from openpalm.base.hub import hub_errors, reason_of
 from openpalm.data.text import gpt2_files
 from openpalm.errors import DataError
 
@@ -31,24 +32,14 @@ def find_tokenizer(spec: str) -> str:
         known = name in PLAIN_NAMES or _NAME.fullmatch(name)
         if not known or name.endswith(".json") or Path(name).exists():
             return spec
-    import httpx2
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(FILES)))
-    except (
-        *(HfHubHTTPError, HFValidationError, LocalEntryNotFoundError),
-        *(httpx2.HTTPError, OSError),
-    ) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (*hub_errors(), OSError) as error:
         raise DataError(
-            f"--tokenizer {spec}: no such file, and cannot be downloaded from the Hub ({reason}); "
-            "give the path of a tokenizer.json"
+            f"--tokenizer {spec}: no such file, and cannot be downloaded from the Hub "
+            f"({reason_of(error)}); give the path of a tokenizer.json"
         ) from None
     if not ((folder / FILES[0]).is_file() or gpt2_files.are_in(folder)):
         raise DataError(f"--tokenizer {spec}: this model has no {FILES[0]}; give another one")

@@ -100,8 +100,8 @@ class Optimizer:
     def take_over(self, tensors: dict[str, Tensor], names: Set[str]) -> list[str]:
         """Continues with the moments and step counts that another run gave the parameters `names`.
 
-        `tensors` are its `state_tensors`. Returns the trained parameters not in `names`, whose
-        state is new. Raises ValueError naming a tensor that is missing or does not fit.
+        `tensors` are its `state_tensors`. Returns the trained parameters not in `names`;
+        their state is new. Raises ValueError naming a tensor that is missing or does not fit.
         """
         taken, new = dict[str, Tensor](), []
         for part in self.parts:

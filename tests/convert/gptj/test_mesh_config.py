@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from openpalm.cli.main import main
+from openpalm.convert.gptj import mesh_config
+from openpalm.convert.gptj.mesh_config import FIXED, read_mesh_config
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
 from openpalm.model.config import PRESETS
-from openpalm.train import mesh_config
 from openpalm.train.config import PretrainSettings
-from openpalm.train.mesh_config import FIXED, read_mesh_config
 from openpalm.train.optimization.schedule import learning_rate_factor
 from openpalm.train.optimizer_settings import OptimSettings
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from openpalm.train import loggers
 from openpalm.train.config import TrainSettings
-from openpalm.train.loggers import Loggers, WeightsAndBiases, check_installed
-from openpalm.train.metrics import read_rows
+from openpalm.train.logging import loggers
+from openpalm.train.logging.loggers import Loggers, WeightsAndBiases, check_installed
+from openpalm.train.logging.metrics import read_rows
 from openpalm.train.trainer import Trainer
 
 Train = Callable[..., int]

@@ -12,8 +12,8 @@ import pytest
 from openpalm.base.yaml_file import read_yaml
 from openpalm.checkpoint.manifest import read_manifest
 from openpalm.cli.main import main
-from openpalm.train.metrics import read_rows
-from openpalm.train.profile import operators
+from openpalm.train.logging.metrics import read_rows
+from openpalm.train.logging.profile import operators
 
 Train = Callable[..., int]
 

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from openpalm.data.rows.hub_rows import fetch_rows
+from openpalm.base.hub import fetch_dataset_file
 from openpalm.data.rows.tasks import read_mixture
 from openpalm.errors import DataError, WorkError
 
@@ -30,8 +30,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_file_is_found_once_it_was_downloaded(cache: Path):
-    assert fetch_rows(ADDRESS).resolve() == cache.resolve()
-    assert fetch_rows(ADDRESS.replace("things", "things@main")).resolve() == cache.resolve()
+    assert fetch_dataset_file(ADDRESS).resolve() == cache.resolve()
+    assert fetch_dataset_file(ADDRESS.replace("things", "things@main")).resolve() == cache.resolve()
 
 
 def test_a_task_names_the_file(cache: Path, tmp_path: Path):
@@ -47,7 +47,7 @@ def test_a_task_names_the_file(cache: Path, tmp_path: Path):
 
 def test_a_file_that_was_not_downloaded(cache: Path):
     with pytest.raises(WorkError, match=f"^{ADDRESS}x: cannot be downloaded"):
-        fetch_rows(f"{ADDRESS}x")
+        fetch_dataset_file(f"{ADDRESS}x")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_file_that_was_not_downloaded(cache: Path):
 )
 def test_an_address_that_names_no_file(address: str):
     with pytest.raises(DataError, match=r"write hf://datasets/OWNER/NAME/FILE\.jsonl"):
-        fetch_rows(address)
+        fetch_dataset_file(address)
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_what_the_hub_answers(
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(kind, match=says):
-        fetch_rows(ADDRESS)
+        fetch_dataset_file(ADDRESS)

@@ -14,17 +14,17 @@ from torch import Tensor
 
 import openpalm
 from openpalm.checkpoint.manifest import read_manifest
-from openpalm.convert import hub
+from openpalm.convert import published
 from openpalm.errors import CheckpointError, StorageError, WorkError
 from openpalm.model.config import PRESETS, ModelConfig, Preset
 
 NAME = "palm_150m_8k_v0"
-READ_TOKENIZER = hub._tokenizer
+READ_TOKENIZER = published._tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def published(
+def folder(
     tmp_path: Path,
     palm: dict[str, Tensor],
     config: ModelConfig,
@@ -35,7 +35,7 @@ def published(
     monkeypatch.setitem(PRESETS, "palm-150m", small)
     monkeypatch.setenv("OPENPALM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENPALM_HUB", raising=False)
-    monkeypatch.setattr(hub, "_tokenizer", lambda say: None)
+    monkeypatch.setattr(published, "_tokenizer", lambda say: None)
     folder = tmp_path / "published"
     folder.mkdir()
     old = {n: t + 1 if n.endswith("gamma") else t for n, t in palm.items()}
@@ -83,9 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(published: Path) -> Iterator[Server]:
+def server(folder: Path) -> Iterator[Server]:
     with Server(("127.0.0.1", 0), _Handler) as made:
-        made.folder = published
+        made.folder = folder
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield made
@@ -102,7 +102,7 @@ def quiet(_: str) -> None:
 
 
 def test_the_presets_are_the_published_sizes():
-    sizes = {name: hub._expected(name) for name in hub.NAMES}
+    sizes = {name: published._expected(name) for name in published.NAMES}
     assert all((c.vocab_size, c.head_dim, c.heads) == (50304, 128, 8) for c in sizes.values())
     assert [(c.dim, c.depth) for c in sizes.values()] == [
         (768, 12),
@@ -112,37 +112,36 @@ def test_the_presets_are_the_published_sizes():
     ]
 
 
-def test_a_local_file_is_converted_once(published: Path, config: ModelConfig):
+def test_a_local_file_is_converted_once(folder: Path, config: ModelConfig):
     lines: list[str] = []
-    first = hub.fetch(NAME, path=str(published / f"{NAME}.pt"), say=lines.append)
+    first = published.fetch(NAME, path=str(folder / f"{NAME}.pt"), say=lines.append)
     assert any("0.2.1" in line for line in lines)
-    assert hub.fetch(NAME, path=str(published), say=quiet) != first  # a folder is another origin
+    assert published.fetch(NAME, path=str(folder), say=quiet) != first  # a folder is another origin
     model = openpalm.load(first)
     assert not model.training
     assert (model.config.context, model.config.xpos_base) == (8192, 512.0)
     assert model.config.norm_before_head
     stamp = (first / "manifest.json").stat().st_mtime_ns
-    assert hub.fetch(NAME, path=str(published / f"{NAME}.pt"), say=quiet) == first
+    assert published.fetch(NAME, path=str(folder / f"{NAME}.pt"), say=quiet) == first
     assert (first / "manifest.json").stat().st_mtime_ns == stamp
     lineage = read_manifest(first)["lineage"]
     assert lineage["source_file"] == f"{NAME}.pt"
     assert lineage["era"] == "0.2.1 to 0.2.3"
-    digest = hashlib.sha256((published / f"{NAME}.pt").read_bytes()).hexdigest()
+    digest = hashlib.sha256((folder / f"{NAME}.pt").read_bytes()).hexdigest()
     assert lineage["source_sha256"] == digest
 
 
-def test_the_first_of_two_processes_wins(published: Path, tmp_path: Path):
-    file = published / f"{NAME}.pt"
-    kept = hub.fetch(NAME, path=str(file), say=quiet)
+def test_the_first_of_two_processes_wins(folder: Path, tmp_path: Path):
+    file = folder / f"{NAME}.pt"
+    kept = published.fetch(NAME, path=str(file), say=quiet)
     stamp = (kept / "manifest.json").stat().st_mtime_ns
-    hub._convert(
-        NAME, file, tmp_path / "a", kept, quiet
-    )  # as one that looked before the other was done
+    # As one that looked before the other was done.
+    published._convert(NAME, file, tmp_path / "a", kept, quiet)
     assert (kept / "manifest.json").stat().st_mtime_ns == stamp
-    assert [path.name for path in hub.cache().iterdir()] == [kept.name]
+    assert [path.name for path in published.cache().iterdir()] == [kept.name]
     (kept / "manifest.json").unlink()
     with pytest.raises(OSError, match="not empty"):
-        hub._convert(NAME, file, tmp_path / "b", kept, quiet)
+        published._convert(NAME, file, tmp_path / "b", kept, quiet)
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
@@ -150,16 +149,16 @@ def test_a_server_stands_in_for_the_publisher(
     server: Server, monkeypatch: pytest.MonkeyPatch, slash: str
 ):
     monkeypatch.setenv("OPENPALM_HUB", address(server) + slash)
-    first = hub.fetch(NAME, say=quiet)
+    first = published.fetch(NAME, say=quiet)
     assert openpalm.load(first).config.dim == 8
-    assert hub.fetch(NAME, say=quiet) == first
+    assert published.fetch(NAME, say=quiet) == first
     assert server.requests == 1
-    assert [path.name for path in hub.cache().iterdir()] == [first.name]
+    assert [path.name for path in published.cache().iterdir()] == [first.name]
 
 
 @pytest.fixture
 def publisher(
-    server: Server, published: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Server:
     """The server as Hugging Face, with a cache of its own."""
     constants = importlib.import_module("huggingface_hub.constants")
@@ -172,11 +171,11 @@ def publisher(
 
 
 def test_the_publisher_is_read_by_huggingface_hub(publisher: Server, tmp_path: Path):
-    first = hub.fetch(NAME, say=quiet)
+    first = published.fetch(NAME, say=quiet)
     assert openpalm.load(first).config.dim == 8
     assert list((tmp_path / "huggingface").rglob(f"{NAME}.pt"))
     requests = publisher.requests
-    assert hub.fetch(NAME, say=quiet) == first
+    assert published.fetch(NAME, say=quiet) == first
     assert publisher.requests == requests  # the conversion is kept
 
 
@@ -184,21 +183,21 @@ def test_a_larger_file_of_the_publisher_is_not_downloaded(
     publisher: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     size = (publisher.folder / f"{NAME}.pt").stat().st_size
-    parameters = hub._expected(NAME).parameters
-    monkeypatch.setattr(hub, "_BYTES_PER_PARAMETER", 0)
-    monkeypatch.setattr(hub, "_SLACK_BYTES", size - 1)
+    parameters = published._expected(NAME).parameters
+    monkeypatch.setattr(published, "_BYTES_PER_PARAMETER", 0)
+    monkeypatch.setattr(published, "_SLACK_BYTES", size - 1)
     with pytest.raises(CheckpointError, match=rf"{NAME}\.pt: has {size:,} bytes, at most"):
-        hub.fetch(NAME, say=quiet)
+        published.fetch(NAME, say=quiet)
     assert publisher.requests == 0
     assert not list((tmp_path / "huggingface").rglob("*.pt"))
-    monkeypatch.setattr(hub, "_SLACK_BYTES", size)
-    assert openpalm.load(hub.fetch(NAME, say=quiet)).config.parameters == parameters
+    monkeypatch.setattr(published, "_SLACK_BYTES", size)
+    assert openpalm.load(published.fetch(NAME, say=quiet)).config.parameters == parameters
 
 
 def test_a_larger_tokenizer_is_not_downloaded(publisher: Server, monkeypatch: pytest.MonkeyPatch):
     (publisher.folder / "tokenizer.json").write_text("{}" * 50, encoding="utf-8")
-    monkeypatch.setattr(hub, "TOKENIZER", ("conceptofmind/palm-150m", "tokenizer.json"))
-    monkeypatch.setattr(hub, "_TOKENIZER_BYTES", 99)
+    monkeypatch.setattr(published, "TOKENIZER", ("conceptofmind/palm-150m", "tokenizer.json"))
+    monkeypatch.setattr(published, "_TOKENIZER_BYTES", 99)
     lines: list[str] = []
     assert READ_TOKENIZER(lines.append) is None
     assert "tokenizer.json: has 100 bytes" in lines[0]
@@ -210,18 +209,18 @@ def test_the_publisher_is_not_reached(publisher: Server, monkeypatch: pytest.Mon
     with pytest.raises(
         WorkError, match=r"palm-150m/palm_150m_8k_v0\.pt: cannot be downloaded .*404"
     ):
-        hub.fetch(NAME, say=quiet)
+        published.fetch(NAME, say=quiet)
     constants = importlib.import_module("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(WorkError, match=r"cannot be downloaded .*; try again, or get the file"):
-        hub.fetch(NAME, say=quiet)
+        published.fetch(NAME, say=quiet)
 
 
-def test_a_folder_stands_in_for_the_publisher(published: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OPENPALM_HUB", str(published))
-    assert openpalm.load(hub.fetch(NAME, say=quiet)).config.dim == 8
+def test_a_folder_stands_in_for_the_publisher(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENPALM_HUB", str(folder))
+    assert openpalm.load(published.fetch(NAME, say=quiet)).config.dim == 8
     with pytest.raises(CheckpointError, match=r"palm_1b_8k_v0\.pt: no such file"):
-        hub.fetch("palm_1b_8k_v0", say=quiet)
+        published.fetch("palm_1b_8k_v0", say=quiet)
 
 
 def test_a_torn_download_is_never_used(server: Server):
@@ -229,18 +228,18 @@ def test_a_torn_download_is_never_used(server: Server):
     with pytest.raises(
         WorkError, match=r"cannot be downloaded \(.*received 100 bytes, expected \d+"
     ):
-        hub.fetch(NAME, url=f"{address(server)}/{NAME}.pt", say=quiet)
-    assert not list(hub.cache().iterdir())
+        published.fetch(NAME, url=f"{address(server)}/{NAME}.pt", say=quiet)
+    assert not list(published.cache().iterdir())
 
 
 def test_more_bytes_than_the_model_can_have_are_refused(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(hub, "_SLACK_BYTES", 0)
-    monkeypatch.setattr(hub, "_BYTES_PER_PARAMETER", 1)
+    monkeypatch.setattr(published, "_SLACK_BYTES", 0)
+    monkeypatch.setattr(published, "_BYTES_PER_PARAMETER", 1)
     with pytest.raises(CheckpointError, match="that is not this model"):
-        hub.fetch(NAME, url=f"{address(server)}/{NAME}.pt", say=quiet)
-    assert not list(hub.cache().iterdir())
+        published.fetch(NAME, url=f"{address(server)}/{NAME}.pt", say=quiet)
+    assert not list(published.cache().iterdir())
 
 
 def test_network_failures_are_one_line_with_a_remedy(server: Server):
@@ -250,41 +249,41 @@ def test_network_failures_are_one_line_with_a_remedy(server: Server):
         ("http://[bad/x.pt", ""),
     ]:
         with pytest.raises((WorkError, CheckpointError)) as caught:
-            hub.fetch(NAME, url=url, say=quiet)
+            published.fetch(NAME, url=url, say=quiet)
         assert reason in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
-def test_wrong_requests(published: Path):
+def test_wrong_requests(folder: Path):
     with pytest.raises(CheckpointError, match="use one of palm_150m_8k_v0"):
-        hub.fetch("palm_9t_8k_v0", say=quiet)
+        published.fetch("palm_9t_8k_v0", say=quiet)
     with pytest.raises(CheckpointError, match="not both"):
-        hub.fetch(NAME, path="a", url="http://b", say=quiet)
+        published.fetch(NAME, path="a", url="http://b", say=quiet)
     with pytest.raises(CheckpointError, match="not an http"):
-        hub.fetch(NAME, url="file:///etc/passwd", say=quiet)
+        published.fetch(NAME, url="file:///etc/passwd", say=quiet)
 
 
-def test_another_size_is_refused(published: Path):
+def test_another_size_is_refused(folder: Path):
     with pytest.raises(CheckpointError, match="not palm_410m_8k_v0: its vocab_size is 70"):
-        hub.fetch("palm_410m_8k_v0", path=str(published), say=quiet)
+        published.fetch("palm_410m_8k_v0", path=str(folder), say=quiet)
 
 
 def test_a_full_disk_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub, "_download", full)
+    monkeypatch.setattr(published, "_download", full)
     with pytest.raises(StorageError, match="No space left on device; free some space"):
-        hub.fetch(NAME, url=f"{address(server)}/{NAME}.pt", say=quiet)
+        published.fetch(NAME, url=f"{address(server)}/{NAME}.pt", say=quiet)
 
 
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("OPENPALM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert hub.cache() == tmp_path / "openpalm" / "hub"
+    assert published.cache() == tmp_path / "openpalm" / "hub"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert hub.cache() == tmp_path / ".cache" / "openpalm" / "hub"
+    assert published.cache() == tmp_path / ".cache" / "openpalm" / "hub"
 
 
 def test_the_tokenizer_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -295,15 +294,15 @@ def test_the_tokenizer_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     def offline(*_: str) -> str:
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(hub, "_refuse_larger", lambda *_: None)
+    monkeypatch.setattr(published, "_refuse_larger", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    assert hub._tokenizer(lines.append) is None
+    assert published._tokenizer(lines.append) is None
     assert "no network" in lines[0]
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda *_: str(tmp_path / "tokenizer.json")
     )
-    assert hub._tokenizer(lines.append) == "{}"
+    assert published._tokenizer(lines.append) == "{}"
 
 
 @pytest.fixture
@@ -316,10 +315,10 @@ def hubconf() -> ModuleType:
     return module
 
 
-def test_hubconf_gives_the_four_models(published: Path, hubconf: ModuleType):
-    entries: dict[str, Callable[..., object]] = {n: getattr(hubconf, n) for n in hub.NAMES}
+def test_hubconf_gives_the_four_models(folder: Path, hubconf: ModuleType):
+    entries: dict[str, Callable[..., object]] = {n: getattr(hubconf, n) for n in published.NAMES}
     assert all(entry.__doc__ for entry in entries.values())
-    model = entries[NAME](path=str(published / f"{NAME}.pt"), dtype="bfloat16")
+    model = entries[NAME](path=str(folder / f"{NAME}.pt"), dtype="bfloat16")
     assert isinstance(model, openpalm.Transformer)
     assert model.embedding.dtype == torch.bfloat16
     assert not model.training
@@ -327,9 +326,9 @@ def test_hubconf_gives_the_four_models(published: Path, hubconf: ModuleType):
     assert logits.shape == (1, 3, 70)
     for name in list(entries)[1:]:
         with pytest.raises(CheckpointError, match=f"not {name}"):
-            entries[name](path=str(published / f"{NAME}.pt"))
+            entries[name](path=str(folder / f"{NAME}.pt"))
 
 
-def test_torch_hub_loads_it(published: Path):
-    model = torch.hub.load(str(ROOT), NAME, source="local", path=str(published / f"{NAME}.pt"))
+def test_torch_hub_loads_it(folder: Path):
+    model = torch.hub.load(str(ROOT), NAME, source="local", path=str(folder / f"{NAME}.pt"))
     assert isinstance(model, openpalm.Transformer)

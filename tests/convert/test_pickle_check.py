@@ -8,8 +8,8 @@ import zipfile
 import pytest
 import torch
 
-from openpalm.base.pickle_check import MAX_DEPTH, check_pickle
 from openpalm.convert.files import read_tensors
+from openpalm.convert.pickle_check import MAX_DEPTH, check_pickle
 from openpalm.errors import CheckpointError
 
 # t = (t, t), sixty times, and then t as the key of a dictionary.

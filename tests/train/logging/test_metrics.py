@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from openpalm.base import progress_bar
-from openpalm.train.metrics import RowFile, TrainingBar, describe, read_rows
+from openpalm.train.logging.metrics import RowFile, TrainingBar, describe, read_rows
 
 
 @pytest.fixture

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openpalm.base.console import shown
+from openpalm.base.hub import check_repository, hub_errors, upload_error
 from openpalm.data.dataset import manifest as manifest_file
 from openpalm.data.dataset.blocks import BlocksManifest
 from openpalm.data.dataset.manifest import FileEntry, Manifest, check_hashes
 from openpalm.data.dataset.shards import open_dataset
-from openpalm.errors import DataError, WorkError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -35,20 +34,17 @@ def push_dataset(
     """Uploads a dataset folder to the dataset repository ACCOUNT/NAME; returns its address.
 
     The repository is made if there is none. `progress` gets (bytes checked, bytes in total) of the
-    comparison with the hashes. Raises DataError for a folder or a name that cannot be used,
-    WorkError where the Hub refuses or cannot be reached.
+    comparison with the hashes. Raises DataError for a folder that cannot be used, SettingsError
+    for a name that no repository can have, WorkError where the Hub refuses or cannot be reached.
     """
     check_repository(repo)
     dataset = open_dataset(folder)
     dataset.tokenizer()
     check_hashes(dataset.manifest.files(folder), progress)
-    return _refused(repo, lambda: _upload(folder, dataset.manifest, repo, private))
-
-
-def check_repository(repo: str, option: str = "--repo") -> None:
-    """Raises DataError for a name that no repository can have."""
-    if not re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", repo, re.ASCII):
-        raise DataError(f"{option} {shown(repo)}: must be ACCOUNT/NAME")
+    try:
+        return _upload(folder, dataset.manifest, repo, private)
+    except (*hub_errors(), ValueError, RuntimeError, OSError) as error:
+        raise upload_error(repo, error) from None
 
 
 def dataset_card(manifest: Manifest, repo: str) -> str:
@@ -97,35 +93,6 @@ def _stale(api: "HfApi", repo: str, names: set[str]) -> list[Any]:
     found = api.list_repo_files(repo, repo_type="dataset")
     old = (name for name in found if DATA_FILE.fullmatch(name) and name not in names)
     return [CommitOperationDelete(name) for name in sorted(old)]
-
-
-def _refused(repo: str, work: Callable[[], str]) -> str:
-    """Runs `work`; errors of the Hub and the network become one WorkError."""
-    import httpx2
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return work()
-    except HFValidationError as error:
-        raise DataError(f"--repo {repo}: {_line(error)}") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        remedy = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
-        remedy = remedy if status in (401, 403, 404) else "repeat the command (it continues)"
-        raise WorkError(f"{repo}: the Hub refused ({_line(error)}); {remedy}") from None
-    except (httpx2.HTTPError, ValueError, RuntimeError, OSError) as error:
-        raise WorkError(
-            f"{repo}: cannot be uploaded ({_line(error)}); repeat the command (it continues)"
-        ) from None
-
-
-def _line(error: BaseException) -> str:
-    """What the server said, or the error that caused this one, in one line."""
-    said = getattr(error, "server_message", None)
-    while error.__cause__ and not said:
-        error = error.__cause__
-        said = getattr(error, "server_message", None)
-    return " ".join((said or str(error)).split())[:200] or type(error).__name__
 
 
 def _front_matter(manifest: Manifest) -> str:

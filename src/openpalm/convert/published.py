@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from openpalm.base.files import own_folder
+from openpalm.base.hub import hub_errors, reason_of
 from openpalm.base.progress_bar import ProgressBar
 from openpalm.convert.detect import ForeignCheckpoint, read_foreign
 from openpalm.convert.export import save_as_openpalm
@@ -152,25 +153,14 @@ def _read(name: str, file: Path) -> ForeignCheckpoint:
 
 def _published(name: str) -> Path:
     """The publisher's file in Hugging Face's cache; huggingface_hub resumes a partial download."""
-    import httpx2
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
 
     repository = NAMES[name][1]
     try:
         _refuse_larger(repository, f"{name}.pt", _bound(_expected(name)))
         return Path(hf_hub_download(repository, f"{name}.pt"))
-    except (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        httpx2.HTTPError,
-    ) as error:
-        raise _unreachable(f"{repository}/{name}.pt", str(error)) from None
+    except hub_errors() as error:
+        raise _unreachable(f"{repository}/{name}.pt", reason_of(error)) from None
 
 
 def _refuse_larger(repository: str, file: str, most: int) -> None:
@@ -212,11 +202,10 @@ def _download(url: str, target: Path, most: int) -> None:
         reply = error.response
         raise _unreachable(url, f"{reply.status_code} {reply.reason_phrase}") from None
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise _unreachable(url, str(error)) from None
+        raise _unreachable(url, reason_of(error)) from None
 
 
 def _unreachable(address: str, reason: str) -> WorkError:
-    reason = " ".join(reason.split())[:200]
     return WorkError(
         f"{address}: cannot be downloaded ({reason}); try again, or get the file elsewhere and "
         "set OPENPALM_HUB to its folder"
@@ -232,6 +221,6 @@ def _tokenizer(say: Callable[[str], None]) -> str | None:
         return Path(hf_hub_download(*TOKENIZER)).read_text(encoding="utf-8")
     # Errors of huggingface_hub, of httpx and of the system: the model works without a tokenizer.
     except Exception as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = reason_of(error)
         say(f"note: no tokenizer, its download failed ({reason}); the model reads ids only")
         return None

@@ -10,12 +10,12 @@ import pytest
 import yaml
 from hub_server import TOKEN, hub_server
 
-from openpalm.data.dataset import hub
-from openpalm.data.dataset.hub import push_dataset
+from openpalm.data.dataset import push
+from openpalm.data.dataset.push import push_dataset
 from openpalm.data.dataset.shards import open_dataset
 from openpalm.data.prepare.blocks import BlocksRequest, write_blocks
 from openpalm.data.prepare.preparation import PrepareRequest, prepare
-from openpalm.errors import DataError, WorkError
+from openpalm.errors import DataError, SettingsError, WorkError
 
 pytest.importorskip("pyarrow")
 # huggingface_hub uploads in a way that its own HTTP client deprecates.
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 def server(monkeypatch, tmp_path):
     with hub_server(monkeypatch, tmp_path / "cache") as server:
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setattr(hub, "COMMIT_FILES", 4)
+        monkeypatch.setattr(push, "COMMIT_FILES", 4)
         yield server
 
 
@@ -95,7 +95,7 @@ def test_files_of_an_earlier_dataset_are_removed(folder, server):
 @pytest.mark.filterwarnings("ignore")
 def test_an_upload_that_is_cut_off_has_no_manifest_and_continues(folder, server):
     server.cut_after = 5
-    with pytest.raises(WorkError, match=r"me/set: .*repeat the command \(it continues\)") as error:
+    with pytest.raises(WorkError, match=r"me/set: .*run the command again") as error:
         push_dataset(folder / "b", "me/set")
     assert "\n" not in str(error.value)
     assert "manifest.json" not in server.repositories[REPO].files
@@ -107,12 +107,12 @@ def test_an_upload_that_is_cut_off_has_no_manifest_and_continues(folder, server)
 
 
 def test_requests_that_cannot_be_met_are_one_line(folder, server, monkeypatch):
-    with pytest.raises(DataError, match="--repo 'set': must be ACCOUNT/NAME"):
+    with pytest.raises(SettingsError, match="--repo 'set': must be ACCOUNT/NAME"):
         push_dataset(folder / "b", "set")
     with pytest.raises(DataError, match="no prepared dataset here"):
         push_dataset(folder, "me/set")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(WorkError, match=r"the Hub refused \(.*; log in with `hf auth login`"):
+    with pytest.raises(WorkError, match=r"cannot be uploaded \(.*; log in with `hf auth login`"):
         push_dataset(folder / "b", "me/set")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(WorkError, match="me/set: cannot be uploaded"):
