@@ -78,7 +78,8 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str], data: Path, tmp_path
     out = tmp_path / "out"
     assert "0.2.4 to 0.8.0" in refused(capsys, palm, out, "--era", "9.9.9")
     assert "must be one of" in refused(capsys, palm, out, "--from", "gpt")
-    assert "no such file" in refused(capsys, tmp_path / "none.pt", out)
+    assert "no such file or folder; check the path\n" in refused(capsys, tmp_path / "none.pt", out)
+    assert "hf download ACCOUNT/NAME" in refused(capsys, "EleutherAI/gpt-j-6b", out)
     missing = "none.json: is missing; check the path that --config gives"
     assert missing in refused(capsys, palm, out, "--config", tmp_path / "none.json")
     assert "missing" in refused(capsys, palm)

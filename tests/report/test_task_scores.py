@@ -45,6 +45,7 @@ def test_text_of_a_file_is_escaped(tmp_path):
     assert not {"script", "img"} & {*page.tags}
     assert page.text.count(HOSTILE.replace("&amp;", "&amp;")) == 3
     assert "the first 7 rows of each task" in page.text
+    assert str(section.body).startswith('<div class="wide"><table>')  # scrolls on a phone
 
 
 @pytest.mark.parametrize(

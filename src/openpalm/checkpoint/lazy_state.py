@@ -1,6 +1,6 @@
 """A state dict that reads one tensor at a time, so that a model larger than memory converts."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,22 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+
+
+def joined_rows(
+    shape: tuple[int, ...], dtype: torch.dtype, parts: Sequence[tuple[slice, LazyTensor]]
+) -> LazyTensor:
+    """A tensor made of parts, each in its rows; zeros elsewhere."""
+
+    def read() -> Tensor:
+        if len(parts) == 1 and parts[0][1].shape == shape:
+            return parts[0][1].read()
+        whole = torch.zeros(shape, dtype=dtype)
+        for rows, part in parts:
+            whole[rows] = part.read()
+        return whole
+
+    return LazyTensor(shape, dtype, read)
 
 
 class LazyState(Mapping[str, Tensor]):

@@ -34,7 +34,7 @@ VERBS = {
     "sample": ("sample", "continue a prompt with a trained model"),
     "chat": ("chat", "chat with a fine-tuned model in the terminal"),
     "serve": ("serve", "serve a model over HTTP: the OpenAI API and a chat page"),
-    "eval": ("eval", "loss and bits per byte of a checkpoint on prepared data"),
+    "eval": ("eval", "measure a model: loss, bits per byte of a text, lm-evaluation-harness tasks"),
     "convert": ("convert", "read and write checkpoints of other projects"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
     "copy": ("copy", "copy a checkpoint, run or dataset to or from s3://, gs://, hf://"),

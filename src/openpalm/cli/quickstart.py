@@ -312,8 +312,8 @@ def shortcomings(summary: dict[str, Any], settings: QuickstartSettings) -> list[
     if found:
         longer = max(15, round(3 * settings.minutes))
         found.append(
-            f"{summary['steps']:,} steps in {settings.minutes:g} minutes are too few on this "
-            f"processor; openpalm quickstart --minutes {longer} --out runs/longer takes more."
+            f"--minutes {settings.minutes:g} is too short on this processor (pretraining steps: "
+            f"{summary['steps']:,}); try openpalm quickstart --minutes {longer} --out runs/longer."
         )
     return found
 

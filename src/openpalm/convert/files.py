@@ -169,7 +169,12 @@ def find_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder; check the path")
+        hub = (
+            ", or download a model of the Hugging Face Hub first "
+            "(hf download ACCOUNT/NAME --local-dir FOLDER)"
+        )
+        hint = "" if path.suffix in SUFFIXES else hub
+        raise CheckpointError(f"{path}: no such file or folder; check the path{hint}")
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not found:
         raise CheckpointError(f"{path}: holds no checkpoint file ({', '.join(SUFFIXES)})")

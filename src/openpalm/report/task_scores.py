@@ -81,7 +81,8 @@ def scores_section(found: dict[str, Any], heading: str) -> Section:
     facts += [f"the first {found['limit']} rows of each task"] if found.get("limit") else []
     facts += ["prompts as conversations"] if found.get("chat_template") else []
     caption = f'<p class="muted">{html.escape("; ".join(facts))}</p>' if facts else ""
-    return Section(heading, table(COLUMNS, score_rows(found["scores"])) + caption + _NOTE)
+    scores = table(COLUMNS, score_rows(found["scores"]))
+    return Section(heading, f'<div class="wide">{scores}</div>{caption}{_NOTE}')
 
 
 def probed_section(rows: Sequence[dict[str, Any]], heading: str) -> Section | None:

@@ -70,8 +70,8 @@ def starting_point(
     if not may_score:
         checkpoint.check_generates_text(directory)
     unnamed = checkpoint.tokenizer_json(directory) is None
-    its_own = "the one of its training" if unnamed else directory / "tokenizer.json"
-    remedy = f"prepare the data with --tokenizer {its_own}"
+    its_own = "the model's tokenizer" if unnamed else f"--tokenizer {directory / 'tokenizer.json'}"
+    remedy = f"prepare the data with {its_own}"
     unsure = check_reads(directory, tokenizer, remedy, force=force)
     if unnamed and not unsure:
         unsure = f"{directory}: has no tokenizer of its own; the data's is taken to be the one"

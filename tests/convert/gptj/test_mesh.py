@@ -303,7 +303,8 @@ def test_shards_that_do_not_divide(tmp_path, capsys, shards, odd):
     assert main(["convert", str(ROTO / "slim"), str(tmp_path / "ours")]) == 0
     words = ["convert", str(tmp_path / "ours"), str(tmp_path / "mesh")]
     status = main([*words, "--to", "mesh-transformer-jax", "--shards", str(shards)])
-    assert (status, f"{shards} shards do not divide {odd}" in capsys.readouterr().err) == (2, True)
+    said = f"--shards {shards}: {shards} shards do not divide {odd}; numbers that do: 1, 2\n"
+    assert (status, said in capsys.readouterr().err) == (2, True)
     assert not (tmp_path / "mesh").exists()
 
 

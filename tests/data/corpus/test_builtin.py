@@ -1,3 +1,5 @@
+import hashlib
+import inspect
 import subprocess
 import sys
 
@@ -35,19 +37,34 @@ def test_docstrings_read_as_text(documents):
     assert "json.decoder.JSONDecoder.decode(s, " in together  # without self
 
 
-def test_nothing_of_the_library_is_imported_or_run():
-    # antigravity opens a browser, this prints a poem, idlelib needs a display.
+def digest(documents):
+    return hashlib.sha256(repr([(d.place, d.text) for d in documents]).encode()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """A process of its own, with its own seed of hashes: the documents' digest, the modules."""
     program = (
-        "import sys\nfrom openpalm.data.corpus.builtin import python_docs\nlist(python_docs())\n"
-        "assert not {'antigravity', 'this', 'idlelib', 'tkinter', 'torch'} & set(sys.modules)"
+        "import hashlib, sys\nfrom openpalm.data.corpus.builtin import python_docs\n"
+        + inspect.getsource(digest)
+        + "print(digest(python_docs()), *sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    found, *modules = done.stdout.split()
+    return found, modules
 
 
-def test_the_order_is_the_same_every_time(documents):
-    builtin._entries.cache_clear()
-    assert list(python_docs()) == documents
+def test_nothing_of_the_library_is_imported_or_run(elsewhere):
+    # antigravity opens a browser, this prints a poem, idlelib needs a display.
+    _, modules = elsewhere
+    assert "openpalm.data.corpus.builtin" in modules
+    assert not {"antigravity", "this", "idlelib", "tkinter", "torch"} & set(modules)
+
+
+def test_the_order_is_the_same_in_every_process(documents, elsewhere):
+    assert digest(documents) == elsewhere[0]
+    assert digest(documents[::-1]) != elsewhere[0]
 
 
 def test_questions_and_answers():

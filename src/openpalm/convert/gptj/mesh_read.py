@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 
 import torch
@@ -234,4 +235,8 @@ def check_divides(config: ModelConfig, shards: int, where: str) -> None:
     """Raises CheckpointError unless `shards` divides heads, d_model and vocabulary."""
     sizes = {"n_heads": config.heads, "d_model": config.dim, "n_vocab": config.vocab_size}
     if odd := [f"{name} {size}" for name, size in sizes.items() if size % shards]:
-        raise CheckpointError(f"{where}: {shards} shards do not divide {', '.join(odd)}")
+        common = gcd(*sizes.values())
+        fit = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise CheckpointError(
+            f"{where}: {shards} shards do not divide {', '.join(odd)}; numbers that do: {fit}"
+        )

@@ -28,7 +28,7 @@ Shards = Callable[[int], Tensor]
 def check_writable(config: ModelConfig, shards: int) -> None:
     """Raises CheckpointError for a model that mesh-transformer-jax cannot hold so."""
     check_is_gptj(config, "mesh-transformer-jax", tied=False, ff_dim=4 * config.dim, norm_eps=1e-5)
-    check_divides(config, shards, "mesh-transformer-jax")
+    check_divides(config, shards, f"--shards {shards}")
 
 
 def write_mesh(

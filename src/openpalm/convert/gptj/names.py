@@ -7,12 +7,13 @@ are the halves of OpenPaLM's `kv`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
+from openpalm.checkpoint.lazy_state import LazyState, LazyTensor, joined_rows
 from openpalm.errors import CheckpointError
 from openpalm.model.config import ModelConfig
 
@@ -145,22 +146,15 @@ def joined(
     shapes = part_shapes(config)
 
     def entry(name: str, parts: tuple[str, ...]) -> LazyTensor:
-        rows = sum(shapes[part][0] for part in parts)
-        rows = config.padded_vocab if name in VOCABULARY else rows
-        shape = (rows, *shapes[parts[0]][1:])
-
-        def tensor() -> Tensor:
-            if len(parts) == 1 and shapes[parts[0]] == shape:
-                return read(parts[0])
-            whole = torch.zeros(shape, dtype=dtype(parts[0]))
-            start = 0
-            for part in parts:
-                rows = shapes[part][0]
-                whole[start : start + rows] = read(part)
-                start += rows
-            return whole
-
-        return LazyTensor(shape, dtype(parts[0]), tensor)
+        of_rows: list[tuple[slice, LazyTensor]] = []
+        start = 0
+        for part in parts:
+            end = start + shapes[part][0]
+            stored = LazyTensor(shapes[part], dtype(part), partial(read, part))
+            of_rows.append((slice(start, end), stored))
+            start = end
+        rows = config.padded_vocab if name in VOCABULARY else start
+        return joined_rows((rows, *shapes[parts[0]][1:]), dtype(parts[0]), of_rows)
 
     entries = {name + suffix: entry(name, parts) for name, parts in parts_of(config).items()}
     return LazyState(where, entries)

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from openpalm.base.console import shown
 from openpalm.base.json_file import read_json
-from openpalm.checkpoint.lazy_state import LazyState, LazyTensor
+from openpalm.checkpoint.lazy_state import LazyState, LazyTensor, joined_rows
 from openpalm.convert.gptj.huggingface import stored_tensors
-from openpalm.convert.huggingface.names import Part, configs_from_json, parts_of
+from openpalm.convert.huggingface.names import configs_from_json, parts_of
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, DataError, SettingsError
 from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
@@ -81,10 +80,12 @@ def _tensors(folder: Path, config: ModelConfig, reward: RewardConfig | None) -> 
         part.name: part.shape(shapes[name]) for name, each in parts.items() for part in each
     }
     _check(folder, {name: each.shape for name, each in stored.items()}, expected)
-    entries = {
-        name: _joined(shape, [(part, stored[part.name]) for part in parts[name]])
-        for name, shape in shapes.items()
-    }
+    entries: dict[str, LazyTensor] = {}
+    for name, shape in shapes.items():
+        # Not stored, so zeros: padding rows, and the head that a reward model does not use.
+        of_rows = [(part.rows, stored[part.name]) for part in parts[name]]
+        dtype = of_rows[0][1].dtype if of_rows else torch.float32
+        entries[name] = joined_rows(shape, dtype, of_rows)
     return LazyState(folder, entries)
 
 
@@ -107,21 +108,3 @@ def _check(
             f"{folder}: {shown(odd)} is {list(is_) if is_ else 'absent'}, but its {CONFIG_FILE} "
             f"needs {list(needs) if needs else 'no such tensor'}; {_REMEDY}"
         )
-
-
-def _joined(shape: tuple[int, ...], parts: list[tuple[Part, LazyTensor]]) -> LazyTensor:
-    """One of our tensors: its parts in their rows, zeros elsewhere.
-
-    Zeros: the padding rows of the vocabulary, and the head that a reward model does not use.
-    """
-    dtype = parts[0][1].dtype if parts else torch.float32
-
-    def read() -> Tensor:
-        if len(parts) == 1 and parts[0][1].shape == shape:
-            return parts[0][1].read()
-        whole = torch.zeros(shape, dtype=dtype)
-        for part, stored in parts:
-            whole[part.rows] = stored.read()
-        return whole
-
-    return LazyTensor(shape, dtype, read)
