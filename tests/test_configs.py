@@ -137,7 +137,7 @@ def test_the_mixture_of_instructions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Every task is read in its published format and drawn by its weight; no file is fetched."""
-    monkeypatch.setattr(tasks, "fetch_rows", lambda address: stand_in(address, tmp_path))
+    monkeypatch.setattr(tasks, "fetch_dataset_file", lambda address: stand_in(address, tmp_path))
     base = write_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)  # the package's own file is found
     words = ["--data", "configs/flan-mixture.yaml", "--out", "run", "--steps", "2"]
