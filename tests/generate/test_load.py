@@ -5,29 +5,23 @@ import torch
 from tiny_models import tiny
 
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.convert.gptj.names import gptj_config
 from openpalm.errors import CheckpointError
 from openpalm.generate.engine import Engine
 from openpalm.generate.load import load_quantized
 from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
-from openpalm.model.config import ModelConfig
 from openpalm.model.transformer import Transformer, initialise
 
-GPTJ = ModelConfig(
+GPTJ = gptj_config(
     vocab_size=96,
     dim=64,
     depth=3,
     heads=4,
-    head_dim=16,
-    ff_dim=128,
-    kv_heads=4,
-    context=64,
-    feedforward="gelu",
-    bias=True,
-    embedding_bias=True,
-    tied=False,
-    rotary="interleaved",
     rotary_dims=8,
+    context=64,
+    ff_dim=128,
+    embedding_bias=True,
 )
 
 

@@ -122,11 +122,8 @@ def test_a_pytorch_file_and_a_tied_head(tmp_path):
     convert(tmp_path / "theirs", tmp_path / "ours")
     compare(model, checkpoint.load(tmp_path / "ours"))
     convert(tmp_path / "ours", tmp_path / "back", "--to", "huggingface")
-    compare(GPTJForCausalLM.from_pretrained(tmp_path / "back").eval(), model_of(tmp_path / "ours"))
-
-
-def model_of(folder):
-    return checkpoint.load(folder)
+    ours = checkpoint.load(tmp_path / "ours")
+    compare(GPTJForCausalLM.from_pretrained(tmp_path / "back").eval(), ours)
 
 
 def test_other_models_are_named(tmp_path, capsys):

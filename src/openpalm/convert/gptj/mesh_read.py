@@ -218,7 +218,9 @@ class _Reader:
             # In float64, because three times a float32 may already be rounded.
             shares = [shard.read(start + index, shape).double() for shard in self.shards]
             return torch.stack(shares).sum(dim=0).float()
-        whole = torch.empty(part_shapes(self.config)[name], dtype=self._dtype(start + index))
+        whole = torch.empty(
+            part_shapes(self.config)[name], dtype=self.shards[0].dtype(start + index)
+        )
         along = (leaf.join == "columns") != leaf.transposed and len(leaf.shape) == 2
         for shard, target in zip(
             self.shards, whole.chunk(len(self.shards), int(along)), strict=True
@@ -226,9 +228,6 @@ class _Reader:
             array = shard.read(start + index, shape)
             target.copy_(array.T if leaf.transposed else array)
         return whole
-
-    def _dtype(self, leaf: int) -> torch.dtype:
-        return self.shards[0].dtype(leaf)
 
 
 def check_divides(config: ModelConfig, shards: int, where: str) -> None:

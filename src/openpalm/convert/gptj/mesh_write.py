@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openpalm.checkpoint.tensors import raw_bytes
 from openpalm.convert.gptj.mesh_files import write_header
-from openpalm.convert.gptj.mesh_layout import Leaf, leaves_of, places_of
+from openpalm.convert.gptj.mesh_layout import FILES, Leaf, leaves_of, places_of
 from openpalm.convert.gptj.mesh_read import check_divides
 from openpalm.convert.gptj.names import check_is_gptj, part
 from openpalm.errors import CheckpointError
@@ -51,7 +51,7 @@ def write_mesh(
     leaves = list(_leaves(config, weights, moments, shards, step))
     by_file = groupby(zip(places_of(len(leaves)), leaves, strict=True), lambda item: item[0][0])
     names = {number: [leaf for _, leaf in items] for number, items in by_file}
-    for number in range(16):
+    for number in range(FILES):
         with ExitStack() as files:
             archives = [
                 files.enter_context(
