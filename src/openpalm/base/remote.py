@@ -121,8 +121,8 @@ class Copied:
 def copy_folder(source: str, target: str, progress: Progress | None = None) -> Copied:
     """Copies a folder to or from a URL.
 
-    manifest.json comes last: a copy that was interrupted has none. A target whose manifest is the
-    same is left as it is (0 files). Raises SettingsError for a source or target that cannot be
+    manifest.json comes last: a copy that was interrupted has none. A target
+    with the same manifest is left as it is (0 files). Raises SettingsError for a source or target that cannot be
     used, WorkError or StorageError where copying fails.
     """
     if is_url(source) == is_url(target):
