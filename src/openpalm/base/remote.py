@@ -121,9 +121,9 @@ class Copied:
 def copy_folder(source: str, target: str, progress: Progress | None = None) -> Copied:
     """Copies a folder to or from a URL.
 
-    manifest.json comes last: a copy that was interrupted has none. A target
-    with the same manifest is left as it is (0 files). Raises SettingsError for a source or target that cannot be
-    used, WorkError or StorageError where copying fails.
+    manifest.json comes last: a copy that was interrupted has none. A target with the same manifest
+    is left as it is (0 files). Raises SettingsError for a source or target that cannot be used,
+    WorkError or StorageError where copying fails.
     """
     if is_url(source) == is_url(target):
         raise SettingsError(f"{source}, {target}: one must be a local path, the other a URL")
