@@ -55,6 +55,7 @@ from openpalm.model.config import (
     reward_from_json,
 )
 from openpalm.model.reward import RewardModel, make_model
+from openpalm.model.sharding import assign, local_part, local_slices
 from openpalm.model.transformer import Transformer
 
 BEST = "best"
@@ -249,15 +250,50 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
     if lora.config_of(model) != low_rank:
         raise CheckpointError(f"{directory}: its adapter differs from this model's")
     for name, parameter in model.published_parameters():
-        # Opened for each tensor: pages of the file that stay mapped would count as memory.
+        _load_parameter(directory, name, parameter, allow)
+
+
+@torch.no_grad()
+def load_merged(model: Transformer, directory: Path) -> None:
+    """`load_weights`, with the checkpoint's adapter merged; an adapter of the model's own stays.
+
+    For a run that starts from a checkpoint: its own adapter is attached before this.
+    """
+    low_rank = load_configs(directory).lora
+    for name, parameter in model.published_parameters():
+        if ".lora." in name:
+            continue
+        targets = () if low_rank is None else _adapted_by(name, low_rank)
+        if not targets:
+            _load_parameter(directory, name, parameter, None)
+            continue
+        assert low_rank is not None
         with tensors.opened(directory / WEIGHTS) as file:
-            stored = file.finite(name, allow)
-            if stored.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{directory}: {name} is {list(stored.shape)}, this model needs "
-                    f"{list(parameter.shape)}; it is a checkpoint of another model"
-                )
-            parameter.copy_(stored)
+            matrix, prefix = file.finite(name).clone(), name.rpartition(".")[0]
+            for target in targets:
+                rows = matrix.chunk(2)["kv".index(target)] if target in ("k", "v") else matrix
+                a, b = (file.finite(f"{prefix}.lora.{target}.{factor}") for factor in "ab")
+                rows.addmm_(b, a, alpha=low_rank.scale)
+        assign(parameter, matrix)
+
+
+def _adapted_by(name: str, low_rank: LoraConfig) -> tuple[str, ...]:
+    """The adapter's targets in the matrix of that name."""
+    matrix = name.rpartition(".")[2]
+    inside = ("k", "v") if matrix == "kv" else (matrix,)
+    return tuple(target for target in inside if target in low_rank.targets and "project" in name)
+
+
+def _load_parameter(directory: Path, name: str, parameter: Tensor, allow: Allow | None) -> None:
+    """Reads this process's part of a parameter."""
+    # Opened for each tensor: pages of the file that stay mapped would count as memory.
+    with tensors.opened(directory / WEIGHTS) as file:
+        if (stored := file.shape(name)) != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{directory}: {name} is {list(stored)}, this model needs "
+                f"{list(parameter.shape)}; it is a checkpoint of another model"
+            )
+        local_part(parameter).copy_(file.finite(name, allow, local_slices(parameter)))
 
 
 def load_train_state(directory: Path) -> TrainState:

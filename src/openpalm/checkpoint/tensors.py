@@ -151,12 +151,21 @@ class TensorFile:
         """The tensor. Raises SafetensorError, which `opened` translates, if there is none."""
         return self._file.get_tensor(name)
 
-    def finite(self, name: str, allow: Callable[[str], None] | None = None) -> Tensor:
-        """The tensor. Raises CheckpointError if a number is NaN or infinite.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor, which is not read. Raises SafetensorError if there is none."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def finite(
+        self,
+        name: str,
+        allow: Callable[[str], None] | None = None,
+        part: tuple[slice, ...] = (),
+    ) -> Tensor:
+        """The tensor, or a part of it. Raises CheckpointError if a number is NaN or infinite.
 
         With `allow` it is returned all the same, and `allow` gets the message.
         """
-        tensor = self.tensor(name)
+        tensor = self._file.get_slice(name)[part] if part else self.tensor(name)
         if allow is None:
             check_finite(self.path, {name: tensor})
         elif not is_finite(tensor):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from openpalm.base.settings import NOT_AN_OPTION, check
 from openpalm.errors import SettingsError
+from openpalm.parallel.config import ParallelSettings
 from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.optimizer_settings import OptimSettings
 
@@ -196,6 +197,8 @@ class TrainSettings:
     """torch.compile of each block, for GPUs; takes a minute or two before the first step"""
     memory: MemorySettings = field(default_factory=MemorySettings)
     """memory"""
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    """processes: torchrun --nproc-per-node N -m openpalm VERB ...; they share the work"""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """low-rank adapter (LoRA) instead of the weights"""
     arch: ArchSettings = field(default_factory=ArchSettings)
@@ -348,4 +351,4 @@ def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 
     room = max(1, settings.microbatch_tokens // sequence_length)
     whole = math.gcd(sequences, *(int(part) for part in parts))
     rows = max(r for r in range(1, min(room, whole) + 1) if whole % r == 0)
-    return BatchShape(sequence_length, rows, sequences // rows, ramp)
+    return BatchShape(sequence_length, rows, sequences // rows, ramp, processes)

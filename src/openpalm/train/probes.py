@@ -94,7 +94,7 @@ def held_out_sums(
     sums, count = Metrics(), 0
     for batch in batches:
         with _autocast(model, dtype):
-            loss, metrics = objective.loss(model, batch.to(model.embedding.device))
+            loss, metrics = model(objective.loss, batch.to(model.embedding.device))
         for name, value in {"loss": loss.item(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + value
         count += objective.count(batch)

@@ -36,6 +36,7 @@ HASHES = ("data", "parent", "reward")
 MAY_CHANGE = (
     *("out", "data", "init"),  # data and parent are compared by their hashes
     *("loggers", "wandb_project", "wandb_name", "profile", "memory", "compile", "device"),
+    "parallel",
     *("save_every", "eval_every", "max_skipped_steps", "force"),
     *("keep_checkpoints", "keep_every", "keep_best"),
 )

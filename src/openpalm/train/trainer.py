@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from openpalm.errors import TrainingError
 from openpalm.model.transformer import Transformer
+from openpalm.parallel import fsdp
 from openpalm.parallel.world import World
 from openpalm.train.batch_shape import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
@@ -97,15 +98,20 @@ class Trainer:
         total, sums = 0.0, dict[str, float]()
         if count == 0:
             return math.nan, 0, {}
-        for batch in batches:
+        # FSDP averages gradients over processes: the loss is scaled so that the average is a sum.
+        divisor = count / self.world.axes.averaged
+        for number, batch in enumerate(batches, 1):
+            fsdp.reduce_over_replicas(self.model, number == len(batches))
             with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-                loss, metrics = self.objective.loss(self.model, batch.to(self.device))
-            (loss / count).backward()
+                loss, metrics = self.model(self.objective.loss, batch.to(self.device))
+            (loss / divisor).backward()
             total += loss.item()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value
-        means = {name: self.world.sum(value) / count for name, value in sums.items()}
-        return self.world.sum(total) / count, count, means
+        # Every process has the same metrics, in the same order.
+        total, *values = self.world.sums([total, *sums.values()])
+        means = {name: value / count for name, value in zip(sums, values, strict=True)}
+        return total / count, count, means
 
     def optimizer_step(self, loss: float, count: int, factor: float) -> tuple[float, str | None]:
         """Clips and steps, or skips; returns the gradient norm and the reason for skipping."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from openpalm.base.device import multiplies_bfloat16
+from openpalm.model.sharding import whole
 from openpalm.train.optimization.optimizers import Adafactor, Lion, Listwise, Muon, StableAdamW
 from openpalm.train.optimization.schedule import decay_coefficient
 from openpalm.train.optimizer_settings import OptimSettings, given
@@ -72,7 +73,7 @@ class Optimizer:
 
     def clip(self) -> float:
         """Clips the gradient to the norm `settings.clip`; returns its norm before that."""
-        return float(nn.utils.clip_grad_norm_(self.names, self.settings.clip))
+        return float(whole(nn.utils.clip_grad_norm_(self.names, self.settings.clip)))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every moment and counter as `<parameter>/<slot>`."""
