@@ -68,6 +68,8 @@ BEST = "best"
 _STEP = re.compile(r"step-(\d{8,})")
 _STEPPED = ("optimizer/", "model/")
 """Prefixes of state that must be finite: optimizer moments, weights that only training needs."""
+HEADS = ("reward_head", "reward_bias", "marks")
+"""Parameters of a reward model that a language model does not have."""
 _DAMAGED = "passing over a damaged checkpoint: "
 
 Allow = Callable[[str], None]
@@ -240,13 +242,19 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
 
 @torch.no_grad()
 def load_merged(model: Transformer, directory: Path) -> None:
-    """`load_weights`, with the checkpoint's adapter merged; an adapter of the model's own stays.
+    """`load_weights`, with the checkpoint's adapter merged, for a run that starts from it.
 
-    For a run that starts from a checkpoint: its own adapter is attached before this.
+    An adapter of the model's own, and heads that the checkpoint does not have, stay as they are.
     """
     low_rank = load_configs(directory).lora
-    for name, parameter in model.published_parameters():
-        if ".lora." in name:
+    with tensors.opened(directory / WEIGHTS) as file:
+        stored = file.shapes().keys()
+    own = dict(model.published_parameters())
+    trunk = {name for name in own if not name.startswith(HEADS) and ".lora." not in name}
+    if missing := trunk - stored:
+        raise CheckpointError(f"{directory}: holds no {min(missing)}; {REMEDY}")
+    for name, parameter in own.items():
+        if ".lora." in name or name not in stored:
             continue
         targets = () if low_rank is None else _adapted_by(name, low_rank)
         if not targets:

@@ -30,6 +30,8 @@ DTYPES = {
 _OTHER_DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }

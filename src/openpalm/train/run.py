@@ -283,7 +283,7 @@ class _Session:
         if not (self.info.peak_flops and self.settings.trains_all and whole):
             return None
         flops = self.spec.config.flops_per_token(self.shape.sequence_length)
-        share = rate * flops / (self.info.peak_flops * self.world.size)
+        share = rate * flops / (self.info.peak_flops * self.trainer.world.size)
         # Above 1 the peak was measured while the machine was busy, and means nothing.
         return round(share, 4) if share <= 1 else None
 
