@@ -70,7 +70,7 @@ def test_axes_that_are_not_given_are_inferred(given: dict[str, int], processes: 
         (
             {"tensor": 2},
             1,
-            "tensor 2 needs 2 processes, and this is one; .*torchrun --nproc-per-node 2",
+            "tensor 2 needs 2 processes, and this is one; start it as torchrun --nproc-per-node 2",
         ),
     ],
 )

@@ -103,7 +103,7 @@ def axes_of(settings: ParallelSettings, processes: int) -> Axes:
         named = " x ".join(f"{name} {value}" for name, value in given.items() if value > 1)
         if processes == 1:
             raise SettingsError(
-                f"--parallel: {named} needs {product} processes, and this is one; start the command "
+                f"--parallel: {named} needs {product} processes, and this is one; start it "
                 f"as torchrun --nproc-per-node {product} -m openpalm ..."
             )
         listed = ", ".join(str(n) for n in _divisors(processes))
