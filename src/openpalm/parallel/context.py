@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import _functional_collectives as collectives
-from torch.distributed import ProcessGroup
 
 from openpalm.data.batches.loader import IGNORE, Batch
 from openpalm.errors import SettingsError
@@ -39,7 +38,7 @@ class ContextSplit:
 
     rank: int
     size: int
-    group: ProcessGroup
+    group: dist.ProcessGroup
 
     @property
     def chunks(self) -> int:
@@ -63,11 +62,9 @@ class ContextSplit:
         places = self._part(torch.arange(time, device=whole.inputs.device)[None])[0]
         if whole.segments is None:
             return Layout(places, self._gathering(self._attend_chunks), longest=time)
-        begins, positions = begins_and_positions(whole.segments)
+        _, positions = begins_and_positions(whole.segments)
         groups = _document_groups(self._part(positions), places, time)
-        return Layout(
-            self._part(positions), self._gathering(attend_groups(groups)), longest=time
-        )
+        return Layout(self._part(positions), self._gathering(attend_groups(groups)), longest=time)
 
     def _part(self, values: Tensor) -> Tensor:
         """The own chunks of values [rows, time, ...]: [rows, time / size, ...]."""
@@ -114,7 +111,6 @@ def context_split(world: World, sequence_length: int) -> ContextSplit | None:
     size = world.axes.context
     if size == 1:
         return None
-    assert world.mesh is not None, "several processes have a mesh"
     lower = sequence_length // (2 * size) * (2 * size)
     if lower != sequence_length:
         near = [length for length in (lower, lower + 2 * size) if length]
@@ -122,6 +118,7 @@ def context_split(world: World, sequence_length: int) -> ContextSplit | None:
             f"--sequence-length {sequence_length}: must be a multiple of {2 * size} with "
             f"--parallel.context {size}; use {' or '.join(map(str, near))}"
         )
+    assert world.mesh is not None, "several processes have a mesh"
     axis = world.mesh["context"]
     return ContextSplit(axis.get_local_rank(), size, axis.get_group())
 
@@ -165,9 +162,10 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, split: ContextSplit) -> Tensor:
         ctx.split = split
-        gathered = collectives.all_gather_tensor(x.contiguous(), 0, split.group)
-        by_process = collectives.wait_tensor(gathered).unflatten(0, (split.size, -1))
-        chunks = by_process.unflatten(3, (2, -1)).unbind(3)
+        gathered = x.new_empty(split.size * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x.contiguous(), split.group)
+        # [process, keys or values, rows, first or second chunk, chunk, ...]
+        chunks = gathered.unflatten(0, (split.size, -1)).unflatten(3, (2, -1)).unbind(3)
         # First chunks are in the order of the processes, second chunks in the opposite order.
         ordered = torch.cat([chunks[0], chunks[1].flip(0)])
         return ordered.movedim(0, 2).flatten(2, 3)
@@ -182,7 +180,7 @@ class _GatherSequence(torch.autograd.Function):
         chunks = grad.unflatten(2, (split.chunks, -1)).movedim(2, 0)
         first, second = chunks[: split.size], chunks[split.size :].flip(0)
         shares = torch.cat([first, second], dim=3)  # [process, 2, rows, own time, ...]
-        received = collectives.all_to_all_single(shares.flatten(0, 1), None, None, split.group)
-        received = collectives.wait_tensor(received).view_as(shares)
+        received = torch.empty_like(shares)
+        dist.all_to_all_single(received, shares, group=split.group)
         wide = torch.promote_types(grad.dtype, torch.float32)
         return received.sum(0, dtype=wide).to(grad.dtype), None

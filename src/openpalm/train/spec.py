@@ -81,7 +81,9 @@ class TrainSpec:
         next_token = {
             "z_loss": settings.z_loss or None,
             "memory.loss_chunk": settings.memory.loss_chunk,
-            "parallel.context": settings.parallel.context if settings.parallel.context > 1 else None,
+            "parallel.context": settings.parallel.context
+            if settings.parallel.context > 1
+            else None,
         }
         for name, value in next_token.items():
             if self.objective is not None and value is not None:
