@@ -122,11 +122,16 @@ def make_trainer(
     fill: Callable[[Transformer], None] | None = None,
 ) -> Trainer:
     """Makes the run's model, optimizer, loader and Trainer; `fill` replaces the spec's weights."""
+
+    def unfilled() -> Transformer:
+        with torch.device("meta"):
+            model = spec.make_model(spec.config)
+        choose_trained(model, settings)
+        return model
+
     context = context_split(world(), shape.sequence_length)
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
-    with torch.device("meta"):
-        model = spec.make_model(spec.config)
-    choose_trained(model, settings)
+    model = unfilled()
     _parallelize(model, settings, dtype)
     model.to_empty(device=device)
     (fill or spec.fill)(model)
@@ -143,6 +148,8 @@ def make_trainer(
         dtype=dtype,
         max_skipped_steps=settings.max_skipped_steps,
         world=world(),
+        seed=settings.seed,
+        make_plain=lambda: unfilled().to_empty(device=device),
     )
 
 
