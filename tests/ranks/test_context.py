@@ -18,6 +18,7 @@ from openpalm.data.batches.loader import IGNORE, Batch
 from openpalm.model.attention import causal_attention
 from openpalm.model.layout import packed_layout
 from openpalm.model.transformer import Transformer, initialise
+from openpalm.parallel import context
 from openpalm.parallel.config import ParallelSettings
 from openpalm.parallel.context import ContextSplit, context_split
 from openpalm.parallel.world import join
@@ -189,7 +190,7 @@ def test_attention_and_its_gradients(size: int, dtype: torch.dtype, close: float
 def communicated(size: int, kv_heads: int, length: int) -> tuple[dict[str, int], list[int]]:
     """Calls by operation, and bytes that this process sends to each other one, in a step."""
     sent: list[int] = []
-    gather, exchange = dist.all_gather_into_tensor, dist.all_to_all_single
+    gather, exchange = context._all_gather, dist.all_to_all_single
 
     def counted_gather(output: Tensor, x: Tensor, *args: Any) -> None:
         sent.append(x.numel() * x.itemsize)
@@ -203,12 +204,12 @@ def communicated(size: int, kv_heads: int, length: int) -> tuple[dict[str, int],
     initialise(model, 0)
     ids = torch.zeros(2, length, dtype=torch.int64)
     objective = NextToken(context=split_of(size, length))
-    dist.all_gather_into_tensor, dist.all_to_all_single = counted_gather, counted_exchange
+    context._all_gather, dist.all_to_all_single = counted_gather, counted_exchange
     try:
         with CommDebugMode() as mode, torch.autocast("cpu", torch.bfloat16):
             objective.loss(model, Batch(ids, ids))[0].backward()
     finally:
-        dist.all_gather_into_tensor, dist.all_to_all_single = gather, exchange
+        context._all_gather, dist.all_to_all_single = gather, exchange
     return {str(name): calls for name, calls in mode.get_comm_counts().items()}, sent
 
 
