@@ -9,7 +9,7 @@ import torch
 from openpalm.data.batches.loader import IGNORE, Batch
 from openpalm.errors import SettingsError
 from openpalm.parallel.config import Axes
-from openpalm.parallel.context import ContextSplit, context_split
+from openpalm.parallel.context import ContextSplit, check_length, context_split
 from openpalm.parallel.world import World
 from openpalm.train.objective import NextToken
 
@@ -69,8 +69,10 @@ def test_a_length_that_the_chunks_do_not_divide_is_refused(length: int, near: st
     world = World(size=4, axes=Axes(context=4))
     wanted = f"--sequence-length {length}: must be a multiple of 8 with --parallel.context 4; use "
     with pytest.raises(SettingsError, match=f"^{wanted}{near}$"):
-        context_split(world, length)
+        check_length(world, length)
+    check_length(world, 2 * int(near.split()[-1]))
 
 
 def test_no_split_for_one_process():
-    assert context_split(World(), 5) is None
+    check_length(World(), 5)
+    assert context_split(World()) is None

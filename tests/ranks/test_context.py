@@ -130,8 +130,8 @@ def test_every_target_counts_once(alone: dict[str, list]):
     assert counts["few targets on one process"] == [16 * LENGTH // 2 + 1] * STEPS
 
 
-def split_of(size: int, length: int) -> ContextSplit:
-    split = context_split(join(ParallelSettings(context=size), torch.device("cpu")), length)
+def split_of(size: int) -> ContextSplit:
+    split = context_split(join(ParallelSettings(context=size), torch.device("cpu")))
     assert split is not None
     return split
 
@@ -151,7 +151,7 @@ SHAPES = [(1, False), (2, True), (4, False), (1, True)]
 
 def attention_parts(size: int, dtype: torch.dtype) -> list[list[Tensor]]:
     """This process's part of the outputs, and of the gradients of queries, keys and values."""
-    split, found = split_of(size, 2048), []
+    split, found = split_of(size), []
     for kv_heads, segments in SHAPES:
         tensors, batch = sequences(dtype, kv_heads, segments)
         q, k, v, grad = (split._part(x) for x in tensors)
@@ -203,7 +203,7 @@ def communicated(size: int, kv_heads: int, length: int) -> tuple[dict[str, int],
     model = Transformer(replace(SMALL, kv_heads=kv_heads, context=length))
     initialise(model, 0)
     ids = torch.zeros(2, length, dtype=torch.int64)
-    objective = NextToken(context=split_of(size, length))
+    objective = NextToken(context=split_of(size))
     context._all_gather, dist.all_to_all_single = counted_gather, counted_exchange
     try:
         with CommDebugMode() as mode, torch.autocast("cpu", torch.bfloat16):
@@ -232,7 +232,7 @@ def bf16_and_held_out(parallel: dict[str, Any]) -> tuple[list[float], list[float
     return [step.loss for step in steps], [step.grad_norm for step in steps], sums["loss"]
 
 
-def test_bfloat16_and_held_out_losses_on_whole_rows():
+def test_bfloat16_and_held_out_losses():
     losses, norms, held_out = bf16_and_held_out({})
     for found in on_ranks(2, bf16_and_held_out, {"context": 2}):
         assert found[0] == pytest.approx(losses, rel=1e-3)

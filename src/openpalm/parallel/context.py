@@ -106,24 +106,24 @@ class ContextSplit:
         return torch.cat(attended, dim=1)
 
 
-def context_split(world: World, sequence_length: int) -> ContextSplit | None:
-    """How this process shares sequences with others; None if it has them alone.
-
-    Raises SettingsError for a length that cannot be cut into equal chunks.
-    """
+def check_length(world: World, sequence_length: int) -> None:
+    """Raises SettingsError for a length that cannot be cut into equal chunks."""
     size = world.axes.context
-    if size == 1:
-        return None
     lower = sequence_length // (2 * size) * (2 * size)
-    if lower != sequence_length:
+    if size > 1 and lower != sequence_length:
         near = [length for length in (lower, lower + 2 * size) if length]
         raise SettingsError(
             f"--sequence-length {sequence_length}: must be a multiple of {2 * size} with "
             f"--parallel.context {size}; use {' or '.join(map(str, near))}"
         )
-    assert world.mesh is not None, "several processes have a mesh"
+
+
+def context_split(world: World) -> ContextSplit | None:
+    """How this process shares sequences with others; None if it computes them alone."""
+    if world.mesh is None or world.axes.context == 1:
+        return None
     axis = world.mesh["context"]
-    return ContextSplit(axis.get_local_rank(), size, axis.get_group())
+    return ContextSplit(axis.get_local_rank(), axis.size(), axis.get_group())
 
 
 def _document_groups(within: Tensor, places: Tensor, time: int) -> list[SequenceGroup]:

@@ -14,7 +14,7 @@ from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
 from openpalm.parallel import fsdp
-from openpalm.parallel.context import context_split
+from openpalm.parallel.context import check_length, context_split
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
 from openpalm.train.config import TrainSettings, batch_shape
@@ -88,7 +88,7 @@ class TrainSpec:
         for name, value in next_token.items():
             if self.objective is not None and value is not None:
                 raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
-        context_split(world(), settings.sequence_length or self.config.context)
+        check_length(world(), settings.sequence_length or self.config.context)
 
     def cut_changes(self, stored: TrainSettings, shape: BatchShape) -> str | None:
         """The reason why `shape` gives another result than the stored settings' cut, or None.
@@ -134,7 +134,8 @@ def make_trainer(
     def make_unfilled() -> Transformer:
         return unfilled(lambda: spec.make_model(spec.config), settings)
 
-    context = context_split(world(), shape.sequence_length)
+    check_length(world(), shape.sequence_length)
+    context = context_split(world())
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
     model = make_unfilled()
     _parallelize(model, settings, dtype)
