@@ -7,13 +7,13 @@ from openpalm.model.transformer import Transformer
 
 
 @torch.no_grad()
-def gather_into(plain: Transformer, model: Transformer, *, keep: bool = True) -> None:
+def gather_into(plain: Transformer | None, model: Transformer) -> None:
     """Copies the sharded `model` into `plain`, one parameter at a time; all processes must call it.
 
-    keep: whether this process needs the copy; the others only send their parts.
+    plain: None on a process that only sends its parts.
     """
-    own = dict(plain.named_parameters())
+    own = {} if plain is None else dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
         value = whole(parameter.detach())
-        if keep:
+        if plain is not None:
             own[name].copy_(value)

@@ -47,7 +47,12 @@ class Probe:
             trainer.model.eval()
             return self.measure(trainer.model, trainer.dtype)
         model = trainer.gathered()
-        return trainer.world.on_main(lambda: self.measure(model, trainer.dtype))
+
+        def on_whole_model() -> dict[str, Any]:
+            assert model is not None
+            return self.measure(model, trainer.dtype)
+
+        return trainer.world.on_main(on_whole_model)
 
 
 @dataclass(frozen=True)
