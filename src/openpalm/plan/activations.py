@@ -111,21 +111,45 @@ def _products(training: Training, tensor: int) -> float:
     return training.item * (cut + whole + adapter)
 
 
-def backward_transients(training: Training, *, tensor: int = 1) -> tuple[float, float]:
-    """Gradients inside a block while its feed-forward goes backward: (bytes per token, bytes).
-
-    Beside those of the residual stream and of the block's update: first the gradient of the hidden
-    units and that of `down`, which bfloat16 has in both dtypes before it is added; then, where the
-    units themselves are freed, the gradients of both their factors. The larger moment counts.
-    """
+def inside_block(training: Training, *, cuda: bool, tensor: int = 1, context: int = 1) -> float:
+    """Bytes that the backward pass of one block needs beside what the block kept."""
     config, item = training.config, training.item
-    residual, units = 2 * WIDE * config.dim / tensor, item * config.ff_dim / tensor
+    tokens = training.tokens / context
+    again = 0.0
+    if training.recompute != "none":
+        again = whole_block(training, cuda=cuda, tensor=tensor)
+        again -= kept_per_token(training, cuda=cuda, tensor=tensor)
+    residual, units = WIDE * config.dim / tensor, item * config.ff_dim / tensor
+    moments = [*_feedforward_backward(training, tokens, units, tensor)]
+    if not cuda and training.dtype == "bfloat16":
+        moments.append(_cpu_attention_backward(training, tokens, units))
+    return tokens * (again + residual) + max(moments)
+
+
+def _feedforward_backward(
+    training: Training, tokens: float, units: float, tensor: int
+) -> tuple[float, float]:
+    """First the gradient of the hidden units and that of `down`, which bfloat16 has in both dtypes
+    before it is added; then, the units themselves being freed, the gradients of their factors."""
+    config, item = training.config, training.item
     matrix = config.dim * config.ff_dim / tensor * (item if item == WIDE else item + WIDE)
     matrix *= training.lora is None
     factors = 2 if config.feedforward == "swiglu" else 1
-    if (factors - 1) * units * training.tokens > matrix:
-        return residual + factors * units, 0.0
-    return residual + units, matrix
+    return tokens * units + matrix, tokens * factors * units
+
+
+def _cpu_attention_backward(training: Training, tokens: float, units: float) -> float:
+    """The CPU's bfloat16 kernel: a block of weights, their gradients and those of the scores.
+
+    By then the units are freed, and their gradients wait.
+    """
+    config, item, length = training.config, training.item, training.context
+    freed = (2 if config.feedforward == "swiglu" else 1) * units
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    grads = item * 2 * queries + WIDE * 2 * keys
+    products = 2 if length <= KEPT else 5  # longer sequences compute their weights again
+    block = training.rows * config.heads * min(BLOCK, length) * length * item
+    return tokens * (grads - freed) + products * block
 
 
 def rotary_tables(training: Training) -> int:

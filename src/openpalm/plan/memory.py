@@ -16,11 +16,10 @@ from typing import NamedTuple
 from openpalm.model.config import ModelConfig
 from openpalm.plan.activations import (
     WIDE,
-    backward_transients,
     evenly,
+    inside_block,
     kept_per_token,
     rotary_tables,
-    whole_block,
 )
 from openpalm.plan.layouts import Layout
 from openpalm.plan.training import RECOMPUTE, Recompute, Training
@@ -248,7 +247,7 @@ def _at_backward(
     kept = _kept(training, layout, stage, cuda=cuda)
     copies, buffers = _copies(training, layout, stage, backward=True)
     table = _table_bytes(training, layout) * stage.last
-    inside = _inside_block(training, layout, cuda=cuda)
+    inside = inside_block(training, cuda=cuda, tensor=layout.tensor, context=layout.context)
     scaling = table + 2 * tokens * WIDE * training.config.dim * stage.last
     if inside + table * training.config.tied < table + scaling:
         more, loss = 0.0, table + scaling
@@ -260,27 +259,20 @@ def _at_backward(
     )
 
 
-def _inside_block(training: Training, layout: Layout, *, cuda: bool) -> float:
-    """What the backward pass of one block needs beside what it kept."""
-    again = 0.0
-    if training.recompute != "none":
-        again = whole_block(training, cuda=cuda, tensor=layout.tensor)
-        again -= kept_per_token(training, cuda=cuda, tensor=layout.tensor)
-    per_token, more = backward_transients(training, tensor=layout.tensor)
-    return training.tokens / layout.context * (again + per_token) + more
-
-
 def _at_first_block(
     training: Training, layout: Layout, stage: Stage, state: Memory, *, cuda: bool
 ) -> Memory:
     """The backward pass of the first block, when all others have their gradients."""
     kept = training.tokens / layout.context
     kept *= kept_per_token(training, cuda=cuda, tensor=layout.tensor)
-    inside = _inside_block(training, layout, cuda=cuda)
+    inside = inside_block(training, cuda=cuda, tensor=layout.tensor, context=layout.context)
     copies, buffers = _copies(training, layout, stage, backward=True)
     if not layout.gathers and training.recompute == "none":
         copies /= stage.blocks
     activations = kept + inside + rotary_tables(training)
+    if training.trains_tables and not training.config.tied:
+        table = training.config.padded_vocab * training.config.dim / layout.tensor
+        state = replace(state, gradients=state.gradients - WIDE * table / layout.shard)
     return replace(
         state, activations=activations, gathered=copies + buffers, moment="backward"
     )
