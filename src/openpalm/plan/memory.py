@@ -7,7 +7,7 @@ The peak is the largest of four moments of the last microbatch:
     embedding  the gradient of the embedding, after those of all blocks
     update     the optimizer's step
 
-Counted are the bytes of tensors. CONTEXT_SHARE of a GPU is left for what is not a tensor.
+Counted are the bytes of tensors.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -24,8 +24,6 @@ from openpalm.plan.activations import (
 from openpalm.plan.layouts import Layout
 from openpalm.plan.training import RECOMPUTE, Recompute, Training
 
-CONTEXT_SHARE = 0.06
-"""Share of a GPU's memory that tensors do not get: CUDA's context, NCCL, unused pieces."""
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 PIECE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """model/cross_entropy.py's: logits per chunk, and per softmax."""
