@@ -30,7 +30,7 @@ HEAD = ("model", "length", "optimizer", "recompute", "predicted s", "measured s"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description="Predicted and measured step times.")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each point")
     how = parser.parse_args()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 WIDE_ENOUGH = 100
 """Columns of a terminal that show every column of the table."""
+MOST_REASONS = 3
 TOKENS_PER_PARAMETER = 20
 """Default length of a run (Hoffmann et al. 2022)."""
 
@@ -294,7 +295,7 @@ def _layouts(plans: "list[Plan]", width: int) -> "Table":
 
 
 def _print_unfit(plans: "list[Plan]", top: int, console: "Console") -> None:
-    """The reasons of the layouts that do not fit: of those listed, or of the nearest one."""
+    """Why the layouts that come closest do not fit."""
     from openpalm.plan.ranking import reason
 
     unfit = [plan for plan in plans if not plan.fits]
@@ -302,8 +303,7 @@ def _print_unfit(plans: "list[Plan]", top: int, console: "Console") -> None:
         return
     count = f"{len(unfit):,} of {len(plans):,} layouts do not fit"
     console.print(f"\n{count}:")
-    listed = [plan for plan in plans[:top] if not plan.fits] or unfit[:1]
-    for plan in listed:
+    for plan in ([plan for plan in plans[:top] if not plan.fits] or unfit)[:MOST_REASONS]:
         console.print(f"  {plan.layout}: {reason(plan, plans)}")
 
 

@@ -45,7 +45,9 @@ class Device:
     def flops(self, dtype: str) -> float:
         """Peak FLOP/s. Raises SettingsError for a dtype that the device only emulates."""
         if dtype not in self.peak:
-            raise SettingsError(f"--dtype {dtype}: {self.name} has none; take {', '.join(self.peak)}")
+            raise SettingsError(
+                f"--dtype {dtype}: {self.name} has none; take {', '.join(self.peak)}"
+            )
         return self.peak[dtype]
 
 

@@ -85,7 +85,9 @@ def refusal(layout: Layout, config: ModelConfig, context: int) -> str | None:
     # The vocabulary is padded to a multiple of the ranks, so it never refuses.
     if config.heads % t or config.ff_dim % t:
         both = math.gcd(config.heads, config.ff_dim)
-        return _must_divide("tensor", t, f"heads and ff_dim ({config.heads}, {config.ff_dim})", both)
+        return _must_divide(
+            "tensor", t, f"heads and ff_dim ({config.heads}, {config.ff_dim})", both
+        )
     # Key/value heads that do not divide are replicated; of those that do, each rank has its own.
     if p > config.depth:
         return f"pipeline ({p}) must be at most depth ({config.depth})"

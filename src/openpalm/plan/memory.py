@@ -22,7 +22,7 @@ from openpalm.plan.activations import (
     rotary_tables,
 )
 from openpalm.plan.layouts import Layout
-from openpalm.plan.training import RECOMPUTE, Recompute, Training
+from openpalm.plan.training import Training
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 PIECE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -208,9 +208,7 @@ def _at_loss(
     copies, buffers = _copies(training, layout, stage, backward=False)
     kept = _kept(training, layout, stage, cuda=cuda)
     loss = _loss_bytes(training, layout, cuda=cuda) if stage.last else 0.0
-    return replace(
-        state, activations=kept, loss=loss, gathered=copies + buffers, moment="loss"
-    )
+    return replace(state, activations=kept, loss=loss, gathered=copies + buffers, moment="loss")
 
 
 def _loss_bytes(training: Training, layout: Layout, *, cuda: bool) -> float:
@@ -252,9 +250,7 @@ def _at_backward(
     else:
         more, loss = inside, table * training.config.tied
     gathered = copies + buffers
-    return replace(
-        state, activations=kept + more, loss=loss, gathered=gathered, moment="backward"
-    )
+    return replace(state, activations=kept + more, loss=loss, gathered=gathered, moment="backward")
 
 
 def _at_first_block(
@@ -271,9 +267,7 @@ def _at_first_block(
     if training.trains_tables and not training.config.tied:
         table = training.config.padded_vocab * training.config.dim / layout.tensor
         state = replace(state, gradients=state.gradients - WIDE * table / layout.shard)
-    return replace(
-        state, activations=activations, gathered=copies + buffers, moment="backward"
-    )
+    return replace(state, activations=activations, gathered=copies + buffers, moment="backward")
 
 
 def _at_embedding(training: Training, layout: Layout, stage: Stage, state: Memory) -> Memory:

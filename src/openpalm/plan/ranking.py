@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from openpalm.errors import SettingsError
-from openpalm.model.config import ModelConfig
 from openpalm.plan.devices import GIB, Device
 from openpalm.plan.layouts import Layout, possible_layouts
 from openpalm.plan.memory import Memory, step_memory
@@ -13,6 +12,8 @@ from openpalm.plan.time import StepTime, mfu, step_time
 from openpalm.plan.training import RECOMPUTE, Recompute, Training, cut_batch
 
 DAY_S = 86400
+MOST_DOUBLINGS = 13
+"""Of the shards, when looking for a number of GPUs that is enough."""
 SEQUENCES_PER_GPU, MOST_BATCH_TOKENS = 16, 1 << 22
 """Default batch: 16 sequences a GPU, as `train` takes, but at most 4M tokens where that leaves
 a sequence a GPU (PaLM's largest batch)."""
@@ -147,7 +148,7 @@ def reason(plan: Plan, plans: list[Plan]) -> str:
     """Why a plan does not fit, and what would make it fit."""
     needs, has = plan.memory.total / GIB, plan.goal.device.usable / GIB
     largest = max(plan.memory.parts.items(), key=lambda part: part[1])[0]
-    remedy = next(_remedies(plan, plans), "more GPUs, or a GPU with more memory")
+    remedy = next(_remedies(plan, plans), "take a GPU with more memory")
     return f"needs {needs:,.1f} of {has:,.1f} GiB, most for {largest}; {remedy}"
 
 
@@ -168,4 +169,14 @@ def _remedies(plan: Plan, plans: list[Plan]) -> Iterator[str]:
         more = [x for x in fitting if x.sizes[axis] > size]
         if more:
             yield f"{axis} {min(x.sizes[axis] for x in more)} or more fits"
+    yield from _more_gpus(plan)
 
+
+def _more_gpus(plan: Plan) -> Iterator[str]:
+    """The number of GPUs on which more shards of this layout fit."""
+    for factor in (2**n for n in range(1, MOST_DOUBLINGS)):
+        layout = replace(plan.layout, shard=plan.layout.shard * factor)
+        training = replace(plan.training, rows=1)
+        if step_memory(training, layout, cuda=True).total <= plan.goal.device.usable:
+            yield f"shard {layout.shard} fits, on {layout.gpus:,} GPUs"
+            return
