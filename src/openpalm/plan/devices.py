@@ -90,7 +90,7 @@ def measured_cpu(dtype: str) -> Device:
 
     rate = matmul_flops(torch.device("cpu"), getattr(torch, dtype))
     memory, speed = physical_memory(), _elementwise_rate()
-    return Device("cpu", {dtype: rate}, memory, speed, speed, speed, 1, False, 1.0, 0.5)
+    return Device("cpu", {dtype: rate}, memory, speed, speed, speed, 1, False, 0.9, 0.5)
 
 
 def _elementwise_rate(repeats: int = 5) -> float:
