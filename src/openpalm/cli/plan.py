@@ -221,11 +221,11 @@ def _header(settings: PlanSettings, goal: "Goal") -> str:
     training, device = goal.training, goal.device
     steps = -(-goal.tokens // goal.batch_tokens)
     return (
-        f"{settings.model}: {training.config.parameters:,} parameters, {goal.tokens:.3g} tokens in "
-        f"{steps:,.0f} steps of {goal.batch_tokens:,}\n"
-        f"{goal.gpus:,} x {device.name} ({device.usable / GIB:.3g} GiB for tensors, "
-        f"{device.flops(training.dtype) / 1e12:,.3g} TFLOP/s), {training.context:,} tokens a "
-        f"sequence, {training.optimizer}, {training.dtype}"
+        f"{settings.model}: {training.config.parameters:,} parameters, {_amount(goal.tokens)} "
+        f"tokens in {steps:,.0f} steps of {goal.batch_tokens:,}\n"
+        f"{goal.gpus:,} x {device.name}: {device.usable / GIB:.3g} GiB for tensors, "
+        f"{device.flops(training.dtype) / 1e12:,.3g} TFLOP/s in {training.dtype}\n"
+        f"sequences of {training.context:,} tokens, {training.optimizer}"
     )
 
 
@@ -244,7 +244,8 @@ def _print_best(plan: "Plan", console: "Console") -> None:
     )
     memory = _parts(f"memory a GPU ({plan.memory.moment})", "GiB")
     for name, size in plan.memory.parts.items():
-        memory.add_row(name, f"{size / GIB:,.2f}")
+        if size:
+            memory.add_row(name, f"{size / GIB:,.2f}")
     memory.add_row("[bold]total[/]", f"[bold]{plan.memory.total / GIB:,.2f}[/]")
     step = _parts("step", "s")
     for name, seconds in plan.time.parts.items():
@@ -303,8 +304,16 @@ def _print_unfit(plans: "list[Plan]", top: int, console: "Console") -> None:
         return
     count = f"{len(unfit):,} of {len(plans):,} layouts do not fit"
     console.print(f"\n{count}:")
-    for plan in ([plan for plan in plans[:top] if not plan.fits] or unfit)[:MOST_REASONS]:
+    listed = [plan for plan in plans[:top] if not plan.fits]
+    for plan in listed[:MOST_REASONS] or unfit[:1]:
         console.print(f"  {plan.layout}: {reason(plan, plans)}")
+
+
+def _amount(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:,.3g}{unit}"
+    return f"{number:,.0f}"
 
 
 def _duration(days: float) -> str:

@@ -47,7 +47,7 @@ class Layout:
 
     def __str__(self) -> str:
         named = [f"{axis} {size}" for axis, size in self.sizes.items() if size > 1]
-        return ", ".join(named) or "one GPU"
+        return ", ".join(named) or "one device"
 
     def stride(self, axis: str) -> int:
         """Distance in ranks between neighbours on an axis; tensor ranks are adjacent.

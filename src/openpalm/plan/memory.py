@@ -224,15 +224,23 @@ def _loss_bytes(training: Training, layout: Layout, *, cuda: bool) -> float:
     # The normalised states, in bfloat16 again (and the scaled ones), and their gradient.
     states = WIDE * config.dim + item * config.dim + item * config.dim * (item != WIDE)
     states += WIDE * config.dim * (config.logit_scale != 1)
-    table = _table_bytes(training, layout)
+    table = WIDE * _table_numbers(training, layout)
+    table += (
+        item * _table_numbers(training, layout) * layout.gathers
+    )  # in the dtype of the gathered
     cast = item * vocabulary * config.dim if item != WIDE and not layout.gathers else 0
     return tokens * states + rows * vocabulary * item + softmax + table + cast
 
 
-def _table_bytes(training: Training, layout: Layout) -> float:
-    """The float32 gradient of the head's table, which the loss makes."""
+def _table_numbers(training: Training, layout: Layout) -> float:
+    """Numbers in the gradient of the head's table, which the loss makes."""
     config = training.config
-    return WIDE * config.vocab_size * config.dim / layout.tensor * training.trains_tables
+    return config.vocab_size * config.dim / layout.tensor * training.trains_tables
+
+
+def _gradient_item(training: Training, layout: Layout) -> int:
+    """Bytes of a number of a gradient before it is reduced or added."""
+    return training.item if layout.gathers else WIDE
 
 
 def _at_backward(
@@ -242,7 +250,8 @@ def _at_backward(
     tokens = training.tokens / layout.context
     kept = _kept(training, layout, stage, cuda=cuda)
     copies, buffers = _copies(training, layout, stage, backward=True)
-    table = _table_bytes(training, layout) * stage.last
+    item = _gradient_item(training, layout)
+    table = item * _table_numbers(training, layout) * stage.last
     inside = inside_block(training, cuda=cuda, tensor=layout.tensor, context=layout.context)
     scaling = table + 2 * tokens * WIDE * training.config.dim * stage.last
     if inside + table * training.config.tied < table + scaling:
@@ -274,8 +283,11 @@ def _at_embedding(training: Training, layout: Layout, stage: Stage, state: Memor
     """The embedding's gradient is dense; with a tied table the head's waits for it."""
     config = training.config
     table = config.padded_vocab * config.dim / layout.tensor * training.trains_tables
-    copies = (1 + config.tied * stage.last) * WIDE * table * stage.first
-    if training.accumulation == 1 and layout.shard == 1:
+    item = _gradient_item(training, layout)
+    copies = (1 + config.tied * stage.last) * item * table * stage.first
+    if layout.gathers:
+        copies += WIDE * table * stage.first  # to be reduced
+    elif training.accumulation == 1:
         copies -= WIDE * table * stage.first  # the sum becomes the gradient
     kept = rotary_tables(training)
     return replace(state, activations=kept, loss=copies, moment="embedding")
