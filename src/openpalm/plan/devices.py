@@ -5,8 +5,12 @@ FLOP/s are dense (without sparsity). float32 is without TF32, as torch multiplie
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from openpalm.errors import SettingsError
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = float(1 << 30)
 TERA = 1e12
@@ -106,6 +110,15 @@ def _elementwise_rate(repeats: int = 5) -> float:
         torch.mul(a, b, out=out)
         best = min(best, time.perf_counter() - start)
     return 3 * a.nbytes / best
+
+
+def free_memory(device: "torch.device") -> float:
+    """Bytes that a run on this device may take: free ones of a GPU, all of the machine's memory."""
+    import torch
+
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return physical_memory()
 
 
 def physical_memory() -> float:
