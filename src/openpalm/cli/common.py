@@ -119,8 +119,8 @@ def warn_of_memory(settings: TrainSettings, spec: "TrainSpec", *, frozen_copies:
     from openpalm.plan.warning import planned, warn_if_too_large
     from openpalm.train.config import batch_shape
 
-    device = pick_device(settings.device)
     try:
+        device = pick_device(settings.device)
         length = settings.sequence_length or spec.config.context
         shape = spec.shape or batch_shape(settings, length)
         training = planned(settings, spec.config, shape, pick_dtype(settings.dtype, device))

@@ -50,7 +50,7 @@ def train_on_rollouts(
     from openpalm.align.rollouts.rollout import RolloutLoader
     from openpalm.align.rollouts.sampler import Sampler
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import fine_tuning_start, held_out
+    from openpalm.cli.common import fine_tuning_start, held_out, warn_of_memory
     from openpalm.data.rows.prompt_files import read_prompts
     from openpalm.model.transformer import Transformer
     from openpalm.train.config import BatchShape
@@ -105,6 +105,8 @@ def train_on_rollouts(
         best=BestBy("val_gold" if gold else "val_reward", highest=True, always=True),
         label=label,
     )
+    # The reference is a second model, except with LoRA.
+    warn_of_memory(settings, spec, frozen_copies=not settings.lora.rank)
     try:
         return run_training(settings, spec)
     except RewardError:

@@ -113,11 +113,11 @@ def _elementwise_rate(repeats: int = 5) -> float:
 
 
 def free_memory(device: "torch.device") -> float:
-    """Bytes that a run on this device may take: free ones of a GPU, all of the machine's memory."""
+    """Bytes that this process may take on a GPU, its own included; or the machine's memory."""
     import torch
 
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     return physical_memory()
 
 
