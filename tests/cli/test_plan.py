@@ -52,7 +52,7 @@ def test_the_mfu_of_palm(said):
 def test_what_does_not_fit_has_a_reason(said):
     status, output, _ = said("plan", "--model", "palm-62b", "--gpus", "4", "--gpu", "a100")
     assert status == 0
-    assert "(does not fit)" in output
+    assert "\ndoes not fit: " in output
     assert "15 of 15 layouts do not fit:" in output
     assert " GPUs" in output.split("do not fit:")[1]
 

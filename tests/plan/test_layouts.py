@@ -27,7 +27,7 @@ def ways(number: int, axes: int) -> int:
 @pytest.mark.parametrize("gpus", [1, 7, 64, 6144])
 def test_every_product_is_there_once(gpus: int):
     found = list(layouts(gpus, {}))
-    assert {layout.gpus for layout in found} == {gpus}
+    assert {layout.size for layout in found} == {gpus}
     assert len(set(found)) == len(found) == ways(gpus, len(AXES))
 
 

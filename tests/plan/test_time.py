@@ -62,7 +62,8 @@ def test_bytes_between_and_within_nodes():
     slow, bytes_ = replace(H100, inter=20e9), 1e12
 
     def seconds(layout: Layout, *, both: bool = False) -> float:
-        return 0.8 * seconds_to_send(bytes_, "shard", layout, slow, both=both)
+        group = (layout.shard, layout.stride("shard"))
+        return 0.8 * seconds_to_send(bytes_, group, slow, both=both)
 
     assert seconds(Layout(shard=8)) == pytest.approx(bytes_ * 7 / 8 / slow.intra)
     # Two nodes: each needs half of the bytes from the other, over eight links.

@@ -122,19 +122,23 @@ def warn_of_memory(settings: TrainSettings, spec: "TrainSpec", *, frozen_copies:
     `frozen_copies`: further models in memory, such as a reference policy.
     """
     from openpalm.plan.devices import free_memory
+    from openpalm.plan.layouts import Layout
     from openpalm.plan.warning import planned, warn_if_too_large
     from openpalm.train.config import batch_shape
 
     try:
         device = pick_device(settings.device)
         length = settings.sequence_length or spec.config.context
-        shape = spec.shape or batch_shape(settings, length)
+        here = join(settings.parallel, device)
+        shape = spec.shape or batch_shape(settings, length, here.data_size)
         training = planned(settings, spec.config, shape, pick_dtype(settings.dtype, device))
     except SettingsError:  # the run refuses these settings, in its own order
         return
     training = replace(training, frozen_copies=frozen_copies)
-    cuda = device.type == "cuda"
-    if said := warn_if_too_large(training, free_memory(device), cuda=cuda):
+    layout = Layout(*here.axes.sizes)
+    available, cuda = free_memory(device), device.type == "cuda"
+    said = warn_if_too_large(training, available, cuda=cuda, layout=layout)
+    if said and here.is_main:
         print(fill(f"{spec.label}: warning: {said}", 98, break_on_hyphens=False), file=sys.stderr)
 
 

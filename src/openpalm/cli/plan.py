@@ -237,10 +237,10 @@ def _print_best(plan: "Plan", console: "Console") -> None:
     from openpalm.plan.devices import GIB
 
     rows = count_of(plan.training.rows, "sequence")
+    microbatches = count_of(plan.training.accumulation, "microbatch").replace("hs", "hes")
     console.print(
-        f"\n[bold]{plan.layout}[/], recompute {plan.training.recompute}: "
-        f"{count_of(plan.training.accumulation, 'microbatch').replace('hs', 'hes')} of {rows}"
-        f"{'' if plan.fits else ' [red](does not fit)[/]'}"
+        f"\n{'' if plan.fits else 'does not fit: '}[bold]{plan.layout}[/], recompute "
+        f"{plan.training.recompute}, {microbatches} of {rows}"
     )
     memory = _parts(f"memory a GPU ({plan.memory.moment})", "GiB")
     for name, size in plan.memory.parts.items():

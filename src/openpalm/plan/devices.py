@@ -3,6 +3,7 @@
 FLOP/s are dense (without sparsity). float32 is without TF32, as torch multiplies by default.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -118,13 +119,12 @@ def free_memory(device: "torch.device") -> float:
 
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    return physical_memory()
+    # torchrun's processes on this machine share it.
+    return physical_memory() / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def physical_memory() -> float:
     """Bytes of this machine's memory, or those that a container may use, if fewer."""
-    import os
-
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as file:

@@ -1,10 +1,10 @@
 """Layouts: how many GPUs each kind of parallelism takes, which are possible, and the reasons.
 
+    pipeline    the blocks are cut into stages
     replicate   data parallel: every replica holds the whole state (HSDP with shard > 1)
     shard       data parallel: the state is cut into shards (FSDP)
+    context     the sequence is cut; the state is sharded over these GPUs, too
     tensor      heads, feed-forward and vocabulary are cut
-    pipeline    the blocks are cut into stages
-    context     the sequence is cut
 
 Their product is the number of GPUs.
 """
@@ -15,48 +15,34 @@ from dataclasses import dataclass
 
 from openpalm.errors import SettingsError
 from openpalm.model.config import ModelConfig
+from openpalm.parallel.config import AXES, Axes
 
-AXES = ("replicate", "shard", "tensor", "pipeline", "context")
 OPTIONS = {axis: f"--{axis}" for axis in AXES} | {"context": "--context-parallel"}
 MOST_LISTED = 12
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Axes):
     """GPUs on each axis."""
 
-    replicate: int = 1
-    shard: int = 1
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-
     @property
-    def gpus(self) -> int:
-        return math.prod(getattr(self, axis) for axis in AXES)
-
-    @property
-    def sizes(self) -> dict[str, int]:
+    def by_axis(self) -> dict[str, int]:
         """GPUs by axis, in the order of AXES."""
-        return {axis: getattr(self, axis) for axis in AXES}
+        return dict(zip(AXES, self.sizes, strict=True))
+
+    @property
+    def shards(self) -> int:
+        """Parts into which FSDP cuts weights, gradients and moments."""
+        return self.shard * self.context
 
     @property
     def gathers(self) -> bool:
         """Whether FSDP gathers and reduces the weights of each block."""
-        return self.replicate * self.shard * self.context > 1
-
-    def __str__(self) -> str:
-        named = [f"{axis} {size}" for axis, size in self.sizes.items() if size > 1]
-        return ", ".join(named) or "one device"
+        return self.averaged > 1
 
     def stride(self, axis: str) -> int:
-        """Distance in ranks between neighbours on an axis; tensor ranks are adjacent.
-
-        The order from the outside is pipeline, replicate, shard, context, tensor: what is sent
-        most often has the shortest way.
-        """
-        order = ("tensor", "context", "shard", "replicate", "pipeline")
-        return math.prod(getattr(self, inner) for inner in order[: order.index(axis)])
+        """Distance in ranks between neighbours on an axis; tensor ranks are adjacent."""
+        return math.prod(self.sizes[AXES.index(axis) + 1 :])
 
 
 def divisors(number: int) -> list[int]:

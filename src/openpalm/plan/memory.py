@@ -132,16 +132,16 @@ def _of_stage(training: Training, layout: Layout, stage: Stage, *, cuda: bool) -
     matrices = stage.blocks * block_matrices(training.config, layout.tensor)
     matrices = min(matrices, trained) if training.trains_tables else trained
     state = Memory(
-        weights=WIDE * (stage.parameters / layout.shard + _frozen(training, layout)),
+        weights=WIDE * (stage.parameters / layout.shards + _frozen(training, layout)),
         gradients=0.0,
-        moments=WIDE * _moments(training, trained, matrices) / layout.shard,
+        moments=WIDE * _moments(training, trained, matrices) / layout.shards,
         activations=0.0,
         loss=0.0,
         gathered=0.0,
         update=0.0,
         moment="update",
     )
-    gradients = WIDE * trained / layout.shard
+    gradients = WIDE * trained / layout.shards
     # The first microbatch has no gradients yet, until its backward pass makes them.
     before = gradients if training.accumulation > 1 or layout.pipeline > 1 else 0.0
     return max(
@@ -174,11 +174,12 @@ def block_matrices(config: ModelConfig, tensor: int = 1) -> float:
 
 
 def _frozen(training: Training, layout: Layout) -> float:
-    """Parameters of an adapter, and of further models that are not trained."""
-    more = training.frozen_copies * parameters(training.config)
+    """Parameters of an adapter, and of further models, which every process holds whole."""
+    more = float(training.frozen_copies * parameters(training.config))
     if training.lora is not None:
-        more += training.lora.parameters(training.config)
-    return more / (layout.shard * layout.tensor * layout.pipeline)
+        parts = layout.shards * layout.tensor * layout.pipeline
+        more += training.lora.parameters(training.config) / parts
+    return more
 
 
 def _moments(training: Training, trained: float, matrices: float) -> float:
@@ -275,7 +276,7 @@ def _at_first_block(
     activations = kept + inside + rotary_tables(training)
     if training.trains_tables and not training.config.tied:
         table = training.config.padded_vocab * training.config.dim / layout.tensor
-        state = replace(state, gradients=state.gradients - WIDE * table / layout.shard)
+        state = replace(state, gradients=state.gradients - WIDE * table / layout.shards)
     return replace(state, activations=activations, gathered=copies + buffers, moment="backward")
 
 
@@ -298,8 +299,8 @@ def _at_update(
 ) -> Memory:
     config = training.config
     largest = max(
-        config.padded_vocab * config.dim / layout.tensor / layout.shard * training.trains_tables,
-        config.dim * config.ff_dim / layout.tensor / layout.shard,
+        config.padded_vocab * config.dim / layout.tensor / layout.shards * training.trains_tables,
+        config.dim * config.ff_dim / layout.tensor / layout.shards,
     )
     copies = LISTWISE_COPIES.get(training.optimizer, 0)
     numbers = copies * (state.gradients / WIDE if cuda else largest)

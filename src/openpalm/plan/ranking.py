@@ -15,8 +15,8 @@ DAY_S = 86400
 MOST_DOUBLINGS = 13
 """Of the shards, when looking for a number of GPUs that is enough."""
 SEQUENCES_PER_GPU, MOST_BATCH_TOKENS = 16, 1 << 22
-"""Default batch: 16 sequences a GPU, as `train` takes, but at most 4M tokens where that leaves
-a sequence a GPU (PaLM's largest batch)."""
+"""Default batch: 16 sequences a GPU, but at most 4M tokens (PaLM's largest batch), or a sequence a
+GPU."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "layout": self.layout.sizes,
+            "layout": self.layout.by_axis,
             "recompute": self.training.recompute,
             "microbatch_sequences": self.training.rows,
             "microbatches": self.training.accumulation,
@@ -118,7 +118,7 @@ def ranked(goal: Goal, fixed: dict[str, int], recompute: Recompute | None) -> li
 
 def _rank(plan: Plan) -> tuple[bool, float, int]:
     """Speed to three digits: of equally fast layouts the one with the fewest axes is first."""
-    axes = sum(size > 1 for size in plan.layout.sizes.values())
+    axes = sum(size > 1 for size in plan.layout.sizes)
     if not plan.fits:
         return True, plan.memory.total, axes
     return False, -float(f"{plan.tokens_per_s:.3g}"), axes
@@ -165,10 +165,10 @@ def _remedies(plan: Plan, plans: list[Plan]) -> Iterator[str]:
             yield f"--microbatch-tokens {training.context} fits"
     fitting = [other.layout for other in plans if other.fits]
     for axis in ("shard", "tensor", "pipeline", "context"):
-        size = plan.layout.sizes[axis]
-        more = [x for x in fitting if x.sizes[axis] > size]
+        size = plan.layout.by_axis[axis]
+        more = [x for x in fitting if x.by_axis[axis] > size]
         if more:
-            yield f"{axis} {min(x.sizes[axis] for x in more)} or more fits"
+            yield f"{axis} {min(x.by_axis[axis] for x in more)} or more fits"
     yield from _more_gpus(plan)
 
 
@@ -178,5 +178,5 @@ def _more_gpus(plan: Plan) -> Iterator[str]:
         layout = replace(plan.layout, shard=plan.layout.shard * factor)
         training = replace(plan.training, rows=1)
         if step_memory(training, layout, cuda=True).total <= plan.goal.device.usable:
-            yield f"shard {layout.shard} fits, on {layout.gpus:,} GPUs"
+            yield f"shard {layout.shard} fits, on {layout.size:,} GPUs"
             return

@@ -72,7 +72,7 @@ def step_time(training: Training, layout: Layout, device: Device, *, chunks: int
         elementwise=m * elementwise,
         optimizer=_optimizer(training, layout, stage, device),
         shard=m * shard + _first_gather(training, layout, stage, device),
-        replicate=_replicate(training, layout, stage, device),
+        replicate=_replicate(layout, stage, device),
         tensor=m * tensor,
         context=m * context,
         pipeline=once * (p - 1) / chunks + _sends(training, layout, device, chunks),
@@ -148,10 +148,10 @@ def _optimizer(training: Training, layout: Layout, stage: Stage, device: Device)
     """Reads weights, gradients and moments, writes all but the gradients; clips before."""
     moments = MOMENTS.get(training.optimizer, 2)
     trained = stage.parameters if training.lora is None else stage.parameters * 0.01
-    moved = FLOAT32 * (1 + 3 + 2 * moments) * trained / layout.shard
+    moved = FLOAT32 * (1 + 3 + 2 * moments) * trained / layout.shards
     seconds = moved / device.bandwidth
     if training.optimizer == "muon":
-        ranks = layout.replicate * layout.shard * layout.context  # matrices are dealt to ranks
+        ranks = layout.averaged  # matrices are dealt to ranks
         matrices = training.config.matrices.values()
         iteration = sum(_quintic_flops(*shape) for shape in matrices) * stage.blocks
         rate = device.flops(training.dtype) * device.matmul
@@ -166,42 +166,47 @@ def _quintic_flops(rows: int, columns: int) -> float:
 
 
 def seconds_to_send(
-    bytes_: float, axis: str, layout: Layout, device: Device, *, both: bool = False
+    bytes_: float, group: tuple[int, int], device: Device, *, both: bool = False
 ) -> float:
-    """Seconds of an all-gather (or reduce-scatter; `both`: all-reduce) of `bytes_` on an axis.
+    """Seconds of an all-gather (or reduce-scatter; `both`: all-reduce) of `bytes_` in a group.
 
-    Within a node each GPU receives (n - 1)/n of them; between nodes a node does, by the links of
-    all its GPUs in the group.
+    group: number of GPUs, and the distance in ranks between neighbours. Within a node each GPU
+    receives (n - 1)/n of the bytes; between nodes a node does, by the links of all its GPUs in
+    the group.
     """
-    size = layout.sizes[axis]
+    size, stride = group
     if size == 1:
         return 0.0
-    here = max(1, min(size, device.per_node // layout.stride(axis)))
+    here = max(1, min(size, device.per_node // stride))
     nodes = math.ceil(size / here)
     inside = bytes_ * (size - 1) / size / device.intra if here > 1 else 0.0
     outside = bytes_ * (nodes - 1) / nodes / (here * device.inter)
     return (2 if both else 1) * max(inside, outside) / LINK_SHARE
 
 
+def _group(layout: Layout, axis: str) -> tuple[int, int]:
+    """The group of an axis; FSDP's is of shard and context together."""
+    if axis == "shard":
+        return layout.shards, layout.stride("context")
+    return layout.by_axis[axis], layout.stride(axis)
+
+
 def _shard(training: Training, layout: Layout, stage: Stage, device: Device) -> float:
     """Seconds of a microbatch: weights gathered twice, gradients reduced in float32."""
     bytes_ = stage.parameters * (2 * training.item + FLOAT32)
-    return seconds_to_send(bytes_, "shard", layout, device)
+    return seconds_to_send(bytes_, _group(layout, "shard"), device)
 
 
 def _first_gather(training: Training, layout: Layout, stage: Stage, device: Device) -> float:
     """The first gather and the last reduction of a step have no arithmetic beside them."""
     bytes_ = (stage.block + stage.tables) * (training.item + FLOAT32)
-    return seconds_to_send(bytes_, "shard", layout, device)
+    return seconds_to_send(bytes_, _group(layout, "shard"), device)
 
 
-def _replicate(training: Training, layout: Layout, stage: Stage, device: Device) -> float:
-    """Gradients summed over replicas (and over context ranks, which hold the same weights)."""
-    bytes_ = FLOAT32 * stage.parameters / layout.shard
-    return sum(
-        seconds_to_send(bytes_, axis, layout, device, both=True)
-        for axis in ("replicate", "context")
-    )
+def _replicate(layout: Layout, stage: Stage, device: Device) -> float:
+    """Gradients are summed over replicas after the last microbatch."""
+    bytes_ = FLOAT32 * stage.parameters / layout.shards
+    return seconds_to_send(bytes_, _group(layout, "replicate"), device, both=True)
 
 
 def _tensor(training: Training, layout: Layout, stage: Stage, device: Device) -> float:
@@ -209,7 +214,7 @@ def _tensor(training: Training, layout: Layout, stage: Stage, device: Device) ->
     # 2 gathers and 2 reductions; a block that is recomputed gathers and reduces once more.
     times = 4 + 2 * (training.recompute in ("full", "offload"))
     bytes_ = times * tokens * training.config.dim * training.item * stage.blocks
-    return seconds_to_send(bytes_, "tensor", layout, device)
+    return seconds_to_send(bytes_, _group(layout, "tensor"), device)
 
 
 def _context(training: Training, layout: Layout, stage: Stage, device: Device) -> float:
@@ -217,7 +222,7 @@ def _context(training: Training, layout: Layout, stage: Stage, device: Device) -
     keys = 2 * config.kv_heads * config.head_dim * training.item
     times = 2 + (training.recompute != "none")
     bytes_ = times * training.tokens * keys * stage.blocks
-    return seconds_to_send(bytes_, "context", layout, device)
+    return seconds_to_send(bytes_, _group(layout, "context"), device)
 
 
 def _sends(training: Training, layout: Layout, device: Device, chunks: int) -> float:

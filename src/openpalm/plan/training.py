@@ -64,7 +64,7 @@ def cut_batch(
 
     Raises SettingsError if the batch does not divide.
     """
-    ranks, length = layout.replicate * layout.shard, training.context
+    ranks, length = layout.data, training.context
     if batch_tokens % (length * ranks):
         raise SettingsError(
             f"--batch-tokens {batch_tokens}: must be a multiple of context x replicate x shard "

@@ -1,6 +1,6 @@
 """The warning before step 1: a run that needs more memory than its device has, and what helps.
 
-For a run of one process. It counts tensors (plan/memory.py), so that a run that comes close may
+It counts tensors (plan/memory.py), so that a run that comes close may
 still run out.
 """
 
@@ -53,7 +53,8 @@ def warn_if_too_large(
         return step_memory(changed, layout, cuda=cuda).total <= available
 
     remedies = [words for words, changed in _remedies(training) if fits(changed)]
-    said = f"needs about {needed / GIB:.3g} GiB of the {available / GIB:.3g} GiB of this machine"
+    device = "GPU" if cuda else "machine" if layout.size == 1 else "process"
+    said = f"needs about {needed / GIB:.3g} GiB of the {available / GIB:.3g} GiB of this {device}"
     if remedies:
         return f"{said}; take {' or '.join(remedies[:3])}"
     least = replace(training, recompute="full", rows=1, loss_chunk=LEAST_CHUNK)
