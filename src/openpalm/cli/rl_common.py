@@ -48,12 +48,7 @@ def train_on_rollouts(
     from openpalm.align.rollouts.rollout import RolloutLoader
     from openpalm.align.rollouts.sampler import Sampler
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import (
-        fine_tuning_start,
-        held_out,
-        join_processes,
-        warn_of_memory,
-    )
+    from openpalm.cli.common import fine_tuning_start, held_out, join_processes
     from openpalm.data.rows.prompt_files import read_prompts
     from openpalm.model.transformer import Transformer
     from openpalm.parallel.world import world
@@ -115,16 +110,17 @@ def train_on_rollouts(
         best=BestBy("val_gold" if gold else "val_reward", highest=True, always=True),
         label=label,
     )
-    # The reference is a second model, except with LoRA.
-    warn_of_memory(settings, spec, frozen_copies=not settings.lora.rank)
     return _run(settings, spec)
 
 
 def _run(settings: RolloutSettings, spec: "TrainSpec") -> "Outcome":
     """Trains; notes in the run directory if a reward ended it."""
+    from openpalm.cli.common import warn_of_memory
     from openpalm.train.run import run_training
     from openpalm.train.run_directory import reward_failed
 
+    # The reference is a second model, except with LoRA.
+    warn_of_memory(settings, spec, frozen_copies=not settings.lora.rank)
     try:
         return run_training(settings, spec)
     except RewardError:
