@@ -1,12 +1,11 @@
 """Requests with different adapters in one batch: each as an engine with that adapter alone."""
 
-import copy
 import random
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
+from adapters import ALL, CONFIGS, adapted
 from tiny_models import tiny
 
 from openpalm.generate.adapters import LowRank, pack
@@ -16,30 +15,8 @@ from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model import lora
 from openpalm.model.config import LORA_TARGETS, LoraConfig
-from openpalm.model.transformer import Transformer
 
 GREEDY = Sampling(temperature=0)
-ALL = LoraConfig(4, 8.0, LORA_TARGETS)
-CONFIGS = [
-    ALL,
-    LoraConfig(2, 32.0, ("q", "v")),
-    LoraConfig(7, 28.0, ("k", "up", "down")),
-    LoraConfig(1, 60.0, ("out",)),
-]
-
-
-def adapted(config: LoraConfig, seed: int, model: Transformer | None = None) -> Transformer:
-    """A copy of the model with an adapter that has learned something."""
-    model = copy.deepcopy(model or tiny())
-    without = {target for target in config.targets if target not in model.config.matrices}
-    config = replace(config, targets=tuple(t for t in config.targets if t not in without))
-    lora.attach(model, config, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, factor in lora.adapter_parameters(model).items():
-            if name.endswith(".b"):
-                factor.copy_(0.2 * torch.randn(factor.shape, generator=generator))
-    return model
 
 
 def packed(engine: Engine, model):
@@ -72,7 +49,7 @@ def test_each_row_equals_an_engine_with_its_adapter_alone(any_model):
 
 def test_rows_without_an_adapter_equal_the_base_bit_for_bit():
     engine = Engine(tiny(), slots=6)
-    adapters = [packed(engine, adapted(config, i)) for i, config in enumerate(CONFIGS)]
+    adapters = [packed(engine, adapted(config, i, tiny())) for i, config in enumerate(CONFIGS)]
     prompts = [[5 * i + j for j in range(20)] for i in range(3)]
     plain = [Request(prompt, 20, GREEDY) for prompt in prompts]
     alone = [log_probs(Engine(tiny(), slots=1), [request])[0] for request in plain]
@@ -87,7 +64,7 @@ def test_a_row_with_an_adapter_does_not_depend_on_the_others():
     """256 requests at random times: each has the tokens that it has alone."""
     draw, model = random.Random(1), tiny()
     engine = Engine(model, slots=5)
-    adapters = [None, *(packed(engine, adapted(c, i)) for i, c in enumerate(CONFIGS))]
+    adapters = [None, *(packed(engine, adapted(c, i, tiny())) for i, c in enumerate(CONFIGS))]
     requests, found = {}, {}
     while len(requests) < 256 or engine.busy:
         for _ in range(draw.randrange(4) if len(requests) < 256 else 0):
@@ -120,7 +97,7 @@ def test_the_bits_of_an_update_do_not_depend_on_the_number_of_rows(columns):
 
 def test_prefixes_are_shared_within_an_adapter_and_never_between_two():
     engine, prompt = Engine(tiny(), slots=8), list(range(40))
-    models = [adapted(ALL, 0), adapted(ALL, 1)]
+    models = [adapted(ALL, 0, tiny()), adapted(ALL, 1, tiny())]
     adapters = [None, *(packed(engine, model) for model in models)]
     # Together, so that prompts in prefill are found too; then again, so that finished ones are.
     for again in range(2):
@@ -134,13 +111,13 @@ def test_prefixes_are_shared_within_an_adapter_and_never_between_two():
 def test_another_adapter_of_the_same_name_finds_no_prefix_of_the_first():
     """The cache knows adapters by serial number, and keeps none of them alive."""
     engine, prompt = Engine(tiny(), slots=2), list(range(40))
-    first = packed(engine, adapted(ALL, 0))
+    first = packed(engine, adapted(ALL, 0, tiny()))
     engine.completions([Request(prompt, 5, GREEDY, adapter=first)])
     gone = weakref.ref(first)
     del first
     engine.completions([Request([1], 1, GREEDY)])  # the routing forgets it too
     assert gone() is None
-    second = adapted(ALL, 1)
+    second = adapted(ALL, 1, tiny())
     request = Request(prompt, 5, GREEDY, adapter=packed(engine, second))
     expected = Engine(second).completions([Request(prompt, 5, GREEDY)])
     assert engine.completions([request]) == expected
@@ -149,7 +126,7 @@ def test_another_adapter_of_the_same_name_finds_no_prefix_of_the_first():
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 def test_an_adapter_over_quantized_weights(weights: WeightFormat):
     """As near to the float32 model with the adapter as the base is to the float32 base."""
-    model = adapted(LoraConfig(4, 4.0, LORA_TARGETS), 0)
+    model = adapted(LoraConfig(4, 4.0, LORA_TARGETS), 0, tiny())
     sequences = [list(range(i, i + 40)) for i in range(8)]
 
     def score(engine, adapter=None):
@@ -169,7 +146,7 @@ def test_an_adapter_over_quantized_weights(weights: WeightFormat):
 
 
 def test_scores_with_an_adapter():
-    model = adapted(ALL, 0)
+    model = adapted(ALL, 0, tiny())
     engine, ids = Engine(tiny()), list(range(30))
     request = Request(ids, 0, score_prompt=True, adapter=packed(engine, model))
     expected = Engine(model).score([ids])[0]
@@ -180,7 +157,7 @@ def test_scores_with_an_adapter():
 def test_an_engine_over_another_engine_s_model_has_its_own_adapters():
     one = Engine(tiny())
     other = Engine(one.model, owned=True)
-    adapter = packed(one, adapted(ALL, 0))
+    adapter = packed(one, adapted(ALL, 0, tiny()))
     plain, request = Request([1, 2], 8, GREEDY), Request([1, 2], 8, GREEDY, adapter=adapter)
     expected = one.completions([plain, request])
     one.submit(request)

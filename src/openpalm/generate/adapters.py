@@ -43,8 +43,11 @@ class LowRank:
         # F.linear has other kernels for few rows, which add in another order. With MIN_ROWS or
         # more the bits of a row do not depend on the number of rows, because ranks are small.
         rows = h.tile(-(-MIN_ROWS // len(h)), 1) if len(h) < MIN_ROWS else h
-        parts = [F.linear(r, b) for r, b in zip(rows.split(self.ranks, 1), self.b, strict=True)]
-        return torch.cat(parts, dim=1)[: len(h)].unflatten(0, x.shape[:-1])
+        parts = [
+            F.linear(own, b)[: len(h)]
+            for own, b in zip(rows.split(self.ranks, 1), self.b, strict=True)
+        ]
+        return torch.cat(parts, dim=1).unflatten(0, x.shape[:-1])
 
 
 @dataclass(frozen=True, eq=False)
