@@ -8,7 +8,7 @@ import torch
 from adapters import ALL, CONFIGS, adapted
 from tiny_models import tiny
 
-from openpalm.generate.adapters import LowRank, pack
+from openpalm.generate.adapters import LowRank, pack, repeated
 from openpalm.generate.engine import Engine
 from openpalm.generate.quantize import WeightFormat
 from openpalm.generate.request import Request
@@ -85,14 +85,16 @@ def test_the_bits_of_an_update_do_not_depend_on_the_number_of_rows(columns):
         torch.randn(shape, generator=generator) for shape in ((9, columns), (40, 3), (70, columns))
     )
     update = LowRank(a, [b, torch.empty(5, 0), b[:7], b])
-    whole = update(x)
+    whole = update(x[:, None], 70)[:, 0]
     exact = a.double() @ x.double().T
     parts = (b.double() @ exact[:3], torch.zeros(5, 70), b[:7].double() @ exact[3:6])
     torch.testing.assert_close(
         whole[:, :52].double(), torch.cat(parts).T.double(), rtol=1e-5, atol=1e-3
     )
     for rows in (1, 2, 3, 8, 16, 33):
-        assert torch.equal(update(x[:rows, None])[:, 0], whole[:rows])
+        sources = torch.tensor(repeated([*range(rows)], 1))
+        assert torch.equal(update(x[sources, None], rows)[:, 0], whole[:rows])
+    assert torch.equal(update(x[None], 1)[0], whole)
 
 
 def test_prefixes_are_shared_within_an_adapter_and_never_between_two():

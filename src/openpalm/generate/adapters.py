@@ -8,9 +8,9 @@ adapter belongs to a request, so the engine keeps no list of them. Ranks and tar
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from openpalm.generate.quantize import Matrix, Side, make_matrix, with_matrices
@@ -26,7 +26,7 @@ _serials = itertools.count(1)
 
 
 class LowRank:
-    """(alpha / rank) B A for one fused matrix: x [..., columns] -> [..., rows].
+    """(alpha / rank) B A for one fused matrix, [rows, columns].
 
     a: [ranks, columns]. b: matrices [rows, rank] of neighbouring rows of the result; the first
     reads the first of A's outputs, and so on. One of rank 0 stands for rows without an update.
@@ -35,19 +35,16 @@ class LowRank:
     def __init__(self, a: Tensor, b: Sequence[Tensor]):
         self.dtype = a.dtype
         self.a = make_matrix(a, "float32")
-        self.b = [part.contiguous() for part in b]
+        self.b = [part.T.contiguous() for part in b]  # [rank, rows], which is faster for few rows
         self.ranks = [part.shape[1] for part in b]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        h = self.a(x.to(self.dtype)).flatten(0, -2)
-        # F.linear has other kernels for few rows, which add in another order. With MIN_ROWS or
-        # more the bits of a row do not depend on the number of rows, because ranks are small.
-        rows = h.tile(-(-MIN_ROWS // len(h)), 1) if len(h) < MIN_ROWS else h
-        parts = [
-            F.linear(own, b)[: len(h)]
-            for own, b in zip(rows.split(self.ranks, 1), self.b, strict=True)
-        ]
-        return torch.cat(parts, dim=1).unflatten(0, x.shape[:-1])
+    def __call__(self, x: Tensor, count: int) -> Tensor:
+        """The update of the first `count` of the rows x [rows, time, columns]; see `repeated`."""
+        h = self.a(x.to(self.dtype)).flatten(0, 1)
+        kept = count * x.shape[1]
+        parts = zip(h.split(self.ranks, 1), self.b, strict=True)
+        update = torch.cat([torch.mm(own, b)[:kept] for own, b in parts], dim=1)
+        return update.unflatten(0, (count, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,22 +99,45 @@ def _factors(
     return a, b
 
 
+def repeated(rows: list[int], time: int) -> list[int]:
+    """The rows, several times if they have fewer than MIN_ROWS positions together.
+
+    torch.mm has other kernels for few positions, which add in another order. From MIN_ROWS on the
+    bits of a position do not depend on the other rows, because ranks are small.
+    """
+    return rows * -(-MIN_ROWS // (len(rows) * time))
+
+
+class Group(NamedTuple):
+    """The rows of a batch that have the same adapter."""
+
+    adapter: Adapter
+    size: int
+    rows: Tensor
+    sources: Tensor
+    """`repeated` rows"""
+
+
 class Routing:
     """The adapters of the rows that are computed next. The engine sets them before each forward."""
 
     def __init__(self) -> None:
-        self.groups: list[tuple[Adapter, Tensor | None]] = []
-        """each adapter with the indices of its rows; None: all rows"""
+        self.groups: list[Group] = []
 
-    def assign(self, adapters: Sequence[Adapter | None], device: torch.device) -> None:
-        """Row i of the next forward has adapters[i]."""
-        rows: dict[Adapter, list[int]] = {}
+    def assign(self, adapters: Sequence[Adapter | None], time: int, device: torch.device) -> None:
+        """Row i of the next forward has adapters[i], at each of its `time` positions."""
+        by_adapter: dict[Adapter, list[int]] = {}
         for row, adapter in enumerate(adapters):
             if adapter is not None:
-                rows.setdefault(adapter, []).append(row)
+                by_adapter.setdefault(adapter, []).append(row)
         self.groups = [
-            (adapter, None if len(own) == len(adapters) else torch.tensor(own, device=device))
-            for adapter, own in rows.items()
+            Group(
+                adapter,
+                len(rows),
+                torch.tensor(rows, device=device),
+                torch.tensor(repeated(rows, time), device=device),
+            )
+            for adapter, rows in by_adapter.items()
         ]
 
 
@@ -129,14 +149,9 @@ class _Routed:
 
     def __call__(self, x: Tensor) -> Tensor:
         product = self.base(x)
-        for adapter, rows in self.routing.groups:
-            update = adapter.updates.get(self.place)
-            if update is None:
-                continue
-            if rows is None:
-                product += update(x).to(product.dtype)
-            else:
-                own = update(x.index_select(0, rows))
+        for adapter, size, rows, sources in self.routing.groups:
+            if update := adapter.updates.get(self.place):
+                own = update(x.index_select(0, sources), size)
                 product.index_add_(0, rows, own.to(product.dtype))
         return product
 

@@ -267,8 +267,9 @@ class Engine:
             for each, length in zip(self._active[first:], cache.lengths, strict=True)
         ]
         counts = [len(chunk) for chunk in chunks]
-        self._route(first, last)
-        states = self.model.residual(self._padded(chunks), cache, counts)
+        ids = self._padded(chunks)
+        self._route(first, last, ids.shape[1])
+        states = self.model.residual(ids, cache, counts)
         # The span is a view with its own lengths: write them back only after the step succeeded.
         self._cache.lengths[first:last] = cache.lengths
         self.prefilled_tokens += sum(counts)
@@ -302,10 +303,10 @@ class Engine:
             self._release_failed(self._active.index(each))
         return tokens
 
-    def _route(self, first: int, last: int) -> None:
+    def _route(self, first: int, last: int, time: int) -> None:
         """Assigns the adapters of slots first .. last - 1 to the rows of the next forward."""
         adapters = [each.request.adapter for each in self._active[first:last]]
-        self._routing.assign(adapters, self._cache.keys.device)
+        self._routing.assign(adapters, time, self._cache.keys.device)
 
     def _padded(self, chunks: Sequence[Sequence[int]]) -> Tensor:
         # Padded with a row's own last token: any other token could bring numbers that are not
@@ -346,7 +347,7 @@ class Engine:
         ids = torch.tensor([[each.ids[-1]] for each in self._active[:count]])
         cache = self._cache.span(0, count)
         # Decoding slots are contiguous, so the cache of the whole batch is one view without a copy.
-        self._route(0, count)
+        self._route(0, count, 1)
         states = self.model.residual(ids.to(self._cache.keys.device), cache)[:, -1]
         self._cache.lengths[:count] = cache.lengths
         return self._sample(range(count), self.model.head(states))
