@@ -6,7 +6,7 @@ new adapter changes nothing. It is attached from outside: modules that wrap `pro
 factors of matrix q of block 0 are `blocks.0.project_in.lora.q.a` and `.b`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -58,6 +58,10 @@ class _Adapted(nn.Module):
         self.lora = lora
         self.config = config
         self.active = True
+
+    @property
+    def readers(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        return cast("dict[str, Callable[[Tensor], Tensor]]", self.inner.readers)
 
     @property
     def rows(self) -> dict[str, int]:

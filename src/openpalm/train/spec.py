@@ -13,7 +13,7 @@ from openpalm.model import lora
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
-from openpalm.parallel import fsdp
+from openpalm.parallel import fsdp, tensor
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
 from openpalm.train.config import TrainSettings, batch_shape
@@ -75,6 +75,7 @@ class TrainSpec:
                 "--keep-best: no data is held out, so no checkpoint is known to be the best; give "
                 "data with a validation part, or leave it out"
             )
+        tensor.check(self.config, settings.parallel.tensor)
         if self.shape is not None and settings.batch_ramp is not None:
             raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
         next_token = {
@@ -141,7 +142,8 @@ def make_trainer(
 
 
 def _parallelize(model: Transformer, settings: TrainSettings, dtype: torch.dtype) -> None:
-    """Attaches recomputation, sharding and compilation, which depend on this order."""
+    """Attaches shared matrices, recomputation, sharding, compilation, which need this order."""
+    tensor.shard_tensor(model, world(), sequence=settings.parallel.sequence)
     recompute(model, settings.memory.recompute)
     fsdp.shard(model, world(), dtype, reshard=settings.parallel.reshard)
     if settings.compile:
