@@ -114,8 +114,8 @@ def attach(model: Transformer, config: LoraConfig, seed: int | None = None) -> N
     for parameter in trunk(model):
         parameter.requires_grad_(False)
     for block in _blocks(model):
-        block.project_in = _adapted(AdaptedIn, block.project_in, config, model)
-        block.project_out = _adapted(AdaptedOut, block.project_out, config, model)
+        block._modules["project_in"] = _adapted(AdaptedIn, block.project_in, config, model)
+        block._modules["project_out"] = _adapted(AdaptedOut, block.project_out, config, model)
     if seed is not None:
         initialise_adapter(model, seed)
 
