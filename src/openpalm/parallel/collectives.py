@@ -4,6 +4,7 @@ Each is one communication forward and at most one backward. A dimension of n is 
 cuts it: parts of ceil(n / processes), the last ones shorter or empty.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Group = dist.ProcessGroup
+# torch 2.13 renamed both.
+_ALL_GATHER = "all_gather_single", "all_gather_into_tensor"
+_REDUCE_SCATTER = "reduce_scatter_single", "reduce_scatter_tensor"
 
 
 def summed(x: Tensor, group: Group) -> Tensor:
@@ -124,7 +128,7 @@ def _all_reduce(x: Tensor, group: Group) -> Tensor:
 def _all_gather(x: Tensor, size: int, dim: int, group: Group) -> Tensor:
     part = _padded(x.movedim(dim, 0), largest_part(size, group))
     found = part.new_empty(len(part) * group.size(), *part.shape[1:])
-    dist.all_gather_into_tensor(found, part, group=group)
+    _named(*_ALL_GATHER)(found, part, group=group)
     return found[:size].movedim(0, dim).contiguous()
 
 
@@ -132,8 +136,13 @@ def _reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     size, part = x.shape[dim], largest_part(x.shape[dim], group)
     whole = _padded(x.movedim(dim, 0), part * group.size())
     found = whole.new_empty(part, *whole.shape[1:])
-    dist.reduce_scatter_tensor(found, whole, group=group)
+    _named(*_REDUCE_SCATTER)(found, whole, group=group)
     return found[: span(size, group)[1]].movedim(0, dim).contiguous()
+
+
+def _named(name: str, before: str) -> Callable[..., Any]:
+    """A collective by its name, or by that of older versions."""
+    return getattr(dist, name, None) or getattr(dist, before)
 
 
 def _padded(x: Tensor, length: int) -> Tensor:
