@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layout_runs import CONFIG, curve, trainer_for, weights
+from layout_runs import CONFIG, curve
 
 from openpalm.model.config import ModelConfig
 from openpalm.train.config import LoraSettings, MemorySettings

@@ -36,6 +36,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.kv_heads = config.kv_heads
+        """key/value heads that this process computes"""
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab, config.dim))
         has_bias = config.embedding_bias
         self.embedding_bias = nn.Parameter(torch.empty(config.dim)) if has_bias else None

@@ -25,6 +25,13 @@ def shared_by_heads(config: ModelConfig, processes: int) -> bool:
     return config.kv_heads > 1 and config.kv_heads % processes == 0
 
 
+def own_key_heads(config: ModelConfig, group: Group) -> int:
+    """Number of key heads of this process."""
+    if shared_by_heads(config, group.size()):
+        return config.kv_heads // group.size()
+    return len(_heads_used(config, group.rank(), group.size()))
+
+
 def read_own_keys(block: Block, config: ModelConfig, group: Group) -> None:
     """Makes the block's projections compute only the keys and values of this process's queries."""
     if shared_by_heads(config, group.size()):

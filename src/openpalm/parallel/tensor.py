@@ -25,7 +25,7 @@ from openpalm.model.cross_entropy import computed_dtype
 from openpalm.model.sharding import local_part
 from openpalm.model.transformer import Transformer
 from openpalm.parallel.collectives import Group, gathered, joined, scattered, shared, span, summed
-from openpalm.parallel.key_heads import read_own_keys, shared_by_heads
+from openpalm.parallel.key_heads import own_key_heads, read_own_keys, shared_by_heads
 from openpalm.parallel.vocabulary import SharedEmbedding, SharedHead
 from openpalm.parallel.world import World
 
@@ -141,6 +141,7 @@ def _share(model: Transformer, stream: TensorStream) -> None:
     model.stream = stream
     model.embed = (_StreamEmbedding if stream.sequence else SharedEmbedding)(group)
     model.project_head = SharedHead(group)
+    model.kv_heads = own_key_heads(model.config, group)
     for block in model.blocks:
         assert isinstance(block, Block)
         block.stream = TensorStream(group, sequence=stream.sequence)
