@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 from layout_runs import CONFIG, curve
 
 from openpalm.model.config import ModelConfig
@@ -61,7 +60,6 @@ def config_of(shape: str) -> ModelConfig:
 
 
 def case_curve(shape: str, option: str, parallel: dict[str, Any] | None = None):
-    torch.manual_seed(5)  # of dropout
     return curve(parallel, config=config_of(shape), **OPTIONS[option])
 
 

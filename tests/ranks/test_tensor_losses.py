@@ -16,7 +16,7 @@ from openpalm.model import lora
 from openpalm.model.cache import KVCache
 from openpalm.model.config import LoraConfig, ModelConfig, RewardConfig
 from openpalm.model.critic import ActorCritic, Bins
-from openpalm.model.layout import packed_layout, shared_prompt_layout
+from openpalm.model.layout import shared_prompt_layout
 from openpalm.model.reward import RewardModel
 from openpalm.model.sharding import assign, whole
 from openpalm.model.transformer import Transformer

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 PROBES_PER_RUN = 10
 """Default number of evaluations, and of checkpoints, per run."""
+DEFAULT_SEQUENCES = 16
+"""Sequences of a batch, of all processes: a run continues on any number of them."""
 LEAST_STEPS_APART = 20
 """Default minimum of steps between two evaluations or two checkpoints."""
 
@@ -333,7 +335,7 @@ class PretrainSettings(TaskProbeSettings, TrainSettings):
 
 def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 1) -> BatchShape:
     """Cuts the global batch into microbatches. Raises SettingsError if it does not divide."""
-    wanted = settings.batch_tokens or 16 * sequence_length * processes
+    wanted = settings.batch_tokens or DEFAULT_SEQUENCES * sequence_length
     if wanted % (sequence_length * processes):
         raise SettingsError(
             f"--batch-tokens {wanted}: must be a multiple of sequence_length x processes "
