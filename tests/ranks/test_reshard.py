@@ -21,6 +21,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1": (1, {}),
     "2": (2, {}),
     "4": (4, {}),
+    "tensor-2": (2, {"tensor": 2}),
+    "tensor-2x2": (4, {"tensor": 2, "shard": 2}),
     "2x2": (4, {"shard": 2, "replicate": 2}),
 }
 MORE: dict[str, tuple[int, dict[str, Any]]] = {

@@ -159,14 +159,14 @@ class QuantizedHead(ProjectHead):
         states: Tensor,
         table: Tensor,
         bias: Tensor | None,
+        size: int,
         targets: Tensor,
         z_loss: float,
         chunk: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Without a gradient, because a quantized matrix is not trained."""
-        # The matrix has the padded rows of the vocabulary, which the given table may be without.
-        logits = self.matrix(states)[:, : len(table)].float()
-        logits = logits if bias is None else logits + bias
+        logits = self.matrix(states)[:, :size].float()
+        logits = logits if bias is None else logits + bias[:size]
         z = z_loss * logits.logsumexp(-1).square().sum()
         return F.cross_entropy(logits, targets, reduction="sum"), z
 

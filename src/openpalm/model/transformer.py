@@ -9,13 +9,20 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from openpalm.model.block import Attend, Block, Norm, attend_cached, attend_uncached
+from openpalm.model.block import (
+    Attend,
+    Block,
+    Norm,
+    ResidualStream,
+    attend_cached,
+    attend_uncached,
+)
 from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
 from openpalm.model.embedding_head import Embedding, ProjectHead
 from openpalm.model.layout import Layout
 from openpalm.model.rotary import Rotary
-from openpalm.model.sharding import assign
+from openpalm.model.sharding import assign, part_of
 
 T = TypeVar("T")
 
@@ -29,10 +36,13 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.kv_heads = config.kv_heads
+        """key/value heads that this process computes"""
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab, config.dim))
         has_bias = config.embedding_bias
         self.embedding_bias = nn.Parameter(torch.empty(config.dim)) if has_bias else None
         self.embed = Embedding()
+        self.stream = ResidualStream()
         self.rotary = Rotary(config)
         self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.depth))
         self.norm = Norm(config)
@@ -89,14 +99,15 @@ class Transformer(nn.Module):
         tables = self.rotary(positions, longest)
         # Negative ids are an encoder's padding; any row of the table serves, since it is masked.
         x = self.embed(ids if self.config.causal else ids.clamp_min(0), self.embedding)
-        for vector in (self.embedding_bias, added):
-            x = x if vector is None else x + vector
+        for vector in (part_of(self.embedding_bias), added):
+            x = x if vector is None else x + self.stream.part(vector)
         for layer, block in enumerate(self.blocks):
             last = layer == self.config.depth - 1
             x = block(layer, x, tables, attend, selected if last else None)
         if cache is not None:
             cache.advance(counts or [ids.shape[1]] * ids.shape[0])
-        return x
+        # At selected positions the last block has returned whole states.
+        return x if selected is not None else self.stream.whole(x, ids.shape[1])
 
     def head(self, residual: Tensor) -> Tensor:
         """Logits, float32 [..., vocab_size], from the residual stream [..., dim]."""
@@ -110,11 +121,9 @@ class Transformer(nn.Module):
 
         Equals the loss of `head`'s logits, but does not hold them all: see linear_cross_entropy.
         """
-        table, bias, size = self._table, self.head_bias, self.config.vocab_size
-        if len(table) > size:  # only then, because the gradient of a slice copies the whole table
-            table, bias = table[:size], None if bias is None else bias[:size]
+        states, size = self._states(residual), self.config.vocab_size
         return self.project_head.cross_entropy(
-            self._states(residual), table, bias, targets, z_loss, chunk
+            states, self._table, self.head_bias, size, targets, z_loss, chunk
         )
 
     @property

@@ -13,7 +13,7 @@ from openpalm.model import lora
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
-from openpalm.parallel import fsdp
+from openpalm.parallel import fsdp, tensor
 from openpalm.parallel.context import check_length, context_split
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
@@ -76,6 +76,7 @@ class TrainSpec:
                 "--keep-best: no data is held out, so no checkpoint is known to be the best; give "
                 "data with a validation part, or leave it out"
             )
+        tensor.check(self.config, settings.parallel.tensor)
         if self.shape is not None and settings.batch_ramp is not None:
             raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
         next_token = {
@@ -160,7 +161,8 @@ def make_trainer(
 
 
 def _parallelize(model: Transformer, settings: TrainSettings, dtype: torch.dtype) -> None:
-    """Attaches recomputation, sharding and compilation, which depend on this order."""
+    """Attaches shared matrices, recomputation, sharding, compilation, which need this order."""
+    tensor.shard_tensor(model, world(), sequence=settings.parallel.sequence)
     recompute(model, settings.memory.recompute)
     fsdp.shard(model, world(), dtype, reshard=settings.parallel.reshard)
     if settings.compile:

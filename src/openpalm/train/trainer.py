@@ -15,7 +15,7 @@ from openpalm.base.permutation import order_key
 from openpalm.errors import TrainingError
 from openpalm.model.sharding import assign
 from openpalm.model.transformer import Transformer
-from openpalm.parallel import fsdp
+from openpalm.parallel import fsdp, tensor
 from openpalm.parallel.gather import gather_into
 from openpalm.parallel.world import World
 from openpalm.train.batch_shape import Ramp
@@ -129,6 +129,7 @@ class Trainer:
             total += loss.item()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value
+        tensor.sum_gradients(self.model)
         # Every process has the same metrics, in the same order.
         total, *values = self.world.sums([total, *sums.values()])
         means = {name: value / count for name, value in zip(sums, values, strict=True)}
