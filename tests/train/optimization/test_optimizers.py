@@ -7,6 +7,7 @@ Libraries of others must agree too, where installed.
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from openpalm.base.device import multiplies_bfloat16
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import NextToken
 from openpalm.train.optimization import optimizers, parameter_groups
+from openpalm.train.optimization.listwise import Chunk, Listwise
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.optimization.schedule import learning_rate_factor
 from openpalm.train.optimizer_settings import OptimizerName, OptimSettings
@@ -217,14 +219,16 @@ def _unclipped_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _coupled_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decay added to the gradient, as in Adam with an L2 penalty."""
-    for kind in (optimizers.StableAdamW, optimizers.Lion, optimizers.Adafactor):
+    chunks = Listwise._chunks
 
-        def coupled(self, group, step, parameters, gradients, *moments, update=kind.update):
-            pairs = zip(gradients, parameters, strict=True)
-            gradients = [g + group["weight_decay"] * p for g, p in pairs]
-            update(self, group | {"weight_decay": 0.0}, step, parameters, gradients, *moments)
+    def coupled(self: Listwise) -> Iterator[Chunk]:
+        for chunk in chunks(self):
+            decay = chunk.group["weight_decay"]
+            pairs = zip(chunk.gradients, chunk.parameters, strict=True)
+            gradients = [g + decay * p for g, p in pairs]
+            yield replace(chunk, gradients=gradients, group=chunk.group | {"weight_decay": 0.0})
 
-        monkeypatch.setattr(kind, "update", coupled)
+    monkeypatch.setattr(Listwise, "_chunks", coupled)
 
 
 def _one_scale_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,17 +239,17 @@ def _momentum_of_the_new(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lion's two betas the wrong way round."""
     update = optimizers.Lion.update
 
-    def swapped(self: Any, group: dict[str, Any], *rest: Any) -> None:
-        group = group | {"beta1": group["beta2"], "beta2": group["beta1"]}
-        update(self, group, *rest)
+    def swapped(self: Any, chunk: Chunk, *rest: Any) -> None:
+        group = chunk.group | {"beta1": chunk.group["beta2"], "beta2": chunk.group["beta1"]}
+        update(self, replace(chunk, group=group), *rest)
 
     monkeypatch.setattr(optimizers.Lion, "update", swapped)
 
 
 def _one_step_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    ages = optimizers.Listwise._of_equal_age
+    ages = Listwise._of_equal_age
     monkeypatch.setattr(
-        optimizers.Listwise,
+        Listwise,
         "_of_equal_age",
         lambda self, parameters: {k + 1: v for k, v in ages(self, parameters).items()},
     )
