@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 PROBES_PER_RUN = 10
 """Default number of evaluations, and of checkpoints, per run."""
+DEFAULT_SEQUENCES = 16
+"""Sequences of a batch, of all processes: a run continues on any number of them."""
 LEAST_STEPS_APART = 20
 """Default minimum of steps between two evaluations or two checkpoints."""
 
@@ -184,8 +186,9 @@ class TrainSettings:
     improves it is saved"""
     device: str = "auto"
     """device: auto, cpu or cuda"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """number format of the arithmetic (weights stay float32); auto: the faster on this machine"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """number format of the arithmetic (weights stay float32); auto: the faster on this machine;
+    float16, with loss scaling, is for GPUs without bfloat16 (V100, T4)"""
     max_skipped_steps: int = 10
     """the run stops after this many steps in a row with a loss or gradient that is not finite"""
     last_layers: int | None = None
@@ -266,6 +269,11 @@ class TrainSettings:
         return sum(length is not None for length in (self.steps, self.minutes, self.epochs))
 
     @property
+    def takes_float16(self) -> bool:
+        """Whether --dtype auto may choose float16; `dtype` of a subclass may not have it."""
+        return True
+
+    @property
     def trains_all(self) -> bool:
         """Whether every weight is trained."""
         return not self.lora.rank and self.last_layers is None
@@ -333,7 +341,7 @@ class PretrainSettings(TaskProbeSettings, TrainSettings):
 
 def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 1) -> BatchShape:
     """Cuts the global batch into microbatches. Raises SettingsError if it does not divide."""
-    wanted = settings.batch_tokens or 16 * sequence_length * processes
+    wanted = settings.batch_tokens or DEFAULT_SEQUENCES * sequence_length
     if wanted % (sequence_length * processes):
         raise SettingsError(
             f"--batch-tokens {wanted}: must be a multiple of sequence_length x processes "

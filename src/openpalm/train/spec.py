@@ -17,7 +17,7 @@ from openpalm.parallel import fsdp
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
 from openpalm.train.config import TrainSettings, batch_shape
-from openpalm.train.initial_weights import choose_trained
+from openpalm.train.initial_weights import unfilled
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.probes import BestBy, Probe
@@ -101,6 +101,14 @@ class TrainSpec:
         return None
 
     @property
+    def processes_change(self) -> str | None:
+        """The reason why another number of processes gives another result, or None."""
+        if self.config.dropout:
+            return "dropout draws other random numbers then"
+        kto = self.items_per_step is None
+        return "its loss is estimated for each microbatch" if kto else None
+
+    @property
     def hashes(self) -> dict[str, str | None]:
         """Hashes of what the run reads, by their names in run.json."""
         return {"data": self.data_hash, "parent": self.parent_hash, "reward": self.reward_hash}
@@ -117,10 +125,12 @@ def make_trainer(
     fill: Callable[[Transformer], None] | None = None,
 ) -> Trainer:
     """Makes the run's model, optimizer, loader and Trainer; `fill` replaces the spec's weights."""
+
+    def make_unfilled() -> Transformer:
+        return unfilled(lambda: spec.make_model(spec.config), settings)
+
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
-    with torch.device("meta"):
-        model = spec.make_model(spec.config)
-    choose_trained(model, settings)
+    model = make_unfilled()
     _parallelize(model, settings, dtype)
     model.to_empty(device=device)
     (fill or spec.fill)(model)
@@ -137,6 +147,8 @@ def make_trainer(
         dtype=dtype,
         max_skipped_steps=settings.max_skipped_steps,
         world=world(),
+        seed=settings.seed,
+        make_plain=lambda: make_unfilled().to_empty(device=device),
     )
 
 

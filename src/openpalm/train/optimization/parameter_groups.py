@@ -75,20 +75,26 @@ class Optimizer:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
-    def clip(self) -> float:
+    def clip(self, loss_scale: float = 1.0) -> float:
         """Clips the gradient to the norm `settings.clip`; returns its norm before that.
 
         The norm is that of the whole model: over all parts and pipeline stages, every weight once.
+        loss_scale: by which the loss was multiplied; the gradient is divided by it first.
         """
+        if loss_scale != 1:
+            self._multiply_gradients(1 / loss_scale)
         if world().size == 1:
             return float(nn.utils.clip_grad_norm_(self.names, self.settings.clip))
         [square] = sums([squared_norm(self.names, self.uncounted)])
         norm = square**0.5
-        shrink = self.settings.clip / (norm + 1e-6)
-        gradients = [local_gradient(p) for p in self.names if p.grad is not None]
-        if shrink < 1 and gradients:
-            torch._foreach_mul_(gradients, shrink)  # type: ignore[reportPrivateImportUsage]
+        if (shrink := self.settings.clip / (norm + 1e-6)) < 1:
+            self._multiply_gradients(shrink)
         return norm
+
+    def _multiply_gradients(self, factor: float) -> None:
+        gradients = [local_gradient(p) for p in self.names if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)  # type: ignore[reportPrivateImportUsage]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every moment and counter as `<parameter>/<slot>`."""
