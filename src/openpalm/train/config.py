@@ -128,6 +128,9 @@ class MemorySettings:
     CPU's memory"""
     loss_chunk: int | None = None
     """positions whose logits are in memory at once; default: as many as are fast"""
+    offload_moments: bool = False
+    """keep the optimizer's moments in the CPU's memory and copy them to the GPU for the update of
+    each tensor; with --device cpu they are there anyway"""
     keep_freed: bool | None = None
     """keep freed memory in the process (Linux, glibc): faster steps, more memory; default: yes
     with --memory.recompute none"""

@@ -349,3 +349,47 @@ def test_a_short_run_learns(name: OptimizerName):
     losses = [trainer.train_step().loss for _ in range(80)]
     assert losses[0] > 3
     assert losses[-1] < 0.5 * losses[0]
+
+
+KINDS: list[tuple[type[Listwise], dict[str, Any]]] = [
+    (optimizers.AdamW, {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}),
+    (optimizers.StableAdamW, {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6}),
+    (optimizers.Lion, {"beta1": 0.9, "beta2": 0.99}),
+    (optimizers.Adafactor, {"beta1": 0.9, "eps": 1e-30}),
+    (optimizers.Muon, {"dtype": torch.float32}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_moments_in_the_cpus_memory_change_no_bit(
+    kind: type[Listwise], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """On a CPU the copies stay on it, but are taken and brought back as from a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    kept = [torch.nn.Parameter(torch.randn(4, 6, generator=generator)) for _ in range(2)]
+    lent = copy.deepcopy(kept)
+    usual, offloaded = kind(kept, 0.1, **options), kind(lent, 0.1, offload=True, **options)
+    updated = list[int]()
+    update = kind.update
+
+    def watched(self: Listwise, chunk: Chunk, moments: Any, norms: Any) -> None:
+        updated.extend(moment.data_ptr() for slot in moments for moment in slot)
+        update(self, chunk, moments, norms)
+
+    monkeypatch.setattr(kind, "update", watched)
+    for _ in range(3):
+        for a, b in zip(kept, lent, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        usual.step()
+        updated.clear()
+        offloaded.step()
+        for a, b in zip(kept, lent, strict=True):
+            assert torch.equal(a, b)
+            for slot in kind.slots:
+                assert torch.equal(usual.state[a][slot], offloaded.state[b][slot])
+                assert offloaded.state[b][slot].data_ptr() not in updated  # else nothing is lent
+
+
+def test_moments_of_parameters_on_a_cpu_are_not_lent():
+    assert not Optimizer(made(), OptimSettings(), 1e-3, offload=True).offload

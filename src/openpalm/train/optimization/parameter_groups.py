@@ -21,7 +21,10 @@ class Optimizer:
     process holds, and updates, its parts of sharded parameters.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimSettings, lr: float):
+    def __init__(
+        self, model: nn.Module, settings: OptimSettings, lr: float, *, offload: bool = False
+    ):
+        """offload: keep the moments of parameters on a GPU in the CPU's memory."""
         self.settings = settings = settings.resolved()
         self.names: dict[Tensor, str] = {
             parameter: name for name, parameter in model.named_parameters()
@@ -29,6 +32,9 @@ class Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
         muon = [p for p in trained if settings.kind == "muon" and self._suits_muon(p)]
         others = [p for p in trained if not any(p is other for other in muon)]
+        # The moments come to the parameters rather than the update to the CPU: it is then the same
+        # kernel, with the same result, and Muon multiplies matrices, for which a CPU is too slow.
+        self.offload = offload and any(p.device.type != "cpu" for p in trained)
         self.uncounted: list[nn.Parameter] = []
         """parameters that another pipeline stage counts in the gradient norm: a tied table"""
         self.parts: list[Listwise] = [self._main(others, lr)]
@@ -36,7 +42,8 @@ class Optimizer:
             rate = given(settings.muon_lr)
             native = multiplies_bfloat16(muon[0].device)
             dtype = torch.bfloat16 if native else torch.float32
-            self.parts.append(Muon([{"params": muon, "decays": True}], rate, dtype=dtype))
+            groups = [{"params": muon, "decays": True}]
+            self.parts.append(Muon(groups, rate, dtype=dtype, offload=self.offload))
         for part in self.parts:
             for group in part.param_groups:
                 group["peak_lr"] = group["lr"]
@@ -51,16 +58,11 @@ class Optimizer:
             {"params": [p for p in parameters if p.dim() >= 2], "decays": True},
             {"params": [p for p in parameters if p.dim() < 2], "decays": False},
         ]
-        beta1, beta2, eps = self.settings.beta1, self.settings.beta2, self.settings.eps
-        match self.settings.kind:
-            case "stable-adamw":
-                return StableAdamW(groups, lr, beta1=beta1, beta2=beta2, eps=eps)
-            case "lion":
-                return Lion(groups, lr, beta1=beta1, beta2=beta2)
-            case "adafactor":
-                return Adafactor(groups, lr, beta1=beta1, eps=eps)
-            case "adamw" | "muon":
-                return AdamW(groups, lr, beta1=beta1, beta2=beta2, eps=eps)
+        named = ("beta1", "beta2", "eps")
+        own = {n: v for n in named if (v := getattr(self.settings, n)) is not None}
+        kinds = {"stable-adamw": StableAdamW, "lion": Lion, "adafactor": Adafactor}
+        kind = kinds.get(self.settings.kind, AdamW)
+        return kind(groups, lr, offload=self.offload, **own)
 
     def step(self, factor: float) -> None:
         """One update at `factor` times each group's peak learning rate; clears the gradients."""
