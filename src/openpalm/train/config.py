@@ -128,6 +128,9 @@ class MemorySettings:
     CPU's memory"""
     loss_chunk: int | None = None
     """positions whose logits are in memory at once; default: as many as are fast"""
+    offload_moments: bool = False
+    """keep the optimizer's moments in the CPU's memory and copy them to the GPU for the update of
+    each tensor; with --device cpu they are there anyway"""
     keep_freed: bool | None = None
     """keep freed memory in the process (Linux, glibc): faster steps, more memory; default: yes
     with --memory.recompute none"""
@@ -186,8 +189,9 @@ class TrainSettings:
     improves it is saved"""
     device: str = "auto"
     """device: auto, cpu or cuda"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """number format of the arithmetic (weights stay float32); auto: the faster on this machine"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """number format of the arithmetic (weights stay float32); auto: the faster on this machine;
+    float16, with loss scaling, is for GPUs without bfloat16 (V100, T4)"""
     max_skipped_steps: int = 10
     """the run stops after this many steps in a row with a loss or gradient that is not finite"""
     last_layers: int | None = None
@@ -266,6 +270,11 @@ class TrainSettings:
     def lengths(self) -> int:
         """Number of options given that set the run's length: one, or none with --depth."""
         return sum(length is not None for length in (self.steps, self.minutes, self.epochs))
+
+    @property
+    def takes_float16(self) -> bool:
+        """Whether --dtype auto may choose float16; `dtype` of a subclass may not have it."""
+        return True
 
     @property
     def trains_all(self) -> bool:

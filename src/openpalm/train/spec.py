@@ -147,7 +147,12 @@ def make_trainer(
     return Trainer(
         model,
         spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk, context),
-        Optimizer(model, settings.optim, spec.peak_rate(settings)),
+        Optimizer(
+            model,
+            settings.optim,
+            spec.peak_rate(settings),
+            offload=settings.memory.offload_moments,
+        ),
         spec.make_loader(shape, model, dtype),
         steps=steps,
         accumulation=shape.accumulation,

@@ -20,6 +20,7 @@ from openpalm.parallel.gather import gather_into
 from openpalm.parallel.world import World
 from openpalm.train.batch_shape import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
+from openpalm.train.optimization.loss_scale import LossScale
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.optimization.schedule import learning_rate_factor
 
@@ -78,6 +79,9 @@ class Trainer:
         self.step = 0
         self.counted = 0
         self.skipped_in_a_row = 0
+        self.loss_scale = LossScale() if dtype == torch.float16 else None
+        self.overflowed = False
+        """whether the newest step was skipped because its loss scale was too large"""
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +102,8 @@ class Trainer:
         self._stop_if_only_skipping(skipped)
         if isinstance(self.loader, StatefulLoader):
             metrics |= self.loader.facts
+        if self.loss_scale is not None:
+            metrics |= {"loss_scale": self.loss_scale.scale}
         return StepReport(self.step, loss, count, norm, factor, skipped, metrics)
 
     def _seed_step(self) -> None:
@@ -121,6 +127,8 @@ class Trainer:
             return math.nan, 0, {}
         # FSDP averages gradients over processes: the loss is scaled so that the average is a sum.
         divisor = count / self.world.axes.averaged
+        if self.loss_scale is not None:
+            divisor /= self.loss_scale.scale
         for number, batch in enumerate(batches, 1):
             fsdp.reduce_over_replicas(self.model, number == len(batches))
             with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
@@ -137,18 +145,30 @@ class Trainer:
 
     def optimizer_step(self, loss: float, count: int, factor: float) -> tuple[float, str | None]:
         """Clips and steps, or skips; returns the gradient norm and the reason for skipping."""
+        self.overflowed = False
         if count == 0:
             reason, norm = "nothing to count", 0.0
         else:
-            norm = self.optimizer.clip()
+            norm = self.optimizer.clip(1.0 if self.loss_scale is None else self.loss_scale.scale)
             # The loss is a sum over all processes, so that all skip the same steps.
             finite = math.isfinite(loss), math.isfinite(norm)
             reason = None if all(finite) else f"{'gradient' if finite[0] else 'loss'} not finite"
+            if self.loss_scale is not None and finite[0]:
+                reason = self._rescale(self.loss_scale, reason)
         if reason is None:
             self.optimizer.step(factor)
         else:
             self.optimizer.zero_grad()
         return norm, reason
+
+    def _rescale(self, loss_scale: LossScale, reason: str | None) -> str | None:
+        """Adapts the loss scale to a step with a finite loss; returns the reason to skip it."""
+        self.overflowed = reason is not None and loss_scale.lowered()
+        if reason is None:
+            loss_scale.count_good_step()
+        elif self.overflowed:
+            return f"gradient overflow in float16, loss scale lowered to {loss_scale.scale:g}"
+        return reason
 
     def gathered(self) -> Transformer | None:
         """The model without sharding, in eval mode, on the main process; all must call it.
@@ -164,6 +184,8 @@ class Trainer:
         return self._plain
 
     def _stop_if_only_skipping(self, skipped: str | None) -> None:
+        if skipped and self.overflowed:
+            return  # no sign of divergence: the next steps have a smaller loss scale
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise TrainingError(
@@ -184,6 +206,8 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "optimizer": self.optimizer.settings.kind,
         }
+        if self.loss_scale is not None:
+            values["loss_scale"] = self.loss_scale.state()
         return tensors, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
@@ -194,6 +218,8 @@ class Trainer:
         step, counted, skipped = (
             _whole(values, name) for name in ("step", "counted", "skipped_in_a_row")
         )
+        if self.loss_scale is not None:
+            self.loss_scale.restore(values["loss_scale"])
         self.optimizer.load_state_tensors(_under("optimizer/", tensors))
         own = _under("model/", tensors)
         with torch.no_grad():
