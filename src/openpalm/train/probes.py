@@ -94,7 +94,7 @@ def held_out_sums(
     sums, count = Metrics(), 0
     for batch in batches:
         with _autocast(model, dtype):
-            loss, metrics = model(objective.loss, batch.to(model.embedding.device))
+            loss, metrics = model(objective.loss, batch.to(model.device))
         for name, value in {"loss": loss.item(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + value
         count += objective.count(batch)
@@ -102,4 +102,4 @@ def held_out_sums(
 
 
 def _autocast(model: Transformer, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(model.embedding.device.type, dtype, dtype != torch.float32)
+    return torch.autocast(model.device.type, dtype, dtype != torch.float32)

@@ -13,7 +13,8 @@ from openpalm.model import lora
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
-from openpalm.parallel import fsdp
+from openpalm.parallel import fsdp, stages
+from openpalm.parallel.pipeline import pipeline_of
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
 from openpalm.train.config import TrainSettings, batch_shape
@@ -121,6 +122,7 @@ def make_trainer(
     with torch.device("meta"):
         model = spec.make_model(spec.config)
     choose_trained(model, settings)
+    model = stages.cut(model, world(), settings.parallel)
     _parallelize(model, settings, dtype)
     model.to_empty(device=device)
     (fill or spec.fill)(model)
@@ -137,6 +139,7 @@ def make_trainer(
         dtype=dtype,
         max_skipped_steps=settings.max_skipped_steps,
         world=world(),
+        pipeline=pipeline_of(model, world(), settings.parallel, dtype),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from openpalm.errors import TrainingError
 from openpalm.model.transformer import Transformer
 from openpalm.parallel import fsdp
+from openpalm.parallel.pipeline import Loss, Pipeline
 from openpalm.parallel.world import World
 from openpalm.train.batch_shape import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
@@ -56,6 +57,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         max_skipped_steps: int = 10,
         world: World | None = None,
+        pipeline: Pipeline | None = None,
     ):
         self.model = model
         self.objective = objective
@@ -67,13 +69,14 @@ class Trainer:
         self.dtype = dtype
         self.max_skipped_steps = max_skipped_steps
         self.world = world or World()
+        self.pipeline = pipeline
         self.step = 0
         self.counted = 0
         self.skipped_in_a_row = 0
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.device
+        return self.model.device
 
     def train_step(self) -> StepReport:
         """Takes one optimizer step on the next global batch."""
@@ -95,30 +98,39 @@ class Trainer:
         # Counted over all microbatches and processes BEFORE backward: a mean of microbatch means
         # is another loss as soon as microbatches have different counts.
         count = round(self.world.sum(sum(self.objective.count(batch) for batch in batches)))
-        total, sums = 0.0, dict[str, float]()
         if count == 0:
             return math.nan, 0, {}
         # FSDP averages gradients over processes: the loss is scaled so that the average is a sum.
         divisor = count / self.world.axes.averaged
-        for number, batch in enumerate(batches, 1):
-            fsdp.reduce_over_replicas(self.model, number == len(batches))
-            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-                loss, metrics = self.model(self.objective.loss, batch.to(self.device))
-            (loss / divisor).backward()
-            total += loss.item()
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
+        accumulate = self.pipeline.accumulate if self.pipeline else self._accumulate
+        total, sums = accumulate(self.objective.loss, batches, divisor)
         # Every process has the same metrics, in the same order.
         total, *values = self.world.sums([total, *sums.values()])
         means = {name: value / count for name, value in zip(sums, values, strict=True)}
         return total / count, count, means
+
+    def _accumulate(
+        self, loss_of: Loss, batches: Sequence[Any], divisor: float
+    ) -> tuple[float, Metrics]:
+        """Adds the gradient of the summed loss / divisor; returns the sums of loss and metrics."""
+        total, sums = 0.0, Metrics()
+        for number, batch in enumerate(batches, 1):
+            fsdp.reduce_over_replicas(self.model, number == len(batches))
+            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+                loss, metrics = self.model(loss_of, batch.to(self.device))
+            (loss / divisor).backward()
+            total += loss.item()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return total, sums
 
     def optimizer_step(self, loss: float, count: int, factor: float) -> tuple[float, str | None]:
         """Clips and steps, or skips; returns the gradient norm and the reason for skipping."""
         if count == 0:
             reason, norm = "nothing to count", 0.0
         else:
-            norm = self.optimizer.clip()
+            limit = self.optimizer.settings.clip
+            norm = self.pipeline.clip(limit) if self.pipeline else self.optimizer.clip()
             # The loss is a sum over all processes, so that all skip the same steps.
             finite = math.isfinite(loss), math.isfinite(norm)
             reason = None if all(finite) else f"{'gradient' if finite[0] else 'loss'} not finite"
