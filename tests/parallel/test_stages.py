@@ -7,10 +7,15 @@ from typing import Any
 import pytest
 
 from openpalm.errors import SettingsError
-from openpalm.model.config import PRESETS
 from openpalm.parallel.config import ParallelSettings
 from openpalm.parallel.stages import all_stages
-from openpalm.train.config import LoraSettings, PretrainSettings, TrainSettings, batch_shape
+from openpalm.train.config import (
+    LoraSettings,
+    PretrainSettings,
+    TrainSettings,
+    batch_shape,
+    check_pipeline,
+)
 
 REQUIRED: dict[str, Any] = {
     "data": Path("data"), "out": Path("out"), "model": "palm-tiny", "steps": 1
@@ -69,7 +74,7 @@ def test_too_few_microbatches_are_refused_with_a_size_that_fits(options, message
         parallel=ParallelSettings(pipeline=4),
     )
     with pytest.raises(SettingsError, match=message):
-        batch_shape(settings, 16)
+        check_pipeline(settings, batch_shape(settings, 16))
 
 
 def test_interleaved_stages_take_microbatches_in_equal_rounds():
@@ -82,7 +87,6 @@ def test_interleaved_stages_take_microbatches_in_equal_rounds():
         SettingsError,
         match=r"has 5 microbatches, .*2 or more in equal rounds; take --microbatch-tokens 16",
     ):
-        batch_shape(settings, 16)
+        check_pipeline(settings, batch_shape(settings, 16))
     fitting = replace(settings, microbatch_tokens=16)
-    assert batch_shape(fitting, 16).accumulation == 10
-    assert PRESETS["palm-tiny"].config.depth >= 2
+    check_pipeline(fitting, batch_shape(fitting, 16))

@@ -6,6 +6,7 @@ Tolerances are relative, the largest over ten steps, in float32: loss 2e-6, grad
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +16,10 @@ from layout_runs import CONFIG, STEPS, tokens, trainer_for, weights
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint import tensors
+from openpalm.checkpoint.contents import TrainState, collect
+from openpalm.checkpoint.saver import Saver
 from openpalm.data.batches.loader import evaluation_batches
 from openpalm.model.transformer import Transformer
 from openpalm.parallel.stages import counted_once
@@ -116,6 +121,44 @@ def test_evaluation_goes_through_the_stages(processes: int, parallel: dict[str, 
         assert found[0] == pytest.approx(sums, rel=1e-5)
         assert found[1] == count
         torch.testing.assert_close(found[2], logits, rtol=1e-4, atol=1e-5)
+
+
+def saved(parallel: dict[str, Any] | None, folder: Path) -> list[float]:
+    """Losses of the steps after the checkpoint that it saves."""
+    trainer = trainer_for(parallel, accumulation=4)
+    for _ in range(3):
+        trainer.train_step()
+    contents = collect(trainer.model, train=TrainState(*trainer.state()), with_fingerprint=True)
+    saver = Saver(trainer.world)
+    saver.save(folder, contents, {})
+    saver.wait()
+    return [trainer.train_step().loss for _ in range(3)]
+
+
+def resumed(parallel: dict[str, Any] | None, folder: Path) -> list[float]:
+    """Losses of the steps after the checkpoint, and whether the whole model is that of the file."""
+    trainer = trainer_for(parallel, accumulation=4)
+    checkpoint.load_weights(trainer.model, folder)
+    state = checkpoint.load_train_state(folder)
+    trainer.restore(state.tensors, state.values)
+    for name, value in trainer.gathered(everywhere=True).named_parameters():
+        with tensors.opened(folder / "model.safetensors") as file:
+            assert torch.equal(value, file.tensor(name))
+    return [trainer.train_step().loss for _ in range(3)]
+
+
+INTERLEAVED = {"pipeline": 2, "schedule": "interleaved"}
+
+
+def test_a_checkpoint_of_a_pipeline_is_that_of_one_process(tmp_path: Path):
+    of_pipeline, of_one = tmp_path / "pipeline", tmp_path / "one"
+    wanted = pytest.approx(saved(None, of_one), rel=2e-6)
+    assert all(losses == wanted for losses in on_ranks(2, saved, INTERLEAVED, of_pipeline))
+    assert resumed(None, of_pipeline) == wanted
+    checkpoint.load_model(of_pipeline)  # compares its fingerprint
+    for folder in (of_one, of_pipeline):
+        found = on_ranks(4, resumed, {"pipeline": 2, "shard": 2}, folder)
+        assert all(losses == wanted for losses in found)
 
 
 def one_microbatch(schedule: str) -> float:

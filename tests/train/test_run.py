@@ -372,6 +372,7 @@ def test_more_than_the_peak_is_no_share_of_it(busy: float, share: float | None):
         spec=SimpleNamespace(config=config, unit="tokens", peak_rate=lambda settings: 1e-3),
         _elapsed_s=lambda: 1.0,
     )
+    session._append = lambda file, row: row
     session._mfu = lambda report, rate: _Session._mfu(session, report, rate)
     report = StepReport(3, 2.0, sequences * length, 1.0, 1.0)
     row = _Session._row(session, report, 1.0)

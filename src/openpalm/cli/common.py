@@ -21,6 +21,7 @@ from openpalm.generate.engine import Engine
 from openpalm.generate.load import load_quantized
 from openpalm.generate.quantize import WeightFormat
 from openpalm.model.transformer import Transformer
+from openpalm.parallel.world import join
 from openpalm.train.config import NO_INIT, TaskProbeSettings, TrainSettings
 from openpalm.train.initial_weights import Start, check_reads, starting_point
 from openpalm.train.probes import Probe
@@ -28,6 +29,11 @@ from openpalm.train.probes import Probe
 T = TypeVar("T")
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 64
+
+
+def join_processes(settings: TrainSettings) -> None:
+    """Joins the processes that torchrun started, before any of them reads data."""
+    join(settings.parallel, pick_device(settings.device))
 
 
 def weights_path(name: str) -> Path:

@@ -9,8 +9,10 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from openpalm.errors import OpenPalmError
 
@@ -42,6 +44,7 @@ VERBS = {
     "report": ("report", "show runs as one HTML page or as curves in the terminal"),
 }
 
+_OTHERS_WAIT_S = 3.0
 DATA_VERBS = ("prepare", "build", "blocks", "inspect", "push")
 CONTINUES = {"train", "sft", "dpo", "reward", "ppo", "grpo", "data", "best-of-n", "judge"}
 """verbs that save progress, so that the same command continues after an interruption"""
@@ -70,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     _escape_unencodable()
+    if os.environ.get("RANK", "0") != "0":  # of several processes only the first one talks
+        sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
         status = _without_verb(argv)
         if status is None:
@@ -153,5 +158,13 @@ def _unexpected(error: BaseException) -> int:
 
 
 def _print_error(message: str, status: int) -> int:
-    print(f"openpalm: error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"openpalm: error: {line}", file=sys.stderr)
+        return status
+    # Most errors are the same on every process, and the first one's line is enough: torchrun ends
+    # the others while they wait. An error of this process alone is printed.
+    time.sleep(_OTHERS_WAIT_S)
+    print(f"openpalm: error on process {rank}: {line}", file=sys.__stderr__)
     return status

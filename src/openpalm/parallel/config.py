@@ -110,10 +110,15 @@ def axes_of(settings: ParallelSettings, processes: int) -> Axes:
     left, rest = divmod(processes, product)
     if rest or (left > 1 and "shard" in given and "replicate" in given):
         named = " x ".join(f"{name} {value}" for name, value in given.items() if value > 1)
+        if processes == 1:
+            raise SettingsError(
+                f"--parallel: {named} needs {product} processes, and this is one; start it "
+                f"as torchrun --nproc-per-node {product} -m openpalm ..."
+            )
         listed = ", ".join(str(n) for n in _divisors(processes))
         raise SettingsError(
-            f"--parallel: {named or 'one process'} does not make {processes} processes; the "
-            f"product of the axes must be {processes}, so each is one of {listed}"
+            f"--parallel: {named} cannot make {processes} processes; the product of the axes must "
+            f"be {processes}, so each is one of {listed}"
         )
     missing = "shard" if "shard" not in given else "replicate"
     return Axes(**(given | ({missing: left} if missing not in given else {})))

@@ -23,6 +23,9 @@ from openpalm.parallel.world import World
 STAGES_PER_PROCESS = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 TABLE = "embedding"
 """The embedding table; a tied model's is also that of the head, and the last stage has a copy."""
+AT_FIRST = (TABLE, "embedding_bias")
+AT_LAST = ("unembedding", "head_bias")
+"""Parameters of the first and of the last stage, which also has the final norm."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,10 @@ def cut(model: Transformer, world: World, settings: ParallelSettings) -> Transfo
     if world.axes.pipeline == 1:
         return model
     assert world.mesh is not None
-    stages = all_stages(model.config.depth, settings)
-    place = world.coordinate["pipeline"]
     part = shallow_copy_as(model, StagedTransformer)
     part.shapes = model.parameter_shapes()
-    part.stages = stages[place :: world.axes.pipeline]
+    part.everywhere = all_stages(model.config.depth, settings)
+    part.stages = part.everywhere[world.coordinate["pipeline"] :: world.axes.pipeline]
     part.group = world.mesh["pipeline"].get_group()
     _leave_out_others(part, model)
     return part
@@ -85,14 +87,11 @@ def _leave_out_others(part: "StagedTransformer", model: Transformer) -> None:
     first, last = part.stages[0].first, part.stages[-1].last
     if not last:
         part.norm = nn.Identity()
-    held = {
-        TABLE: first or (last and model.config.tied),
-        "embedding_bias": first,
-        "unembedding": last,
-        "head_bias": last,
-    }
-    for name, stays in held.items():
-        if not stays:
+    kept = (AT_FIRST if first else ()) + (AT_LAST if last else ())
+    if last and model.config.tied:
+        kept += (TABLE,)
+    for name in AT_FIRST + AT_LAST:
+        if name not in kept:
             setattr(part, name, None)
 
 
@@ -105,6 +104,8 @@ class StagedTransformer(Transformer):
     """
 
     shapes: dict[str, torch.Size]
+    everywhere: list[Stage]
+    """the stages of all processes"""
     stages: list[Stage]
     """this process's stages"""
     group: Any
@@ -189,11 +190,26 @@ class StagedTransformer(Transformer):
             logits = residual.new_empty(shape, dtype=torch.float32)
         return self._of_last_stage(logits)
 
+    def from_its_stage(self, name: str, value: Tensor | None) -> Tensor:
+        """A parameter on all processes of the pipeline, from the first one that has it."""
+        if value is None:
+            like = next(self.parameters())
+            value = torch.empty(self.shapes[name], dtype=like.dtype, device=like.device)
+        kind, *path = name.split(".")
+        number = self.everywhere[-1].number
+        if kind in AT_FIRST:
+            number = 0
+        elif kind == "blocks":
+            number = next(s.number for s in self.everywhere if int(path[0]) in s.blocks)
+        return self._broadcast(value, self._holder(number))
+
     def _of_last_stage(self, value: Tensor) -> Tensor:
         """The last stage's value on all processes of the pipeline; without gradients."""
+        return self._broadcast(value, self._holder(self.everywhere[-1].number))
+
+    def _broadcast(self, value: Tensor, process: int) -> Tensor:
         value = value.detach().contiguous()
-        source = self._holder(self.stages[0].count - 1)
-        dist.broadcast(value, group=self.group, group_src=source)
+        dist.broadcast(value, group=self.group, group_src=process)
         return value
 
     def _holder(self, number: int) -> int:

@@ -17,6 +17,9 @@ from openpalm.errors import SettingsError
 from openpalm.parallel.config import AXES, Axes, ParallelSettings, axes_of
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for the main one while it saves, reads or evaluates: a watchdog with the
+step's time limit would end runs whose checkpoints are large. A process that dies is noticed."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,10 @@ class World:
     """mesh with the axes AXES; None for one process"""
     control: Any = None
     """gloo group of all processes, for small values"""
+    patient: Any = None
+    """the same, to wait for slow work of the main process"""
     saving: Any = None
-    """gloo group of all processes for checkpoints, which are saved while training goes on"""
+    """the same, for the thread that saves checkpoints"""
 
     @property
     def is_main(self) -> bool:
@@ -94,11 +99,11 @@ class World:
         return found
 
     def broadcast(self, value: T) -> T:
-        """The main process's value."""
+        """The main process's value, which the others may wait for as long as it takes."""
         if self.size == 1:
             return value
         box = [value if self.is_main else None]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
@@ -108,6 +113,8 @@ class World:
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Calls the function on the main process; every process returns, or raises, its result."""
+        if self.size == 1:
+            return function()
         value, error = _outcome(function) if self.is_main else (None, None)
         value, error = self.broadcast((value, error))
         if error is not None:
@@ -172,8 +179,9 @@ def join(settings: ParallelSettings, device: torch.device) -> World:
     if _current.size == size and _current.axes == axes:
         return _current
     mesh = init_device_mesh(device.type, axes.sizes, mesh_dim_names=AXES)
-    control, saving = (dist.new_group(backend="gloo", timeout=wait) for _ in range(2))
-    _current = World(rank, size, axes, mesh, control, saving)
+    control = dist.new_group(backend="gloo", timeout=wait)
+    patient, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    _current = World(rank, size, axes, mesh, control, patient, saving)
     return _current
 
 

@@ -77,3 +77,8 @@ class BatchShape:
     def global_sequences(self) -> int:
         """Sequences per step, of all processes."""
         return self.sequences * self.processes
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches per step, of all processes."""
+        return self.accumulation * self.processes

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 PROBES_PER_RUN = 10
 """Default number of evaluations, and of checkpoints, per run."""
+DEFAULT_SEQUENCES = 16
+"""Sequences of a batch, of all processes: a run continues on any number of them."""
 LEAST_STEPS_APART = 20
 """Default minimum of steps between two evaluations or two checkpoints."""
 
@@ -356,7 +358,7 @@ class PretrainSettings(TaskProbeSettings, TrainSettings):
 
 def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 1) -> BatchShape:
     """Cuts the global batch into microbatches. Raises SettingsError if it does not divide."""
-    wanted = settings.batch_tokens or 16 * sequence_length * processes
+    wanted = settings.batch_tokens or DEFAULT_SEQUENCES * sequence_length
     if wanted % (sequence_length * processes):
         raise SettingsError(
             f"--batch-tokens {wanted}: must be a multiple of sequence_length x processes "
@@ -374,33 +376,29 @@ def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 
     room = max(1, settings.microbatch_tokens // sequence_length)
     whole = math.gcd(sequences, *(int(part) for part in parts))
     rows = max(r for r in range(1, min(room, whole) + 1) if whole % r == 0)
-    shape = BatchShape(sequence_length, rows, sequences // rows, ramp, processes)
-    _check_microbatches(settings, shape, [int(part) for part in parts])
-    return shape
+    return BatchShape(sequence_length, rows, sequences // rows, ramp, processes)
 
 
-def _check_microbatches(settings: TrainSettings, shape: BatchShape, parts: list[int]) -> None:
-    """Raises SettingsError unless every step has enough microbatches for the pipeline.
-
-    parts: sequences of the steps of a ramp, which are smaller.
-    """
+def check_pipeline(settings: TrainSettings, shape: BatchShape) -> None:
+    """Raises SettingsError unless every step has enough microbatches for the pipeline."""
     processes, schedule = settings.parallel.pipeline, settings.parallel.schedule
+    ramp = Ramp.parse(settings.batch_ramp)
+    sizes = [*(int(shape.sequences * share) for share, _ in ramp.stages), shape.sequences]
 
     def fills(rows: int) -> bool:
         return all(
-            size % rows == 0 and fills_pipeline(size // rows, processes, schedule)
-            for size in (shape.sequences, *parts)
+            size % rows == 0 and fills_pipeline(size // rows, processes, schedule) for size in sizes
         )
 
-    if fills(shape.rows):
+    if processes == 1 or fills(shape.rows):
         return
     fitting = [rows for rows in range(shape.rows, 0, -1) if fills(rows)]
     if fitting:
         remedy = f"--microbatch-tokens {fitting[0] * shape.sequence_length}"
     else:
-        each = processes * math.lcm(*(share.denominator for share, _ in shape.ramp.stages))
+        each = processes * math.lcm(*(share.denominator for share, _ in ramp.stages))
         remedy = f"--batch-tokens a multiple of {each * shape.sequence_length * shape.processes}"
-    numbers = " or ".join(str(size // shape.rows) for size in (*parts, shape.sequences))
+    numbers = " or ".join(str(size // shape.rows) for size in sizes)
     equal = " in equal rounds" if schedule == "interleaved" else ""
     raise SettingsError(
         f"--microbatch-tokens {settings.microbatch_tokens}: a step has {numbers} microbatches, but "

@@ -13,6 +13,7 @@ import torch
 
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import Metrics, Objective
+from openpalm.train.trainer import Trainer
 
 Rows = list[dict[str, Any]]
 
@@ -33,6 +34,16 @@ class Probe:
     """steps between two measurements; None is the run's `eval_every`"""
     tokens: int | None = None
     """tokens whose loss is computed, if the probe does nothing else: its time can be predicted"""
+    generates: bool = False
+    """whether it generates text: the main process then measures, on a model that is not sharded"""
+
+    def taken(self, trainer: Trainer) -> dict[str, Any]:
+        """The columns of a row; all processes of a run must call it."""
+        if not self.generates:
+            trainer.model.eval()
+            return self.measure(trainer.model, trainer.dtype)
+        model = trainer.gathered()
+        return trainer.world.on_main(lambda: self.measure(model, trainer.dtype))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from openpalm.parallel import fsdp, stages
 from openpalm.parallel.pipeline import pipeline_of
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import TrainSettings, batch_shape
+from openpalm.train.config import TrainSettings, batch_shape, check_pipeline
 from openpalm.train.initial_weights import choose_trained
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
@@ -118,11 +118,16 @@ def make_trainer(
     fill: Callable[[Transformer], None] | None = None,
 ) -> Trainer:
     """Makes the run's model, optimizer, loader and Trainer; `fill` replaces the spec's weights."""
+
+    def unfilled() -> Transformer:
+        with torch.device("meta"):
+            model = spec.make_model(spec.config)
+        choose_trained(model, settings)
+        return model
+
+    check_pipeline(settings, shape)
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
-    with torch.device("meta"):
-        model = spec.make_model(spec.config)
-    choose_trained(model, settings)
-    model = stages.cut(model, world(), settings.parallel)
+    model = stages.cut(unfilled(), world(), settings.parallel)
     _parallelize(model, settings, dtype)
     model.to_empty(device=device)
     (fill or spec.fill)(model)
@@ -140,6 +145,8 @@ def make_trainer(
         max_skipped_steps=settings.max_skipped_steps,
         world=world(),
         pipeline=pipeline_of(model, world(), settings.parallel, dtype),
+        seed=settings.seed,
+        make_plain=lambda: unfilled().to_empty(device=device),
     )
 
 
