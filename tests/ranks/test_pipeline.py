@@ -155,7 +155,7 @@ def test_a_checkpoint_of_a_pipeline_is_that_of_one_process(tmp_path: Path):
     wanted = pytest.approx(saved(None, of_one), rel=2e-6)
     assert all(losses == wanted for losses in on_ranks(2, saved, INTERLEAVED, of_pipeline))
     assert resumed(None, of_pipeline) == wanted
-    checkpoint.load_model(of_pipeline)  # compares its fingerprint
+    checkpoint.load(of_pipeline)  # compares its fingerprint
     for folder in (of_one, of_pipeline):
         found = on_ranks(4, resumed, {"pipeline": 2, "shard": 2}, folder)
         assert all(losses == wanted for losses in found)

@@ -14,7 +14,8 @@ from openpalm.parallel.stages import StagedTransformer
 def gather_into(plain: Transformer, model: Transformer, *, keep: bool = True) -> None:
     """Copies the distributed `model` into `plain`; all processes must call it.
 
-    One parameter at a time is whole on every process. keep: whether this process needs the copy; the others only send their parts.
+    One parameter at a time is whole on every process. keep: whether this process needs the copy;
+    the others only send their parts.
     """
     own = dict(plain.named_parameters())
     for name, value in _whole_parameters(model):
