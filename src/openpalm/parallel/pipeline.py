@@ -40,6 +40,7 @@ class Pipeline:
         self, model: StagedTransformer, world: World, settings: ParallelSettings, dtype: torch.dtype
     ):
         self.model = model
+        self.world = world
         self.schedule_name = settings.schedule
         self.dtype = dtype
         # With a shard axis weights are gathered in `dtype`, and so is the embedding's output.
@@ -92,7 +93,9 @@ class Pipeline:
 
     def _schedule_of(self, microbatches: int) -> Any:
         """The schedule for this many microbatches of the present shape; the newest one is kept."""
-        shape = self.model.stream_shape(self._batches[0].inputs)
+        rows, time = self._batches[0].inputs.shape
+        # Context-parallel processes share the positions of each row.
+        shape = self.model.stream_shape(rows, time // self.world.axes.context)
         key = microbatches, shape
         if self._schedule[0] != key:
             self._schedule = key, self._new_schedule(microbatches, shape)
@@ -144,7 +147,10 @@ def _stage_pass(
     """
     with model.at(stage, received):
         value, metrics = loss(model, batch)
-        return (value if stage.last else model.passed_on), metrics
+        if not stage.last:
+            assert model.passed_on is not None
+            value = model.passed_on
+    return value, metrics
 
 
 class _TorchStage(PipelineStage):

@@ -86,7 +86,7 @@ def _leave_out_others(part: "StagedTransformer", model: Transformer) -> None:
     part.blocks._modules.update((str(number), model.blocks[number]) for number in own)
     first, last = part.stages[0].first, part.stages[-1].last
     if not last:
-        part.norm = nn.Identity()
+        part.norm = nn.Identity()  # type: ignore[assignment]
     kept = (AT_FIRST if first else ()) + (AT_LAST if last else ())
     if last and model.config.tied:
         kept += (TABLE,)
@@ -131,9 +131,9 @@ class StagedTransformer(Transformer):
         finally:
             self.current = self.received = self.passed_on = None
 
-    def stream_shape(self, ids: Tensor) -> tuple[int, ...]:
-        """Shape of the residual stream between stages."""
-        return *ids.shape, self.config.dim
+    def stream_shape(self, rows: int, time: int) -> tuple[int, ...]:
+        """Shape of the residual stream between stages, for ids [rows, time]."""
+        return rows, time, self.config.dim
 
     def residual(self, ids: Tensor, *args: Any, **options: Any) -> Tensor:
         if self.current is not None:
@@ -141,7 +141,7 @@ class StagedTransformer(Transformer):
         x = None
         for stage in self.stages:
             if not stage.first:
-                shape = self.stream_shape(ids)
+                shape = self.stream_shape(*ids.shape)
                 x = torch.empty(shape, dtype=self.stream_dtype, device=ids.device)
                 dist.recv(x, group=self.group, group_src=self._holder(stage.number - 1))
             with self.at(stage, x):
