@@ -11,15 +11,15 @@ from openpalm.parallel.stages import StagedTransformer
 
 
 @torch.no_grad()
-def gather_into(plain: Transformer, model: Transformer, *, keep: bool = True) -> None:
+def gather_into(plain: Transformer | None, model: Transformer) -> None:
     """Copies the distributed `model` into `plain`; all processes must call it.
 
-    One parameter at a time is whole on every process. keep: whether this process needs the copy;
-    the others only send their parts.
+    One parameter at a time is whole on every process. plain: None on a process that only sends its
+    parts.
     """
-    own = dict(plain.named_parameters())
+    own = {} if plain is None else dict(plain.named_parameters())
     for name, value in _whole_parameters(model):
-        if keep:
+        if plain is not None:
             own[name].copy_(value)
 
 

@@ -5,17 +5,20 @@
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 
 from openpalm.model.transformer import Transformer
+from openpalm.parallel.world import world
 from openpalm.train.objective import Metrics, Objective
 from openpalm.train.trainer import Trainer
 
 Rows = list[dict[str, Any]]
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,12 @@ class Probe:
             trainer.model.eval()
             return self.measure(trainer.model, trainer.dtype)
         model = trainer.gathered()
-        return trainer.world.on_main(lambda: self.measure(model, trainer.dtype))
+
+        def on_whole_model() -> dict[str, Any]:
+            assert model is not None
+            return self.measure(model, trainer.dtype)
+
+        return trainer.world.on_main(on_whole_model)
 
 
 @dataclass(frozen=True)
@@ -100,16 +108,39 @@ def held_out_probe(
 def held_out_sums(
     model: Transformer, objective: Objective[Any], batches: Iterable[Any], dtype: torch.dtype
 ) -> tuple[Metrics, int]:
-    """The loss and the metrics, each summed over the batches, and the objective's count."""
+    """The loss and the metrics, each summed over the batches, and the objective's count.
+
+    The processes of a run share the batches; all must call it.
+    """
     model.eval()
-    sums, count = Metrics(), 0
-    for batch in batches:
+    sums, count, here = Metrics(), 0, world()
+    for batch, counts in _own_share(batches, here.data_rank, here.data_size):
         with _autocast(model, dtype):
             loss, metrics = model(objective.loss, batch.to(model.device))
         for name, value in {"loss": loss.item(), **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + value
-        count += objective.count(batch)
-    return sums, count
+            sums[name] = sums.get(name, 0.0) + value * counts
+        count += objective.count(batch) * counts
+    # Processes that share every sequence all have it whole here.
+    once = here.coordinate["context"] == 0
+    count, *values = here.sums([number * once for number in (count, *sums.values())])
+    return dict(zip(sums, values, strict=True)), round(count)
+
+
+def _own_share(batches: Iterable[B], rank: int, size: int) -> Iterator[tuple[B, bool]]:
+    """Every size-th batch, and whether it counts.
+
+    All processes of a sharded model compute equally often: one that has no batch left computes one
+    that does not count.
+    """
+    for group in _grouped(batches, size):
+        yield (group[rank], True) if rank < len(group) else (group[0], False)
+
+
+def _grouped(items: Iterable[B], size: int) -> Iterator[list[B]]:
+    """The items in groups of `size`; the last may have fewer."""
+    rest = iter(items)
+    while group := list(islice(rest, size)):
+        yield group
 
 
 def _autocast(model: Transformer, dtype: torch.dtype) -> torch.autocast:

@@ -18,7 +18,7 @@ from openpalm.parallel.pipeline import pipeline_of
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
 from openpalm.train.config import TrainSettings, batch_shape, check_pipeline
-from openpalm.train.initial_weights import choose_trained
+from openpalm.train.initial_weights import unfilled
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.probes import BestBy, Probe
@@ -102,6 +102,14 @@ class TrainSpec:
         return None
 
     @property
+    def processes_change(self) -> str | None:
+        """The reason why another number of processes gives another result, or None."""
+        if self.config.dropout:
+            return "dropout draws other random numbers then"
+        kto = self.items_per_step is None
+        return "its loss is estimated for each microbatch" if kto else None
+
+    @property
     def hashes(self) -> dict[str, str | None]:
         """Hashes of what the run reads, by their names in run.json."""
         return {"data": self.data_hash, "parent": self.parent_hash, "reward": self.reward_hash}
@@ -119,15 +127,12 @@ def make_trainer(
 ) -> Trainer:
     """Makes the run's model, optimizer, loader and Trainer; `fill` replaces the spec's weights."""
 
-    def unfilled() -> Transformer:
-        with torch.device("meta"):
-            model = spec.make_model(spec.config)
-        choose_trained(model, settings)
-        return model
+    def make_unfilled() -> Transformer:
+        return unfilled(lambda: spec.make_model(spec.config), settings)
 
     check_pipeline(settings, shape)
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
-    model = stages.cut(unfilled(), world(), settings.parallel)
+    model = stages.cut(make_unfilled(), world(), settings.parallel)
     _parallelize(model, settings, dtype)
     model.to_empty(device=device)
     (fill or spec.fill)(model)
@@ -146,7 +151,7 @@ def make_trainer(
         world=world(),
         pipeline=pipeline_of(model, world(), settings.parallel, dtype),
         seed=settings.seed,
-        make_plain=lambda: unfilled().to_empty(device=device),
+        make_plain=lambda: make_unfilled().to_empty(device=device),
     )
 
 

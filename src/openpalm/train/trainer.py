@@ -161,19 +161,18 @@ class Trainer:
             self.optimizer.zero_grad()
         return norm, reason
 
-    def gathered(self, *, everywhere: bool = False) -> Transformer:
-        """The model without sharding, in eval mode; all processes must call it.
+    def gathered(self) -> Transformer | None:
+        """The model without sharding, in eval mode, on the main process; all must call it.
 
-        Complete on the main process, or `everywhere`. It shares the weights of a model that is not
-        sharded, and is overwritten by the next call.
+        It shares the weights of a model that is not sharded, and is overwritten by the next call.
         """
         if self.world.size == 1:
             return self.model.eval()
-        if self._plain is None:
+        if self._plain is None and self.world.is_main:
             assert self._make_plain is not None
-            self._plain = self._make_plain()
-        gather_into(self._plain, self.model, keep=everywhere or self.world.is_main)
-        return self._plain.eval()
+            self._plain = self._make_plain().eval()
+        gather_into(self._plain, self.model)
+        return self._plain
 
     def _stop_if_only_skipping(self, skipped: str | None) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
