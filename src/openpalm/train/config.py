@@ -399,8 +399,9 @@ def check_pipeline(settings: TrainSettings, shape: BatchShape) -> None:
         each = processes * math.lcm(*(share.denominator for share, _ in ramp.stages))
         remedy = f"--batch-tokens a multiple of {each * shape.sequence_length * shape.processes}"
     numbers = " or ".join(str(size // shape.rows) for size in sizes)
+    numbers += " microbatch" if numbers == "1" else " microbatches"
     equal = " in equal rounds" if schedule == "interleaved" else ""
     raise SettingsError(
-        f"--microbatch-tokens {settings.microbatch_tokens}: a step has {numbers} microbatches, but "
+        f"--microbatch-tokens {settings.microbatch_tokens}: a step has {numbers}, but "
         f"--parallel.pipeline {processes} needs {processes} or more{equal}; take {remedy}"
     )
