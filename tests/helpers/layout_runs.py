@@ -52,24 +52,25 @@ def trainer_for(
     config: ModelConfig = CONFIG,
     optimizer: str = "adamw",
     accumulation: int = 2,
+    sequences: int = 16,
     steps: int = STEPS,
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> Trainer:
-    """The trainer of this process, as the command makes it; 16 sequences a step."""
+    """The trainer of this process, as the command makes it; `sequences` a step in all."""
     asked = PretrainSettings(
         data=Path("data"),
         out=Path("out"),
         model="palm-tiny",
         steps=steps,
         sequence_length=config.context,
-        batch_tokens=16 * config.context,
+        batch_tokens=sequences * config.context,
         parallel=ParallelSettings(**(parallel or {})),
         optim=OptimSettings(name=optimizer, lr=3e-3),  # type: ignore[arg-type]
         **settings,
     )
     world = join(asked.parallel, torch.device("cpu"))
-    rows = 16 // world.data_size // accumulation
+    rows = sequences // world.data_size // accumulation
     asked = replace(asked, microbatch_tokens=rows * config.context)
     shape = replace(batch_shape(asked, config.context, world.data_size), rank=world.data_rank)
     spec = TrainSpec(

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"shard": 2, "schedule": "interleaved"},
         {"memory": MemorySettings(recompute="full")},
     ),
+    "context-interleaved": (4, {"context": 2, "schedule": "interleaved"}, {"document_mask": True}),
     "replicas": (4, {"shard": 1, "replicate": 2}, {}),
 }
 
@@ -121,6 +122,20 @@ def test_evaluation_goes_through_the_stages(processes: int, parallel: dict[str, 
         assert found[0] == pytest.approx(sums, rel=1e-5)
         assert found[1] == count
         torch.testing.assert_close(found[2], logits, rtol=1e-4, atol=1e-5)
+
+
+def losses(parallel: dict[str, Any] | None, dtype: torch.dtype) -> list[float]:
+    trainer = trainer_for(parallel, accumulation=4, dtype=dtype)
+    return [trainer.train_step().loss for _ in range(trainer.steps)]
+
+
+@pytest.mark.parametrize(("processes", "rel"), [(2, 2e-6), (4, 1e-2)])
+def test_a_pipeline_in_bfloat16(processes: int, rel: float):
+    # With a shard axis the residual stream is in bfloat16 too, between the stages as within them.
+    wanted = losses(None, torch.bfloat16)
+    assert wanted != losses(None, torch.float32)
+    for found in on_ranks(processes, losses, {"pipeline": 2}, torch.bfloat16):
+        assert found == pytest.approx(wanted, rel=rel)
 
 
 def saved(parallel: dict[str, Any] | None, folder: Path) -> list[float]:

@@ -22,6 +22,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "2": (2, {}),
     "4": (4, {}),
     "2x2": (4, {"shard": 2, "replicate": 2}),
+    "pipeline": (2, {"pipeline": 2}),
 }
 STEPS = 3
 
@@ -51,13 +52,18 @@ def continued(parallel: dict[str, Any], folder: Path, optimizer: str) -> tuple[f
     return trainer.train_step().loss, loaded
 
 
+def merged(results: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """The state of all pipeline stages."""
+    return {name: tensor for _, state in results for name, tensor in state.items()}
+
+
 @pytest.fixture(scope="module")
 def saves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, float, dict]]:
     found = {}
     for name, (size, parallel) in LAYOUTS.items():
         folder = tmp_path_factory.mktemp(name) / "step-00000003"
-        loss, state = on_ranks(size, saved, parallel, folder, "adamw")[0]
-        found[name] = folder, loss, state
+        results = on_ranks(size, saved, parallel, folder, "adamw")
+        found[name] = folder, results[0][0], merged(results)
     return found
 
 
@@ -69,7 +75,7 @@ def test_every_layout_continues_every_other(saves: dict[str, Any], of: str, to: 
     size, parallel = LAYOUTS[to]
     results = on_ranks(size, continued, parallel, folder, "adamw")
     assert len({found for found, _ in results}) == 1
-    found, loaded = results[0]
+    found, loaded = results[0][0], merged(results)
     assert found == pytest.approx(loss, rel=1e-5)
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())

@@ -14,6 +14,7 @@ from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
 from openpalm.parallel import fsdp, stages
+from openpalm.parallel.context import check_length, context_split
 from openpalm.parallel.pipeline import pipeline_of
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
@@ -70,7 +71,7 @@ class TrainSpec:
         return settings.optim.peak(adamw_rate, self.config.dim)
 
     def check(self, settings: TrainSettings) -> None:
-        """Raises SettingsError for a setting that this training would ignore."""
+        """Raises SettingsError for a setting that this training would ignore or cannot follow."""
         if settings.keep_best and self.best is None:
             raise SettingsError(
                 "--keep-best: no data is held out, so no checkpoint is known to be the best; give "
@@ -81,10 +82,14 @@ class TrainSpec:
         next_token = {
             "z_loss": settings.z_loss or None,
             "memory.loss_chunk": settings.memory.loss_chunk,
+            "parallel.context": settings.parallel.context
+            if settings.parallel.context > 1
+            else None,
         }
         for name, value in next_token.items():
             if self.objective is not None and value is not None:
                 raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
+        check_length(world(), settings.sequence_length or self.config.context)
 
     def cut_changes(self, stored: TrainSettings, shape: BatchShape) -> str | None:
         """The reason why `shape` gives another result than the stored settings' cut, or None.
@@ -131,6 +136,8 @@ def make_trainer(
         return unfilled(lambda: spec.make_model(spec.config), settings)
 
     check_pipeline(settings, shape)
+    check_length(world(), shape.sequence_length)
+    context = context_split(world())
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
     model = stages.cut(make_unfilled(), world(), settings.parallel)
     _parallelize(model, settings, dtype)
@@ -140,7 +147,7 @@ def make_trainer(
         lora.initialise_adapter(model, settings.seed)
     return Trainer(
         model,
-        spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk),
+        spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk, context),
         Optimizer(model, settings.optim, spec.peak_rate(settings)),
         spec.make_loader(shape, model, dtype),
         steps=steps,
