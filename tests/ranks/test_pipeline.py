@@ -169,12 +169,12 @@ INTERLEAVED = {"pipeline": 2, "schedule": "interleaved"}
 def test_a_checkpoint_of_a_pipeline_is_that_of_one_process(tmp_path: Path):
     of_pipeline, of_one = tmp_path / "pipeline", tmp_path / "one"
     wanted = pytest.approx(saved(None, of_one), rel=2e-6)
-    assert all(losses == wanted for losses in on_ranks(2, saved, INTERLEAVED, of_pipeline))
+    assert all(found == wanted for found in on_ranks(2, saved, INTERLEAVED, of_pipeline))
     assert resumed(None, of_pipeline) == wanted
     checkpoint.load(of_pipeline)  # compares its fingerprint
     for folder in (of_one, of_pipeline):
         found = on_ranks(4, resumed, {"pipeline": 2, "shard": 2}, folder)
-        assert all(losses == wanted for losses in found)
+        assert all(one == wanted for one in found)
 
 
 def one_microbatch(schedule: str) -> float:
