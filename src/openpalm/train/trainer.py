@@ -17,6 +17,7 @@ from openpalm.model.sharding import assign
 from openpalm.model.transformer import Transformer
 from openpalm.parallel import fsdp, tensor
 from openpalm.parallel.gather import gather_into
+from openpalm.parallel.pipeline import Loss, Pipeline
 from openpalm.parallel.world import World
 from openpalm.train.batch_shape import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
@@ -60,6 +61,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         max_skipped_steps: int = 10,
         world: World | None = None,
+        pipeline: Pipeline | None = None,
         seed: int = 0,
         make_plain: Callable[[], Transformer] | None = None,
     ):
@@ -73,6 +75,7 @@ class Trainer:
         self.dtype = dtype
         self.max_skipped_steps = max_skipped_steps
         self.world = world or World()
+        self.pipeline = pipeline
         self.seed = seed
         self._make_plain = make_plain
         self._plain: Transformer | None = None
@@ -85,7 +88,7 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.device
+        return self.model.device
 
     def train_step(self) -> StepReport:
         """Takes one optimizer step on the next global batch."""
@@ -122,26 +125,34 @@ class Trainer:
         # Counted over all microbatches and processes BEFORE backward: a mean of microbatch means
         # is another loss as soon as microbatches have different counts.
         count = round(self.world.sum(sum(self.objective.count(batch) for batch in batches)))
-        total, sums = 0.0, dict[str, float]()
         if count == 0:
             return math.nan, 0, {}
         # FSDP averages gradients over processes: the loss is scaled so that the average is a sum.
         divisor = count / self.world.axes.averaged
         if self.loss_scale is not None:
             divisor /= self.loss_scale.scale
-        for number, batch in enumerate(batches, 1):
-            fsdp.reduce_over_replicas(self.model, number == len(batches))
-            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-                loss, metrics = self.model(self.objective.loss, batch.to(self.device))
-            (loss / divisor).backward()
-            total += loss.item()
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
+        accumulate = self.pipeline.accumulate if self.pipeline else self._accumulate
+        total, sums = accumulate(self.objective.loss, batches, divisor)
         tensor.sum_gradients(self.model)
         # Every process has the same metrics, in the same order.
         total, *values = self.world.sums([total, *sums.values()])
         means = {name: value / count for name, value in zip(sums, values, strict=True)}
         return total / count, count, means
+
+    def _accumulate(
+        self, loss_of: Loss, batches: Sequence[Any], divisor: float
+    ) -> tuple[float, Metrics]:
+        """Adds the gradient of the summed loss / divisor; returns the sums of loss and metrics."""
+        total, sums = 0.0, Metrics()
+        for number, batch in enumerate(batches, 1):
+            fsdp.reduce_over_replicas(self.model, number == len(batches))
+            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+                loss, metrics = self.model(loss_of, batch.to(self.device))
+            (loss / divisor).backward()
+            total += loss.item()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return total, sums
 
     def optimizer_step(self, loss: float, count: int, factor: float) -> tuple[float, str | None]:
         """Clips and steps, or skips; returns the gradient norm and the reason for skipping."""
@@ -220,7 +231,11 @@ class Trainer:
         )
         if self.loss_scale is not None:
             self.loss_scale.restore(values["loss_scale"])
-        self.optimizer.load_state_tensors(_under("optimizer/", tensors))
+        # A pipeline stage holds only some of the parameters.
+        elsewhere = {*self.model.parameter_shapes()} - {n for n, _ in self.model.named_parameters()}
+        moments = _under("optimizer/", tensors).items()
+        own_moments = {k: v for k, v in moments if k.rpartition("/")[0] not in elsewhere}
+        self.optimizer.load_state_tensors(own_moments)
         own = _under("model/", tensors)
         with torch.no_grad():
             for name, parameter in self._unpublished():
