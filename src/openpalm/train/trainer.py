@@ -78,6 +78,10 @@ class Trainer:
         self.step = 0
         self.counted = 0
         self.skipped_in_a_row = 0
+        self.own_loss = 0.0
+        """this process's part of the last step's loss, which tells whose batch is not finite"""
+        self.skipped_batches: Sequence[Any] = ()
+        """the last step's microbatches, if its loss or gradient is not finite"""
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +99,7 @@ class Trainer:
         self.counted += count
         factor = learning_rate_factor(self.step, self.steps, self.optimizer.settings)
         norm, skipped = self.optimizer_step(loss, count, factor)
+        self.skipped_batches = batches if skipped and count else ()
         self._stop_if_only_skipping(skipped)
         if isinstance(self.loader, StatefulLoader):
             metrics |= self.loader.facts
@@ -129,6 +134,7 @@ class Trainer:
             total += loss.item()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value
+        self.own_loss = total
         # Every process has the same metrics, in the same order.
         total, *values = self.world.sums([total, *sums.values()])
         means = {name: value / count for name, value in zip(sums, values, strict=True)}
