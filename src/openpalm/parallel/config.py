@@ -41,13 +41,17 @@ class ParallelSettings:
     """order of the microbatches in a pipeline; interleaved gives every process two stages"""
     timeout_s: float = 600.0
     """seconds after which a process that waits for others ends the run"""
+    grace_s: float = 25.0
+    """seconds after SIGTERM or SIGINT in which all processes save; then they end, saved or not.
+    torchrun kills them after 30 (its --shutdown-timeout)"""
 
     def __post_init__(self) -> None:
         for name in AXES:
             value = getattr(self, name)
             check(value is None or value >= 1, f"parallel.{name}", value, "1 or more")
-        fits = 0 < self.timeout_s < math.inf
-        check(fits, "parallel.timeout_s", self.timeout_s, "above 0 and finite")
+        for name in ("timeout_s", "grace_s"):
+            value = getattr(self, name)
+            check(0 < value < math.inf, f"parallel.{name}", value, "above 0 and finite")
 
 
 @dataclass(frozen=True)

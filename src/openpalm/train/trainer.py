@@ -85,6 +85,10 @@ class Trainer:
         self.loss_scale = LossScale() if dtype == torch.float16 else None
         self.overflowed = False
         """whether the newest step was skipped because its loss scale was too large"""
+        self.own_loss = 0.0
+        """this process's part of the last step's loss, which tells whose batch is not finite"""
+        self.skipped_batches: Sequence[Any] = ()
+        """the last step's microbatches, if its loss or gradient is not finite"""
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +106,7 @@ class Trainer:
         self.counted += count
         factor = learning_rate_factor(self.step, self.steps, self.optimizer.settings)
         norm, skipped = self.optimizer_step(loss, count, factor)
+        self.skipped_batches = batches if skipped and count else ()
         self._stop_if_only_skipping(skipped)
         if isinstance(self.loader, StatefulLoader):
             metrics |= self.loader.facts
@@ -134,6 +139,7 @@ class Trainer:
         accumulate = self.pipeline.accumulate if self.pipeline else self._accumulate
         total, sums = accumulate(self.objective.loss, batches, divisor)
         tensor.sum_gradients(self.model)
+        self.own_loss = total
         # Every process has the same metrics, in the same order.
         total, *values = self.world.sums([total, *sums.values()])
         means = {name: value / count for name, value in zip(sums, values, strict=True)}
