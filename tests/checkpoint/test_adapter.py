@@ -31,9 +31,15 @@ def model():
     return adapted()
 
 
+def write(directory, model, base=None):
+    """The adapter of a checkpoint of the model."""
+    checkpoint.save(directory.parent / "checkpoint", model, lineage={"parent": base})
+    shutil.copytree(directory.parent / "checkpoint" / "adapter", directory)
+
+
 @pytest.fixture
 def written(model, tmp_path):
-    adapter.write(tmp_path / "adapter", model)
+    write(tmp_path / "adapter", model)
     return tmp_path / "adapter"
 
 
@@ -162,7 +168,7 @@ OURS, OTHER = "a" * 64, "b" * 64
     ],
 )
 def test_an_adapter_of_another_checkpoint_is_refused(model, tmp_path, written_for, made_for, fits):
-    adapter.write(tmp_path / "adapter", model, base=written_for)
+    write(tmp_path / "adapter", model, base=written_for)
     given = {"bases": {OURS}, "made_for": made_for}
     said = []
     fresh = make(CONFIG)

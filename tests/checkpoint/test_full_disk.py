@@ -31,7 +31,7 @@ FAILURES: dict[str, tuple[str, BaseException]] = {
         safetensors.SafetensorError(f"I/O error: {FULL} (os error 28)"),
     ),
     "tensors, as an OSError": ("directory.tensors.safetensors.torch.save_file", no_space()),
-    "texts": ("directory._write_text", no_space()),
+    "texts": ("contents.Contents.write_small", no_space()),
     "hashes": ("manifest.sha256_of", no_space()),
     "sync": ("os.fsync", no_space()),
 }

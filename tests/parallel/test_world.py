@@ -1,21 +1,71 @@
-"""Alone, every sum is the value itself."""
+"""Alone, every sum is the value itself; axes make the number of processes."""
 
 import pytest
+import torch
 
 from openpalm.errors import SettingsError
-from openpalm.parallel.world import World, world
+from openpalm.parallel.config import Axes, ParallelSettings, axes_of
+from openpalm.parallel.world import World, join, world
+
+CPU = torch.device("cpu")
 
 
-def test_alone_a_sum_is_the_value(monkeypatch: pytest.MonkeyPatch):
-    for size in (None, "1"):
-        monkeypatch.delenv("WORLD_SIZE", raising=False)
-        if size:
-            monkeypatch.setenv("WORLD_SIZE", size)
-        assert world() == World(rank=0, size=1)
-    assert world().sum(0.1) == 0.1
+def test_alone_a_sum_is_the_value():
+    alone = world()
+    assert alone == World(rank=0, size=1)
+    assert alone.sum(0.1) == alone.max(0.1) == 0.1
+    assert alone.gather("a") == ["a"]
+    assert alone.broadcast("a") == alone.on_main(lambda: "a") == alone.together(lambda: "a") == "a"
+    assert alone.is_main
+    assert alone.speaks
 
 
-def test_several_processes_are_refused_for_now(monkeypatch: pytest.MonkeyPatch):
+def test_processes_that_cannot_find_each_other_are_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SettingsError, match=r"WORLD_SIZE \(2\)"):
-        world()
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SettingsError, match="start them with torchrun"):
+        join(ParallelSettings(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "axes"),
+    [
+        ({}, 1, Axes()),
+        ({}, 8, Axes(shard=8)),
+        ({"shard": 1}, 8, Axes(replicate=8)),
+        ({"shard": 2}, 8, Axes(shard=2, replicate=4)),
+        ({"replicate": 2}, 8, Axes(shard=4, replicate=2)),
+        ({"tensor": 4}, 8, Axes(shard=2, tensor=4)),
+        ({"tensor": 2, "pipeline": 2, "context": 2}, 8, Axes(pipeline=2, context=2, tensor=2)),
+    ],
+)
+def test_axes_that_are_not_given_are_inferred(given: dict[str, int], processes: int, axes: Axes):
+    found = axes_of(ParallelSettings(**given), processes)
+    assert found == axes
+    assert found.size == processes
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "said"),
+    [
+        ({"tensor": 3}, 8, "tensor 3 cannot make 8 processes.*each is one of 1, 2, 4, 8"),
+        ({"shard": 2, "replicate": 2}, 8, "replicate 2 x shard 2 cannot make 8 processes"),
+        (
+            {"tensor": 2},
+            1,
+            "tensor 2 needs 2 processes, and this is one; start it as torchrun --nproc-per-node 2",
+        ),
+    ],
+)
+def test_impossible_products_are_refused(given: dict[str, int], processes: int, said: str):
+    with pytest.raises(SettingsError, match=said):
+        axes_of(ParallelSettings(**given), processes)
+
+
+def test_every_process_has_a_place_of_its_own():
+    axes = Axes(pipeline=2, replicate=1, shard=3, context=2, tensor=2)
+    places = [tuple(axes.coordinate(rank).values()) for rank in range(axes.size)]
+    assert len(set(places)) == axes.size
+    # Neighbours are of one tensor-parallel group: they talk most, over the fastest links.
+    assert axes.coordinate(0) | {"tensor": 1} == axes.coordinate(1)

@@ -147,7 +147,7 @@ def test_exactly_one_length_of_the_run(lengths: dict[str, Any]):
         (6 * 64, 5 * 64, 64, 1, 3, 2),  # 5 rows would fit but do not divide 6
         (7 * 64, 5 * 64, 64, 1, 1, 7),
         (1024, 128, 64, 4, 2, 2),
-        (None, 8192, 256, 4, 16, 1),
+        (None, 8192, 256, 4, 4, 1),  # 16 sequences of all processes
     ],
 )
 def test_how_a_step_is_cut(
@@ -155,9 +155,9 @@ def test_how_a_step_is_cut(
 ):
     asked = settings(batch_tokens=batch, microbatch_tokens=micro)
     shape = batch_shape(asked, length, processes)
-    assert shape == BatchShape(length, rows, accumulation)
+    assert shape == BatchShape(length, rows, accumulation, processes=processes)
     assert shape.sequences == rows * accumulation
-    assert shape.sequences * length * processes == (batch or 16 * length * processes)
+    assert shape.global_sequences * length == (batch or 16 * length)
 
 
 @pytest.mark.parametrize(("batch", "length", "processes"), [(100, 64, 1), (63, 64, 1), (64, 64, 2)])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from train_runs import Killed, Train, kill, rows, same_run, send, step_names
 
+from openpalm.checkpoint import contents
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main
 
@@ -116,7 +117,7 @@ def test_a_full_disk_while_saving_loses_nothing(
     capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "run"
-    original = checkpoint.write_manifest
+    original = contents.write_manifest
 
     def full(partial: Path, lineage: dict[str, Any]) -> None:
         if lineage["step"] == 8:
@@ -124,7 +125,7 @@ def test_a_full_disk_while_saving_loses_nothing(
         original(partial, lineage)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_manifest", full)
+        patch.setattr(contents, "write_manifest", full)
         assert train(out) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith("step-00000008: cannot be saved (No space left on device)")

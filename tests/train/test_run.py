@@ -63,6 +63,7 @@ def test_a_fresh_run_writes_all_it_should(
     assert info == {
         "openpalm": openpalm.__version__,
         "steps": 8,
+        "processes": 1,
         "dtype": "float32",
         "peak_flops": 1e9,
         "data": hashlib.sha256(manifest).hexdigest(),
@@ -372,6 +373,7 @@ def test_more_than_the_peak_is_no_share_of_it(busy: float, share: float | None):
         spec=SimpleNamespace(config=config, unit="tokens", peak_rate=lambda settings: 1e-3),
         _elapsed_s=lambda: 1.0,
     )
+    session._append = lambda file, row: row
     session._mfu = lambda report, rate: _Session._mfu(session, report, rate)
     report = StepReport(3, 2.0, sequences * length, 1.0, 1.0)
     row = _Session._row(session, report, 1.0)

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from openpalm.base.launcher import own_gpu
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def pick_device(name: str) -> "torch.device":
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -100,6 +101,9 @@ def pick_device(name: str) -> "torch.device":
         ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"--device {name}: this machine has no usable GPU; use cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", own_gpu(torch.cuda.device_count()))
+        torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise SettingsError(f"--device {name}: torch offers no Apple GPU here; use cpu")
     if device.type not in ("cpu", "cuda", "mps"):

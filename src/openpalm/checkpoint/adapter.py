@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from openpalm.checkpoint import tensors
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.model import lora
 from openpalm.model.config import LORA_TARGETS, LoraConfig, ModelConfig, lora_from_json
+from openpalm.model.sharding import whole
 from openpalm.model.transformer import Transformer
 
 CONFIG_FILE = "adapter_config.json"
@@ -41,15 +41,12 @@ loftq quantizes the weights, so their factors fit only the changed weights."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-def write(directory: Path, model: Transformer, *, base: str | None = None) -> None:
-    """Creates the directory and writes the model's adapter into it.
+def config_text(config: LoraConfig, base: str | None = None) -> str:
+    """The text of adapter_config.json.
 
     base: the manifest hash of the checkpoint that the adapter was trained on. It is stored as
     PEFT's `revision`, "the specific base model version".
     """
-    config = lora.config_of(model)
-    assert config is not None
-    directory.mkdir()
     content: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -63,13 +60,15 @@ def write(directory: Path, model: Transformer, *, base: str | None = None) -> No
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    text = json.dumps(content, indent=2) + "\n"
-    (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
-    factors = {
-        _peft_name(name): factor.detach().cpu().contiguous()
+    return json.dumps(content, indent=2) + "\n"
+
+
+def factors(model: Transformer) -> dict[str, Tensor]:
+    """The model's adapter by PEFT's names, whole; all processes of a sharded model must call it."""
+    return {
+        _peft_name(name): whole(factor).detach().cpu().contiguous()
         for name, factor in lora.adapter_parameters(model).items()
     }
-    safetensors.torch.save_file(factors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 @torch.no_grad()

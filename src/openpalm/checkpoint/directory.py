@@ -16,9 +16,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +25,18 @@ from torch import Tensor
 
 from openpalm import __version__
 from openpalm.base.console import shown
-from openpalm.base.files import atomic_folder
 from openpalm.base.json_file import read_failure, read_json
 from openpalm.base.run_version import version_in
-from openpalm.checkpoint import adapter, fingerprint, tensors
+from openpalm.checkpoint import fingerprint, tensors
+from openpalm.checkpoint.contents import (
+    STATE,
+    Contents,
+    TrainState,
+    collect,
+    complete_or_absent,
+    config_text,
+    default_card,
+)
 from openpalm.checkpoint.lazy_state import LazyState
 from openpalm.checkpoint.manifest import (
     FORMAT,
@@ -41,10 +47,9 @@ from openpalm.checkpoint.manifest import (
     is_listed,
     read_manifest,
     verify,
-    write_manifest,
 )
 from openpalm.checkpoint.streamed_logits import streamed_logits
-from openpalm.errors import CheckpointError, SettingsError, StorageError
+from openpalm.errors import CheckpointError, SettingsError
 from openpalm.model import lora
 from openpalm.model.config import (
     LoraConfig,
@@ -54,7 +59,8 @@ from openpalm.model.config import (
     lora_from_json,
     reward_from_json,
 )
-from openpalm.model.reward import RewardModel, make_model
+from openpalm.model.reward import make_model
+from openpalm.model.sharding import assign, local_part, local_slices
 from openpalm.model.transformer import Transformer
 
 BEST = "best"
@@ -62,20 +68,12 @@ BEST = "best"
 _STEP = re.compile(r"step-(\d{8,})")
 _STEPPED = ("optimizer/", "model/")
 """Prefixes of state that must be finite: optimizer moments, weights that only training needs."""
+HEADS = ("reward_head", "reward_bias", "marks")
+"""Parameters of a reward model that a language model does not have."""
 _DAMAGED = "passing over a damaged checkpoint: "
-_STATE = ("train/state.safetensors", "train/state.json")
 
 Allow = Callable[[str], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Everything that resuming a run needs, except the published weights."""
-
-    tensors: dict[str, Tensor]
-    values: dict[str, Any]
-    """values that JSON can hold"""
 
 
 def step_name(step: int) -> str:
@@ -96,9 +94,15 @@ def save(
 
     Raises StorageError when the disk is full or refuses; then nothing new is left behind.
     """
-    with _complete_or_absent(directory, lineage) as partial:
-        parent = (lineage or {}).get("parent")
-        _write_contents(partial, model, tokenizer_json, train, fingerprint, card, parent)
+    with complete_or_absent(directory, lineage) as partial:
+        collect(
+            model,
+            tokenizer_json=tokenizer_json,
+            train=train,
+            with_fingerprint=fingerprint,
+            card=card,
+            parent=(lineage or {}).get("parent"),
+        ).write(partial)
 
 
 def save_one_by_one(
@@ -115,10 +119,10 @@ def save_one_by_one(
 
     optimizer: AdamW's state as Optimizer.state_tensors names it, for `--keep-optimizer`.
     """
-    with _complete_or_absent(directory, lineage) as partial:
-        _write_config(partial, config, None, None)
+    with complete_or_absent(directory, lineage) as partial:
+        texts = {"config.json": config_text(config), "card.md": default_card(config)}
         if tokenizer_json is not None:
-            _write_text(partial / "tokenizer.json", tokenizer_json)
+            texts["tokenizer.json"] = tokenizer_json
         ids = fingerprint.fixed_tokens(config)
         # Reading is slow (arrays of shards are joined), so one pass computes and writes.
         with tensors.filled(partial / WEIGHTS, weights.layout) as put:
@@ -127,28 +131,12 @@ def save_one_by_one(
         if optimizer is not None:
             (partial / "train").mkdir()
             layout = {f"optimizer/{name}": entry for name, entry in optimizer.layout.items()}
-            with tensors.filled(partial / _STATE[0], layout) as put:
+            with tensors.filled(partial / STATE[0], layout) as put:
                 for name in optimizer:
                     put(f"optimizer/{name}", optimizer[name])
-            _write_text(partial / _STATE[1], json.dumps({"optimizer": "adamw"}) + "\n")
-        _write_text(partial / "card.md", default_card(config))
+            texts[STATE[1]] = json.dumps({"optimizer": "adamw"}) + "\n"
+        Contents(texts).write(partial)
     return logits
-
-
-@contextmanager
-def _complete_or_absent(directory: Path, lineage: dict[str, Any] | None) -> Iterator[Path]:
-    """A folder that becomes the checkpoint `directory` at the end, when its manifest is written.
-
-    Raises StorageError when the disk is full or refuses; then nothing new is left behind.
-    """
-    try:
-        with atomic_folder(directory) as partial:
-            yield partial
-            write_manifest(partial, lineage or {})
-    except BaseException as error:
-        if refused := tensors.refusal(error):
-            raise StorageError(f"{directory}: cannot be saved ({refused})") from error
-        raise
 
 
 def load(
@@ -249,43 +237,94 @@ def load_weights(model: Transformer, directory: Path, *, allow: Allow | None = N
     if lora.config_of(model) != low_rank:
         raise CheckpointError(f"{directory}: its adapter differs from this model's")
     for name, parameter in model.published_parameters():
-        # Opened for each tensor: pages of the file that stay mapped would count as memory.
+        _load_parameter(directory, name, parameter, allow)
+
+
+@torch.no_grad()
+def load_merged(model: Transformer, directory: Path) -> None:
+    """`load_weights`, with the checkpoint's adapter merged, for a run that starts from it.
+
+    An adapter of the model's own, and heads that the checkpoint does not have, stay as they are.
+    """
+    low_rank = load_configs(directory).lora
+    with tensors.opened(directory / WEIGHTS) as file:
+        stored = file.shapes().keys()
+    own = dict(model.published_parameters())
+    trunk = {name for name in own if not name.startswith(HEADS) and ".lora." not in name}
+    if missing := trunk - stored:
+        raise CheckpointError(f"{directory}: holds no {min(missing)}; {REMEDY}")
+    for name, parameter in own.items():
+        if ".lora." in name or name not in stored:
+            continue
+        targets = () if low_rank is None else _adapted_by(name, low_rank)
+        if not targets:
+            _load_parameter(directory, name, parameter, None)
+            continue
+        assert low_rank is not None
         with tensors.opened(directory / WEIGHTS) as file:
-            stored = file.finite(name, allow)
-            if stored.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{directory}: {name} is {list(stored.shape)}, this model needs "
-                    f"{list(parameter.shape)}; it is a checkpoint of another model"
-                )
-            parameter.copy_(stored)
+            matrix, prefix = file.finite(name).clone(), name.rpartition(".")[0]
+            for target in targets:
+                rows = matrix.chunk(2)["kv".index(target)] if target in ("k", "v") else matrix
+                a, b = (file.finite(f"{prefix}.lora.{target}.{factor}") for factor in "ab")
+                rows.addmm_(b, a, alpha=low_rank.scale)
+        assign(parameter, matrix)
 
 
-def load_train_state(directory: Path) -> TrainState:
+def _adapted_by(name: str, low_rank: LoraConfig) -> tuple[str, ...]:
+    """The adapter's targets in the matrix of that name."""
+    matrix = name.rpartition(".")[2]
+    inside = ("k", "v") if matrix == "kv" else (matrix,)
+    return tuple(target for target in inside if target in low_rank.targets and ".project_" in name)
+
+
+def _load_parameter(directory: Path, name: str, parameter: Tensor, allow: Allow | None) -> None:
+    """Reads this process's part of a parameter."""
+    # Opened for each tensor: pages of the file that stay mapped would count as memory.
+    with tensors.opened(directory / WEIGHTS) as file:
+        if (stored := file.shape(name)) != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{directory}: {name} is {list(stored)}, this model needs "
+                f"{list(parameter.shape)}; it is a checkpoint of another model"
+            )
+        local_part(parameter).copy_(file.finite(name, allow, local_slices(parameter)))
+
+
+def load_train_state(directory: Path, *, checked: bool = False) -> TrainState:
     """Loads the state to resume from, the `train` argument of `save`.
 
-    Raises CheckpointError if the checkpoint was published without it, or if the optimizer state or
-    a weight in it is not finite. Raises SettingsError if another version wrote it in a format that
-    this version does not read.
+    checked: another process has called `check_train_state`; the tensors are read when they are
+    used, so that each process reads its part. Raises CheckpointError if the checkpoint was
+    published without it, or if the optimizer state or a weight in it is not finite. Raises
+    SettingsError if another version wrote it in a format that this version does not read.
     """
     folder = directory / "train"
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: holds no train/ to resume; start from it with --init")
+    if not checked:
+        check_train_state(directory)
+    state: Mapping[str, Tensor] = tensors.StoredTensors(directory / STATE[0])
+    if not checked:
+        state = {name: tensor.clone() for name, tensor in state.items()}
+    return TrainState(state, read_json(directory / STATE[1], REMEDY))
+
+
+def check_train_state(directory: Path) -> None:
+    """Raises what `load_train_state` raises; holds one tensor at a time."""
     files = verify(directory)["files"]
     refuse_other_version(directory)
-    if missing := set(_STATE) - files.keys():
+    if missing := set(STATE) - files.keys():
         raise CheckpointError(f"{directory}: its manifest lists no {min(missing)}; {REMEDY}")
-    with tensors.opened(directory / _STATE[0]) as file:
-        state = file.all()
-    tensors.check_finite(folder, {n: t for n, t in state.items() if n.startswith(_STEPPED)})
-    return TrainState(state, read_json(directory / _STATE[1], REMEDY))
+    for name, tensor in tensors.StoredTensors(directory / STATE[0]).items():
+        if name.startswith(_STEPPED):
+            tensors.check_finite(directory / "train", {name: tensor})
 
 
 def optimizer_name(directory: Path) -> str | None:
     """The optimizer of which train/ holds the state; None if there is none, or it is not named."""
     manifest = read_manifest(directory)
-    if file_size(directory / _STATE[1]) is None or not {*_STATE} <= manifest["files"].keys():
+    if file_size(directory / STATE[1]) is None or not {*STATE} <= manifest["files"].keys():
         return None
-    name = read_json(directory / _STATE[1], REMEDY).get("optimizer")
+    name = read_json(directory / STATE[1], REMEDY).get("optimizer")
     if name is None:  # version 0.2.0 and older named it in the lineage only
         settings = manifest["lineage"].get("settings") or {}
         name = settings.get("optim", {}).get("name")
@@ -297,7 +336,7 @@ def refuse_other_version(directory: Path) -> None:
     manifest = read_manifest(directory)
     versions = manifest.get("versions")
     made = versions.get("openpalm") if isinstance(versions, dict) else None
-    if made != __version__ and _STATE[0] not in manifest["files"]:
+    if made != __version__ and STATE[0] not in manifest["files"]:
         raise SettingsError(
             f"{directory}: was written by OpenPaLM {shown(str(made))} and cannot be resumed by "
             f"{__version__}; resume it with that version, or start from its weights with --init"
@@ -422,58 +461,3 @@ def _check_tensors(configs: Configs, directory: Path) -> None:
     odd = {name for name, _ in stored.items() ^ wanted.items()}
     if odd:
         raise CheckpointError(f"{where}: a checkpoint of another model (differs in {min(odd)})")
-
-
-def _write_contents(
-    partial: Path,
-    model: Transformer,
-    tokenizer: str | None,
-    train: TrainState | None,
-    with_fingerprint: bool,
-    card: str | None,
-    parent: str | None,
-) -> None:
-    low_rank = lora.config_of(model)
-    reward = model.reward if isinstance(model, RewardModel) else None
-    _write_config(partial, model.config, low_rank, reward)
-    if low_rank is not None:
-        adapter.write(partial / "adapter", model, base=parent)
-    tensors.write(partial / WEIGHTS, dict(model.published_parameters()))
-    if tokenizer is not None:
-        _write_text(partial / "tokenizer.json", tokenizer)
-    if with_fingerprint:
-        tokens, logits = fingerprint.compute(model)
-        tensors.write(partial / fingerprint.FILE, {"tokens": tokens, "logits": logits})
-    if train is not None:
-        (partial / "train").mkdir()
-        tensors.write(partial / _STATE[0], train.tensors)
-        _write_text(partial / _STATE[1], json.dumps(train.values, indent=1) + "\n")
-    _write_text(partial / "card.md", card or default_card(model.config, reward))
-
-
-def _write_config(
-    partial: Path, model: ModelConfig, low_rank: LoraConfig | None, reward: RewardConfig | None
-) -> None:
-    content = {"format": FORMAT, "version": VERSION, "model": asdict(model)}
-    parts = {"lora": low_rank, "reward": reward}
-    content |= {name: asdict(part) for name, part in parts.items() if part is not None}
-    _write_text(partial / "config.json", json.dumps(content, indent=2) + "\n")
-
-
-def default_card(config: ModelConfig, reward: RewardConfig | None = None) -> str:
-    """A model card with the facts that the config gives."""
-    what = "PaLM-style language model" if reward is None else f"{reward.kind} reward model"
-    return (
-        "# Model card\n\n"
-        f"A {what} of {config.parameters:,} parameters made with OpenPaLM "
-        f"{__version__}.\n\n"
-        f"| | |\n|---|---|\n| width x depth | {config.dim} x {config.depth} |\n"
-        f"| heads | {config.heads} of {config.head_dim}, {config.kv_heads} key/value |\n"
-        f"| context | {config.context} tokens |\n| vocabulary | {config.vocab_size} |\n\n"
-        "Where it came from is in manifest.json under `lineage`.\n"
-        "It repeats what its data says, true or not; look at its answers before relying on one.\n"
-    )
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

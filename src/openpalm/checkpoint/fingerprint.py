@@ -25,7 +25,7 @@ def compute(model: Transformer) -> tuple[Tensor, Tensor]:
     training = model.training
     model.eval()
     with torch.no_grad():
-        logits = output(model, tokens)
+        logits = model(output, tokens)
     model.train(training)
     return tokens, logits
 

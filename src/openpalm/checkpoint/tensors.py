@@ -27,11 +27,21 @@ DTYPES = {
     "F16": torch.float16,
 }
 """floating-point types of a safetensors file"""
+_OTHER_DTYPES = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _NOT_FINITE = "holds numbers that are not finite"
 _REMEDY = "take an older checkpoint or another copy"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Writes tensors from any device; tensors that share memory are each written in full."""
     stored: dict[str, Tensor] = {}
     storages = set[int]()
@@ -41,11 +51,29 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         # safetensors refuses two views of one memory, such as a column given under two names.
         stored[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    safetensors.torch.save_file(stored, path)
+    safetensors.torch.save_file(stored, path, metadata=metadata)
 
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each tensor of a file."""
+
+
+def header(
+    layout: Layout, metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a safetensors file, and where each tensor begins in it."""
+    codes = {dtype: code for code, dtype in (DTYPES | _OTHER_DTYPES).items()}
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts, end = {}, 0
+    for name, (shape, dtype) in layout.items():
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        offsets = [starts[name], end]
+        fields[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": offsets}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the first tensor to eight bytes
+    first = 8 + len(text)
+    starts = {name: first + start for name, start in starts.items()}
+    return len(text).to_bytes(8, "little") + text, starts
 
 
 @contextmanager
@@ -56,18 +84,10 @@ def filled(
 
     One tensor is in memory at a time. A second call for a name does nothing. Raises OSError.
     """
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, (shape, dtype) in layout.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns the first tensor to eight bytes
+    text, offsets = header(layout, metadata)
     missing = set(layout)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        data = file.tell()
+        file.write(text)
 
         def put(name: str, tensor: Tensor) -> None:
             if name not in missing:
@@ -76,7 +96,7 @@ def filled(
                 raise AssertionError(
                     f"{name}: {list(tensor.shape)} {tensor.dtype}, not as declared"
                 )
-            file.seek(data + header[name]["data_offsets"][0])
+            file.seek(offsets[name])
             file.write(raw_bytes(tensor.contiguous()))
             missing.remove(name)
 
@@ -139,26 +159,51 @@ class TensorFile:
         names = {n: self._file.get_slice(n).get_dtype() for n in list(self._file.keys())}
         return {name: DTYPES[code] for name, code in names.items() if code in DTYPES}
 
-    def all(self) -> dict[str, Tensor]:
-        """A copy of every tensor, by name.
-
-        safetensors returns memory-mapped tensors: when the file changes they change too, or end
-        the process.
-        """
-        return {name: self.tensor(name).clone() for name in self.shapes()}
-
     def tensor(self, name: str) -> Tensor:
         """The tensor. Raises SafetensorError, which `opened` translates, if there is none."""
         return self._file.get_tensor(name)
 
-    def finite(self, name: str, allow: Callable[[str], None] | None = None) -> Tensor:
-        """The tensor. Raises CheckpointError if a number is NaN or infinite.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor, which is not read. Raises SafetensorError if there is none."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def finite(
+        self,
+        name: str,
+        allow: Callable[[str], None] | None = None,
+        part: tuple[slice, ...] = (),
+    ) -> Tensor:
+        """The tensor, or a part of it. Raises CheckpointError if a number is NaN or infinite.
 
         With `allow` it is returned all the same, and `allow` gets the message.
         """
-        tensor = self.tensor(name)
+        tensor = self._file.get_slice(name)[part] if part else self.tensor(name)
         if allow is None:
             check_finite(self.path, {name: tensor})
         elif not is_finite(tensor):
             allow(f"{self.path}: {name} {_NOT_FINITE}")
         return tensor
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a file, each read when it is asked for.
+
+    They are memory-mapped: if the file changes they change too, or end the process.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        with opened(path) as file:
+            self._names = list(file.shapes())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with opened(self._path) as file:
+            return file.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -117,6 +117,7 @@ def planned_run(settings: DoctorSettings) -> "PlannedRun":
     from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.preferences import Pair
     from openpalm.data.rows.prompt_files import PromptRow
+    from openpalm.model import lora
     from openpalm.model.transformer import Transformer
     from openpalm.train.initial_weights import check_trained, choose_trained
     from openpalm.train.optimization.parameter_groups import Optimizer
@@ -141,8 +142,10 @@ def planned_run(settings: DoctorSettings) -> "PlannedRun":
     sources = reward_sources(settings.reward)
     device = pick_device(settings.device)
     model = Transformer(start.config).to(device)
-    start.fill(model)
     choose_trained(model, run)
+    start.fill(model)
+    if settings.lora.rank:
+        lora.initialise_adapter(model, run.seed)
     rate = rollout_rate(start.learning_rate) * (LORA_RATE if settings.lora.rank else 1)
     return PlannedRun(
         settings=run,

@@ -42,11 +42,12 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     """Composes the run: weights, examples with the reference's log-probabilities, THE loop."""
     from openpalm.align.pairs.examples import preference_loader
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import fine_tuning_start, held_out
+    from openpalm.cli.common import fine_tuning_start, held_out, join_processes, warn_of_memory
     from openpalm.train.probes import BestBy
     from openpalm.train.run import run_training
     from openpalm.train.spec import TrainSpec
 
+    join_processes(settings)
     directory, tokenizer, start = fine_tuning_start(settings)
     length = settings.sequence_length or start.config.context
     kind = _kind(settings)
@@ -59,13 +60,15 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
             rows=max(1, shape.rows // kind.rows),
             seed=settings.seed,
             collate=kind.collate,
+            rank=shape.rank,
+            world_size=shape.processes,
         ),
         sequences_per_epoch=kind.rows * len(trained),
         learning_rate=start.learning_rate / 10,
         objective=kind.objective,
         items_per_step=None  # kto's reference point is a mean over a microbatch
         if settings.loss == "kto"
-        else lambda shape: max(1, shape.rows // kind.rows) * shape.accumulation,
+        else lambda shape: max(1, shape.rows // kind.rows) * shape.microbatches,
         unit=kind.unit,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
@@ -76,6 +79,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
         best=BestBy() if measured else None,
         label=label,
     )
+    warn_of_memory(settings, spec)
     return run_training(settings, spec)
 
 
@@ -110,6 +114,7 @@ def _examples(
     from openpalm.cli.common import report_unused
     from openpalm.data.rows.labelled_completion_files import read_labelled_completions
     from openpalm.data.rows.pair_files import read_pairs
+    from openpalm.parallel.world import world
 
     # The last of length + 1 tokens is only a target.
     if settings.loss == "kto":
@@ -124,9 +129,13 @@ def _examples(
     if settings.loss in WITHOUT_REFERENCE:
         return examples
     amount = count_of(len(examples), noun)
-    with Console(stderr=True).status(f"reference {directory}: log-probabilities of {amount}"):
+    console = Console(stderr=True, quiet=not world().is_main)
+    with console.status(f"reference {directory}: log-probabilities of {amount}"):
         reference = checkpoint.load(directory, str(pick_device(settings.device)))
-        return with_reference(reference, examples)
+        # Each process evaluates a share of the examples; all of them need every result.
+        here = world()
+        shares = here.gather(with_reference(reference, examples[here.rank :: here.size]))
+        return [share[n] for n in range(len(shares[0])) for share in shares if n < len(share)]
 
 
 def _report_one_sided(examples: "Sequence[PreferenceExample]", label: str) -> None:

@@ -9,8 +9,10 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from openpalm.errors import OpenPalmError
 
@@ -38,13 +40,18 @@ VERBS = {
     "convert": ("convert", "read and write checkpoints of other projects"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
     "copy": ("copy", "copy a checkpoint, run or dataset to or from s3://, gs://, hf://"),
+    "plan": ("plan", "memory, step time, days and cost of a training on many GPUs, by layout"),
     "models": ("models", "list the model sizes: parameters, memory, FLOPs per token"),
     "report": ("report", "show runs as one HTML page or as curves in the terminal"),
 }
 
+_OTHERS_WAIT_S = 3.0
 DATA_VERBS = ("prepare", "build", "blocks", "inspect", "push")
 CONTINUES = {"train", "sft", "dpo", "reward", "ppo", "grpo", "data", "best-of-n", "judge"}
 """verbs that save progress, so that the same command continues after an interruption"""
+
+PARALLEL = {"train", "sft", "dpo", "reward", "ppo", "grpo"}
+"""verbs that torchrun may start on several processes"""
 
 USAGE = """usage: openpalm VERB [options]
 
@@ -70,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     _escape_unencodable()
+    if os.environ.get("RANK", "0") != "0":  # of several processes only the first one talks
+        sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
         status = _without_verb(argv)
         if status is None:
@@ -110,6 +119,11 @@ def _without_verb(argv: Sequence[str]) -> int | None:
         return 0
     if argv[0] not in VERBS:
         return _print_error(f"unknown verb {argv[0]}; {_suggestion(argv[0])}", 2)
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1" and argv[0] not in PARALLEL and "--help" not in argv:
+        return _print_error(
+            f"WORLD_SIZE ({processes}): {argv[0]} runs in one process; start it without torchrun", 2
+        )
     return None
 
 
@@ -153,5 +167,13 @@ def _unexpected(error: BaseException) -> int:
 
 
 def _print_error(message: str, status: int) -> int:
-    print(f"openpalm: error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"openpalm: error: {line}", file=sys.stderr)
+        return status
+    # Most errors are the same on every process, and the first one's line is enough: torchrun ends
+    # the others while they wait. An error of this process alone is printed.
+    time.sleep(_OTHERS_WAIT_S)
+    print(f"openpalm: error on process {rank}: {line}", file=sys.__stderr__)
     return status

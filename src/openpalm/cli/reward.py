@@ -44,12 +44,13 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
         load_first_weights,
     )
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import fine_tuning_start, held_out
+    from openpalm.cli.common import fine_tuning_start, held_out, join_processes, warn_of_memory
     from openpalm.model.reward import RewardModel
     from openpalm.train.probes import BestBy
     from openpalm.train.run import run_training
     from openpalm.train.spec import TrainSpec
 
+    join_processes(settings)
     directory, tokenizer, start = fine_tuning_start(settings, may_score=True)
     length = settings.sequence_length or start.config.context
     read = _pairs if settings.reads_pairs else _ratings
@@ -63,12 +64,17 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
         make_model=lambda config: RewardModel(config, head),
         fill=lambda model: load_first_weights(model, settings, start, ratings),
         make_loader=lambda shape, *_: preference_loader(
-            trained, rows=max(1, shape.rows // rows), seed=settings.seed, collate=collate
+            trained,
+            rows=max(1, shape.rows // rows),
+            seed=settings.seed,
+            collate=collate,
+            rank=shape.rank,
+            world_size=shape.processes,
         ),
         sequences_per_epoch=rows * len(trained),
         learning_rate=start.learning_rate,
         objective=RewardObjective(settings),
-        items_per_step=lambda shape: max(1, shape.rows // rows) * shape.accumulation,
+        items_per_step=lambda shape: max(1, shape.rows // rows) * shape.microbatches,
         unit="pairs" if settings.reads_pairs else "ratings",
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=hashlib.sha256(settings.data.read_bytes()).hexdigest(),
@@ -78,6 +84,7 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
         best=BestBy() if measured else None,
         label=label,
     )
+    warn_of_memory(settings, spec)
     return run_training(settings, spec)
 
 

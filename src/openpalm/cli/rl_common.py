@@ -5,11 +5,12 @@ best-of-n, judge and doctor read their prompts with `usable_prompts` too.
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from openpalm.align.config import RolloutSettings, reward_sources, rollout_rate
-from openpalm.errors import RewardError, SettingsError
+from openpalm.errors import RewardError, SettingsError, count_of
 
 if TYPE_CHECKING:
     from openpalm.align.judging.reward_sources import RewardContext
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from openpalm.train.objective import Objective
     from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
+    from openpalm.train.spec import TrainSpec
 
 MIN_EVAL_PROMPTS, MAX_EVAL_PROMPTS = 16, 64
 """Prompts of an evaluation. With fewer held-out prompts training prompts are evaluated too."""
@@ -42,25 +44,21 @@ def train_on_rollouts(
     """Composes the run; `prepare` is called with the model once its weights are loaded."""
     import torch
 
-    from openpalm.align.judging.reward_sources import (
-        RewardContext,
-        fingerprint,
-        load_reward,
-    )
+    from openpalm.align.judging.reward_sources import RewardContext, fingerprint, load_reward
     from openpalm.align.rollouts.rollout import RolloutLoader
     from openpalm.align.rollouts.sampler import Sampler
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import fine_tuning_start, held_out
+    from openpalm.cli.common import fine_tuning_start, held_out, join_processes
     from openpalm.data.rows.prompt_files import read_prompts
     from openpalm.model.transformer import Transformer
+    from openpalm.parallel.world import world
     from openpalm.train.config import BatchShape
     from openpalm.train.probes import BestBy
-    from openpalm.train.run import run_training
-    from openpalm.train.run_directory import reward_failed
     from openpalm.train.spec import TrainSpec
 
     if not reward_sources(settings.reward):
         raise SettingsError("--reward: missing; give FILE.py:FUNCTION or a reward model's run")
+    join_processes(settings)
     directory, tokenizer, start = fine_tuning_start(settings)
     prompts, ids = usable_prompts(
         read_prompts(settings.data), tokenizer, settings, start.config.context, label
@@ -73,17 +71,24 @@ def train_on_rollouts(
     enough = len(measured) >= MIN_EVAL_PROMPTS
     evaluated = list(measured if enough else range(len(ids)))[:MAX_EVAL_PROMPTS]
     reference = _reference(directory, settings)
-    shape = _shape(settings, max(map(len, ids)) + settings.max_new_tokens)
+    unsharded = _unsharded(settings, make_model or Transformer, start.config)
+    shape = _shape(settings, max(map(len, ids)) + settings.max_new_tokens, world().data_size)
 
     def fill(model: Transformer) -> None:
         start.fill(model)
         prepare(model)
 
     def make_loader(shape: BatchShape, model: Transformer, dtype: torch.dtype) -> RolloutLoader:
-        sampler = Sampler(model, ids[: len(trained)], context.stop_ids, settings)
+        plain = unsharded()
+        sampler = Sampler(model, ids[: len(trained)], context.stop_ids, settings, plain=plain)
         # Without a penalty nothing reads the reference, so its forward pass is saved.
         penalised_by = reference(model) if settings.kl_coef else None
-        return RolloutLoader(sampler, reward, estimate, penalised_by, rows=shape.rows, dtype=dtype)
+        return RolloutLoader(
+            *(sampler, reward, estimate, penalised_by),
+            rows=shape.rows,
+            dtype=dtype,
+            world=world(),
+        )
 
     spec = TrainSpec(
         config=start.config,
@@ -101,10 +106,21 @@ def train_on_rollouts(
         parent_hash=start.parent_hash,
         reward_hash=fingerprint([*reward_sources(settings.reward), *gold_sources]),
         parent_fixed=True,
-        probes=_probes(settings, context, ids, evaluated, reference, reward, gold),
+        probes=_probes(settings, context, ids, evaluated, reference, reward, gold, unsharded),
         best=BestBy("val_gold" if gold else "val_reward", highest=True, always=True),
         label=label,
     )
+    return _run(settings, spec)
+
+
+def _run(settings: RolloutSettings, spec: "TrainSpec") -> "Outcome":
+    """Trains; notes in the run directory if a reward ended it."""
+    from openpalm.cli.common import warn_of_memory
+    from openpalm.train.run import run_training
+    from openpalm.train.run_directory import reward_failed
+
+    # The reference is a second model, except with LoRA.
+    warn_of_memory(settings, spec, frozen_copies=not settings.lora.rank)
     try:
         return run_training(settings, spec)
     except RewardError:
@@ -155,10 +171,9 @@ def _reference(directory: Path, settings: RolloutSettings) -> "Callable[[Transfo
     """
     from openpalm.align.rollouts.rollout import reference_log_probs
     from openpalm.base.device import pick_device
-    from openpalm.checkpoint import directory as checkpoint
 
     device = str(pick_device(settings.device))
-    copy = None if settings.lora.rank else checkpoint.load(directory, device)
+    copy = None if settings.lora.rank else _frozen(directory, device)
 
     def of(policy: "Transformer") -> "LogProbs":
         model, below = (policy, True) if copy is None else (copy, False)
@@ -167,15 +182,63 @@ def _reference(directory: Path, settings: RolloutSettings) -> "Callable[[Transfo
     return of
 
 
-def _shape(settings: RolloutSettings, longest: int) -> "BatchShape":
-    """Completions per microbatch and microbatches per step."""
+def _unsharded(
+    settings: RolloutSettings, make_model: "Callable[[ModelConfig], Transformer]", of: "ModelConfig"
+) -> "Callable[[], Transformer | None]":
+    """Makes, once, the model into which sharded weights are gathered to generate text.
+
+    For one process it gives None.
+    """
+    from openpalm.base.device import pick_device
+    from openpalm.parallel.world import world
+    from openpalm.train.initial_weights import unfilled
+
+    @cache
+    def make() -> "Transformer | None":
+        if world().size == 1:
+            return None
+        device = pick_device(settings.device)
+        return unfilled(lambda: make_model(of), settings).to_empty(device=device).eval()
+
+    return make
+
+
+def _frozen(directory: Path, device: str) -> "Transformer":
+    """The checkpoint's model for evaluation, sharded over the run's processes."""
+    import torch
+
+    from openpalm.checkpoint import directory as checkpoint
+    from openpalm.model.transformer import Transformer
+    from openpalm.parallel import fsdp
+    from openpalm.parallel.world import world
+
+    if world().size == 1:
+        return checkpoint.load(directory, device)
+    with torch.device("meta"):
+        model = Transformer(checkpoint.load_config(directory))
+    model.requires_grad_(False)
+    fsdp.shard(model, world(), torch.float32, reshard=True)
+    model.to_empty(device=device)
+    checkpoint.load_merged(model, directory)
+    return model.eval()
+
+
+def _shape(settings: RolloutSettings, longest: int, processes: int) -> "BatchShape":
+    """Completions per microbatch and microbatches per step, of each process."""
     from openpalm.train.config import BatchShape
 
     step = settings.prompts_per_rollout * settings.num_completions // settings.minibatches
+    if step % processes:
+        raise SettingsError(
+            f"--prompts-per-rollout {settings.prompts_per_rollout}: makes steps of "
+            f"{count_of(step, 'completion')}, which {processes} processes cannot share equally; "
+            "take a multiple"
+        )
+    step //= processes
     room = max(1, settings.microbatch_tokens // longest)
     # The largest divisor of a step that fits, so that all microbatches are full.
     rows = max(r for r in range(1, min(room, step) + 1) if step % r == 0)
-    return BatchShape(longest, rows, step // rows)
+    return BatchShape(longest, rows, step // rows, processes=processes)
 
 
 def _probes(
@@ -186,22 +249,32 @@ def _probes(
     reference: "Callable[[Transformer], LogProbs]",
     reward: "Reward",
     gold: "Reward | None",
+    unsharded: "Callable[[], Transformer | None]",
 ) -> "list[Probe]":
-    """Evaluations on held-out prompts, with early stopping, and samples of the completions."""
+    """Evaluations on held-out prompts, with early stopping, and samples of the completions.
+
+    All processes sample and evaluate the same completions; the main one asks the rewards.
+    """
     from openpalm.align.rollouts.monitor import evaluate_policy, stop_reason
     from openpalm.align.rollouts.sampler import Sampler
+    from openpalm.parallel.world import world
     from openpalm.train.probes import Probe
 
     samples: list[dict[str, str]] = []
 
     def measure(model: "Transformer", dtype: object) -> dict[str, Any]:
-        sampler = Sampler(model, ids, context.stop_ids, settings)
-        row, completions = evaluate_policy(sampler, evaluated, reference(model), reward, gold)
+        sampler = Sampler(model, ids, context.stop_ids, settings, plain=unsharded())
+        row, completions = evaluate_policy(
+            sampler, evaluated, reference(model), on_main(reward), on_main(gold) if gold else None
+        )
         samples[:] = [
             {"prompt": f"{context.prompts[c.prompt].question}\n", "text": context.text(c)}
             for c in completions[:SAMPLES]
         ]
         return row
+
+    def on_main(asked: "Reward") -> "Reward":
+        return lambda completions: world().on_main(lambda: asked(completions))
 
     def describe(row: dict[str, Any]) -> str:
         gold_reward = f", gold reward {row['val_gold']:.3f}" if "val_gold" in row else ""

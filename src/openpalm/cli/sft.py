@@ -42,7 +42,13 @@ def run(argv: Sequence[str]) -> None:
 def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     """Composes the run: weights, conversations as examples, THE loop."""
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import fine_tuning_start, held_out, task_probes
+    from openpalm.cli.common import (
+        fine_tuning_start,
+        held_out,
+        join_processes,
+        task_probes,
+        warn_of_memory,
+    )
     from openpalm.data.batches.loader import (
         Batch,
         Loader,
@@ -52,10 +58,12 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     )
     from openpalm.data.batches.order import mixture as mixed_draws
     from openpalm.data.rows.tasks import read_mixture
+    from openpalm.train.batch_shape import BatchShape
     from openpalm.train.probes import BestBy
     from openpalm.train.run import run_training
     from openpalm.train.spec import TrainSpec
 
+    join_processes(settings)
     directory, tokenizer, start = fine_tuning_start(settings)
     length = settings.sequence_length or start.config.context
     mixture = read_mixture(settings.data)
@@ -76,15 +84,23 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
         )
     make = packed_loader if settings.pack else example_loader
 
-    def loader(rows: int) -> Loader[Batch]:
-        return make(trained, rows=rows, seed=settings.seed, sequence_length=length, draws=draws)
+    def loader(shape: BatchShape) -> Loader[Batch]:
+        return make(
+            trained,
+            rows=shape.rows,
+            seed=settings.seed,
+            sequence_length=length,
+            rank=shape.rank,
+            world_size=shape.processes,
+            draws=draws,
+        )
 
     measurable = any(any(example.loss_mask[1 : length + 1]) for example in measured)
     spec = TrainSpec(
         config=start.config,
         fill=start.fill,
-        make_loader=lambda shape, *_: loader(shape.rows),
-        sequences_per_epoch=loader(1).rows_per_epoch,
+        make_loader=lambda shape, *_: loader(shape),
+        sequences_per_epoch=loader(BatchShape(length, 1, 1)).rows_per_epoch,
         learning_rate=start.learning_rate,
         tokenizer_json=checkpoint.tokenizer_json(directory),
         data_hash=mixture.digest(settings.data),
@@ -97,6 +113,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
         best=BestBy() if measurable else None,
         label=label,
     )
+    warn_of_memory(settings, spec)
     return run_training(settings, spec)
 
 

@@ -75,7 +75,7 @@ def sample_probe(tokenizer: Tokenizer, prompts: Sequence[str]) -> Probe:
         )
         return {"samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]}
 
-    return Probe(measure, file="samples.jsonl")
+    return Probe(measure, file="samples.jsonl", generates=True)
 
 
 def task_probe(tokenizer: Tokenizer, tasks: Tasks, *, every: int | None) -> Probe:
@@ -97,7 +97,7 @@ def task_probe(tokenizer: Tokenizer, tasks: Tasks, *, every: int | None) -> Prob
         figures = [f"{name.removeprefix('task/')} {value:.4g}" for name, value in row.items()]
         return ", ".join(figures) + (f" ({'; '.join(notes)})" if notes else "")
 
-    return Probe(measure, describe=describe, every=every)
+    return Probe(measure, describe=describe, every=every, generates=True)
 
 
 def first_words(dataset: Dataset, count: int = 3, words: int = 4) -> list[str]:

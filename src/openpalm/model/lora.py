@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from openpalm.model.block import Block, ProjectIn, ProjectOut
 from openpalm.model.config import LORA_TARGETS, LoraConfig
+from openpalm.model.sharding import assign
 from openpalm.model.transformer import Transformer
 
 M = TypeVar("M", bound=nn.Module)
@@ -77,8 +78,8 @@ def attach(model: Transformer, config: LoraConfig, seed: int | None = None) -> N
 
     Heads that a subclass adds stay trainable. Factors have the device and dtype of the embedding.
     A is drawn from `seed`, with equal values on every device, and B is zero. Without a seed both
-    are uninitialised, for a checkpoint to fill. Raises SettingsError if the config does not fit
-    the model.
+    are uninitialised, for a checkpoint or `initialise_adapter` to fill. Raises SettingsError if the
+    config does not fit the model.
     """
     assert not is_attached(model), "this model has an adapter already"
     config.check(model.config)
@@ -88,7 +89,7 @@ def attach(model: Transformer, config: LoraConfig, seed: int | None = None) -> N
         block.project_in = _adapted(AdaptedIn, block.project_in, config, model)
         block.project_out = _adapted(AdaptedOut, block.project_out, config, model)
     if seed is not None:
-        _draw(model, seed)
+        initialise_adapter(model, seed)
 
 
 def is_attached(model: Transformer) -> bool:
@@ -191,17 +192,17 @@ def _adapted(kind: type[A], plain: nn.Module, config: LoraConfig, model: Transfo
     return adapted
 
 
-def _draw(model: Transformer, seed: int) -> None:
+@torch.no_grad()
+def initialise_adapter(model: Transformer, seed: int) -> None:
     """Initialises A Kaiming-uniform with a = sqrt(5), that is +-1/sqrt(columns), and B at zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, factor in adapter_parameters(model).items():
         if name.endswith(".b"):
-            nn.init.zeros_(factor)
+            factor.zero_()
             continue
         bound = factor.shape[1] ** -0.5
         drawn = (2 * torch.rand(factor.shape, generator=generator) - 1) * bound
-        with torch.no_grad():
-            factor.copy_(drawn)
+        assign(factor, drawn)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from openpalm.errors import DataError
 from openpalm.model.config import ModelConfig, RewardConfig
+from openpalm.model.sharding import assign
 from openpalm.model.transformer import Transformer
 
 
@@ -92,7 +93,7 @@ def initialise_heads(model: RewardModel, seed: int, offset: float = 0.0) -> None
     generator = torch.Generator().manual_seed(seed)
     shape = model.reward_head.shape
     drawn = torch.randn(shape, generator=generator) * (model.config.dim + 1) ** -0.5
-    model.reward_head.copy_(drawn)
+    assign(model.reward_head, drawn)
     if model.marks is not None:
         model.marks.zero_()
     if model.reward_bias is not None:
@@ -102,7 +103,7 @@ def initialise_heads(model: RewardModel, seed: int, offset: float = 0.0) -> None
         elif model.reward.kind == "ordinal":
             below = torch.arange(1, len(bias) + 1) / (len(bias) + 1)
             bias = -below.logit()
-        model.reward_bias.copy_(bias.repeat(model.reward.members))
+        assign(model.reward_bias, bias.repeat(model.reward.members))
 
 
 def _marked(marks: Tensor, ids: Tensor, prompt_lengths: Tensor | None) -> Tensor | None:

@@ -3,8 +3,8 @@
 Takes integer ids and tensors; knows nothing about batches, tokenizers or files.
 """
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from openpalm.model.config import ModelConfig
 from openpalm.model.embedding_head import Embedding, ProjectHead
 from openpalm.model.layout import Layout
 from openpalm.model.rotary import Rotary
+from openpalm.model.sharding import assign
+
+T = TypeVar("T")
 
 
 class Transformer(nn.Module):
@@ -36,6 +39,14 @@ class Transformer(nn.Module):
         self.project_head = ProjectHead()
         self.unembedding = None if config.tied else nn.Parameter(torch.empty_like(self.embedding))
         self.head_bias = nn.Parameter(torch.empty(config.padded_vocab)) if config.bias else None
+
+    def forward(self, compute: Callable[..., T], *args: Any) -> T:
+        """Returns compute(self, *args).
+
+        The entry for sharded models: FSDP gathers the weights outside of blocks around this call,
+        and sums their gradients once. Every computation of a training run goes through it.
+        """
+        return compute(self, *args)
 
     def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters of a published checkpoint; subclasses leave out training-only ones."""
@@ -123,7 +134,7 @@ class Transformer(nn.Module):
         if layout is not None:
             if cache is not None or not self.config.causal:
                 raise AssertionError("a layout is for causal models without a cache")
-            return layout.positions, layout.attend, time
+            return layout.positions, layout.attend, layout.longest or time
         if cache is None:
             positions = torch.arange(time, device=ids.device)
             mask = None if self.config.causal else (ids >= 0)[:, None]
@@ -141,6 +152,7 @@ Init = Literal["default", "palm"]
 def initialise(model: Transformer, seed: int, init: Init = "default") -> None:
     """Initialises every parameter from `seed`, with equal values on every device and dtype.
 
+    An adapter's factors are left out. Sharded parameters get their parts of the same values.
     Matrices are normal with standard deviation 1/sqrt(fan-in); norms are one, biases zero.
     default: matrices that write to the residual stream are divided by sqrt(2 depth), so that its
     variance does not grow with depth; embeddings have standard deviation 0.02.
@@ -150,17 +162,18 @@ def initialise(model: Transformer, seed: int, init: Init = "default") -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         kind = name.rsplit(".", 1)[-1]
+        if ".lora." in name:
+            continue
         if kind.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
             drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(drawn * _deviation(kind, parameter, model.config, init))
-    # Padding rows of the vocabulary: no token uses them.
-    for table in (model.embedding, model.unembedding):
-        if table is not None:
-            table[model.config.vocab_size :] = 0
+            drawn *= _deviation(kind, parameter, model.config, init)
+            if kind in ("embedding", "unembedding"):
+                drawn[model.config.vocab_size :] = 0  # padding rows: no token uses them
+            assign(parameter, drawn)
 
 
 def _deviation(kind: str, matrix: Tensor, config: ModelConfig, init: Init) -> float:

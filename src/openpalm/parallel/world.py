@@ -1,29 +1,191 @@
-"""Rank and world size of this process, and sums over all ranks.
+"""The processes of a run: rank and size, sums and agreements between them, and their mesh.
 
-Distributed training will enter here: everything that sums over ranks calls World.sum.
+Small values travel over a gloo group of their own, on the CPU, whatever carries the tensors.
 """
 
-import os
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from openpalm.base.launcher import launched
 from openpalm.errors import SettingsError
+from openpalm.parallel.config import AXES, Axes, ParallelSettings, axes_of
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for the main one while it saves, reads or evaluates: a watchdog with the
+step's time limit would end runs whose checkpoints are large. A process that dies is noticed."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Rank and number of processes; one process by default."""
+    """Rank and number of processes, one by default, and their places on the mesh."""
 
     rank: int = 0
     size: int = 1
+    axes: Axes = field(default_factory=Axes)
+    mesh: DeviceMesh | None = None
+    """mesh with the axes AXES; None for one process"""
+    control: Any = None
+    """gloo group of all processes, for small values"""
+    patient: Any = None
+    """the same, to wait for slow work of the main process"""
+    saving: Any = None
+    """the same, for the thread that saves checkpoints"""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def coordinate(self) -> dict[str, int]:
+        return self.axes.coordinate(self.rank)
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this process among those that read different rows of a batch."""
+        place = self.coordinate
+        return place["replicate"] * self.axes.shard + place["shard"]
+
+    @property
+    def data_size(self) -> int:
+        """Number of processes that read different rows of a batch."""
+        return self.axes.data
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process's numbers enter sums: one of those that compute the same numbers.
+
+        Of tensor-parallel processes the first, of a pipeline the last stage, which has the loss.
+        """
+        place = self.coordinate
+        return place["tensor"] == 0 and place["pipeline"] == self.axes.pipeline - 1
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sums of `values` over all processes that see different data."""
+        if self.size == 1:
+            return [float(value) for value in values]
+        return self._reduced([v if self.speaks else 0.0 for v in values], dist.ReduceOp.SUM)
 
     def sum(self, value: float) -> float:
-        """The sum of `value` over all ranks."""
-        return value
+        """The sum of `value` over all processes that see different data."""
+        return self.sums([value])[0]
+
+    def max(self, value: float) -> float:
+        """The largest `value` of any process."""
+        return value if self.size == 1 else self._reduced([value], dist.ReduceOp.MAX)[0]
+
+    def any(self, value: bool) -> bool:
+        """Whether `value` is true on any process."""
+        return bool(self.max(float(value)))
+
+    def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, how, group=self.control)
+        return tensor.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, by rank; any object that can be pickled."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def broadcast(self, value: T) -> T:
+        """The main process's value, which the others may wait for as long as it takes."""
+        if self.size == 1:
+            return value
+        box = [value if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, group=self.patient)
+        return box[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Waits until every process is here."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Calls the function on the main process; every process returns, or raises, its result."""
+        if self.size == 1:
+            return function()
+        value, error = _outcome(function) if self.is_main else (None, None)
+        value, error = self.broadcast((value, error))
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Calls the function on every process; if it fails on one, all of them raise that error."""
+        if self.size == 1:
+            return function()
+        value, error = _outcome(function)
+        failed = [(rank, e) for rank, e in enumerate(self.gather(error)) if e is not None]
+        if failed:
+            raise failed[0][1] if error is None else error
+        return value  # type: ignore[return-value]
+
+
+def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+_current = World()
 
 
 def world() -> World:
-    """The world of this run. Raises SettingsError under a launcher with several processes."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size != "1":
-        raise SettingsError(f"WORLD_SIZE ({size}): training on several processes is still to come")
-    return World()
+    """The world that `join` made; one process before that."""
+    return _current
+
+
+def join(settings: ParallelSettings, device: torch.device) -> World:
+    """Joins the processes that the launcher started, and cuts them into the settings' axes.
+
+    A second call only cuts them anew. Raises SettingsError for axes that do not make their number,
+    or a launcher's variables that are missing.
+    """
+    global _current
+    rank, size = launched()
+    axes = axes_of(settings, size)
+    if size == 1:
+        _current = World()
+        return _current
+    wait = timedelta(seconds=settings.timeout_s)
+    if not dist.is_initialized():
+        _initialise(device, wait)
+    if _current.size == size and _current.axes == axes:
+        return _current
+    mesh = init_device_mesh(device.type, axes.sizes, mesh_dim_names=AXES)
+    control = dist.new_group(backend="gloo", timeout=wait)
+    patient, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    _current = World(rank, size, axes, mesh, control, patient, saving)
+    return _current
+
+
+def leave() -> None:
+    """Ends this process's membership; only tests need it before the process ends."""
+    global _current
+    _current = World()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _initialise(device: torch.device, wait: timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    own = device if device.type == "cuda" else None
+    try:
+        dist.init_process_group(backend, timeout=wait, device_id=own)
+    except ValueError as error:
+        raise SettingsError(
+            f"WORLD_SIZE is set but the processes cannot find each other ({error}); start them "
+            "with torchrun or srun"
+        ) from None

@@ -53,15 +53,32 @@ class Ramp:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A step of one process: `accumulation` microbatches of `rows` sequences."""
+    """A step of one process: `accumulation` microbatches of `rows` sequences.
+
+    Every process that reads data of its own has the same shape; together they make the batch.
+    """
 
     sequence_length: int
     rows: int
     accumulation: int
     ramp: Ramp = Ramp()
     """ramp of the number of microbatches; the other fields describe a whole batch"""
+    processes: int = 1
+    """processes that read different rows"""
+    rank: int = 0
+    """number of this process among them"""
 
     @property
     def sequences(self) -> int:
         """Sequences per step and process."""
         return self.rows * self.accumulation
+
+    @property
+    def global_sequences(self) -> int:
+        """Sequences per step, of all processes."""
+        return self.sequences * self.processes
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches per step, of all processes."""
+        return self.accumulation * self.processes

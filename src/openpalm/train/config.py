@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from openpalm.base.settings import NOT_AN_OPTION, check
 from openpalm.errors import SettingsError
+from openpalm.parallel.config import ParallelSettings
 from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.optimizer_settings import OptimSettings
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 PROBES_PER_RUN = 10
 """Default number of evaluations, and of checkpoints, per run."""
+DEFAULT_SEQUENCES = 16
+"""Sequences of a batch, of all processes: a run continues on any number of them."""
 LEAST_STEPS_APART = 20
 """Default minimum of steps between two evaluations or two checkpoints."""
 
@@ -196,6 +199,8 @@ class TrainSettings:
     """torch.compile of each block, for GPUs; takes a minute or two before the first step"""
     memory: MemorySettings = field(default_factory=MemorySettings)
     """memory"""
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    """processes: torchrun --nproc-per-node N -m openpalm VERB ...; they share the work"""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """low-rank adapter (LoRA) instead of the weights"""
     arch: ArchSettings = field(default_factory=ArchSettings)
@@ -330,7 +335,7 @@ class PretrainSettings(TaskProbeSettings, TrainSettings):
 
 def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 1) -> BatchShape:
     """Cuts the global batch into microbatches. Raises SettingsError if it does not divide."""
-    wanted = settings.batch_tokens or 16 * sequence_length * processes
+    wanted = settings.batch_tokens or DEFAULT_SEQUENCES * sequence_length
     if wanted % (sequence_length * processes):
         raise SettingsError(
             f"--batch-tokens {wanted}: must be a multiple of sequence_length x processes "
@@ -348,4 +353,4 @@ def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 
     room = max(1, settings.microbatch_tokens // sequence_length)
     whole = math.gcd(sequences, *(int(part) for part in parts))
     rows = max(r for r in range(1, min(room, whole) + 1) if whole % r == 0)
-    return BatchShape(sequence_length, rows, sequences // rows, ramp)
+    return BatchShape(sequence_length, rows, sequences // rows, ramp, processes)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from openpalm.base.settings import plain, spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.manifest import read_manifest
@@ -90,7 +92,7 @@ def starting_point(
         _same_sizes(directory, stored, wanted, settings.model)
     return Start(
         config,
-        lambda model: _fill_merged(model, directory),
+        lambda model: checkpoint.load_merged(model, directory),
         _learning_rate_of_size(config),
         directory,
         read_manifest(directory)["sha256"],
@@ -117,22 +119,27 @@ def check_trained(settings: TrainSettings, config: ModelConfig) -> None:
         )
 
 
+def unfilled(make_model: Callable[[], Transformer], settings: TrainSettings) -> Transformer:
+    """The run's model without values, on the meta device, with its adapter and what it freezes."""
+    with torch.device("meta"):
+        model = make_model()
+    choose_trained(model, settings)
+    return model
+
+
 def choose_trained(model: Transformer, settings: TrainSettings) -> None:
-    """Attaches the adapter, or freezes all but the last blocks and the final norm."""
+    """Attaches the adapter, or freezes all but the last blocks and the final norm.
+
+    The adapter is uninitialised: see `lora.initialise_adapter`.
+    """
     config = settings.lora.config(model.config)
     if config is not None:
-        lora.attach(model, config, settings.seed)
+        lora.attach(model, config)
     elif settings.last_layers is not None:
         for parameter in lora.trunk(model):
             parameter.requires_grad_(False)
         for part in (*model.blocks[-settings.last_layers :], model.norm):
             part.requires_grad_(True)
-
-
-def _fill_merged(model: Transformer, directory: Path) -> None:
-    """Loads the checkpoint's weights and merges its adapter into them."""
-    checkpoint.load_weights(model, directory)
-    lora.merge(model)
 
 
 def _changed(

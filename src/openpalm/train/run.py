@@ -17,20 +17,29 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from openpalm.base.device import keep_freed_memory, pick_device
 from openpalm.base.settings import plain
 from openpalm.checkpoint import directory as checkpoint
+from openpalm.checkpoint.contents import TrainState, collect
+from openpalm.checkpoint.saver import Saver
 from openpalm.errors import CheckpointError, TrainingError, WorkError, count_of
-from openpalm.parallel.world import world
+from openpalm.parallel.world import join
 from openpalm.train import retention, run_directory
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import LEAST_STEPS_APART, PROBES_PER_RUN, TrainSettings, batch_shape
+from openpalm.train.config import (
+    LEAST_STEPS_APART,
+    PROBES_PER_RUN,
+    ProfileSettings,
+    TrainSettings,
+    batch_shape,
+)
 from openpalm.train.initial_weights import check_trained
 from openpalm.train.logging.loggers import Loggers, check_installed
 from openpalm.train.logging.metrics import RowFile, TrainingBar, read_rows
@@ -66,37 +75,42 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
     check_installed(settings)
     spec.check(settings)
     device = pick_device(settings.device)
+    here = join(settings.parallel, device)
     if settings.memory.keeps_freed:
         keep_freed_memory()
     length = settings.sequence_length or spec.config.context
-    shape = spec.shape or batch_shape(settings, length, world().size)
-    with run_directory.locked(settings.out):
+    shape = spec.shape or batch_shape(settings, length, here.data_size)
+    shape = replace(shape, rank=here.data_rank)
+    with ExitStack() as stack:
+        here.on_main(lambda: stack.enter_context(run_directory.locked(settings.out)))
         # First, because another version's settings cannot be compared with ours.
-        other = run_directory.finished_by_other_version(settings.out)
+        other = here.on_main(lambda: run_directory.finished_by_other_version(settings.out))
         if other is not None:
             return Outcome(other, step_of(other), was_finished=True)
         # A measured choice (dtype, number of steps) is made once: a resumed run must repeat it.
-        info = run_directory.recall(
-            settings,
-            spec.hashes,
-            parent_fixed=spec.parent_fixed,
-            cut_changes=lambda stored: spec.cut_changes(stored, shape),
+        info = here.on_main(
+            lambda: run_directory.recall(
+                settings,
+                spec.hashes,
+                parent_fixed=spec.parent_fixed,
+                cut_changes=lambda stored: spec.cut_changes(stored, shape),
+                processes=here.data_size,
+                processes_change=spec.processes_change,
+            )
         )
         info = info or measured_info(settings, spec, shape, device)
         # Silent: if the run is not finished, the call below reports damaged checkpoints.
-        newest = checkpoint.latest(settings.out, say=lambda line: None)
+        newest = here.on_main(lambda: checkpoint.latest(settings.out, say=lambda line: None))
         if newest is not None and step_of(newest) >= info.steps:
             return Outcome(newest, info.steps, was_finished=True)
         # Only now is the training state read and verified: a finished run may be without it.
-        newest = checkpoint.newest_whole(settings.out, training=True)
-        # Fresh weights and dropout depend on it; a resumed run overwrites both.
-        torch.manual_seed(settings.seed)
+        newest = here.on_main(lambda: checkpoint.newest_whole(settings.out, training=True))
         dtype = getattr(torch, info.dtype)
         trainer = make_trainer(settings, spec, shape, device, steps=info.steps, dtype=dtype)
         if newest is None and settings.keep_optimizer and spec.parent is not None:
             inherit_optimizer(trainer.optimizer, spec.parent, spec.label)
         # After everything that may refuse: config.yaml makes the directory a run.
-        run_directory.write(settings, info)
+        here.on_main(lambda: run_directory.write(settings, info))
         session = _Session(settings, spec, info, trainer, shape)
         if newest is not None:
             session.restore(newest)
@@ -118,6 +132,8 @@ class _Session:
         self.spec = spec
         self.info = info
         self.trainer = trainer
+        self.world = trainer.world
+        self.saver = Saver(trainer.world)
         self.shape = shape
         self.rows = RowFile(settings.out / "metrics.jsonl")
         self.started = time.monotonic()
@@ -130,7 +146,10 @@ class _Session:
     def restore(self, newest: Path) -> None:
         """Loads a checkpoint. Raises CheckpointError if train/ holds no state of this run."""
         checkpoint.load_weights(self.trainer.model, newest)
-        state = checkpoint.load_train_state(newest)
+        several = self.world.size > 1
+        if several:  # once, because hashing reads every file
+            self.world.on_main(lambda: checkpoint.check_train_state(newest))
+        state = checkpoint.load_train_state(newest, checked=several)
         try:
             self.trainer.restore(state.tensors, state.values)
             elapsed_s = float(state.values["elapsed_s"])
@@ -149,8 +168,8 @@ class _Session:
     def run(self) -> Outcome:
         """Trains to the last step; saves and ends the process after SIGINT or SIGTERM."""
         # Rows of steps after the checkpoint are computed again, to the same numbers.
-        self._remove_later_than(self.trainer.step)
-        self._link_best()
+        self.world.on_main(lambda: self._remove_later_than(self.trainer.step))
+        self.world.on_main(self._link_best)
         with ExitStack() as stack:
             line = self._open(stack)
             signals = stack.enter_context(_caught_signals())
@@ -164,35 +183,42 @@ class _Session:
                     raise
                 except WorkError:  # the loader made no batch, because a reward failed
                     self._save_unless_saved()
+                    self.saver.wait()
                     raise
                 self._after_step(report, time.monotonic() - began)
                 # A signal is looked at between steps only: a checkpoint is of a whole step.
-                if signals and self.trainer.step < self.trainer.steps:
+                number = int(self.world.max(signals[0] if signals else 0))
+                if number and self.trainer.step < self.trainer.steps:
                     self._save_unless_saved()
+                    self.saver.wait()
                     more = "run the same command again to continue"
                     line.say(f"stopped after step {self.trainer.step}; {more}")
                     # By the signal itself, so that a shell sees why the process ended.
-                    _end_by(signals[0])
+                    _end_by(number)
+            self.saver.wait()
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
 
     def _open(self, stack: ExitStack) -> TrainingBar:
         """Opens the loggers, the profiler and the line in the terminal; `stack` closes them."""
-        self.line = line = TrainingBar(self.spec.label, self.trainer.steps)
+        quiet = None if self.world.is_main else Console(quiet=True)
+        self.line = line = TrainingBar(self.spec.label, self.trainer.steps, quiet)
         # Before the bar is drawn: a logger may ask for a password.
-        loggers = Loggers(self.settings, self.trainer.step, line.say)
+        asked = self.settings if self.world.is_main else replace(self.settings, loggers=None)
+        loggers = Loggers(asked, self.trainer.step, line.say)
         self.loggers = stack.enter_context(closing(loggers))
         stack.enter_context(line)
         line.start_at(self.trainer.step)
         line.say(self._first_line())
-        profiler = Profiler(self.settings, self.trainer.device, line.say)
+        traced = self.settings if self.world.is_main else replace(asked, profile=ProfileSettings())
+        profiler = Profiler(traced, self.trainer.device, line.say)
         self.profiler = stack.enter_context(closing(profiler))
         return line
 
     def _first_line(self) -> str:
         if self.trainer.step:
             return f"{self.spec.label}: resuming after step {self.trainer.step}"
-        tokens = self.shape.sequence_length * self.shape.sequences
+        tokens = self.shape.sequence_length * self.shape.global_sequences
         trained = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
         part = "" if self.settings.trains_all else f" ({trained:,} of them trained)"
         return (
@@ -200,14 +226,18 @@ class _Session:
             f"{count_of(self.trainer.steps, 'step')} "
             f"of {tokens:,} tokens, {self.info.dtype} on {self.trainer.device.type}, "
             f"{self.settings.optim.name} at lr {self.spec.peak_rate(self.settings):.3g}"
+            f"{self._processes()}"
         )
+
+    def _processes(self) -> str:
+        size = self.world.size
+        return "" if size == 1 else f", on {size} processes ({self.world.axes})"
 
     def _after_step(self, report: StepReport, seconds: float) -> None:
         """Writes the step's row; evaluates and saves if it is time to."""
         self.profiler.after_step()
         # The row comes before the checkpoint that counts it; after a kill the row is cut off again.
-        row = self.rows.append(self._row(report, seconds))
-        self.loggers.write(row)
+        row = self._append(self.rows, self._row(report, seconds))
         self.line.show(row)
         if report.skipped:
             self.line.say(f"step {report.step} skipped: {report.skipped}")
@@ -220,7 +250,15 @@ class _Session:
         if last or alarm or better or self._saves_at(report.step):
             self._save()
         if alarm:
+            self.saver.wait()
             raise TrainingError(f"step {report.step}: {alarm}; {self._best_checkpoint()}")
+
+    def _append(self, file: RowFile, row: dict[str, Any]) -> dict[str, Any]:
+        """Appends a row to a file of the run, on the main process, and gives it to the loggers."""
+        if self.world.is_main:
+            row = file.append(row)
+            self.loggers.write(row)
+        return row
 
     def _row(self, report: StepReport, seconds: float) -> dict[str, Any]:
         unit, rate = self.spec.unit, report.count / seconds
@@ -241,13 +279,13 @@ class _Session:
     def _mfu(self, report: StepReport, rate: float) -> float | None:
         """Model FLOPs utilisation: the share of the measured peak; None where it is not known."""
         ramped = self.shape.ramp.share(report.step, self.trainer.steps)
-        sequences = ramped * self.shape.sequences * self.trainer.world.size
+        sequences = ramped * self.shape.global_sequences
         # flops_per_token holds if every token has a loss and every weight a gradient.
         whole = report.count == self.shape.sequence_length * sequences
         if not (self.info.peak_flops and self.settings.trains_all and whole):
             return None
         flops = self.spec.config.flops_per_token(self.shape.sequence_length)
-        share = rate * flops / self.info.peak_flops
+        share = rate * flops / (self.info.peak_flops * self.trainer.world.size)
         # Above 1 the peak was measured while the machine was busy, and means nothing.
         return round(share, 4) if share <= 1 else None
 
@@ -259,16 +297,14 @@ class _Session:
 
     def _probe(self, step: int, probes: Sequence[Probe]) -> str | None:
         """Takes measurements; returns the reason why the run must stop, or None."""
-        self.trainer.model.eval()
         for probe in probes:
-            values = probe.measure(self.trainer.model, self.trainer.dtype)
+            values = probe.taken(self.trainer)
             # Written probe by probe, so that a kill during a slow one keeps the others' rows.
-            row = RowFile(self.settings.out / probe.file).append({"step": step} | values)
-            self.loggers.write(row)
+            self._append(RowFile(self.settings.out / probe.file), {"step": step} | values)
             if probe.describe:
                 self.line.say(f"{self.spec.label} step {step}: {probe.describe(values)}")
         # From the file: an alarm also looks at rows from before this process resumed.
-        return self._alarm(read_rows(self.rows.path))
+        return self.world.on_main(lambda: self._alarm(read_rows(self.rows.path)))
 
     def _alarm(self, rows: list[dict[str, Any]]) -> str | None:
         """The reason why a run with these rows must stop, or None."""
@@ -291,10 +327,12 @@ class _Session:
 
     def _improves(self, step: int) -> bool:
         """Whether --keep-best saves this step, which was just evaluated."""
-        return self.settings.keep_best and self._best(unsaved=step) == step
+        if not self.settings.keep_best:
+            return False
+        return self.world.on_main(lambda: self._best(unsaved=step) == step)
 
     def _best_checkpoint(self) -> str:
-        best = self._best()
+        best = self.world.on_main(self._best)
         if best is None:
             return "no checkpoint before it was evaluated; set --eval-every lower"
         path = self.settings.out / "checkpoints" / checkpoint.step_name(best)
@@ -310,20 +348,24 @@ class _Session:
             self._save()
 
     def _save(self) -> None:
-        self.rows.sync()  # rows reach the disk before the checkpoint that implies them
+        if self.world.is_main:
+            self.rows.sync()  # rows reach the disk before the checkpoint that implies them
         step = self.trainer.step
         tensors, values = self.trainer.state()
-        checkpoint.save(
-            self.settings.out / "checkpoints" / checkpoint.step_name(step),
+        lineage = self._lineage(step)
+        contents = collect(
             self.trainer.model,
             tokenizer_json=self.spec.tokenizer_json,
-            train=checkpoint.TrainState(tensors, values | {"elapsed_s": self._elapsed_s()}),
-            lineage=self._lineage(step),
-            fingerprint=step == self.trainer.steps,
+            train=TrainState(tensors, values | {"elapsed_s": self._elapsed_s()}),
+            with_fingerprint=step == self.trainer.steps,
+            parent=lineage["parent"],
         )
-        # Old ones go only after the new one is complete, so there always is one to resume from.
-        best = self._link_best()
-        retention.prune(self.settings, best)
+        path = self.settings.out / "checkpoints" / checkpoint.step_name(step)
+        self.saver.save(path, contents, lineage, self._prune)
+
+    def _prune(self) -> None:
+        """Old ones go only after the new one is complete, so there always is one to resume from."""
+        retention.prune(self.settings, self._link_best())
 
     def _link_best(self) -> int | None:
         """Updates the link to the best checkpoint; returns its step."""

@@ -4,15 +4,19 @@ The same for every objective. Files, evaluation and sampling are in run.py and t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from openpalm.base.permutation import order_key
 from openpalm.errors import TrainingError
+from openpalm.model.sharding import assign
 from openpalm.model.transformer import Transformer
+from openpalm.parallel import fsdp
+from openpalm.parallel.gather import gather_into
 from openpalm.parallel.world import World
 from openpalm.train.batch_shape import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
@@ -55,6 +59,8 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         max_skipped_steps: int = 10,
         world: World | None = None,
+        seed: int = 0,
+        make_plain: Callable[[], Transformer] | None = None,
     ):
         self.model = model
         self.objective = objective
@@ -66,6 +72,9 @@ class Trainer:
         self.dtype = dtype
         self.max_skipped_steps = max_skipped_steps
         self.world = world or World()
+        self.seed = seed
+        self._make_plain = make_plain
+        self._plain: Transformer | None = None
         self.step = 0
         self.counted = 0
         self.skipped_in_a_row = 0
@@ -77,7 +86,9 @@ class Trainer:
     def train_step(self) -> StepReport:
         """Takes one optimizer step on the next global batch."""
         microbatches = int(self.accumulation * self.ramp.share(self.step + 1, self.steps))
-        batches = [next(self.loader) for _ in range(microbatches)]
+        # Together: a process whose data or reward fails must not leave the others waiting for it.
+        batches = self.world.together(lambda: [next(self.loader) for _ in range(microbatches)])
+        self._seed_step()
         self.model.train()
         loss, count, metrics = self.forward_backward(batches)
         self.step += 1
@@ -89,6 +100,17 @@ class Trainer:
             metrics |= self.loader.facts
         return StepReport(self.step, loss, count, norm, factor, skipped, metrics)
 
+    def _seed_step(self) -> None:
+        """Seeds dropout by the step and by what this process computes, so it needs no saved state.
+
+        Tensor-parallel processes draw the same numbers: they share the activations.
+        """
+        place = self.world.coordinate
+        axes = self.world.axes
+        part = (self.world.data_rank * axes.context + place["context"]) * axes.pipeline
+        part += place["pipeline"]
+        torch.manual_seed(order_key(order_key(self.seed, self.step + 1), part))
+
     def forward_backward(self, batches: Sequence[Any]) -> tuple[float, int, Metrics]:
         """Accumulates the gradient of the mean loss; returns that mean, its count, the metrics."""
         # Counted over all microbatches and processes BEFORE backward: a mean of microbatch means
@@ -97,15 +119,20 @@ class Trainer:
         total, sums = 0.0, dict[str, float]()
         if count == 0:
             return math.nan, 0, {}
-        for batch in batches:
+        # FSDP averages gradients over processes: the loss is scaled so that the average is a sum.
+        divisor = count / self.world.axes.averaged
+        for number, batch in enumerate(batches, 1):
+            fsdp.reduce_over_replicas(self.model, number == len(batches))
             with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-                loss, metrics = self.objective.loss(self.model, batch.to(self.device))
-            (loss / count).backward()
+                loss, metrics = self.model(self.objective.loss, batch.to(self.device))
+            (loss / divisor).backward()
             total += loss.item()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value
-        means = {name: self.world.sum(value) / count for name, value in sums.items()}
-        return self.world.sum(total) / count, count, means
+        # Every process has the same metrics, in the same order.
+        total, *values = self.world.sums([total, *sums.values()])
+        means = {name: value / count for name, value in zip(sums, values, strict=True)}
+        return total / count, count, means
 
     def optimizer_step(self, loss: float, count: int, factor: float) -> tuple[float, str | None]:
         """Clips and steps, or skips; returns the gradient norm and the reason for skipping."""
@@ -122,6 +149,19 @@ class Trainer:
             self.optimizer.zero_grad()
         return norm, reason
 
+    def gathered(self) -> Transformer | None:
+        """The model without sharding, in eval mode, on the main process; all must call it.
+
+        It shares the weights of a model that is not sharded, and is overwritten by the next call.
+        """
+        if self.world.size == 1:
+            return self.model.eval()
+        if self._plain is None and self.world.is_main:
+            assert self._make_plain is not None
+            self._plain = self._make_plain().eval()
+        gather_into(self._plain, self.model)
+        return self._plain
+
     def _stop_if_only_skipping(self, skipped: str | None) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= self.max_skipped_steps:
@@ -136,9 +176,6 @@ class Trainer:
         tensors |= {f"model/{k}": v.detach() for k, v in self._unpublished()}
         if isinstance(self.loader, StatefulLoader):
             tensors |= {f"loader/{k}": v for k, v in self.loader.state_tensors().items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
         values = {
             "step": self.step,
             "counted": self.counted,
@@ -148,7 +185,7 @@ class Trainer:
         }
         return tensors, values
 
-    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
         """Restores `state`: the next step is that of an uninterrupted run.
 
         Raises KeyError, TypeError, ValueError or RuntimeError for values that `state` never gives.
@@ -160,10 +197,7 @@ class Trainer:
         own = _under("model/", tensors)
         with torch.no_grad():
             for name, parameter in self._unpublished():
-                parameter.copy_(own[name])
-        torch.set_rng_state(tensors["random/cpu"])
-        if self.device.type == "cuda" and "random/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+                assign(parameter, own[name])
         self.step, self.counted, self.skipped_in_a_row = step, counted, skipped
         self.loader.load_state_dict(values["loader"])
         if isinstance(self.loader, StatefulLoader):
@@ -182,5 +216,5 @@ def _whole(values: dict[str, Any], name: str) -> int:
     return value
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from train_samples import random_loader, tiny, trainer_of
 
 from openpalm.model.transformer import initialise
+from openpalm.parallel.world import World
 from openpalm.train.config import TrainSettings
 from openpalm.train.probes import Probe
 from openpalm.train.run import run_training
@@ -31,17 +33,21 @@ def refuse(*_: object) -> Any:
 
 @pytest.fixture
 def timings(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
-    """Seconds of a step by dtype, instead of a stopwatch; a scratch trainer is its dtype."""
+    """Seconds of a step by dtype, instead of a stopwatch."""
     seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
     monkeypatch.setattr(measure, "multiplies_bfloat16", lambda device: True)
-    monkeypatch.setattr(measure, "_step_seconds", lambda dtype: seconds[dtype])
+    monkeypatch.setattr(measure, "_step_seconds", lambda trainer: seconds[trainer.dtype])
     monkeypatch.setattr(measure, "_probe_seconds", lambda *_: 2.0)
     monkeypatch.setattr(measure, "matmul_flops", lambda device, dtype: 1e12)
     return seconds
 
 
 def measured(asked: TrainSettings, **known: bool) -> Measured:
-    return measure.measure(asked, lambda dtype: dtype, [], CPU, step_tokens=100, **known)  # type: ignore[arg-type, return-value]
+    return measure.measure(asked, scratch, [], CPU, step_tokens=100, **known)
+
+
+def scratch(dtype: torch.dtype) -> Any:
+    return SimpleNamespace(dtype=dtype, world=World())
 
 
 @pytest.mark.parametrize(
@@ -119,10 +125,10 @@ class Clock:
         monkeypatch.setattr(measure, "matmul_flops", lambda device, dtype: 1e12)
         monkeypatch.setattr(measure, "_step_seconds", self.step)
 
-    def step(self, dtype: Any) -> float:
-        self.steps.append(dtype)
-        self.now += self.step_s[dtype]
-        return self.step_s[dtype]
+    def step(self, trainer: Any) -> float:
+        self.steps.append(trainer.dtype)
+        self.now += self.step_s[trainer.dtype]
+        return self.step_s[trainer.dtype]
 
 
 def test_a_hopeless_dtype_is_given_up_after_one_step(monkeypatch: pytest.MonkeyPatch):
@@ -149,7 +155,7 @@ def test_a_long_evaluation_is_predicted_from_a_step(monkeypatch: pytest.MonkeyPa
         return {}
 
     class Scratch:
-        model, dtype = None, torch.float32
+        model, dtype, world = torch.nn.Identity(), torch.float32, World()
 
     found = measure._probe_seconds(Scratch(), [Probe(read, tokens=1000)], 0.1, until=20.0)  # type: ignore[arg-type]
     assert found == pytest.approx(1000 * 0.1 * measure._FORWARD_SHARE)
@@ -167,10 +173,7 @@ def test_a_step_is_predicted_from_one_microbatch():
 def test_a_probe_with_steps_of_its_own_makes_every_step_longer(timings: dict[torch.dtype, float]):
     asked = settings(steps=None, minutes=1.0, dtype="float32", eval_every=10)
     probes = [Probe(lambda model, dtype: {}, every=4)]
-    found = [
-        measure.measure(asked, lambda dtype: dtype, given, CPU, step_tokens=100)  # type: ignore[arg-type, return-value]
-        for given in ([], probes)
-    ]
+    found = [measure.measure(asked, scratch, given, CPU, step_tokens=100) for given in ([], probes)]
     # A step takes 1 s, the evaluations 2 s every 10 steps, the probe 2 s every 4 steps. Measuring
     # itself takes a moment of the minute.
     assert [each.steps for each in found] == [49, 35]

@@ -169,8 +169,10 @@ def preference_loader(
     rows: int,
     seed: int,
     collate: Callable[[Sequence[PreferenceExample]], B],
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Loader[B]:
-    """Batches of `rows` examples, shuffled every epoch."""
+    """Batches of `rows` examples a process, shuffled every epoch."""
     digest = hashlib.blake2b(digest_size=8)
     for example in examples:
         for completion in example.completions:
@@ -180,4 +182,6 @@ def preference_loader(
         lambda numbers: collate([examples[i] for i in numbers]),
         {"kind": "pairs", "seed": seed, "pairs": len(examples), "sample": digest.hexdigest()},
         rows=rows,
+        rank=rank,
+        world_size=world_size,
     )

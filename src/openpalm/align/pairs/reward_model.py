@@ -153,13 +153,9 @@ def load_first_weights(
     A new regression head begins at the mean rating: steps would take long to move it there.
     """
     assert isinstance(model, RewardModel)
-    if start.reward is not None:
-        start.fill(model)
-        return
-    trunk = Transformer(model.config).to(model.embedding.device)
-    start.fill(trunk)
-    model.load_state_dict(trunk.state_dict(), strict=False)
-    initialise_heads(model, settings.seed, sum(ratings) / max(1, len(ratings)))
+    start.fill(model)
+    if start.reward is None:
+        initialise_heads(model, settings.seed, sum(ratings) / max(1, len(ratings)))
 
 
 class RewardObjective:

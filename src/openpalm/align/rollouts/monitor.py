@@ -7,6 +7,7 @@ Overoptimization"). Early stopping ends the run on any of these signs.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,10 +43,11 @@ def evaluate_policy(
     completions = sampler.sample(prompts, 1, first_draw=-len(prompts))
     inputs, targets = collate_completions(completions)
     device = sampler.model.embedding.device
+    how = partial(evaluate, temperature=sampler.settings.temperature)
     kl = entropy = 0.0
     for i in range(0, len(completions), rows):
         chunk = inputs[i : i + rows].to(device), targets[i : i + rows].to(device)
-        now = evaluate(sampler.model, *chunk, temperature=sampler.settings.temperature)
+        now = sampler.model(how, *chunk)
         kl += k1(now.log_probs - reference(*chunk)).sum().item()
         entropy += now.entropy.sum().item()
     count = len(completions)

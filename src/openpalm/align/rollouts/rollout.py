@@ -8,6 +8,7 @@ Several optimizer steps then learn from the rollout. Works on token ids; text is
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from openpalm.errors import RewardError, WorkError, count_of
 from openpalm.model import lora
 from openpalm.model.critic import ActorCritic
 from openpalm.model.transformer import Transformer
+from openpalm.parallel.world import World
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]
 """A reference policy: (inputs, targets) to log-probabilities [rows, time], without a gradient."""
@@ -46,7 +48,8 @@ def reference_log_probs(
     @torch.no_grad()
     def log_probs(inputs: Tensor, targets: Tensor) -> Tensor:
         with lora.detached(model) if below_adapter else nullcontext():
-            return evaluate(model, inputs, targets, temperature=temperature).log_probs
+            how = partial(evaluate, temperature=temperature)
+            return model(how, inputs, targets).log_probs
 
     return log_probs
 
@@ -57,6 +60,8 @@ class RolloutLoader:
     estimate: (settings, rollout, KL coefficient) to advantages and returns.
     reference: None if the KL penalty is off; then no reference is evaluated.
     dtype: of the training steps' arithmetic.
+    world: the run's processes. Each samples, scores and evaluates a share of the completions; then
+    all of them have the whole rollout, so that advantages and metrics are those of one process.
     """
 
     def __init__(
@@ -68,7 +73,9 @@ class RolloutLoader:
         *,
         rows: int,
         dtype: torch.dtype = torch.float32,
+        world: World | None = None,
     ):
+        self.world = world or World()
         self.sampler, self.reward, self.estimate = sampler, reward, estimate
         self.reference, self.dtype, self.rows = reference, dtype, rows
         self.settings = settings = sampler.settings
@@ -80,7 +87,7 @@ class RolloutLoader:
         self._prompts = Loader(order, list, identity, rows=settings.prompts_per_rollout)
         self._rollouts = 0
         self._microbatches: list[Tensor] = []
-        """row numbers of each microbatch that is still to come from the current rollout"""
+        """row numbers of each of this process's microbatches that is still to come"""
         self._rollout: RolloutBatch | None = None
 
     def __next__(self) -> RolloutBatch:
@@ -148,8 +155,7 @@ class RolloutLoader:
         Completions with equal rewards have advantage zero, so they would make the batch smaller.
         """
         each, settings = self.settings.num_completions, self.settings
-        completions = self.sampler.sample(next(self._prompts), each)
-        rewards = checked_rewards(self.reward, completions)
+        completions, rewards = self._sampled_and_scored(next(self._prompts), each)
         limit = settings.resample_limit if isinstance(settings, GrpoSettings) else 0
         for _ in range(limit):
             equal = zero_variance(torch.tensor(rewards), each).nonzero().flatten().tolist()
@@ -157,13 +163,29 @@ class RolloutLoader:
                 break
             # A whole step's prompts are taken each time, so that the cursor stays at a step.
             chosen = next(self._prompts)[: len(equal)]
-            new = self.sampler.sample(chosen, each)
+            # Only the new completions are scored: a reward may cost more than sampling.
+            new, scores = self._sampled_and_scored(chosen, each)
             for group, place in enumerate(equal):
-                start, found = place * each, new[group * each : (group + 1) * each]
-                completions[start : start + each] = found
-                # Only the new completions are scored: a reward may cost more than sampling.
-                rewards[start : start + each] = checked_rewards(self.reward, found)
+                old, now = (slice(n * each, (n + 1) * each) for n in (place, group))
+                completions[old], rewards[old] = new[now], scores[now]
         return completions, rewards
+
+    def _sampled_and_scored(
+        self, chosen: Sequence[int], each: int
+    ) -> tuple[list[Completion], list[float]]:
+        """`each` completions of the prompts and their rewards; each process makes its share."""
+        rank, size = self.world.rank, self.world.size
+
+        def own() -> list[tuple[list[Completion], list[float]]]:
+            found = self.sampler.sample(chosen, each, share=(rank, size))
+            rewards = checked_rewards(self.reward, found)
+            starts = range(0, len(found), each)
+            return [(found[n : n + each], rewards[n : n + each]) for n in starts]
+
+        # Together: a reward that fails on one process must not leave the others waiting.
+        shares = self.world.gather(self.world.together(own))
+        groups = [shares[n % size][n // size] for n in range(len(chosen))]
+        return [c for group, _ in groups for c in group], [r for _, rs in groups for r in rs]
 
     def _evaluate(self, completions: Sequence[Completion], rewards: Sequence[float]) -> Rollout:
         """The rollout's tensors: log-probabilities of policy and reference, weights, values."""
@@ -175,18 +197,18 @@ class RolloutLoader:
         device = self.sampler.model.embedding.device
         # A microbatch at a time, so that evaluation fits wherever a training step fits.
         chunks = [
-            (inputs[i : i + self.rows].to(device), targets[i : i + self.rows].to(device))
-            for i in range(0, len(inputs), self.rows)
+            (inputs[rows].to(device), targets[rows].to(device)) for rows in self._own_chunks(inputs)
         ]
         old, values, weights = sampled, torch.zeros_like(sampled), torch.ones_like(sampled)
         # In the training steps' precision: rounding must not look like a change of the policy.
         with torch.autocast(device.type, self.dtype, self.dtype != torch.float32):
             if not self._sampler_is_exact:
                 found = zip(*(self._policy(*chunk) for chunk in chunks), strict=True)
-                old, values = (torch.cat(tensors).cpu() for tensors in found)
+                old, values = (self._of_all(list(tensors), len(inputs)) for tensors in found)
             reference = old  # a difference of zero, so no penalty
             if self.reference is not None:
-                reference = torch.cat([self.reference(*chunk) for chunk in chunks]).cpu()
+                evaluated = [self.reference(*chunk) for chunk in chunks]
+                reference = self._of_all(evaluated, len(inputs))
         # At another temperature the engine's log-probabilities are not those it sampled by.
         if self._precisions_differ and self.settings.temperature == 1:
             ratio = (old[mask] - sampled[mask]).exp()
@@ -194,10 +216,32 @@ class RolloutLoader:
             weights[mask] = ratio.clamp_max(self.settings.max_importance_weight)
         return Rollout(inputs, targets, old, reference, weights, values, torch.tensor(rewards))
 
+    def _own_chunks(self, inputs: Tensor) -> list[slice]:
+        """The rows that this process evaluates, a microbatch each.
+
+        All processes have equally many chunks, because a sharded model computes on all of them.
+        """
+        most = -(-len(inputs) // self.world.data_size)
+        first = min(self.world.data_rank * most, len(inputs))
+        starts = range(first, first + most, self.rows)
+        ends = (min(start + self.rows, first + most, len(inputs)) for start in starts)
+        # Where no rows are left, the first one is evaluated and its result is not used.
+        return [slice(*((s, e) if e > s else (0, 1))) for s, e in zip(starts, ends, strict=True)]
+
+    def _of_all(self, evaluated: list[Tensor], rows: int) -> Tensor:
+        """[rows, time] from what each process evaluated of its chunks."""
+        own = torch.cat(evaluated).cpu()
+        if self.world.data_size == 1:
+            return own
+        most = -(-rows // self.world.data_size)
+        first = min(self.world.data_rank * most, rows)
+        shares = self.world.gather((self.world.data_rank, own[: max(0, min(most, rows - first))]))
+        return torch.cat(list(dict(shares).values()))
+
     def _policy(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the policy and values of its critic, [rows, time]."""
         model = self.sampler.model
-        now = evaluate(model, inputs, targets, temperature=self.settings.temperature)
+        now = model(partial(evaluate, temperature=self.settings.temperature), inputs, targets)
         values = torch.zeros_like(now.log_probs)
         if now.values is not None:
             assert isinstance(model, ActorCritic)
@@ -206,7 +250,8 @@ class RolloutLoader:
         return now.log_probs, values
 
     def _shuffled_rows(self) -> list[Tensor]:
-        """Row numbers of each microbatch: every row once an epoch, groups kept together.
+        """Row numbers of this process's microbatches: of all processes together every row once an
+        epoch, groups kept together.
 
         The seed is a function of the rollout's number, so that resuming repeats the same order.
         """
@@ -219,7 +264,13 @@ class RolloutLoader:
             groups[torch.randperm(len(groups), generator=generator)].flatten()
             for _ in range(settings.epochs_per_rollout)
         ]
-        return [microbatch for epoch in epochs for microbatch in epoch.split(self.rows)]
+        own = slice(self.world.data_rank * self.rows, (self.world.data_rank + 1) * self.rows)
+        return [rows[own] for epoch in epochs for rows in epoch.split(self._rows_of_all)]
+
+    @property
+    def _rows_of_all(self) -> int:
+        """Rows of a microbatch, of all processes."""
+        return self.rows * self.world.data_size
 
     def _metrics(
         self, completions: Sequence[Completion], rollout: Rollout, returns: Tensor
@@ -250,7 +301,7 @@ class RolloutLoader:
         return {
             "order": self._prompts.state_dict(),
             "rollouts": self._rollouts,
-            "left": len(self._microbatches),
+            "rows_left": len(self._microbatches) * self._rows_of_all,
             "drawn": self.sampler.drawn,
             "beta": self.kl_coef,
             "facts": self.facts,
@@ -261,16 +312,18 @@ class RolloutLoader:
 
         Raises KeyError or ValueError for a state that no `state_dict` returned.
         """
+        if "left" in state:  # of an earlier version, which counted microbatches
+            state = state | {"rows_left": state["left"] * self.rows}
         for name, kinds in _STATE.items():
             if type(state[name]) not in kinds:
                 raise ValueError(f"{name} is {state[name]!r:.40}")
-        if min(state["rollouts"], state["left"]) < 0:
-            raise ValueError(f"{state['left']} microbatches left of {state['rollouts']} rollouts")
+        if min(state["rollouts"], state["rows_left"]) < 0:
+            raise ValueError(f"{state['rows_left']} rows left of {state['rollouts']} rollouts")
         self._prompts.load_state_dict(state["order"])
         self._rollouts, self.kl_coef = state["rollouts"], state["beta"]
         self.sampler.drawn, self.facts = state["drawn"], state["facts"]
         # The rows' order is computed from the rollout's number; only its length is stored.
-        left = state["left"]
+        left = state["rows_left"] // self._rows_of_all
         self._microbatches = self._shuffled_rows()[-left:] if left else []
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -300,7 +353,7 @@ _READ_AS = {stored: name for name, stored in _STORED_AS.items()}
 
 _STATE = {
     "rollouts": (int,),
-    "left": (int,),
+    "rows_left": (int,),
     "drawn": (int,),
     "beta": (int, float),
     "facts": (dict,),

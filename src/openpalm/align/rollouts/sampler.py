@@ -10,6 +10,7 @@ from openpalm.generate.engine import Engine
 from openpalm.generate.request import Request
 from openpalm.generate.sampling import Sampling
 from openpalm.model.transformer import Transformer
+from openpalm.parallel.gather import gather_into
 
 
 class SamplingOptions(Protocol):
@@ -60,6 +61,7 @@ class Sampler:
     """Samples completions from the current weights of a model.
 
     context: tokens that a prompt and its completion may have together, if that is limited.
+    plain: for a sharded model, one that is not, into which its weights are gathered to generate.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class Sampler:
         settings: RolloutSettings,
         slots: int = 64,
         context: int | None = None,
+        plain: Transformer | None = None,
     ):
+        self._plain = plain
         self.model, self.prompts, self.stop_ids = model, prompts, stop_ids
         self.settings = settings
         self._engine: Engine | None = None
@@ -79,27 +83,42 @@ class Sampler:
         """completions sampled so far; numbers the draws, so that no two have the same seed"""
 
     def refresh(self) -> None:
-        """Copies the model's current weights into the engine."""
+        """Copies the model's current weights into the engine.
+
+        All processes of a sharded model must call it.
+        """
+        if self._plain is not None:
+            gather_into(self._plain, self.model)
+        source = self._plain or self.model
         # One engine for all rollouts: its key/value cache is allocated once.
         if self._engine is None:
             weights, slots = self.settings.rollout_dtype, self._slots
-            self._engine = Engine(self.model, slots=slots, weights=weights, prefill_tokens=2048)
+            self._engine = Engine(source, slots=slots, weights=weights, prefill_tokens=2048)
         else:
-            self._engine.refresh(self.model)
+            self._engine.refresh(source)
 
     def sample(
-        self, chosen: Sequence[int], each: int, *, first_draw: int | None = None
+        self,
+        chosen: Sequence[int],
+        each: int,
+        *,
+        first_draw: int | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> list[Completion]:
         """`each` completions of every prompt in `chosen`, ordered by prompt.
 
         With `first_draw` draws are numbered from there, and the run's own numbers do not change.
+        share: (rank, size), to sample only every size-th prompt from number rank on; draws are
+        numbered as if all were sampled.
         """
         assert self._engine is not None, "refresh first"
         prompts = [prompt for prompt in chosen for _ in range(each)]
         first = self.drawn if first_draw is None else first_draw
         if first_draw is None:
             self.drawn += len(prompts)
-        draws = zip(prompts, range(first, first + len(prompts)), strict=True)
+        draws = list(zip(prompts, range(first, first + len(prompts)), strict=True))
+        rank, size = share
+        draws = [draw for n, draw in enumerate(draws) if n // each % size == rank]
         return sample_completions(
             self._engine, self.prompts, draws, self.stop_ids, self.settings, self._context
         )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from openpalm.base.device import multiplies_bfloat16
+from openpalm.model.sharding import sharded_like, whole
 from openpalm.train.optimization.optimizers import Adafactor, Lion, Listwise, Muon, StableAdamW
 from openpalm.train.optimization.schedule import decay_coefficient
 from openpalm.train.optimizer_settings import OptimSettings, given
@@ -72,7 +73,7 @@ class Optimizer:
 
     def clip(self) -> float:
         """Clips the gradient to the norm `settings.clip`; returns its norm before that."""
-        return float(nn.utils.clip_grad_norm_(self.names, self.settings.clip))
+        return float(whole(nn.utils.clip_grad_norm_(self.names, self.settings.clip)))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every moment and counter as `<parameter>/<slot>`."""
@@ -95,6 +96,7 @@ class Optimizer:
             # Step counters too: torch's fused kernels need them on the device, ours on the CPU.
             stays = slot == "step" and isinstance(owner[parameter], Listwise)
             place = value.device if stays else parameter.device
+            value = sharded_like(value, parameter) if value.dim() else value
             owner[parameter].state[parameter][slot] = value.to(place)
 
     def take_over(self, tensors: dict[str, Tensor], names: Set[str]) -> list[str]:

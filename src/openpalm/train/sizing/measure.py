@@ -139,11 +139,12 @@ def _probe_seconds(
     total = 0.0
     for probe in probes:
         predicted = None if probe.tokens is None else probe.tokens * token_s * _FORWARD_SHARE
-        if predicted is not None and time.perf_counter() + predicted > until:
+        over = predicted is not None and time.perf_counter() + predicted > until
+        if predicted is not None and trainer.world.any(over):
             total += predicted
             continue
         start = time.perf_counter()
-        probe.measure(trainer.model, trainer.dtype)
+        probe.taken(trainer)
         total += time.perf_counter() - start
     return total
 
@@ -160,7 +161,8 @@ def _time_steps(trainer: Trainer, until: float, *, hopeless: float = math.inf) -
     spent = 0.0
     for repeat in range(MOST_REPEATS):
         enough = repeat >= LEAST_REPEATS and spent >= ENOUGH_S
-        if enough or time.perf_counter() + best > until:
+        # Every process must take the same number of steps, whatever its clock says.
+        if enough or trainer.world.any(time.perf_counter() + best > until):
             break
         seconds = _step_seconds(trainer)
         spent += seconds
@@ -169,7 +171,12 @@ def _time_steps(trainer: Trainer, until: float, *, hopeless: float = math.inf) -
 
 
 def _step_seconds(trainer: Trainer) -> float:
-    """Seconds per optimizer step. Only one microbatch is computed and its time multiplied."""
+    """Seconds per optimizer step, on the slowest process."""
+    return trainer.world.max(_own_step_seconds(trainer))
+
+
+def _own_step_seconds(trainer: Trainer) -> float:
+    """Only one microbatch is computed and its time multiplied."""
     _wait(trainer.device)
     start = time.perf_counter()
     if isinstance(trainer.loader, StatefulLoader):  # a rollout serves several steps: time a whole

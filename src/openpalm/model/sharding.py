@@ -1,0 +1,82 @@
+"""Parameters that may be sharded over processes (DTensor): assign, read, and locate their parts.
+
+A parameter of one process is an ordinary tensor, and every function here accepts it too.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Copies the whole `value` into the parameter: each process keeps its own part of it.
+
+    Every process must have the same value. Nothing is communicated.
+    """
+    if isinstance(parameter, DTensor):
+        local_part(parameter).copy_(value[local_slices(parameter)])
+    else:
+        parameter.copy_(value)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor on every process. Of a sharded one it is gathered: all processes call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of the tensor, which shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Where this process's part is in the whole tensor: one slice per dimension.
+
+    A dimension of n is cut as torch.chunk cuts it: parts of ceil(n / processes), the last ones
+    shorter or empty.
+    """
+    spans = [(0, size) for size in tensor.shape]
+    if isinstance(tensor, DTensor):
+        coordinate = tensor.device_mesh.get_coordinate()
+        assert coordinate is not None, "this process is not part of the tensor's mesh"
+        for axis in _order(tensor):
+            dim: int = tensor.placements[axis].dim  # type: ignore[attr-defined]
+            start, stop = spans[dim]
+            part = -(-(stop - start) // tensor.device_mesh.size(axis))
+            first = min(start + coordinate[axis] * part, stop)
+            spans[dim] = first, min(first + part, stop)
+    return tuple(slice(*span) for span in spans)
+
+
+def is_first_copy(tensor: Tensor) -> bool:
+    """Whether this process is the first of those that hold this part of the tensor."""
+    if not isinstance(tensor, DTensor):
+        return True
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "this process is not part of the tensor's mesh"
+    copies = (c for c, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate())
+    return not any(copies)
+
+
+def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """`value`, the same on every process, sharded as `parameter` is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    # Without a source rank every process cuts its own part out of its copy.
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _order(tensor: DTensor) -> list[int]:
+    """The mesh's axes in the order in which they cut the tensor.
+
+    FSDP shards what tensor parallelism has sharded before, though its axis comes first: torch marks
+    that by a strided placement.
+    """
+    cut = [n for n, p in enumerate(tensor.placements) if not p.is_replicate()]
+    strided = [n for n in cut if _is_strided(tensor.placements[n])]
+    return [n for n in cut if n not in strided] + strided
+
+
+def _is_strided(placement: object) -> bool:
+    return type(placement).__name__ == "_StridedShard"
