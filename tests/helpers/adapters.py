@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from openpalm.checkpoint import adapter as files
@@ -34,5 +35,10 @@ def adapted(config: LoraConfig, seed: int, model: Transformer) -> Transformer:
 def write_adapter(path: Path, base: Path, config: LoraConfig, seed: int) -> Transformer:
     """Writes an adapter of checkpoint `base` to the directory; returns the model with it."""
     model = adapted(config, seed, checkpoint.load(base))
-    files.write(path, model, base=read_manifest(base)["sha256"])
+    own = lora.config_of(model)
+    assert own is not None
+    path.mkdir()
+    text = files.config_text(own, read_manifest(base)["sha256"])
+    (path / files.CONFIG_FILE).write_text(text, encoding="utf-8")
+    safetensors.torch.save_file(files.factors(model), path / files.WEIGHTS_FILE)
     return model
