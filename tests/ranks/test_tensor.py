@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"lora": ADAPTER},
     "selective": {"memory": MemorySettings(recompute="selective")},
     "full": {"memory": MemorySettings(recompute="full")},
-    "chunks": {"z_loss": 1e-3, "memory": MemorySettings(loss_chunk=7)},
+    "chunks": {"z_loss": 1e-3, "memory": MemorySettings(loss_chunk=50)},
 }
 CASES = [(shape, "plain") for shape in SHAPES] + [
     (shape, option)
@@ -50,6 +50,7 @@ CASES = [(shape, "plain") for shape in SHAPES] + [
     for option in OPTIONS
     if option != "plain"
 ]
+ON_FOUR = [("palm", "plain"), ("gpt-j", "lora"), ("grouped", "full"), ("qk-norm", "plain")]
 LAYOUTS = {
     "3-sequence": (3, {"tensor": 3}),
     "2": (2, {"tensor": 2, "sequence": False}),
@@ -87,17 +88,15 @@ def assert_equal_curves(found, expected, where: object):
 
 
 def fits(shape: str, parallel: dict[str, Any]) -> bool:
-    """Processes with different rows draw other dropout than one process."""
-    heads = SHAPES[shape].get("heads", CONFIG.heads)
-    has_data = parallel.keys() & {"shard", "replicate"}
-    return heads % parallel["tensor"] == 0 and not ("dropout" in SHAPES[shape] and has_data)
+    return SHAPES[shape].get("heads", CONFIG.heads) % parallel["tensor"] == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_shape_equals_one_process(layout: str):
     processes, parallel = LAYOUTS[layout]
     cases = [case for case in CASES if fits(case[0], parallel)]
-    found = on_ranks(processes, all_curves, parallel, cases)
+    cases = [case for case in cases if processes < 4 or case in ON_FOUR]
+    found = on_ranks(processes, all_curves, parallel, cases, limit_s=300)
     for number, case in enumerate(cases):
         assert all(curves[number] == found[0][number] for curves in found)
         assert_equal_curves(found[0][number], alone(*case), case)
