@@ -40,6 +40,7 @@ VERBS = {
     "convert": ("convert", "read and write checkpoints of other projects"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
     "copy": ("copy", "copy a checkpoint, run or dataset to or from s3://, gs://, hf://"),
+    "plan": ("plan", "memory, step time, days and cost of a training on many GPUs, by layout"),
     "models": ("models", "list the model sizes: parameters, memory, FLOPs per token"),
     "report": ("report", "show runs as one HTML page or as curves in the terminal"),
 }
@@ -136,6 +137,8 @@ def _explain(error: BaseException, verb: str) -> int:
     if isinstance(error, OpenPalmError):
         return _print_error(str(error), error.exit_status)
     if isinstance(error, KeyboardInterrupt):
+        if os.environ.get("RANK", "0") != "0":  # all processes are, and the first one says so
+            return 128 + signal.SIGINT
         more = "; run the same command again to continue" if verb in CONTINUES else ""
         return _print_error(f"interrupted{more}", 128 + signal.SIGINT)
     return _unexpected(error)

@@ -3,7 +3,7 @@
 Small values travel over a gloo group of their own, on the CPU, whatever carries the tensors.
 """
 
-import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from openpalm.errors import SettingsError
+from openpalm.base.launcher import launched
+from openpalm.errors import SettingsError, WorkError
 from openpalm.parallel.config import AXES, Axes, ParallelSettings, axes_of
 
 T = TypeVar("T")
@@ -79,7 +80,11 @@ class World:
 
     def max(self, value: float) -> float:
         """The largest `value` of any process."""
-        return value if self.size == 1 else self._reduced([value], dist.ReduceOp.MAX)[0]
+        return self.maxima([value])[0]
+
+    def maxima(self, values: Sequence[float]) -> list[float]:
+        """The largest of any process, for each of the `values`."""
+        return list(values) if self.size == 1 else self._reduced(values, dist.ReduceOp.MAX)
 
     def any(self, value: bool) -> bool:
         """Whether `value` is true on any process."""
@@ -136,21 +141,16 @@ def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return function(), None
     except Exception as error:
-        return None, error
+        return None, _portable(error)
 
 
-def launched() -> tuple[int, int]:
-    """Rank and number of processes that the launcher (torchrun) gave. Raises SettingsError."""
-    values = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
-        text = os.environ.get(name, default)
-        if not text.isdecimal():
-            raise SettingsError(f"{name} ({text}): must be a whole number; torchrun sets it")
-        values.append(int(text))
-    rank, size = values
-    if not 0 <= rank < max(size, 1):
-        raise SettingsError(f"RANK ({rank}): must be below WORLD_SIZE ({size})")
-    return rank, size
+def _portable(error: Exception) -> Exception:
+    """The error, or one with its text if it cannot travel to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return WorkError(f"{type(error).__name__}: {error}")
+    return error
 
 
 _current = World()
@@ -201,5 +201,5 @@ def _initialise(device: torch.device, wait: timedelta) -> None:
     except ValueError as error:
         raise SettingsError(
             f"WORLD_SIZE is set but the processes cannot find each other ({error}); start them "
-            "with torchrun"
+            "with torchrun or srun"
         ) from None

@@ -54,7 +54,7 @@ class RunInfo:
     """version that began the run"""
     steps: int
     """optimizer steps of the whole run"""
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "float16"]
     """--dtype, or the faster one on this machine where that is auto"""
     peak_flops: float | None = None
     """measured rate of a matrix multiplication in FLOP/s, from which mfu is computed"""

@@ -13,10 +13,12 @@ from openpalm.model import lora
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
-from openpalm.parallel import fsdp, tensor
+from openpalm.parallel import fsdp, stages, tensor
+from openpalm.parallel.context import check_length, context_split
+from openpalm.parallel.pipeline import pipeline_of
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import TrainSettings, batch_shape
+from openpalm.train.config import TrainSettings, batch_shape, check_pipeline
 from openpalm.train.initial_weights import unfilled
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
@@ -69,7 +71,7 @@ class TrainSpec:
         return settings.optim.peak(adamw_rate, self.config.dim)
 
     def check(self, settings: TrainSettings) -> None:
-        """Raises SettingsError for a setting that this training would ignore."""
+        """Raises SettingsError for a setting that this training would ignore or cannot follow."""
         if settings.keep_best and self.best is None:
             raise SettingsError(
                 "--keep-best: no data is held out, so no checkpoint is known to be the best; give "
@@ -81,10 +83,14 @@ class TrainSpec:
         next_token = {
             "z_loss": settings.z_loss or None,
             "memory.loss_chunk": settings.memory.loss_chunk,
+            "parallel.context": settings.parallel.context
+            if settings.parallel.context > 1
+            else None,
         }
         for name, value in next_token.items():
             if self.objective is not None and value is not None:
                 raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
+        check_length(world(), settings.sequence_length or self.config.context)
 
     def cut_changes(self, stored: TrainSettings, shape: BatchShape) -> str | None:
         """The reason why `shape` gives another result than the stored settings' cut, or None.
@@ -130,8 +136,11 @@ def make_trainer(
     def make_unfilled() -> Transformer:
         return unfilled(lambda: spec.make_model(spec.config), settings)
 
+    check_pipeline(settings, shape)
+    check_length(world(), shape.sequence_length)
+    context = context_split(world())
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
-    model = make_unfilled()
+    model = stages.cut(make_unfilled(), world(), settings.parallel)
     _parallelize(model, settings, dtype)
     model.to_empty(device=device)
     (fill or spec.fill)(model)
@@ -139,8 +148,8 @@ def make_trainer(
         lora.initialise_adapter(model, settings.seed)
     return Trainer(
         model,
-        spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk),
-        Optimizer(model, settings.optim, spec.peak_rate(settings)),
+        spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk, context),
+        _optimizer(model, settings, spec.peak_rate(settings)),
         spec.make_loader(shape, model, dtype),
         steps=steps,
         accumulation=shape.accumulation,
@@ -148,9 +157,17 @@ def make_trainer(
         dtype=dtype,
         max_skipped_steps=settings.max_skipped_steps,
         world=world(),
+        pipeline=pipeline_of(model, world(), settings.parallel, dtype),
         seed=settings.seed,
         make_plain=lambda: make_unfilled().to_empty(device=device),
     )
+
+
+def _optimizer(model: Transformer, settings: TrainSettings, rate: float) -> Optimizer:
+    optimizer = Optimizer(model, settings.optim, rate, offload=settings.memory.offload_moments)
+    named = model.named_parameters()
+    optimizer.uncounted = [p for name, p in named if not stages.counted_once(model, name)]
+    return optimizer
 
 
 def _parallelize(model: Transformer, settings: TrainSettings, dtype: torch.dtype) -> None:
