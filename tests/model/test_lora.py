@@ -211,7 +211,7 @@ def test_detached_is_attached_again_after_an_error_and_nests():
 
 def test_an_adapter_wraps_a_projection_of_any_kind():
     """Its update is added to what the projection found there returns; here one fused matrix."""
-    expected, model = adapted(BASE), make(BASE)
+    expected, model = adapted(BASE).float(), make(BASE)
     model.blocks = quantize(model, "float32").blocks
     lora.attach(model, everywhere(BASE))
     for block, original in zip(model.blocks, expected.blocks, strict=True):
