@@ -163,7 +163,7 @@ class StagedTransformer(Transformer):
         if self.current.first:
             return super()._embedded(ids, added)
         assert self.received is not None
-        return self.received
+        return self.stream.part(self.received)
 
     def _numbered_blocks(self) -> Iterable[tuple[int, nn.Module]]:
         assert self.current is not None
