@@ -21,11 +21,11 @@ VERBS: dict[str, tuple[str, ...]] = {
     "dpo": ("dpo", "--data", "pairs.jsonl", "--batch-tokens", "1024", "--sequence-length", "64"),
     "reward": ("reward", "--data", "pairs.jsonl", "--batch-tokens", "768"),
     "grpo": (
-        *("grpo", "--data", "prompts.jsonl", "--reward", "reward.py:vowels"),
+        *("grpo", "--data", "prompts.jsonl", "--reward", "reward.py:score"),
         *("--max-new-tokens", "6", "--prompts-per-rollout", "4", "--num-completions", "4"),
     ),
     "ppo": (
-        *("ppo", "--data", "prompts.jsonl", "--reward", "reward.py:vowels"),
+        *("ppo", "--data", "prompts.jsonl", "--reward", "reward.py:score"),
         *("--max-new-tokens", "6", "--prompts-per-rollout", "8"),
     ),
 }
@@ -51,7 +51,7 @@ def folder(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = "".join(json.dumps(row) + "\n" for row in given)
         (to / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     (to / "reward.py").write_text(
-        "def vowels(prompt, completion, row):\n    return sum(c in 'aeiou' for c in completion)\n",
+        "def score(prompt, completion, row):\n    return sum(map(ord, completion)) % 5\n",
         encoding="utf-8",
     )
     (to / "run").symlink_to(work / "run")
