@@ -44,12 +44,12 @@ def trainer_for(
     config: ModelConfig = CONFIG,
     optimizer: str = "adamw",
     accumulation: int = 2,
-    steps: int = STEPS,
     sequences: int = 16,
+    steps: int = STEPS,
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> Trainer:
-    """The trainer of this process, as the command makes it; `sequences` a step."""
+    """The trainer of this process, as the command makes it; `sequences` a step in all."""
     asked = TrainSettings(
         data=Path("data"),
         out=Path("out"),

@@ -18,6 +18,10 @@ LAYOUTS = {
     "fsdp-3": (2, {"reshard": False}),
     "replicas-2": (2, {"shard": 1}),
     "hsdp-2x2": (4, {"shard": 2, "replicate": 2}),
+    "context-2": (2, {"context": 2}),
+    "context-4": (4, {"context": 4}),
+    "context-2-shard-2": (4, {"context": 2, "shard": 2}),
+    "context-2-replicas-2": (4, {"context": 2, "shard": 1, "replicate": 2}),
 }
 
 

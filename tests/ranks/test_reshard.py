@@ -23,12 +23,27 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "4": (4, {}),
     "2x2": (4, {"shard": 2, "replicate": 2}),
 }
+MORE: dict[str, tuple[int, dict[str, Any]]] = {
+    "3": (3, {}),
+    "8": (8, {}),
+    "replicas": (2, {"shard": 1}),
+    "2x4": (8, {"shard": 4, "replicate": 2}),
+    "context": (2, {"context": 2}),
+}
+"""With all of LAYOUTS: only `make ranks` has the time."""
+ALL = LAYOUTS | MORE
+PAIRS = [
+    pytest.param(of, to, marks=() if {of, to} <= LAYOUTS.keys() else pytest.mark.whole)
+    for of in ALL
+    for to in ALL
+]
 STEPS = 3
+BATCH: dict[str, Any] = {"sequences": 24, "accumulation": 1}
 
 
 def saved(parallel: dict[str, Any], folder: Path, optimizer: str) -> tuple[float, dict[str, Any]]:
     """Trains and saves; then the loss of the next step, and the state that was saved."""
-    trainer = trainer_for(parallel, optimizer=optimizer)
+    trainer = trainer_for(parallel, optimizer=optimizer, **BATCH)
     for _ in range(STEPS):
         trainer.train_step()
     tensors, values = trainer.state()
@@ -42,7 +57,7 @@ def saved(parallel: dict[str, Any], folder: Path, optimizer: str) -> tuple[float
 
 def continued(parallel: dict[str, Any], folder: Path, optimizer: str) -> tuple[float, Any]:
     """The loss of the next step of a trainer that loads the checkpoint, and what it loaded."""
-    trainer = trainer_for(parallel, optimizer=optimizer)
+    trainer = trainer_for(parallel, optimizer=optimizer, **BATCH)
     checkpoint.load_weights(trainer.model, folder)
     state = checkpoint.load_train_state(folder, checked=trainer.world.size > 1)
     trainer.restore(state.tensors, state.values)
@@ -51,22 +66,32 @@ def continued(parallel: dict[str, Any], folder: Path, optimizer: str) -> tuple[f
     return trainer.train_step().loss, loaded
 
 
+class Saves:
+    """A checkpoint of each layout, made when it is first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory):
+        self.factory = factory
+        self.made: dict[str, tuple[Path, float, dict[str, Any]]] = {}
+
+    def of(self, name: str) -> tuple[Path, float, dict[str, Any]]:
+        if name not in self.made:
+            folder = self.factory.mktemp(name) / "step-00000003"
+            size, parallel = ALL[name]
+            loss, state = on_ranks(size, saved, parallel, folder, "adamw")[0]
+            self.made[name] = folder, loss, state
+        return self.made[name]
+
+
 @pytest.fixture(scope="module")
-def saves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, float, dict]]:
-    found = {}
-    for name, (size, parallel) in LAYOUTS.items():
-        folder = tmp_path_factory.mktemp(name) / "step-00000003"
-        loss, state = on_ranks(size, saved, parallel, folder, "adamw")[0]
-        found[name] = folder, loss, state
-    return found
+def saves(tmp_path_factory: pytest.TempPathFactory) -> Saves:
+    return Saves(tmp_path_factory)
 
 
-@pytest.mark.parametrize("to", LAYOUTS)
-@pytest.mark.parametrize("of", LAYOUTS)
-def test_every_layout_continues_every_other(saves: dict[str, Any], of: str, to: str):
+@pytest.mark.parametrize(("of", "to"), PAIRS)
+def test_every_layout_continues_every_other(saves: Saves, of: str, to: str):
     assert CONFIG.padded_vocab % 3, "a vocabulary that not every number of processes divides"
-    folder, loss, state = saves[of]
-    size, parallel = LAYOUTS[to]
+    folder, loss, state = saves.of(of)
+    size, parallel = ALL[to]
     results = on_ranks(size, continued, parallel, folder, "adamw")
     assert len({found for found, _ in results}) == 1
     found, loaded = results[0]
@@ -75,8 +100,8 @@ def test_every_layout_continues_every_other(saves: dict[str, Any], of: str, to: 
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
-def test_every_layout_writes_a_checkpoint_of_one_process(saves: dict[str, Any]):
-    for folder, _, state in saves.values():
-        model = checkpoint.load(folder)
-        own = dict(model.named_parameters())
-        assert all(torch.equal(own[name], state[name]) for name in own)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_writes_a_checkpoint_of_one_process(saves: Saves, name: str):
+    folder, _, state = saves.of(name)
+    own = dict(checkpoint.load(folder).named_parameters())
+    assert all(torch.equal(own[name], state[name]) for name in own)

@@ -1,9 +1,11 @@
-"""What several verbs share: weights and tokenizers from names, held-out rows."""
+"""What several verbs share: weights and tokenizers from names, held-out rows, warnings."""
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from textwrap import fill
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from openpalm.base.device import pick_device, pick_dtype
 from openpalm.base.files import sha256_of
@@ -25,6 +27,9 @@ from openpalm.parallel.world import join
 from openpalm.train.config import NO_INIT, TaskProbeSettings, TrainSettings
 from openpalm.train.initial_weights import Start, check_reads, starting_point
 from openpalm.train.probes import Probe
+
+if TYPE_CHECKING:
+    from openpalm.train.spec import TrainSpec
 
 T = TypeVar("T")
 HELD_OUT_SHARE = 0.05
@@ -109,6 +114,32 @@ def task_probes(
             code_option="--eval-tasks-code",
         )
     return [task_probe(tokenizer, tasks, every=settings.eval_tasks_every)]
+
+
+def warn_of_memory(settings: TrainSettings, spec: "TrainSpec", *, frozen_copies: int = 0) -> None:
+    """Warns on stderr if the run needs more memory than its device has, with what would help.
+
+    `frozen_copies`: further models in memory, such as a reference policy.
+    """
+    from openpalm.plan.devices import free_memory
+    from openpalm.plan.layouts import Layout
+    from openpalm.plan.warning import planned, warn_if_too_large
+    from openpalm.train.config import batch_shape
+
+    try:
+        device = pick_device(settings.device)
+        length = settings.sequence_length or spec.config.context
+        here = join(settings.parallel, device)
+        shape = spec.shape or batch_shape(settings, length, here.data_size)
+        training = planned(settings, spec.config, shape, pick_dtype(settings.dtype, device))
+    except SettingsError:  # the run refuses these settings, in its own order
+        return
+    training = replace(training, frozen_copies=frozen_copies)
+    layout = Layout(*here.axes.sizes)
+    available, cuda = free_memory(device), device.type == "cuda"
+    said = warn_if_too_large(training, available, cuda=cuda, layout=layout)
+    if said and here.is_main:
+        print(fill(f"{spec.label}: warning: {said}", 98, break_on_hyphens=False), file=sys.stderr)
 
 
 def report_unused(label: str, path: Path | str, given: ReadResult[T], what: str) -> ReadResult[T]:

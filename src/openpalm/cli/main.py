@@ -40,6 +40,7 @@ VERBS = {
     "convert": ("convert", "read and write checkpoints of other projects"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
     "copy": ("copy", "copy a checkpoint, run or dataset to or from s3://, gs://, hf://"),
+    "plan": ("plan", "memory, step time, days and cost of a training on many GPUs, by layout"),
     "models": ("models", "list the model sizes: parameters, memory, FLOPs per token"),
     "report": ("report", "show runs as one HTML page or as curves in the terminal"),
 }

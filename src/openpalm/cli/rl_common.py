@@ -115,9 +115,12 @@ def train_on_rollouts(
 
 def _run(settings: RolloutSettings, spec: "TrainSpec") -> "Outcome":
     """Trains; notes in the run directory if a reward ended it."""
+    from openpalm.cli.common import warn_of_memory
     from openpalm.train.run import run_training
     from openpalm.train.run_directory import reward_failed
 
+    # The reference is a second model, except with LoRA.
+    warn_of_memory(settings, spec, frozen_copies=not settings.lora.rank)
     try:
         return run_training(settings, spec)
     except RewardError:

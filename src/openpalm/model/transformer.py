@@ -134,7 +134,7 @@ class Transformer(nn.Module):
         if layout is not None:
             if cache is not None or not self.config.causal:
                 raise AssertionError("a layout is for causal models without a cache")
-            return layout.positions, layout.attend, time
+            return layout.positions, layout.attend, layout.longest or time
         if cache is None:
             positions = torch.arange(time, device=ids.device)
             mask = None if self.config.causal else (ids >= 0)[:, None]

@@ -6,15 +6,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 
 from openpalm.model.transformer import Transformer
+from openpalm.parallel.context import context_split
 from openpalm.parallel.world import world
-from openpalm.train.objective import Metrics, Objective
+from openpalm.train.objective import Metrics, NextToken, Objective
 from openpalm.train.trainer import Trainer
 
 Rows = list[dict[str, Any]]
@@ -114,15 +115,17 @@ def held_out_sums(
     """
     model.eval()
     sums, count, here = Metrics(), 0, world()
+    if isinstance(objective, NextToken):
+        objective = replace(objective, context=context_split(here))
     for batch, counts in _own_share(batches, here.data_rank, here.data_size):
         with _autocast(model, dtype):
             loss, metrics = model(objective.loss, batch.to(model.embedding.device))
         for name, value in {"loss": loss.item(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + value * counts
         count += objective.count(batch) * counts
-    # Processes that share every sequence all have it whole here.
-    once = here.coordinate["context"] == 0
-    count, *values = here.sums([number * once for number in (count, *sums.values())])
+    # With another objective, processes that share every sequence all have it whole here.
+    heard = isinstance(objective, NextToken) or here.coordinate["context"] == 0
+    count, *values = here.sums([number * heard for number in (count, *sums.values())])
     return dict(zip(sums, values, strict=True)), round(count)
 
 

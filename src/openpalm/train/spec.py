@@ -14,6 +14,7 @@ from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
 from openpalm.parallel import fsdp
+from openpalm.parallel.context import check_length, context_split
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
 from openpalm.train.config import TrainSettings, batch_shape
@@ -69,7 +70,7 @@ class TrainSpec:
         return settings.optim.peak(adamw_rate, self.config.dim)
 
     def check(self, settings: TrainSettings) -> None:
-        """Raises SettingsError for a setting that this training would ignore."""
+        """Raises SettingsError for a setting that this training would ignore or cannot follow."""
         if settings.keep_best and self.best is None:
             raise SettingsError(
                 "--keep-best: no data is held out, so no checkpoint is known to be the best; give "
@@ -80,10 +81,14 @@ class TrainSpec:
         next_token = {
             "z_loss": settings.z_loss or None,
             "memory.loss_chunk": settings.memory.loss_chunk,
+            "parallel.context": settings.parallel.context
+            if settings.parallel.context > 1
+            else None,
         }
         for name, value in next_token.items():
             if self.objective is not None and value is not None:
                 raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
+        check_length(world(), settings.sequence_length or self.config.context)
 
     def cut_changes(self, stored: TrainSettings, shape: BatchShape) -> str | None:
         """The reason why `shape` gives another result than the stored settings' cut, or None.
@@ -129,6 +134,9 @@ def make_trainer(
     def make_unfilled() -> Transformer:
         return unfilled(lambda: spec.make_model(spec.config), settings)
 
+    check_length(world(), shape.sequence_length)
+    _check_noise_scale(settings, shape)
+    context = context_split(world())
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
     model = make_unfilled()
     _parallelize(model, settings, dtype)
@@ -138,7 +146,10 @@ def make_trainer(
         lora.initialise_adapter(model, settings.seed)
     return Trainer(
         model,
-        spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk),
+        spec.objective
+        or NextToken(
+            settings.z_loss, settings.memory.loss_chunk, context, last=settings.noise_scale
+        ),
         Optimizer(
             model,
             settings.optim,
@@ -153,8 +164,23 @@ def make_trainer(
         max_skipped_steps=settings.max_skipped_steps,
         world=world(),
         seed=settings.seed,
+        noise_scale=settings.noise_scale,
         make_plain=lambda: make_unfilled().to_empty(device=device),
     )
+
+
+def _check_noise_scale(settings: TrainSettings, shape: BatchShape) -> None:
+    """Raises SettingsError if there are no gradients of microbatches to compare."""
+    if settings.noise_scale and shape.accumulation == 1:
+        raise SettingsError(
+            "--noise-scale: compares microbatches with the batch, but a step is one microbatch; "
+            "give a smaller --microbatch-tokens"
+        )
+    if settings.noise_scale and world().axes.pipeline > 1:
+        raise SettingsError(
+            "--noise-scale: a pipeline has no gradients of single microbatches; leave it or "
+            "--parallel.pipeline out"
+        )
 
 
 def _parallelize(model: Transformer, settings: TrainSettings, dtype: torch.dtype) -> None:
