@@ -2,6 +2,7 @@
 
 import math
 
+import layout_runs
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor
 from train_samples import ragged, random_loader, rows_of, same, trainer_of, weights
 
 from openpalm.data.batches.loader import IGNORE
+from openpalm.errors import SettingsError
 from openpalm.train.objective import NextToken
 from openpalm.train.optimization import noise_scale
 from openpalm.train.optimization.noise_scale import NoiseScale, estimates
@@ -127,6 +129,11 @@ def test_one_microbatch_gives_no_estimate_and_keeps_the_last():
     found = trainer.forward_backward(rows_of(ragged(), 3, 3))[2]
     trainer.optimizer.zero_grad()
     assert trainer.forward_backward([ragged()])[2] == found
+
+
+def test_a_step_of_one_microbatch_is_refused():
+    with pytest.raises(SettingsError, match=r"--noise-scale: .* smaller --microbatch-tokens"):
+        layout_runs.trainer_for(noise_scale=True, accumulation=1)
 
 
 def test_averages_of_a_damaged_checkpoint_are_refused():
