@@ -138,7 +138,7 @@ def make_trainer(
 
     check_pipeline(settings, shape)
     check_length(world(), shape.sequence_length)
-    context = context_split(world())
+    _check_noise_scale(settings, shape)
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
     model = stages.cut(make_unfilled(), world(), settings.parallel)
     _parallelize(model, settings, dtype)
@@ -148,7 +148,7 @@ def make_trainer(
         lora.initialise_adapter(model, settings.seed)
     return Trainer(
         model,
-        spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk, context),
+        spec.objective or _next_token(settings),
         _optimizer(model, settings, spec.peak_rate(settings)),
         spec.make_loader(shape, model, dtype),
         steps=steps,
@@ -159,8 +159,14 @@ def make_trainer(
         world=world(),
         pipeline=pipeline_of(model, world(), settings.parallel, dtype),
         seed=settings.seed,
+        noise_scale=settings.noise_scale,
         make_plain=lambda: make_unfilled().to_empty(device=device),
     )
+
+
+def _next_token(settings: TrainSettings) -> NextToken:
+    chunk, context = settings.memory.loss_chunk, context_split(world())
+    return NextToken(settings.z_loss, chunk, context, last=settings.noise_scale)
 
 
 def _optimizer(model: Transformer, settings: TrainSettings, rate: float) -> Optimizer:
@@ -168,6 +174,20 @@ def _optimizer(model: Transformer, settings: TrainSettings, rate: float) -> Opti
     named = model.named_parameters()
     optimizer.uncounted = [p for name, p in named if not stages.counted_once(model, name)]
     return optimizer
+
+
+def _check_noise_scale(settings: TrainSettings, shape: BatchShape) -> None:
+    """Raises SettingsError if there are no gradients of microbatches to compare."""
+    if settings.noise_scale and shape.accumulation == 1:
+        raise SettingsError(
+            "--noise-scale: compares microbatches with the batch, but a step is one microbatch; "
+            "give a smaller --microbatch-tokens"
+        )
+    if settings.noise_scale and world().axes.pipeline > 1:
+        raise SettingsError(
+            "--noise-scale: a pipeline has no gradients of single microbatches; leave it or "
+            "--parallel.pipeline out"
+        )
 
 
 def _parallelize(model: Transformer, settings: TrainSettings, dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ from openpalm.parallel.world import World
 from openpalm.train.batch_shape import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
 from openpalm.train.optimization.loss_scale import LossScale
+from openpalm.train.optimization.noise_scale import NoiseScale
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.optimization.schedule import learning_rate_factor
 
@@ -67,6 +68,7 @@ class Trainer:
         world: World | None = None,
         pipeline: Pipeline | None = None,
         seed: int = 0,
+        noise_scale: bool = False,
         make_plain: Callable[[], Transformer] | None = None,
     ):
         self.model = model
@@ -87,6 +89,9 @@ class Trainer:
         self.counted = 0
         self.skipped_in_a_row = 0
         self.loss_scale = LossScale() if dtype == torch.float16 else None
+        self.noise = None
+        if noise_scale:
+            self.noise = NoiseScale([*optimizer.names], optimizer.uncounted)
         self.overflowed = False
         """whether the newest step was skipped because its loss scale was too large"""
         self.own_loss = 0.0
@@ -133,13 +138,13 @@ class Trainer:
         """Accumulates the gradient of the mean loss; returns that mean, its count, the metrics."""
         # Counted over all microbatches and processes BEFORE backward: a mean of microbatch means
         # is another loss as soon as microbatches have different counts.
-        count = round(self.world.sum(sum(self.objective.count(batch) for batch in batches)))
+        counts = self.world.sums([self.objective.count(batch) for batch in batches])
+        count = round(sum(counts))
         if count == 0:
             return math.nan, 0, {}
         # FSDP averages gradients over processes: the loss is scaled so that the average is a sum.
-        divisor = count / self.world.axes.averaged
-        if self.loss_scale is not None:
-            divisor /= self.loss_scale.scale
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        divisor = count / self.world.axes.averaged / scale
         accumulate = self.pipeline.accumulate if self.pipeline else self._accumulate
         total, sums = accumulate(self.objective.loss, batches, divisor)
         tensor.sum_gradients(self.model)
@@ -147,6 +152,9 @@ class Trainer:
         # Every process has the same metrics, in the same order.
         total, *values = self.world.sums([total, *sums.values()])
         means = {name: value / count for name, value in zip(sums, values, strict=True)}
+        _divide(means, getattr(self.objective, "ratios", {}))
+        if self.noise is not None:
+            means |= self.noise.metrics(counts, scale)
         return total / count, count, means
 
     def _accumulate(
@@ -155,10 +163,13 @@ class Trainer:
         """Adds the gradient of the summed loss / divisor; returns the sums of loss and metrics."""
         total, sums = 0.0, Metrics()
         for number, batch in enumerate(batches, 1):
-            fsdp.reduce_over_replicas(self.model, number == len(batches))
+            fsdp.reduce_over_replicas(self.model, number == len(batches) or self.noise is not None)
             with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
                 loss, metrics = self.model(loss_of, batch.to(self.device))
             (loss / divisor).backward()
+            if self.noise is not None:
+                tensor.sum_gradients(self.model)
+                self.noise.take()
             total += loss.item()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -234,8 +245,9 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "optimizer": self.optimizer.settings.kind,
         }
-        if self.loss_scale is not None:
-            values["loss_scale"] = self.loss_scale.state()
+        for name, part in (("loss_scale", self.loss_scale), ("noise_scale", self.noise)):
+            if part is not None:
+                values[name] = part.state()
         return tensors, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
@@ -248,6 +260,8 @@ class Trainer:
         )
         if self.loss_scale is not None:
             self.loss_scale.restore(values["loss_scale"])
+        if self.noise is not None and "noise_scale" in values:
+            self.noise.restore(values["noise_scale"])  # the option may be new
         # A pipeline stage holds only some of the parameters.
         elsewhere = {*self.model.parameter_shapes()} - {n for n, _ in self.model.named_parameters()}
         moments = _under("optimizer/", tensors).items()
@@ -266,6 +280,15 @@ class Trainer:
         """Parameters that only training needs, such as a critic's."""
         published = {name for name, _ in self.model.published_parameters()}
         return [item for item in self.model.named_parameters() if item[0] not in published]
+
+
+def _divide(means: Metrics, ratios: dict[str, str]) -> None:
+    """Divides metrics by others, which are taken out; those without a divisor are too."""
+    for name, divisor in ratios.items():
+        if divisor in means:
+            value, by = means.pop(name), means.pop(divisor)
+            if by:
+                means[name] = value / by
 
 
 def _whole(values: dict[str, Any], name: str) -> int:
