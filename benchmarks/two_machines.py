@@ -78,6 +78,8 @@ class Machine:
     def __init__(self, number: int, words: Sequence[str], log: Path, attempt: int):
         launch = ["torchrun", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
         launch += [f"--rdzv-endpoint={ADDRESSES[0]}:29400", f"--rdzv-id=run-{attempt}"]
+        # Else the launcher that is cut off waits a minute each time for the other one.
+        launch += ["--rdzv-conf=read_timeout=10"]
         launch += [f"--local-addr={ADDRESSES[number]}", "-m", *words]
         # A host name of its own, so that messages tell the machines apart.
         hosts = log.with_name("hosts")
