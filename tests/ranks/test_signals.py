@@ -17,14 +17,20 @@ from openpalm.checkpoint import directory as checkpoint
 from ranks import on_ranks
 
 SIGNALS = 6
-STEPS = 400
-OPTIONS = {"steps": STEPS, "eval_every": STEPS, "save_every": 20}
+APART = 12
+"""most steps from one signal to the next"""
 
 
-def signalled(out: Path, data: Path, seed: int) -> tuple[int, float]:
+def options(signals: int) -> dict[str, Any]:
+    steps = (signals + 2) * APART
+    return {"steps": steps, "eval_every": steps, "save_every": 8}
+
+
+def signalled(out: Path, data: Path, seed: int, asked: dict[str, Any]) -> tuple[int, float]:
     """The exit status of the run, and the seconds from the signal to its end."""
     drawn = random.Random(seed)
-    after_s, to = drawn.uniform(0, 0.4), drawn.choice(["process 0", "process 1", "both"])
+    step, after_s = _reached(out) + drawn.randint(1, APART), drawn.uniform(0, 0.02)
+    to = drawn.choice(["process 0", "process 1", "both"])
     sent: list[float] = []
 
     def ask() -> None:
@@ -34,9 +40,9 @@ def signalled(out: Path, data: Path, seed: int) -> tuple[int, float]:
     def fault(patch: pytest.MonkeyPatch) -> None:
         if to in ("both", f"process {rank()}"):
             timer = threading.Timer(after_s, ask)
-            in_step(patch, _reached(out) + 1, timer.start)
+            in_step(patch, step, timer.start)
 
-    status, _ = call(out, data, fault, OPTIONS)
+    status, _ = call(out, data, fault, asked)
     return status, time.monotonic() - sent[0] if sent else 0.0
 
 
@@ -48,9 +54,9 @@ def _reached(out: Path) -> int:
 def terminate(folder: Path, signals: int) -> dict[str, Any]:
     """A run that gets so many signals, one after another, against one that gets none."""
     data, out = write_dataset(folder / "plain"), folder / "run"
-    slowest, ended = 0.0, 0
+    asked, slowest, ended = options(signals), 0.0, 0
     for number in range(signals):
-        found = on_ranks(2, signalled, out, data, number, limit_s=LIMIT_S)
+        found = on_ranks(2, signalled, out, data, number, asked, limit_s=LIMIT_S)
         statuses = [status for status, _ in found]
         if statuses == [0, 0]:
             break
@@ -58,8 +64,8 @@ def terminate(folder: Path, signals: int) -> dict[str, Any]:
         step = rows(out)[-1]["step"]
         assert step_names(out)[-1] == checkpoint.step_name(step)
         slowest, ended = max(slowest, *(seconds for _, seconds in found)), ended + 1
-    on_ranks(2, call, out, data, None, OPTIONS, limit_s=LIMIT_S)
-    on_ranks(2, call, folder / "whole", data, None, OPTIONS, limit_s=LIMIT_S)
+    on_ranks(2, call, out, data, None, asked, limit_s=LIMIT_S)
+    on_ranks(2, call, folder / "whole", data, None, asked, limit_s=LIMIT_S)
     return {"signals": ended, "slowest_s": slowest, "equal": same_run(out, folder / "whole")}
 
 
