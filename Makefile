@@ -14,13 +14,14 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test test-avx2 prove prove-tasks kills browser clients ready-browser ready-clients ready-interop interop lint style types layers docs code-size format ci clean force
+.PHONY: help quickstart test test-avx2 ranks prove prove-tasks kills browser clients ready-browser ready-clients ready-interop interop lint style types layers docs code-size format ci clean force
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make quickstart [MINUTES=5]  the whole line on this machine: text in, a trained model out'
 	@echo 'make test                    the tests (PYTEST_ARGS="-k shards" chooses some)'
 	@echo 'make test-avx2               tests of packing, dtype and training, with wide instructions hidden'
+	@echo 'make ranks                   every layout of processes against one process (gloo, 2 to 8 processes)'
 	@echo 'make prove                   what every alignment algorithm reaches where the optimum is known'
 	@echo 'make kills                   runs killed at random moments go on as if they never were'
 	@echo 'make prove-tasks             even tokens, addition, sentiment: base models aligned by commands'
@@ -48,6 +49,10 @@ test: $(VENV)/.dev
 test-avx2: $(VENV)/.dev
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) tests/generate tests/train \
 	  tests/align/rollouts/test_rollout.py tests/cli/test_quickstart.py tests/cli/test_sample.py tests/base/test_device.py $(PYTEST_ARGS)
+
+# Not by `make test`: each test starts several processes, which would fight for the cores.
+ranks: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ranks $(PYTEST_ARGS)
 
 prove: $(VENV)/.dev
 	$(BIN)/python proofs/prove.py $(PROVE_ARGS)

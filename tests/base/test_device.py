@@ -25,6 +25,8 @@ def unlimited(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("gpu", [True, False])
 def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, gpu: bool):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert pick_device("auto").type == ("cuda" if gpu else "cpu")
     assert pick_device("cpu").type == "cpu"
 

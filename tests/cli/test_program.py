@@ -217,3 +217,12 @@ def test_the_help_of_a_training_verb_says_what_applies(said, monkeypatch, verb, 
 def test_help_explains_its_terms(said, monkeypatch, verb, words):
     monkeypatch.setenv("COLUMNS", "1000")
     assert words in said(verb, "--help")[1]
+
+
+def test_a_verb_of_one_process_is_not_started_on_several(monkeypatch, said):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, errors = said("serve", "runs/one")
+    assert status == 2
+    assert errors == [
+        "openpalm: error: WORLD_SIZE (2): serve runs in one process; start it without torchrun"
+    ]

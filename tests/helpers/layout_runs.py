@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from openpalm.model.sharding import whole
 from openpalm.model.transformer import initialise
 from openpalm.parallel.config import ParallelSettings
 from openpalm.parallel.world import join
-from openpalm.train.config import TrainSettings, batch_shape
+from openpalm.train.config import PretrainSettings, batch_shape
 from openpalm.train.optimizer_settings import OptimSettings
 from openpalm.train.spec import TrainSpec, make_trainer
 from openpalm.train.trainer import Trainer
@@ -38,30 +39,38 @@ def tokens() -> Tensor:
     return (torch.arange(6000) * 3 + noise) % CONFIG.vocab_size
 
 
+class _Documents:
+    """Documents of 11 tokens."""
+
+    def segments(self, start: int, stop: int) -> np.ndarray:
+        return np.arange(start, stop) // 11
+
+
 def trainer_for(
     parallel: dict[str, Any] | None = None,
     *,
     config: ModelConfig = CONFIG,
     optimizer: str = "adamw",
     accumulation: int = 2,
+    sequences: int = 16,
     steps: int = STEPS,
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> Trainer:
-    """The trainer of this process, as the command makes it; 16 sequences a step."""
-    asked = TrainSettings(
+    """The trainer of this process, as the command makes it; `sequences` a step in all."""
+    asked = PretrainSettings(
         data=Path("data"),
         out=Path("out"),
         model="palm-tiny",
         steps=steps,
         sequence_length=config.context,
-        batch_tokens=16 * config.context,
+        batch_tokens=sequences * config.context,
         parallel=ParallelSettings(**(parallel or {})),
         optim=OptimSettings(name=optimizer, lr=3e-3),  # type: ignore[arg-type]
         **settings,
     )
     world = join(asked.parallel, torch.device("cpu"))
-    rows = 16 // world.data_size // accumulation
+    rows = sequences // world.data_size // accumulation
     asked = replace(asked, microbatch_tokens=rows * config.context)
     shape = replace(batch_shape(asked, config.context, world.data_size), rank=world.data_rank)
     spec = TrainSpec(
@@ -74,6 +83,7 @@ def trainer_for(
             seed=3,
             rank=shape.rank,
             world_size=shape.processes,
+            documents=_Documents() if asked.document_mask else None,  # type: ignore[arg-type]
         ),
         sequences_per_epoch=100,
         learning_rate=3e-3,

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from openpalm.model.attention import (
     BLOCK,
+    _sdpa,
     blocked_causal,
     causal_attention,
     masked_attention,
@@ -37,6 +39,26 @@ def test_causal_kernels_agree(time: int, kv_heads: int):
     expected = plain(q, k, v, causal)
     assert (causal_attention(q, k, v) - expected).abs().max() < 1e-5
     assert (blocked_causal(q, k, v) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("queries", "time"), [(1, 6), (5, 9), (BLOCK + 3, 2 * BLOCK)])
+def test_earlier_keys_are_visible_to_all_queries(queries: int, time: int, kv_heads: int):
+    q, k, v = draw(time, 4, kv_heads)
+    whole = plain(q, k, v, torch.ones(time, time).tril().bool().expand(2, -1, -1))
+    last = slice(time - queries, None)
+    assert (causal_attention(q[:, last], k, v) - whole[:, last]).abs().max() < 1e-5
+    # What a GPU runs: no mask is made there, but the alignment is the same.
+    aligned = _sdpa(q[:, last], k, v, attn_mask=causal_lower_right(queries, time))
+    assert (aligned - whole[:, last]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_gradients_with_earlier_keys(monkeypatch: pytest.MonkeyPatch, kept: bool):
+    monkeypatch.setattr("openpalm.model.attention.KEPT", 6 if kept else 4)
+    inputs = [x[:, :, :, :4].requires_grad_() for x in draw(7, 2, 1, torch.float64)]
+    inputs[0] = inputs[0].detach()[:, 4:].requires_grad_()
+    assert torch.autograd.gradcheck(causal_attention, inputs)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

@@ -1,11 +1,11 @@
-"""Alone, every sum is the value itself; what a launcher says is checked."""
+"""Alone, every sum is the value itself; axes make the number of processes."""
 
 import pytest
 import torch
 
 from openpalm.errors import SettingsError
 from openpalm.parallel.config import Axes, ParallelSettings, axes_of
-from openpalm.parallel.world import World, join, launched, world
+from openpalm.parallel.world import World, join, world
 
 CPU = torch.device("cpu")
 
@@ -18,22 +18,6 @@ def test_alone_a_sum_is_the_value():
     assert alone.broadcast("a") == alone.on_main(lambda: "a") == alone.together(lambda: "a") == "a"
     assert alone.is_main
     assert alone.speaks
-
-
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"WORLD_SIZE": "two"}, r"WORLD_SIZE \(two\): must be a whole number"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, r"RANK \(2\): must be below WORLD_SIZE \(2\)"),
-    ],
-)
-def test_a_launcher_s_mistake_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
-):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError, match=said):
-        launched()
 
 
 def test_processes_that_cannot_find_each_other_are_one_line(monkeypatch: pytest.MonkeyPatch):

@@ -37,6 +37,17 @@ def test_chunks_of_the_loss(train: Callable[..., int], tmp_path: Path, plain: li
     assert losses(tmp_path / "run") == pytest.approx(plain, rel=1e-5)
 
 
+def test_a_run_that_needs_too_much_warns_and_runs(
+    train: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr("openpalm.plan.devices.physical_memory", lambda: 1e5)
+    assert train(tmp_path / "run") == 0
+    assert "train: warning: needs about" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("recompute", "keep", "kept"),
     [("none", None, 1), ("full", None, 0), ("full", True, 1), ("none", False, 0)],

@@ -63,6 +63,7 @@ def test_a_fresh_run_writes_all_it_should(
     assert info == {
         "openpalm": openpalm.__version__,
         "steps": 8,
+        "processes": 1,
         "dtype": "float32",
         "peak_flops": 1e9,
         "data": hashlib.sha256(manifest).hexdigest(),

@@ -217,6 +217,10 @@ class RolloutSettings(TrainSettings):
             )
 
     @property
+    def takes_float16(self) -> bool:
+        return False
+
+    @property
     def one_step(self) -> bool:
         """Whether a rollout is used for one step only, so that the policy is never older."""
         return self.epochs_per_rollout * self.minibatches == 1

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from openpalm.base.launcher import own_gpu
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -83,12 +84,6 @@ def pick_dtype(name: str, device: "torch.device") -> str:
     return "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
-def local_rank() -> int:
-    """Number of this process on its machine, as torchrun gives it: its GPU has the same number."""
-    text = os.environ.get("LOCAL_RANK", "0")
-    return int(text) if text.isdecimal() else 0
-
-
 def pick_device(name: str) -> "torch.device":
     """`auto` is a CUDA GPU where there is one, else the CPU; SettingsError for no such device.
 
@@ -107,7 +102,7 @@ def pick_device(name: str) -> "torch.device":
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"--device {name}: this machine has no usable GPU; use cpu")
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank())
+        device = torch.device("cuda", own_gpu(torch.cuda.device_count()))
         torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise SettingsError(f"--device {name}: torch offers no Apple GPU here; use cpu")

@@ -42,7 +42,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
     """Composes the run: weights, examples with the reference's log-probabilities, THE loop."""
     from openpalm.align.pairs.examples import preference_loader
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import fine_tuning_start, held_out, join_processes
+    from openpalm.cli.common import fine_tuning_start, held_out, join_processes, warn_of_memory
     from openpalm.train.probes import BestBy
     from openpalm.train.run import run_training
     from openpalm.train.spec import TrainSpec
@@ -79,6 +79,7 @@ def prefer(settings: DpoSettings, label: str = "dpo") -> "Outcome":
         best=BestBy() if measured else None,
         label=label,
     )
+    warn_of_memory(settings, spec)
     return run_training(settings, spec)
 
 

@@ -40,6 +40,7 @@ VERBS = {
     "convert": ("convert", "read and write checkpoints of other projects"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
     "copy": ("copy", "copy a checkpoint, run or dataset to or from s3://, gs://, hf://"),
+    "plan": ("plan", "memory, step time, days and cost of a training on many GPUs, by layout"),
     "models": ("models", "list the model sizes: parameters, memory, FLOPs per token"),
     "report": ("report", "show runs as one HTML page or as curves in the terminal"),
 }
@@ -48,6 +49,9 @@ _OTHERS_WAIT_S = 3.0
 DATA_VERBS = ("prepare", "build", "blocks", "inspect", "push")
 CONTINUES = {"train", "sft", "dpo", "reward", "ppo", "grpo", "data", "best-of-n", "judge"}
 """verbs that save progress, so that the same command continues after an interruption"""
+
+PARALLEL = {"train", "sft", "dpo", "reward", "ppo", "grpo"}
+"""verbs that torchrun may start on several processes"""
 
 USAGE = """usage: openpalm VERB [options]
 
@@ -115,6 +119,11 @@ def _without_verb(argv: Sequence[str]) -> int | None:
         return 0
     if argv[0] not in VERBS:
         return _print_error(f"unknown verb {argv[0]}; {_suggestion(argv[0])}", 2)
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1" and argv[0] not in PARALLEL and "--help" not in argv:
+        return _print_error(
+            f"WORLD_SIZE ({processes}): {argv[0]} runs in one process; start it without torchrun", 2
+        )
     return None
 
 

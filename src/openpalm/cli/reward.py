@@ -44,7 +44,7 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
         load_first_weights,
     )
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import fine_tuning_start, held_out, join_processes
+    from openpalm.cli.common import fine_tuning_start, held_out, join_processes, warn_of_memory
     from openpalm.model.reward import RewardModel
     from openpalm.train.probes import BestBy
     from openpalm.train.run import run_training
@@ -84,6 +84,7 @@ def train_reward_model(settings: RewardSettings, label: str = "reward") -> "Outc
         best=BestBy() if measured else None,
         label=label,
     )
+    warn_of_memory(settings, spec)
     return run_training(settings, spec)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from openpalm.train.objective import Objective
     from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
+    from openpalm.train.spec import TrainSpec
 
 MIN_EVAL_PROMPTS, MAX_EVAL_PROMPTS = 16, 64
 """Prompts of an evaluation. With fewer held-out prompts training prompts are evaluated too."""
@@ -43,24 +44,16 @@ def train_on_rollouts(
     """Composes the run; `prepare` is called with the model once its weights are loaded."""
     import torch
 
-    from openpalm.align.judging.reward_sources import (
-        RewardContext,
-        fingerprint,
-        load_reward,
-    )
+    from openpalm.align.judging.reward_sources import RewardContext, fingerprint, load_reward
     from openpalm.align.rollouts.rollout import RolloutLoader
     from openpalm.align.rollouts.sampler import Sampler
-    from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out, join_processes
     from openpalm.data.rows.prompt_files import read_prompts
     from openpalm.model.transformer import Transformer
     from openpalm.parallel.world import world
     from openpalm.train.config import BatchShape
-    from openpalm.train.initial_weights import choose_trained
     from openpalm.train.probes import BestBy
-    from openpalm.train.run import run_training
-    from openpalm.train.run_directory import reward_failed
     from openpalm.train.spec import TrainSpec
 
     if not reward_sources(settings.reward):
@@ -78,6 +71,7 @@ def train_on_rollouts(
     enough = len(measured) >= MIN_EVAL_PROMPTS
     evaluated = list(measured if enough else range(len(ids)))[:MAX_EVAL_PROMPTS]
     reference = _reference(directory, settings)
+    unsharded = _unsharded(settings, make_model or Transformer, start.config)
     shape = _shape(settings, max(map(len, ids)) + settings.max_new_tokens, world().data_size)
 
     def fill(model: Transformer) -> None:
@@ -90,24 +84,11 @@ def train_on_rollouts(
         # Without a penalty nothing reads the reference, so its forward pass is saved.
         penalised_by = reference(model) if settings.kl_coef else None
         return RolloutLoader(
-            sampler,
-            reward,
-            estimate,
-            penalised_by,
+            *(sampler, reward, estimate, penalised_by),
             rows=shape.rows,
             dtype=dtype,
             world=world(),
         )
-
-    @cache
-    def unsharded() -> Transformer | None:
-        """Where a sharded model's weights are gathered for generation; None for one process."""
-        if world().size == 1:
-            return None
-        with torch.device("meta"):
-            plain = (make_model or Transformer)(start.config)
-        choose_trained(plain, settings)
-        return plain.to_empty(device=pick_device(settings.device)).eval()
 
     spec = TrainSpec(
         config=start.config,
@@ -125,12 +106,21 @@ def train_on_rollouts(
         parent_hash=start.parent_hash,
         reward_hash=fingerprint([*reward_sources(settings.reward), *gold_sources]),
         parent_fixed=True,
-        probes=_probes(
-            settings, context, ids, evaluated, reference, reward, gold, unsharded=unsharded
-        ),
+        probes=_probes(settings, context, ids, evaluated, reference, reward, gold, unsharded),
         best=BestBy("val_gold" if gold else "val_reward", highest=True, always=True),
         label=label,
     )
+    return _run(settings, spec)
+
+
+def _run(settings: RolloutSettings, spec: "TrainSpec") -> "Outcome":
+    """Trains; notes in the run directory if a reward ended it."""
+    from openpalm.cli.common import warn_of_memory
+    from openpalm.train.run import run_training
+    from openpalm.train.run_directory import reward_failed
+
+    # The reference is a second model, except with LoRA.
+    warn_of_memory(settings, spec, frozen_copies=not settings.lora.rank)
     try:
         return run_training(settings, spec)
     except RewardError:
@@ -192,6 +182,27 @@ def _reference(directory: Path, settings: RolloutSettings) -> "Callable[[Transfo
     return of
 
 
+def _unsharded(
+    settings: RolloutSettings, make_model: "Callable[[ModelConfig], Transformer]", of: "ModelConfig"
+) -> "Callable[[], Transformer | None]":
+    """Makes, once, the model into which sharded weights are gathered to generate text.
+
+    For one process it gives None.
+    """
+    from openpalm.base.device import pick_device
+    from openpalm.parallel.world import world
+    from openpalm.train.initial_weights import unfilled
+
+    @cache
+    def make() -> "Transformer | None":
+        if world().size == 1:
+            return None
+        device = pick_device(settings.device)
+        return unfilled(lambda: make_model(of), settings).to_empty(device=device).eval()
+
+    return make
+
+
 def _frozen(directory: Path, device: str) -> "Transformer":
     """The checkpoint's model for evaluation, sharded over the run's processes."""
     import torch
@@ -238,7 +249,6 @@ def _probes(
     reference: "Callable[[Transformer], LogProbs]",
     reward: "Reward",
     gold: "Reward | None",
-    *,
     unsharded: "Callable[[], Transformer | None]",
 ) -> "list[Probe]":
     """Evaluations on held-out prompts, with early stopping, and samples of the completions.

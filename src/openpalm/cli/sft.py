@@ -42,7 +42,13 @@ def run(argv: Sequence[str]) -> None:
 def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
     """Composes the run: weights, conversations as examples, THE loop."""
     from openpalm.checkpoint import directory as checkpoint
-    from openpalm.cli.common import fine_tuning_start, held_out, join_processes, task_probes
+    from openpalm.cli.common import (
+        fine_tuning_start,
+        held_out,
+        join_processes,
+        task_probes,
+        warn_of_memory,
+    )
     from openpalm.data.batches.loader import (
         Batch,
         Loader,
@@ -107,6 +113,7 @@ def finetune(settings: SftSettings, label: str = "sft") -> "Outcome":
         best=BestBy() if measurable else None,
         label=label,
     )
+    warn_of_memory(settings, spec)
     return run_training(settings, spec)
 
 

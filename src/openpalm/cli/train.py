@@ -56,7 +56,7 @@ def _mesh_settings(path: Path) -> dict[str, Any] | None:
 
 def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
     """Composes the run: data, initial weights, batches, probes, the training loop."""
-    from openpalm.cli.common import join_processes, weights_path
+    from openpalm.cli.common import join_processes, warn_of_memory, weights_path
     from openpalm.data.batches.loader import token_loader
     from openpalm.data.batches.token_mixture import open_sets
     from openpalm.train.initial_weights import starting_point
@@ -103,6 +103,7 @@ def pretrain(settings: PretrainSettings, label: str = "train") -> "Outcome":
         best=BestBy() if _validates(sets) else None,
         label=label,
     )
+    warn_of_memory(settings, spec)
     return run_training(settings, spec)
 
 

@@ -4,7 +4,9 @@ A layout gives the positions and the attention of each token, and is passed to t
 ids. Without a layout a row is one sequence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +18,13 @@ from openpalm.model.block import Attend
 
 @dataclass(frozen=True)
 class Layout:
-    """positions: int64 [rows, time], each below time; attend: attention within the rows."""
+    """Positions and attention of the tokens of rows [rows, time]."""
 
     positions: Tensor
+    """int64 [rows, time], or [time] if they are the same in all rows"""
     attend: Attend
+    longest: int | None = None
+    """a number above every position; None: the rows' time"""
 
 
 def packed_layout(segments: Tensor) -> Layout:
@@ -30,28 +35,57 @@ def packed_layout(segments: Tensor) -> Layout:
     length, so that it costs the sum of their squared lengths, not the squared length of the row.
     """
     rows, time = segments.shape
-    begins, positions = _begins_and_positions(segments)
+    begins, positions = begins_and_positions(segments)
     first = begins.flatten().nonzero()[:, 0]
     lengths = first.diff(append=first.new_tensor([rows * time]))
-    # One attention call per group. Lengths of a group differ by less than two times, so padding
-    # less than doubles the rows, and there are at most log2(time) calls.
+    groups = [SequenceGroup(*found, found[0]) for found in groups_by_length(first, lengths)]
+    return Layout(positions, attend_groups(groups))
+
+
+class SequenceGroup(NamedTuple):
+    """Sequences that one attention call computes, as indices into flattened rows.
+
+    There may be more keys than queries: the first ones precede the queries, in each sequence.
+    """
+
+    queries: Tensor
+    """int64 [sequences, longest]; a shorter one is filled up with any index"""
+    inside: Tensor
+    """bool [sequences, longest]: which of them are not filling"""
+    keys: Tensor
+    """int64 [sequences, longest with the earlier keys]"""
+
+
+def groups_by_length(first: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Indices of tokens and which of them are no filling, for groups of similar length.
+
+    first, lengths: int64 [sequences]. Lengths of a group differ by less than two times, so padding
+    less than doubles the rows, and the number of groups is at most log2(longest) + 1.
+    """
     groups = []
-    for doubling in range(time.bit_length()):
+    for doubling in range(int(lengths.max()).bit_length() if len(lengths) else 0):
         in_group = (lengths >> doubling) == 1
         if in_group.any():
             groups.append(_gather_index(first[in_group], lengths[in_group]))
-    order = torch.cat([index[inside] for index, inside in groups])
+    return groups
+
+
+def attend_groups(groups: Sequence[SequenceGroup]) -> Attend:
+    """Causal attention within each sequence; the queries of the groups are all queries, once."""
+    order = torch.cat([group.queries[group.inside] for group in groups])
     # The inverse permutation: brings the tokens of the groups back to their place in the rows.
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
         attended = []
-        for index, inside in groups:
-            sequences = (_gather(x.flatten(0, 1), index) for x in (q, k, v))
+        for queries, inside, keys in groups:
+            indices = (queries, keys, keys)
+            sequences = (_gather(x, index) for x, index in zip(flat, indices, strict=True))
             attended.append(causal_attention(*sequences)[inside])
         return torch.cat(attended).index_select(0, back).view_as(q)
 
-    return Layout(positions, attend)
+    return attend
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -59,7 +93,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def _begins_and_positions(segments: Tensor) -> tuple[Tensor, Tensor]:
+def begins_and_positions(segments: Tensor) -> tuple[Tensor, Tensor]:
     """For each token, whether it is the first of its sequence, and its position within it."""
     here = torch.arange(segments.shape[1], device=segments.device)
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
@@ -76,7 +110,7 @@ def shared_prompt_layout(segments: Tensor) -> Layout:
     """
     rows, time = segments.shape
     prompt_lengths = (segments == 0).sum(dim=1)
-    begins, within = _begins_and_positions(segments)
+    begins, within = begins_and_positions(segments)
     begin = begins.flatten().nonzero()[:, 0]
     is_completion = segments.flatten()[begin] > 0
     first = begin[is_completion]

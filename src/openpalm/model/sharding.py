@@ -3,6 +3,8 @@
 A parameter of one process is an ordinary tensor, and every function here accepts it too.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -30,16 +32,20 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_slices(tensor: Tensor) -> tuple[slice, ...]:
+def part_of(tensor: Tensor | None) -> Tensor | None:
+    """`local_part` of a parameter that a model may be without."""
+    return None if tensor is None else local_part(tensor)
+
+
+def local_slices(tensor: Tensor, coordinate: Sequence[int] | None = None) -> tuple[slice, ...]:
     """Where this process's part is in the whole tensor: one slice per dimension.
 
     A dimension of n is cut as torch.chunk cuts it: parts of ceil(n / processes), the last ones
-    shorter or empty.
+    shorter or empty. coordinate: on the tensor's mesh, of another process instead.
     """
     spans = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):
-        coordinate = tensor.device_mesh.get_coordinate()
-        assert coordinate is not None, "this process is not part of the tensor's mesh"
+        coordinate = _coordinate(tensor) if coordinate is None else coordinate
         for axis in _order(tensor):
             dim: int = tensor.placements[axis].dim  # type: ignore[attr-defined]
             start, stop = spans[dim]
@@ -49,14 +55,22 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(slice(*span) for span in spans)
 
 
-def is_first_copy(tensor: Tensor) -> bool:
-    """Whether this process is the first of those that hold this part of the tensor."""
+def is_first_copy(tensor: Tensor, coordinate: Sequence[int] | None = None) -> bool:
+    """Whether this process is the first of those that hold this part of the tensor.
+
+    coordinate: on the tensor's mesh, of another process instead.
+    """
     if not isinstance(tensor, DTensor):
         return True
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None, "this process is not part of the tensor's mesh"
+    coordinate = _coordinate(tensor) if coordinate is None else coordinate
     copies = (c for c, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate())
     return not any(copies)
+
+
+def _coordinate(tensor: DTensor) -> Sequence[int]:
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "this process is not part of the tensor's mesh"
+    return coordinate
 
 
 def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:

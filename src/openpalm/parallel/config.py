@@ -95,6 +95,15 @@ class Axes:
         return " x ".join(named) or "one process"
 
 
+def fills_pipeline(microbatches: int, processes: int, schedule: str) -> bool:
+    """Whether a pipeline of this many processes can run this many microbatches in a step.
+
+    Interleaved stages take them in equal rounds of at least as many microbatches as processes.
+    """
+    rounds = microbatches // processes
+    return rounds > 0 and (schedule != "interleaved" or microbatches % rounds == 0)
+
+
 def axes_of(settings: ParallelSettings, processes: int) -> Axes:
     """The axes of this number of processes; those that are not given are inferred.
 

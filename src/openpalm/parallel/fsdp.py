@@ -4,6 +4,8 @@ Attached from outside: each block, and the rest of the model, gathers its weight
 and keeps a part of them in between (Zhao et al. 2023; Rajbhandari et al. 2020, ZeRO).
 """
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,16 +21,23 @@ from openpalm.parallel.world import World
 
 
 def data_mesh(world: World) -> DeviceMesh | None:
-    """The mesh (replicas, shards) over which gradients are averaged; None for one process.
+    """The mesh over which gradients are averaged, (shards) or (replicas, shards); None for one
+    process.
 
     Context-parallel processes hold the same weights and see other tokens, so they share in both.
     """
     if world.mesh is None or world.axes.averaged == 1:
         return None
-    if world.axes.context == 1:
-        return world.mesh["replicate", "shard"]
-    world.mesh["shard", "context"]._flatten("shard_context")
-    return world.mesh["replicate", "shard_context"]
+    axis, mesh = "shard", world.mesh["shard"]
+    if world.axes.context > 1:
+        axis = "shard_context"
+        mesh = world.mesh["shard", "context"]._flatten(axis)
+    if world.axes.replicate == 1:
+        return mesh
+    with warnings.catch_warnings():
+        # torch warns about slices with a flattened axis, and has no other public way to make one.
+        warnings.simplefilter("ignore", UserWarning)
+        return world.mesh["replicate", axis]
 
 
 def shard(model: Transformer, world: World, dtype: torch.dtype, *, reshard: bool) -> None:
@@ -40,8 +49,6 @@ def shard(model: Transformer, world: World, dtype: torch.dtype, *, reshard: bool
     mesh = data_mesh(world)
     if mesh is None:
         return
-    if world.axes.replicate == 1:
-        mesh = mesh[mesh.mesh_dim_names[1]]  # type: ignore[index]
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
@@ -53,7 +60,7 @@ def shard(model: Transformer, world: World, dtype: torch.dtype, *, reshard: bool
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def reduce_over_replicas(model: nn.Module, on: bool) -> None:
+def reduce_over_replicas(model: nn.Module, on: bool, *, recurse: bool = True) -> None:
     """Whether the next backward pass sums gradients over replicas: only the last of a step must."""
     if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(on)
+        model.set_requires_all_reduce(on, recurse=recurse)

@@ -3,7 +3,6 @@
 Small values travel over a gloo group of their own, on the CPU, whatever carries the tensors.
 """
 
-import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from openpalm.base.launcher import launched
 from openpalm.errors import SettingsError, WorkError
 from openpalm.parallel.config import AXES, Axes, ParallelSettings, axes_of
 
@@ -153,20 +153,6 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def launched() -> tuple[int, int]:
-    """Rank and number of processes that the launcher (torchrun) gave. Raises SettingsError."""
-    values = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
-        text = os.environ.get(name, default)
-        if not text.isdecimal():
-            raise SettingsError(f"{name} ({text}): must be a whole number; torchrun sets it")
-        values.append(int(text))
-    rank, size = values
-    if not 0 <= rank < max(size, 1):
-        raise SettingsError(f"RANK ({rank}): must be below WORLD_SIZE ({size})")
-    return rank, size
-
-
 _current = World()
 
 
@@ -215,5 +201,5 @@ def _initialise(device: torch.device, wait: timedelta) -> None:
     except ValueError as error:
         raise SettingsError(
             f"WORLD_SIZE is set but the processes cannot find each other ({error}); start them "
-            "with torchrun"
+            "with torchrun or srun"
         ) from None

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from openpalm.base.settings import plain, spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.manifest import read_manifest
@@ -115,6 +117,14 @@ def check_trained(settings: TrainSettings, config: ModelConfig) -> None:
             f"--last-layers {settings.last_layers}: the model has "
             f"{count_of(config.depth, 'block')}; take fewer, or leave it out to train everything"
         )
+
+
+def unfilled(make_model: Callable[[], Transformer], settings: TrainSettings) -> Transformer:
+    """The run's model without values, on the meta device, with its adapter and what it freezes."""
+    with torch.device("meta"):
+        model = make_model()
+    choose_trained(model, settings)
+    return model
 
 
 def choose_trained(model: Transformer, settings: TrainSettings) -> None:

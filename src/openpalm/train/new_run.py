@@ -73,5 +73,6 @@ def measured_info(
         peak_flops=measured.peak_flops,
         minutes=settings.minutes,
         eval_every=eval_every or measured.eval_every,
+        processes=shape.processes,
         **spec.hashes,
     )

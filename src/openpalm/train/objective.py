@@ -12,6 +12,7 @@ from torch import Tensor
 from openpalm.data.batches.loader import IGNORE, Batch
 from openpalm.model.layout import packed_layout
 from openpalm.model.transformer import Transformer
+from openpalm.parallel.context import ContextSplit
 
 Metrics = dict[str, float]
 B = TypeVar("B", contravariant=True)
@@ -35,12 +36,18 @@ class NextToken:
     """z-loss coefficient; the reported loss does not include it"""
     chunk: int | None = None
     """positions whose logits are in memory at once; None: as many as are fast"""
+    context: ContextSplit | None = None
+    """how several processes share each row; None: this process computes whole rows"""
 
     def count(self, batch: Batch, /) -> int:
-        return int((batch.targets != IGNORE).sum())
+        targets = batch.targets if self.context is None else self.context.part(batch).targets
+        return int((targets != IGNORE).sum())
 
     def loss(self, model: Transformer, batch: Batch, /) -> tuple[Tensor, Metrics]:
-        layout = None if batch.segments is None else packed_layout(batch.segments)
+        if self.context is not None:
+            layout, batch = self.context.layout(batch), self.context.part(batch)
+        else:
+            layout = None if batch.segments is None else packed_layout(batch.segments)
         targets, places = batch.targets.flatten(), None
         counts = targets != IGNORE
         if not counts.all():

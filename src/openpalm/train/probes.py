@@ -5,17 +5,21 @@
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 
 from openpalm.model.transformer import Transformer
-from openpalm.train.objective import Metrics, Objective
+from openpalm.parallel.context import context_split
+from openpalm.parallel.world import world
+from openpalm.train.objective import Metrics, NextToken, Objective
 from openpalm.train.trainer import Trainer
 
 Rows = list[dict[str, Any]]
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,12 @@ class Probe:
             trainer.model.eval()
             return self.measure(trainer.model, trainer.dtype)
         model = trainer.gathered()
-        return trainer.world.on_main(lambda: self.measure(model, trainer.dtype))
+
+        def on_whole_model() -> dict[str, Any]:
+            assert model is not None
+            return self.measure(model, trainer.dtype)
+
+        return trainer.world.on_main(on_whole_model)
 
 
 @dataclass(frozen=True)
@@ -100,17 +109,42 @@ def held_out_probe(
 def held_out_sums(
     model: Transformer, objective: Objective[Any], batches: Iterable[Any], dtype: torch.dtype
 ) -> tuple[Metrics, int]:
-    """The loss and the metrics, each summed over the batches, and the objective's count."""
+    """The loss and the metrics, each summed over the batches, and the objective's count.
+
+    The processes of a run share the batches; all must call it.
+    """
     model.eval()
-    sums, count = Metrics(), 0
-    for batch in batches:
+    sums, count, here = Metrics(), 0, world()
+    if isinstance(objective, NextToken):
+        objective = replace(objective, context=context_split(here))
+    for batch, counts in _own_share(batches, here.data_rank, here.data_size):
         with _autocast(model, dtype):
-            loss, metrics = model(objective.loss, batch.to(model.embedding.device))
+            loss, metrics = model(objective.loss, batch.to(model.device))
         for name, value in {"loss": loss.item(), **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + value
-        count += objective.count(batch)
-    return sums, count
+            sums[name] = sums.get(name, 0.0) + value * counts
+        count += objective.count(batch) * counts
+    # With another objective, processes that share every sequence all have it whole here.
+    heard = isinstance(objective, NextToken) or here.coordinate["context"] == 0
+    count, *values = here.sums([number * heard for number in (count, *sums.values())])
+    return dict(zip(sums, values, strict=True)), round(count)
+
+
+def _own_share(batches: Iterable[B], rank: int, size: int) -> Iterator[tuple[B, bool]]:
+    """Every size-th batch, and whether it counts.
+
+    All processes of a sharded model compute equally often: one that has no batch left computes one
+    that does not count.
+    """
+    for group in _grouped(batches, size):
+        yield (group[rank], True) if rank < len(group) else (group[0], False)
+
+
+def _grouped(items: Iterable[B], size: int) -> Iterator[list[B]]:
+    """The items in groups of `size`; the last may have fewer."""
+    rest = iter(items)
+    while group := list(islice(rest, size)):
+        yield group
 
 
 def _autocast(model: Transformer, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(model.embedding.device.type, dtype, dtype != torch.float32)
+    return torch.autocast(model.device.type, dtype, dtype != torch.float32)

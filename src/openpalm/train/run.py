@@ -98,6 +98,8 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
                 spec.hashes,
                 parent_fixed=spec.parent_fixed,
                 cut_changes=lambda stored: spec.cut_changes(stored, shape),
+                processes=here.data_size,
+                processes_change=spec.processes_change,
             )
         )
         info = info or measured_info(settings, spec, shape, device)

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ class RunInfo:
     """version that began the run"""
     steps: int
     """optimizer steps of the whole run"""
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "float16"]
     """--dtype, or the faster one on this machine where that is auto"""
     peak_flops: float | None = None
     """measured rate of a matrix multiplication in FLOP/s, from which mfu is computed"""
@@ -68,6 +68,8 @@ class RunInfo:
     """hash of the checkpoint that --init started from"""
     reward: str | None = None
     """hash of the files that --reward and --gold-reward name"""
+    processes: int = 1
+    """processes that read different rows when the run began; others change some results"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "minutes", "peak_flops"):
@@ -100,6 +102,8 @@ def recall(
     *,
     parent_fixed: bool = False,
     cut_changes: CutChanges = lambda stored: None,
+    processes: int = 1,
+    processes_change: str | None = None,
 ) -> RunInfo | None:
     """The info of the run in `asked.out`, with `asked.steps`; None if there is no run.
 
@@ -112,6 +116,11 @@ def recall(
     stored, info = _read_settings(asked.out / SETTINGS_FILE, type(asked)), read_info(asked.out)
     _refuse_edited(asked.out / INFO_FILE, info, stored)
     _refuse_differences(stored, info, asked, hashes, parent_fixed, cut_changes)
+    if processes_change is not None and info.processes != processes:
+        raise SettingsError(
+            f"--out {asked.out}: that run began with its data on {info.processes} processes, now "
+            f"{processes}, and {processes_change}; start as many or choose another --out"
+        )
     return replace(info, steps=asked.steps or info.steps)
 
 
@@ -228,8 +237,8 @@ def _refuse_edited(file: Path, info: RunInfo, stored: TrainSettings) -> None:
     """
     given = {"dtype": stored.dtype, "minutes": stored.minutes}
     known = _info_at_checkpoint(file.parent)
-    if known:  # what it lacks was None
-        known = dict.fromkeys((field.name for field in fields(info)), None) | known
+    if known:  # what it lacks had its default: an earlier version did not write it
+        known = {f.name: f.default for f in fields(info) if f.default is not MISSING} | known
     known |= {name: value for name, value in given.items() if value not in (None, "auto")}
     for name in sorted(known.keys() - ({"steps"} if stored.steps else set())):
         was, now = known[name], getattr(info, name, None)

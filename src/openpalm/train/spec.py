@@ -13,11 +13,13 @@ from openpalm.model import lora
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
-from openpalm.parallel import fsdp
+from openpalm.parallel import fsdp, stages, tensor
+from openpalm.parallel.context import check_length, context_split
+from openpalm.parallel.pipeline import pipeline_of
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import TrainSettings, batch_shape
-from openpalm.train.initial_weights import choose_trained
+from openpalm.train.config import TrainSettings, batch_shape, check_pipeline
+from openpalm.train.initial_weights import unfilled
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.probes import BestBy, Probe
@@ -69,21 +71,26 @@ class TrainSpec:
         return settings.optim.peak(adamw_rate, self.config.dim)
 
     def check(self, settings: TrainSettings) -> None:
-        """Raises SettingsError for a setting that this training would ignore."""
+        """Raises SettingsError for a setting that this training would ignore or cannot follow."""
         if settings.keep_best and self.best is None:
             raise SettingsError(
                 "--keep-best: no data is held out, so no checkpoint is known to be the best; give "
                 "data with a validation part, or leave it out"
             )
+        tensor.check(self.config, settings.parallel.tensor)
         if self.shape is not None and settings.batch_ramp is not None:
             raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
         next_token = {
             "z_loss": settings.z_loss or None,
             "memory.loss_chunk": settings.memory.loss_chunk,
+            "parallel.context": settings.parallel.context
+            if settings.parallel.context > 1
+            else None,
         }
         for name, value in next_token.items():
             if self.objective is not None and value is not None:
                 raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
+        check_length(world(), settings.sequence_length or self.config.context)
 
     def cut_changes(self, stored: TrainSettings, shape: BatchShape) -> str | None:
         """The reason why `shape` gives another result than the stored settings' cut, or None.
@@ -99,6 +106,14 @@ class TrainSpec:
         if self.items_per_step(before) != self.items_per_step(shape):
             return "its steps would have another number of pairs"
         return None
+
+    @property
+    def processes_change(self) -> str | None:
+        """The reason why another number of processes gives another result, or None."""
+        if self.config.dropout:
+            return "dropout draws other random numbers then"
+        kto = self.items_per_step is None
+        return "its loss is estimated for each microbatch" if kto else None
 
     @property
     def hashes(self) -> dict[str, str | None]:
@@ -118,14 +133,14 @@ def make_trainer(
 ) -> Trainer:
     """Makes the run's model, optimizer, loader and Trainer; `fill` replaces the spec's weights."""
 
-    def unfilled() -> Transformer:
-        with torch.device("meta"):
-            model = spec.make_model(spec.config)
-        choose_trained(model, settings)
-        return model
+    def make_unfilled() -> Transformer:
+        return unfilled(lambda: spec.make_model(spec.config), settings)
 
+    check_pipeline(settings, shape)
+    check_length(world(), shape.sequence_length)
+    context = context_split(world())
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
-    model = unfilled()
+    model = stages.cut(make_unfilled(), world(), settings.parallel)
     _parallelize(model, settings, dtype)
     model.to_empty(device=device)
     (fill or spec.fill)(model)
@@ -133,8 +148,8 @@ def make_trainer(
         lora.initialise_adapter(model, settings.seed)
     return Trainer(
         model,
-        spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk),
-        Optimizer(model, settings.optim, spec.peak_rate(settings)),
+        spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk, context),
+        _optimizer(model, settings, spec.peak_rate(settings)),
         spec.make_loader(shape, model, dtype),
         steps=steps,
         accumulation=shape.accumulation,
@@ -142,13 +157,22 @@ def make_trainer(
         dtype=dtype,
         max_skipped_steps=settings.max_skipped_steps,
         world=world(),
+        pipeline=pipeline_of(model, world(), settings.parallel, dtype),
         seed=settings.seed,
-        make_plain=lambda: unfilled().to_empty(device=device),
+        make_plain=lambda: make_unfilled().to_empty(device=device),
     )
 
 
+def _optimizer(model: Transformer, settings: TrainSettings, rate: float) -> Optimizer:
+    optimizer = Optimizer(model, settings.optim, rate, offload=settings.memory.offload_moments)
+    named = model.named_parameters()
+    optimizer.uncounted = [p for name, p in named if not stages.counted_once(model, name)]
+    return optimizer
+
+
 def _parallelize(model: Transformer, settings: TrainSettings, dtype: torch.dtype) -> None:
-    """Attaches recomputation, sharding and compilation, which depend on this order."""
+    """Attaches shared matrices, recomputation, sharding, compilation, which need this order."""
+    tensor.shard_tensor(model, world(), sequence=settings.parallel.sequence)
     recompute(model, settings.memory.recompute)
     fsdp.shard(model, world(), dtype, reshard=settings.parallel.reshard)
     if settings.compile:

@@ -15,11 +15,13 @@ from openpalm.base.permutation import order_key
 from openpalm.errors import TrainingError
 from openpalm.model.sharding import assign
 from openpalm.model.transformer import Transformer
-from openpalm.parallel import fsdp
+from openpalm.parallel import fsdp, tensor
 from openpalm.parallel.gather import gather_into
+from openpalm.parallel.pipeline import Loss, Pipeline
 from openpalm.parallel.world import World
 from openpalm.train.batch_shape import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
+from openpalm.train.optimization.loss_scale import LossScale
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.optimization.schedule import learning_rate_factor
 
@@ -59,6 +61,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         max_skipped_steps: int = 10,
         world: World | None = None,
+        pipeline: Pipeline | None = None,
         seed: int = 0,
         make_plain: Callable[[], Transformer] | None = None,
     ):
@@ -72,12 +75,16 @@ class Trainer:
         self.dtype = dtype
         self.max_skipped_steps = max_skipped_steps
         self.world = world or World()
+        self.pipeline = pipeline
         self.seed = seed
         self._make_plain = make_plain
         self._plain: Transformer | None = None
         self.step = 0
         self.counted = 0
         self.skipped_in_a_row = 0
+        self.loss_scale = LossScale() if dtype == torch.float16 else None
+        self.overflowed = False
+        """whether the newest step was skipped because its loss scale was too large"""
         self.own_loss = 0.0
         """this process's part of the last step's loss, which tells whose batch is not finite"""
         self.skipped_batches: Sequence[Any] = ()
@@ -85,7 +92,7 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.device
+        return self.model.device
 
     def train_step(self) -> StepReport:
         """Takes one optimizer step on the next global batch."""
@@ -103,6 +110,8 @@ class Trainer:
         self._stop_if_only_skipping(skipped)
         if isinstance(self.loader, StatefulLoader):
             metrics |= self.loader.facts
+        if self.loss_scale is not None:
+            metrics |= {"loss_scale": self.loss_scale.scale}
         return StepReport(self.step, loss, count, norm, factor, skipped, metrics)
 
     def _seed_step(self) -> None:
@@ -121,55 +130,79 @@ class Trainer:
         # Counted over all microbatches and processes BEFORE backward: a mean of microbatch means
         # is another loss as soon as microbatches have different counts.
         count = round(self.world.sum(sum(self.objective.count(batch) for batch in batches)))
-        total, sums = 0.0, dict[str, float]()
         if count == 0:
             return math.nan, 0, {}
         # FSDP averages gradients over processes: the loss is scaled so that the average is a sum.
         divisor = count / self.world.axes.averaged
-        for number, batch in enumerate(batches, 1):
-            fsdp.reduce_over_replicas(self.model, number == len(batches))
-            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-                loss, metrics = self.model(self.objective.loss, batch.to(self.device))
-            (loss / divisor).backward()
-            total += loss.item()
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
+        if self.loss_scale is not None:
+            divisor /= self.loss_scale.scale
+        accumulate = self.pipeline.accumulate if self.pipeline else self._accumulate
+        total, sums = accumulate(self.objective.loss, batches, divisor)
+        tensor.sum_gradients(self.model)
         self.own_loss = total
         # Every process has the same metrics, in the same order.
         total, *values = self.world.sums([total, *sums.values()])
         means = {name: value / count for name, value in zip(sums, values, strict=True)}
         return total / count, count, means
 
+    def _accumulate(
+        self, loss_of: Loss, batches: Sequence[Any], divisor: float
+    ) -> tuple[float, Metrics]:
+        """Adds the gradient of the summed loss / divisor; returns the sums of loss and metrics."""
+        total, sums = 0.0, Metrics()
+        for number, batch in enumerate(batches, 1):
+            fsdp.reduce_over_replicas(self.model, number == len(batches))
+            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+                loss, metrics = self.model(loss_of, batch.to(self.device))
+            (loss / divisor).backward()
+            total += loss.item()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return total, sums
+
     def optimizer_step(self, loss: float, count: int, factor: float) -> tuple[float, str | None]:
         """Clips and steps, or skips; returns the gradient norm and the reason for skipping."""
+        self.overflowed = False
         if count == 0:
             reason, norm = "nothing to count", 0.0
         else:
-            norm = self.optimizer.clip()
+            norm = self.optimizer.clip(1.0 if self.loss_scale is None else self.loss_scale.scale)
             # The loss is a sum over all processes, so that all skip the same steps.
             finite = math.isfinite(loss), math.isfinite(norm)
             reason = None if all(finite) else f"{'gradient' if finite[0] else 'loss'} not finite"
+            if self.loss_scale is not None and finite[0]:
+                reason = self._rescale(self.loss_scale, reason)
         if reason is None:
             self.optimizer.step(factor)
         else:
             self.optimizer.zero_grad()
         return norm, reason
 
-    def gathered(self, *, everywhere: bool = False) -> Transformer:
-        """The model without sharding, in eval mode; all processes must call it.
+    def _rescale(self, loss_scale: LossScale, reason: str | None) -> str | None:
+        """Adapts the loss scale to a step with a finite loss; returns the reason to skip it."""
+        self.overflowed = reason is not None and loss_scale.lowered()
+        if reason is None:
+            loss_scale.count_good_step()
+        elif self.overflowed:
+            return f"gradient overflow in float16, loss scale lowered to {loss_scale.scale:g}"
+        return reason
 
-        Complete on the main process, or `everywhere`. It shares the weights of a model that is not
-        sharded, and is overwritten by the next call.
+    def gathered(self) -> Transformer | None:
+        """The model without sharding, in eval mode, on the main process; all must call it.
+
+        It shares the weights of a model that is not sharded, and is overwritten by the next call.
         """
         if self.world.size == 1:
             return self.model.eval()
-        if self._plain is None:
+        if self._plain is None and self.world.is_main:
             assert self._make_plain is not None
-            self._plain = self._make_plain()
-        gather_into(self._plain, self.model, keep=everywhere or self.world.is_main)
-        return self._plain.eval()
+            self._plain = self._make_plain().eval()
+        gather_into(self._plain, self.model)
+        return self._plain
 
     def _stop_if_only_skipping(self, skipped: str | None) -> None:
+        if skipped and self.overflowed:
+            return  # no sign of divergence: the next steps have a smaller loss scale
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise TrainingError(
@@ -190,6 +223,8 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "optimizer": self.optimizer.settings.kind,
         }
+        if self.loss_scale is not None:
+            values["loss_scale"] = self.loss_scale.state()
         return tensors, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
@@ -200,7 +235,13 @@ class Trainer:
         step, counted, skipped = (
             _whole(values, name) for name in ("step", "counted", "skipped_in_a_row")
         )
-        self.optimizer.load_state_tensors(_under("optimizer/", tensors))
+        if self.loss_scale is not None:
+            self.loss_scale.restore(values["loss_scale"])
+        # A pipeline stage holds only some of the parameters.
+        elsewhere = {*self.model.parameter_shapes()} - {n for n, _ in self.model.named_parameters()}
+        moments = _under("optimizer/", tensors).items()
+        own_moments = {k: v for k, v in moments if k.rpartition("/")[0] not in elsewhere}
+        self.optimizer.load_state_tensors(own_moments)
         own = _under("model/", tensors)
         with torch.no_grad():
             for name, parameter in self._unpublished():

@@ -47,7 +47,7 @@ def check_resumes(kind, left_out=None, **changes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_resumes_in_the_middle_of_a_rollout(kind):
     check_resumes(kind)
-    for name in ("order", "rollouts", "left", "drawn", "beta"):
+    for name in ("order", "rollouts", "rows_left", "drawn", "beta"):
         with pytest.raises((AssertionError, RuntimeError)):
             check_resumes(kind, left_out=name)
 

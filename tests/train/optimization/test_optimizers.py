@@ -7,6 +7,7 @@ Libraries of others must agree too, where installed.
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from openpalm.base.device import multiplies_bfloat16
 from openpalm.model.transformer import Transformer
 from openpalm.train.objective import NextToken
 from openpalm.train.optimization import optimizers, parameter_groups
+from openpalm.train.optimization.listwise import Chunk, Listwise
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.optimization.schedule import learning_rate_factor
 from openpalm.train.optimizer_settings import OptimizerName, OptimSettings
@@ -217,14 +219,16 @@ def _unclipped_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _coupled_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decay added to the gradient, as in Adam with an L2 penalty."""
-    for kind in (optimizers.StableAdamW, optimizers.Lion, optimizers.Adafactor):
+    chunks = Listwise._chunks
 
-        def coupled(self, group, step, parameters, gradients, *moments, update=kind.update):
-            pairs = zip(gradients, parameters, strict=True)
-            gradients = [g + group["weight_decay"] * p for g, p in pairs]
-            update(self, group | {"weight_decay": 0.0}, step, parameters, gradients, *moments)
+    def coupled(self: Listwise) -> Iterator[Chunk]:
+        for chunk in chunks(self):
+            decay = chunk.group["weight_decay"]
+            pairs = zip(chunk.gradients, chunk.parameters, strict=True)
+            gradients = [g + decay * p for g, p in pairs]
+            yield replace(chunk, gradients=gradients, group=chunk.group | {"weight_decay": 0.0})
 
-        monkeypatch.setattr(kind, "update", coupled)
+    monkeypatch.setattr(Listwise, "_chunks", coupled)
 
 
 def _one_scale_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,17 +239,17 @@ def _momentum_of_the_new(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lion's two betas the wrong way round."""
     update = optimizers.Lion.update
 
-    def swapped(self: Any, group: dict[str, Any], *rest: Any) -> None:
-        group = group | {"beta1": group["beta2"], "beta2": group["beta1"]}
-        update(self, group, *rest)
+    def swapped(self: Any, chunk: Chunk, *rest: Any) -> None:
+        group = chunk.group | {"beta1": chunk.group["beta2"], "beta2": chunk.group["beta1"]}
+        update(self, replace(chunk, group=group), *rest)
 
     monkeypatch.setattr(optimizers.Lion, "update", swapped)
 
 
 def _one_step_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    ages = optimizers.Listwise._of_equal_age
+    ages = Listwise._of_equal_age
     monkeypatch.setattr(
-        optimizers.Listwise,
+        Listwise,
         "_of_equal_age",
         lambda self, parameters: {k + 1: v for k, v in ages(self, parameters).items()},
     )
@@ -345,3 +349,47 @@ def test_a_short_run_learns(name: OptimizerName):
     losses = [trainer.train_step().loss for _ in range(80)]
     assert losses[0] > 3
     assert losses[-1] < 0.5 * losses[0]
+
+
+KINDS: list[tuple[type[Listwise], dict[str, Any]]] = [
+    (optimizers.AdamW, {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}),
+    (optimizers.StableAdamW, {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6}),
+    (optimizers.Lion, {"beta1": 0.9, "beta2": 0.99}),
+    (optimizers.Adafactor, {"beta1": 0.9, "eps": 1e-30}),
+    (optimizers.Muon, {"dtype": torch.float32}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_moments_in_the_cpus_memory_change_no_bit(
+    kind: type[Listwise], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """On a CPU the copies stay on it, but are taken and brought back as from a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    kept = [torch.nn.Parameter(torch.randn(4, 6, generator=generator)) for _ in range(2)]
+    lent = copy.deepcopy(kept)
+    usual, offloaded = kind(kept, 0.1, **options), kind(lent, 0.1, offload=True, **options)
+    updated = list[int]()
+    update = kind.update
+
+    def watched(self: Listwise, chunk: Chunk, moments: Any, norms: Any) -> None:
+        updated.extend(moment.data_ptr() for slot in moments for moment in slot)
+        update(self, chunk, moments, norms)
+
+    monkeypatch.setattr(kind, "update", watched)
+    for _ in range(3):
+        for a, b in zip(kept, lent, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        usual.step()
+        updated.clear()
+        offloaded.step()
+        for a, b in zip(kept, lent, strict=True):
+            assert torch.equal(a, b)
+            for slot in kind.slots:
+                assert torch.equal(usual.state[a][slot], offloaded.state[b][slot])
+                assert offloaded.state[b][slot].data_ptr() not in updated  # else nothing is lent
+
+
+def test_moments_of_parameters_on_a_cpu_are_not_lent():
+    assert not Optimizer(made(), OptimSettings(), 1e-3, offload=True).offload

@@ -14,7 +14,7 @@ from openpalm.model.config import RewardConfig
 from openpalm.model.reward import RewardModel
 from openpalm.model.transformer import Transformer
 from openpalm.train.config import OptimSettings
-from openpalm.train.optimization.optimizers import Muon
+from openpalm.train.optimization.optimizers import AdamW, Muon
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.optimization.schedule import learning_rate_factor
 
@@ -93,7 +93,7 @@ def test_muon_gets_the_blocks_matrices_only():
     model = made(tiny(bias=True, qk_norm=True, tied=False))
     optimizer = Optimizer(model, OptimSettings(name="muon", muon_lr=0.07), 1e-3)
     adamw, muon = optimizer.parts
-    assert isinstance(adamw, torch.optim.AdamW)
+    assert isinstance(adamw, AdamW)
     assert isinstance(muon, Muon)
     assert [group["peak_lr"] for group in muon.param_groups] == [0.07]
     assert {group["peak_lr"] for group in adamw.param_groups} == {1e-3}

@@ -6,19 +6,25 @@ import torch
 from torch import Tensor, nn
 
 from openpalm.base.device import multiplies_bfloat16
-from openpalm.model.sharding import sharded_like, whole
-from openpalm.train.optimization.optimizers import Adafactor, Lion, Listwise, Muon, StableAdamW
+from openpalm.parallel.world import world
+from openpalm.train.optimization.listwise import Listwise
+from openpalm.train.optimization.optimizers import Adafactor, AdamW, Lion, Muon, StableAdamW
 from openpalm.train.optimization.schedule import decay_coefficient
+from openpalm.train.optimization.shards import local_gradient, part_of, squared_norm, sums
 from openpalm.train.optimizer_settings import OptimSettings, given
 
 
 class Optimizer:
     """The optimizer of a model: one torch optimizer, or Muon and AdamW stepped together.
 
-    Its state is a dict of tensors named `<parameter>/<slot>`, the same for every optimizer.
+    Its state is a dict of tensors named `<parameter>/<slot>`, the same for every optimizer. Every
+    process holds, and updates, its parts of sharded parameters.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimSettings, lr: float):
+    def __init__(
+        self, model: nn.Module, settings: OptimSettings, lr: float, *, offload: bool = False
+    ):
+        """offload: keep the moments of parameters on a GPU in the CPU's memory."""
         self.settings = settings = settings.resolved()
         self.names: dict[Tensor, str] = {
             parameter: name for name, parameter in model.named_parameters()
@@ -26,12 +32,18 @@ class Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
         muon = [p for p in trained if settings.kind == "muon" and self._suits_muon(p)]
         others = [p for p in trained if not any(p is other for other in muon)]
-        self.parts: list[torch.optim.Optimizer] = [self._main(others, lr)]
+        # The moments come to the parameters rather than the update to the CPU: it is then the same
+        # kernel, with the same result, and Muon multiplies matrices, for which a CPU is too slow.
+        self.offload = offload and any(p.device.type != "cpu" for p in trained)
+        self.uncounted: list[nn.Parameter] = []
+        """parameters that another pipeline stage counts in the gradient norm: a tied table"""
+        self.parts: list[Listwise] = [self._main(others, lr)]
         if muon:
             rate = given(settings.muon_lr)
             native = multiplies_bfloat16(muon[0].device)
             dtype = torch.bfloat16 if native else torch.float32
-            self.parts.append(Muon([{"params": muon, "decays": True}], rate, dtype=dtype))
+            groups = [{"params": muon, "decays": True}]
+            self.parts.append(Muon(groups, rate, dtype=dtype, offload=self.offload))
         for part in self.parts:
             for group in part.param_groups:
                 group["peak_lr"] = group["lr"]
@@ -40,23 +52,17 @@ class Optimizer:
         """Whether it is a matrix of a block: Muon is not meant for embeddings or reward heads."""
         return parameter.dim() == 2 and self.names[parameter].startswith("blocks.")
 
-    def _main(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    def _main(self, parameters: list[nn.Parameter], lr: float) -> Listwise:
         """The optimizer of all parameters that Muon does not train; vectors do not decay."""
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "decays": True},
             {"params": [p for p in parameters if p.dim() < 2], "decays": False},
         ]
-        beta1, beta2, eps = self.settings.beta1, self.settings.beta2, self.settings.eps
-        match self.settings.kind:
-            case "stable-adamw":
-                return StableAdamW(groups, lr, beta1=beta1, beta2=beta2, eps=eps)
-            case "lion":
-                return Lion(groups, lr, beta1=beta1, beta2=beta2)
-            case "adafactor":
-                return Adafactor(groups, lr, beta1=beta1, eps=eps)
-            case "adamw" | "muon":
-                betas = given(beta1), given(beta2)
-                return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=given(eps), fused=True)
+        named = ("beta1", "beta2", "eps")
+        own = {n: v for n in named if (v := getattr(self.settings, n)) is not None}
+        kinds = {"stable-adamw": StableAdamW, "lion": Lion, "adafactor": Adafactor}
+        kind = kinds.get(self.settings.kind, AdamW)
+        return kind(groups, lr, offload=self.offload, **own)
 
     def step(self, factor: float) -> None:
         """One update at `factor` times each group's peak learning rate; clears the gradients."""
@@ -71,9 +77,26 @@ class Optimizer:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
-    def clip(self) -> float:
-        """Clips the gradient to the norm `settings.clip`; returns its norm before that."""
-        return float(whole(nn.utils.clip_grad_norm_(self.names, self.settings.clip)))
+    def clip(self, loss_scale: float = 1.0) -> float:
+        """Clips the gradient to the norm `settings.clip`; returns its norm before that.
+
+        The norm is that of the whole model: over all parts and pipeline stages, every weight once.
+        loss_scale: by which the loss was multiplied; the gradient is divided by it first.
+        """
+        if loss_scale != 1:
+            self._multiply_gradients(1 / loss_scale)
+        if world().size == 1:
+            return float(nn.utils.clip_grad_norm_(self.names, self.settings.clip))
+        [square] = sums([squared_norm(self.names, self.uncounted)])
+        norm = square**0.5
+        if (shrink := self.settings.clip / (norm + 1e-6)) < 1:
+            self._multiply_gradients(shrink)
+        return norm
+
+    def _multiply_gradients(self, factor: float) -> None:
+        gradients = [local_gradient(p) for p in self.names if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)  # type: ignore[reportPrivateImportUsage]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every moment and counter as `<parameter>/<slot>`."""
@@ -85,7 +108,10 @@ class Optimizer:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restores `state_tensors`. Raises KeyError or ValueError for other tensors."""
+        """Restores `state_tensors`: whole tensors or sharded ones, cut in this or another way.
+
+        Raises KeyError or ValueError for other tensors.
+        """
         by_name = {name: parameter for parameter, name in self.names.items()}
         owner = {p: part for part in self.parts for g in part.param_groups for p in g["params"]}
         for key, value in tensors.items():
@@ -93,11 +119,11 @@ class Optimizer:
             parameter = by_name[name]
             if value.dim() and value.shape != parameter.shape:
                 raise ValueError(f"{key} is {list(value.shape)}, not {list(parameter.shape)}")
-            # Step counters too: torch's fused kernels need them on the device, ours on the CPU.
-            stays = slot == "step" and isinstance(owner[parameter], Listwise)
-            place = value.device if stays else parameter.device
-            value = sharded_like(value, parameter) if value.dim() else value
-            owner[parameter].state[parameter][slot] = value.to(place)
+            state = owner[parameter].state[parameter]
+            if slot == "step":
+                state[slot] = value.to("cpu", torch.int64)
+            else:
+                state[slot] = owner[parameter].kept(part_of(value, parameter), parameter)
 
     def take_over(self, tensors: dict[str, Tensor], names: Set[str]) -> list[str]:
         """Continues with the moments and step counts that another run gave the parameters `names`.
@@ -112,29 +138,21 @@ class Optimizer:
                 if name not in names:
                     new.append(name)
                     continue
-                for slot in ("step", *_moments(part)):
+                for slot in ("step", *part.slots):
                     key = f"{name}/{slot}"
-                    taken[key] = _fitting(key, tensors.get(key), part, parameter)
+                    taken[key] = _fitting(key, tensors.get(key), parameter)
         self.load_state_tensors(taken)
         return new
 
 
-def _moments(part: torch.optim.Optimizer) -> tuple[str, ...]:
-    """The names of the moments of a part's parameters."""
-    return part.slots if isinstance(part, Listwise) else ("exp_avg", "exp_avg_sq")
-
-
-def _fitting(
-    key: str, value: Tensor | None, part: torch.optim.Optimizer, parameter: Tensor
-) -> Tensor:
-    """A moment, or a step count, in the dtype that `part` keeps it in. Raises ValueError."""
+def _fitting(key: str, value: Tensor | None, parameter: Tensor) -> Tensor:
+    """A moment in its parameter's dtype, or a step count. Raises ValueError."""
     if value is None:
         raise ValueError(f"{key} is missing")
     if key.endswith("/step"):
         if value.numel() != 1 or float(value) < 0 or not float(value).is_integer():
             raise ValueError(f"{key} is {value.tolist()}, not a count")
-        whole = isinstance(part, Listwise)
-        return value.reshape(()).to(torch.int64 if whole else torch.float32)
+        return value.reshape(())
     if value.shape != parameter.shape or not value.is_floating_point():
         raise ValueError(f"{key} is {list(value.shape)}, not {list(parameter.shape)}")
     return value.to(parameter.dtype)

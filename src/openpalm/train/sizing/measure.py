@@ -23,8 +23,8 @@ LIMIT_SHARE, LIMIT_S = 0.05, 20.0
 """Measuring may take this share of --minutes, and at most this many seconds."""
 LEAST_REPEATS, MOST_REPEATS, ENOUGH_S = 2, 10, 3.0
 """Steps timed after the first: at least, at most, and the seconds after which to stop."""
-_BFLOAT16_GAIN = 1.05
-"""bfloat16 must be faster than float32 by this factor to be worth its rounding"""
+_HALF_GAIN = 1.05
+"""a 16-bit dtype must be faster than float32 by this factor to be worth its rounding"""
 _HOPELESS = 3.0
 """a dtype is given up if its first step takes this many times the best first step"""
 _PROBES_SHARE = 0.1
@@ -37,7 +37,7 @@ _FORWARD_SHARE = 0.4
 class Measured:
     """The results: values for run.json."""
 
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "float16"]
     peak_flops: float
     steps: int | None = None
     """steps that fit --minutes; None where the number was known"""
@@ -63,9 +63,10 @@ def measure(
     until = started + _limit_seconds(settings)
     dtype, timed = settings.dtype, dict[str, _Timed]()
     if dtype == "auto":
-        timed = _time_candidates(make_trainer, device, until, say)
-        faster = len(timed) > 1 and timed["bfloat16"].best * _BFLOAT16_GAIN < timed["float32"].best
-        dtype = "bfloat16" if faster else "float32"
+        half = _half(device, settings)
+        timed = _time_candidates(make_trainer, half, until, say) if half else {}
+        faster = half and timed[half].best * _HALF_GAIN < timed["float32"].best
+        dtype = half if half and faster else "float32"
     torch_dtype = getattr(torch, dtype)
     peak_flops = matmul_flops(device, torch_dtype)
     if steps_known or settings.minutes is None:
@@ -112,17 +113,25 @@ class _Timed:
     best: float
 
 
+def _half(device: torch.device, settings: TrainSettings) -> Literal["bfloat16", "float16"] | None:
+    """The 16-bit dtype that the device multiplies, if any; emulated ones are slower than float32.
+
+    float16 needs loss scaling, so that GPUs without bfloat16 alone get it.
+    """
+    if multiplies_bfloat16(device):
+        return "bfloat16"
+    return "float16" if device.type == "cuda" and settings.takes_float16 else None
+
+
 def _time_candidates(
     make_trainer: Callable[[torch.dtype], Trainer],
-    device: torch.device,
+    half: str,
     until: float,
     say: Callable[[str], None],
 ) -> dict[str, _Timed]:
-    """Times by dtype; empty if bfloat16 is only emulated, because float32 is faster then."""
-    if not multiplies_bfloat16(device):
-        return {}
+    """Times by dtype, of float32 and of the 16-bit one."""
     timed: dict[str, _Timed] = {}
-    for name in ("float32", "bfloat16"):
+    for name in ("float32", half):
         say(f"timing a step in {name}")
         left_s = until - time.perf_counter()
         share = until - left_s / 2 if name == "float32" else until  # half the time for each
@@ -176,10 +185,11 @@ def _step_seconds(trainer: Trainer) -> float:
 
 
 def _own_step_seconds(trainer: Trainer) -> float:
-    """Only one microbatch is computed and its time multiplied."""
+    """Only one microbatch is computed and its time multiplied, unless a step is more than that."""
     _wait(trainer.device)
     start = time.perf_counter()
-    if isinstance(trainer.loader, StatefulLoader):  # a rollout serves several steps: time a whole
+    # A rollout serves several steps, and a pipeline overlaps its microbatches.
+    if isinstance(trainer.loader, StatefulLoader) or trainer.pipeline is not None:
         trainer.train_step()
         _wait(trainer.device)
         return time.perf_counter() - start
@@ -195,6 +205,8 @@ def _own_step_seconds(trainer: Trainer) -> float:
 def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
     """Best rate of a matrix multiplication in FLOP/s: the peak that mfu refers to."""
     size = 8192 if device.type == "cuda" else 1536
+    if device.type == "cpu" and dtype == torch.float16:
+        size = 256  # most CPUs emulate it
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):

@@ -1,0 +1,98 @@
+"""Every training verb on two processes gives the numbers of one process, step by step."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openpalm.cli.main import main
+from ranks import on_ranks
+
+STEPS = 10
+TRAINING = ("--steps", str(STEPS), "--optim.lr", "1e-3", "--dtype", "float32", "--seed", "1")
+VERBS: dict[str, tuple[str, ...]] = {
+    "sft": ("sft", "--data", "conversations.jsonl", "--sequence-length", "32"),
+    "sft-lora": (
+        *("sft", "--data", "conversations.jsonl", "--sequence-length", "32"),
+        *("--lora.rank", "4"),
+    ),
+    "dpo": ("dpo", "--data", "pairs.jsonl", "--batch-tokens", "1024", "--sequence-length", "64"),
+    "reward": ("reward", "--data", "pairs.jsonl", "--batch-tokens", "768"),
+    "grpo": (
+        *("grpo", "--data", "prompts.jsonl", "--reward", "reward.py:vowels"),
+        *("--max-new-tokens", "6", "--prompts-per-rollout", "4", "--num-completions", "4"),
+    ),
+    "ppo": (
+        *("ppo", "--data", "prompts.jsonl", "--reward", "reward.py:vowels"),
+        *("--max-new-tokens", "6", "--prompts-per-rollout", "8"),
+    ),
+}
+LAYOUTS = {"shard-2": {}, "replicate-2": {"shard": 1}, "tensor-2": {"tensor": 2}}
+
+
+@pytest.fixture(scope="module")
+def folder(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small files of every kind, and a run to start from."""
+    to = tmp_path_factory.mktemp("verbs")
+    rows = {
+        "conversations": [
+            {"messages": [user(f"say {n}"), {"role": "assistant", "content": "e " * (1 + n % 5)}]}
+            for n in range(40)
+        ],
+        "pairs": [
+            {"prompt": f"say {n}", "chosen": "e e e", "rejected": "abcd"[: 1 + n % 4]}
+            for n in range(40)
+        ],
+        "prompts": [{"prompt": f"say {n}"} for n in range(40)],
+    }
+    for name, given in rows.items():
+        lines = "".join(json.dumps(row) + "\n" for row in given)
+        (to / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    (to / "reward.py").write_text(
+        "def vowels(prompt, completion, row):\n    return sum(c in 'aeiou' for c in completion)\n",
+        encoding="utf-8",
+    )
+    (to / "run").symlink_to(work / "run")
+    return to
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def rows(folder: Path, words: tuple[str, ...], out: str) -> list[dict[str, Any]]:
+    """Runs the verb and returns the rows of its metrics."""
+    named = [
+        str(folder / word) if (folder / word.split(":")[0]).is_file() else word for word in words
+    ]
+    status = main([*named, "--init", str(folder / "run"), "--out", str(folder / out), *TRAINING])
+    assert status == 0
+    lines = (folder / out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_on_two_processes_equals_one(folder: Path, verb: str, layout: str):
+    if not (folder / f"{verb}-alone").exists():
+        rows(folder, VERBS[verb], f"{verb}-alone")
+    lines = (folder / f"{verb}-alone" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    alone = [json.loads(line) for line in lines]
+    given = LAYOUTS[layout].items()
+    options = tuple(f"--parallel.{name}={value}" for name, value in given)
+    found = on_ranks(2, rows, folder, VERBS[verb] + options, f"{verb}-{layout}")[0]
+    assert [row.keys() for row in found] == [row.keys() for row in alone]
+    for row, expected in zip(found, alone, strict=True):
+        for name in expected.keys() - {"elapsed_s", "mfu"}:
+            if not name.endswith("per_s"):
+                assert near(row[name], expected[name], name), (verb, row["step"], name)
+
+
+def near(found: Any, expected: Any, name: str) -> bool:
+    """Within the tolerances of a layout; numbers that are differences are near zero."""
+    if not isinstance(expected, float):
+        return found == expected
+    rel = 2e-6 if name == "loss" else 1e-5
+    return math.isclose(found, expected, rel_tol=rel, abs_tol=2e-6)
