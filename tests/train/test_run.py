@@ -357,6 +357,7 @@ def test_few_frames_from_the_command_to_the_backward_pass(
         "run.run",
         "trainer.train_step",
         "trainer.forward_backward",
+        "trainer._accumulate",
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openpalm.base.device import free_memory
 from openpalm.base.permutation import order_key
 from openpalm.errors import TrainingError
 from openpalm.model.sharding import assign
@@ -24,6 +25,9 @@ from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
 from openpalm.train.optimization.loss_scale import LossScale
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.optimization.schedule import learning_rate_factor
+
+WHOLE_SHARE = 0.4
+"""Share of the main process's memory that a copy of a sharded model may take."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,13 @@ class Trainer:
         elif self.overflowed:
             return f"gradient overflow in float16, loss scale lowered to {loss_scale.scale:g}"
         return reason
+
+    def fits_whole(self) -> bool:
+        """Whether the main process has room for the whole model; all must call it."""
+        if self.world.size == 1:
+            return True
+        needed = 4 * sum(math.prod(shape) for shape in self.model.parameter_shapes().values())
+        return self.world.on_main(lambda: needed <= WHOLE_SHARE * free_memory(self.device))
 
     def gathered(self) -> Transformer | None:
         """The model without sharding, in eval mode, on the main process; all must call it.
