@@ -34,7 +34,7 @@ def words(folder: Path) -> list[str]:
     given = ["grpo", f"--init={base}", f"--data={folder / 'prompts.jsonl'}"]
     given += [f"--reward={folder / 'pay.py'}:letters", f"--out={folder / 'run'}"]
     given += ["--max-new-tokens=4", "--parallel.timeout-s=30"]
-    return given + ["--steps=2", "--prompts-per-rollout=2", "--num-completions=2"]
+    return [*given, "--steps=2", "--prompts-per-rollout=2", "--num-completions=2"]
 
 
 def test_a_reward_that_fails_on_one_process_stops_all(tmp_path: Path):

@@ -95,8 +95,9 @@ class TrainSpec:
     def cut_changes(self, stored: TrainSettings, processes: int, shape: BatchShape) -> str | None:
         """The reason why `shape` gives another result than the stored settings' cut, or None.
 
-        processes: those that read different rows when the run began. Losses are summed and divided by one count, so that k microbatches are one batch. That
-        fails if every microbatch draws random numbers or estimates a value of its own.
+        processes: those that read different rows when the run began. Losses are summed and
+        divided by one count, so that k microbatches are one batch. That fails if every microbatch
+        draws random numbers or estimates a value of its own.
         """
         if self.config.dropout:
             return "dropout draws other random numbers then"
