@@ -28,7 +28,7 @@ from openpalm.model.config import LoraConfig
 from openpalm.model.transformer import Transformer
 from openpalm.parallel.world import join, world
 from openpalm.train.config import NO_INIT, TaskProbeSettings, TrainSettings
-from openpalm.train.initial_weights import Start, check_reads, starting_point
+from openpalm.train.initial_weights import Start, check_reads, start_directory, starting_point
 from openpalm.train.probes import Probe
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def fine_tuning_start(
     """
     if settings.init is None:
         raise SettingsError(NO_INIT)
-    directory = checkpoint.resolve(weights_path(settings.init))
+    directory = start_directory(weights_path(settings.init))
     tokenizer = tokenizer_of(directory)
     if tokenizer is None:
         raise CheckpointError(
