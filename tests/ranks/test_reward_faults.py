@@ -2,15 +2,21 @@
 corrected, or while it is evaluated, when the others wait for the tensors of that process."""
 
 import json
+import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from command_line import write_base
 from rank_runs import LIMIT_S, command, rank
 
+from openpalm.align.rollouts import monitor
 from openpalm.align.rollouts.rollout import RolloutLoader
+from openpalm.checkpoint import saver
+from openpalm.checkpoint.directory import steps
+from openpalm.checkpoint.parts import write_parts
+from openpalm.errors import RewardError
 from ranks import on_ranks
 
 FAILS_ON_ONE = """
@@ -68,3 +74,24 @@ def test_a_rollout_that_fails_between_two_exchanges_is_named_at_once(tmp_path: P
     assert [status for status, _ in found] == [1, 1]
     line = found[0][1].splitlines()[-1]
     assert "step 1: process 1 failed: OutOfMemoryError: no memory is left" in line
+
+
+def fails_while_it_saves(patch: pytest.MonkeyPatch) -> None:
+    def slow(*given: Any) -> None:
+        time.sleep(2)
+        write_parts(*given)
+
+    def no_reward(*_: object) -> NoReturn:
+        raise RewardError("no reward in evaluations")
+
+    patch.setattr(saver, "write_parts", slow)
+    patch.setattr(monitor, "checked_rewards", no_reward)
+
+
+def test_a_reward_that_fails_in_an_evaluation_costs_no_checkpoint(tmp_path: Path):
+    given = [*words(tmp_path), "--save-every=1", "--eval-every=2"]
+    (tmp_path / "pay.py").write_text(CORRECTED, encoding="utf-8")
+    found = on_ranks(2, command, given, fails_while_it_saves, limit_s=LIMIT_S)
+    assert [status for status, _ in found] == [1, 1]
+    assert "no reward in evaluations" in found[0][1]
+    assert [path.name for path in steps(tmp_path / "run")] == ["step-00000001"]

@@ -16,7 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,14 @@ from openpalm.base.settings import plain
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.contents import TrainState, collect
 from openpalm.checkpoint.saver import Saver
-from openpalm.errors import CheckpointError, TrainingError, WorkError, count_of
+from openpalm.errors import (
+    CheckpointError,
+    OpenPalmError,
+    StorageError,
+    TrainingError,
+    WorkError,
+    count_of,
+)
 from openpalm.parallel.lost import lost_processes_named
 from openpalm.parallel.world import join
 from openpalm.train import retention, run_directory
@@ -181,6 +188,7 @@ class _Session:
             line = self._open(stack)
             grace_s = self.settings.parallel.grace_s
             signals = stack.enter_context(caught_signals(self.world, grace_s))
+            stack.push(self._finish_saving)
             while self.trainer.step < self.trainer.steps:
                 self._step()
                 # A signal is looked at between steps only: a checkpoint is of a whole step.
@@ -198,6 +206,15 @@ class _Session:
             self.saver.wait()
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
+
+    def _finish_saving(self, kind: object, error: object, trace: object) -> None:
+        """Completes the checkpoint that is being written if the run ends with an error.
+
+        Only one that all processes raise: a process that is lost cannot write its part.
+        """
+        if isinstance(error, OpenPalmError):
+            with suppress(StorageError):  # the first error says why the run ended
+                self.saver.wait()
 
     def _step(self) -> None:
         """Takes one step, and does what follows it."""
