@@ -25,7 +25,8 @@ Rows of training and memory also have what `openpalm plan` says of that configur
 plan_ms, and their ratios to what was measured.
 
 `mfu` is (6 N + 12 L h head_dim T) x tokens/s / ceiling as in the PaLM paper, appendix B: it counts
-the whole square of attention. `mfu_causal` counts the half that is computed.
+the whole square of attention. `mfu_causal` counts the half that is computed;
+`mfu_of_published_peak` is the first over the maker's peak (an H100's: 989.4 TFLOP/s) instead.
 """
 
 import argparse

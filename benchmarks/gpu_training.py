@@ -70,16 +70,21 @@ def planned(bench: Bench, training: Training, measured: Row) -> Row:
     return found
 
 
-def plan_device(bench: Bench) -> Device | None:
-    """The plan's own figures for this card, else the rates that this run has measured."""
-    name = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "CPU"
-    for key, device in DEVICES.items():
-        if key.upper() in name.upper().replace("-", " ").split():
-            return device
-    if not (bench.matmul and bench.copy):
+def published(bench: Bench) -> Device | None:
+    """The maker's figures for this card, as the plan has them; None for an unknown card."""
+    if bench.device.type != "cuda":
         return None
-    rates = {"bfloat16": bench.matmul}
-    return Device(name, rates, 0.0, bench.copy, 1.0, 1.0, 1, matmul=0.9)
+    words = torch.cuda.get_device_name(bench.device).upper().replace("-", " ").split()
+    return next((device for key, device in DEVICES.items() if key.upper() in words), None)
+
+
+def plan_device(bench: Bench) -> Device | None:
+    """The plan's figures for this card, else the rates that this run has measured, if it has."""
+    if bench.matmul and bench.copy:
+        rates = {"bfloat16": bench.matmul}
+        measured = Device("measured", rates, 0.0, bench.copy, 1.0, 1.0, 1, matmul=0.9)
+        return published(bench) or measured
+    return published(bench)
 
 
 def training(bench: Bench) -> Iterator[Item]:
@@ -203,6 +208,8 @@ def stepped(bench: Bench, who: Contender, config: ModelConfig, rows: int) -> tup
     measured = {"rows": rows, "tokens_per_s": rate, "step_ms": seconds * 1e3}
     if bench.matmul:
         measured |= {"mfu": whole * rate / bench.matmul, "mfu_causal": half * rate / bench.matmul}
+    if (card := published(bench)) is not None:
+        measured["mfu_of_published_peak"] = whole * rate / card.flops("bfloat16")
     return rows, measured | peak
 
 
