@@ -83,6 +83,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
         keep_freed_memory()
     length = settings.sequence_length or spec.config.context
     shape = spec.shape or batch_shape(settings, length, here.data_size)
+    spec.check_shared(settings, shape)
     shape = replace(shape, rank=here.data_rank)
     with ExitStack() as stack:
         here.on_main(lambda: stack.enter_context(run_directory.locked(settings.out)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from openpalm.base.settings import spell
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, count_of
 from openpalm.model import lora
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
@@ -91,6 +91,20 @@ class TrainSpec:
             if self.objective is not None and value is not None:
                 raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
         check_length(world(), settings.sequence_length or self.config.context)
+
+    def check_shared(self, settings: TrainSettings, shape: BatchShape) -> None:
+        """Raises SettingsError if the processes' shares of a step make another step than one's."""
+        if self.items_per_step is None or self.shape is not None:
+            return
+        alone = self.items_per_step(batch_shape(settings, shape.sequence_length))
+        together = self.items_per_step(shape)
+        if alone != together:
+            tokens = settings.batch_tokens or shape.global_sequences * shape.sequence_length
+            raise SettingsError(
+                f"--batch-tokens {tokens}: a step of one process has {count_of(alone, 'item')}, of "
+                f"{shape.processes} processes {together}, because an item needs two sequences; "
+                f"take a multiple of {2 * shape.processes * shape.sequence_length}"
+            )
 
     def cut_changes(self, stored: TrainSettings, shape: BatchShape) -> str | None:
         """The reason why `shape` gives another result than the stored settings' cut, or None.
