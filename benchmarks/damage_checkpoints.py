@@ -1,8 +1,10 @@
 """Whether a damaged checkpoint is ever loaded silently: files cut or changed at random places.
 
-    python benchmarks/damage_checkpoints.py [RUN] [--damages 200] [--seed 0] [--json]
+    python benchmarks/damage_checkpoints.py [RUN] [--processes 1] [--damages 200] [--seed 0]
+                                           [--json]
 
-RUN is a run with at least two checkpoints; without one a small run is trained. Each time one file
+RUN is a run with at least two checkpoints; without one a small run is trained, on --processes
+processes. Each time one file
 of a copy of its newest checkpoint is cut at, or changed in, a random byte. Then loading the
 checkpoint must fail, and loading the run must return the previous checkpoint with a warning. Any
 other outcome is counted, and exits 1.
@@ -14,6 +16,7 @@ import io
 import json
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -135,7 +138,7 @@ def prove(run: Path, work: Path, *, damages: int, seed: int) -> Result:
     )
 
 
-def train_small(work: Path) -> Path:
+def train_small(work: Path, processes: int) -> Path:
     """A run of a few steps on a text of its own, with two checkpoints."""
     (work / "text.txt").write_text("A few words, again and again.\n" * 400, encoding="utf-8")
     data, run = str(work / "data"), work / "run"
@@ -144,7 +147,11 @@ def train_small(work: Path) -> Path:
         status = command_line(["data", "prepare", source, f"--out={data}", "--tokenizer=byte"])
         words = "--model=palm-tiny --steps=4 --save-every=2 --eval-every=4 --dtype=float32"
         words += " --sequence-length=32 --batch-tokens=128"
-        status = status or command_line(["train", f"--data={data}", f"--out={run}", *words.split()])
+    train = ["train", f"--data={data}", f"--out={run}", *words.split()]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launch = launch if processes > 1 else []
+    command = [sys.executable, *launch, "-m", "openpalm", *train]
+    status = status or subprocess.run(command, stdout=sys.stderr, check=False).returncode
     if status:
         raise SystemExit(status)
     return run
@@ -153,6 +160,7 @@ def train_small(work: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Damages checkpoints; counts silent loads.")
     parser.add_argument("run", type=Path, nargs="?", help="run; not set trains a small one")
+    parser.add_argument("--processes", type=int, default=1, help="of that run (default: 1)")
     parser.add_argument("--damages", type=int, default=200, help="(default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the places (default: 0)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -160,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         try:
-            run = options.run or train_small(work)
+            run = options.run or train_small(work, options.processes)
             result = prove(run, work, damages=options.damages, seed=options.seed)
         except CheckpointError as error:
             print(f"tear: error: {error}", file=sys.stderr)

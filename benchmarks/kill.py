@@ -1,7 +1,7 @@
 """Whether a run that is killed many times gives the losses of an uninterrupted run, bit for bit.
 
-    python benchmarks/kill.py [--verb VERB] [--kills 20] [--steps 80] [--save-every 5] [--seed 0]
-                              [--json]
+    python benchmarks/kill.py [--verb VERB] [--processes 1] [--kills 20] [--steps 80]
+                              [--save-every 5] [--seed 0] [--json]
 
 Trains a small model once without interruption, and once killed with SIGKILL at random moments,
 with the same command run again after each. --verb is train, sft, dpo, reward, grpo or ppo; the
@@ -9,7 +9,9 @@ last two use each rollout for several epochs, so that kills come in the middle o
 spread over the whole run and take turns: some time after a process was started (while it imports,
 measures, restores), after a row was written, and inside a save, which is recognised by the
 unfinished directory of the checkpoint. A kill counts as inside a save if it left such a
-directory. Exits 1 on any difference.
+directory. With --processes 2 or more both runs are started by torchrun; one of the processes,
+drawn at random, is killed, and torchrun (--max-restarts) starts all again. Exits 1 on any
+difference.
 """
 
 import argparse
@@ -27,13 +29,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from openpalm.train.logging.metrics import read_rows
 
 CLOCK = {"elapsed_s", "mfu"}
 KINDS = ("started", "row", "save")
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
+MANY = 100_000
+"""restarts that torchrun may make"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Result:
     differing_rows: int
     same_samples: bool
     same_weights: bool
+    nothing_left_behind: bool
+    """whether every unfinished checkpoint was removed"""
     seconds: float
 
     @property
@@ -58,24 +64,29 @@ class Result:
             and self.differing_rows == self.differing_losses == 0
             and self.same_samples
             and self.same_weights
+            and self.nothing_left_behind
         )
 
 
 class Run:
     """A run's directory and the command that makes it."""
 
-    def __init__(self, out: Path, verb: str, options: Sequence[str]):
-        self.out = out
-        self.command = [sys.executable, "-m", "openpalm", verb, *options, f"--out={out}"]
+    def __init__(self, out: Path, verb: str, options: Sequence[str], processes: int = 1):
+        self.out, self.processes = out, processes
+        launch = [sys.executable]
+        if processes > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone", "--monitor-interval=0.1"]
+            launch += [f"--nproc-per-node={processes}", f"--max-restarts={MANY}"]
+        self.command = [*launch, "-m", "openpalm", verb, *options, f"--out={out}"]
         self.metrics = out / "metrics.jsonl"
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self, stderr: IO[bytes] | int = subprocess.PIPE) -> subprocess.Popen[bytes]:
         # One thread: the same sums in the same order, however busy the machine is.
         return subprocess.Popen(
             self.command,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
         )
 
     def finish(self) -> float:
@@ -104,6 +115,10 @@ class Run:
     def unfinished(self, process: int) -> bool:
         """Whether that process is inside a save, or was when it was killed."""
         return any((self.out / "checkpoints").glob(f".step-*.partial-{process}"))
+
+    def clean(self) -> bool:
+        """Whether no unfinished directory is left."""
+        return not any((self.out / "checkpoints").glob(".*"))
 
     def columns(self) -> list[dict[str, Any]]:
         """Every row without what a clock said."""
@@ -150,6 +165,83 @@ def kill_once(
     return "before its first row" if run.changed() == before else "between rows"
 
 
+def kill_processes(
+    run: Run,
+    targets: Sequence[int],
+    startup_s: float,
+    drawn: random.Random,
+    tell: Callable[[str], None],
+) -> Counter[str]:
+    """Starts the command for each target and kills it there."""
+    places = Counter[str]()
+    for number, target in enumerate(targets, 1):
+        kind = KINDS[number % len(KINDS)]
+        place = kill_once(run, kind, target, startup_s, drawn)
+        if place is not None:
+            places[place] += 1
+        tell(f"kill {number}: {kind}, step {run.step()}, {place or 'ended before'}")
+    return places
+
+
+def kill_workers(
+    run: Run,
+    targets: Sequence[int],
+    startup_s: float,
+    drawn: random.Random,
+    tell: Callable[[str], None],
+) -> Counter[str]:
+    """Starts the command under torchrun, kills one of its processes at each target, lets it end."""
+    places = Counter[str]()
+    before = run.changed()
+    # To a file: a pipe that nobody reads would stop the processes.
+    with tempfile.TemporaryFile() as said, run.start(said) as launcher:
+        workers: list[int] = []
+        for number, target in enumerate(targets, 1):
+            kind = KINDS[number % len(KINDS)]
+            old = set(workers)
+            _wait(launcher, lambda old=old: _new_workers(launcher.pid, run.processes, old))
+            workers = _children(launcher.pid)
+            if kind == "started":
+                time.sleep(drawn.uniform(0.0, startup_s))
+            else:
+                _wait(launcher, lambda t=target, b=before: run.changed() != b and run.step() >= t)
+            if kind == "row":
+                time.sleep(drawn.uniform(0.0, 0.05))
+            if kind == "save":
+                _wait(launcher, lambda w=workers: any(map(run.unfinished, w)))
+                time.sleep(drawn.uniform(0.0, 0.06))
+            if launcher.poll() is not None:
+                tell(f"kill {number}: the run had ended before")
+                break
+            victim = drawn.choice(workers)
+            os.kill(victim, signal.SIGKILL)
+            place = "before its first row" if run.changed() == before else "between rows"
+            place = "in a save" if any(map(run.unfinished, workers)) else place
+            places[f"process {workers.index(victim)}, {place}"] += 1
+            tell(f"kill {number}: {kind}, step {run.step()}, {place}")
+            before = run.changed()
+        if launcher.wait():
+            said.seek(0)
+            end = said.read().decode(errors="replace")[-2000:]
+            raise RuntimeError(f"exit {launcher.returncode}: {end}")
+    return places
+
+
+def _new_workers(launcher: int, number: int, old: set[int]) -> bool:
+    found = _children(launcher)
+    return len(found) == number and not old & set(found)
+
+
+def _children(process: int) -> list[int]:
+    """The processes that it started and that run a program, oldest first."""
+    try:
+        listed = list(Path(f"/proc/{process}/task").glob("*/children"))
+        found = sorted(int(number) for file in listed for number in file.read_text().split())
+        return [child for child in found if Path(f"/proc/{child}/cmdline").read_bytes()]
+    except OSError:  # one ended while we looked
+        return []
+
+
 def _wait(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
     """Until the condition holds or the process ends."""
     deadline = time.monotonic() + PATIENCE_S
@@ -169,6 +261,7 @@ def prove(
     steps: int,
     save_every: int,
     seed: int,
+    processes: int = 1,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Both runs under `work`, compared."""
@@ -180,20 +273,18 @@ def prove(
         f"--eval-every={max(1, steps // 2)}",
         "--dtype=float32",
     ]
-    whole, killed = Run(work / "whole", verb, options), Run(work / "killed", verb, options)
+    whole = Run(work / "whole", verb, options, processes)
+    killed = Run(work / "killed", verb, options, processes)
     startup_s = whole.finish()
     tell(f"the undisturbed run took {time.monotonic() - started:.1f} s")
     drawn = random.Random(seed)
     last = max(1, steps - 2 * save_every)  # the last kills need something left to kill
     targets = sorted(drawn.randint(1, last) for _ in range(kills))
-    places = Counter[str]()
-    for number, target in enumerate(targets, 1):
-        kind = KINDS[number % len(KINDS)]
-        place = kill_once(killed, kind, target, startup_s, drawn)
-        if place is not None:
-            places[place] += 1
-        tell(f"kill {number}/{kills}: {kind}, step {killed.step()}, {place or 'ended before'}")
-    killed.finish()
+    if processes > 1:
+        places = kill_workers(killed, targets, startup_s, drawn, tell)
+    else:
+        places = kill_processes(killed, targets, startup_s, drawn, tell)
+        killed.finish()
     a, b = whole.columns(), killed.columns()
     pairs = list(zip(a, b, strict=False))
     names = ("loss", "val_loss", "val_bits_per_byte", "reward", "val_reward", "kl_coef")
@@ -207,6 +298,7 @@ def prove(
         same_samples=whole.digest("samples.jsonl") == killed.digest("samples.jsonl"),
         same_weights=whole.digest("checkpoints/step-*/model.safetensors")
         == killed.digest("checkpoints/step-*/model.safetensors"),
+        nothing_left_behind=killed.clean(),
         seconds=round(time.monotonic() - started, 1),
     )
 
@@ -289,6 +381,7 @@ def prepare(work: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kills a run again and again; compares losses.")
     parser.add_argument("--verb", choices=VERBS, default="train")
+    parser.add_argument("--processes", type=int, default=1, help="of each run (default: 1)")
     parser.add_argument("--data", type=Path, help="prepared data; not set takes built-in text")
     parser.add_argument("--work", type=Path, help="new folder to keep both runs in")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs (default: 20)")
@@ -313,6 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps=options.steps,
             save_every=options.save_every,
             seed=options.seed,
+            processes=options.processes,
             tell=lambda line: print(line, file=sys.stderr),
         )
     if options.json:

@@ -256,6 +256,7 @@ def settings_of_verbs():
         (["--several", '["[END]"]'], ["[END]"]),
         (["--several", "[]"], []),
         (["--several", "a, b"], "a, b"),
+        (["--several", "a", "--several", '["b", "c"]', "--several=d"], ["a", "b", "c", "d"]),
     ],
 )
 def test_several_texts_are_a_json_list(words, several):

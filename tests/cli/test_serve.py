@@ -1,10 +1,15 @@
 """`openpalm serve`: settings refused at start; tests/serve tests the server."""
 
+import json
+import shutil
 import socket
 import sys
 
 import pytest
+from adapters import ALL, write_adapter
+from command_line import write_base
 
+from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.serve import ServeSettings
 from openpalm.errors import SettingsError
 
@@ -39,6 +44,9 @@ def keyless(monkeypatch):
             ["--conversation-url", "ftp://x", "--port", 0],
             "--conversation-url ftp://x: must be an http:// or https:// URL",
         ),
+        (["--adapter", "one=a", "--adapter", "b/one"], "--adapter b/one: another model is named"),
+        (["--adapter", "a/run"], "--adapter a/run: another model is named 'run'"),
+        (["--adapter", "maths="], "--adapter 'maths=': give NAME=PATH, or PATH"),
         (["--host", "192.0.2.1", "--api-key", "k", "--port", 0], "cannot listen there"),
     ],
 )
@@ -106,3 +114,37 @@ def test_a_missing_package_names_the_extra(said, run, monkeypatch):
     status, _, errors = said("serve", run)
     assert status == 2
     assert "uvicorn is missing; `pip install 'openpalm[serve]'`" in errors[0]
+
+
+def test_adapters_have_the_names_of_their_runs():
+    given = ["maths=runs/a", "runs/b/checkpoints/step-00000010", "runs/c/step-2/adapter", "d/lr=1"]
+    settings = ServeSettings("run", adapter=given)
+    assert settings.adapters == {
+        "maths": "runs/a",
+        "b": "runs/b/checkpoints/step-00000010",
+        "c": "runs/c/step-2/adapter",
+        "lr=1": "d/lr=1",
+    }
+    assert ServeSettings("run", adapter="poetry").adapters == {"poetry": "poetry"}
+
+
+def test_adapters_that_do_not_fit_are_one_line(said, run, tmp_path):
+    write_adapter(tmp_path / "larger", write_base(tmp_path / "other", context=64), ALL, 0)
+    stamp = tmp_path / "larger" / "adapter_config.json"
+    cases = {
+        "larger": "an adapter of another checkpoint",
+        "none": "adapter_config.json: is missing",
+    }
+    cases["run"] = "lists no adapter/adapter_config.json"
+    shutil.copytree(checkpoint.resolve(run), tmp_path / "run")
+    for name, says in cases.items():
+        words = ("--adapter", f"x={tmp_path / name}", "--port", 0)
+        status, output, errors = said("serve", run, *words)
+        assert (status, output, len(errors)) == (2, "", 1)
+        assert says in errors[0]
+    content = json.loads(stamp.read_text(encoding="utf-8")) | {"r": 3}
+    stamp.write_text(json.dumps(content), encoding="utf-8")
+    words = ("--adapter", f"x={tmp_path / 'larger'}", "--port", 0, "--force")
+    status, _, errors = said("serve", run, *words)
+    assert (status, len(errors)) == (2, 2)  # the second line is the warning of --force
+    assert "an adapter of another model" in errors[-1]

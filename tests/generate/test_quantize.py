@@ -81,7 +81,7 @@ def test_emulated_bfloat16_is_multiplied_in_float32(monkeypatch: pytest.MonkeyPa
         quantize_module, "WIDENED_ELEMENTS", 64 * 7
     )  # several blocks, the last smaller
     exact = F.linear(x.double(), weight.double())
-    matrix = quantize_module._matrix(weight, "bfloat16", torch.float32)
+    matrix = quantize_module.make_matrix(weight, "bfloat16", torch.float32)
     assert isinstance(matrix, _Widened)
     assert (matrix(x) - exact).norm() < 1e-6 * exact.norm()
     model = wide()

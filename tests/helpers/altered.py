@@ -60,7 +60,10 @@ def answers(
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     served = ServedModel("base", Engine(model, slots=4), tokenizer, str(directory))
     worker = Worker(served, max_queue=16)
-    app = create_app(Service(worker, lambda path, name: served, Metrics()), **options)
+    app = create_app(
+        Service(worker, lambda path, name: served, lambda base, path, name: base, Metrics()),
+        **options,
+    )
 
     async def ask() -> list[httpx2.Response]:
         worker.start()

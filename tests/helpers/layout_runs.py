@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from openpalm.model.sharding import whole
 from openpalm.model.transformer import initialise
 from openpalm.parallel.config import ParallelSettings
 from openpalm.parallel.world import join
-from openpalm.train.config import TrainSettings, batch_shape
+from openpalm.train.config import PretrainSettings, batch_shape
 from openpalm.train.optimizer_settings import OptimSettings
 from openpalm.train.spec import TrainSpec, make_trainer
 from openpalm.train.trainer import Trainer
@@ -38,6 +39,13 @@ def tokens() -> Tensor:
     return (torch.arange(6000) * 3 + noise) % CONFIG.vocab_size
 
 
+class _Documents:
+    """Documents of 11 tokens."""
+
+    def segments(self, start: int, stop: int) -> np.ndarray:
+        return np.arange(start, stop) // 11
+
+
 def trainer_for(
     parallel: dict[str, Any] | None = None,
     *,
@@ -50,7 +58,7 @@ def trainer_for(
     **settings: Any,
 ) -> Trainer:
     """The trainer of this process, as the command makes it; `sequences` a step in all."""
-    asked = TrainSettings(
+    asked = PretrainSettings(
         data=Path("data"),
         out=Path("out"),
         model="palm-tiny",
@@ -75,6 +83,7 @@ def trainer_for(
             seed=3,
             rank=shape.rank,
             world_size=shape.processes,
+            documents=_Documents() if asked.document_mask else None,  # type: ignore[arg-type]
         ),
         sequences_per_epoch=100,
         learning_rate=3e-3,

@@ -36,14 +36,20 @@ class Running:
     process: subprocess.Popen
 
     def call(
-        self, path: str, body: object = None, *, key: str | None = None, raw: bytes | None = None
+        self,
+        path: str,
+        body: object = None,
+        *,
+        key: str | None = None,
+        raw: bytes | None = None,
+        method: str | None = None,
     ) -> Answer:
         """GET, or POST with a body. Returns JSON parsed, other content as text."""
         data = json.dumps(body).encode() if raw is None and body is not None else raw
         headers = {"Content-Type": "application/json"} if data is not None else {}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url + path, data, headers)
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=HANGS_S) as response:
                 return _answer(response.status, response)

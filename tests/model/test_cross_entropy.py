@@ -111,14 +111,14 @@ def test_a_frozen_table_gets_no_gradient():
 
 def test_chunks_follow_the_memory_allowed(monkeypatch: pytest.MonkeyPatch):
     rows: list[int] = []
-    pieces = cross_entropy._pieces
+    pieces = cross_entropy.pieces
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 8 * 4 * 17)  # four rows of float64
 
     def watched(x: Tensor) -> Iterator[slice]:
         rows.append(len(x))
         return pieces(x)
 
-    monkeypatch.setattr(cross_entropy, "_pieces", watched)
+    monkeypatch.setattr(cross_entropy, "pieces", watched)
     states, table, bias, targets = draw()
     linear_cross_entropy(states, table, bias, targets)
     assert rows == [4, 4, 3]

@@ -17,6 +17,8 @@ LAYOUTS = {
     "fsdp-4": (4, {}),
     "fsdp-3": (2, {"reshard": False}),
     "replicas-2": (2, {"shard": 1}),
+    "tensor-2": (2, {"tensor": 2, "sequence": False}),
+    "tensor-2-sequence": (2, {"tensor": 2}),
     "hsdp-2x2": (4, {"shard": 2, "replicate": 2}),
     "context-2": (2, {"context": 2}),
     "context-4": (4, {"context": 4}),

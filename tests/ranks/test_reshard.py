@@ -21,6 +21,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1": (1, {}),
     "2": (2, {}),
     "4": (4, {}),
+    "tensor-2": (2, {"tensor": 2}),
+    "tensor-2x2": (4, {"tensor": 2, "shard": 2}),
     "2x2": (4, {"shard": 2, "replicate": 2}),
 }
 MORE: dict[str, tuple[int, dict[str, Any]]] = {
@@ -29,6 +31,8 @@ MORE: dict[str, tuple[int, dict[str, Any]]] = {
     "replicas": (2, {"shard": 1}),
     "2x4": (8, {"shard": 4, "replicate": 2}),
     "context": (2, {"context": 2}),
+    "pipeline": (2, {"pipeline": 2}),
+    "pipeline-2x2": (4, {"pipeline": 2, "schedule": "interleaved"}),
 }
 """With all of LAYOUTS: only `make ranks` has the time."""
 ALL = LAYOUTS | MORE
@@ -38,7 +42,7 @@ PAIRS = [
     for to in ALL
 ]
 STEPS = 3
-BATCH: dict[str, Any] = {"sequences": 24, "accumulation": 1}
+BATCH: dict[str, Any] = {"sequences": 24, "accumulation": 2}
 
 
 def saved(parallel: dict[str, Any], folder: Path, optimizer: str) -> tuple[float, dict[str, Any]]:
@@ -66,6 +70,11 @@ def continued(parallel: dict[str, Any], folder: Path, optimizer: str) -> tuple[f
     return trainer.train_step().loss, loaded
 
 
+def merged(results: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """The state of all pipeline stages."""
+    return {name: tensor for _, state in results for name, tensor in state.items()}
+
+
 class Saves:
     """A checkpoint of each layout, made when it is first asked for."""
 
@@ -77,8 +86,8 @@ class Saves:
         if name not in self.made:
             folder = self.factory.mktemp(name) / "step-00000003"
             size, parallel = ALL[name]
-            loss, state = on_ranks(size, saved, parallel, folder, "adamw")[0]
-            self.made[name] = folder, loss, state
+            results = on_ranks(size, saved, parallel, folder, "adamw")
+            self.made[name] = folder, results[0][0], merged(results)
         return self.made[name]
 
 
@@ -94,7 +103,7 @@ def test_every_layout_continues_every_other(saves: Saves, of: str, to: str):
     size, parallel = ALL[to]
     results = on_ranks(size, continued, parallel, folder, "adamw")
     assert len({found for found, _ in results}) == 1
-    found, loaded = results[0]
+    found, loaded = results[0][0], merged(results)
     assert found == pytest.approx(loss, rel=1e-5)
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())

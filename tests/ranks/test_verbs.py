@@ -29,7 +29,7 @@ VERBS: dict[str, tuple[str, ...]] = {
         *("--max-new-tokens", "6", "--prompts-per-rollout", "8"),
     ),
 }
-LAYOUTS = {"shard-2": {}, "replicate-2": {"shard": 1}}
+LAYOUTS = {"shard-2": {}, "replicate-2": {"shard": 1}, "tensor-2": {"tensor": 2}}
 
 
 @pytest.fixture(scope="module")

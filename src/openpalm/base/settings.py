@@ -85,9 +85,15 @@ def parse(
         found = foreign(path)
         values |= _from_file(path, options, verb) if found is None else found
     from_files = {*values}
+    repeated: set[str] = set()
     for name, text in given:
         if name in options:
-            values[name] = _converted(text, options[name], spell(name), verb)
+            value = _converted(text, options[name], spell(name), verb)
+            # A list option that is given several times adds to its list; of others the last counts.
+            if name in repeated and is_list(options[name]):
+                value = [*_as_list(values[name]), *_as_list(value)]
+            values[name] = value
+            repeated.add(name)
     words = _fill_positional(values, words, [name for name, _ in given], options, positional, verb)
     if words:
         remedy = "a text of several words needs quotes around it; " if positional else ""
@@ -214,6 +220,10 @@ def _converted(value: object, hint: Any, name: str, verb: str) -> Any:
     except WrongValue as wrong:
         remedy = f"see `openpalm {verb} --help`"
         raise SettingsError(f"{name} {shortened(value)}: must be {wrong}; {remedy}") from None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _from_file(path: Path, options: dict[str, Any], verb: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from openpalm.base.json_file import read_json
 from openpalm.checkpoint import tensors
 from openpalm.errors import CheckpointError, SettingsError
 from openpalm.model import lora
-from openpalm.model.config import LORA_TARGETS, LoraConfig, lora_from_json
+from openpalm.model.config import LORA_TARGETS, LoraConfig, ModelConfig, lora_from_json
 from openpalm.model.sharding import whole
 from openpalm.model.transformer import Transformer
 
@@ -80,8 +80,33 @@ def load_adapter(
     made_for: str | None = None,
     allow: Callable[[str], None] | None = None,
 ) -> None:
-    """Attaches the adapter in `directory` to a model without one.
+    """Attaches the adapter in `directory` to a model without one; see `read_adapter`.
 
+    Raises CheckpointError, also if the model has an adapter.
+    """
+    if lora.is_attached(model):
+        raise CheckpointError(
+            f"{directory}: the model has an adapter already; fold it in with `openpalm merge-lora`"
+        )
+    config, factors = read_adapter(
+        model.config, directory, bases=bases, made_for=made_for, allow=allow
+    )
+    lora.attach(model, config)
+    for name, factor in lora.adapter_parameters(model).items():
+        factor.copy_(factors[name])
+
+
+def read_adapter(
+    model: ModelConfig,
+    directory: Path,
+    *,
+    bases: Collection[str] = (),
+    made_for: str | None = None,
+    allow: Callable[[str], None] | None = None,
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The config of the adapter in `directory`, and its factors by the names of `lora`.
+
+    model: the config of the model that it is for.
     bases: manifest hashes of checkpoints with this model's weights.
     made_for: manifest hash of the checkpoint that the adapter was trained on; None reads it from
     the adapter's config.
@@ -90,10 +115,6 @@ def load_adapter(
     model. Also if the adapter was trained on other weights: on none of `bases`, or on weights that
     its initialisation changed. In this last case `allow`, if given, gets the message instead.
     """
-    if lora.is_attached(model):
-        raise CheckpointError(
-            f"{directory}: the model has an adapter already; fold it in with `openpalm merge-lora`"
-        )
     values = read_json(directory / CONFIG_FILE, "an adapter is a directory that holds one")
     where = directory / WEIGHTS_FILE
     if not where.is_file():
@@ -106,20 +127,19 @@ def load_adapter(
         with tensors.opened(where) as file:
             stored = file.shapes()
             config = _config(values, list(stored), directory)
-            config.check(model.config)
-            shapes = _shapes(config, model)
+            config.check(model)
+            own = _shapes(config, model)
+            shapes = {_peft_name(name): shape for name, shape in own.items()}
             if odd := min((key for key, _ in stored.items() ^ shapes.items()), default=None):
                 raise CheckpointError(
                     f"{directory}: an adapter of another model ({odd} is "
                     f"{_shape_text(stored.get(odd))}, this model needs "
                     f"{_shape_text(shapes.get(odd))})"
                 )
-            factors = {key: file.finite(key) for key in stored}
+            factors = {name: file.finite(_peft_name(name)) for name in own}
     except SettingsError as error:
         raise CheckpointError(f"{directory}: {error}") from None
-    lora.attach(model, config)
-    for name, factor in lora.adapter_parameters(model).items():
-        factor.copy_(factors[_peft_name(name)])
+    return config, factors
 
 
 def _misfit(values: dict[str, Any], bases: Collection[str], made_for: str | None) -> str | None:
@@ -163,16 +183,16 @@ def _config(values: dict[str, Any], keys: list[str], directory: Path) -> LoraCon
         ) from None
 
 
-def _shapes(config: LoraConfig, model: Transformer) -> dict[str, tuple[int, int]]:
-    """Expected shapes of the adapter's factors, by PEFT's names."""
+def _shapes(config: LoraConfig, model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Expected shapes of the adapter's factors, by the names of `lora`."""
     shapes = {}
-    for layer in range(model.config.depth):
+    for layer in range(model.depth):
         for target in config.targets:
-            rows, columns = model.config.matrices[target]
+            rows, columns = model.matrices[target]
             side = "project_in" if target in lora.INPUTS else "project_out"
             name = f"blocks.{layer}.{side}.lora.{target}"
-            shapes[_peft_name(f"{name}.a")] = (config.rank, columns)
-            shapes[_peft_name(f"{name}.b")] = (rows, config.rank)
+            shapes[f"{name}.a"] = (config.rank, columns)
+            shapes[f"{name}.b"] = (rows, config.rank)
     return shapes
 
 

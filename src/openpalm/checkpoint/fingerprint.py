@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 
 def compute(model: Transformer) -> tuple[Tensor, Tensor]:
     """16 fixed tokens [1, 16] and the model's `output` for them."""
-    tokens = fixed_tokens(model.config).to(model.embedding.device)
+    tokens = fixed_tokens(model.config).to(model.device)
     training = model.training
     model.eval()
     with torch.no_grad():

@@ -27,7 +27,12 @@ class Saver:
     def __init__(self, world: World):
         self._world = replace(world, control=world.saving, patient=world.saving)
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last checkpoint could not be saved; `wait` raises the error."""
+        return self._error is not None
 
     def save(
         self,
@@ -72,7 +77,7 @@ class Saver:
     def _keep_error(self, directory: Path, *args: Any) -> None:
         try:
             self._write(directory, *args)
-        except Exception as error:
+        except BaseException as error:  # of a thread nobody would see any other
             refused = tensors.refusal(error)
             known = StorageError(f"{directory}: cannot be saved ({refused})") if refused else error
             self._error = known
@@ -97,4 +102,11 @@ class Saver:
         self._world.on_main(then)
 
     def _write_file(self, path: Path, parts: dict[str, Part]) -> None:
-        self._world.together(lambda: write_parts(path, parts, self._world))
+        self._world.together(lambda: self._write_own(path, parts))
+
+    def _write_own(self, path: Path, parts: dict[str, Part]) -> None:
+        try:
+            write_parts(path, parts, self._world)
+        except OSError as error:
+            reason = f"{error.strerror}, on process {self._world.rank}"
+            raise OSError(error.errno, reason, error.filename) from error

@@ -7,13 +7,15 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from torch import Tensor
+
 from openpalm.base.device import pick_device, pick_dtype
 from openpalm.base.files import sha256_of
 from openpalm.base.settings import check
 from openpalm.checkpoint import directory as checkpoint
-from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter
 from openpalm.checkpoint.manifest import is_listed, read_manifest
-from openpalm.cli.model_options import ModelOptions
+from openpalm.cli.model_options import BaseModelOptions, ModelOptions
 from openpalm.convert.cached import checkpoint_path
 from openpalm.data.rows.read_result import ReadResult
 from openpalm.data.text.tokenizer import Tokenizer, is_bpe
@@ -22,6 +24,7 @@ from openpalm.generate.defaults import SamplingDefaults, sampling_defaults
 from openpalm.generate.engine import Engine
 from openpalm.generate.load import load_quantized
 from openpalm.generate.quantize import WeightFormat
+from openpalm.model.config import LoraConfig
 from openpalm.model.transformer import Transformer
 from openpalm.parallel.world import join
 from openpalm.train.config import NO_INIT, TaskProbeSettings, TrainSettings
@@ -171,12 +174,27 @@ def serving_model(
     slots: int = 16,
     allow: Callable[[str], None] | None = None,
 ) -> tuple[Engine, Tokenizer, SamplingDefaults]:
-    """The engine, the tokenizer and the model's default sampling settings.
+    """The engine, the tokenizer and the default sampling settings of a run, checkpoint or hub name.
 
-    Weights that are not finite raise CheckpointError; if `allow` is given it receives the message
-    instead.
+    The arguments are those of `load_to_serve`.
     """
     directory = checkpoint.resolve(weights_path(source), training=settings.verify)
+    return load_to_serve(directory, settings, settings.adapter, slots=slots, allow=allow)
+
+
+def load_to_serve(
+    directory: Path,
+    settings: BaseModelOptions,
+    adapter: Path | None = None,
+    *,
+    slots: int,
+    allow: Callable[[str], None] | None = None,
+) -> tuple[Engine, Tokenizer, SamplingDefaults]:
+    """The engine, the tokenizer and the default sampling settings of a checkpoint.
+
+    The adapter is merged into the weights. Weights that are not finite raise CheckpointError; if
+    `allow` is given it receives the message instead.
+    """
     checkpoint.check_generates_text(directory)
     tokenizer = tokenizer_of(directory, settings.tokenizer)
     if tokenizer is None:
@@ -189,12 +207,12 @@ def serving_model(
             print(f"openpalm: warning: {forced}", file=sys.stderr)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    if settings.adapter is None and checkpoint.load_configs(directory).lora is None:
+    if adapter is None and checkpoint.load_configs(directory).lora is None:
         weights = settings.quantize or cast(WeightFormat, dtype)
         model = load_quantized(directory, weights, str(device), allow=allow)
     else:  # an adapter is merged before quantizing, so the whole model is needed
         model = checkpoint.load(directory, str(device), dtype, allow=allow)
-        give_adapter(model, settings.adapter, directory, force=settings.force)
+        give_adapter(model, adapter, directory, force=settings.force)
     engine = Engine(model, slots=slots, weights=settings.quantize, owned=True)
     return engine, tokenizer, sampling_defaults(directory)
 
@@ -209,6 +227,36 @@ def give_adapter(
     """
     if path is None:
         return None
+    directory, made_for = _find_adapter(path)
+    allow = _forced if force else None
+    bases = _equivalent_hashes(base)
+    load_adapter(model, directory, bases=bases, made_for=made_for, allow=allow)
+    return sha256_of(directory / WEIGHTS_FILE)
+
+
+def adapter_factors(
+    path: Path, base: Path, *, force: bool
+) -> tuple[Path, LoraConfig, dict[str, Tensor]]:
+    """The directory, the config and the factors of the adapter at `path` for checkpoint `base`.
+
+    Raises CheckpointError as `give_adapter`, also if the checkpoint has an adapter of its own.
+    """
+    directory, made_for = _find_adapter(path)
+    configs = checkpoint.load_configs(base)
+    if configs.lora is not None:
+        raise CheckpointError(
+            f"{directory}: the model has an adapter already; fold it in with `openpalm merge-lora`"
+        )
+    allow = _forced if force else None
+    bases = _equivalent_hashes(base)
+    config, factors = read_adapter(
+        configs.model, directory, bases=bases, made_for=made_for, allow=allow
+    )
+    return directory, config, factors
+
+
+def _find_adapter(path: Path) -> tuple[Path, str | None]:
+    """The adapter directory at `path`, and the manifest hash of its base if a manifest names it."""
     holder = path.parent if (path.parent / "manifest.json").is_file() else path
     made_for = None
     if (holder / "manifest.json").is_file() or (holder / "checkpoints").is_dir():
@@ -218,13 +266,11 @@ def give_adapter(
             if not is_listed(holder, f"adapter/{name}"):
                 raise CheckpointError(f"{holder}: its manifest lists no adapter/{name}")
         made_for = read_manifest(holder)["lineage"].get("parent")
+    return path, made_for
 
-    def forced(reason: str) -> None:
-        print(f"--force: used anyway: {reason}", file=sys.stderr)
 
-    allow = forced if force else None
-    load_adapter(model, path, bases=_equivalent_hashes(base), made_for=made_for, allow=allow)
-    return sha256_of(path / WEIGHTS_FILE)
+def _forced(reason: str) -> None:
+    print(f"--force: used anyway: {reason}", file=sys.stderr)
 
 
 def _equivalent_hashes(directory: Path) -> set[str]:

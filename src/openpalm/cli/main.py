@@ -137,6 +137,8 @@ def _explain(error: BaseException, verb: str) -> int:
     if isinstance(error, OpenPalmError):
         return _print_error(str(error), error.exit_status)
     if isinstance(error, KeyboardInterrupt):
+        if os.environ.get("RANK", "0") != "0":  # all processes are, and the first one says so
+            return 128 + signal.SIGINT
         more = "; run the same command again to continue" if verb in CONTINUES else ""
         return _print_error(f"interrupted{more}", 128 + signal.SIGINT)
     return _unexpected(error)

@@ -21,19 +21,25 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(LoadOptions):
-    """How a model is loaded to generate text."""
+class BaseModelOptions(LoadOptions):
+    """How a model is loaded to generate text, without an adapter."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """data type of weights and arithmetic; auto is bfloat16 if the processor supports it, else
     float32"""
     tokenizer: Path | None = None
     """tokenizer.json for a checkpoint without one"""
+    force: bool = False
+    """use a tokenizer or an adapter that was made for another checkpoint"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(BaseModelOptions):
+    """How a model is loaded to generate text."""
+
     adapter: Path | None = None
     """LoRA adapter for the model: a directory in PEFT's layout (adapter_config.json and
     adapter_model.safetensors), a run or a checkpoint"""
-    force: bool = False
-    """use a tokenizer or an adapter that was made for another checkpoint"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,20 +4,20 @@ import ipaddress
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from socket import socket
 from urllib.parse import urlsplit
 
 from openpalm.base.settings import parse, spell
-from openpalm.cli.model_options import ModelOptions
+from openpalm.cli.model_options import BaseModelOptions
 from openpalm.errors import SettingsError
 
 
 @dataclass(frozen=True)
-class ServeSettings(ModelOptions):
+class ServeSettings(BaseModelOptions):
     """The model to serve, the address, the keys and the limits."""
 
     path: str
@@ -33,6 +33,10 @@ class ServeSettings(ModelOptions):
     """key for /admin/models and /v1/score, which are closed without it; or OPENPALM_ADMIN_KEY"""
     name: str | None = None
     """name of the model in the API; default: the run's name"""
+    adapter: list[str] | str | None = None
+    """LoRA adapter of the model, served under a name of its own: NAME=PATH, or PATH, then the name
+    is the run's; give the option again for another. PATH is a run, a checkpoint or a directory in
+    PEFT's layout"""
     max_sequences: int = 32
     """sequences generated at the same time"""
     max_queue: int = 256
@@ -54,12 +58,30 @@ class ServeSettings(ModelOptions):
                 raise SettingsError(f"{spell(name)} {value}: must be {least} or more")
         _check_keys("--api-key (or OPENPALM_API_KEY)", self.keys, given=self.api_key is not None)
         _check_keys("--admin-key (or OPENPALM_ADMIN_KEY)", self.admin_keys)
-        _ = self.origins  # raises SettingsError if one is wrong
+        _ = self.adapters, self.origins  # raises SettingsError if one is wrong
         if not self.keys and not _is_local(self.host):
             raise SettingsError(
                 f"--host {self.host}: anyone on the network could use the model; give --api-key "
                 "(or OPENPALM_API_KEY), or listen at 127.0.0.1"
             )
+
+    @property
+    def model_name(self) -> str:
+        return self.name or run_name(self.path)
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Path of each adapter by its name. Raises SettingsError for a name that is given twice."""
+        adapters: dict[str, str] = {}
+        for text in _value_list(self.adapter):
+            name, path = _named_adapter(text)
+            if name in (self.model_name, *adapters):
+                raise SettingsError(
+                    f"--adapter {text}: another model is named {name!r}; choose another name with "
+                    "--adapter NAME=PATH"
+                )
+            adapters[name] = path
+        return adapters
 
     @property
     def keys(self) -> list[str]:
@@ -85,6 +107,7 @@ def run(argv: Sequence[str]) -> None:
             "openpalm serve runs/quickstart/sft",
             "OPENPALM_API_KEY=... openpalm serve runs/chat --host 0.0.0.0 --port 80",
             "openpalm serve runs/chat --name assistant --max-sequences 64 --quantize int8",
+            "openpalm serve runs/base --adapter maths=runs/maths --adapter runs/poetry",
         ],
         positional=["path"],
     )
@@ -109,35 +132,24 @@ def run(argv: Sequence[str]) -> None:
 def _serve(settings: ServeSettings, listener: socket) -> None:
     from rich.console import Console
 
-    from openpalm.cli.common import serving_model
+    from openpalm.cli.load_served import first_models, load_adapter, load_model
     from openpalm.serve import server
     from openpalm.serve.app import create_app
     from openpalm.serve.conversation_sink import ConversationSink
     from openpalm.serve.metrics import Metrics
     from openpalm.serve.service import Service
-    from openpalm.serve.worker import ServedModel, Worker, run_in_new_thread
-
-    def warn(reason: str) -> None:
-        print(f"warning: {reason}; requests that meet them get status 503", file=sys.stderr)
-
-    def load(
-        path: str, name: str | None, allow: Callable[[str], None] | None = None
-    ) -> ServedModel:
-        # --adapter belongs to the first model; /admin/models loads another one without it.
-        options = settings if path == settings.path else replace(settings, adapter=None)
-        engine, tokenizer, defaults = serving_model(
-            path, options, slots=settings.max_sequences, allow=allow
-        )
-        return ServedModel(name or _model_name(path), engine, tokenizer, path, defaults)
+    from openpalm.serve.worker import Worker, run_in_new_thread
 
     sink = ConversationSink(settings.conversation_url) if settings.conversation_url else None
     metrics = Metrics()
     with Console(stderr=True).status(f"loading {settings.path}"):
-        served = run_in_new_thread(lambda: load(settings.path, settings.name, warn))
+        served, *adapters = run_in_new_thread(lambda: first_models(settings))
     worker = Worker(served, max_queue=settings.max_queue, observe=metrics.observe)
+    worker.adapters = {adapter.name: adapter for adapter in adapters}
     metrics.watch(worker)
+    load, add = partial(load_model, settings), partial(load_adapter, settings)
     app = create_app(
-        Service(worker, load, metrics, sink),
+        Service(worker, load, add, metrics, sink),
         keys=settings.keys,
         admin_keys=settings.admin_keys,
         allow_origins=settings.origins,
@@ -145,9 +157,11 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
 
+    names = ", ".join(each.name for each in worker.models)
+
     def ready() -> None:
         print(
-            f"{served.name}: chat page at http://{shown}:{port}/, OpenAI API at "
+            f"{names}: chat page at http://{shown}:{port}/, OpenAI API at "
             f"http://{shown}:{port}/v1; Ctrl-C stops the server",
             flush=True,
         )
@@ -155,14 +169,23 @@ def _serve(settings: ServeSettings, listener: socket) -> None:
     server.run(app, listener, worker, shutdown_timeout_s=settings.shutdown_timeout, ready=ready)
 
 
-def _model_name(path: str) -> str:
+def run_name(path: str) -> str:
     """The run's name, from the path of a checkpoint: runs/tiny/checkpoints/step-10 is tiny."""
-    parts = [
-        part
-        for part in Path(path).resolve().parts
-        if part != "checkpoints" and not part.startswith("step-")
-    ]
+    parts = Path(path).resolve().parts
+    if len(parts) > 1 and parts[-1] == "adapter" and parts[-2].startswith("step-"):
+        parts = parts[:-1]
+    parts = [part for part in parts if part != "checkpoints" and not part.startswith("step-")]
     return parts[-1] if parts else path
+
+
+def _named_adapter(text: str) -> tuple[str, str]:
+    """Name and path of an adapter. A = after a slash is part of a path: runs/lr=0.1 has no name."""
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name:
+        name, path = run_name(text), text
+    if not name or not path:
+        raise SettingsError(f"--adapter {text!r}: give NAME=PATH, or PATH")
+    return name, path
 
 
 def _value_list(given: list[str] | str | None, variable: str | None = None) -> list[str]:

@@ -31,12 +31,15 @@ class SamplingDefaults:
         return replace(self, **{name: v for name, v in chosen.items() if v is not None})
 
 
-def sampling_defaults(directory: Path) -> SamplingDefaults:
+def sampling_defaults(
+    directory: Path, otherwise: SamplingDefaults | None = None
+) -> SamplingDefaults:
     """Reads the settings of a checkpoint directory from the first file that has any of them.
 
     The files: generation_config.json in the checkpoint or its run, as Hugging Face writes it; then
-    the YAML header of card.md (`inference: parameters: temperature: 0.7`) in either. Raises
-    CheckpointError for a file that cannot be read or a value out of bounds.
+    the YAML header of card.md (`inference: parameters: temperature: 0.7`) in either. If none has
+    any, returns `otherwise`. Raises CheckpointError for a file that cannot be read or a value out
+    of bounds.
     """
     folders = [directory]
     if directory.parent.name == "checkpoints":
@@ -55,7 +58,7 @@ def sampling_defaults(directory: Path) -> SamplingDefaults:
         if known:
             checked = {name: _checked(path, name, value) for name, value in known.items()}
             return SamplingDefaults(**checked)
-    return SamplingDefaults()
+    return otherwise or SamplingDefaults()
 
 
 def _text(path: Path) -> str:

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from openpalm.errors import NumbersError, SettingsError
+from openpalm.generate.adapters import Routing, routed
 from openpalm.generate.quantize import WeightFormat, copy_unquantized_parts, quantize
-from openpalm.generate.request import ActiveRequest, Request, Token, tokens_with_log_probs
+from openpalm.generate.request import (
+    ActiveRequest,
+    CachedTokens,
+    Request,
+    Token,
+    tokens_with_log_probs,
+)
 from openpalm.generate.sampling import choose_tokens
 from openpalm.model.cache import KVCache
 from openpalm.model.transformer import Transformer
@@ -67,8 +74,8 @@ class Engine:
         """the request in each slot in use; slot i holds the keys and values of _active[i]"""
         self._decoding = 0
         """slots 0 .. _decoding - 1 decode, the other active ones prefill"""
-        self._finished_ids: dict[int, list[int]] = {}
-        """token ids that free slots still hold, by slot"""
+        self._finished: dict[int, CachedTokens] = {}
+        """what free slots still hold, by slot"""
         self.refresh(model, owned=owned)
 
     def refresh(self, model: Transformer, *, owned: bool = False) -> None:
@@ -80,18 +87,20 @@ class Engine:
             raise AssertionError("the engine has requests in flight")
         model = model if owned else copy_unquantized_parts(model)
         in_bfloat16 = model.embedding.dtype == torch.bfloat16
-        self.model = quantize(model, self.weights or ("bfloat16" if in_bfloat16 else "float32"))
+        quantized = quantize(model, self.weights or ("bfloat16" if in_bfloat16 else "float32"))
+        self._routing = Routing()
+        self.model = routed(quantized, self._routing)
         table = self.model.embedding
         self._cache = KVCache(
             model.config, slots=self.slots, length=0, device=table.device, dtype=table.dtype
         )
-        self._finished_ids.clear()  # keys and values of the old weights
+        self._finished.clear()  # keys and values of the old weights
 
     def reset(self) -> None:
         """Drops every request and empties the cache; for use after a step that raised."""
         self._waiting.clear()
         self._active.clear()
-        self._finished_ids.clear()
+        self._finished.clear()
         self._decoding = 0
         self._cache.lengths = [0] * self.slots
 
@@ -111,6 +120,8 @@ class Engine:
         Raises SettingsError for a bad token id.
         """
         self.check(request.ids)
+        if request.adapter is not None and request.adapter.model != self.model.config:
+            raise AssertionError("the adapter is packed for another model")
         ticket = next(self._tickets)
         scored = request.score_prompt and len(request.ids) > request.score_from
         if request.max_new_tokens > 0 or scored:
@@ -215,32 +226,32 @@ class Engine:
                 self._cache.copy_slot(source, slot, shared)
             self._cache.lengths[slot] = shared
             # The slot's old tokens will be overwritten, so no later prompt may copy them.
-            self._finished_ids.pop(slot, None)
+            self._finished.pop(slot, None)
             self._active.append(new)
         # Back to the front in their old order, or later requests would overtake them.
         self._waiting.extendleft(reversed(postponed))
 
     def _longest_cached_prefix(self, new: ActiveRequest) -> tuple[int, int]:
         """The slot that holds the longest prefix of the prompt, and its length in tokens."""
-        wanted = new.reusable_ids
-        if len(wanted) < MIN_SHARED_PREFIX:
+        wanted = new.reusable
+        if len(wanted.ids) < MIN_SHARED_PREFIX:
             return (0, 0)
-        held = [(slot, each.ids) for slot, each in enumerate(self._active)]
+        held = [(slot, each.cached) for slot, each in enumerate(self._active)]
         best = (0, 0)
-        for slot, ids in [*held, *self._finished_ids.items()]:
+        for slot, cached in [*held, *self._finished.items()]:
             # Only what the cache holds: a prompt in prefill, or a newest token, is not all there.
-            shared = _common_prefix_length(ids[: self._cache.lengths[slot]], wanted)
+            shared = min(cached.shared_length(wanted), self._cache.lengths[slot])
             if shared > best[1]:
                 best = (slot, shared)
         return best if best[1] >= MIN_SHARED_PREFIX else (0, 0)
 
     def _prefix_in_prefill(self, new: ActiveRequest) -> int:
         """Tokens of the longest prefix that the prompt has in common with one in prefill."""
-        wanted = new.reusable_ids
-        if len(wanted) < MIN_SHARED_PREFIX:
+        wanted = new.reusable
+        if len(wanted.ids) < MIN_SHARED_PREFIX:
             return 0
-        in_prefill = (each.ids for each in self._active[self._decoding :])
-        return max((_common_prefix_length(ids, wanted) for ids in in_prefill), default=0)
+        in_prefill = self._active[self._decoding :]
+        return max((each.cached.shared_length(wanted) for each in in_prefill), default=0)
 
     def _prefill_chunk(self) -> list[Token]:
         """Computes the next chunk of every prompt in prefill; complete ones get their first token.
@@ -256,7 +267,9 @@ class Engine:
             for each, length in zip(self._active[first:], cache.lengths, strict=True)
         ]
         counts = [len(chunk) for chunk in chunks]
-        states = self.model.residual(self._padded(chunks), cache, counts)
+        ids = self._padded(chunks)
+        self._route(first, last, ids.shape[1])
+        states = self.model.residual(ids, cache, counts)
         # The span is a view with its own lengths: write them back only after the step succeeded.
         self._cache.lengths[first:last] = cache.lengths
         self.prefilled_tokens += sum(counts)
@@ -289,6 +302,11 @@ class Engine:
         for each in [each for each in self._active if each.ticket in failed]:
             self._release_failed(self._active.index(each))
         return tokens
+
+    def _route(self, first: int, last: int, time: int) -> None:
+        """Assigns the adapters of slots first .. last - 1 to the rows of the next forward."""
+        adapters = [each.request.adapter for each in self._active[first:last]]
+        self._routing.assign(adapters, time, self._cache.keys.device)
 
     def _padded(self, chunks: Sequence[Sequence[int]]) -> Tensor:
         # Padded with a row's own last token: any other token could bring numbers that are not
@@ -329,6 +347,7 @@ class Engine:
         ids = torch.tensor([[each.ids[-1]] for each in self._active[:count]])
         cache = self._cache.span(0, count)
         # Decoding slots are contiguous, so the cache of the whole batch is one view without a copy.
+        self._route(0, count, 1)
         states = self.model.residual(ids.to(self._cache.keys.device), cache)[:, -1]
         self._cache.lengths[:count] = cache.lengths
         return self._sample(range(count), self.model.head(states))
@@ -374,7 +393,7 @@ class Engine:
         hold finite numbers only, so every bad number in the cache belongs to this one.
         """
         self._release(slot)
-        self._finished_ids.pop(len(self._active))
+        self._finished.pop(len(self._active))
         for stored in (self._cache.keys, self._cache.values):
             stored.nan_to_num_(0.0, 0.0, 0.0)
 
@@ -390,25 +409,11 @@ class Engine:
             slot = self._decoding
         last = len(self._active) - 1
         self._swap(slot, last)
-        self._finished_ids[last] = self._active.pop().ids
+        self._finished[last] = self._active.pop().cached
 
     def _swap(self, a: int, b: int) -> None:
         self._cache.swap(a, b)
         self._active[a], self._active[b] = self._active[b], self._active[a]
-
-
-def _common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens at the beginning of both; by bisection, because comparing slices is fast."""
-    low, high = 0, min(len(a), len(b))
-    if not high or a[0] != b[0]:
-        return 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _finite_rows(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ replace project_in, project_out and the head; the rest of the model is unchanged
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -21,6 +21,8 @@ from openpalm.model.lora import merged, shallow_copy_as
 from openpalm.model.transformer import Transformer
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
+Side = Literal["project_in", "project_out"]
+SIDES: tuple[Side, ...] = ("project_in", "project_out")
 INT4_GROUP = 32
 """Neighbouring weights of a row that share a scale and a zero point."""
 ONEDNN_FLOAT32_ROWS = 8
@@ -68,12 +70,32 @@ def check_format(weights: WeightFormat, device: str) -> None:
 def quantized_head(table: Tensor, weights: WeightFormat) -> ProjectHead:
     """The head over a table in this format."""
     # bfloat16 logits are 1/16 apart, which is too coarse, so the head returns float32 if it can.
-    return QuantizedHead(_matrix(table, weights, torch.float32))
+    return QuantizedHead(make_matrix(table, weights, torch.float32))
 
 
 def is_quantized(model: Transformer) -> bool:
     """Whether `quantize` made this model."""
     return isinstance(model.project_head, QuantizedHead)
+
+
+def with_matrices(
+    model: Transformer, replaced: Callable[[Matrix, int, Side], Matrix]
+) -> Transformer:
+    """A copy of a quantized model with other matrices in its blocks.
+
+    `replaced` gets each fused matrix, the number of its block and its side of the block.
+    Everything else is shared with `model`.
+    """
+    twin = shallow_copy_as(model, type(model))
+    twin.blocks = nn.ModuleList(shallow_copy_as(block, type(block)) for block in model.blocks)
+    for layer, block in enumerate(twin.blocks):
+        for side in SIDES:
+            projection = block._modules[side]
+            assert isinstance(projection, _FusedIn | _FusedOut)
+            own = shallow_copy_as(projection, type(projection))
+            own.matrix = replaced(projection.matrix, layer, side)
+            block._modules[side] = own
+    return twin
 
 
 def copy_unquantized_parts(model: Transformer) -> Transformer:
@@ -98,7 +120,7 @@ class _FusedIn(nn.Module):
     def __init__(self, plain: ProjectIn, weights: WeightFormat):
         super().__init__()
         self.rows = plain.rows
-        self.matrix = _matrix(torch.cat([getattr(plain, name) for name in plain.rows]), weights)
+        self.matrix = make_matrix(torch.cat([getattr(plain, name) for name in plain.rows]), weights)
         self.up_bias = plain.up_bias
 
     def forward(self, n: Tensor, names: Sequence[str] = ()) -> tuple[Tensor, ...]:
@@ -115,7 +137,7 @@ class _FusedOut(nn.Module):
 
     def __init__(self, plain: ProjectOut, weights: WeightFormat):
         super().__init__()
-        self.matrix = _matrix(torch.cat([plain.out, plain.down], dim=1), weights)
+        self.matrix = make_matrix(torch.cat([plain.out, plain.down], dim=1), weights)
         self.down_bias = plain.down_bias
 
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
@@ -137,14 +159,14 @@ class QuantizedHead(ProjectHead):
         states: Tensor,
         table: Tensor,
         bias: Tensor | None,
+        size: int,
         targets: Tensor,
         z_loss: float,
         chunk: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Without a gradient, because a quantized matrix is not trained."""
-        # The matrix has the padded rows of the vocabulary, which the given table may be without.
-        logits = self.matrix(states)[:, : len(table)].float()
-        logits = logits if bias is None else logits + bias
+        logits = self.matrix(states)[:, :size].float()
+        logits = logits if bias is None else logits + bias[:size]
         z = z_loss * logits.logsumexp(-1).square().sum()
         return F.cross_entropy(logits, targets, reduction="sum"), z
 
@@ -275,7 +297,9 @@ class _Int4:
         return out.unflatten(0, x.shape[:-1])
 
 
-def _matrix(weight: Tensor, weights: WeightFormat, result: torch.dtype = torch.bfloat16) -> Matrix:
+def make_matrix(
+    weight: Tensor, weights: WeightFormat, result: torch.dtype = torch.bfloat16
+) -> Matrix:
     """The weight in this format; products are in `result` where the kernel leaves a choice."""
     weight = weight.detach()
     # First, because all other kernels here run on a CPU only.

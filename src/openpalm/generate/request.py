@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from openpalm.generate.adapters import Adapter
 from openpalm.generate.sampling import Sampling
 
 NO_TOKEN = -1
@@ -30,6 +31,8 @@ class Request:
     score_from: int = 1
     """index of the first prompt token that `score_prompt` yields; the prefix that predicts none of
     them may be copied from another request's cache"""
+    adapter: Adapter | None = None
+    """LoRA adapter of this request, packed for the engine's model; None is the model itself"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,20 @@ class Token:
     of_prompt: bool = False
 
 
+class CachedTokens(NamedTuple):
+    """Token ids with keys and values in the cache, and what computed them."""
+
+    ids: list[int]
+    adapter: int
+    """serial number of the adapter; 0 without one"""
+
+    def shared_length(self, wanted: "CachedTokens") -> int:
+        """Tokens at the beginning that both have, computed with the same adapter."""
+        if self.adapter != wanted.adapter:
+            return 0
+        return _common_prefix_length(self.ids, wanted.ids)
+
+
 @dataclass(eq=False)
 class ActiveRequest:
     """A request that waits or holds a slot of the cache."""
@@ -63,13 +80,20 @@ class ActiveRequest:
         return self.ids[len(self.request.ids) :]
 
     @property
-    def reusable_ids(self) -> list[int]:
+    def reusable(self) -> CachedTokens:
         """The prefix that may be copied from another slot.
 
         Copied tokens yield no logits. Generation needs those of the last token, scoring those of
         the token before the first scored one and of all after it.
         """
-        return self.ids[: self.request.score_from - 1 if self.request.score_prompt else -1]
+        end = self.request.score_from - 1 if self.request.score_prompt else -1
+        return CachedTokens(self.ids[:end], self.cached.adapter)
+
+    @property
+    def cached(self) -> CachedTokens:
+        """What the cache holds of this request, or will hold."""
+        adapter = self.request.adapter
+        return CachedTokens(self.ids, 0 if adapter is None else adapter.serial)
 
     @property
     def prefill_length(self) -> int:
@@ -118,3 +142,17 @@ def _top_log_probs(
         values, ids = logits.topk(min(count, logits.shape[-1]))
     pairs = zip(ids.tolist(), (values - normaliser).tolist(), strict=True)
     return [tuple(zip(*pair, strict=True)) for pair in pairs]
+
+
+def _common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens at the beginning of both; by bisection, because comparing slices is fast."""
+    low, high = 0, min(len(a), len(b))
+    if not high or a[0] != b[0]:
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

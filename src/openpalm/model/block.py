@@ -2,10 +2,11 @@
 
 PaLM, GPT-J and nanoPALM share it (nanoPALM's two norms per block become one in conversion).
 `project_in` and `project_out` own the block's matrices under canonical names (q, kv, gate, up, out,
-down). LoRA, quantized or sharded versions replace these two modules; nothing else changes.
+down); LoRA and quantized versions replace these two modules. Every module computes with the part of
+its parameters that this process has, and `stream` exchanges activations with other processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from openpalm.model.attention import causal_attention, masked_attention
 from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
 from openpalm.model.rotary import Rotary, RotaryTables
+from openpalm.model.sharding import local_part, part_of
 
 ATTENTION_INPUTS = ("q", "kv")
 """Outputs of project_in for attention; the others are for the feed-forward layer."""
@@ -31,10 +33,51 @@ class Norm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        weight, bias = local_part(self.weight), part_of(self.bias)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
-class ProjectIn(nn.Module):
+class ResidualStream(nn.Module):
+    """The residual stream between the blocks, held by one process.
+
+    Tensor parallelism replaces this module: its processes share the projections of every block and,
+    with sequence parallelism, also the positions of the residual stream [batch, time, dim].
+    """
+
+    def enter(self, n: Tensor, time: int) -> Tensor:
+        """Input of a block's projections, at all `time` positions, from the normalised stream."""
+        return n
+
+    def leave(self, update: Tensor, dropout: float, training: bool) -> Tensor:
+        """A block's update of the stream, with dropout, from its output projections.
+
+        update: [batch, time, dim], or [n, dim] at selected positions.
+        """
+        return F.dropout(update, dropout, training)
+
+    def part(self, x: Tensor) -> Tensor:
+        """The part of x [batch, time, dim] that is added to the stream here."""
+        return x
+
+    def whole(self, x: Tensor, time: int) -> Tensor:
+        """The stream at all `time` positions."""
+        return x
+
+
+class Projection(nn.Module):
+    """Matrices and biases, of which this process may have a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: dict[str, Callable[[Tensor], Tensor]] = {}
+        """for a parameter by name: what to multiply by or add, if not this process's part"""
+
+    def read(self, name: str) -> Tensor | None:
+        parameter = getattr(self, name)
+        return None if parameter is None else self.readers.get(name, local_part)(parameter)
+
+
+class ProjectIn(Projection):
     """norm(x) [..., dim] -> queries, keys and values, and the inputs of the feed-forward layer.
 
     names: return only these outputs. One matrix multiply each: in training that avoids
@@ -59,10 +102,12 @@ class ProjectIn(nn.Module):
 
     def multiply(self, n: Tensor, name: str) -> Tensor:
         """Output of one matrix, [..., rows[name]]."""
-        return F.linear(n, getattr(self, name), self.up_bias if name == "up" else None)
+        matrix = self.read(name)
+        assert matrix is not None
+        return F.linear(n, matrix, self.read("up_bias") if name == "up" else None)
 
 
-class ProjectOut(nn.Module):
+class ProjectOut(Projection):
     """Sum of both output projections [..., dim], of heads [..., heads * head_dim] and hidden units
     [..., ff_dim]."""
 
@@ -73,7 +118,10 @@ class ProjectOut(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(config.dim)) if config.bias else None
 
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        return F.linear(attended, self.out) + F.linear(hidden, self.down, self.down_bias)
+        out, down = self.read("out"), self.read("down")
+        assert out is not None
+        assert down is not None
+        return F.linear(attended, out) + F.linear(hidden, down, self.read("down_bias"))
 
 
 class Attend(Protocol):
@@ -96,10 +144,12 @@ class Attention(nn.Module):
     def forward(
         self, layer: int, q: Tensor, kv: Tensor, tables: RotaryTables, attend: Attend
     ) -> Tensor:
-        q = q.unflatten(-1, (self.config.heads, -1))
-        k, v = kv.unflatten(-1, (2, self.config.kv_heads, -1)).unbind(-3)
+        # As many heads as the projections returned, which may be a part of the config's.
+        q = q.unflatten(-1, (-1, self.config.head_dim))
+        k, v = kv.unflatten(-1, (2, -1, self.config.head_dim)).unbind(-3)
         if self.config.qk_norm:
-            q, k = _rms_norm(q, self.q_scale), _rms_norm(k, self.k_scale)
+            q = _rms_norm(q, local_part(self.q_scale))
+            k = _rms_norm(k, local_part(self.k_scale))
         q, k = self.rotate(q, tables.query), self.rotate(k, tables.key)
         return attend(layer, q, k, v).flatten(-2)
 
@@ -116,6 +166,7 @@ class Block(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.norm = Norm(config)
+        self.stream = ResidualStream()
         self.project_in = ProjectIn(config)
         self.attention = Attention(config, rotary)
         self.project_out = ProjectOut(config)
@@ -132,7 +183,8 @@ class Block(nn.Module):
 
         selected: int64 [n], indices into the flattened positions of x.
         """
-        n = self.norm(x)
+        time = tables.query[0].shape[-2]
+        n = self.stream.enter(self.norm(x), time)
         if selected is None:
             q, kv, *ff = self.project_in(n)
             attended = self.attention(layer, q, kv, tables, attend)
@@ -140,10 +192,11 @@ class Block(nn.Module):
             # The keys of all positions are needed, the feed-forward only at the selected ones.
             q, kv = self.project_in(n, ATTENTION_INPUTS)
             attended = self.attention(layer, q, kv, tables, attend)
+            x = self.stream.whole(x, time)
             x, n, attended = (t.flatten(0, 1).index_select(0, selected) for t in (x, n, attended))
             ff = self.project_in(n, list(self.project_in.rows)[len(ATTENTION_INPUTS) :])
         update = self.project_out(attended, _activate(*ff))
-        return x + F.dropout(update, self.dropout, self.training)
+        return x + self.stream.leave(update, self.dropout, self.training)
 
 
 def _activate(*inputs: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ class KVCache:
     """Keys and values of up to `length` tokens in each of `slots` sequences.
 
     keys, values: [depth, slots, length, kv_heads, head_dim]; lengths: tokens stored, [slots].
+    kv_heads: those of this process, `Transformer.kv_heads`; None: all of the config.
     """
 
     def __init__(
@@ -27,8 +28,9 @@ class KVCache:
         length: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        kv_heads: int | None = None,
     ):
-        shape = (config.depth, slots, length, config.kv_heads, config.head_dim)
+        shape = (config.depth, slots, length, kv_heads or config.kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * slots

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openpalm.model.config import ModelConfig
+from openpalm.model.sharding import local_part
 from openpalm.model.transformer import Transformer
 
 
@@ -45,7 +47,8 @@ class Critic(nn.Module):
         self.read = nn.Linear(config.dim, bins.count if bins else 1)
 
     def forward(self, states: Tensor) -> Tensor:
-        read = self.read(states).float()
+        weight, bias = local_part(self.read.weight), local_part(self.read.bias)
+        read = F.linear(states, weight, bias).float()
         return read if self.bins else read.squeeze(-1)
 
 

@@ -6,7 +6,7 @@ That needs the same three matrix multiplies as head and backward, and memory for
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,23 +30,39 @@ def linear_cross_entropy(
     *,
     z_loss: float = 0.0,
     chunk: int | None = None,
+    losses: "Losses | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross entropy in nats of logits = states @ table^T + bias, and its z-loss.
 
     states [positions, dim], table [vocabulary, dim], bias [vocabulary], targets int64 [positions];
-    chunk: positions per chunk; None takes as many as fit CHUNK_BYTES. The z-loss is `z_loss` * sum
+    chunk: positions per chunk; None takes `positions_per_chunk`. losses: for a table that is a part
+    of the vocabulary. The z-loss is `z_loss` * sum
     of log^2 Z, which keeps the normaliser Z near 1 (PaLM, section 5, with 1e-4). The gradient of
     the first result includes the z-loss, its value does not, so that runs with and without it
     compare. Matrices are multiplied in autocast's dtype; everything else is float32.
     """
-    device = states.device.type
-    dtype = states.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = computed_dtype(states)
     if chunk is None:
-        room = CHUNK_BYTES if device == "cpu" else _CHUNK_BYTES_CUDA
-        chunk = max(1, room // (dtype.itemsize * len(table)))
-    return _LinearCrossEntropy.apply(states, table, bias, targets, z_loss, chunk, dtype)
+        chunk = positions_per_chunk(states, len(table))
+    losses = losses or _losses
+    return _LinearCrossEntropy.apply(states, table, bias, targets, z_loss, chunk, dtype, losses)
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product of x: autocast's, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def positions_per_chunk(states: Tensor, vocabulary: int) -> int:
+    """As many as fit CHUNK_BYTES."""
+    room = CHUNK_BYTES if states.device.type == "cpu" else _CHUNK_BYTES_CUDA
+    return max(1, room // (computed_dtype(states).itemsize * vocabulary))
+
+
+Losses = Callable[[Tensor, Tensor, float, torch.dtype, bool], Iterator[tuple[Tensor, Tensor]]]
+"""(logits, targets, z_loss, wide, wanted) -> terms of summed nll and z-loss, computed in the dtype
+`wide`; if `wanted`, overwrites `logits` [positions, vocabulary] by the gradient of the loss."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -60,6 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         chunk: int,
         dtype: torch.dtype,
+        losses: Losses,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
         needed = ctx.needs_input_grad
@@ -71,11 +88,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = rows[positions] @ matrix.T
                 if bias is not None:
                     logits += bias
-                for piece in _pieces(logits):
-                    # In place: no second tensor of the size of the logits is needed.
-                    piece_nll, piece_z = _replace_by_gradient(
-                        logits[piece], targets[positions][piece, None], z_loss, wide, any(needed)
-                    )
+                # In place: no second tensor of the size of the logits is needed.
+                found = losses(logits, targets[positions], z_loss, wide, any(needed))
+                for piece_nll, piece_z in found:
                     nll, z = nll + piece_nll, z + piece_z
                 grads.add(positions, logits)
         ctx.save_for_backward(*grads.in_dtype_of(states, table, bias))
@@ -88,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         grads = [None if g is None else g * grad_outputs[0] for g in ctx.saved_tensors]
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _evenly(length: int, most: int) -> Iterator[slice]:
@@ -98,10 +113,18 @@ def _evenly(length: int, most: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _pieces(x: Tensor) -> Iterator[slice]:
+def pieces(x: Tensor) -> Iterator[slice]:
     """Slices of the rows of x that fit the processor's cache in float32."""
     room = _PIECE_BYTES if x.device.type == "cpu" else _PIECE_BYTES_CUDA
     return _evenly(len(x), max(1, room // (4 * x.shape[1])))
+
+
+def _losses(
+    logits: Tensor, targets: Tensor, z_loss: float, wide: torch.dtype, wanted: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The Losses of a whole vocabulary."""
+    for piece in pieces(logits):
+        yield _replace_by_gradient(logits[piece], targets[piece, None], z_loss, wide, wanted)
 
 
 def _replace_by_gradient(
@@ -144,7 +167,7 @@ class _Gradients:
             self._table.addmm_(grad.T, self._rows[positions])
         elif self._table is not None:
             # A bfloat16 product is added to the float32 sum while it is in the cache.
-            for piece in _pieces(self._table):
+            for piece in pieces(self._table):
                 self._table[piece] += grad[:, piece].T @ self._rows[positions]
         if self._bias is not None:
             self._bias += grad.sum(dim=0)

@@ -28,9 +28,12 @@ class ProjectHead(nn.Module):
         states: Tensor,
         table: Tensor,
         bias: Tensor | None,
+        size: int,
         targets: Tensor,
         z_loss: float,
         chunk: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """Summed cross entropy and z-loss of these logits, see linear_cross_entropy."""
+        """Summed cross entropy and z-loss of the first `size` logits, see linear_cross_entropy."""
+        if len(table) > size:  # only then, because the gradient of a slice copies the whole table
+            table, bias = table[:size], None if bias is None else bias[:size]
         return linear_cross_entropy(states, table, bias, targets, z_loss=z_loss, chunk=chunk)

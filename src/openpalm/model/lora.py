@@ -1,12 +1,12 @@
 """LoRA, low-rank adaptation: W x becomes W x + (alpha / rank) B A x, and only A and B are trained.
 
 Source: Hu et al. 2021, equation 3. A is initialised as in their implementation and B at zero, so a
-new adapter changes nothing. It is attached from outside: `project_in` and `project_out` of every
-block are replaced by subclasses with the same parameters under the same names. The factors of
-matrix q of block 0 are `blocks.0.project_in.lora.q.a` and `.b`.
+new adapter changes nothing. It is attached from outside: modules that wrap `project_in` and
+`project_out` of every block take their place, with the same parameters under the same names. The
+factors of matrix q of block 0 are `blocks.0.project_in.lora.q.a` and `.b`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openpalm.model.block import Block, ProjectIn, ProjectOut
+from openpalm.model.block import Block, Projection
 from openpalm.model.config import LORA_TARGETS, LoraConfig
 from openpalm.model.sharding import assign
 from openpalm.model.transformer import Transformer
@@ -24,7 +24,7 @@ INPUTS = ("q", "k", "v", "gate", "up")
 """Targets in project_in; the other targets are in project_out."""
 
 
-class Factors(nn.Module):
+class Factors(Projection):
     """A [rank, columns] and B [rows, rank] of one target: x [..., columns] -> [..., rows]."""
 
     def __init__(self, rank: int, rows: int, columns: int, scale: float, like: Tensor):
@@ -34,23 +34,52 @@ class Factors(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.a) * self.scale, self.b)
+        a, b = self.read("a"), self.read("b")
+        assert a is not None
+        assert b is not None
+        return F.linear(F.linear(x, a) * self.scale, b)
 
 
 class _Adapted(nn.Module):
-    """Attributes that both adapted projections add to their matrices."""
+    """A projection with factors for some of its matrices.
 
-    config: LoraConfig
-    active: bool
+    The wrapped projection is no submodule: both have the same dict of parameters, so that their
+    names do not change and a replaced parameter is replaced in both.
+    """
+
+    inner: nn.Module
     lora: nn.ModuleDict
 
+    def __init__(self, inner: nn.Module, lora: nn.ModuleDict, config: LoraConfig):
+        super().__init__()
+        self.__dict__["inner"] = inner
+        self._parameters = inner._parameters
+        self._modules.update(inner._modules)
+        self.lora = lora
+        self.config = config
+        self.active = True
 
-class AdaptedIn(_Adapted, ProjectIn):
-    def multiply(self, n: Tensor, name: str) -> Tensor:
-        product = super().multiply(n, name)
+    @property
+    def readers(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        return cast("dict[str, Callable[[Tensor], Tensor]]", self.inner.readers)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return cast("dict[str, int]", self.inner.rows)
+
+
+class AdaptedIn(_Adapted):
+    def forward(self, n: Tensor, names: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        products = self.inner(n, names)
+        if not self.active:
+            return products
+        named = zip(names or self.rows, products, strict=True)
+        return tuple(self._updated(n, name, product) for name, product in named)
+
+    def _updated(self, n: Tensor, name: str, product: Tensor) -> Tensor:
         # Keys and values are one matrix with separate targets.
         targets = ("k", "v") if name == "kv" else (name,)
-        if not self.active or not any(target in self.lora for target in targets):
+        if not any(target in self.lora for target in targets):
             return product
         width = product.shape[-1] // len(targets)
         updates = [
@@ -60,9 +89,9 @@ class AdaptedIn(_Adapted, ProjectIn):
         return product + (updates[0] if len(updates) == 1 else torch.cat(updates, dim=-1))
 
 
-class AdaptedOut(_Adapted, ProjectOut):
+class AdaptedOut(_Adapted):
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        update = super().forward(attended, hidden)
+        update = self.inner(attended, hidden)
         for name, x in (("out", attended), ("down", hidden)):
             if self.active and name in self.lora:
                 update = update + self.lora[name](x)
@@ -70,7 +99,6 @@ class AdaptedOut(_Adapted, ProjectOut):
 
 
 A = TypeVar("A", AdaptedIn, AdaptedOut)
-_PLAIN = {AdaptedIn: ProjectIn, AdaptedOut: ProjectOut}
 
 
 def attach(model: Transformer, config: LoraConfig, seed: int | None = None) -> None:
@@ -86,8 +114,8 @@ def attach(model: Transformer, config: LoraConfig, seed: int | None = None) -> N
     for parameter in trunk(model):
         parameter.requires_grad_(False)
     for block in _blocks(model):
-        block.project_in = _adapted(AdaptedIn, block.project_in, config, model)
-        block.project_out = _adapted(AdaptedOut, block.project_out, config, model)
+        block._modules["project_in"] = _adapted(AdaptedIn, block.project_in, config, model)
+        block._modules["project_out"] = _adapted(AdaptedOut, block.project_out, config, model)
     if seed is not None:
         initialise_adapter(model, seed)
 
@@ -178,18 +206,14 @@ def _adapters(model: Transformer) -> Iterator[_Adapted]:
 
 
 def _adapted(kind: type[A], plain: nn.Module, config: LoraConfig, model: Transformer) -> A:
-    """`plain` as an adapted module with the same parameters."""
+    """`plain` in an adapter with the same parameters."""
     shapes = model.config.matrices
-    adapted = shallow_copy_as(plain, kind)
-    adapted.config, adapted.active = config, True
-    adapted.lora = nn.ModuleDict(
-        {
-            target: Factors(config.rank, *shapes[target], config.scale, model.embedding)
-            for target in LORA_TARGETS
-            if target in config.targets and (target in INPUTS) == (kind is AdaptedIn)
-        }
-    )
-    return adapted
+    factors = {
+        target: Factors(config.rank, *shapes[target], config.scale, model.embedding)
+        for target in LORA_TARGETS
+        if target in config.targets and (target in INPUTS) == (kind is AdaptedIn)
+    }
+    return kind(plain, nn.ModuleDict(factors), config)
 
 
 @torch.no_grad()
@@ -210,14 +234,13 @@ def _merged_projection(module: M, *, copied: bool = False) -> M:
     """The module with B A merged into its matrices or, if `copied`, into copies of them."""
     if not isinstance(module, _Adapted):
         return module
-    plain = shallow_copy_as(module, _PLAIN[type(module)])
-    del plain._modules["lora"]
+    plain = shallow_copy_as(module.inner, type(module.inner))
     for target, factors in module.lora.items() if module.active else ():
         assert isinstance(factors, Factors)
         name = "kv" if target in ("k", "v") else target
         matrix = plain._parameters[name]
         assert matrix is not None
-        if copied and matrix is getattr(module, name):
+        if copied and matrix is module._parameters[name]:
             matrix = plain._parameters[name] = nn.Parameter(matrix.clone())
         rows = matrix.chunk(2)["kv".index(target)] if name == "kv" else matrix
         rows.addmm_(factors.b, factors.a, alpha=factors.scale)

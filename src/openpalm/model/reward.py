@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from openpalm.errors import DataError
 from openpalm.model.config import ModelConfig, RewardConfig
-from openpalm.model.sharding import assign
+from openpalm.model.sharding import assign, local_part, part_of
 from openpalm.model.transformer import Transformer
 
 
@@ -57,16 +57,17 @@ class RewardModel(Transformer):
         self, ids: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None
     ) -> Tensor:
         """Output of each head, float32 [members, rows, outputs]. Arguments as for `score`."""
-        marks = None if self.marks is None else _marked(self.marks, ids, prompt_lengths)
+        marks = None if self.marks is None else _marked(local_part(self.marks), ids, prompt_lengths)
         states = self.norm(self.residual(ids, added=marks))
         read = _last if self.reward.read == "last" else _mean
-        head = self.reward_head.view(self.reward.members, -1, self.config.dim)
+        head = local_part(self.reward_head).view(self.reward.members, -1, self.config.dim)
         # Always float32: rewards are compared with each other, and bfloat16 has three digits.
         with torch.autocast(ids.device.type, enabled=False):
             scores = torch.einsum("rd,mod->mro", read(states, mask).float(), head.float())
-            if self.reward_bias is None:
+            bias = part_of(self.reward_bias)
+            if bias is None:
                 return scores
-            return scores + self.reward_bias.float().view(self.reward.members, 1, -1)
+            return scores + bias.float().view(self.reward.members, 1, -1)
 
     def expected(self, scores: Tensor) -> Tensor:
         """The reward [...] of scores [..., outputs]: the expectation over the bins, if any."""

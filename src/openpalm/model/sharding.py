@@ -32,6 +32,11 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def part_of(tensor: Tensor | None) -> Tensor | None:
+    """`local_part` of a parameter that a model may be without."""
+    return None if tensor is None else local_part(tensor)
+
+
 def local_slices(tensor: Tensor, coordinate: Sequence[int] | None = None) -> tuple[slice, ...]:
     """Where this process's part is in the whole tensor: one slice per dimension.
 

@@ -3,19 +3,26 @@
 Takes integer ids and tensors; knows nothing about batches, tokenizers or files.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from openpalm.model.block import Attend, Block, Norm, attend_cached, attend_uncached
+from openpalm.model.block import (
+    Attend,
+    Block,
+    Norm,
+    ResidualStream,
+    attend_cached,
+    attend_uncached,
+)
 from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
 from openpalm.model.embedding_head import Embedding, ProjectHead
 from openpalm.model.layout import Layout
 from openpalm.model.rotary import Rotary
-from openpalm.model.sharding import assign
+from openpalm.model.sharding import assign, part_of
 
 T = TypeVar("T")
 
@@ -29,16 +36,23 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.kv_heads = config.kv_heads
+        """key/value heads that this process computes"""
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab, config.dim))
         has_bias = config.embedding_bias
         self.embedding_bias = nn.Parameter(torch.empty(config.dim)) if has_bias else None
         self.embed = Embedding()
+        self.stream = ResidualStream()
         self.rotary = Rotary(config)
         self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.depth))
         self.norm = Norm(config)
         self.project_head = ProjectHead()
         self.unembedding = None if config.tied else nn.Parameter(torch.empty_like(self.embedding))
         self.head_bias = nn.Parameter(torch.empty(config.padded_vocab)) if config.bias else None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def forward(self, compute: Callable[..., T], *args: Any) -> T:
         """Returns compute(self, *args).
@@ -51,6 +65,10 @@ class Transformer(nn.Module):
     def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters of a published checkpoint; subclasses leave out training-only ones."""
         return self.named_parameters()
+
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """Shapes of all parameters of the model, in their order, also of those elsewhere."""
+        return {name: parameter.shape for name, parameter in self.named_parameters()}
 
     def logits(
         self, ids: Tensor, cache: KVCache | None = None, *, layout: Layout | None = None
@@ -87,16 +105,25 @@ class Transformer(nn.Module):
         """
         positions, attend, longest = self._context(ids, cache, layout)
         tables = self.rotary(positions, longest)
-        # Negative ids are an encoder's padding; any row of the table serves, since it is masked.
-        x = self.embed(ids if self.config.causal else ids.clamp_min(0), self.embedding)
-        for vector in (self.embedding_bias, added):
-            x = x if vector is None else x + vector
-        for layer, block in enumerate(self.blocks):
+        x = self._embedded(ids, added)
+        for layer, block in self._numbered_blocks():
             last = layer == self.config.depth - 1
             x = block(layer, x, tables, attend, selected if last else None)
         if cache is not None:
             cache.advance(counts or [ids.shape[1]] * ids.shape[0])
+        # At selected positions the last block has returned whole states.
+        return x if selected is not None else self.stream.whole(x, ids.shape[1])
+
+    def _embedded(self, ids: Tensor, added: Tensor | None) -> Tensor:
+        """The residual stream before the first block."""
+        # Negative ids are an encoder's padding; any row of the table serves, since it is masked.
+        x = self.embed(ids if self.config.causal else ids.clamp_min(0), self.embedding)
+        for vector in (part_of(self.embedding_bias), added):
+            x = x if vector is None else x + self.stream.part(vector)
         return x
+
+    def _numbered_blocks(self) -> Iterable[tuple[int, nn.Module]]:
+        return enumerate(self.blocks)
 
     def head(self, residual: Tensor) -> Tensor:
         """Logits, float32 [..., vocab_size], from the residual stream [..., dim]."""
@@ -110,11 +137,9 @@ class Transformer(nn.Module):
 
         Equals the loss of `head`'s logits, but does not hold them all: see linear_cross_entropy.
         """
-        table, bias, size = self._table, self.head_bias, self.config.vocab_size
-        if len(table) > size:  # only then, because the gradient of a slice copies the whole table
-            table, bias = table[:size], None if bias is None else bias[:size]
+        states, size = self._states(residual), self.config.vocab_size
         return self.project_head.cross_entropy(
-            self._states(residual), table, bias, targets, z_loss, chunk
+            states, self._table, self.head_bias, size, targets, z_loss, chunk
         )
 
     @property
@@ -152,7 +177,8 @@ Init = Literal["default", "palm"]
 def initialise(model: Transformer, seed: int, init: Init = "default") -> None:
     """Initialises every parameter from `seed`, with equal values on every device and dtype.
 
-    An adapter's factors are left out. Sharded parameters get their parts of the same values.
+    An adapter's factors are left out. Parameters that are sharded, or distributed over the stages
+    of a pipeline, get the same values.
     Matrices are normal with standard deviation 1/sqrt(fan-in); norms are one, biases zero.
     default: matrices that write to the residual stream are divided by sqrt(2 depth), so that its
     variance does not grow with depth; embeddings have standard deviation 0.02.
@@ -160,24 +186,26 @@ def initialise(model: Transformer, seed: int, init: Init = "default") -> None:
     5), which needs logit_scale 1/sqrt(dim).
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        kind = name.rsplit(".", 1)[-1]
+    own = dict(model.named_parameters())
+    for name, shape in model.parameter_shapes().items():
+        kind, parameter = name.rsplit(".", 1)[-1], own.get(name)
         if ".lora." in name:
             continue
-        if kind.endswith("bias"):
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            drawn = torch.randn(parameter.shape, generator=generator)
-            drawn *= _deviation(kind, parameter, model.config, init)
+        if len(shape) > 1 and not kind.endswith("bias"):
+            # Drawn for another stage's matrix too: the values depend on those drawn before them.
+            drawn = torch.randn(shape, generator=generator)
+            if parameter is None:
+                continue
+            drawn *= _deviation(kind, shape, model.config, init)
             if kind in ("embedding", "unembedding"):
                 drawn[model.config.vocab_size :] = 0  # padding rows: no token uses them
             assign(parameter, drawn)
+        elif parameter is not None:
+            parameter.fill_(0.0 if kind.endswith("bias") else 1.0)
 
 
-def _deviation(kind: str, matrix: Tensor, config: ModelConfig, init: Init) -> float:
-    fan_in = matrix.shape[1] ** -0.5
+def _deviation(kind: str, shape: torch.Size, config: ModelConfig, init: Init) -> float:
+    fan_in = shape[1] ** -0.5
     if init == "palm":
         return 1.0 if kind == "embedding" else fan_in
     if "embedding" in kind:

@@ -41,13 +41,17 @@ class ParallelSettings:
     """order of the microbatches in a pipeline; interleaved gives every process two stages"""
     timeout_s: float = 600.0
     """seconds after which a process that waits for others ends the run"""
+    grace_s: float = 25.0
+    """seconds after SIGTERM or SIGINT in which all processes save; then they end, saved or not.
+    torchrun kills them after 30 (its --shutdown-timeout)"""
 
     def __post_init__(self) -> None:
         for name in AXES:
             value = getattr(self, name)
             check(value is None or value >= 1, f"parallel.{name}", value, "1 or more")
-        fits = 0 < self.timeout_s < math.inf
-        check(fits, "parallel.timeout_s", self.timeout_s, "above 0 and finite")
+        for name in ("timeout_s", "grace_s"):
+            value = getattr(self, name)
+            check(0 < value < math.inf, f"parallel.{name}", value, "above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,15 @@ class Axes:
     def __str__(self) -> str:
         named = [f"{name} {size}" for name, size in zip(AXES, self.sizes, strict=True) if size > 1]
         return " x ".join(named) or "one process"
+
+
+def fills_pipeline(microbatches: int, processes: int, schedule: str) -> bool:
+    """Whether a pipeline of this many processes can run this many microbatches in a step.
+
+    Interleaved stages take them in equal rounds of at least as many microbatches as processes.
+    """
+    rounds = microbatches // processes
+    return rounds > 0 and (schedule != "interleaved" or microbatches % rounds == 0)
 
 
 def axes_of(settings: ParallelSettings, processes: int) -> Axes:

@@ -60,7 +60,7 @@ def shard(model: Transformer, world: World, dtype: torch.dtype, *, reshard: bool
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def reduce_over_replicas(model: nn.Module, on: bool) -> None:
+def reduce_over_replicas(model: nn.Module, on: bool, *, recurse: bool = True) -> None:
     """Whether the next backward pass sums gradients over replicas: only the last of a step must."""
     if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(on)
+        model.set_requires_all_reduce(on, recurse=recurse)

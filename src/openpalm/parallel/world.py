@@ -3,6 +3,7 @@
 Small values travel over a gloo group of their own, on the CPU, whatever carries the tensors.
 """
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from openpalm.base.launcher import launched
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, WorkError
 from openpalm.parallel.config import AXES, Axes, ParallelSettings, axes_of
 
 T = TypeVar("T")
@@ -79,7 +80,11 @@ class World:
 
     def max(self, value: float) -> float:
         """The largest `value` of any process."""
-        return value if self.size == 1 else self._reduced([value], dist.ReduceOp.MAX)[0]
+        return self.maxima([value])[0]
+
+    def maxima(self, values: Sequence[float]) -> list[float]:
+        """The largest of any process, for each of the `values`."""
+        return list(values) if self.size == 1 else self._reduced(values, dist.ReduceOp.MAX)
 
     def any(self, value: bool) -> bool:
         """Whether `value` is true on any process."""
@@ -136,7 +141,16 @@ def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return function(), None
     except Exception as error:
-        return None, error
+        return None, _portable(error)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one with its text if it cannot travel to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return WorkError(f"{type(error).__name__}: {error}")
+    return error
 
 
 _current = World()

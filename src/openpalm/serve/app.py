@@ -60,7 +60,7 @@ def create_app(
         lifespan=lifespan,
         title="OpenPaLM",
         version=__version__,
-        description="The OpenAI API, for one model.",
+        description="The OpenAI API, for one model and its LoRA adapters.",
         docs_url=None,  # FastAPI's documentation page loads scripts from another site
         redoc_url=None,
     )

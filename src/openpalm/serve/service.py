@@ -19,10 +19,17 @@ class LoadModel(Protocol):
     def __call__(self, path: str, name: str | None) -> ServedModel: ...
 
 
+class LoadAdapter(Protocol):
+    """Loads an adapter over a served model. Takes long, as `LoadModel`. Raises OpenPalmError."""
+
+    def __call__(self, base: ServedModel, path: str, name: str | None) -> ServedModel: ...
+
+
 @dataclass
 class Service:
     worker: Worker
     load_model: LoadModel
+    load_adapter: LoadAdapter
     metrics: Metrics
     sink: ConversationSink | None = None
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)

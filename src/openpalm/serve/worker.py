@@ -16,12 +16,14 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import NumbersError, OpenPalmError
+from openpalm.generate.adapters import Adapter
 from openpalm.generate.defaults import SamplingDefaults
 from openpalm.generate.engine import NOT_FINITE, Engine
 from openpalm.generate.request import Request, Token
@@ -74,6 +76,10 @@ class ServedModel:
     """run, checkpoint or hub name that it was loaded from"""
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     """sampling settings for requests that set none"""
+    adapter: Adapter | None = None
+    """LoRA adapter over the engine's model; the engine is shared with the other adapters"""
+    directory: Path | None = None
+    """the checkpoint's directory, which adapters are checked against"""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -114,7 +120,12 @@ class OutputStream:
         self.served = served
         self.sequences = [
             ServedSequence(
-                i, served, request, CompletionText(served.tokenizer, request.stop_ids, stops), self
+                i,
+                served,
+                # Set here, so that no route can forget it.
+                replace(request, adapter=served.adapter),
+                CompletionText(served.tokenizer, request.stop_ids, stops),
+                self,
             )
             for i, request in enumerate(requests)
         ]
@@ -164,6 +175,9 @@ class Worker:
         observe: Callable[[ServedSequence, TextDelta], None] = lambda sequence, delta: None,
     ):
         self.current = served
+        """the model of requests that name none"""
+        self.adapters: dict[str, ServedModel] = {}
+        """adapters over the current model, by name; they share its engine"""
         self.max_queue = max_queue
         self.shutting_down = False
         self.in_flight = 0
@@ -171,7 +185,7 @@ class Worker:
         self._observe = observe
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         # The worker thread's own state. A replaced model leaves with its last sequence.
-        self._unfinished: dict[ServedModel, dict[int, ServedSequence]] = {}
+        self._unfinished: dict[Engine, dict[int, ServedSequence]] = {}
         self._request_ids: dict[ServedSequence, int] = {}
         self._stopped = False
         self._last_logged = ""
@@ -183,9 +197,20 @@ class Worker:
         return self.current.engine.slots + self.max_queue
 
     @property
+    def models(self) -> list[ServedModel]:
+        """The models that requests may name: the current one, then its adapters."""
+        return [self.current, *self.adapters.values()]
+
+    def replace_model(self, served: ServedModel) -> list[ServedModel]:
+        """Serves another model to new requests. Returns the models no longer served: the old one
+        and its adapters, which do not fit the new one."""
+        removed, self.current, self.adapters = self.models, served, {}
+        return removed
+
+    @property
     def running(self) -> int:
         """Sequences that are generated at the moment, of all models."""
-        return sum(served.engine.active for served in list(self._unfinished) or [self.current])
+        return sum(engine.active for engine in list(self._unfinished) or [self.current.engine])
 
     def start(self) -> None:
         """Starts the thread. Must be called on the event loop that will submit."""
@@ -244,12 +269,12 @@ class Worker:
                 # Cancellations come before each step: a caller who leaves frees its slot within
                 # two steps. With nothing to generate the thread sleeps until a command arrives.
                 self._run_commands(wait=not self._request_ids)
-                for served in list(self._unfinished):
-                    self._report(self._step(served))
+                for engine in list(self._unfinished):
+                    self._report(self._step(engine))
             except BaseException as error:  # the thread must survive any error, panics included
                 failure = self._failure(error)
-                for served in list(self._unfinished):
-                    self._report(self._fail_all(served, failure))
+                for engine in list(self._unfinished):
+                    self._report(self._fail_all(engine, failure))
 
     def _run_commands(self, *, wait: bool) -> None:
         try:
@@ -275,7 +300,7 @@ class Worker:
                 self._report([(sequence, self._failure(error))])
                 continue
             self._request_ids[sequence] = request_id
-            self._unfinished.setdefault(sequence.served, {})[request_id] = sequence
+            self._unfinished.setdefault(sequence.served.engine, {})[request_id] = sequence
 
     def _cancel(self, sequences: Sequence[ServedSequence]) -> None:
         # Those that finished before the command arrived are already counted.
@@ -286,23 +311,24 @@ class Worker:
         self._report([(sequence, None) for sequence in cancelled])
 
     def _time_out(self) -> None:
-        for served in list(self._unfinished):
-            self._report(self._fail_all(served, ShuttingDown()))
+        for engine in list(self._unfinished):
+            self._report(self._fail_all(engine, ShuttingDown()))
 
     def _forget(self, sequence: ServedSequence) -> None:
         request_id = self._request_ids.pop(sequence)
-        unfinished = self._unfinished[sequence.served]
+        engine = sequence.served.engine
+        unfinished = self._unfinished[engine]
         del unfinished[request_id]
         if not unfinished:  # the last reference to a replaced model: its memory becomes free
-            del self._unfinished[sequence.served]
+            del self._unfinished[engine]
 
-    def _step(self, served: ServedModel) -> list[Event]:
-        """Generates one token of every running sequence of a model."""
+    def _step(self, engine: Engine) -> list[Event]:
+        """Generates one token of every running sequence of an engine."""
         try:
-            tokens = served.engine.step()
+            tokens = engine.step()
         except BaseException as error:  # a panic in a library is not an Exception
-            return self._fail_all(served, self._failure(error))
-        unfinished, events = self._unfinished[served], []
+            return self._fail_all(engine, self._failure(error))
+        unfinished, events = self._unfinished[engine], []
         for token in tokens:
             sequence = unfinished.get(token.request)
             if sequence is None:  # an earlier token of this step ended it
@@ -313,7 +339,7 @@ class Worker:
             if not isinstance(outcome, TextDelta) or outcome.finish is not None:
                 # A stop string or a failure ends the sequence; the engine would continue it.
                 if token.finish is None:
-                    served.engine.cancel(token.request)
+                    engine.cancel(token.request)
                 self._forget(sequence)
             events.append((sequence, outcome))
         return events
@@ -335,9 +361,9 @@ class Worker:
             self._last_logged = line
         return EngineFailed(line)
 
-    def _fail_all(self, served: ServedModel, failure: Failure) -> list[Event]:
-        sequences = list(self._unfinished[served].values())
-        served.engine.reset()
+    def _fail_all(self, engine: Engine, failure: Failure) -> list[Event]:
+        sequences = list(self._unfinished[engine].values())
+        engine.reset()
         for sequence in sequences:
             self._forget(sequence)
         return [(sequence, failure) for sequence in sequences]

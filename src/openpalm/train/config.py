@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from openpalm.base.settings import NOT_AN_OPTION, check
+from openpalm.base.settings import NOT_AN_OPTION, check, spell
 from openpalm.errors import SettingsError
-from openpalm.parallel.config import ParallelSettings
+from openpalm.parallel.config import ParallelSettings, fills_pipeline
 from openpalm.train.batch_shape import BatchShape, Ramp
 from openpalm.train.optimizer_settings import OptimSettings
 
@@ -202,9 +202,9 @@ class TrainSettings:
     noise_scale: bool = False
     """also report the gradient noise scale (McCandlish et al. 2018), noise/b_simple: the batch, in
     tokens, above which a larger one brings little; noise/g and noise/s, and last_loss at the last
-    position of the rows. It compares the gradients of microbatches, each summed over all processes,
-    with that of the batch: needs two microbatches a step, memory for one more gradient, and a norm
-    for each microbatch"""
+    position of the rows (not with --parallel.tensor or context). It compares the gradients of
+    microbatches, each summed over all processes, with that of the batch: needs two microbatches a
+    step, memory for one more gradient, and a norm for each microbatch"""
     compile: bool = False
     """torch.compile of each block, for GPUs; takes a minute or two before the first step"""
     memory: MemorySettings = field(default_factory=MemorySettings)
@@ -255,12 +255,31 @@ class TrainSettings:
             check(value is None or 0 < value < math.inf, name, value, "above 0 and finite")
         check(0 <= self.z_loss < 1, "z_loss", self.z_loss, "in [0, 1)")
         Ramp.parse(self.batch_ramp)
+        self._check_pipeline()
         check(self.keep_checkpoints >= 0, "keep_checkpoints", self.keep_checkpoints, "0 or more")
         known = {*logger_names(self.loggers)} <= {*LOGGERS}
         wanted = f"{' or '.join(LOGGERS)}, or both with a comma between"
         check(known, "loggers", self.loggers, wanted)
         check(self.max_skipped_steps >= 1, "max_skipped_steps", self.max_skipped_steps, "1 or more")
         check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
+
+    def _check_pipeline(self) -> None:
+        stages = f"--parallel.pipeline {self.parallel.pipeline}"
+        if self.parallel.pipeline == 1:
+            return
+        if not self.may_pipeline:
+            raise SettingsError(f"{stages}: is for `train`; leave it out")
+        for name, value in (("last_layers", self.last_layers), ("lora.rank", self.lora.rank)):
+            if value:
+                raise SettingsError(
+                    f"{spell(name)} {value}: a pipeline trains every weight; leave it or {stages} "
+                    "out"
+                )
+
+    @property
+    def may_pipeline(self) -> bool:
+        """Whether --parallel.pipeline may be above 1."""
+        return False
 
     @property
     def scaling_depth(self) -> int | None:
@@ -344,6 +363,10 @@ class PretrainSettings(TaskProbeSettings, TrainSettings):
         return self.depth
 
     @property
+    def may_pipeline(self) -> bool:
+        return True
+
+    @property
     def no_model_message(self) -> str:
         return "give --model (see `openpalm models`) or --init"
 
@@ -369,3 +392,31 @@ def batch_shape(settings: TrainSettings, sequence_length: int, processes: int = 
     whole = math.gcd(sequences, *(int(part) for part in parts))
     rows = max(r for r in range(1, min(room, whole) + 1) if whole % r == 0)
     return BatchShape(sequence_length, rows, sequences // rows, ramp, processes)
+
+
+def check_pipeline(settings: TrainSettings, shape: BatchShape) -> None:
+    """Raises SettingsError unless every step has enough microbatches for the pipeline."""
+    processes, schedule = settings.parallel.pipeline, settings.parallel.schedule
+    ramp = Ramp.parse(settings.batch_ramp)
+    sizes = [*(int(shape.sequences * share) for share, _ in ramp.stages), shape.sequences]
+
+    def fills(rows: int) -> bool:
+        return all(
+            size % rows == 0 and fills_pipeline(size // rows, processes, schedule) for size in sizes
+        )
+
+    if processes == 1 or fills(shape.rows):
+        return
+    fitting = [rows for rows in range(shape.rows, 0, -1) if fills(rows)]
+    if fitting:
+        remedy = f"--microbatch-tokens {fitting[0] * shape.sequence_length}"
+    else:
+        each = processes * math.lcm(*(share.denominator for share, _ in ramp.stages))
+        remedy = f"--batch-tokens a multiple of {each * shape.sequence_length * shape.processes}"
+    numbers = " or ".join(str(size // shape.rows) for size in sizes)
+    numbers += " microbatch" if numbers == "1" else " microbatches"
+    equal = " in equal rounds" if schedule == "interleaved" else ""
+    raise SettingsError(
+        f"--microbatch-tokens {settings.microbatch_tokens}: a step has {numbers}, but "
+        f"--parallel.pipeline {processes} needs {processes} or more{equal}; take {remedy}"
+    )

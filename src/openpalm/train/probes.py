@@ -119,7 +119,7 @@ def held_out_sums(
         objective = replace(objective, context=context_split(here))
     for batch, counts in _own_share(batches, here.data_rank, here.data_size):
         with _autocast(model, dtype):
-            loss, metrics = model(objective.loss, batch.to(model.embedding.device))
+            loss, metrics = model(objective.loss, batch.to(model.device))
         for name, value in {"loss": loss.item(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + value * counts
         count += objective.count(batch) * counts
@@ -147,4 +147,4 @@ def _grouped(items: Iterable[B], size: int) -> Iterator[list[B]]:
 
 
 def _autocast(model: Transformer, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(model.embedding.device.type, dtype, dtype != torch.float32)
+    return torch.autocast(model.device.type, dtype, dtype != torch.float32)

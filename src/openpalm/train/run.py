@@ -5,6 +5,7 @@
     RUN/metrics.jsonl      a row per step, and rows of evaluations
     RUN/samples.jsonl      texts sampled during training
     RUN/profile/           with --profile.steps; tensorboard/ and wandb/ with --loggers
+    RUN/skipped/           batches of steps that were skipped (skipped_batches.py)
     RUN/checkpoints/       step-NNNNNNNN directories
 
 A step writes its row, then the rows of the probes, then the checkpoint: the rows up to a
@@ -13,10 +14,9 @@ checkpoint are always there.
 
 import math
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.contents import TrainState, collect
 from openpalm.checkpoint.saver import Saver
 from openpalm.errors import CheckpointError, TrainingError, WorkError, count_of
+from openpalm.parallel.lost import lost_processes_named
 from openpalm.parallel.world import join
 from openpalm.train import retention, run_directory
 from openpalm.train.batch_shape import BatchShape
@@ -48,6 +49,8 @@ from openpalm.train.new_run import measured_info
 from openpalm.train.optimization.inherited_optimizer import inherit_optimizer
 from openpalm.train.probes import Probe
 from openpalm.train.run_directory import RunInfo, step_of
+from openpalm.train.signals import caught_signals, end_by
+from openpalm.train.skipped_batches import keep_batches
 from openpalm.train.spec import TrainSpec, make_trainer
 from openpalm.train.trainer import StepReport, Trainer
 
@@ -83,6 +86,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
     shape = replace(shape, rank=here.data_rank)
     with ExitStack() as stack:
         here.on_main(lambda: stack.enter_context(run_directory.locked(settings.out)))
+        reached = stack.enter_context(lost_processes_named(here, settings.parallel.timeout_s))
         # First, because another version's settings cannot be compared with ours.
         other = here.on_main(lambda: run_directory.finished_by_other_version(settings.out))
         if other is not None:
@@ -107,6 +111,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
         newest = here.on_main(lambda: checkpoint.newest_whole(settings.out, training=True))
         dtype = getattr(torch, info.dtype)
         trainer = make_trainer(settings, spec, shape, device, steps=info.steps, dtype=dtype)
+        reached.step = lambda: min(trainer.step + 1, trainer.steps)
         if newest is None and settings.keep_optimizer and spec.parent is not None:
             inherit_optimizer(trainer.optimizer, spec.parent, spec.label)
         # After everything that may refuse: config.yaml makes the directory a run.
@@ -172,32 +177,51 @@ class _Session:
         self.world.on_main(self._link_best)
         with ExitStack() as stack:
             line = self._open(stack)
-            signals = stack.enter_context(_caught_signals())
+            grace_s = self.settings.parallel.grace_s
+            signals = stack.enter_context(caught_signals(self.world, grace_s))
             while self.trainer.step < self.trainer.steps:
-                self.profiler.before_step()
-                began = time.monotonic()
-                try:
-                    report = self.trainer.train_step()
-                # Not saved: its message names the last checkpoint as the good one.
-                except TrainingError:
-                    raise
-                except WorkError:  # the loader made no batch, because a reward failed
-                    self._save_unless_saved()
-                    self.saver.wait()
-                    raise
-                self._after_step(report, time.monotonic() - began)
+                self._step()
                 # A signal is looked at between steps only: a checkpoint is of a whole step.
-                number = int(self.world.max(signals[0] if signals else 0))
+                asked = [signals[0] if signals else 0, self.saver.failed]
+                number, failed = map(int, self.world.maxima(asked))
+                if failed:
+                    self.saver.wait()
                 if number and self.trainer.step < self.trainer.steps:
                     self._save_unless_saved()
                     self.saver.wait()
                     more = "run the same command again to continue"
                     line.say(f"stopped after step {self.trainer.step}; {more}")
                     # By the signal itself, so that a shell sees why the process ended.
-                    _end_by(number)
+                    end_by(number)
             self.saver.wait()
         last = self.settings.out / "checkpoints" / checkpoint.step_name(self.trainer.step)
         return Outcome(last, self.trainer.step, was_finished=False)
+
+    def _step(self) -> None:
+        """Takes one step, and does what follows it."""
+        self.profiler.before_step()
+        began = time.monotonic()
+        try:
+            report = self.trainer.train_step()
+        # Not saved: its message names the last checkpoint as the good one.
+        except TrainingError as error:
+            self.saver.wait()
+            raise TrainingError(f"{error}{self._keep_skipped()}") from None
+        except WorkError:  # the loader made no batch, because a reward failed
+            self._save_unless_saved()
+            self.saver.wait()
+            raise
+        self._after_step(report, time.monotonic() - began)
+
+    def _keep_skipped(self) -> str:
+        """Keeps the batches of a skipped step; returns what to add to the message about it."""
+        trainer = self.trainer
+        if not trainer.skipped_batches:
+            return ""
+        kept = keep_batches(
+            self.settings.out, self.world, trainer.step, trainer.skipped_batches, trainer.own_loss
+        )
+        return f" ({kept})" if kept else ""
 
     def _open(self, stack: ExitStack) -> TrainingBar:
         """Opens the loggers, the profiler and the line in the terminal; `stack` closes them."""
@@ -240,7 +264,8 @@ class _Session:
         row = self._append(self.rows, self._row(report, seconds))
         self.line.show(row)
         if report.skipped:
-            self.line.say(f"step {report.step} skipped: {report.skipped}")
+            kept = self._keep_skipped()
+            self.line.say(f"step {report.step} skipped: {report.skipped}{kept}")
         last, alarm, better = report.step == self.trainer.steps, None, False
         due = [p for p in self.spec.probes if last or self._is_due(p, report.step)]
         if due:
@@ -400,28 +425,3 @@ def _fault_in_state(error: Exception) -> str:
     if isinstance(error, (RuntimeError, ValueError)):
         return str(error).partition("\n")[0][:200]
     return "a value has another type"
-
-
-@contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the run saves before it ends; a second ends at once."""
-    caught: list[int] = []
-
-    def catch(number: int, frame: object) -> None:
-        if caught:
-            _end_by(number)
-        caught.append(number)
-
-    old = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def _end_by(number: int) -> None:
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    # The exit status by which shells report an end by this signal.
-    raise SystemExit(128 + number)

@@ -13,11 +13,12 @@ from openpalm.model import lora
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
 from openpalm.model.transformer import Transformer
-from openpalm.parallel import fsdp
+from openpalm.parallel import fsdp, stages, tensor
 from openpalm.parallel.context import check_length, context_split
+from openpalm.parallel.pipeline import pipeline_of
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import TrainSettings, batch_shape
+from openpalm.train.config import TrainSettings, batch_shape, check_pipeline
 from openpalm.train.initial_weights import unfilled
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
@@ -76,6 +77,7 @@ class TrainSpec:
                 "--keep-best: no data is held out, so no checkpoint is known to be the best; give "
                 "data with a validation part, or leave it out"
             )
+        tensor.check(self.config, settings.parallel.tensor)
         if self.shape is not None and settings.batch_ramp is not None:
             raise SettingsError("--batch-ramp: a step on rollouts has one size; leave it out")
         next_token = {
@@ -134,28 +136,24 @@ def make_trainer(
     def make_unfilled() -> Transformer:
         return unfilled(lambda: spec.make_model(spec.config), settings)
 
+    check_pipeline(settings, shape)
     check_length(world(), shape.sequence_length)
     _check_noise_scale(settings, shape)
     context = context_split(world())
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
-    model = make_unfilled()
+    model = stages.cut(make_unfilled(), world(), settings.parallel)
     _parallelize(model, settings, dtype)
     model.to_empty(device=device)
     (fill or spec.fill)(model)
     if settings.lora.rank:
         lora.initialise_adapter(model, settings.seed)
+    # Tensor-parallel processes may hold other positions than the last.
+    last = settings.noise_scale and world().axes.tensor == 1
     return Trainer(
         model,
         spec.objective
-        or NextToken(
-            settings.z_loss, settings.memory.loss_chunk, context, last=settings.noise_scale
-        ),
-        Optimizer(
-            model,
-            settings.optim,
-            spec.peak_rate(settings),
-            offload=settings.memory.offload_moments,
-        ),
+        or NextToken(settings.z_loss, settings.memory.loss_chunk, context, last=last),
+        _optimizer(model, settings, spec.peak_rate(settings)),
         spec.make_loader(shape, model, dtype),
         steps=steps,
         accumulation=shape.accumulation,
@@ -163,6 +161,7 @@ def make_trainer(
         dtype=dtype,
         max_skipped_steps=settings.max_skipped_steps,
         world=world(),
+        pipeline=pipeline_of(model, world(), settings.parallel, dtype),
         seed=settings.seed,
         noise_scale=settings.noise_scale,
         make_plain=lambda: make_unfilled().to_empty(device=device),
@@ -183,8 +182,16 @@ def _check_noise_scale(settings: TrainSettings, shape: BatchShape) -> None:
         )
 
 
+def _optimizer(model: Transformer, settings: TrainSettings, rate: float) -> Optimizer:
+    optimizer = Optimizer(model, settings.optim, rate, offload=settings.memory.offload_moments)
+    named = model.named_parameters()
+    optimizer.uncounted = [p for name, p in named if not stages.counted_once(model, name)]
+    return optimizer
+
+
 def _parallelize(model: Transformer, settings: TrainSettings, dtype: torch.dtype) -> None:
-    """Attaches recomputation, sharding and compilation, which depend on this order."""
+    """Attaches shared matrices, recomputation, sharding, compilation, which need this order."""
+    tensor.shard_tensor(model, world(), sequence=settings.parallel.sequence)
     recompute(model, settings.memory.recompute)
     fsdp.shard(model, world(), dtype, reshard=settings.parallel.reshard)
     if settings.compile:

@@ -15,8 +15,9 @@ from openpalm.base.permutation import order_key
 from openpalm.errors import TrainingError
 from openpalm.model.sharding import assign
 from openpalm.model.transformer import Transformer
-from openpalm.parallel import fsdp
+from openpalm.parallel import fsdp, tensor
 from openpalm.parallel.gather import gather_into
+from openpalm.parallel.pipeline import Loss, Pipeline
 from openpalm.parallel.world import World
 from openpalm.train.batch_shape import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
@@ -61,6 +62,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         max_skipped_steps: int = 10,
         world: World | None = None,
+        pipeline: Pipeline | None = None,
         seed: int = 0,
         noise_scale: bool = False,
         make_plain: Callable[[], Transformer] | None = None,
@@ -75,6 +77,7 @@ class Trainer:
         self.dtype = dtype
         self.max_skipped_steps = max_skipped_steps
         self.world = world or World()
+        self.pipeline = pipeline
         self.seed = seed
         self._make_plain = make_plain
         self._plain: Transformer | None = None
@@ -87,10 +90,14 @@ class Trainer:
             self.noise = NoiseScale([*optimizer.names], optimizer.uncounted)
         self.overflowed = False
         """whether the newest step was skipped because its loss scale was too large"""
+        self.own_loss = 0.0
+        """this process's part of the last step's loss, which tells whose batch is not finite"""
+        self.skipped_batches: Sequence[Any] = ()
+        """the last step's microbatches, if its loss or gradient is not finite"""
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.device
+        return self.model.device
 
     def train_step(self) -> StepReport:
         """Takes one optimizer step on the next global batch."""
@@ -104,6 +111,7 @@ class Trainer:
         self.counted += count
         factor = learning_rate_factor(self.step, self.steps, self.optimizer.settings)
         norm, skipped = self.optimizer_step(loss, count, factor)
+        self.skipped_batches = batches if skipped and count else ()
         self._stop_if_only_skipping(skipped)
         if isinstance(self.loader, StatefulLoader):
             metrics |= self.loader.facts
@@ -128,22 +136,15 @@ class Trainer:
         # is another loss as soon as microbatches have different counts.
         counts = self.world.sums([self.objective.count(batch) for batch in batches])
         count = round(sum(counts))
-        total, sums = 0.0, dict[str, float]()
         if count == 0:
             return math.nan, 0, {}
         # FSDP averages gradients over processes: the loss is scaled so that the average is a sum.
         scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
         divisor = count / self.world.axes.averaged / scale
-        for number, batch in enumerate(batches, 1):
-            fsdp.reduce_over_replicas(self.model, number == len(batches) or self.noise is not None)
-            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-                loss, metrics = self.model(self.objective.loss, batch.to(self.device))
-            (loss / divisor).backward()
-            if self.noise is not None:
-                self.noise.take()
-            total += loss.item()
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
+        accumulate = self.pipeline.accumulate if self.pipeline else self._accumulate
+        total, sums = accumulate(self.objective.loss, batches, divisor)
+        tensor.sum_gradients(self.model)
+        self.own_loss = total
         # Every process has the same metrics, in the same order.
         total, *values = self.world.sums([total, *sums.values()])
         means = {name: value / count for name, value in zip(sums, values, strict=True)}
@@ -151,6 +152,24 @@ class Trainer:
         if self.noise is not None:
             means |= self.noise.metrics(counts, scale)
         return total / count, count, means
+
+    def _accumulate(
+        self, loss_of: Loss, batches: Sequence[Any], divisor: float
+    ) -> tuple[float, Metrics]:
+        """Adds the gradient of the summed loss / divisor; returns the sums of loss and metrics."""
+        total, sums = 0.0, Metrics()
+        for number, batch in enumerate(batches, 1):
+            fsdp.reduce_over_replicas(self.model, number == len(batches) or self.noise is not None)
+            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+                loss, metrics = self.model(loss_of, batch.to(self.device))
+            (loss / divisor).backward()
+            if self.noise is not None:
+                tensor.sum_gradients(self.model)
+                self.noise.take()
+            total += loss.item()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return total, sums
 
     def optimizer_step(self, loss: float, count: int, factor: float) -> tuple[float, str | None]:
         """Clips and steps, or skips; returns the gradient norm and the reason for skipping."""
@@ -232,7 +251,11 @@ class Trainer:
             self.loss_scale.restore(values["loss_scale"])
         if self.noise is not None and "noise_scale" in values:
             self.noise.restore(values["noise_scale"])  # the option may be new
-        self.optimizer.load_state_tensors(_under("optimizer/", tensors))
+        # A pipeline stage holds only some of the parameters.
+        elsewhere = {*self.model.parameter_shapes()} - {n for n, _ in self.model.named_parameters()}
+        moments = _under("optimizer/", tensors).items()
+        own_moments = {k: v for k, v in moments if k.rpartition("/")[0] not in elsewhere}
+        self.optimizer.load_state_tensors(own_moments)
         own = _under("model/", tensors)
         with torch.no_grad():
             for name, parameter in self._unpublished():

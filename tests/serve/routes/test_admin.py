@@ -9,7 +9,7 @@ import pytest
 from command_line import write_base
 from servers import HANGS_S, serving
 
-from openpalm.cli.serve import _model_name
+from openpalm.cli.serve import run_name
 
 KEYS = {"OPENPALM_API_KEY": "sesame", "OPENPALM_ADMIN_KEY": "boss"}
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6, "seed": 1}
@@ -138,7 +138,7 @@ def test_a_model_is_replaced_while_requests_are_in_flight(base, other):
         for thread in threads:
             thread.start()
         swap = server.call("/admin/models", {"path": str(other)}, key="boss")
-        assert swap.body == {"model": "other", "replaced": "base"}
+        assert swap.body == {"model": "other", "replaced": "base", "removed_adapters": []}
         for thread in threads:
             thread.join()
         for answer in answers:  # admitted before the swap: the old model's; after it: too long
@@ -208,4 +208,4 @@ def test_tokenize_and_detokenize(call, tokenizer):
     [("runs/tiny", "tiny"), ("runs/tiny/step-00000010", "tiny"), ("/", "/")],
 )
 def test_the_name_is_the_runs(path, name):
-    assert _model_name(path) == name
+    assert run_name(path) == name

@@ -196,6 +196,16 @@ class LoadRequest(Body):
     name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 
+class LoadAdapterRequest(Body):
+    """`POST /admin/adapters`: the LoRA adapter to serve beside the model."""
+
+    path: Annotated[
+        str,
+        Field(min_length=1, max_length=4096, description="adapter directory, run or checkpoint"),
+    ]
+    name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
 class ScoreRequest(Body):
     """`POST /v1/score`."""
 

@@ -21,16 +21,19 @@ LONG_TEXT = 20_000
 
 
 def find_model(worker: Worker, name: str | None) -> ServedModel:
-    """The served model, if the request names it or no model. Raises ApiError."""
-    served = worker.current
-    if name not in (None, served.name):
+    """The model or adapter that the request names; without a name the model. Raises ApiError."""
+    if name is None:
+        return worker.current
+    found = next((served for served in worker.models if served.name == name), None)
+    if found is None:
+        served = ", ".join(repr(served.name) for served in worker.models)[:1000]
         raise ApiError(
             404,
-            f"the model {name[:200]!r} is not served here; this server has {served.name!r}",
+            f"the model {name[:200]!r} is not served here; this server has {served}",
             param="model",
             code="model_not_found",
         )
-    return served
+    return found
 
 
 async def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -157,6 +157,8 @@ class Model(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    parent: str | None
+    """the base model's name, if this is an adapter"""
     max_model_len: int
     sampling: SamplingSettings
     takes_conversations: bool
@@ -170,6 +172,17 @@ class Models(TypedDict):
 class LoadedModel(TypedDict):
     model: str
     replaced: str
+    removed_adapters: list[str]
+    """adapters of the replaced model"""
+
+
+class LoadedAdapter(TypedDict):
+    model: str
+    parent: str
+
+
+class RemovedAdapter(TypedDict):
+    removed: str
 
 
 class Tokenized(TypedDict):

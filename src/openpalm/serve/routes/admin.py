@@ -1,4 +1,4 @@
-"""`POST /admin/models` and `POST /v1/score`: replace the model, score sequences (admin key)."""
+"""Endpoints for the admin key: replace the model, add and remove adapters, score sequences."""
 
 import asyncio
 import traceback
@@ -16,8 +16,15 @@ from openpalm.serve.access.body import StrictRoute
 from openpalm.serve.api import requests
 from openpalm.serve.api.error_responses import ApiError, is_failure
 from openpalm.serve.api.event_stream import response_unless_disconnected
-from openpalm.serve.api.request_fields import LoadRequest, ScoreRequest
-from openpalm.serve.api.response_models import LoadedModel, Score, Scores, responses
+from openpalm.serve.api.request_fields import LoadAdapterRequest, LoadRequest, ScoreRequest
+from openpalm.serve.api.response_models import (
+    LoadedAdapter,
+    LoadedModel,
+    RemovedAdapter,
+    Score,
+    Scores,
+    responses,
+)
 from openpalm.serve.api.responses import collect
 from openpalm.serve.service import Service
 from openpalm.serve.worker import ServedModel, error_line, run_in_new_thread
@@ -35,9 +42,45 @@ def routes(service: Service) -> APIRouter:
             served = await asyncio.to_thread(_load, load_model)
             # New requests go to the new model from here on. The worker thread keeps running the
             # old one until its last sequence ends.
-            replaced, worker.current = worker.current, served
-        loaded: LoadedModel = {"model": served.name, "replaced": replaced.name}
+            replaced, *adapters = worker.replace_model(served)
+        loaded: LoadedModel = {
+            "model": served.name,
+            "replaced": replaced.name,
+            "removed_adapters": [adapter.name for adapter in adapters],
+        }
         return JSONResponse(loaded)
+
+    @router.post("/admin/adapters", responses=responses(LoadedAdapter))
+    async def add_adapter(body: LoadAdapterRequest) -> Response:
+        """Loads an adapter and serves it under its own name."""
+        async with service.loading:
+            base = worker.current
+            load_adapter = partial(service.load_adapter, base, body.path, body.name)
+            served = await asyncio.to_thread(_load, load_adapter)
+            if any(each.name == served.name for each in worker.models):
+                raise ApiError(
+                    400,
+                    f"name: {served.name!r} is served already; remove it first, or give this "
+                    "adapter another name",
+                    param="name",
+                )
+            worker.adapters[served.name] = served
+        loaded: LoadedAdapter = {"model": served.name, "parent": base.name}
+        return JSONResponse(loaded)
+
+    @router.delete("/admin/adapters/{name:path}", responses=responses(RemovedAdapter))
+    async def remove_adapter(name: str) -> Response:
+        """Stops serving an adapter. Its requests in flight finish, then its memory is free."""
+        async with service.loading:  # an adapter that is being loaded can be removed afterwards
+            if worker.adapters.pop(name, None) is None:
+                names = ", ".join(map(repr, worker.adapters))[:1000] or "none"
+                raise ApiError(
+                    404,
+                    f"the adapter {name[:200]!r} is not served here; this server has {names}",
+                    code="model_not_found",
+                )
+        removed: RemovedAdapter = {"removed": name}
+        return JSONResponse(removed)
 
     @router.post("/v1/score", responses=responses(Scores))
     async def score(body: ScoreRequest, request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""`GET /v1/models`: the model that is served."""
+"""`GET /v1/models`: the models that are served: a base model and its adapters."""
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -18,8 +18,8 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/models/", include_in_schema=False)
     @router.get("/v1/models", responses={200: {"model": response_models.Models}, 401: ERRORS[401]})
     async def models() -> Response:
-        served = service.worker.current
-        body: response_models.Models = {"object": "list", "data": [_model(served, service)]}
+        data = [_model(served, service) for served in service.worker.models]
+        body: response_models.Models = {"object": "list", "data": data}
         return JSONResponse(body)
 
     @router.get("/v1/models/{name:path}", responses=responses(response_models.Model))
@@ -36,6 +36,7 @@ def _model(served: ServedModel, service: Service) -> response_models.Model:
         "object": "model",
         "created": served.created,
         "owned_by": "openpalm",
+        "parent": None if served.adapter is None else service.worker.current.name,
         "max_model_len": served.context,
         "sampling": {"temperature": d.temperature, "top_p": d.top_p, "top_k": d.top_k},
         "takes_conversations": service.sink is not None,

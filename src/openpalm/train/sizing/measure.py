@@ -185,10 +185,11 @@ def _step_seconds(trainer: Trainer) -> float:
 
 
 def _own_step_seconds(trainer: Trainer) -> float:
-    """Only one microbatch is computed and its time multiplied."""
+    """Only one microbatch is computed and its time multiplied, unless a step is more than that."""
     _wait(trainer.device)
     start = time.perf_counter()
-    if isinstance(trainer.loader, StatefulLoader):  # a rollout serves several steps: time a whole
+    # A rollout serves several steps, and a pipeline overlaps its microbatches.
+    if isinstance(trainer.loader, StatefulLoader) or trainer.pipeline is not None:
         trainer.train_step()
         _wait(trainer.device)
         return time.perf_counter() - start

@@ -1,0 +1,152 @@
+"""Collectives with gradients, between the processes of a group: sums, gathers, parts of a tensor.
+
+Each is one communication forward and at most one backward. A dimension of n is cut as torch.chunk
+cuts it: parts of ceil(n / processes), the last ones shorter or empty.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Group = dist.ProcessGroup
+# torch 2.13 renamed both.
+_ALL_GATHER = "all_gather_single", "all_gather_into_tensor"
+_REDUCE_SCATTER = "reduce_scatter_single", "reduce_scatter_tensor"
+
+
+def summed(x: Tensor, group: Group) -> Tensor:
+    """The sum over processes, on each of them; their gradients of it must be equal."""
+    return _Summed.apply(x, group)
+
+
+def shared(x: Tensor, group: Group) -> Tensor:
+    """x, equal on all processes, for different uses: its gradient is summed over processes."""
+    return _Shared.apply(x, group)
+
+
+def gathered(x: Tensor, size: int, dim: int, group: Group) -> Tensor:
+    """All parts x of a dimension of `size`, for different uses: gradients are summed."""
+    return _Gathered.apply(x, size, dim, group)
+
+
+def joined(x: Tensor, size: int, dim: int, group: Group) -> Tensor:
+    """All parts x of a dimension of `size`, for equal uses: gradients of it must be equal."""
+    return _Joined.apply(x, size, dim, group)
+
+
+def scattered(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This process's part of the sum over processes."""
+    return _Scattered.apply(x, dim, group)
+
+
+def span(size: int, group: Group) -> tuple[int, int]:
+    """This process's part of a dimension of `size`: start and length."""
+    start = min(group.rank() * largest_part(size, group), size)
+    return start, min(largest_part(size, group), size - start)
+
+
+def largest_part(size: int, group: Group) -> int:
+    return -(-size // group.size())
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return _all_reduce(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad_outputs[0], None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _all_reduce(grad_outputs[0], ctx.group), None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _all_gather(x, size, dim, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        return _reduce_scatter(grad_outputs[0], ctx.dim, ctx.group), None, None, None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.span = dim, span(size, group)
+        return _all_gather(x, size, dim, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        return grad_outputs[0].narrow(ctx.dim, *ctx.span), None, None, None
+
+
+class _Scattered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.size, ctx.dim, ctx.group = x.shape[dim], dim, group
+        return _reduce_scatter(x, dim, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None, None]:
+        return _all_gather(grad_outputs[0], ctx.size, ctx.dim, ctx.group), None, None
+
+
+def _all_reduce(x: Tensor, group: Group) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _all_gather(x: Tensor, size: int, dim: int, group: Group) -> Tensor:
+    part = _padded(x.movedim(dim, 0), largest_part(size, group))
+    found = part.new_empty(len(part) * group.size(), *part.shape[1:])
+    _named(*_ALL_GATHER)(found, part, group=group)
+    return found[:size].movedim(0, dim).contiguous()
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    size, part = x.shape[dim], largest_part(x.shape[dim], group)
+    whole = _padded(x.movedim(dim, 0), part * group.size())
+    found = whole.new_empty(part, *whole.shape[1:])
+    _named(*_REDUCE_SCATTER)(found, whole, group=group)
+    return found[: span(size, group)[1]].movedim(0, dim).contiguous()
+
+
+def _named(name: str, before: str) -> Callable[..., Any]:
+    """A collective by its name, or by that of older versions."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """x in one block of memory, with zeros up to `length` in its first dimension."""
+    if len(x) < length:
+        x = F.pad(x, [0, 0] * (x.dim() - 1) + [0, length - len(x)])
+    return x.contiguous()
