@@ -180,7 +180,9 @@ def make_trainer(
 
 def _next_token(settings: TrainSettings) -> NextToken:
     chunk, context = settings.memory.loss_chunk, context_split(world())
-    return NextToken(settings.z_loss, chunk, context, last=settings.noise_scale)
+    # Tensor-parallel processes may hold other positions than the last.
+    last = settings.noise_scale and world().axes.tensor == 1
+    return NextToken(settings.z_loss, chunk, context, last=last)
 
 
 def _optimizer(model: Transformer, settings: TrainSettings, rate: float) -> Optimizer:
