@@ -47,7 +47,7 @@ class TrainSpec:
     """None is next-token prediction"""
     shape: BatchShape | None = None
     """shape of a step, if it does not follow from --batch-tokens"""
-    items_per_step: Callable[[BatchShape], int] | None = lambda shape: shape.sequences
+    items_per_step: Callable[[BatchShape], int] | None = lambda shape: shape.global_sequences
     """items that a step learns from; None if the size of microbatches changes the result"""
     unit: str = "tokens"
     """what the objective counts"""
