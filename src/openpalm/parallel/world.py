@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from openpalm.base.launcher import launched
 from openpalm.errors import OpenPalmError, SettingsError, WorkError
 from openpalm.parallel.config import AXES, Axes, ParallelSettings, axes_of
+from openpalm.parallel.meeting import meet
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
@@ -195,9 +197,14 @@ def _initialise(device: torch.device, wait: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
     try:
-        dist.init_process_group(backend, timeout=wait, device_id=own)
+        store, rank, size = next(iter(rendezvous("env://", timeout=wait)))
     except ValueError as error:
         raise SettingsError(
             f"WORLD_SIZE is set but the processes cannot find each other ({error}); start them "
             "with torchrun or srun"
         ) from None
+    store.set_timeout(wait)
+    store = meet(store, rank, size, wait.total_seconds())
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=wait, device_id=own
+    )

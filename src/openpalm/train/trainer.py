@@ -115,7 +115,8 @@ class Trainer:
         self.counted += count
         factor = learning_rate_factor(self.step, self.steps, self.optimizer.settings)
         norm, skipped = self.optimizer_step(loss, count, factor)
-        self.skipped_batches = batches if skipped and count else ()
+        # An overflow of float16 is part of finding its loss scale, and no fault of a batch.
+        self.skipped_batches = batches if skipped and count and not self.overflowed else ()
         self._stop_if_only_skipping(skipped)
         if isinstance(self.loader, StatefulLoader):
             metrics |= self.loader.facts
