@@ -73,6 +73,8 @@ class Run:
 
     def __init__(self, out: Path, verb: str, options: Sequence[str], processes: int = 1):
         self.out, self.processes = out, processes
+        given = dict(option.split("=", 1) for option in options if "=" in option)
+        self.save_every = int(given["--save-every"])
         launch = [sys.executable]
         if processes > 1:
             launch += ["-m", "torch.distributed.run", "--standalone", "--monitor-interval=0.1"]
@@ -115,6 +117,12 @@ class Run:
     def unfinished(self, process: int) -> bool:
         """Whether that process is inside a save, or was when it was killed."""
         return any((self.out / "checkpoints").glob(f".step-*.partial-{process}"))
+
+    def saves_now(self) -> bool:
+        """Whether the newest row is of a step that is saved but has no checkpoint yet."""
+        step = self.step()
+        saved = (self.out / "checkpoints" / f"step-{step:08d}").exists()
+        return step > 0 and step % self.save_every == 0 and not saved
 
     def clean(self) -> bool:
         """Whether no unfinished directory is left."""
@@ -208,7 +216,7 @@ def kill_workers(
             if kind == "row":
                 time.sleep(drawn.uniform(0.0, 0.05))
             if kind == "save":
-                _wait(launcher, lambda w=workers: any(map(run.unfinished, w)))
+                _wait(launcher, lambda w=workers: any(map(run.unfinished, w)) or run.saves_now())
                 time.sleep(drawn.uniform(0.0, 0.06))
             if launcher.poll() is not None:
                 tell(f"kill {number}: the run had ended before")

@@ -78,10 +78,15 @@ class Machine:
     def __init__(self, number: int, words: Sequence[str], log: Path, attempt: int):
         launch = ["torchrun", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
         launch += [f"--rdzv-endpoint={ADDRESSES[0]}:29400", f"--rdzv-id=run-{attempt}"]
+        # Else the launcher that is cut off waits a minute each time for the other one.
+        launch += ["--rdzv-conf=read_timeout=10"]
         launch += [f"--local-addr={ADDRESSES[number]}", "-m", *words]
         # A host name of its own, so that messages tell the machines apart.
-        script = f'hostname {NAMES[number]} && exec "$@"'
-        command = ["unshare", "--uts", "sh", "-c", script, "sh", *launch]
+        hosts = log.with_name("hosts")
+        known = "".join(f"{a} {name}\n" for a, name in zip(ADDRESSES, NAMES, strict=True))
+        hosts.write_text(f"127.0.0.1 localhost\n{known}", encoding="utf-8")
+        script = f'hostname {NAMES[number]} && mount --bind {hosts} /etc/hosts && exec "$@"'
+        command = ["unshare", "--uts", "--mount", "sh", "-c", script, "sh", *launch]
         self.log = log
         self.process = subprocess.Popen(
             ["ip", "netns", "exec", NAMES[number], *command],
@@ -112,6 +117,8 @@ def prove(options: Sequence[str], work: Path, *, cut_at: int) -> Result:
     with machines():
         running = start(words, work, 1)
         _until(lambda: cut.step() >= cut_at or any(m.process.poll() for m in running))
+        if cut.step() < cut_at:
+            raise RuntimeError("\n".join(m.log.read_text(errors="replace") for m in running))
         ip("-n", NAMES[1], "link", "set", CABLES[1], "down")
         began, step = time.monotonic(), cut.step()
         said: list[float | None] = [None, None]
@@ -132,7 +139,7 @@ def prove(options: Sequence[str], work: Path, *, cut_at: int) -> Result:
         resumed = max(int(p.name[5:]) for p in (cut.out / "checkpoints").glob("step-*"))
         ip("-n", NAMES[1], "link", "set", CABLES[1], "up")
         if any(wait(start(words, work, 2))):
-            raise RuntimeError((work / "machine-0-2.log").read_text(errors="replace")[-2000:])
+            raise RuntimeError((work / "machine-0-2.log").read_text(errors="replace"))
     weights = "checkpoints/step-*/model.safetensors"
     equal = whole.columns() == cut.columns() and whole.digest(weights) == cut.digest(weights)
     ends = [seconds or 0.0 for seconds in ended]

@@ -49,3 +49,17 @@ def test_training_from_python_is_openpalm_train(tmp_path):
     assert mine.config == theirs.config
     for name, weights in theirs.state_dict().items():
         torch.testing.assert_close(mine.state_dict()[name], weights, rtol=1e-4, atol=1e-6)
+
+
+def test_the_sbatch_file_saves_and_requeues():
+    """The shell's grammar and the order of its times; docs/parallel.md has a run of it."""
+    file = EXAMPLES / "slurm" / "train.sbatch"
+    subprocess.run(["bash", "-n", str(file)], check=True)
+    text = file.read_text(encoding="utf-8")
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", text, re.MULTILINE))
+    assert "requeue" in directives
+    assert directives["open-mode"] == "append"
+    before_limit = int(directives["signal"].removeprefix("B:TERM@"))
+    found = re.search(r"^grace=(\d+)$", text, re.MULTILINE)
+    assert found is not None
+    assert int(found[1]) + 30 < before_limit  # torchrun kills 30 seconds after the grace time

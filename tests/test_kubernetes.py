@@ -142,7 +142,10 @@ def test_the_command_is_ours():
     assert all(str(path).startswith(mounts[0]) for path in (settings.data, settings.out))
 
 
-def test_torchrun_saves_before_the_pod_is_killed():
+def test_there_is_time_to_save():
     spec = worker()["template"]["spec"]
-    env = {entry["name"]: entry["value"] for entry in spec["containers"][0]["env"]}
-    assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < spec["terminationGracePeriodSeconds"]
+    (container,) = spec["containers"]
+    env = {entry["name"]: entry["value"] for entry in container["env"]}
+    (grace,) = (a for a in container["args"] if a.startswith("--parallel.grace-s="))
+    saved, killed = float(grace.split("=")[1]), int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert saved < killed < spec["terminationGracePeriodSeconds"]

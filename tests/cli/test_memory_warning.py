@@ -43,7 +43,7 @@ VERBS = {
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("memory", [1e6, 1e9])
 def test_the_warning(said, folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str, memory: float):
-    monkeypatch.setattr("openpalm.plan.devices.physical_memory", lambda: memory)
+    monkeypatch.setattr("openpalm.base.device.physical_memory", lambda: memory)
     words = ("--init", "base", "--out", "run", "--steps", "2", "--device", "cpu")
     status, _, errors = said(verb, *words, *VERBS[verb])
     assert status == 1
@@ -60,7 +60,7 @@ def test_a_reference_policy_counts(said, folder: Path, monkeypatch: pytest.Monke
     """With LoRA it is the policy without its adapter, and no second model."""
     needs = []
     for more in ((), ("--lora.rank", "2")):
-        monkeypatch.setattr("openpalm.plan.devices.physical_memory", lambda: 1e5)
+        monkeypatch.setattr("openpalm.base.device.physical_memory", lambda: 1e5)
         words = ("--init", "base", "--out", "run", "--steps", "2", "--dtype", "float32")
         _, _, errors = said("grpo", *words, *ROLLOUTS, *more)
         said_of = " ".join(errors).split("needs about ")[1]

@@ -14,6 +14,7 @@ from tiny_models import tiny
 
 from openpalm.align.logprobs import token_log_probs
 from openpalm.errors import SettingsError
+from openpalm.generate.quantize import quantize
 from openpalm.model import lora
 from openpalm.model.block import ProjectIn, ProjectOut
 from openpalm.model.config import LoraConfig, lora_from_json
@@ -206,6 +207,18 @@ def test_detached_is_attached_again_after_an_error_and_nests():
     with pytest.raises(KeyError), lora.detached(model), lora.detached(model):
         raise KeyError
     assert torch.equal(model.hidden(ids_for(BASE)), outside)
+
+
+def test_an_adapter_wraps_a_projection_of_any_kind():
+    """Its update is added to what the projection found there returns; here one fused matrix."""
+    expected, model = adapted(BASE).float(), make(BASE)
+    model.blocks = quantize(model, "float32").blocks
+    lora.attach(model, everywhere(BASE))
+    for block, original in zip(model.blocks, expected.blocks, strict=True):
+        for side in ("project_in", "project_out"):
+            getattr(block, side).lora = getattr(original, side).lora
+    ids = ids_for(BASE)
+    assert (model.logits(ids) - expected.logits(ids)).abs().max() < 1e-4
 
 
 # --- who learns

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from openpalm.base.device import physical_memory
 from openpalm.errors import SettingsError
 from openpalm.model.config import preset
-from openpalm.plan.devices import DEVICES, measured_cpu, physical_memory
+from openpalm.plan.devices import DEVICES, measured_cpu
 from openpalm.plan.layouts import Layout
 from openpalm.plan.time import bubble, mfu, seconds_to_send, step_time
 from openpalm.plan.training import Training

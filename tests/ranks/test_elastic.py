@@ -12,7 +12,7 @@ from train_samples import write_dataset
 
 from openpalm.data.batches.loader import Batch
 from openpalm.data.batches.order import Cursor
-from openpalm.train.objective import NextToken
+from openpalm.train.trainer import Trainer
 from ranks import on_ranks
 
 STEPS, CUT, ROWS = 30, 19, 40
@@ -26,20 +26,21 @@ def reading(
     """The exit status, and by step the rows that this process drew and the tokens in them."""
     drawn: dict[int, list[int]] = {}
     seen: dict[int, list[list[int]]] = {}
-    take, count = Cursor.take, NextToken.count
+    take, learn = Cursor.take, Trainer.forward_backward
 
     def taken(self: Cursor) -> range:
         found = take(self)
         drawn.setdefault(found[0] // ROWS + 1, []).extend(found)
         return found
 
-    def counted(self: NextToken, batch: Batch) -> int:
-        seen.setdefault(max(drawn), []).extend(batch.inputs.tolist())
-        return count(self, batch)
+    def learned(self: Trainer, batches: list[Batch]) -> Any:
+        for batch in batches:
+            seen.setdefault(self.step + 1, []).extend(batch.inputs.tolist())
+        return learn(self, batches)
 
     def fault(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(Cursor, "take", taken)
-        patch.setattr(NextToken, "count", counted)
+        patch.setattr(Trainer, "forward_backward", learned)
         if stop_at and rank() == 0:
             in_step(patch, stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM))
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from train_runs import rows, same_run, step_names
 from train_samples import write_dataset
 
-from openpalm.checkpoint import contents, saver
+from openpalm.checkpoint import contents, parts
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.manifest import verify
 from openpalm.data.batches.loader import Loader
@@ -113,14 +113,14 @@ def test_a_process_that_hangs_is_named(data: Path, tmp_path: Path, whole: Path):
 
 
 def no_space_on_one(patch: pytest.MonkeyPatch) -> None:
-    original = saver.write_parts
+    original = parts._write_at
 
-    def full(path: Path, *more: Any) -> None:
-        original(path, *more)
-        if rank() == 1 and "step-00000004" in str(path):
+    def full(descriptor: int, *more: Any) -> None:
+        original(descriptor, *more)
+        if rank() == 1 and "step-00000004" in os.readlink(f"/proc/self/fd/{descriptor}"):
             raise FULL
 
-    patch.setattr(saver, "write_parts", full)
+    patch.setattr(parts, "_write_at", full)
 
 
 def no_commit(patch: pytest.MonkeyPatch) -> None:
@@ -151,17 +151,18 @@ def test_a_save_that_fails_on_one_process_stops_all(
 
 
 def slow_disk(patch: pytest.MonkeyPatch) -> None:
-    original = saver.write_parts
+    original = parts._write_own
 
     def slow(path: Path, *more: Any) -> None:
-        if rank() == 1 and "step-00000002" in str(path):
-            rows_file = path.parents[2] / "metrics.jsonl"
+        if rank() == 1 and ".step-00000002" in str(path):
+            rows_file = next(folder for folder in path.parents if folder.name == "run")
+            rows_file /= "metrics.jsonl"
             # Two more steps are taken while this save waits for them.
             wait_for(lambda: '"step": 4, "loss"' in rows_file.read_text(encoding="utf-8"))
             time.sleep(5)
         original(path, *more)
 
-    patch.setattr(saver, "write_parts", slow)
+    patch.setattr(parts, "_write_own", slow)
 
 
 def test_a_save_longer_than_the_time_limit_stalls_nothing(data: Path, whole: Path, tmp_path: Path):

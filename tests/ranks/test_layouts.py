@@ -19,6 +19,8 @@ LAYOUTS = {
     "replicas-2": (2, {"shard": 1}),
     "tensor-2": (2, {"tensor": 2, "sequence": False}),
     "tensor-2-sequence": (2, {"tensor": 2}),
+    "tensor-2-context-2": (4, {"tensor": 2, "context": 2}),
+    "tensor-2-pipeline-2": (4, {"tensor": 2, "pipeline": 2}),
     "hsdp-2x2": (4, {"shard": 2, "replicate": 2}),
     "context-2": (2, {"context": 2}),
     "context-4": (4, {"context": 4}),

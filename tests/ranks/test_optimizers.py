@@ -315,3 +315,27 @@ def test_float16_on_shards_skips_the_same_steps_everywhere():
 
 def alone_in_float16() -> list[tuple[float, str | None, float]]:
     return on_ranks(1, float16_steps, {})[0]
+
+
+# Gradient noise scale.
+
+
+def noise(parallel: dict[str, Any]) -> list[dict[str, float]]:
+    """The metrics of three steps of four microbatches."""
+    trainer = trainer_for(parallel, noise_scale=True, accumulation=4)
+    return [trainer.train_step().metrics for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallel"),
+    [(2, {}), (4, {"shard": 2, "replicate": 2}), (2, {"context": 2}), (2, {"tensor": 2})],
+)
+def test_the_noise_scale_is_that_of_one_process(processes: int, parallel: dict[str, Any]):
+    """A microbatch of all processes is one microbatch of one process."""
+    [wanted] = on_ranks(1, noise, {})
+    assert {"noise/g", "noise/s", "last_loss"} <= wanted[0].keys()
+    for found in on_ranks(processes, noise, parallel):
+        for metrics, alone in zip(found, wanted, strict=True):
+            if {"context", "tensor"} & parallel.keys():  # processes may have parts of rows
+                alone = {name: value for name, value in alone.items() if name != "last_loss"}
+            assert metrics == pytest.approx(alone, rel=1e-4)

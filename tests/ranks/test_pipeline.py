@@ -47,6 +47,13 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"memory": MemorySettings(recompute="full")},
     ),
     "context-interleaved": (4, {"context": 2, "schedule": "interleaved"}, {"document_mask": True}),
+    "tensor": (4, {"tensor": 2}, {"document_mask": True}),
+    "tensor-untied-interleaved": (
+        4,
+        {"tensor": 2, "sequence": False, "schedule": "interleaved"},
+        UNTIED,
+    ),
+    "muon": (2, {}, {"optimizer": "muon"}),
     "replicas": (4, {"shard": 1, "replicate": 2}, {}),
 }
 
@@ -83,7 +90,9 @@ def test_a_pipeline_equals_one_process(case: str):
             assert norm == pytest.approx(expected[1], rel=1e-5)
             assert metrics == pytest.approx(expected[2], rel=1e-5)
         for name, value in values.items():
-            torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-5)
+            # AdamW turns a rounding error of a tiny gradient into a part of a step of 3e-3.
+            close = 1e-4 if "tensor" in parallel else 1e-5
+            torch.testing.assert_close(value, wanted[name], rtol=close, atol=close)
     # Each parameter is counted on one stage; copies on several processes are shards or replicas.
     copies = processes // ({"pipeline": 2} | parallel)["pipeline"]
     counted = sorted(name for _, _, names in found for name in names)

@@ -43,7 +43,7 @@ def test_a_run_that_needs_too_much_warns_and_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.setattr("openpalm.plan.devices.physical_memory", lambda: 1e5)
+    monkeypatch.setattr("openpalm.base.device.physical_memory", lambda: 1e5)
     assert train(tmp_path / "run") == 0
     assert "train: warning: needs about" in capsys.readouterr().err
 

@@ -355,8 +355,10 @@ def test_few_frames_from_the_command_to_the_backward_pass(
         "train.pretrain",
         "run.run_training",
         "run.run",
+        "run._step",
         "trainer.train_step",
         "trainer.forward_backward",
+        "trainer._accumulate",
     ]
 
 

@@ -111,6 +111,26 @@ def pick_device(name: str) -> "torch.device":
     return device
 
 
+def free_memory(device: "torch.device") -> float:
+    """Bytes that this process may take on a GPU, its own included; or the machine's memory."""
+    import torch
+
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    # torchrun's processes on this machine share it.
+    return physical_memory() / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def physical_memory() -> float:
+    """Bytes of this machine's memory, or those that a container may use, if fewer."""
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as file:
+            return min(total, float(file.read()))
+    except (OSError, ValueError):  # no container, or "max"
+        return total
+
+
 def keep_freed_memory() -> None:
     """Keeps freed memory in this process (glibc mallopt), so that the next step reuses it.
 

@@ -47,7 +47,7 @@ def snapshot(stored: Mapping[str, Tensor]) -> dict[str, Part]:
 
 
 def write_parts(path: Path, parts: Mapping[str, Part], world: World) -> None:
-    """Writes the file; all processes must call it. Raises OSError on each that could not write."""
+    """Writes the file; all processes must call it. Raises OSError on all if one could not write."""
     own = {name: (part.shape, part.values.dtype, part.sharded) for name, part in parts.items()}
     everyone = world.gather(own)
     layout: tensors.Layout = {
@@ -62,14 +62,24 @@ def write_parts(path: Path, parts: Mapping[str, Part], world: World) -> None:
             file.truncate(len(text) + sum(_bytes(*entry) for entry in layout.values()))
 
     world.on_main(create)
-    with path.open("r+b") as file:
-        for name, part in parts.items():
-            # A tensor that several processes have whole is written by the first of them.
-            first = next(rank for rank, found in enumerate(everyone) if name in found)
-            if part.sharded or first == world.rank:
+    # A tensor that several processes have whole is written by the first of them.
+    first = {name: rank for rank in reversed(range(world.size)) for name in everyone[rank]}
+    mine = {name: p for name, p in parts.items() if p.sharded or first[name] == world.rank}
+    # Nothing in there waits for other processes: one that fails must not leave them waiting.
+    world.together(lambda: _write_own(path, mine, offsets, world.rank))
+
+
+def _write_own(
+    path: Path, parts: Mapping[str, Part], offsets: Mapping[str, int], rank: int
+) -> None:
+    try:
+        with path.open("r+b") as file:
+            for name, part in parts.items():
                 for offset, values in _runs(part):
                     _write_at(file.fileno(), values, offsets[name] + offset)
-        os.fsync(file.fileno())
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, on process {rank}", str(path)) from error
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

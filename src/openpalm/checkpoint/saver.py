@@ -96,17 +96,7 @@ class Saver:
                 lambda: stack.enter_context(complete_or_absent(directory, lineage))
             )
             for name, parts in files.items():
-                self._write_file(partial / name, parts)
+                write_parts(partial / name, parts, self._world)
             self._world.on_main(lambda: contents.write_small(partial))
             self._world.on_main(stack.close)
         self._world.on_main(then)
-
-    def _write_file(self, path: Path, parts: dict[str, Part]) -> None:
-        self._world.together(lambda: self._write_own(path, parts))
-
-    def _write_own(self, path: Path, parts: dict[str, Part]) -> None:
-        try:
-            write_parts(path, parts, self._world)
-        except OSError as error:
-            reason = f"{error.strerror}, on process {self._world.rank}"
-            raise OSError(error.errno, reason, error.filename) from error

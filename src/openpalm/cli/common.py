@@ -124,7 +124,7 @@ def warn_of_memory(settings: TrainSettings, spec: "TrainSpec", *, frozen_copies:
 
     `frozen_copies`: further models in memory, such as a reference policy.
     """
-    from openpalm.plan.devices import free_memory
+    from openpalm.base.device import free_memory
     from openpalm.plan.layouts import Layout
     from openpalm.plan.warning import planned, warn_if_too_large
     from openpalm.train.config import batch_shape

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from openpalm.base.launcher import adopt_slurm
 from openpalm.errors import OpenPalmError
 
 # verb -> (module with `run(argv)`, description)
@@ -51,7 +52,7 @@ CONTINUES = {"train", "sft", "dpo", "reward", "ppo", "grpo", "data", "best-of-n"
 """verbs that save progress, so that the same command continues after an interruption"""
 
 PARALLEL = {"train", "sft", "dpo", "reward", "ppo", "grpo"}
-"""verbs that torchrun may start on several processes"""
+"""verbs that torchrun or srun may start on several processes"""
 
 USAGE = """usage: openpalm VERB [options]
 
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     _escape_unencodable()
+    if argv and argv[0] in PARALLEL:  # srun may start several runs of other verbs
+        adopt_slurm()
     if os.environ.get("RANK", "0") != "0":  # of several processes only the first one talks
         sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:

@@ -112,7 +112,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(counts or [ids.shape[1]] * ids.shape[0])
         # At selected positions the last block has returned whole states.
-        return x if selected is not None else self.stream.whole(x, ids.shape[1])
+        return x if selected is not None else self._whole(x, ids.shape[1])
 
     def _embedded(self, ids: Tensor, added: Tensor | None) -> Tensor:
         """The residual stream before the first block."""
@@ -121,6 +121,10 @@ class Transformer(nn.Module):
         for vector in (part_of(self.embedding_bias), added):
             x = x if vector is None else x + self.stream.part(vector)
         return x
+
+    def _whole(self, x: Tensor, time: int) -> Tensor:
+        """The residual stream at all positions, after the last block."""
+        return self.stream.whole(x, time)
 
     def _numbered_blocks(self) -> Iterable[tuple[int, nn.Module]]:
         return enumerate(self.blocks)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,14 +116,31 @@ class _Store:
 
     def __init__(self, here: World):
         self._here, self._store = here, _get_default_store()
+        self._gone = False
 
     def write(self, name: str, value: Any) -> None:
-        text = json.dumps(value)
-        _within(_STORE_S, lambda: self._store.set(f"{name}/{self._here.rank}", text))
+        key, text = f"{name}/{self._here.rank}", json.dumps(value)
+        self._call(lambda: self._store.set(key, text))
 
     def read(self, rank: int, name: str) -> Any:
-        found = _within(_STORE_S, lambda: self._found(rank, name))
+        key = f"{name}/{rank}"
+        found = self._call(lambda: self._store.get(key) if self._store.check([key]) else None)
         return None if found is None else json.loads(found)
+
+    def _call(self, access: Callable[[], Any]) -> Any:
+        """The result of an access; None if it fails or takes too long, as all later ones do."""
+        box: list[Any] = []
+
+        def run() -> None:
+            with suppress(Exception):  # of the transport, which has no types of its own
+                box.append(access())
+
+        if not self._gone:
+            thread = threading.Thread(target=run, daemon=True)
+            thread.start()
+            thread.join(_STORE_S)
+            self._gone = not box
+        return box[0] if box else None
 
     def reports(self) -> dict[int, Any]:
         """The reports by rank, once all are there or the time for them is over.
@@ -141,26 +158,6 @@ class _Store:
                 return {}
             time.sleep(0.1)
         return found
-
-    def _found(self, rank: int, name: str) -> bytes | None:
-        key = f"{name}/{rank}"
-        return self._store.get(key) if self._store.check([key]) else None
-
-
-def _within(limit_s: float, call: Callable[[], Any]) -> Any:
-    """The call's result; None if it fails or takes too long."""
-    box: list[Any] = [None]
-
-    def run() -> None:
-        try:
-            box[0] = call()
-        except Exception:  # of the transport; it has no types of its own
-            return
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    return box[0]
 
 
 def _end_without_waiting() -> None:

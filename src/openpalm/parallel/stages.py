@@ -133,7 +133,9 @@ class StagedTransformer(Transformer):
 
     def stream_shape(self, rows: int, time: int) -> tuple[int, ...]:
         """Shape of the residual stream between stages, for ids [rows, time]."""
-        return rows, time, self.config.dim
+        # Tensor-parallel processes may share its positions.
+        part = self.stream.part(torch.empty(rows, time, 1, device="meta"))
+        return *part.shape[:2], self.config.dim
 
     def residual(self, ids: Tensor, *args: Any, **options: Any) -> Tensor:
         if self.current is not None:
@@ -163,7 +165,11 @@ class StagedTransformer(Transformer):
         if self.current.first:
             return super()._embedded(ids, added)
         assert self.received is not None
-        return self.received
+        return self.stream.part(self.received)
+
+    def _whole(self, x: Tensor, time: int) -> Tensor:
+        assert self.current is not None
+        return super()._whole(x, time) if self.current.last else x
 
     def _numbered_blocks(self) -> Iterable[tuple[int, nn.Module]]:
         assert self.current is not None

@@ -41,17 +41,22 @@ _PARTIAL_BY_POSITION = {"embedding_bias", "marks"}
 
 def check(config: ModelConfig, processes: int) -> None:
     """Raises SettingsError if the model's sizes cannot be shared by so many processes."""
-    sizes = {"heads": config.heads, "ff_dim": config.ff_dim}
-    if not _divides(sizes, processes):
-        possible = [n for n in range(1, config.heads + 1) if _divides(sizes, n)]
-        *most, last = (str(n) for n in possible)
-        listed = f"{', '.join(most)} or {last}" if most else last
-        named = " and ".join(f"{name} ({size})" for name, size in sizes.items())
-        raise SettingsError(f"--parallel.tensor {processes}: must divide {named}; use {listed}")
+    if _fits(config, processes):
+        return
+    *most, last = (str(n) for n in range(1, config.heads + 1) if _fits(config, n))
+    listed = f"{', '.join(most)} or {last}" if most else last
+    raise SettingsError(
+        f"--parallel.tensor {processes}: must divide heads ({config.heads}) and ff_dim "
+        f"({config.ff_dim}), and every process needs rows of the vocabulary "
+        f"({config.padded_vocab}); use {listed}"
+    )
 
 
-def _divides(sizes: dict[str, int], processes: int) -> bool:
-    return not any(size % processes for size in sizes.values())
+def _fits(config: ModelConfig, processes: int) -> bool:
+    if config.heads % processes or config.ff_dim % processes:
+        return False
+    part = -(-config.padded_vocab // processes)
+    return part * (processes - 1) < config.padded_vocab
 
 
 def shard_tensor(model: Transformer, world: World, *, sequence: bool) -> None:

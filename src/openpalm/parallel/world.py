@@ -3,7 +3,6 @@
 Small values travel over a gloo group of their own, on the CPU, whatever carries the tensors.
 """
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,10 +11,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from openpalm.base.launcher import launched
-from openpalm.errors import SettingsError, WorkError
+from openpalm.errors import OpenPalmError, SettingsError, WorkError
 from openpalm.parallel.config import AXES, Axes, ParallelSettings, axes_of
+from openpalm.parallel.meeting import meet
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
@@ -121,7 +122,8 @@ class World:
         if self.size == 1:
             return function()
         value, error = _outcome(function) if self.is_main else (None, None)
-        value, error = self.broadcast((value, error))
+        value, sent = self.broadcast((value, _portable(error)))
+        error = error or sent
         if error is not None:
             raise error
         return value  # type: ignore[return-value]
@@ -131,7 +133,7 @@ class World:
         if self.size == 1:
             return function()
         value, error = _outcome(function)
-        failed = [(rank, e) for rank, e in enumerate(self.gather(error)) if e is not None]
+        failed = [(rank, e) for rank, e in enumerate(self.gather(_portable(error))) if e]
         if failed:
             raise failed[0][1] if error is None else error
         return value  # type: ignore[return-value]
@@ -141,16 +143,14 @@ def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return function(), None
     except Exception as error:
-        return None, _portable(error)
+        return None, error
 
 
-def _portable(error: Exception) -> Exception:
-    """The error, or one with its text if it cannot travel to other processes."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return WorkError(f"{type(error).__name__}: {error}")
-    return error
+def _portable(error: Exception | None) -> Exception | None:
+    """The error, or one with its text if it may not travel to other processes."""
+    if error is None or isinstance(error, (OpenPalmError, OSError)):
+        return error
+    return WorkError(f"{type(error).__name__}: {error}")
 
 
 _current = World()
@@ -197,9 +197,14 @@ def _initialise(device: torch.device, wait: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
     try:
-        dist.init_process_group(backend, timeout=wait, device_id=own)
+        store, rank, size = next(iter(rendezvous("env://", timeout=wait)))
     except ValueError as error:
         raise SettingsError(
             f"WORLD_SIZE is set but the processes cannot find each other ({error}); start them "
             "with torchrun or srun"
         ) from None
+    store.set_timeout(wait)
+    store = meet(store, rank, size, wait.total_seconds())
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=wait, device_id=own
+    )

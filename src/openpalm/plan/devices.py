@@ -3,15 +3,15 @@
 FLOP/s are dense (without sparsity). float32 is without TF32, as torch multiplies by default.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from openpalm.base.device import physical_memory
 from openpalm.errors import SettingsError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 GIB = float(1 << 30)
 TERA = 1e12
@@ -111,23 +111,3 @@ def _elementwise_rate(repeats: int = 5) -> float:
         torch.mul(a, b, out=out)
         best = min(best, time.perf_counter() - start)
     return 3 * a.nbytes / best
-
-
-def free_memory(device: "torch.device") -> float:
-    """Bytes that this process may take on a GPU, its own included; or the machine's memory."""
-    import torch
-
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    # torchrun's processes on this machine share it.
-    return physical_memory() / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def physical_memory() -> float:
-    """Bytes of this machine's memory, or those that a container may use, if fewer."""
-    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as file:
-            return min(total, float(file.read()))
-    except (OSError, ValueError):  # no container, or "max"
-        return total

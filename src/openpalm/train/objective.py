@@ -5,8 +5,9 @@ processes, so that k microbatches, or n processes, give the gradient of one whol
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from openpalm.data.batches.loader import IGNORE, Batch
@@ -24,7 +25,11 @@ class Objective(Protocol[B]):
         ...
 
     def loss(self, model: Transformer, batch: B, /) -> tuple[Tensor, Metrics]:
-        """The loss SUMMED over the batch, a scalar, and further sums to report."""
+        """The loss SUMMED over the batch, a scalar, and further sums to report.
+
+        The sums are divided by the count. An objective may name other divisors, which are metrics
+        of their own and not reported, in an attribute `ratios`.
+        """
         ...
 
 
@@ -38,6 +43,9 @@ class NextToken:
     """positions whose logits are in memory at once; None: as many as are fast"""
     context: ContextSplit | None = None
     """how several processes share each row; None: this process computes whole rows"""
+    last: bool = False
+    """also report last_loss, the mean loss at the last position of the rows that count it"""
+    ratios: ClassVar[dict[str, str]] = {"last_loss": "last_rows"}
 
     def count(self, batch: Batch, /) -> int:
         targets = batch.targets if self.context is None else self.context.part(batch).targets
@@ -57,7 +65,18 @@ class NextToken:
         loss, z = model.cross_entropy(
             states.flatten(0, -2), targets, z_loss=self.z_loss, chunk=self.chunk
         )
-        return loss, {"z_loss": z.item()} if self.z_loss else {}
+        metrics = {"z_loss": z.item()} if self.z_loss else {}
+        if self.last and self.context is None:
+            time = batch.inputs.shape[1]
+            where = torch.arange(len(targets), device=targets.device) if places is None else places
+            metrics |= self._last(model, states.flatten(0, -2), targets, where % time == time - 1)
+        return loss, metrics
+
+    @torch.no_grad()
+    def _last(self, model: Transformer, states: Tensor, targets: Tensor, ends: Tensor) -> Metrics:
+        """Sums for last_loss, by the head on the states where `ends` is True."""
+        loss, _ = model.cross_entropy(states[ends], targets[ends], chunk=self.chunk)
+        return {"last_loss": loss.item(), "last_rows": float(ends.sum())}
 
 
 class Loader(Protocol):

@@ -41,11 +41,13 @@ class Probe:
     generates: bool = False
     """whether it generates text: the main process then measures, on a model that is not sharded"""
 
-    def taken(self, trainer: Trainer) -> dict[str, Any]:
-        """The columns of a row; all processes of a run must call it."""
+    def taken(self, trainer: Trainer) -> dict[str, Any] | None:
+        """The columns of a row, or None if no process has room; all of a run must call it."""
         if not self.generates:
             trainer.model.eval()
             return self.measure(trainer.model, trainer.dtype)
+        if not trainer.fits_whole():
+            return None
         model = trainer.gathered()
 
         def on_whole_model() -> dict[str, Any]:

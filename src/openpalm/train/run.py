@@ -83,6 +83,7 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
         keep_freed_memory()
     length = settings.sequence_length or spec.config.context
     shape = spec.shape or batch_shape(settings, length, here.data_size)
+    spec.check_shared(settings, shape)
     shape = replace(shape, rank=here.data_rank)
     with ExitStack() as stack:
         here.on_main(lambda: stack.enter_context(run_directory.locked(settings.out)))
@@ -139,6 +140,7 @@ class _Session:
         self.trainer = trainer
         self.world = trainer.world
         self.saver = Saver(trainer.world)
+        self.left_out: set[str] = set()
         self.shape = shape
         self.rows = RowFile(settings.out / "metrics.jsonl")
         self.started = time.monotonic()
@@ -324,12 +326,24 @@ class _Session:
         """Takes measurements; returns the reason why the run must stop, or None."""
         for probe in probes:
             values = probe.taken(self.trainer)
+            if values is None:
+                self._say_too_large(probe)
+                continue
             # Written probe by probe, so that a kill during a slow one keeps the others' rows.
             self._append(RowFile(self.settings.out / probe.file), {"step": step} | values)
             if probe.describe:
                 self.line.say(f"{self.spec.label} step {step}: {probe.describe(values)}")
         # From the file: an alarm also looks at rows from before this process resumed.
         return self.world.on_main(lambda: self._alarm(read_rows(self.rows.path)))
+
+    def _say_too_large(self, probe: Probe) -> None:
+        """Says, once, that no process can hold the whole model to generate."""
+        if probe.file not in self.left_out:
+            self.left_out.add(probe.file)
+            self.line.say(
+                f"{self.spec.label}: {probe.file}: nothing is generated, because the model of "
+                f"{self.spec.config.parameters:,} parameters does not fit one process"
+            )
 
     def _alarm(self, rows: list[dict[str, Any]]) -> str | None:
         """The reason why a run with these rows must stop, or None."""

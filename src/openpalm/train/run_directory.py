@@ -37,7 +37,7 @@ MAY_CHANGE = (
     *("out", "data", "init"),  # data and parent are compared by their hashes
     *("loggers", "wandb_project", "wandb_name", "profile", "memory", "compile", "device"),
     "parallel",
-    *("save_every", "eval_every", "max_skipped_steps", "force"),
+    *("save_every", "eval_every", "max_skipped_steps", "force", "noise_scale"),
     *("keep_checkpoints", "keep_every", "keep_best"),
 )
 """Settings that do not change what a run computes: a resumed run may have others."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from openpalm.base.settings import spell
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, count_of
 from openpalm.model import lora
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
@@ -47,7 +47,7 @@ class TrainSpec:
     """None is next-token prediction"""
     shape: BatchShape | None = None
     """shape of a step, if it does not follow from --batch-tokens"""
-    items_per_step: Callable[[BatchShape], int] | None = lambda shape: shape.sequences
+    items_per_step: Callable[[BatchShape], int] | None = lambda shape: shape.global_sequences
     """items that a step learns from; None if the size of microbatches changes the result"""
     unit: str = "tokens"
     """what the objective counts"""
@@ -91,6 +91,20 @@ class TrainSpec:
             if self.objective is not None and value is not None:
                 raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
         check_length(world(), settings.sequence_length or self.config.context)
+
+    def check_shared(self, settings: TrainSettings, shape: BatchShape) -> None:
+        """Raises SettingsError if the processes' shares of a step make another step than one's."""
+        if self.items_per_step is None or self.shape is not None:
+            return
+        alone = self.items_per_step(batch_shape(settings, shape.sequence_length))
+        together = self.items_per_step(shape)
+        if alone != together:
+            tokens = settings.batch_tokens or shape.global_sequences * shape.sequence_length
+            raise SettingsError(
+                f"--batch-tokens {tokens}: a step of one process has {count_of(alone, 'item')}, of "
+                f"{shape.processes} processes {together}, because an item needs two sequences; "
+                f"take a multiple of {2 * shape.processes * shape.sequence_length}"
+            )
 
     def cut_changes(self, stored: TrainSettings, shape: BatchShape) -> str | None:
         """The reason why `shape` gives another result than the stored settings' cut, or None.
@@ -138,7 +152,7 @@ def make_trainer(
 
     check_pipeline(settings, shape)
     check_length(world(), shape.sequence_length)
-    context = context_split(world())
+    _check_noise_scale(settings, shape)
     # On the meta device until it is sharded, so that no process ever holds a whole large model.
     model = stages.cut(make_unfilled(), world(), settings.parallel)
     _parallelize(model, settings, dtype)
@@ -148,7 +162,7 @@ def make_trainer(
         lora.initialise_adapter(model, settings.seed)
     return Trainer(
         model,
-        spec.objective or NextToken(settings.z_loss, settings.memory.loss_chunk, context),
+        spec.objective or _next_token(settings),
         _optimizer(model, settings, spec.peak_rate(settings)),
         spec.make_loader(shape, model, dtype),
         steps=steps,
@@ -159,8 +173,16 @@ def make_trainer(
         world=world(),
         pipeline=pipeline_of(model, world(), settings.parallel, dtype),
         seed=settings.seed,
+        noise_scale=settings.noise_scale,
         make_plain=lambda: make_unfilled().to_empty(device=device),
     )
+
+
+def _next_token(settings: TrainSettings) -> NextToken:
+    chunk, context = settings.memory.loss_chunk, context_split(world())
+    # Tensor-parallel processes may hold other positions than the last.
+    last = settings.noise_scale and world().axes.tensor == 1
+    return NextToken(settings.z_loss, chunk, context, last=last)
 
 
 def _optimizer(model: Transformer, settings: TrainSettings, rate: float) -> Optimizer:
@@ -168,6 +190,20 @@ def _optimizer(model: Transformer, settings: TrainSettings, rate: float) -> Opti
     named = model.named_parameters()
     optimizer.uncounted = [p for name, p in named if not stages.counted_once(model, name)]
     return optimizer
+
+
+def _check_noise_scale(settings: TrainSettings, shape: BatchShape) -> None:
+    """Raises SettingsError if there are no gradients of microbatches to compare."""
+    if settings.noise_scale and shape.accumulation == 1:
+        raise SettingsError(
+            "--noise-scale: compares microbatches with the batch, but a step is one microbatch; "
+            "give a smaller --microbatch-tokens"
+        )
+    if settings.noise_scale and world().axes.pipeline > 1:
+        raise SettingsError(
+            "--noise-scale: a pipeline has no gradients of single microbatches; leave it or "
+            "--parallel.pipeline out"
+        )
 
 
 def _parallelize(model: Transformer, settings: TrainSettings, dtype: torch.dtype) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openpalm.base.device import free_memory
 from openpalm.base.permutation import order_key
 from openpalm.errors import TrainingError
 from openpalm.model.sharding import assign
@@ -22,8 +23,12 @@ from openpalm.parallel.world import World
 from openpalm.train.batch_shape import Ramp
 from openpalm.train.objective import Loader, Metrics, Objective, StatefulLoader
 from openpalm.train.optimization.loss_scale import LossScale
+from openpalm.train.optimization.noise_scale import NoiseScale
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.optimization.schedule import learning_rate_factor
+
+WHOLE_SHARE = 0.4
+"""Share of the main process's memory that a copy of a sharded model may take."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Trainer:
         world: World | None = None,
         pipeline: Pipeline | None = None,
         seed: int = 0,
+        noise_scale: bool = False,
         make_plain: Callable[[], Transformer] | None = None,
     ):
         self.model = model
@@ -83,6 +89,9 @@ class Trainer:
         self.counted = 0
         self.skipped_in_a_row = 0
         self.loss_scale = LossScale() if dtype == torch.float16 else None
+        self.noise = None
+        if noise_scale:
+            self.noise = NoiseScale([*optimizer.names], optimizer.uncounted)
         self.overflowed = False
         """whether the newest step was skipped because its loss scale was too large"""
         self.own_loss = 0.0
@@ -106,7 +115,8 @@ class Trainer:
         self.counted += count
         factor = learning_rate_factor(self.step, self.steps, self.optimizer.settings)
         norm, skipped = self.optimizer_step(loss, count, factor)
-        self.skipped_batches = batches if skipped and count else ()
+        # An overflow of float16 is part of finding its loss scale, and no fault of a batch.
+        self.skipped_batches = batches if skipped and count and not self.overflowed else ()
         self._stop_if_only_skipping(skipped)
         if isinstance(self.loader, StatefulLoader):
             metrics |= self.loader.facts
@@ -129,13 +139,13 @@ class Trainer:
         """Accumulates the gradient of the mean loss; returns that mean, its count, the metrics."""
         # Counted over all microbatches and processes BEFORE backward: a mean of microbatch means
         # is another loss as soon as microbatches have different counts.
-        count = round(self.world.sum(sum(self.objective.count(batch) for batch in batches)))
+        counts = self.world.sums([self.objective.count(batch) for batch in batches])
+        count = round(sum(counts))
         if count == 0:
             return math.nan, 0, {}
         # FSDP averages gradients over processes: the loss is scaled so that the average is a sum.
-        divisor = count / self.world.axes.averaged
-        if self.loss_scale is not None:
-            divisor /= self.loss_scale.scale
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        divisor = count / self.world.axes.averaged / scale
         accumulate = self.pipeline.accumulate if self.pipeline else self._accumulate
         total, sums = accumulate(self.objective.loss, batches, divisor)
         tensor.sum_gradients(self.model)
@@ -143,6 +153,9 @@ class Trainer:
         # Every process has the same metrics, in the same order.
         total, *values = self.world.sums([total, *sums.values()])
         means = {name: value / count for name, value in zip(sums, values, strict=True)}
+        _divide(means, getattr(self.objective, "ratios", {}))
+        if self.noise is not None:
+            means |= self.noise.metrics(counts, scale)
         return total / count, count, means
 
     def _accumulate(
@@ -151,10 +164,13 @@ class Trainer:
         """Adds the gradient of the summed loss / divisor; returns the sums of loss and metrics."""
         total, sums = 0.0, Metrics()
         for number, batch in enumerate(batches, 1):
-            fsdp.reduce_over_replicas(self.model, number == len(batches))
+            fsdp.reduce_over_replicas(self.model, number == len(batches) or self.noise is not None)
             with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
                 loss, metrics = self.model(loss_of, batch.to(self.device))
             (loss / divisor).backward()
+            if self.noise is not None:
+                tensor.sum_gradients(self.model)
+                self.noise.take()
             total += loss.item()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -186,6 +202,13 @@ class Trainer:
         elif self.overflowed:
             return f"gradient overflow in float16, loss scale lowered to {loss_scale.scale:g}"
         return reason
+
+    def fits_whole(self) -> bool:
+        """Whether the main process has room for the whole model; all must call it."""
+        if self.world.size == 1:
+            return True
+        needed = 4 * sum(math.prod(shape) for shape in self.model.parameter_shapes().values())
+        return self.world.on_main(lambda: needed <= WHOLE_SHARE * free_memory(self.device))
 
     def gathered(self) -> Transformer | None:
         """The model without sharding, in eval mode, on the main process; all must call it.
@@ -223,8 +246,9 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "optimizer": self.optimizer.settings.kind,
         }
-        if self.loss_scale is not None:
-            values["loss_scale"] = self.loss_scale.state()
+        for name, part in (("loss_scale", self.loss_scale), ("noise_scale", self.noise)):
+            if part is not None:
+                values[name] = part.state()
         return tensors, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
@@ -237,6 +261,8 @@ class Trainer:
         )
         if self.loss_scale is not None:
             self.loss_scale.restore(values["loss_scale"])
+        if self.noise is not None and "noise_scale" in values:
+            self.noise.restore(values["noise_scale"])  # the option may be new
         # A pipeline stage holds only some of the parameters.
         elsewhere = {*self.model.parameter_shapes()} - {n for n, _ in self.model.named_parameters()}
         moments = _under("optimizer/", tensors).items()
@@ -255,6 +281,15 @@ class Trainer:
         """Parameters that only training needs, such as a critic's."""
         published = {name for name, _ in self.model.published_parameters()}
         return [item for item in self.model.named_parameters() if item[0] not in published]
+
+
+def _divide(means: Metrics, ratios: dict[str, str]) -> None:
+    """Divides metrics by others, which are taken out; those without a divisor are too."""
+    for name, divisor in ratios.items():
+        if divisor in means:
+            value, by = means.pop(name), means.pop(divisor)
+            if by:
+                means[name] = value / by
 
 
 def _whole(values: dict[str, Any], name: str) -> int:

@@ -114,6 +114,17 @@ def test_emulated_bfloat16_is_not_even_tried(
     assert measured(settings()).dtype == "float32"
 
 
+def test_float16_is_for_gpus_without_bfloat16(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "multiplies_bfloat16", lambda device: False)
+    gpu = torch.device("cuda")
+    assert measure._half(gpu, settings()) == "float16"
+    assert measure._half(CPU, settings()) is None
+    monkeypatch.setattr(TrainSettings, "takes_float16", False)  # as rollouts
+    assert measure._half(gpu, settings()) is None
+    monkeypatch.setattr(measure, "multiplies_bfloat16", lambda device: True)
+    assert measure._half(gpu, settings()) == "bfloat16"
+
+
 class Clock:
     """A clock that only what is measured moves."""
 
