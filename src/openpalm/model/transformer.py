@@ -22,7 +22,7 @@ from openpalm.model.config import ModelConfig
 from openpalm.model.embedding_head import Embedding, ProjectHead
 from openpalm.model.layout import Layout
 from openpalm.model.rotary import Rotary
-from openpalm.model.sharding import assign, part_of
+from openpalm.model.sharding import assign, local_part_or_none
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         """The residual stream before the first block."""
         # Negative ids are an encoder's padding; any row of the table serves, since it is masked.
         x = self.embed(ids if self.config.causal else ids.clamp_min(0), self.embedding)
-        for vector in (part_of(self.embedding_bias), added):
+        for vector in (local_part_or_none(self.embedding_bias), added):
             x = x if vector is None else x + self.stream.part(vector)
         return x
 

@@ -4,7 +4,6 @@ Each is one communication forward and at most one backward. A dimension of n is 
 cuts it: parts of ceil(n / processes), the last ones shorter or empty.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from openpalm.model.sharding import chunk_span
+
 Group = dist.ProcessGroup
-# torch 2.13 renamed both.
-_ALL_GATHER = "all_gather_single", "all_gather_into_tensor"
-_REDUCE_SCATTER = "reduce_scatter_single", "reduce_scatter_tensor"
+# torch 2.13 renamed both; there the old names print a warning.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def summed(x: Tensor, group: Group) -> Tensor:
@@ -46,11 +47,11 @@ def scattered(x: Tensor, dim: int, group: Group) -> Tensor:
 
 def span(size: int, group: Group) -> tuple[int, int]:
     """This process's part of a dimension of `size`: start and length."""
-    start = min(group.rank() * largest_part(size, group), size)
-    return start, min(largest_part(size, group), size - start)
+    return chunk_span(size, group.size(), group.rank())
 
 
 def largest_part(size: int, group: Group) -> int:
+    """Length of the first process's part, which none exceeds."""
     return -(-size // group.size())
 
 
@@ -128,7 +129,7 @@ def _all_reduce(x: Tensor, group: Group) -> Tensor:
 def _all_gather(x: Tensor, size: int, dim: int, group: Group) -> Tensor:
     part = _padded(x.movedim(dim, 0), largest_part(size, group))
     found = part.new_empty(len(part) * group.size(), *part.shape[1:])
-    _named(*_ALL_GATHER)(found, part, group=group)
+    all_gather_single(found, part, group=group)
     return found[:size].movedim(0, dim).contiguous()
 
 
@@ -136,13 +137,8 @@ def _reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     size, part = x.shape[dim], largest_part(x.shape[dim], group)
     whole = _padded(x.movedim(dim, 0), part * group.size())
     found = whole.new_empty(part, *whole.shape[1:])
-    _named(*_REDUCE_SCATTER)(found, whole, group=group)
+    _reduce_scatter_single(found, whole, group=group)
     return found[: span(size, group)[1]].movedim(0, dim).contiguous()
-
-
-def _named(name: str, before: str) -> Callable[..., Any]:
-    """A collective by its name, or by that of older versions."""
-    return getattr(dist, name, None) or getattr(dist, before)
 
 
 def _padded(x: Tensor, length: int) -> Tensor:

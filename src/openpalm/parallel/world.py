@@ -61,7 +61,7 @@ class World:
         return self.axes.data
 
     @property
-    def speaks(self) -> bool:
+    def contributes(self) -> bool:
         """Whether this process's numbers enter sums: one of those that compute the same numbers.
 
         Of tensor-parallel processes the first, of a pipeline the last stage, which has the loss.
@@ -73,7 +73,11 @@ class World:
         """The sums of `values` over all processes that see different data."""
         if self.size == 1:
             return [float(value) for value in values]
-        return self._reduced([v if self.speaks else 0.0 for v in values], dist.ReduceOp.SUM)
+        return self._reduced([v if self.contributes else 0.0 for v in values], dist.ReduceOp.SUM)
+
+    def sums_over_all(self, values: Sequence[float]) -> list[float]:
+        """The sums of `values` over all processes, also over those that see the same data."""
+        return list(values) if self.size == 1 else self._reduced(values, dist.ReduceOp.SUM)
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all processes that see different data."""
