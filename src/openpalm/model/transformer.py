@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         return self.named_parameters()
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
-        """Shapes of all parameters of the model, in their order, also of those elsewhere."""
+        """Shapes of all parameters, in their order, those of other pipeline stages included."""
         return {name: parameter.shape for name, parameter in self.named_parameters()}
 
     def logits(
@@ -181,9 +181,9 @@ Init = Literal["default", "palm"]
 def initialise(model: Transformer, seed: int, init: Init = "default") -> None:
     """Initialises every parameter from `seed`, with equal values on every device and dtype.
 
-    An adapter's factors are left out. Parameters that are sharded, or distributed over the stages
-    of a pipeline, get the same values.
-    Matrices are normal with standard deviation 1/sqrt(fan-in); norms are one, biases zero.
+    An adapter's factors are left out. Sharded parameters, and those of pipeline stages, get the
+    same values as on one process. Matrices are normal with standard deviation 1/sqrt(fan-in);
+    norms are one, biases zero.
     default: matrices that write to the residual stream are divided by sqrt(2 depth), so that its
     variance does not grow with depth; embeddings have standard deviation 0.02.
     palm: no such division; embeddings have standard deviation 1 (Chowdhery et al. 2022, section

@@ -1,7 +1,13 @@
 """Collectives with gradients, between the processes of a group: sums, gathers, parts of a tensor.
 
-Each is one communication forward and at most one backward. A dimension of n is cut as torch.chunk
-cuts it: parts of ceil(n / processes), the last ones shorter or empty.
+    summed      forward all-reduce        backward identity          Megatron-LM's g
+    shared      forward identity          backward all-reduce        Megatron-LM's f
+    gathered    forward all-gather        backward reduce-scatter
+    joined      forward all-gather        backward own part
+    scattered   forward reduce-scatter    backward all-gather
+
+A dimension of n is cut as torch.chunk cuts it: parts of ceil(n / processes), the last ones shorter
+or empty.
 """
 
 from typing import Any
@@ -21,7 +27,7 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 
 def summed(x: Tensor, group: Group) -> Tensor:
-    """The sum over processes, on each of them; their gradients of it must be equal."""
+    """The sum over processes, on each of them; all processes must have the same gradient of it."""
     return _Summed.apply(x, group)
 
 
@@ -31,12 +37,12 @@ def shared(x: Tensor, group: Group) -> Tensor:
 
 
 def gathered(x: Tensor, size: int, dim: int, group: Group) -> Tensor:
-    """All parts x of a dimension of `size`, for different uses: gradients are summed."""
+    """The whole dimension of `size`, from its parts x, for different uses: gradients are summed."""
     return _Gathered.apply(x, size, dim, group)
 
 
 def joined(x: Tensor, size: int, dim: int, group: Group) -> Tensor:
-    """All parts x of a dimension of `size`, for equal uses: gradients of it must be equal."""
+    """The whole dimension of `size`, from its parts x; all must have the same gradient of it."""
     return _Joined.apply(x, size, dim, group)
 
 
@@ -127,6 +133,7 @@ def _all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def _all_gather(x: Tensor, size: int, dim: int, group: Group) -> Tensor:
+    # Parts must have one length and follow each other in memory: the dimension comes first.
     part = _padded(x.movedim(dim, 0), largest_part(size, group))
     found = part.new_empty(len(part) * group.size(), *part.shape[1:])
     all_gather_single(found, part, group=group)

@@ -168,8 +168,8 @@ def world() -> World:
 def join(settings: ParallelSettings, device: torch.device) -> World:
     """Joins the processes that the launcher started, and cuts them into the settings' axes.
 
-    A second call only cuts them anew. Raises SettingsError for axes that do not make their number,
-    or a launcher's variables that are missing.
+    A second call only changes the axes. Raises SettingsError for axes with another product than the
+    number of processes, or if the launcher's variables are missing.
     """
     global _current
     rank, size = launched()

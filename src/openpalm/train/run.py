@@ -159,8 +159,9 @@ class _Session:
             while self.trainer.step < self.trainer.steps:
                 self._step()
                 # A signal is looked at between steps only: a checkpoint is of a whole step.
-                asked = [signals[0] if signals else 0, self.saver.failed]
-                number, failed = map(int, self.world.maxima(asked))
+                # The largest of all processes, because a signal may reach only one of them.
+                own = [signals[0] if signals else 0, self.saver.failed]
+                number, failed = map(int, self.world.maxima(own))
                 if failed:
                     self.saver.wait()
                 if number and self.trainer.step < self.trainer.steps:
@@ -175,7 +176,7 @@ class _Session:
         return Outcome(last, self.trainer.step, was_finished=False)
 
     def _step(self) -> None:
-        """Takes one step, and does what follows it."""
+        """Takes one step, then writes its row, evaluates and saves if it is time to."""
         self.profiler.before_step()
         began = time.monotonic()
         try:
@@ -378,7 +379,7 @@ class _Session:
         self.saver.save(path, contents, lineage, self._prune)
 
     def _prune(self) -> None:
-        """Old ones go only after the new one is complete, so there always is one to resume from."""
+        """Removes old checkpoints: the new one is complete, so one to resume from remains."""
         retention.prune(self.settings, self._link_best())
 
     def _link_best(self) -> int | None:

@@ -95,7 +95,7 @@ class Trainer:
         self.overflowed = False
         """whether the newest step was skipped because its loss scale was too large"""
         self.own_loss = 0.0
-        """this process's part of the last step's loss, which tells whose batch is not finite"""
+        """this process's part of the last step's loss, to find the process with a bad batch"""
         self.skipped_batches: Sequence[Any] = ()
         """the last step's microbatches, if its loss or gradient is not finite"""
 
