@@ -175,15 +175,17 @@ def _reference(directory: Path, settings: RolloutSettings) -> "Callable[[Transfo
     device = str(pick_device(settings.device))
     copy = None if settings.lora.rank else _frozen(directory, device)
 
-    def of(policy: "Transformer") -> "LogProbs":
+    def reference_of(policy: "Transformer") -> "LogProbs":
         model, below = (policy, True) if copy is None else (copy, False)
         return reference_log_probs(model, settings.temperature, below_adapter=below)
 
-    return of
+    return reference_of
 
 
 def _unsharded(
-    settings: RolloutSettings, make_model: "Callable[[ModelConfig], Transformer]", of: "ModelConfig"
+    settings: RolloutSettings,
+    make_model: "Callable[[ModelConfig], Transformer]",
+    config: "ModelConfig",
 ) -> "Callable[[], Transformer | None]":
     """Makes, once, the model into which sharded weights are gathered to generate text.
 
@@ -198,7 +200,7 @@ def _unsharded(
         if world().size == 1:
             return None
         device = pick_device(settings.device)
-        return unfilled(lambda: make_model(of), settings).to_empty(device=device).eval()
+        return unfilled(lambda: make_model(config), settings).to_empty(device=device).eval()
 
     return make
 

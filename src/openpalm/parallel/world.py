@@ -62,7 +62,7 @@ class World:
         return self.axes.data
 
     @property
-    def speaks(self) -> bool:
+    def contributes(self) -> bool:
         """Whether this process's numbers enter sums: one of those that compute the same numbers.
 
         Of tensor-parallel processes the first, of a pipeline the last stage, which has the loss.
@@ -74,7 +74,11 @@ class World:
         """The sums of `values` over all processes that see different data."""
         if self.size == 1:
             return [float(value) for value in values]
-        return self._reduced([v if self.speaks else 0.0 for v in values], dist.ReduceOp.SUM)
+        return self._reduced([v if self.contributes else 0.0 for v in values], dist.ReduceOp.SUM)
+
+    def sums_over_all(self, values: Sequence[float]) -> list[float]:
+        """The sums of `values` over all processes, also over those that see the same data."""
+        return list(values) if self.size == 1 else self._reduced(values, dist.ReduceOp.SUM)
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all processes that see different data."""
@@ -165,8 +169,8 @@ def world() -> World:
 def join(settings: ParallelSettings, device: torch.device) -> World:
     """Joins the processes that the launcher started, and cuts them into the settings' axes.
 
-    A second call only cuts them anew. Raises SettingsError for axes that do not make their number,
-    or a launcher's variables that are missing.
+    A second call only changes the axes. Raises SettingsError for axes with another product than the
+    number of processes, or if the launcher's variables are missing.
     """
     global _current
     rank, size = launched()

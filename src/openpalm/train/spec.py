@@ -18,8 +18,9 @@ from openpalm.parallel.context import check_length, context_split
 from openpalm.parallel.pipeline import pipeline_of
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import TrainSettings, batch_shape, check_pipeline
+from openpalm.train.config import TrainSettings
 from openpalm.train.initial_weights import unfilled
+from openpalm.train.microbatches import batch_shape, check_pipeline
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.probes import BestBy, Probe

@@ -95,7 +95,7 @@ class Trainer:
         self.overflowed = False
         """whether the newest step was skipped because its loss scale was too large"""
         self.own_loss = 0.0
-        """this process's part of the last step's loss, which tells whose batch is not finite"""
+        """this process's part of the last step's loss, to find the process with a bad batch"""
         self.skipped_batches: Sequence[Any] = ()
         """the last step's microbatches, if its loss or gradient is not finite"""
 
@@ -267,7 +267,7 @@ class Trainer:
         Raises KeyError, TypeError, ValueError or RuntimeError for values that `state` never gives.
         """
         step, counted, skipped = (
-            _whole(values, name) for name in ("step", "counted", "skipped_in_a_row")
+            _whole_number(values, name) for name in ("step", "counted", "skipped_in_a_row")
         )
         if self.loss_scale is not None:
             self.loss_scale.restore(values["loss_scale"])
@@ -302,7 +302,7 @@ def _divide(means: Metrics, ratios: dict[str, str]) -> None:
                 means[name] = value / by
 
 
-def _whole(values: dict[str, Any], name: str) -> int:
+def _whole_number(values: dict[str, Any], name: str) -> int:
     value = values[name]
     if type(value) is not int or value < 0:
         raise ValueError(f"{name} is {value!r}, not a whole number")
