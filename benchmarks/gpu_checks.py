@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch._dynamo.utils
+from gpu_bench import Bench, Item
 from peers_train import OpenPalm, Rules
 from torch import Tensor
 from train_common import Row, random_batch
@@ -34,6 +35,23 @@ from openpalm.train.spec import TrainSpec
 
 SMALL = replace(preset("palm-tiny").config, head_dim=64, context=128)
 STEPS, SAVED_AT = 20, 10
+RESUMED = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
+"""Allowed difference of the weights of two equal runs, by dtype: sums on a GPU may change order."""
+
+
+def agreement(bench: Bench) -> Iterator[Item]:
+    """The checks, those that need less of torch first."""
+    device = bench.device
+    yield Item("logits", 3, lambda: logits(device))
+    yield Item("engine", 3, lambda: engine(device))
+    yield Item("trainer and engine", 3, lambda: trainer_and_engine(device))
+    yield Item("CUDA graphs", 0, graphs_of_engine)
+    yield Item("optimizers", 8, lambda: optimizers(device))
+    yield Item("moments in the CPU's memory", 4, lambda: offloaded(device))
+    yield Item("float16", 4, lambda: float16(device))
+    yield Item("gradients", 25, lambda: gradients(device, bench.backend))
+    for dtype in RESUMED:
+        yield Item(f"resumed, {dtype}", 8, lambda dtype=dtype: resumed(device, dtype))
 
 
 def checked(check: str, difference: float, allowed: float, **more: Any) -> Row:
@@ -89,21 +107,82 @@ def engine(device: torch.device) -> Iterator[Row]:
     yield checked("engine's greedy tokens that differ from the model's", other, 0)
 
 
+def trainer_and_engine(device: torch.device) -> Iterator[Row]:
+    """The trainer's loss is the mean of the engine's log-probabilities of the same tokens."""
+    torch.manual_seed(0)
+    batch = random_batch(SMALL.vocab_size, 4, 100)
+    sequences = torch.cat([batch.inputs, batch.targets[:, -1:]], 1).tolist()
+    for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 2e-3)):
+        trainer = OpenPalm(Rules(SMALL, dtype, device))._trainer
+        loss, _, _ = trainer.forward_backward([batch])
+        name = str(dtype).removeprefix("torch.")
+        scores = Engine(trainer.model.eval(), weights=name).score(sequences)  # type: ignore[arg-type]
+        mean = -float(torch.cat(scores).mean())
+        difference = abs(loss - mean) / mean
+        yield checked(f"engine's loss as the trainer's, {name}", difference, allowed, loss=loss)
+
+
+def graphs_of_engine() -> Iterator[Row]:
+    missing = "the engine captures none: the host launches the kernels of every decoding step"
+    yield {"check": "decoding in a CUDA graph", "left_out": missing}
+
+
 def optimizers(device: torch.device) -> Iterator[Row]:
     """Weights after five float32 steps, on the device and on the CPU."""
     torch.manual_seed(0)
     batches = [random_batch(SMALL.vocab_size, 4, 64) for _ in range(5)]
     for name in ("adamw", "muon", "stable-adamw", "lion", "adafactor"):
-        weights = []
-        for place in (torch.device("cpu"), device):
-            who = OpenPalm(Rules(SMALL, torch.float32, place, steps=5), optim={"name": name})
-            for batch in batches:
-                who.step(batch)
-            weights.append(whole(who._trainer.model))
+        places = (torch.device("cpu"), device)
+        optim = {"name": name}
+        weights = [after_steps(p, torch.float32, batches, optim=optim)[0] for p in places]
         # The sign of a gradient near zero is noise to Lion and in the first steps of Adam's kind;
         # Muon multiplies in bfloat16.
         allowed = 2e-3 if name in ("adamw", "stable-adamw") else 1e-2
         yield checked(f"five steps of {name} as on the CPU", distance(*reversed(weights)), allowed)
+
+
+def after_steps(
+    device: torch.device, dtype: torch.dtype, batches: list[Batch], **settings: Any
+) -> tuple[Tensor, OpenPalm]:
+    """All weights after a step on each of the batches, and who took them."""
+    who = OpenPalm(Rules(SMALL, dtype, device, steps=len(batches)), **settings)
+    for batch in batches:
+        who.step(batch)
+    return whole(who._trainer.model), who
+
+
+def offloaded(device: torch.device) -> Iterator[Row]:
+    """--memory.offload-moments: the same numbers; on a CPU the moments are there anyway."""
+    torch.manual_seed(0)
+    batches = [random_batch(SMALL.vocab_size, 4, 64) for _ in range(5)]
+    for name in ("adamw", "muon"):
+        optim = {"name": name}
+        here, _ = after_steps(device, torch.float32, batches, optim=optim)
+        memory = {"offload_moments": True}
+        away, who = after_steps(device, torch.float32, batches, optim=optim, memory=memory)
+        moments = who._trainer.optimizer.state_tensors().values()
+        places = sorted({moment.device.type for moment in moments})
+        yield checked(
+            f"five steps of {name} with its moments on the CPU",
+            distance(away, here),
+            1e-5,
+            same_bits=torch.equal(away, here),
+            moments_on=",".join(places),
+        )
+
+
+def float16(device: torch.device) -> Iterator[Row]:
+    """--dtype float16, with loss scaling, against float32."""
+    torch.manual_seed(0)
+    batches = [random_batch(SMALL.vocab_size, 4, 64) for _ in range(5)]
+    exact, _ = after_steps(device, torch.float32, batches)
+    half, who = after_steps(device, torch.float16, batches)
+    scale = who._trainer.loss_scale
+    assert scale is not None
+    begun = whole(small_model(device))
+    # Of the update, as the weights hardly move in five steps; Adam's first ones follow signs.
+    difference = distance(half - begun, exact - begun)
+    yield checked("update of five steps in float16", difference, 0.1, loss_scale=scale.scale)
 
 
 def gradients(device: torch.device, backend: str) -> Iterator[Row]:
@@ -144,26 +223,27 @@ def compile_blocks(who: OpenPalm, backend: str) -> Callable[[], Row]:
     return graphs
 
 
-def resumed(device: torch.device) -> Iterator[Row]:
+def resumed(device: torch.device, dtype: str) -> Iterator[Row]:
     """A run of 20 steps against one that was resumed from its step 10, and against a repetition."""
-    for dtype in ("float32", "bfloat16"):
-        with tempfile.TemporaryDirectory() as folder:
-            whole_run, repeated, cut = (Path(folder) / name for name in ("whole", "again", "cut"))
-            ends = [trained(whole_run, device, dtype), trained(repeated, device, dtype)]
-            shutil.copytree(whole_run, cut)
-            shutil.rmtree(cut / "checkpoints" / checkpoint.step_name(STEPS))
-            ends.append(trained(cut, device, dtype))
-            losses = [step_losses(out) for out in (whole_run, repeated, cut)]
-        first, *others = ends
-        for name, end, found in zip(("repeated", "resumed"), others, losses[1:], strict=True):
-            allowed = 1e-5 if dtype == "float32" else 1e-3
-            yield checked(
-                f"weights of a {name} run, {dtype}",
-                distance(end, first),
-                allowed,
-                same_bits=torch.equal(end, first) and found == losses[0],
-                last_loss=found[-1],
-            )
+    if dtype == "float16" and device.type == "cpu":
+        yield {"check": f"a resumed run, {dtype}", "left_out": "a CPU only emulates it"}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        whole_run, repeated, cut = (Path(folder) / name for name in ("whole", "again", "cut"))
+        ends = [trained(whole_run, device, dtype), trained(repeated, device, dtype)]
+        shutil.copytree(whole_run, cut)
+        shutil.rmtree(cut / "checkpoints" / checkpoint.step_name(STEPS))
+        ends.append(trained(cut, device, dtype))
+        losses = [step_losses(out) for out in (whole_run, repeated, cut)]
+    first, *others = ends
+    for name, end, found in zip(("repeated", "resumed"), others, losses[1:], strict=True):
+        yield checked(
+            f"weights of a {name} run, {dtype}",
+            distance(end, first),
+            RESUMED[dtype],
+            same_bits=torch.equal(end, first) and found == losses[0],
+            last_loss=found[-1],
+        )
 
 
 def trained(out: Path, device: torch.device, dtype: str) -> Tensor:
@@ -181,6 +261,7 @@ def trained(out: Path, device: torch.device, dtype: str) -> Tensor:
     )
     values = {"data": "-", "out": out, "model": "-", "steps": STEPS, "save_every": SAVED_AT}
     values |= {"device": device.type, "dtype": dtype, "keep_checkpoints": 0, "eval_every": STEPS}
+    values |= {"batch_tokens": 4 * SMALL.context}
     outcome = run_training(build(TrainSettings, values), spec)
     return whole(checkpoint.load(outcome.checkpoint, device=device.type))
 

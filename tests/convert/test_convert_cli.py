@@ -90,6 +90,15 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str], data: Path, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_inside_the_source_is_refused(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+):
+    converted(capsys, data / "palm-rlhf-pytorch/v0.2.1/palm_qk_rmsnorm", tmp_path / "ours")
+    line = refused(capsys, tmp_path / "ours", tmp_path / "ours" / "copy", "--dtype", "bfloat16")
+    assert "is inside" in line
+    assert not (tmp_path / "ours" / "copy").exists()
+
+
 def test_our_own_checkpoints(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path):
     converted(capsys, data / "palm-rlhf-pytorch/v0.8.0/palm", tmp_path / "ours")
     assert "an OpenPaLM checkpoint already" in refused(capsys, tmp_path / "ours", tmp_path / "b")

@@ -19,7 +19,7 @@ def test_alone_a_sum_is_the_value():
     assert alone.gather("a") == ["a"]
     assert alone.broadcast("a") == alone.on_main(lambda: "a") == alone.together(lambda: "a") == "a"
     assert alone.is_main
-    assert alone.speaks
+    assert alone.contributes
 
 
 def test_processes_that_cannot_find_each_other_are_one_line(monkeypatch: pytest.MonkeyPatch):

@@ -327,7 +327,8 @@ def noise(parallel: dict[str, Any]) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("processes", "parallel"), [(2, {}), (4, {"shard": 2, "replicate": 2}), (2, {"context": 2})]
+    ("processes", "parallel"),
+    [(2, {}), (4, {"shard": 2, "replicate": 2}), (2, {"context": 2}), (2, {"tensor": 2})],
 )
 def test_the_noise_scale_is_that_of_one_process(processes: int, parallel: dict[str, Any]):
     """A microbatch of all processes is one microbatch of one process."""
@@ -335,6 +336,6 @@ def test_the_noise_scale_is_that_of_one_process(processes: int, parallel: dict[s
     assert {"noise/g", "noise/s", "last_loss"} <= wanted[0].keys()
     for found in on_ranks(processes, noise, parallel):
         for metrics, alone in zip(found, wanted, strict=True):
-            if "context" in parallel:  # its processes compute parts of rows
+            if {"context", "tensor"} & parallel.keys():  # processes may have parts of rows
                 alone = {name: value for name, value in alone.items() if name != "last_loss"}
             assert metrics == pytest.approx(alone, rel=1e-4)

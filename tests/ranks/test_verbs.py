@@ -142,3 +142,24 @@ def near(found: Any, expected: Any, name: str) -> bool:
         return found == expected
     rel = 2e-6 if name == "loss" else 1e-5
     return math.isclose(found, expected, rel_tol=rel, abs_tol=2e-6)
+
+
+def test_a_batch_that_processes_would_change_is_refused(folder: Path):
+    """Two processes with one sequence each would make two pairs of a step that has one."""
+    words = ("dpo", "--data", str(folder / "pairs.jsonl"), "--batch-tokens", "128")
+    words += ("--sequence-length", "64", "--init", str(folder / "run"))
+    found = on_ranks(2, status_of, (*words, "--out", str(folder / "odd"), *TRAINING))
+    assert [status for status, _ in found] == [2, 2]
+    assert "a step of one process has 1 item, of 2 processes 2" in found[0][1]
+    assert found[0][1].endswith("take a multiple of 256\n")
+    assert not (folder / "odd").exists()
+
+
+def status_of(words: tuple[str, ...]) -> tuple[int, str]:
+    """Exit status and the last error line of a command."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        status = main(list(words))
+    return status, errors.getvalue().splitlines(keepends=True)[-1] if errors.getvalue() else ""

@@ -16,8 +16,9 @@ from train_samples import same, tiny, weights, write_dataset
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import TrainSettings, batch_shape
+from openpalm.train.config import TrainSettings
 from openpalm.train.logging.metrics import read_rows
+from openpalm.train.microbatches import batch_shape
 from openpalm.train.sizing import measure
 from openpalm.train.spec import TrainSpec
 from openpalm.train.trainer import Trainer

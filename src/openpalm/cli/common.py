@@ -129,7 +129,7 @@ def warn_of_memory(settings: TrainSettings, spec: "TrainSpec", *, frozen_copies:
     from openpalm.base.device import free_memory
     from openpalm.plan.layouts import Layout
     from openpalm.plan.warning import planned, warn_if_too_large
-    from openpalm.train.config import batch_shape
+    from openpalm.train.microbatches import batch_shape
 
     try:
         device = pick_device(settings.device)

@@ -87,6 +87,11 @@ def convert(settings: ConvertSettings, say: Callable[[str], None]) -> None:
     from openpalm.convert.target import write
 
     check_output_directory(settings.dst)
+    if settings.src.is_dir() and settings.dst.resolve().is_relative_to(settings.src.resolve()):
+        raise SettingsError(
+            f"{settings.dst}: is inside {settings.src}, which would change while it is read; "
+            "choose another place"
+        )
     before = stamps(settings.src)
     source = open_source(settings.src, settings.from_, settings.era, settings.config)
     if source.format == settings.to == "openpalm" and not (settings.dtype or settings.tokenizer):

@@ -1,4 +1,4 @@
-"""Pipeline stages: the part of a Transformer that one process holds, and its passes without a step.
+"""Pipeline stages: the part of a Transformer that one process holds, and passes for evaluation.
 
 Parameters keep their names in the whole model, so checkpoints do not depend on the layout. The
 stages exchange the residual stream only: every process has the batch itself, with its positions
@@ -165,7 +165,7 @@ class StagedTransformer(Transformer):
         if self.current.first:
             return super()._embedded(ids, added)
         assert self.received is not None
-        return self.stream.part(self.received)
+        return self.received
 
     def _whole(self, x: Tensor, time: int) -> Tensor:
         assert self.current is not None

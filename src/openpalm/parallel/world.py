@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from openpalm.base.launcher import launched
 from openpalm.errors import OpenPalmError, SettingsError, WorkError
 from openpalm.parallel.config import AXES, Axes, ParallelSettings, axes_of
+from openpalm.parallel.meeting import meet
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
@@ -60,7 +62,7 @@ class World:
         return self.axes.data
 
     @property
-    def speaks(self) -> bool:
+    def contributes(self) -> bool:
         """Whether this process's numbers enter sums: one of those that compute the same numbers.
 
         Of tensor-parallel processes the first, of a pipeline the last stage, which has the loss.
@@ -72,7 +74,11 @@ class World:
         """The sums of `values` over all processes that see different data."""
         if self.size == 1:
             return [float(value) for value in values]
-        return self._reduced([v if self.speaks else 0.0 for v in values], dist.ReduceOp.SUM)
+        return self._reduced([v if self.contributes else 0.0 for v in values], dist.ReduceOp.SUM)
+
+    def sums_over_all(self, values: Sequence[float]) -> list[float]:
+        """The sums of `values` over all processes, also over those that see the same data."""
+        return list(values) if self.size == 1 else self._reduced(values, dist.ReduceOp.SUM)
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all processes that see different data."""
@@ -163,8 +169,8 @@ def world() -> World:
 def join(settings: ParallelSettings, device: torch.device) -> World:
     """Joins the processes that the launcher started, and cuts them into the settings' axes.
 
-    A second call only cuts them anew. Raises SettingsError for axes that do not make their number,
-    or a launcher's variables that are missing.
+    A second call only changes the axes. Raises SettingsError for axes with another product than the
+    number of processes, or if the launcher's variables are missing.
     """
     global _current
     rank, size = launched()
@@ -196,7 +202,7 @@ def _initialise(device: torch.device, wait: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
     try:
-        dist.init_process_group(backend, timeout=wait, device_id=own)
+        store, rank, size = next(iter(rendezvous("env://", timeout=wait)))
     except ValueError as error:
         raise SettingsError(
             f"WORLD_SIZE is set but the processes cannot find each other ({error}); start them "
@@ -209,3 +215,8 @@ def _initialise(device: torch.device, wait: timedelta) -> None:
             f"{wait.total_seconds():g} s: {str(error).partition(chr(10))[0]}; start all of them "
             "with torchrun or srun, or unset these variables to run one process"
         ) from None
+    store.set_timeout(wait)
+    store = meet(store, rank, size, wait.total_seconds())
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=wait, device_id=own
+    )

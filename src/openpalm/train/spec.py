@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from openpalm.base.settings import spell
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, count_of
 from openpalm.model import lora
 from openpalm.model.config import ModelConfig
 from openpalm.model.recompute import recompute
@@ -18,8 +18,9 @@ from openpalm.parallel.context import check_length, context_split
 from openpalm.parallel.pipeline import pipeline_of
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import TrainSettings, batch_shape, check_pipeline
+from openpalm.train.config import TrainSettings
 from openpalm.train.initial_weights import unfilled
+from openpalm.train.microbatches import batch_shape, check_pipeline
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.probes import BestBy, Probe
@@ -91,6 +92,20 @@ class TrainSpec:
             if self.objective is not None and value is not None:
                 raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
         check_length(world(), settings.sequence_length or self.config.context)
+
+    def check_shared(self, settings: TrainSettings, shape: BatchShape) -> None:
+        """Raises SettingsError if the processes' shares of a step make another step than one's."""
+        if self.items_per_step is None or self.shape is not None:
+            return
+        alone = self.items_per_step(batch_shape(settings, shape.sequence_length))
+        together = self.items_per_step(shape)
+        if alone != together:
+            tokens = settings.batch_tokens or shape.global_sequences * shape.sequence_length
+            raise SettingsError(
+                f"--batch-tokens {tokens}: a step of one process has {count_of(alone, 'item')}, of "
+                f"{shape.processes} processes {together}, because an item needs two sequences; "
+                f"take a multiple of {2 * shape.processes * shape.sequence_length}"
+            )
 
     def cut_changes(self, stored: TrainSettings, processes: int, shape: BatchShape) -> str | None:
         """The reason why `shape` gives another result than the stored settings' cut, or None.
@@ -167,7 +182,9 @@ def make_trainer(
 
 def _next_token(settings: TrainSettings) -> NextToken:
     chunk, context = settings.memory.loss_chunk, context_split(world())
-    return NextToken(settings.z_loss, chunk, context, last=settings.noise_scale)
+    # Tensor-parallel processes may hold other positions than the last.
+    last = settings.noise_scale and world().axes.tensor == 1
+    return NextToken(settings.z_loss, chunk, context, last=last)
 
 
 def _optimizer(model: Transformer, settings: TrainSettings, rate: float) -> Optimizer:

@@ -95,7 +95,7 @@ class Trainer:
         self.overflowed = False
         """whether the newest step was skipped because its loss scale was too large"""
         self.own_loss = 0.0
-        """this process's part of the last step's loss, which tells whose batch is not finite"""
+        """this process's part of the last step's loss, to find the process with a bad batch"""
         self.skipped_batches: Sequence[Any] = ()
         """the last step's microbatches, if its loss or gradient is not finite"""
 
@@ -114,7 +114,8 @@ class Trainer:
         self.counted += count
         factor = learning_rate_factor(self.step, self.steps, self.optimizer.settings)
         norm, skipped = self.optimizer_step(loss, count, factor)
-        self.skipped_batches = batches if skipped and count else ()
+        # An overflow of float16 is part of finding its loss scale, and no fault of a batch.
+        self.skipped_batches = batches if skipped and count and not self.overflowed else ()
         self._stop_if_only_skipping(skipped)
         if isinstance(self.loader, StatefulLoader):
             metrics |= self.loader.facts
@@ -266,7 +267,7 @@ class Trainer:
         Raises KeyError, TypeError, ValueError or RuntimeError for values that `state` never gives.
         """
         step, counted, skipped = (
-            _whole(values, name) for name in ("step", "counted", "skipped_in_a_row")
+            _whole_number(values, name) for name in ("step", "counted", "skipped_in_a_row")
         )
         if self.loss_scale is not None:
             self.loss_scale.restore(values["loss_scale"])
@@ -301,7 +302,7 @@ def _divide(means: Metrics, ratios: dict[str, str]) -> None:
                 means[name] = value / by
 
 
-def _whole(values: dict[str, Any], name: str) -> int:
+def _whole_number(values: dict[str, Any], name: str) -> int:
     value = values[name]
     if type(value) is not int or value < 0:
         raise ValueError(f"{name} is {value!r}, not a whole number")
