@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
-    from openpalm.train.config import BatchShape
+    from openpalm.train.batch_shape import BatchShape
     from openpalm.train.objective import Objective
     from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
@@ -52,7 +52,7 @@ def train_on_rollouts(
     from openpalm.data.rows.prompt_files import read_prompts
     from openpalm.model.transformer import Transformer
     from openpalm.parallel.world import world
-    from openpalm.train.config import BatchShape
+    from openpalm.train.batch_shape import BatchShape
     from openpalm.train.probes import BestBy
     from openpalm.train.spec import TrainSpec
 
@@ -227,7 +227,7 @@ def _frozen(directory: Path, device: str) -> "Transformer":
 
 def _shape(settings: RolloutSettings, longest: int, processes: int) -> "BatchShape":
     """Completions per microbatch and microbatches per step, of each process."""
-    from openpalm.train.config import BatchShape
+    from openpalm.train.batch_shape import BatchShape
 
     step = settings.prompts_per_rollout * settings.num_completions // settings.minibatches
     if step % processes:
