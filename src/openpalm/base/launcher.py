@@ -19,6 +19,15 @@ def launched() -> tuple[int, int]:
     return rank, size
 
 
+def speaks() -> bool:
+    """Whether this process prints: the first of several, or the only one.
+
+    A shell may have one variable without the other, left from another program.
+    """
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return not several or os.environ.get("RANK", "0") == "0"
+
+
 def local_rank() -> int:
     """Number of this process on its machine."""
     adopt_slurm()

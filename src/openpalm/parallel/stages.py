@@ -165,7 +165,7 @@ class StagedTransformer(Transformer):
         if self.current.first:
             return super()._embedded(ids, added)
         assert self.received is not None
-        return self.stream.part(self.received)
+        return self.received
 
     def _whole(self, x: Tensor, time: int) -> Tensor:
         assert self.current is not None

@@ -3,6 +3,7 @@
 Small values travel over a gloo group of their own, on the CPU, whatever carries the tensors.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -206,6 +207,13 @@ def _initialise(device: torch.device, wait: timedelta) -> None:
         raise SettingsError(
             f"WORLD_SIZE is set but the processes cannot find each other ({error}); start them "
             "with torchrun or srun"
+        ) from None
+    except dist.DistError as error:
+        size, where = os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]
+        raise WorkError(
+            f"not all {size} processes (WORLD_SIZE) met at {where} (MASTER_ADDR) within "
+            f"{wait.total_seconds():g} s: {str(error).partition(chr(10))[0]}; start all of them "
+            "with torchrun or srun, or unset these variables to run one process"
         ) from None
     store.set_timeout(wait)
     store = meet(store, rank, size, wait.total_seconds())

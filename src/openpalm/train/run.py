@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,9 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
                 settings,
                 spec.hashes,
                 parent_fixed=spec.parent_fixed,
-                cut_changes=lambda stored: spec.cut_changes(stored, shape),
+                cut_changes=partial(spec.cut_changes, shape=shape),
                 processes=here.data_size,
-                processes_change=spec.processes_change,
+                processes_change=partial(spec.processes_change, shape=shape),
             )
         )
         info = info or measured_info(settings, spec, shape, device)

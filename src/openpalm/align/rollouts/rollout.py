@@ -101,14 +101,18 @@ class RolloutLoader:
         return batch.with_shared_prompts(completions) if self._whole_groups else batch
 
     @property
-    def _whole_groups(self) -> bool:
-        """Whether a microbatch has all completions of its prompts, which can then share a row.
+    def _group(self) -> int:
+        """Completions that stay neighbours: a prompt's, unless a critic reads each of them alone.
 
-        A critic reads rows of one completion only.
+        Not a matter of the microbatch: a run resumed on other processes has to repeat the order.
         """
-        completions = self.settings.num_completions
-        whole = completions > 1 and self.rows % completions == 0
-        return whole and not isinstance(self.sampler.model, ActorCritic)
+        alone = isinstance(self.sampler.model, ActorCritic)
+        return 1 if alone else self.settings.num_completions
+
+    @property
+    def _whole_groups(self) -> bool:
+        """Whether a microbatch has all completions of its prompts, which can then share a row."""
+        return self._group > 1 and self.rows % self._group == 0
 
     @property
     def _precisions_differ(self) -> bool:
@@ -261,9 +265,8 @@ class RolloutLoader:
         The seed is a function of the rollout's number, so that resuming repeats the same order.
         """
         settings = self.settings
-        group = settings.num_completions if self._whole_groups else 1
         rows = torch.arange(settings.prompts_per_rollout * settings.num_completions)
-        groups = rows.view(-1, group)  # completions of one prompt are neighbours
+        groups = rows.view(-1, self._group)  # completions of one prompt are neighbours
         generator = torch.Generator().manual_seed(derive_seed(settings.seed, -self._rollouts))
         epochs = [
             groups[torch.randperm(len(groups), generator=generator)].flatten()
