@@ -1,7 +1,7 @@
-"""Names the process that others waited for in vain: it hangs, failed, or has ended.
+"""Names the process that hangs, failed or ended, when communication between processes fails.
 
-Communication fails with the words of its transport, which do not say who was missing. So each
-process that notices writes a report to the launcher's store; the ones without a report are missing.
+The errors of gloo and NCCL do not say which process is missing. So each process that gets one
+writes a report to the launcher's store; the processes without a report are the missing ones.
 """
 
 import atexit
