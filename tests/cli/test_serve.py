@@ -132,8 +132,8 @@ def test_adapters_that_do_not_fit_are_one_line(said, run, tmp_path):
     write_adapter(tmp_path / "larger", write_base(tmp_path / "other", context=64), ALL, 0)
     stamp = tmp_path / "larger" / "adapter_config.json"
     cases = {
-        "larger": "an adapter of another checkpoint",
-        "none": "adapter_config.json: is missing",
+        "larger": "...); --force uses it anyway",
+        "none": "none: no such directory",
     }
     cases["run"] = "lists no adapter/adapter_config.json"
     shutil.copytree(checkpoint.resolve(run), tmp_path / "run")

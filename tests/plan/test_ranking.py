@@ -68,7 +68,7 @@ def test_batch_is_cut_as_a_run_cuts_it():
     layout = Layout(replicate=2, shard=4, tensor=2)
     cut = cut_batch(training, layout, batch_tokens=2048 * 8 * 6, microbatch_tokens=8192)
     assert (cut.rows, cut.accumulation) == (3, 2)
-    with pytest.raises(SettingsError, match="multiple of context x replicate x shard"):
+    with pytest.raises(SettingsError, match=r"replicate x shard \(2048 x 8\); use 16384 or 32768"):
         cut_batch(training, layout, batch_tokens=2048 * 12, microbatch_tokens=8192)
 
 

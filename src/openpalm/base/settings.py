@@ -321,7 +321,10 @@ def _help_text(
     from textwrap import fill
 
     words = " ".join(name.upper() for name in positional)
-    parts = [f"usage: openpalm {verb} [options] {words}".rstrip(), fill(about, _width())]
+    parts = [
+        f"usage: openpalm {verb} [options] {words}".rstrip(),
+        fill(about, _width(), break_on_hyphens=False),
+    ]
     docs, fields = _docs(kind), {field.name: field for field in dataclasses.fields(kind)}
     if positional:
         lines = [_help_line(name.upper(), docs[name], fields[name]) for name in positional]
@@ -363,7 +366,7 @@ def _help_line(left: str, doc: str, field: dataclasses.Field[Any] | None) -> str
         doc += f" (default: {field.default})"
     width = _width()
     indent = " " * (_DOC_COLUMN if width >= 2 * _DOC_COLUMN else 6)  # 6: under the option
-    lines = wrap(doc, width - len(indent)) or [""]
+    lines = wrap(doc, width - len(indent), break_on_hyphens=False) or [""]
     first = f"  {left}"
     if len(first) + 2 <= len(indent):
         first = f"{first:<{len(indent)}}{lines.pop(0)}"

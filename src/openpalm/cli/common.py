@@ -230,7 +230,7 @@ def give_adapter(
     if path is None:
         return None
     directory, made_for = _find_adapter(path)
-    allow = _forced if force else None
+    allow = _forced if force else _refused
     bases = _equivalent_hashes(base)
     load_adapter(model, directory, bases=bases, made_for=made_for, allow=allow)
     return sha256_of(directory / WEIGHTS_FILE)
@@ -249,7 +249,7 @@ def adapter_factors(
         raise CheckpointError(
             f"{directory}: the model has an adapter already; fold it in with `openpalm merge-lora`"
         )
-    allow = _forced if force else None
+    allow = _forced if force else _refused
     bases = _equivalent_hashes(base)
     config, factors = read_adapter(
         configs.model, directory, bases=bases, made_for=made_for, allow=allow
@@ -259,6 +259,8 @@ def adapter_factors(
 
 def _find_adapter(path: Path) -> tuple[Path, str | None]:
     """The adapter directory at `path`, and the manifest hash of its base if a manifest names it."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory; give an adapter, a run or a checkpoint")
     holder = path.parent if (path.parent / "manifest.json").is_file() else path
     made_for = None
     if (holder / "manifest.json").is_file() or (holder / "checkpoints").is_dir():
@@ -266,13 +268,19 @@ def _find_adapter(path: Path) -> tuple[Path, str | None]:
         path = holder / "adapter"
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not is_listed(holder, f"adapter/{name}"):
-                raise CheckpointError(f"{holder}: its manifest lists no adapter/{name}")
+                raise CheckpointError(
+                    f"{holder}: has no adapter (its manifest lists no adapter/{name})"
+                )
         made_for = read_manifest(holder)["lineage"].get("parent")
     return path, made_for
 
 
 def _forced(reason: str) -> None:
     print(f"--force: used anyway: {reason}", file=sys.stderr)
+
+
+def _refused(reason: str) -> None:
+    raise CheckpointError(f"{reason}; --force uses it anyway")
 
 
 def _equivalent_hashes(directory: Path) -> set[str]:

@@ -185,14 +185,17 @@ def _print_rate(settings: PlanSettings, goal: "Goal", tokens_per_s: float) -> No
 
     training = goal.training
     peak = goal.device.flops(training.dtype)
-    share = mfu(training.config, training.context, tokens_per_s, goal.gpus, peak)
+    share = None  # of an adapter: see Plan.mfu
+    if training.lora is None:
+        share = mfu(training.config, training.context, tokens_per_s, goal.gpus, peak)
     days = goal.tokens / tokens_per_s / DAY_S
     price = cost(goal, days)
     if settings.json:
         print(json.dumps({"mfu": share, "days": days, "cost": price}, indent=1))
         return
     print(_header(settings, goal))
-    print(f"{tokens_per_s:,.0f} tokens/s: {share:.1%} MFU, {_duration(days)}{_price(price)}")
+    said = "" if share is None else f"{share:.1%} MFU, "
+    print(f"{tokens_per_s:,.0f} tokens/s: {said}{_duration(days)}{_price(price)}")
 
 
 def _print_json(settings: PlanSettings, goal: "Goal", plans: "list[Plan]") -> None:
@@ -277,7 +280,7 @@ def _layouts(plans: "list[Plan]", width: int) -> "Table":
         "GiB": lambda plan: f"{plan.memory.total / GIB:,.1f}",
         "step s": lambda plan: f"{plan.time.total:,.3g}",
         "tokens/s": lambda plan: f"{plan.tokens_per_s:,.0f}",
-        "MFU": lambda plan: f"{plan.mfu:.1%}",
+        "MFU": lambda plan: "-" if plan.mfu is None else f"{plan.mfu:.1%}",
         "time": lambda plan: _duration(plan.days),
         "cost": lambda plan: f"{plan.cost or 0:,.0f}",
     }
@@ -297,6 +300,8 @@ def _layouts(plans: "list[Plan]", width: int) -> "Table":
 
 def _print_unfit(plans: "list[Plan]", top: int, console: "Console") -> None:
     """Why the layouts that come closest do not fit."""
+    from textwrap import fill
+
     from openpalm.plan.ranking import reason
 
     unfit = [plan for plan in plans if not plan.fits]
@@ -306,7 +311,8 @@ def _print_unfit(plans: "list[Plan]", top: int, console: "Console") -> None:
     console.print(f"\n{count}:")
     listed = [plan for plan in plans[:top] if not plan.fits]
     for plan in listed[:MOST_REASONS] or unfit[:1]:
-        console.print(f"  {plan.layout}: {reason(plan, plans)}")
+        line = f"  {plan.layout}: {reason(plan, plans)}"
+        console.print(fill(line, console.width, subsequent_indent=" " * 4, break_on_hyphens=False))
 
 
 def _amount(number: float) -> str:

@@ -111,7 +111,9 @@ def possible_layouts(
         raise SettingsError(f"{options or f'--gpus {gpus}'}: {reason}")
     product = math.prod(fixed.values())
     reason = f"their product ({product}) must divide --gpus ({gpus})"
-    if len(fixed) == len(AXES):
+    if len(fixed) == 1:
+        reason = f"must divide --gpus ({gpus})"
+    elif len(fixed) == len(AXES):
         reason = f"their product ({product}) must be --gpus ({gpus})"
     raise SettingsError(f"{options}: {reason}; {_listed(gpus, config, context, fixed)}")
 

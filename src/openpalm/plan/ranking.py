@@ -55,7 +55,10 @@ class Plan:
         return self.goal.batch_tokens / self.time.total
 
     @property
-    def mfu(self) -> float:
+    def mfu(self) -> float | None:
+        """None for an adapter, as in a run: its definition counts a gradient of every weight."""
+        if self.training.lora is not None:
+            return None
         peak = self.goal.device.flops(self.training.dtype)
         training = self.training
         rate = self.tokens_per_s

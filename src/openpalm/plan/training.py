@@ -65,12 +65,13 @@ def cut_batch(
     Raises SettingsError if the batch does not divide.
     """
     ranks, length = layout.data, training.context
-    if batch_tokens % (length * ranks):
+    sequences, rest = divmod(batch_tokens, length * ranks)
+    if rest:
+        near = [n * length * ranks for n in (sequences, sequences + 1) if n]
         raise SettingsError(
-            f"--batch-tokens {batch_tokens}: must be a multiple of context x replicate x shard "
-            f"({length} x {ranks})"
+            f"--batch-tokens {batch_tokens}: must be a multiple of sequence x replicate x shard "
+            f"({length} x {ranks}); use {' or '.join(map(str, near))}"
         )
-    sequences = batch_tokens // (length * ranks)
     room = max(1, microbatch_tokens // length)
     rows = max(r for r in range(1, min(room, sequences) + 1) if sequences % r == 0)
     return replace(training, rows=rows, accumulation=sequences // rows)

@@ -230,7 +230,7 @@ class _Session:
 
     def _first_line(self) -> str:
         if self.trainer.step:
-            return f"{self.spec.label}: resuming after step {self.trainer.step}"
+            return f"{self.spec.label}: resuming after step {self.trainer.step}{self._processes()}"
         tokens = self.shape.sequence_length * self.shape.global_sequences
         trained = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
         part = "" if self.settings.trains_all else f" ({trained:,} of them trained)"
