@@ -56,7 +56,7 @@ PEER = Part("peer_training", 60, gpu_training.peer_training)
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="file that rows are appended to, JSON lines")
     parser.add_argument("--parts", default=",".join(PARTS), help="in this order")
     parser.add_argument("--models", default="palm-150m,palm-410m,palm-1b", help="that are trained")

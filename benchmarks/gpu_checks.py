@@ -49,9 +49,9 @@ def agreement(bench: Bench) -> Iterator[Item]:
     yield Item("optimizers", 8, lambda: optimizers(device))
     yield Item("moments in the CPU's memory", 4, lambda: offloaded(device))
     yield Item("float16", 4, lambda: float16(device))
+    yield Item("gradients", 25, lambda: gradients(device, bench.backend))
     for dtype in RESUMED:
         yield Item(f"resumed, {dtype}", 8, lambda dtype=dtype: resumed(device, dtype))
-    yield Item("gradients", 25, lambda: gradients(device, bench.backend))
 
 
 def checked(check: str, difference: float, allowed: float, **more: Any) -> Row:
@@ -225,6 +225,9 @@ def compile_blocks(who: OpenPalm, backend: str) -> Callable[[], Row]:
 
 def resumed(device: torch.device, dtype: str) -> Iterator[Row]:
     """A run of 20 steps against one that was resumed from its step 10, and against a repetition."""
+    if dtype == "float16" and device.type == "cpu":
+        yield {"check": f"a resumed run, {dtype}", "left_out": "a CPU only emulates it"}
+        return
     with tempfile.TemporaryDirectory() as folder:
         whole_run, repeated, cut = (Path(folder) / name for name in ("whole", "again", "cut"))
         ends = [trained(whole_run, device, dtype), trained(repeated, device, dtype)]

@@ -117,8 +117,8 @@ def peer_alone(bench: Bench, model: str) -> Iterator[Row]:
         command += ["--parts", "peer_training", "--models", model, "--peer", str(bench.peer)]
         command += ["--device", bench.device.type, "--ceiling", str(bench.matmul)]
         command += ["--seconds", str(bench.left_s - 2), *(["--tiny"] if bench.tiny else [])]
+        limit = max(1.0, bench.left_s - 1)
         try:
-            limit = max(1.0, bench.left_s - 1)
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
             last = (done.stderr.strip().splitlines() or [""])[-1][:200]
         except subprocess.TimeoutExpired:

@@ -76,7 +76,8 @@ class Machine:
     """A torchrun in one of the namespaces, with a host name of its own."""
 
     def __init__(self, number: int, words: Sequence[str], log: Path, attempt: int):
-        launch = ["torchrun", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+        launch += ["--nproc-per-node=1", "--rdzv-backend=c10d"]
         launch += [f"--rdzv-endpoint={ADDRESSES[0]}:29400", f"--rdzv-id=run-{attempt}"]
         # Else the launcher that is cut off waits a minute each time for the other one.
         launch += ["--rdzv-conf=read_timeout=10"]

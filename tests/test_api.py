@@ -191,3 +191,18 @@ except openpalm.OpenPalmError as error:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "missing data, out\n"), done.stderr
     assert list(inspect.signature(openpalm.generate).parameters)[:2] == ["model", "prompts"]
+
+
+@pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
+def test_of_several_processes_the_first_prints(monkeypatch, capsys, rank, prints):
+    def pretrain(settings):
+        print("a line")
+        print("a warning", file=sys.stderr)
+
+    monkeypatch.setattr("openpalm.cli.train.pretrain", pretrain)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    openpalm.train(model="palm-tiny", data="x", out="y", steps=1)
+    print("the caller's own line")
+    said = ("a line\n", "a warning\n") if prints else ("", "")
+    assert capsys.readouterr() == (f"{said[0]}the caller's own line\n", said[1])

@@ -3,12 +3,15 @@
 Importing this module imports no torch: each function imports what it needs when it is called.
 """
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from openpalm.base.launcher import adopt_slurm, speaks
 from openpalm.base.settings import plain
 from openpalm.base.typed import build, home
 from openpalm.cli.convert import ConvertSettings
@@ -118,7 +121,8 @@ def train(settings: PretrainSettings | None = None, /, **options: Any) -> Path:
     data="data/docs", out="runs/tiny", steps=200, optim={"lr": 1e-3})`; with both, the options
     replace fields of the settings. The same call resumes a run that was stopped. Raises
     SettingsError for a wrong option, DataError or CheckpointError for inputs that cannot be
-    used, TrainingError when the run diverges.
+    used, TrainingError when the run diverges. Under torchrun every process must call it; the first
+    one prints.
     """
     given = {name: plain(value) for name, value in options.items()}
     if settings is None:
@@ -127,8 +131,21 @@ def train(settings: PretrainSettings | None = None, /, **options: Any) -> Path:
         settings = build(PretrainSettings, plain(settings) | given)
     from openpalm.cli.train import pretrain
 
-    pretrain(settings)
+    with _speaking_once():
+        pretrain(settings)
     return settings.out
+
+
+@contextmanager
+def _speaking_once() -> Iterator[None]:
+    """Of several processes only the first prints in the block."""
+    adopt_slurm()
+    with ExitStack() as stack:
+        if not speaks():
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
 
 
 def convert(src: str | Path, dst: str | Path, **options: Any) -> Path:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from openpalm.base import files
 from openpalm.base.files import atomic_file, atomic_folder, lock, partial_name, write_atomically
 
 
@@ -57,6 +58,19 @@ def test_the_folder_of_a_killed_process_is_removed_and_that_of_another_is_not(tm
             names = {f".a.partial-{pid}" for pid in (other.pid, os.getpid())}
             assert set(os.listdir(tmp_path)) == names
         other.kill()
+
+
+def test_a_new_folder_that_another_process_removed_is_made_again(tmp_path, monkeypatch):
+    def removed_first(descriptor):
+        monkeypatch.setattr(files, "lock", lock)
+        files._remove_abandoned(partial_name(tmp_path / "a"))  # it is not locked yet
+        return lock(descriptor)
+
+    monkeypatch.setattr(files, "lock", removed_first)
+    with atomic_folder(tmp_path / "a") as partial:
+        (partial / "text").write_text("new")
+    assert os.listdir(tmp_path / "a") == ["text"]
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path):

@@ -226,3 +226,15 @@ def test_a_verb_of_one_process_is_not_started_on_several(monkeypatch, said):
     assert errors == [
         "openpalm: error: WORLD_SIZE (2): serve runs in one process; start it without torchrun"
     ]
+
+
+def test_a_rank_without_a_number_of_processes_silences_nothing(monkeypatch, said):
+    """A shell may have it from another program."""
+    monkeypatch.setenv("RANK", "3")
+    status, output, _ = said("models")
+    assert status == 0
+    assert "palm-tiny" in output
+    status, _, errors = said("sample")
+    assert status == 2
+    assert len(errors) == 1
+    assert errors[0].startswith("openpalm: error: ")

@@ -14,7 +14,8 @@ from openpalm.model.sharding import whole
 from openpalm.model.transformer import initialise
 from openpalm.parallel.config import ParallelSettings
 from openpalm.parallel.world import join
-from openpalm.train.config import PretrainSettings, batch_shape
+from openpalm.train.config import PretrainSettings
+from openpalm.train.microbatches import batch_shape
 from openpalm.train.optimizer_settings import OptimSettings
 from openpalm.train.spec import TrainSpec, make_trainer
 from openpalm.train.trainer import Trainer

@@ -9,13 +9,8 @@ import pytest
 from openpalm.errors import SettingsError
 from openpalm.parallel.config import ParallelSettings
 from openpalm.parallel.stages import all_stages
-from openpalm.train.config import (
-    LoraSettings,
-    PretrainSettings,
-    TrainSettings,
-    batch_shape,
-    check_pipeline,
-)
+from openpalm.train.config import LoraSettings, PretrainSettings, TrainSettings
+from openpalm.train.microbatches import batch_shape, check_pipeline
 
 REQUIRED: dict[str, Any] = {
     "data": Path("data"), "out": Path("out"), "model": "palm-tiny", "steps": 1

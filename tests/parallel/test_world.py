@@ -1,9 +1,11 @@
 """Alone, every sum is the value itself; axes make the number of processes."""
 
+import socket
+
 import pytest
 import torch
 
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, WorkError
 from openpalm.parallel.config import Axes, ParallelSettings, axes_of
 from openpalm.parallel.world import World, join, world
 
@@ -17,7 +19,7 @@ def test_alone_a_sum_is_the_value():
     assert alone.gather("a") == ["a"]
     assert alone.broadcast("a") == alone.on_main(lambda: "a") == alone.together(lambda: "a") == "a"
     assert alone.is_main
-    assert alone.speaks
+    assert alone.contributes
 
 
 def test_processes_that_cannot_find_each_other_are_one_line(monkeypatch: pytest.MonkeyPatch):
@@ -26,6 +28,18 @@ def test_processes_that_cannot_find_each_other_are_one_line(monkeypatch: pytest.
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SettingsError, match="start them with torchrun"):
         join(ParallelSettings(), CPU)
+
+
+def test_processes_that_never_start_are_one_line(monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    said = r"not all 2 processes \(WORLD_SIZE\) met at 127.0.0.1 .* within 1 s: .*unset"
+    with pytest.raises(WorkError, match=said):
+        join(ParallelSettings(timeout_s=1), CPU)
 
 
 @pytest.mark.parametrize(

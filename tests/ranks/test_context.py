@@ -190,7 +190,7 @@ def test_attention_and_its_gradients(size: int, dtype: torch.dtype, close: float
 def communicated(size: int, kv_heads: int, length: int) -> tuple[dict[str, int], list[int]]:
     """Calls by operation, and bytes that this process sends to each other one, in a step."""
     sent: list[int] = []
-    gather, exchange = context._all_gather, dist.all_to_all_single
+    gather, exchange = context.all_gather_single, dist.all_to_all_single
 
     def counted_gather(output: Tensor, x: Tensor, *args: Any) -> None:
         sent.append(x.numel() * x.itemsize)
@@ -204,12 +204,12 @@ def communicated(size: int, kv_heads: int, length: int) -> tuple[dict[str, int],
     initialise(model, 0)
     ids = torch.zeros(2, length, dtype=torch.int64)
     objective = NextToken(context=split_of(size))
-    context._all_gather, dist.all_to_all_single = counted_gather, counted_exchange
+    context.all_gather_single, dist.all_to_all_single = counted_gather, counted_exchange
     try:
         with CommDebugMode() as mode, torch.autocast("cpu", torch.bfloat16):
             objective.loss(model, Batch(ids, ids))[0].backward()
     finally:
-        context._all_gather, dist.all_to_all_single = gather, exchange
+        context.all_gather_single, dist.all_to_all_single = gather, exchange
     return {str(name): calls for name, calls in mode.get_comm_counts().items()}, sent
 
 

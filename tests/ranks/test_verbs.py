@@ -2,12 +2,21 @@
 
 import json
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from openpalm.align.config import SftSettings
+from openpalm.checkpoint import directory as checkpoint
+from openpalm.cli import common
 from openpalm.cli.main import main
+from openpalm.errors import CheckpointError
+from openpalm.parallel.config import ParallelSettings
+from openpalm.parallel.world import join
 from ranks import on_ranks
 
 STEPS = 10
@@ -88,6 +97,43 @@ def test_a_verb_on_two_processes_equals_one(folder: Path, verb: str, layout: str
         for name in expected.keys() - {"elapsed_s", "mfu"}:
             if not name.endswith("per_s"):
                 assert near(row[name], expected[name], name), (verb, row["step"], name)
+
+
+def found_by(folder: Path) -> str:
+    """Asks for foreign weights, which only one process may convert."""
+
+    def convert(name: str) -> Path:
+        if os.environ["RANK"] == "0":
+            time.sleep(0.5)
+            (folder / name).touch()
+        assert (folder / name).exists()
+        return folder / name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "checkpoint_path", convert)
+        join(ParallelSettings(), torch.device("cpu"))
+        return common.weights_path("model").name
+
+
+def test_one_process_converts_for_all(tmp_path: Path):
+    assert on_ranks(2, found_by, tmp_path) == ["model"] * 2
+
+
+def start_of(init: Path) -> str:
+    """The checkpoint of a run that saves another one while this process looks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "resolve", lambda run: run / f"step-{os.environ['RANK']}")
+        join(ParallelSettings(), torch.device("cpu"))
+        settings = SftSettings(data=init, out=init, init=str(init), steps=1)
+        with pytest.raises(CheckpointError) as refused:  # it is not there
+            common.fine_tuning_start(settings)
+        return str(refused.value)
+
+
+def test_all_processes_start_from_one_checkpoint(tmp_path: Path):
+    said = on_ranks(2, start_of, tmp_path)
+    assert said[0] == said[1]
+    assert str(tmp_path / "step-0") in said[0]
 
 
 def near(found: Any, expected: Any, name: str) -> bool:

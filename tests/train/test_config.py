@@ -9,7 +9,8 @@ from openpalm.base.settings import build, parse, plain
 from openpalm.base.yaml_file import read_yaml, to_yaml
 from openpalm.errors import SettingsError
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import ArchSettings, TrainSettings, batch_shape
+from openpalm.train.config import ArchSettings, TrainSettings
+from openpalm.train.microbatches import batch_shape
 from openpalm.train.optimizer_settings import OptimSettings
 
 

@@ -22,7 +22,7 @@ from openpalm.cli.main import main
 from openpalm.model.config import PRESETS
 from openpalm.model.transformer import Transformer
 from openpalm.parallel.world import World
-from openpalm.train.config import BatchShape
+from openpalm.train.batch_shape import BatchShape
 from openpalm.train.logging.metrics import read_rows
 from openpalm.train.run import _Session
 from openpalm.train.sizing import measure

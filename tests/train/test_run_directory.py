@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +16,9 @@ from train_samples import same, tiny, weights, write_dataset
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli.main import main
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import TrainSettings, batch_shape
+from openpalm.train.config import TrainSettings
 from openpalm.train.logging.metrics import read_rows
+from openpalm.train.microbatches import batch_shape
 from openpalm.train.sizing import measure
 from openpalm.train.spec import TrainSpec
 from openpalm.train.trainer import Trainer
@@ -106,7 +109,7 @@ def test_other_microbatches_are_refused_where_dropout_draws_for_each(
 
 
 def pairs(shape: BatchShape) -> int:
-    return max(1, shape.rows // 2) * shape.accumulation
+    return max(1, shape.rows // 2) * shape.microbatches
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,32 @@ def test_where_microbatches_change_the_result(before: int, now: int, items: Any,
         return TrainSettings(Path("d"), Path("o"), model="palm-tiny", steps=1, **options)
 
     spec: Any = SimpleNamespace(config=tiny(), items_per_step=items, shape=None)
-    assert TrainSpec.cut_changes(spec, asked(before), batch_shape(asked(now), 16)) == said
+    assert TrainSpec.cut_changes(spec, asked(before), 1, batch_shape(asked(now), 16)) == said
+
+
+@pytest.mark.parametrize(
+    ("batch", "before", "now", "changes", "said"),
+    [
+        (96, 1, 2, {}, None),
+        (96, 1, 2, {"items_per_step": pairs}, "its steps would have another number of pairs"),
+        (96, 2, 1, {"items_per_step": pairs}, "its steps would have another number of pairs"),
+        (128, 1, 2, {"items_per_step": pairs}, None),
+        (96, 1, 2, {"items_per_step": None}, "its loss is estimated for each microbatch"),
+        (96, 1, 2, {"shape": "of rollouts"}, None),
+        (96, 1, 2, {"config": tiny(dropout=0.1)}, "dropout draws other random numbers then"),
+    ],
+)
+def test_where_another_number_of_processes_changes_the_result(
+    batch: int, before: int, now: int, changes: dict[str, Any], said: str | None
+):
+    asked = TrainSettings(Path("d"), Path("o"), model="palm-tiny", steps=1, batch_tokens=batch)
+    by_default: Any = next(f.default for f in fields(TrainSpec) if f.name == "items_per_step")
+    spec: Any = SimpleNamespace(
+        **{"config": tiny(), "items_per_step": by_default, "shape": None} | changes
+    )
+    spec.cut_changes = partial(TrainSpec.cut_changes, spec)
+    shape = batch_shape(asked, 16, now)
+    assert TrainSpec.processes_change(spec, asked, before, shape) == said
 
 
 @pytest.mark.parametrize(("schedule", "killed"), [(WSD, 5), (WSD, 4), (LINE, 8)])

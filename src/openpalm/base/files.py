@@ -4,6 +4,7 @@ A file or folder is written under a temporary name, forced to disk and renamed. 
 a power failure its name holds either the old content or the new one, whole.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -11,12 +12,15 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 SETTLED_NS = 2 * 10**9
 """A file changed this recently is hashed again: a second change could have the same time stamp."""
+
+_TRIES = 100
+"""Times that a new folder is made again because another process removed it."""
 
 _hashes: dict[tuple[int, ...], str] = {}
 """Hash of each file by its device, inode, size, modification time and change time."""
@@ -79,14 +83,26 @@ def own_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
     for other in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
         _remove_abandoned(other)
-    partial.mkdir(parents=True)
-    handle = os.open(partial, os.O_RDONLY)
+    handle = _make_locked(partial)
     try:
-        lock(handle)
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(handle)
+
+
+def _make_locked(partial: Path) -> int:
+    """Makes the folder and locks it; returns its descriptor, which holds the lock."""
+    for _ in range(_TRIES):
+        partial.mkdir(parents=True, exist_ok=True)
+        # Until it is locked another process takes it for abandoned and removes it.
+        with suppress(FileNotFoundError):
+            handle = os.open(partial, os.O_RDONLY)
+            if lock(handle) and os.fstat(handle).st_nlink:
+                return handle
+            os.close(handle)
+        time.sleep(0.01)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(partial))
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -13,10 +13,19 @@ _LAST_STEP = 0xFFFFFFF0
 def launched() -> tuple[int, int]:
     """Rank and number of processes, one without a launcher. Raises SettingsError."""
     adopt_slurm()
-    rank, size = _whole("RANK", "0"), _whole("WORLD_SIZE", "1")
+    rank, size = _whole_number("RANK", "0"), _whole_number("WORLD_SIZE", "1")
     if not 0 <= rank < max(size, 1):
         raise SettingsError(f"RANK ({rank}): must be below WORLD_SIZE ({size})")
     return rank, size
+
+
+def speaks() -> bool:
+    """Whether this process prints: the first of several, or the only one.
+
+    A shell may have one variable without the other, left from another program.
+    """
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return not several or os.environ.get("RANK", "0") == "0"
 
 
 def local_rank() -> int:
@@ -53,9 +62,9 @@ def adopt_slurm() -> None:
         return
     slurm = os.environ
     nodes = slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_NODELIST"]
-    number = _whole("SLURM_JOB_ID", "0") * 31 + _whole("SLURM_STEP_ID", "0")
+    number = _whole_number("SLURM_JOB_ID", "0") * 31 + _whole_number("SLURM_STEP_ID", "0")
     tasks = tasks_by_node(slurm.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    node = _whole("SLURM_NODEID", "0")
+    node = _whole_number("SLURM_NODEID", "0")
     found = {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
@@ -91,7 +100,7 @@ def _in_step() -> bool:
     return several and int(os.environ["SLURM_STEP_ID"]) < _LAST_STEP
 
 
-def _whole(name: str, default: str) -> int:
+def _whole_number(name: str, default: str) -> int:
     text = os.environ.get(name, default)
     if not text.isdecimal():
         raise SettingsError(f"{name} ({text}): must be a whole number; the launcher sets it")

@@ -77,7 +77,7 @@ class Saver:
     def _keep_error(self, directory: Path, *args: Any) -> None:
         try:
             self._write(directory, *args)
-        except BaseException as error:  # of a thread nobody would see any other
+        except BaseException as error:  # no other error of a thread would be reported either
             refused = tensors.refusal(error)
             known = StorageError(f"{directory}: cannot be saved ({refused})") if refused else error
             self._error = known

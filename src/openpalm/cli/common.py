@@ -26,9 +26,9 @@ from openpalm.generate.load import load_quantized
 from openpalm.generate.quantize import WeightFormat
 from openpalm.model.config import LoraConfig
 from openpalm.model.transformer import Transformer
-from openpalm.parallel.world import join
+from openpalm.parallel.world import join, world
 from openpalm.train.config import NO_INIT, TaskProbeSettings, TrainSettings
-from openpalm.train.initial_weights import Start, check_reads, starting_point
+from openpalm.train.initial_weights import Start, check_reads, start_directory, starting_point
 from openpalm.train.probes import Probe
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def join_processes(settings: TrainSettings) -> None:
 def weights_path(name: str) -> Path:
     """A run, a checkpoint, a Hugging Face folder or a hub name as a path that `checkpoint.resolve`
     understands."""
-    return checkpoint_path(name)
+    # One process downloads and converts it; the others then find it, each on its own machine.
+    found = world().on_main(lambda: checkpoint_path(name))
+    return found if world().is_main else checkpoint_path(name)
 
 
 def tokenizer_of(directory: Path, given: Path | None = None) -> Tokenizer | None:
@@ -76,7 +78,7 @@ def fine_tuning_start(
     """
     if settings.init is None:
         raise SettingsError(NO_INIT)
-    directory = checkpoint.resolve(weights_path(settings.init))
+    directory = start_directory(weights_path(settings.init))
     tokenizer = tokenizer_of(directory)
     if tokenizer is None:
         raise CheckpointError(
@@ -127,7 +129,7 @@ def warn_of_memory(settings: TrainSettings, spec: "TrainSpec", *, frozen_copies:
     from openpalm.base.device import free_memory
     from openpalm.plan.layouts import Layout
     from openpalm.plan.warning import planned, warn_if_too_large
-    from openpalm.train.config import batch_shape
+    from openpalm.train.microbatches import batch_shape
 
     try:
         device = pick_device(settings.device)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from openpalm.base.launcher import adopt_slurm
+from openpalm.base.launcher import adopt_slurm, speaks
 from openpalm.errors import OpenPalmError
 
 # verb -> (module with `run(argv)`, description)
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _escape_unencodable()
     if argv and argv[0] in PARALLEL:  # srun may start several runs of other verbs
         adopt_slurm()
-    if os.environ.get("RANK", "0") != "0":  # of several processes only the first one talks
+    if not speaks():
         sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
         status = _without_verb(argv)
@@ -140,7 +140,7 @@ def _explain(error: BaseException, verb: str) -> int:
     if isinstance(error, OpenPalmError):
         return _print_error(str(error), error.exit_status)
     if isinstance(error, KeyboardInterrupt):
-        if os.environ.get("RANK", "0") != "0":  # all processes are, and the first one says so
+        if not speaks():  # all processes are, and the first one says so
             return 128 + signal.SIGINT
         more = "; run the same command again to continue" if verb in CONTINUES else ""
         return _print_error(f"interrupted{more}", 128 + signal.SIGINT)
@@ -173,12 +173,11 @@ def _unexpected(error: BaseException) -> int:
 
 def _print_error(message: str, status: int) -> int:
     line = " ".join(message.split())
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    if speaks():
         print(f"openpalm: error: {line}", file=sys.stderr)
         return status
     # Most errors are the same on every process, and the first one's line is enough: torchrun ends
     # the others while they wait. An error of this process alone is printed.
     time.sleep(_OTHERS_WAIT_S)
-    print(f"openpalm: error on process {rank}: {line}", file=sys.__stderr__)
+    print(f"openpalm: error on process {os.environ['RANK']}: {line}", file=sys.__stderr__)
     return status

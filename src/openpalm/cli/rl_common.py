@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
-    from openpalm.train.config import BatchShape
+    from openpalm.train.batch_shape import BatchShape
     from openpalm.train.objective import Objective
     from openpalm.train.probes import Probe
     from openpalm.train.run import Outcome
@@ -52,7 +52,7 @@ def train_on_rollouts(
     from openpalm.data.rows.prompt_files import read_prompts
     from openpalm.model.transformer import Transformer
     from openpalm.parallel.world import world
-    from openpalm.train.config import BatchShape
+    from openpalm.train.batch_shape import BatchShape
     from openpalm.train.probes import BestBy
     from openpalm.train.spec import TrainSpec
 
@@ -175,15 +175,17 @@ def _reference(directory: Path, settings: RolloutSettings) -> "Callable[[Transfo
     device = str(pick_device(settings.device))
     copy = None if settings.lora.rank else _frozen(directory, device)
 
-    def of(policy: "Transformer") -> "LogProbs":
+    def reference_of(policy: "Transformer") -> "LogProbs":
         model, below = (policy, True) if copy is None else (copy, False)
         return reference_log_probs(model, settings.temperature, below_adapter=below)
 
-    return of
+    return reference_of
 
 
 def _unsharded(
-    settings: RolloutSettings, make_model: "Callable[[ModelConfig], Transformer]", of: "ModelConfig"
+    settings: RolloutSettings,
+    make_model: "Callable[[ModelConfig], Transformer]",
+    config: "ModelConfig",
 ) -> "Callable[[], Transformer | None]":
     """Makes, once, the model into which sharded weights are gathered to generate text.
 
@@ -198,7 +200,7 @@ def _unsharded(
         if world().size == 1:
             return None
         device = pick_device(settings.device)
-        return unfilled(lambda: make_model(of), settings).to_empty(device=device).eval()
+        return unfilled(lambda: make_model(config), settings).to_empty(device=device).eval()
 
     return make
 
@@ -225,7 +227,7 @@ def _frozen(directory: Path, device: str) -> "Transformer":
 
 def _shape(settings: RolloutSettings, longest: int, processes: int) -> "BatchShape":
     """Completions per microbatch and microbatches per step, of each process."""
-    from openpalm.train.config import BatchShape
+    from openpalm.train.batch_shape import BatchShape
 
     step = settings.prompts_per_rollout * settings.num_completions // settings.minibatches
     if step % processes:

@@ -17,7 +17,7 @@ from openpalm.model.attention import causal_attention, masked_attention
 from openpalm.model.cache import KVCache
 from openpalm.model.config import ModelConfig
 from openpalm.model.rotary import Rotary, RotaryTables
-from openpalm.model.sharding import local_part, part_of
+from openpalm.model.sharding import local_part, local_part_or_none
 
 ATTENTION_INPUTS = ("q", "kv")
 """Outputs of project_in for attention; the others are for the feed-forward layer."""
@@ -33,7 +33,7 @@ class Norm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = local_part(self.weight), part_of(self.bias)
+        weight, bias = local_part(self.weight), local_part_or_none(self.bias)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 

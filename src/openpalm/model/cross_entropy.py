@@ -35,11 +35,13 @@ def linear_cross_entropy(
     """Summed cross entropy in nats of logits = states @ table^T + bias, and its z-loss.
 
     states [positions, dim], table [vocabulary, dim], bias [vocabulary], targets int64 [positions];
-    chunk: positions per chunk; None takes `positions_per_chunk`. losses: for a table that is a part
-    of the vocabulary. The z-loss is `z_loss` * sum
-    of log^2 Z, which keeps the normaliser Z near 1 (PaLM, section 5, with 1e-4). The gradient of
-    the first result includes the z-loss, its value does not, so that runs with and without it
-    compare. Matrices are multiplied in autocast's dtype; everything else is float32.
+    chunk: positions per chunk; None takes `positions_per_chunk`. losses: how losses and gradients
+    follow from logits, if the table has only some rows of the vocabulary.
+
+    The z-loss is `z_loss` * sum of log^2 Z, which keeps the normaliser Z near 1 (PaLM, section 5,
+    with 1e-4). The gradient of the first result includes the z-loss and its value does not, so
+    runs with and without z-loss can be compared. Matrices are multiplied in autocast's dtype;
+    everything else is float32.
     """
     dtype = computed_dtype(states)
     if chunk is None:

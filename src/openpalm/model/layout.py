@@ -72,6 +72,7 @@ def groups_by_length(first: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tenso
 
 def attend_groups(groups: Sequence[SequenceGroup]) -> Attend:
     """Causal attention within each sequence; the queries of the groups are all queries, once."""
+    # Without the filling: a filling index repeats a token that another place computes.
     order = torch.cat([group.queries[group.inside] for group in groups])
     # The inverse permutation: brings the tokens of the groups back to their place in the rows.
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -96,6 +97,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 def begins_and_positions(segments: Tensor) -> tuple[Tensor, Tensor]:
     """For each token, whether it is the first of its sequence, and its position within it."""
     here = torch.arange(segments.shape[1], device=segments.device)
+    # The start of a token's sequence is the running maximum of the begins' indices.
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     return begins, here - (here * begins).cummax(dim=1).values
 
@@ -137,6 +139,7 @@ def shared_prompt_layout(segments: Tensor) -> Layout:
         on_completions = causal_attention(_gather(flat[0], completions), key, value, mask)
         attended = torch.cat([x.flatten(0, 1) for x in (on_prompts, on_completions)])
         attended = attended.index_select(0, real)
+        # Padding attends to nothing and gets zeros.
         return torch.zeros_like(flat[0]).index_copy(0, places, attended).view_as(q)
 
     return Layout(within + prompt_lengths[:, None] * (segments > 0), attend)

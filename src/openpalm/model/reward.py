@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from openpalm.errors import DataError
 from openpalm.model.config import ModelConfig, RewardConfig
-from openpalm.model.sharding import assign, local_part, part_of
+from openpalm.model.sharding import assign, local_part, local_part_or_none
 from openpalm.model.transformer import Transformer
 
 
@@ -64,7 +64,7 @@ class RewardModel(Transformer):
         # Always float32: rewards are compared with each other, and bfloat16 has three digits.
         with torch.autocast(ids.device.type, enabled=False):
             scores = torch.einsum("rd,mod->mro", read(states, mask).float(), head.float())
-            bias = part_of(self.reward_bias)
+            bias = local_part_or_none(self.reward_bias)
             if bias is None:
                 return scores
             return scores + bias.float().view(self.reward.members, 1, -1)

@@ -32,16 +32,15 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(tensor: Tensor | None) -> Tensor | None:
-    """`local_part` of a parameter that a model may be without."""
+def local_part_or_none(tensor: Tensor | None) -> Tensor | None:
+    """`local_part` of a parameter that some models do not have."""
     return None if tensor is None else local_part(tensor)
 
 
 def local_slices(tensor: Tensor, coordinate: Sequence[int] | None = None) -> tuple[slice, ...]:
     """Where this process's part is in the whole tensor: one slice per dimension.
 
-    A dimension of n is cut as torch.chunk cuts it: parts of ceil(n / processes), the last ones
-    shorter or empty. coordinate: on the tensor's mesh, of another process instead.
+    coordinate: on the tensor's mesh, of another process instead.
     """
     spans = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):
@@ -49,10 +48,19 @@ def local_slices(tensor: Tensor, coordinate: Sequence[int] | None = None) -> tup
         for axis in _order(tensor):
             dim: int = tensor.placements[axis].dim  # type: ignore[attr-defined]
             start, stop = spans[dim]
-            part = -(-(stop - start) // tensor.device_mesh.size(axis))
-            first = min(start + coordinate[axis] * part, stop)
-            spans[dim] = first, min(first + part, stop)
+            cut = chunk_span(stop - start, tensor.device_mesh.size(axis), coordinate[axis])
+            spans[dim] = start + cut[0], start + sum(cut)
     return tuple(slice(*span) for span in spans)
+
+
+def chunk_span(size: int, parts: int, number: int) -> tuple[int, int]:
+    """Start and length of a part of a dimension of `size`, cut as torch.chunk cuts it.
+
+    Parts have ceil(size / parts) each; the last ones are shorter or empty.
+    """
+    most = -(-size // parts)
+    start = min(number * most, size)
+    return start, min(most, size - start)
 
 
 def is_first_copy(tensor: Tensor, coordinate: Sequence[int] | None = None) -> bool:

@@ -22,7 +22,7 @@ from openpalm.model.config import ModelConfig
 from openpalm.model.embedding_head import Embedding, ProjectHead
 from openpalm.model.layout import Layout
 from openpalm.model.rotary import Rotary
-from openpalm.model.sharding import assign, part_of
+from openpalm.model.sharding import assign, local_part_or_none
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         return self.named_parameters()
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
-        """Shapes of all parameters of the model, in their order, also of those elsewhere."""
+        """Shapes of all parameters, in their order, those of other pipeline stages included."""
         return {name: parameter.shape for name, parameter in self.named_parameters()}
 
     def logits(
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         """The residual stream before the first block."""
         # Negative ids are an encoder's padding; any row of the table serves, since it is masked.
         x = self.embed(ids if self.config.causal else ids.clamp_min(0), self.embedding)
-        for vector in (part_of(self.embedding_bias), added):
+        for vector in (local_part_or_none(self.embedding_bias), added):
             x = x if vector is None else x + self.stream.part(vector)
         return x
 
@@ -181,9 +181,9 @@ Init = Literal["default", "palm"]
 def initialise(model: Transformer, seed: int, init: Init = "default") -> None:
     """Initialises every parameter from `seed`, with equal values on every device and dtype.
 
-    An adapter's factors are left out. Parameters that are sharded, or distributed over the stages
-    of a pipeline, get the same values.
-    Matrices are normal with standard deviation 1/sqrt(fan-in); norms are one, biases zero.
+    An adapter's factors are left out. Sharded parameters, and those of pipeline stages, get the
+    same values as on one process. Matrices are normal with standard deviation 1/sqrt(fan-in);
+    norms are one, biases zero.
     default: matrices that write to the residual stream are divided by sqrt(2 depth), so that its
     variance does not grow with depth; embeddings have standard deviation 0.02.
     palm: no such division; embeddings have standard deviation 1 (Chowdhery et al. 2022, section

@@ -1,10 +1,15 @@
 """Collectives with gradients, between the processes of a group: sums, gathers, parts of a tensor.
 
-Each is one communication forward and at most one backward. A dimension of n is cut as torch.chunk
-cuts it: parts of ceil(n / processes), the last ones shorter or empty.
+    summed      forward all-reduce        backward identity          Megatron-LM's g
+    shared      forward identity          backward all-reduce        Megatron-LM's f
+    gathered    forward all-gather        backward reduce-scatter
+    joined      forward all-gather        backward own part
+    scattered   forward reduce-scatter    backward all-gather
+
+A dimension of n is cut as torch.chunk cuts it: parts of ceil(n / processes), the last ones shorter
+or empty.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from openpalm.model.sharding import chunk_span
+
 Group = dist.ProcessGroup
-# torch 2.13 renamed both.
-_ALL_GATHER = "all_gather_single", "all_gather_into_tensor"
-_REDUCE_SCATTER = "reduce_scatter_single", "reduce_scatter_tensor"
+# torch 2.13 renamed both; there the old names print a warning.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def summed(x: Tensor, group: Group) -> Tensor:
-    """The sum over processes, on each of them; their gradients of it must be equal."""
+    """The sum over processes, on each of them; all processes must have the same gradient of it."""
     return _Summed.apply(x, group)
 
 
@@ -30,12 +37,12 @@ def shared(x: Tensor, group: Group) -> Tensor:
 
 
 def gathered(x: Tensor, size: int, dim: int, group: Group) -> Tensor:
-    """All parts x of a dimension of `size`, for different uses: gradients are summed."""
+    """The whole dimension of `size`, from its parts x, for different uses: gradients are summed."""
     return _Gathered.apply(x, size, dim, group)
 
 
 def joined(x: Tensor, size: int, dim: int, group: Group) -> Tensor:
-    """All parts x of a dimension of `size`, for equal uses: gradients of it must be equal."""
+    """The whole dimension of `size`, from its parts x; all must have the same gradient of it."""
     return _Joined.apply(x, size, dim, group)
 
 
@@ -46,11 +53,11 @@ def scattered(x: Tensor, dim: int, group: Group) -> Tensor:
 
 def span(size: int, group: Group) -> tuple[int, int]:
     """This process's part of a dimension of `size`: start and length."""
-    start = min(group.rank() * largest_part(size, group), size)
-    return start, min(largest_part(size, group), size - start)
+    return chunk_span(size, group.size(), group.rank())
 
 
 def largest_part(size: int, group: Group) -> int:
+    """Length of the first process's part, which none exceeds."""
     return -(-size // group.size())
 
 
@@ -126,9 +133,10 @@ def _all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def _all_gather(x: Tensor, size: int, dim: int, group: Group) -> Tensor:
+    # Parts must have one length and follow each other in memory: the dimension comes first.
     part = _padded(x.movedim(dim, 0), largest_part(size, group))
     found = part.new_empty(len(part) * group.size(), *part.shape[1:])
-    _named(*_ALL_GATHER)(found, part, group=group)
+    all_gather_single(found, part, group=group)
     return found[:size].movedim(0, dim).contiguous()
 
 
@@ -136,13 +144,8 @@ def _reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     size, part = x.shape[dim], largest_part(x.shape[dim], group)
     whole = _padded(x.movedim(dim, 0), part * group.size())
     found = whole.new_empty(part, *whole.shape[1:])
-    _named(*_REDUCE_SCATTER)(found, whole, group=group)
+    _reduce_scatter_single(found, whole, group=group)
     return found[: span(size, group)[1]].movedim(0, dim).contiguous()
-
-
-def _named(name: str, before: str) -> Callable[..., Any]:
-    """A collective by its name, or by that of older versions."""
-    return getattr(dist, name, None) or getattr(dist, before)
 
 
 def _padded(x: Tensor, length: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Settings of parallel training, and the axes that they cut a number of processes into."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,7 +118,7 @@ def axes_of(settings: ParallelSettings, processes: int) -> Axes:
                 f"--parallel: {named} needs {product} processes, and this is one; start it "
                 f"as torchrun --nproc-per-node {product} -m openpalm ..."
             )
-        listed = ", ".join(str(n) for n in _divisors(processes))
+        listed = ", ".join(str(n) for n in divisors(processes))
         raise SettingsError(
             f"--parallel: {named} cannot make {processes} processes; the product of the axes must "
             f"be {processes}, so each is one of {listed}"
@@ -128,5 +127,5 @@ def axes_of(settings: ParallelSettings, processes: int) -> Axes:
     return Axes(**(given | ({missing: left} if missing not in given else {})))
 
 
-def _divisors(number: int) -> Iterator[int]:
-    return (n for n in range(1, number + 1) if number % n == 0)
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -29,10 +29,8 @@ from openpalm.model.layout import (
     begins_and_positions,
     groups_by_length,
 )
+from openpalm.parallel.collectives import all_gather_single
 from openpalm.parallel.world import World
-
-# Renamed in torch 2.13, where the old name prints a warning.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ class _GatherSequence(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, split: ContextSplit) -> Tensor:
         ctx.split = split
         gathered = x.new_empty(split.size * len(x), *x.shape[1:])
-        _all_gather(gathered, x.contiguous(), split.group)
+        all_gather_single(gathered, x.contiguous(), split.group)
         # [process, keys or values, rows, first or second chunk, chunk, ...]
         chunks = gathered.unflatten(0, (split.size, -1)).unflatten(3, (2, -1)).unbind(3)
         # First chunks are in the order of the processes, second chunks in the opposite order.

@@ -94,15 +94,15 @@ class Pipeline:
     def _new_schedule(self, microbatches: int, shape: tuple[int, ...]) -> Any:
         stages = [_TorchStage(self, stage, shape) for stage in self.model.stages]
 
-        def share(loss: Tensor, _: Tensor) -> Tensor:
+        def scaled(loss: Tensor, _: Tensor) -> Tensor:
             return loss / self._divisor
 
         if len(stages) > 1:
-            return ScheduleInterleaved1F1B(stages, microbatches, share, scale_grads=False)  # type: ignore[arg-type]
-        # 1f1b needs a microbatch for every stage; only a run's measurements have fewer.
+            return ScheduleInterleaved1F1B(stages, microbatches, scaled, scale_grads=False)  # type: ignore[arg-type]
+        # 1f1b needs a microbatch for every stage; fewer occur only while a run is measured.
         fills = microbatches >= stages[0].num_stages
         kind = Schedule1F1B if self.schedule_name == "1f1b" and fills else ScheduleGPipe
-        return kind(stages[0], microbatches, share, scale_grads=False)
+        return kind(stages[0], microbatches, scaled, scale_grads=False)
 
     def _add_other_copy(self) -> None:
         """Sums the gradients of both copies of a tied table, on the first and the last stage."""
@@ -156,7 +156,7 @@ class _TorchStage(PipelineStage):
             stage.number,
             stage.count,
             model.device,
-            # Shapes are given, so that torch does not find them out by a pass of its own.
+            # Given, because torch would otherwise run a pass to infer them.
             input_args=(number if stage.first else stream,),
             output_args=(loss if stage.last else stream,),
             group=model.group,

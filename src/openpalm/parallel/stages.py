@@ -1,4 +1,4 @@
-"""Pipeline stages: the part of a Transformer that one process holds, and its passes without a step.
+"""Pipeline stages: the part of a Transformer that one process holds, and passes for evaluation.
 
 Parameters keep their names in the whole model, so checkpoints do not depend on the layout. The
 stages exchange the residual stream only: every process has the batch itself, with its positions

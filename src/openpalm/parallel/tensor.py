@@ -22,7 +22,7 @@ from openpalm.errors import SettingsError
 from openpalm.model.block import Block, ResidualStream
 from openpalm.model.config import ModelConfig
 from openpalm.model.cross_entropy import computed_dtype
-from openpalm.model.sharding import local_part
+from openpalm.model.sharding import chunk_span, local_part
 from openpalm.model.transformer import Transformer
 from openpalm.parallel.collectives import Group, gathered, joined, scattered, shared, span, summed
 from openpalm.parallel.key_heads import own_key_heads, read_own_keys, shared_by_heads
@@ -55,8 +55,8 @@ def check(config: ModelConfig, processes: int) -> None:
 def _fits(config: ModelConfig, processes: int) -> bool:
     if config.heads % processes or config.ff_dim % processes:
         return False
-    part = -(-config.padded_vocab // processes)
-    return part * (processes - 1) < config.padded_vocab
+    _, last = chunk_span(config.padded_vocab, processes, processes - 1)
+    return last > 0
 
 
 def shard_tensor(model: Transformer, world: World, *, sequence: bool) -> None:

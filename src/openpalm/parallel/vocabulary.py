@@ -19,7 +19,7 @@ from openpalm.model.cross_entropy import (
     positions_per_chunk,
 )
 from openpalm.model.embedding_head import Embedding, ProjectHead
-from openpalm.model.sharding import local_part, part_of
+from openpalm.model.sharding import local_part, local_part_or_none
 from openpalm.parallel.collectives import Group, joined, largest_part, shared, span, summed
 
 
@@ -49,7 +49,7 @@ class SharedHead(ProjectHead):
         self.group = group
 
     def forward(self, states: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
-        logits = F.linear(self._shared(states), local_part(table), part_of(bias))
+        logits = F.linear(self._shared(states), local_part(table), local_part_or_none(bias))
         return joined(logits, len(table), -1, self.group)
 
     def cross_entropy(
@@ -69,7 +69,7 @@ class SharedHead(ProjectHead):
         return linear_cross_entropy(
             self._shared(states),
             local_part(table),
-            part_of(bias),
+            local_part_or_none(bias),
             targets,
             z_loss=z_loss,
             chunk=chunk,

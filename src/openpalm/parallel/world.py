@@ -3,6 +3,7 @@
 Small values travel over a gloo group of their own, on the CPU, whatever carries the tensors.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -61,7 +62,7 @@ class World:
         return self.axes.data
 
     @property
-    def speaks(self) -> bool:
+    def contributes(self) -> bool:
         """Whether this process's numbers enter sums: one of those that compute the same numbers.
 
         Of tensor-parallel processes the first, of a pipeline the last stage, which has the loss.
@@ -73,7 +74,11 @@ class World:
         """The sums of `values` over all processes that see different data."""
         if self.size == 1:
             return [float(value) for value in values]
-        return self._reduced([v if self.speaks else 0.0 for v in values], dist.ReduceOp.SUM)
+        return self._reduced([v if self.contributes else 0.0 for v in values], dist.ReduceOp.SUM)
+
+    def sums_over_all(self, values: Sequence[float]) -> list[float]:
+        """The sums of `values` over all processes, also over those that see the same data."""
+        return list(values) if self.size == 1 else self._reduced(values, dist.ReduceOp.SUM)
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all processes that see different data."""
@@ -164,8 +169,8 @@ def world() -> World:
 def join(settings: ParallelSettings, device: torch.device) -> World:
     """Joins the processes that the launcher started, and cuts them into the settings' axes.
 
-    A second call only cuts them anew. Raises SettingsError for axes that do not make their number,
-    or a launcher's variables that are missing.
+    A second call only changes the axes. Raises SettingsError for axes with another product than the
+    number of processes, or if the launcher's variables are missing.
     """
     global _current
     rank, size = launched()
@@ -202,6 +207,13 @@ def _initialise(device: torch.device, wait: timedelta) -> None:
         raise SettingsError(
             f"WORLD_SIZE is set but the processes cannot find each other ({error}); start them "
             "with torchrun or srun"
+        ) from None
+    except dist.DistError as error:
+        size, where = os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]
+        raise WorkError(
+            f"not all {size} processes (WORLD_SIZE) met at {where} (MASTER_ADDR) within "
+            f"{wait.total_seconds():g} s: {str(error).partition(chr(10))[0]}; start all of them "
+            "with torchrun or srun, or unset these variables to run one process"
         ) from None
     store.set_timeout(wait)
     store = meet(store, rank, size, wait.total_seconds())

@@ -37,7 +37,7 @@ def whole_block(training: Training, *, cuda: bool, tensor: int = 1) -> float:
         + _projection_inputs(training, tensor)
         + _attention(training, cuda=cuda, tensor=tensor)
         + _feedforward(training, tensor)
-        + _adapter(training, tensor)
+        + _adapter(training)
     )
 
 
@@ -92,7 +92,7 @@ def _feedforward(training: Training, tensor: int) -> float:
     return numbers * training.item * config.ff_dim / tensor
 
 
-def _adapter(training: Training, tensor: int) -> float:
+def _adapter(training: Training) -> float:
     """What LoRA adds: the scaled product with A, of each target."""
     if training.lora is None:
         return 0
@@ -129,8 +129,12 @@ def inside_block(training: Training, *, cuda: bool, tensor: int = 1, context: in
 def _feedforward_backward(
     training: Training, tokens: float, units: float, tensor: int
 ) -> tuple[float, float]:
-    """First the gradient of the hidden units and that of `down`, which bfloat16 has in both dtypes
-    before it is added; then, the units themselves being freed, the gradients of their factors."""
+    """Bytes at two moments of the feed-forward layer's backward pass.
+
+    First there are the gradients of the hidden units and of `down`; with bfloat16 the latter is in
+    memory in both dtypes until it is added. Then the hidden units are freed, and the gradients of
+    their factors are in memory.
+    """
     config, item = training.config, training.item
     matrix = config.dim * config.ff_dim / tensor * (item if item == WIDE else item + WIDE)
     matrix *= training.lora is None
@@ -141,7 +145,7 @@ def _feedforward_backward(
 def _cpu_attention_backward(training: Training, tokens: float, units: float) -> float:
     """The CPU's bfloat16 kernel: a block of weights, their gradients and those of the scores.
 
-    By then the units are freed, and their gradients wait.
+    At that moment the hidden units are freed, and their gradients are still in memory.
     """
     config, item, length = training.config, training.item, training.context
     freed = (2 if config.feedforward == "swiglu" else 1) * units

@@ -5,13 +5,9 @@ FLOP/s are dense (without sparsity). float32 is without TF32, as torch multiplie
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from openpalm.base.device import physical_memory
 from openpalm.errors import SettingsError
-
-if TYPE_CHECKING:
-    pass
 
 GIB = float(1 << 30)
 TERA = 1e12

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from openpalm.errors import SettingsError
 from openpalm.model.config import ModelConfig
-from openpalm.parallel.config import AXES, Axes
+from openpalm.parallel.config import AXES, Axes, divisors
 
 OPTIONS = {axis: f"--{axis}" for axis in AXES} | {"context": "--context-parallel"}
 MOST_LISTED = 12
@@ -43,10 +43,6 @@ class Layout(Axes):
     def stride(self, axis: str) -> int:
         """Distance in ranks between neighbours on an axis; tensor ranks are adjacent."""
         return math.prod(self.sizes[AXES.index(axis) + 1 :])
-
-
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def layouts(gpus: int, fixed: dict[str, int]) -> Iterator[Layout]:

@@ -1,9 +1,10 @@
 """Memory of a training step on one GPU (or CPU), by part, at its peak.
 
-The peak is the largest of four moments of the last microbatch:
+The peak is the largest of these moments of a step:
 
     loss       every block has kept its activations, and the chunk with the logits is in memory
-    backward   the gradient of the last block: its activations are there (again), nothing is freed
+    backward   the gradient of the last block, when nothing is freed yet, or that of the first, when
+               all other blocks have their gradients
     embedding  the gradient of the embedding, after those of all blocks
     update     the optimizer's step
 
@@ -195,9 +196,9 @@ def _kept(training: Training, layout: Layout, stage: Stage, *, cuda: bool) -> fl
     blocks = stage.blocks
     if training.trained_layers is not None:  # frozen blocks before the first trained one keep none
         blocks = min(blocks, training.trained_layers)
-    # 1F1B: the first stage has started as many microbatches as there are stages, the last one.
+    # 1F1B: the first stage holds as many microbatches as there are stages, the last one only one.
     waiting = min(layout.pipeline, training.accumulation) if stage.first else 1
-    # Rounded down to whole stages of a pipeline; the rotary tables are shared by all blocks.
+    # All blocks share the rotary tables.
     kept = waiting * blocks * per_block + rotary_tables(training) + 8 * tokens
     return kept + tokens * (WIDE * training.config.dim + 2 * WIDE) * stage.last
 
@@ -225,10 +226,8 @@ def _loss_bytes(training: Training, layout: Layout, *, cuda: bool) -> float:
     # The normalised states, in bfloat16 again (and the scaled ones), and their gradient.
     states = WIDE * config.dim + item * config.dim + item * config.dim * (item != WIDE)
     states += WIDE * config.dim * (config.logit_scale != 1)
-    table = WIDE * _table_numbers(training, layout)
-    table += (
-        item * _table_numbers(training, layout) * layout.gathers
-    )  # in the dtype of the gathered
+    # The table's gradient is summed in float32; with FSDP a copy has the gathered table's dtype.
+    table = (WIDE + item * layout.gathers) * _table_numbers(training, layout)
     cast = item * vocabulary * config.dim if item != WIDE and not layout.gathers else 0
     return tokens * states + rows * vocabulary * item + softmax + table + cast
 

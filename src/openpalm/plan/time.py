@@ -79,12 +79,6 @@ def step_time(training: Training, layout: Layout, device: Device, *, chunks: int
     )
 
 
-def bubble(layout: Layout, microbatches: int, chunks: int = 1) -> float:
-    """Share of the step in which a pipeline's rank waits: (p - 1) / (v m + p - 1)."""
-    p = layout.pipeline
-    return (p - 1) / (chunks * microbatches + p - 1)
-
-
 def mfu(
     config: ModelConfig, context: int, tokens_per_s: float, gpus: int, peak_flops: float
 ) -> float:

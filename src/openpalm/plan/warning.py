@@ -1,7 +1,6 @@
 """The warning before step 1: a run that needs more memory than its device has, and what helps.
 
-It counts tensors (plan/memory.py), so that a run that comes close may
-still run out.
+Only tensors are counted (plan/memory.py), so a run that comes close may still run out of memory.
 """
 
 from collections.abc import Iterator

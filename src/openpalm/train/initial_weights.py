@@ -15,6 +15,7 @@ from openpalm.errors import CheckpointError, SettingsError, count_of
 from openpalm.model import lora
 from openpalm.model.config import PRESETS, ModelConfig, Preset, RewardConfig, preset
 from openpalm.model.transformer import Transformer, initialise
+from openpalm.parallel.world import world
 from openpalm.train.config import TrainSettings
 from openpalm.train.sizing.scaling import of_depth
 
@@ -68,7 +69,7 @@ def starting_point(
         raise SettingsError(
             f"--arch.init {settings.arch.init}: --init brings weights of its own; leave one out"
         )
-    directory = checkpoint.resolve(init)
+    directory = start_directory(init)
     if not may_score:
         checkpoint.check_generates_text(directory)
     unnamed = checkpoint.tokenizer_json(directory) is None
@@ -99,6 +100,14 @@ def starting_point(
         checkpoint.load_reward_config(directory),
         unsure,
     )
+
+
+def start_directory(init: Path) -> Path:
+    """The checkpoint that a run starts from, the same on all its processes.
+
+    A run that is still training may save another one while they look for the newest.
+    """
+    return world().on_main(lambda: checkpoint.resolve(init))
 
 
 def _named(settings: TrainSettings) -> Preset:

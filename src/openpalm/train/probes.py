@@ -126,8 +126,8 @@ def held_out_sums(
             sums[name] = sums.get(name, 0.0) + value * counts
         count += objective.count(batch) * counts
     # With another objective, processes that share every sequence all have it whole here.
-    heard = isinstance(objective, NextToken) or here.coordinate["context"] == 0
-    count, *values = here.sums([number * heard for number in (count, *sums.values())])
+    counted = isinstance(objective, NextToken) or here.coordinate["context"] == 0
+    count, *values = here.sums([number * counted for number in (count, *sums.values())])
     return dict(zip(sums, values, strict=True)), round(count)
 
 

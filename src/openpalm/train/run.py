@@ -12,12 +12,12 @@ A step writes its row, then the rows of the probes, then the checkpoint: the row
 checkpoint are always there.
 """
 
-import math
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +29,26 @@ from openpalm.base.settings import plain
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.contents import TrainState, collect
 from openpalm.checkpoint.saver import Saver
-from openpalm.errors import CheckpointError, TrainingError, WorkError, count_of
+from openpalm.errors import TrainingError, WorkError, count_of
 from openpalm.parallel.lost import lost_processes_named
 from openpalm.parallel.world import join
 from openpalm.train import retention, run_directory
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import (
-    LEAST_STEPS_APART,
-    PROBES_PER_RUN,
-    ProfileSettings,
-    TrainSettings,
-    batch_shape,
-)
+from openpalm.train.config import LEAST_STEPS_APART, PROBES_PER_RUN, ProfileSettings, TrainSettings
 from openpalm.train.initial_weights import check_trained
 from openpalm.train.logging.loggers import Loggers, check_installed
 from openpalm.train.logging.metrics import RowFile, TrainingBar, read_rows
 from openpalm.train.logging.profile import Profiler
+from openpalm.train.microbatches import batch_shape
 from openpalm.train.new_run import measured_info
 from openpalm.train.optimization.inherited_optimizer import inherit_optimizer
 from openpalm.train.probes import Probe
+from openpalm.train.restore import restore
 from openpalm.train.run_directory import RunInfo, step_of
 from openpalm.train.signals import caught_signals, end_by
 from openpalm.train.skipped_batches import keep_batches
 from openpalm.train.spec import TrainSpec, make_trainer
 from openpalm.train.trainer import StepReport, Trainer
-
-_NOT_ITS_STATE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""Raised by restoring if a field or tensor is missing, or has another type or shape."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +91,9 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
                 settings,
                 spec.hashes,
                 parent_fixed=spec.parent_fixed,
-                cut_changes=lambda stored: spec.cut_changes(stored, shape),
+                cut_changes=partial(spec.cut_changes, shape=shape),
                 processes=here.data_size,
-                processes_change=spec.processes_change,
+                processes_change=partial(spec.processes_change, shape=shape),
             )
         )
         info = info or measured_info(settings, spec, shape, device)
@@ -151,26 +144,9 @@ class _Session:
         self.best_by = spec.best if tracked else None
 
     def restore(self, newest: Path) -> None:
-        """Loads a checkpoint. Raises CheckpointError if train/ holds no state of this run."""
-        checkpoint.load_weights(self.trainer.model, newest)
-        several = self.world.size > 1
-        if several:  # once, because hashing reads every file
-            self.world.on_main(lambda: checkpoint.check_train_state(newest))
-        state = checkpoint.load_train_state(newest, checked=several)
-        try:
-            self.trainer.restore(state.tensors, state.values)
-            elapsed_s = float(state.values["elapsed_s"])
-            if not 0 <= elapsed_s < math.inf or self.trainer.step != step_of(newest):
-                raise ValueError(f"step {self.trainer.step} after {elapsed_s} s")
-        except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the file
-            raise
-        except _NOT_ITS_STATE as error:
-            raise CheckpointError(
-                f"{newest / 'train'}: its state is not one that this run saves "
-                f"({_fault_in_state(error)}); remove this checkpoint to continue from an older one"
-            ) from error
+        """Continues from a checkpoint. Raises CheckpointError if it holds no state of this run."""
         # Time counts over all processes of the run, so that curves over time have no jumps.
-        self.started = time.monotonic() - elapsed_s
+        self.started = time.monotonic() - restore(self.trainer, newest)
 
     def run(self) -> Outcome:
         """Trains to the last step; saves and ends the process after SIGINT or SIGTERM."""
@@ -184,8 +160,9 @@ class _Session:
             while self.trainer.step < self.trainer.steps:
                 self._step()
                 # A signal is looked at between steps only: a checkpoint is of a whole step.
-                asked = [signals[0] if signals else 0, self.saver.failed]
-                number, failed = map(int, self.world.maxima(asked))
+                # The largest of all processes, because a signal may reach only one of them.
+                own = [signals[0] if signals else 0, self.saver.failed]
+                number, failed = map(int, self.world.maxima(own))
                 if failed:
                     self.saver.wait()
                 if number and self.trainer.step < self.trainer.steps:
@@ -200,7 +177,7 @@ class _Session:
         return Outcome(last, self.trainer.step, was_finished=False)
 
     def _step(self) -> None:
-        """Takes one step, and does what follows it."""
+        """Takes one step, then writes its row, evaluates and saves if it is time to."""
         self.profiler.before_step()
         began = time.monotonic()
         try:
@@ -403,7 +380,7 @@ class _Session:
         self.saver.save(path, contents, lineage, self._prune)
 
     def _prune(self) -> None:
-        """Old ones go only after the new one is complete, so there always is one to resume from."""
+        """Removes old checkpoints: the new one is complete, so one to resume from remains."""
         retention.prune(self.settings, self._link_best())
 
     def _link_best(self) -> int | None:
@@ -431,11 +408,3 @@ class _Session:
                 aside = newer.with_name(f"damaged-{newer.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 newer.rename(aside)
-
-
-def _fault_in_state(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"{error} is missing"
-    if isinstance(error, (RuntimeError, ValueError)):
-        return str(error).partition("\n")[0][:200]
-    return "a value has another type"

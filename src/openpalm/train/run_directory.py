@@ -42,8 +42,13 @@ MAY_CHANGE = (
 )
 """Settings that do not change what a run computes: a resumed run may have others."""
 
-CutChanges = Callable[[TrainSettings], str | None]
-"""The reason why these settings' microbatches give another result than the run's, or None."""
+CutChanges = Callable[[TrainSettings, int], str | None]
+"""The reason why a step is now cut to another result than with a run's settings and processes, or
+None."""
+
+
+def _same(stored: TrainSettings, processes: int) -> None:
+    """The cut of a run that gives the same result for every cut."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,9 @@ def recall(
     hashes: dict[str, str | None],
     *,
     parent_fixed: bool = False,
-    cut_changes: CutChanges = lambda stored: None,
+    cut_changes: CutChanges = _same,
     processes: int = 1,
-    processes_change: str | None = None,
+    processes_change: CutChanges = _same,
 ) -> RunInfo | None:
     """The info of the run in `asked.out`, with `asked.steps`; None if there is no run.
 
@@ -116,10 +121,11 @@ def recall(
     stored, info = _read_settings(asked.out / SETTINGS_FILE, type(asked)), read_info(asked.out)
     _refuse_edited(asked.out / INFO_FILE, info, stored)
     _refuse_differences(stored, info, asked, hashes, parent_fixed, cut_changes)
-    if processes_change is not None and info.processes != processes:
+    reason = processes_change(stored, info.processes) if info.processes != processes else None
+    if reason is not None:
         raise SettingsError(
             f"--out {asked.out}: that run began with its data on {info.processes} processes, now "
-            f"{processes}, and {processes_change}; start as many or choose another --out"
+            f"{processes}, and {reason}; start as many or choose another --out"
         )
     return replace(info, steps=asked.steps or info.steps)
 
@@ -297,7 +303,7 @@ def _refuse_differences(
     if stored.init == asked.init and not parent_fixed and checkpoint.steps(asked.out):
         new["init"] = old["init"]  # the parent run may have trained further since
     if stored.microbatch_tokens != asked.microbatch_tokens:
-        _refuse_another_cut(stored, asked, cut_changes)
+        _refuse_another_cut(stored, asked, cut_changes(stored, info.processes))
         del old["microbatch_tokens"], new["microbatch_tokens"]
     longer = bool(stored.steps and asked.steps and stored.steps != asked.steps)
     if longer:
@@ -323,11 +329,8 @@ def _comparable(settings: TrainSettings) -> dict[str, Any]:
     return {name: value for name, value in plain(settings).items() if name not in ignored}
 
 
-def _refuse_another_cut(
-    stored: TrainSettings, asked: TrainSettings, cut_changes: CutChanges
-) -> None:
-    """Raises SettingsError if another --microbatch-tokens changes the result."""
-    reason = cut_changes(stored)
+def _refuse_another_cut(stored: TrainSettings, asked: TrainSettings, reason: str | None) -> None:
+    """Raises SettingsError if there is a `reason` why another --microbatch-tokens is refused."""
     if reason is not None:
         raise SettingsError(
             f"--out {asked.out}: that run was made with another --microbatch-tokens "

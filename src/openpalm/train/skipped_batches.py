@@ -29,8 +29,8 @@ def keep_batches(
     must call it. None once enough are kept.
     """
     folder = out / FOLDER
-    # Of the processes that compute the same loss, one speaks for all.
-    gathered = world.gather(loss if world.speaks else None)
+    # Several processes may compute the same loss: one of them reports it.
+    gathered = world.gather(loss if world.contributes else None)
     losses = {rank: own for rank, own in enumerate(gathered) if own is not None}
     bad = [rank for rank, own in losses.items() if not math.isfinite(own)]
     names = {rank: f"step-{step:08d}-rank-{rank}.safetensors" for rank in bad or losses}

@@ -18,8 +18,9 @@ from openpalm.parallel.context import check_length, context_split
 from openpalm.parallel.pipeline import pipeline_of
 from openpalm.parallel.world import world
 from openpalm.train.batch_shape import BatchShape
-from openpalm.train.config import TrainSettings, batch_shape, check_pipeline
+from openpalm.train.config import TrainSettings
 from openpalm.train.initial_weights import unfilled
+from openpalm.train.microbatches import batch_shape, check_pipeline
 from openpalm.train.objective import Loader, NextToken, Objective
 from openpalm.train.optimization.parameter_groups import Optimizer
 from openpalm.train.probes import BestBy, Probe
@@ -106,28 +107,29 @@ class TrainSpec:
                 f"take a multiple of {2 * shape.processes * shape.sequence_length}"
             )
 
-    def cut_changes(self, stored: TrainSettings, shape: BatchShape) -> str | None:
+    def cut_changes(self, stored: TrainSettings, processes: int, shape: BatchShape) -> str | None:
         """The reason why `shape` gives another result than the stored settings' cut, or None.
 
-        Losses are summed and divided by one count, so that k microbatches are one batch. That
-        fails if every microbatch draws random numbers or estimates a value of its own.
+        processes: those that read different rows when the run began. Losses are summed and
+        divided by one count, so that k microbatches are one batch. That fails if every microbatch
+        draws random numbers or estimates a value of its own.
         """
         if self.config.dropout:
             return "dropout draws other random numbers then"
         if self.items_per_step is None or self.shape is not None:
             return "its loss is estimated for each microbatch"
-        before = batch_shape(stored, shape.sequence_length, shape.processes)
+        before = batch_shape(stored, shape.sequence_length, processes)
         if self.items_per_step(before) != self.items_per_step(shape):
             return "its steps would have another number of pairs"
         return None
 
-    @property
-    def processes_change(self) -> str | None:
-        """The reason why another number of processes gives another result, or None."""
-        if self.config.dropout:
-            return "dropout draws other random numbers then"
-        kto = self.items_per_step is None
-        return "its loss is estimated for each microbatch" if kto else None
+    def processes_change(
+        self, stored: TrainSettings, processes: int, shape: BatchShape
+    ) -> str | None:
+        """The reason why `shape.processes` give another result than `processes`, or None."""
+        # A rollout is the same for any number of processes, and so is the order of its rows.
+        rollouts = self.shape is not None and not self.config.dropout
+        return None if rollouts else self.cut_changes(stored, processes, shape)
 
     @property
     def hashes(self) -> dict[str, str | None]:

@@ -95,7 +95,7 @@ class Trainer:
         self.overflowed = False
         """whether the newest step was skipped because its loss scale was too large"""
         self.own_loss = 0.0
-        """this process's part of the last step's loss, which tells whose batch is not finite"""
+        """this process's part of the last step's loss, to find the process with a bad batch"""
         self.skipped_batches: Sequence[Any] = ()
         """the last step's microbatches, if its loss or gradient is not finite"""
 
@@ -106,8 +106,7 @@ class Trainer:
     def train_step(self) -> StepReport:
         """Takes one optimizer step on the next global batch."""
         microbatches = int(self.accumulation * self.ramp.share(self.step + 1, self.steps))
-        # Together: a process whose data or reward fails must not leave the others waiting for it.
-        batches = self.world.together(lambda: [next(self.loader) for _ in range(microbatches)])
+        batches = self._next_batches(microbatches)
         self._seed_step()
         self.model.train()
         loss, count, metrics = self.forward_backward(batches)
@@ -123,6 +122,17 @@ class Trainer:
         if self.loss_scale is not None:
             metrics |= {"loss_scale": self.loss_scale.scale}
         return StepReport(self.step, loss, count, norm, factor, skipped, metrics)
+
+    def _next_batches(self, number: int) -> list[Any]:
+        """This process's next microbatches; data that fail on one process fail on all."""
+
+        def take() -> list[Any]:
+            return [next(self.loader) for _ in range(number)]
+
+        # Rollouts exchange tensors, and agree on the errors of rewards, by themselves. A process
+        # that failed between must end: here it would wait for those that wait for its tensors.
+        own = isinstance(self.loader, StatefulLoader)
+        return take() if own else self.world.together(take)
 
     def _seed_step(self) -> None:
         """Seeds dropout by the step and by what this process computes, so it needs no saved state.
@@ -257,7 +267,7 @@ class Trainer:
         Raises KeyError, TypeError, ValueError or RuntimeError for values that `state` never gives.
         """
         step, counted, skipped = (
-            _whole(values, name) for name in ("step", "counted", "skipped_in_a_row")
+            _whole_number(values, name) for name in ("step", "counted", "skipped_in_a_row")
         )
         if self.loss_scale is not None:
             self.loss_scale.restore(values["loss_scale"])
@@ -292,7 +302,7 @@ def _divide(means: Metrics, ratios: dict[str, str]) -> None:
                 means[name] = value / by
 
 
-def _whole(values: dict[str, Any], name: str) -> int:
+def _whole_number(values: dict[str, Any], name: str) -> int:
     value = values[name]
     if type(value) is not int or value < 0:
         raise ValueError(f"{name} is {value!r}, not a whole number")

@@ -10,6 +10,8 @@ from openpalm.align.rollouts import grpo as group_file
 from openpalm.align.rollouts import sampler as sampler_file
 from openpalm.errors import WorkError
 from openpalm.generate.sampling import Sampling
+from openpalm.parallel.config import Axes
+from openpalm.parallel.world import World
 
 
 def fails(check, *given):
@@ -50,6 +52,37 @@ def test_it_resumes_in_the_middle_of_a_rollout(kind):
     for name in ("order", "rollouts", "rows_left", "drawn", "beta"):
         with pytest.raises((AssertionError, RuntimeError)):
             check_resumes(kind, left_out=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_processes_and_microbatches_take_the_rows_that_are_left(kind):
+    """Six rows are no whole number of prompts, three are less than one prompt has."""
+    how, _, estimate, make = KINDS[kind]
+    settings = how(prompts_per_rollout=6, num_completions=4, minibatches=2, epochs_per_rollout=2)
+    first = loader_of(make(), settings, estimate, rows=12)
+    next(first)
+    state, tensors = by_way_of_json(first)
+    left = [tokens_of([next(first)]) for _ in range(3)]
+    for processes, rows in ((2, 6), (2, 3), (4, 3)):
+        found = [[] for _ in left]
+        for rank in range(processes):
+            world = World(rank, processes, Axes(shard=processes))
+            again = loader_of(make(), settings, estimate, rows=rows, world=world)
+            again.load_state_dict(state)
+            again.load_state_tensors(tensors)
+            for step in found:
+                step += [next(again) for _ in range(12 // processes // rows)]
+        assert [tokens_of(step) for step in found] == left
+
+
+def tokens_of(batches):
+    """What identifies each token that the batches learn from, in one order."""
+    columns = ("old_log_probs", "reference_log_probs", "advantages")
+    return sorted(
+        row
+        for batch in batches
+        for row in zip(*(getattr(batch, c)[batch.mask].tolist() for c in columns), strict=True)
+    )
 
 
 def check_trainer_resumes(kind, forget=lambda tensors: None):

@@ -13,8 +13,9 @@ from train_samples import random_loader, same, trainer_of, weights
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.errors import SettingsError
 from openpalm.train.batch_shape import BatchShape, Ramp
-from openpalm.train.config import TrainSettings, batch_shape
+from openpalm.train.config import TrainSettings
 from openpalm.train.logging.metrics import read_rows
+from openpalm.train.microbatches import batch_shape
 from openpalm.train.sizing import measure
 from openpalm.train.trainer import Trainer
 

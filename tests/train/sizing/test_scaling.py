@@ -13,7 +13,8 @@ from openpalm.base.yaml_file import read_yaml
 from openpalm.cli.main import main
 from openpalm.errors import SettingsError
 from openpalm.model.config import ModelConfig
-from openpalm.train.config import ArchSettings, OptimSettings, PretrainSettings, batch_shape
+from openpalm.train.config import ArchSettings, OptimSettings, PretrainSettings
+from openpalm.train.microbatches import batch_shape
 from openpalm.train.sizing.scaling import RATE_BATCH_POWER, TOKENS_PER_PARAMETER, of_depth, scaled
 
 VOCAB, EPOCH = 1024, 1_000_000

@@ -33,6 +33,7 @@ from openpalm.data.batches.order import shuffle
 from openpalm.errors import RewardError, WorkError, count_of
 from openpalm.model import lora
 from openpalm.model.critic import ActorCritic
+from openpalm.model.sharding import chunk_span
 from openpalm.model.transformer import Transformer
 from openpalm.parallel.world import World
 
@@ -100,14 +101,18 @@ class RolloutLoader:
         return batch.with_shared_prompts(completions) if self._whole_groups else batch
 
     @property
-    def _whole_groups(self) -> bool:
-        """Whether a microbatch has all completions of its prompts, which can then share a row.
+    def _group(self) -> int:
+        """Completions that stay neighbours: a prompt's, unless a critic reads each of them alone.
 
-        A critic reads rows of one completion only.
+        Not a matter of the microbatch: a run resumed on other processes has to repeat the order.
         """
-        completions = self.settings.num_completions
-        whole = completions > 1 and self.rows % completions == 0
-        return whole and not isinstance(self.sampler.model, ActorCritic)
+        alone = isinstance(self.sampler.model, ActorCritic)
+        return 1 if alone else self.settings.num_completions
+
+    @property
+    def _whole_groups(self) -> bool:
+        """Whether a microbatch has all completions of its prompts, which can then share a row."""
+        return self._group > 1 and self.rows % self._group == 0
 
     @property
     def _precisions_differ(self) -> bool:
@@ -221,22 +226,26 @@ class RolloutLoader:
 
         All processes have equally many chunks, because a sharded model computes on all of them.
         """
+        first, own = self._own_rows(len(inputs))
         most = -(-len(inputs) // self.world.data_size)
-        first = min(self.world.data_rank * most, len(inputs))
         starts = range(first, first + most, self.rows)
-        ends = (min(start + self.rows, first + most, len(inputs)) for start in starts)
+        ends = (min(start + self.rows, first + own) for start in starts)
         # Where no rows are left, the first one is evaluated and its result is not used.
         return [slice(*((s, e) if e > s else (0, 1))) for s, e in zip(starts, ends, strict=True)]
 
     def _of_all(self, evaluated: list[Tensor], rows: int) -> Tensor:
         """[rows, time] from what each process evaluated of its chunks."""
-        own = torch.cat(evaluated).cpu()
+        evaluations = torch.cat(evaluated).cpu()
         if self.world.data_size == 1:
-            return own
-        most = -(-rows // self.world.data_size)
-        first = min(self.world.data_rank * most, rows)
-        shares = self.world.gather((self.world.data_rank, own[: max(0, min(most, rows - first))]))
+            return evaluations
+        _, own = self._own_rows(rows)
+        # Tensor- and context-parallel processes have equal shares: the dict keeps one of each.
+        shares = self.world.gather((self.world.data_rank, evaluations[:own]))
         return torch.cat(list(dict(shares).values()))
+
+    def _own_rows(self, rows: int) -> tuple[int, int]:
+        """The first of the rows that this process evaluates, and their number."""
+        return chunk_span(rows, self.world.data_size, self.world.data_rank)
 
     def _policy(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the policy and values of its critic, [rows, time]."""
@@ -256,9 +265,8 @@ class RolloutLoader:
         The seed is a function of the rollout's number, so that resuming repeats the same order.
         """
         settings = self.settings
-        group = settings.num_completions if self._whole_groups else 1
         rows = torch.arange(settings.prompts_per_rollout * settings.num_completions)
-        groups = rows.view(-1, group)  # completions of one prompt are neighbours
+        groups = rows.view(-1, self._group)  # completions of one prompt are neighbours
         generator = torch.Generator().manual_seed(derive_seed(settings.seed, -self._rollouts))
         epochs = [
             groups[torch.randperm(len(groups), generator=generator)].flatten()

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from openpalm.model.sharding import local_part
-from openpalm.train.optimization.shards import local_gradient, squared_norm, sums
+from openpalm.parallel.world import world
+from openpalm.train.optimization.shards import local_gradient, squared_norm
 
 DECAY = 0.99
 """Of the averages. One step's estimates are very noisy, and their ratio is biased."""
@@ -68,7 +69,8 @@ class NoiseScale:
         """
         for parameter, gradient in self._sum.items():
             parameter.grad = gradient
-        found = sums([*self._squares, squared_norm(self.parameters, self.uncounted)])
+        whole = squared_norm(self.parameters, self.uncounted)
+        found = world().sums_over_all([*self._squares, whole])
         self._sum, self._squares = {}, []
         return found
 

@@ -10,7 +10,7 @@ from openpalm.parallel.world import world
 from openpalm.train.optimization.listwise import Listwise
 from openpalm.train.optimization.optimizers import Adafactor, AdamW, Lion, Muon, StableAdamW
 from openpalm.train.optimization.schedule import decay_coefficient
-from openpalm.train.optimization.shards import local_gradient, part_of, squared_norm, sums
+from openpalm.train.optimization.shards import local_gradient, local_part_like, squared_norm
 from openpalm.train.optimizer_settings import OptimSettings, given
 
 
@@ -87,7 +87,7 @@ class Optimizer:
             self._multiply_gradients(1 / loss_scale)
         if world().size == 1:
             return float(nn.utils.clip_grad_norm_(self.names, self.settings.clip))
-        [square] = sums([squared_norm(self.names, self.uncounted)])
+        [square] = world().sums_over_all([squared_norm(self.names, self.uncounted)])
         norm = square**0.5
         if (shrink := self.settings.clip / (norm + 1e-6)) < 1:
             self._multiply_gradients(shrink)
@@ -123,7 +123,7 @@ class Optimizer:
             if slot == "step":
                 state[slot] = value.to("cpu", torch.int64)
             else:
-                state[slot] = owner[parameter].kept(part_of(value, parameter), parameter)
+                state[slot] = owner[parameter].kept(local_part_like(value, parameter), parameter)
 
     def take_over(self, tensors: dict[str, Tensor], names: Set[str]) -> list[str]:
         """Continues with the moments and step counts that another run gave the parameters `names`.

@@ -6,6 +6,7 @@ A parameter of one process is an ordinary tensor, and every function here accept
 # pyright: reportPrivateImportUsage=false
 # (torch's operations on lists have no public names.)
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -44,7 +45,7 @@ def with_part(parameter: Tensor, part: Tensor) -> Tensor:
     return DTensor(part, parameter._spec, requires_grad=False)  # pyright: ignore
 
 
-def part_of(value: Tensor, parameter: Tensor) -> Tensor:
+def local_part_like(value: Tensor, parameter: Tensor) -> Tensor:
     """This process's part, for a parameter cut as `parameter`, of a value of the same shape.
 
     value: a whole tensor, the same on every process, or one cut in any way; if it is cut in another
@@ -85,15 +86,6 @@ def squared_norm(parameters: Iterable[Tensor], uncounted: Collection[Tensor] = (
     return float((norms.cpu().double().square() / shares).sum())
 
 
-def sums(values: Sequence[float]) -> list[float]:
-    """The sums of `values` over all processes."""
-    if world().size == 1:
-        return [*values]
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, group=world().control)
-    return tensor.tolist()
-
-
 def copies(parameter: Tensor) -> int:
     """The number of processes that hold the same part of a parameter."""
     parts = 1
@@ -129,9 +121,4 @@ def group_of(ranks: Tensor) -> Any:
 
 def coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:
     """The coordinate of each process of a mesh, in the order of their group."""
-    return [
-        tuple(place.tolist())
-        for place in torch.cartesian_prod(*(torch.arange(size) for size in mesh.shape)).view(
-            -1, mesh.ndim
-        )
-    ]
+    return [*itertools.product(*(range(size) for size in mesh.shape))]
