@@ -47,7 +47,7 @@ class SentBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def work(model: str, steps: int, counts_bytes: bool) -> None:
+def work(model: str, rows: int, steps: int, counts_bytes: bool) -> None:
     """What one process of a measurement does; the main one prints a line of JSON."""
     from dataclasses import replace
 
@@ -58,7 +58,7 @@ def work(model: str, steps: int, counts_bytes: bool) -> None:
     torch.set_num_threads(1)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     config = replace(PRESETS[model].config, context=256)
-    trainer = trainer_for({}, config=config, accumulation=1, sequences=4 * size)
+    trainer = trainer_for({}, config=config, accumulation=1, sequences=rows * size)
     waited, original = 0.0, trainer.loader
 
     class Timed:
@@ -84,7 +84,7 @@ def work(model: str, steps: int, counts_bytes: bool) -> None:
         for _ in range(steps):
             trainer.train_step()
         seconds = time.perf_counter() - began
-        tokens = steps * 4 * size * config.context
+        tokens = steps * rows * size * config.context
         found = {"tokens_per_s": tokens / seconds, "waited": waited / seconds}
     if trainer.world.is_main:
         print(json.dumps(found))
@@ -93,7 +93,13 @@ def work(model: str, steps: int, counts_bytes: bool) -> None:
 def measured(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
     command += ["--standalone", __file__, "--worker", "--model", arguments.model]
-    command += ["--steps", str(arguments.steps), *(["--bytes"] if arguments.bytes else [])]
+    command += [
+        "--rows",
+        str(arguments.rows),
+        "--steps",
+        str(arguments.steps),
+        *(["--bytes"] if arguments.bytes else []),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -107,11 +113,12 @@ def main() -> None:
     parser.add_argument("--processes", default=None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=16, help="sequences of 256 tokens a process")
     parser.add_argument("--bytes", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.model, arguments.steps, arguments.bytes)
+        work(arguments.model, arguments.rows, arguments.steps, arguments.bytes)
         return
     given = arguments.processes or ("2,4,8" if arguments.bytes else "1,2")
     sizes = [int(size) for size in given.split(",")]
