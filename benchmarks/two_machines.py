@@ -25,6 +25,8 @@ from kill import Run, prepare, pretraining
 NAMES = ("openpalm-a", "openpalm-b")
 CABLES = ("veth-palm-a", "veth-palm-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+LAUNCHER_S = 60.0
+"""How long after the cut a launcher may take to end; then it is killed."""
 PATIENCE_S = 900.0
 
 
@@ -132,9 +134,15 @@ def prove(options: Sequence[str], work: Path, *, cut_at: int) -> Result:
                     said[n] = now
                 if ended[n] is None and machine.process.poll() is not None:
                     ended[n] = now
-            return None not in ended
+            over = None not in said and time.monotonic() - began > LAUNCHER_S
+            return over or None not in ended
 
         _until(both_ended)
+        for machine in running:
+            # The launcher that is cut off may wait for its store for minutes; the run has ended.
+            if machine.process.poll() is None:
+                machine.process.kill()
+                machine.process.wait()
         status = [machine.process.returncode for machine in running]
         messages = [machine.message() or "" for machine in running]
         resumed = max(int(p.name[5:]) for p in (cut.out / "checkpoints").glob("step-*"))
