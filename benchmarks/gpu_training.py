@@ -1,4 +1,4 @@
-"""Training steps that gpu.py measures: speed and memory, beside what `openpalm plan` says."""
+"""Training steps that gpu.py measures: speed and memory, with those of `openpalm plan`."""
 
 import json
 import subprocess
@@ -58,7 +58,7 @@ WAYS = (
 
 
 def planned(bench: Bench, training: Training, measured: Row) -> Row:
-    """What the plan says of this training beside what was measured; ratios are plan / measured."""
+    """The plan of this training and what was measured; ratios are plan / measured."""
     plan = step_memory(training, Layout(), cuda=bench.device.type == "cuda")
     found: Row = {"plan_gb": plan.total / 1e9, "plan_peak_at": plan.moment}
     if "peak_gb" in measured:
@@ -241,7 +241,7 @@ def memory_of_plan(bench: Bench) -> Iterator[Item]:
 
 
 def remembered(bench: Bench, way: Way) -> Iterator[Row]:
-    """Peak memory and time of the fourth and fifth step, beside the plan's."""
+    """Peak memory and time of the fourth and fifth step, and those of the plan."""
     config = bench.config(way.model)
     who = OpenPalm(
         Rules(config, getattr(torch, way.dtype), bench.device),

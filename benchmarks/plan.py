@@ -1,4 +1,4 @@
-"""Step times that `openpalm plan --gpu cpu` predicts, beside those of the trainer on this machine.
+"""Step times that `openpalm plan --gpu cpu` predicts, and those of the trainer on this machine.
 
     python benchmarks/plan.py
 

@@ -47,8 +47,8 @@ class Result:
 
     @property
     def good(self) -> bool:
-        told = [seconds for seconds in self.message_after_s if seconds is not None]
-        return self.equal and 0 not in self.exit_status and bool(told) and min(told) < 60
+        reported = [seconds for seconds in self.message_after_s if seconds is not None]
+        return self.equal and 0 not in self.exit_status and bool(reported) and min(reported) < 60
 
 
 def ip(*words: str) -> None:

@@ -1,5 +1,5 @@
-"""A run that goes on with another number of processes reads every row of its data exactly once, and
-the batches of later epochs are those of one process that was never interrupted."""
+"""A run that continues with another number of processes reads every row of its data exactly once,
+and the batches of later epochs are those of one process that was never interrupted."""
 
 import os
 import signal

@@ -1,17 +1,17 @@
 """A small dataset, and the command line with models small enough for a test."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from rank_runs import in_step
 from train_runs import Train
 from train_samples import tiny, write_dataset
 
 from openpalm.cli.main import main
 from openpalm.model.config import PRESETS, Preset
 from openpalm.train.sizing import measure
-from openpalm.train.trainer import Trainer
 
 
 @pytest.fixture(scope="session")
@@ -49,19 +49,7 @@ def train(data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
     """Calls something once, in the middle of the step of that number."""
-    original = Trainer.forward_backward
-
-    def arrange(step: int, action: Callable[[], object]) -> None:
-        todo = [action]
-
-        def patched(self: Trainer, batches: Any) -> Any:
-            if self.step + 1 == step and self.steps < 10**6 and todo:
-                todo.pop()()
-            return original(self, batches)
-
-        monkeypatch.setattr(Trainer, "forward_backward", patched)
-
-    return arrange
+    return partial(in_step, monkeypatch)
 
 
 @pytest.fixture
