@@ -61,6 +61,10 @@ class Server:
         finally:
             self.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
+    def log(self) -> str:
+        """What the server has written, with every statement that changed a schema."""
+        return (self.folder / "log").read_text(encoding="utf-8")
+
     def execute(self, statement: str) -> None:
         import psycopg
 
@@ -134,13 +138,15 @@ def _initial(folder: Path) -> list[str]:
 def _start(programs: Path, folder: Path, *, fsync: bool) -> int:
     """Starts the server. Returns its port."""
     log = folder / "log"
-    safe = "" if fsync else "-c fsync=off -c full_page_writes=off -c synchronous_commit=off"
+    settings = ["listen_addresses=127.0.0.1", "max_connections=200", "log_statement=ddl"]
+    if not fsync:
+        settings += ["fsync=off", "full_page_writes=off", "synchronous_commit=off"]
+    options = " ".join(f"-c {setting}" for setting in settings)
     for attempt in range(1, TRIES + 1):
         port = _free_port()
-        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c max_connections=200 "
-        words = ["-D", folder / "data", "-l", log, "-t", STARTS_S, "-s", "-w", "-o", options + safe]
+        words = ["-D", folder / "data", "-l", log, "-t", STARTS_S, "-s", "-w", "-o"]
         try:
-            _run(folder, programs / "pg_ctl", *words, "start")
+            _run(folder, programs / "pg_ctl", *words, f"-p {port} -k {folder} {options}", "start")
             return port
         except AssertionError as error:
             said = log.read_text(encoding="utf-8") if log.exists() else ""
