@@ -1,8 +1,9 @@
-"""Databases and pages for the tests of the whole feedback application."""
+"""Databases, sites and pages for the tests of the whole feedback application."""
 
 import chromium
 import postgresql as server
 import pytest
+from feedback_site import feedback_site
 from requirements import POSTGRESQL, leave_out
 
 
@@ -17,20 +18,20 @@ def postgresql():
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def feedback_environment(request, tmp_path, monkeypatch):
-    """The environment of a feedback application with an empty database of either kind.
-
-    It is set in this process too, so that commands started by the test have it.
-    """
-    environment = {"OPENPALM_FEEDBACK_DIR": str(tmp_path / "feedback")}
-    monkeypatch.delenv("DATABASE_URL", raising=False)
-    monkeypatch.setenv("OPENPALM_FEEDBACK_DIR", environment["OPENPALM_FEEDBACK_DIR"])
+def database_url(request):
+    """None for SQLite in the site's folder; an empty database of the server."""
     if request.param == "sqlite":
-        yield environment
+        yield None
         return
     with request.getfixturevalue("postgresql").database() as url:
-        monkeypatch.setenv("DATABASE_URL", url)
-        yield environment | {"DATABASE_URL": url}
+        yield url
+
+
+@pytest.fixture
+def site(database_url, tmp_path):
+    """A running `openpalm feedback` with an empty database of either kind."""
+    with feedback_site(tmp_path / "site", database_url) as running:
+        yield running
 
 
 @pytest.fixture
