@@ -96,9 +96,7 @@ def score(
             }
 
 
-def _example(
-    tokenizer: "Tokenizer", row: "PromptRow", context: int
-) -> "PreferenceExample | None":
+def _example(tokenizer: "Tokenizer", row: "PromptRow", context: int) -> "PreferenceExample | None":
     """None if the completion is too long. Raises DataError for a row without a completion."""
     from openpalm.align.pairs.examples import PreferenceExample, render_completion
     from openpalm.data.text.conversation import Message

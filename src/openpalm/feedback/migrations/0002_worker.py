@@ -4,15 +4,18 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     dependencies = [
-        ('feedback', '0001_initial'),
+        ("feedback", "0001_initial"),
     ]
 
     operations = [
         migrations.AddField(
-            model_name='project',
-            name='decided_by',
-            field=models.CharField(choices=[('person', 'People'), ('simulated', 'Simulated labelers (a rehearsal)')], default='person', max_length=16),
+            model_name="project",
+            name="decided_by",
+            field=models.CharField(
+                choices=[("person", "People"), ("simulated", "Simulated labelers (a rehearsal)")],
+                default="person",
+                max_length=16,
+            ),
         ),
     ]

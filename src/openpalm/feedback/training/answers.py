@@ -37,7 +37,11 @@ def check_sampling(given: Mapping[str, Any]) -> dict[str, float]:
         if name not in LIMITS:
             raise DataError(f"{name}: is no sampling setting; use {', '.join(LIMITS)}")
         low, high = LIMITS[name]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not low <= value <= high
+        ):
             raise DataError(f"{name} {value!r:.40}: must be a number from {low:g} to {high:g}")
         checked[name] = value
     return checked
@@ -172,7 +176,9 @@ def _text(future: Future[str], counts: Answers) -> str | None:
         counts.failures_in_a_row += 1
         counts.reason = str(error)
         if counts.failures_in_a_row >= MOST_FAILURES:
-            raise WorkError(f"{counts.failures_in_a_row} answers in a row failed: {error}") from None
+            raise WorkError(
+                f"{counts.failures_in_a_row} answers in a row failed: {error}"
+            ) from None
         return None
     counts.failures_in_a_row = 0
     return text

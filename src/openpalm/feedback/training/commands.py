@@ -132,7 +132,9 @@ def prompts_file(run: TrainRun) -> Path:
                 count += 1
         if not count:
             path.unlink()
-            raise DataError("the project has no training prompt: all are held out, or there is none")
+            raise DataError(
+                "the project has no training prompt: all are held out, or there is none"
+            )
     return path
 
 

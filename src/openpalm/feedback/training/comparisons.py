@@ -159,9 +159,7 @@ class _Pairs:
         self.comparison = comparison
         self.progress = progress
         self.sampling = comparison.result.get("sampling", {})
-        self.ids = usable_prompts(
-            comparison.project, (comparison.challenger, comparison.served)
-        )
+        self.ids = usable_prompts(comparison.project, (comparison.challenger, comparison.served))
 
     def make(self) -> dict[str, Any]:
         """Goes through the prompts until `size` pairs are there.
@@ -239,9 +237,9 @@ def compute_all(project: Project) -> None:
 def compute(comparison: Comparison) -> None:
     """Stores the figures so far and, once all pairs are judged, the decision of this look."""
     votes = list(votes_of(comparison))
-    whole = comparison.items.exists() and not comparison.items.filter(
-        state=Item.State.OPEN
-    ).exists()
+    whole = (
+        comparison.items.exists() and not comparison.items.filter(state=Item.State.OPEN).exists()
+    )
     decision = decide(votes, style_features=style.FEATURES, look=_look(comparison)).to_json()
     rate = decision["win_rate"] or {}
     result = comparison.result | {

@@ -142,9 +142,7 @@ def _make_items(
 ) -> tuple[int, int]:
     """Makes the items; returns how many, and how many were left out for equal texts."""
     progress.say("making items")
-    chosen = [
-        (each, ModelVersion.objects.get(pk=each["model"])) for each in arguments["models"]
-    ]
+    chosen = [(each, ModelVersion.objects.get(pk=each["model"])) for each in arguments["models"]]
     items = equal = 0
     for group in _prompts_in_groups(ids):
         progress.check()

@@ -152,9 +152,7 @@ def _swap(project: Project, model: ModelVersion) -> dict[str, Any]:
 
 
 @transaction.atomic
-def _store(
-    promotion: Promotion, model: ModelVersion, undoing: bool, user: User | None
-) -> None:
+def _store(promotion: Promotion, model: ModelVersion, undoing: bool, user: User | None) -> None:
     now = timezone.now()
     changed = (
         {"state": State.UNDONE, "undone_at": now}

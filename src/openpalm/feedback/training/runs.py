@@ -67,7 +67,9 @@ def start(
     run.directory = str(Path(site.FEEDBACK_DIR) / "runs" / f"{run.pk}-{verb}")
     run.save(update_fields=["directory"])
     job = jobs.enqueue("train", project=project, user=user, run=run.pk)
-    audit.record("training.started", user=user, project=project, target=run.pk, verb=verb, job=job.pk)
+    audit.record(
+        "training.started", user=user, project=project, target=run.pk, verb=verb, job=job.pk
+    )
     return run
 
 
@@ -141,9 +143,9 @@ def log_file(run: TrainRun) -> Path:
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     """The handler of "train"."""
-    train_run = TrainRun.objects.select_related("project", "parent", "snapshot", "reward_model").get(
-        pk=job.arguments["run"]
-    )
+    train_run = TrainRun.objects.select_related(
+        "project", "parent", "snapshot", "reward_model"
+    ).get(pk=job.arguments["run"])
     if train_run.state == State.FINISHED:  # killed between the last two writes
         return {"models": list(train_run.made.values_list("id", flat=True))}
     try:

@@ -81,9 +81,7 @@ def _write(candidates: "QuerySet[Candidate]", path: Path) -> int:
 def _store(model: ModelVersion, path: Path, progress: Progress) -> int:
     """Rows that an earlier attempt stored are left as they are."""
     scores = (row for row in jsonl.read_rows(path) if row.get("reward") is not None)
-    rows = (
-        ModelScore(model=model, candidate_id=row["id"], score=row["reward"]) for row in scores
-    )
+    rows = (ModelScore(model=model, candidate_id=row["id"], score=row["reward"]) for row in scores)
     stored = 0
     for batch in _batches(rows):
         ModelScore.objects.bulk_create(batch, ignore_conflicts=True)

@@ -98,7 +98,9 @@ def requeue_abandoned() -> int:
             continue
         mine = Job.objects.filter(pk=job.pk, state=State.RUNNING, worker=job.worker)
         if job.attempts >= MAX_ATTEMPTS:
-            message = f"the worker ended {job.attempts} times while it ran this job; its log says why"
+            message = (
+                f"the worker ended {job.attempts} times while it ran this job; its log says why"
+            )
             mine.update(state=State.FAILED, message=message, finished_at=timezone.now())
             _fail_owner(job, message)
         else:
@@ -109,7 +111,11 @@ def requeue_abandoned() -> int:
 
 def _fail_owner(job: Job, message: str) -> None:
     """What the job was for failed too."""
-    for argument, model in (("run", TrainRun), ("comparison", Comparison), ("promotion", Promotion)):
+    for argument, model in (
+        ("run", TrainRun),
+        ("comparison", Comparison),
+        ("promotion", Promotion),
+    ):
         if argument in job.arguments:
             found = model.objects.filter(pk=job.arguments[argument])
             if model is Comparison:
@@ -136,7 +142,9 @@ def report(job: Job) -> bool:
     )
 
 
-def finish(job: Job, state: str, *, message: str = "", result: dict[str, Any] | None = None) -> bool:
+def finish(
+    job: Job, state: str, *, message: str = "", result: dict[str, Any] | None = None
+) -> bool:
     return bool(
         _own(job).update(
             state=state,

@@ -4,7 +4,6 @@ The next worker recognises the process by number and time of start, waits for it
 command again: a command that saves its progress continues or finds that it is done.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openpalm.base.files import lock
+from openpalm.feedback.die_with_parent import die_with_parent
 from openpalm.feedback.worker.identity import is_running, started
 
 PROGRAM = (sys.executable, "-m", "openpalm")
 POLL_S = 0.25
-PR_SET_PDEATHSIG = 1
 END_S = 60.0
 """for a process to save and end after SIGTERM"""
 LOG_TAIL = 16384
@@ -100,12 +99,6 @@ class Command:
     def last_line(self) -> str:
         """The last line of the log: the reason of a failure."""
         return last_line(self.log)
-
-
-def die_with_parent() -> None:
-    """In a new process, on Linux: it gets SIGTERM when the thread that started it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def wait_for(running: Running, check: Check) -> None:
