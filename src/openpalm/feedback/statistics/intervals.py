@@ -5,6 +5,7 @@ Pure functions of numbers. The other files of this folder use them.
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ def normal_quantile(level: float = LEVEL) -> float:
     return NormalDist().inv_cdf((1 + level) / 2)
 
 
+@cache
 def t_quantile(df: int, level: float = LEVEL) -> float:
     """Quantile of Student's t for a two-sided interval with `df` degrees of freedom.
 
