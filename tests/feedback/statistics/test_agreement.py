@@ -68,7 +68,7 @@ def test_two_abstractors():
 
 
 def test_alpha_misleads_when_one_answer_dominates_and_ac1_does_not():
-    """Gwet 2008, section 1, gives 118, 5, 2, 0 of 125 as the paradox of kappa."""
+    """118, 5, 2, 0 of 125: a table with which Gwet (2008) shows the paradox of kappa."""
     found = table_of([[118, 5], [2, 0]]).figures()
     assert found.raw.value == pytest.approx(0.944)
     assert found.alpha.value < 0

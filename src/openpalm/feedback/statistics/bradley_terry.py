@@ -230,7 +230,7 @@ class _Estimation:
         bread = inverse(self.fit.information)
         found = [self._scores(["prompt"])]
         if self.cluster_labelers and len({row.labeler for row in self.used}) > 1:
-            # Cameron et al. 2011, eq. 2.11: by prompt, plus by labeler, less by both.
+            # Cameron et al. 2011: by prompt, plus by labeler, less by both.
             found += [self._scores(["labeler"]), self._scores(["prompt", "labeler"])]
             middle = found[0][0] + found[1][0] - found[2][0]
             sizes, vectors = np.linalg.eigh(middle)

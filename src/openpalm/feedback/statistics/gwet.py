@@ -2,7 +2,7 @@
 
 Sources: Kilem L. Gwet, "Computing inter-rater reliability and its variance in the presence of high
 agreement", British Journal of Mathematical and Statistical Psychology 61 (2008), and "Handbook of
-Inter-Rater Reliability", 4th edition (2014), chapters 3 and 5.
+Inter-Rater Reliability", 4th edition (2014), chapters 2 to 5.
 
 When nearly all judgements are one category, kappa and alpha fall towards 0 although nearly all
 raters agree: chance is estimated as if everybody guessed by the margins. AC1 estimates that only
@@ -54,7 +54,7 @@ def agreement_weights(categories: Sequence[object], scale: Scale) -> np.ndarray:
 def pairwise_agreement(patterns: np.ndarray, credit: np.ndarray) -> np.ndarray:
     """Share of an item's pairs of judgements that agree, (k,); nan below two judgements.
 
-    `credit` (c, c) is the agreement of two categories (Handbook, chapter 5).
+    `credit` (c, c) is the agreement of two categories (Handbook, chapter 2).
     """
     judgements = patterns.sum(axis=1)
     agreeing = (patterns * (patterns @ credit - 1)).sum(axis=1)

@@ -84,7 +84,7 @@ def wilson_of_means(
     `means` (n,): one value for each independent unit, for example the mean over the labelers who
     judged an item. `weights` (n,): how many units have the value. The interval is Wilson's with
     the effective sample size p (1 - p) / var(mean), as for complex surveys (Korn and Graubard
-    1998; Franco et al. 2019, section 2.2). With values of 0 and 1 only it is Wilson's exactly;
+    1998; Franco et al. 2019). With values of 0 and 1 only it is Wilson's exactly;
     fractional values (ties, several labelers) vary less, so the effective size is larger.
     When the units do not vary at all, the effective size is their number.
     """
