@@ -37,6 +37,7 @@ VERBS = {
     "sample": ("sample", "continue a prompt with a trained model"),
     "chat": ("chat", "chat with a fine-tuned model in the terminal"),
     "serve": ("serve", "serve a model over HTTP: the OpenAI API and a chat page"),
+    "feedback": ("feedback", "collect human feedback in the browser, train on it, promote models"),
     "eval": ("eval", "measure a model: loss, bits per byte of a text, lm-evaluation-harness tasks"),
     "convert": ("convert", "read and write checkpoints of other projects"),
     "push": ("push", "upload a model to the Hugging Face Hub"),

@@ -1,0 +1,5 @@
+"""URLs of manage/."""
+
+from django.urls import URLPattern
+
+urlpatterns: list[URLPattern] = []
