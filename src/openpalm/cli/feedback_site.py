@@ -94,6 +94,10 @@ def open_database(*, migrate: bool = True) -> None:
 
         if migrate:
             manage(["migrate", "--verbosity", "0"])
+        elif _lacks_tables():
+            raise SettingsError(
+                "the database is not of this version; run `openpalm feedback manage migrate` first"
+            )
     except ImproperlyConfigured as error:
         text = " ".join(str(error).split())
         if "psycopg" in text:
@@ -110,6 +114,14 @@ def open_database(*, migrate: bool = True) -> None:
         ) from None
 
 
+def _lacks_tables() -> bool:
+    from django.db import connection
+    from django.db.migrations.executor import MigrationExecutor
+
+    executor = MigrationExecutor(connection)
+    return bool(executor.migration_plan(executor.loader.graph.leaf_nodes()))
+
+
 def _unreachable(error: Exception) -> str:
     """Without the password, which DATABASE_URL may hold."""
     reason = " ".join(str(error).split())[:300]
@@ -121,7 +133,10 @@ def _unreachable(error: Exception) -> str:
 
 def url_of(listening: socket.socket) -> str:
     """The address for a browser on this machine."""
-    host, port = listening.getsockname()[:2]
+    return url_of_address(*listening.getsockname()[:2])
+
+
+def url_of_address(host: str, port: int) -> str:
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{port}"
 
@@ -141,6 +156,13 @@ def setup_line(url: str) -> str | None:
     return f"sign up as its first administrator: {url}/setup?token={setup_token(settings.FEEDBACK_DIR)}"
 
 
+def _name_of_site() -> str | None:
+    """A host name that the site answers to, where 127.0.0.1 is none."""
+    names = os.environ.get("OPENPALM_FEEDBACK_HOSTS", "").split(",")
+    first = names[0].strip().removeprefix(".")
+    return None if first in ("", "*") else first
+
+
 def children(
     site: Site, listening: socket.socket, environment: Mapping[str, str] | None = None
 ) -> list[Child]:
@@ -152,7 +174,7 @@ def children(
         "web process",
         lambda: [*PROGRAM, "feedback", "web", *words],
         more | {SOCKET_VARIABLE: str(number)},
-        ready=answers(f"{url_of(listening)}/healthz"),
+        ready=answers(f"{url_of(listening)}/healthz", _name_of_site()),
         sockets=(number,),
     )
     worker = Child(

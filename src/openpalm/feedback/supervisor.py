@@ -144,12 +144,13 @@ def _how(status: int) -> str:
     return f"ended with status {status}"
 
 
-def answers(url: str) -> Callable[[], bool]:
-    """Whether a GET of this address succeeds now."""
+def answers(url: str, host: str | None = None) -> Callable[[], bool]:
+    """Whether a GET of this address succeeds now; `host` is the name that the site answers to."""
+    request = urllib.request.Request(url, headers={"Host": host} if host else {})
 
     def look() -> bool:
         try:
-            with urllib.request.urlopen(url, timeout=2) as response:
+            with urllib.request.urlopen(request, timeout=2) as response:
                 return response.status == 200
         except (OSError, urllib.error.URLError):
             return False
