@@ -126,7 +126,9 @@ def _unreachable(error: Exception) -> str:
     """Without the password, which DATABASE_URL may hold."""
     reason = " ".join(str(error).split())[:300]
     if os.environ.get("DATABASE_URL"):
-        return f"DATABASE_URL: the database cannot be used ({reason}); check host, name and password"
+        return (
+            f"DATABASE_URL: the database cannot be used ({reason}); check host, name and password"
+        )
     folder = os.environ.get("OPENPALM_FEEDBACK_DIR", "feedback")
     return f"--dir {folder}: its database cannot be used ({reason}); choose another folder"
 
@@ -177,7 +179,5 @@ def children(
         ready=answers(f"{url_of(listening)}/healthz", _name_of_site()),
         sockets=(number,),
     )
-    worker = Child(
-        "worker", lambda: [*PROGRAM, "feedback", "worker", "--dir", site.dir], more
-    )
+    worker = Child("worker", lambda: [*PROGRAM, "feedback", "worker", "--dir", site.dir], more)
     return [web, worker]
