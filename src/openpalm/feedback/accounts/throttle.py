@@ -62,7 +62,7 @@ def succeeded(attempt: LoginFailure) -> None:
 
 
 def _is_shared(address: str) -> bool:
-    """Whether all visitors have this address: an unknown one, or that of a proxy on this machine."""
+    """Whether all visitors have it: an unknown address, or that of a proxy on this machine."""
     return address == "unknown" or ipaddress.ip_network(address).is_loopback
 
 

@@ -1,4 +1,4 @@
-"""Changes of items by managers: withdraw, reopen, priority, gold, reveal. Each in one transaction."""
+"""Changes of items by managers, each in one transaction."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def set_priority(item_id: int, priority: float) -> None:
 
 @transaction.atomic
 def reveal(item: Item, user: User) -> None:
-    """Takes the item out of the user's own queue, so that they may see its judgements and models."""
+    """Takes the item out of the user's own queue, so that they may see all of it."""
     lock_item(item.pk)
     if item.assignments.filter(user=user).exists():
         raise DataError("you have this item in hand; judge or skip it first")

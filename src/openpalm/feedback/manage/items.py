@@ -23,6 +23,7 @@ from openpalm.feedback.models import Candidate, Item, Response, Role, Task
 
 ARMS = ("random", "active")
 MAX_PRIORITY = 1e6
+FILTERS = ("state", "purpose", "arm", "who", "only")
 
 
 @require_GET
@@ -36,20 +37,15 @@ def items(request: ProjectRequest) -> HttpResponse:
         states=Item.State.values,
         purposes=Item.Purpose.values,
         arms=ARMS,
-        chosen={
-            name: request.GET.get(name, "") for name in ("state", "purpose", "arm", "who", "only")
-        },
+        chosen={name: request.GET.get(name, "") for name in FILTERS},
     )
 
 
 def _filtered(request: ProjectRequest) -> "QuerySet[Item]":
     rows, given = Item.objects.filter(project=request.project), request.GET
-    for name, allowed in (
-        ("state", Item.State.values),
-        ("purpose", Item.Purpose.values),
-        ("arm", ARMS),
-    ):
-        if given.get(name) in allowed:
+    allowed = {"state": Item.State.values, "purpose": Item.Purpose.values, "arm": ARMS}
+    for name, values in allowed.items():
+        if given.get(name) in values:
             rows = rows.filter(**{name: given[name]})
     if given.get("only") == "flagged":
         rows = rows.filter(pk__in=open_flags(request.project).order_by().values("item_id"))
@@ -97,12 +93,14 @@ def item(request: ProjectRequest, item_id: int) -> HttpResponse:
         shows_names=shows_names,
         is_revealed=is_revealed,
         judgements=_judgements(found) if is_revealed else [],
-        expected=describe_payload(found.gold_kind, found.gold)
-        if found.gold and is_revealed
-        else "",
+        expected=_expected(found) if is_revealed else "",
         has_expected=found.purpose == Item.Purpose.GOLD,
         choices=_gold_choices(request.project.task),
     )
+
+
+def _expected(found: Item) -> str:
+    return describe_payload(found.gold_kind, found.gold) if found.gold else ""
 
 
 def _model_name(candidate: Candidate) -> str:

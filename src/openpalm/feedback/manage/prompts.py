@@ -5,7 +5,7 @@ from typing import Any
 from django import forms
 from django.conf import settings
 from django.contrib import messages
-from django.http import HttpResponse
+from django.http import Http404, HttpResponse
 from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_POST
 
@@ -19,7 +19,7 @@ from openpalm.feedback.manage.forms import ShareField
 from openpalm.feedback.manage.imports import is_held_out
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.manage.paging import page_of
-from openpalm.feedback.models import Prompt, Role, Task
+from openpalm.feedback.models import Item, Prompt, Role, Task
 from openpalm.feedback.worker.jobs import enqueue
 
 SOURCES = ("file", "chat", "typed", "api")
@@ -149,9 +149,8 @@ def _add_typed(
     project = request.project
     by_digest = {prompt_digest(messages): messages for messages in conversations}
     known = Prompt.objects.filter(project=project, digest__in=by_digest)
-    fresh = {
-        k: v for k, v in by_digest.items() if k not in set(known.values_list("digest", flat=True))
-    }
+    earlier = set(known.values_list("digest", flat=True))
+    fresh = {digest: each for digest, each in by_digest.items() if digest not in earlier}
     if candidates_needed(project.task) == (0, 0):
         add_items(project, [NewItem(m, (), "typed") for m in fresh.values()])
         return len(fresh)
@@ -167,10 +166,8 @@ def held_out(request: ProjectRequest, prompt_id: int) -> HttpResponse:
     """Holds a prompt out of training, or gives it back; not once it has been judged."""
     prompt = Prompt.objects.filter(project=request.project, pk=prompt_id).first()
     if prompt is None:
-        from django.http import Http404
-
         raise Http404("there is no such prompt")
-    if prompt.items.exists():  # pyright: ignore[reportAttributeAccessIssue]
+    if Item.objects.filter(prompt=prompt).exists():
         messages.error(request, "This prompt is in an item already; it stays where it is.")
     else:
         prompt.held_out = not prompt.held_out

@@ -14,10 +14,10 @@ from openpalm.feedback.labeling import submission
 from openpalm.feedback.manage.blinding import revealed
 from openpalm.feedback.manage.flags import open_flags
 from openpalm.feedback.manage.judgements import describe
-from openpalm.feedback.manage.lineage import models_of
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.manage.paging import page_of
 from openpalm.feedback.models import Response, Role, Snapshot, User
+from openpalm.feedback.training.lineage import models_of
 
 KINDS = ("compare", "rank", "rate", "thumb", "edit", "write", "skip", "flag")
 
@@ -70,9 +70,9 @@ def _find(request: ProjectRequest, response_id: int) -> Response:
 @require_http_methods(["GET", "POST"])
 @project_page(Role.ADMIN)
 def response_delete(request: ProjectRequest, response_id: int) -> HttpResponse:
-    """Shows what a judgement is part of; a POST erases its content and keeps its place in history."""
+    """Shows which models a judgement is in; a POST erases its content."""
     response = _find(request, response_id)
-    models = models_of([response.pk])
+    models = models_of([response])
     snapshots = Snapshot.objects.filter(rows__response=response)
     if request.method == "POST" and response.state != Response.State.DELETED:
         submission.delete(response.pk)

@@ -1,6 +1,6 @@
 """The rows of an uploaded file, one by one, as prompts or as items with candidates.
 
-Reads .jsonl with every format of data/rows, .csv with a header, and .txt with a prompt on each line.
+Reads .jsonl with every format of data/rows, .csv with a header, .txt with a prompt on each line.
 A line that cannot be read is yielded as its reason with file and line, and the next one is read.
 """
 
