@@ -6,6 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
     dependencies = [
         ("feedback", "0002_api"),
+        ("feedback", "0002_worker"),
     ]
 
     operations = [
