@@ -42,4 +42,6 @@ def _page(request: HttpRequest, status: int, reason: str) -> HttpResponse:
 
 def _without_request(status: int, reason: str) -> HttpResponse:
     """A page that reads neither the session nor the database: they may be what failed."""
-    return HttpResponse(render_to_string(TEMPLATE, {"status": status, "reason": reason}), status=status)
+    return HttpResponse(
+        render_to_string(TEMPLATE, {"status": status, "reason": reason}), status=status
+    )

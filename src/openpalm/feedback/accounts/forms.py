@@ -16,9 +16,9 @@ class SignUpForm(UserCreationForm):
     def __init__(self, *args: Any, **names: Any) -> None:
         super().__init__(*args, **names)
         self.fields["username"].help_text = "Letters, digits and @ . + - _ only."
-        self.fields["password1"].help_text = (
-            "At least 8 characters, not a common password, not only digits."
-        )
+        self.fields[
+            "password1"
+        ].help_text = "At least 8 characters, not a common password, not only digits."
         self.fields["password2"].help_text = ""
         self.fields["password2"].label = "Password again"
 

@@ -110,17 +110,20 @@ class NewProjectForm(SettingsForm):
 
 
 class GuidelineForm(forms.Form):
-    text = forms.CharField(label="Guidelines in Markdown", max_length=100_000, widget=forms.Textarea)
+    text = forms.CharField(
+        label="Guidelines in Markdown", max_length=100_000, widget=forms.Textarea
+    )
 
 
 class InvitationForm(forms.Form):
     role = forms.ChoiceField()
     days = forms.TypedChoiceField(
-        label="Valid for", coerce=int, choices=[(1, "1 day"), (7, "7 days"), (30, "30 days")], initial=7
+        label="Valid for",
+        coerce=int,
+        choices=[(1, "1 day"), (7, "7 days"), (30, "30 days")],
+        initial=7,
     )
-    uses = forms.IntegerField(
-        label="People who may use it", min_value=1, max_value=1000, initial=1
-    )
+    uses = forms.IntegerField(label="People who may use it", min_value=1, max_value=1000, initial=1)
 
     def __init__(self, *args: Any, roles: list[str], **names: Any) -> None:
         super().__init__(*args, **names)
