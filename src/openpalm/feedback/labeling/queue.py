@@ -43,12 +43,12 @@ def _next(project: Project, user: User) -> Assignment | None:
         return _lease(item, user, project, counted=False)
     if _draw.random() < project.repeat_share and (earlier := _repeatable(project, user)):
         return _lease(earlier.item, user, project, counted=False, repeat=1)
-    if item := _open_items(project, user).select_for_update(skip_locked=True).first():
+    if item := open_items(project, user).select_for_update(skip_locked=True).first():
         return _lease(item, user, project, counted=True)
     return None
 
 
-def _open_items(project: Project, user: User) -> QuerySet[Item]:
+def open_items(project: Project, user: User) -> QuerySet[Item]:
     """Items with a free place that the user has not had, the least annotated first."""
     had = Assignment.objects.filter(item=OuterRef("pk"), user=user)
     return (
