@@ -149,7 +149,7 @@ class _Estimation:
         drawn = {row.outcome not in ("a", "b") for row in self.used}
         if drawn != {True, False}:
             self.notes.append(
-                "Davidson's tie parameter needs ties and decided comparisons; without it ties are half a win."
+                "Davidson's tie parameter needs ties and decided comparisons; ties count half."
             )
         return drawn == {True, False}
 
