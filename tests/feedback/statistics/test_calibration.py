@@ -51,6 +51,7 @@ def test_no_preference_and_certainty():
     even = calibration([0.5] * 4, [1, 0, 1, 0])
     assert (even.accuracy.value, even.brier, even.expected_error) == (0.5, 0.25, 0)
     assert even.log_loss == pytest.approx(math.log(2))
+    assert calibration([0.5, 0.5], [1, 1]).accuracy.value == 0.5, "no choice is no agreement"
     sure = calibration([1.0, 0.0], [1, 0])
     assert (sure.accuracy.value, sure.brier, sure.expected_error) == (1, 0, 0)
     assert sure.bins[-1].judgements == 2

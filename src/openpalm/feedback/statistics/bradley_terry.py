@@ -283,13 +283,11 @@ class _Estimation:
         flat = vectors[:, sizes <= 1e-9 * max(sizes.max(), 1e-300)]
         known = np.asarray((np.abs(contrast @ flat) < 1e-5).all(axis=1))
         m = self.rows.models
-        alone = (self.groups[:, None] == self.groups).sum(axis=1) == 1
         unknown = self._names(~known[:m]) + [
             self.features[k] for n, k in enumerate(self.kept) if not known[m + n]
         ]
         if unknown:
             self.notes.append(f"Models and style cannot be told apart: {', '.join(unknown)}.")
-        known[:m] &= ~alone
         return known
 
     def _order(self, values: np.ndarray) -> list[int]:
