@@ -1,6 +1,7 @@
 """Exports of Argilla 1 and 2, written after its documented shapes, as records told by hand."""
 
 import json
+import re
 
 import datasets
 import pytest
@@ -137,7 +138,7 @@ def test_argilla_2(tmp_path):
         "a ranking of names that are no completions": 1,
     }
     (first, *_) = tasks[0].preferences
-    assert first.id == "argilla:r1:ann:0"
+    assert re.fullmatch("argilla:r1:[0-9a-f]{12}:ann:0", first.id)
     assert (first.author_kind, first.created) == ("person", CREATED)
 
 
@@ -249,6 +250,12 @@ def test_a_second_reading_gives_the_same_ids(tmp_path):
     ]
     assert twice[0] == twice[1]
     assert len({*twice[0]}) == len(twice[0]) == 9
+
+
+def test_equal_ids_of_two_projects_stay_apart(tmp_path):
+    other = RATED | {"fields": RATED["fields"] | {"prompt": "Sea?"}}
+    ids = [p.id for task in read(tmp_path, RATED, other)[0] for p in task.preferences]
+    assert len({*ids}) == len(ids) == 6
 
 
 def changed(row, **fields):

@@ -45,14 +45,18 @@ class ImportedTask(NamedTuple):
 
 class _Tool(NamedTuple):
     name: str
+    prefix: str
+    """begins the ids of its records"""
     detect: Callable[[Row], bool]
     parse: Callable[[Row, Roles], tuple[Task, list[str]]]
 
 
 _TOOLS = (
-    _Tool("Label Studio", is_label_studio, lambda row, roles: parse_label_studio(row)),
-    _Tool("Argilla", is_argilla, lambda row, roles: parse_argilla(row)),
-    _Tool("Label Studio JSON-MIN", is_label_studio_min, parse_label_studio_min),
+    _Tool(
+        "Label Studio", "label-studio", is_label_studio, lambda row, roles: parse_label_studio(row)
+    ),
+    _Tool("Argilla", "argilla", is_argilla, lambda row, roles: parse_argilla(row)),
+    _Tool("Label Studio JSON-MIN", "label-studio", is_label_studio_min, parse_label_studio_min),
 )
 
 
@@ -123,7 +127,8 @@ def _records(
     counts: StreamCounts,
     created: str,
 ) -> list[Preference]:
-    task_id = f"{tool.name.split()[0].lower()}:{task.id or _digest(content)}"
+    # The ids of tasks are unique in one project of the tool; two projects may be imported.
+    task_id = ":".join(filter(None, (tool.prefix, task.id, _digest(content))))
     records: list[Preference] = []
     for annotation in task.annotations:
         for record in records_of(task_id, content, annotation, roles, created):
@@ -136,6 +141,6 @@ def _records(
 
 
 def _digest(content: Content) -> str:
-    """Stands for the id of a task that has none."""
+    """Tells tasks apart that have the same id, or none."""
     texts = [*(m.content for m in content.prompt), *(choice.text for choice in content.choices)]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
