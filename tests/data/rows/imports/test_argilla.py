@@ -1,4 +1,4 @@
-"""Exports of Argilla 1 and 2, written after its documented shapes, as records told by hand."""
+"""Exports of Argilla 1 and 2, written after its documented shapes, and the records that they hold."""
 
 import json
 import re

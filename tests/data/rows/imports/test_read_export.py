@@ -112,3 +112,45 @@ def test_a_judgement_without_a_time_gets_the_time_of_reading(tmp_path):
     path.write_text(json.dumps(argilla.RATED), encoding="utf-8")
     (task,) = read_export(path)
     assert task.preferences[0].created.endswith("+00:00")
+
+
+def judged(name):
+    counts = StreamCounts()
+    tasks = read_export(Path(__file__).parent / "data" / name, counts=counts)
+    records = [p for task in tasks for p in task.preferences]
+    return [(p.author[:6], p.kind, p.payload) for p in records], counts.unused
+
+
+def test_files_that_argilla_wrote():
+    """Two records, three users' answers, written by argilla 2.8.0 in both of its ways."""
+    submitted = [
+        ("d566b5", "rank", {"order": [[1], [0]]}),
+        ("d566b5", "rate", {"ratings": {"quality": 4}, "candidate": 0}),
+        ("6f1a84", "compare", {"better": 0, "worse": 1, "strength": 1}),
+    ]
+    records, unused = judged("argilla_2.8_flat.jsonl")
+    assert sorted(map(str, records)) == sorted(map(str, submitted))
+    assert unused == {
+        "a suggestion of a model": 1,
+        "draft response": 1,
+        "field 'topic', which no record holds": 1,
+    }
+    # to_json writes no status: a draft looks as if it was submitted.
+    records, unused = judged("argilla_2.8_to_json.json")
+    draft = ("6f1a84", "compare", {"tie": [0, 1]})
+    assert sorted(map(str, records)) == sorted(map(str, [*submitted, draft]))
+    assert unused == {"a suggestion of a model": 1}
+
+
+def test_a_file_that_label_studio_wrote():
+    """JSON-MIN that label-studio-sdk 2.1 made of the JSON beside it."""
+    whole, unused = judged("label_studio.json")
+    assert whole == [
+        ("a@b.c", "compare", {"better": 1, "worse": 0, "strength": 1}),
+        ("a@b.c", "rate", {"ratings": {"stars": 4}, "candidate": 0}),
+        ("a@b.c", "compare", {"tie": [0, 1]}),
+    ]
+    assert unused == {"text of question 'why', which no record holds": 1}
+    records, unused = judged("label_studio_sdk_2.1_min.json")
+    assert records == whole
+    assert unused == {"field 'why', which no record holds": 1}

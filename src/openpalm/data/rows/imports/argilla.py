@@ -3,7 +3,8 @@
 Argilla 2: `to_json` (`responses`: question -> list of value, user_id) and `to_datasets` (columns
 `QUESTION.responses`, `.responses.users`, `.responses.status`). Argilla 1: records of a
 FeedbackDataset (`responses`: a list of user_id, status, values), and its data sets on the hub (a
-column of user_id, value, status for each question).
+column of user_id, value, status for each question). A response without a status is taken for
+submitted: `to_json` of Argilla 2 writes none, not even for drafts.
 """
 
 from collections.abc import Iterable, Iterator
