@@ -5,6 +5,7 @@
    A control names its key in data-key; the item is replaced by htmx after each judgement. */
 
 const DRAFT_AFTER_MS = 800;
+const POLL_MS = 700;
 const SETTLE_MS = 250; // a second Enter within this time was meant for the item before
 
 const find = (selector) => document.querySelector(selector);
@@ -21,7 +22,7 @@ let shownAt = 0;
 const activeMs = () => Math.round(before + (since ? performance.now() - since : 0));
 
 function startClock() {
-  before = Number(form()?.elements.elapsed_ms?.value) || 0;
+  before = Number(find("#item [name=elapsed_ms]")?.value) || 0;
   since = document.hidden ? 0 : performance.now();
   shownAt = performance.now();
 }
@@ -89,7 +90,7 @@ function press(event) {
   if (event.defaultPrevented || event.altKey || event.metaKey) return;
   if (typing(target)) {
     if (key === "Escape") target.blur();
-    if (key === "Enter" && event.ctrlKey && form()?.contains(target)) submitBy(event, target);
+    if (key === "Enter" && event.ctrlKey) sendBy(event, target);
     return;
   }
   if (event.ctrlKey || event.repeat) return;
@@ -125,6 +126,14 @@ function submitBy(event, target) {
   if (!button) return;
   if (!inFlag && !isJudged()) return say("Choose first.");
   button.click();
+}
+
+function sendBy(event, target) {
+  if (form()?.contains(target)) return submitBy(event, target);
+  const sends = target.form?.querySelectorAll("[data-send]");
+  if (!sends?.length) return say("Press Esc, then A or B: with which answer does it go on?");
+  event.preventDefault();
+  sends[0].click();
 }
 
 // The server checks everything; this only keeps an early Enter from asking it.
@@ -282,6 +291,33 @@ document.addEventListener("change", (event) => {
   if (event.target.dataset?.answer) drawRanking();
 });
 
+/* The live chat: the answers grow while the rest of the page stays as it is. */
+
+let polling = 0;
+
+async function poll() {
+  const item = find("#item[data-poll]");
+  if (!item) return;
+  try {
+    const answer = await fetch(item.dataset.poll, { headers: { "HX-Request": "true" } });
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const growing = fresh.querySelector("#growing");
+    if (growing && item.isConnected) {
+      find("#growing").replaceChildren(...growing.childNodes);
+      if (!fresh.querySelector("#item[data-poll]")) {
+        delete item.dataset.poll;
+        say("Both models have answered.");
+      }
+    }
+  } catch { /* the next time perhaps */ }
+  waitToPoll();
+}
+
+function waitToPoll() {
+  clearTimeout(polling);
+  if (find("#item[data-poll]")) polling = setTimeout(poll, POLL_MS);
+}
+
 /* Answers of the server, and what keeps a judgement that could not be sent. */
 
 function trouble(text) {
@@ -320,9 +356,10 @@ document.addEventListener("htmx:afterSettle", () => {
   for (const [id, was] of Object.entries(open)) if (was && find(`#${id}`)) find(`#${id}`).open = true;
   begin();
   const error = find("#error");
-  say(error ? "" : form() ? "Next item." : "Nothing is left to judge.");
+  say(error || find("#talk") ? "" : form() ? "Next item." : "Nothing is left to judge.");
   const field = find("#flag[open] textarea");
   (field ?? error ?? find("#item h1"))?.focus({ preventScroll: !error });
+  if (!error) find("#growing")?.scrollIntoView({ block: "nearest" });
 });
 
 function begin() {
@@ -332,6 +369,7 @@ function begin() {
   saved = form() ? typed() : "";
   goTo(axesOf().find((axis) => !axis.querySelector(":checked")) ?? axesOf()[0]);
   drawRanking();
+  waitToPoll();
 }
 
 document.addEventListener("keydown", press);
