@@ -95,7 +95,7 @@ function press(event) {
   }
   if (event.ctrlKey || event.repeat) return;
   if (key === "Enter") {
-    if (!target.closest("a, button, summary")) submitBy(event, target);
+    if (!target.closest("a, summary, button:not([data-chip])")) submitBy(event, target);
     return;
   }
   if (key === "Escape") closePanels();
@@ -328,7 +328,8 @@ function trouble(text) {
 
 document.addEventListener("htmx:configRequest", (event) => {
   readClock();
-  if ("elapsed_ms" in event.detail.parameters) event.detail.parameters.elapsed_ms = String(activeMs());
+  const { parameters } = event.detail;
+  if (parameters.elapsed_ms !== undefined) parameters.elapsed_ms = String(activeMs());
 });
 document.addEventListener("htmx:beforeRequest", () => clearTimeout(timer));
 document.addEventListener("htmx:sendError", () =>
@@ -351,14 +352,14 @@ let open = {};
 document.addEventListener("htmx:beforeSwap", () => {
   open = { guidelines: find("#guidelines")?.open, keys: find("#keys")?.open };
 });
-document.addEventListener("htmx:afterSettle", () => {
+document.addEventListener("htmx:afterSwap", () => {
   trouble("");
   for (const [id, was] of Object.entries(open)) if (was && find(`#${id}`)) find(`#${id}`).open = true;
   begin();
   const error = find("#error");
   say(error || find("#talk") ? "" : form() ? "Next item." : "Nothing is left to judge.");
   const field = find("#flag[open] textarea");
-  (field ?? error ?? find("#item h1"))?.focus({ preventScroll: !error });
+  (field ?? error ?? find("#item h1[tabindex]"))?.focus({ preventScroll: !error });
   if (!error) find("#growing")?.scrollIntoView({ block: "nearest" });
 });
 
