@@ -32,6 +32,7 @@ function readClock() {
   if (field) field.value = activeMs();
 }
 
+document.addEventListener("submit", readClock, true);
 document.addEventListener("visibilitychange", () => {
   before = activeMs();
   since = document.hidden ? 0 : performance.now();
