@@ -2,11 +2,12 @@
 
 import json
 import re
+from contextlib import ExitStack
 
 import pytest
 from chromium import Pages
 from feedback_site import feedback_site
-from labeler_site import CODE, LONG, PASSWORD, RTL, XSS, item, items, seed
+from labeler_site import CODE, LONG, PASSWORD, RTL, XSS, item, items, seed, slow_models
 from playwright.sync_api import expect
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -40,19 +41,27 @@ PROJECTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def models():
+    """A model server that streams "I am writing", waits for `models.go`, and ends."""
+    with slow_models() as server:
+        yield server
+
+
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def labelers(request, tmp_path_factory):
+def labelers(request, tmp_path_factory, models):
     """One site for all tests; each has a project of its own."""
     folder = tmp_path_factory.mktemp("labelers") / "site"
-    if request.param == "sqlite":
-        with feedback_site(folder) as site:
-            yield seed(site, ["ann", "bob", "cat"], PROJECTS)
-        return
-    with (
-        request.getfixturevalue("postgresql").database() as url,
-        feedback_site(folder, url) as site,
-    ):
-        yield seed(site, ["ann", "bob", "cat"], PROJECTS)
+    with ExitStack() as stack:
+        url = None
+        if request.param == "postgresql":
+            url = stack.enter_context(request.getfixturevalue("postgresql").database())
+        site = stack.enter_context(feedback_site(folder, url))
+        filled = seed(site, ["ann", "bob", "cat"], PROJECTS)
+        site.stop()
+        site.environment = {**site.environment, "OPENPALM_SERVER_URL": models.url}
+        site.start()
+        yield filled
 
 
 @pytest.fixture
@@ -340,6 +349,34 @@ def test_without_javascript_an_item_is_skipped_flagged_and_undone(labelers, judg
     page.get_by_role("button", name="Undo").click()
     judged(page, 0)
     assert [state for state, *_ in labelers.responses("plain")] == ["skipped", "undone"]
+
+
+def test_a_chat_grows_and_is_judged_before_its_end(labelers, judge, models):
+    models.go.clear()
+    page = judge("chat")
+    page.keyboard.press("e")
+    page.keyboard.type("Hello, who are you?")
+    page.keyboard.press("Control+Enter")
+    answers = page.locator("#growing")
+    expect(answers.get_by_text("I am writing")).to_have_count(2)
+    page.keyboard.press("e")
+    page.keyboard.type("A message half written")
+    models.go.set()
+    expect(answers.get_by_text("I am writing and now at the end.")).to_have_count(2)
+    expect(answers.get_by_text("writing", exact=True)).to_have_count(0)
+    expect(page.locator("#text")).to_have_value("A message half written")
+    models.go.clear()
+    page.keyboard.press("Escape")
+    page.keyboard.press("b")
+    expect(answers.get_by_text("I am writing", exact=True)).to_have_count(2)
+    assert "secret" not in page.content()
+    page.keyboard.press("4")
+    enter(page, 1)
+    expect(page.get_by_text("Ask anything")).to_be_visible()
+    models.go.set()
+    [(state, payload, _, elapsed_ms)] = labelers.responses("chat")
+    assert (state, payload) == ("submitted", {"better": 1, "worse": 0, "strength": 1})
+    assert elapsed_ms > 0
 
 
 LOOKS = {"light": {}, "dark": {"color_scheme": "dark"}, "phone": PHONE}

@@ -2,7 +2,11 @@
 
 import json
 import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from feedback_site import Site
@@ -113,3 +117,55 @@ def seed(site: Site, users: list[str], projects: list[dict[str, Any]]) -> Labele
     given = json.dumps({"users": users, "projects": projects, "password": PASSWORD})
     said = site.manage("shell", "-c", SEED.format(given=given))
     return LabelerSite(site, json.loads(said.splitlines()[-1]))
+
+
+class SlowModels(ThreadingHTTPServer):
+    """Streams the beginning of an answer, and its end once `go` is set."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _SlowAnswer)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.go = threading.Event()
+
+
+class _SlowAnswer(BaseHTTPRequestHandler):
+    server: SlowModels
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        try:
+            # Some pieces at intervals: the site stores what it has every half second.
+            for piece in ("I am ", "writing", *[""] * 8):
+                self._stream(piece)
+                threading.Event().wait(0.1)
+            self.server.go.wait(30)
+            self._stream(" and now at the end.")
+            self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:
+            pass  # the site has stopped to read
+
+    def _stream(self, piece: str) -> None:
+        event = {"choices": [{"index": 0, "delta": {"content": piece}}]}
+        self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+
+
+@contextmanager
+def slow_models() -> Iterator[SlowModels]:
+    server = SlowModels()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.go.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()

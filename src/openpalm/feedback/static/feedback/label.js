@@ -81,7 +81,8 @@ function later() {
 
 document.addEventListener("input", (event) => {
   if (form()?.contains(event.target)) later();
-  if (event.target.id === "text") form().elements.unchanged?.checked && (form().elements.unchanged.checked = false);
+  const unchanged = form()?.elements.unchanged; // "good as it is" ends when the text is edited
+  if (event.target.id === "text" && unchanged) unchanged.checked = false;
 });
 
 /* Keys. */
