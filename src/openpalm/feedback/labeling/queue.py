@@ -48,7 +48,7 @@ def _next(project: Project, user: User) -> Assignment | None:
     # One lease at a time for two tabs.
     User.objects.select_for_update(no_key=True).get(pk=user.pk)
     mine = Assignment.objects.filter(project=project, user=user, state=Assignment.State.OPEN)
-    if found := mine.order_by("id").first():
+    if found := mine.select_related("item__prompt").order_by("id").first():
         return found
     if not project.open:
         return None
