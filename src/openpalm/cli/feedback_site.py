@@ -126,9 +126,7 @@ def _unreachable(error: Exception) -> str:
     """Without the password, which DATABASE_URL may hold."""
     reason = " ".join(str(error).split())[:300]
     if os.environ.get("DATABASE_URL"):
-        return (
-            f"DATABASE_URL: the database cannot be used ({reason}); check host, name and password"
-        )
+        return f"DATABASE_URL: the database cannot be used ({reason}); check its parts"
     folder = os.environ.get("OPENPALM_FEEDBACK_DIR", "feedback")
     return f"--dir {folder}: its database cannot be used ({reason}); choose another folder"
 
@@ -155,7 +153,8 @@ def setup_line(url: str) -> str | None:
     connection.close()
     if has_admin:
         return None
-    return f"sign up as its first administrator: {url}/setup?token={setup_token(settings.FEEDBACK_DIR)}"
+    token = setup_token(settings.FEEDBACK_DIR)
+    return f"sign up as its first administrator: {url}/setup?token={token}"
 
 
 def _name_of_site() -> str | None:

@@ -10,7 +10,7 @@ order, "left" of one rater is "right" of another.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -175,19 +175,24 @@ class AgreementCounts:
             and self._items == other._items
         )
 
-    def restricted(self, categories: Sequence[Category]) -> tuple["AgreementCounts", int]:
-        """The table of some categories only, and how many judgements that leaves out.
+    def regrouped(self, groups: Mapping[Category, Category]) -> tuple["AgreementCounts", int]:
+        """The table of other categories, and how many judgements it leaves out.
 
-        For an ordinal figure of a scale where "both bad" stands outside the order.
+        `groups` names the new category of each old one; categories without one are left out. For
+        agreement about the winner of a scale with strengths, {-2: "a", -1: "a", 0: "tie", ...}, or
+        for an ordinal figure of a scale where "both bad" is outside the order. The new categories
+        are in order of first mention.
         """
-        table = AgreementCounts(categories)
-        places = [self._place(category) for category in table.categories]
+        table = AgreementCounts(tuple(dict.fromkeys(groups.values())))
+        moves = [(self._place(old), table._place(new)) for old, new in groups.items()]
         left_out = 0
         for counts, number in self._items.items():
-            kept = tuple(counts[place] for place in places)
+            kept = list(table.empty)
+            for place, to in moves:
+                kept[to] += counts[place]
             left_out += number * (sum(counts) - sum(kept))
             if any(kept):
-                table._items[kept] += number
+                table._items[tuple(kept)] += number
         return table, left_out
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:

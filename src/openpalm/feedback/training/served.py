@@ -66,8 +66,7 @@ def _first_project(name: str) -> Project:
 def _serve(project: Project, path: str, name: str) -> ModelVersion:
     model = register(project, path, name=name)
     if project.served_id != model.pk:
-        project.served = model
-        project.save(update_fields=["served"])
+        Project.objects.filter(pk=project.pk).update(served=model)
         audit.record("model.served", user=None, project=project, target=model)
     return model
 
