@@ -39,6 +39,10 @@ VERBS = {
     "chat": ("chat", "chat with a fine-tuned model in the terminal"),
     "serve": ("serve", "serve a model over HTTP: the OpenAI API and a chat page"),
     "feedback": ("feedback", "collect human feedback in the browser, train on it, promote models"),
+    "simulate-labelers": (
+        "simulate_labelers",
+        "judge items of a feedback project as labelers of known taste and noise",
+    ),
     "eval": ("eval", "measure a model: loss, bits per byte of a text, lm-evaluation-harness tasks"),
     "convert": ("convert", "read and write checkpoints of other projects"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
@@ -114,7 +118,7 @@ def _escape_unencodable() -> None:
 def _without_verb(argv: Sequence[str]) -> int | None:
     """Handles --help, --version and an unknown verb; None if there is a verb to run."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        listing = "\n".join(f"  {verb:<12}{about}" for verb, (_, about) in VERBS.items())
+        listing = "\n".join(f"  {verb:<19}{about}" for verb, (_, about) in VERBS.items())
         print(USAGE.format(verbs=listing))
         return 0 if argv else 2
     if argv[0] == "--version":

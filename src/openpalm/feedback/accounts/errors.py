@@ -23,6 +23,10 @@ def not_found(request: HttpRequest, exception: Any = None) -> HttpResponse:
     return _page(request, 404, str(exception) if known else "There is no such page.")
 
 
+def too_large(request: HttpRequest) -> HttpResponse:
+    return _without_request(413, "This is larger than the site takes.")
+
+
 def server_error(request: HttpRequest) -> HttpResponse:
     return _without_request(500, "The server failed. The error is in its log; nothing was stored.")
 
@@ -42,4 +46,6 @@ def _page(request: HttpRequest, status: int, reason: str) -> HttpResponse:
 
 def _without_request(status: int, reason: str) -> HttpResponse:
     """A page that reads neither the session nor the database: they may be what failed."""
-    return HttpResponse(render_to_string(TEMPLATE, {"status": status, "reason": reason}), status=status)
+    return HttpResponse(
+        render_to_string(TEMPLATE, {"status": status, "reason": reason}), status=status
+    )

@@ -1,5 +1,6 @@
 """Invitations by link. Only a hash of the link's secret is stored."""
 
+import hashlib
 import secrets
 from datetime import timedelta
 
@@ -10,8 +11,11 @@ from django.utils import timezone
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import RANKS
-from openpalm.feedback.accounts.tokens import digest_of
 from openpalm.feedback.models import Invitation, Membership, Project, Role, User
+
+
+def digest_of(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def grantable_roles(role: str) -> list[str]:
@@ -65,7 +69,5 @@ def join(invitation: Invitation, user: User) -> Membership:
     left = Invitation.objects.filter(pk=invitation.pk, uses_left__gt=0, revoked_at=None)
     if not left.update(uses_left=F("uses_left") - 1):
         raise DataError("this invitation has been used up; ask for a new one")
-    audit.record(
-        "member.joined", user=user, project=project, target=user, role=invitation.role
-    )
+    audit.record("member.joined", user=user, project=project, target=user, role=invitation.role)
     return Membership.objects.create(project=project, user=user, role=invitation.role)

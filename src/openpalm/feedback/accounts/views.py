@@ -1,6 +1,7 @@
 """Set-up of the first administrator, one's account, API tokens, invitations."""
 
 import secrets
+from datetime import timedelta
 from typing import Any
 
 from django.conf import settings
@@ -18,7 +19,7 @@ from openpalm.feedback.accounts.access import public_page, signed_in_page
 from openpalm.feedback.accounts.forms import SignUpForm, TokenForm
 from openpalm.feedback.accounts.invitations import find_invitation, join
 from openpalm.feedback.accounts.setup_link import setup_token
-from openpalm.feedback.accounts.tokens import make_token
+from openpalm.feedback.api.tokens import issue
 from openpalm.feedback.models import Invitation, Project, User
 
 
@@ -83,15 +84,20 @@ def token_new(request: Any) -> HttpResponse:
     if not form.is_valid():
         return _account(request, form, 422)
     given = form.cleaned_data
-    row, secret = make_token(
+    days, project = given["days"], given["project"]
+    secret = issue(
         request.user,
         given["name"],
         given["scopes"],
-        project=given["project"],
-        days=given["days"],
+        project=project,
+        expires_at=None if days is None else timezone.now() + timedelta(days=days),
     )
     audit.record(
-        "token.made", user=request.user, project=row.project, target=row.name, scopes=row.scopes
+        "token.made",
+        user=request.user,
+        project=project,
+        target=given["name"],
+        scopes=given["scopes"],
     )
     return _account(request, TokenForm(projects=projects), 201, secret)
 

@@ -2,13 +2,14 @@
 
 Every change of an item's places happens in one transaction that holds the item's row (PostgreSQL)
 or the database (SQLite). `Item.taken` counts submitted responses and leases in force; a lease that
-expires gives its place back. Locks are taken in the order user, item, assignment.
+expires gives its place back. Locks are taken in the order user, item, assignment, and a transaction
+waits for one item only. They are "no key" locks: a new row that refers to the item need not wait.
 """
 
 import random
 from datetime import timedelta
 
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError, OperationalError, connection, transaction
 from django.db.models import Exists, F, OuterRef, QuerySet
 from django.utils import timezone
 
@@ -18,22 +19,34 @@ _draw = random.SystemRandom()
 ATTEMPTS = 20
 REPEAT_AFTER = 10
 """judgements between an item and its repetition"""
+AT_ONCE = 50
+"""expired leases that one request gives back"""
 
 
 def next_assignment(project: Project, user: User) -> Assignment | None:
     """The user's open assignment, or a lease of another item; None if nothing is left."""
-    for _ in range(ATTEMPTS):
+    return_expired(project)
+    for attempt in range(ATTEMPTS):
         try:
             with transaction.atomic():
                 return _next(project, user)
         except IntegrityError:  # another process took the last place in between
-            continue
+            if attempt + 1 == ATTEMPTS:
+                raise
+        except OperationalError as error:
+            if attempt + 1 == ATTEMPTS or not _is_deadlock(error):
+                raise
     return None
 
 
+def _is_deadlock(error: OperationalError) -> bool:
+    """Whether PostgreSQL ended this transaction for another one, so that it may be repeated."""
+    return getattr(error.__cause__, "sqlstate", None) in ("40P01", "40001")
+
+
 def _next(project: Project, user: User) -> Assignment | None:
-    User.objects.select_for_update().get(pk=user.pk)  # one lease at a time for two tabs
-    return_expired(project)
+    # One lease at a time for two tabs.
+    User.objects.select_for_update(no_key=True).get(pk=user.pk)
     mine = Assignment.objects.filter(project=project, user=user, state=Assignment.State.OPEN)
     if found := mine.order_by("id").first():
         return found
@@ -43,9 +56,22 @@ def _next(project: Project, user: User) -> Assignment | None:
         return _lease(item, user, project, counted=False)
     if _draw.random() < project.repeat_share and (earlier := _repeatable(project, user)):
         return _lease(earlier.item, user, project, counted=False, repeat=1)
-    if item := _open_items(project, user).select_for_update(skip_locked=True).first():
+    if item := _free_item(project, user):
         return _lease(item, user, project, counted=True)
     return None
+
+
+def _free_item(project: Project, user: User) -> Item | None:
+    """The next item with a free place, locked.
+
+    Items that others are taking are passed over, so that nobody waits. If no other is left, waits
+    for them: they may have one more place.
+    """
+    items = _open_items(project, user)
+    if not connection.features.has_select_for_update_skip_locked:
+        return items.first()  # SQLite: the transaction holds the whole database
+    found = items.select_for_update(skip_locked=True, no_key=True).first()
+    return found or items.select_for_update(no_key=True).first()
 
 
 def _open_items(project: Project, user: User) -> QuerySet[Item]:
@@ -98,25 +124,29 @@ def _lease(
 
 
 def return_expired(project: Project) -> int:
-    """Gives the places of expired leases back; returns how many."""
+    """Gives the places of expired leases back; returns how many. Not for use in a transaction."""
     now = timezone.now()
     expired = Assignment.objects.filter(
         project=project, state=Assignment.State.OPEN, expires_at__lt=now
     )
-    returned = 0
-    for item_id in sorted(set(expired.values_list("item_id", flat=True)[:200])):
-        lock_item(item_id)
-        for assignment in expired.filter(item_id=item_id).select_for_update():
-            assignment.state = Assignment.State.RETURNED
-            assignment.save(update_fields=["state"])
-            give_back(assignment)
-            returned += 1
-    return returned
+    ids = sorted(set(expired.order_by("expires_at").values_list("item_id", flat=True)[:AT_ONCE]))
+    return sum(_return_expired(expired.filter(item_id=item_id), item_id) for item_id in ids)
+
+
+@transaction.atomic
+def _return_expired(expired: QuerySet[Assignment], item_id: int) -> int:
+    lock_item(item_id)
+    found = list(expired.select_for_update(no_key=True))
+    for assignment in found:
+        assignment.state = Assignment.State.RETURNED
+        assignment.save(update_fields=["state"])
+        give_back(assignment)
+    return len(found)
 
 
 def lock_item(item_id: int) -> Item:
     """The item's row, locked until the transaction ends."""
-    return Item.objects.select_for_update().get(pk=item_id)
+    return Item.objects.select_for_update(no_key=True).get(pk=item_id)
 
 
 def give_back(assignment: Assignment) -> None:

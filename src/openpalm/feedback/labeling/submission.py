@@ -1,4 +1,4 @@
-"""Stores judgements, skips, flags and drafts; undoes them. Each call is one transaction."""
+"""Stores judgements, skips, flags, drafts; undoes, deletes them. A call is one transaction."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +11,7 @@ from django.utils import timezone
 from openpalm.errors import DataError
 from openpalm.feedback.labeling.categories import category_of, picked_position
 from openpalm.feedback.labeling.queue import give_back, lock_item, take_place
-from openpalm.feedback.models import Assignment, Item, Project, Response, User
+from openpalm.feedback.models import Assignment, Item, ModelVersion, Project, Response, User
 
 State = Assignment.State
 
@@ -35,9 +35,11 @@ def submit(assignment_id: int, user: User, judgement: Judgement) -> Response:
     """
     item, assignment = _lock(assignment_id, user)
     if assignment.state == State.SUBMITTED:
-        return assignment.responses.get(in_force=True)
+        return assignment.responses.order_by("-id")[0]
     counts = assignment.state == State.OPEN or take_place(item, assignment)
     state = Response.State.SUBMITTED if counts else Response.State.SURPLUS
+    if not counts and (kept := assignment.responses.filter(state=state).first()):
+        return kept
     assignment.responses.filter(in_force=True).update(in_force=False)  # a flag, judged after all
     response = _store(assignment, user, judgement, state)
     assignment.state = State.SUBMITTED if counts else State.RETURNED
@@ -46,7 +48,7 @@ def submit(assignment_id: int, user: User, judgement: Judgement) -> Response:
     if counts and assignment.counted:
         item.refresh_from_db()
         item.submitted += 1
-        if item.submitted >= item.needed:
+        if item.submitted >= item.needed and item.state == Item.State.OPEN:
             item.state = Item.State.COMPLETE
         item.save(update_fields=["submitted", "state"])
     return response
@@ -104,9 +106,7 @@ def undo(project: Project, user: User) -> Assignment | None:
     item, assignment = _lock(last.assignment_id, user)
     if assignment.state == State.SUBMITTED:
         if assignment.counted:
-            Item.objects.filter(pk=item.pk).update(
-                submitted=F("submitted") - 1, state=Item.State.OPEN
-            )
+            _uncount(item)
     elif not take_place(item, assignment):
         raise DataError("this item has gone to another person; it cannot be opened again")
     last.state, last.in_force = Response.State.UNDONE, False
@@ -123,7 +123,44 @@ def _lock(assignment_id: int, user: User) -> tuple[Item, Assignment]:
     """Locks item and assignment. Raises Assignment.DoesNotExist if it is not this user's."""
     mine = Assignment.objects.filter(pk=assignment_id, user=user)
     item = lock_item(mine.values_list("item_id", flat=True).get())
-    return item, mine.select_for_update(of=("self",)).select_related("project").get()
+    return item, mine.select_for_update(of=("self",), no_key=True).select_related("project").get()
+
+
+def _uncount(item: Item) -> None:
+    """Takes one response out of the item's count; a complete item is open again."""
+    Item.objects.filter(pk=item.pk).update(submitted=F("submitted") - 1)
+    Item.objects.filter(pk=item.pk, state=Item.State.COMPLETE).update(state=Item.State.OPEN)
+
+
+def delete(response_id: int) -> list[ModelVersion]:
+    """Erases a judgement and opens its place to another person.
+
+    The row stays without its payload. Returns the models that were trained on the judgement; their
+    snapshots keep it.
+    """
+    with transaction.atomic():
+        found = Response.objects.get(pk=response_id)
+        item = lock_item(found.item_id)
+        response = Response.objects.select_for_update(no_key=True).get(pk=response_id)
+        assignment = Assignment.objects.select_for_update(no_key=True).get(pk=found.assignment_id)
+        if response.in_force and assignment.state == State.SUBMITTED:
+            if assignment.counted:
+                _uncount(item)
+                give_back(assignment)
+            assignment.state = State.RETURNED
+        assignment.draft = None
+        assignment.save(update_fields=["state", "draft"])
+        response.state, response.in_force = Response.State.DELETED, False
+        response.payload, response.reason = {}, ""
+        response.category = response.picked_place = None
+        response.save()
+    return trained_on(response_id)
+
+
+def trained_on(response_id: int) -> list[ModelVersion]:
+    """The models that a judgement is in."""
+    runs = ModelVersion.objects.filter(run__snapshot__rows__response_id=response_id)
+    return list(runs.order_by("id"))
 
 
 def _leave(

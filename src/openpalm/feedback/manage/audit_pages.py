@@ -20,7 +20,7 @@ from openpalm.feedback.models import Event, Role
 AREAS = (
     *("account", "comparison", "export", "flag", "guideline", "import", "invitation", "item"),
     *("job", "judgement", "member", "model", "project", "prompt", "site", "table", "token"),
-    "train",
+    "training",
 )
 """what comes before the dot in the name of an action"""
 COLUMNS = ("id", "time", "user", "action", "target", "data")

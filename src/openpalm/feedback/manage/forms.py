@@ -5,6 +5,7 @@ from typing import Any
 from django import forms
 from django.core.exceptions import ValidationError
 
+from openpalm.feedback.accounts.forms import PlainLabels
 from openpalm.feedback.models import Project, Task
 
 MAX_AXES = 12
@@ -44,7 +45,7 @@ class AxesField(forms.CharField):
         return axes
 
 
-class SettingsForm(forms.ModelForm):
+class SettingsForm(PlainLabels, forms.ModelForm):
     """A project's settings; what gives judgements their meaning is frozen once there are any."""
 
     axes = AxesField(
@@ -109,18 +110,21 @@ class NewProjectForm(SettingsForm):
         return slug
 
 
-class GuidelineForm(forms.Form):
-    text = forms.CharField(label="Guidelines in Markdown", max_length=100_000, widget=forms.Textarea)
+class GuidelineForm(PlainLabels, forms.Form):
+    text = forms.CharField(
+        label="Guidelines in Markdown", max_length=100_000, widget=forms.Textarea
+    )
 
 
-class InvitationForm(forms.Form):
+class InvitationForm(PlainLabels, forms.Form):
     role = forms.ChoiceField()
     days = forms.TypedChoiceField(
-        label="Valid for", coerce=int, choices=[(1, "1 day"), (7, "7 days"), (30, "30 days")], initial=7
+        label="Valid for",
+        coerce=int,
+        choices=[(1, "1 day"), (7, "7 days"), (30, "30 days")],
+        initial=7,
     )
-    uses = forms.IntegerField(
-        label="People who may use it", min_value=1, max_value=1000, initial=1
-    )
+    uses = forms.IntegerField(label="People who may use it", min_value=1, max_value=1000, initial=1)
 
     def __init__(self, *args: Any, roles: list[str], **names: Any) -> None:
         super().__init__(*args, **names)

@@ -16,8 +16,9 @@ from openpalm.feedback.accounts.access import (
     signed_in_page,
     site_admin_page,
 )
+from openpalm.feedback.labeling.markdown import to_html
 from openpalm.feedback.manage.forms import GuidelineForm, NewProjectForm, SettingsForm
-from openpalm.feedback.manage.guideline_text import changes, to_html
+from openpalm.feedback.manage.guideline_diff import changes
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.models import Guideline, Invitation, Job, Membership, Project, Response, Role
 
@@ -69,9 +70,7 @@ def settings(request: ProjectRequest) -> HttpResponse:
     if request.method == "POST" and form.is_valid():
         before = SettingsForm(instance=Project.objects.get(pk=project.pk)).initial
         form.save()
-        changed = {
-            name: [before[name], form.cleaned_data[name]] for name in form.changed_data
-        }
+        changed = {name: [before[name], form.cleaned_data[name]] for name in form.changed_data}
         audit.record(
             "project.changed",
             user=request.user,

@@ -40,6 +40,7 @@ class ApiToken(models.Model):
 
     SCOPES = (
         "projects:read",
+        "projects:write",
         "items:read",
         "items:write",
         "responses:read",
@@ -48,6 +49,7 @@ class ApiToken(models.Model):
         "runs:write",
         "models:read",
         "models:write",
+        "conversations:write",
     )
 
     user = models.ForeignKey(User, models.CASCADE, related_name="tokens")

@@ -83,6 +83,8 @@ class Item(models.Model):
     assignments: "models.Manager[Assignment]"
     responses: "models.Manager[Response]"
     gold_kind = models.CharField(max_length=16, blank=True)
+    key = models.CharField(max_length=100, null=True)
+    """the name that a client of the API gave it; makes its creation repeatable"""
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
@@ -97,7 +99,8 @@ class Item(models.Model):
         constraints = [
             models.CheckConstraint(
                 condition=Q(taken__lte=models.F("needed")), name="at_most_needed"
-            )
+            ),
+            models.UniqueConstraint(fields=["project", "key"], name="item_key"),
         ]
 
 
@@ -209,6 +212,8 @@ class Response(models.Model):
             models.Index(fields=["project", "in_force", "id"], name="response_export"),
             models.Index(fields=["project", "-id"], name="response_by_project"),
             models.Index(fields=["user", "project", "-id"], name="response_by_user"),
+            models.Index(fields=["project", "state", "-id"], name="response_by_state"),
+            models.Index(fields=["project", "kind", "-id"], name="response_by_kind"),
         ]
 
     def save(self, *args: Any, **options: Any) -> None:
