@@ -90,7 +90,7 @@ def open_database(*, migrate: bool = True) -> None:
 
     try:
         django.setup()
-        from openpalm.feedback.management import manage
+        from openpalm.feedback.manage_command import manage
 
         if migrate:
             manage(["migrate", "--verbosity", "0"])

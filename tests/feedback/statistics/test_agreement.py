@@ -204,10 +204,22 @@ def test_sums_of_a_database_and_judgements_agree(published):
 
 def test_a_scale_without_both_bad():
     rows = [(0, 0, 1), (0, 1, 5), (0, 2, 9), (1, 0, 9), (1, 1, 9), (2, 0, 3), (2, 1, 3)]
-    table, left_out = AgreementCounts.from_judgements([1, 3, 5, 9], rows).restricted([1, 3, 5])
+    table, left_out = AgreementCounts.from_judgements([1, 3, 5, 9], rows).regrouped(
+        {1: 1, 3: 3, 5: 5}
+    )
     kept = [row for row in rows if row[2] != 9]
     assert table == AgreementCounts.from_judgements([1, 3, 5], kept)
     assert left_out == 3
+
+
+def test_agreement_about_the_winner_alone():
+    draw = random.Random(2)
+    winner = {-2: "a", -1: "a", 0: "tie", 1: "b", 2: "b", 9: "both bad"}
+    rows = [(item, rater, draw.choice([*winner])) for item in range(40) for rater in range(3)]
+    table, left_out = AgreementCounts.from_judgements([*winner], rows).regrouped(winner)
+    named = [(item, rater, winner[value]) for item, rater, value in rows]
+    assert table == AgreementCounts.from_judgements(["a", "tie", "b", "both bad"], named)
+    assert left_out == 0
 
 
 def test_wrong_input_is_named():
@@ -245,3 +257,13 @@ def test_agreement_of_each_rater_with_the_others():
         {"ann": 0.75, "bob": 0.75, "cem": 0}
     )
     assert found.comparisons == {"ann": 2, "bob": 2, "cem": 1}
+
+
+def test_a_model_as_judge_is_measured_against_people():
+    rows = [(0, "ann", "a"), (0, "bob", "b"), (0, "judge", "a"), (0, "other judge", "a")]
+    rows += [(1, "ann", "b"), (1, "judge", "b"), (2, "judge", "b"), (2, "other judge", "b")]
+    found = agreement_by_rater(rows, among={"ann", "bob"})
+    assert {rater: one.value for rater, one in found.by_rater.items()} == pytest.approx(
+        {"ann": 0, "bob": 0, "judge": 0.75, "other judge": 0.5}
+    )
+    assert found.comparisons == {"ann": 1, "bob": 1, "judge": 2, "other judge": 1}

@@ -55,9 +55,15 @@ def submit(assignment_id: int, user: User, judgement: Judgement) -> Response:
 
 
 @transaction.atomic
-def skip(assignment_id: int, user: User, reason: str, elapsed_ms: int | None = None) -> Response:
+def skip(
+    assignment_id: int,
+    user: User,
+    reason: str,
+    elapsed_ms: int | None = None,
+    guideline_version: int | None = None,
+) -> Response:
     """Gives the item back for others to judge; this user will not see it again."""
-    judgement = Judgement("skip", {}, elapsed_ms, reason=reason)
+    judgement = Judgement("skip", {}, elapsed_ms, guideline_version, reason)
     return _leave(assignment_id, user, judgement, State.SKIPPED, Response.State.SKIPPED)
 
 
@@ -68,13 +74,31 @@ def flag(
     reason: str,
     candidate: int | None = None,
     elapsed_ms: int | None = None,
+    guideline_version: int | None = None,
 ) -> Response:
     """As skip, and the managers see the reason."""
     if not reason.strip():
         raise DataError("a flag needs a reason: say what is wrong with the item")
     payload = {"candidate": candidate, "reason": reason}
-    judgement = Judgement("flag", payload, elapsed_ms, reason=reason)
+    judgement = Judgement("flag", payload, elapsed_ms, guideline_version, reason)
     return _leave(assignment_id, user, judgement, State.FLAGGED, Response.State.FLAGGED)
+
+
+@transaction.atomic
+def change(assignment_id: int, user: User, judgement: Judgement) -> Response:
+    """Replaces the judgement of an assignment: a new response that supersedes the old one.
+
+    Raises DataError if there is none in force.
+    """
+    _, assignment = _lock(assignment_id, user)
+    old = assignment.responses.filter(in_force=True, state=Response.State.SUBMITTED).first()
+    if old is None:
+        raise DataError("this judgement was undone or deleted; it cannot be changed")
+    if (old.kind, old.payload) == (judgement.kind, judgement.payload):
+        return old
+    old.in_force = False
+    old.save(update_fields=["in_force"])
+    return _store(assignment, user, judgement, Response.State.SUBMITTED)
 
 
 @transaction.atomic

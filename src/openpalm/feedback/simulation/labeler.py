@@ -1,4 +1,4 @@
-"""A simulated labeler: a taste with a hand that slips. Answers with payloads of preference records."""
+"""A simulated labeler: a taste with a hand that slips. Judges with payloads of records."""
 
 import random
 from collections.abc import Sequence
@@ -45,10 +45,8 @@ class Labeler:
                 return _rank(utilities, slips)
             case "rate":
                 value = min(5, max(1, round(3 + utilities[0])))
-                return {
-                    "candidate": 0,
-                    "ratings": dict.fromkeys(axes, 6 - value if slips else value),
-                }
+                value = 6 - value if slips else value
+                return {"candidate": 0, "ratings": dict.fromkeys(axes, value)}
             case "thumb":
                 return {"candidate": 0, "up": (utilities[0] > 0) != slips}
         raise DataError(f"simulated labelers cannot do the kind {kind}: they write no text")

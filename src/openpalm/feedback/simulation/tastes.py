@@ -1,7 +1,7 @@
 """Known tastes, as functions of the text, so that what labelers should have chosen is known.
 
-A taste weighs qualities that anyone can check in a short reply. The mean of the utilities of several
-labelers is the truth to compare with; nothing that trains may see it.
+A taste weighs qualities that anyone can check in a short reply. The mean of the utilities of
+several labelers is the truth to compare with; nothing that trains may see it.
 """
 
 import re

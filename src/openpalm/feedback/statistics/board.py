@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from openpalm.feedback.statistics.intervals import Estimate
+from openpalm.feedback.statistics.intervals import Estimate, t_quantile
 
 Outcome = Literal["a", "b", "tie", "both_bad"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -40,6 +40,8 @@ class Strength:
     """None: the data do not determine it"""
     high: float | None
     comparisons: float
+    clusters: int
+    """prompts (or labelers, if fewer) that the interval rests on; Student's t has one less"""
     bounded: bool
     """False: some models of the group never lost or tied against the rest; see the notes"""
 
@@ -73,7 +75,7 @@ class Board:
     notes: tuple[str, ...]
     _covariance: np.ndarray = field(repr=False)
     """of the strengths in the order of `strengths`, (m, m)"""
-    _quantile: float = field(repr=False)
+    _level: float = field(repr=False)
 
     def __getitem__(self, model: str) -> Strength:
         return self.strengths[self._place(model)]
@@ -92,7 +94,8 @@ class Board:
         if one.group != two.group or one.low is None or two.low is None:
             return None
         v = self._covariance
-        half = self._quantile * math.sqrt(max(0.0, v[i, i] + v[j, j] - 2 * v[i, j]))
+        quantile = t_quantile(min(one.clusters, two.clusters) - 1, self._level)
+        half = quantile * math.sqrt(max(0.0, v[i, i] + v[j, j] - 2 * v[i, j]))
         d = one.value - two.value
         return Estimate(*(self._expected_score(x) for x in (d, d - half, d + half)))
 

@@ -34,6 +34,7 @@ from openpalm.feedback.statistics.intervals import LEVEL, t_quantile
 from openpalm.feedback.statistics.pair_likelihood import (
     Fit,
     Rows,
+    clusters_of_models,
     inverse,
     maximize,
     score_products,
@@ -63,7 +64,9 @@ def fit(
     """
     data = _read(comparisons, style_features)
     if not data.models:
-        return Board((), (), data.outcomes, ties, both_bad, None, 0, True, (), np.zeros((0, 0)), 0)
+        return Board(
+            (), (), data.outcomes, ties, both_bad, None, 0, True, (), np.zeros((0, 0)), level
+        )
     return _Estimation(data, style_features, ties, both_bad, cluster_labelers, level).board()
 
 
@@ -145,7 +148,9 @@ class _Estimation:
             return False
         drawn = {row.outcome not in ("a", "b") for row in self.used}
         if drawn != {True, False}:
-            self.notes.append("Davidson's tie parameter needs ties and decided comparisons.")
+            self.notes.append(
+                "Davidson's tie parameter needs ties and decided comparisons; ties count half."
+            )
         return drawn == {True, False}
 
     def _structure(self) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
@@ -193,13 +198,14 @@ class _Estimation:
         return found
 
     def board(self) -> Board:
-        covariance, clusters = self._covariance()
+        covariance, clusters, of_model = self._covariance()
         contrast = self._contrasts()
         values = contrast @ self.fit.parameters
         spread = contrast @ covariance @ contrast.T
-        known = self._determined(contrast) & (clusters > 1)
-        quantile = t_quantile(max(1, clusters - 1), self.level)
-        half = quantile * np.sqrt(np.diag(spread).clip(min=0))
+        units = [*of_model, *[clusters] * (len(values) - len(of_model))]
+        known = self._determined(contrast) & (np.array(units) > 1)
+        quantiles = np.array([t_quantile(max(1, number - 1), self.level) for number in units])
+        half = quantiles * np.sqrt(np.diag(spread).clip(min=0))
         ends = [
             (float(v - h), float(v + h)) if ok else (None, None)
             for v, h, ok in zip(values, half, known, strict=True)
@@ -207,7 +213,9 @@ class _Estimation:
         order = self._order(values)
         m = self.rows.models
         return Board(
-            strengths=tuple(self._strength(i, float(values[i]), ends[i]) for i in order),
+            strengths=tuple(
+                self._strength(i, float(values[i]), ends[i], of_model[i]) for i in order
+            ),
             style=tuple(
                 StyleCoefficient(
                     self.features[k], float(values[m + n]), *ends[m + n], float(self.scale[k])
@@ -222,11 +230,14 @@ class _Estimation:
             converged=self.fit.converged,
             notes=tuple(self.notes),
             _covariance=spread[np.ix_(order, order)],
-            _quantile=quantile,
+            _level=self.level,
         )
 
-    def _covariance(self) -> tuple[np.ndarray, int]:
-        """Sandwich covariance of the parameters (p, p) and the number of clusters."""
+    def _covariance(self) -> tuple[np.ndarray, int, list[int]]:
+        """Sandwich covariance of the parameters (p, p), and clusters in all and of each model.
+
+        Clusters of labelers count instead of those of prompts where they are fewer.
+        """
         bread = inverse(self.fit.information)
         found = [self._scores(["prompt"])]
         if self.cluster_labelers and len({row.labeler for row in self.used}) > 1:
@@ -245,9 +256,10 @@ class _Estimation:
         ).sum():
             # Residuals of one-sided comparisons are near 0, and so would be the sandwich.
             covariance = _larger(covariance, bread)
-        return covariance, min(number for _, number in found[:2])
+        touching = np.minimum.reduce([of_model for _, _, of_model in found[:2]])
+        return covariance, min(number for _, number, _ in found[:2]), touching.tolist()
 
-    def _scores(self, fields: Sequence[str]) -> tuple[np.ndarray, int]:
+    def _scores(self, fields: Sequence[str]) -> tuple[np.ndarray, int, np.ndarray]:
         numbers: dict[tuple[Hashable, ...], int] = {}
         clusters = np.empty(len(self.used), dtype=np.intp)
         for n, row in enumerate(self.used):
@@ -255,7 +267,8 @@ class _Estimation:
             clusters[n] = -1 if None in key else numbers.setdefault(key, len(numbers))
         # The terms of added ties, at the end, are no data.
         found = self.fit.terms.first(len(self.used))
-        return score_products(self.rows, found, clusters)
+        products, number = score_products(self.rows, found, clusters)
+        return products, number, clusters_of_models(self.rows, clusters)
 
     def _contrasts(self) -> np.ndarray:
         """Strengths less the mean of their group; the other parameters as they are, (p, p)."""
@@ -270,13 +283,11 @@ class _Estimation:
         flat = vectors[:, sizes <= 1e-9 * max(sizes.max(), 1e-300)]
         known = np.asarray((np.abs(contrast @ flat) < 1e-5).all(axis=1))
         m = self.rows.models
-        alone = (self.groups[:, None] == self.groups).sum(axis=1) == 1
         unknown = self._names(~known[:m]) + [
             self.features[k] for n, k in enumerate(self.kept) if not known[m + n]
         ]
         if unknown:
             self.notes.append(f"Models and style cannot be told apart: {', '.join(unknown)}.")
-        known[:m] &= ~alone
         return known
 
     def _order(self, values: np.ndarray) -> list[int]:
@@ -286,7 +297,9 @@ class _Estimation:
             key=lambda i: (-sizes[self.groups[i]], self.groups[i], -values[i]),
         )
 
-    def _strength(self, i: int, value: float, ends: tuple[float | None, float | None]) -> Strength:
+    def _strength(
+        self, i: int, value: float, ends: tuple[float | None, float | None], clusters: int
+    ) -> Strength:
         mates = self.groups == self.groups[i]
         touched = (self.rows.a == i) | (self.rows.b == i)
         return Strength(
@@ -296,6 +309,7 @@ class _Estimation:
             low=ends[0],
             high=ends[1],
             comparisons=float(self.rows.count[touched].sum()),
+            clusters=clusters,
             bounded=len(set(self.classes[mates].tolist())) == 1,
         )
 

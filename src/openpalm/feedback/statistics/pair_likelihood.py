@@ -199,3 +199,13 @@ def score_products(rows: Rows, found: Terms, clusters: np.ndarray) -> tuple[np.n
         sums[:, -1] = np.bincount(to, (rows.count * found.tie)[kept], size)
     number = size + round(float(n.sum()))
     return (total + sums.T @ sums) * number / max(1, number - 1), number
+
+
+def clusters_of_models(rows: Rows, clusters: np.ndarray) -> np.ndarray:
+    """How many clusters, numbered as in `score_products`, compare each model, (m,)."""
+    own, m = clusters < 0, rows.models
+    sides = np.concatenate([rows.a, rows.b])
+    twice = np.concatenate([clusters, clusters])
+    pairs = np.unique(twice[twice >= 0] * m + sides[twice >= 0])
+    alone = np.bincount(rows.a, rows.count * own, m) + np.bincount(rows.b, rows.count * own, m)
+    return np.bincount(pairs % m, minlength=m) + np.rint(alone).astype(int)
