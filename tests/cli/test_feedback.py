@@ -169,7 +169,13 @@ def test_a_missing_driver_of_postgresql_is_one_line(tmp_path):
         (hide / name / "__init__.py").write_text("raise ImportError('no module')")
     path = os.pathsep.join([str(hide), *filter(None, [os.environ.get("PYTHONPATH")])])
     line = refused(
-        "--port", 0, "--dir", tmp_path / "site", "--database-url", "postgresql://h/x", PYTHONPATH=path
+        "--port",
+        0,
+        "--dir",
+        tmp_path / "site",
+        "--database-url",
+        "postgresql://h/x",
+        PYTHONPATH=path,
     )
     assert line.startswith("DATABASE_URL: names PostgreSQL, but its driver is missing; pip install")
 

@@ -121,7 +121,9 @@ def test_equal_answers_are_asked_again_and_not_shown(project, both, admin, serve
     assert (comparison.result["shown"], comparison.result["equal"]) == (SIZE - 1, 1)
 
 
-def test_prompts_that_were_trained_on_are_not_compared(project, both, admin, judge, member, make_item):
+def test_prompts_that_were_trained_on_are_not_compared(
+    project, both, admin, judge, member, make_item
+):
     served, challenger = both
     first, second, *_ = add_prompts(project, SIZE + 1, text="hidden", held_out=True)
     # One was judged and frozen before it was held out, one was sampled from by PPO.

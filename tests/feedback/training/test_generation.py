@@ -1,6 +1,7 @@
 """Candidates from a model server: which are asked for, stored and shown; after a kill too."""
 
 import pytest
+from feedback_prompts import add_prompts
 
 from openpalm.errors import DataError
 from openpalm.feedback.models import Candidate, Item, ItemCandidate, Job, Project, Task
@@ -8,7 +9,6 @@ from openpalm.feedback.training import answers, generation
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.loop import Worker, drain
 from openpalm.feedback.worker.progress import Progress, WorkerEnds
-from feedback_prompts import add_prompts
 
 
 @pytest.fixture
@@ -48,7 +48,9 @@ def test_each_prompt_becomes_an_item_of_two_answers(project, admin, served, serv
 
 def test_equal_answers_are_no_pair_but_counted(project, admin, served, server):
     add_prompts(project, 3)
-    server.answer = lambda body: " the same " if "0" in body["messages"][0]["content"] else str(body)
+    server.answer = lambda body: (
+        " the same " if "0" in body["messages"][0]["content"] else str(body)
+    )
     job = _start(project, admin, served)
     drain("generate")
     job.refresh_from_db()
@@ -83,9 +85,10 @@ def test_after_a_kill_nothing_is_doubled_and_nothing_asked_again(project, admin,
     assert Candidate.objects.count() == 12
     assert Item.objects.count() == 6
     # The whole job once more, as after a kill before its last write.
-    Job.objects.filter(pk=job.pk).update(state=Job.State.QUEUED, arguments=job.arguments | {
-        "prompts": list(project.prompts.values_list("id", flat=True))
-    })
+    Job.objects.filter(pk=job.pk).update(
+        state=Job.State.QUEUED,
+        arguments=job.arguments | {"prompts": list(project.prompts.values_list("id", flat=True))},
+    )
     count = len(server.requests)
     drain("generate")
     assert (Candidate.objects.count(), Item.objects.count()) == (12, 6)

@@ -54,12 +54,22 @@ def test_a_training_becomes_a_model(judged, model, admin):
     assert run.snapshot.judgements == 4
     (words,) = _starts(run)
     assert words == run.command[1:]
-    assert words[:7] == ["dpo", "--init", base.path, "--data", run.snapshot.path, "--out", run.directory]
+    assert words[:7] == [
+        "dpo",
+        "--init",
+        base.path,
+        "--data",
+        run.snapshot.path,
+        "--out",
+        run.directory,
+    ]
     assert words[7:] == ["--beta", "0.2", "--steps", "3", "--seed", "0"]
     assert Event.objects.filter(action="training.started", user=admin).exists()
 
 
-def test_what_is_judged_after_the_click_is_not_trained_on(judged, model, admin, make_item, judge, member):
+def test_what_is_judged_after_the_click_is_not_trained_on(
+    judged, model, admin, make_item, judge, member
+):
     run = runs.start(judged, "dpo", admin, parent=model("base"))
     judge(make_item("late", "good", "bad"), member("ann"))
     drain("train")

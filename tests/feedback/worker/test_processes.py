@@ -97,9 +97,7 @@ def test_a_left_over_process_is_waited_for(tmp_path):
     log = tmp_path / "log"
     code = "import sys; sys.stdin.readline(); print('first', flush=True)"
     with log.open("wb") as output:
-        left = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=output
-        )
+        left = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=output)
     running = Running(left.pid, started(left.pid))
     looks = []
 
