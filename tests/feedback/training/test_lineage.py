@@ -5,8 +5,8 @@ import json
 import pytest
 
 from openpalm.errors import DataError
-from openpalm.feedback.accounts.tokens import find_token
-from openpalm.feedback.models import ModelVersion, Project, TrainRun, User
+from openpalm.feedback.accounts.tokens import digest_of
+from openpalm.feedback.models import ApiToken, ModelVersion, Project, TrainRun, User
 from openpalm.feedback.training import runs, scoring, served
 from openpalm.feedback.training.lineage import ancestors, judgements_of, models_of
 from openpalm.feedback.training.promotion import SERVED_FILE
@@ -94,15 +94,15 @@ def test_the_first_project_is_made_with_the_served_model(db, tmp_path, settings)
     assert project.served == ModelVersion.objects.get(name="sft", checkpoint="abc")
     assert project.guideline is not None
     assert not (settings.FEEDBACK_DIR / SERVED_FILE).exists()
-    token = find_token(first.token)
+    token = ApiToken.objects.get(digest=digest_of(first.token))
     assert (token.scopes, token.project) == ([served.SCOPE], project)
     user = User.objects.get()
     assert (user.kind, user.has_usable_password()) == ("model", False)
     # The next start: the same project and model, another token.
     second = served.connect(str(tmp_path / "model"), "sft")
     assert Project.objects.count() == ModelVersion.objects.count() == 1
-    assert find_token(first.token) is None
-    assert find_token(second.token) is not None
+    in_force = ApiToken.objects.filter(revoked_at=None)
+    assert in_force.get().digest == digest_of(second.token)
 
 
 def test_a_failed_score_says_why(project, model, make_item, monkeypatch):
