@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from django.db import transaction
 from django.db.models import F
 from django.utils import timezone
 
 from openpalm.errors import DataError
 from openpalm.feedback.labeling.categories import category_of, picked_position
 from openpalm.feedback.labeling.queue import give_back, lock_item, take_place
+from openpalm.feedback.labeling.transactions import writing
 from openpalm.feedback.models import Assignment, Item, ModelVersion, Project, Response, User
 
 State = Assignment.State
@@ -27,7 +27,7 @@ class Judgement:
     reason: str = ""
 
 
-@transaction.atomic
+@writing()
 def submit(assignment_id: int, user: User, judgement: Judgement) -> Response:
     """Stores the judgement. A second submission of one assignment returns the first response.
 
@@ -54,14 +54,14 @@ def submit(assignment_id: int, user: User, judgement: Judgement) -> Response:
     return response
 
 
-@transaction.atomic
+@writing()
 def skip(assignment_id: int, user: User, reason: str, elapsed_ms: int | None = None) -> Response:
     """Gives the item back for others to judge; this user will not see it again."""
     judgement = Judgement("skip", {}, elapsed_ms, reason=reason)
     return _leave(assignment_id, user, judgement, State.SKIPPED, Response.State.SKIPPED)
 
 
-@transaction.atomic
+@writing()
 def flag(
     assignment_id: int,
     user: User,
@@ -77,7 +77,7 @@ def flag(
     return _leave(assignment_id, user, judgement, State.FLAGGED, Response.State.FLAGGED)
 
 
-@transaction.atomic
+@writing()
 def save_draft(assignment_id: int, user: User, draft: dict[str, Any]) -> None:
     """Keeps an unfinished judgement and extends the lease."""
     _, assignment = _lock(assignment_id, user)
@@ -89,7 +89,7 @@ def save_draft(assignment_id: int, user: User, draft: dict[str, Any]) -> None:
     assignment.save(update_fields=["draft", "drafted_at", "expires_at"])
 
 
-@transaction.atomic
+@writing()
 def undo(project: Project, user: User) -> Assignment | None:
     """Opens the user's last judged, skipped or flagged item again; None if there is none.
 
@@ -138,7 +138,7 @@ def delete(response_id: int) -> list[ModelVersion]:
     The row stays without its payload. Returns the models that were trained on the judgement; their
     snapshots keep it.
     """
-    with transaction.atomic():
+    with writing():
         found = Response.objects.get(pk=response_id)
         item = lock_item(found.item_id)
         response = Response.objects.select_for_update(no_key=True).get(pk=response_id)
