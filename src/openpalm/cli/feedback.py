@@ -1,13 +1,14 @@
 """`openpalm feedback`: the web application that collects human feedback."""
 
-import os
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from openpalm.base.settings import parse
 from openpalm.errors import SettingsError
 
-MANAGE = "manage"
+MANAGE, WEB, WORKER = "manage", "web", "worker"
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class FeedbackSettings:
     """The address and the database of the site."""
 
     host: str = "127.0.0.1"
-    """address to listen at"""
+    """address to listen at; others than this machine's own need OPENPALM_FEEDBACK_HOSTS"""
     port: int = 8080
     """port to listen at; 0 takes a free one"""
     dir: str = "feedback"
@@ -34,11 +35,14 @@ def run(argv: Sequence[str]) -> None:
 
         manage(argv[1:])
         return
+    part = argv[0] if argv and argv[0] in (WEB, WORKER) else ""
     settings = parse(
         FeedbackSettings,
-        argv,
+        argv[1:] if part else argv,
         verb="feedback",
-        about="Collects human feedback in the browser and turns it into better models.",
+        about="Collects human feedback in the browser and turns it into better models. Runs the "
+        "web process and the worker; `openpalm feedback web` and `openpalm feedback worker` run "
+        "one of them, `openpalm feedback manage` Django's commands.",
         examples=[
             "openpalm feedback",
             "openpalm feedback --port 8090 --dir data/feedback",
@@ -46,20 +50,52 @@ def run(argv: Sequence[str]) -> None:
             "openpalm feedback manage createsuperuser",
         ],
     )
-    os.environ["OPENPALM_FEEDBACK_DIR"] = settings.dir
-    if settings.database_url:
-        os.environ["DATABASE_URL"] = settings.database_url
-    try:
-        import django
-        import waitress
-    except ImportError as error:
-        raise SettingsError(
-            f"{error.name} is missing; `pip install 'openpalm[feedback]'` installs the packages "
-            "that collecting feedback needs"
-        ) from None
-    del django
-    from openpalm.feedback.management import manage
-    from openpalm.feedback.wsgi import application
+    from openpalm.cli import feedback_site
 
-    manage(["migrate", "--verbosity", "0"])
-    waitress.serve(application, host=settings.host, port=settings.port, threads=8)
+    feedback_site.check_installed()
+    site = feedback_site.Site(settings.host, settings.port, settings.dir, settings.database_url)
+    site.set_environment()
+    if part == WORKER:
+        run_worker()
+        return
+    site.check_host()
+    with site.listen() as listening:
+        if part == WEB:
+            from openpalm.feedback.web import serve
+
+            feedback_site.open_database(migrate=False)
+            serve(listening)
+        else:
+            _run_all(site, listening)
+
+
+def _run_all(site, listening) -> None:
+    from openpalm.cli import feedback_site
+    from openpalm.feedback.supervisor import Supervisor
+
+    feedback_site.open_database()
+    url = feedback_site.url_of(listening)
+    setup = feedback_site.setup_line(url)
+
+    def ready() -> None:
+        end = f"; {setup}" if setup else ""
+        print(f"feedback: {url}/{end}; Ctrl-C ends it", flush=True)
+
+    Supervisor(feedback_site.children(site, listening), say=say).run(ready)
+
+
+def say(line: str) -> None:
+    print(f"openpalm: {line}", file=sys.stderr, flush=True)
+
+
+def run_worker() -> None:
+    """Runs jobs until SIGTERM or Ctrl-C; a training saves and continues with the next worker."""
+    from openpalm.cli import feedback_site
+
+    feedback_site.open_database(migrate=False)
+    from openpalm.feedback.worker.loop import Worker
+
+    worker = Worker()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.ending.set())
+    worker.run()

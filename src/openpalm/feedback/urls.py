@@ -1,9 +1,13 @@
 """The URLs of the site. Each room lists its own."""
 
-from django.contrib import admin
 from django.urls import include, path
 
-handler404 = "openpalm.feedback.accounts.views.not_found"
+from openpalm.feedback.admin import site
+
+handler400 = "openpalm.feedback.accounts.errors.bad_request"
+handler403 = "openpalm.feedback.accounts.errors.forbidden"
+handler404 = "openpalm.feedback.accounts.errors.not_found"
+handler500 = "openpalm.feedback.accounts.errors.server_error"
 
 urlpatterns = [
     path("", include("openpalm.feedback.accounts.urls")),
@@ -11,5 +15,5 @@ urlpatterns = [
     path("p/<slug:slug>/", include("openpalm.feedback.labeling.urls")),
     path("p/<slug:slug>/", include("openpalm.feedback.loop.urls")),
     path("api/v1/", include("openpalm.feedback.api.urls")),
-    path("admin/", admin.site.urls),
+    path("admin/", site.urls),
 ]

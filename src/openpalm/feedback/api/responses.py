@@ -16,6 +16,7 @@ from openpalm.feedback.api.json_forms import response_json
 from openpalm.feedback.exchange.exporting import FORMATS, export_rows
 from openpalm.feedback.labeling import submission
 from openpalm.feedback.models import Response, Role
+from openpalm.feedback.training import lineage
 
 
 @operation("responses:read", Role.ANNOTATOR)
@@ -43,9 +44,10 @@ def delete_response(call: Call, uid: UUID) -> JsonResponse:
     """Erases a judgement of one's own, or as an admin any; lists the models that it is in."""
     found = _visible(call, uid, others=Role.ADMIN)
     call.finish()
-    models = submission.delete(found.pk)
+    models = lineage.models_of([found])
+    submission.delete(found.pk)
     audit.record(
-        "response.deleted",
+        "judgement.deleted",
         user=call.user,
         project=found.project,
         target=found.uid,

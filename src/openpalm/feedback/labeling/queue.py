@@ -49,7 +49,7 @@ def _next(project: Project, user: User) -> Assignment | None:
     # One lease at a time for two tabs.
     User.objects.select_for_update(no_key=True).get(pk=user.pk)
     mine = Assignment.objects.filter(project=project, user=user, state=Assignment.State.OPEN)
-    if found := mine.order_by("id").first():
+    if found := mine.select_related("item__prompt").order_by("id").first():
         return found
     if not project.open:
         return None
@@ -68,14 +68,14 @@ def _free_item(project: Project, user: User) -> Item | None:
     Items that others are taking are passed over, so that nobody waits. If no other is left, waits
     for them: they may have one more place.
     """
-    items = _open_items(project, user)
+    items = open_items(project, user)
     if not connection.features.has_select_for_update_skip_locked:
         return items.first()  # SQLite: the transaction holds the whole database
     found = items.select_for_update(skip_locked=True, no_key=True).first()
     return found or items.select_for_update(no_key=True).first()
 
 
-def _open_items(project: Project, user: User) -> QuerySet[Item]:
+def open_items(project: Project, user: User) -> QuerySet[Item]:
     """Items with a free place that the user has not had, the least annotated first."""
     had = Assignment.objects.filter(item=OuterRef("pk"), user=user)
     return (

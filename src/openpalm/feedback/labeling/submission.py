@@ -11,7 +11,7 @@ from openpalm.errors import DataError
 from openpalm.feedback.labeling.categories import category_of, picked_position
 from openpalm.feedback.labeling.queue import give_back, lock_item, take_place
 from openpalm.feedback.labeling.transactions import writing
-from openpalm.feedback.models import Assignment, Item, ModelVersion, Project, Response, User
+from openpalm.feedback.models import Assignment, Item, Project, Response, User
 
 State = Assignment.State
 
@@ -55,9 +55,15 @@ def submit(assignment_id: int, user: User, judgement: Judgement) -> Response:
 
 
 @writing()
-def skip(assignment_id: int, user: User, reason: str, elapsed_ms: int | None = None) -> Response:
+def skip(
+    assignment_id: int,
+    user: User,
+    reason: str,
+    elapsed_ms: int | None = None,
+    guideline_version: int | None = None,
+) -> Response:
     """Gives the item back for others to judge; this user will not see it again."""
-    judgement = Judgement("skip", {}, elapsed_ms, reason=reason)
+    judgement = Judgement("skip", {}, elapsed_ms, guideline_version, reason)
     return _leave(assignment_id, user, judgement, State.SKIPPED, Response.State.SKIPPED)
 
 
@@ -68,13 +74,31 @@ def flag(
     reason: str,
     candidate: int | None = None,
     elapsed_ms: int | None = None,
+    guideline_version: int | None = None,
 ) -> Response:
     """As skip, and the managers see the reason."""
     if not reason.strip():
         raise DataError("a flag needs a reason: say what is wrong with the item")
     payload = {"candidate": candidate, "reason": reason}
-    judgement = Judgement("flag", payload, elapsed_ms, reason=reason)
+    judgement = Judgement("flag", payload, elapsed_ms, guideline_version, reason)
     return _leave(assignment_id, user, judgement, State.FLAGGED, Response.State.FLAGGED)
+
+
+@writing()
+def change(assignment_id: int, user: User, judgement: Judgement) -> Response:
+    """Replaces the judgement of an assignment: a new response that supersedes the old one.
+
+    Raises DataError if there is none in force.
+    """
+    _, assignment = _lock(assignment_id, user)
+    old = assignment.responses.filter(in_force=True, state=Response.State.SUBMITTED).first()
+    if old is None:
+        raise DataError("this judgement was undone or deleted; it cannot be changed")
+    if (old.kind, old.payload) == (judgement.kind, judgement.payload):
+        return old
+    old.in_force = False
+    old.save(update_fields=["in_force"])
+    return _store(assignment, user, judgement, Response.State.SUBMITTED)
 
 
 @writing()
@@ -132,35 +156,28 @@ def _uncount(item: Item) -> None:
     Item.objects.filter(pk=item.pk, state=Item.State.COMPLETE).update(state=Item.State.OPEN)
 
 
-def delete(response_id: int) -> list[ModelVersion]:
+@writing()
+def delete(response_id: int) -> None:
     """Erases a judgement and opens its place to another person.
 
-    The row stays without its payload. Returns the models that were trained on the judgement; their
-    snapshots keep it.
+    The row stays without its payload, and the snapshots of trained models keep the judgement; see
+    training/lineage.py.
     """
-    with writing():
-        found = Response.objects.get(pk=response_id)
-        item = lock_item(found.item_id)
-        response = Response.objects.select_for_update(no_key=True).get(pk=response_id)
-        assignment = Assignment.objects.select_for_update(no_key=True).get(pk=found.assignment_id)
-        if response.in_force and assignment.state == State.SUBMITTED:
-            if assignment.counted:
-                _uncount(item)
-                give_back(assignment)
-            assignment.state = State.RETURNED
-        assignment.draft = None
-        assignment.save(update_fields=["state", "draft"])
-        response.state, response.in_force = Response.State.DELETED, False
-        response.payload, response.reason = {}, ""
-        response.category = response.picked_place = None
-        response.save()
-    return trained_on(response_id)
-
-
-def trained_on(response_id: int) -> list[ModelVersion]:
-    """The models that a judgement is in."""
-    runs = ModelVersion.objects.filter(run__snapshot__rows__response_id=response_id)
-    return list(runs.order_by("id"))
+    found = Response.objects.get(pk=response_id)
+    item = lock_item(found.item_id)
+    response = Response.objects.select_for_update(no_key=True).get(pk=response_id)
+    assignment = Assignment.objects.select_for_update(no_key=True).get(pk=found.assignment_id)
+    if response.in_force and assignment.state == State.SUBMITTED:
+        if assignment.counted:
+            _uncount(item)
+            give_back(assignment)
+        assignment.state = State.RETURNED
+    assignment.draft = None
+    assignment.save(update_fields=["state", "draft"])
+    response.state, response.in_force = Response.State.DELETED, False
+    response.payload, response.reason = {}, ""
+    response.category = response.picked_place = None
+    response.save()
 
 
 def _leave(

@@ -1,58 +1,61 @@
 """The pages of labelers: the next item, submit, draft, skip, flag, undo, the guidelines."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from django.contrib import messages
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
-from django.views.decorators.http import require_GET, require_POST
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.labeling import queue, submission
+from openpalm.feedback.labeling.context import item_context, left_to_judge, page_context
+from openpalm.feedback.labeling.markdown import to_html
 from openpalm.feedback.labeling.payloads import payload_of
 from openpalm.feedback.labeling.submission import Judgement
-from openpalm.feedback.models import Assignment, Response
+from openpalm.feedback.models import Assignment, Response, Task
 
 MAX_ELAPSED_MS = 24 * 3600 * 1000
+MAX_REASON = 2000
+# A reload after an error, or a return from the sign-in, asks for these addresses with GET.
+posted = require_http_methods(["GET", "POST"])
 
 
 @require_GET
 @project_page()
 def label(request: ProjectRequest) -> HttpResponse:
-    """The user's next item."""
+    """The user's next item, or the conversation of a chat project."""
+    if request.project.task == Task.CHAT:
+        return redirect("chat", request.project.slug)
     return show_next(request)
 
 
-def show_next(request: ProjectRequest, error: str = "") -> HttpResponse:
+def show_next(request: ProjectRequest) -> HttpResponse:
     assignment = queue.next_assignment(request.project, request.user)
-    context: dict[str, Any] = {"project": request.project, "role": request.role, "error": error}
+    return show_item(request, assignment)
+
+
+def show_item(
+    request: ProjectRequest,
+    assignment: Assignment | None,
+    form: Mapping[str, Any] | None = None,
+    error: str = "",
+    **more: Any,
+) -> HttpResponse:
+    """The item's page; for htmx the item alone. An error keeps what was typed."""
+    context = page_context(request, error) | more
     if assignment:
-        context |= _item_context(assignment)
-    context["mine"] = Response.objects.filter(
-        project=request.project, user=request.user, in_force=True
-    ).count()
+        assignment.project = request.project
+        context |= item_context(assignment, form)
+        context["left"] = left_to_judge(request)
     template = "item.html" if request.htmx else "label.html"  # pyright: ignore
     return render(request, f"feedback/{template}", context, status=422 if error else 200)
 
 
-def _item_context(assignment: Assignment) -> dict[str, Any]:
-    places = list(assignment.item.places.select_related("candidate"))
-    shown = [places[position].candidate for position in assignment.order]
-    project = assignment.project
-    return {
-        "assignment": assignment,
-        "item": assignment.item,
-        "prompt": assignment.item.prompt.messages,
-        "candidates": list(zip("ABCDEFGHIJ", shown, assignment.order, strict=False)),
-        "steps": range(1, project.scale + 1),
-        "middle": (project.scale + 1) // 2,
-        "draft": assignment.draft or {},
-        "guideline": project.guideline,
-    }
-
-
-def _elapsed_ms(request: HttpRequest) -> int | None:
+def elapsed_ms(request: HttpRequest) -> int | None:
+    """The time that the page measured; None without JavaScript."""
     try:
         elapsed = int(request.POST.get("elapsed_ms", ""))
     except ValueError:
@@ -60,10 +63,15 @@ def _elapsed_ms(request: HttpRequest) -> int | None:
     return elapsed if 0 <= elapsed <= MAX_ELAPSED_MS else None
 
 
-def _mine(request: ProjectRequest, assignment_id: int) -> Assignment:
+def guideline_version(request: ProjectRequest) -> int | None:
+    guideline = request.project.guideline
+    return guideline.version if guideline else None
+
+
+def own_assignment(request: ProjectRequest, assignment_id: int) -> Assignment:
     found = Assignment.objects.filter(
         pk=assignment_id, user=request.user, project=request.project
-    ).select_related("project", "item")
+    ).select_related("project", "item__prompt")
     if not (assignment := found.first()):
         raise Http404("this item is not yours")
     return assignment
@@ -75,18 +83,17 @@ def _after(request: ProjectRequest) -> HttpResponse:
     return redirect("label", request.project.slug)
 
 
-@require_POST
+@posted
 @project_page()
 def submit(request: ProjectRequest, assignment_id: int) -> HttpResponse:
-    assignment = _mine(request, assignment_id)
-    guideline = request.project.guideline
+    if request.method == "GET":
+        return redirect("label", request.project.slug)
+    assignment = own_assignment(request, assignment_id)
     try:
         kind, payload = payload_of(assignment, request.POST)
     except DataError as error:
-        return show_next(request, str(error))
-    judgement = Judgement(
-        kind, payload, _elapsed_ms(request), guideline.version if guideline else None
-    )
+        return show_item(request, assignment, request.POST, str(error))
+    judgement = Judgement(kind, payload, elapsed_ms(request), guideline_version(request))
     response = submission.submit(assignment.pk, request.user, judgement)
     if response.state == Response.State.SURPLUS:
         messages.warning(
@@ -100,29 +107,35 @@ def submit(request: ProjectRequest, assignment_id: int) -> HttpResponse:
 @require_POST
 @project_page()
 def draft(request: ProjectRequest, assignment_id: int) -> HttpResponse:
-    form = {k: v for k, v in request.POST.items() if k not in ("csrfmiddlewaretoken",)}
-    submission.save_draft(_mine(request, assignment_id).pk, request.user, form)
+    form = {name: value for name, value in request.POST.items() if name != "csrfmiddlewaretoken"}
+    submission.save_draft(own_assignment(request, assignment_id).pk, request.user, form)
     return HttpResponse(status=204)
 
 
-@require_POST
+@posted
 @project_page()
 def skip(request: ProjectRequest, assignment_id: int) -> HttpResponse:
-    assignment = _mine(request, assignment_id)
-    reason = request.POST.get("reason", "")[:2000]
-    submission.skip(assignment.pk, request.user, reason, _elapsed_ms(request))
+    if request.method == "GET":
+        return redirect("label", request.project.slug)
+    assignment = own_assignment(request, assignment_id)
+    reason = request.POST.get("reason", "")[:MAX_REASON]
+    about = elapsed_ms(request), guideline_version(request)
+    submission.skip(assignment.pk, request.user, reason, *about)
     return _after(request)
 
 
-@require_POST
+@posted
 @project_page()
 def flag(request: ProjectRequest, assignment_id: int) -> HttpResponse:
-    assignment = _mine(request, assignment_id)
+    if request.method == "GET":
+        return redirect("label", request.project.slug)
+    assignment = own_assignment(request, assignment_id)
+    reason = request.POST.get("reason", "")[:MAX_REASON]
+    about = elapsed_ms(request), guideline_version(request)
     try:
-        reason = request.POST.get("reason", "")[:2000]
-        submission.flag(assignment.pk, request.user, reason, elapsed_ms=_elapsed_ms(request))
+        submission.flag(assignment.pk, request.user, reason, None, *about)
     except DataError as error:
-        return show_next(request, str(error))
+        return show_item(request, assignment, request.POST, str(error), flagging=True)
     return _after(request)
 
 
@@ -133,12 +146,25 @@ def undo(request: ProjectRequest) -> HttpResponse:
         if submission.undo(request.project, request.user) is None:
             messages.info(request, "There is nothing to undo.")
     except DataError as error:
-        messages.warning(request, str(error))
+        messages.warning(request, f"{str(error)[:1].upper()}{str(error)[1:]}.")
     return _after(request)
 
 
 @require_GET
 @project_page()
 def guidelines(request: ProjectRequest) -> HttpResponse:
-    context = {"project": request.project, "role": request.role}
+    """The versions of the guidelines; the newest, or `?version=`."""
+    versions = request.project.guidelines.order_by("-version")
+    wanted = request.GET.get("version", "")
+    shown = versions.filter(version=int(wanted)) if wanted.isdecimal() else versions
+    guideline = shown.first() if len(wanted) < 9 else None
+    if wanted and guideline is None:
+        raise Http404("there is no such version of the guidelines")
+    context = {
+        "project": request.project,
+        "role": request.role,
+        "guideline": guideline,
+        "guideline_html": to_html(guideline.text) if guideline else "",
+        "versions": list(versions.values_list("version", flat=True)[:20]),
+    }
     return render(request, "feedback/guidelines.html", context)

@@ -212,6 +212,8 @@ class Response(models.Model):
             models.Index(fields=["project", "in_force", "id"], name="response_export"),
             models.Index(fields=["project", "-id"], name="response_by_project"),
             models.Index(fields=["user", "project", "-id"], name="response_by_user"),
+            models.Index(fields=["project", "state", "-id"], name="response_by_state"),
+            models.Index(fields=["project", "kind", "-id"], name="response_by_kind"),
         ]
 
     def save(self, *args: Any, **options: Any) -> None:

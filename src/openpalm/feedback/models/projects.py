@@ -53,6 +53,12 @@ class Project(models.Model):
     lease_minutes = models.PositiveIntegerField(default=30, validators=[MinValueValidator(1)])
     served = models.ForeignKey("ModelVersion", models.SET_NULL, null=True, related_name="+")
     """the model that the server has now, as far as this project promoted it"""
+    decided_by = models.CharField(
+        max_length=16,
+        choices=[("person", "People"), ("simulated", "Simulated labelers (a rehearsal)")],
+        default="person",
+    )
+    """the kind of labelers that comparisons of models count; never both"""
     open = models.BooleanField(default=True)
     created_at = models.DateTimeField(auto_now_add=True)
     served_id: int | None

@@ -19,6 +19,7 @@ class ModelVersion(models.Model):
     project = models.ForeignKey(Project, models.CASCADE, related_name="model_versions")
     name = models.CharField(max_length=120)
     kind = models.CharField(max_length=16, choices=Kind, default=Kind.POLICY)
+    project_id: int
     run_id: int | None
     parent_id: int | None
     scores: "models.Manager[ModelScore]"
@@ -134,6 +135,7 @@ class Comparison(models.Model):
     served = models.ForeignKey(ModelVersion, models.PROTECT, related_name="+")
     state = models.CharField(max_length=16, choices=State, default=State.GENERATING)
     items: "models.Manager[Item]"
+    project_id: int
     challenger_id: int
     served_id: int
     size = models.PositiveIntegerField(default=200)
@@ -162,6 +164,9 @@ class Promotion(models.Model):
     state = models.CharField(max_length=16, choices=State, default=State.QUEUED)
     error = models.TextField(blank=True)
     by = models.ForeignKey(User, models.PROTECT, related_name="+")
+    project_id: int
+    model_id: int
+    previous_id: int | None
     created_at = models.DateTimeField(auto_now_add=True)
     done_at = models.DateTimeField(null=True)
     undone_at = models.DateTimeField(null=True)

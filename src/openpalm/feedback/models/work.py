@@ -20,6 +20,7 @@ class Job(models.Model):
         STOPPED = "stopped"
 
     project = models.ForeignKey(Project, models.CASCADE, null=True, related_name="jobs")
+    project_id: int | None
     kind = models.CharField(max_length=32)
     arguments: Any = models.JSONField(default=dict)
     state = models.CharField(max_length=16, choices=State, default=State.QUEUED)
