@@ -42,7 +42,7 @@ from openpalm.feedback.simulation.client import FeedbackClient
 
 PASSWORD = "simulated labelers 7"
 CHOICES = ("1", "2", "4", "5", "tie", "both_bad")
-GIVES_UP_S = 600.0
+GIVES_UP_S = 150.0
 LOOKS_AGAIN = 3
 """how often a labeler asks once more after it was sent away"""
 KINDS = ("web", "worker", "command")
@@ -267,7 +267,11 @@ def kill(site: Site, kind: str) -> bool:
         if kind in _words(child):
             os.kill(child, signal.SIGKILL)
             return True
+    children = _children(site.process.pid)
     site.kill()
+    # The web process ends with the command, after the requests in flight; so long it has the port.
+    while any(_words(child) for child in children):
+        time.sleep(0.05)
     site.start()
     return False
 
