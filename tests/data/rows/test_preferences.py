@@ -94,6 +94,18 @@ def test_every_kind_goes_to_json_and_back():
     assert Preference.from_json(full.to_json(), "x:1").to_json() == full.to_json()
 
 
+@pytest.mark.parametrize("kind", ["person", "model", "simulated"])
+def test_pairs_do_not_depend_on_the_kind_of_author(kind):
+    records = [
+        Preference.from_json(judge("compare", COMPARE).to_json() | {"author_kind": kind}, "x:1"),
+        replace(rate(1, "a", true=5), author_kind=kind),
+        replace(rate(2, "b", true=2), author_kind=kind),
+    ]
+    assert [record.author_kind for record in records] == [kind] * 3
+    pairs = pairs_from_preferences(records).items
+    assert pairs == [Pair(ASK, say("b"), say("a"), 2), Pair(ASK, say("a"), say("b"), 3)]
+
+
 def test_null_fields_may_be_left_out():
     row = EVERY[0].to_json()
     least = {name: value for name, value in row.items() if value is not None}
@@ -155,7 +167,11 @@ def test_a_rank_needs_two_candidates():
         ({"candidates": ["a"]}, 'field "candidates" is a list'),
         ({"candidates": ("a",)}, 'field "candidates" is a tuple'),
         ({"author": None}, 'field "author" is missing'),
-        ({"author_kind": "robot"}, "field \"author_kind\" is 'robot'; it must be person or model"),
+        (
+            {"author_kind": "robot"},
+            "\"author_kind\" is 'robot'; it must be person, model or simulated",
+        ),
+        ({"author_kind": ["person"]}, 'field "author_kind" is a list'),
         ({"created": "yesterday"}, "field \"created\" is 'yesterday'"),
         ({"created": "2026-01-31T12:00:00"}, 'field "created"'),
         ({"created": 7}, 'field "created" is 7'),

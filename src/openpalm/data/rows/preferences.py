@@ -1,4 +1,4 @@
-"""The preference record, one judgement by a person or a model, and its conversion to examples.
+"""The preference record, one judgement by a person or a program, and its conversion to examples.
 
 A record becomes pairs (DPO, reward models), ties, ratings, labelled completions (KTO) or
 demonstrations (SFT). Everything unused is counted with its reason.
@@ -18,12 +18,14 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from openpalm.base.console import shown
 from openpalm.base.typed import at, expect, is_number
 from openpalm.data.rows.messages import Messages, assistant_turn, check_prompt, parse_messages
+from openpalm.data.rows.payloads import PAYLOADS, Kind, is_payload, is_text
 from openpalm.data.rows.read_result import ReadResult, collect_results
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 
-Kind = Literal["compare", "rank", "rate", "thumb", "edit", "write", "flag"]
+AuthorKind = Literal["person", "model", "simulated"]
 T = TypeVar("T")
+ALONE = "no other rating to compare with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,9 @@ class Preference:
     """One judgement of completions of `prompt`. Raises DataError naming an invalid field.
 
     PAYLOADS shows the `payload` of each kind; it numbers the candidates from 0. `created` is
-    ISO 8601 with a time zone; `supersedes` is the id of the record that this one replaces.
+    ISO 8601 with a time zone; `supersedes` is the id of the record that this one replaces. The
+    author is a person, a model, or a simulated labeler (a program that stands for a person in
+    tests and in planning). Training reads all three alike; who counts them must keep them apart.
     """
 
     id: str
@@ -52,7 +56,7 @@ class Preference:
     kind: Kind
     payload: dict[str, Any]
     author: str
-    author_kind: Literal["person", "model"]
+    author_kind: AuthorKind
     created: str
     elapsed_s: float | None = None
     guideline_version: str | None = None
@@ -61,7 +65,7 @@ class Preference:
     def __post_init__(self) -> None:
         _check_fields(self)
         check_prompt(self.prompt)
-        if not _is_payload(self.kind, self.payload, len(self.candidates)):
+        if not is_payload(self.kind, self.payload, len(self.candidates)):
             raise DataError(
                 f'field "payload" of this {self.kind} is {self.payload!a:.200}; it must be '
                 f"{PAYLOADS[self.kind]}, of {len(self.candidates)} candidates numbered from 0"
@@ -80,18 +84,6 @@ class Preference:
     def from_json(cls, obj: object, where: str) -> "Preference":
         """Parses a JSON object; a DataError begins with `where` ("path:line")."""
         return at(where, _parse_record, obj)
-
-
-PAYLOADS: dict[Kind, str] = {
-    "compare": '{"better": i, "worse": j, "strength": 1 to 3}, {"tie": [i, j]} or '
-    '{"both_bad": [i, j]}',
-    "rank": '{"order": [[best ...], ..., [worst ...]]} with each of two or more candidates once',
-    "rate": '{"ratings": {axis: 1 to 5}, "candidate": i}',
-    "thumb": '{"up": true or false, "candidate": i}',
-    "edit": '{"candidate": i, "text": the better completion}',
-    "write": '{"text": a demonstration}',
-    "flag": '{"candidate": i or null, "reason": a text}',
-}
 
 
 class Pair(NamedTuple):
@@ -139,29 +131,29 @@ def pairs_from_preferences(preferences: Iterable[Preference]) -> ReadResult[Pair
     Two ratings make a pair if one author rated completions of one prompt on the same axes under
     the same guidelines, and the means over the axes are at least 1 apart.
     """
-    return _convert(preferences, _pairs_of, _pairs_of_ratings)
+    return _convert(preferences, pairs_of, _pairs_of_ratings)
 
 
 def ties_from_preferences(preferences: Iterable[Preference]) -> ReadResult[Tie]:
     """The ties of compare and rank, for agreement figures; `pairs_from_preferences` skips them."""
-    return _convert(preferences, _ties_of)
+    return _convert(preferences, ties_of)
 
 
 def ratings_from_preferences(preferences: Iterable[Preference]) -> ReadResult[Rating]:
     """The ratings of rate, one for each axis."""
-    return _convert(preferences, _ratings_of)
+    return _convert(preferences, ratings_of)
 
 
 def labelled_completions_from_preferences(
     preferences: Iterable[Preference],
 ) -> ReadResult[LabelledCompletion]:
     """Labels of thumb, both_bad and rate; a mean over the axes above 3 is good, below 3 bad."""
-    return _convert(preferences, _labelled_completions_of)
+    return _convert(preferences, labelled_completions_of)
 
 
 def demonstrations_from_preferences(preferences: Iterable[Preference]) -> ReadResult[Messages]:
     """Conversations for SFT from edit and write."""
-    return _convert(preferences, _demonstrations_of)
+    return _convert(preferences, demonstrations_of)
 
 
 def _convert(
@@ -187,7 +179,7 @@ def _convert(
     return collect_results(found)
 
 
-def _pairs_of(p: Preference) -> Iterator[Pair | str]:
+def pairs_of(p: Preference) -> Iterator[Pair | str]:
     texts = [candidate.text for candidate in p.candidates]
     match p.kind, p.payload:
         case "compare", {"better": i, "worse": j, "strength": strength}:
@@ -206,19 +198,32 @@ def _pairs_of(p: Preference) -> Iterator[Pair | str]:
 
 def _pairs_of_ratings(preferences: list[Preference]) -> Iterator[Pair | str]:
     """Pairs of completions that were rated one by one."""
-    # Ratings are comparable only within one author, one set of axes and one guideline version.
-    rated: defaultdict[Any, list[tuple[Fraction, str]]] = defaultdict(list)
+    rated: defaultdict[Any, list[Preference]] = defaultdict(list)
     for p in preferences:
         if p.kind == "rate":
-            axes, text = p.payload["ratings"], p.candidates[p.payload["candidate"]].text
-            key = (p.prompt, p.author, p.author_kind, p.guideline_version, frozenset(axes))
-            rated[key].append((_mean(axes), text))
-    for (prompt, *_), group in rated.items():
+            rated[rating_group(p)].append(p)
+    for group in rated.values():
         if len(group) == 1:
-            yield "no other rating to compare with"
-        for (low, worse), (high, better) in map(sorted, combinations(group, 2)):
-            gap = high - low
-            yield pair_or_reason(prompt, better, worse, gap) if gap >= 1 else "rating gap below 1"
+            yield ALONE
+        for first, second in combinations(group, 2):
+            yield pair_of_ratings(first, second)
+
+
+def rating_group(p: Preference) -> tuple[Any, ...]:
+    """Ratings are comparable if their groups are equal.
+
+    That is, within one prompt, author, set of axes and guideline version.
+    """
+    axes = frozenset(p.payload["ratings"])
+    return p.prompt, p.author, p.author_kind, p.guideline_version, axes
+
+
+def pair_of_ratings(first: Preference, second: Preference) -> Pair | str:
+    """The pair of two comparable ratings, or the reason why they make none."""
+    rated = [(mean_rating(p), p.candidates[p.payload["candidate"]].text) for p in (first, second)]
+    (low, worse), (high, better) = sorted(rated)
+    gap = high - low
+    return pair_or_reason(first.prompt, better, worse, gap) if gap >= 1 else "rating gap below 1"
 
 
 def pairs_from_ranking(
@@ -240,7 +245,7 @@ def pair_or_reason(prompt: Messages, better: str, worse: str, margin: Any = None
     return Pair(prompt, assistant_turn(better), assistant_turn(worse), margin)
 
 
-def _ties_of(p: Preference) -> Iterator[Tie | str]:
+def ties_of(p: Preference) -> Iterator[Tie | str]:
     match p.kind, p.payload:
         case "compare", {"tie": [i, j]}:
             tied = [(i, j)]
@@ -254,7 +259,7 @@ def _ties_of(p: Preference) -> Iterator[Tie | str]:
         yield Tie(p.prompt, first, second)
 
 
-def _ratings_of(p: Preference) -> Iterator[Rating | str]:
+def ratings_of(p: Preference) -> Iterator[Rating | str]:
     if p.kind != "rate":
         yield f"{p.kind} gives no rating"
         return
@@ -263,14 +268,14 @@ def _ratings_of(p: Preference) -> Iterator[Rating | str]:
         yield Rating(p.prompt, completion, axis, value)
 
 
-def _labelled_completions_of(p: Preference) -> Iterator[LabelledCompletion | str]:
+def labelled_completions_of(p: Preference) -> Iterator[LabelledCompletion | str]:
     match p.kind, p.payload:
         case "thumb", {"candidate": i, "up": good}:
             labelled = [i]
         case "compare", {"both_bad": labelled}:
             good = False
-        case "rate", {"candidate": i, "ratings": axes} if _mean(axes) != 3:
-            labelled, good = [i], _mean(axes) > 3
+        case "rate", {"candidate": i} if mean_rating(p) != 3:
+            labelled, good = [i], mean_rating(p) > 3
         case "rate", _:
             yield "neither good nor bad"
             return
@@ -282,23 +287,20 @@ def _labelled_completions_of(p: Preference) -> Iterator[LabelledCompletion | str
         yield completion if text.strip() else "empty completion"
 
 
-def _demonstrations_of(p: Preference) -> Iterator[Messages | str]:
+def demonstrations_of(p: Preference) -> Iterator[Messages | str]:
     if p.kind in ("edit", "write"):
         yield p.prompt + assistant_turn(p.payload["text"])
     else:
         yield f"{p.kind} gives no demonstration"
 
 
-def _mean(axes: dict[str, int]) -> Fraction:
-    # Exact: in floating point 14/3 - 11/3 is below 1.
+def mean_rating(p: Preference) -> Fraction:
+    """The mean over the axes. Exact: in floating point 14/3 - 11/3 is below 1."""
+    axes = p.payload["ratings"]
     return Fraction(sum(axes.values()), len(axes))
 
 
 # Validation of records.
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
 
 
 def _is_time(value: Any) -> bool:
@@ -320,8 +322,8 @@ def _is_tuple(values: Any, of: type) -> bool:
     return isinstance(values, tuple) and all(isinstance(value, of) for value in values)
 
 
-_TEXT = ("a text that is not blank", _is_text)
-_TEXT_OR_NULL = ("a text or null", lambda v: v is None or _is_text(v))
+_TEXT = ("a text that is not blank", is_text)
+_TEXT_OR_NULL = ("a text or null", lambda v: v is None or is_text(v))
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text": ("a text", lambda v: isinstance(v, str)),
     "checkpoint": _TEXT_OR_NULL,
@@ -332,7 +334,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "kind": (f"one of {', '.join(PAYLOADS)}", lambda v: v in get_args(Kind)),
     "payload": ("a JSON object", _is_plain),
     "author": _TEXT,
-    "author_kind": ("person or model", lambda v: v in ("person", "model")),
+    "author_kind": ("person, model or simulated", lambda v: v in get_args(AuthorKind)),
     "created": ("a time with its zone, as 2026-01-31T12:00:00Z", _is_time),
     "elapsed_s": ("seconds or null", lambda v: v is None or (is_number(v) and v >= 0)),
     "guideline_version": _TEXT_OR_NULL,
@@ -344,34 +346,6 @@ def _check_fields(record: Candidate | Preference) -> None:
     for field in fields(record):
         wanted, right = _FIELDS[field.name]
         expect(field.name, getattr(record, field.name), wanted, right)
-
-
-def _is_payload(kind: Kind, payload: dict[str, Any], n: int) -> bool:
-    def every(*numbers: Any) -> bool:
-        """Whether these are distinct numbers of candidates."""
-        right = all(type(i) is int and 0 <= i < n for i in numbers)
-        return right and len(set(numbers)) == len(numbers)
-
-    match kind, payload, len(payload):
-        case "compare", {"better": i, "worse": j, "strength": int(strength)}, 3:
-            return every(i, j) and strength is not True and 1 <= strength <= 3
-        case "compare", {"tie": [i, j]} | {"both_bad": [i, j]}, 1:
-            return every(i, j)
-        case "rank", {"order": [[_, *_], *_] as order}, 1:
-            groups = all(isinstance(group, list) and group for group in order)
-            return groups and every(*chain(*order)) and sum(map(len, order)) == n > 1
-        case "rate", {"ratings": dict(axes), "candidate": i}, 2:
-            whole = all(type(value) is int and 1 <= value <= 5 for value in axes.values())
-            return every(i) and bool(axes) and all(map(_is_text, axes)) and whole
-        case "thumb", {"up": bool(), "candidate": i}, 2:
-            return every(i)
-        case "edit", {"candidate": i, "text": text}, 2:
-            return every(i) and _is_text(text)
-        case "write", {"text": text}, 1:
-            return _is_text(text)
-        case "flag", {"candidate": i, "reason": reason}, 2:
-            return (i is None or every(i)) and _is_text(reason)
-    return False
 
 
 def _parse_record(obj: object) -> Preference:
