@@ -16,7 +16,7 @@ TIE = 0.25
 """Utilities closer than this are a tie."""
 BAD = -0.5
 """Below this utility a reply is bad."""
-WORDS = (10, 22)
+WORDS = (9, 22)
 """Least and most words of a reply of comfortable length."""
 GREETINGS = re.compile(r"\b(sure|happy|good question|of course|gladly|welcome|thanks)\b", re.I)
 RUDE = re.compile(r"\b(not again|if you must|obviously|whatever|so what)\b", re.I)
