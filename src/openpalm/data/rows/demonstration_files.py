@@ -34,8 +34,8 @@ def read_demonstrations(path: str | Path) -> ReadResult[Messages]:
     converters = {
         MESSAGES: row_to_conversation,
         SHAREGPT: row_to_conversation,
-        ALPACA: _completion_row_to_conversation,
-        COMPLETION: _completion_row_to_conversation,
+        ALPACA: completion_row_to_conversation,
+        COMPLETION: completion_row_to_conversation,
         PROBLEM: _problem_row_to_conversation,
     }
     return RowReader("conversation", converters, demonstrations_from_preferences).read(path)
@@ -45,7 +45,7 @@ def row_to_conversation(row: Row) -> Iterator[Messages | str]:
     yield check_demonstration(parse_conversation(row))
 
 
-def _completion_row_to_conversation(row: Row) -> Iterator[Messages | str]:
+def completion_row_to_conversation(row: Row) -> Iterator[Messages | str]:
     prompt = parse_prompt(row)
     completion = parse_completion(row, row.find_name(COMPLETIONS), prompt)
     yield check_demonstration(prompt + completion)

@@ -3,7 +3,9 @@
 Every verb that reads rows reports unused rows in the same words, with line numbers.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -15,6 +17,9 @@ U = TypeVar("U")
 
 MAX_LISTED = 8
 """Line numbers, or names of fields, in one message."""
+MAX_REASONS = 200
+"""Reasons that are counted one by one; a hostile file could have one for each row."""
+OTHER_REASONS = "other reasons"
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -122,3 +127,46 @@ def collect_results(found: Iterable[tuple[str, T | str]]) -> ReadResult[T]:
             places.append(place)
     unused = {reason: len(where) for reason, where in unused_places.items()}
     return ReadResult(items, unused, places, unused_places)
+
+
+@dataclass
+class StreamCounts:
+    """Counts what a stream of rows uses and leaves out, in bounded memory.
+
+    For streams that are too long for a ReadResult, which keeps every item and every place.
+    """
+
+    used: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+    """how many were not used, by reason"""
+    altered: Counter[str] = field(default_factory=Counter)
+    """how many were used but not as they were, by what was changed"""
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """the first MAX_LISTED places of what was not used or altered"""
+
+    def leave_out(self, place: str, reason: str) -> None:
+        self._add(self.unused, place, reason)
+
+    def alter(self, place: str, change: str) -> None:
+        self._add(self.altered, place, change)
+
+    def report(self) -> list[str]:
+        """One line for each reason and for each change."""
+        return [
+            f"{count} {verb}: {reason}{self._listed(reason, count)}"
+            for verb, counts in (("left out", self.unused), ("altered", self.altered))
+            for reason, count in counts.items()
+        ]
+
+    def _add(self, counts: Counter[str], place: str, reason: str) -> None:
+        if reason not in counts and len(counts) >= MAX_REASONS:
+            reason = OTHER_REASONS
+        counts[reason] += 1
+        listed = self.places.setdefault(reason, [])
+        if place and place not in listed and len(listed) < MAX_LISTED:
+            listed.append(place)
+
+    def _listed(self, reason: str, count: int) -> str:
+        listed = [shown(place) for place in self.places.get(reason, ())]
+        more = ", ..." if listed and count > len(listed) else ""
+        return f" ({', '.join(listed)}{more})" if listed else ""

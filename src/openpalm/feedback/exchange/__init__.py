@@ -1,0 +1,1 @@
+"""Judgements out, prompts and answers in: the formats of files."""
