@@ -57,22 +57,37 @@ TASTES = (
     Taste(
         "exact",
         {
-            **{"subject": 1.6, "ends": 1.2, "friendly": 0.4, "rude": -0.4},
-            **{"figures": 0.8, "comfortable": 0.4, "repeats": -1.0},
+            "subject": 1.6,
+            "ends": 1.2,
+            "friendly": 0.4,
+            "rude": -0.4,
+            "figures": 0.8,
+            "comfortable": 0.4,
+            "repeats": -1.0,
         },
     ),
     Taste(
         "warm",
         {
-            **{"subject": 1.2, "ends": 0.6, "friendly": 1.2, "rude": -1.2},
-            **{"figures": 0.2, "comfortable": 0.4, "repeats": -0.6},
+            "subject": 1.2,
+            "ends": 0.6,
+            "friendly": 1.2,
+            "rude": -1.2,
+            "figures": 0.2,
+            "comfortable": 0.4,
+            "repeats": -0.6,
         },
     ),
     Taste(
         "brief",
         {
-            **{"subject": 1.2, "ends": 1.2, "friendly": 0.4, "rude": -0.6},
-            **{"figures": 0.2, "comfortable": 1.2, "repeats": -1.4},
+            "subject": 1.2,
+            "ends": 1.2,
+            "friendly": 0.4,
+            "rude": -0.6,
+            "figures": 0.2,
+            "comfortable": 1.2,
+            "repeats": -1.4,
         },
     ),
 )
