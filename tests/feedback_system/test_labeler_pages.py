@@ -323,7 +323,7 @@ def test_a_ranking_by_dragging(judge):
 def test_without_javascript_every_task_is_judged(labelers, judge, task):
     page = judge(f"plain-{task}", java_script_enabled=False)
     page.locator("#item [data-key=Enter]").click()
-    expect(page.get_by_role("alert").filter(has_text="Please")).to_be_visible()
+    expect(page.locator("#error")).to_be_visible()
     match task:
         case "pair" | "thumbs":
             page.locator(".choices label").first.click()

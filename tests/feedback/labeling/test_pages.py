@@ -144,7 +144,7 @@ def test_skip_and_flag(page, make_item):
     where = action(page("label"), "flag")
     refused = page(where, {"reason": " "})
     assert refused.status_code == 422
-    assert "a flag needs a reason" in refused.content.decode()
+    assert "A flag needs a reason" in refused.content.decode()
     page(where, {"reason": "the prompt is cut off"})
     assert [(r.state, r.reason) for r in Response.objects.order_by("id")] == [
         ("skipped", "no idea"),
