@@ -9,6 +9,7 @@ from django.conf import settings
 from django.core.files.uploadedfile import SimpleUploadedFile
 
 from openpalm.errors import DataError
+from openpalm.feedback.manage import upload_rows
 from openpalm.feedback.models import Candidate, Item, Job, ModelVersion, Project, Prompt, Task
 from openpalm.feedback.worker.progress import JobStopped, Progress
 

@@ -12,9 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from openpalm.data.rows import uploads
 from openpalm.data.rows.read_result import StreamCounts
-from openpalm.data.rows.uploaded_files import UploadedItem
 from openpalm.errors import DataError
 from openpalm.feedback.labeling.new_items import (
     NewCandidate,
@@ -24,7 +22,9 @@ from openpalm.feedback.labeling.new_items import (
     prompt_digest,
 )
 from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
+from openpalm.feedback.manage import upload_rows, uploads
 from openpalm.feedback.manage.names import names_itself, names_of
+from openpalm.feedback.manage.upload_rows import UploadedItem
 from openpalm.feedback.models import Item, Job, ModelVersion, Project, Prompt, Task
 from openpalm.feedback.worker.progress import Progress
 

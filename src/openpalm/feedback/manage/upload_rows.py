@@ -175,9 +175,9 @@ def _prompt_of(given: Given) -> UploadedItem:
         return UploadedItem(_checked(parse_prompt(Row({"prompt": given["text"]}))))
     if name in (HH, TEXTS, WHOLE):
         return UploadedItem(_checked(next(iter(row_to_pair(row))).prompt))
+    if name is None and not (public := public_format(given)):
+        raise _unknown(given)
     if name is None:
-        if not (public := public_format(given)):
-            raise _unknown(given)
         return _prompt_of(next(iter(public.translate(row, "prompt"))))
     return UploadedItem(_checked(parse_prompt(row)))
 
