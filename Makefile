@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test test-avx2 ranks prove prove-tasks kills browser clients ready-browser ready-clients ready-interop interop lint style types layers docs code-size format ci clean force
+.PHONY: help quickstart test test-avx2 ranks prove prove-tasks kills browser clients feedback ready-browser ready-clients ready-feedback ready-interop interop lint style types layers docs code-size format ci clean force
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo 'make prove-tasks             even tokens, addition, sentiment: base models aligned by commands'
 	@echo 'make browser                 the chat page in a headless Chromium (fetched from npm where there is none)'
 	@echo 'make clients                 the server with the packages that people call it with, from PyPI'
+	@echo 'make feedback                the feedback application with browsers, PostgreSQL and several processes'
 	@echo 'make interop                 weights, data and scores beside transformers, TRL, lm-eval, datatrove and S3'
 	@echo 'make lint                    style (ruff), types (pyright) and layers (import-linter)'
 	@echo 'make format                  let ruff rewrite what it can'
@@ -70,10 +71,16 @@ ready-browser: $(VENV)/.browser
 ready-clients: $(VENV)-clients/.ready
 
 browser: ready-browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
 
 clients: ready-clients
 	OMP_NUM_THREADS=1 $(VENV)-clients/bin/python -m pytest tests/clients $(PYTEST_ARGS)
+
+ready-feedback: $(VENV)/.feedback
+
+# Not by `make test`: it starts browsers, a PostgreSQL server and many processes, and kills some.
+feedback: ready-feedback
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/feedback_system $(PYTEST_ARGS)
 
 ready-interop: $(VENV)-interop/.ready
 
@@ -116,7 +123,7 @@ ifneq ($(CURDIR),$(shell cat $(VENV)/.folder 2>/dev/null))
 MOVED := force
 endif
 
-$(VENV)/.core: EXTRA := [serve]
+$(VENV)/.core: EXTRA := [serve,feedback]
 $(VENV)/.dev: EXTRA := [dev]
 $(VENV)/.core $(VENV)/.dev: pyproject.toml constraints.txt $(BIN)/python $(MOVED)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
@@ -138,6 +145,14 @@ $(VENV)/.browser: $(VENV)/.dev tests/browser/fetch
 	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
 	    $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev,browser]'
 	@tests/browser/fetch
+	@touch $@
+
+# irrCAC asks for old versions of scipy and coverage but works with those of constraints.txt.
+$(VENV)/.feedback: $(VENV)/.browser
+	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	    $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[feedback-tests]'
+	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps \
+	    $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) irrCAC
 	@touch $@
 
 # Apart from .venv: these packages bring a hundred others.

@@ -1,8 +1,10 @@
-"""One tiny run for all tests that go through the command line."""
+"""One tiny run for all tests that go through the command line, one browser for all of pages."""
 
+import chromium
 import pytest
 import torch
 from command_line import make_run
+from requirements import BROWSER, leave_out
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +42,19 @@ def said(capsys):
         return status, output, errors.splitlines()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """One for all suites: playwright's synchronous interface starts once in a process."""
+    reason = chromium.missing()
+    if reason:
+        leave_out(reason, BROWSER)
+    with chromium.launched() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def axe(browser):
+    """The source of axe-core."""
+    return chromium.AXE.read_text(encoding="utf-8")

@@ -43,6 +43,8 @@ def test_report_names_what_is_counted(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "run.py").write_text(TEXT, encoding="utf-8")
     (tmp_path / "other.py").write_text("a = 1\n", encoding="utf-8")
+    (tmp_path / "migrations").mkdir()
+    (tmp_path / "migrations" / "0001_initial.py").write_text(TEXT, encoding="utf-8")
     lines = code_size.report(tmp_path).splitlines()
     assert lines[0].split() == ["lines", "of", "logic", "6", "in", "2", "files"]
     assert "in the hard bodies   40.0 (run 40)" in lines

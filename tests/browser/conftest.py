@@ -6,120 +6,49 @@ that leave the server's origin fail the test that opened it.
 
 import json
 import math
-import os
-import shutil
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import urlsplit
 
+import chromium
 import pytest
+from requirements import BROWSER, leave_out
 from servers import serving
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PAGE = ROOT / "src" / "openpalm" / "serve" / "page"
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync"
-)
 # What the real server sends; test_page.py compares the two.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-WATCH = """
-window.violations = [];
-document.addEventListener("securitypolicyviolation", (event) =>
-  window.violations.push(`${event.violatedDirective} ${event.blockedURI}`));
-"""
 
 
 # --- the browser -------------------------------------------------------------------------------
 
 
-FETCHED = ROOT / "node_modules"
-CHROMIUM = (
-    os.environ.get("OPENPALM_CHROMIUM")
-    or shutil.which("chromium")
-    or shutil.which(FETCHED / ".bin/chromium")
-)
-AXE = Path(os.environ.get("OPENPALM_AXE") or FETCHED / "axe-core/axe.min.js")
-
-
-def missing() -> str | None:
-    if not find_spec("playwright"):
-        return "no playwright: pip install playwright"
-    if not CHROMIUM:
-        return "no chromium: run tests/browser/fetch, or name one in OPENPALM_CHROMIUM"
-    if not AXE.exists():
-        return "no axe-core: run tests/browser/fetch, or name its axe.min.js in OPENPALM_AXE"
-    return None
-
-
 def pytest_runtest_setup(item):
-    reason = missing()
+    reason = chromium.missing()
     if reason and item.path.is_relative_to(HERE):
-        pytest.skip(reason)
-
-
-@pytest.fixture(scope="session")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-        yield found
-        found.close()
-
-
-@pytest.fixture(scope="session")
-def axe():
-    """The source of axe-core."""
-    return AXE.read_text(encoding="utf-8")
+        leave_out(reason, BROWSER)
 
 
 @pytest.fixture
 def visit(browser):
     """Opens a server's page in a fresh profile: `visit(url, **options of the profile)`."""
-    opened = []
+    pages = chromium.Pages(browser)
 
     def open_page(url, **options):
-        context = browser.new_context(**{"viewport": {"width": 1100, "height": 760}} | options)
-        context.set_default_timeout(8000)
-        context.add_init_script(WATCH)
-        page = context.new_page()
-        problems = []
-        page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-        page.on("console", lambda message: problems.append(message.text) if bad(message) else None)
-        origin = urlsplit(url).netloc
-        page.on("request", lambda request: problems.extend(outside(request.url, origin)))
-        opened.append((context, page, problems))
-        page.goto(url)
+        page = pages.open(url, **options)
         page.locator("#model-name:not(:empty), #notice:not([hidden])").first.wait_for()
         return page
 
     yield open_page
-    for context, page, problems in opened:
-        violations = page.evaluate("window.violations")
-        context.close()
-        assert problems + violations == []
-
-
-def bad(message) -> bool:
-    # Chromium itself reports every request that fails, whatever the page makes of it.
-    refused = message.text.startswith("Failed to load resource")
-    return message.type in ("error", "warning") and not refused
-
-
-def outside(url: str, origin: str) -> list[str]:
-    parts = urlsplit(url)
-    inside = parts.netloc == origin or parts.scheme in ("blob", "data")
-    return [] if inside else [f"left the origin: {url}"]
+    assert pages.close() == []
 
 
 # --- the servers -------------------------------------------------------------------------------

@@ -54,7 +54,10 @@ def test_repeated_it_trains_nothing_again(done, capsys):
     before = [(file, file.stat().st_mtime_ns) for file in weights]
     quickstart.run(words)
     assert [(file, file.stat().st_mtime_ns) for file in weights] == before
-    assert "next, try" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "next, try" in printed
+    last = printed.splitlines()[-1].strip()
+    assert last in [f"openpalm serve {out / run} --feedback" for run in ("sft", "dpo")]
 
 
 GOOD = {"bits_per_byte": 1.7, "order5": 1.9, "f1_after": 0.9, "steps": 600}

@@ -28,6 +28,7 @@ VERBS = {
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
     "dpo": ("dpo", "train on preferences offline: dpo, ipo, simpo, orpo, kto"),
     "reward": ("reward", "train a reward model on pairs of completions or on ratings"),
+    "score": ("score", "score completions with a reward model"),
     "merge-lora": ("merge_lora", "merge a LoRA adapter into the weights"),
     "ppo": ("ppo", "train on rewards of sampled completions, with a critic"),
     "grpo": ("grpo", "the same with groups in place of a critic: grpo, dr-grpo, dapo, rloo"),
@@ -37,6 +38,11 @@ VERBS = {
     "sample": ("sample", "continue a prompt with a trained model"),
     "chat": ("chat", "chat with a fine-tuned model in the terminal"),
     "serve": ("serve", "serve a model over HTTP: the OpenAI API and a chat page"),
+    "feedback": ("feedback", "collect human feedback in the browser, train on it, promote models"),
+    "simulate-labelers": (
+        "simulate_labelers",
+        "judge items of a feedback project as labelers of known taste and noise",
+    ),
     "eval": ("eval", "measure a model: loss, bits per byte of a text, lm-evaluation-harness tasks"),
     "convert": ("convert", "read and write checkpoints of other projects"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
@@ -112,7 +118,7 @@ def _escape_unencodable() -> None:
 def _without_verb(argv: Sequence[str]) -> int | None:
     """Handles --help, --version and an unknown verb; None if there is a verb to run."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        listing = "\n".join(f"  {verb:<12}{about}" for verb, (_, about) in VERBS.items())
+        listing = "\n".join(f"  {verb:<19}{about}" for verb, (_, about) in VERBS.items())
         print(USAGE.format(verbs=listing))
         return 0 if argv else 2
     if argv[0] == "--version":

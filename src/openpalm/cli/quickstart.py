@@ -346,12 +346,14 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def _print_next_commands(best: Path, settings: QuickstartSettings, console: "Console") -> None:
     commands = [
         f'openpalm sample {best} --chat "What does {EXAMPLE} do?" --stream',
-        f"openpalm serve {best}",
         f'openpalm sample {settings.out}/pretrain "Return the"',
         "openpalm data prepare YOUR_TEXTS --out data/mine --tokenizer bpe:8192",
         "openpalm train --model palm-14m --data data/mine --out runs/mine --minutes 30",
         "openpalm report runs/mine",
+        f"openpalm serve {best}",
     ]
     console.rule("next, try", align="left")
     for command in commands:
         console.print(f"  {command}", markup=False, soft_wrap=True)
+    console.print("or chat with it, judge its answers and train on them, all in the browser:")
+    console.print(f"  openpalm serve {best} --feedback", markup=False, soft_wrap=True)

@@ -48,10 +48,19 @@ class ServeSettings(BaseModelOptions):
     all"""
     conversation_url: str | None = None
     """URL to post conversations to, as JSON, if the request has `"store": true` (user consent)"""
+    feedback: bool = False
+    """also run the feedback site and its worker: judge answers, train on them, promote the result;
+    conversations that users share go to the site's first project"""
+    feedback_port: int = 8080
+    """with --feedback: port of the site; 0 takes a free one"""
+    feedback_dir: str = "feedback"
+    """with --feedback: folder of its database, snapshots and runs"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 65536:
-            raise SettingsError(f"--port {self.port}: must be 0 (any free one) to 65535")
+        for name in ("port", "feedback_port"):
+            value = getattr(self, name)
+            if not 0 <= value < 65536:
+                raise SettingsError(f"{spell(name)} {value}: must be 0 (any free one) to 65535")
         for name, least in (("max_sequences", 1), ("max_queue", 0), ("shutdown_timeout", 0)):
             value = getattr(self, name)
             if value < least:
@@ -108,6 +117,7 @@ def run(argv: Sequence[str]) -> None:
             "OPENPALM_API_KEY=... openpalm serve runs/chat --host 0.0.0.0 --port 80",
             "openpalm serve runs/chat --name assistant --max-sequences 64 --quantize int8",
             "openpalm serve runs/base --adapter maths=runs/maths --adapter runs/poetry",
+            "openpalm serve runs/chat --feedback",
         ],
         positional=["path"],
     )
@@ -121,6 +131,11 @@ def run(argv: Sequence[str]) -> None:
             "serving needs"
         ) from None
     del fastapi, prometheus_client, uvicorn
+    if settings.feedback:
+        from openpalm.cli import serve_feedback
+
+        serve_feedback.run(settings)
+        return
     from openpalm.serve import server
 
     # Before the model is loaded, so that a port in use is reported at once.

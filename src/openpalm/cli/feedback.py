@@ -1,0 +1,101 @@
+"""`openpalm feedback`: the web application that collects human feedback."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from openpalm.base.settings import parse
+from openpalm.errors import SettingsError
+
+MANAGE, WEB, WORKER = "manage", "web", "worker"
+
+
+@dataclass(frozen=True)
+class FeedbackSettings:
+    """The address and the database of the site."""
+
+    host: str = "127.0.0.1"
+    """address to listen at; others than this machine's own need OPENPALM_FEEDBACK_HOSTS"""
+    port: int = 8080
+    """port to listen at; 0 takes a free one"""
+    dir: str = "feedback"
+    """folder of the database, the secret key, snapshots and runs; made if missing"""
+    database_url: str | None = None
+    """postgresql://user:password@host/name; default: DATABASE_URL, or SQLite in --dir"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise SettingsError(f"--port {self.port}: must be 0 (any free one) to 65535")
+
+
+def run(argv: Sequence[str]) -> None:
+    if argv and argv[0] == MANAGE:
+        from openpalm.feedback.manage_command import manage
+
+        manage(argv[1:])
+        return
+    part = argv[0] if argv and argv[0] in (WEB, WORKER) else ""
+    settings = parse(
+        FeedbackSettings,
+        argv[1:] if part else argv,
+        verb="feedback",
+        about="Collects human feedback in the browser and turns it into better models. Runs the "
+        "web process and the worker; `openpalm feedback web` and `openpalm feedback worker` run "
+        "one of them, `openpalm feedback manage` Django's commands.",
+        examples=[
+            "openpalm feedback",
+            "openpalm feedback --port 8090 --dir data/feedback",
+            "openpalm feedback --database-url postgresql://palm@localhost/feedback",
+            "openpalm feedback manage createsuperuser",
+        ],
+    )
+    from openpalm.cli import feedback_site
+
+    feedback_site.check_installed()
+    site = feedback_site.Site(settings.host, settings.port, settings.dir, settings.database_url)
+    site.set_environment()
+    if part == WORKER:
+        run_worker()
+        return
+    site.check_host()
+    with site.listen() as listening:
+        if part == WEB:
+            from openpalm.feedback.web import serve
+
+            feedback_site.open_database(migrate=False)
+            serve(listening)
+        else:
+            _run_all(site, listening)
+
+
+def _run_all(site, listening) -> None:
+    from openpalm.cli import feedback_site
+    from openpalm.feedback.supervisor import Supervisor
+
+    feedback_site.open_database()
+    url = feedback_site.url_of(listening)
+    setup = feedback_site.setup_line(url)
+
+    def ready() -> None:
+        end = f"; {setup}" if setup else ""
+        print(f"feedback: {url}/{end}; Ctrl-C ends it", flush=True)
+
+    Supervisor(feedback_site.children(site, listening), say=say).run(ready)
+
+
+def say(line: str) -> None:
+    print(f"openpalm: {line}", file=sys.stderr, flush=True)
+
+
+def run_worker() -> None:
+    """Runs jobs until SIGTERM or Ctrl-C; a training saves and continues with the next worker."""
+    from openpalm.cli import feedback_site
+
+    feedback_site.open_database(migrate=False)
+    from openpalm.feedback.worker.loop import Worker
+
+    worker = Worker()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.ending.set())
+    worker.run()

@@ -1,0 +1,127 @@
+"""`openpalm serve RUN --feedback`: model server, feedback site and worker in one command.
+
+Each is a process of its own under a supervisor. They share keys that are made at the start; nobody
+needs to know them.
+"""
+
+import json
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from openpalm.base.settings import spell
+from openpalm.cli import feedback_site
+from openpalm.cli.feedback import say
+from openpalm.cli.feedback_site import PROGRAM, Site
+from openpalm.cli.serve import ServeSettings
+from openpalm.errors import SettingsError
+from openpalm.feedback.supervisor import Child, Supervisor, answers
+
+_NOT_PASSED = {
+    *("path", "feedback", "feedback_port", "feedback_dir", "port", "name", "api_key", "admin_key"),
+    "conversation_url",
+}
+TOKEN_VARIABLE = "OPENPALM_CONVERSATION_TOKEN"
+
+
+def run(settings: ServeSettings) -> None:
+    feedback_site.check_installed()
+    if not Path(settings.path).is_dir():
+        raise SettingsError(
+            f"--feedback: trains on from a run or checkpoint on this machine, and {settings.path} "
+            "is none; fetch it with `openpalm copy` first"
+        )
+    site = Site(settings.host, settings.feedback_port, settings.feedback_dir)
+    site.check_host()
+    port = settings.port or _free_port(settings.host)
+    keys = settings.keys  # without --api-key, callers on this machine need none
+    admin_keys = settings.admin_keys or [secrets.token_urlsafe(24)]
+    with site.listen() as listening:
+        server_url = feedback_site.url_of_address(settings.host, port)
+        site.set_environment(
+            {
+                "OPENPALM_SERVER_URL": server_url,
+                "OPENPALM_ADMIN_KEY": admin_keys[0],
+                "OPENPALM_API_KEY": keys[0] if keys else "",
+            }
+        )
+        feedback_site.open_database()
+        site_url = feedback_site.url_of(listening)
+        server = _server(settings, port, server_url, site_url, keys, admin_keys)
+        children = [server, *feedback_site.children(site, listening)]
+        setup = feedback_site.setup_line(site_url)
+
+        def ready() -> None:
+            end = f"; {setup}" if setup else ""
+            print(
+                f"{settings.model_name}: chat page at {server_url}/, feedback at {site_url}/{end}; "
+                "Ctrl-C ends both",
+                flush=True,
+            )
+
+        Supervisor(children, say=say).run(ready)
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as found:
+        return found.getsockname()[1]
+
+
+def _server(
+    settings: ServeSettings,
+    port: int,
+    url: str,
+    site_url: str,
+    keys: Sequence[str],
+    admin_keys: Sequence[str],
+) -> Child:
+    """The model server. After a crash it starts with the model that was promoted meanwhile."""
+    from openpalm.feedback.training.served import connect
+
+    connection = connect(settings.path, settings.model_name)
+    conversations = f"{site_url}/api/v1/projects/{connection.project}/conversations"
+    environment = {
+        "OPENPALM_ADMIN_KEY": json.dumps(list(admin_keys)),
+        TOKEN_VARIABLE: connection.token,
+    }
+    if keys:
+        environment["OPENPALM_API_KEY"] = json.dumps(list(keys))
+    served_file = Path(settings.feedback_dir) / "served.json"
+
+    def command() -> list[str]:
+        promoted = _promoted(served_file)
+        words = [*PROGRAM, "serve", promoted or settings.path, *options(settings, promoted)]
+        words += ["--name", settings.model_name, "--port", str(port)]
+        return [*words, "--conversation-url", settings.conversation_url or conversations]
+
+    return Child("model server", command, environment, ready=answers(f"{url}/ready"))
+
+
+def _promoted(file: Path) -> str | None:
+    """The checkpoint that the site has promoted since the command began."""
+    try:
+        path = json.loads(file.read_text(encoding="utf-8"))["path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return path if isinstance(path, str) and Path(path).is_dir() else None
+
+
+def options(settings: ServeSettings, promoted: str | None = None) -> list[str]:
+    """The options that are not at their default, for the model server alone.
+
+    Adapters are of the first model; a promoted one has none.
+    """
+    words: list[str] = []
+    for each in fields(settings):
+        value: Any = getattr(settings, each.name)
+        if each.name in _NOT_PASSED or value == each.default:
+            continue
+        if promoted and each.name == "adapter":
+            continue
+        text = json.dumps(value) if isinstance(value, (list, bool)) else str(value)
+        words += [spell(each.name), text]
+    return words

@@ -1,0 +1,83 @@
+"""Slows down guessing of passwords: failed attempts count by name and by address.
+
+After FREE failures for a name within WINDOW, each further attempt must wait twice as long as the
+one before, at most LONGEST; the same after FREE_BY_ADDRESS failures from an address. An attempt
+that comes too early is refused without looking at the password. Names that do not exist count in
+the same way, so that the answers say nothing about which names exist.
+"""
+
+import ipaddress
+from datetime import datetime, timedelta
+
+from django.conf import settings
+from django.http import HttpRequest
+from django.utils import timezone
+
+from openpalm.feedback.models import LoginFailure
+
+WINDOW = timedelta(minutes=30)
+LONGEST = timedelta(minutes=15)
+FREE, FREE_BY_ADDRESS = 5, 30
+NOT_COUNTED = "(api token)"
+"""the name under which api/tokens.py counts wrong tokens, by a rule of its own"""
+
+
+def address_of(request: HttpRequest) -> str:
+    """The visitor's address; of IPv6 the network of 64 bits, which one visitor can have whole.
+
+    Behind the proxy that HTTPS needs, the proxy's own entry of X-Forwarded-For counts: the last.
+    """
+    address = request.META.get("REMOTE_ADDR", "")
+    if settings.HTTPS and (forwarded := request.META.get("HTTP_X_FORWARDED_FOR")):
+        address = forwarded.rpartition(",")[2].strip()
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return "unknown"
+    if isinstance(parsed, ipaddress.IPv6Address) and not parsed.ipv4_mapped:
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(parsed)
+
+
+def seconds_to_wait(name: str, address: str) -> int:
+    """How long the next attempt for this name from this address must wait; 0: not at all."""
+    LoginFailure.objects.filter(created_at__lt=timezone.now() - WINDOW).delete()
+    by_name = _wait(list(_times(name=_key(name))), FREE)
+    if _is_shared(address):
+        return by_name
+    return max(by_name, _wait(list(_times(address=address)), FREE_BY_ADDRESS))
+
+
+def begin_attempt(name: str, address: str) -> LoginFailure:
+    """Counts an attempt as failed before the password is checked.
+
+    Attempts that arrive together would otherwise all pass before the first of them counts.
+    """
+    return LoginFailure.objects.create(name=_key(name), address=address)
+
+
+def succeeded(attempt: LoginFailure) -> None:
+    """Forgets the failures of the name; those of other names from this address stay."""
+    LoginFailure.objects.filter(name=attempt.name).delete()
+
+
+def _is_shared(address: str) -> bool:
+    """Whether all visitors have it: an unknown address, or that of a proxy on this machine."""
+    return address == "unknown" or ipaddress.ip_network(address).is_loopback
+
+
+def _key(name: str) -> str:
+    return name.strip().casefold()[:150]
+
+
+def _times(**of: str):
+    failures = LoginFailure.objects.filter(**of).exclude(name=NOT_COUNTED).order_by("-created_at")
+    return failures.values_list("created_at", flat=True)[:200]
+
+
+def _wait(times: list[datetime], free: int) -> int:
+    if len(times) < free:
+        return 0
+    delay = min(timedelta(seconds=2 ** min(len(times) - free, 20)), LONGEST)
+    left = times[0] + delay - timezone.now()
+    return max(0, -(-left // timedelta(seconds=1)))

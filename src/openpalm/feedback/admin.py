@@ -1,0 +1,93 @@
+"""Django's admin over all tables, for administrators of the site who look for an error.
+
+Nothing is added or deleted here and the records of judgements, training and audit are not changed:
+the pages of the site do that, with their checks and the audit log.
+"""
+
+from typing import Any
+
+from django.contrib import admin
+from django.contrib.auth.views import redirect_to_login
+from django.db.models import Field
+from django.http import HttpRequest, HttpResponse
+from django.urls import reverse
+
+from openpalm.feedback import models
+from openpalm.feedback.accounts import audit
+
+
+class Site(admin.AdminSite):
+    """For superusers only; they sign in at the site's own page, which is throttled."""
+
+    site_header = site_title = "OpenPaLM feedback: tables"
+    index_title = "Tables"
+    enable_nav_sidebar = False
+
+    def has_permission(self, request: HttpRequest) -> bool:
+        return request.user.is_active and request.user.is_superuser
+
+    def login(self, request: HttpRequest, extra_context: Any = None) -> HttpResponse:
+        return redirect_to_login(request.GET.get("next") or reverse("admin:index"))
+
+
+site = Site()
+SECRET = {"password", "digest"}
+"""fields that the admin never shows"""
+EDITABLE: dict[type, tuple[str, ...]] = {
+    models.User: ("is_active", "is_superuser", "is_staff", "email", "first_name", "last_name"),
+    models.Item: ("priority",),
+}
+
+
+class ReadMostly(admin.ModelAdmin):
+    """Shows every field but secrets; only the fields in EDITABLE change, with an audit event."""
+
+    list_per_page = 50
+    show_full_result_count = False
+    ordering = ("-pk",)
+    actions = None
+
+    def get_list_display(self, request: HttpRequest) -> list[str]:
+        return [
+            "pk",
+            *(
+                field.name
+                for field in self._shown()
+                if field.get_internal_type() not in ("TextField", "JSONField")
+                and not field.primary_key
+            ),
+        ][:8]
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        return [field.name for field in self._shown()]
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        editable = EDITABLE.get(self.model, ())
+        return [field.name for field in self._shown() if field.name not in editable]
+
+    def _shown(self) -> list["Field[Any, Any]"]:
+        return [field for field in self.model._meta.fields if field.name not in SECRET]
+
+    def has_add_permission(self, request: HttpRequest, *given: Any) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return self.model in EDITABLE and super().has_change_permission(request, obj)
+
+    def save_model(self, request: Any, obj: Any, form: Any, change: bool) -> None:
+        super().save_model(request, obj, form, change)
+        audit.record(
+            "table.changed",
+            user=request.user,
+            target=f"{self.model._meta.model_name} {obj.pk}",
+            fields=form.changed_data,
+        )
+
+
+for name in models.__all__:
+    model = getattr(models, name)
+    if hasattr(model, "_meta"):
+        site.register(model, ReadMostly)

@@ -1,0 +1,54 @@
+"""/api/v1/projects/<slug>/conversations: takes conversations of the chat page, with consent.
+
+`openpalm serve --conversation-url` posts here. A conversation becomes a prompt of the project with
+the answer as a candidate; posting it again changes nothing.
+"""
+
+from django.db import transaction
+from django.http import JsonResponse
+
+from openpalm.feedback.api.endpoints import Call, operation
+from openpalm.feedback.api.errors import ApiError
+from openpalm.feedback.api.items import MAX_TEXT, read_messages
+from openpalm.feedback.labeling.new_items import add_prompts
+from openpalm.feedback.manage.names import names_itself, names_of
+from openpalm.feedback.models import Candidate, ModelVersion, Project, Prompt, Role
+
+
+@operation("conversations:write", Role.ADMIN)
+def create_conversation(call: Call, slug: str) -> JsonResponse:
+    """Needs `store`: true, the consent of the conversation's user."""
+    project, _ = call.enter(slug)
+    body = call.body
+    if not body.flag("store"):
+        raise ApiError(400, "store is false: its user did not consent, so it is not kept", "store")
+    messages = read_messages(body)
+    candidate = Candidate(
+        text=body.text("answer", most=MAX_TEXT),
+        checkpoint=body.text("checkpoint", most=200, default=""),
+        sampling=body.group("sampling", 4000, None),
+    )
+    model = body.text("model", most=200, default="")
+    body.number("created", 0, 1e12, None)
+    call.finish()
+    known = ModelVersion.objects.filter(project=project, name=model).first()
+    candidate.names_itself = names_itself(candidate.text, names_of(project))
+    candidate.model_id = known.pk if known else None
+    prompt, is_new = _add(project, messages, candidate)
+    return JsonResponse({"prompt": prompt.pk, "created": is_new}, status=201 if is_new else 200)
+
+
+@transaction.atomic
+def _add(
+    project: Project, messages: list[dict[str, str]], candidate: Candidate
+) -> tuple[Prompt, bool]:
+    (prompt,) = add_prompts(project, [(messages, "chat")], shared_with_consent=True)
+    Prompt.objects.select_for_update(no_key=True).get(pk=prompt.pk)
+    same = Candidate.objects.filter(
+        prompt=prompt, text=candidate.text, checkpoint=candidate.checkpoint
+    )
+    if same.exists():
+        return prompt, False
+    candidate.prompt = prompt
+    candidate.save()
+    return prompt, True

@@ -1,0 +1,40 @@
+"""The one shape of the API's errors: {"error": {"code", "message", "field"}}."""
+
+from http import HTTPStatus
+
+from django.http import JsonResponse
+
+CODES = {
+    400: "invalid",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    409: "conflict",
+    413: "too_large",
+    415: "unsupported_media_type",
+    429: "too_many_failures",
+    500: "internal",
+}
+
+
+class ApiError(Exception):
+    """A request that cannot be answered; `field` names what is wrong in it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        field: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.field = field
+        self.headers = headers or {}
+
+    def response(self) -> JsonResponse:
+        code = CODES.get(self.status, HTTPStatus(self.status).phrase.lower().replace(" ", "_"))
+        error = {"code": code, "message": self.message, "field": self.field}
+        return JsonResponse({"error": error}, status=self.status, headers=self.headers)

@@ -1,0 +1,15 @@
+"""For new processes on Linux: end when the parent is killed, so that none is left over."""
+
+import ctypes
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+# Looked up here: between fork and exec as little as possible may run.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+def die_with_parent() -> None:
+    """As `preexec_fn`: the process gets SIGTERM when the thread that started it ends."""
+    if _prctl is not None:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,1 @@
+"""Judging items: leases, payloads, the pages of labelers."""

@@ -1,0 +1,89 @@
+"""One's own judgements, newest first, and changing one of them."""
+
+from typing import Any
+
+from django.contrib import messages
+from django.db.models import Q
+from django.http import HttpResponse
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_GET, require_http_methods
+
+from openpalm.errors import DataError
+from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.labeling import submission
+from openpalm.feedback.labeling.context import draft_form
+from openpalm.feedback.labeling.payloads import payload_of
+from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.labeling.views import (
+    elapsed_ms,
+    guideline_version,
+    own_assignment,
+    show_item,
+)
+from openpalm.feedback.labeling.words import describe
+from openpalm.feedback.models import Response
+
+PAGE = 30
+EXCERPT = 160
+State = Response.State
+NOTES = {State.SURPLUS: "not counted: it came after another person's", State.DELETED: "deleted"}
+
+
+@require_GET
+@project_page()
+def mine(request: ProjectRequest) -> HttpResponse:
+    """The user's judgements that were not replaced or undone; `?before=` an id goes on."""
+    rows = (
+        Response.objects.filter(project=request.project, user=request.user)
+        .filter(Q(in_force=True) | Q(state__in=[State.SKIPPED, State.SURPLUS, State.DELETED]))
+        .select_related("assignment", "item__prompt")
+        .order_by("-id")
+    )
+    before = request.GET.get("before", "")
+    if before.isdecimal() and len(before) < 18:
+        rows = rows.filter(id__lt=int(before))
+    found = list(rows[: PAGE + 1])
+    context = {
+        "project": request.project,
+        "role": request.role,
+        "rows": [_row(request, response) for response in found[:PAGE]],
+        "older": found[PAGE - 1].pk if len(found) > PAGE else None,
+        "before": before,
+    }
+    return render(request, "feedback/mine.html", context)
+
+
+def _row(request: ProjectRequest, response: Response) -> dict[str, Any]:
+    response.assignment.project = request.project
+    messages_of = response.item.prompt.messages
+    asked = messages_of[-1]["content"] if messages_of else ""
+    return {
+        "response": response,
+        "asked": asked if len(asked) <= EXCERPT else asked[:EXCERPT].rstrip() + " …",
+        "words": describe(response, response.assignment),
+        "note": NOTES.get(State(response.state), ""),
+        "can_change": response.in_force and response.state == State.SUBMITTED,
+        "seconds": None if response.elapsed_ms is None else round(response.elapsed_ms / 1000),
+    }
+
+
+@require_http_methods(["GET", "POST"])
+@project_page()
+def change(request: ProjectRequest, assignment_id: int) -> HttpResponse:
+    """Judges an earlier item once more; the new judgement replaces the old one."""
+    assignment = own_assignment(request, assignment_id)
+    current = assignment.responses.filter(in_force=True, state=State.SUBMITTED).first()
+    if current is None:
+        messages.warning(request, "This judgement was undone or deleted; it cannot be changed.")
+        return redirect("mine", request.project.slug)
+    if request.method == "GET":
+        assignment.draft = {"kind": current.kind, "payload": current.payload}
+        return show_item(request, assignment, draft_form(assignment), changing=True)
+    try:
+        kind, payload = payload_of(assignment, request.POST)
+        judgement = Judgement(kind, payload, elapsed_ms(request), guideline_version(request))
+        submission.change(assignment.pk, request.user, judgement)
+    except DataError as error:
+        return show_item(request, assignment, request.POST, str(error), changing=True)
+    messages.success(request, "The judgement is changed.")
+    return redirect("mine", request.project.slug)

@@ -1,0 +1,68 @@
+"""Judgements in words, and texts in the pieces that pages show."""
+
+import re
+from typing import Any
+
+from openpalm.feedback.labeling.payloads import middle
+from openpalm.feedback.models import Assignment, Project, Response
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+STRENGTHS = {5: {1: "", 2: "much "}, 7: {1: "slightly ", 2: "", 3: "much "}}
+_FENCE = re.compile(r"(^[ \t]*```.*?(?:^[ \t]*```[ \t]*$|\Z))", re.MULTILINE | re.DOTALL)
+
+
+def pieces(text: str) -> list[tuple[bool, str]]:
+    """(whether it is a fenced block of code, text), in the order of the text.
+
+    A blank line beside a block is left out: pages show it as the block's margin.
+    """
+    parts = _FENCE.split(text)
+    for index in range(1, len(parts), 2):
+        parts[index - 1] = re.sub(r"\n{1,2}\Z", "", parts[index - 1])
+        parts[index + 1] = re.sub(r"\A\n{1,2}", "", parts[index + 1])
+    return [(index % 2 == 1, part) for index, part in enumerate(parts) if part]
+
+
+def step_label(project: Project, step: int) -> str:
+    """The label of a step of the scale, such as "A much better"."""
+    distance = step - middle(project)
+    if distance == 0:
+        return "Tie"
+    letter = "A" if distance < 0 else "B"
+    return f"{letter} {STRENGTHS[project.scale].get(abs(distance), '')}better"
+
+
+def describe(response: Response, assignment: Assignment) -> str:
+    """The judgement as its labeler saw it: answers have the names of the screen."""
+    match response.state:
+        case Response.State.SKIPPED:
+            return "Skipped"
+        case Response.State.FLAGGED:
+            return f"Flagged: {response.reason}"
+        case Response.State.DELETED:
+            return ""
+    return _describe(response.kind, response.payload, assignment)
+
+
+def _describe(kind: str, payload: dict[str, Any], assignment: Assignment) -> str:
+    place = {position: place for place, position in enumerate(assignment.order)}
+    match kind, payload:
+        case "compare", {"better": better, "strength": strength}:
+            step = -strength if place[better] == 0 else strength
+            return step_label(assignment.project, middle(assignment.project) + step)
+        case "compare", {"tie": _}:
+            return "Tie"
+        case "compare", {"both_bad": _}:
+            return "Both bad"
+        case "rank", {"order": groups}:
+            shown = [sorted(place[position] + 1 for position in group) for group in groups]
+            return " > ".join(" = ".join(map(str, group)) for group in shown)
+        case "rate", {"ratings": ratings}:
+            return ", ".join(f"{axis} {value}" for axis, value in ratings.items())
+        case "thumb", {"up": up}:
+            return "Good" if up else "Bad"
+        case "edit", _:
+            return "Edited"
+        case "write", _:
+            return "Written"
+    return ""

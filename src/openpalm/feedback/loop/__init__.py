@@ -1,0 +1,1 @@
+"""The loop page: training, models, comparisons, promotion, the board."""

@@ -1,0 +1,5 @@
+"""URLs of loop/."""
+
+from django.urls import URLPattern
+
+urlpatterns: list[URLPattern] = []

@@ -1,0 +1,1 @@
+"""Pages of managers: settings, members, prompts, items, import, export, audit."""

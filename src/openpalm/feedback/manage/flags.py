@@ -1,0 +1,12 @@
+"""Flags that labelers set on items, until a manager has resolved them."""
+
+from django.db.models import QuerySet
+
+from openpalm.feedback.models import Project, Response
+
+
+def open_flags(project: Project) -> "QuerySet[Response]":
+    """A flag is in force until it is resolved or its author judges the item after all."""
+    return Response.objects.filter(
+        project=project, state=Response.State.FLAGGED, in_force=True
+    ).order_by("-id")

@@ -1,0 +1,116 @@
+"""The form that lets models answer prompts, so that people can judge the answers."""
+
+from typing import Any
+
+from django import forms
+from django.contrib import messages
+from django.db.models import Exists, OuterRef, QuerySet
+from django.http import HttpResponse
+from django.shortcuts import redirect
+from django.views.decorators.http import require_http_methods
+
+from openpalm.errors import DataError
+from openpalm.feedback.accounts import audit
+from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.accounts.forms import PlainLabels
+from openpalm.feedback.manage.pages import page
+from openpalm.feedback.models import Item, ModelVersion, Project, Prompt, Role
+from openpalm.feedback.training import generation
+
+MAX_PROMPTS = 10_000
+
+
+class GenerateForm(PlainLabels, forms.Form):
+    """Which models answer how many prompts, in one or two ways of sampling."""
+
+    models = forms.ModelMultipleChoiceField(
+        ModelVersion.objects.none(), widget=forms.CheckboxSelectMultiple
+    )
+    count = forms.IntegerField(
+        label="Prompts",
+        min_value=1,
+        max_value=MAX_PROMPTS,
+        initial=100,
+        help_text="The oldest prompts that have no item yet; never held-out ones.",
+    )
+    n = forms.IntegerField(
+        label="Answers of each model and sampling", min_value=1, max_value=16, initial=2
+    )
+    temperature = forms.FloatField(min_value=0, max_value=2, initial=1.0)
+    second_temperature = forms.FloatField(
+        label="Second temperature (optional)", min_value=0, max_value=2, required=False
+    )
+    top_p = forms.FloatField(label="Top-p", min_value=0.01, max_value=1, initial=1.0)
+    max_tokens = forms.IntegerField(
+        label="Most tokens of an answer", min_value=1, max_value=4096, initial=256
+    )
+    pairs = forms.IntegerField(
+        label="Most items of one prompt", min_value=1, max_value=100, initial=1
+    )
+
+    def __init__(self, *args: Any, project: Project, **names: Any) -> None:
+        super().__init__(*args, **names)
+        field: Any = self.fields["models"]
+        field.queryset = policies(project)
+
+    def wanted(self) -> list[dict[str, Any]]:
+        """The models as the job wants them: one entry for each way of sampling."""
+        given = self.cleaned_data
+        temperatures = {given["temperature"], given["second_temperature"]} - {None}
+        return [
+            {
+                "model": model.pk,
+                "n": given["n"],
+                "temperature": temperature,
+                "top_p": given["top_p"],
+                "max_tokens": given["max_tokens"],
+            }
+            for model in given["models"]
+            for temperature in sorted(temperatures)
+        ]
+
+
+def policies(project: Project) -> "QuerySet[ModelVersion]":
+    """The project's models that can answer."""
+    found = ModelVersion.objects.filter(project=project, kind=ModelVersion.Kind.POLICY)
+    return found.exclude(path="").order_by("-id")
+
+
+def unused_prompts(project: Project) -> "QuerySet[Prompt]":
+    without = ~Exists(Item.objects.filter(prompt=OuterRef("pk")))
+    return Prompt.objects.filter(without, project=project, held_out=False).order_by("id")
+
+
+@require_http_methods(["GET", "POST"])
+@project_page(Role.ADMIN)
+def generate(request: ProjectRequest) -> HttpResponse:
+    project = request.project
+    form = GenerateForm(request.POST or None, project=project)
+    if request.method == "POST" and form.is_valid():
+        count = form.cleaned_data["count"]
+        prompts = list(unused_prompts(project).values_list("pk", flat=True)[:count])
+        try:
+            if not prompts:
+                raise DataError("every prompt has an item already; add prompts first")
+            generation.start(
+                project,
+                request.user,
+                form.wanted(),
+                prompts=prompts,
+                pairs=form.cleaned_data["pairs"],
+            )
+        except DataError as error:
+            form.add_error(None, str(error))
+        else:
+            audit.record("job.generate", user=request.user, project=project, count=len(prompts))
+            messages.success(request, f"The models answer {len(prompts)} prompts now.")
+            return redirect("jobs", project.slug)
+    return page(
+        request,
+        "generate",
+        form=form,
+        has_models=policies(project).exists(),
+        waiting=len(unused_prompts(project).values_list("pk")[: MAX_PROMPTS + 1]),
+        limit=MAX_PROMPTS,
+        status=422 if form.errors else 200,
+    )

@@ -1,0 +1,240 @@
+"""The import job: adds the prompts or items of an uploaded file to a project.
+
+Memory does not grow with the file. What is in the project already is counted and not added again,
+so a job that a worker's end cut off is simply run again. Unusable rows are counted by reason, with
+file and line of the first of each.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from openpalm.data.rows.read_result import StreamCounts
+from openpalm.errors import DataError
+from openpalm.feedback.labeling.new_items import (
+    NewCandidate,
+    NewItem,
+    add_items,
+    add_prompts,
+    prompt_digest,
+)
+from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
+from openpalm.feedback.manage import upload_rows, uploads
+from openpalm.feedback.manage.names import names_itself, names_of
+from openpalm.feedback.manage.upload_rows import UploadedItem
+from openpalm.feedback.models import Item, Job, ModelVersion, Project, Prompt, Task
+from openpalm.feedback.worker.progress import Progress
+
+BATCH = 200
+ALREADY = "already in the project"
+HELD_OUT = "its prompt is held out for comparisons"
+Found = tuple[str, UploadedItem]
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    """Arguments: file (in uploads/), name, what (prompts | items), held_out, needed, gold."""
+    assert job.project is not None
+    path = uploads.path_of(job.arguments["file"])
+    if not path.exists():
+        raise DataError(f"{job.arguments['name']}: the uploaded file is gone; upload it again")
+    importer = Importer(job.project, path, job.arguments)
+    progress.start(0, f"reads {job.arguments['name']}")
+    try:
+        for rows in importer.run():
+            progress.move_to(rows)
+    except DataError as error:
+        path.unlink(missing_ok=True)
+        # The person knows the file by its own name, and need not know where it is kept.
+        raise DataError(str(error).replace(str(path), job.arguments["name"])) from None
+    path.unlink(missing_ok=True)
+    return importer.result()
+
+
+@dataclass
+class Importer:
+    """Adds a file to a project, BATCH rows at a time."""
+
+    project: Project
+    path: Path
+    arguments: dict[str, Any]
+    counts: StreamCounts = field(default_factory=StreamCounts)
+    rows: int = 0
+    held_out: int = 0
+
+    def __post_init__(self) -> None:
+        self.names = names_of(self.project)
+        self.models = _models(self.project)
+        self.what = self.arguments.get("what", "prompts")
+
+    def run(self) -> Iterator[int]:
+        """Yields the number of rows read so far."""
+        name = self.arguments["name"]
+        read = upload_rows.read_items if self.what == "items" else upload_rows.read_prompts
+        add = self._add_items if self.what == "items" else self._add_prompts
+        found = read(self.path, name)
+        while batch := list(islice(found, BATCH)):
+            self.rows += len(batch)
+            add(list(self._usable(batch)))
+            yield self.rows
+        if not self.rows:
+            raise DataError(f"{name}: holds no row; nothing was added")
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "added": self.counts.used,
+            "held_out": self.held_out,
+            "unused": dict(self.counts.unused),
+            "lines": self.counts.report(),
+        }
+
+    def _usable(self, batch: Iterable[tuple[str, UploadedItem | str]]) -> Iterator[Found]:
+        for where, row in batch:
+            if isinstance(row, str):
+                self.counts.leave_out(where, row)
+            else:
+                yield where, row
+
+    # Prompts.
+
+    def _add_prompts(self, found: list[Found]) -> None:
+        if self.project.task == Task.DEMONSTRATION:
+            self._add_items(found)
+            return
+        share = float(self.arguments.get("held_out") or 0.0)
+        fresh = self._new_prompts(found)
+        for held_out in (True, False):
+            chosen = [m for digest, m in fresh.items() if is_held_out(digest, share) == held_out]
+            add_prompts(self.project, [(m, "file") for m in chosen], held_out=held_out)
+            self.counts.used += len(chosen)
+            self.held_out += len(chosen) if held_out else 0
+
+    def _new_prompts(self, found: list[Found]) -> dict[str, list[dict[str, str]]]:
+        messages = {where: _plain(row) for where, row in found}
+        digests = {where: prompt_digest(m) for where, m in messages.items()}
+        seen = set(_known_digests(self.project, digests.values()))
+        fresh: dict[str, list[dict[str, str]]] = {}
+        for where, digest in digests.items():
+            if digest in seen:
+                self.counts.leave_out(where, ALREADY)
+            else:
+                seen.add(digest)
+                fresh[digest] = messages[where]
+        return fresh
+
+    # Items.
+
+    def _add_items(self, found: list[Found]) -> None:
+        new = {}
+        held_out = self._held_out(found)
+        for where, row in found:
+            if where in held_out:
+                self.counts.leave_out(where, HELD_OUT)
+                continue
+            for item in self._items_of(where, row):
+                if item.key in new:
+                    self.counts.leave_out(where, ALREADY)
+                else:
+                    new[item.key] = (where, item)
+        made = add_items(self.project, [item for _, item in new.values()])
+        for (where, _), (_, is_new) in zip(new.values(), made, strict=True):
+            if is_new:
+                self.counts.used += 1
+            else:
+                self.counts.leave_out(where, ALREADY)
+
+    def _held_out(self, found: list[Found]) -> set[str]:
+        digests = {where: prompt_digest(_plain(row)) for where, row in found}
+        held = set(_known_digests(self.project, digests.values(), held_out=True))
+        return {where for where, digest in digests.items() if digest in held}
+
+    def _items_of(self, where: str, row: UploadedItem) -> Iterator[NewItem]:
+        least, most = candidates_needed(self.project.task)
+        count = len(row.candidates)
+        if most == 1 and count > 1:  # each answer is an item of its own
+            for candidate in row.candidates:
+                yield self._item(row, (candidate,), None)
+            self._note(where, row, None)
+        elif count < least:
+            needs = "an answer" if least == 1 else f"{least} answers"
+            self.counts.leave_out(where, f"has {count} answers; this project needs {needs}")
+        elif most and count > most:
+            self.counts.leave_out(where, f"has {count} answers; this project compares {most}")
+        elif least > 1 and len({text.strip() for text, _ in row.candidates}) < count:
+            self.counts.leave_out(where, "equal answers")
+        elif any(not text.strip() for text, _ in row.candidates):
+            self.counts.leave_out(where, "an empty answer")
+        else:
+            gold = self._gold(row)
+            self._note(where, row, gold)
+            yield self._item(row, row.candidates if most else (), gold)
+
+    def _gold(self, row: UploadedItem) -> dict[str, Any] | None:
+        """The file's judgement as the expected answer, if that was asked for and fits the task."""
+        if not self.arguments.get("gold") or row.judgement is None:
+            return None
+        kind, payload = row.judgement
+        return payload if kind == KINDS[self.project.task] else None
+
+    def _note(self, where: str, row: UploadedItem, gold: dict[str, Any] | None) -> None:
+        """Counts what of a used row is not taken over."""
+        notes = list(row.notes)
+        if row.judgement is not None and gold is None:
+            notes.append("its judgement")
+        if row.candidates and not candidates_needed(self.project.task)[1]:
+            notes.append("its answers, since people write them here")
+        for note in notes:
+            self.counts.alter(where, f"without {note}")
+
+    def _item(
+        self,
+        row: UploadedItem,
+        candidates: tuple[tuple[str, str], ...],
+        gold: dict[str, Any] | None,
+    ) -> NewItem:
+        messages = _plain(row)
+        return NewItem(
+            messages=messages,
+            candidates=tuple(self._candidate(text, model) for text, model in candidates),
+            source="file",
+            key=_key(prompt_digest(messages), [text for text, _ in candidates]),
+            purpose=Item.Purpose.TRAINING if gold is None else Item.Purpose.GOLD,
+            needed=self.arguments.get("needed"),
+            gold=gold,
+            gold_kind=KINDS[self.project.task] if gold else "",
+        )
+
+    def _candidate(self, text: str, model: str) -> NewCandidate:
+        return NewCandidate(
+            text=text,
+            checkpoint=model[:200],
+            model=self.models.get(model) if model else None,
+            names_itself=names_itself(text, self.names),
+        )
+
+
+def is_held_out(digest: str, share: float) -> bool:
+    """Whether a prompt belongs to the held-out share: the same for each import of the same text."""
+    return int(digest[:13], 16) < share * 16**13
+
+
+def _plain(row: UploadedItem) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in row.prompt]
+
+
+def _key(digest: str, texts: list[str]) -> str:
+    content = "\0".join([digest, *texts]).encode("utf-8", "surrogatepass")
+    return f"file:{hashlib.sha256(content).hexdigest()}"
+
+
+def _known_digests(project: Project, digests: Iterable[str], **of: Any) -> Iterable[str]:
+    known = Prompt.objects.filter(project=project, digest__in=set(digests), **of)
+    return known.values_list("digest", flat=True)
+
+
+def _models(project: Project) -> dict[str, ModelVersion]:
+    found = ModelVersion.objects.filter(project=project)
+    return {name: model for model in found for name in (model.name, model.checkpoint) if name}

@@ -1,0 +1,27 @@
+"""What the pages of managers share: the context of a project page, and answers to bad input."""
+
+from typing import Any
+
+from django.http import HttpResponse
+from django.shortcuts import render
+
+from openpalm.feedback.accounts.access import ProjectRequest, has_rank
+from openpalm.feedback.models import Role
+
+
+def project_context(request: ProjectRequest) -> dict[str, Any]:
+    """The project, the user's role, and which rights it has."""
+    return {
+        "project": request.project,
+        "role": request.role,
+        "is_reviewer": has_rank(request.role, Role.REVIEWER),
+        "is_admin": has_rank(request.role, Role.ADMIN),
+        "is_owner": has_rank(request.role, Role.OWNER),
+    }
+
+
+def page(
+    request: ProjectRequest, template: str, *, status: int = 200, **context: Any
+) -> HttpResponse:
+    context = project_context(request) | context
+    return render(request, f"feedback/manage/{template}.html", context, status=status)

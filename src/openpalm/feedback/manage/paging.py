@@ -1,0 +1,52 @@
+"""Pages of long lists by id: the cost of a page does not grow with its number."""
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+from django.db.models import QuerySet
+from django.http import HttpRequest
+
+PAGE_SIZE = 50
+MAX_ID = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Page:
+    """Rows with the newest first, and the queries ("before=12&state=open") of its neighbours."""
+
+    rows: list[Any]
+    newer: str | None
+    older: str | None
+
+
+def page_of(rows: "QuerySet[Any]", request: HttpRequest, size: int = PAGE_SIZE) -> Page:
+    """The page that `before` or `after` (an id) in the address asks for; else the first."""
+    before, after = (_id(request.GET.get(name)) for name in ("before", "after"))
+    if after is not None:
+        found = list(rows.filter(pk__gt=after).order_by("pk")[: size + 1])
+        has_newer, has_older = len(found) > size, True
+        found = found[:size][::-1]
+    else:
+        older = rows if before is None else rows.filter(pk__lt=before)
+        found = list(older.order_by("-pk")[: size + 1])
+        has_newer, has_older = before is not None, len(found) > size
+        found = found[:size]
+    if not found:
+        return Page([], _query(request) if before or after else None, None)
+    return Page(
+        found,
+        _query(request, after=found[0].pk) if has_newer else None,
+        _query(request, before=found[-1].pk) if has_older else None,
+    )
+
+
+def _query(request: HttpRequest, **place: int) -> str:
+    filters = {k: v for k, v in request.GET.items() if k not in ("before", "after") and v}
+    return urlencode(filters | place)
+
+
+def _id(text: str | None) -> int | None:
+    if text is None or not text.isascii() or not text.isdigit() or len(text) > 19:
+        return None
+    return min(int(text), MAX_ID)

@@ -1,0 +1,125 @@
+"""Pages of judgements: the list with filters, deletion with its lineage, flags to resolve."""
+
+from typing import Any
+
+from django.contrib import messages
+from django.db.models import QuerySet
+from django.http import Http404, HttpResponse
+from django.shortcuts import redirect
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from openpalm.feedback.accounts import audit
+from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.labeling import submission
+from openpalm.feedback.manage.blinding import revealed
+from openpalm.feedback.manage.flags import open_flags
+from openpalm.feedback.manage.judgements import describe
+from openpalm.feedback.manage.pages import page
+from openpalm.feedback.manage.paging import page_of
+from openpalm.feedback.models import Response, Role, Snapshot, User
+from openpalm.feedback.training.lineage import models_of
+
+KINDS = ("compare", "rank", "rate", "thumb", "edit", "write", "skip", "flag")
+
+
+@require_GET
+@project_page(Role.REVIEWER)
+def responses(request: ProjectRequest) -> HttpResponse:
+    rows = _filtered(request).select_related("user", "item__prompt")
+    listed = page_of(rows, request)
+    return page(
+        request,
+        "responses",
+        page=listed,
+        rows=_shown(listed.rows, request.user),
+        kinds=KINDS,
+        states=Response.State.values,
+        author_kinds=User.Kind.values,
+        chosen={name: request.GET.get(name, "") for name in ("who", "kind", "state", "by")},
+    )
+
+
+def _filtered(request: ProjectRequest) -> "QuerySet[Response]":
+    rows, given = Response.objects.filter(project=request.project), request.GET
+    filters = (("kind", "kind", KINDS), ("state", "state", Response.State.values))
+    for name, column, allowed in (*filters, ("by", "author_kind", User.Kind.values)):
+        if given.get(name) in allowed:
+            rows = rows.filter(**{column: given[name]})
+    if who := given.get("who", "").replace("\0", "").strip():
+        user = User.objects.filter(username=who).first()
+        rows = rows.filter(user=user) if user else rows.none()
+    return rows
+
+
+def _shown(rows: list[Response], user: User) -> list[tuple[Response, str | None]]:
+    """Each with its words; None for one that the viewer must not know yet."""
+    visible = revealed({row.item_id: row.item for row in rows}.values(), user)
+    return [
+        (row, describe(row) if row.item_id in visible or row.user_id == user.pk else None)
+        for row in rows
+    ]
+
+
+def _find(request: ProjectRequest, response_id: int) -> Response:
+    found = Response.objects.filter(project=request.project, pk=response_id)
+    if not (response := found.select_related("user", "item__prompt").first()):
+        raise Http404("there is no such judgement in this project")
+    return response
+
+
+@require_http_methods(["GET", "POST"])
+@project_page(Role.ADMIN)
+def response_delete(request: ProjectRequest, response_id: int) -> HttpResponse:
+    """Shows which models a judgement is in; a POST erases its content."""
+    response = _find(request, response_id)
+    models = models_of([response])
+    snapshots = Snapshot.objects.filter(rows__response=response)
+    if request.method == "POST" and response.state != Response.State.DELETED:
+        submission.delete(response.pk)
+        audit.record(
+            "judgement.deleted",
+            user=request.user,
+            project=request.project,
+            target=response.uid,
+            author=response.user.username,
+            item=response.item_id,
+            models=[model.name for model in models],
+        )
+        messages.success(request, "The judgement is deleted: its content is erased.")
+        return redirect("response-delete", request.project.slug, response.pk)
+    is_visible = response.item_id in revealed([response.item], request.user)
+    context: dict[str, Any] = {
+        "response": response,
+        "words": describe(response) if is_visible else None,
+        "models": models,
+        "snapshots": snapshots,
+        "is_deleted": response.state == Response.State.DELETED,
+    }
+    return page(request, "response_delete", **context)
+
+
+@require_GET
+@project_page(Role.ADMIN)
+def flags(request: ProjectRequest) -> HttpResponse:
+    """What labelers flagged and nobody has resolved."""
+    rows = open_flags(request.project).select_related("user", "item__prompt")
+    return page(request, "flags", page=page_of(rows, request))
+
+
+@require_POST
+@project_page(Role.ADMIN)
+def flag_resolve(request: ProjectRequest, response_id: int) -> HttpResponse:
+    response = _find(request, response_id)
+    if response.state != Response.State.FLAGGED:
+        raise Http404("this is no flag")
+    if response.in_force:
+        response.in_force = False
+        response.save(update_fields=["in_force"])
+        audit.record(
+            "flag.resolved",
+            user=request.user,
+            project=request.project,
+            target=f"item {response.item_id}",
+            reason=response.reason[:500],
+        )
+    return redirect("flags", request.project.slug)

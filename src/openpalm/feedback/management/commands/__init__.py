@@ -1,0 +1,1 @@
+"""Management commands, run by `openpalm feedback manage NAME`."""

@@ -1,0 +1,1 @@
+"""Agreement, time, consensus and the board, computed by the worker and stored."""

@@ -1,0 +1,1 @@
+"""Simulated labelers: known tastes, known noise, through the REST API. They need no Django."""

@@ -1,0 +1,379 @@
+"use strict";
+
+/* The page of an item: keys, drafts, the active time, ranking. Every part works without it.
+
+   A control names its key in data-key; the item is replaced by htmx after each judgement. */
+
+const DRAFT_AFTER_MS = 800;
+const POLL_MS = 700;
+const SETTLE_MS = 250; // a second Enter within this time was meant for the item before
+
+const find = (selector) => document.querySelector(selector);
+const form = () => find("#judgement");
+const typing = (node) => node.matches?.("textarea, select, input:not([type=radio], [type=checkbox])");
+const say = (text) => { find("#said").textContent = text; };
+
+/* The time that the page was in sight. */
+
+let since = 0; // when it came into sight; 0 while hidden
+let before = 0;
+let shownAt = 0;
+
+const activeMs = () => Math.round(before + (since ? performance.now() - since : 0));
+
+function startClock() {
+  before = Number(find("#item [name=elapsed_ms]")?.value) || 0;
+  since = document.hidden ? 0 : performance.now();
+  shownAt = performance.now();
+}
+
+function readClock() {
+  const field = form()?.elements.elapsed_ms;
+  if (field) field.value = activeMs();
+}
+
+document.addEventListener("submit", readClock, true);
+document.addEventListener("visibilitychange", () => {
+  before = activeMs();
+  since = document.hidden ? 0 : performance.now();
+  if (document.hidden) saveDraft();
+});
+
+/* Drafts: saved when something changed, also when the page is left. */
+
+let saved = "";
+let timer = 0;
+
+function typed() {
+  const fields = new FormData(form());
+  fields.delete("elapsed_ms");
+  fields.delete("csrfmiddlewaretoken");
+  return new URLSearchParams(fields).toString();
+}
+
+async function saveDraft() {
+  clearTimeout(timer);
+  const url = find("#item")?.dataset.draft;
+  const now = url && form() ? typed() : saved;
+  if (now === saved) return;
+  saved = now;
+  readClock();
+  const headers = { "x-csrftoken": document.cookie.match(/(?:^|; )openpalm_csrf=([^;]+)/)?.[1] ?? "" };
+  const body = new URLSearchParams(`${now}&elapsed_ms=${activeMs()}`);
+  const note = find("#saved");
+  try {
+    const answer = await fetch(url, { method: "POST", body, headers, keepalive: body.toString().length < 60000 });
+    if (answer.status === 204) note.textContent = "Draft saved";
+    else failed();
+  } catch { failed(); }
+  function failed() {
+    saved = "";
+    note.textContent = "Draft not saved";
+  }
+}
+
+function later() {
+  const note = find("#saved");
+  if (note) note.textContent = "";
+  clearTimeout(timer);
+  timer = setTimeout(saveDraft, DRAFT_AFTER_MS);
+}
+
+document.addEventListener("input", (event) => {
+  if (form()?.contains(event.target)) later();
+  const unchanged = form()?.elements.unchanged; // "good as it is" ends when the text is edited
+  if (event.target.id === "text" && unchanged) unchanged.checked = false;
+});
+
+/* Keys. */
+
+function press(event) {
+  const { target, key } = event;
+  if (event.defaultPrevented || event.altKey || event.metaKey) return;
+  if (typing(target)) {
+    if (key === "Escape") target.blur();
+    if (key === "Enter" && event.ctrlKey) sendBy(event, target);
+    return;
+  }
+  if (event.ctrlKey || event.repeat) return;
+  if (key === "Enter") {
+    if (!target.closest("a, summary, button:not([data-chip])")) submitBy(event, target);
+    return;
+  }
+  if (key === "Escape") closePanels();
+  const name = key.toLowerCase();
+  if (rankBy(event) || rateBy(event)) return event.preventDefault();
+  const control = [...document.querySelectorAll("#item [data-key]")].find((node) =>
+    node.dataset.key.toLowerCase().split(" ").includes(name));
+  if (!control) return;
+  event.preventDefault();
+  use(control);
+}
+
+function use(control) {
+  if (control.matches("textarea")) return control.focus();
+  control.click();
+  if (control.matches("input")) control.focus();
+  if (control.matches("summary")) {
+    const field = control.parentElement.open && control.parentElement.querySelector("textarea");
+    (field || control).focus();
+  }
+}
+
+function submitBy(event, target) {
+  event.preventDefault();
+  if (performance.now() - shownAt < SETTLE_MS || find(".htmx-request")) return;
+  const inFlag = target.closest?.("#flag");
+  const button = inFlag ? inFlag.querySelector("button") : find("#item [data-key=Enter]");
+  if (!button) return;
+  if (!inFlag && !isJudged()) return say("Choose first.");
+  button.click();
+}
+
+function sendBy(event, target) {
+  if (form()?.contains(target)) return submitBy(event, target);
+  const sends = target.form?.querySelectorAll("[data-send]");
+  if (!sends?.length) return say("Press Esc, then A or B: with which answer does it go on?");
+  event.preventDefault();
+  sends[0].click();
+}
+
+// The server checks everything; this only keeps an early Enter from asking it.
+function isJudged() {
+  const radios = new Set([...form().querySelectorAll(".bar input[type=radio]")].map((radio) => radio.name));
+  return [...radios].every((name) => form().elements[name].value);
+}
+
+function closePanels() {
+  for (const panel of document.querySelectorAll("#item details[open]")) panel.open = false;
+}
+
+/* Rating: digits rate the current axis and go on to the next. */
+
+const axesOf = () => [...document.querySelectorAll("[data-axis]")];
+
+function currentAxis() {
+  const axes = axesOf();
+  return axes.find((axis) => axis.classList.contains("current")) ?? axes[0];
+}
+
+function goTo(axis) {
+  for (const other of axesOf()) other.classList.toggle("current", other === axis);
+}
+
+function rateBy(event) {
+  const axis = currentAxis();
+  if (!axis) return false;
+  const axes = axesOf();
+  const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  if (step) {
+    const next = axes[axes.indexOf(axis) + step] ?? axis;
+    goTo(next);
+    (next.querySelector(":checked") ?? next.querySelector("input")).focus();
+    return true;
+  }
+  const radio = /^[1-5]$/.test(event.key) && axis.querySelector(`[value="${event.key}"]`);
+  if (!radio) return false;
+  use(radio);
+  goTo(axes.find((other) => !other.querySelector(":checked")) ?? axis);
+  say(`${axis.querySelector("legend").textContent} ${event.key}`);
+  return true;
+}
+
+document.addEventListener("focusin", (event) => {
+  const axis = event.target.closest?.("[data-axis]");
+  if (axis) goTo(axis);
+});
+
+/* Ranking: places to drag answers to, filled by typing their numbers from best to worst. The
+   selects hold the truth. */
+
+const selects = () => [...document.querySelectorAll("[data-answer]")];
+let typedOrder = []; // answers in the order of typing, for Backspace
+let tieNext = false;
+
+function setPlace(answer, place) {
+  const select = selects().find((one) => one.dataset.answer === answer);
+  select.value = place ? String(place) : "";
+  drawRanking();
+  later();
+  say(place ? `Answer ${answer}: place ${place}` : `Answer ${answer}: no place`);
+}
+
+function drawRanking(focused = document.activeElement?.dataset?.chip) {
+  const box = find(".ranking");
+  if (!box) return;
+  const count = Number(box.dataset.places);
+  const list = box.querySelector(".places") ?? box.appendChild(document.createElement("ol"));
+  list.className = "places";
+  list.replaceChildren(...Array.from({ length: count + 1 }, (_, place) => drawPlace(place, count)));
+  if (focused) list.querySelector(`[data-chip="${focused}"]`)?.focus();
+}
+
+function drawPlace(place, count) {
+  const item = document.createElement("li");
+  const chips = selects().filter((select) => Number(select.value) === place);
+  item.dataset.place = place;
+  item.hidden = place === 0 && chips.length === 0;
+  if (place === 0) item.className = "tray";
+  const rank = document.createElement("span");
+  rank.className = "rank";
+  rank.textContent = place === 0 ? "Answers" : place === 1 ? "1 best" : place === count ? `${place} worst` : String(place);
+  item.append(rank, ...chips.map((select) => drawChip(select.dataset.answer, place)));
+  return item;
+}
+
+function drawChip(answer, place) {
+  const chip = document.createElement("button");
+  chip.type = "button";
+  chip.draggable = true;
+  chip.dataset.chip = answer;
+  chip.textContent = answer;
+  chip.setAttribute("aria-label", `Answer ${answer}, ${place ? `place ${place}` : "no place"}; arrows move it`);
+  return chip;
+}
+
+function rankBy(event) {
+  const box = find(".ranking");
+  if (!box) return false;
+  const { key } = event;
+  const chip = event.target.dataset?.chip;
+  const count = Number(box.dataset.places);
+  const placeOf = (answer) => Number(selects().find((one) => one.dataset.answer === answer).value);
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[key];
+  if (chip && step) {
+    setPlace(chip, Math.min(count, Math.max(0, placeOf(chip) + step)));
+  } else if (key.toLowerCase() === "t") {
+    tieNext = true;
+    say("The next answer ties with the last one.");
+  } else if (key === "Backspace") {
+    const last = typedOrder.pop();
+    if (last) setPlace(last, 0);
+  } else if (selects().some((one) => one.dataset.answer === key)) {
+    if (selects().every((one) => one.value)) startOver();
+    const last = typedOrder.filter((answer) => answer !== key).at(-1);
+    const places = selects().filter((one) => one.dataset.answer !== key).map((one) => Number(one.value));
+    typedOrder = [...typedOrder.filter((answer) => answer !== key), key];
+    setPlace(key, tieNext && last ? placeOf(last) : Math.min(count, Math.max(0, ...places) + 1));
+    tieNext = false;
+  } else return false;
+  return true;
+}
+
+// A number typed when every answer has its place begins a new ranking.
+function startOver() {
+  for (const select of selects()) select.value = "";
+  typedOrder = [];
+}
+
+function dropZone(event) {
+  return event.target.closest?.(".places li");
+}
+
+document.addEventListener("dragstart", (event) => {
+  const { chip } = event.target.dataset ?? {};
+  if (!chip) return;
+  event.dataTransfer.setData("text/plain", chip);
+  event.dataTransfer.effectAllowed = "move";
+  for (const zone of document.querySelectorAll(".places li")) zone.hidden = false;
+});
+for (const kind of ["dragover", "dragleave", "drop"]) {
+  document.addEventListener(kind, (event) => {
+    const zone = dropZone(event);
+    if (!zone) return;
+    zone.classList.toggle("over", kind === "dragover");
+    if (kind === "dragover") event.preventDefault();
+    if (kind !== "drop") return;
+    event.preventDefault();
+    const answer = event.dataTransfer.getData("text/plain");
+    if (selects().some((one) => one.dataset.answer === answer)) setPlace(answer, Number(zone.dataset.place));
+  });
+}
+document.addEventListener("change", (event) => {
+  if (event.target.dataset?.answer) drawRanking();
+});
+
+/* The live chat: the answers grow while the rest of the page stays as it is. */
+
+let polling = 0;
+
+async function poll() {
+  const item = find("#item[data-poll]");
+  if (!item) return;
+  try {
+    const answer = await fetch(item.dataset.poll, { headers: { "HX-Request": "true" } });
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const growing = fresh.querySelector("#growing");
+    if (growing && item.isConnected) {
+      find("#growing").replaceChildren(...growing.childNodes);
+      if (!fresh.querySelector("#item[data-poll]")) {
+        delete item.dataset.poll;
+        say("Both models have answered.");
+      }
+    }
+  } catch { /* the next time perhaps */ }
+  waitToPoll();
+}
+
+function waitToPoll() {
+  clearTimeout(polling);
+  if (find("#item[data-poll]")) polling = setTimeout(poll, POLL_MS);
+}
+
+/* Answers of the server, and what keeps a judgement that could not be sent. */
+
+function trouble(text) {
+  const note = find("#trouble");
+  note.textContent = text;
+  note.hidden = !text;
+}
+
+document.addEventListener("htmx:configRequest", (event) => {
+  readClock();
+  const { parameters } = event.detail;
+  if (parameters.elapsed_ms !== undefined) parameters.elapsed_ms = String(activeMs());
+});
+document.addEventListener("htmx:beforeRequest", () => clearTimeout(timer));
+document.addEventListener("htmx:sendError", () =>
+  trouble("The server cannot be reached. Your judgement is still here: submit it again in a moment."));
+document.addEventListener("htmx:responseError", (event) => {
+  const { status } = event.detail.xhr;
+  trouble(status === 403
+    ? "The server refused this (403): perhaps you signed out. Your judgement is still here: sign in in another tab, then submit it again."
+    : `The server could not take this (${status}). Your judgement is still here: submit it again in a moment.`);
+});
+document.addEventListener("htmx:beforeSwap", (event) => {
+  // An expired session answers with the page of the sign-in.
+  if (event.detail.target.id !== "item" || event.detail.serverResponse.trimStart().startsWith('<section id="item"')) return;
+  if (event.detail.xhr.status >= 400) return;
+  event.detail.shouldSwap = false;
+  trouble("You are signed out. Your judgement is still here: sign in in another tab, then submit it again.");
+});
+
+let open = {};
+document.addEventListener("htmx:beforeSwap", () => {
+  open = { guidelines: find("#guidelines")?.open, keys: find("#keys")?.open };
+});
+document.addEventListener("htmx:afterSwap", () => {
+  trouble("");
+  for (const [id, was] of Object.entries(open)) if (was && find(`#${id}`)) find(`#${id}`).open = true;
+  begin();
+  const error = find("#error");
+  say(error || find("#talk") ? "" : form() ? "Next item." : "Nothing is left to judge.");
+  const field = find("#flag[open] textarea");
+  (field ?? error ?? find("#item h1[tabindex]"))?.focus({ preventScroll: !error });
+  if (!error) find("#growing")?.scrollIntoView({ block: "nearest" });
+});
+
+function begin() {
+  typedOrder = selects().filter((one) => one.value).sort((a, b) => a.value - b.value).map((one) => one.dataset.answer);
+  tieNext = false;
+  startClock();
+  saved = form() ? typed() : "";
+  goTo(axesOf().find((axis) => !axis.querySelector(":checked")) ?? axesOf()[0]);
+  drawRanking();
+  waitToPoll();
+}
+
+document.addEventListener("keydown", press);
+begin();

@@ -1,0 +1,1 @@
+"""Snapshots, training runs, scores, comparisons, promotion: the work behind the loop page."""

@@ -1,0 +1,184 @@
+"""Answers of a model to prompts, over HTTP, several at a time; none twice after a kill.
+
+The sampling of an answer, its seed included, is fixed before it is asked for. An answer that is
+stored already, from before a kill, is found by its sampling and not asked for again.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from openpalm.errors import DataError, OpenPalmError, WorkError
+from openpalm.feedback.manage.names import names_itself, names_of
+from openpalm.feedback.models import Candidate, ModelVersion, Prompt
+from openpalm.feedback.training.servers import ModelServer
+from openpalm.feedback.worker.progress import Progress
+
+AT_ONCE = 8
+"""requests in flight; the server generates them in one batch"""
+PROMPTS_AT_ONCE = 200
+MOST_FAILURES = 20
+"""answers in a row without a success, after which the job fails"""
+LIMITS = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (0, 1_000_000),
+    "min_p": (0.0, 1.0),
+    "max_tokens": (1, 100_000),
+}
+
+
+def check_sampling(given: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers that the server takes. Raises DataError naming a wrong one."""
+    checked = {}
+    for name, value in given.items():
+        if name not in LIMITS:
+            raise DataError(f"{name}: is no sampling setting; use {', '.join(LIMITS)}")
+        low, high = LIMITS[name]
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not low <= value <= high
+        ):
+            raise DataError(f"{name} {value!r:.40}: must be a number from {low:g} to {high:g}")
+        checked[name] = value
+    return checked
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An answer to generate: the number `draw` of this model to this prompt."""
+
+    prompt: Prompt
+    sampling: dict[str, Any]
+
+
+@dataclass
+class Answers:
+    """Counts of one call, and the reason of the last answer that failed."""
+
+    made: int = 0
+    found: int = 0
+    failed: int = 0
+    reason: str = ""
+    failures_in_a_row: int = 0
+
+
+def sampling_of(
+    model: ModelVersion, prompt: Prompt, sampling: Mapping[str, Any], draw: int
+) -> dict[str, Any]:
+    """The sampling with the seed of this draw, the same at every attempt."""
+    text = f"{model.checkpoint or model.pk}:{prompt.digest}:{draw}"
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
+    return {**sampling, "seed": seed}
+
+
+def generate(
+    server: ModelServer,
+    model: ModelVersion,
+    wanted: Iterable[Wanted],
+    progress: Progress,
+) -> Answers:
+    """Stores each wanted answer as a candidate, unless it is stored already.
+
+    A prompt that the server refuses (too long, say) is counted with the reason. Raises WorkError
+    if the server fails many times in a row.
+    """
+    counts = Answers()
+    name, names = server.model_name(), names_of(model.project)
+    for group in _groups(wanted, PROMPTS_AT_ONCE):
+        missing = _missing(model, group)
+        counts.found += len(group) - len(missing)
+        progress.advance(len(group) - len(missing))
+        for each, text in _ask(server, name, missing, counts, progress):
+            Candidate.objects.create(
+                prompt=each.prompt,
+                text=text,
+                model=model,
+                checkpoint=model.checkpoint,
+                sampling=each.sampling,
+                names_itself=names_itself(text, names),
+            )
+            counts.made += 1
+    return counts
+
+
+def _groups(wanted: Iterable[Wanted], size: int) -> Iterator[list[Wanted]]:
+    group: list[Wanted] = []
+    for each in wanted:
+        group.append(each)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _missing(model: ModelVersion, group: Sequence[Wanted]) -> list[Wanted]:
+    stored = stored_answers(model, [each.prompt.pk for each in group])
+    return [each for each in group if answer_key(each.prompt.pk, each.sampling) not in stored]
+
+
+def stored_answers(model: ModelVersion, prompts: Sequence[int]) -> dict[Any, Candidate]:
+    """The model's candidates of these prompts, by `answer_key`."""
+    found = Candidate.objects.filter(model=model, prompt__in=prompts).order_by("-id")
+    return {answer_key(each.prompt_id, each.sampling): each for each in found}
+
+
+def answer_key(prompt: int, sampling: Mapping[str, Any] | None) -> Any:
+    return prompt, tuple(sorted((sampling or {}).items(), key=lambda pair: pair[0]))
+
+
+def _ask(
+    server: ModelServer,
+    name: str,
+    wanted: Sequence[Wanted],
+    counts: Answers,
+    progress: Progress,
+) -> Iterator[tuple[Wanted, str]]:
+    """The texts as they come. The database is used by the calling thread only."""
+
+    def ask(each: Wanted) -> str:
+        body = {"model": name, "messages": each.prompt.messages, **each.sampling}
+        return server.complete(body)[0]
+
+    waiting = iter(wanted)
+    with ThreadPoolExecutor(AT_ONCE) as executor:
+        running: dict[Future[str], Wanted] = {}
+        try:
+            while True:
+                for each in waiting:
+                    running[executor.submit(ask, each)] = each
+                    if len(running) == AT_ONCE:
+                        break
+                if not running:
+                    return
+                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                progress.check()
+                for future in done:
+                    each = running.pop(future)
+                    if (text := _text(future, counts)) is not None:
+                        yield each, text
+                    progress.advance()
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _text(future: Future[str], counts: Answers) -> str | None:
+    """The answer; None if it failed. Raises WorkError after too many failures in a row."""
+    try:
+        text = future.result()
+    except OpenPalmError as error:
+        counts.failed += 1
+        counts.failures_in_a_row += 1
+        counts.reason = str(error)
+        if counts.failures_in_a_row >= MOST_FAILURES:
+            raise WorkError(
+                f"{counts.failures_in_a_row} answers in a row failed: {error}"
+            ) from None
+        return None
+    counts.failures_in_a_row = 0
+    return text

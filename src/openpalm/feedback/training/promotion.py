@@ -1,0 +1,170 @@
+"""Promotion: the server serves another model, without dropping a request, and back again.
+
+A model is promoted after a decided comparison with the served model, or by an override with a
+reason, which the audit log keeps. If the server refuses, the old model stays and the reason is
+stored.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.db import transaction
+from django.utils import timezone
+
+from openpalm.base.files import write_atomically
+from openpalm.errors import DataError, OpenPalmError
+from openpalm.feedback.accounts import audit
+from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, Promotion, User
+from openpalm.feedback.statistics.promotion import MINIMUM
+from openpalm.feedback.training.registry import POLICY
+from openpalm.feedback.training.servers import site_server
+from openpalm.feedback.worker import jobs
+from openpalm.feedback.worker.progress import Progress
+
+State = Promotion.State
+SERVED_FILE = "served.json"
+"""what the server has by promotion, for the process that starts it again after a crash"""
+MIN_REASON = 10
+
+
+def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
+    """Why this comparison does not promote the model; empty if it does."""
+    if comparison is None:
+        return "no comparison with the served model"
+    result = comparison.result
+    if comparison.challenger_id != model.pk:
+        return f"the comparison is of the model {comparison.challenger}"
+    if comparison.state != Comparison.State.DECIDED:
+        return f"the comparison is not decided: {result.get('reason') or comparison.state}"
+    if comparison.served_id != comparison.project.served_id:
+        return f"the served model is another one now than {comparison.served} of the comparison"
+    if (result.get("comparisons") or 0) < MINIMUM:
+        return f"{result.get('comparisons') or 0} comparisons; {MINIMUM} are needed"
+    if result.get("decision") != "promote" or (result.get("low") or 0) <= 0.5:
+        return result.get("reason") or "the interval's lower end is not above one half"
+    return ""
+
+
+@transaction.atomic
+def propose(
+    project: Project,
+    model: ModelVersion,
+    user: User,
+    *,
+    comparison: Comparison | None = None,
+    override_reason: str = "",
+) -> Promotion:
+    """Queues the promotion. Raises DataError with the reason if it is refused."""
+    reason = override_reason.strip()
+    if model.project_id != project.pk or model.kind != POLICY or not model.path:
+        raise DataError(f"the model {model} cannot be served: it has no checkpoint here")
+    if model.pk == project.served_id:
+        raise DataError(f"the model {model} is served already")
+    _check_server()
+    if (why := refusal(comparison, model)) and len(reason) < MIN_REASON:
+        raise DataError(f"refused: {why}. To promote it all the same, give a reason")
+    promotion = Promotion.objects.create(
+        project=project,
+        model=model,
+        previous=project.served,
+        comparison=comparison,
+        override_reason=reason if why else "",
+        by=user,
+    )
+    jobs.enqueue("promote", project=project, user=user, promotion=promotion.pk)
+    data = {"refused_because": why, "reason": reason} if why else {}
+    action = "model.promotion_overridden" if why else "model.promotion_proposed"
+    audit.record(action, user=user, project=project, target=model, promotion=promotion.pk, **data)
+    return promotion
+
+
+def undo(promotion: Promotion, user: User) -> Job:
+    """Queues the return to the model before. Raises DataError if there is none."""
+    if promotion.state != State.DONE or promotion.project.served_id != promotion.model_id:
+        raise DataError("only the promotion of the model that is served now can be undone")
+    if promotion.previous is None or not promotion.previous.path:
+        raise DataError("there is no model before it to return to")
+    _check_server()
+    audit.record(
+        "model.promotion_undo_asked",
+        user=user,
+        project=promotion.project,
+        target=promotion.model,
+        promotion=promotion.pk,
+    )
+    return jobs.enqueue(
+        "promote", project=promotion.project, user=user, promotion=promotion.pk, undo=True
+    )
+
+
+def _check_server() -> None:
+    server = site_server()
+    if server is None:
+        raise DataError(
+            "no model server is connected: set OPENPALM_SERVER_URL and OPENPALM_ADMIN_KEY, or "
+            "start the site with `openpalm serve RUN --feedback`"
+        )
+    if not server.admin_key:
+        raise DataError("the model server's key is missing: set OPENPALM_ADMIN_KEY")
+
+
+# --- in the worker
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    """The handler of "promote"."""
+    promotion = Promotion.objects.select_related("project", "model", "previous", "by").get(
+        pk=job.arguments["promotion"]
+    )
+    undoing = bool(job.arguments.get("undo"))
+    model = promotion.previous if undoing else promotion.model
+    assert model is not None
+    progress.say(f"loading {model} into the server")
+    try:
+        answer = _swap(promotion.project, model)
+    except OpenPalmError as error:
+        line = " ".join(str(error).split())
+        failed = {} if undoing else {"state": State.FAILED}
+        Promotion.objects.filter(pk=promotion.pk).update(error=line, **failed)
+        audit.record(
+            "model.promotion_failed",
+            user=job.created_by,
+            project=promotion.project,
+            target=model,
+            error=line,
+        )
+        raise
+    _store(promotion, model, undoing, job.created_by)
+    return {"model": model.pk, "replaced": answer.get("replaced", "")}
+
+
+def _swap(project: Project, model: ModelVersion) -> dict[str, Any]:
+    """Requests in flight finish on the old model. The name in the API stays."""
+    server = site_server()
+    if server is None:
+        raise DataError("no model server is connected: set OPENPALM_SERVER_URL")
+    answer = server.replace_model(model.path, server.model_name())
+    content = json.dumps({"path": model.path, "project": project.slug, "model": model.name})
+    write_atomically(Path(settings.FEEDBACK_DIR) / SERVED_FILE, content)
+    return answer
+
+
+@transaction.atomic
+def _store(promotion: Promotion, model: ModelVersion, undoing: bool, user: User | None) -> None:
+    now = timezone.now()
+    changed = (
+        {"state": State.UNDONE, "undone_at": now}
+        if undoing
+        else {"state": State.DONE, "done_at": now}
+    )
+    Promotion.objects.filter(pk=promotion.pk).update(error="", **changed)
+    Project.objects.filter(pk=promotion.project_id).update(served=model)
+    audit.record(
+        "model.promotion_undone" if undoing else "model.promoted",
+        user=user,
+        project=promotion.project,
+        target=model,
+        promotion=promotion.pk,
+    )

@@ -1,0 +1,82 @@
+"""The models that a project knows: adding them, naming them, finding their checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+from openpalm.base.json_file import read_json
+from openpalm.errors import DataError
+from openpalm.feedback.models import ModelVersion, Project, TrainRun
+
+POLICY, REWARD = ModelVersion.Kind.POLICY, ModelVersion.Kind.REWARD
+
+
+def register(
+    project: Project,
+    path: str | Path,
+    *,
+    name: str,
+    kind: str = POLICY,
+    parent: ModelVersion | None = None,
+    run: TrainRun | None = None,
+) -> ModelVersion:
+    """The project's model of this checkpoint; added if it is new. Raises DataError."""
+    directory = checkpoint_directory(Path(path))
+    digest = checkpoint_hash(directory)
+    known = ModelVersion.objects.filter(project=project, checkpoint=digest, kind=kind).first()
+    if known is not None:
+        return known
+    return ModelVersion.objects.create(
+        project=project,
+        name=free_name(project, name),
+        kind=kind,
+        path=str(directory),
+        checkpoint=digest,
+        parent=parent,
+        run=run,
+    )
+
+
+def free_name(project: Project, name: str) -> str:
+    """`name`, or `name-2`, `name-3` ... if the project has a model of that name."""
+    name = name[:100] or "model"
+    taken = set(
+        ModelVersion.objects.filter(project=project, name__startswith=name).values_list(
+            "name", flat=True
+        )
+    )
+    number, found = 2, name
+    while found in taken:
+        found, number = f"{name}-{number}", number + 1
+    return found
+
+
+def checkpoint_directory(path: Path) -> Path:
+    """The checkpoint that `path`, a run or a checkpoint, stands for: of a run the newest.
+
+    Raises DataError if there is none. A manifest is written last, so it marks a whole checkpoint.
+    """
+    if (path / "manifest.json").is_file():
+        return path.absolute()
+    found = sorted(path.glob("checkpoints/step-*/manifest.json"))
+    if not found:
+        raise DataError(f"{path}: holds no checkpoint; give a run or a checkpoint directory")
+    return found[-1].parent.absolute()
+
+
+def checkpoint_hash(directory: Path) -> str:
+    """Raises DataError if the manifest cannot be read."""
+    manifest: Any = read_json(directory / "manifest.json", "choose another checkpoint")
+    digest = manifest.get("sha256")
+    if not isinstance(digest, str):
+        raise DataError(f"{directory}/manifest.json: has no sha256; choose another checkpoint")
+    return digest
+
+
+def ancestors(model: ModelVersion) -> list[ModelVersion]:
+    """The model and what it was trained from, the newest first."""
+    found: list[ModelVersion] = []
+    current: ModelVersion | None = model
+    while current is not None and current not in found:
+        found.append(current)
+        current = current.parent
+    return found

@@ -1,0 +1,101 @@
+"""Scores candidates with a reward model, by `openpalm score` in a process of its own."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.db.models import Exists, OuterRef, QuerySet
+
+from openpalm.base import jsonl
+from openpalm.base.files import atomic_file
+from openpalm.errors import DataError, WorkError
+from openpalm.feedback.models import Candidate, Job, ModelScore, ModelVersion
+from openpalm.feedback.training.registry import REWARD
+from openpalm.feedback.worker import jobs
+from openpalm.feedback.worker.processes import Command
+from openpalm.feedback.worker.progress import Progress
+
+BATCH = 2000
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    """The handler of "score": candidates of the model's project that have no score of it yet.
+
+    `candidates`, a list of ids, limits it to those.
+    """
+    model = ModelVersion.objects.select_related("project").get(pk=job.arguments["model"])
+    result = score(model, progress, job.arguments.get("candidates"))
+    jobs.enqueue_once("statistics", project=model.project)
+    return result
+
+
+def score(
+    model: ModelVersion, progress: Progress, candidates: list[int] | None = None
+) -> dict[str, Any]:
+    """Counts of the candidates that were scored and of those too long for the model."""
+    if model.kind != REWARD or not model.path:
+        raise DataError(f"the model {model} is no reward model with a checkpoint")
+    waiting = unscored(model)
+    if candidates is not None:
+        waiting = waiting.filter(pk__in=candidates)
+    folder = Path(settings.FEEDBACK_DIR) / "scores"
+    given, found = folder / f"{model.pk}-given.jsonl", folder / f"{model.pk}-scored.jsonl"
+    total = _write(waiting, given)
+    progress.start(total, f"scoring with {model}")
+    if not total:
+        return {"scored": 0, "too_long": 0}
+    command = Command(
+        ["score", model.path, "--data", str(given), "--out", str(found)], folder / f"{model.pk}.log"
+    )
+    if status := command.run(check=progress.check):
+        line = command.last_line().removeprefix("openpalm: error: ")
+        raise WorkError(f"openpalm score: {line or f'status {status}'} (log: {command.log})")
+    scored = _store(model, found, progress)
+    given.unlink()
+    found.unlink()
+    return {"scored": scored, "too_long": total - scored}
+
+
+def unscored(model: ModelVersion) -> "QuerySet[Candidate]":
+    has = ModelScore.objects.filter(model=model, candidate=OuterRef("pk"))
+    found = Candidate.objects.filter(prompt__project=model.project_id).filter(~Exists(has))
+    return found.select_related("prompt").order_by("id")
+
+
+def _write(candidates: "QuerySet[Candidate]", path: Path) -> int:
+    count = 0
+    with atomic_file(path) as file:
+        for candidate in candidates.iterator(chunk_size=BATCH):
+            row = {
+                "id": candidate.pk,
+                "prompt": candidate.prompt.messages,
+                "completion": candidate.text,
+            }
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            count += 1
+    return count
+
+
+def _store(model: ModelVersion, path: Path, progress: Progress) -> int:
+    """Rows that an earlier attempt stored are left as they are."""
+    scores = (row for row in jsonl.read_rows(path) if row.get("reward") is not None)
+    rows = (ModelScore(model=model, candidate_id=row["id"], score=row["reward"]) for row in scores)
+    stored = 0
+    for batch in _batches(rows):
+        ModelScore.objects.bulk_create(batch, ignore_conflicts=True)
+        stored += len(batch)
+        progress.advance(len(batch))
+    return stored
+
+
+def _batches(rows: Iterator[ModelScore]) -> Iterator[list[ModelScore]]:
+    batch: list[ModelScore] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,81 @@
+"""Connects the model that a server starts with to the projects, before the site opens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from django.conf import settings
+from django.db import transaction
+from django.utils import timezone
+
+from openpalm.feedback.accounts import audit
+from openpalm.feedback.accounts.tokens import issue
+from openpalm.feedback.models import (
+    ApiToken,
+    Guideline,
+    Membership,
+    ModelVersion,
+    Project,
+    Role,
+    User,
+)
+from openpalm.feedback.training.promotion import SERVED_FILE
+from openpalm.feedback.training.registry import register
+
+FIRST_PROJECT = "chat"
+SERVICE = "chat-page"
+"""the user under which the model server sends conversations; it cannot sign in"""
+SCOPE = "conversations:write"
+GUIDELINE = """Choose the answer that helps the person who asked more.
+
+- It is true. If it cannot be, it says what it does not know.
+- It answers what was asked, and no more than that.
+- If both answers are equally good, say so; if both are useless, say that.
+"""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The project that the chat page's conversations go to, and the token to send them with."""
+
+    project: str
+    token: str
+
+
+def connect(path: str, name: str) -> Connection:
+    """Makes the model the served one of every project; the first project is made with it.
+
+    Raises DataError if `path` is no checkpoint.
+    """
+    # What an earlier server had by promotion no longer counts: the command line names the model.
+    (Path(settings.FEEDBACK_DIR) / SERVED_FILE).unlink(missing_ok=True)
+    with transaction.atomic():
+        projects = list(Project.objects.order_by("id")) or [_first_project(name)]
+        for project in projects:
+            _serve(project, path, name)
+        return Connection(projects[0].slug, _token(projects[0]))
+
+
+def _first_project(name: str) -> Project:
+    project = Project.objects.create(slug=FIRST_PROJECT, name=f"Answers of {name}"[:120])
+    Guideline.objects.create(project=project, version=1, text=GUIDELINE)
+    audit.record("project.made", user=None, project=project, target=project)
+    return project
+
+
+def _serve(project: Project, path: str, name: str) -> ModelVersion:
+    model = register(project, path, name=name)
+    if project.served_id != model.pk:
+        Project.objects.filter(pk=project.pk).update(served=model)
+        audit.record("model.served", user=None, project=project, target=model)
+    return model
+
+
+def _token(project: Project) -> str:
+    """A new token; that of the server before is revoked."""
+    user, new = User.objects.get_or_create(username=SERVICE, defaults={"kind": User.Kind.MODEL})
+    if new:
+        user.set_unusable_password()
+        user.save(update_fields=["password"])
+    Membership.objects.get_or_create(project=project, user=user, defaults={"role": Role.ADMIN})
+    ApiToken.objects.filter(user=user, revoked_at=None).update(revoked_at=timezone.now())
+    return issue(user, "conversations of the chat page", [SCOPE], project=project)

@@ -1,0 +1,115 @@
+"""Model servers over HTTP: the site's own server, or one started for a job and ended after it."""
+
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from django.conf import settings
+
+from openpalm.errors import DataError, WorkError
+from openpalm.feedback.models import ModelVersion
+from openpalm.feedback.worker.processes import POLL_S, Command, end
+from openpalm.feedback.worker.progress import Progress
+
+REQUEST_TIMEOUT_S = 600.0
+LOAD_TIMEOUT_S = 600.0
+_READY = re.compile(r"chat page at (http://\S+?)/,")
+
+
+@dataclass(frozen=True)
+class ModelServer:
+    """A server of the OpenAI API, as the command line of `openpalm serve` makes one."""
+
+    url: str
+    api_key: str = ""
+    admin_key: str = ""
+
+    def complete(self, body: dict[str, Any]) -> list[str]:
+        """The texts of a chat completion. Raises WorkError with the server's own reason."""
+        answer = self._call("POST", "/v1/chat/completions", body, key=self.api_key)
+        return [choice["message"]["content"] or "" for choice in answer["choices"]]
+
+    def model_name(self) -> str:
+        """The name of the base model in the API."""
+        listed = self._call("GET", "/v1/models", key=self.api_key)["data"]
+        return next(model["id"] for model in listed if not model.get("parent"))
+
+    def replace_model(self, path: str, name: str) -> dict[str, Any]:
+        """Serves another checkpoint; returns when new requests go to it."""
+        body = {"path": path, "name": name}
+        return self._call("POST", "/admin/models", body, key=self.admin_key)
+
+    def _call(self, method: str, path: str, body: Any = None, *, key: str = "") -> Any:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            response = _client().request(method, self.url + path, json=body, headers=headers)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise WorkError(f"{self.url}: the model server does not answer ({error})") from None
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = {}
+        if response.is_success:
+            return answer
+        reason = (answer.get("error") or {}).get("message") if isinstance(answer, dict) else None
+        raise WorkError(f"{self.url}{path}: status {response.status_code}: {reason or 'no reason'}")
+
+
+@cache
+def _client() -> httpx2.Client:
+    """One for all threads. No connection is kept: the server may be another one next time."""
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    return httpx2.Client(timeout=REQUEST_TIMEOUT_S, limits=limits)
+
+
+def site_server() -> ModelServer | None:
+    """The server of OPENPALM_SERVER_URL; None if the site has none."""
+    if not settings.SERVER_URL:
+        return None
+    return ModelServer(settings.SERVER_URL, settings.SERVER_API_KEY, settings.SERVER_ADMIN_KEY)
+
+
+@contextmanager
+def serving(model: ModelVersion, progress: Progress) -> Iterator[ModelServer]:
+    """A server of this model: the site's, if that is the model it serves, or a temporary one."""
+    server = site_server()
+    if server is not None and model.pk == model.project.served_id:
+        yield server
+        return
+    if not model.path:
+        raise DataError(f"the model {model} is known by its answers only; it has no checkpoint")
+    with temporary_server(model.path, progress) as server:
+        yield server
+
+
+@contextmanager
+def temporary_server(path: str, progress: Progress) -> Iterator[ModelServer]:
+    """`openpalm serve PATH` on a free port of this machine, ended at the end of the block."""
+    folder = Path(settings.FEEDBACK_DIR) / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="serve-", suffix=".log") as log:
+        key = secrets.token_urlsafe(24)
+        # Through the environment: other users of the machine can read command lines.
+        keys = {"OPENPALM_API_KEY": key, "OPENPALM_ADMIN_KEY": secrets.token_urlsafe(24)}
+        words = ["serve", path, "--port", "0", "--shutdown-timeout", "1"]
+        command = Command(words, Path(log.name), keys)
+        process = command.start(dies_with_us=True)
+        try:
+            progress.say(f"loading {path}")
+            waited = 0.0
+            while not (ready := _READY.search(Path(log.name).read_text("utf-8", "replace"))):
+                if process.poll() is not None or waited > LOAD_TIMEOUT_S:
+                    reason = command.last_line() or f"no answer in {LOAD_TIMEOUT_S:.0f} s"
+                    raise WorkError(f"{path} cannot be served: {reason}")
+                progress.wait(POLL_S)
+                waited += POLL_S
+            yield ModelServer(ready[1], key)
+        finally:
+            end(process, wait_s=10)

@@ -1,0 +1,29 @@
+"""Which function runs a job of each kind: run(job, progress) -> result.
+
+They are imported when the first job of their kind is taken.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from openpalm.feedback.models import Job
+from openpalm.feedback.worker.progress import Progress
+
+Handler = Callable[[Job, Progress], dict[str, Any] | None]
+
+HANDLERS = {
+    "generate": "openpalm.feedback.training.generation:run",
+    "select": "openpalm.feedback.training.selection:run",
+    "statistics": "openpalm.feedback.worker.statistics:run",
+    "train": "openpalm.feedback.training.runs:run",
+    "score": "openpalm.feedback.training.scoring:run",
+    "compare": "openpalm.feedback.training.comparisons:run",
+    "promote": "openpalm.feedback.training.promotion:run",
+    "import": "openpalm.feedback.manage.imports:run",
+}
+
+
+def handler(kind: str) -> Handler:
+    module, _, function = HANDLERS[kind].partition(":")
+    return getattr(import_module(module), function)

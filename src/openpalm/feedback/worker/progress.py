@@ -1,0 +1,91 @@
+"""What a running job reports: how far it is; and what it asks: whether to stop."""
+
+import threading
+import time
+
+from openpalm.feedback.models import Job
+from openpalm.feedback.worker import jobs
+
+REPORT_EVERY_S = 0.5
+
+
+class JobStopped(Exception):
+    """A person stopped the job, or another worker has it."""
+
+
+class WorkerEnds(Exception):
+    """The worker ends; the job waits for the next one."""
+
+
+class Progress:
+    """Stores progress at most twice a second.
+
+    `check` raises JobStopped or WorkerEnds; every method calls it, so a handler that reports its
+    progress can be stopped.
+    """
+
+    def __init__(self, job: Job, ending: threading.Event | None = None):
+        self.job = job
+        self.lost = threading.Event()
+        """set when a heartbeat found that the job is no longer this worker's"""
+        self._ending = ending or threading.Event()
+        self._reported_at = 0.0
+
+    def check(self) -> None:
+        if self._ending.is_set():
+            raise WorkerEnds
+        if self.lost.is_set():
+            raise JobStopped
+
+    def say(self, message: str) -> None:
+        """What the job does now, stored at once."""
+        self.job.message = message
+        self._report()
+
+    def start(self, total: int, message: str = "") -> None:
+        """The number of things to do; what an earlier attempt has done is counted again."""
+        self.job.done, self.job.total = 0, total
+        self.say(message or self.job.message)
+
+    def advance(self, count: int = 1, message: str | None = None) -> None:
+        """So many more things are done."""
+        self.move_to(self.job.done + count, message=message)
+
+    def move_to(self, done: int, total: int | None = None, message: str | None = None) -> None:
+        if done > self.job.done:
+            self.job.attempts = 1  # it gets on: the limit is for a job that kills its worker
+        self.job.done = done
+        self.job.total = self.job.total if total is None else total
+        self.job.message = self.job.message if message is None else message
+        if time.monotonic() - self._reported_at > REPORT_EVERY_S:
+            self._report()
+        else:
+            self.check()
+
+    def quiet(self) -> "Progress":
+        """The same stops for a part of the work, without its counts."""
+        return _Quiet(self)
+
+    def wait(self, seconds: float) -> None:
+        """Sleeps, and wakes when the worker ends."""
+        self._ending.wait(seconds)
+        self.check()
+
+    def _report(self) -> None:
+        self.check()
+        self._reported_at = time.monotonic()
+        if not jobs.report(self.job):
+            self.lost.set()
+        self.check()
+
+
+class _Quiet(Progress):
+    def __init__(self, whole: Progress):
+        super().__init__(whole.job, whole._ending)
+        self.lost = whole.lost
+
+    def move_to(self, done: int, total: int | None = None, message: str | None = None) -> None:
+        self.check()
+
+    def start(self, total: int, message: str = "") -> None:
+        self.check()
