@@ -32,6 +32,7 @@ function readClock() {
   if (field) field.value = activeMs();
 }
 
+document.addEventListener("submit", readClock, true);
 document.addEventListener("visibilitychange", () => {
   before = activeMs();
   since = document.hidden ? 0 : performance.now();
@@ -80,7 +81,8 @@ function later() {
 
 document.addEventListener("input", (event) => {
   if (form()?.contains(event.target)) later();
-  if (event.target.id === "text") form().elements.unchanged?.checked && (form().elements.unchanged.checked = false);
+  const unchanged = form()?.elements.unchanged; // "good as it is" ends when the text is edited
+  if (event.target.id === "text" && unchanged) unchanged.checked = false;
 });
 
 /* Keys. */
@@ -95,7 +97,7 @@ function press(event) {
   }
   if (event.ctrlKey || event.repeat) return;
   if (key === "Enter") {
-    if (!target.closest("a, button, summary")) submitBy(event, target);
+    if (!target.closest("a, summary, button:not([data-chip])")) submitBy(event, target);
     return;
   }
   if (key === "Escape") closePanels();
@@ -328,7 +330,8 @@ function trouble(text) {
 
 document.addEventListener("htmx:configRequest", (event) => {
   readClock();
-  if ("elapsed_ms" in event.detail.parameters) event.detail.parameters.elapsed_ms = String(activeMs());
+  const { parameters } = event.detail;
+  if (parameters.elapsed_ms !== undefined) parameters.elapsed_ms = String(activeMs());
 });
 document.addEventListener("htmx:beforeRequest", () => clearTimeout(timer));
 document.addEventListener("htmx:sendError", () =>
@@ -351,14 +354,14 @@ let open = {};
 document.addEventListener("htmx:beforeSwap", () => {
   open = { guidelines: find("#guidelines")?.open, keys: find("#keys")?.open };
 });
-document.addEventListener("htmx:afterSettle", () => {
+document.addEventListener("htmx:afterSwap", () => {
   trouble("");
   for (const [id, was] of Object.entries(open)) if (was && find(`#${id}`)) find(`#${id}`).open = true;
   begin();
   const error = find("#error");
   say(error || find("#talk") ? "" : form() ? "Next item." : "Nothing is left to judge.");
   const field = find("#flag[open] textarea");
-  (field ?? error ?? find("#item h1"))?.focus({ preventScroll: !error });
+  (field ?? error ?? find("#item h1[tabindex]"))?.focus({ preventScroll: !error });
   if (!error) find("#growing")?.scrollIntoView({ block: "nearest" });
 });
 
