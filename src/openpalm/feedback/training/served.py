@@ -8,7 +8,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.api import tokens
+from openpalm.feedback.accounts.tokens import issue
 from openpalm.feedback.models import (
     ApiToken,
     Guideline,
@@ -78,4 +78,4 @@ def _token(project: Project) -> str:
         user.save(update_fields=["password"])
     Membership.objects.get_or_create(project=project, user=user, defaults={"role": Role.ADMIN})
     ApiToken.objects.filter(user=user, revoked_at=None).update(revoked_at=timezone.now())
-    return tokens.issue(user, "conversations of the chat page", [SCOPE], project=project)
+    return issue(user, "conversations of the chat page", [SCOPE], project=project)
