@@ -51,15 +51,16 @@ def labeler() -> User:
 
 def judge_all() -> int:
     """The taste: the answer with the larger share of ASCII letters is better."""
-    count = 0
+    judged = 0
     while (assignment := queue.next_assignment(project(), labeler())) is not None:
         texts = [place.candidate.text for place in assignment.item.places.all()]
-        shares = [sum(c.isascii() and c.isalpha() for c in text) / len(text) for text in texts]
+        letters = [sum(c.isascii() and c.isalpha() for c in text) for text in texts]
+        shares = [count / max(1, len(text)) for count, text in zip(letters, texts, strict=True)]
         better = int(shares[1] > shares[0])
         payload = {"better": better, "worse": 1 - better, "strength": 1}
         submission.submit(assignment.pk, labeler(), Judgement("compare", payload, 1000))
-        count += 1
-    return count
+        judged += 1
+    return judged
 
 
 def prepare() -> Any:
