@@ -150,6 +150,11 @@ def test_judgements_become_a_served_model(loop):
     assert failures == []
     after = loop.ask()
     assert after != before
+    # With consent, a conversation becomes a prompt, and its answer a candidate of that model.
+    loop.ask("shared 1", store=True)
+    while not (shared := loop.do("shared")):
+        time.sleep(0.2)
+    assert shared == [["shared 1", promoted["served"]]]
     # The model server crashes: it comes back with the model that was promoted.
     os.kill(loop.child("serve"), signal.SIGKILL)
     while True:

@@ -17,6 +17,7 @@ from feedback_prompts import add_prompts  # noqa: E402
 from openpalm.feedback.labeling import queue, submission  # noqa: E402
 from openpalm.feedback.labeling.submission import Judgement  # noqa: E402
 from openpalm.feedback.models import (  # noqa: E402
+    Candidate,
     Comparison,
     Job,
     ModelVersion,
@@ -145,6 +146,12 @@ def promote() -> Any:
     promotion.propose(project(), comparison.challenger, manager, comparison=comparison)
     job = wait("promote")
     return {"job": [job.state, job.message], "served": project().served.path}
+
+
+def shared() -> Any:
+    """Conversations of the chat page, with the checkpoints that answered."""
+    found = Candidate.objects.filter(prompt__source="chat").select_related("prompt", "model")
+    return [[c.prompt.messages[-1]["content"], c.model and c.model.path] for c in found]
 
 
 def undo() -> Any:

@@ -89,7 +89,8 @@ def _server(
 
     def command() -> list[str]:
         promoted = _promoted(served_file)
-        words = [*PROGRAM, "serve", promoted or settings.path, *options(settings, promoted)]
+        path = promoted or connection.path
+        words = [*PROGRAM, "serve", path, *options(settings, promoted)]
         words += ["--name", settings.model_name, "--port", str(port)]
         return [*words, "--conversation-url", settings.conversation_url or conversations]
 

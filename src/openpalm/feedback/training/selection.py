@@ -146,6 +146,6 @@ def _store(pool: Sequence[Item], batch: Batch) -> None:
     for place, choice in enumerate(batch.choices):
         # The order of the batch, which is random, so that it tells nobody the arm.
         priority = PRIORITY - place / (len(batch.choices) + 1)
-        Item.objects.filter(pk=pool[choice.index].pk, arm="", taken=0).update(
+        Item.objects.filter(pk=pool[choice.pair].pk, arm="", taken=0).update(
             arm=choice.arm, priority=priority
         )
