@@ -88,7 +88,8 @@ def in_words(figure: Mapping[str, Any] | None, unit: str = "%") -> str:
     if not figure or figure.get("value") is None:
         return "undefined"
     factor, digits, sign = (100, 1, " %") if unit == "%" else (1, 2, "")
-    value, low, high = (figure.get(name) for name in ("value", "low", "high"))
+    value: float = figure["value"]
+    low, high = figure.get("low"), figure.get("high")
     shown = f"{value * factor:.{digits}f}{sign}"
     if low is None or high is None:
         return f"{shown} (no interval)"
@@ -110,13 +111,11 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> Plot | None:
     if not full:
         return None
     most = max(one["judgements"] for one in full)
-    plot = Plot(
-        "Calibration: "
-        + "; ".join(
-            f"confidence {one['mean_confidence']:.0%}, people agreed {one['agreement']['value']:.0%}"
-            for one in full
-        )
+    seen = (
+        f"confidence {one['mean_confidence']:.0%}, agreed {one['agreement']['value']:.0%}"
+        for one in full
     )
+    plot = Plot(f"Calibration: {'; '.join(seen)}")
     x, y = _box(plot, (0.5, 1.0), (0.0, 1.0), "the model's confidence", percent=True)
     plot.line("reference", x(0.5), y(0.5), x(1.0), y(1.0))
     for one in full:
