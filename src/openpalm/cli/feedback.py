@@ -31,7 +31,7 @@ class FeedbackSettings:
 
 def run(argv: Sequence[str]) -> None:
     if argv and argv[0] == MANAGE:
-        from openpalm.feedback.management import manage
+        from openpalm.feedback.manage_command import manage
 
         manage(argv[1:])
         return

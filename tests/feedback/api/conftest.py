@@ -5,7 +5,7 @@ import json
 import pytest
 from django.test import Client
 
-from openpalm.feedback.api import tokens
+from openpalm.feedback.accounts import tokens
 from openpalm.feedback.models import ApiToken
 
 

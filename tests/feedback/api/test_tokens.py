@@ -5,7 +5,8 @@ from datetime import timedelta
 import pytest
 from django.utils import timezone
 
-from openpalm.feedback.api import tokens
+from openpalm.feedback.accounts import tokens
+from openpalm.feedback.api.tokens import FAILURES
 from openpalm.feedback.models import ApiToken, LoginFailure, Membership, Project, Role
 
 
@@ -78,9 +79,9 @@ def test_a_project_of_others_does_not_exist(project, member, caller):
 def test_wrong_tokens_are_counted_and_a_good_one_still_passes(project, admin, caller):
     wrong, good = caller(admin), caller(admin)
     wrong.headers = {"Authorization": "Bearer opf_wrong"}
-    codes = [wrong.get("projects").status_code for _ in range(tokens.FAILURES + 2)]
-    assert codes == [401] * tokens.FAILURES + [429] * 2
-    assert LoginFailure.objects.count() == tokens.FAILURES
+    codes = [wrong.get("projects").status_code for _ in range(FAILURES + 2)]
+    assert codes == [401] * FAILURES + [429] * 2
+    assert LoginFailure.objects.count() == FAILURES
     assert good.get("projects").status_code == 200
 
 

@@ -257,3 +257,13 @@ def test_agreement_of_each_rater_with_the_others():
         {"ann": 0.75, "bob": 0.75, "cem": 0}
     )
     assert found.comparisons == {"ann": 2, "bob": 2, "cem": 1}
+
+
+def test_a_model_as_judge_is_measured_against_people():
+    rows = [(0, "ann", "a"), (0, "bob", "b"), (0, "judge", "a"), (0, "other judge", "a")]
+    rows += [(1, "ann", "b"), (1, "judge", "b"), (2, "judge", "b"), (2, "other judge", "b")]
+    found = agreement_by_rater(rows, among={"ann", "bob"})
+    assert {rater: one.value for rater, one in found.by_rater.items()} == pytest.approx(
+        {"ann": 0, "bob": 0, "judge": 0.75, "other judge": 0.5}
+    )
+    assert found.comparisons == {"ann": 1, "bob": 1, "judge": 2, "other judge": 1}

@@ -219,7 +219,7 @@ def test_intervals_cover_other_labelers_when_asked():
     true = np.median([fit(rows).win_probability("m0", "m3").value for rows in drawn])
     both = [fit(rows, cluster_labelers=True) for rows in drawn]
     assert coverage(both, true) >= 0.9
-    assert coverage([fit(rows) for rows in drawn], true) < 0.8
+    assert coverage([fit(rows) for rows in drawn], true) < 0.86
     assert both[0].clusters == 8
     one = fit([row._replace(labeler="ann") for row in drawn[0]], cluster_labelers=True)
     assert "One labeler" in one.notes[0]

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from openpalm.feedback.statistics.calibration import calibration
-from openpalm.feedback.statistics.intervals import wilson
+from openpalm.feedback.statistics.calibration import accuracy_limit, calibration
+from openpalm.feedback.statistics.intervals import Estimate, wilson
 
 
 def test_by_hand():
@@ -51,6 +51,7 @@ def test_no_preference_and_certainty():
     even = calibration([0.5] * 4, [1, 0, 1, 0])
     assert (even.accuracy.value, even.brier, even.expected_error) == (0.5, 0.25, 0)
     assert even.log_loss == pytest.approx(math.log(2))
+    assert calibration([0.5, 0.5], [1, 1]).accuracy.value == 0.5, "no choice is no agreement"
     sure = calibration([1.0, 0.0], [1, 0])
     assert (sure.accuracy.value, sure.brier, sure.expected_error) == (1, 0, 0)
     assert sure.bins[-1].judgements == 2
@@ -77,6 +78,17 @@ def test_judgements_of_one_prompt_are_one_unit():
     apart = calibration(p, y).accuracy
     together = calibration(p * 5, y * 5, prompts=list(range(30)) * 5).accuracy
     assert together == pytest.approx(apart)
+
+
+def test_the_limit_of_accuracy():
+    """People who choose a in 80 % agree in 68 %; whoever always says a is right in 80 %."""
+    assert accuracy_limit(Estimate(0.68, 0.5, 1.0)) == pytest.approx((0.8, 0.5, 1.0))
+    assert accuracy_limit(Estimate(0.4, 0.3, 0.5)).value == 0.5
+    share = np.random.default_rng(0).random(1000)
+    agreement = float((share**2 + (1 - share) ** 2).mean())
+    best = np.maximum(share, 1 - share).mean()
+    limit = accuracy_limit(Estimate(agreement, agreement, agreement)).value
+    assert agreement < best <= limit < best + 0.05
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,12 @@ def test_the_random_share_is_exact(size):
     assert batch.missing_random == 0
 
 
+def test_the_share_is_not_rounded_up_by_floating_point():
+    """0.28 * 25 is 7.000000000000001 as a float."""
+    batch = choose_batch(pool(), np.ones(400), 25, random_share=0.28, seed=0)
+    assert len(chosen(batch, "random")) == 7
+
+
 def test_the_seed_decides():
     scores = np.random.default_rng(0).random(400)
     one, same, other = (choose_batch(pool(), scores, 50, seed=seed) for seed in (1, 1, 2))

@@ -1,6 +1,5 @@
 """Invitations by link. Only a hash of the link's secret is stored."""
 
-import hashlib
 import secrets
 from datetime import timedelta
 
@@ -11,11 +10,8 @@ from django.utils import timezone
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import RANKS
+from openpalm.feedback.accounts.tokens import digest_of
 from openpalm.feedback.models import Invitation, Membership, Project, Role, User
-
-
-def digest_of(secret: str) -> str:
-    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def grantable_roles(role: str) -> list[str]:

@@ -19,7 +19,7 @@ from openpalm.feedback.accounts.access import public_page, signed_in_page
 from openpalm.feedback.accounts.forms import SignUpForm, TokenForm
 from openpalm.feedback.accounts.invitations import find_invitation, join
 from openpalm.feedback.accounts.setup_link import setup_token
-from openpalm.feedback.api.tokens import issue
+from openpalm.feedback.accounts.tokens import issue
 from openpalm.feedback.models import Invitation, Project, User
 
 

@@ -4,53 +4,20 @@ A token has 256 random bits, so guessing is hopeless; failures are counted all t
 they cost the site little. A good token is never refused for the failures of others at its address.
 """
 
-import hashlib
-import secrets
-from collections.abc import Iterable
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from django.db.models import Q
 from django.http import HttpRequest
 from django.utils import timezone
 
+from openpalm.feedback.accounts.throttle import NOT_COUNTED, WINDOW, address_of
+from openpalm.feedback.accounts.tokens import digest_of
 from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.models import ApiToken, LoginFailure, Project, User
+from openpalm.feedback.models import ApiToken, LoginFailure
 
-MARK = "opf_"
-"""lets scanners of secrets find a token that was published by mistake"""
-FAILED_NAME = "(api token)"
 FAILURES = 20
-WINDOW = timedelta(minutes=10)
+"""wrong tokens from an address within the WINDOW"""
 USED_AT_MOST_EVERY = timedelta(minutes=1)
-
-
-def issue(
-    user: User,
-    name: str,
-    scopes: Iterable[str],
-    *,
-    project: Project | None = None,
-    expires_at: datetime | None = None,
-) -> str:
-    """Makes a token and returns its text, which is stored nowhere."""
-    chosen = sorted(set(scopes))
-    if unknown := set(chosen) - set(ApiToken.SCOPES):
-        raise ValueError(f"unknown scopes: {', '.join(sorted(unknown))}")
-    text = MARK + secrets.token_urlsafe(32)
-    ApiToken.objects.create(
-        user=user,
-        project=project,
-        name=name,
-        prefix=text[:12],
-        digest=digest_of(text),
-        scopes=chosen,
-        expires_at=expires_at,
-    )
-    return text
-
-
-def digest_of(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def authenticate(request: HttpRequest) -> ApiToken:
@@ -84,15 +51,15 @@ def _note_use(token: ApiToken) -> None:
 def _count_failure(request: HttpRequest) -> None:
     """Raises ApiError 429 after FAILURES in the WINDOW from this address."""
     since = timezone.now() - WINDOW
-    address = str(request.META.get("REMOTE_ADDR", ""))[:64]
+    address = address_of(request)
     failures = LoginFailure.objects.filter(
-        name=FAILED_NAME, address=address, created_at__gt=since
+        name=NOT_COUNTED, address=address, created_at__gt=since
     ).count()
     if failures >= FAILURES:
         seconds = int(WINDOW.total_seconds())
         headers = {"Retry-After": str(seconds)}
         raise ApiError(429, "too many requests with wrong tokens; wait", headers=headers)
-    LoginFailure.objects.create(name=FAILED_NAME, address=address)
+    LoginFailure.objects.create(name=NOT_COUNTED, address=address)
 
 
 def _refused(message: str) -> ApiError:

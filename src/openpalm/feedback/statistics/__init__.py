@@ -1,0 +1,1 @@
+"""Statistics of judgements, pure functions of numbers; numpy only, neither Django nor files."""

@@ -10,7 +10,7 @@ order, "left" of one rater is "right" of another.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -286,22 +286,28 @@ def _match_rates(matches: Iterable[tuple[Hashable, bool]], level: float) -> Matc
 
 
 def agreement_by_rater(
-    judgements: Iterable[tuple[Hashable, Hashable, Category]], level: float = LEVEL
+    judgements: Iterable[tuple[Hashable, Hashable, Category]],
+    among: Container[Hashable] | None = None,
+    level: float = LEVEL,
 ) -> MatchRates:
     """Agreement of each rater with the others of the same item; (item, rater, value) BY ITEM.
 
     The judgements of an item must follow each other, as ORDER BY item gives them; they are read
-    once and not kept. A rater's figure is the mean over items of the share of the other raters
-    who gave the same value; Wilson's interval takes the items as independent units. `overall` is
-    None: the items of raters overlap, see `AgreementCounts.figures`.
+    once and not kept. `among` are the raters to agree with, for example the people, so that a
+    model as judge is measured against people only; None: all. A rater's figure is the mean over
+    items of the share of these other raters who gave the same value; Wilson's interval takes the
+    items as independent units. `overall` is None: the items of raters overlap, see
+    `AgreementCounts.figures`.
     """
     shares: dict[Hashable, Counter[float]] = {}
     for _, group in groupby(judgements, key=lambda judgement: judgement[0]):
         given = [(rater, value) for _, rater, value in group]
-        counts = Counter(value for _, value in given)
-        for rater, value in given if len(given) > 1 else ():
-            same = (counts[value] - 1) / (len(given) - 1)
-            shares.setdefault(rater, Counter())[same] += 1
+        counts = Counter(value for rater, value in given if among is None or rater in among)
+        for rater, value in given:
+            own = among is None or rater in among
+            others = counts.total() - own
+            if others:
+                shares.setdefault(rater, Counter())[(counts[value] - own) / others] += 1
     rates = {rater: wilson_of_means([*of], [*of.values()], level) for rater, of in shares.items()}
     return MatchRates(
         overall=None,

@@ -149,7 +149,7 @@ class _Estimation:
         drawn = {row.outcome not in ("a", "b") for row in self.used}
         if drawn != {True, False}:
             self.notes.append(
-                "Davidson's tie parameter needs ties and decided comparisons; without it ties are half a win."
+                "Davidson's tie parameter needs ties and decided comparisons; ties count half."
             )
         return drawn == {True, False}
 
@@ -283,13 +283,11 @@ class _Estimation:
         flat = vectors[:, sizes <= 1e-9 * max(sizes.max(), 1e-300)]
         known = np.asarray((np.abs(contrast @ flat) < 1e-5).all(axis=1))
         m = self.rows.models
-        alone = (self.groups[:, None] == self.groups).sum(axis=1) == 1
         unknown = self._names(~known[:m]) + [
             self.features[k] for n, k in enumerate(self.kept) if not known[m + n]
         ]
         if unknown:
             self.notes.append(f"Models and style cannot be told apart: {', '.join(unknown)}.")
-        known[:m] &= ~alone
         return known
 
     def _order(self, values: np.ndarray) -> list[int]:

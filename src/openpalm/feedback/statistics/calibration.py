@@ -5,9 +5,11 @@ called a is arbitrary, so reliability is of the confidence, the larger of p and 
 share of people who agreed with the model (Guo et al. 2017, "On Calibration of Modern Neural
 Networks", section 2). A tie is half a choice of each side.
 
-The ceiling of the accuracy is the agreement of people with each other, see agreement.py.
+Agreement of people with each other limits the accuracy, but is not the limit itself: whoever
+knows the majority agrees with a person more often than another person does. `accuracy_limit`.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -92,6 +94,17 @@ def calibration(
         log_loss=float(-(y * np.log(clipped) + (1 - y) * np.log1p(-clipped)).mean()),
         bins=tuple(_bin(n, bins, confidence, agreed, units, place, level) for n in range(bins)),
     )
+
+
+def accuracy_limit(agreement: Estimate) -> Estimate:
+    """Bound of the accuracy that any model can reach, from people's raw agreement.
+
+    `agreement` is of two people on decided pairs. If a share p of people chooses a, two of them
+    agree with probability p^2 + (1 - p)^2 = A and the best prediction is right with probability
+    max(p, 1 - p) = (1 + sqrt(2 A - 1)) / 2. This is concave in A, so by Jensen's inequality the
+    formula of the mean agreement bounds the mean over pairs. Equal only if all pairs are as hard.
+    """
+    return Estimate(*((1 + math.sqrt(max(0.0, 2 * a - 1))) / 2 for a in agreement))
 
 
 def _check(p: np.ndarray, y: np.ndarray) -> None:

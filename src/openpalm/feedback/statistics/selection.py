@@ -44,8 +44,8 @@ def policy_uncertainty(margins: np.ndarray) -> np.ndarray:
     """4 p (1 - p) with p = sigmoid(margin), (n,): 1 where the policy prefers neither side.
 
     margins (n,): beta (log pi(a) / pi_ref(a) - log pi(b) / pi_ref(b)), the difference of implicit
-    rewards of the policy (Rafailov et al. 2023, section 4). DPO's gradient is large where the margin
-    is small or wrong.
+    rewards of the policy (Rafailov et al. 2023, section 4). DPO's gradient is large where the
+    margin is small or wrong.
     """
     p = _sigmoid(margins)
     return 4 * p * (1 - p)

@@ -1,6 +1,5 @@
 """Connects the model that a server starts with to the projects, before the site opens."""
 
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.accounts.tokens import PREFIX, digest_of
+from openpalm.feedback.accounts.tokens import issue
 from openpalm.feedback.models import (
     ApiToken,
     Guideline,
@@ -79,13 +78,4 @@ def _token(project: Project) -> str:
         user.save(update_fields=["password"])
     Membership.objects.get_or_create(project=project, user=user, defaults={"role": Role.ADMIN})
     ApiToken.objects.filter(user=user, revoked_at=None).update(revoked_at=timezone.now())
-    secret = PREFIX + secrets.token_urlsafe(32)
-    ApiToken.objects.create(
-        user=user,
-        project=project,
-        name="conversations of the chat page",
-        prefix=secret[:10],
-        digest=digest_of(secret),
-        scopes=[SCOPE],
-    )
-    return secret
+    return issue(user, "conversations of the chat page", [SCOPE], project=project)

@@ -6,8 +6,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError
 from django.db import transaction
 
-from openpalm.feedback.accounts import audit
-from openpalm.feedback.api import tokens
+from openpalm.feedback.accounts import audit, tokens
 from openpalm.feedback.models import Membership, Project, Role, User
 
 SCOPES = ("projects:read", "responses:read", "responses:write")
