@@ -14,7 +14,7 @@ from django.utils import timezone
 
 from openpalm.feedback.accounts.access import PUBLIC, RANKS, SIGNED_IN, SITE_ADMIN
 from openpalm.feedback.accounts.invitations import invite
-from openpalm.feedback.api.tokens import issue
+from openpalm.feedback.accounts.tokens import issue
 from openpalm.feedback.labeling import submission
 from openpalm.feedback.labeling.queue import next_assignment
 from openpalm.feedback.models import (
@@ -215,7 +215,7 @@ def test_objects_of_another_project_are_not_found(users, clients, make_item):
     theirs = objects_of(other, users[SUPERUSER], make_item)
     mine = {"slug": "demo"}
     tried = 0
-    for route, pattern, namespace in URLS:
+    for route, _, namespace in URLS:
         given = set(converters(route))
         if namespace == "admin" or "slug" not in given or given == {"slug"}:
             continue
@@ -235,7 +235,7 @@ def test_objects_of_another_project_are_not_found(users, clients, make_item):
 def test_a_member_of_one_project_opens_no_page_of_another(users, clients, make_item):
     other = Project.objects.create(slug="other", name="Other", overlap=20)
     theirs = objects_of(other, users[SUPERUSER], make_item)
-    for route, pattern, namespace in URLS:
+    for route, _, namespace in URLS:
         if namespace == "admin" or "slug" not in converters(route):
             continue
         path = address(route, theirs)
