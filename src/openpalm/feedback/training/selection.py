@@ -2,7 +2,8 @@
 
 The pool is every pair of different answers to a training prompt that nobody has judged or has in
 hand. The active arm is ranked by the disagreement of the newest reward ensemble and by the implicit
-rewards of the newest model of DPO; without both it is drawn by chance. See statistics/selection.py for the reserve of the random arm.
+rewards of the newest model of DPO; without both it is drawn by chance. See
+statistics/selection.py for the reserve of the random arm.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,8 +102,11 @@ def newest_policy(project: Project) -> ModelVersion | None:
     """The newest model that DPO trained from a parent with a checkpoint."""
     made = ModelVersion.objects.filter(project=project, kind=POLICY, run__verb="dpo")
     return (
-        made.exclude(parent=None).exclude(parent__path="").select_related("parent", "run")
-        .order_by("-id").first()
+        made.exclude(parent=None)
+        .exclude(parent__path="")
+        .select_related("parent", "run")
+        .order_by("-id")
+        .first()
     )
 
 
@@ -203,9 +207,7 @@ def _implicit_margins(
     return float(policy.run.settings.get("beta", BETA)) * (ours - before)
 
 
-def _scores(
-    margins: np.ndarray | None, implicit: np.ndarray | None, count: int
-) -> np.ndarray:
+def _scores(margins: np.ndarray | None, implicit: np.ndarray | None, count: int) -> np.ndarray:
     """Pairs with an answer that was too long to score come last; all equal without models."""
     scores = np.zeros(count)
     known = [rows for rows in (margins, implicit) if rows is not None]
