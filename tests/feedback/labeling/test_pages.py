@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from openpalm import __version__
 from openpalm.feedback.labeling import queue
 from openpalm.feedback.models import Assignment, Guideline, ModelVersion, Response
 
@@ -230,6 +231,13 @@ def test_an_item_costs_few_queries(project, page, make_item, django_assert_max_n
     page("label")
     with django_assert_max_num_queries(14):
         page("label")
+
+
+def test_scripts_and_styles_change_with_the_release(page):
+    text = page("label").content.decode()
+    addresses = re.findall(r'(?:href|src)="(/static/[^"]*)"', text)
+    assert len(addresses) >= 5
+    assert all(address.endswith(f"?v={__version__}") for address in addresses)
 
 
 def test_a_closed_project_says_so(project, page, make_item):
