@@ -31,10 +31,11 @@ def create_conversation(call: Call, slug: str) -> JsonResponse:
     model = body.text("model", most=200, default="")
     body.number("created", 0, 1e12, None)
     call.finish()
-    candidate.model = _model(project, path, model)
+    known = _model(project, path, model)
+    candidate.model_id = known.pk if known else None
     # The hash of the checkpoint says more than the place where it was.
-    named = candidate.model and candidate.model.path == path
-    candidate.checkpoint = candidate.model.checkpoint if candidate.model and named else path[:200]
+    is_exact = known is not None and known.path == path
+    candidate.checkpoint = known.checkpoint if known and is_exact else path[:200]
     candidate.names_itself = names_itself(candidate.text, names_of(project))
     prompt, is_new = _add(project, messages, candidate)
     return JsonResponse({"prompt": prompt.pk, "created": is_new}, status=201 if is_new else 200)
