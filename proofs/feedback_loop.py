@@ -27,7 +27,6 @@ from typing import Any
 
 import replies
 import torch
-from labelers import Judgement, Labeler, labelers, truth
 from served import served
 from tasks import OUT, cpu_seconds, openpalm, write_rows
 
@@ -36,6 +35,9 @@ from openpalm.align.pairs.examples import render_completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.text.conversation import Message
 from openpalm.data.text.tokenizer import Tokenizer
+from openpalm.feedback.simulation.labeler import Labeler
+from openpalm.feedback.simulation.tastes import TASTES
+from openpalm.feedback.simulation.tastes import mean_utility as truth
 from openpalm.feedback.statistics.intervals import Estimate, wilson_of_means
 from openpalm.feedback.statistics.promotion import Decision, Outcome, Vote, decide
 from openpalm.feedback.statistics.style import style_difference, style_of
@@ -47,6 +49,8 @@ REWARD = ("--pooling", "mean", "--optim.lr", 3e-4, "--ensemble-size", 4)
 DPO = ("--optim.lr", 2e-4)
 PPO = ("--steps", 80, "--kl-coef", 0.1, "--max-new-tokens", TOKENS)
 LEAST_RATE, LEAST_SEEDS, LONGEST_S = 0.6, 0.8, 15 * 60
+Payload = dict[str, Any]
+"""a judgement, as in a preference record of kind compare"""
 TRAINED, CONTROL = ("dpo", "ppo"), "shuffled"
 
 
@@ -107,30 +111,35 @@ def two_replies(model: Path, questions: Sequence[str], seed: int) -> list[Item]:
     return [Item(*pair) for pair in pairs]
 
 
-def judge(items: Sequence[Item], judges: Sequence[Labeler]) -> list[Judgement]:
+def labelers(seed: int) -> list[Labeler]:
+    """One of each taste, with 15 % noise; what each does depends on the seed and the texts."""
+    return [Labeler(taste, f"{seed} {name}") for name, taste in TASTES.items()]
+
+
+def judge(items: Sequence[Item], judges: Sequence[Labeler]) -> list[Payload]:
     """Each item by one labeler, in turn."""
     return [
-        judges[i % len(judges)].judge(item.question, item.first, item.second)
+        judges[i % len(judges)].judge("compare", item.question, [item.first, item.second])
         for i, item in enumerate(items)
     ]
 
 
-def record(number: int, item: Item, judgement: Judgement, author: str) -> dict[str, Any]:
+def record(number: int, item: Item, payload: Payload, author: str) -> dict[str, Any]:
     """A preference record."""
     return {
         "id": f"judgement-{number}",
         "prompt": [{"role": "user", "content": item.question}],
         "candidates": [{"text": item.first}, {"text": item.second}],
         "kind": "compare",
-        "payload": judgement.payload(),
+        "payload": payload,
         "author": author,
         "author_kind": "simulated",
         "created": "2026-01-01T00:00:00Z",
     }
 
 
-def write_records(path: Path, items: Sequence[Item], judgements: Sequence[Judgement]) -> Path:
-    names = [labeler.taste.name for labeler in labelers(0)]
+def write_records(path: Path, items: Sequence[Item], judgements: Sequence[Payload]) -> Path:
+    names = [*TASTES]
     rows = enumerate(zip(items, judgements, strict=True))
     return write_rows(path, (record(i, *row, names[i % len(names)]) for i, row in rows))
 
@@ -214,14 +223,13 @@ def longer(challenger: str, served: str) -> tuple[float]:
     return (style_difference(style_of(challenger), style_of(served))[0],)
 
 
-def outcome(judgement: Judgement, challenger_first: bool) -> Outcome:
-    match judgement.side:
-        case "tie":
+def outcome(judgement: Payload, challenger_first: bool) -> Outcome:
+    match judgement:
+        case {"better": better}:
+            return "win" if (better == 0) == challenger_first else "loss"
+        case {"tie": _}:
             return "tie"
-        case "both bad":
-            return "both_bad"
-        case side:
-            return "win" if (side == "first") == challenger_first else "loss"
+    return "both_bad"
 
 
 @torch.no_grad()
@@ -261,7 +269,8 @@ def judged_by_reward(run: Path, items: Sequence[Item]) -> Estimate | None:
 def judged_by_labelers(seed: int, items: Sequence[Item]) -> Estimate | None:
     """Agreement of single noisy judgements with the truth: what the reward model learns from."""
     made = dict(zip(items, judge(items, labelers(seed)), strict=True))
-    return agreement(items, lambda item: made[item].share - 0.5)
+    sides = {0: 1.0, 1: -1.0}
+    return agreement(items, lambda item: sides.get(made[item].get("better", -1), 0.0))
 
 
 def close_loop(run: Seed) -> dict[str, Any]:
@@ -276,7 +285,7 @@ def close_loop(run: Seed) -> dict[str, Any]:
     held_out = two_replies(parent, run.questions(held_out=True), seed=3)
     questions, old = [i.question for i in held_out], [i.first for i in held_out]
     figures: dict[str, Any] = {"seed": run.seed}
-    figures["decided_judgements"] = sum(j.side in ("first", "second") for j in judgements)
+    figures["decided_judgements"] = sum("better" in judgement for judgement in judgements)
     for number, name in enumerate((*TRAINED, CONTROL)):
         compared = compare(run, models[name], questions, old, number)
         figures[name] = compared.figures() | {"votes": [v.outcome for v in compared.votes]}
