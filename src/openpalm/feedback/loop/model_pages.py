@@ -8,7 +8,7 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
-from openpalm.errors import DataError, OpenPalmError
+from openpalm.errors import OpenPalmError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import (
     ProjectRequest,
