@@ -220,7 +220,8 @@ def test_managers_of_a_project_cannot_name_paths(loop, member, signed_in, checkp
     """A path could be a checkpoint of a project that they do not belong to."""
     given = {"path": str(checkpoint), "name": "theirs", "kind": "policy"}
     response = signed_in(member("olga", Role.OWNER)).post("/p/demo/models/new", given)
-    assert response.status_code == 403
+    assert response.status_code == 422
+    assert not ModelVersion.objects.filter(name="theirs").exists()
 
 
 def test_the_first_served_model_is_chosen_once(loop, client):

@@ -89,7 +89,12 @@ def test_simulated_labelers_have_a_figure_of_their_own(loop, admin, signed_in, s
 
 
 def test_a_model_without_a_figure_says_why(loop, admin, signed_in, store):
-    row = {"model": loop.reward.pk, "name": "judge-of-taste", "accuracy": None, "reason": "no score"}
+    row = {
+        "model": loop.reward.pk,
+        "name": "judge-of-taste",
+        "accuracy": None,
+        "reason": "no score",
+    }
     store("reward_agreement", {"person": {"models": [row]}})
     assert "no score" in signed_in(admin).get("/p/demo/loop").content.decode()
 

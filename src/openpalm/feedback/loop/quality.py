@@ -137,7 +137,7 @@ def shown_board(figure: Mapping[str, Any]) -> dict[str, Any]:
         groups.setdefault(row.get("group"), []).append(
             {
                 **row,
-                "id": ids.get(row.get("model")),
+                "id": ids.get(str(row.get("model"))),
                 "plain": _strength(row, low, high),
                 "styled": _strength(other, low, high),
             }
