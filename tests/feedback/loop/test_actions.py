@@ -108,7 +108,8 @@ def test_the_form_says_how_many_judgements_there_are(loop, client, store):
     rows = [{"author_kind": kind, "judgements": n} for kind, n in (("person", 1200), ("model", 3))]
     store("labelers", {"rows": [*rows, rows[0]]})
     page = client.get("/p/demo/runs/new?verb=reward").content.decode()
-    assert "people (2,400)" in page and "models as judges (3)" in page
+    assert "people (2,400)" in page
+    assert "models as judges (3)" in page
 
 
 def test_stopping_and_continuing(loop, client):

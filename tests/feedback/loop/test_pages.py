@@ -104,7 +104,8 @@ def test_disagreements_link_items_and_hide_what_was_said(loop, admin, signed_in,
     store("disagreements", {"author_kind": "person", "rows": [*rows, {"item": 10**9}]})
     page = signed_in(admin).get("/p/demo/loop").content.decode()
     assert reverse("item", args=["demo", loop.items[0].pk]) in page
-    assert "2.50" in page and "-2.5" not in page
+    assert "2.50" in page
+    assert "-2.5" not in page
 
 
 def test_damaged_figures_do_not_break_the_page(loop, admin, signed_in, store):
@@ -123,7 +124,8 @@ def test_alarms_are_shown(loop, admin, signed_in, store):
     line = "the reward is being gamed"
     store("alarms", {"rows": [{"model": loop.challenger.pk, "name": "challenger", "line": line}]})
     page = signed_in(admin).get("/p/demo/loop").content.decode()
-    assert "answers become all alike" in page and line in page
+    assert "answers become all alike" in page
+    assert line in page
 
 
 def test_the_stations_follow_the_state(loop, admin, signed_in, decided):
@@ -146,7 +148,8 @@ def test_a_running_training_asks_again_and_an_ended_one_does_not(loop, admin, si
     part = client.get(path, headers={"hx-request": "true"}).content.decode()
     assert "<html" not in part
     assert 'hx-trigger="every 2s"' in part
-    assert 'value="30"' in part and "polyline" in part
+    assert 'value="30"' in part
+    assert "polyline" in part
     TrainRun.objects.filter(pk=loop.run.pk).update(state="finished")
     part = client.get(path, headers={"hx-request": "true"}).content.decode()
     assert "hx-trigger" not in part
@@ -174,7 +177,8 @@ def test_a_model_lists_its_judgements_and_marks_simulated_ones(loop, admin, sign
     client = signed_in(admin)
     page = client.get(paths(loop)["model"]).content.decode()
     assert paths(loop)["snapshot"] in page
-    assert "ann (1), sim (1)" in page and "1 simulated" in page
+    assert "ann (1), sim (1)" in page
+    assert "1 simulated" in page
     page = client.get(paths(loop)["snapshot"]).content.decode()
     assert loop.snapshot.digest in page
     for judgement in loop.judgements:

@@ -20,7 +20,8 @@ def test_an_interval_stands_where_its_numbers_are():
 
 def test_a_figure_without_an_interval_has_a_dot_only():
     plot = plots.interval({"value": 2.0, "low": None, "high": None}, low=0, high=4, unit="")
-    assert plot is not None and places(plot, "point")
+    assert plot is not None
+    assert places(plot, "point")
     assert not places(plot, "interval")
     assert plot.title == "2.00 (no interval)"
 
