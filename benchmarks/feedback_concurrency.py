@@ -49,7 +49,7 @@ KINDS = ("web", "worker", "command")
 
 MAKE = """
 import json
-from openpalm.feedback.api import tokens
+from openpalm.feedback.accounts import tokens
 from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
 from openpalm.feedback.models import Membership, Project, Role, User
 User.objects.create_superuser("root", password={password!r})

@@ -209,6 +209,11 @@ def compare(
     return Compared(questions, old, new, votes)
 
 
+def longer(challenger: str, served: str) -> tuple[float]:
+    """The length difference, which the win rate at equal length takes out."""
+    return (style_difference(style_of(challenger), style_of(served))[0],)
+
+
 def outcome(judgement: Judgement, challenger_first: bool) -> Outcome:
     match judgement.side:
         case "tie":

@@ -1,179 +1,115 @@
-"""The job "select": which pairs it may choose, in which arm, and in what order."""
+"""The next batch: the arms, what the active arm rests on, scores that are missing."""
 
 import pytest
+from feedback_prompts import add_prompts
 
-from openpalm.errors import DataError
-from openpalm.feedback.models import (
-    Candidate,
-    Item,
-    ItemCandidate,
-    Job,
-    ModelScore,
-    ModelVersion,
-    Prompt,
-    TrainRun,
-)
+from openpalm.feedback.models import Item, ModelScore, TrainRun
 from openpalm.feedback.statistics.selection import in_reserve
-from openpalm.feedback.training import scoring, selection
-from openpalm.feedback.worker.jobs import enqueue
-from openpalm.feedback.worker.progress import Progress
+from openpalm.feedback.training import generation, selection
+from openpalm.feedback.worker import jobs
+from openpalm.feedback.worker.loop import drain
+
+SIZE = 10
 
 
 @pytest.fixture
-def prompt(project):
-    """prompt("a", "b", held_out=False): a prompt with these answers."""
-
-    def make(*answers: str, **fields) -> Prompt:
-        row = Prompt.objects.create(
-            project=project,
-            messages=[{"role": "user", "content": "question"}],
-            digest=f"{Prompt.objects.count():064}",
-            source="typed",
-            **fields,
-        )
-        for text in answers:
-            Candidate.objects.create(prompt=row, text=text)
-        return row
-
-    return make
+def pool(project):
+    """Forty items; the answers of every second one have lengths far apart."""
+    items = []
+    for number, prompt in enumerate(add_prompts(project, 40)):
+        texts = ["x", "y" * (30 if number % 2 else 1)]
+        candidates = [prompt.candidates.create(text=text) for text in texts]
+        items.append(generation.make_item(project, prompt, candidates))
+    return items
 
 
 @pytest.fixture
-def select(project):
-    def run(size: int) -> dict:
-        job = enqueue("select", project=project, size=size)
-        # As the worker takes it.
-        Job.objects.filter(pk=job.pk).update(state="running", worker="test")
-        job.refresh_from_db()
-        return selection.run(job, Progress(job))
-
-    return run
-
-
-def pairs():
-    """The selected pairs, as sets of candidates, by the order of their priority."""
-    items = Item.objects.exclude(arm="").order_by("-priority")
-    return [frozenset(item.places.values_list("candidate_id", flat=True)) for item in items]
-
-
-def members(project, number=2):
+def ensemble(project, model):
+    """Two reward models of one training."""
     run = TrainRun.objects.create(project=project, verb="reward")
-    return [
-        ModelVersion.objects.create(
-            project=project, name=f"r{run.pk}.{n}", kind="reward", run=run, path="/none"
-        )
-        for n in range(number)
-    ]
+    return [model(name, "reward", run=run) for name in ("r1", "r2")]
 
 
-def score(models, margins):
-    """Gives the two answers of each prompt scores with these margins, one for each model."""
-    for prompt, differences in margins.items():
-        a, b = prompt.candidates.order_by("id")
-        for model, difference in zip(models, differences, strict=True):
-            ModelScore.objects.create(model=model, candidate=a, score=difference)
-            ModelScore.objects.create(model=model, candidate=b, score=0.0)
+def _select(project, size=SIZE):
+    job = jobs.enqueue("select", project=project, size=size)
+    drain("select", "score")
+    job.refresh_from_db()
+    return job
 
 
-def test_the_random_share_is_exact_and_from_the_reserve(project, prompt, select):
-    prompts = [prompt("yes", "no") for _ in range(200)]
-    result = select(50)
-    assert (result["random"], result["active"], result["missing_random"]) == (15, 35, 0)
-    arms = dict(Item.objects.values_list("prompt", "arm"))
-    assert len(arms) == 50
-    reserve = {row.pk for row in prompts if in_reserve(row.pk, project_seed=project.pk)}
-    assert {pk for pk, arm in arms.items() if arm == "random"} <= reserve
-    assert not {pk for pk, arm in arms.items() if arm == "active"} & reserve
+def test_without_reward_models_all_is_chance(project, pool):
+    job = _select(project)
+    assert job.state == "done", job.message
+    assert (job.result["random"], job.result["active"]) == (3, 7)
+    assert job.result["by"] == []
+    chosen = Item.objects.exclude(arm="")
+    assert chosen.count() == SIZE
+    for item in chosen:
+        assert (item.arm == "random") == in_reserve(item.prompt_id, project_seed=project.pk)
+        assert 9 < item.priority <= 10
+    # The next batch takes others.
+    first = set(chosen.values_list("id", flat=True))
+    _select(project)
+    assert first < set(Item.objects.exclude(arm="").values_list("id", flat=True))
+    assert Item.objects.filter(arm="").count() == 40 - 2 * SIZE
 
 
-def test_a_second_batch_takes_other_pairs(project, prompt, select):
-    for _ in range(60):
-        prompt("yes", "no")
-    select(20)
-    first = set(pairs())
-    select(20)
-    assert len(set(pairs())) == len(pairs()) == 40
-    assert first < set(pairs())
+def test_the_active_arm_is_where_the_ensemble_disagrees(project, pool, ensemble):
+    first, second = ensemble
+    assert selection.ensemble(project) == ensemble
+    torn = [item for item in pool if not in_reserve(item.prompt_id, project_seed=project.pk)][:7]
+    for item in pool:
+        a, b = (place.candidate for place in item.places.all())
+        gap = 4.0 if item in torn else 0.1
+        for each, sign in ((first, 1), (second, -1)):
+            ModelScore.objects.create(model=each, candidate=a, score=sign * gap)
+            ModelScore.objects.create(model=each, candidate=b, score=0.0)
+    job = _select(project)
+    assert job.result["by"] == ["the reward ensemble's disagreement"]
+    active = set(Item.objects.filter(arm="active").values_list("id", flat=True))
+    assert active == {item.pk for item in torn}
 
 
-def test_the_ensemble_disagrees_on_what_is_chosen(project, prompt, select):
-    prompts = [prompt("yes", "no") for _ in range(60)]
-    free = [row for row in prompts if not in_reserve(row.pk, project_seed=project.pk)]
-    disputed = set(free[::5])
-    margins = {row: (4.0, -4.0) if row in disputed else (3.0, 3.0) for row in prompts}
-    score(members(project), margins)
-    # Seven tenths are active; as many as are disputed.
-    size = round(len(disputed) / 0.7)
-    result = select(size)
-    active = set(Item.objects.filter(arm="active").values_list("prompt", flat=True))
-    assert {row.pk for row in disputed} <= active
-    assert result["by"] == ["the reward ensemble's disagreement"]
+def test_missing_scores_are_computed_first(project, pool, ensemble):
+    job = _select(project)
+    assert job.state == "done", job.message
+    # The stand-in scores by length, the same for both: no disagreement, but scores.
+    assert [each.scores.count() for each in ensemble] == [80, 80]
 
 
-def test_one_reward_model_is_no_ensemble(project, prompt, select):
-    rows = [prompt("yes", "no") for _ in range(10)]
-    score(members(project, 1), dict.fromkeys(rows, (1.0,)))
-    assert select(5)["by"] == []
+def test_a_policy_counts_beside_its_parent(project, pool, model):
+    base = model("base")
+    run = TrainRun.objects.create(project=project, verb="dpo", settings={"beta": 1.0})
+    policy = model("next", run=run, parent=base)
+    undecided = [i for i in pool if not in_reserve(i.prompt_id, project_seed=project.pk)][:7]
+    for item in pool:
+        a, b = (place.candidate for place in item.places.all())
+        for candidate, gain in ((a, 0.0 if item in undecided else 5.0), (b, 0.0)):
+            ModelScore.objects.create(model=base, candidate=candidate, score=-3.0)
+            ModelScore.objects.create(model=policy, candidate=candidate, score=-3.0 + gain)
+    job = _select(project)
+    assert job.result["by"] == ["the margin of the policy's implicit rewards"]
+    active = set(Item.objects.filter(arm="active").values_list("id", flat=True))
+    assert active == {item.pk for item in undecided}
 
 
-def test_the_newest_ensemble_counts(project):
-    members(project)
-    newest = members(project, 3)
-    members(project, 1)
-    assert selection.ensemble(project) == newest
+def test_items_that_someone_has_are_left_alone(project, pool, judge, member):
+    judge(pool[0], member("ann"))
+    _select(project, size=40)
+    pool[0].refresh_from_db()
+    assert pool[0].arm == ""
+    assert Item.objects.exclude(arm="").count() == 39
 
 
-def test_a_pair_without_a_score_comes_last(project, prompt, select, monkeypatch):
-    rows = [prompt("yes", "no") for _ in range(30)]
-    free = [row for row in rows if not in_reserve(row.pk, project_seed=project.pk)]
-    models = members(project)
-    score(models, {row: (1.0, -1.0) for row in rows if row != free[0]})
-    # An answer that is too long for the reward model stays without a score.
-    monkeypatch.setattr(scoring, "score", lambda *_: {})
-    select(len(free))
-    assert free[0].pk not in Item.objects.filter(arm="active").values_list("prompt", flat=True)
+def test_nothing_is_left(project):
+    job = _select(project)
+    assert (job.state, job.message) == (
+        "failed",
+        "every pair of answers is judged or waits to be: generate further answers first",
+    )
 
 
-def test_what_may_not_be_chosen(project, prompt, make_item, select):
-    held_out = prompt("yes", "no", held_out=True)
-    gold = make_item("gold", "yes", "no", purpose="gold")
-    judged = make_item("judged", "yes", "no", taken=1, submitted=1, state="complete")
-    leased = make_item("leased", "yes", "no", taken=1)
-    withdrawn = make_item("withdrawn", "yes", "no", state="withdrawn")
-    equal = prompt("same", " same ")
-    fine = prompt("yes", "no")
-    assert select(50)["pool"] == 1
-    chosen = Item.objects.exclude(arm="").get()
-    assert chosen.prompt == fine
-    others = [held_out, equal, *(item.prompt for item in (gold, judged, leased, withdrawn))]
-    assert not Item.objects.filter(prompt__in=others).exclude(arm="").exists()
-
-
-def test_an_item_that_waits_is_moved_up_instead_of_doubled(project, make_item, select):
-    waiting = make_item("waiting", "yes", "no")
-    assert select(5)["pool"] == 1
-    waiting.refresh_from_db()
-    assert waiting.arm in ("random", "active")
-    assert 9 < waiting.priority <= 10
-    assert Item.objects.count() == 1
-
-
-def test_all_pairs_of_several_answers_are_possible(project, prompt, make_item, select):
-    item = make_item("judged", "a", "b", taken=1, submitted=1, state="complete")
-    third = Candidate.objects.create(prompt=item.prompt, text="c")
-    assert select(5)["pool"] == 2
-    assert all(third.pk in pair for pair in pairs())
-    assert ItemCandidate.objects.filter(item__arm="").count() == 2
-
-
-def test_nothing_left_is_said(project, select):
-    with pytest.raises(DataError, match="generate further answers"):
-        select(5)
-
-
-def test_other_tasks_are_refused(project, prompt, select):
-    project.task = "ranking"
-    project.save()
-    prompt("a", "b")
-    with pytest.raises(DataError, match="only pairs are selected"):
-        select(5)
+def test_the_pool_has_no_comparison_and_no_gold(project, make_item):
+    make_item("a", "x", "y", purpose=Item.Purpose.COMPARISON)
+    make_item("b", "x", "y", purpose=Item.Purpose.GOLD, gold={"better": 0})
+    assert _select(project).state == "failed"

@@ -38,6 +38,13 @@ def create_conversation(call: Call, slug: str) -> JsonResponse:
     return JsonResponse({"prompt": prompt.pk, "created": is_new}, status=201 if is_new else 200)
 
 
+def _model(project: Project, checkpoint: str, name: str) -> ModelVersion | None:
+    """By its path: a promoted model keeps the name in the API of the one before."""
+    models = ModelVersion.objects.filter(project=project)
+    found = models.filter(path=checkpoint).first() if checkpoint else None
+    return found or models.filter(name=name).first()
+
+
 @transaction.atomic
 def _add(
     project: Project, messages: list[dict[str, str]], candidate: Candidate

@@ -1,8 +1,9 @@
 """Chooses the next pairs to judge: 30 % by chance, the rest where judgements teach most.
 
 The pool is every pair of different answers to a training prompt that nobody has judged or has in
-hand. The active arm is ranked by the disagreement of the newest reward ensemble; without an
-ensemble it is drawn by chance. See statistics/selection.py for the reserve of the random arm.
+hand. The active arm is ranked by the disagreement of the newest reward ensemble and by the implicit
+rewards of the newest model of DPO; without both it is drawn by chance. See
+statistics/selection.py for the reserve of the random arm.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,11 +31,13 @@ from openpalm.feedback.statistics.selection import Batch, choose_batch, selectio
 from openpalm.feedback.training import scoring
 from openpalm.feedback.training.commands import training_prompts
 from openpalm.feedback.training.generation import make_item
-from openpalm.feedback.training.registry import REWARD
+from openpalm.feedback.training.registry import POLICY, REWARD
 from openpalm.feedback.worker.progress import Progress
 
 PRIORITY = 10.0
 """before items that were not selected, after comparisons"""
+BETA = 0.1
+"""of the implicit reward, where the training names none"""
 MOST_PAIRS = 500_000
 AT_ONCE = 2000
 
@@ -53,10 +56,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     assert project is not None
     if project.task != Task.PAIR:
         raise DataError("only pairs are selected; this project's items are of another task")
-    members = ensemble(project)
-    for member in members:
-        if scoring.unscored(member).exists():
-            scoring.score(member, progress.quiet())
+    members, policy = ensemble(project), newest_policy(project)
+    for model in (*members, *((policy, policy.parent) if policy and policy.parent else ())):
+        if scoring.unscored(model).exists():
+            scoring.score(model, progress.quiet())
     progress.say("looking for pairs that nobody has judged")
     pairs = list(_pool(project, progress))
     if not pairs:
@@ -65,7 +68,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         )
     progress.start(len(pairs), "ranking pairs")
     margins = _margins(members, pairs, progress) if len(members) > 1 else None
-    scores = _scores(margins, len(pairs))
+    implicit = _implicit_margins(policy, pairs, progress) if policy else None
+    scores = _scores(margins, implicit, len(pairs))
     batch = choose_batch(
         [pair.prompt for pair in pairs],
         scores,
@@ -80,7 +84,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         "active": arms.count("active"),
         "missing_random": batch.missing_random,
         "pool": len(pairs),
-        "by": ["the reward ensemble's disagreement"] if margins is not None else [],
+        "by": ["the reward ensemble's disagreement"] * (margins is not None)
+        + ["the margin of the policy's implicit rewards"] * (implicit is not None),
         "members": [member.pk for member in members],
     }
 
@@ -91,6 +96,18 @@ def ensemble(project: Project) -> list[ModelVersion]:
     several = made.order_by().values("run").annotate(n=Count("pk")).filter(n__gte=2)
     newest = several.order_by("-run").values_list("run", flat=True).first()
     return list(made.filter(run=newest).order_by("id")) if newest else []
+
+
+def newest_policy(project: Project) -> ModelVersion | None:
+    """The newest model that DPO trained from a parent with a checkpoint."""
+    made = ModelVersion.objects.filter(project=project, kind=POLICY, run__verb="dpo")
+    return (
+        made.exclude(parent=None)
+        .exclude(parent__path="")
+        .select_related("parent", "run")
+        .order_by("-id")
+        .first()
+    )
 
 
 def _pool(project: Project, progress: Progress) -> Iterator[Pair]:
@@ -180,13 +197,26 @@ def _margins(
     return margins
 
 
-def _scores(margins: np.ndarray | None, count: int) -> np.ndarray:
-    """Pairs with an answer that was too long to score come last; all equal without an ensemble."""
+def _implicit_margins(
+    policy: ModelVersion, pairs: Sequence[Pair], progress: Progress
+) -> np.ndarray:
+    """Difference of the implicit rewards beta log pi/pi_parent of the two answers, (pairs,)."""
+    assert policy.parent is not None
+    assert policy.run is not None
+    ours, before = _margins([policy, policy.parent], pairs, progress)
+    return float(policy.run.settings.get("beta", BETA)) * (ours - before)
+
+
+def _scores(margins: np.ndarray | None, implicit: np.ndarray | None, count: int) -> np.ndarray:
+    """Pairs with an answer that was too long to score come last; all equal without models."""
     scores = np.zeros(count)
-    if margins is not None:
-        scored = ~np.isnan(margins).any(axis=0)
-        if scored.any():
-            scores[scored] = selection_scores(margins[:, scored])
+    known = [rows for rows in (margins, implicit) if rows is not None]
+    scored = ~np.isnan(np.vstack(known)).any(axis=0) if known else np.zeros(count, dtype=bool)
+    if scored.any():
+        scores[scored] = selection_scores(
+            None if margins is None else margins[:, scored],
+            None if implicit is None else implicit[scored],
+        )
     return scores
 
 

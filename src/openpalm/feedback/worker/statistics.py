@@ -1,15 +1,12 @@
 """The job "statistics": all figures of a project; and when it is due."""
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from openpalm.feedback.models import Job, Project, Response
+from openpalm.feedback.quality.compute import compute
 from openpalm.feedback.training import comparisons
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.progress import Progress
-
-_FIGURES = "openpalm.feedback.quality.compute"
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
@@ -18,8 +15,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     newest = newest_response(job.project)  # before: one that comes meanwhile makes it due again
     comparisons.compute_all(job.project)
     progress.say("computing figures")
-    if find_spec(_FIGURES):
-        import_module(_FIGURES).compute(job.project)
+    compute(job.project, progress.check)
     return {"up_to": newest}
 
 
