@@ -4,10 +4,12 @@ Shared by `openpalm feedback` and `openpalm serve --feedback`. What is wrong wit
 folder or the address is one line here, before a process starts.
 """
 
+import errno
 import ipaddress
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from openpalm.feedback.supervisor import Child, answers
 from openpalm.feedback.web import SOCKET_VARIABLE, listener
 
 PROGRAM = (sys.executable, "-m", "openpalm")
+PORT_WAIT_S = 3.0
 DRIVERS = "pip install 'psycopg[binary]'"
 
 
@@ -47,15 +50,20 @@ class Site:
 
     def listen(self) -> socket.socket:
         """Raises SettingsError if the port is in use."""
-        try:
-            return listener(self.host, self.port)
-        except (OSError, OverflowError) as error:
-            number = getattr(error, "errno", None)
-            reason = os.strerror(number) if number and number > 0 else str(error)
-            raise SettingsError(
-                f"--host {self.host} --port {self.port}: cannot listen there ({reason}); try "
-                "another --port"
-            ) from None
+        # The web process of a command that was killed needs a moment to end.
+        deadline = time.monotonic() + PORT_WAIT_S
+        while True:
+            try:
+                return listener(self.host, self.port)
+            except (OSError, OverflowError) as error:
+                number = getattr(error, "errno", None)
+                if number != errno.EADDRINUSE or time.monotonic() > deadline:
+                    reason = os.strerror(number) if number and number > 0 else str(error)
+                    raise SettingsError(
+                        f"--host {self.host} --port {self.port}: cannot listen there ({reason}); "
+                        "try another --port"
+                    ) from None
+            time.sleep(0.1)
 
 
 def is_loopback(host: str) -> bool:

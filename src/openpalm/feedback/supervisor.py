@@ -37,7 +37,8 @@ class Child:
     """file descriptors that it inherits"""
     process: subprocess.Popen[bytes] | None = None
     was_ready: bool = False
-    pause_s: float = FIRST_PAUSE_S
+    pause_s: float = field(default_factory=lambda: FIRST_PAUSE_S)
+    """before the next start after a crash"""
     started_at: float = 0.0
     starts_at: float = 0.0
 

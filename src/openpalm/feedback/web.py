@@ -1,5 +1,6 @@
 """The web process: waitress, which finishes its requests before it ends."""
 
+import logging
 import os
 import signal
 import socket
@@ -30,6 +31,8 @@ def serve(listening: socket.socket) -> None:
 
     from openpalm.feedback.wsgi import application
 
+    # A burst of requests waits for a thread; that is no news.
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     server: Any = create_server(
         application, sockets=[listening], threads=THREADS, ident="", channel_timeout=60
     )

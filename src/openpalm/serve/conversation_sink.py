@@ -1,6 +1,7 @@
 """Posts conversations that their users agreed to share to another server, from a thread."""
 
 import json
+import os
 import queue
 import sys
 import threading
@@ -13,19 +14,27 @@ from openpalm.errors import SettingsError
 MAX_WAITING = 1000
 TIMEOUT_S = 10
 ATTEMPTS = 3
+TOKEN = "OPENPALM_CONVERSATION_TOKEN"
+"""environment variable with the bearer token that the receiver wants"""
 
 
 class ConversationSink:
     """Posts each conversation to `url` as JSON, one at a time.
 
     A conversation that cannot be delivered, or that finds too many waiting, is dropped and counted.
-    Raises SettingsError if `url` is not an http(s) URL.
+    Sends the token of OPENPALM_CONVERSATION_TOKEN, if it is set. Raises SettingsError if `url` is
+    not an http(s) URL.
     """
 
     def __init__(self, url: str):
         if not url.startswith(("http://", "https://")):
             raise SettingsError(f"--conversation-url {url}: must be an http:// or https:// URL")
         self.url = url
+        self._headers = {"Content-Type": "application/json"}
+        if token := os.environ.get(TOKEN, "").strip():
+            if not token.isascii() or not token.isprintable():
+                raise SettingsError(f"{TOKEN}: is no token; it has characters of no HTTP header")
+            self._headers["Authorization"] = f"Bearer {token}"
         self.sent = 0
         self.dropped = 0
         self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_WAITING)
@@ -60,9 +69,8 @@ class ConversationSink:
 
     def _send(self, client: httpx2.Client, conversation: dict[str, Any]) -> bool:
         content = json.dumps(conversation)
-        headers = {"Content-Type": "application/json"}
         try:
-            client.post(self.url, content=content, headers=headers).raise_for_status()
+            client.post(self.url, content=content, headers=self._headers).raise_for_status()
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError):
             return False
         return True

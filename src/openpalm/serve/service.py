@@ -59,6 +59,7 @@ class Service:
             sampling["logit_bias"] = dict(sequence.request.sampling.logit_bias)
             sink.put(
                 {
+                    "store": True,
                     "messages": messages,
                     "answer": text,
                     "model": served.name,

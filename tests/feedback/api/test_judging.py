@@ -140,6 +140,7 @@ def test_an_annotator_sees_their_own_responses_only(project, make_item, ann, mem
     assert ann.delete(f"responses/{other}").status_code == 404
     reviewer = caller(member("rev", Role.REVIEWER))
     assert len(reviewer.get("responses", project="demo").data["data"]) == 2
+    assert reviewer.get(f"responses/{other}").data["payload"] == {"tie": [0, 1]}
     assert len(reviewer.get("responses", project="demo", author="bob").data["data"]) == 1
     assert reviewer.delete(f"responses/{other}").status_code == 404
     assert reviewer.get("responses/export", project="demo").status_code == 403
@@ -158,3 +159,25 @@ def test_a_deleted_judgement_is_erased_and_its_place_is_free(
     assert (item.taken, item.submitted, item.state) == (0, 0, "open")
     assert lease(ann) is None  # nobody gets an item twice
     assert judge(caller(member("bob")))
+
+
+def test_a_reviewer_sees_no_judgement_of_an_item_they_may_judge(make_item, ann, member, caller):
+    make_item("one", "yes", "no", needed=2)
+    uid = judge(ann)
+    reviewer = caller(member("rev", Role.REVIEWER))
+    hidden = reviewer.get(f"responses/{uid}").data
+    assert (hidden["payload"], hidden["picked_place"]) == (None, None)
+    judge(reviewer)
+    assert reviewer.get(f"responses/{uid}").data["payload"] == {"tie": [0, 1]}
+
+
+@pytest.mark.parametrize(("name", "field"), [("pairs", "chosen"), ("kto-pairs", "label")])
+def test_judgements_are_exported_in_every_format(make_item, ann, member, caller, name, field):
+    make_item("one", "yes", "no")
+    judge(ann, {"better": 0, "worse": 1, "strength": 1})
+    boss = caller(member("boss", Role.ADMIN))
+    lines = b"".join(boss.get("responses/export", project="demo", format=name).streaming_content)
+    assert field in json.loads(lines.splitlines()[0])
+    table = boss.get("responses/export", project="demo", format="csv")
+    assert b"compare" in b"".join(table.streaming_content)
+    assert boss.get("responses/export", project="demo", format="x").status_code == 400

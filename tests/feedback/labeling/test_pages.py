@@ -228,7 +228,7 @@ def test_an_item_costs_few_queries(project, page, make_item, django_assert_max_n
         make_item(f"question {number}", "one", "two")
     page(action(page("label")), {"choice": "1"})
     page("label")
-    with django_assert_max_num_queries(15):
+    with django_assert_max_num_queries(14):
         page("label")
 
 

@@ -22,7 +22,7 @@ MAX_LINE_BYTES = 64 << 20
 # Memory amplification: a parsed value takes some hundred bytes, but only three bytes of a line in
 # [{},{},{}...]. A line of 64 MiB could take 2 GB.
 MAX_LINE_VALUES = 1 << 20
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
@@ -76,11 +76,11 @@ def parse_lines(lines: UnparsedLines) -> Iterator[tuple[str, dict[str, Any]]]:
     """("path:line", row) for each line that is not blank. Raises DataError with line and remedy."""
     for number, line in enumerate(lines.data.split(b"\n"), start=lines.first):
         if number == 1:
-            line = line.removeprefix(_BOM)
+            line = line.removeprefix(BOM)
         if line and not line.isspace():
             where = f"{lines.path}:{number}"
             refuse_binary(line, where)
-            yield where, _parse_row(line, where)
+            yield where, parse_row(line, where)
 
 
 def refuse_binary(data: bytes, where: str, offset: int = 0) -> None:
@@ -102,7 +102,8 @@ def not_utf8(error: UnicodeDecodeError, where: str, offset: int = 0) -> DataErro
     )
 
 
-def _parse_row(line: bytes, where: str) -> dict[str, Any]:
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of one line. Raises DataError that begins with `where`."""
     try:
         text = line.decode()
     except UnicodeDecodeError as error:

@@ -23,6 +23,10 @@ def not_found(request: HttpRequest, exception: Any = None) -> HttpResponse:
     return _page(request, 404, str(exception) if known else "There is no such page.")
 
 
+def too_large(request: HttpRequest) -> HttpResponse:
+    return _without_request(413, "This is larger than the site takes.")
+
+
 def server_error(request: HttpRequest) -> HttpResponse:
     return _without_request(500, "The server failed. The error is in its log; nothing was stored.")
 

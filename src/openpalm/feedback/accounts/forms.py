@@ -8,7 +8,14 @@ from django.contrib.auth.forms import UserCreationForm
 from openpalm.feedback.models import ApiToken, Project, User
 
 
-class SignUpForm(UserCreationForm):
+class PlainLabels:
+    """Labels without a colon."""
+
+    def __init__(self, *args: Any, **names: Any) -> None:
+        super().__init__(*args, **({"label_suffix": ""} | names))
+
+
+class SignUpForm(PlainLabels, UserCreationForm):
     class Meta(UserCreationForm.Meta):  # pyright: ignore
         model = User
         fields = ("username",)
@@ -23,7 +30,7 @@ class SignUpForm(UserCreationForm):
         self.fields["password2"].label = "Password again"
 
 
-class TokenForm(forms.Form):
+class TokenForm(PlainLabels, forms.Form):
     """What a new API token may do, where, and until when."""
 
     name = forms.CharField(max_length=100, help_text="What will use it, e.g. nightly export.")

@@ -1,10 +1,13 @@
-"""The content security policy of every page, and the way to the first administrator."""
+"""The content security policy, the limit of bodies, and the way to the first administrator."""
 
+import re
 from collections.abc import Callable
 
+from django.conf import settings
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect
 
+from openpalm.feedback.accounts.errors import too_large
 from openpalm.feedback.models import User
 
 # No script and no style in the page itself, nothing from another origin.
@@ -13,6 +16,9 @@ POLICY = (
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 
+UPLOAD = re.compile(r"/p/[a-z0-9-]+/prompts/upload")
+FORM_BYTES = 2**16
+"""what a form may have besides its file"""
 Next = Callable[[HttpRequest], HttpResponse]
 
 
@@ -25,6 +31,32 @@ def content_security_policy(get_response: Next) -> Next:
         return response
 
     return respond
+
+
+def body_limit(get_response: Next) -> Next:
+    """Refuses large bodies before anything reads them: a multipart body is stored while it is read.
+
+    Only the upload page takes a file, and only from somebody who is signed in. (The JSON of the API
+    has its own limit, DATA_UPLOAD_MAX_MEMORY_SIZE.)
+    """
+    small = settings.DATA_UPLOAD_MAX_MEMORY_SIZE + FORM_BYTES
+
+    def respond(request: HttpRequest) -> HttpResponse:
+        if (size := _length(request)) > small:
+            limit = settings.FEEDBACK_MAX_UPLOAD_BYTES + FORM_BYTES
+            may = UPLOAD.fullmatch(request.path) and request.user.is_authenticated
+            if size > limit or not may:
+                return too_large(request)
+        return get_response(request)
+
+    return respond
+
+
+def _length(request: HttpRequest) -> int:
+    try:
+        return int(request.META.get("CONTENT_LENGTH") or 0)
+    except ValueError:
+        return 0
 
 
 def first_admin(get_response: Next) -> Next:

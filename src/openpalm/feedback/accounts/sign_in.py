@@ -9,9 +9,10 @@ from django.core.exceptions import ValidationError
 from django.urls import reverse_lazy
 
 from openpalm.feedback.accounts import audit, throttle
+from openpalm.feedback.accounts.forms import PlainLabels
 
 
-class LoginForm(AuthenticationForm):
+class LoginForm(PlainLabels, AuthenticationForm):
     """Django's form, which takes as long for unknown names, with a wait after failures."""
 
     error_messages = AuthenticationForm.error_messages | {
@@ -45,7 +46,7 @@ class LoginView(auth.LoginView):
     authentication_form = LoginForm
 
 
-class PasswordForm(PasswordChangeForm):
+class PasswordForm(PlainLabels, PasswordChangeForm):
     """Guesses of the old password count as failed attempts to sign in."""
 
     address = ""
@@ -68,7 +69,7 @@ class PasswordView(SuccessMessageMixin, auth.PasswordChangeView):
     success_message = "Your password is changed. Other browsers are signed out."
 
     def get_form(self, form_class: Any = None) -> Any:
-        form = super().get_form(form_class)
+        form: Any = super().get_form(form_class)
         form.address = throttle.address_of(self.request)
         return form
 

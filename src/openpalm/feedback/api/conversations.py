@@ -11,6 +11,7 @@ from openpalm.feedback.api.endpoints import Call, operation
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.items import MAX_TEXT, read_messages
 from openpalm.feedback.labeling.new_items import add_prompts
+from openpalm.feedback.manage.names import names_itself, names_of
 from openpalm.feedback.models import Candidate, ModelVersion, Project, Prompt, Role
 
 
@@ -31,9 +32,17 @@ def create_conversation(call: Call, slug: str) -> JsonResponse:
     body.number("created", 0, 1e12, None)
     call.finish()
     known = ModelVersion.objects.filter(project=project, name=model).first()
+    candidate.names_itself = names_itself(candidate.text, names_of(project))
     candidate.model_id = known.pk if known else None
     prompt, is_new = _add(project, messages, candidate)
     return JsonResponse({"prompt": prompt.pk, "created": is_new}, status=201 if is_new else 200)
+
+
+def _model(project: Project, checkpoint: str, name: str) -> ModelVersion | None:
+    """By its path: a promoted model keeps the name in the API of the one before."""
+    models = ModelVersion.objects.filter(project=project)
+    found = models.filter(path=checkpoint).first() if checkpoint else None
+    return found or models.filter(name=name).first()
 
 
 @transaction.atomic

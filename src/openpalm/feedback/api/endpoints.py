@@ -55,7 +55,7 @@ class Call:
         self.query.finish()
         self.body.finish()
 
-    def page(self, rows: Any, to_json: Callable[[Any], dict[str, Any]]) -> JsonResponse:
+    def page(self, rows: Any, to_json: Callable[[list[Any]], list[dict[str, Any]]]) -> JsonResponse:
         """One page of `rows` in the order of their ids; `next` is the `after` of the next page."""
         after = self.query.whole("after", 0, MAX_ID, 0)
         limit = self.query.whole("limit", 1, MAX_PAGE, 100)
@@ -63,9 +63,12 @@ class Call:
         found = list(rows.filter(pk__gt=after).order_by("pk")[: limit + 1])
         more = len(found) > limit
         page = found[:limit]
-        return JsonResponse(
-            {"data": [to_json(row) for row in page], "next": page[-1].pk if more else None}
-        )
+        return JsonResponse({"data": to_json(page), "next": page[-1].pk if more else None})
+
+
+def each(to_json: Callable[[Any], dict[str, Any]]) -> Callable[[list[Any]], list[dict[str, Any]]]:
+    """For `Call.page`: rows whose JSON needs no other row."""
+    return lambda rows: [to_json(row) for row in rows]
 
 
 Handler = Callable[..., HttpResponseBase]

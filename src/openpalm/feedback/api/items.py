@@ -1,4 +1,4 @@
-"""/api/v1/items: what is judged. Reading needs the role reviewer, for it names the models."""
+"""/api/v1/items: what is judged. Names of models are shown as on the pages of managers."""
 
 from typing import Any
 
@@ -20,6 +20,8 @@ from openpalm.feedback.labeling.new_items import (
     check_messages,
 )
 from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
+from openpalm.feedback.manage.blinding import revealed
+from openpalm.feedback.manage.names import names_itself
 from openpalm.feedback.models import Item, ModelVersion, Project, Role
 
 MAX_TEXT = 100_000
@@ -32,7 +34,7 @@ def list_items(call: Call) -> JsonResponse:
     items = Item.objects.filter(project=project)
     if state := call.query.choice("state", Item.State.values, None):
         items = items.filter(state=state)
-    return call.page(_with_texts(items), item_json)
+    return call.page(_with_texts(items), lambda found: _shown(call, found))
 
 
 @operation("items:read", Role.REVIEWER)
@@ -42,7 +44,12 @@ def get_item(call: Call, item_id: int) -> JsonResponse:
         raise ApiError(404, "there is no such item, or you are not a member of its project")
     call.enter(found.project.slug)
     call.finish()
-    return JsonResponse(item_json(found))
+    return JsonResponse(_shown(call, [found])[0])
+
+
+def _shown(call: Call, items: list[Item]) -> list[dict[str, Any]]:
+    open_to = revealed(items, call.user)
+    return [item_json(item, is_revealed=item.pk in open_to) for item in items]
 
 
 def _with_texts(items: Any) -> Any:
@@ -112,11 +119,14 @@ def read_messages(given: Fields) -> list[dict[str, str]]:
 
 
 def _candidate(given: Fields, models: dict[str, ModelVersion]) -> NewCandidate:
+    """Marks a text that names its model, which cannot be judged blind."""
     name = given.text("model", most=120, default=None)
     if name is not None and name not in models:
         given.fail("model", "the project has no model of this name")
+    text = given.text("text", most=MAX_TEXT)
     candidate = NewCandidate(
-        text=given.text("text", most=MAX_TEXT),
+        text=text,
+        names_itself=names_itself(text, models),
         checkpoint=given.text("checkpoint", most=200, default=""),
         sampling=given.group("sampling", 4000, None),
         model=models[name] if name is not None else None,

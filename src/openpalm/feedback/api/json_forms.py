@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from openpalm.feedback.models import Item, ModelVersion, Project, Response, TrainRun
+from openpalm.feedback.models import Candidate, Item, ModelVersion, Project, Response, TrainRun
 
 
 def project_json(project: Project, role: str) -> dict[str, Any]:
@@ -25,23 +25,15 @@ def project_json(project: Project, role: str) -> dict[str, Any]:
     }
 
 
-def item_json(item: Item) -> dict[str, Any]:
-    """For reviewers and above: it names the models."""
+def item_json(item: Item, *, is_revealed: bool) -> dict[str, Any]:
+    """The models' names only to those who cannot be given the item to judge any more."""
     return {
         "id": item.pk,
         "key": item.key,
         "messages": item.prompt.messages,
         "source": item.prompt.source,
-        "candidates": [
-            {
-                "text": place.candidate.text,
-                "model": place.candidate.model.name if place.candidate.model else None,
-                "checkpoint": place.candidate.checkpoint or None,
-                "sampling": place.candidate.sampling,
-            }
-            for place in item.places.all()
-        ],
-        "purpose": item.purpose,
+        "candidates": [_candidate_json(p.candidate, is_revealed) for p in item.places.all()],
+        "purpose": item.purpose if is_revealed else None,
         "arm": item.arm or None,
         "priority": item.priority,
         "needed": item.needed,
@@ -52,7 +44,16 @@ def item_json(item: Item) -> dict[str, Any]:
     }
 
 
-def response_json(response: Response) -> dict[str, Any]:
+def _candidate_json(candidate: Candidate, is_revealed: bool) -> dict[str, Any]:
+    shown: dict[str, Any] = {"text": candidate.text}
+    if is_revealed:
+        shown["model"] = candidate.model.name if candidate.model else None
+        shown["checkpoint"] = candidate.checkpoint or None
+        shown["sampling"] = candidate.sampling
+    return shown
+
+
+def response_json(response: Response, *, is_revealed: bool) -> dict[str, Any]:
     """`payload` numbers the candidates as the item lists them."""
     return {
         "id": str(response.uid),
@@ -62,9 +63,9 @@ def response_json(response: Response) -> dict[str, Any]:
         "state": response.state,
         "in_force": response.in_force,
         "kind": response.kind,
-        "payload": response.payload,
-        "reason": response.reason,
-        "picked_place": response.picked_place,
+        "payload": response.payload if is_revealed else None,
+        "reason": response.reason if is_revealed else None,
+        "picked_place": response.picked_place if is_revealed else None,
         "elapsed_ms": response.elapsed_ms,
         "guideline_version": response.guideline_version,
         "created": response.created_at.isoformat(),

@@ -5,7 +5,7 @@ from django.db import IntegrityError, transaction
 from django.http import JsonResponse
 
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.api.endpoints import Call, operation
+from openpalm.feedback.api.endpoints import Call, each, operation
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.json_forms import project_json
 from openpalm.feedback.models import Guideline, Membership, Project, Role, Task
@@ -20,7 +20,7 @@ def list_projects(call: Call) -> JsonResponse:
     if call.token.project_id is not None:  # pyright: ignore
         projects = projects.filter(pk=call.token.project_id)  # pyright: ignore
     owner = Role.OWNER if call.user.is_superuser else None
-    return call.page(projects, lambda p: project_json(p, owner or roles[p.pk]))
+    return call.page(projects, each(lambda p: project_json(p, owner or roles[p.pk])))
 
 
 @operation("projects:read", Role.ANNOTATOR)

@@ -1,41 +1,51 @@
 """/api/v1/responses: judgements. An annotator sees and deletes their own, a reviewer sees all."""
 
-import json
-from collections.abc import Iterator
+from typing import Any
 from uuid import UUID
 
 from django.http import JsonResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 
+from openpalm.data.rows.exports.formats import RECORDS
+from openpalm.data.rows.exports.stream import EXPORT_NAMES, TABLE, export_lines
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import has_rank
 from openpalm.feedback.api.endpoints import Call, operation
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.fields import MAX_ID
 from openpalm.feedback.api.json_forms import response_json
-from openpalm.feedback.exchange.exporting import FORMATS, export_rows
 from openpalm.feedback.labeling import submission
+from openpalm.feedback.labeling.records import in_pieces, project_records
+from openpalm.feedback.manage.blinding import revealed
+from openpalm.feedback.manage.exporting import attachment
 from openpalm.feedback.models import Response, Role
+from openpalm.feedback.training import lineage
 
 
 @operation("responses:read", Role.ANNOTATOR)
 def list_responses(call: Call) -> JsonResponse:
     project, role = call.project_in_query()
-    responses = Response.objects.filter(project=project).select_related("user")
+    responses = Response.objects.filter(project=project).select_related("user", "item")
     if item := call.query.whole("item", 1, MAX_ID, None):
         responses = responses.filter(item_id=item)
     if author := call.query.text("author", most=150, default=None):
         responses = responses.filter(user__username=author)
     if not has_rank(role, Role.REVIEWER):
         responses = responses.filter(user=call.user)
-    return call.page(responses, response_json)
+    return call.page(responses, lambda found: _shown(call, found))
 
 
 @operation("responses:read", Role.ANNOTATOR)
 def get_response(call: Call, uid: UUID) -> JsonResponse:
     found = _visible(call, uid)
     call.finish()
-    return JsonResponse(response_json(found))
+    return JsonResponse(_shown(call, [found])[0])
+
+
+def _shown(call: Call, responses: list[Response]) -> list[dict[str, Any]]:
+    """Nobody sees a judgement of an item that they may still be given themselves."""
+    open_to = revealed({r.item_id: r.item for r in responses}.values(), call.user)
+    return [response_json(r, is_revealed=r.item_id in open_to) for r in responses]
 
 
 @operation("responses:write", Role.ANNOTATOR)
@@ -43,9 +53,10 @@ def delete_response(call: Call, uid: UUID) -> JsonResponse:
     """Erases a judgement of one's own, or as an admin any; lists the models that it is in."""
     found = _visible(call, uid, others=Role.ADMIN)
     call.finish()
-    models = submission.delete(found.pk)
+    models = lineage.models_of([found])
+    submission.delete(found.pk)
     audit.record(
-        "response.deleted",
+        "judgement.deleted",
         user=call.user,
         project=found.project,
         target=found.uid,
@@ -57,7 +68,7 @@ def delete_response(call: Call, uid: UUID) -> JsonResponse:
 
 def _visible(call: Call, uid: UUID, others: str = Role.REVIEWER) -> Response:
     """The response, if it is the user's or their role is `others` or above."""
-    found = Response.objects.select_related("project", "user").filter(uid=uid).first()
+    found = Response.objects.select_related("project", "user", "item").filter(uid=uid).first()
     if found is not None:
         _, role = call.enter(found.project.slug)
         if found.user_id == call.user.pk or has_rank(role, others):
@@ -67,17 +78,14 @@ def _visible(call: Call, uid: UUID, others: str = Role.REVIEWER) -> Response:
 
 @operation("responses:read", Role.ADMIN)
 def export(call: Call) -> HttpResponseBase:
-    """All judgements in force, one JSON object a line, in one of the export formats."""
+    """All judgements in force, streamed in one of the export formats: JSON lines, or CSV."""
     project, _ = call.project_in_query()
-    name = call.query.choice("format", FORMATS, "records")
+    name = call.query.choice("format", EXPORT_NAMES, RECORDS)
     call.finish()
-    audit.record("responses.exported", user=call.user, project=project, format=name, by="api")
-    responses = Response.objects.filter(project=project)
-
-    def lines() -> Iterator[bytes]:
-        for row in export_rows(responses, name):
-            yield json.dumps(row, ensure_ascii=False).encode() + b"\n"
-
-    stream = StreamingHttpResponse(lines(), content_type="application/x-ndjson; charset=utf-8")
-    stream["Content-Disposition"] = f'attachment; filename="{project.slug}-{name}.jsonl"'
-    return stream
+    audit.record("export.downloaded", user=call.user, project=project, target=name, by="api")
+    is_table = name == TABLE
+    lines = in_pieces(export_lines(project_records(project), name))
+    kind = "text/csv; charset=utf-8" if is_table else "application/x-ndjson"
+    stream = StreamingHttpResponse(lines, content_type=kind)
+    file = f"{project.slug}-{name}.{'csv' if is_table else 'jsonl'}"
+    return attachment(stream, file)

@@ -10,13 +10,13 @@ from django.db.models import Q
 from django.http import HttpRequest
 from django.utils import timezone
 
+from openpalm.feedback.accounts.throttle import NOT_COUNTED, WINDOW, address_of
 from openpalm.feedback.accounts.tokens import digest_of
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.models import ApiToken, LoginFailure
 
-FAILED_NAME = "(api token)"
 FAILURES = 20
-WINDOW = timedelta(minutes=10)
+"""wrong tokens from an address within the WINDOW"""
 USED_AT_MOST_EVERY = timedelta(minutes=1)
 
 
@@ -51,15 +51,15 @@ def _note_use(token: ApiToken) -> None:
 def _count_failure(request: HttpRequest) -> None:
     """Raises ApiError 429 after FAILURES in the WINDOW from this address."""
     since = timezone.now() - WINDOW
-    address = str(request.META.get("REMOTE_ADDR", ""))[:64]
+    address = address_of(request)
     failures = LoginFailure.objects.filter(
-        name=FAILED_NAME, address=address, created_at__gt=since
+        name=NOT_COUNTED, address=address, created_at__gt=since
     ).count()
     if failures >= FAILURES:
         seconds = int(WINDOW.total_seconds())
         headers = {"Retry-After": str(seconds)}
         raise ApiError(429, "too many requests with wrong tokens; wait", headers=headers)
-    LoginFailure.objects.create(name=FAILED_NAME, address=address)
+    LoginFailure.objects.create(name=NOT_COUNTED, address=address)
 
 
 def _refused(message: str) -> ApiError:

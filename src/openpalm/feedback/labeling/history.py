@@ -26,7 +26,7 @@ from openpalm.feedback.models import Response
 PAGE = 30
 EXCERPT = 160
 State = Response.State
-BADGES = {State.SKIPPED: "", State.FLAGGED: "warn", State.SURPLUS: "warn", State.DELETED: "bad"}
+NOTES = {State.SURPLUS: "not counted: it came after another person's", State.DELETED: "deleted"}
 
 
 @require_GET
@@ -61,7 +61,7 @@ def _row(request: ProjectRequest, response: Response) -> dict[str, Any]:
         "response": response,
         "asked": asked if len(asked) <= EXCERPT else asked[:EXCERPT].rstrip() + " …",
         "words": describe(response, response.assignment),
-        "badge": BADGES.get(State(response.state)),
+        "note": NOTES.get(State(response.state), ""),
         "can_change": response.in_force and response.state == State.SUBMITTED,
         "seconds": None if response.elapsed_ms is None else round(response.elapsed_ms / 1000),
     }

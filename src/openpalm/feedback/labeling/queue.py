@@ -9,10 +9,11 @@ waits for one item only. They are "no key" locks: a new row that refers to the i
 import random
 from datetime import timedelta
 
-from django.db import IntegrityError, OperationalError, connection, transaction
+from django.db import IntegrityError, OperationalError, connection
 from django.db.models import Exists, F, OuterRef, QuerySet
 from django.utils import timezone
 
+from openpalm.feedback.labeling.transactions import writing
 from openpalm.feedback.models import Assignment, Item, Project, User
 
 _draw = random.SystemRandom()
@@ -28,7 +29,7 @@ def next_assignment(project: Project, user: User) -> Assignment | None:
     return_expired(project)
     for attempt in range(ATTEMPTS):
         try:
-            with transaction.atomic():
+            with writing():
                 return _next(project, user)
         except IntegrityError:  # another process took the last place in between
             if attempt + 1 == ATTEMPTS:
@@ -48,7 +49,7 @@ def _next(project: Project, user: User) -> Assignment | None:
     # One lease at a time for two tabs.
     User.objects.select_for_update(no_key=True).get(pk=user.pk)
     mine = Assignment.objects.filter(project=project, user=user, state=Assignment.State.OPEN)
-    if found := mine.order_by("id").first():
+    if found := mine.select_related("item__prompt").order_by("id").first():
         return found
     if not project.open:
         return None
@@ -133,7 +134,7 @@ def return_expired(project: Project) -> int:
     return sum(_return_expired(expired.filter(item_id=item_id), item_id) for item_id in ids)
 
 
-@transaction.atomic
+@writing()
 def _return_expired(expired: QuerySet[Assignment], item_id: int) -> int:
     lock_item(item_id)
     found = list(expired.select_for_update(no_key=True))

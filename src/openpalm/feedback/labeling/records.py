@@ -1,14 +1,16 @@
 """Responses as preference records, the form that everything else reads."""
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from django.db.models import QuerySet
 
 from openpalm.data.rows.preferences import Candidate, Preference
 from openpalm.data.text.conversation import Message
-from openpalm.feedback.models import Prompt, Response
+from openpalm.feedback.models import Project, Prompt, Response, Task
 
 CHUNK = 1000
+PROMPTS = 100
 
 
 def in_force(responses: "QuerySet[Response]") -> "QuerySet[Response]":
@@ -22,9 +24,34 @@ def in_force(responses: "QuerySet[Response]") -> "QuerySet[Response]":
 
 
 def records(responses: "QuerySet[Response]") -> Iterator[Preference]:
-    """The record of each response, in bounded memory."""
-    rows: Iterable[Response] = in_force(responses).iterator(chunk_size=CHUNK)
-    return (record(response) for response in rows)
+    """The record of each response, in bounded memory.
+
+    Each chunk is a query of its own, so that a long export holds no transaction open.
+    """
+    rows, last = in_force(responses), 0
+    while chunk := list(rows.filter(pk__gt=last)[:CHUNK]):
+        yield from map(record, chunk)
+        last = chunk[-1].pk
+
+
+def project_records(project: Project) -> Iterator[Preference]:
+    """The records of a project; ratings of one prompt by one author stand together."""
+    responses = Response.objects.filter(project=project)
+    if project.task != Task.RATING:
+        yield from records(responses)
+        return
+    prompts, last = Prompt.objects.filter(project=project).order_by("pk"), 0
+    while ids := list(prompts.filter(pk__gt=last).values_list("pk", flat=True)[:PROMPTS]):
+        of_prompts = in_force(responses.filter(item__prompt__in=ids))
+        yield from map(record, of_prompts.order_by("item__prompt", "user", "pk"))
+        last = ids[-1]
+
+
+def in_pieces(lines: Iterable[bytes], count: int = 200) -> Iterator[bytes]:
+    """The lines, some of them at once: each piece is a write to the network."""
+    waiting = iter(lines)
+    while piece := b"".join(islice(waiting, count)):
+        yield piece
 
 
 def record(response: Response) -> Preference:

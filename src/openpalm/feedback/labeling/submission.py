@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from django.db import transaction
 from django.db.models import F
 from django.utils import timezone
 
 from openpalm.errors import DataError
 from openpalm.feedback.labeling.categories import category_of, picked_position
 from openpalm.feedback.labeling.queue import give_back, lock_item, take_place
-from openpalm.feedback.models import Assignment, Item, ModelVersion, Project, Response, User
+from openpalm.feedback.labeling.transactions import writing
+from openpalm.feedback.models import Assignment, Item, Project, Response, User
 
 State = Assignment.State
 
@@ -27,7 +27,7 @@ class Judgement:
     reason: str = ""
 
 
-@transaction.atomic
+@writing()
 def submit(assignment_id: int, user: User, judgement: Judgement) -> Response:
     """Stores the judgement. A second submission of one assignment returns the first response.
 
@@ -54,7 +54,7 @@ def submit(assignment_id: int, user: User, judgement: Judgement) -> Response:
     return response
 
 
-@transaction.atomic
+@writing()
 def skip(
     assignment_id: int,
     user: User,
@@ -67,7 +67,7 @@ def skip(
     return _leave(assignment_id, user, judgement, State.SKIPPED, Response.State.SKIPPED)
 
 
-@transaction.atomic
+@writing()
 def flag(
     assignment_id: int,
     user: User,
@@ -84,7 +84,7 @@ def flag(
     return _leave(assignment_id, user, judgement, State.FLAGGED, Response.State.FLAGGED)
 
 
-@transaction.atomic
+@writing()
 def change(assignment_id: int, user: User, judgement: Judgement) -> Response:
     """Replaces the judgement of an assignment: a new response that supersedes the old one.
 
@@ -101,7 +101,7 @@ def change(assignment_id: int, user: User, judgement: Judgement) -> Response:
     return _store(assignment, user, judgement, Response.State.SUBMITTED)
 
 
-@transaction.atomic
+@writing()
 def save_draft(assignment_id: int, user: User, draft: dict[str, Any]) -> None:
     """Keeps an unfinished judgement and extends the lease."""
     _, assignment = _lock(assignment_id, user)
@@ -113,7 +113,7 @@ def save_draft(assignment_id: int, user: User, draft: dict[str, Any]) -> None:
     assignment.save(update_fields=["draft", "drafted_at", "expires_at"])
 
 
-@transaction.atomic
+@writing()
 def undo(project: Project, user: User) -> Assignment | None:
     """Opens the user's last judged, skipped or flagged item again; None if there is none.
 
@@ -156,35 +156,28 @@ def _uncount(item: Item) -> None:
     Item.objects.filter(pk=item.pk, state=Item.State.COMPLETE).update(state=Item.State.OPEN)
 
 
-def delete(response_id: int) -> list[ModelVersion]:
+@writing()
+def delete(response_id: int) -> None:
     """Erases a judgement and opens its place to another person.
 
-    The row stays without its payload. Returns the models that were trained on the judgement; their
-    snapshots keep it.
+    The row stays without its payload, and the snapshots of trained models keep the judgement; see
+    training/lineage.py.
     """
-    with transaction.atomic():
-        found = Response.objects.get(pk=response_id)
-        item = lock_item(found.item_id)
-        response = Response.objects.select_for_update(no_key=True).get(pk=response_id)
-        assignment = Assignment.objects.select_for_update(no_key=True).get(pk=found.assignment_id)
-        if response.in_force and assignment.state == State.SUBMITTED:
-            if assignment.counted:
-                _uncount(item)
-                give_back(assignment)
-            assignment.state = State.RETURNED
-        assignment.draft = None
-        assignment.save(update_fields=["state", "draft"])
-        response.state, response.in_force = Response.State.DELETED, False
-        response.payload, response.reason = {}, ""
-        response.category = response.picked_place = None
-        response.save()
-    return trained_on(response_id)
-
-
-def trained_on(response_id: int) -> list[ModelVersion]:
-    """The models that a judgement is in."""
-    runs = ModelVersion.objects.filter(run__snapshot__rows__response_id=response_id)
-    return list(runs.order_by("id"))
+    found = Response.objects.get(pk=response_id)
+    item = lock_item(found.item_id)
+    response = Response.objects.select_for_update(no_key=True).get(pk=response_id)
+    assignment = Assignment.objects.select_for_update(no_key=True).get(pk=found.assignment_id)
+    if response.in_force and assignment.state == State.SUBMITTED:
+        if assignment.counted:
+            _uncount(item)
+            give_back(assignment)
+        assignment.state = State.RETURNED
+    assignment.draft = None
+    assignment.save(update_fields=["state", "draft"])
+    response.state, response.in_force = Response.State.DELETED, False
+    response.payload, response.reason = {}, ""
+    response.category = response.picked_place = None
+    response.save()
 
 
 def _leave(

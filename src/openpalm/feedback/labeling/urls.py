@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from openpalm.feedback.labeling import history, views
+from openpalm.feedback.labeling import chat_views, history, views
 
 urlpatterns = [
     path("label", views.label, name="label"),
@@ -12,6 +12,10 @@ urlpatterns = [
     path("assignments/<int:assignment_id>/flag", views.flag, name="flag"),
     path("assignments/<int:assignment_id>/change", history.change, name="change"),
     path("undo", views.undo, name="undo"),
+    path("chat", chat_views.chat_page, name="chat"),
+    path("chat/say", chat_views.say, name="chat-say"),
+    path("chat/vote", chat_views.vote, name="chat-vote"),
+    path("chat/leave", chat_views.leave, name="chat-leave"),
     path("mine", history.mine, name="mine"),
     path("guidelines", views.guidelines, name="guidelines"),
 ]

@@ -6,7 +6,9 @@ from typing import Any
 from django.contrib import messages
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
+from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
+from django_htmx.http import HttpResponseClientRedirect
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
@@ -27,13 +29,14 @@ posted = require_http_methods(["GET", "POST"])
 @project_page()
 def label(request: ProjectRequest) -> HttpResponse:
     """The user's next item, or the conversation of a chat project."""
-    if request.project.task == Task.CHAT:
-        return redirect("chat", request.project.slug)
     return show_next(request)
 
 
 def show_next(request: ProjectRequest) -> HttpResponse:
     assignment = queue.next_assignment(request.project, request.user)
+    if assignment is None and request.project.task == Task.CHAT:
+        address = reverse("chat", args=[request.project.slug])
+        return HttpResponseClientRedirect(address) if request.htmx else redirect(address)  # pyright: ignore
     return show_item(request, assignment)
 
 

@@ -40,7 +40,7 @@ def describe(response: Response, assignment: Assignment) -> str:
         case Response.State.FLAGGED:
             return f"Flagged: {response.reason}"
         case Response.State.DELETED:
-            return "Deleted"
+            return ""
     return _describe(response.kind, response.payload, assignment)
 
 

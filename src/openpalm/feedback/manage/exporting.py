@@ -1,6 +1,5 @@
 """The export page: judgements in every format, streamed."""
 
-from collections.abc import Iterator
 from datetime import datetime, time
 from typing import Any
 
@@ -15,7 +14,7 @@ from openpalm.data.rows.exports.stream import TABLE, export_lines
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.labeling.records import records
+from openpalm.feedback.labeling.records import in_pieces, records
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.models import Item, Response, Role, User
 
@@ -54,20 +53,10 @@ def download(request: ProjectRequest) -> HttpResponse:
     )
     is_table = name == TABLE
     kind = "text/csv; charset=utf-8" if is_table else "application/x-ndjson"
-    stream = StreamingHttpResponse(_lines(rows, name), content_type=kind)
+    lines = in_pieces(export_lines(records(rows), name))
+    stream = StreamingHttpResponse(lines, content_type=kind)
     suffix = "csv" if is_table else "jsonl"
     return attachment(stream, f"{request.project.slug}-{name}.{suffix}")
-
-
-def _lines(rows: Any, name: str) -> Iterator[bytes]:
-    """In pieces of some lines, since each piece is a write to the network."""
-    waiting: list[bytes] = []
-    for line in export_lines(records(rows), name):
-        waiting.append(line)
-        if len(waiting) == 200:
-            yield b"".join(waiting)
-            waiting.clear()
-    yield b"".join(waiting)
 
 
 def _chosen(request: ProjectRequest) -> tuple[Any, dict[str, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 from django import forms
 from django.core.exceptions import ValidationError
 
+from openpalm.feedback.accounts.forms import PlainLabels
 from openpalm.feedback.models import Project, Task
 
 MAX_AXES = 12
@@ -44,7 +45,7 @@ class AxesField(forms.CharField):
         return axes
 
 
-class SettingsForm(forms.ModelForm):
+class SettingsForm(PlainLabels, forms.ModelForm):
     """A project's settings; what gives judgements their meaning is frozen once there are any."""
 
     axes = AxesField(
@@ -109,13 +110,13 @@ class NewProjectForm(SettingsForm):
         return slug
 
 
-class GuidelineForm(forms.Form):
+class GuidelineForm(PlainLabels, forms.Form):
     text = forms.CharField(
         label="Guidelines in Markdown", max_length=100_000, widget=forms.Textarea
     )
 
 
-class InvitationForm(forms.Form):
+class InvitationForm(PlainLabels, forms.Form):
     role = forms.ChoiceField()
     days = forms.TypedChoiceField(
         label="Valid for",

@@ -12,6 +12,7 @@ from django.views.decorators.http import require_http_methods
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.accounts.forms import PlainLabels
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.models import Item, ModelVersion, Project, Prompt, Role
 from openpalm.feedback.training import generation
@@ -19,7 +20,7 @@ from openpalm.feedback.training import generation
 MAX_PROMPTS = 10_000
 
 
-class GenerateForm(forms.Form):
+class GenerateForm(PlainLabels, forms.Form):
     """Which models answer how many prompts, in one or two ways of sampling."""
 
     models = forms.ModelMultipleChoiceField(

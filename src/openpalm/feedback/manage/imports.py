@@ -45,9 +45,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     try:
         for rows in importer.run():
             progress.move_to(rows)
-    except DataError:
+    except DataError as error:
         path.unlink(missing_ok=True)
-        raise
+        # The person knows the file by its own name, and need not know where it is kept.
+        raise DataError(str(error).replace(str(path), job.arguments["name"])) from None
     path.unlink(missing_ok=True)
     return importer.result()
 

@@ -46,11 +46,8 @@ def _members(
 @project_page(Role.ADMIN)
 def member_role(request: ProjectRequest, member_id: int) -> HttpResponse:
     """Gives a member another role, up to one's own."""
-    role = request.POST.get("role", "")
     try:
-        if role not in grantable_roles(request.role):
-            raise DataError(f"the role {role[:20]!r} is not one that you may give")
-        _change(request, member_id, role)
+        _change(request, member_id, request.POST.get("role", ""))
     except DataError as error:
         messages.error(request, f"Not changed: {error}.")
     return redirect("members", request.project.slug)
@@ -92,6 +89,8 @@ def _change(
     member = project.memberships.select_related("user").filter(pk=member_id).first()
     if member is None:
         raise Http404("there is no such member")
+    if role is not None and role not in grantable_roles(request.role):
+        raise DataError(f"the role {role[:20]!r} is not one that you may give")
     if not is_own and not has_rank(request.role, member.role):
         raise DataError(f"only an owner changes the {member.role} {member.user.username}")
     if member.role == Role.OWNER and role != Role.OWNER:

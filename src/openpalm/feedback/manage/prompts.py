@@ -12,6 +12,7 @@ from django.views.decorators.http import require_GET, require_POST
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.accounts.forms import PlainLabels
 from openpalm.feedback.labeling.new_items import NewItem, add_items, add_prompts, prompt_digest
 from openpalm.feedback.labeling.tasks import candidates_needed
 from openpalm.feedback.manage import uploads
@@ -26,7 +27,7 @@ SOURCES = ("file", "chat", "typed", "api")
 MAX_TYPED = 500
 
 
-class UploadForm(forms.Form):
+class UploadForm(PlainLabels, forms.Form):
     """A file of prompts or of items, and what to do with it."""
 
     file = forms.FileField(help_text=".jsonl, .jsonl.gz, .csv with a header, or .txt")
@@ -48,7 +49,7 @@ class UploadForm(forms.Form):
     )
 
 
-class TypedForm(forms.Form):
+class TypedForm(PlainLabels, forms.Form):
     text = forms.CharField(
         label="Prompts",
         max_length=200_000,

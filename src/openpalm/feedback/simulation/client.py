@@ -28,6 +28,8 @@ class FeedbackClient:
             timeout=TIMEOUT_S,
         )
         self._patience_s = patience_s
+        self.repeated = 0
+        """requests that got no answer and were sent again"""
 
     def close(self) -> None:
         self._client.close()
@@ -58,6 +60,7 @@ class FeedbackClient:
                 raise WorkError(f"{self._client.base_url}: {error}") from None
             if time.monotonic() + wait > give_up:
                 raise WorkError(f"{self._client.base_url} does not answer: {reason}")
+            self.repeated += 1
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT_S)
 

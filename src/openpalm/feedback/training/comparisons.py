@@ -43,7 +43,7 @@ from openpalm.feedback.training.generation import make_item
 from openpalm.feedback.training.registry import POLICY, ancestors
 from openpalm.feedback.training.servers import serving
 from openpalm.feedback.worker import jobs
-from openpalm.feedback.worker.progress import Progress
+from openpalm.feedback.worker.progress import JobStopped, Progress
 
 State = Comparison.State
 PRIORITY = 100.0
@@ -140,8 +140,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     )
     try:
         made = _Pairs(comparison, progress).make()
-    except OpenPalmError as error:
-        line = " ".join(str(error).split())
+    except (OpenPalmError, JobStopped) as error:
+        line = " ".join(str(error).split()) or "stopped"
         comparison.state, comparison.result = State.FAILED, comparison.result | {"reason": line}
         comparison.save(update_fields=["state", "result"])
         raise

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,7 @@ class ModelServer:
     def _call(self, method: str, path: str, body: Any = None, *, key: str = "") -> Any:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            response = httpx2.request(
-                method, self.url + path, json=body, headers=headers, timeout=REQUEST_TIMEOUT_S
-            )
+            response = _client().request(method, self.url + path, json=body, headers=headers)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise WorkError(f"{self.url}: the model server does not answer ({error})") from None
         try:
@@ -61,6 +60,13 @@ class ModelServer:
             return answer
         reason = (answer.get("error") or {}).get("message") if isinstance(answer, dict) else None
         raise WorkError(f"{self.url}{path}: status {response.status_code}: {reason or 'no reason'}")
+
+
+@cache
+def _client() -> httpx2.Client:
+    """One for all threads. No connection is kept: the server may be another one next time."""
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    return httpx2.Client(timeout=REQUEST_TIMEOUT_S, limits=limits)
 
 
 def site_server() -> ModelServer | None:
@@ -98,7 +104,9 @@ def temporary_server(path: str, progress: Progress) -> Iterator[ModelServer]:
         try:
             progress.say(f"loading {path}")
             waited = 0.0
-            while not (ready := _READY.search(Path(log.name).read_text("utf-8", "replace"))):
+            while not (
+                ready := _READY.search(Path(log.name).read_text(encoding="utf-8", errors="replace"))
+            ):
                 if process.poll() is not None or waited > LOAD_TIMEOUT_S:
                     reason = command.last_line() or f"no answer in {LOAD_TIMEOUT_S:.0f} s"
                     raise WorkError(f"{path} cannot be served: {reason}")

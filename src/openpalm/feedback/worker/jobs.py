@@ -53,8 +53,13 @@ def enqueue_once(kind: str, *, project: Project, user: User | None = None) -> Jo
 
 def stop(job: Job) -> bool:
     """Asks for the end of a job; False if it has ended already. A training saves first."""
-    unfinished = Job.objects.filter(pk=job.pk, state__in=[State.QUEUED, State.RUNNING])
-    return bool(unfinished.update(state=State.STOPPED, finished_at=timezone.now()))
+    now = timezone.now()
+    mine = Job.objects.filter(pk=job.pk)
+    if mine.filter(state=State.QUEUED).update(state=State.STOPPED, finished_at=now):
+        _end_owner(job, "stopped before it began", stopped=True)
+        return True
+    # A worker that runs it notices, ends, and stores what became of the job's object.
+    return bool(mine.filter(state=State.RUNNING).update(state=State.STOPPED, finished_at=now))
 
 
 def take(worker: str, kinds: Sequence[str]) -> Job | None:
@@ -102,26 +107,29 @@ def requeue_abandoned() -> int:
                 f"the worker ended {job.attempts} times while it ran this job; its log says why"
             )
             mine.update(state=State.FAILED, message=message, finished_at=timezone.now())
-            _fail_owner(job, message)
+            _end_owner(job, message)
         else:
             mine.update(state=State.QUEUED, worker="")
         count += 1
     return count
 
 
-def _fail_owner(job: Job, message: str) -> None:
-    """What the job was for failed too."""
-    for argument, model in (
-        ("run", TrainRun),
-        ("comparison", Comparison),
-        ("promotion", Promotion),
-    ):
-        if argument in job.arguments:
-            found = model.objects.filter(pk=job.arguments[argument])
-            if model is Comparison:
-                found.update(state="failed", result={"reason": message})
-            else:
-                found.update(state="failed", error=message)
+def _end_owner(job: Job, message: str, *, stopped: bool = False) -> None:
+    """What the job was for ends too."""
+    given = job.arguments
+    if "run" in given:
+        state = TrainRun.State.STOPPED if stopped else TrainRun.State.FAILED
+        TrainRun.objects.filter(pk=given["run"]).update(
+            state=state, error="" if stopped else message, finished_at=timezone.now()
+        )
+    elif "comparison" in given:
+        Comparison.objects.filter(pk=given["comparison"]).update(
+            state=Comparison.State.FAILED, result={"reason": message}
+        )
+    elif "promotion" in given and not given.get("undo"):
+        Promotion.objects.filter(pk=given["promotion"]).update(
+            state=Promotion.State.FAILED, error=message
+        )
 
 
 def beat(job: Job) -> bool:

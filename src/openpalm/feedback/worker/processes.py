@@ -55,14 +55,13 @@ class Command:
     words: Sequence[str]
     log: Path
     environment: Mapping[str, str] | None = None
-    program: Sequence[str] = PROGRAM
 
     def start(self, *, dies_with_us: bool = False) -> subprocess.Popen[bytes]:
         """Starts the process. One that `dies_with_us` also ends when the worker is killed."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [*self.program, *self.words],
+                [*PROGRAM, *self.words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

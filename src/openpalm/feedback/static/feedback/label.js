@@ -5,6 +5,7 @@
    A control names its key in data-key; the item is replaced by htmx after each judgement. */
 
 const DRAFT_AFTER_MS = 800;
+const POLL_MS = 700;
 const SETTLE_MS = 250; // a second Enter within this time was meant for the item before
 
 const find = (selector) => document.querySelector(selector);
@@ -21,7 +22,7 @@ let shownAt = 0;
 const activeMs = () => Math.round(before + (since ? performance.now() - since : 0));
 
 function startClock() {
-  before = Number(form()?.elements.elapsed_ms?.value) || 0;
+  before = Number(find("#item [name=elapsed_ms]")?.value) || 0;
   since = document.hidden ? 0 : performance.now();
   shownAt = performance.now();
 }
@@ -31,6 +32,7 @@ function readClock() {
   if (field) field.value = activeMs();
 }
 
+document.addEventListener("submit", readClock, true);
 document.addEventListener("visibilitychange", () => {
   before = activeMs();
   since = document.hidden ? 0 : performance.now();
@@ -79,7 +81,8 @@ function later() {
 
 document.addEventListener("input", (event) => {
   if (form()?.contains(event.target)) later();
-  if (event.target.id === "text") form().elements.unchanged?.checked && (form().elements.unchanged.checked = false);
+  const unchanged = form()?.elements.unchanged; // "good as it is" ends when the text is edited
+  if (event.target.id === "text" && unchanged) unchanged.checked = false;
 });
 
 /* Keys. */
@@ -89,12 +92,12 @@ function press(event) {
   if (event.defaultPrevented || event.altKey || event.metaKey) return;
   if (typing(target)) {
     if (key === "Escape") target.blur();
-    if (key === "Enter" && event.ctrlKey && form()?.contains(target)) submitBy(event, target);
+    if (key === "Enter" && event.ctrlKey) sendBy(event, target);
     return;
   }
   if (event.ctrlKey || event.repeat) return;
   if (key === "Enter") {
-    if (!target.closest("a, button, summary")) submitBy(event, target);
+    if (!target.closest("a, summary, button:not([data-chip])")) submitBy(event, target);
     return;
   }
   if (key === "Escape") closePanels();
@@ -125,6 +128,14 @@ function submitBy(event, target) {
   if (!button) return;
   if (!inFlag && !isJudged()) return say("Choose first.");
   button.click();
+}
+
+function sendBy(event, target) {
+  if (form()?.contains(target)) return submitBy(event, target);
+  const sends = target.form?.querySelectorAll("[data-send]");
+  if (!sends?.length) return say("Press Esc, then A or B: with which answer does it go on?");
+  event.preventDefault();
+  sends[0].click();
 }
 
 // The server checks everything; this only keeps an early Enter from asking it.
@@ -282,6 +293,33 @@ document.addEventListener("change", (event) => {
   if (event.target.dataset?.answer) drawRanking();
 });
 
+/* The live chat: the answers grow while the rest of the page stays as it is. */
+
+let polling = 0;
+
+async function poll() {
+  const item = find("#item[data-poll]");
+  if (!item) return;
+  try {
+    const answer = await fetch(item.dataset.poll, { headers: { "HX-Request": "true" } });
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const growing = fresh.querySelector("#growing");
+    if (growing && item.isConnected) {
+      find("#growing").replaceChildren(...growing.childNodes);
+      if (!fresh.querySelector("#item[data-poll]")) {
+        delete item.dataset.poll;
+        say("Both models have answered.");
+      }
+    }
+  } catch { /* the next time perhaps */ }
+  waitToPoll();
+}
+
+function waitToPoll() {
+  clearTimeout(polling);
+  if (find("#item[data-poll]")) polling = setTimeout(poll, POLL_MS);
+}
+
 /* Answers of the server, and what keeps a judgement that could not be sent. */
 
 function trouble(text) {
@@ -292,7 +330,8 @@ function trouble(text) {
 
 document.addEventListener("htmx:configRequest", (event) => {
   readClock();
-  if ("elapsed_ms" in event.detail.parameters) event.detail.parameters.elapsed_ms = String(activeMs());
+  const { parameters } = event.detail;
+  if (parameters.elapsed_ms !== undefined) parameters.elapsed_ms = String(activeMs());
 });
 document.addEventListener("htmx:beforeRequest", () => clearTimeout(timer));
 document.addEventListener("htmx:sendError", () =>
@@ -315,14 +354,15 @@ let open = {};
 document.addEventListener("htmx:beforeSwap", () => {
   open = { guidelines: find("#guidelines")?.open, keys: find("#keys")?.open };
 });
-document.addEventListener("htmx:afterSettle", () => {
+document.addEventListener("htmx:afterSwap", () => {
   trouble("");
   for (const [id, was] of Object.entries(open)) if (was && find(`#${id}`)) find(`#${id}`).open = true;
   begin();
   const error = find("#error");
-  say(error ? "" : form() ? "Next item." : "Nothing is left to judge.");
+  say(error || find("#talk") ? "" : form() ? "Next item." : "Nothing is left to judge.");
   const field = find("#flag[open] textarea");
-  (field ?? error ?? find("#item h1"))?.focus({ preventScroll: !error });
+  (field ?? error ?? find("#item h1[tabindex]"))?.focus({ preventScroll: !error });
+  if (!error) find("#growing")?.scrollIntoView({ block: "nearest" });
 });
 
 function begin() {
@@ -332,6 +372,7 @@ function begin() {
   saved = form() ? typed() : "";
   goTo(axesOf().find((axis) => !axis.querySelector(":checked")) ?? axesOf()[0]);
   drawRanking();
+  waitToPoll();
 }
 
 document.addEventListener("keydown", press);

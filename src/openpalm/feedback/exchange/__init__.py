@@ -1,1 +1,0 @@
-"""Judgements out, prompts and answers in: the formats of files."""

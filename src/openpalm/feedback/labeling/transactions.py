@@ -1,0 +1,25 @@
+"""Transactions that write, without starvation.
+
+SQLite has one writer at a time, and a writer that waits looks again at growing intervals, so that
+some of many threads would wait for seconds. Here the threads of a process queue for a lock instead;
+SQLite's own waiting remains for other processes, such as the worker.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from django.db import connection, transaction
+
+_turn = threading.Lock()
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """A transaction, or a savepoint in the one that is open."""
+    if connection.vendor != "sqlite" or connection.in_atomic_block:
+        with transaction.atomic():
+            yield
+        return
+    with _turn, transaction.atomic():
+        yield

@@ -1,0 +1,179 @@
+"""Candidates from a model server: which are asked for, stored and shown; after a kill too."""
+
+import pytest
+from feedback_prompts import add_prompts
+
+from openpalm.errors import DataError
+from openpalm.feedback.models import Candidate, Item, ItemCandidate, Job, Project, Task
+from openpalm.feedback.training import answers, generation
+from openpalm.feedback.worker import jobs
+from openpalm.feedback.worker.loop import Worker, drain
+from openpalm.feedback.worker.progress import Progress, WorkerEnds
+
+
+@pytest.fixture
+def served(project, model, server, settings):
+    """The site's server has this model."""
+    found = model("base")
+    Project.objects.filter(pk=project.pk).update(served=found)
+    project.refresh_from_db()
+    return found
+
+
+def _start(project, admin, served, n=2, **more) -> Job:
+    each = {"model": served.pk, "n": n, "temperature": 1.0, "max_tokens": 16}
+    return generation.start(project, admin, [each], **more)
+
+
+def test_each_prompt_becomes_an_item_of_two_answers(project, admin, served, server):
+    prompts = add_prompts(project, 5)
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert job.state == Job.State.DONE, job.message
+    assert job.result == {"prompts": 5, "answers": 10, "items": 5, "equal": 0}
+    assert (job.done, job.total) == (10, 10)
+    assert len(server.requests) == 10
+    assert {request["temperature"] for request in server.requests} == {1.0}
+    assert len({request["seed"] for request in server.requests}) == 10
+    for prompt in prompts:
+        item = prompt.items.get()
+        texts = [place.candidate.text for place in item.places.all()]
+        assert len(set(texts)) == 2
+        assert item.needed == project.overlap
+    candidate = Candidate.objects.first()
+    assert (candidate.model, candidate.checkpoint) == (served, served.checkpoint)
+    assert candidate.text == f"answer {candidate.sampling['seed']}"
+
+
+def test_equal_answers_are_no_pair_but_counted(project, admin, served, server):
+    add_prompts(project, 3)
+    server.answer = lambda body: (
+        " the same " if "0" in body["messages"][0]["content"] else str(body)
+    )
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert (job.result["items"], job.result["equal"]) == (2, 1)
+    assert job.message.endswith("1 left out because their answers are equal")
+
+
+def test_after_a_kill_nothing_is_doubled_and_nothing_asked_again(project, admin, served, server):
+    add_prompts(project, 6)
+    job = _start(project, admin, served)
+    worker = Worker()
+    asked = []
+
+    def answer(body):
+        asked.append(body["seed"])
+        if len(asked) == 6:
+            worker.ending.set()
+        return f"answer {body['seed']}"
+
+    server.answer = answer
+    taken = jobs.take(worker.name, jobs.KINDS)
+    with pytest.raises(WorkerEnds):
+        generation.run(taken, Progress(taken, worker.ending))
+    stored = Candidate.objects.count()
+    assert 0 < stored < 12
+    jobs.give_back(taken)
+    before = set(Candidate.objects.values_list("id", flat=True))
+    drain("generate")
+    job.refresh_from_db()
+    assert job.state == Job.State.DONE
+    assert before < set(Candidate.objects.values_list("id", flat=True))
+    assert Candidate.objects.count() == 12
+    assert Item.objects.count() == 6
+    # The whole job once more, as after a kill before its last write.
+    Job.objects.filter(pk=job.pk).update(
+        state=Job.State.QUEUED,
+        arguments=job.arguments | {"prompts": list(project.prompts.values_list("id", flat=True))},
+    )
+    count = len(server.requests)
+    drain("generate")
+    assert (Candidate.objects.count(), Item.objects.count()) == (12, 6)
+    assert len(server.requests) == count
+
+
+def test_a_refused_prompt_is_counted_with_its_reason(project, admin, served, server):
+    add_prompts(project, 3)
+    server.answer = lambda body: (
+        "refuse" if "1" in body["messages"][0]["content"] else f"answer {body['seed']}"
+    )
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert (job.state, job.result["items"], job.result["failed"]) == (Job.State.DONE, 2, 2)
+    assert "the prompt is too long" in job.message
+
+
+def test_a_server_that_only_fails_ends_the_job(project, admin, served, server, monkeypatch):
+    monkeypatch.setattr(answers, "MOST_FAILURES", 3)
+    add_prompts(project, 5)
+    server.answer = lambda body: "refuse"
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert job.state == Job.State.FAILED
+    assert job.message.startswith("3 answers in a row failed: http://127.0.0.1:")
+
+
+def test_a_server_that_is_away(project, admin, served, settings):
+    settings.SERVER_URL = "http://127.0.0.1:9"
+    add_prompts(project, 1)
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert job.state == Job.State.FAILED
+    assert job.message.startswith("http://127.0.0.1:9: the model server does not answer")
+
+
+def test_held_out_prompts_are_left_alone(project, admin, served, server):
+    held_out = add_prompts(project, 2, held_out=True)
+    job = _start(project, admin, served, prompts=[prompt.pk for prompt in held_out])
+    drain("generate")
+    job.refresh_from_db()
+    assert job.result["prompts"] == 0
+    assert not server.requests
+
+
+def test_the_groups_of_each_task(project, admin, served, server):
+    add_prompts(project, 1)
+    _start(project, admin, served, n=4, pairs=3)
+    drain("generate")
+    pairs = {tuple(i.places.values_list("candidate", flat=True)) for i in Item.objects.all()}
+    assert len(pairs) == 3
+    for task, sizes in ((Task.RANKING, [4]), (Task.THUMBS, [1] * 4)):
+        Item.objects.all().delete()
+        Project.objects.filter(pk=project.pk).update(task=task)
+        project.refresh_from_db()
+        _start(project, admin, served, n=4)
+        drain("generate")
+        assert [item.places.count() for item in Item.objects.all()] == sizes
+
+
+def test_an_answer_that_names_its_model_is_marked(project, admin, served, server):
+    add_prompts(project, 1)
+    texts = iter(["I am ChatGPT.", "Bread is good."])
+    server.answer = lambda body: next(texts)
+    _start(project, admin, served)
+    drain("generate")
+    named = {c.text: c.names_itself for c in Candidate.objects.all()}
+    assert named == {"I am ChatGPT.": True, "Bread is good.": False}
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ({"n": 1}, "needs 2 answers or more"),
+        ({"n": 99}, "n 99"),
+        ({"n": 2, "temperature": 3}, "temperature 3"),
+        ({"n": 2, "logit_bias": {}}, "logit_bias: is no sampling setting"),
+        ({"n": 2, "model": 0}, "choose a model"),
+    ],
+)
+def test_what_is_refused(project, admin, served, more, line):
+    with pytest.raises(DataError, match=line):
+        generation.start(project, admin, [{"model": served.pk} | more])
+    assert not Job.objects.exists()
+    assert not ItemCandidate.objects.exists()

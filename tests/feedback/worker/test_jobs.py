@@ -1,0 +1,221 @@
+"""The queue of jobs: order, one worker a job, jobs of dead workers, stopping."""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+from django.utils import timezone
+
+from openpalm.errors import DataError
+from openpalm.feedback.models import Job, Project, TrainRun
+from openpalm.feedback.worker import handlers, jobs
+from openpalm.feedback.worker.identity import host, is_gone, started, worker_name
+from openpalm.feedback.worker.loop import Worker, drain
+from openpalm.feedback.worker.progress import Progress, WorkerEnds
+
+State = Job.State
+
+
+@pytest.fixture
+def other_project(db):
+    return Project.objects.create(slug="other", name="Other")
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """runs(function): the handler of all jobs."""
+
+    def set_handler(function):
+        monkeypatch.setattr("openpalm.feedback.worker.loop.handler", lambda kind: function)
+
+    return set_handler
+
+
+def test_the_oldest_job_is_taken_and_no_job_twice(project):
+    first, second = (jobs.enqueue("import", number=n) for n in (1, 2))
+    assert jobs.take("a", jobs.KINDS).pk == first.pk
+    assert jobs.take("b", jobs.KINDS).pk == second.pk
+    assert jobs.take("a", jobs.KINDS) is None
+
+
+def test_jobs_of_one_project_run_in_order(project, other_project):
+    first = jobs.enqueue("import", project=project)
+    second = jobs.enqueue("select", project=project)
+    third = jobs.enqueue("import", project=other_project)
+    here = worker_name()
+    taken = jobs.take(here, jobs.KINDS)
+    assert taken.pk == first.pk
+    assert jobs.take(here, jobs.KINDS).pk == third.pk
+    assert jobs.take(here, jobs.KINDS) is None
+    assert jobs.finish(taken, State.DONE)
+    assert jobs.take(here, jobs.KINDS).pk == second.pk
+
+
+def test_a_training_holds_up_no_other_kind(project):
+    here = worker_name()
+    jobs.enqueue("train", project=project)
+    jobs.enqueue("statistics", project=project)
+    assert jobs.take(here, jobs.SLOTS["training"]).kind == "train"
+    assert jobs.take(here, jobs.SLOTS["other"]).kind == "statistics"
+    assert set().union(*jobs.SLOTS.values()) == set(jobs.KINDS) == set(handlers.HANDLERS)
+
+
+def test_an_unknown_kind_is_a_bug(db):
+    with pytest.raises(ValueError, match="no such kind"):
+        jobs.enqueue("cook")
+
+
+def test_work_without_arguments_waits_once(project):
+    first = jobs.enqueue_once("statistics", project=project)
+    assert jobs.enqueue_once("statistics", project=project) == first
+    jobs.take(worker_name(), jobs.KINDS)
+    assert jobs.enqueue_once("statistics", project=project) != first
+
+
+def _dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_process_is_known_by_number_and_start():
+    assert not is_gone(worker_name())
+    assert is_gone(f"{host()}:{os.getpid()}:another start")
+    assert is_gone(f"{host()}:{_dead_process()}:1")
+    assert not is_gone("another-machine:1:1")
+    assert started(_dead_process()) is None
+
+
+def test_a_zombie_counts_as_ended():
+    process = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    process.stdout.read()
+    try:
+        while started(process.pid) is not None:
+            pass
+    finally:
+        process.stdout.close()
+        process.wait()
+
+
+def test_the_job_of_a_dead_worker_is_taken_up_again(project):
+    job = jobs.enqueue("import", project=project)
+    assert jobs.take(f"{host()}:{_dead_process()}:1", jobs.KINDS).pk == job.pk
+    assert jobs.take(worker_name(), jobs.KINDS).attempts == 2
+
+
+def test_of_other_machines_the_heartbeat_tells(project):
+    job = jobs.enqueue("import", project=project)
+    old = jobs.take("far:1:1", jobs.KINDS)
+    assert jobs.take(worker_name(), jobs.KINDS) is None
+    late = timezone.now() - timedelta(seconds=jobs.DEAD_AFTER_S + 1)
+    Job.objects.filter(pk=job.pk).update(heartbeat_at=late)
+    assert jobs.take(worker_name(), jobs.KINDS).pk == job.pk
+    # The first worker was only slow: it learns that the job is no longer its own.
+    assert not jobs.beat(old)
+    assert not jobs.report(old)
+    assert not jobs.finish(old, State.DONE)
+    job.refresh_from_db()
+    assert job.state == State.RUNNING
+
+
+def test_a_job_that_kills_its_workers_fails_in_the_end(project):
+    run = TrainRun.objects.create(project=project, verb="dpo")
+    job = jobs.enqueue("train", project=project, run=run.pk)
+    for _ in range(jobs.MAX_ATTEMPTS):
+        assert jobs.take(f"{host()}:{_dead_process()}:1", jobs.KINDS) is not None
+    assert jobs.take(worker_name(), jobs.KINDS) is None
+    job.refresh_from_db()
+    run.refresh_from_db()
+    assert job.state == State.FAILED
+    assert run.state == TrainRun.State.FAILED
+    assert run.error == job.message
+    assert run.error.startswith("the worker ended 5 times while it ran this job")
+
+
+def test_a_job_that_gets_on_may_be_killed_any_number_of_times(project):
+    job = jobs.enqueue("train", project=project)
+    for done in range(1, 2 * jobs.MAX_ATTEMPTS):
+        taken = jobs.take(f"{host()}:{_dead_process()}:1", jobs.KINDS)
+        progress = Progress(taken)
+        progress.move_to(done, 100)
+        progress.say("a step")
+    assert jobs.take(worker_name(), jobs.KINDS).pk == job.pk
+
+
+def test_the_worker_stores_progress_and_result(project, runs):
+    def handler(job, progress):
+        progress.start(3, "counting")
+        progress.advance(2)
+        return {"found": job.arguments["n"]}
+
+    runs(handler)
+    job = jobs.enqueue("import", project=project, n=5)
+    assert drain() == 1
+    job.refresh_from_db()
+    assert (job.state, job.done, job.total, job.message) == (State.DONE, 2, 3, "counting")
+    assert job.result == {"found": 5}
+    assert job.finished_at is not None
+
+
+def test_a_failed_job_says_why(project, runs, capsys):
+    errors = iter([DataError("the file is\nempty"), RuntimeError("a bug")])
+
+    def handler(job, progress):
+        raise next(errors)
+
+    runs(handler)
+    for _ in range(2):
+        jobs.enqueue("import", project=project)
+    drain()
+    first, second = Job.objects.order_by("id")
+    assert (first.state, first.message) == (State.FAILED, "the file is empty")
+    assert second.message == "RuntimeError: a bug (the worker's log says where)"
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+
+
+def test_a_stopped_job_ends_at_its_next_report(project, runs):
+    reached = []
+
+    def handler(job, progress):
+        progress.start(10)
+        jobs.stop(Job.objects.get(pk=job.pk))
+        progress.say("the next report")
+        reached.append(True)
+
+    runs(handler)
+    job = jobs.enqueue("import", project=project)
+    drain()
+    job.refresh_from_db()
+    assert job.state == State.STOPPED
+    assert not reached
+    assert not jobs.stop(job)
+
+
+def test_a_waiting_job_is_stopped_at_once(project):
+    job = jobs.enqueue("import", project=project)
+    assert jobs.stop(job)
+    assert jobs.take(worker_name(), jobs.KINDS) is None
+
+
+def test_a_worker_that_ends_gives_its_job_back(project, runs):
+    worker = Worker()
+
+    def handler(job, progress):
+        worker.ending.set()
+        progress.check()
+
+    runs(handler)
+    job = jobs.enqueue("import", project=project)
+    assert worker.run_one(jobs.KINDS)
+    job.refresh_from_db()
+    assert (job.state, job.worker, job.attempts) == (State.QUEUED, "", 0)
+
+
+def test_waiting_ends_with_the_worker(project):
+    worker = Worker()
+    progress = Progress(jobs.enqueue("import"), worker.ending)
+    worker.ending.set()
+    with pytest.raises(WorkerEnds):
+        progress.wait(3600)

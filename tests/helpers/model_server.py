@@ -1,0 +1,68 @@
+"""A stand-in for `openpalm serve`: answers what a test says, and can be told to load a model."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class FakeServer:
+    url: str = ""
+    admin_key: str = "admin"
+    name: str = "assistant"
+    path: str = "first"
+    answer: Callable[[dict[str, Any]], str] = lambda body: f"answer {body['seed']}"
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    refuses: str = ""
+    """reason why models cannot be loaded"""
+
+
+@contextmanager
+def fake_server() -> Iterator[FakeServer]:
+    state = FakeServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None: ...
+
+        def reply(self, status: int, body: object) -> None:
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            self.reply(200, {"data": [{"id": state.name, "parent": None}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/admin/models":
+                if self.headers["Authorization"] != f"Bearer {state.admin_key}":
+                    self.reply(401, {"error": {"message": "the admin key is wrong"}})
+                elif state.refuses:
+                    self.reply(400, {"error": {"message": state.refuses}})
+                else:
+                    replaced, state.path, state.name = state.name, body["path"], body["name"]
+                    self.reply(200, {"model": state.name, "replaced": replaced})
+                return
+            state.requests.append(body)
+            text = state.answer(body)
+            if text == "refuse":
+                self.reply(400, {"error": {"message": "the prompt is too long"}})
+                return
+            self.reply(200, {"choices": [{"message": {"content": text}}]})
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        state.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield state
+        finally:
+            server.shutdown()
+            thread.join()
