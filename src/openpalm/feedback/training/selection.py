@@ -101,8 +101,11 @@ def newest_policy(project: Project) -> ModelVersion | None:
     """The newest model that DPO trained from a parent with a checkpoint."""
     made = ModelVersion.objects.filter(project=project, kind=POLICY, run__verb="dpo")
     return (
-        made.exclude(parent=None).exclude(parent__path="").select_related("parent", "run")
-        .order_by("-id").first()
+        made.exclude(parent=None)
+        .exclude(parent__path="")
+        .select_related("parent", "run")
+        .order_by("-id")
+        .first()
     )
 
 
@@ -203,9 +206,7 @@ def _implicit_margins(
     return float(policy.run.settings.get("beta", BETA)) * (ours - before)
 
 
-def _scores(
-    margins: np.ndarray | None, implicit: np.ndarray | None, count: int
-) -> np.ndarray:
+def _scores(margins: np.ndarray | None, implicit: np.ndarray | None, count: int) -> np.ndarray:
     """Pairs with an answer that was too long to score come last; all equal without models."""
     scores = np.zeros(count)
     known = [rows for rows in (margins, implicit) if rows is not None]
