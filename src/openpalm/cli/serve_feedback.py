@@ -41,13 +41,8 @@ def run(settings: ServeSettings) -> None:
     admin_keys = settings.admin_keys or [secrets.token_urlsafe(24)]
     with site.listen() as listening:
         server_url = feedback_site.url_of_address(settings.host, port)
-        site.set_environment(
-            {
-                "OPENPALM_SERVER_URL": server_url,
-                "OPENPALM_ADMIN_KEY": admin_keys[0],
-                "OPENPALM_API_KEY": keys[0] if keys else "",
-            }
-        )
+        shared = {"OPENPALM_SERVER_URL": server_url, "OPENPALM_ADMIN_KEY": admin_keys[0]}
+        site.set_environment(shared | ({"OPENPALM_API_KEY": keys[0]} if keys else {}))
         feedback_site.open_database()
         site_url = feedback_site.url_of(listening)
         server = _server(settings, port, server_url, site_url, keys, admin_keys)
@@ -94,7 +89,8 @@ def _server(
 
     def command() -> list[str]:
         promoted = _promoted(served_file)
-        words = [*PROGRAM, "serve", promoted or settings.path, *options(settings, promoted)]
+        path = promoted or connection.path
+        words = [*PROGRAM, "serve", path, *options(settings, promoted)]
         words += ["--name", settings.model_name, "--port", str(port)]
         return [*words, "--conversation-url", settings.conversation_url or conversations]
 

@@ -59,14 +59,13 @@ def test_scores_are_made_once_and_too_long_ones_counted(project, model, admin, m
     assert reward.scores.count() == 5
 
 
-def test_a_policy_scores_nothing(project, model):
-    job = jobs.enqueue("score", project=project, model=model("base").pk)
+def test_a_model_without_a_checkpoint_scores_nothing(project, model):
+    known = ModelVersion.objects.create(project=project, name="gone")
+    job = jobs.enqueue("score", project=project, model=known.pk)
     drain("score")
     job.refresh_from_db()
-    assert (job.state, job.message) == (
-        "failed",
-        "the model base is no reward model with a checkpoint",
-    )
+    assert job.state == "failed"
+    assert job.message == "the model gone has no checkpoint to score with"
 
 
 def test_a_run_stands_for_its_newest_whole_checkpoint(project, tmp_path):

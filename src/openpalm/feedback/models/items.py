@@ -217,8 +217,8 @@ class Response(models.Model):
             models.Index(fields=["project", "in_force", "id"], name="response_export"),
             models.Index(fields=["project", "-id"], name="response_by_project"),
             models.Index(fields=["user", "project", "-id"], name="response_by_user"),
-            # Not with the project first: SQLite takes indexes that begin alike for equally good, and
-            # would sort a million rows for a page without a filter.
+            # Not with the project first: SQLite takes indexes that begin alike for equally good,
+            # and would sort a million rows for a page without a filter.
             models.Index(fields=["state", "project", "-id"], name="response_by_state"),
             models.Index(fields=["kind", "project", "-id"], name="response_by_kind"),
             models.Index(fields=["author_kind", "project", "-id"], name="response_by_author"),

@@ -39,6 +39,8 @@ class Connection:
 
     project: str
     token: str
+    path: str
+    """the checkpoint that is served, as the projects know it"""
 
 
 def connect(path: str, name: str) -> Connection:
@@ -50,9 +52,8 @@ def connect(path: str, name: str) -> Connection:
     (Path(settings.FEEDBACK_DIR) / SERVED_FILE).unlink(missing_ok=True)
     with transaction.atomic():
         projects = list(Project.objects.order_by("id")) or [_first_project(name)]
-        for project in projects:
-            _serve(project, path, name)
-        return Connection(projects[0].slug, _token(projects[0]))
+        models = [_serve(project, path, name) for project in projects]
+        return Connection(projects[0].slug, _token(projects[0]), models[0].path)
 
 
 def _first_project(name: str) -> Project:
