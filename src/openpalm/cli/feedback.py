@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from openpalm.base.settings import parse
+from openpalm.cli import feedback_data
 from openpalm.errors import SettingsError
 
 MANAGE, WEB, WORKER = "manage", "web", "worker"
@@ -35,6 +36,9 @@ def run(argv: Sequence[str]) -> None:
 
         manage(argv[1:])
         return
+    if argv and argv[0] in feedback_data.VERBS:
+        feedback_data.run(argv)
+        return
     part = argv[0] if argv and argv[0] in (WEB, WORKER) else ""
     settings = parse(
         FeedbackSettings,
@@ -42,7 +46,8 @@ def run(argv: Sequence[str]) -> None:
         verb="feedback",
         about="Collects human feedback in the browser and turns it into better models. Runs the "
         "web process and the worker; `openpalm feedback web` and `openpalm feedback worker` run "
-        "one of them, `openpalm feedback manage` Django's commands.",
+        "one of them, `openpalm feedback export` and `import` move files, `openpalm feedback "
+        "manage` runs Django's commands.",
         examples=[
             "openpalm feedback",
             "openpalm feedback --port 8090 --dir data/feedback",

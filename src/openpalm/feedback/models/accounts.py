@@ -23,8 +23,8 @@ class Invitation(models.Model):
     """A link that makes its visitor a member. Only a hash of the link's secret is stored."""
 
     project = models.ForeignKey("Project", models.CASCADE, related_name="invitations")
-    role = models.CharField(max_length=16)
     project_id: int
+    role = models.CharField(max_length=16)
     digest = models.CharField(max_length=64, unique=True)
     created_by = models.ForeignKey(User, models.PROTECT, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)

@@ -1,0 +1,442 @@
+"""The feedback site with 100,000 items and 1,000,000 responses: every page, plans, the export.
+
+    python benchmarks/feedback_scale.py [--database sqlite|postgresql] [--items 100000]
+                                        [--responses 10] [--keep FOLDER] [--json]
+
+Fills a project by bulk SQL: --responses for each item, by 40 labelers; half of the items wait for
+two more. Times every GET URL of the site and of the API as an administrator (the median and the
+slowest of 5), the next item and its submission for a labeler, for one who has had every open item,
+and the export of all judgements with the peak memory of its process. Shows the plans of the queries
+that depend on the size. Exits 1 if a page takes longer than 300 ms.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
+
+LIMIT_MS = 300.0
+USERS = 40
+REPEATS = 5
+SLUG = "scale"
+SKIPPED_VIEWS = ("logout", "download", "api-export")
+"""do something else than show a page; the export is measured by itself"""
+
+
+def numbers(name: str, count: int) -> str:
+    """A table of 1 ... count, on both databases."""
+    return (
+        f"WITH RECURSIVE {name}(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM {name} "
+        f"WHERE i < {count})"
+    )
+
+
+class Filler:
+    """Writes the rows by INSERT ... SELECT."""
+
+    def __init__(self, items: int, responses: int):
+        from django.db import connection
+
+        self.items, self.responses = items, responses
+        self.connection = connection
+        self.is_postgresql = connection.vendor == "postgresql"
+
+    def json(self, text: str) -> str:
+        return f"'{text}'::jsonb" if self.is_postgresql else f"'{text}'"
+
+    @property
+    def messages(self) -> str:
+        content = "'Question ' || i || ': ' || '" + "why is the sky blue at noon? " * 6 + "'"
+        if self.is_postgresql:
+            return f"jsonb_build_array(jsonb_build_object('role', 'user', 'content', {content}))"
+        return f"json_array(json_object('role', 'user', 'content', {content}))"
+
+    @property
+    def uid(self) -> str:
+        return "gen_random_uuid()" if self.is_postgresql else "lower(hex(randomblob(16)))"
+
+    def run(self, project: int, first_user: int) -> None:
+        items, each = self.items, self.responses
+        self._insert(
+            "prompt",
+            items,
+            {
+                "id": "i",
+                "project_id": project,
+                "messages": self.messages,
+                "digest": "'digest ' || i",
+                "source": "'file'",
+                "held_out": "false",
+                "created_at": "CURRENT_TIMESTAMP",
+            },
+        )
+        self._insert(
+            "candidate",
+            2 * items,
+            {
+                "id": "i",
+                "prompt_id": "(i + 1) / 2",
+                "text": "'Answer ' || i || ': ' || '"
+                + "because blue light scatters more. " * 10
+                + "'",
+                "checkpoint": "'model-' || (i % 2)",
+                "names_itself": "false",
+                "created_at": "CURRENT_TIMESTAMP",
+            },
+        )
+        self._insert(
+            "item",
+            items,
+            {
+                "id": "i",
+                "project_id": project,
+                "prompt_id": "i",
+                "purpose": "'training'",
+                "arm": "'random'",
+                "priority": "0",
+                "needed": f"{each} + 2 * (i % 2)",
+                "taken": each,
+                "submitted": each,
+                "state": "CASE WHEN i % 2 = 1 THEN 'open' ELSE 'complete' END",
+                "gold_kind": "''",
+                "created_at": "CURRENT_TIMESTAMP",
+            },
+        )
+        self._insert(
+            "itemcandidate",
+            2 * items,
+            {
+                "id": "i",
+                "item_id": "(i + 1) / 2",
+                "candidate_id": "i",
+                "position": "(i + 1) % 2",
+            },
+        )
+        item, number = f"((i - 1) / {each} + 1)", f"((i - 1) % {each})"
+        user = f"({first_user} + ({item} * 7 + {number}) % {USERS})"
+        self._insert(
+            "assignment",
+            items * each,
+            {
+                "id": "i",
+                "item_id": item,
+                "user_id": user,
+                "project_id": project,
+                "repeat": "0",
+                "state": "'submitted'",
+                "order": self.json("[0, 1]"),
+                "counted": "true",
+                "leased_at": "CURRENT_TIMESTAMP",
+                "expires_at": "CURRENT_TIMESTAMP",
+            },
+        )
+        left = self.json('{"better": 0, "worse": 1, "strength": 1}')
+        right = self.json('{"better": 1, "worse": 0, "strength": 2}')
+        self._insert(
+            "response",
+            items * each,
+            {
+                "id": "i",
+                "uid": self.uid,
+                "project_id": project,
+                "item_id": item,
+                "user_id": user,
+                "assignment_id": "i",
+                "author_kind": "'simulated'",
+                "state": "'submitted'",
+                "kind": "'compare'",
+                "payload": f"CASE WHEN i % 3 = 0 THEN {left} ELSE {right} END",
+                "reason": "''",
+                "category": "CASE WHEN i % 3 = 0 THEN -1 ELSE 2 END",
+                "picked_place": "i % 2",
+                "elapsed_ms": "20000",
+                "guideline_version": "1",
+                "in_force": "true",
+                "created_at": "CURRENT_TIMESTAMP",
+            },
+        )
+        # A labeler who has had every open item.
+        self._insert(
+            "assignment",
+            items // 2,
+            {
+                "id": f"{items * each} + i",
+                "item_id": "2 * i - 1",
+                "user_id": first_user + USERS,
+                "project_id": project,
+                "repeat": "0",
+                "state": "'skipped'",
+                "order": self.json("[0, 1]"),
+                "counted": "true",
+                "leased_at": "CURRENT_TIMESTAMP",
+                "expires_at": "CURRENT_TIMESTAMP",
+            },
+        )
+        self._finish()
+
+    def _insert(self, table: str, count: int, columns: dict[str, Any]) -> None:
+        started = time.monotonic()
+        names = ", ".join(f'"{name}"' for name in columns)
+        values = ", ".join(str(value) for value in columns.values())
+        with self.connection.cursor() as cursor:
+            cursor.execute(
+                f"INSERT INTO feedback_{table} ({names}) {numbers('n', count)} "
+                f"SELECT {values} FROM n"
+            )
+        print(f"{count:>9} {table} in {time.monotonic() - started:.0f} s", file=sys.stderr)
+
+    def _finish(self) -> None:
+        from django.apps import apps
+        from django.core.management.color import no_style
+
+        models = apps.get_app_config("feedback").get_models()
+        with self.connection.cursor() as cursor:
+            for statement in self.connection.ops.sequence_reset_sql(no_style(), list(models)):
+                cursor.execute(statement)
+            cursor.execute("ANALYZE")
+
+
+def fill(items: int, responses: int) -> None:
+    from openpalm.feedback.models import Guideline, Membership, Project, Role, User
+
+    root = User.objects.create_superuser("root")
+    project = Project.objects.create(slug=SLUG, name="Scale", overlap=responses, gold_share=0.1)
+    Guideline.objects.create(project=project, version=1, text="# Be kind", author=root)
+    users = [User.objects.create(username=f"u{n}", kind="simulated") for n in range(USERS + 1)]
+    assert [user.pk for user in users] == list(range(users[0].pk, users[0].pk + USERS + 1))
+    Membership.objects.bulk_create(
+        Membership(project=project, user=user, role=Role.ANNOTATOR) for user in users
+    )
+    Filler(items, responses).run(project.pk, users[0].pk)
+
+
+# What is timed.
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Median and slowest of some calls, in ms, after one that warms the caches."""
+    call()
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - started) * 1000)
+    return round(median(times), 1), round(max(times), 1)
+
+
+def urls(patterns: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(name, route) of every URL."""
+    for one in patterns:
+        route = prefix + str(one.pattern)
+        if hasattr(one, "url_patterns"):
+            yield from urls(one.url_patterns, route)
+        else:
+            yield one.name or route, route
+
+
+def pages(ids: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """(name, path) of every URL, filled with ids of rows in the middle."""
+    from django.urls import get_resolver
+
+    for name, route in urls(get_resolver().url_patterns):
+        path = re.sub(r"<(?:\w+:)?(\w+)>", lambda found: ids.get(found[1], "1"), route)
+        if name not in SKIPPED_VIEWS and "(" not in path and "^" not in path:
+            yield name, f"/{path}"
+    project = f"project={SLUG}"
+    middle = f"{project}&after={int(ids['item_id'])}&limit=500"
+    yield "api-items, a full page", f"/api/v1/items?{middle}"
+    yield "api-items, complete ones", f"/api/v1/items?{middle}&state=complete"
+    yield "api-responses, a full page", f"/api/v1/responses?{middle}"
+    yield "api-responses of a labeler", f"/api/v1/responses?{middle}&author=u3"
+    yield "api-responses of an item", f"/api/v1/responses?{project}&item={ids['item_id']}"
+
+
+def time_pages(result: dict[str, Any]) -> None:
+    from django.test import Client
+
+    from openpalm.feedback.accounts import tokens
+    from openpalm.feedback.models import ApiToken, Response, User
+
+    root = User.objects.get(username="root")
+    client = Client(headers={"Authorization": f"Bearer {tokens.issue(root, 'x', ApiToken.SCOPES)}"})
+    client.force_login(root)
+    row = Response.objects.order_by("id")[Response.objects.count() // 2]
+    ids = {
+        "slug": SLUG,
+        "item_id": str(row.item_id),
+        "response_id": str(row.pk),
+        "uid": str(row.uid),
+        "prompt_id": str(row.item_id),
+        "assignment_id": str(row.assignment_id),
+        "object_id": str(row.pk),
+        "app_label": "feedback",
+    }
+    for name, path in pages(ids):
+        # A list of the API needs its project.
+        if path.startswith("/api/v1/") and path.count("/") == 3 and "?" not in path:
+            path += "" if path.endswith(("projects", ".json")) else f"?project={SLUG}"
+        first = client.get(path)
+        if first.status_code >= 400:
+            result["skipped"].append(f"{name} ({first.status_code})")
+            continue
+
+        def show(path: str = path) -> None:
+            answer = client.get(path)
+            b"".join(answer) if answer.streaming else answer.content
+
+        result["pages"][f"{name} {path}"[:100]] = timed(show)
+
+
+def time_judging(result: dict[str, Any]) -> None:
+    from openpalm.feedback.labeling import queue, submission
+    from openpalm.feedback.labeling.submission import Judgement
+    from openpalm.feedback.models import Project, User
+
+    project = Project.objects.get(slug=SLUG)
+    labeler, worn = User.objects.get(username="u3"), User.objects.get(username=f"u{USERS}")
+    tie = Judgement("compare", {"tie": [0, 1]})
+    held: list[Any] = []
+    result["pages"]["next item"] = timed(lambda: held.append(_lease_anew(queue, project, labeler)))
+    result["pages"]["next item, nothing left"] = timed(lambda: queue.next_assignment(project, worn))
+
+    def judge() -> None:
+        assignment = queue.next_assignment(project, labeler)
+        assert assignment
+        submission.submit(assignment.pk, labeler, tie)
+
+    result["pages"]["next item and submission"] = timed(judge)
+    project.repeat_share = 1.0
+    result["pages"]["next item, a repetition"] = timed(lambda: _lease_anew(queue, project, labeler))
+
+
+def _lease_anew(queue: Any, project: Any, user: Any) -> Any:
+    from openpalm.feedback.labeling import submission
+
+    assignment = queue.next_assignment(project, user)
+    submission.skip(assignment.pk, user, "")
+    return assignment
+
+
+def plans() -> dict[str, str]:
+    """The plans of the queries of the queue, of lists and of the export."""
+    from openpalm.feedback.labeling import queue
+    from openpalm.feedback.labeling.records import in_force
+    from openpalm.feedback.models import Item, Project, Response, User
+
+    project, user = Project.objects.get(slug=SLUG), User.objects.get(username="u3")
+    mine = Response.objects.filter(project=project, user=user)
+    middle = Response.objects.count() // 2
+    listed = {
+        "next item": queue.open_items(project, user)[:1],
+        "items by page": Item.objects.filter(project=project, pk__gt=500).order_by("pk")[:100],
+        "items by state": Item.objects.filter(
+            project=project, pk__gt=500, state="complete"
+        ).order_by("pk")[:100],
+        "responses by page": Response.objects.filter(project=project, pk__gt=middle).order_by("pk")[
+            :100
+        ],
+        "responses of a labeler": mine.filter(pk__gt=middle).order_by("pk")[:100],
+        "export": in_force(Response.objects.filter(project=project)).filter(pk__gt=middle)[:1000],
+    }
+    return {name: query.explain() for name, query in listed.items()}
+
+
+def time_export(folder: Path, result: dict[str, Any]) -> None:
+    """By `openpalm feedback export`, in a process of its own."""
+    out, started = folder / "export.jsonl", time.monotonic()
+    words = ["feedback", "export", SLUG, "--format", "records", "--out", str(out)]
+    words += ["--dir", os.environ["OPENPALM_FEEDBACK_DIR"]]
+    subprocess.run([sys.executable, "-m", "openpalm", *words], check=True)
+    seconds = time.monotonic() - started
+    with out.open("rb") as file:
+        rows = sum(1 for _ in file)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    result["export"] = {
+        "rows": rows,
+        "seconds": round(seconds),
+        "rows_per_s": round(rows / seconds),
+        "megabytes": round(out.stat().st_size / 2**20),
+        "peak_rss_megabytes": round(peak),
+    }
+
+
+@contextmanager
+def database(kind: str, folder: Path) -> Iterator[None]:
+    os.environ["OPENPALM_FEEDBACK_DIR"] = str(folder / "site")
+    os.environ["DJANGO_SETTINGS_MODULE"] = "openpalm.feedback.settings"
+    os.environ["OPENPALM_FEEDBACK_HOSTS"] = "testserver"
+    os.environ.pop("DATABASE_URL", None)
+    if kind == "sqlite":
+        yield
+        return
+    from postgresql import postgresql_server
+
+    with postgresql_server() as server, server.database() as url:
+        os.environ["DATABASE_URL"] = url
+        try:
+            yield
+        finally:
+            from django.db import connections
+
+            connections.close_all()
+
+
+def measure(folder: Path, items: int, responses: int) -> dict[str, Any]:
+    import django
+
+    django.setup()
+    logging.disable(logging.WARNING)  # pages that need something else than a GET
+    from openpalm.feedback.manage_command import manage
+    from openpalm.feedback.models import Project
+
+    manage(["migrate", "-v", "0"])
+    if not Project.objects.filter(slug=SLUG).exists():
+        fill(items, responses)
+    result: dict[str, Any] = {"pages": {}, "skipped": [], "plans": plans(), "export": {}}
+    time_judging(result)
+    time_pages(result)
+    time_export(folder, result)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
+    parser.add_argument("--items", type=int, default=100_000)
+    parser.add_argument("--responses", type=int, default=10)
+    parser.add_argument("--keep", type=Path, help="folder whose SQLite database is used again")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
+        folder = options.keep or Path(made)
+        with database(options.database, folder):
+            result = measure(folder, options.items, options.responses)
+    slow = [name for name, (middle, _) in result["pages"].items() if middle > LIMIT_MS]
+    if options.json:
+        print(json.dumps(result))
+        return 1 if slow else 0
+    for name, plan in result["plans"].items():
+        print(f"{name}\n{plan}\n")
+    for name, (middle, slowest) in sorted(result["pages"].items(), key=lambda one: -one[1][0]):
+        print(f"{middle:>9} {slowest:>9}  {name}")
+    print(f"not pages: {', '.join(result['skipped'])}")
+    print(f"export: {result['export']}")
+    print(f"{len(slow)} over {LIMIT_MS:g} ms" if slow else f"none over {LIMIT_MS:g} ms")
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
