@@ -226,7 +226,7 @@ def fill(items: int, responses: int) -> None:
 # What is timed.
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, float]:
+def timed(name: str, call: Callable[[], Any]) -> tuple[float, float]:
     """Median and slowest of some calls, in ms, after one that warms the caches."""
     call()
     times = []
@@ -234,6 +234,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1000)
+    print(f"{median(times):>9.1f}  {name}", file=sys.stderr, flush=True)
     return round(median(times), 1), round(max(times), 1)
 
 
@@ -297,7 +298,8 @@ def time_pages(result: dict[str, Any]) -> None:
             answer = client.get(path)
             b"".join(answer) if answer.streaming else answer.content
 
-        result["pages"][f"{name} {path}"[:100]] = timed(show)
+        known = f"{name} {path}"[:100]
+        result["pages"][known] = timed(known, show)
 
 
 def time_judging(result: dict[str, Any]) -> None:
@@ -308,26 +310,26 @@ def time_judging(result: dict[str, Any]) -> None:
     project = Project.objects.get(slug=SLUG)
     labeler, worn = User.objects.get(username="u3"), User.objects.get(username=f"u{USERS}")
     tie = Judgement("compare", {"tie": [0, 1]})
-    held: list[Any] = []
-    result["pages"]["next item"] = timed(lambda: held.append(_lease_anew(queue, project, labeler)))
-    result["pages"]["next item, nothing left"] = timed(lambda: queue.next_assignment(project, worn))
+
+    def leave() -> None:
+        assignment = queue.next_assignment(project, labeler)
+        assert assignment
+        submission.skip(assignment.pk, labeler, "")
 
     def judge() -> None:
         assignment = queue.next_assignment(project, labeler)
         assert assignment
         submission.submit(assignment.pk, labeler, tie)
 
-    result["pages"]["next item and submission"] = timed(judge)
-    project.repeat_share = 1.0
-    result["pages"]["next item, a repetition"] = timed(lambda: _lease_anew(queue, project, labeler))
-
-
-def _lease_anew(queue: Any, project: Any, user: Any) -> Any:
-    from openpalm.feedback.labeling import submission
-
-    assignment = queue.next_assignment(project, user)
-    submission.skip(assignment.pk, user, "")
-    return assignment
+    calls: dict[str, Callable[[], Any]] = {
+        "next item and skip": leave,
+        "next item and submission": judge,
+        "next item, nothing left": lambda: queue.next_assignment(project, worn),
+        "next item, a repetition": leave,
+    }
+    for name, call in calls.items():
+        project.repeat_share = float("repetition" in name)
+        result["pages"][name] = timed(name, call)
 
 
 def plans() -> dict[str, str]:

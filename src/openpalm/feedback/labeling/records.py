@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from django.db.models import QuerySet
+from django.db.models import Prefetch, QuerySet
 
 from openpalm.data.rows.preferences import Candidate, Preference
 from openpalm.data.text.conversation import Message
-from openpalm.feedback.models import Project, Prompt, Response, Task
+from openpalm.feedback.models import ItemCandidate, Project, Prompt, Response, Task
 
-CHUNK = 1000
+CHUNK = 500
+WITH_CANDIDATE = ItemCandidate.objects.select_related("candidate")
 PROMPTS = 100
 
 
@@ -18,7 +19,7 @@ def in_force(responses: "QuerySet[Response]") -> "QuerySet[Response]":
     return (
         responses.filter(in_force=True)
         .select_related("item__prompt", "user")
-        .prefetch_related("item__places__candidate")
+        .prefetch_related(Prefetch("item__places", WITH_CANDIDATE))
         .order_by("id")
     )
 

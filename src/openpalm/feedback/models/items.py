@@ -211,6 +211,11 @@ class Response(models.Model):
         indexes = [
             models.Index(fields=["project", "in_force", "id"], name="response_export"),
             models.Index(fields=["project", "-id"], name="response_by_project"),
+            models.Index(
+                fields=["project", "-id"],
+                condition=Q(state="flagged", in_force=True),
+                name="response_flagged",
+            ),
             models.Index(fields=["user", "project", "-id"], name="response_by_user"),
             models.Index(fields=["project", "state", "-id"], name="response_by_state"),
             models.Index(fields=["project", "kind", "-id"], name="response_by_kind"),
