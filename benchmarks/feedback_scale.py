@@ -335,13 +335,14 @@ def time_judging(result: dict[str, Any]) -> None:
 def plans() -> dict[str, str]:
     """The plans of the queries of the queue, of lists and of the export."""
     from openpalm.feedback.labeling import queue
-    from openpalm.feedback.labeling.records import in_force
+    from openpalm.feedback.labeling.records import _with_texts
     from openpalm.feedback.models import Item, Project, Response, User
 
     project, user = Project.objects.get(slug=SLUG), User.objects.get(username="u3")
     mine = Response.objects.filter(project=project, user=user)
     middle = Response.objects.count() // 2
-    listed = {
+    listed = Response.objects.filter(project=project)
+    queries = {
         "next item": queue.open_items(project, user)[:1],
         "items by page": Item.objects.filter(project=project, pk__gt=500).order_by("pk")[:100],
         "items by state": Item.objects.filter(
@@ -351,9 +352,9 @@ def plans() -> dict[str, str]:
             :100
         ],
         "responses of a labeler": mine.filter(pk__gt=middle).order_by("pk")[:100],
-        "export": in_force(Response.objects.filter(project=project)).filter(pk__gt=middle)[:1000],
+        "export": _with_texts(listed).filter(pk__gt=middle).order_by("pk")[:500],
     }
-    return {name: query.explain() for name, query in listed.items()}
+    return {name: query.explain() for name, query in queries.items()}
 
 
 def time_export(folder: Path, result: dict[str, Any]) -> None:

@@ -4,14 +4,17 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     dependencies = [
-        ('feedback', '0003_manage'),
+        ("feedback", "0003_manage"),
     ]
 
     operations = [
         migrations.AddIndex(
-            model_name='response',
-            index=models.Index(condition=models.Q(('in_force', True), ('state', 'flagged')), fields=['project', '-id'], name='response_flagged'),
+            model_name="response",
+            index=models.Index(
+                condition=models.Q(("in_force", True), ("state", "flagged")),
+                fields=["project", "-id"],
+                name="response_flagged",
+            ),
         ),
     ]
