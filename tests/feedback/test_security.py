@@ -257,7 +257,7 @@ def test_djangos_deploy_check_is_clean(tmp_path):
         "OPENPALM_FEEDBACK_HOSTS": "feedback.example.org",
     }
     code = (
-        "from openpalm.feedback.management import manage;"
+        "from openpalm.feedback.manage_command import manage;"
         "manage(['check', '--deploy', '--fail-level', 'WARNING'])"
     )
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The whole loop with real models: `openpalm serve --feedback`, judgements, trainings, promotion."""
+"""The whole loop with real models: `openpalm serve --feedback`, judgements, training, promotion."""
 
 import json
 import os
@@ -70,13 +70,15 @@ def loop(tmp_path) -> Iterator[Loop]:
     base = write_base(tmp_path / "base", clear=True)
     clean = {name: text for name, text in os.environ.items() if not name.startswith(OURS)}
     words = ["--feedback", "--feedback-dir", tmp_path / "site", "--port", 0, "--feedback-port", 0]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "openpalm", "serve", str(base), *map(str, words), "--name", "tiny"],
-        stdout=subprocess.PIPE,
-        stderr=(tmp_path / "errors").open("w"),
-        text=True,
-        env=clean,
-    )
+    words += ["--name", "tiny"]
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "openpalm", "serve", str(base), *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=clean,
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -148,6 +150,11 @@ def test_judgements_become_a_served_model(loop):
     assert failures == []
     after = loop.ask()
     assert after != before
+    # With consent, a conversation becomes a prompt, and its answer a candidate of that model.
+    loop.ask("shared 1", store=True)
+    while not (shared := loop.do("shared")):
+        time.sleep(0.2)
+    assert shared == [["shared 1", promoted["served"]]]
     # The model server crashes: it comes back with the model that was promoted.
     os.kill(loop.child("serve"), signal.SIGKILL)
     while True:

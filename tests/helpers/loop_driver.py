@@ -17,6 +17,7 @@ from feedback_prompts import add_prompts  # noqa: E402
 from openpalm.feedback.labeling import queue, submission  # noqa: E402
 from openpalm.feedback.labeling.submission import Judgement  # noqa: E402
 from openpalm.feedback.models import (  # noqa: E402
+    Candidate,
     Comparison,
     Job,
     ModelVersion,
@@ -51,15 +52,16 @@ def labeler() -> User:
 
 def judge_all() -> int:
     """The taste: the answer with the larger share of ASCII letters is better."""
-    count = 0
+    judged = 0
     while (assignment := queue.next_assignment(project(), labeler())) is not None:
         texts = [place.candidate.text for place in assignment.item.places.all()]
-        shares = [sum(c.isascii() and c.isalpha() for c in text) / len(text) for text in texts]
+        letters = [sum(c.isascii() and c.isalpha() for c in text) for text in texts]
+        shares = [count / max(1, len(text)) for count, text in zip(letters, texts, strict=True)]
         better = int(shares[1] > shares[0])
         payload = {"better": better, "worse": 1 - better, "strength": 1}
         submission.submit(assignment.pk, labeler(), Judgement("compare", payload, 1000))
-        count += 1
-    return count
+        judged += 1
+    return judged
 
 
 def prepare() -> Any:
@@ -144,6 +146,12 @@ def promote() -> Any:
     promotion.propose(project(), comparison.challenger, manager, comparison=comparison)
     job = wait("promote")
     return {"job": [job.state, job.message], "served": project().served.path}
+
+
+def shared() -> Any:
+    """Conversations of the chat page, with the checkpoints that answered."""
+    found = Candidate.objects.filter(prompt__source="chat").select_related("prompt", "model")
+    return [[c.prompt.messages[-1]["content"], c.model and c.model.path] for c in found]
 
 
 def undo() -> Any:

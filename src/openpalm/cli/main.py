@@ -28,7 +28,7 @@ VERBS = {
     "sft": ("sft", "fine-tune a checkpoint on conversations"),
     "dpo": ("dpo", "train on preferences offline: dpo, ipo, simpo, orpo, kto"),
     "reward": ("reward", "train a reward model on pairs of completions or on ratings"),
-    "score": ("score", "score completions with a reward model"),
+    "score": ("score", "score completions: rewards, or log-probabilities"),
     "merge-lora": ("merge_lora", "merge a LoRA adapter into the weights"),
     "ppo": ("ppo", "train on rewards of sampled completions, with a critic"),
     "grpo": ("grpo", "the same with groups in place of a critic: grpo, dr-grpo, dapo, rloo"),

@@ -41,13 +41,8 @@ def run(settings: ServeSettings) -> None:
     admin_keys = settings.admin_keys or [secrets.token_urlsafe(24)]
     with site.listen() as listening:
         server_url = feedback_site.url_of_address(settings.host, port)
-        site.set_environment(
-            {
-                "OPENPALM_SERVER_URL": server_url,
-                "OPENPALM_ADMIN_KEY": admin_keys[0],
-                "OPENPALM_API_KEY": keys[0] if keys else "",
-            }
-        )
+        shared = {"OPENPALM_SERVER_URL": server_url, "OPENPALM_ADMIN_KEY": admin_keys[0]}
+        site.set_environment(shared | ({"OPENPALM_API_KEY": keys[0]} if keys else {}))
         feedback_site.open_database()
         site_url = feedback_site.url_of(listening)
         server = _server(settings, port, server_url, site_url, keys, admin_keys)
@@ -80,10 +75,14 @@ def _server(
     admin_keys: Sequence[str],
 ) -> Child:
     """The model server. After a crash it starts with the model that was promoted meanwhile."""
+    from openpalm.feedback.manage import first_prompts
     from openpalm.feedback.training.served import connect
 
     connection = connect(settings.path, settings.model_name)
-    conversations = f"{site_url}/api/v1/projects/{connection.project}/conversations"
+    if connection.is_new and (data := first_prompts.data_of(Path(settings.path))):
+        count = first_prompts.add(connection.project, connection.model, data)
+        say(f"{count} prompts of {data}: answers to judge are being generated")
+    conversations = f"{site_url}/api/v1/projects/{connection.project.slug}/conversations"
     environment = {
         "OPENPALM_ADMIN_KEY": json.dumps(list(admin_keys)),
         TOKEN_VARIABLE: connection.token,
@@ -94,7 +93,8 @@ def _server(
 
     def command() -> list[str]:
         promoted = _promoted(served_file)
-        words = [*PROGRAM, "serve", promoted or settings.path, *options(settings, promoted)]
+        path = promoted or connection.model.path
+        words = [*PROGRAM, "serve", path, *options(settings, promoted)]
         words += ["--name", settings.model_name, "--port", str(port)]
         return [*words, "--conversation-url", settings.conversation_url or conversations]
 

@@ -59,14 +59,13 @@ def test_scores_are_made_once_and_too_long_ones_counted(project, model, admin, m
     assert reward.scores.count() == 5
 
 
-def test_a_policy_scores_nothing(project, model):
-    job = jobs.enqueue("score", project=project, model=model("base").pk)
+def test_a_model_without_a_checkpoint_scores_nothing(project, model):
+    known = ModelVersion.objects.create(project=project, name="gone")
+    job = jobs.enqueue("score", project=project, model=known.pk)
     drain("score")
     job.refresh_from_db()
-    assert (job.state, job.message) == (
-        "failed",
-        "the model base is no reward model with a checkpoint",
-    )
+    assert job.state == "failed"
+    assert job.message == "the model gone has no checkpoint to score with"
 
 
 def test_a_run_stands_for_its_newest_whole_checkpoint(project, tmp_path):
@@ -90,7 +89,7 @@ def test_the_first_project_is_made_with_the_served_model(db, tmp_path, settings)
     (settings.FEEDBACK_DIR / SERVED_FILE).write_text("{}")
     first = served.connect(str(tmp_path / "model"), "sft")
     project = Project.objects.get()
-    assert (first.project, project.name) == (project.slug, "Answers of sft")
+    assert (first.project.slug, project.name) == (project.slug, "Answers of sft")
     assert project.served == ModelVersion.objects.get(name="sft", checkpoint="abc")
     assert project.guideline is not None
     assert not (settings.FEEDBACK_DIR / SERVED_FILE).exists()

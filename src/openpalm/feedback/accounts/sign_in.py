@@ -69,7 +69,7 @@ class PasswordView(SuccessMessageMixin, auth.PasswordChangeView):
     success_message = "Your password is changed. Other browsers are signed out."
 
     def get_form(self, form_class: Any = None) -> Any:
-        form = super().get_form(form_class)
+        form: Any = super().get_form(form_class)
         form.address = throttle.address_of(self.request)
         return form
 

@@ -1,19 +1,16 @@
 """The rows of an uploaded file, one by one, as prompts or as items with candidates.
 
-Reads .jsonl with every format of data/rows, .csv with a header, .txt with a prompt on each line.
-A line that cannot be read is yielded as its reason with file and line, and the next one is read.
+Reads every format of data/rows; a row that cannot be used is yielded as its reason.
 """
 
-import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from openpalm.base.console import shown
 from openpalm.base.typed import at
-from openpalm.data.corpus.json_lines import BLOCK_BYTES, parse_lines, read_lines
-from openpalm.data.corpus.line_streams import no_tap
-from openpalm.data.rows.fields import Row
+from openpalm.data.rows.fields import COMPLETION_FIELDS, COMPLETIONS, PROMPT_FIELDS, Row
 from openpalm.data.rows.messages import Messages, parse_conversation, parse_prompt, parse_responses
 from openpalm.data.rows.pair_files import row_to_pair
 from openpalm.data.rows.preferences import Preference
@@ -32,13 +29,10 @@ from openpalm.data.rows.row_formats import (
     WHOLE,
     row_format,
 )
+from openpalm.data.rows.row_stream import Given, stream_rows, without_place
 from openpalm.errors import DataError
 
-MAX_CELL = 4 * 2**20
 MAX_PROMPT = 2**20
-MAX_UNPACKED = 4 * 2**30
-"""bytes of a compressed file: a bomb of 200 MB could hold 200 GB"""
-Given = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class UploadedItem:
     """(text, checkpoint) of each; the checkpoint is empty if the file does not say it"""
     judgement: tuple[str, dict[str, Any]] | None = None
     """kind and payload of the file's own judgement"""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """what of the row is not taken over"""
 
 
@@ -67,7 +61,7 @@ def read_items(path: Path, name: str) -> Iterator[tuple[str, UploadedItem | str]
 def _read(
     path: Path, name: str, convert: Callable[[Given], UploadedItem]
 ) -> Iterator[tuple[str, UploadedItem | str]]:
-    for where, row in _rows(path, name):
+    for where, row in stream_rows(path, name):
         if isinstance(row, str):
             yield where, row
             continue
@@ -76,137 +70,72 @@ def _read(
         except UnusableRow as error:
             yield where, error.reason
         except DataError as error:
-            yield where, _without(where, str(error))
+            yield where, without_place(where, error)
         except RecursionError:
             yield where, "nested too deeply"
-
-
-def _without(where: str, message: str) -> str:
-    """The message without its place: equal reasons are counted together."""
-    return message.removeprefix(f"{where}: ")
-
-
-# Rows of the three kinds of files.
-
-
-def _rows(path: Path, name: str) -> Iterator[tuple[str, Given | str]]:
-    if path.name.endswith(".csv"):
-        return _csv_rows(path, name)
-    if path.name.endswith(".txt"):
-        return _text_rows(path, name)
-    return _json_rows(path, name)
-
-
-def _json_rows(path: Path, name: str) -> Iterator[tuple[str, Given | str]]:
-    unpacked = 0
-    for block in read_lines(path, no_tap, BLOCK_BYTES):
-        unpacked += len(block.data)
-        if unpacked > MAX_UNPACKED:
-            raise DataError(f"{name}: more than {MAX_UNPACKED:,} bytes unpacked; split this file")
-        for number, line in enumerate(block.data.split(b"\n"), start=block.first):
-            one = block._replace(path=Path(name), first=number, data=line)
-            try:
-                yield from parse_lines(one)
-            except DataError as error:
-                where = f"{name}:{number}"
-                yield where, _without(where, str(error))
-
-
-def _text_rows(path: Path, name: str) -> Iterator[tuple[str, Given | str]]:
-    for block in read_lines(path, no_tap, BLOCK_BYTES):
-        for number, line in enumerate(block.data.split(b"\n"), start=block.first):
-            where = f"{name}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError:
-                yield where, "not valid UTF-8"
-                continue
-            if "\0" in text:
-                yield where, "a NUL byte, so this is not text"
-            elif text:
-                yield where, {"prompt": text}
-
-
-def _csv_rows(path: Path, name: str) -> Iterator[tuple[str, Given | str]]:
-    csv.field_size_limit(MAX_CELL)
-    with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
-        reader = csv.DictReader(_lines(file, name), strict=True)
-        while True:
-            where = f"{name}:{reader.line_num + 1}"
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise DataError(f"{where}: not CSV ({error}); correct this line") from None
-            yield where, _cells(row)
-
-
-def _lines(file: Any, name: str) -> Iterator[str]:
-    """The lines of a text file, of which none is longer than a cell may be."""
-    number = 0
-    while line := file.readline(MAX_CELL + 1):
-        number += 1
-        if len(line) > MAX_CELL:
-            raise DataError(f"{name}:{number}: a line of more than {MAX_CELL:,} characters")
-        yield line
-
-
-def _cells(row: dict[Any, Any]) -> Given | str:
-    if None in row:
-        return "more cells than the header has"
-    texts = {key: value for key, value in row.items() if value}
-    if any("\0" in text or "�" in text for text in texts.values()):
-        return "not valid UTF-8 text"
-    return texts
 
 
 # A row -> a prompt, or a prompt with completions.
 
 
 def _prompt_of(given: Given) -> UploadedItem:
-    name = row_format(given)
-    row = Row(given)
+    row = _row_of(given, "prompt")
+    name = row_format(row.values)
     if name == PREFERENCE:
         return UploadedItem(Preference.from_json(given, "row").prompt)
     if name in (MESSAGES, SHAREGPT):
-        return UploadedItem(_checked(_without_completion(parse_conversation(row))))
-    if name == TEXT:
-        return UploadedItem(_checked(parse_prompt(Row({"prompt": given["text"]}))))
-    if name in (HH, TEXTS, WHOLE):
-        return UploadedItem(_checked(next(iter(row_to_pair(row))).prompt))
-    if name is None and not (public := public_format(given)):
+        prompt = _without_completion(parse_conversation(row))
+    elif name == TEXT:
+        prompt = parse_prompt(Row({"prompt": row.get("text")}))
+    elif name in (HH, TEXTS, WHOLE):
+        prompt = next(iter(row_to_pair(row))).prompt
+    elif name is None:
         raise _unknown(given)
-    if name is None:
-        return _prompt_of(next(iter(public.translate(row, "prompt"))))
-    return UploadedItem(_checked(parse_prompt(row)))
+    else:
+        prompt = parse_prompt(row)
+    return _noted(row, UploadedItem(_checked(prompt)), PROMPT_FIELDS)
 
 
 def _item_of(given: Given) -> UploadedItem:
-    if public := public_format(given):
-        translated = list(public.translate(Row(given), "pair"))
-        if len(translated) != 1:
-            raise UnusableRow(f"{public.name}: {len(translated)} items in one row")
-        given = translated[0]
-    name, row = row_format(given), Row(given)
+    row = _row_of(given, "pair")
+    name = row_format(row.values)
     if name == PREFERENCE:
         return _item_of_record(Preference.from_json(given, "row"))
     if name in (EXPLICIT, HH, TEXTS, WHOLE):
         pair = next(iter(row_to_pair(row)))
-        sides = [_answer(pair.chosen), _answer(pair.rejected)]
+        sides = (_answer(pair.chosen), ""), (_answer(pair.rejected), "")
         better = {"better": 0, "worse": 1, "strength": 1}
-        return UploadedItem(
-            _checked(pair.prompt), tuple((t, "") for t in sides), ("compare", better)
-        )
-    if name in (RANKING, SCORED) or given.get("responses") or given.get("answers"):
-        texts = parse_responses(row)
-        notes = ("its ranking or scores",) if name in (RANKING, SCORED) else ()
-        candidates = tuple((text, "") for text in texts)
-        return UploadedItem(_checked(parse_prompt(row)), candidates, notes=notes)
-    prompt = _prompt_of(given)
-    if name is not None and (completion := _completion(given)):
-        return UploadedItem(prompt.prompt, ((completion, ""),))
-    return prompt
+        item = UploadedItem(_checked(pair.prompt), sides, ("compare", better))
+    elif name in (RANKING, SCORED) or row.has("responses") or row.has("answers"):
+        candidates = tuple((text, "") for text in parse_responses(row))
+        item = UploadedItem(_checked(parse_prompt(row)), candidates)
+    elif completion := _completion(row):
+        item = UploadedItem(_prompt_of(given).prompt, ((completion, ""),))
+        row.used |= PROMPT_FIELDS | COMPLETION_FIELDS
+    else:
+        return _prompt_of(given)
+    return _noted(row, item, PROMPT_FIELDS | COMPLETION_FIELDS)
+
+
+def _row_of(given: Given, what: str) -> Row:
+    """The row in a format of ours, also if it is of a public data set."""
+    public = public_format(given)
+    translated = list(public.translate(Row(given), what)) if public else [given]
+    if len(translated) != 1:
+        raise UnusableRow(f"{len(translated)} examples in one row")
+    row = Row(translated[0], given)
+    row.check_weight()
+    return row
+
+
+def _noted(row: Row, item: UploadedItem, roles: frozenset[str]) -> UploadedItem:
+    """The item with the names of fields that nobody reads; a text among them is an error."""
+    contents = [message.content for message in item.prompt]
+    paragraphs = [part for text in contents for part in text.split("\n\n")]
+    texts = [*contents, *paragraphs, *(text for text, _ in item.candidates)]
+    unused = row.unused_fields(texts, roles)
+    notes = tuple(f"its field {shown(name)}" for name in unused)
+    return replace(item, notes=notes)
 
 
 def _item_of_record(record: Preference) -> UploadedItem:
@@ -214,15 +143,14 @@ def _item_of_record(record: Preference) -> UploadedItem:
     return UploadedItem(record.prompt, candidates, (record.kind, record.payload))
 
 
-def _completion(given: Given) -> str | None:
+def _completion(row: Row) -> str | None:
     """The one completion of a row that has no other."""
-    for name in ("completion", "response", "output"):
-        if isinstance(value := given.get(name), str) and value.strip():
+    for name in COMPLETIONS:
+        if isinstance(value := row.values.get(name), str) and value.strip():
             return value
-    for name in ("messages", "conversations"):
-        if given.get(name):
-            last = parse_conversation(Row(given))[-1]
-            return last.content if last.role == "assistant" else None
+    if row.has("messages") or row.has("conversations"):
+        last = parse_conversation(row)[-1]
+        return last.content if last.role == "assistant" else None
     return None
 
 

@@ -23,6 +23,7 @@ class Invitation(models.Model):
     """A link that makes its visitor a member. Only a hash of the link's secret is stored."""
 
     project = models.ForeignKey("Project", models.CASCADE, related_name="invitations")
+    project_id: int
     role = models.CharField(max_length=16)
     digest = models.CharField(max_length=64, unique=True)
     created_by = models.ForeignKey(User, models.PROTECT, related_name="+")

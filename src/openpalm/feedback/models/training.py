@@ -49,7 +49,7 @@ class Snapshot(models.Model):
     rows: "models.Manager[SnapshotJudgement]"
     filters: Any = models.JSONField(default=dict)
     counts: Any = models.JSONField(default=dict)
-    """judgements by author_kind and by kind"""
+    """judgements by author_kind, by kind and by author"""
     created_by = models.ForeignKey(User, models.PROTECT, null=True, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
 

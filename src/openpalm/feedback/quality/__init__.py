@@ -1,1 +1,1 @@
-"""Agreement, time, consensus and the board, computed by the worker and stored."""
+"""The figures of a project, computed by the worker and stored as Statistic rows for the pages."""

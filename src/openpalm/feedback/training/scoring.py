@@ -1,4 +1,7 @@
-"""Scores candidates with a reward model, by `openpalm score` in a process of its own."""
+"""Scores candidates by `openpalm score` in a process of its own.
+
+A reward model gives rewards; a model that answers gives its log-probability of the candidate.
+"""
 
 import json
 from collections.abc import Iterator
@@ -35,8 +38,8 @@ def score(
     model: ModelVersion, progress: Progress, candidates: list[int] | None = None
 ) -> dict[str, Any]:
     """Counts of the candidates that were scored and of those too long for the model."""
-    if model.kind != REWARD or not model.path:
-        raise DataError(f"the model {model} is no reward model with a checkpoint")
+    if not model.path:
+        raise DataError(f"the model {model} has no checkpoint to score with")
     waiting = unscored(model)
     if candidates is not None:
         waiting = waiting.filter(pk__in=candidates)
@@ -80,8 +83,9 @@ def _write(candidates: "QuerySet[Candidate]", path: Path) -> int:
 
 def _store(model: ModelVersion, path: Path, progress: Progress) -> int:
     """Rows that an earlier attempt stored are left as they are."""
-    scores = (row for row in jsonl.read_rows(path) if row.get("reward") is not None)
-    rows = (ModelScore(model=model, candidate_id=row["id"], score=row["reward"]) for row in scores)
+    field = "reward" if model.kind == REWARD else "log_prob"
+    scores = (row for row in jsonl.read_rows(path) if row.get(field) is not None)
+    rows = (ModelScore(model=model, candidate_id=row["id"], score=row[field]) for row in scores)
     stored = 0
     for batch in _batches(rows):
         ModelScore.objects.bulk_create(batch, ignore_conflicts=True)

@@ -104,7 +104,9 @@ def temporary_server(path: str, progress: Progress) -> Iterator[ModelServer]:
         try:
             progress.say(f"loading {path}")
             waited = 0.0
-            while not (ready := _READY.search(Path(log.name).read_text("utf-8", "replace"))):
+            while not (
+                ready := _READY.search(Path(log.name).read_text(encoding="utf-8", errors="replace"))
+            ):
                 if process.poll() is not None or waited > LOAD_TIMEOUT_S:
                     reason = command.last_line() or f"no answer in {LOAD_TIMEOUT_S:.0f} s"
                     raise WorkError(f"{path} cannot be served: {reason}")

@@ -82,6 +82,7 @@ def freeze(project: Project, chosen: Filter, user: User | None) -> Snapshot:
     folder = Path(settings.FEEDBACK_DIR) / "snapshots"
     digest, ids = hashlib.sha256(), []
     authors: Counter[str] = Counter()
+    names: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     # Written under another name first: the name is the hash of the content.
     written = folder / f".writing-{uuid.uuid4().hex}.jsonl"
@@ -93,6 +94,7 @@ def freeze(project: Project, chosen: Filter, user: User | None) -> Snapshot:
             digest.update(line)
             ids.append(response.pk)
             authors[response.author_kind] += 1
+            names[response.user.username] += 1
             kinds[response.kind] += 1
     if not ids:
         written.unlink()
@@ -102,7 +104,7 @@ def freeze(project: Project, chosen: Filter, user: User | None) -> Snapshot:
         )
     path = folder / f"{digest.hexdigest()}.jsonl"
     written.replace(path)
-    counts = {"author_kind": dict(authors), "kind": dict(kinds)}
+    counts = {"author_kind": dict(authors), "kind": dict(kinds), "author": dict(names)}
     return _store(project, path, ids, chosen, counts, user)
 
 

@@ -1,4 +1,4 @@
-"""Exports of Argilla 1 and 2, written after its documented shapes, and the records that they hold."""
+"""Exports of Argilla 1 and 2, after their documented shapes, and the records that they hold."""
 
 import json
 import re
@@ -195,7 +195,7 @@ def test_milliseconds_and_seconds_are_times(tmp_path):
 def test_a_chat_field_is_a_prompt_and_its_last_turn_a_completion(tmp_path):
     turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Sky?"), ("assistant", "Blue.")]
     chat = [{"role": role, "content": text} for role, text in turns]
-    row = {"id": "c", "fields": {"chat": chat}, "responses": {"ok": [{"value": "yes"}]}}
+    row = {"id": "c", "fields": {"chat": chat}, "responses": {"ok": [{"value": "Good!"}]}}
     tasks, counts = read(tmp_path, row)
     assert [m.content for m in tasks[0].prompt] == ["Hi", "Hello.", "Sky?"]
     assert texts(tasks[0]) == ["Blue."]
@@ -241,6 +241,34 @@ def test_a_blank_field_beside_the_prompt_is_no_empty_prompt(tmp_path):
     assert len(read(tmp_path, {"fields": fields, "responses": {}})[0]) == 1
     tasks, counts = read(tmp_path, {"fields": fields | {"prompt": " "}, "responses": {}})
     assert (tasks, counts.unused["empty prompt"]) == ([], 1)
+
+
+def test_yes_praises_only_if_the_question_is_called_a_thumb(tmp_path):
+    row = RATED | {"responses": {"rude": [{"value": "yes", "user_id": "a"}]}}
+    tasks, counts = read(tmp_path, row)
+    assert (judgements(tasks), counts.used) == ([], 0)
+    for value, up in (("Yes", True), ("no", False)):
+        row = RATED | {"responses": {"fine": [{"value": value, "user_id": "a"}]}}
+        tasks, _ = read(tmp_path, row, roles=Roles(questions={"fine": "thumb"}))
+        assert judgements(tasks) == [("a", "thumb", {"up": up, "candidate": 0})]
+
+
+def test_a_grade_is_no_comparison(tmp_path):
+    fields = {"prompt": "Sky?", "answer_a": "red", "answer_b": "blue"}
+    row = {"fields": fields, "responses": {"grade": [{"value": "B", "user_id": "a"}]}}
+    assert judgements(read(tmp_path, row)[0]) == []
+    roles = Roles(questions={"grade": "compare"})
+    better = {"better": 1, "worse": 0, "strength": 1}
+    assert judgements(read(tmp_path, row, roles=roles)[0]) == [("a", "compare", better)]
+    row = {"fields": fields, "responses": {"grade": [{"value": "answer b", "user_id": "a"}]}}
+    assert judgements(read(tmp_path, row)[0]) == [("a", "compare", better)]
+
+
+def test_correctness_is_no_correction(tmp_path):
+    row = RATED | {"responses": {"correctness": [{"value": "Correct", "user_id": "a"}]}}
+    assert judgements(read(tmp_path, row)[0]) == [("a", "thumb", {"up": True, "candidate": 0})]
+    row = RATED | {"responses": {"correctness": [{"value": "mostly", "user_id": "a"}]}}
+    assert judgements(read(tmp_path, row)[0]) == []
 
 
 def test_a_second_reading_gives_the_same_ids(tmp_path):

@@ -188,6 +188,20 @@ def test_json_min(tmp_path):
     }
 
 
+def test_a_completion_may_be_the_word_of_a_label(tmp_path):
+    row = {"prompt": "tie", "answer1": "good", "answer2": "Left", "annotation_id": 1}
+    tasks, _ = read(tmp_path, row | {"pw": [{"selected": "left"}]})
+    assert [c.text for c in tasks[0].candidates] == ["good", "Left"]
+    assert [kind for _, kind, _ in judgements(tasks)] == ["compare"]
+
+
+def test_an_axis_counts_once(tmp_path):
+    twice = [result("rating", {"rating": n}, "stars", "response") for n in (2, 5)]
+    tasks, counts = read(tmp_path, task(annotation(1, *twice), data=ONE))
+    assert judgements(tasks) == [("7", "rate", {"ratings": {"stars": 2}, "candidate": 0})]
+    assert counts.unused == {"a second rating of 'stars' of one completion": 1}
+
+
 def test_json_min_texts_need_roles(tmp_path):
     row = {"prompt": "Sky?", "output": "red", "better_answer": "Blue.", "annotation_id": 1}
     tasks, counts = read(tmp_path, row)

@@ -17,34 +17,28 @@ from openpalm.data.rows.imports.tasks import IGNORE, Annotation, Answer, Roles
 from openpalm.data.rows.payloads import Kind
 from openpalm.data.rows.preferences import Candidate, Preference
 
-TIE = frozenset(
-    (
-        *("tie", "tied", "equal", "equallygood", "same", "draw"),
-        *("bothgood", "nopreference", "similar"),
-    )
-)
-BOTH_BAD = frozenset(
-    (
-        *("bothbad", "neither", "none", "allbad", "equallybad"),
-        *("bothwrong", "noneofthem"),
-    )
-)
+# Labels without case and punctuation (see task_fields.normal).
+TIE = frozenset(("tie", "tied", "equal", "equallygood", "same", "draw", "bothgood", "nopreference"))
+BOTH_BAD = frozenset(("bothbad", "neither", "allbad", "equallybad", "bothwrong", "noneofthem"))
 GOOD = frozenset(
-    (
-        *("good", "yes", "up", "thumbsup", "thumbup", "positive", "correct"),
-        *("accept", "accepted", "like", "helpful", "true"),
-    )
+    ("good", "thumbsup", "thumbup", "correct", "accept", "accepted", "like", "helpful")
 )
 BAD = frozenset(
     (
-        *("bad", "no", "down", "thumbsdown", "thumbdown", "negative", "incorrect", "wrong"),
-        *("reject", "rejected", "dislike", "unhelpful", "false"),
+        *("bad", "thumbsdown", "thumbdown", "incorrect", "wrong", "reject", "rejected"),
+        *("dislike", "unhelpful"),
     )
 )
-"""Labels without case and punctuation (see task_fields.normal)."""
+# `yes` to "Is it rude?" praises nothing: these count only where Roles call the question a thumb.
+_YES, _NO = frozenset(("yes", "true", "up", "1")), frozenset(("no", "false", "down", "0"))
 _COMMENT = re.compile(r"comment|reason|note|explanation|rationale|why|justification|feedback")
-_EDIT = re.compile(r"edit|correct|improve|rewrite|rewritten|revis|better|fixed|ideal")
+_EDIT = re.compile(
+    r"(?:^|[ _.-])edit|corrected|correction|improved|improvement|rewrit|revised|revision|fixed"
+    r"|ideal|better[ _.-]?(?:response|completion|answer|output)"
+)
 _WRITE = re.compile(r"demonstration|write|response|completion|answer|output|reply|generation")
+# A label of one letter may be a grade: it names a completion only in an answer to such a question.
+_COMPARES = re.compile(r"better|best|prefer|choice|choose|chosen|winner|which|compar|pick|select")
 
 Payload = dict[str, Any]
 
@@ -73,7 +67,9 @@ def records_of(
             judged.append(found)
         else:
             candidate, axis, value = found
-            ratings.setdefault(candidate, {})[axis] = value
+            if axis in ratings.setdefault(candidate, {}):
+                judged.append(f"a second rating of {shown(axis)} of one completion")
+            ratings[candidate].setdefault(axis, value)
     for candidate, axes in ratings.items():
         judged.append(Judged("rate", {"ratings": axes, "candidate": candidate}))
     if not annotation.answers:
@@ -145,7 +141,7 @@ def _judge(answer: Answer, content: Content, roles: Roles) -> Iterable[Judged | 
 
 def _side(answer: Answer, content: Content) -> Judged | str:
     sides = [content.find(name) for name in answer.about]
-    if len(sides) != 2 or None in sides:
+    if len(sides) != 2 or None in sides or sides[0] == sides[1]:
         if len(content.choices) != 2:
             return "a comparison of fields that are not known as completions"
         sides = [0, 1]
@@ -178,12 +174,13 @@ def _label_or_text(answer: Answer, content: Content, kind: str | None) -> Iterab
     unread = f"text of question {question}, which no record holds"
     if may_be_text and _COMMENT.search(name):
         return [unread]
-    if found := list(_choice(normal(answer.value), content)):
+    compares = kind == "compare" or _COMPARES.search(name) is not None
+    if found := list(_choice(answer.value, content, compares)):
         return found
     if may_be_text and content.choices and _EDIT.search(name):
         return [_text(answer, content, "edit")]
-    if len(content.choices) == 1 and normal(answer.value) in GOOD | BAD:
-        return [Judged("thumb", {"up": normal(answer.value) in GOOD, "candidate": 0})]
+    if (thumb := _thumb(answer.value, content, kind)) is not None:
+        return [thumb]
     if may_be_text and not content.choices and (_WRITE.search(name) or _EDIT.search(name)):
         return [_text(answer, content, "write")]
     if answer.form == "label":
@@ -191,18 +188,28 @@ def _label_or_text(answer: Answer, content: Content, kind: str | None) -> Iterab
     return [unread]
 
 
-def _choice(label: str, content: Content) -> Iterator[Judged]:
+def _choice(label: str, content: Content, compares: bool) -> Iterator[Judged]:
     """What a label says of several completions."""
-    count = len(content.choices)
-    best = content.find(label)
-    if count == 2 and label in TIE:
+    count, best = len(content.choices), content.find(label)
+    if count == 2 and normal(label) in TIE:
         yield Judged("compare", {"tie": [0, 1]})
-    elif count == 2 and label in BOTH_BAD:
+    elif count == 2 and normal(label) in BOTH_BAD:
         yield Judged("compare", {"both_bad": [0, 1]})
     elif count > 1 and best is not None:
+        if len(normal(label)) == 1 and not compares and label != content.choices[best].names[0]:
+            return
         for other in range(count):
             if other != best:
                 yield Judged("compare", {"better": best, "worse": other, "strength": 1})
+
+
+def _thumb(label: str, content: Content, kind: str | None) -> Judged | None:
+    """What a label says of the only completion."""
+    named = normal(label)
+    good, bad = (GOOD | _YES, BAD | _NO) if kind == "thumb" else (GOOD, BAD)
+    if len(content.choices) != 1 or named not in good | bad:
+        return None
+    return Judged("thumb", {"up": named in good, "candidate": 0})
 
 
 def _text(answer: Answer, content: Content, kind: str) -> Judged | str:

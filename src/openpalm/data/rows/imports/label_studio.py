@@ -11,7 +11,7 @@ from openpalm.base.console import shown
 from openpalm.base.typed import expect, is_number
 from openpalm.data.rows.fields import is_blank
 from openpalm.data.rows.imports.judgements import BAD, BOTH_BAD, GOOD, TIE
-from openpalm.data.rows.imports.task_fields import normal
+from openpalm.data.rows.imports.task_fields import is_content_name, normal
 from openpalm.data.rows.imports.tasks import (
     Annotation,
     Answer,
@@ -148,7 +148,9 @@ def _min_answers(name: str, value: Any, roles: Roles) -> Iterator[Answer]:
     if isinstance(value, list) and value and all(_is_value(item) for item in value):
         for item in value:
             yield _answer(name, item, (), name)
-    elif isinstance(value, str) and (asked or normal(value) in _LABELS):
+    elif isinstance(value, str) and (
+        asked or (normal(value) in _LABELS and not is_content_name(name, roles))
+    ):
         yield Answer(name, "text", value)
     elif asked and is_number(value):
         yield Answer(name, "rating", value)

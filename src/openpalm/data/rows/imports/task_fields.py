@@ -74,6 +74,13 @@ def normal(name: object) -> str:
     return re.sub(r"[\W_]+", "", text.casefold())
 
 
+def is_content_name(name: str, roles: Roles) -> bool:
+    """Whether the name of a field says that it holds a prompt or a completion."""
+    known = (*PROMPTS, *INPUTS, *SYSTEMS, *HISTORY, *SIDES, *_SINGLE, *_LISTS)
+    stated = (roles.prompt, *roles.completions)
+    return name in known or name in stated or bool(_NUMBERED.fullmatch(name))
+
+
 def find_content(fields: dict[str, Any], roles: Roles) -> Content:
     """Raises DataError naming a field, UnusableRow for a prompt that cannot be used."""
     present = {name: value for name, value in fields.items() if not is_blank(value)}

@@ -1,0 +1,175 @@
+"""Forms of the loop: the next batch, a training, a model, a comparison."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from django import forms
+
+from openpalm.feedback.models import ModelVersion, Project, User
+from openpalm.feedback.statistics.promotion import MINIMUM
+from openpalm.feedback.training.commands import DEFAULTS, MAX_MEMBERS
+from openpalm.feedback.training.registry import POLICY, REWARD
+from openpalm.feedback.training.snapshots import Filter
+
+VERBS = {
+    "reward": "Reward model",
+    "dpo": "DPO",
+    "ppo": "PPO",
+    "sft": "SFT",
+}
+ABOUT = {
+    "reward": "Learns from pairs, rankings, ratings, thumbs and edits which answer is better.",
+    "dpo": "Trains a model that answers directly on which answer people preferred.",
+    "ppo": "Lets a model answer the training prompts and rewards it with a reward model.",
+    "sft": "Trains a model on answers that people edited or wrote.",
+}
+OF_VERB = {
+    "reward": ("members",),
+    "dpo": ("beta",),
+    "ppo": ("kl_coef",),
+    "sft": (),
+}
+"""settings of one verb; the others have them not"""
+SETTINGS = {"lr": "optim.lr", "rank": "lora.rank"}
+"""names of fields that are no names of options"""
+AUTHORS = {
+    User.Kind.PERSON: "people",
+    User.Kind.SIMULATED: "simulated labelers",
+    User.Kind.MODEL: "models as judges",
+}
+
+
+class BatchForm(forms.Form):
+    size = forms.IntegerField(label="Pairs", min_value=1, max_value=10_000, initial=50)
+
+
+class TrainForm(forms.Form):
+    """One training. An empty setting leaves the command's default."""
+
+    parent = forms.ModelChoiceField(ModelVersion.objects.none(), label="Start from")
+    reward = forms.ModelChoiceField(
+        ModelVersion.objects.none(),
+        label="Reward model",
+        help_text="All members of its ensemble reward together.",
+    )
+    authors = forms.MultipleChoiceField(
+        label="Judgements by",
+        widget=forms.CheckboxSelectMultiple,
+        help_text="Those in force now are frozen. Gold items and held-out prompts are never used.",
+    )
+    comparisons = forms.BooleanField(
+        label="Also judgements of comparisons",
+        required=False,
+        help_text="Only on prompts that are no longer held out.",
+    )
+    members = forms.IntegerField(
+        min_value=1,
+        max_value=MAX_MEMBERS,
+        initial=3,
+        help_text="As many models with different seeds. Two or more show where they disagree, "
+        "which chooses the next batch.",
+    )
+    steps = forms.IntegerField(min_value=1, max_value=1_000_000, required=False)
+    lr = forms.FloatField(
+        label="Learning rate",
+        required=False,
+        help_text="Default: the command's own, which depends on the model.",
+    )
+    beta = forms.FloatField(
+        min_value=0.0001,
+        max_value=999,
+        required=False,
+        help_text="Default: 0.1. Larger stays closer to the parent.",
+    )
+    kl_coef = forms.FloatField(
+        label="KL penalty coefficient",
+        min_value=0,
+        max_value=999,
+        required=False,
+        help_text="Default: 0.05 per nat. Larger stays closer to the parent.",
+    )
+    rank = forms.IntegerField(
+        label="LoRA rank",
+        min_value=1,
+        max_value=1024,
+        required=False,
+        help_text="Default: none; all weights are trained.",
+    )
+    seed = forms.IntegerField(min_value=0, max_value=2**31 - 1, initial=0)
+    name = forms.CharField(
+        max_length=80, required=False, help_text="Default: the training and its number."
+    )
+
+    def __init__(
+        self, *args: Any, project: Project, verb: str, counted: Mapping[str, int], **names: Any
+    ) -> None:
+        super().__init__(*args, **names)
+        self.verb = verb
+        known = ModelVersion.objects.filter(project=project).exclude(path="").order_by("-id")
+        parent: Any = self.fields["parent"]
+        parent.queryset = known if verb == "reward" else known.filter(kind=POLICY)
+        parent.initial = project.served_id
+        reward: Any = self.fields["reward"]
+        reward.queryset = known.filter(kind=REWARD)
+        reward.initial = reward.queryset.first()
+        authors: Any = self.fields["authors"]
+        authors.choices = [(kind, _with_count(kind, counted)) for kind in AUTHORS]
+        authors.initial = [project.decided_by]
+        (length, number), *_ = DEFAULTS[verb].items()
+        self.fields["steps"].help_text = f"Default: {number} {length}."
+        self._leave_out()
+
+    def _leave_out(self) -> None:
+        """Removes the fields that this verb has no use for."""
+        others = {name for names in OF_VERB.values() for name in names} - {*OF_VERB[self.verb]}
+        if self.verb == "ppo":
+            others |= {"authors", "comparisons"}
+        else:
+            others.add("reward")
+        for name in others:
+            del self.fields[name]
+
+    def settings(self) -> dict[str, Any]:
+        """What runs.start takes as settings."""
+        own = ("steps", "lr", "rank", "seed", "name", *OF_VERB[self.verb])
+        given = {name: self.cleaned_data.get(name) for name in own}
+        return {SETTINGS.get(k, k): v for k, v in given.items() if v not in (None, "")}
+
+    def chosen(self) -> Filter | None:
+        """Which judgements are frozen; None for ppo, which has prompts only."""
+        if self.verb == "ppo":
+            return None
+        return Filter(
+            tuple(self.cleaned_data["authors"]), comparisons=self.cleaned_data["comparisons"]
+        )
+
+
+def _with_count(kind: str, counted: Mapping[str, int]) -> str:
+    count = counted.get(kind)
+    return AUTHORS[User.Kind(kind)] if count is None else f"{AUTHORS[User.Kind(kind)]} ({count:,})"
+
+
+class RegisterForm(forms.Form):
+    """A checkpoint on the server's disk."""
+
+    path = forms.CharField(
+        max_length=500, help_text="A run or a checkpoint directory on the server."
+    )
+    name = forms.CharField(max_length=80)
+    kind = forms.ChoiceField(
+        choices=[(POLICY, "a model that answers"), (REWARD, "a reward model")],
+        widget=forms.RadioSelect,
+        initial=POLICY,
+    )
+
+
+class CompareForm(forms.Form):
+    size = forms.IntegerField(label="Pairs", min_value=MINIMUM, max_value=10_000, initial=MINIMUM)
+    temperature = forms.FloatField(min_value=0, max_value=2, initial=1.0)
+    max_tokens = forms.IntegerField(
+        label="Most tokens of an answer", min_value=1, max_value=4096, initial=256
+    )
+
+
+class ExtendForm(forms.Form):
+    further = forms.IntegerField(label="Further pairs", min_value=1, max_value=10_000)

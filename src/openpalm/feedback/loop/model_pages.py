@@ -1,0 +1,190 @@
+"""Pages of models: all of them as a tree, one with its lineage, and what a snapshot holds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from django.contrib import messages
+from django.http import HttpResponse
+from django.shortcuts import redirect
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from openpalm.errors import DataError, OpenPalmError
+from openpalm.feedback.accounts import audit
+from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.loop.forms import CompareForm, RegisterForm
+from openpalm.feedback.loop.pages import find, page, refused
+from openpalm.feedback.manage.blinding import revealed
+from openpalm.feedback.manage.judgements import describe
+from openpalm.feedback.manage.paging import page_of
+from openpalm.feedback.models import (
+    Comparison,
+    ModelVersion,
+    Project,
+    Promotion,
+    Role,
+    Snapshot,
+    SnapshotJudgement,
+    TrainRun,
+)
+from openpalm.feedback.training import promotion
+from openpalm.feedback.training.lineage import ancestors, snapshots_of
+from openpalm.feedback.training.registry import POLICY, REWARD, register
+from openpalm.feedback.training.servers import site_server
+from openpalm.feedback.worker import jobs
+
+MODELS_ON_A_PAGE = 100
+MAX_DEPTH = 6
+"""of the indents of the tree"""
+
+
+@require_GET
+@project_page(Role.REVIEWER)
+def models(request: ProjectRequest) -> HttpResponse:
+    found = ModelVersion.objects.filter(project=request.project)
+    found = found.select_related("parent", "run__snapshot")
+    listed = page_of(found, request, MODELS_ON_A_PAGE)
+    promotions = Promotion.objects.filter(project=request.project).order_by("-id")
+    return page(
+        request,
+        "models",
+        page=listed,
+        rows=tree(listed.rows),
+        promotions=list(promotions.select_related("model", "previous", "by", "comparison")[:20]),
+        has_server=site_server() is not None,
+    )
+
+
+def tree(found: Sequence[ModelVersion]) -> list[tuple[int, ModelVersion]]:
+    """(depth, model): each below its parent if that is listed too, the oldest first."""
+    listed = {model.pk for model in found}
+    children: dict[int | None, list[ModelVersion]] = {}
+    for model in sorted(found, key=lambda model: model.pk):
+        parent = model.parent_id if model.parent_id in listed else None
+        children.setdefault(parent, []).append(model)
+    ordered: list[tuple[int, ModelVersion]] = []
+    waiting = [(0, model) for model in reversed(children.get(None, []))]
+    while waiting:
+        depth, model = waiting.pop()
+        ordered.append((min(depth, MAX_DEPTH), model))
+        waiting += [(depth + 1, child) for child in reversed(children.pop(model.pk, []))]
+    return ordered
+
+
+@require_GET
+@project_page(Role.REVIEWER)
+def model(request: ProjectRequest, model_id: int) -> HttpResponse:
+    project = request.project
+    rows = ModelVersion.objects.select_related("parent", "run__snapshot", "run__reward_model")
+    row = find(rows, model_id, request)
+    compared = Comparison.objects.filter(project=project, challenger=row)
+    promoted = Promotion.objects.filter(project=project, model=row)
+    runs = TrainRun.objects.filter(project=project, parent=row)
+    is_policy = row.kind == POLICY
+    return page(
+        request,
+        "model",
+        model=row,
+        is_policy=is_policy,
+        is_served=row.pk == project.served_id,
+        ancestors=ancestors(row)[1:],
+        snapshots=snapshots_of(row),
+        comparisons=list(compared.select_related("served").order_by("-id")[:10]),
+        promotions=list(promoted.select_related("by", "previous").order_by("-id")[:10]),
+        trained=list(runs.defer("curve").order_by("-id")[:20]),
+        compare_form=CompareForm(),
+        can_compare=is_policy and project.served_id not in (None, row.pk) and bool(row.path),
+        can_choose=can_choose(project, row),
+        refusal=promotion.refusal(None, row),
+    )
+
+
+def can_choose(project: Project, row: ModelVersion) -> bool:
+    """The first served model of a project needs no comparison, if no server has one already."""
+    return project.served_id is None and site_server() is None and row.kind == POLICY
+
+
+@require_POST
+@project_page(Role.ADMIN)
+def model_choose(request: ProjectRequest, model_id: int) -> HttpResponse:
+    """Names the first served model, which later ones are compared with."""
+    slug = request.project.slug
+    row = find(ModelVersion.objects.all(), model_id, request)
+    if not can_choose(request.project, row) or not row.path:
+        reason = "Only the first served model is chosen by hand; promote another one."
+        return refused(request, reason, "model", slug, row.pk)
+    # Conditional: of two managers at the same time only one chooses.
+    free = Project.objects.filter(pk=request.project.pk, served=None)
+    if free.update(served=row):
+        audit.record("model.served", user=request.user, project=request.project, target=row)
+        messages.success(request, f"Models are compared with {row.name} from now on.")
+    return redirect("model", slug, row.pk)
+
+
+@require_POST
+@project_page(Role.ADMIN)
+def model_score(request: ProjectRequest, model_id: int) -> HttpResponse:
+    """Scores all answers with a reward model."""
+    slug = request.project.slug
+    row = find(ModelVersion.objects.all(), model_id, request)
+    if row.kind != REWARD or not row.path:
+        return refused(
+            request, "Only a reward model with a checkpoint scores.", "model", slug, row.pk
+        )
+    job = jobs.enqueue("score", project=request.project, user=request.user, model=row.pk)
+    audit.record("job.score", user=request.user, project=request.project, target=row, job=job.pk)
+    messages.success(request, f"{row.name} scores the answers that have no score of it yet.")
+    return redirect("model", slug, row.pk)
+
+
+@require_http_methods(["GET", "POST"])
+@project_page(Role.ADMIN)
+def model_new(request: ProjectRequest) -> HttpResponse:
+    """Adds a checkpoint by its path.
+
+    Only an administrator of the site: a path could name a checkpoint of a project of others.
+    """
+    form = RegisterForm(request.POST or None)
+    if request.method == "POST" and form.is_valid():
+        try:
+            row = _register(request, form.cleaned_data)
+        except OpenPalmError as error:
+            form.add_error("path", str(error))
+        else:
+            messages.success(request, f"The project knows {row.name} now.")
+            return redirect("model", request.project.slug, row.pk)
+    return page(request, "model_new", form=form, status=422 if form.errors else 200)
+
+
+def _register(request: ProjectRequest, given: dict[str, Any]) -> ModelVersion:
+    if not request.user.is_superuser:
+        raise DataError("only an administrator of the site adds a model by its path")
+    row = register(request.project, given["path"], name=given["name"], kind=given["kind"])
+    audit.record(
+        "model.registered",
+        user=request.user,
+        project=request.project,
+        target=row,
+        path=row.path,
+        kind=row.kind,
+    )
+    return row
+
+
+@require_GET
+@project_page(Role.REVIEWER)
+def snapshot(request: ProjectRequest, snapshot_id: int) -> HttpResponse:
+    """What a snapshot holds, down to each judgement."""
+    row = find(Snapshot.objects.select_related("created_by"), snapshot_id, request)
+    rows = SnapshotJudgement.objects.filter(snapshot=row)
+    listed = page_of(rows.select_related("response__user", "response__item"), request)
+    responses = [each.response for each in listed.rows]
+    visible = revealed({each.item_id: each.item for each in responses}.values(), request.user)
+    made = ModelVersion.objects.filter(project=request.project, run__snapshot=row)
+    return page(
+        request,
+        "snapshot",
+        snapshot=row,
+        page=listed,
+        rows=[(each, describe(each) if each.item_id in visible else None) for each in responses],
+        models=list(made.order_by("id")[:50]),
+    )

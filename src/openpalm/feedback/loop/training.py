@@ -1,0 +1,173 @@
+"""Pages of trainings: the form, the list, and one run while it trains."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from django.contrib import messages
+from django.http import HttpResponse
+from django.shortcuts import redirect
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from openpalm.errors import DataError
+from openpalm.feedback.accounts.access import ProjectRequest, has_rank, project_page
+from openpalm.feedback.loop import plots
+from openpalm.feedback.loop.figures import Figures, rows
+from openpalm.feedback.loop.forms import ABOUT, VERBS, TrainForm
+from openpalm.feedback.loop.pages import find, page, refused
+from openpalm.feedback.manage.paging import page_of
+from openpalm.feedback.models import Job, ModelVersion, Role, TrainRun
+from openpalm.feedback.quality import names
+from openpalm.feedback.training import runs
+
+LOG_BYTES, LOG_LINES = 8192, 30
+UNFINISHED = (TrainRun.State.QUEUED, TrainRun.State.RUNNING)
+
+
+@require_http_methods(["GET", "POST"])
+@project_page(Role.ADMIN)
+def train(request: ProjectRequest) -> HttpResponse:
+    """Starts a training: freezes the judgements and queues the command."""
+    project = request.project
+    verb = request.GET.get("verb", "reward")
+    verb = verb if verb in VERBS else "reward"
+    figures = Figures(project, names.LABELERS)
+    form = TrainForm(
+        request.POST or None, project=project, verb=verb, counted=judgements_by_kind(figures)
+    )
+    if request.method == "POST" and form.is_valid():
+        try:
+            run = runs.start(
+                project,
+                verb,
+                request.user,
+                parent=form.cleaned_data["parent"],
+                chosen=form.chosen(),
+                settings=form.settings(),
+                reward=form.cleaned_data.get("reward"),
+            )
+        except DataError as error:
+            form.add_error(None, _sentence(error))
+        else:
+            messages.success(request, f"{VERBS[verb]} waits for the worker.")
+            return redirect("run", project.slug, run.pk)
+    return page(
+        request,
+        "train",
+        form=form,
+        verb=verb,
+        verbs=VERBS,
+        about=ABOUT[verb],
+        computed_at=figures.computed_at,
+        lacks=_lacks(form),
+        status=422 if form.errors else 200,
+    )
+
+
+def judgements_by_kind(figures: Figures) -> dict[str, int]:
+    """Judgements by kind of author, as the worker counted them."""
+    counted: dict[str, int] = {}
+    for row in rows(figures.value(names.LABELERS).get("rows")):
+        kind = str(row.get("author_kind"))
+        counted[kind] = counted.get(kind, 0) + int(row.get("judgements") or 0)
+    return counted
+
+
+def _lacks(form: TrainForm) -> str:
+    """What is missing before anything can be trained."""
+    parent: Any = form.fields["parent"]
+    if not parent.queryset.exists():
+        return "model"
+    reward: Any = form.fields.get("reward")
+    return "reward" if reward is not None and not reward.queryset.exists() else ""
+
+
+def _sentence(error: DataError) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+@require_GET
+@project_page(Role.REVIEWER)
+def run_list(request: ProjectRequest) -> HttpResponse:
+    found = TrainRun.objects.filter(project=request.project)
+    found = found.select_related("parent", "snapshot", "created_by").defer("curve")
+    return page(request, "runs", page=page_of(found, request, 20), verbs=VERBS)
+
+
+@require_GET
+@project_page(Role.REVIEWER)
+def run(request: ProjectRequest, run_id: int) -> HttpResponse:
+    """With htmx only the part that changes, which asks again until the run has ended."""
+    row = find(
+        TrainRun.objects.select_related("parent", "snapshot", "reward_model", "created_by"),
+        run_id,
+        request,
+    )
+    job = Job.objects.filter(project=request.project, kind="train", arguments__run=row.pk)
+    template = "run_live" if request.htmx else "run"  # pyright: ignore
+    return page(
+        request,
+        template,
+        run=row,
+        title=VERBS.get(row.verb, row.verb),
+        job=job.order_by("-id").first(),
+        is_unfinished=row.state in UNFINISHED,
+        made=list(ModelVersion.objects.filter(run=row).order_by("id")),
+        plot=plots.curve(row.curve, "reward" if row.verb == "ppo" else "loss"),
+        curve_name="Reward" if row.verb == "ppo" else "Loss",
+        figures=shown_figures(row.figures),
+        settings=shown_settings(row.settings),
+        log=log_tail(row) if has_rank(request.role, Role.ADMIN) else [],
+    )
+
+
+def shown_figures(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The last figures in words, those of validation named so."""
+    found = []
+    for name, value in figures.items():
+        if isinstance(value, (int, float)):
+            words = name.replace("_per_s", " per second").replace("_s", " (s)").replace("_", " ")
+            words = words.replace("val ", "validation ").replace("kl", "KL")
+            found.append((words, f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"))
+    return found
+
+
+def shown_settings(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(k, v) for k, v in settings.items() if k not in ("filter", "reward_run")]
+
+
+def log_tail(run: TrainRun) -> list[str]:
+    """The end of the command's log; a progress line that rewrites itself counts once."""
+    with suppress(OSError), runs.log_file(run).open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - LOG_BYTES))
+        lines = file.read().decode(errors="replace").split("\n")
+        lines = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+        return [line for line in lines if line.strip()][-LOG_LINES:]
+    return []
+
+
+@require_POST
+@project_page(Role.ADMIN)
+def run_stop(request: ProjectRequest, run_id: int) -> HttpResponse:
+    row = find(TrainRun.objects.all(), run_id, request)
+    if runs.stop(row, request.user):
+        messages.success(request, "The training saves what it has and ends.")
+    else:
+        messages.info(request, "This training has ended already.")
+    return redirect("run", request.project.slug, row.pk)
+
+
+@require_POST
+@project_page(Role.ADMIN)
+def run_resume(request: ProjectRequest, run_id: int) -> HttpResponse:
+    row = find(TrainRun.objects.all(), run_id, request)
+    try:
+        runs.resume(row, request.user)
+    except DataError as error:
+        return refused(request, _sentence(error), "run", request.project.slug, row.pk)
+    messages.success(
+        request, "The training waits for the worker, and continues from its last save."
+    )
+    return redirect("run", request.project.slug, row.pk)

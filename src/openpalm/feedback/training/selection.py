@@ -1,0 +1,239 @@
+"""Chooses the next pairs to judge: 30 % by chance, the rest where judgements teach most.
+
+The pool is every pair of different answers to a training prompt that nobody has judged or has in
+hand. The active arm is ranked by the disagreement of the newest reward ensemble and by the implicit
+rewards of the newest model of DPO; without both it is drawn by chance. See
+statistics/selection.py for the reserve of the random arm.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, groupby
+from typing import Any
+
+import numpy as np
+from django.db import transaction
+from django.db.models import Count
+
+from openpalm.errors import DataError
+from openpalm.feedback.models import (
+    Candidate,
+    Item,
+    ItemCandidate,
+    Job,
+    ModelScore,
+    ModelVersion,
+    Project,
+    Prompt,
+    Task,
+)
+from openpalm.feedback.statistics.selection import Batch, choose_batch, selection_scores
+from openpalm.feedback.training import scoring
+from openpalm.feedback.training.commands import training_prompts
+from openpalm.feedback.training.generation import make_item
+from openpalm.feedback.training.registry import POLICY, REWARD
+from openpalm.feedback.worker.progress import Progress
+
+PRIORITY = 10.0
+"""before items that were not selected, after comparisons"""
+BETA = 0.1
+"""of the implicit reward, where the training names none"""
+MOST_PAIRS = 500_000
+AT_ONCE = 2000
+
+
+@dataclass(frozen=True)
+class Pair:
+    prompt: int
+    candidates: tuple[int, int]
+    item: int | None
+    """an open item that shows this pair, if there is one"""
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    """The handler of "select": `size` pairs become items with an arm and a priority."""
+    project = job.project
+    assert project is not None
+    if project.task != Task.PAIR:
+        raise DataError("only pairs are selected; this project's items are of another task")
+    members, policy = ensemble(project), newest_policy(project)
+    for model in (*members, *((policy, policy.parent) if policy and policy.parent else ())):
+        if scoring.unscored(model).exists():
+            scoring.score(model, progress.quiet())
+    progress.say("looking for pairs that nobody has judged")
+    pairs = list(_pool(project, progress))
+    if not pairs:
+        raise DataError(
+            "every pair of answers is judged or waits to be: generate further answers first"
+        )
+    progress.start(len(pairs), "ranking pairs")
+    margins = _margins(members, pairs, progress) if len(members) > 1 else None
+    implicit = _implicit_margins(policy, pairs, progress) if policy else None
+    scores = _scores(margins, implicit, len(pairs))
+    batch = choose_batch(
+        [pair.prompt for pair in pairs],
+        scores,
+        job.arguments["size"],
+        seed=job.pk,
+        project_seed=project.pk,
+    )
+    _store(project, pairs, batch)
+    arms = [choice.arm for choice in batch.choices]
+    return {
+        "random": arms.count("random"),
+        "active": arms.count("active"),
+        "missing_random": batch.missing_random,
+        "pool": len(pairs),
+        "by": ["the reward ensemble's disagreement"] * (margins is not None)
+        + ["the margin of the policy's implicit rewards"] * (implicit is not None),
+        "members": [member.pk for member in members],
+    }
+
+
+def ensemble(project: Project) -> list[ModelVersion]:
+    """The reward models of the newest training that made two or more; empty without one."""
+    made = ModelVersion.objects.filter(project=project, kind=REWARD, run__isnull=False)
+    several = made.order_by().values("run").annotate(n=Count("pk")).filter(n__gte=2)
+    newest = several.order_by("-run").values_list("run", flat=True).first()
+    return list(made.filter(run=newest).order_by("id")) if newest else []
+
+
+def newest_policy(project: Project) -> ModelVersion | None:
+    """The newest model that DPO trained from a parent with a checkpoint."""
+    made = ModelVersion.objects.filter(project=project, kind=POLICY, run__verb="dpo")
+    return (
+        made.exclude(parent=None)
+        .exclude(parent__path="")
+        .select_related("parent", "run")
+        .order_by("-id")
+        .first()
+    )
+
+
+def _pool(project: Project, progress: Progress) -> Iterator[Pair]:
+    """Pairs in the order of prompts; at most MOST_PAIRS."""
+    count = 0
+    for prompts in _in_groups(training_prompts(project).values_list("id", flat=True)):
+        progress.check()
+        shown = _shown(prompts)
+        candidates = Candidate.objects.filter(prompt__in=prompts).order_by("prompt", "id")
+        rows = candidates.values_list("prompt_id", "id", "text")
+        for prompt, group in groupby(rows, key=lambda row: row[0]):
+            for pair in _pairs_of(prompt, [(pk, text) for _, pk, text in group], shown):
+                yield pair
+                count += 1
+                if count == MOST_PAIRS:
+                    return
+
+
+def _pairs_of(
+    prompt: int,
+    answers: Sequence[tuple[int, str]],
+    shown: dict[frozenset[int], int | None],
+) -> Iterator[Pair]:
+    first: dict[str, int] = {}
+    for pk, text in answers:
+        first.setdefault(text.strip(), pk)
+    # An answer that an item shows may be the second of two equal ones.
+    texts = {pk: text.strip() for pk, text in answers}
+    taken = {frozenset(texts[pk] for pk in pair if pk in texts) for pair in shown}
+    for pair in combinations(first.values(), 2):
+        if frozenset(texts[pk] for pk in pair) not in taken:
+            yield Pair(prompt, pair, None)
+    for pair, item in shown.items():
+        if item is not None and pair <= texts.keys():
+            a, b = sorted(pair)
+            yield Pair(prompt, (a, b), item)
+
+
+def _shown(prompts: Sequence[int]) -> dict[frozenset[int], int | None]:
+    """Pairs that items show: the item's id if it can still be selected, else None."""
+    free: dict[int, bool] = {}
+    sets: dict[int, set[int]] = {}
+    rows = ItemCandidate.objects.filter(item__prompt__in=prompts).values_list(
+        "item_id",
+        "candidate_id",
+        "item__state",
+        "item__taken",
+        "item__arm",
+        "item__purpose",
+    )
+    for item, candidate, state, taken, arm, purpose in rows:
+        sets.setdefault(item, set()).add(candidate)
+        free[item] = (
+            state == Item.State.OPEN and not taken and not arm and purpose == Item.Purpose.TRAINING
+        )
+    found: dict[frozenset[int], int | None] = {}
+    for item, candidates in sets.items():
+        pair = frozenset(candidates)
+        if len(pair) == 2:
+            # One pair in two items: it is free only if all of them are.
+            is_free = free[item] and (pair not in found or found[pair] is not None)
+            found[pair] = item if is_free else None
+    return found
+
+
+def _in_groups(ids: Iterable[int]) -> Iterator[list[int]]:
+    found = list(ids)
+    for start in range(0, len(found), AT_ONCE):
+        yield found[start : start + AT_ONCE]
+
+
+def _margins(
+    members: Sequence[ModelVersion], pairs: Sequence[Pair], progress: Progress
+) -> np.ndarray:
+    """Reward of the first answer minus that of the second, (members, pairs); nan without scores."""
+    margins = np.full((len(members), len(pairs)), np.nan)
+    for row, member in enumerate(members):
+        for start in range(0, len(pairs), AT_ONCE):
+            progress.move_to(start)
+            part = pairs[start : start + AT_ONCE]
+            ids = {pk for pair in part for pk in pair.candidates}
+            known = ModelScore.objects.filter(model=member, candidate__in=ids)
+            scores = dict(known.values_list("candidate_id", "score"))
+            for place, pair in enumerate(part, start):
+                a, b = (scores.get(pk, np.nan) for pk in pair.candidates)
+                margins[row, place] = a - b
+    return margins
+
+
+def _implicit_margins(
+    policy: ModelVersion, pairs: Sequence[Pair], progress: Progress
+) -> np.ndarray:
+    """Difference of the implicit rewards beta log pi/pi_parent of the two answers, (pairs,)."""
+    assert policy.parent is not None
+    assert policy.run is not None
+    ours, before = _margins([policy, policy.parent], pairs, progress)
+    return float(policy.run.settings.get("beta", BETA)) * (ours - before)
+
+
+def _scores(margins: np.ndarray | None, implicit: np.ndarray | None, count: int) -> np.ndarray:
+    """Pairs with an answer that was too long to score come last; all equal without models."""
+    scores = np.zeros(count)
+    known = [rows for rows in (margins, implicit) if rows is not None]
+    scored = ~np.isnan(np.vstack(known)).any(axis=0) if known else np.zeros(count, dtype=bool)
+    if scored.any():
+        scores[scored] = selection_scores(
+            None if margins is None else margins[:, scored],
+            None if implicit is None else implicit[scored],
+        )
+    return scores
+
+
+@transaction.atomic
+def _store(project: Project, pairs: Sequence[Pair], batch: Batch) -> None:
+    """Gives each chosen pair its arm, and a priority in the batch's random order."""
+    prompts = Prompt.objects.in_bulk([pairs[choice.pair].prompt for choice in batch.choices])
+    for place, choice in enumerate(batch.choices):
+        pair = pairs[choice.pair]
+        fields = {
+            "arm": choice.arm,
+            "priority": PRIORITY - place / len(batch.choices),
+        }
+        if pair.item is not None:
+            # Unless somebody took it in the meantime: then it is judged anyway, without an arm.
+            Item.objects.filter(pk=pair.item, taken=0, arm="").update(**fields)
+        else:
+            found = Candidate.objects.in_bulk(pair.candidates)
+            answers = [found[pk] for pk in pair.candidates]
+            make_item(project, prompts[pair.prompt], answers, **fields)
