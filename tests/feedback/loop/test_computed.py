@@ -9,6 +9,7 @@ from openpalm.feedback.models import (
     Candidate,
     ModelScore,
     ModelVersion,
+    Project,
     Response,
 )
 from openpalm.feedback.quality.compute import compute
@@ -90,8 +91,14 @@ def test_the_board(computed, admin, signed_in):
     ((first, second),) = board["groups"]
     assert (first["model"], second["model"]) == ("new", "old")
     assert first["plain"]["plot"] is not None
-    new = ModelVersion.objects.get(name="new")
+    assert first["wins"] == ""
+    new, old = (ModelVersion.objects.get(name=name) for name in ("new", "old"))
     assert reverse("model", args=["demo", new.pk]) in response.content.decode()
+    Project.objects.update(served=old)
+    page = signed_in(admin).get("/p/demo/board").content.decode()
+    assert "Wins against old" in page
+    # A third of the judgements of the second labeler are for the old model: 50 of 60 are not.
+    assert "83.3 %" in page
 
 
 def test_the_form_counts_judgements(computed, admin, signed_in):

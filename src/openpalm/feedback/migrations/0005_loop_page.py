@@ -5,7 +5,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("feedback", "0003_manage"),
+        ("feedback", "0004_filters"),
     ]
 
     operations = [
