@@ -5,6 +5,7 @@ DATABASE_URL              postgresql://user:password@host/name; default: DIR/db.
 OPENPALM_FEEDBACK_SECRET  the secret key; default: DIR/secret_key, made once
 OPENPALM_FEEDBACK_HOSTS   host names that the site answers to, separated by commas
 OPENPALM_FEEDBACK_HTTPS   1 behind a proxy that speaks HTTPS: secure cookies, redirects, HSTS
+OPENPALM_FEEDBACK_PROXIES proxies that every request passes; default: 1 with HTTPS, else 0
 OPENPALM_SERVER_URL       the model server (`openpalm serve`), e.g. http://127.0.0.1:8000
 OPENPALM_ADMIN_KEY        its admin key, for promotion
 OPENPALM_API_KEY          its API key
@@ -22,6 +23,22 @@ from openpalm.feedback.secret_key import read_or_make
 FEEDBACK_DIR = Path(os.environ.get("OPENPALM_FEEDBACK_DIR", "feedback")).absolute()
 SECRET_KEY = os.environ.get("OPENPALM_FEEDBACK_SECRET") or read_or_make(FEEDBACK_DIR)
 HTTPS = os.environ.get("OPENPALM_FEEDBACK_HTTPS") == "1"
+
+
+def _proxies() -> int:
+    text = os.environ.get("OPENPALM_FEEDBACK_PROXIES", "").strip() or str(int(HTTPS))
+    if not text.isascii() or not text.isdigit() or int(text) > 9:
+        raise ImproperlyConfigured(f"OPENPALM_FEEDBACK_PROXIES={text}: must be from 0 to 9")
+    if HTTPS and int(text) == 0:
+        raise ImproperlyConfigured(
+            "OPENPALM_FEEDBACK_PROXIES=0: with OPENPALM_FEEDBACK_HTTPS=1 there is a proxy, which "
+            "speaks HTTPS; give the number of proxies"
+        )
+    return int(text)
+
+
+FEEDBACK_PROXIES = _proxies()
+"""the last entries of X-Forwarded-For that visitors cannot write"""
 DEBUG = False
 
 SERVER_URL = os.environ.get("OPENPALM_SERVER_URL", "").rstrip("/")
@@ -137,6 +154,10 @@ STATIC_URL = "static/"
 # Served from the packages themselves: nothing to collect on a laptop.
 WHITENOISE_USE_FINDERS = True
 WHITENOISE_MAX_AGE = 3600
+STORAGES = {
+    "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+    "staticfiles": {"BACKEND": "openpalm.feedback.static_files.VersionedStorage"},
+}
 STATIC_ROOT = FEEDBACK_DIR / "static"
 STATIC_ROOT.mkdir(exist_ok=True)
 LOGGING = {

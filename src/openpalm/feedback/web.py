@@ -26,6 +26,7 @@ def listener(host: str, port: int) -> socket.socket:
 
 def serve(listening: socket.socket) -> None:
     """Answers until SIGTERM or SIGINT, then finishes the requests in flight."""
+    from django.conf import settings
     from waitress import wasyncore
     from waitress.server import create_server
 
@@ -34,7 +35,13 @@ def serve(listening: socket.socket) -> None:
     # A burst of requests waits for a thread; that is no news.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     server: Any = create_server(
-        application, sockets=[listening], threads=THREADS, ident="", channel_timeout=60
+        application,
+        sockets=[listening],
+        threads=THREADS,
+        ident="",
+        channel_timeout=60,
+        # Only a proxy's word about HTTPS and the visitor's address reaches the site.
+        clear_untrusted_proxy_headers=not settings.FEEDBACK_PROXIES,
     )
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):

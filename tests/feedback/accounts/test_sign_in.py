@@ -4,18 +4,20 @@ from datetime import timedelta
 
 import pytest
 from django.contrib.auth import hashers
+from django.core.exceptions import ImproperlyConfigured
 from django.test import Client
 from django.utils import timezone
 
+from openpalm.feedback import settings as site_settings
 from openpalm.feedback.accounts import throttle
 from openpalm.feedback.models import LoginFailure
 
 PASSWORD = "a long enough password"
 
 
-def sign_in(name, password, address="203.0.113.7", client=None):
+def sign_in(name, password, address="203.0.113.7", client=None, **headers):
     form = {"username": name, "password": password}
-    return (client or Client()).post("/login", form, REMOTE_ADDR=address)
+    return (client or Client()).post("/login", form, REMOTE_ADDR=address, **headers)
 
 
 def test_after_five_failures_the_right_password_must_wait_too(admin):
@@ -85,19 +87,60 @@ def test_visitors_behind_a_proxy_on_this_machine_are_not_one_address(admin):
     assert sign_in("root", PASSWORD, "127.0.0.1").status_code == 302
 
 
+PEER, FORGED = "203.0.113.7", "6.6.6.6, 7.7.7.7"
+
+
 @pytest.mark.parametrize(
-    ("https", "meta", "address"),
+    ("proxies", "peer", "forwarded", "address"),
     [
-        (False, {"REMOTE_ADDR": "203.0.113.7", "HTTP_X_FORWARDED_FOR": "1.2.3.4"}, "203.0.113.7"),
-        (True, {"REMOTE_ADDR": "127.0.0.1", "HTTP_X_FORWARDED_FOR": "6.6.6.6, 1.2.3.4"}, "1.2.3.4"),
-        (False, {"REMOTE_ADDR": "2001:db8:1:2:3:4:5:6"}, "2001:db8:1:2::/64"),
-        (False, {"REMOTE_ADDR": ""}, "unknown"),
+        (0, PEER, None, PEER),
+        (0, PEER, FORGED, PEER),
+        (1, "127.0.0.1", "1.2.3.4", "1.2.3.4"),
+        (1, "127.0.0.1", f"{FORGED}, 1.2.3.4", "1.2.3.4"),
+        (1, "127.0.0.1", f"{FORGED},, 1.2.3.4 ", "1.2.3.4"),
+        (1, "", "1.2.3.4", "1.2.3.4"),  # the proxy comes through a Unix socket
+        (2, "10.0.0.2", "1.2.3.4, 10.0.0.1", "1.2.3.4"),
+        (2, "10.0.0.2", f"{FORGED}, 1.2.3.4, 10.0.0.1", "1.2.3.4"),
+        (2, "10.0.0.2", "6.6.6.6", "10.0.0.2"),  # did not pass both
+        (1, "10.0.0.2", None, "10.0.0.2"),
+        (1, "127.0.0.1", "not an address", "unknown"),
+        (0, "2001:db8:1:2:3:4:5:6", None, "2001:db8:1:2::/64"),
+        (0, "", None, "unknown"),
     ],
 )
-def test_the_address_of_a_visitor(rf, settings, https, meta, address):
-    """A visitor can write X-Forwarded-For, but not the entry of the proxy, which is the last."""
-    settings.HTTPS = https
-    assert throttle.address_of(rf.get("/login", **meta)) == address
+def test_the_address_of_a_visitor(rf, settings, proxies, peer, forwarded, address):
+    """A visitor can write X-Forwarded-For, but not the entries that our proxies add at its end."""
+    settings.FEEDBACK_PROXIES = proxies
+    headers = {} if forwarded is None else {"HTTP_X_FORWARDED_FOR": forwarded}
+    request = rf.get("/login", REMOTE_ADDR=peer, **headers)
+    assert throttle.address_of(request) == address
+
+
+def test_forged_addresses_do_not_escape_the_wait(admin, settings):
+    """Each guess names another visitor; the proxy's own entry stays the same."""
+    settings.FEEDBACK_PROXIES = 1
+    for n in range(throttle.FREE_BY_ADDRESS):
+        sign_in(f"name-{n}", "wrong", "127.0.0.1", HTTP_X_FORWARDED_FOR=f"10.1.1.{n}, 198.51.100.1")
+    last = {"HTTP_X_FORWARDED_FOR": "10.1.1.99, 198.51.100.1"}
+    assert b"Too many" in sign_in("root", PASSWORD, "127.0.0.1", **last).content
+
+
+@pytest.mark.parametrize(
+    ("https", "text", "proxies"),
+    [(False, "", 0), (True, "", 1), (False, "1", 1), (True, " 2 ", 2)],
+)
+def test_the_number_of_proxies(monkeypatch, https, text, proxies):
+    monkeypatch.setattr(site_settings, "HTTPS", https)
+    monkeypatch.setenv("OPENPALM_FEEDBACK_PROXIES", text)
+    assert site_settings._proxies() == proxies
+
+
+@pytest.mark.parametrize(("https", "text"), [(True, "0"), (False, "-1"), (False, "x"), (True, "²")])
+def test_a_number_of_proxies_that_cannot_be(monkeypatch, https, text):
+    monkeypatch.setattr(site_settings, "HTTPS", https)
+    monkeypatch.setenv("OPENPALM_FEEDBACK_PROXIES", text)
+    with pytest.raises(ImproperlyConfigured, match=f"OPENPALM_FEEDBACK_PROXIES={text}"):
+        site_settings._proxies()
 
 
 def test_attempts_that_arrive_together_all_count(admin):

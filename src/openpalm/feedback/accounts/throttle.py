@@ -25,11 +25,14 @@ NOT_COUNTED = "(api token)"
 def address_of(request: HttpRequest) -> str:
     """The visitor's address; of IPv6 the network of 64 bits, which one visitor can have whole.
 
-    Behind the proxy that HTTPS needs, the proxy's own entry of X-Forwarded-For counts: the last.
+    Visitors can write X-Forwarded-For, but each of our proxies adds an entry at its end. Behind n
+    proxies the n-th from the end is the visitor's. A shorter list did not pass all of them, so it
+    is not believed.
     """
     address = request.META.get("REMOTE_ADDR", "")
-    if settings.HTTPS and (forwarded := request.META.get("HTTP_X_FORWARDED_FOR")):
-        address = forwarded.rpartition(",")[2].strip()
+    forwarded, proxies = request.META.get("HTTP_X_FORWARDED_FOR"), settings.FEEDBACK_PROXIES
+    if proxies and forwarded and len(entries := forwarded.split(",")) >= proxies:
+        address = entries[-proxies].strip()
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
