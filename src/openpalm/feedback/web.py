@@ -26,8 +26,8 @@ def listener(host: str, port: int) -> socket.socket:
 
 def serve(listening: socket.socket) -> None:
     """Answers until SIGTERM or SIGINT, then finishes the requests in flight."""
-    from waitress import wasyncore
     from django.conf import settings
+    from waitress import wasyncore
     from waitress.server import create_server
 
     from openpalm.feedback.wsgi import application
