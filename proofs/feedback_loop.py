@@ -18,8 +18,9 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -27,7 +28,7 @@ from typing import Any
 
 import replies
 import torch
-from labelers import Judgement, Labeler, labelers, truth
+from judging import Item, Judged, Judging, WithoutSite, site
 from served import served
 from tasks import OUT, cpu_seconds, openpalm, write_rows
 
@@ -36,8 +37,9 @@ from openpalm.align.pairs.examples import render_completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.text.conversation import Message
 from openpalm.data.text.tokenizer import Tokenizer
+from openpalm.feedback.simulation.tastes import mean_utility as truth
 from openpalm.feedback.statistics.intervals import Estimate, wilson_of_means
-from openpalm.feedback.statistics.promotion import Decision, Outcome, Vote, decide
+from openpalm.feedback.statistics.promotion import Outcome, Vote, decide
 from openpalm.feedback.statistics.style import style_difference, style_of
 from openpalm.model.reward import RewardModel
 
@@ -48,15 +50,6 @@ DPO = ("--optim.lr", 2e-4)
 PPO = ("--steps", 80, "--kl-coef", 0.1, "--max-new-tokens", TOKENS)
 LEAST_RATE, LEAST_SEEDS, LONGEST_S = 0.6, 0.8, 15 * 60
 TRAINED, CONTROL = ("dpo", "ppo"), "shuffled"
-
-
-@dataclass(frozen=True)
-class Item:
-    """Two replies to a question; labelers see nothing else."""
-
-    question: str
-    first: str
-    second: str
 
 
 @dataclass(frozen=True)
@@ -107,32 +100,18 @@ def two_replies(model: Path, questions: Sequence[str], seed: int) -> list[Item]:
     return [Item(*pair) for pair in pairs]
 
 
-def judge(items: Sequence[Item], judges: Sequence[Labeler]) -> list[Judgement]:
-    """Each item by one labeler, in turn."""
+def write_records(path: Path, judged: Sequence[Judged]) -> Path:
+    return write_rows(path, (one.record for one in judged))
+
+
+def with_shuffled_verdicts(judged: Sequence[Judged], seed: int) -> list[Judged]:
+    """The control's records: each item has the verdict of another, drawn by chance."""
+    payloads = [one.record["payload"] for one in judged]
+    random.Random(f"shuffle {seed}").shuffle(payloads)
     return [
-        judges[i % len(judges)].judge(item.question, item.first, item.second)
-        for i, item in enumerate(items)
+        replace(one, record=one.record | {"payload": payload})
+        for one, payload in zip(judged, payloads, strict=True)
     ]
-
-
-def record(number: int, item: Item, judgement: Judgement, author: str) -> dict[str, Any]:
-    """A preference record."""
-    return {
-        "id": f"judgement-{number}",
-        "prompt": [{"role": "user", "content": item.question}],
-        "candidates": [{"text": item.first}, {"text": item.second}],
-        "kind": "compare",
-        "payload": judgement.payload(),
-        "author": author,
-        "author_kind": "simulated",
-        "created": "2026-01-01T00:00:00Z",
-    }
-
-
-def write_records(path: Path, items: Sequence[Item], judgements: Sequence[Judgement]) -> Path:
-    names = [labeler.taste.name for labeler in labelers(0)]
-    rows = enumerate(zip(items, judgements, strict=True))
-    return write_rows(path, (record(i, *row, names[i % len(names)]) for i, row in rows))
 
 
 def train(run: Seed, parent: Path, records: Path, shuffled: Path) -> dict[str, Path]:
@@ -152,61 +131,58 @@ def train(run: Seed, parent: Path, records: Path, shuffled: Path) -> dict[str, P
 
 @dataclass(frozen=True)
 class Compared:
-    """A challenger's replies to the held-out questions beside its parent's, and the votes."""
+    """The votes on a challenger, and the items that were judged: its reply, its parent's reply."""
 
-    questions: list[str]
-    served: list[str]
-    challenger: list[str]
     votes: list[Vote]
-
-    def decision(self) -> Decision:
-        return decide(self.votes, style_features=["length"])
+    items: list[Item]
 
     def figures(self) -> dict[str, Any]:
         """For the report; the truth is read here for the first time."""
-        decided = self.decision()
-        pairs = list(zip(self.questions, self.challenger, self.served, strict=True))
-        gaps = [truth(q, new) - truth(q, old) for q, new, old in pairs]
-        words = [
-            mean(len(text.split()) for text in texts) for texts in (self.served, self.challenger)
-        ]
+        decided = decide(self.votes, style_features=["length"])
+        gaps = [gap_of(item) for item in self.items]
+        words = [[len(text.split()) for text in (i.second, i.first)] for i in self.items]
         assert decided.win_rate is not None
         return {
-            "win_rate": [round(value, 4) for value in decided.win_rate],
-            "at_equal_length": decided.at_equal_style
-            and [round(value, 4) for value in decided.at_equal_style],
+            "win_rate": rounded(decided.win_rate),
+            "at_equal_length": rounded(decided.at_equal_style),
             "verdict": decided.verdict,
             "outcomes": decided.outcomes,
+            "left_share": rounded(decided.left_share),
             "true_win_rate": round(mean((gap > 0) + (gap == 0) / 2 for gap in gaps), 4),
             "true_utility_gain": round(mean(gaps), 4),
-            "words": [round(value, 1) for value in words],
+            "words": [round(mean(column), 1) for column in zip(*words, strict=True)],
+            "votes": [vote.outcome for vote in self.votes],
         }
 
 
+def rounded(estimate: Estimate | None) -> list[float] | None:
+    return None if estimate is None else [round(value, 4) for value in estimate]
+
+
+def gap_of(item: Item) -> float:
+    """How much better the first reply is in truth."""
+    return truth(item.question, item.first) - truth(item.question, item.second)
+
+
 def compare(
-    run: Seed, challenger: Path, questions: list[str], old: list[str], number: int
+    run: Seed, name: str, challenger: Path, held_out: Sequence[Item], judging: Judging
 ) -> Compared:
     """Blind: the labelers see two texts, in an order drawn for each question."""
+    questions, number = [item.question for item in held_out], [*TRAINED, CONTROL].index(name)
     with served(challenger) as client:
         new = client.replies(questions, seed=10 + number, max_tokens=TOKENS)
-    drawn = random.Random(f"sides {run.seed} {number}")
-    left = [drawn.random() < 0.5 for _ in questions]
-    items = [
-        Item(q, n, o) if first else Item(q, o, n)
-        for q, n, o, first in zip(questions, new, old, left, strict=True)
-    ]
-    judgements = judge(items, labelers(100 * run.seed + number))
-    votes = [
-        Vote(
-            q,
-            outcome(judgement, first),
-            first,
-            "simulated",
-            (style_difference(style_of(n), style_of(o))[0],),
-        )
-        for q, n, o, first, judgement in zip(questions, new, old, left, judgements, strict=True)
-    ]
-    return Compared(questions, old, new, votes)
+    items = [Item(old.question, text, old.first) for old, text in zip(held_out, new, strict=True)]
+    judged = judging.collect(f"{name}-{run.seed}", items, 100 * run.seed + number)
+    return Compared([vote_of(one) for one in judged], items)
+
+
+def vote_of(judged: Judged) -> Vote:
+    """The challenger's reply is the first candidate."""
+    record = judged.record
+    texts = [candidate["text"] for candidate in record["candidates"]]
+    outcome = outcome_of(record["payload"])
+    question = record["prompt"][0]["content"]
+    return Vote(question, outcome, judged.first_left, record["author_kind"], longer(*texts))
 
 
 def longer(challenger: str, served: str) -> tuple[float]:
@@ -214,14 +190,14 @@ def longer(challenger: str, served: str) -> tuple[float]:
     return (style_difference(style_of(challenger), style_of(served))[0],)
 
 
-def outcome(judgement: Judgement, challenger_first: bool) -> Outcome:
-    match judgement.side:
-        case "tie":
+def outcome_of(payload: dict[str, Any]) -> Outcome:
+    """Of the first candidate."""
+    match payload:
+        case {"better": better}:
+            return "win" if better == 0 else "loss"
+        case {"tie": _}:
             return "tie"
-        case "both bad":
-            return "both_bad"
-        case side:
-            return "win" if (side == "first") == challenger_first else "loss"
+    return "both_bad"
 
 
 @torch.no_grad()
@@ -239,50 +215,50 @@ def rewards(run: Path, rows: Sequence[tuple[str, str]]) -> list[float]:
     return [score(*row) for row in rows]
 
 
-def agreement(items: Sequence[Item], prefers: Callable[[Item], float]) -> Estimate | None:
-    """How often the sign of `prefers` is that of the truth, where the truth tells two apart."""
-    shares = []
-    for item in items:
-        gap = truth(item.question, item.first) - truth(item.question, item.second)
-        if gap:
-            preferred = prefers(item)
-            shares.append(0.5 if preferred == 0 else float((preferred > 0) == (gap > 0)))
-    return wilson_of_means(shares)
+def agreement(items: Sequence[Item], preferred: Sequence[float]) -> list[float] | None:
+    """How often the sign of `preferred` is that of the truth, where the truth tells two apart."""
+    gaps = [(gap_of(item), sign) for item, sign in zip(items, preferred, strict=True)]
+    told_apart = [(gap, sign) for gap, sign in gaps if gap]
+    shares = [float((sign > 0) == (gap > 0)) if sign else 0.5 for gap, sign in told_apart]
+    return rounded(wilson_of_means(shares))
 
 
-def judged_by_reward(run: Path, items: Sequence[Item]) -> Estimate | None:
-    """Agreement of the reward model with the truth on held-out pairs of the parent."""
+def reward_agreement(run: Path, items: Sequence[Item]) -> list[float] | None:
+    """Of the reward model on held-out pairs of the parent."""
     first = rewards(run, [(item.question, item.first) for item in items])
     second = rewards(run, [(item.question, item.second) for item in items])
-    gaps = {item: a - b for item, a, b in zip(items, first, second, strict=True)}
-    return agreement(items, gaps.__getitem__)
+    return agreement(items, [a - b for a, b in zip(first, second, strict=True)])
 
 
-def judged_by_labelers(seed: int, items: Sequence[Item]) -> Estimate | None:
-    """Agreement of single noisy judgements with the truth: what the reward model learns from."""
-    made = dict(zip(items, judge(items, labelers(seed)), strict=True))
-    return agreement(items, lambda item: made[item].share - 0.5)
+def judgements_agreement(judged: Sequence[Judged], items: Sequence[Item]) -> list[float] | None:
+    """Of the judgements that the models learn from."""
+    signs = {"win": 1.0, "loss": -1.0}
+    sign_of = {
+        one.record["prompt"][0]["content"]: signs.get(outcome_of(one.record["payload"]), 0.0)
+        for one in judged
+    }
+    return agreement(items, [sign_of[item.question] for item in items])
 
 
-def close_loop(run: Seed) -> dict[str, Any]:
+def close_loop(run: Seed, judging: Judging) -> dict[str, Any]:
     """Everything of one seed, from the text on."""
     parent = make_parent(run)
     items = two_replies(parent, run.questions(held_out=False), seed=1)
-    judgements = judge(items, labelers(run.seed))
-    records = write_records(run.folder / "judgements.jsonl", items, judgements)
-    random.Random(f"shuffle {run.seed}").shuffle(judgements)
-    shuffled = write_records(run.folder / "shuffled.jsonl", items, judgements)
-    models = train(run, parent, records, shuffled)
+    judged = judging.collect(f"training-{run.seed}", items, run.seed)
+    records = write_records(run.folder / "judgements.jsonl", judged)
+    control = with_shuffled_verdicts(judged, run.seed)
+    models = train(run, parent, records, write_records(run.folder / "shuffled.jsonl", control))
     held_out = two_replies(parent, run.questions(held_out=True), seed=3)
-    questions, old = [i.question for i in held_out], [i.first for i in held_out]
-    figures: dict[str, Any] = {"seed": run.seed}
-    figures["decided_judgements"] = sum(j.side in ("first", "second") for j in judgements)
-    for number, name in enumerate((*TRAINED, CONTROL)):
-        compared = compare(run, models[name], questions, old, number)
-        figures[name] = compared.figures() | {"votes": [v.outcome for v in compared.votes]}
-    figures["reward_agreement"] = judged_by_reward(models["reward"], held_out)
-    figures["labelers_agreement"] = judged_by_labelers(100 * run.seed + 50, held_out)
-    return figures
+    compared = {
+        name: compare(run, name, models[name], held_out, judging) for name in (*TRAINED, CONTROL)
+    }
+    return {
+        "seed": run.seed,
+        "judgements": len(judged),
+        "decided": sum("better" in one.record["payload"] for one in judged),
+        "judgements_agreement": judgements_agreement(judged, items),
+        "reward_agreement": reward_agreement(models["reward"], held_out),
+    } | {name: one.figures() for name, one in compared.items()}
 
 
 def pooled(results: Sequence[dict[str, Any]], name: str) -> Estimate:
@@ -319,11 +295,11 @@ def shown(rate: Sequence[float] | None) -> str:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """In Markdown."""
     names = (*TRAINED, CONTROL)
-    columns = ["seed", "reward model", "one judgement", *names, "seconds (CPU)"]
+    columns = ["seed", "reward model", "judgements", *names, "seconds (CPU)"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for result in results:
         rates = [f"{shown(result[name]['win_rate'])} {result[name]['verdict']}" for name in names]
-        right = [shown(result["reward_agreement"]), shown(result["labelers_agreement"])]
+        right = [shown(result["reward_agreement"]), shown(result["judgements_agreement"])]
         spent = f"{result['seconds']} ({result['cpu_seconds']})"
         lines.append(f"| {' | '.join([str(result['seed']), *right, *rates, spent])} |")
     whole = [shown(pooled(results, name)) for name in names]
@@ -336,6 +312,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="the first of the seeds")
     parser.add_argument("--out", type=Path, default=OUT / "feedback_loop.json")
+    parser.add_argument(
+        "--without-site", action="store_true", help="the labelers judge in this process"
+    )
     asked = parser.parse_args()
     results: list[dict[str, Any]] = []
     for seed in range(asked.first, asked.first + asked.seeds):
@@ -343,7 +322,9 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)  # runs of an earlier proof would be resumed
         folder.mkdir(parents=True)
         began, used = time.perf_counter(), cpu_seconds()
-        result = close_loop(Seed(folder, seed))
+        place = nullcontext(WithoutSite()) if asked.without_site else site(folder / "site")
+        with place as judging:
+            result = close_loop(Seed(folder, seed), judging)
         result["seconds"] = round(time.perf_counter() - began)
         result["cpu_seconds"] = round(cpu_seconds() - used)
         results.append(result)

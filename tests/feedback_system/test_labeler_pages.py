@@ -323,7 +323,7 @@ def test_a_ranking_by_dragging(judge):
 def test_without_javascript_every_task_is_judged(labelers, judge, task):
     page = judge(f"plain-{task}", java_script_enabled=False)
     page.locator("#item [data-key=Enter]").click()
-    expect(page.get_by_role("alert").filter(has_text="Please")).to_be_visible()
+    expect(page.locator("#error")).to_be_visible()
     match task:
         case "pair" | "thumbs":
             page.locator(".choices label").first.click()
@@ -394,16 +394,22 @@ def test_axe_finds_no_violation(judge, labelers, axe, look):
     expect(page.get_by_text("Last: A much better")).to_be_visible()
     for project, name in PAGES:
         page.goto(labelers.url(project, name))
-        for panel in ("#guidelines", "#keys", "#flag"):
-            if (
-                page.locator(f"{panel} summary").is_visible()
-                if page.locator(panel).count()
-                else False
-            ):
-                page.locator(f"{panel} summary").click()
-        page.evaluate(axe)
-        found = page.evaluate("axe.run()")["violations"]
-        assert [(v["id"], v["nodes"][0]["html"]) for v in found] == [], (project, name)
+        for panel in page.locator("summary").filter(visible=True).all():
+            panel.click()
+        assert violations(page, axe) == [], (project, name)
+    page.goto(labelers.url("axe-rating"))
+    page.locator("#item [data-key=Enter]").click()
+    expect(page.locator("#error")).to_be_focused()
+    assert violations(page, axe) == [], "an error"
+    page.goto(labelers.url("axe-pair", "mine"))
+    page.get_by_role("link", name="Change").first.click()
+    expect(page.locator("#judgement")).to_be_visible()
+    assert violations(page, axe) == [], "changing a judgement"
+
+
+def violations(page, axe):
+    page.evaluate(axe)
+    return [(v["id"], v["nodes"][0]["html"]) for v in page.evaluate("axe.run()")["violations"]]
 
 
 def test_nothing_of_a_long_answer_is_cut_off(judge):

@@ -7,17 +7,20 @@ from contextlib import contextmanager
 
 import pytest
 
+from openpalm.errors import SettingsError
 from openpalm.serve.conversation_sink import ATTEMPTS, ConversationSink
 
 
 @contextmanager
-def receiver(statuses):
+def receiver(statuses, tokens=None):
     """An HTTP server that answers with these statuses, the last one again and again."""
     received = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             received.append(self.rfile.read(int(self.headers["Content-Length"])))
+            if tokens is not None:
+                tokens.append(self.headers["Authorization"])
             self.send_response(statuses[min(len(received), len(statuses)) - 1])
             self.send_header("Location", "/elsewhere")
             self.send_header("Content-Length", "0")
@@ -72,3 +75,20 @@ def test_undeliverable_conversations_are_dropped_and_reported_once(capfd, status
 def test_an_unreachable_url_drops(capfd, url):
     assert post(url, [{}]).dropped == 1
     assert url in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("token", ["opf_secret", None])
+def test_the_token_of_the_environment_is_sent(monkeypatch, token):
+    headers = []
+    monkeypatch.delenv("OPENPALM_CONVERSATION_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("OPENPALM_CONVERSATION_TOKEN", f"{token}\n")
+    with receiver([204], headers) as (url, _):
+        post(url, [{}])
+    assert headers == [f"Bearer {token}" if token else None]
+
+
+def test_a_token_that_fits_no_header_is_refused(monkeypatch):
+    monkeypatch.setenv("OPENPALM_CONVERSATION_TOKEN", "a\nb")
+    with pytest.raises(SettingsError, match="OPENPALM_CONVERSATION_TOKEN"):
+        ConversationSink("http://127.0.0.1:1/")

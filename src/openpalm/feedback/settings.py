@@ -154,6 +154,10 @@ STATIC_URL = "static/"
 # Served from the packages themselves: nothing to collect on a laptop.
 WHITENOISE_USE_FINDERS = True
 WHITENOISE_MAX_AGE = 3600
+STORAGES = {
+    "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+    "staticfiles": {"BACKEND": "openpalm.feedback.static_files.VersionedStorage"},
+}
 STATIC_ROOT = FEEDBACK_DIR / "static"
 STATIC_ROOT.mkdir(exist_ok=True)
 LOGGING = {

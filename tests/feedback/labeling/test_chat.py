@@ -18,6 +18,12 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def do_GET(self):
+        models = {"data": [{"id": name} for name in self.server.names]}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(models).encode())
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.received.append(body)
@@ -41,6 +47,7 @@ def models(project, settings, monkeypatch):
     """Two models on a server. Answers are there when `say` returns."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.received, server.broken = [], set()
+    server.names = ["secret-0", "secret-1", "of another project"]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     settings.SERVER_URL = f"http://127.0.0.1:{server.server_port}"
@@ -140,7 +147,7 @@ def test_a_model_that_fails_is_not_named(models, ask):
     page = ask("say", text="hello")
     assert "This model did not answer" in page
     assert "secret" not in page
-    assert "wait until both models" in ask("vote", choice="1")
+    assert "wait until both models" in ask("vote", choice="1").lower()
     assert not Item.objects.exists()
 
 
@@ -155,19 +162,26 @@ def test_a_model_that_fails_is_not_named(models, ask):
 def test_a_message_that_cannot_be_sent_stays_typed(models, ask, form, message):
     ask("say", text="hello")
     page = ask("say", **form)
-    assert message in page
+    assert message in page.lower()
     assert f"\n{form['text']}</textarea>" in page
     assert len(Conversation.objects.get().turns) == 1
 
 
-def test_without_two_models_the_page_says_what_is_missing(models, ask, project):
-    ModelVersion.objects.first().delete()
-    assert "this project has fewer" in ask("say", text="hello")
+def test_only_models_that_are_served_take_part(models, ask, project):
+    for number in range(2, 9):
+        ModelVersion.objects.create(project=project, name=f"secret-{number}")
+    ask("say", text="hello")
+    assert sorted(sides()) == ["0", "1"]
 
 
-def test_without_a_server_the_page_says_what_is_missing(models, ask, settings):
+def test_what_is_missing_is_said(models, ask, settings):
+    models.names.pop(0)
+    assert "has fewer than two models" in ask("say", text="hello")
+    settings.SERVER_URL = "http://127.0.0.1:9"
+    assert "the model server does not answer" in ask("say", text="hello").lower()
     settings.SERVER_URL = ""
-    assert "no model server" in ask("say", text="hello")
+    assert "no model server" in ask("say", text="hello").lower()
+    assert not Conversation.objects.exists()
 
 
 def test_a_conversation_can_be_left(models, ask):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from openpalm import __version__
 from openpalm.feedback.labeling import queue
 from openpalm.feedback.models import Assignment, Guideline, ModelVersion, Response
 
@@ -144,7 +145,7 @@ def test_skip_and_flag(page, make_item):
     where = action(page("label"), "flag")
     refused = page(where, {"reason": " "})
     assert refused.status_code == 422
-    assert "a flag needs a reason" in refused.content.decode()
+    assert "A flag needs a reason" in refused.content.decode()
     page(where, {"reason": "the prompt is cut off"})
     assert [(r.state, r.reason) for r in Response.objects.order_by("id")] == [
         ("skipped", "no idea"),
@@ -230,6 +231,13 @@ def test_an_item_costs_few_queries(project, page, make_item, django_assert_max_n
     page("label")
     with django_assert_max_num_queries(14):
         page("label")
+
+
+def test_scripts_and_styles_change_with_the_release(page):
+    text = page("label").content.decode()
+    addresses = re.findall(r'(?:href|src)="(/static/[^"]*)"', text)
+    assert len(addresses) >= 5
+    assert all(address.endswith(f"?v={__version__}") for address in addresses)
 
 
 def test_a_closed_project_says_so(project, page, make_item):

@@ -21,6 +21,7 @@ from openpalm.feedback.models import (
     Role,
     Snapshot,
     SnapshotJudgement,
+    Statistic,
     TrainRun,
 )
 
@@ -230,6 +231,18 @@ def test_a_table_runs_no_formula(project, make_item, member, signed_in):
     assert "'=1+1" in [row[4] for row in rows]
 
 
+def test_the_overview_shows_figures_with_their_time(project, make_item, member, signed_in):
+    make_item("q", "a", "b")
+    row = {"name": "ann", "author_kind": "person", "judgements": 7, "skips": 1, "flags": 2}
+    Statistic.objects.create(
+        project=project, name="labelers", value={"rows": [row | {"median_s": 12.34}]}
+    )
+    page = signed_in(member("rea", Role.REVIEWER)).get("/p/demo/").content.decode()
+    assert "who=ann" in page
+    assert ">12.3<" in page
+    assert "Computed 20" in page
+
+
 def test_unknown_formats_are_refused(project, member, signed_in):
     client = signed_in(member("max", Role.ADMIN))
     assert client.get("/p/demo/export/download?format=../../x").status_code == 422
@@ -276,10 +289,14 @@ def test_a_new_version_of_the_guidelines(project, member, signed_in):
     preview = client.post("/p/demo/guidelines/edit", {"text": "**new**", "preview": "1"})
     assert b"<strong>new</strong>" in preview.content
     assert project.guideline.version == 1
-    client.post("/p/demo/guidelines/edit", {"text": "Prefer *true* answers.\n\n[x](javascript:1)"})
+    client.post(
+        "/p/demo/guidelines/edit",
+        {"text": "Prefer *true* answers.\n\n[x](javascript:1) ![y](http://evil/y)"},
+    )
     assert project.guideline.version == 2
     page = client.get("/p/demo/guidelines/versions").content.decode()
-    assert "<ins>+ [x](javascript:1)</ins>" in page
+    assert "<ins>+ [x](javascript:1) " in page
+    assert "<img" not in page
     assert 'href="javascript' not in page
     same = client.post("/p/demo/guidelines/edit", {"text": project.guideline.text})
     assert same.status_code == 422

@@ -63,7 +63,7 @@ def test_a_training_becomes_a_model(judged, model, admin):
         "--out",
         run.directory,
     ]
-    assert words[7:] == ["--beta", "0.2", "--steps", "3", "--seed", "0"]
+    assert words[7:] == ["--beta", "0.2", "--seed", "0", "--steps", "3"]
     assert Event.objects.filter(action="training.started", user=admin).exists()
 
 
@@ -86,8 +86,8 @@ def test_an_ensemble_scores_and_rewards(judged, model, admin, monkeypatch):
     ppo.refresh_from_db()
     first, second = reward.made.order_by("id")
     assert {each.kind for each in (first, second)} == {"reward"}
-    seeds = [_starts(reward, f"member-{n}")[0][-1] for n in (1, 2)]
-    assert seeds == ["7", "8"]
+    members = [_starts(reward, f"member-{n}")[0] for n in (1, 2)]
+    assert [words[words.index("--seed") + 1] for words in members] == ["7", "8"]
     assert (reward.step, reward.steps) == (6, 6)
     assert first.scores.count() == second.scores.count() == 8  # four prompts, two answers each
     assert (ppo.state, ppo.error) == (State.FINISHED, "")

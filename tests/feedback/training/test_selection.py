@@ -6,7 +6,6 @@ from feedback_prompts import add_prompts
 from openpalm.feedback.models import Item, ModelScore, TrainRun
 from openpalm.feedback.statistics.selection import in_reserve
 from openpalm.feedback.training import generation, selection
-from openpalm.feedback.training.selection import reward_ensemble, unselected
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.loop import drain
 
@@ -42,7 +41,7 @@ def test_without_reward_models_all_is_chance(project, pool):
     job = _select(project)
     assert job.state == "done", job.message
     assert (job.result["random"], job.result["active"]) == (3, 7)
-    assert "no ensemble of reward models" in job.message
+    assert job.result["by"] == []
     chosen = Item.objects.exclude(arm="")
     assert chosen.count() == SIZE
     for item in chosen:
@@ -52,12 +51,12 @@ def test_without_reward_models_all_is_chance(project, pool):
     first = set(chosen.values_list("id", flat=True))
     _select(project)
     assert first < set(Item.objects.exclude(arm="").values_list("id", flat=True))
-    assert unselected(project).count() == 40 - 2 * SIZE
+    assert Item.objects.filter(arm="").count() == 40 - 2 * SIZE
 
 
 def test_the_active_arm_is_where_the_ensemble_disagrees(project, pool, ensemble):
     first, second = ensemble
-    assert reward_ensemble(project) == ensemble
+    assert selection.ensemble(project) == ensemble
     torn = [item for item in pool if not in_reserve(item.prompt_id, project_seed=project.pk)][:7]
     for item in pool:
         a, b = (place.candidate for place in item.places.all())
@@ -66,7 +65,7 @@ def test_the_active_arm_is_where_the_ensemble_disagrees(project, pool, ensemble)
             ModelScore.objects.create(model=each, candidate=a, score=sign * gap)
             ModelScore.objects.create(model=each, candidate=b, score=0.0)
     job = _select(project)
-    assert job.result["basis"] == "the others where 2 reward models disagree"
+    assert job.result["by"] == ["the reward ensemble's disagreement"]
     active = set(Item.objects.filter(arm="active").values_list("id", flat=True))
     assert active == {item.pk for item in torn}
 
@@ -89,7 +88,7 @@ def test_a_policy_counts_beside_its_parent(project, pool, model):
             ModelScore.objects.create(model=base, candidate=candidate, score=-3.0)
             ModelScore.objects.create(model=policy, candidate=candidate, score=-3.0 + gain)
     job = _select(project)
-    assert job.result["basis"] == "where next prefers neither answer"
+    assert job.result["by"] == ["the margin of the policy's implicit rewards"]
     active = set(Item.objects.filter(arm="active").values_list("id", flat=True))
     assert active == {item.pk for item in undecided}
 
@@ -106,11 +105,11 @@ def test_nothing_is_left(project):
     job = _select(project)
     assert (job.state, job.message) == (
         "failed",
-        "every item is selected or judged already; generate answers first",
+        "every pair of answers is judged or waits to be: generate further answers first",
     )
 
 
 def test_the_pool_has_no_comparison_and_no_gold(project, make_item):
-    make_item("a", "x", "y", purpose=selection.Item.Purpose.COMPARISON)
+    make_item("a", "x", "y", purpose=Item.Purpose.COMPARISON)
     make_item("b", "x", "y", purpose=Item.Purpose.GOLD, gold={"better": 0})
-    assert not unselected(project).exists()
+    assert _select(project).state == "failed"

@@ -32,7 +32,11 @@ def test_the_file_is_named_by_its_content_and_trains(project, make_item, judge, 
     assert path.stem == snapshot.digest == hashlib.sha256(content).hexdigest()
     assert [row["id"] for row in _rows(snapshot)] == [str(response.uid) for response in kept]
     assert snapshot.judgements == 3
-    assert snapshot.counts == {"author_kind": {"person": 3}, "kind": {"compare": 3}}
+    assert snapshot.counts == {
+        "author_kind": {"person": 3},
+        "kind": {"compare": 3},
+        "author": {"ann": 3},
+    }
     rows = SnapshotJudgement.objects.filter(snapshot=snapshot)
     assert set(rows.values_list("response", flat=True)) == {response.pk for response in kept}
     pairs = read_pairs(path).items

@@ -25,23 +25,26 @@ def create_conversation(call: Call, slug: str) -> JsonResponse:
     messages = read_messages(body)
     candidate = Candidate(
         text=body.text("answer", most=MAX_TEXT),
-        checkpoint=body.text("checkpoint", most=200, default=""),
         sampling=body.group("sampling", 4000, None),
     )
+    path = body.text("checkpoint", most=1000, default="")
     model = body.text("model", most=200, default="")
     body.number("created", 0, 1e12, None)
     call.finish()
-    known = ModelVersion.objects.filter(project=project, name=model).first()
-    candidate.names_itself = names_itself(candidate.text, names_of(project))
+    known = _model(project, path, model)
     candidate.model_id = known.pk if known else None
+    # The hash of the checkpoint says more than the place where it was.
+    is_exact = known is not None and known.path == path
+    candidate.checkpoint = known.checkpoint if known and is_exact else path[:200]
+    candidate.names_itself = names_itself(candidate.text, names_of(project))
     prompt, is_new = _add(project, messages, candidate)
     return JsonResponse({"prompt": prompt.pk, "created": is_new}, status=201 if is_new else 200)
 
 
-def _model(project: Project, checkpoint: str, name: str) -> ModelVersion | None:
+def _model(project: Project, path: str, name: str) -> ModelVersion | None:
     """By its path: a promoted model keeps the name in the API of the one before."""
     models = ModelVersion.objects.filter(project=project)
-    found = models.filter(path=checkpoint).first() if checkpoint else None
+    found = models.filter(path=path).first() if path else None
     return found or models.filter(name=name).first()
 
 

@@ -44,13 +44,6 @@ _draw = random.SystemRandom()
 _log = logging.getLogger(__name__)
 
 
-def server_of(model: ModelVersion) -> tuple[str, str]:
-    """The URL of the server that has the model, and the model's name there."""
-    if not settings.SERVER_URL:
-        raise DataError("no model server is known to this site; set OPENPALM_SERVER_URL")
-    return settings.SERVER_URL, model.name
-
-
 def conversation_of(project: Project, user: User) -> Conversation | None:
     """The user's open conversation."""
     mine = Conversation.objects.filter(project=project, user=user, state=OPEN)
@@ -58,14 +51,28 @@ def conversation_of(project: Project, user: User) -> Conversation | None:
 
 
 def begin(project: Project, user: User) -> Conversation:
-    """A conversation with two models of the project, drawn at random, on random sides."""
+    """A conversation with two served models of the project, drawn at random, on random sides."""
     policies = ModelVersion.objects.filter(project=project, kind=ModelVersion.Kind.POLICY)
-    models = list(policies.values_list("id", flat=True)[:1000])
+    models = list(policies.filter(name__in=served_names()).values_list("id", flat=True))
     if len(models) < 2:
-        raise DataError("a chat compares two models; this project has fewer")
+        raise DataError("the model server has fewer than two models of this project at present")
     return Conversation.objects.create(
         project=project, user=user, model_ids=_draw.sample(models, 2), state=OPEN
     )
+
+
+def served_names() -> list[str]:
+    """The names of the models that the site's server has now."""
+    if not settings.SERVER_URL:
+        raise DataError("no model server is known to this site; set OPENPALM_SERVER_URL")
+    try:
+        response = httpx2.get(
+            f"{settings.SERVER_URL}/v1/models", headers=_headers(), timeout=TIMEOUT
+        )
+        return [model["id"] for model in response.raise_for_status().json()["data"]]
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, LookupError, TypeError) as error:
+        _log.warning("the models of the server: %s", error)
+        raise DataError("the model server does not answer; try again later") from None
 
 
 def ask(conversation: Conversation, text: str, kept: int | None) -> None:
@@ -75,8 +82,6 @@ def ask(conversation: Conversation, text: str, kept: int | None) -> None:
         raise DataError("write a message first")
     if len(text) > MAX_TEXT:
         raise DataError(f"write at most {MAX_TEXT} characters")
-    for model in ModelVersion.objects.filter(id__in=conversation.model_ids):
-        server_of(model)
     with transaction.atomic():
         turns = _locked(conversation.pk).turns
         if turns and kept not in (0, 1):
@@ -126,13 +131,9 @@ def answer(conversation_id: int, number: int, side: int) -> None:
 
 def stream(model: ModelVersion, messages: list[dict[str, str]]) -> Iterator[str]:
     """The pieces of the model's answer, from the OpenAI API of its server."""
-    url, name = server_of(model)
-    body = {"model": name, "messages": messages, "stream": True, "max_tokens": MAX_TOKENS}
-    key = settings.SERVER_API_KEY
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx2.stream(
-        "POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=TIMEOUT
-    ) as response:
+    body = {"model": model.name, "messages": messages, "stream": True, "max_tokens": MAX_TOKENS}
+    url = f"{settings.SERVER_URL}/v1/chat/completions"
+    with httpx2.stream("POST", url, json=body, headers=_headers(), timeout=TIMEOUT) as response:
         if not response.is_success:
             response.read()
             raise ValueError(f"status {response.status_code}: {response.text:.300}")
@@ -142,6 +143,11 @@ def stream(model: ModelVersion, messages: list[dict[str, str]]) -> Iterator[str]
                 continue
             for choice in json.loads(data).get("choices", []):
                 yield choice.get("delta", {}).get("content") or ""
+
+
+def _headers() -> dict[str, str]:
+    key = settings.SERVER_API_KEY
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def prompt_of(turns: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -38,7 +38,7 @@ def say(request: ProjectRequest) -> HttpResponse:
     kept = {"0": 0, "1": 1}.get(request.POST.get("keep", ""))
     try:
         if not project.open:
-            raise DataError("wait: this project is closed at present")
+            raise DataError("this project is closed at present")
         talk = chat.conversation_of(project, user) or chat.begin(project, user)
         chat.ask(talk, request.POST.get("text", ""), kept)
     except DataError as error:

@@ -15,7 +15,7 @@ VERBS = {
     "reward": "Reward model",
     "dpo": "DPO",
     "ppo": "PPO",
-    "sft": "SFT on edits",
+    "sft": "SFT",
 }
 ABOUT = {
     "reward": "Learns from pairs, rankings, ratings, thumbs and edits which answer is better.",

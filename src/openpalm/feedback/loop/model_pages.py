@@ -4,18 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from django.contrib import messages
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpResponse
 from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from openpalm.errors import DataError, OpenPalmError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.accounts.access import (
-    ProjectRequest,
-    find_project,
-    project_page,
-    site_admin_page,
-)
+from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.loop.forms import CompareForm, RegisterForm
 from openpalm.feedback.loop.pages import find, page, refused
 from openpalm.feedback.manage.blinding import revealed
@@ -56,7 +51,6 @@ def models(request: ProjectRequest) -> HttpResponse:
         rows=tree(listed.rows),
         promotions=list(promotions.select_related("model", "previous", "by", "comparison")[:20]),
         has_server=site_server() is not None,
-        register_form=RegisterForm(),
     )
 
 
@@ -143,33 +137,37 @@ def model_score(request: ProjectRequest, model_id: int) -> HttpResponse:
 
 
 @require_http_methods(["GET", "POST"])
-@site_admin_page
-def model_new(request: HttpRequest, slug: str) -> HttpResponse:
+@project_page(Role.ADMIN)
+def model_new(request: ProjectRequest) -> HttpResponse:
     """Adds a checkpoint by its path.
 
-    For the site's administrators: a path could name a checkpoint of a project of others.
+    Only an administrator of the site: a path could name a checkpoint of a project of others.
     """
-    checked: Any = request
-    checked.project, checked.role = find_project(checked.user, slug)
     form = RegisterForm(request.POST or None)
     if request.method == "POST" and form.is_valid():
-        given = form.cleaned_data
         try:
-            row = register(checked.project, given["path"], name=given["name"], kind=given["kind"])
+            row = _register(request, form.cleaned_data)
         except OpenPalmError as error:
             form.add_error("path", str(error))
         else:
-            audit.record(
-                "model.registered",
-                user=checked.user,
-                project=checked.project,
-                target=row,
-                path=row.path,
-                kind=row.kind,
-            )
             messages.success(request, f"The project knows {row.name} now.")
-            return redirect("model", slug, row.pk)
-    return page(checked, "model_new", form=form, status=422 if form.errors else 200)
+            return redirect("model", request.project.slug, row.pk)
+    return page(request, "model_new", form=form, status=422 if form.errors else 200)
+
+
+def _register(request: ProjectRequest, given: dict[str, Any]) -> ModelVersion:
+    if not request.user.is_superuser:
+        raise DataError("only an administrator of the site adds a model by its path")
+    row = register(request.project, given["path"], name=given["name"], kind=given["kind"])
+    audit.record(
+        "model.registered",
+        user=request.user,
+        project=request.project,
+        target=row,
+        path=row.path,
+        kind=row.kind,
+    )
+    return row
 
 
 @require_GET

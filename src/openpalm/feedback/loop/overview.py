@@ -11,12 +11,13 @@ from django.views.decorators.http import require_GET, require_POST
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, has_rank, project_page
 from openpalm.feedback.loop import plots
-from openpalm.feedback.loop.figures import Figures, estimate, rows
+from openpalm.feedback.loop.figures import LOOP, Figures, estimate, rows
 from openpalm.feedback.loop.forms import BatchForm
 from openpalm.feedback.loop.pages import page, refused
 from openpalm.feedback.loop.stations import newest, stations
 from openpalm.feedback.manage.overview import item_counts
-from openpalm.feedback.models import Item, Job, ModelVersion, Project, Role, Task, TrainRun
+from openpalm.feedback.models import Item, Job, Project, Role, Task, TrainRun
+from openpalm.feedback.quality import names
 from openpalm.feedback.worker import jobs
 
 SHOWN_MODELS = 12
@@ -29,7 +30,7 @@ RUNS_WITH_ALARMS = 20
 @project_page(Role.REVIEWER)
 def loop(request: ProjectRequest) -> HttpResponse:
     project = request.project
-    figures = Figures(project)
+    figures = Figures(project, *LOOP)
     known = newest(project)
     circle = stations(project, item_counts(project), figures, known)
     for station in circle:
@@ -40,75 +41,71 @@ def loop(request: ProjectRequest) -> HttpResponse:
         "loop",
         stations=circle,
         computed_at=figures.computed_at,
-        agreements=agreements(project, figures),
-        disagreements=disagreements(figures),
+        agreements=agreements(figures),
+        disagreements=disagreements(project, figures),
         alarms=alarms(project),
+        model_alarms=rows(figures.value(names.ALARMS).get("rows")),
         batch=last_batch(project),
         batch_form=BatchForm(),
         can_select=project.task == Task.PAIR,
     )
 
 
-def agreements(project: Project, figures: Figures) -> list[dict[str, Any]]:
-    """For each kind of author: the reward models, the newest first, and the ceiling."""
+def agreements(figures: Figures) -> list[dict[str, Any]]:
+    """For each kind of labelers: the reward models, the newest first, and the ceiling."""
     found = []
-    names = dict(
-        ModelVersion.objects.filter(project=project, kind=ModelVersion.Kind.REWARD)
-        .order_by("-id")
-        .values_list("id", "name")[:200]
-    )
-    for kind in figures.kinds("reward_agreement", "agreement"):
-        if kind == "model":
-            continue  # judges that are models are measured on the page of quality
-        ceiling = estimate(figures.of("agreement", kind).get("decided"))
-        models = [
-            _trend_row(row, names, ceiling)
-            for row in rows(figures.of("reward_agreement", kind).get("models"))
-            if row.get("model") in names
-        ]
-        models.sort(key=lambda row: -row["id"])
-        calibration = figures.of("calibration", kind)
+    for kind in figures.kinds(names.REWARD_AGREEMENT):
+        row = figures.of(names.REWARD_AGREEMENT, kind)
+        ceiling = estimate(row.get("people")) or estimate(
+            figures.of(names.AGREEMENT, kind).get("decided")
+        )
+        limit = estimate(row.get("limit"))
+        models = [_trend_row(each, ceiling) for each in rows(row.get("models"))]
+        models.sort(key=lambda each: -each["model"])
+        calibration = figures.of(names.CALIBRATION, kind)
         found.append(
             {
                 "kind": kind,
-                "newest": next((row for row in models if row["accuracy"]), None),
+                "is_random": row.get("arm") == "random",
+                "newest": next((each for each in models if each["accuracy"]), None),
                 "models": models[:SHOWN_MODELS],
                 "ceiling": ceiling,
                 "ceiling_words": plots.in_words(ceiling),
                 "ceiling_plot": plots.interval(ceiling),
+                "limit": plots.in_words(limit) if limit else "",
                 "calibration": calibration,
                 "calibration_plot": plots.calibration(rows(calibration.get("bins"))),
-                "calibrated": names.get(calibration.get("model", 0)),
             }
         )
     return found
 
 
-def _trend_row(
-    row: Mapping[str, Any], names: Mapping[int, str], ceiling: Mapping[str, float] | None
-) -> dict[str, Any]:
+def _trend_row(row: Mapping[str, Any], ceiling: Mapping[str, float] | None) -> dict[str, Any]:
     accuracy = estimate(row.get("accuracy"))
     references = [0.5, ceiling["value"]] if ceiling else [0.5]
     return {
-        "id": row["model"],
-        "name": names[row["model"]],
+        **row,
         "accuracy": accuracy,
-        "judgements": row.get("judgements"),
-        "words": plots.in_words(accuracy),
+        "words": plots.in_words(accuracy) if accuracy else row.get("reason"),
         "plot": plots.interval(accuracy, references=references),
     }
 
 
-def disagreements(figures: Figures) -> list[dict[str, Any]]:
-    """Items at which the reward model is surest of what people did not choose."""
-    listed = rows(figures.value("disagreements").get("rows"))[:SHOWN_DISAGREEMENTS]
+def disagreements(project: Project, figures: Figures) -> dict[str, Any]:
+    """Items at which the reward model is surest of what labelers did not choose.
+
+    Without sides: who may still judge the item must not read here what others said.
+    """
+    found = figures.value(names.DISAGREEMENTS)
+    listed = rows(found.get("rows"))[:SHOWN_DISAGREEMENTS]
     ids = [row["item"] for row in listed if isinstance(row.get("item"), int)]
-    items = Item.objects.filter(pk__in=ids).select_related("prompt").in_bulk()
-    return [
-        {"item": items[row["item"]], "margin": row.get("margin")}
+    items = Item.objects.filter(project=project).select_related("prompt").in_bulk(ids)
+    shown = [
+        {"item": items[row["item"]], "margin": abs(row["margin"]), "number": row.get("judgements")}
         for row in listed
-        if row.get("item") in items
+        if row.get("item") in items and isinstance(row.get("margin"), (int, float))
     ]
+    return {"kind": found.get("author_kind"), "rows": shown}
 
 
 def alarms(project: Project) -> list[TrainRun]:

@@ -1,6 +1,6 @@
 """The pages of quality and of the board: how well labelers agree, which model is better."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from django.http import HttpResponse
@@ -11,6 +11,7 @@ from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import Figures, estimate, mapping, rows
 from openpalm.feedback.loop.pages import page
 from openpalm.feedback.models import Role, User
+from openpalm.feedback.quality import names
 
 LABELERS = 200
 WHO = {
@@ -22,30 +23,26 @@ AGREEMENT = (
     ("raw", "raw agreement", "the same choice by two labelers of an item", 0.0),
     ("decided", "on pairs without a tie", "the ceiling of a reward model", 0.0),
     ("alpha", "Krippendorff's alpha", "1 perfect, 0 chance; low where one answer dominates", -1.0),
-    ("gwet", "Gwet's AC1", "agreement beyond guesses; holds where one answer dominates", -1.0),
+    (
+        "gwet",
+        "Gwet's AC1 or AC2",
+        "agreement beyond guesses; holds where one answer dominates",
+        -1.0,
+    ),
 )
 OF_LABELER = ("gold", "self", "others", "left")
+ROWS = (
+    *(names.AGREEMENT, names.LABELERS, names.POSITION_BIAS, names.AI_JUDGES),
+    *(names.TIME, names.CONSENSUS),
+)
 
 
 @require_GET
 @project_page(Role.REVIEWER)
 def quality(request: ProjectRequest) -> HttpResponse:
-    figures = Figures(request.project, "agreement", "labelers", "position_bias")
-    listed = rows(figures.value("labelers").get("rows"))
-    groups = [
-        {
-            "kind": kind,
-            "name": WHO[User.Kind(kind)],
-            "agreement": agreement(figures.of("agreement", kind)),
-            "counts": figures.of("agreement", kind),
-            "left": plots.interval(estimate(figures.of("position_bias", kind).get("left"))),
-            "left_words": plots.in_words(estimate(figures.of("position_bias", kind).get("left"))),
-            "labelers": [labeler(row) for row in listed if row.get("author_kind") == kind][
-                :LABELERS
-            ],
-        }
-        for kind in WHO
-    ]
+    figures = Figures(request.project, *ROWS)
+    listed = rows(figures.value(names.LABELERS).get("rows"))
+    groups = [_group(kind, figures, listed) for kind in WHO]
     return page(
         request,
         "quality",
@@ -53,6 +50,34 @@ def quality(request: ProjectRequest) -> HttpResponse:
         computed_at=figures.computed_at,
         in_loop=False,
     )
+
+
+def _group(
+    kind: User.Kind, figures: Figures, listed: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What is shown of people, of simulated labelers, or of models as judges."""
+    counts = figures.of(names.AGREEMENT, kind)
+    left = estimate(figures.of(names.POSITION_BIAS, kind).get("left"))
+    people = estimate(figures.value(names.AI_JUDGES).get("people"))
+    own = [labeler(row) for row in listed if row.get("author_kind") == kind]
+    return {
+        "kind": kind,
+        "name": WHO[kind],
+        # Models answer alike, so their agreement with each other says nothing.
+        "agreement": agreement(counts) if kind != User.Kind.MODEL else [],
+        "counts": counts,
+        "parts": [
+            {"name": part.get("name"), "left_out": part.get("left_out"), "bars": agreement(part)}
+            for part in rows(counts.get("parts"))
+        ],
+        "left": plots.interval(left),
+        "left_words": plots.in_words(left),
+        "time": figures.of(names.TIME, kind),
+        "consensus": figures.of(names.CONSENSUS, kind),
+        "people": plots.in_words(people) if people else "",
+        "labelers": own[:LABELERS],
+        "hidden": max(0, len(own) - LABELERS),
+    }
 
 
 def agreement(figure: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -85,10 +110,10 @@ def labeler(row: Mapping[str, Any]) -> dict[str, Any]:
 @project_page(Role.REVIEWER)
 def board(request: ProjectRequest) -> HttpResponse:
     """Strengths of models; people, simulated labelers and models as judges have one board each."""
-    figures = Figures(request.project, "board")
+    figures = Figures(request.project, names.BOARD)
     boards = [
-        {"kind": kind, "name": WHO[User.Kind(kind)], **shown_board(figures.of("board", kind))}
-        for kind in figures.kinds("board")
+        {"kind": kind, "name": WHO[User.Kind(kind)], **shown_board(figures.of(names.BOARD, kind))}
+        for kind in figures.kinds(names.BOARD)
     ]
     return page(
         request,
@@ -105,18 +130,25 @@ def shown_board(figure: Mapping[str, Any]) -> dict[str, Any]:
     strengths = rows(plain.get("strengths"))
     at_equal_style = {row.get("model"): row for row in rows(styled.get("strengths"))}
     low, high = plots.span([*strengths, *at_equal_style.values()])
+    ids = mapping(figure.get("ids"))
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in strengths:
         other = at_equal_style.get(row.get("model"))
         groups.setdefault(row.get("group"), []).append(
-            {**row, "plain": _strength(row, low, high), "styled": _strength(other, low, high)}
+            {
+                **row,
+                "id": ids.get(str(row.get("model"))),
+                "plain": _strength(row, low, high),
+                "styled": _strength(other, low, high),
+            }
         )
     return {
         "groups": list(groups.values()),
         "style": [_coefficient(row) for row in rows(styled.get("style"))],
         "outcomes": mapping(plain.get("outcomes")),
         "notes": [*plain.get("notes", ()), *_only(styled.get("notes"), plain.get("notes"))],
-        "ends": (low, high),
+        "one_model": figure.get("one_model"),
+        "unknown": figure.get("unknown"),
     }
 
 

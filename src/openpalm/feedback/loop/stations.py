@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from django.db.models import Case, When
 from django.urls import reverse
 
 from openpalm.feedback.loop.figures import Figures, estimate, rows
 from openpalm.feedback.loop.plots import in_words
 from openpalm.feedback.models import Comparison, ModelVersion, Project, TrainRun, User
+from openpalm.feedback.quality import names
 
 UNFINISHED = (TrainRun.State.QUEUED, TrainRun.State.RUNNING)
 
@@ -42,7 +44,10 @@ class Newest:
 
 def newest(project: Project) -> Newest:
     models = ModelVersion.objects.filter(project=project).select_related("run").order_by("-id")
-    runs = TrainRun.objects.filter(project=project).order_by("-id")
+    # One that waits or runs is shown before newer ones that have ended.
+    unfinished = Case(When(state__in=UNFINISHED, then=1), default=0)
+    runs = TrainRun.objects.filter(project=project).defer("curve")
+    runs = runs.order_by(unfinished.desc(), "-id")
     compared = Comparison.objects.filter(project=project)
     return Newest(
         models.filter(kind=ModelVersion.Kind.REWARD).first(),
@@ -90,7 +95,7 @@ def _reward(project: Project, figures: Figures, known: Newest) -> Station:
     if model is None:
         return Station(name, "none yet", "warn", "Train a reward model", to_train)
     for kind in (User.Kind.PERSON, User.Kind.SIMULATED):
-        for row in rows(figures.of("reward_agreement", kind).get("models")):
+        for row in rows(figures.of(names.REWARD_AGREEMENT, kind).get("models")):
             if row.get("model") == model.pk and estimate(row.get("accuracy")):
                 who = "people" if kind == User.Kind.PERSON else "simulated labelers"
                 state = f"agrees with {who} in {in_words(row['accuracy'])}"

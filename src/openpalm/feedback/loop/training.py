@@ -17,6 +17,7 @@ from openpalm.feedback.loop.forms import ABOUT, VERBS, TrainForm
 from openpalm.feedback.loop.pages import find, page, refused
 from openpalm.feedback.manage.paging import page_of
 from openpalm.feedback.models import Job, ModelVersion, Role, TrainRun
+from openpalm.feedback.quality import names
 from openpalm.feedback.training import runs
 
 LOG_BYTES, LOG_LINES = 8192, 30
@@ -30,7 +31,7 @@ def train(request: ProjectRequest) -> HttpResponse:
     project = request.project
     verb = request.GET.get("verb", "reward")
     verb = verb if verb in VERBS else "reward"
-    figures = Figures(project, "labelers")
+    figures = Figures(project, names.LABELERS)
     form = TrainForm(
         request.POST or None, project=project, verb=verb, counted=judgements_by_kind(figures)
     )
@@ -66,7 +67,7 @@ def train(request: ProjectRequest) -> HttpResponse:
 def judgements_by_kind(figures: Figures) -> dict[str, int]:
     """Judgements by kind of author, as the worker counted them."""
     counted: dict[str, int] = {}
-    for row in rows(figures.value("labelers").get("rows")):
+    for row in rows(figures.value(names.LABELERS).get("rows")):
         kind = str(row.get("author_kind"))
         counted[kind] = counted.get(kind, 0) + int(row.get("judgements") or 0)
     return counted

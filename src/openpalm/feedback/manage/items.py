@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from django.contrib import messages
-from django.db.models import Exists, OuterRef, QuerySet
+from django.db.models import QuerySet
 from django.http import Http404, HttpResponse
 from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_POST
@@ -19,7 +19,7 @@ from openpalm.feedback.manage.flags import open_flags
 from openpalm.feedback.manage.judgements import describe, describe_payload
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.manage.paging import page_of
-from openpalm.feedback.models import Candidate, Item, Response, Role, Task
+from openpalm.feedback.models import Candidate, Item, ItemCandidate, Response, Role, Task
 
 ARMS = ("random", "active")
 MAX_PRIORITY = 1e6
@@ -50,8 +50,8 @@ def _filtered(request: ProjectRequest) -> "QuerySet[Item]":
     if given.get("only") == "flagged":
         rows = rows.filter(pk__in=open_flags(request.project).order_by().values("item_id"))
     elif given.get("only") == "names":
-        named = Candidate.objects.filter(places__item=OuterRef("pk"), names_itself=True)
-        rows = rows.filter(Exists(named))
+        named = Candidate.objects.filter(names_itself=True)
+        rows = rows.filter(pk__in=ItemCandidate.objects.filter(candidate__in=named).values("item"))
     if who := given.get("who", "").replace("\0", "").strip():
         judged = Response.objects.filter(project=request.project, user__username=who, in_force=True)
         rows = rows.filter(pk__in=judged.values("item_id"))

@@ -20,12 +20,12 @@ MANY = 100
 @project_page(Role.REVIEWER)
 def overview(request: ProjectRequest) -> HttpResponse:
     project = request.project
-    statistics = {row.name: row for row in Statistic.objects.filter(project=project)}
+    statistics = Statistic.objects.filter(project=project, name="labelers")
     return page(
         request,
         "overview",
         items=item_counts(project),
-        statistics=statistics,
+        statistics={row.name: row for row in statistics},
         flags=len(open_flags(project).values_list("pk")[: MANY + 1]),
         many=MANY,
         members=project.memberships.count(),

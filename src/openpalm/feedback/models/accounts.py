@@ -25,7 +25,6 @@ class Invitation(models.Model):
     project = models.ForeignKey("Project", models.CASCADE, related_name="invitations")
     project_id: int
     role = models.CharField(max_length=16)
-    project_id: int
     digest = models.CharField(max_length=64, unique=True)
     created_by = models.ForeignKey(User, models.PROTECT, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)

@@ -47,6 +47,11 @@ class Candidate(models.Model):
     """the text says which model wrote it, so it cannot be judged blind"""
     created_at = models.DateTimeField(auto_now_add=True)
 
+    class Meta:
+        indexes = [
+            models.Index(fields=["prompt"], condition=Q(names_itself=True), name="names_itself")
+        ]
+
 
 class Item(models.Model):
     """What is judged: a prompt with candidates, until `needed` responses are there.
@@ -212,8 +217,11 @@ class Response(models.Model):
             models.Index(fields=["project", "in_force", "id"], name="response_export"),
             models.Index(fields=["project", "-id"], name="response_by_project"),
             models.Index(fields=["user", "project", "-id"], name="response_by_user"),
-            models.Index(fields=["project", "state", "-id"], name="response_by_state"),
-            models.Index(fields=["project", "kind", "-id"], name="response_by_kind"),
+            # Not with the project first: SQLite takes indexes that begin alike for equally good,
+            # and would sort a million rows for a page without a filter.
+            models.Index(fields=["state", "project", "-id"], name="response_by_state"),
+            models.Index(fields=["kind", "project", "-id"], name="response_by_kind"),
+            models.Index(fields=["author_kind", "project", "-id"], name="response_by_author"),
         ]
 
     def save(self, *args: Any, **options: Any) -> None:

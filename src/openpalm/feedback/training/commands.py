@@ -80,7 +80,7 @@ def command_words(run: TrainRun, out: Path, member: int) -> list[str]:
     options["seed"] = int(options.get("seed", 0)) + member
     if run.verb == "ppo":
         options["reward"] = reward_option(run)
-    for name, value in options.items():
+    for name, value in sorted(options.items()):  # a database may give them in any order
         words += [spell(name), _spelled(value)]
     return words
 

@@ -2,7 +2,8 @@
 
 The pool is every pair of different answers to a training prompt that nobody has judged or has in
 hand. The active arm is ranked by the disagreement of the newest reward ensemble and by the implicit
-rewards of the newest model of DPO; without both it is drawn by chance. See statistics/selection.py for the reserve of the random arm.
+rewards of the newest model of DPO; without both it is drawn by chance. See
+statistics/selection.py for the reserve of the random arm.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

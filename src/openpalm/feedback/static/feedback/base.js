@@ -16,5 +16,11 @@ function reachTables() {
   }
 }
 reachTables();
+
+// On a phone the current page may be outside of the bar of links.
+for (const link of document.querySelectorAll("nav [aria-current]")) {
+  const bar = link.closest("nav");
+  bar.scrollLeft = link.offsetLeft - bar.offsetLeft - (bar.clientWidth - link.offsetWidth) / 2;
+}
 window.addEventListener("resize", reachTables);
 document.addEventListener("htmx:afterSwap", reachTables);

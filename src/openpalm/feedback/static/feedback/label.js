@@ -12,6 +12,8 @@ const find = (selector) => document.querySelector(selector);
 const form = () => find("#judgement");
 const typing = (node) => node.matches?.("textarea, select, input:not([type=radio], [type=checkbox])");
 const say = (text) => { find("#said").textContent = text; };
+const note = (text) => { if (find("#saved")) find("#saved").textContent = text; }; // seen and said
+const token = () => document.cookie.match(/(?:^|; )openpalm_csrf=([^;]+)/)?.[1] ?? "";
 
 /* The time that the page was in sight. */
 
@@ -57,24 +59,17 @@ async function saveDraft() {
   const now = url && form() ? typed() : saved;
   if (now === saved) return;
   saved = now;
-  readClock();
-  const headers = { "x-csrftoken": document.cookie.match(/(?:^|; )openpalm_csrf=([^;]+)/)?.[1] ?? "" };
   const body = new URLSearchParams(`${now}&elapsed_ms=${activeMs()}`);
-  const note = find("#saved");
-  try {
-    const answer = await fetch(url, { method: "POST", body, headers, keepalive: body.toString().length < 60000 });
-    if (answer.status === 204) note.textContent = "Draft saved";
-    else failed();
-  } catch { failed(); }
-  function failed() {
-    saved = "";
-    note.textContent = "Draft not saved";
-  }
+  const keepalive = body.toString().length < 60000; // the limit of browsers
+  const sent = { method: "POST", headers: { "x-csrftoken": token() }, body, keepalive };
+  const answer = await fetch(url, sent).catch(() => null);
+  if (find("#item")?.dataset.draft !== url) return;
+  if (answer?.status !== 204) saved = ""; // tried again after the next change
+  note(answer?.status === 204 ? "Draft saved" : "Draft not saved");
 }
 
 function later() {
-  const note = find("#saved");
-  if (note) note.textContent = "";
+  note("");
   clearTimeout(timer);
   timer = setTimeout(saveDraft, DRAFT_AFTER_MS);
 }
@@ -126,14 +121,14 @@ function submitBy(event, target) {
   const inFlag = target.closest?.("#flag");
   const button = inFlag ? inFlag.querySelector("button") : find("#item [data-key=Enter]");
   if (!button) return;
-  if (!inFlag && !isJudged()) return say("Choose first.");
+  if (!inFlag && !isJudged()) return note("Choose first");
   button.click();
 }
 
 function sendBy(event, target) {
   if (form()?.contains(target)) return submitBy(event, target);
   const sends = target.form?.querySelectorAll("[data-send]");
-  if (!sends?.length) return say("Press Esc, then A or B: with which answer does it go on?");
+  if (!sends?.length) return note("Press Esc, then A or B");
   event.preventDefault();
   sends[0].click();
 }
@@ -333,7 +328,10 @@ document.addEventListener("htmx:configRequest", (event) => {
   const { parameters } = event.detail;
   if (parameters.elapsed_ms !== undefined) parameters.elapsed_ms = String(activeMs());
 });
-document.addEventListener("htmx:beforeRequest", () => clearTimeout(timer));
+document.addEventListener("htmx:beforeRequest", (event) => {
+  if (form()?.contains(event.target)) clearTimeout(timer);
+  else saveDraft(); // an undo leaves the item that was begun
+});
 document.addEventListener("htmx:sendError", () =>
   trouble("The server cannot be reached. Your judgement is still here: submit it again in a moment."));
 document.addEventListener("htmx:responseError", (event) => {
@@ -352,7 +350,8 @@ document.addEventListener("htmx:beforeSwap", (event) => {
 
 let open = {};
 document.addEventListener("htmx:beforeSwap", () => {
-  open = { guidelines: find("#guidelines")?.open, keys: find("#keys")?.open };
+  // Guidelines that opened because they are new do not stay open.
+  open = { guidelines: find("#guidelines[open]:not(:has(.notice))"), keys: find("#keys[open]") };
 });
 document.addEventListener("htmx:afterSwap", () => {
   trouble("");

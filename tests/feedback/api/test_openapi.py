@@ -1,0 +1,42 @@
+"""The OpenAPI document names what the API really takes."""
+
+import pytest
+
+from openpalm.feedback.api.openapi import BODIES, QUERIES, document
+from openpalm.feedback.api.urls import urlpatterns
+from openpalm.feedback.models import ApiToken
+
+PATHS = document(urlpatterns)["paths"]
+FILLED = {"slug": "demo", "item_id": 1, "assignment_id": 1, "run_id": 1, "model_id": 1}
+
+
+def test_every_url_is_listed_with_its_methods(db, client):
+    served = client.get("/api/v1/openapi.json").json()
+    assert served["paths"] == PATHS
+    listed = client.get("/api/v1/").json()["urls"]
+    assert listed["/api/v1/items"] == ["GET", "POST"]
+    for room in ("projects", "items", "responses", "runs", "models"):
+        assert f"/{room}" in PATHS
+    assert {f"/{path}" for path, _ in BODIES} | {f"/{path}" for path in QUERIES} <= set(PATHS)
+
+
+def test_every_scope_is_used_and_every_post_has_a_body():
+    text = str(PATHS)
+    assert [scope for scope in ApiToken.SCOPES if f"`{scope}`" not in text] == []
+    posts = {path for path, methods in PATHS.items() if "post" in methods}
+    assert {f"/{path}" for path, _ in BODIES} == posts
+
+
+def test_operation_ids_are_unique():
+    ids = [one["operationId"] for methods in PATHS.values() for one in methods.values()]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("path", sorted(QUERIES))
+def test_parameters_are_those_that_are_read(project, admin, caller, path):
+    """The API itself refuses an unknown parameter, and names all that it knows."""
+    refused = caller(admin).get(path, project="demo", colour="red").data["error"]["message"]
+    if path == "projects":
+        refused = caller(admin).get(path, colour="red").data["error"]["message"]
+    known = set(refused.rpartition("known: ")[2].split(", "))
+    assert known == set(QUERIES[path])
