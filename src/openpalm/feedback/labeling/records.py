@@ -34,9 +34,15 @@ def records(responses: "QuerySet[Response]") -> Iterator[Preference]:
         last = chunk[-1].pk
 
 
-def project_records(project: Project) -> Iterator[Preference]:
-    """The records of a project; ratings of one prompt by one author stand together."""
-    responses = Response.objects.filter(project=project)
+def project_records(
+    project: Project, responses: "QuerySet[Response] | None" = None
+) -> Iterator[Preference]:
+    """The records of a project, or of some of its responses, in bounded memory.
+
+    Ratings of one prompt by one author stand together, as the export of pairs needs them.
+    """
+    if responses is None:
+        responses = Response.objects.filter(project=project)
     if project.task != Task.RATING:
         yield from records(responses)
         return

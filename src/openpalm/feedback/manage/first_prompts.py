@@ -15,8 +15,9 @@ from openpalm.feedback.models import ModelVersion, Project, Prompt
 from openpalm.feedback.training import generation
 
 MOST = 600
-HELD_OUT = 0.5
-"""a promotion compares answers to 200 prompts that no training has read"""
+HELD_OUT, MOST_HELD_OUT = 0.5, 0.7
+ENOUGH = 240
+"""held-out prompts: a promotion compares answers to 200 that no training has read"""
 MOST_ROWS = 20_000
 FIRST_ITEMS = 100
 SAMPLING = {"temperature": 1.0, "max_tokens": 128}
@@ -46,9 +47,10 @@ def add(project: Project, model: ModelVersion, data: Path) -> int:
                 break
     except DataError:
         pass  # its rows have no prompts: the page asks for some
+    share = min(max(HELD_OUT, ENOUGH / max(len(chosen), 1)), MOST_HELD_OUT)
     for held_out in (True, False):
-        share = [m for digest, m in chosen.items() if is_held_out(digest, HELD_OUT) == held_out]
-        add_prompts(project, [(messages, "file") for messages in share], held_out=held_out)
+        part = [m for digest, m in chosen.items() if is_held_out(digest, share) == held_out]
+        add_prompts(project, [(messages, "file") for messages in part], held_out=held_out)
     first = Prompt.objects.filter(project=project, held_out=False).order_by("id")
     ids = list(first.values_list("id", flat=True)[:FIRST_ITEMS])
     if ids:
