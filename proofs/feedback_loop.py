@@ -18,9 +18,9 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -58,6 +58,17 @@ class Seed:
 
     folder: Path
     seed: int
+    spent: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """of each stage: seconds of the processors, and of the clock"""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began, used = time.perf_counter(), cpu_seconds()
+        yield
+        self.spent[name] = (
+            round(cpu_seconds() - used, 1),
+            round(time.perf_counter() - began, 1),
+        )
 
     def questions(self, held_out: bool) -> list[str]:
         """Those judged for training, or those of the comparisons; no question is among both."""
@@ -67,7 +78,8 @@ class Seed:
 
     def verb(self, verb: str, name: str, *words: object) -> Path:
         out = self.folder / name
-        openpalm(verb, "--out", out, "--seed", self.seed, *words)
+        with self.stage(name):
+            openpalm(verb, "--out", out, "--seed", self.seed, *words)
         return out
 
 
@@ -243,21 +255,25 @@ def judgements_agreement(judged: Sequence[Judged], items: Sequence[Item]) -> lis
 def close_loop(run: Seed, judging: Judging) -> dict[str, Any]:
     """Everything of one seed, from the text on."""
     parent = make_parent(run)
-    items = two_replies(parent, run.questions(held_out=False), seed=1)
-    judged = judging.collect(f"training-{run.seed}", items, run.seed)
+    with run.stage("judging"):
+        items = two_replies(parent, run.questions(held_out=False), seed=1)
+        judged = judging.collect(f"training-{run.seed}", items, run.seed)
     records = write_records(run.folder / "judgements.jsonl", judged)
     control = with_shuffled_verdicts(judged, run.seed)
     models = train(run, parent, records, write_records(run.folder / "shuffled.jsonl", control))
-    held_out = two_replies(parent, run.questions(held_out=True), seed=3)
-    compared = {
-        name: compare(run, name, models[name], held_out, judging) for name in (*TRAINED, CONTROL)
-    }
+    with run.stage("comparing"):
+        held_out = two_replies(parent, run.questions(held_out=True), seed=3)
+        compared = {
+            name: compare(run, name, models[name], held_out, judging)
+            for name in (*TRAINED, CONTROL)
+        }
     return {
         "seed": run.seed,
         "judgements": len(judged),
         "decided": sum("better" in one.record["payload"] for one in judged),
         "judgements_agreement": judgements_agreement(judged, items),
         "reward_agreement": reward_agreement(models["reward"], held_out),
+        "stages": run.spent,
     } | {name: one.figures() for name, one in compared.items()}
 
 
@@ -307,6 +323,16 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def stage_table(results: Sequence[dict[str, Any]]) -> str:
+    """Seconds of the processors (and of the clock) for each stage, in Markdown."""
+    names = [*results[0]["stages"]]
+    lines = [f"| {' | '.join(['seed', *names])} |", "|---" * (1 + len(names)) + "|"]
+    for result in results:
+        spent = [f"{used:.0f} ({lasted:.0f})" for used, lasted in result["stages"].values()]
+        lines.append(f"| {' | '.join([str(result['seed']), *spent])} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
@@ -329,7 +355,7 @@ def main() -> int:
         result["cpu_seconds"] = round(cpu_seconds() - used)
         results.append(result)
         asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(table(results), flush=True)
+        print(table(results), stage_table(results), sep="\n\n", flush=True)
     missed = misses(results)
     for miss in missed:
         print(f"feedback_loop: {miss}", file=sys.stderr)
