@@ -177,6 +177,9 @@ def test_promotion_after_a_decided_comparison(loop, client, decided, server):
     assert promotion.override_reason == ""
     assert Job.objects.get().kind == "promote"
     assert last_event() == "model.promotion_proposed"
+    page = client.get(f"/p/demo/comparisons/{comparison.pk}").content.decode()
+    assert "The server is loading challenger" in page
+    assert "Promote: serve" not in page
 
 
 @pytest.mark.parametrize("reason", ["", "too short"])
