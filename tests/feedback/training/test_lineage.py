@@ -9,8 +9,8 @@ from openpalm.feedback.accounts.tokens import digest_of
 from openpalm.feedback.models import ApiToken, ModelVersion, Project, TrainRun, User
 from openpalm.feedback.training import runs, scoring, served
 from openpalm.feedback.training.lineage import ancestors, judgements_of, models_of
-from openpalm.feedback.training.promotion import SERVED_FILE
 from openpalm.feedback.training.registry import free_name, register
+from openpalm.feedback.training.servers import SERVED_FILE
 from openpalm.feedback.training.snapshots import Filter
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.loop import drain

@@ -18,8 +18,8 @@ from openpalm.feedback.models import (
     Role,
     User,
 )
-from openpalm.feedback.training.promotion import SERVED_FILE
 from openpalm.feedback.training.registry import register
+from openpalm.feedback.training.servers import SERVED_FILE
 
 FIRST_PROJECT = "chat"
 SERVICE = "chat-page"
