@@ -78,6 +78,11 @@ def _server(
     from openpalm.feedback.training.served import connect
 
     connection = connect(settings.path, settings.model_name)
+    if connection.promoted:
+        say(
+            f"serves {connection.path}, as the command says; {connection.promoted} was promoted "
+            "before: name that one to serve it again"
+        )
     conversations = f"{site_url}/api/v1/projects/{connection.project}/conversations"
     environment = {
         "OPENPALM_ADMIN_KEY": json.dumps(list(admin_keys)),

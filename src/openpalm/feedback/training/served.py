@@ -19,7 +19,7 @@ from openpalm.feedback.models import (
     User,
 )
 from openpalm.feedback.training.registry import register
-from openpalm.feedback.training.servers import SERVED_FILE
+from openpalm.feedback.training.servers import SERVED_FILE, promoted_path
 
 FIRST_PROJECT = "chat"
 SERVICE = "chat-page"
@@ -41,6 +41,8 @@ class Connection:
     token: str
     path: str
     """the checkpoint that is served, as the projects know it"""
+    promoted: str | None = None
+    """another checkpoint, which an earlier command served last by promotion"""
 
 
 def connect(path: str, name: str) -> Connection:
@@ -49,11 +51,13 @@ def connect(path: str, name: str) -> Connection:
     Raises DataError if `path` is no checkpoint.
     """
     # What an earlier server had by promotion no longer counts: the command line names the model.
+    promoted = promoted_path()
     (Path(settings.FEEDBACK_DIR) / SERVED_FILE).unlink(missing_ok=True)
     with transaction.atomic():
         projects = list(Project.objects.order_by("id")) or [_first_project(name)]
         models = [_serve(project, path, name) for project in projects]
-        return Connection(projects[0].slug, _token(projects[0]), models[0].path)
+        before = promoted if promoted != models[0].path else None
+        return Connection(projects[0].slug, _token(projects[0]), models[0].path, before)
 
 
 def _first_project(name: str) -> Project:
