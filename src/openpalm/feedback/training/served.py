@@ -37,12 +37,19 @@ GUIDELINE = """Choose the answer that helps the person who asked more.
 class Connection:
     """The project that the chat page's conversations go to, and the token to send them with."""
 
-    project: str
+    project: Project
     token: str
+<<<<<<< HEAD
     path: str
     """the checkpoint that is served, as the projects know it"""
     promoted: str | None = None
     """another checkpoint, which an earlier command served last by promotion"""
+=======
+    model: ModelVersion
+    """the served model, as that project knows it"""
+    is_new: bool
+    """whether the project was made just now"""
+>>>>>>> main
 
 
 def connect(path: str, name: str) -> Connection:
@@ -54,10 +61,15 @@ def connect(path: str, name: str) -> Connection:
     promoted = promoted_path()
     (Path(settings.FEEDBACK_DIR) / SERVED_FILE).unlink(missing_ok=True)
     with transaction.atomic():
-        projects = list(Project.objects.order_by("id")) or [_first_project(name)]
+        known = list(Project.objects.order_by("id"))
+        projects = known or [_first_project(name)]
         models = [_serve(project, path, name) for project in projects]
+<<<<<<< HEAD
         before = promoted if promoted != models[0].path else None
         return Connection(projects[0].slug, _token(projects[0]), models[0].path, before)
+=======
+        return Connection(projects[0], _token(projects[0]), models[0], not known)
+>>>>>>> main
 
 
 def _first_project(name: str) -> Project:
