@@ -79,19 +79,15 @@ def _server(
     from openpalm.feedback.training.served import connect
 
     connection = connect(settings.path, settings.model_name)
-<<<<<<< HEAD
     if connection.promoted:
         say(
-            f"serves {connection.path}, as the command says; {connection.promoted} was promoted "
-            "before: name that one to serve it again"
+            f"serves {connection.model.path}, as the command says; {connection.promoted} was "
+            "promoted before: name that one to serve it again"
         )
-    conversations = f"{site_url}/api/v1/projects/{connection.project}/conversations"
-=======
     if connection.is_new and (data := first_prompts.data_of(Path(settings.path))):
         count = first_prompts.add(connection.project, connection.model, data)
         say(f"{count} prompts of {data}: answers to judge are being generated")
     conversations = f"{site_url}/api/v1/projects/{connection.project.slug}/conversations"
->>>>>>> main
     environment = {
         "OPENPALM_ADMIN_KEY": json.dumps(list(admin_keys)),
         TOKEN_VARIABLE: connection.token,

@@ -89,12 +89,8 @@ def test_the_first_project_is_made_with_the_served_model(db, tmp_path, settings)
     (settings.FEEDBACK_DIR / SERVED_FILE).write_text('{"path": "/runs/promoted"}')
     first = served.connect(str(tmp_path / "model"), "sft")
     project = Project.objects.get()
-<<<<<<< HEAD
-    assert (first.path, first.promoted) == (str(tmp_path / "model"), "/runs/promoted")
-    assert (first.project, project.name) == (project.slug, "Answers of sft")
-=======
+    assert (first.model.path, first.promoted) == (str(tmp_path / "model"), "/runs/promoted")
     assert (first.project.slug, project.name) == (project.slug, "Answers of sft")
->>>>>>> main
     assert project.served == ModelVersion.objects.get(name="sft", checkpoint="abc")
     assert project.guideline is not None
     assert not (settings.FEEDBACK_DIR / SERVED_FILE).exists()

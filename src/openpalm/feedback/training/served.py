@@ -39,17 +39,12 @@ class Connection:
 
     project: Project
     token: str
-<<<<<<< HEAD
-    path: str
-    """the checkpoint that is served, as the projects know it"""
-    promoted: str | None = None
-    """another checkpoint, which an earlier command served last by promotion"""
-=======
     model: ModelVersion
     """the served model, as that project knows it"""
     is_new: bool
     """whether the project was made just now"""
->>>>>>> main
+    promoted: str | None = None
+    """another checkpoint, which an earlier command served last by promotion"""
 
 
 def connect(path: str, name: str) -> Connection:
@@ -64,12 +59,8 @@ def connect(path: str, name: str) -> Connection:
         known = list(Project.objects.order_by("id"))
         projects = known or [_first_project(name)]
         models = [_serve(project, path, name) for project in projects]
-<<<<<<< HEAD
         before = promoted if promoted != models[0].path else None
-        return Connection(projects[0].slug, _token(projects[0]), models[0].path, before)
-=======
-        return Connection(projects[0], _token(projects[0]), models[0], not known)
->>>>>>> main
+        return Connection(projects[0], _token(projects[0]), models[0], not known, before)
 
 
 def _first_project(name: str) -> Project:
