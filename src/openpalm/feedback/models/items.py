@@ -162,7 +162,7 @@ class Assignment(models.Model):
             models.Index(
                 fields=["project", "expires_at"], condition=Q(state="open"), name="open_lease"
             ),
-            models.Index(fields=["user", "project", "state"], name="assignment_by_user"),
+            models.Index(fields=["user", "project", "state", "id"], name="assignment_by_user"),
         ]
 
 
