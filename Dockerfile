@@ -27,14 +27,14 @@ RUN pip install -c constraints.txt --index-url "$TORCH_INDEX" torch
 COPY pyproject.toml README.md LICENSE ./
 COPY configs ./configs
 COPY src ./src
-RUN pip install -c constraints.txt '.[serve,data]'
+RUN pip install -c constraints.txt '.[serve,data,deploy]'
 
 FROM base-${DEVICE}
 COPY --from=build /opt/openpalm /opt/openpalm
 ENV PATH=/opt/openpalm/bin:$PATH PYTHONUNBUFFERED=1
 # A number, so that Kubernetes can see that it is not root. The cache keeps models of the Hub.
 RUN useradd --uid 10001 --create-home openpalm \
-    && install -d -o openpalm -g openpalm /models /home/openpalm/.cache
+    && install -d -o openpalm -g openpalm /models /feedback /home/openpalm/.cache
 USER 10001
 WORKDIR /home/openpalm
 VOLUME ["/models", "/home/openpalm/.cache"]

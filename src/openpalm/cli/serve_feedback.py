@@ -75,10 +75,14 @@ def _server(
     admin_keys: Sequence[str],
 ) -> Child:
     """The model server. After a crash it starts with the model that was promoted meanwhile."""
+    from openpalm.feedback.manage import first_prompts
     from openpalm.feedback.training.served import connect
 
     connection = connect(settings.path, settings.model_name)
-    conversations = f"{site_url}/api/v1/projects/{connection.project}/conversations"
+    if connection.is_new and (data := first_prompts.data_of(Path(settings.path))):
+        count = first_prompts.add(connection.project, connection.model, data)
+        say(f"{count} prompts of {data}: answers to judge are being generated")
+    conversations = f"{site_url}/api/v1/projects/{connection.project.slug}/conversations"
     environment = {
         "OPENPALM_ADMIN_KEY": json.dumps(list(admin_keys)),
         TOKEN_VARIABLE: connection.token,
@@ -89,7 +93,7 @@ def _server(
 
     def command() -> list[str]:
         promoted = _promoted(served_file)
-        path = promoted or connection.path
+        path = promoted or connection.model.path
         words = [*PROGRAM, "serve", path, *options(settings, promoted)]
         words += ["--name", settings.model_name, "--port", str(port)]
         return [*words, "--conversation-url", settings.conversation_url or conversations]

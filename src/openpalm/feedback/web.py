@@ -40,6 +40,8 @@ def serve(listening: socket.socket) -> None:
         threads=THREADS,
         ident="",
         channel_timeout=60,
+        # waitress stores a body before the application sees it; see accounts/middleware.body_limit.
+        max_request_body_size=settings.FEEDBACK_MAX_UPLOAD_BYTES + 2**20,
         # Only a proxy's word about HTTPS and the visitor's address reaches the site.
         clear_untrusted_proxy_headers=not settings.FEEDBACK_PROXIES,
     )

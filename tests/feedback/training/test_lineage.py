@@ -89,7 +89,7 @@ def test_the_first_project_is_made_with_the_served_model(db, tmp_path, settings)
     (settings.FEEDBACK_DIR / SERVED_FILE).write_text("{}")
     first = served.connect(str(tmp_path / "model"), "sft")
     project = Project.objects.get()
-    assert (first.project, project.name) == (project.slug, "Answers of sft")
+    assert (first.project.slug, project.name) == (project.slug, "Answers of sft")
     assert project.served == ModelVersion.objects.get(name="sft", checkpoint="abc")
     assert project.guideline is not None
     assert not (settings.FEEDBACK_DIR / SERVED_FILE).exists()

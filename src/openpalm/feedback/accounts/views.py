@@ -48,7 +48,7 @@ def setup(request: HttpRequest) -> HttpResponse:
         user.save()
         login(request, user)
         audit.record("site.set_up", user=user, target=user)
-        return redirect("project-new")
+        return redirect("home" if Project.objects.exists() else "project-new")
     return render(request, "feedback/accounts/setup.html", {"form": form, "token": given})
 
 

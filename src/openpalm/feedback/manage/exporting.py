@@ -14,7 +14,7 @@ from openpalm.data.rows.exports.stream import TABLE, export_lines
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.labeling.records import in_pieces, records
+from openpalm.feedback.labeling.records import in_pieces, project_records
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.models import Item, Response, Role, User
 
@@ -53,7 +53,7 @@ def download(request: ProjectRequest) -> HttpResponse:
     )
     is_table = name == TABLE
     kind = "text/csv; charset=utf-8" if is_table else "application/x-ndjson"
-    lines = in_pieces(export_lines(records(rows), name))
+    lines = in_pieces(export_lines(project_records(request.project, rows), name))
     stream = StreamingHttpResponse(lines, content_type=kind)
     suffix = "csv" if is_table else "jsonl"
     return attachment(stream, f"{request.project.slug}-{name}.{suffix}")

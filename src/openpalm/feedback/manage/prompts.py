@@ -44,9 +44,7 @@ class UploadForm(PlainLabels, forms.Form):
         help_text="Kept for comparisons of models, never trained on. The text decides which ones, "
         "so that the same file gives the same share again.",
     )
-    gold = forms.BooleanField(
-        label="Judgements in the file are known answers (gold items)", required=False
-    )
+    gold = forms.BooleanField(label="Use its judgements as gold", required=False)
 
 
 class TypedForm(PlainLabels, forms.Form):

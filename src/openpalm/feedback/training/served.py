@@ -37,10 +37,12 @@ GUIDELINE = """Choose the answer that helps the person who asked more.
 class Connection:
     """The project that the chat page's conversations go to, and the token to send them with."""
 
-    project: str
+    project: Project
     token: str
-    path: str
-    """the checkpoint that is served, as the projects know it"""
+    model: ModelVersion
+    """the served model, as that project knows it"""
+    is_new: bool
+    """whether the project was made just now"""
 
 
 def connect(path: str, name: str) -> Connection:
@@ -51,9 +53,10 @@ def connect(path: str, name: str) -> Connection:
     # What an earlier server had by promotion no longer counts: the command line names the model.
     (Path(settings.FEEDBACK_DIR) / SERVED_FILE).unlink(missing_ok=True)
     with transaction.atomic():
-        projects = list(Project.objects.order_by("id")) or [_first_project(name)]
+        known = list(Project.objects.order_by("id"))
+        projects = known or [_first_project(name)]
         models = [_serve(project, path, name) for project in projects]
-        return Connection(projects[0].slug, _token(projects[0]), models[0].path)
+        return Connection(projects[0], _token(projects[0]), models[0], not known)
 
 
 def _first_project(name: str) -> Project:

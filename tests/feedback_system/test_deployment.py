@@ -1,0 +1,161 @@
+"""The processes of docs/feedback-deployment.md from Debian's packages: PostgreSQL, gunicorn, the
+worker and nginx with HTTPS, started by the script of examples/feedback/."""
+
+import http.cookiejar
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import postgresql as server
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "feedback" / "run_processes.sh"
+HANGS_S = 300
+FREE = 5
+"""failures of a name before it must wait"""
+PORTS = ("HTTPS_PORT", "HTTP_PORT", "WEB_PORT", "POSTGRESQL_PORT")
+
+
+@dataclass
+class Deployed:
+    folder: Path
+    ports: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.ports['HTTPS_PORT']}"
+
+    def browser(self) -> urllib.request.OpenerDirector:
+        """With cookies of its own; trusts the script's certificate only."""
+        context = ssl.create_default_context(cafile=str(self.folder / "nginx" / "fullchain.pem"))
+        return urllib.request.build_opener(
+            urllib.request.HTTPSHandler(context=context),
+            urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()),
+        )
+
+    def sign_in(self, name: str, password: str, *, forged: str = "") -> str:
+        """The page that follows."""
+        browser = self.browser()
+        form = browser.open(f"{self.url}/login").read().decode()
+        token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', form)
+        assert token
+        fields = {"username": name, "password": password, "csrfmiddlewaretoken": token[1]}
+        headers = {"Referer": f"{self.url}/login", "Origin": self.url}
+        if forged:
+            headers |= {"X-Forwarded-For": forged, "X-Real-IP": forged}
+        body = urllib.parse.urlencode(fields).encode()
+        request = urllib.request.Request(f"{self.url}/login", body, headers)
+        return browser.open(request).read().decode()
+
+
+@pytest.fixture(scope="module")
+def deployed():
+    missing = [name for name in ("nginx", "psql", "openssl", "curl") if not shutil.which(name)]
+    if missing or server.missing() or not server.DEBIAN.exists():
+        pytest.skip(f"needs Debian's postgresql and nginx: {', '.join(missing)}")
+    pytest.importorskip("gunicorn")
+    # Not in pytest's own folder, which the user postgres may not enter.
+    folder = Path(tempfile.mkdtemp(prefix="openpalm-deployment-"))
+    ports = dict(zip(PORTS, map(str, _free_ports(len(PORTS))), strict=True))
+    log = folder / "script.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [SCRIPT, folder], stdout=output, stderr=output, env=os.environ | ports
+        )
+    try:
+        deadline = time.monotonic() + HANGS_S
+        while "sign in as admin" not in log.read_text(encoding="utf-8"):
+            assert process.poll() is None, log.read_text(encoding="utf-8")
+            assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
+            time.sleep(0.2)
+        yield Deployed(folder, ports)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=HANGS_S)
+        shutil.rmtree(folder)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def test_it_answers_over_https(deployed):
+    assert deployed.browser().open(f"{deployed.url}/healthz").read() == b'{"status": "ok"}'
+    with deployed.browser().open(f"{deployed.url}/login") as page:
+        assert page.headers["Strict-Transport-Security"].startswith("max-age=31536000")
+        assert "Secure" in page.headers["Set-Cookie"]
+        assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    style = deployed.browser().open(f"{deployed.url}/static/feedback/base.css")
+    assert style.headers["Content-Type"].startswith("text/css")
+
+
+def test_plain_http_is_sent_to_https(deployed):
+    browser = deployed.browser()
+    with browser.open(f"http://localhost:{deployed.ports['HTTP_PORT']}/login") as page:
+        assert page.url == f"{deployed.url}/login"
+
+
+def test_another_host_name_is_refused(deployed):
+    request = urllib.request.Request(f"{deployed.url}/healthz", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        deployed.browser().open(request)
+
+
+def test_a_body_that_is_too_large_ends_at_nginx(deployed):
+    body = b"x" * (4 * 2**20)
+    with pytest.raises((urllib.error.HTTPError, urllib.error.URLError)) as refused:
+        deployed.browser().open(urllib.request.Request(f"{deployed.url}/login", body))
+    if isinstance(refused.value, urllib.error.HTTPError):  # else the connection was closed first
+        assert refused.value.code == 413
+
+
+def test_the_administrator_signs_in(deployed):
+    password = (deployed.folder / "admin.password").read_text(encoding="utf-8").strip()
+    page = deployed.sign_in("admin", password)
+    assert "Sign out" in page
+    assert "New project" in page
+
+
+def test_invented_addresses_do_not_end_the_wait(deployed):
+    """The list of failures has the visitor's address as nginx saw it, whatever the header said."""
+    pages = [deployed.sign_in("nobody", "wrong", forged=f"198.51.100.{n}") for n in range(FREE + 1)]
+    assert "Too many failed attempts" in pages[-1]
+    assert "Too many failed attempts" not in pages[0]
+    assert _addresses(deployed) == {"127.0.0.1"}
+
+
+def _addresses(deployed) -> set[str]:
+    password = (deployed.folder / "password").read_text(encoding="utf-8").strip()
+    import psycopg
+
+    port = deployed.ports["POSTGRESQL_PORT"]
+    url = f"postgresql://openpalm:{password}@127.0.0.1:{port}/feedback"
+    with psycopg.connect(url) as connection:
+        rows = connection.execute("SELECT DISTINCT address FROM feedback_loginfailure").fetchall()
+    return {row[0] for row in rows}
+
+
+def test_django_finds_the_deployment_safe(deployed):
+    environment = os.environ | {
+        "OPENPALM_FEEDBACK_DIR": str(deployed.folder / "feedback"),
+        "OPENPALM_FEEDBACK_HOSTS": "localhost",
+        "OPENPALM_FEEDBACK_HTTPS": "1",
+    }
+    words = ["openpalm", "feedback", "manage", "check", "--deploy", "--fail-level", "WARNING"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
