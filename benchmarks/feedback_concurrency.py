@@ -14,6 +14,7 @@ and the time from the request of an item to the acknowledgement of its judgement
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -43,9 +44,11 @@ from openpalm.feedback.simulation.client import FeedbackClient
 PASSWORD = "simulated labelers 7"
 CHOICES = ("1", "2", "4", "5", "tie", "both_bad")
 GIVES_UP_S = 150.0
+MAY_OVERTAKE = 16
+"""judgements that may follow before a kill that is due has happened"""
 LOOKS_AGAIN = 3
 """how often a labeler asks once more after it was sent away"""
-KINDS = ("web", "worker", "command")
+KINDS = ("web", "worker", "web", "worker", "command")
 
 MAKE = """
 import json
@@ -225,15 +228,21 @@ def work(make: Callable[[Tally], Labeler], seed: int, progress: "Progress") -> T
 
 
 class Progress:
-    """Counts the acknowledged judgements; `wait` returns once there are `count`, or at the end."""
+    """Counts the acknowledged judgements, and holds labelers back while kills are due."""
 
     def __init__(self) -> None:
-        self._count, self._ended = 0, False
+        self._count, self._allowed, self._ended = 0, math.inf, False
         self._changed = threading.Condition()
 
     def step(self) -> None:
         with self._changed:
             self._count += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended or self._count < self._allowed)
+
+    def allow(self, count: float) -> None:
+        with self._changed:
+            self._allowed = count
             self._changed.notify_all()
 
     def end(self) -> None:
@@ -252,12 +261,15 @@ def kill_in_turn(site: Site, kills: int, total: int, progress: Progress, seed: i
     """Kills one process after each equal part of the work, at a random moment."""
     drawn, done = random.Random(seed), Counter[str]()
     for number in range(kills):
-        if not progress.wait((number + 1) * total // (kills + 2)):
+        due = (number + 1) * total // (kills + 2)
+        progress.allow(due + MAY_OVERTAKE)
+        if not progress.wait(due):
             break
         time.sleep(drawn.uniform(0, 0.05))
         kind = KINDS[number % len(KINDS)]
         done[kind if kill(site, kind) else "command"] += 1
         print(f"{time.strftime('%H:%M:%S')} killed {dict(done)}", file=sys.stderr, flush=True)
+    progress.allow(math.inf)
     return done
 
 

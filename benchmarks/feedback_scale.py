@@ -226,7 +226,7 @@ def fill(items: int, responses: int) -> None:
 # What is timed.
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, float]:
+def timed(name: str, call: Callable[[], Any]) -> tuple[float, float]:
     """Median and slowest of some calls, in ms, after one that warms the caches."""
     call()
     times = []
@@ -234,6 +234,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1000)
+    print(f"{median(times):>9.1f}  {name}", file=sys.stderr, flush=True)
     return round(median(times), 1), round(max(times), 1)
 
 
@@ -297,7 +298,8 @@ def time_pages(result: dict[str, Any]) -> None:
             answer = client.get(path)
             b"".join(answer) if answer.streaming else answer.content
 
-        result["pages"][f"{name} {path}"[:100]] = timed(show)
+        known = f"{name} {path}"[:100]
+        result["pages"][known] = timed(known, show)
 
 
 def time_judging(result: dict[str, Any]) -> None:
@@ -308,38 +310,39 @@ def time_judging(result: dict[str, Any]) -> None:
     project = Project.objects.get(slug=SLUG)
     labeler, worn = User.objects.get(username="u3"), User.objects.get(username=f"u{USERS}")
     tie = Judgement("compare", {"tie": [0, 1]})
-    held: list[Any] = []
-    result["pages"]["next item"] = timed(lambda: held.append(_lease_anew(queue, project, labeler)))
-    result["pages"]["next item, nothing left"] = timed(lambda: queue.next_assignment(project, worn))
+
+    def leave() -> None:
+        assignment = queue.next_assignment(project, labeler)
+        assert assignment
+        submission.skip(assignment.pk, labeler, "")
 
     def judge() -> None:
         assignment = queue.next_assignment(project, labeler)
         assert assignment
         submission.submit(assignment.pk, labeler, tie)
 
-    result["pages"]["next item and submission"] = timed(judge)
-    project.repeat_share = 1.0
-    result["pages"]["next item, a repetition"] = timed(lambda: _lease_anew(queue, project, labeler))
-
-
-def _lease_anew(queue: Any, project: Any, user: Any) -> Any:
-    from openpalm.feedback.labeling import submission
-
-    assignment = queue.next_assignment(project, user)
-    submission.skip(assignment.pk, user, "")
-    return assignment
+    calls: dict[str, Callable[[], Any]] = {
+        "next item and skip": leave,
+        "next item and submission": judge,
+        "next item, nothing left": lambda: queue.next_assignment(project, worn),
+        "next item, a repetition": leave,
+    }
+    for name, call in calls.items():
+        project.repeat_share = float("repetition" in name)
+        result["pages"][name] = timed(name, call)
 
 
 def plans() -> dict[str, str]:
     """The plans of the queries of the queue, of lists and of the export."""
     from openpalm.feedback.labeling import queue
-    from openpalm.feedback.labeling.records import in_force
+    from openpalm.feedback.labeling.records import _with_texts
     from openpalm.feedback.models import Item, Project, Response, User
 
     project, user = Project.objects.get(slug=SLUG), User.objects.get(username="u3")
     mine = Response.objects.filter(project=project, user=user)
     middle = Response.objects.count() // 2
-    listed = {
+    listed = Response.objects.filter(project=project)
+    queries = {
         "next item": queue.open_items(project, user)[:1],
         "items by page": Item.objects.filter(project=project, pk__gt=500).order_by("pk")[:100],
         "items by state": Item.objects.filter(
@@ -349,9 +352,9 @@ def plans() -> dict[str, str]:
             :100
         ],
         "responses of a labeler": mine.filter(pk__gt=middle).order_by("pk")[:100],
-        "export": in_force(Response.objects.filter(project=project)).filter(pk__gt=middle)[:1000],
+        "export": _with_texts(listed).filter(pk__gt=middle).order_by("pk")[:500],
     }
-    return {name: query.explain() for name, query in listed.items()}
+    return {name: query.explain() for name, query in queries.items()}
 
 
 def time_export(folder: Path, result: dict[str, Any]) -> None:

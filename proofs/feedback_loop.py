@@ -28,8 +28,8 @@ from typing import Any
 
 import replies
 import torch
-from judging import Item, Judged, Judging, WithoutSite, site
 from served import served
+from simulated_judging import Item, Judged, Judging, WithoutSite, site
 from tasks import OUT, cpu_seconds, openpalm, write_rows
 
 import openpalm as package

@@ -3,13 +3,16 @@
 import json
 
 import pytest
+from django.utils import timezone
 
 from openpalm.cli import feedback_data, feedback_site
 from openpalm.cli.main import main
 from openpalm.data.rows.preferences import Preference
 from openpalm.feedback.labeling import queue, submission
+from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
 from openpalm.feedback.labeling.submission import Judgement
-from openpalm.feedback.models import Event, Item, Project, Prompt
+from openpalm.feedback.models import Assignment, Event, Item, Project, Prompt, Response
+from openpalm.feedback.training.snapshots import Filter, freeze
 
 BETTER = Judgement("compare", {"better": 0, "worse": 1, "strength": 2})
 
@@ -103,3 +106,48 @@ def test_words_before_the_options_are_named():
         *("--project", "a", "--file", "b", "--x"),
     ]
     assert feedback_data._named(["--out", "b"], "--project") == ["--out", "b"]
+
+
+def test_more_rows_than_sqlite_takes_at_once_are_exported(project, member, tmp_path):
+    """SQLite refuses Django's prefetch of 999 rows and more."""
+    add_items(
+        project,
+        [
+            NewItem(
+                [{"role": "user", "content": f"q {n}"}],
+                (NewCandidate(f"a {n}"), NewCandidate(f"b {n}")),
+                "typed",
+            )
+            for n in range(1100)
+        ],
+    )
+    now, ann = timezone.now(), member("ann")
+    assignments = Assignment.objects.bulk_create(
+        Assignment(
+            item=item, user=ann, project=project, order=[0, 1], leased_at=now, expires_at=now
+        )
+        for item in Item.objects.order_by("id")
+    )
+    Response.objects.bulk_create(
+        Response(
+            assignment=one,
+            item=one.item,
+            user=ann,
+            project=project,
+            author_kind="person",
+            state="submitted",
+            kind="compare",
+            payload=BETTER.payload,
+        )
+        for one in assignments
+    )
+    file = tmp_path / "out.jsonl"
+    assert feedback("export", "demo", "--out", file) == 0
+    lines = file.read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["candidates"][0]["text"] for line in lines]
+    assert texts == [f"a {n}" for n in range(1100)]
+    project.task = "rating"
+    project.save()
+    assert feedback("export", "demo", "--out", file) == 0
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 1100
+    assert freeze(project, Filter(), None).judgements == 1100

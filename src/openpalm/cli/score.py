@@ -29,7 +29,7 @@ class ScoreSettings:
     out: Path
     """.jsonl of the same rows. A reward model adds `reward` and `reward_spread`, the standard
     deviation over its heads; a language model adds `log_prob`, the log-probability of the whole
-    completion. They are null for a completion that is too long for the model"""
+    completion. A completion that is too long for the model has no score"""
     device: str = "auto"
     """auto, cpu or cuda; auto is a GPU if there is one"""
 

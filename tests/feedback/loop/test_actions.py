@@ -85,6 +85,17 @@ def test_ppo_takes_a_reward_model_and_no_judgements(loop, client):
     assert "filter" not in run.settings
 
 
+def test_an_ensemble_is_one_choice(loop, client):
+    for n in range(2):
+        ModelVersion.objects.create(
+            project=loop.project, name=f"more-{n}", kind="reward", run=loop.reward.run, path="/m"
+        )
+    ModelVersion.objects.create(project=loop.project, name="added", kind="reward", path="/a")
+    field = client.get("/p/demo/runs/new?verb=ppo").context["form"].fields["reward"]
+    labels = {label for value, label in field.choices if value}
+    assert labels == {"judge-of-taste (ensemble of 3)", "added"}
+
+
 def test_a_policy_is_no_reward_model(loop, client):
     given = {"parent": loop.base.pk, "reward": loop.challenger.pk, "seed": 0}
     assert client.post("/p/demo/runs/new?verb=ppo", given).status_code == 422

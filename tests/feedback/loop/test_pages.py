@@ -61,6 +61,7 @@ def test_few_queries_however_many_models(loop, admin, signed_in, django_assert_m
         parent = ModelVersion.objects.create(
             project=loop.project, name=f"m{n}", parent=parent, run=run
         )
+    loop.challenger = parent  # the last of the chain
     client = signed_in(admin)
     for name, path in paths(loop).items():
         with django_assert_max_num_queries(20):

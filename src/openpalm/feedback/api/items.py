@@ -3,6 +3,7 @@
 from typing import Any
 
 from django.db import IntegrityError
+from django.db.models import Prefetch
 from django.http import JsonResponse
 
 from openpalm.data.rows.payloads import is_payload
@@ -22,7 +23,7 @@ from openpalm.feedback.labeling.new_items import (
 from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
 from openpalm.feedback.manage.blinding import revealed
 from openpalm.feedback.manage.names import names_itself
-from openpalm.feedback.models import Item, ModelVersion, Project, Role
+from openpalm.feedback.models import Item, ItemCandidate, ModelVersion, Project, Role
 
 MAX_TEXT = 100_000
 MAX_ITEMS = 500
@@ -53,7 +54,8 @@ def _shown(call: Call, items: list[Item]) -> list[dict[str, Any]]:
 
 
 def _with_texts(items: Any) -> Any:
-    return items.select_related("prompt", "project").prefetch_related("places__candidate__model")
+    places = ItemCandidate.objects.select_related("candidate__model")
+    return items.select_related("prompt", "project").prefetch_related(Prefetch("places", places))
 
 
 @operation("items:write", Role.ADMIN)

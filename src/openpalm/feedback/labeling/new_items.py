@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.db import transaction
+from django.db.models import Prefetch
 
 from openpalm.data.rows.messages import check_prompt
 from openpalm.data.text.conversation import ROLES, Message
@@ -89,7 +90,8 @@ def add_items(project: Project, new: Sequence[NewItem]) -> list[tuple[Item, bool
 
 def _by_key(project: Project, keys: list[str]) -> dict[str, Item]:
     found = Item.objects.filter(project=project, key__in=keys).select_related("prompt")
-    return {item.key: item for item in found.prefetch_related("places__candidate")}  # pyright: ignore
+    places = ItemCandidate.objects.select_related("candidate")
+    return {item.key: item for item in found.prefetch_related(Prefetch("places", places))}  # pyright: ignore
 
 
 def _check_same(new: NewItem, old: Item) -> None:

@@ -3,35 +3,39 @@
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from django.db.models import QuerySet
+from django.db.models import Prefetch, QuerySet
 
 from openpalm.data.rows.preferences import Candidate, Preference
 from openpalm.data.text.conversation import Message
-from openpalm.feedback.models import Project, Prompt, Response, Task
+from openpalm.feedback.models import ItemCandidate, Project, Prompt, Response, Task
 
-CHUNK = 1000
+CHUNK = 500
+"""rows read at once; SQLite refuses Django's prefetch of 999 rows and more"""
 PROMPTS = 100
 
 
-def in_force(responses: "QuerySet[Response]") -> "QuerySet[Response]":
-    """With all that a record needs, in the order of their ids."""
-    return (
-        responses.filter(in_force=True)
-        .select_related("item__prompt", "user")
-        .prefetch_related("item__places__candidate")
-        .order_by("id")
+def in_force(responses: "QuerySet[Response]") -> Iterator[Response]:
+    """Each response in force with all that a record needs, by id, in bounded memory.
+
+    Each chunk is a query of its own, so that a long export holds no transaction open.
+    """
+    rows, last = _with_texts(responses).order_by("pk"), 0
+    while chunk := list(rows.filter(pk__gt=last)[:CHUNK]):
+        yield from chunk
+        last = chunk[-1].pk
+
+
+def _with_texts(responses: "QuerySet[Response]") -> "QuerySet[Response]":
+    """Items and prompts are read once, however many responses they have."""
+    places = ItemCandidate.objects.select_related("candidate")
+    return responses.filter(in_force=True).prefetch_related(
+        "user", "item__prompt", Prefetch("item__places", places)
     )
 
 
 def records(responses: "QuerySet[Response]") -> Iterator[Preference]:
-    """The record of each response, in bounded memory.
-
-    Each chunk is a query of its own, so that a long export holds no transaction open.
-    """
-    rows, last = in_force(responses), 0
-    while chunk := list(rows.filter(pk__gt=last)[:CHUNK]):
-        yield from map(record, chunk)
-        last = chunk[-1].pk
+    """The record of each response, in bounded memory."""
+    return map(record, in_force(responses))
 
 
 def project_records(
@@ -48,8 +52,9 @@ def project_records(
         return
     prompts, last = Prompt.objects.filter(project=project).order_by("pk"), 0
     while ids := list(prompts.filter(pk__gt=last).values_list("pk", flat=True)[:PROMPTS]):
-        of_prompts = in_force(responses.filter(item__prompt__in=ids))
-        yield from map(record, of_prompts.order_by("item__prompt", "user", "pk"))
+        of_prompts = _with_texts(responses.filter(item__prompt__in=ids))
+        by_author = of_prompts.order_by("item__prompt", "user", "pk")
+        yield from map(record, by_author.iterator(chunk_size=CHUNK))
         last = ids[-1]
 
 

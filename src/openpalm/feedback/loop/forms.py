@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from django import forms
+from django.db.models import Count, Exists, OuterRef, QuerySet, Subquery
+from django.db.models.functions import Coalesce
 
 from openpalm.feedback.models import ModelVersion, Project, User
 from openpalm.feedback.statistics.promotion import MINIMUM
@@ -43,15 +45,26 @@ class BatchForm(forms.Form):
     size = forms.IntegerField(label="Pairs", min_value=1, max_value=10_000, initial=50)
 
 
+class RewardField(forms.ModelChoiceField):
+    """The reward models, of an ensemble the first member: all of them reward together."""
+
+    def label_from_instance(self, obj: Any) -> str:
+        return f"{obj.name} (ensemble of {obj.size})" if obj.size > 1 else obj.name
+
+
+def rewards(known: "QuerySet[ModelVersion]") -> "QuerySet[ModelVersion]":
+    """One reward model of each training, with the `size` of its ensemble."""
+    of_run = ModelVersion.objects.filter(run=OuterRef("run"), kind=REWARD)
+    size = of_run.order_by().values("run").annotate(n=Count("pk")).values("n")
+    found = known.filter(kind=REWARD).annotate(size=Coalesce(Subquery(size), 1))
+    return found.exclude(Exists(of_run.filter(pk__lt=OuterRef("pk"))))
+
+
 class TrainForm(forms.Form):
     """One training. An empty setting leaves the command's default."""
 
     parent = forms.ModelChoiceField(ModelVersion.objects.none(), label="Start from")
-    reward = forms.ModelChoiceField(
-        ModelVersion.objects.none(),
-        label="Reward model",
-        help_text="All members of its ensemble reward together.",
-    )
+    reward = RewardField(ModelVersion.objects.none(), label="Reward model")
     authors = forms.MultipleChoiceField(
         label="Judgements by",
         widget=forms.CheckboxSelectMultiple,
@@ -110,7 +123,7 @@ class TrainForm(forms.Form):
         parent.queryset = known if verb == "reward" else known.filter(kind=POLICY)
         parent.initial = project.served_id
         reward: Any = self.fields["reward"]
-        reward.queryset = known.filter(kind=REWARD)
+        reward.queryset = rewards(known)
         reward.initial = reward.queryset.first()
         authors: Any = self.fields["authors"]
         authors.choices = [(kind, _with_count(kind, counted)) for kind in AUTHORS]

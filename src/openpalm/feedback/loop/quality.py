@@ -111,26 +111,33 @@ def labeler(row: Mapping[str, Any]) -> dict[str, Any]:
 def board(request: ProjectRequest) -> HttpResponse:
     """Strengths of models; people, simulated labelers and models as judges have one board each."""
     figures = Figures(request.project, names.BOARD)
+    served = request.project.served.name if request.project.served else ""
     boards = [
-        {"kind": kind, "name": WHO[User.Kind(kind)], **shown_board(figures.of(names.BOARD, kind))}
+        {
+            "kind": kind,
+            "name": WHO[User.Kind(kind)],
+            **shown_board(figures.of(names.BOARD, kind), served),
+        }
         for kind in figures.kinds(names.BOARD)
     ]
     return page(
         request,
         "board",
+        served=served,
         boards=[each for each in boards if each["groups"]],
         computed_at=figures.computed_at,
         in_loop=False,
     )
 
 
-def shown_board(figure: Mapping[str, Any]) -> dict[str, Any]:
+def shown_board(figure: Mapping[str, Any], served: str) -> dict[str, Any]:
     """The models of each group, plain beside style-controlled strengths on one scale."""
     plain, styled = mapping(figure.get("plain")), mapping(figure.get("styled"))
     strengths = rows(plain.get("strengths"))
     at_equal_style = {row.get("model"): row for row in rows(styled.get("strengths"))}
     low, high = plots.span([*strengths, *at_equal_style.values()])
     ids = mapping(figure.get("ids"))
+    wins = wins_against(plain, served)
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in strengths:
         other = at_equal_style.get(row.get("model"))
@@ -138,17 +145,29 @@ def shown_board(figure: Mapping[str, Any]) -> dict[str, Any]:
             {
                 **row,
                 "id": ids.get(str(row.get("model"))),
+                "wins": wins.get(str(row.get("model")), ""),
                 "plain": _strength(row, low, high),
                 "styled": _strength(other, low, high),
             }
         )
     return {
         "groups": list(groups.values()),
+        "has_wins": bool(wins),
         "style": [_coefficient(row) for row in rows(styled.get("style"))],
         "outcomes": mapping(plain.get("outcomes")),
         "notes": [*plain.get("notes", ()), *_only(styled.get("notes"), plain.get("notes"))],
         "one_model": figure.get("one_model"),
         "unknown": figure.get("unknown"),
+    }
+
+
+def wins_against(plain: Mapping[str, Any], served: str) -> dict[str, str]:
+    """The expected score of each model against the served one, in words."""
+    pairs = plain.get("win_probabilities")
+    return {
+        pair[0]: plots.in_words(dict(zip(("value", "low", "high"), pair[2:], strict=True)))
+        for pair in (pairs if isinstance(pairs, list) else ())
+        if len(pair) == 5 and pair[1] == served
     }
 
 

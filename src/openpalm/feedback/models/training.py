@@ -67,6 +67,7 @@ class SnapshotJudgement(models.Model):
         constraints = [
             models.UniqueConstraint(fields=["snapshot", "response"], name="judgement_once")
         ]
+        indexes = [models.Index(fields=["snapshot", "-id"], name="judgement_by_snapshot")]
 
 
 class TrainRun(models.Model):

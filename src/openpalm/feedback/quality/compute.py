@@ -19,15 +19,14 @@ Rows = Iterator[tuple[str, Any]]
 
 def compute(project: Project, check: Callable[[], None] = lambda: None) -> None:
     """Stores every figure. `check` is called between them and may raise to stop."""
-    for part in (_activity, _models):
-        for name, value in part(project):
+    activity = Activity(project)
+    for part in (_labelers, _models):
+        for name, value in part(project, activity):
             store(project, name, value)
             check()
 
 
-def _activity(project: Project) -> Rows:
-    """Figures of the labelers."""
-    activity = Activity(project)
+def _labelers(project: Project, activity: Activity) -> Rows:
     yield names.PROGRESS, progress(project, activity)
     times = Times(project)
     yield names.TIME, times.to_json()
@@ -41,9 +40,9 @@ def _activity(project: Project) -> Rows:
     yield names.POSITION_BIAS, position_bias(project)
 
 
-def _models(project: Project) -> Rows:
-    """Figures of the models: by what labelers said, and of reward models against them."""
-    kinds = _kinds(Activity(project))
+def _models(project: Project, activity: Activity) -> Rows:
+    """What labelers say of policies, and reward models against labelers."""
+    kinds = _kinds(activity)
     has_policies = ModelVersion.objects.filter(project=project).exclude(kind="reward").exists()
     boards = {kind: board(project, kind) for kind in kinds if has_policies}
     yield names.BOARD, {kind: value for kind, value in boards.items() if value}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from django.db import transaction
-from django.db.models import QuerySet
+from django.db.models import Prefetch, QuerySet
 from django.utils import timezone
 
 from openpalm.base import jsonl
@@ -19,6 +19,7 @@ from openpalm.feedback.models import (
     Candidate,
     Comparison,
     Item,
+    ItemCandidate,
     Job,
     ModelVersion,
     Project,
@@ -305,7 +306,10 @@ def _counted(comparison: Comparison) -> "QuerySet[Response]":
             assignment__repeat=0,
         )
         .select_related("item", "assignment")
-        .prefetch_related("item__places__candidate")
+        # Joined: SQLite refuses Django's prefetch of 999 candidates and more.
+        .prefetch_related(
+            Prefetch("item__places", ItemCandidate.objects.select_related("candidate"))
+        )
         .order_by("id")
     )
 

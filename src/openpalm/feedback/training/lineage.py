@@ -16,22 +16,29 @@ __all__ = ["ancestors", "direct_models", "judgements_of", "models_of", "snapshot
 
 def snapshots_of(model: ModelVersion) -> list[Snapshot]:
     """All snapshots that the model, its reward models and its ancestors were trained on."""
+    # One query for all models of the project, however long the chain of ancestors is.
+    rows = ModelVersion.objects.filter(project=model.project_id)
+    rows = rows.select_related("run__snapshot", "run__reward_model").defer("run__curve")
+    known = {row.pk: row for row in rows}
     found: dict[int, Snapshot] = {}
     seen: set[int] = set()
-    waiting = [model]
+    waiting = [model.pk]
     while waiting:
-        current = waiting.pop()
-        if current.pk in seen:
+        current = known.get(waiting.pop())
+        if current is None or current.pk in seen:
             continue
         seen.add(current.pk)
         run = current.run
-        if current.parent is not None:
-            waiting.append(current.parent)
+        if current.parent_id is not None:
+            waiting.append(current.parent_id)
         if run is not None and run.snapshot is not None:
             found[run.snapshot.pk] = run.snapshot
         if run is not None and run.reward_model is not None:
-            waiting.append(run.reward_model)
-            waiting += ModelVersion.objects.filter(run=run.reward_model.run_id, kind=REWARD)
+            reward = run.reward_model
+            waiting.append(reward.pk)
+            # The other members of an ensemble reward the policy too.
+            of_run = (row for row in known.values() if row.run_id == reward.run_id is not None)
+            waiting += [row.pk for row in of_run if row.kind == REWARD]
     return sorted(found.values(), key=lambda snapshot: snapshot.pk)
 
 

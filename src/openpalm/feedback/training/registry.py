@@ -74,9 +74,10 @@ def checkpoint_hash(directory: Path) -> str:
 
 def ancestors(model: ModelVersion) -> list[ModelVersion]:
     """The model and what it was trained from, the newest first."""
+    known = ModelVersion.objects.filter(project=model.project_id).in_bulk()
     found: list[ModelVersion] = []
     current: ModelVersion | None = model
     while current is not None and current not in found:
         found.append(current)
-        current = current.parent
+        current = known.get(current.parent_id or 0)
     return found

@@ -87,7 +87,7 @@ def freeze(project: Project, chosen: Filter, user: User | None) -> Snapshot:
     # Written under another name first: the name is the hash of the content.
     written = folder / f".writing-{uuid.uuid4().hex}.jsonl"
     with atomic_file(written) as file:
-        for response in records.in_force(judgements(project, chosen)).iterator(chunk_size=BATCH):
+        for response in records.in_force(judgements(project, chosen)):
             row = records.record(response).to_json()
             line = (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n").encode()
             file.write(line)
