@@ -26,6 +26,14 @@ SERVED_FILE = "served.json"
 _READY = re.compile(r"chat page at (http://\S+?)/,")
 
 
+CONTEXT_EXCEEDED = "context_length_exceeded"
+"""code of the API's error for a prompt and an answer that the model's context cannot hold"""
+
+
+class ContextError(WorkError):
+    """The model's context cannot hold the prompt and the answer."""
+
+
 @dataclass(frozen=True)
 class ModelServer:
     """A server of the OpenAI API, as the command line of `openpalm serve` makes one."""
@@ -35,8 +43,16 @@ class ModelServer:
     admin_key: str = ""
 
     def complete(self, body: dict[str, Any]) -> list[str]:
-        """The texts of a chat completion. Raises WorkError with the server's own reason."""
-        answer = self._call("POST", "/v1/chat/completions", body, key=self.api_key)
+        """The texts of a chat completion. Raises WorkError with the server's own reason.
+
+        Where the context has less room than max_tokens, the answer may fill it.
+        """
+        path = "/v1/chat/completions"
+        try:
+            answer = self._call("POST", path, body, key=self.api_key)
+        except ContextError:
+            less = {name: value for name, value in body.items() if name != "max_tokens"}
+            answer = self._call("POST", path, less, key=self.api_key)
         return [choice["message"]["content"] or "" for choice in answer["choices"]]
 
     def model_name(self) -> str:
@@ -61,8 +77,10 @@ class ModelServer:
             answer = {}
         if response.is_success:
             return answer
-        reason = (answer.get("error") or {}).get("message") if isinstance(answer, dict) else None
-        raise WorkError(f"{self.url}{path}: status {response.status_code}: {reason or 'no reason'}")
+        error = (answer.get("error") or {}) if isinstance(answer, dict) else {}
+        kind = ContextError if error.get("code") == CONTEXT_EXCEEDED else WorkError
+        reason = error.get("message") or "no reason"
+        raise kind(f"{self.url}{path}: status {response.status_code}: {reason}")
 
 
 @cache
