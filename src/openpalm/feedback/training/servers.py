@@ -82,7 +82,9 @@ def site_server() -> ModelServer | None:
 def promoted_path() -> str | None:
     """The checkpoint that the server has by promotion, of whichever project; None without one."""
     try:
-        found = json.loads((Path(settings.FEEDBACK_DIR) / SERVED_FILE).read_text("utf-8"))["path"]
+        found = json.loads((Path(settings.FEEDBACK_DIR) / SERVED_FILE).read_text(encoding="utf-8"))[
+            "path"
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
