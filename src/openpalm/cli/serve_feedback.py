@@ -79,6 +79,11 @@ def _server(
     from openpalm.feedback.training.served import connect
 
     connection = connect(settings.path, settings.model_name)
+    if connection.promoted:
+        say(
+            f"serves {connection.model.path}, as the command says; {connection.promoted} was "
+            "promoted before: name that one to serve it again"
+        )
     if connection.is_new and (data := first_prompts.data_of(Path(settings.path))):
         count = first_prompts.add(connection.project, connection.model, data)
         say(f"{count} prompts of {data}: answers to judge are being generated")
