@@ -104,7 +104,8 @@ def _server(
         words += ["--name", settings.model_name, "--port", str(port)]
         return [*words, "--conversation-url", settings.conversation_url or conversations]
 
-    return Child("model server", command, environment, ready=answers(f"{url}/ready"))
+    ready = answers(f"{url}/ready")
+    return Child("model server", command, environment, ready=ready, hides_output=True)
 
 
 def _promoted(file: Path) -> str | None:
