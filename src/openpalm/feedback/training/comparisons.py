@@ -296,9 +296,7 @@ def _look(comparison: Comparison) -> int:
         project=comparison.project_id, challenger=comparison.challenger_id
     ).exclude(pk=comparison.pk)
     # One that failed later was looked at all the same.
-    earlier = sum(
-        int(other.result.get("looks", other.state == State.DECIDED)) for other in others
-    )
+    earlier = sum(int(other.result.get("looks", other.state == State.DECIDED)) for other in others)
     return earlier + int(comparison.result.get("looks", 0)) + 1
 
 
