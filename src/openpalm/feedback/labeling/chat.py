@@ -21,9 +21,9 @@ from django.utils import timezone
 
 from openpalm.errors import DataError
 from openpalm.feedback.labeling import submission
+from openpalm.feedback.labeling.names import names_itself, names_of
 from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
 from openpalm.feedback.labeling.submission import Judgement
-from openpalm.feedback.manage.names import names_itself, names_of
 from openpalm.feedback.models import (
     Assignment,
     Conversation,

@@ -14,6 +14,7 @@ from typing import Any
 
 from openpalm.data.rows.read_result import StreamCounts
 from openpalm.errors import DataError
+from openpalm.feedback.labeling.names import names_itself, names_of
 from openpalm.feedback.labeling.new_items import (
     NewCandidate,
     NewItem,
@@ -23,7 +24,6 @@ from openpalm.feedback.labeling.new_items import (
 )
 from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
 from openpalm.feedback.manage import upload_rows, uploads
-from openpalm.feedback.manage.names import names_itself, names_of
 from openpalm.feedback.manage.upload_rows import UploadedItem
 from openpalm.feedback.models import Item, Job, ModelVersion, Project, Prompt, Task
 from openpalm.feedback.worker.progress import Progress

@@ -20,13 +20,11 @@ from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, Pro
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training.comparisons import judgements_left
 from openpalm.feedback.training.registry import POLICY
-from openpalm.feedback.training.servers import site_server
+from openpalm.feedback.training.servers import SERVED_FILE, site_server
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.progress import Progress
 
 State = Promotion.State
-SERVED_FILE = "served.json"
-"""what the server has by promotion, for the process that starts it again after a crash"""
 MIN_REASON = 10
 
 

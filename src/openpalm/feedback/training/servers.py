@@ -1,5 +1,6 @@
 """Model servers over HTTP: the site's own server, or one started for a job and ended after it."""
 
+import json
 import re
 import secrets
 import tempfile
@@ -20,6 +21,8 @@ from openpalm.feedback.worker.progress import Progress
 
 REQUEST_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 600.0
+SERVED_FILE = "served.json"
+"""what the server has by promotion, for the process that starts it again after a crash"""
 _READY = re.compile(r"chat page at (http://\S+?)/,")
 
 
@@ -76,11 +79,27 @@ def site_server() -> ModelServer | None:
     return ModelServer(settings.SERVER_URL, settings.SERVER_API_KEY, settings.SERVER_ADMIN_KEY)
 
 
+def promoted_path() -> str | None:
+    """The checkpoint that the server has by promotion, of whichever project; None without one."""
+    try:
+        found = json.loads((Path(settings.FEEDBACK_DIR) / SERVED_FILE).read_text(encoding="utf-8"))[
+            "path"
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _has(model: ModelVersion) -> bool:
+    """Whether the site's server has this model: another project may have promoted one since."""
+    return model.pk == model.project.served_id and promoted_path() in (None, model.path)
+
+
 @contextmanager
 def serving(model: ModelVersion, progress: Progress) -> Iterator[ModelServer]:
     """A server of this model: the site's, if that is the model it serves, or a temporary one."""
     server = site_server()
-    if server is not None and model.pk == model.project.served_id:
+    if server is not None and _has(model):
         yield server
         return
     if not model.path:

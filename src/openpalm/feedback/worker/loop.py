@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 from django.conf import settings
-from django.db import DatabaseError, connections
+from django.db import DatabaseError, OperationalError, connections
 
 from openpalm.errors import OpenPalmError
 from openpalm.feedback.models import Job
@@ -84,6 +84,8 @@ class Worker:
             jobs.give_back(job)
         except JobStopped:
             pass  # its state says so already
+        except OperationalError:
+            raise  # the database is away: the job is taken up again when its heartbeat is old
         except (OpenPalmError, DatabaseError) as error:
             jobs.finish(job, Job.State.FAILED, message=" ".join(str(error).split()))
         except Exception as error:
