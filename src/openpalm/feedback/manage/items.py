@@ -73,7 +73,8 @@ def item(request: ProjectRequest, item_id: int) -> HttpResponse:
     found = find_item(request, item_id)
     is_revealed = found.pk in revealed([found], request.user)
     places = list(found.places.select_related("candidate__model"))
-    shows_names = is_revealed or not request.project.blind
+    is_blind = request.project.blind or found.comparison_id is not None
+    shows_names = is_revealed or not is_blind
     answers = [
         {
             "letter": LETTERS[place.position],

@@ -123,9 +123,10 @@ def _end_owner(job: Job, message: str, *, stopped: bool = False) -> None:
             state=state, error="" if stopped else message, finished_at=timezone.now()
         )
     elif "comparison" in given:
-        Comparison.objects.filter(pk=given["comparison"]).update(
-            state=Comparison.State.FAILED, result={"reason": message}
-        )
+        for comparison in Comparison.objects.filter(pk=given["comparison"]):
+            comparison.state = Comparison.State.FAILED
+            comparison.result |= {"reason": message}
+            comparison.save(update_fields=["state", "result"])
     elif "promotion" in given and not given.get("undo"):
         Promotion.objects.filter(pk=given["promotion"]).update(
             state=Promotion.State.FAILED, error=message
