@@ -34,6 +34,42 @@ REPEATS = 5
 SLUG = "scale"
 SKIPPED_VIEWS = ("logout", "download", "api-export")
 """do something else than show a page; the export is measured by itself"""
+FILTERS = {
+    "items": (
+        "before={item}",
+        "after={item}",
+        "state=complete&before={item}",
+        "state=withdrawn",
+        "purpose=gold",
+        "purpose=comparison&state=open",
+        "arm=active",
+        "arm=random&before={item}",
+        "who=u3",
+        "who=u3&before={item}",
+        "who=nobody",
+        "who=root",
+        "only=flagged",
+        "only=names",
+        "only=names&who=u3&state=open",
+    ),
+    "responses": (
+        "before={response}",
+        "after={response}",
+        "state=submitted&before={response}",
+        "state=flagged",
+        "kind=compare&before={response}",
+        "kind=flag",
+        "by=simulated&before={response}",
+        "by=person",
+        "who=u3&before={response}",
+        "who=root",
+        "who=u3&state=flagged",
+        "who=u3&kind=compare&by=simulated&before={response}",
+        "who=u3&by=person",
+        "kind=edit&state=deleted&by=model",
+    ),
+}
+"""queries of the long lists: common values, rare ones, and pages in the middle"""
 
 
 def numbers(name: str, count: int) -> str:
@@ -42,6 +78,11 @@ def numbers(name: str, count: int) -> str:
         f"WITH RECURSIVE {name}(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM {name} "
         f"WHERE i < {count})"
     )
+
+
+def each_of(flag: str, skip: str, judgement: str) -> str:
+    """Of 1,000 responses one is a flag and one is a skip."""
+    return f"CASE i % 1000 WHEN 7 THEN {flag} WHEN 8 THEN {skip} ELSE {judgement} END"
 
 
 class Filler:
@@ -145,6 +186,7 @@ class Filler:
         )
         left = self.json('{"better": 0, "worse": 1, "strength": 1}')
         right = self.json('{"better": 1, "worse": 0, "strength": 2}')
+        none = self.json("{}")
         self._insert(
             "response",
             items * each,
@@ -156,15 +198,15 @@ class Filler:
                 "user_id": user,
                 "assignment_id": "i",
                 "author_kind": "'simulated'",
-                "state": "'submitted'",
-                "kind": "'compare'",
-                "payload": f"CASE WHEN i % 3 = 0 THEN {left} ELSE {right} END",
+                "state": each_of("'flagged'", "'skipped'", "'submitted'"),
+                "kind": each_of("'flag'", "'skip'", "'compare'"),
+                "payload": each_of(none, none, f"CASE WHEN i % 3 = 0 THEN {left} ELSE {right} END"),
                 "reason": "''",
-                "category": "CASE WHEN i % 3 = 0 THEN -1 ELSE 2 END",
-                "picked_place": "i % 2",
+                "category": each_of("NULL", "NULL", "CASE WHEN i % 3 = 0 THEN -1 ELSE 2 END"),
+                "picked_place": each_of("NULL", "NULL", "i % 2"),
                 "elapsed_ms": "20000",
                 "guideline_version": "1",
-                "in_force": "true",
+                "in_force": each_of("true", "false", "true"),
                 "created_at": "CURRENT_TIMESTAMP",
             },
         )
@@ -206,7 +248,8 @@ class Filler:
         with self.connection.cursor() as cursor:
             for statement in self.connection.ops.sequence_reset_sql(no_style(), list(models)):
                 cursor.execute(statement)
-            cursor.execute("ANALYZE")
+            if self.is_postgresql:  # as its autovacuum would; nothing does it for SQLite
+                cursor.execute("VACUUM ANALYZE")
 
 
 def fill(items: int, responses: int) -> None:
@@ -256,6 +299,10 @@ def pages(ids: dict[str, str]) -> Iterator[tuple[str, str]]:
         path = re.sub(r"<(?:\w+:)?(\w+)>", lambda found: ids.get(found[1], "1"), route)
         if name not in SKIPPED_VIEWS and "(" not in path and "^" not in path:
             yield name, f"/{path}"
+    for page, queries in FILTERS.items():
+        for query in queries:
+            query = query.format(item=ids["item_id"], response=ids["response_id"])
+            yield f"{page}, filtered", f"/p/{SLUG}/{page}?{query}"
     project = f"project={SLUG}"
     middle = f"{project}&after={int(ids['item_id'])}&limit=500"
     yield "api-items, a full page", f"/api/v1/items?{middle}"
