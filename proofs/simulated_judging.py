@@ -93,7 +93,7 @@ class Site:
 
     def __init__(self, url: str, folder: Path):
         self._folder, self._url = folder, url
-        token = re.search(r"TOKEN (\S+)", _manage(folder, "shell", "-c", ADMIN))
+        token = re.search(r"TOKEN (\S+)", manage(folder, "shell", "-c", ADMIN))
         assert token is not None
         self._headers = {"Authorization": f"Bearer {token[1]}"}
         self._admin = FeedbackClient(url, token[1])
@@ -103,7 +103,7 @@ class Site:
         project = {"slug": name, "name": name, "task": "pair", "scale": 7}
         self._admin.call("POST", "projects", project)
         ids = self._add(name, items)
-        tokens = _manage(self._folder, "create_labelers", name, "--count", str(len(TASTES)))
+        tokens = manage(self._folder, "create_labelers", name, "--count", str(len(TASTES)))
         clients = [FeedbackClient(self._url, line.split("\t")[1]) for line in tokens.splitlines()]
         left = self._judge(name, [*zip(clients, labelers(seed), strict=True)])
         sides = {
@@ -168,7 +168,7 @@ def _address(process: "subprocess.Popen[str]") -> str:
     raise RuntimeError(f"openpalm feedback ended: {said}")
 
 
-def _manage(folder: Path, *words: str) -> str:
+def manage(folder: Path, *words: str) -> str:
     """What a management command of the site prints."""
     program = [sys.executable, "-m", "openpalm", "feedback", "manage", *words]
     environment = os.environ | {"OPENPALM_FEEDBACK_DIR": str(folder.absolute())}

@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -160,23 +161,60 @@ def test_invented_addresses_do_not_end_the_wait(deployed):
     assert _addresses(deployed) == {"127.0.0.1"}
 
 
-def _addresses(deployed) -> set[str]:
+def _database_url(deployed) -> str:
     password = (deployed.folder / "password").read_text(encoding="utf-8").strip()
+    port = deployed.ports["POSTGRESQL_PORT"]
+    return f"postgresql://openpalm:{password}@127.0.0.1:{port}/feedback"
+
+
+def _addresses(deployed) -> set[str]:
     import psycopg
 
-    port = deployed.ports["POSTGRESQL_PORT"]
-    url = f"postgresql://openpalm:{password}@127.0.0.1:{port}/feedback"
-    with psycopg.connect(url) as connection:
+    with psycopg.connect(_database_url(deployed)) as connection:
         rows = connection.execute("SELECT DISTINCT address FROM feedback_loginfailure").fetchall()
     return {row[0] for row in rows}
 
 
-def test_django_finds_the_deployment_safe(deployed):
-    environment = os.environ | {
+def _environment(deployed) -> dict[str, str]:
+    return os.environ | {
         "OPENPALM_FEEDBACK_DIR": str(deployed.folder / "feedback"),
         "OPENPALM_FEEDBACK_HOSTS": "localhost",
         "OPENPALM_FEEDBACK_HTTPS": "1",
+        "DATABASE_URL": _database_url(deployed),
     }
-    words = ["openpalm", "feedback", "manage", "check", "--deploy", "--fail-level", "WARNING"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+
+
+def test_the_web_process_of_openpalm_believes_the_proxy_too(deployed):
+    """waitress drops what proxies say unless it is told otherwise: an endless redirect to HTTPS."""
+    (port,) = _free_ports(1)
+    words = [sys.executable, "-m", "openpalm", "feedback", "web", "--port", str(port)]
+    words += ["--dir", str(deployed.folder / "feedback")]
+    process = subprocess.Popen(words, env=_environment(deployed))
+    try:
+        browser, url = deployed.browser(), f"http://localhost:{port}/login"
+        headers = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "198.51.100.1, 203.0.113.7"}
+        page = _patiently(lambda: browser.open(url, **headers))
+        assert (page.status, page.url) == (200, url)
+        with pytest.raises(urllib.error.URLError):
+            browser.open(url)  # is sent to https://localhost:port, where nothing speaks HTTPS
+    finally:
+        process.terminate()
+        process.wait(timeout=HANGS_S)
+
+
+def _patiently(visit):
+    deadline = time.monotonic() + HANGS_S
+    while True:
+        try:
+            return visit()
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def test_django_finds_the_deployment_safe(deployed):
+    words = ["-m", "openpalm", "feedback", "manage", "check", "--deploy", "--fail-level", "WARNING"]
+    done = subprocess.run(
+        [sys.executable, *words], env=_environment(deployed), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr

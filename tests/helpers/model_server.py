@@ -61,6 +61,10 @@ def fake_server() -> Iterator[FakeServer]:
             if text == "refuse":
                 self.reply(400, {"error": {"message": "the prompt is too long"}})
                 return
+            if text == "no room" and "max_tokens" in body:
+                code = "context_length_exceeded"
+                self.reply(400, {"error": {"message": "they do not fit", "code": code}})
+                return
             self.reply(200, {"choices": [{"message": {"content": text}}]})
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

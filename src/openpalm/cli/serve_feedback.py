@@ -87,7 +87,8 @@ def _server(
         )
     if connection.is_new and (data := first_prompts.data_of(Path(settings.path))):
         count = first_prompts.add(connection.project, connection.model, data)
-        say(f"{count} prompts of {data}: answers to judge are being generated")
+        names = ", ".join(map(str, data))
+        say(f"{count} prompts of {names}: answers to judge are being generated")
     conversations = f"{site_url}/api/v1/projects/{connection.project.slug}/conversations"
     environment = {
         "OPENPALM_ADMIN_KEY": json.dumps(list(admin_keys)),

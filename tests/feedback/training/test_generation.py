@@ -120,6 +120,15 @@ def test_a_refused_prompt_is_counted_with_its_reason(project, admin, served, ser
     assert "the prompt is too long" in job.message
 
 
+def test_a_small_context_shortens_answers_and_fails_none(project, admin, served, server):
+    add_prompts(project, 1)
+    server.answer = lambda body: f"answer {body['seed']}" if "max_tokens" not in body else "no room"
+    _start(project, admin, served)
+    drain("generate")
+    assert Candidate.objects.count() == 2
+    assert [("max_tokens" in request) for request in server.requests].count(False) == 2
+
+
 def test_a_server_that_only_fails_ends_the_job(project, admin, served, server, monkeypatch):
     monkeypatch.setattr(answers, "MOST_FAILURES", 3)
     add_prompts(project, 5)

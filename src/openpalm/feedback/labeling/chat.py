@@ -35,8 +35,6 @@ from openpalm.feedback.models import (
 )
 
 OPEN, JUDGED, LEFT = "open", "judged", "left"
-CONTEXT_EXCEEDED = "context_length_exceeded"
-"""code of the server's error"""
 MAX_TEXT, MAX_TURNS, MAX_TOKENS = 20_000, 30, 1024
 STORE_EVERY_S = 0.5
 SILENT_AFTER = timedelta(seconds=90)
@@ -131,21 +129,17 @@ def answer(conversation_id: int, number: int, side: int) -> None:
     _store(conversation_id, number, side, text, ended=True)
 
 
-class _ContextError(ValueError):
-    """The model's context cannot hold the messages and MAX_TOKENS; no piece has come."""
-
-
 def stream(model: ModelVersion, messages: list[dict[str, str]]) -> Iterator[str]:
-    """The pieces of the model's answer, from the OpenAI API of its server.
-
-    Where the context has less room than MAX_TOKENS, the answer may fill it.
-    """
-    body = {"model": model.name, "messages": messages, "stream": True, "max_tokens": MAX_TOKENS}
+    """The pieces of the model's answer, from the OpenAI API of its server."""
+    body = {"model": model.name, "messages": messages, "stream": True}
     try:
+        yield from _stream(body | {"max_tokens": MAX_TOKENS})
+    except ContextError:  # it leaves fewer tokens: then as many as it leaves
         yield from _stream(body)
-    except _ContextError:
-        del body["max_tokens"]
-        yield from _stream(body)
+
+
+class ContextError(ValueError):
+    pass
 
 
 def _stream(body: dict[str, Any]) -> Iterator[str]:
@@ -153,7 +147,7 @@ def _stream(body: dict[str, Any]) -> Iterator[str]:
     with httpx2.stream("POST", url, json=body, headers=_headers(), timeout=TIMEOUT) as response:
         if not response.is_success:
             response.read()
-            kind = _ContextError if CONTEXT_EXCEEDED in response.text else ValueError
+            kind = ContextError if "context_length_exceeded" in response.text else ValueError
             raise kind(f"status {response.status_code}: {response.text:.300}")
         for line in response.iter_lines():
             data = line.removeprefix("data:").strip()

@@ -26,7 +26,7 @@ ABOUT = {
     "sft": "Trains a model on answers that people edited or wrote.",
 }
 OF_VERB = {
-    "reward": ("members", "axis"),
+    "reward": ("members", "axis", "hold_back"),
     "dpo": ("loss", "beta"),
     "ppo": ("kl_coef",),
     "sft": (),
@@ -74,6 +74,13 @@ class TrainForm(forms.Form):
         label="Also judgements of comparisons",
         required=False,
         help_text="Only on prompts that are no longer held out.",
+    )
+    hold_back = forms.BooleanField(
+        label="Hold back the random arm's prompts",
+        required=False,
+        initial=True,
+        help_text="30 % of the prompts, always the same, are not trained on: their judgements show "
+        "at once how well the reward model agrees with people.",
     )
     axis = forms.ChoiceField(
         label="Axis to learn",
@@ -160,7 +167,7 @@ class TrainForm(forms.Form):
     def settings(self) -> dict[str, Any]:
         """What runs.start takes as settings."""
         own = ("steps", "lr", "rank", "seed", "name", *OF_VERB[self.verb])
-        given = {name: self.cleaned_data.get(name) for name in own}
+        given = {name: self.cleaned_data.get(name) for name in own if name != "hold_back"}
         if given.get("axis"):
             given["loss"] = "regression"  # the loss of pairs knows no axis
         return {SETTINGS.get(k, k): v for k, v in given.items() if v not in (None, "")}
@@ -170,7 +177,9 @@ class TrainForm(forms.Form):
         if self.verb == "ppo":
             return None
         return Filter(
-            tuple(self.cleaned_data["authors"]), comparisons=self.cleaned_data["comparisons"]
+            tuple(self.cleaned_data["authors"]),
+            comparisons=self.cleaned_data["comparisons"],
+            hold_back=self.cleaned_data.get("hold_back", False),
         )
 
 

@@ -84,6 +84,7 @@ class Item(models.Model):
     gold: Any = models.JSONField(null=True)
     prompt_id: int
     project_id: int
+    comparison_id: int | None
     places: "models.Manager[ItemCandidate]"
     assignments: "models.Manager[Assignment]"
     responses: "models.Manager[Response]"

@@ -18,6 +18,7 @@ from openpalm.errors import DataError, OpenPalmError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, Promotion, User
 from openpalm.feedback.statistics.promotion import MINIMUM
+from openpalm.feedback.training.comparisons import judgements_left
 from openpalm.feedback.training.registry import POLICY
 from openpalm.feedback.training.servers import SERVED_FILE, site_server
 from openpalm.feedback.worker import jobs
@@ -42,6 +43,13 @@ def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
         return f"the served model is another one now than {comparison.served} of the comparison"
     if (result.get("comparisons") or 0) < MINIMUM:
         return f"{result.get('comparisons') or 0} comparisons; {MINIMUM} are needed"
+    kind = result.get("author_kind", User.Kind.PERSON)
+    if kind != comparison.project.decided_by:
+        decides = comparison.project.decided_by
+        return f"it was judged by labelers of the kind {kind}; in this project {decides} decides"
+    counted = (result.get("figures") or {}).get("judgements")
+    if counted is not None and (left := judgements_left(comparison)) != counted:
+        return f"{left} of the {counted} judgements that decided it are left; compare again"
     if result.get("decision") != "promote" or (result.get("low") or 0) <= 0.5:
         return result.get("reason") or "the interval's lower end is not above one half"
     return ""
@@ -63,6 +71,7 @@ def propose(
     if model.pk == project.served_id:
         raise DataError(f"the model {model} is served already")
     _check_server()
+    _check_free(project)
     if (why := refusal(comparison, model)) and len(reason) < MIN_REASON:
         raise DataError(f"refused: {why}. To promote it all the same, give a reason")
     promotion = Promotion.objects.create(
@@ -80,6 +89,7 @@ def propose(
     return promotion
 
 
+@transaction.atomic
 def undo(promotion: Promotion, user: User) -> Job:
     """Queues the return to the model before. Raises DataError if there is none."""
     if promotion.state != State.DONE or promotion.project.served_id != promotion.model_id:
@@ -87,6 +97,7 @@ def undo(promotion: Promotion, user: User) -> Job:
     if promotion.previous is None or not promotion.previous.path:
         raise DataError("there is no model before it to return to")
     _check_server()
+    _check_free(promotion.project)
     audit.record(
         "model.promotion_undo_asked",
         user=user,
@@ -97,6 +108,19 @@ def undo(promotion: Promotion, user: User) -> Job:
     return jobs.enqueue(
         "promote", project=promotion.project, user=user, promotion=promotion.pk, undo=True
     )
+
+
+def _check_free(project: Project) -> None:
+    """Raises DataError while a swap waits: its comparison was with the model served before it.
+
+    The lock makes of two requests at the same time one that waits and one that is refused.
+    """
+    Project.objects.select_for_update(no_key=True).get(pk=project.pk)
+    unfinished = Job.objects.filter(
+        project=project, kind="promote", state__in=[Job.State.QUEUED, Job.State.RUNNING]
+    )
+    if unfinished.exists():
+        raise DataError("another promotion is under way; wait until it has ended")
 
 
 def _check_server() -> None:

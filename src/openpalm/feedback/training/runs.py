@@ -104,6 +104,7 @@ def _newest(project: Project, verb: str, chosen: Filter) -> Filter:
         chosen.comparisons,
         chosen.up_to or newest or 0,
         tuple(chosen.users),
+        chosen.hold_back,
     )
     if not kinds or not snapshots.judgements(project, limited).exists():
         raise DataError(

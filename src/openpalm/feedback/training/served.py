@@ -78,12 +78,22 @@ def _serve(project: Project, path: str, name: str) -> ModelVersion:
     return model
 
 
+def _service() -> User:
+    """The service's account. A person who signed up under its name must not get its rights."""
+    number, name = 2, SERVICE
+    while (found := User.objects.filter(username=name).first()) is not None:
+        if found.kind == User.Kind.MODEL and not found.has_usable_password():
+            return found
+        name, number = f"{SERVICE}-{number}", number + 1
+    user = User(username=name, kind=User.Kind.MODEL)
+    user.set_unusable_password()
+    user.save()
+    return user
+
+
 def _token(project: Project) -> str:
     """A new token; that of the server before is revoked."""
-    user, new = User.objects.get_or_create(username=SERVICE, defaults={"kind": User.Kind.MODEL})
-    if new:
-        user.set_unusable_password()
-        user.save(update_fields=["password"])
+    user = _service()
     Membership.objects.get_or_create(project=project, user=user, defaults={"role": Role.ADMIN})
     ApiToken.objects.filter(user=user, revoked_at=None).update(revoked_at=timezone.now())
     return issue(user, "conversations of the chat page", [SCOPE], project=project)

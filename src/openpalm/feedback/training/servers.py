@@ -26,12 +26,8 @@ SERVED_FILE = "served.json"
 _READY = re.compile(r"chat page at (http://\S+?)/,")
 
 
-CONTEXT_EXCEEDED = "context_length_exceeded"
-"""code of the API's error for a prompt and an answer that the model's context cannot hold"""
-
-
 class ContextError(WorkError):
-    """The model's context cannot hold the prompt and the answer."""
+    """Prompt and `max_tokens` do not fit the model's context."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +41,14 @@ class ModelServer:
     def complete(self, body: dict[str, Any]) -> list[str]:
         """The texts of a chat completion. Raises WorkError with the server's own reason.
 
-        Where the context has less room than max_tokens, the answer may fill it.
+        `max_tokens` is a limit: where the context leaves fewer tokens, the answer ends with it.
         """
-        path = "/v1/chat/completions"
+        path, key = "/v1/chat/completions", self.api_key
         try:
-            answer = self._call("POST", path, body, key=self.api_key)
+            answer = self._call("POST", path, body, key=key)
         except ContextError:
-            less = {name: value for name, value in body.items() if name != "max_tokens"}
-            answer = self._call("POST", path, less, key=self.api_key)
+            without = {name: value for name, value in body.items() if name != "max_tokens"}
+            answer = self._call("POST", path, without, key=key)
         return [choice["message"]["content"] or "" for choice in answer["choices"]]
 
     def model_name(self) -> str:
@@ -78,7 +74,7 @@ class ModelServer:
         if response.is_success:
             return answer
         error = (answer.get("error") or {}) if isinstance(answer, dict) else {}
-        kind = ContextError if error.get("code") == CONTEXT_EXCEEDED else WorkError
+        kind = ContextError if error.get("code") == "context_length_exceeded" else WorkError
         reason = error.get("message") or "no reason"
         raise kind(f"{self.url}{path}: status {response.status_code}: {reason}")
 
@@ -100,7 +96,9 @@ def site_server() -> ModelServer | None:
 def promoted_path() -> str | None:
     """The checkpoint that the server has by promotion, of whichever project; None without one."""
     try:
-        found = json.loads((Path(settings.FEEDBACK_DIR) / SERVED_FILE).read_text("utf-8"))["path"]
+        found = json.loads((Path(settings.FEEDBACK_DIR) / SERVED_FILE).read_text(encoding="utf-8"))[
+            "path"
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
