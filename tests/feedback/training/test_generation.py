@@ -48,6 +48,17 @@ def test_each_prompt_becomes_an_item_of_two_answers(project, admin, served, serv
     assert candidate.text == f"answer {candidate.sampling['seed']}"
 
 
+def test_a_small_context_is_filled(project, admin, served, server):
+    add_prompts(project, 2)
+    server.context = 8
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert job.state == Job.State.DONE, job.message
+    assert job.result["answers"] == 4
+    assert sorted(body.get("max_tokens", 0) for body in server.requests) == [0] * 4 + [16] * 4
+
+
 def test_equal_answers_are_no_pair_but_counted(project, admin, served, server):
     add_prompts(project, 3)
     server.answer = lambda body: (
