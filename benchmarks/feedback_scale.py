@@ -187,6 +187,7 @@ class Filler:
         )
         left = self.json('{"better": 0, "worse": 1, "strength": 1}')
         right = self.json('{"better": 1, "worse": 0, "strength": 2}')
+        picked = f"CASE WHEN i % 3 = 0 THEN {left} ELSE {right} END"
         none, reason = self.json("{}"), self.json('{"candidate": null, "reason": "broken"}')
         self._insert(
             "response",
@@ -201,9 +202,7 @@ class Filler:
                 "author_kind": "'simulated'",
                 "state": each_of("'flagged'", "'skipped'", "'submitted'"),
                 "kind": each_of("'flag'", "'skip'", "'compare'"),
-                "payload": each_of(
-                    reason, none, f"CASE WHEN i % 3 = 0 THEN {left} ELSE {right} END"
-                ),
+                "payload": each_of(reason, none, picked),
                 "reason": "''",
                 "category": each_of("NULL", "NULL", "CASE WHEN i % 3 = 0 THEN -1 ELSE 2 END"),
                 "picked_place": each_of("NULL", "NULL", "i % 2"),
@@ -312,6 +311,7 @@ def pages(ids: dict[str, str]) -> Iterator[tuple[str, str]]:
     yield "api-items, complete ones", f"/api/v1/items?{middle}&state=complete"
     yield "api-responses, a full page", f"/api/v1/responses?{middle}"
     yield "api-responses of a labeler", f"/api/v1/responses?{middle}&author=u3"
+    yield "api-responses of nobody", f"/api/v1/responses?{middle}&author=root"
     yield "api-responses of an item", f"/api/v1/responses?{project}&item={ids['item_id']}"
 
 
@@ -473,9 +473,8 @@ def database(kind: str, folder: Path, url: str | None = None) -> Iterator[None]:
     os.environ["DJANGO_SETTINGS_MODULE"] = "openpalm.feedback.settings"
     os.environ["OPENPALM_FEEDBACK_HOSTS"] = "testserver"
     os.environ.pop("DATABASE_URL", None)
-    if url:
-        os.environ["DATABASE_URL"] = url
     if url or kind == "sqlite":
+        os.environ |= {"DATABASE_URL": url} if url else {}
         yield
         return
     from postgresql import postgresql_server
