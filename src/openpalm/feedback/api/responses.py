@@ -25,12 +25,13 @@ from openpalm.feedback.training import lineage
 @operation("responses:read", Role.ANNOTATOR)
 def list_responses(call: Call) -> JsonResponse:
     project, role = call.project_in_query()
-    # Not joined: the judgements of a page share users and items. And the author is known first: else
-    # PostgreSQL takes each for an average one, and reads all judgements for one who has few.
-    responses = Response.objects.filter(project=project).prefetch_related("user", "item")
-    if item := call.query.whole("item", 1, MAX_ID, None):
-        responses = responses.filter(item_id=item)
+    item = call.query.whole("item", 1, MAX_ID, None)
+    # By the item's project, not the judgement's: SQLite would read all judgements of the project.
+    of = {"project": project} if item is None else {"item": item, "item__project": project}
+    # Not joined: the judgements of a page share users and items.
+    responses = Response.objects.filter(**of).prefetch_related("user", "item")
     if author := call.query.text("author", most=150, default=None):
+        # Known first: PostgreSQL takes an unknown one for average, and reads all to find few.
         user = User.objects.filter(username=author).first()
         responses = responses.filter(user=user) if user else responses.none()
     if not has_rank(role, Role.REVIEWER):
