@@ -98,7 +98,7 @@ def make_parent(run: Seed) -> Path:
     data = run.folder / "data"
     openpalm("data", "prepare", read, "--out", data, "--tokenizer", "bpe:512")
     base = run.verb(
-        *("train", "base", "--model", "palm-tiny", "--data", data, "--steps", 150),
+        *("train", "base", "--model", "palm-tiny", "--data", data, "--steps", 250),
         *("--sequence-length", 128, "--batch-tokens", 4096, "--optim.name", "muon"),
         *("--dtype", "float32"),
     )

@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 from django.test import Client
 from django.utils import timezone
+from openpalm.feedback.manage.names import names_itself
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import throttle
@@ -20,7 +21,6 @@ from openpalm.feedback.labeling.markdown import LONGEST, to_html
 from openpalm.feedback.labeling.submission import Judgement
 from openpalm.feedback.manage import item_changes
 from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.names import names_itself
 from openpalm.feedback.models import (
     ApiToken,
     Assignment,

@@ -84,10 +84,11 @@ def record(response: Response) -> Preference:
 
 def _texts(item: Item) -> tuple[Messages, tuple[Candidate, ...]]:
     """Made once for the responses of a chunk that share the item, as long as the item lives."""
-    if (known := item.__dict__.get("_texts")) is None:
+    if (known := getattr(item, "_texts", None)) is None:
         found = [place.candidate for place in item.places.all()]
         candidates = (Candidate(c.text, c.checkpoint or None, c.sampling) for c in found)
-        known = item.__dict__["_texts"] = messages_of(item.prompt), tuple(candidates)
+        known = messages_of(item.prompt), tuple(candidates)
+        setattr(item, "_texts", known)  # noqa: B010
     return known
 
 
