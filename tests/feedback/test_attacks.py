@@ -10,7 +10,6 @@ from datetime import timedelta
 import pytest
 from django.test import Client
 from django.utils import timezone
-from openpalm.feedback.manage.names import names_itself
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import throttle
@@ -18,6 +17,7 @@ from openpalm.feedback.accounts.invitations import find_invitation, invite, join
 from openpalm.feedback.accounts.tokens import issue
 from openpalm.feedback.labeling import queue, submission
 from openpalm.feedback.labeling.markdown import LONGEST, to_html
+from openpalm.feedback.labeling.names import names_itself
 from openpalm.feedback.labeling.submission import Judgement
 from openpalm.feedback.manage import item_changes
 from openpalm.feedback.manage.blinding import revealed
