@@ -45,7 +45,10 @@ def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
         return f"{result.get('comparisons') or 0} comparisons; {MINIMUM} are needed"
     kind = result.get("author_kind", User.Kind.PERSON)
     if kind != comparison.project.decided_by:
-        who = {User.Kind.PERSON: "people", User.Kind.SIMULATED: "simulated labelers"}
+        who: dict[str, str] = {
+            User.Kind.PERSON: "people",
+            User.Kind.SIMULATED: "simulated labelers",
+        }
         decides = who.get(comparison.project.decided_by, comparison.project.decided_by)
         return f"it was judged by {who.get(kind, kind)}; in this project {decides} decide"
     counted = (result.get("figures") or {}).get("judgements")
