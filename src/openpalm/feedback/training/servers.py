@@ -15,6 +15,7 @@ import httpx2
 from django.conf import settings
 
 from openpalm.errors import DataError, WorkError
+from openpalm.feedback.labeling.storable import storable
 from openpalm.feedback.models import ModelVersion
 from openpalm.feedback.worker.processes import POLL_S, Command, end
 from openpalm.feedback.worker.progress import Progress
@@ -37,7 +38,7 @@ class ModelServer:
     def complete(self, body: dict[str, Any]) -> list[str]:
         """The texts of a chat completion. Raises WorkError with the server's own reason."""
         answer = self._call("POST", "/v1/chat/completions", body, key=self.api_key)
-        return [choice["message"]["content"] or "" for choice in answer["choices"]]
+        return [storable(choice["message"]["content"] or "") for choice in answer["choices"]]
 
     def model_name(self) -> str:
         """The name of the base model in the API."""
