@@ -44,6 +44,8 @@ from openpalm.feedback.statistics.style import style_difference, style_of
 from openpalm.model.reward import RewardModel
 
 READ, TUNING, JUDGED, TOKENS = 12_000, 8_000, 200, 64
+TEMPERATURE = 0.7
+"""of both sides of a comparison; the pairs that train are sampled at 1, for variety"""
 PAIRS = ("--batch-tokens", 1536, "--sequence-length", 96, "--epochs", 4, "--dtype", "float32")
 REWARD = ("--pooling", "mean", "--optim.lr", 3e-4, "--ensemble-size", 4)
 REWARD_MODELS = 3
@@ -96,7 +98,7 @@ def make_parent(run: Seed) -> Path:
     data = run.folder / "data"
     openpalm("data", "prepare", read, "--out", data, "--tokenizer", "bpe:512")
     base = run.verb(
-        *("train", "base", "--model", "palm-tiny", "--data", data, "--steps", 150),
+        *("train", "base", "--model", "palm-tiny", "--data", data, "--steps", 250),
         *("--sequence-length", 128, "--batch-tokens", 4096, "--optim.name", "muon"),
         *("--dtype", "float32"),
     )
@@ -106,10 +108,12 @@ def make_parent(run: Seed) -> Path:
     )
 
 
-def two_replies(model: Path, questions: Sequence[str], seed: int) -> list[Item]:
+def two_replies(
+    model: Path, questions: Sequence[str], seed: int, temperature: float = 1.0
+) -> list[Item]:
     """Two samples of one model for each question."""
     with served(model) as client:
-        ask = partial(client.replies, questions, max_tokens=TOKENS)
+        ask = partial(client.replies, questions, max_tokens=TOKENS, temperature=temperature)
         pairs = zip(questions, ask(seed=seed), ask(seed=seed + 1), strict=True)
     return [Item(*pair) for pair in pairs]
 
@@ -193,7 +197,9 @@ def compare(
     """Blind: the labelers see two texts, in an order drawn for each question."""
     questions, number = [item.question for item in held_out], [*TRAINED, CONTROL].index(name)
     with served(challenger) as client:
-        new = client.replies(questions, seed=10 + number, max_tokens=TOKENS)
+        new = client.replies(
+            questions, seed=10 + number, max_tokens=TOKENS, temperature=TEMPERATURE
+        )
     items = [Item(old.question, text, old.first) for old, text in zip(held_out, new, strict=True)]
     judged = judging.collect(f"{name}-{run.seed}", items, 100 * run.seed + number)
     return Compared([vote_of(one) for one in judged], items)
@@ -279,7 +285,7 @@ def close_loop(run: Seed, judging: Judging) -> dict[str, Any]:
     shuffled = write_records(run.folder / "shuffled.jsonl", control)
     models = train(run, parent, records, shuffled, rewarding)
     with run.stage("comparing"):
-        held_out = two_replies(parent, run.questions(held_out=True), seed=3)
+        held_out = two_replies(parent, run.questions(held_out=True), 3, TEMPERATURE)
         compared = {
             name: compare(run, name, models[name], held_out, judging)
             for name in (*TRAINED, CONTROL)

@@ -23,7 +23,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from feedback_loop import CONTROL, DPO, JUDGED, PAIRS, TOKENS, Seed
+from feedback_loop import CONTROL, DPO, JUDGED, PAIRS, TEMPERATURE, TOKENS, Seed
 from simulated_judging import ADMIN, END_S, labelers, manage
 
 from openpalm.errors import WorkError
@@ -45,7 +45,7 @@ COMPARE = """
 from openpalm.feedback.models import ModelVersion
 from openpalm.feedback.training import comparisons
 model = ModelVersion.objects.get(pk={model})
-sampling = {{"temperature": 1.0, "max_tokens": {tokens}}}
+sampling = {{"temperature": {temperature}, "max_tokens": {tokens}}}
 made = comparisons.create(model.project, model, None, sampling=sampling)
 print("COMPARISON " + str(made.pk))
 """
@@ -156,7 +156,8 @@ def ask(run: Seed, folder: Path) -> str:
         clients = [FeedbackClient(url, line.split("\t")[1]) for line in lines]
         judge_items(clients, [verdicts(records)] * len(clients), len(records))
         model = train(admin, run.seed)
-        made = manage(folder, "shell", "-c", COMPARE.format(model=model, tokens=TOKENS))
+        words = COMPARE.format(model=model, tokens=TOKENS, temperature=TEMPERATURE)
+        made = manage(folder, "shell", "-c", words)
         comparison = int(made.split("COMPARISON ")[1].split()[0])
         tastes = [lambda shown, by=by: judge(by, shown) for by in labelers(run.seed)]
         judge_items(clients, tastes, JUDGED)

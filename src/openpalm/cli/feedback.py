@@ -20,8 +20,9 @@ class FeedbackSettings:
     """address to listen at; others than this machine's own need OPENPALM_FEEDBACK_HOSTS"""
     port: int = 8080
     """port to listen at; 0 takes a free one"""
-    dir: str = "feedback"
-    """folder of the database, the secret key, snapshots and runs; made if missing"""
+    dir: str | None = None
+    """folder of the database, the secret key, snapshots and runs, made if missing; default:
+    OPENPALM_FEEDBACK_DIR, or feedback"""
     database_url: str | None = None
     """postgresql://user:password@host/name; default: DATABASE_URL, or SQLite in --dir"""
 
@@ -58,7 +59,8 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.cli import feedback_site
 
     feedback_site.check_installed()
-    site = feedback_site.Site(settings.host, settings.port, settings.dir, settings.database_url)
+    folder = feedback_site.folder_of(settings.dir)
+    site = feedback_site.Site(settings.host, settings.port, folder, settings.database_url)
     site.set_environment()
     if part == WORKER:
         run_worker()

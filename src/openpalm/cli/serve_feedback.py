@@ -34,7 +34,8 @@ def run(settings: ServeSettings) -> None:
             f"--feedback: trains on from a run or checkpoint on this machine, and {settings.path} "
             "is none; fetch it with `openpalm copy` first"
         )
-    site = Site(settings.host, settings.feedback_port, settings.feedback_dir)
+    folder = feedback_site.folder_of(settings.feedback_dir)
+    site = Site(settings.host, settings.feedback_port, folder)
     site.check_host()
     port = settings.port or _free_port(settings.host)
     keys = settings.keys  # without --api-key, callers on this machine need none
@@ -95,7 +96,7 @@ def _server(
     }
     if keys:
         environment["OPENPALM_API_KEY"] = json.dumps(list(keys))
-    served_file = Path(settings.feedback_dir) / "served.json"
+    served_file = Path(feedback_site.folder_of(settings.feedback_dir)) / "served.json"
 
     def command() -> list[str]:
         promoted = _promoted(served_file)

@@ -95,12 +95,22 @@ TEMPLATES = [
 ]
 
 
+_WANTED = (  # without the value, which may hold a password
+    "DATABASE_URL: must be postgresql://user:password@host/name or sqlite:///FILE; special "
+    "characters of the password are written as %40 and the like"
+)
+
+
 def _database() -> dict[str, Any]:
     url = os.environ.get("DATABASE_URL") or f"sqlite:///{FEEDBACK_DIR / 'db.sqlite3'}"
     try:
         database: dict[str, Any] = dict(dj_database_url.parse(url))
+    except dj_database_url.UnknownSchemeError:
+        raise ImproperlyConfigured(_WANTED) from None
     except (ValueError, KeyError) as error:
         raise ImproperlyConfigured(f"DATABASE_URL: {error}") from None
+    if database["ENGINE"].rpartition(".")[2] not in ("postgresql", "sqlite3"):
+        raise ImproperlyConfigured(_WANTED)
     if database["ENGINE"] == "django.db.backends.sqlite3":
         # SQLite gives its journals the rights of the database, which it would make for all to read.
         if isinstance(file := database["NAME"], str) and file and not file.startswith(":"):

@@ -161,7 +161,7 @@ def test_a_better_model_is_promoted_and_the_swap_keeps_the_name(
     add_prompts(project, SIZE, text="hidden", held_out=True)
     ann = member("ann")
     comparison = comparisons.create(project, challenger, admin, size=SIZE)
-    with pytest.raises(DataError, match="refused: the comparison is not decided"):
+    with pytest.raises(DataError, match="refused: the comparison is not decided yet"):
         promotion.propose(project, challenger, admin, comparison=comparison)
     drain("compare")
     _judge_all(comparison, judge, [ann], [0] * (SIZE - 1))

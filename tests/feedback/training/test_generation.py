@@ -48,6 +48,17 @@ def test_each_prompt_becomes_an_item_of_two_answers(project, admin, served, serv
     assert candidate.text == f"answer {candidate.sampling['seed']}"
 
 
+def test_a_small_context_is_filled(project, admin, served, server):
+    add_prompts(project, 2)
+    server.context = 8
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert job.state == Job.State.DONE, job.message
+    assert job.result["answers"] == 4
+    assert sorted(body.get("max_tokens", 0) for body in server.requests) == [0] * 4 + [16] * 4
+
+
 def test_equal_answers_are_no_pair_but_counted(project, admin, served, server):
     add_prompts(project, 3)
     server.answer = lambda body: (
@@ -107,6 +118,15 @@ def test_a_refused_prompt_is_counted_with_its_reason(project, admin, served, ser
     job.refresh_from_db()
     assert (job.state, job.result["items"], job.result["failed"]) == (Job.State.DONE, 2, 2)
     assert "the prompt is too long" in job.message
+
+
+def test_a_small_context_shortens_answers_and_fails_none(project, admin, served, server):
+    add_prompts(project, 1)
+    server.answer = lambda body: f"answer {body['seed']}" if "max_tokens" not in body else "no room"
+    _start(project, admin, served)
+    drain("generate")
+    assert Candidate.objects.count() == 2
+    assert [("max_tokens" in request) for request in server.requests].count(False) == 2
 
 
 def test_a_server_that_only_fails_ends_the_job(project, admin, served, server, monkeypatch):

@@ -176,6 +176,19 @@ def test_a_failed_job_says_why(project, runs, capsys):
     assert "RuntimeError: a bug" in capsys.readouterr().err
 
 
+def test_a_bug_in_a_job_ends_the_training_that_it_was_for(project, runs):
+    training = TrainRun.objects.create(project=project, verb="dpo", state="running")
+
+    def handler(job, progress):
+        raise RuntimeError("a bug")
+
+    runs(handler)
+    jobs.enqueue("import", project=project, run=training.pk)
+    drain()
+    training.refresh_from_db()
+    assert (training.state, training.error[:19]) == ("failed", "RuntimeError: a bug")
+
+
 def test_a_stopped_job_ends_at_its_next_report(project, runs):
     reached = []
 

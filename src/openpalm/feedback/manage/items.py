@@ -18,8 +18,8 @@ from openpalm.feedback.manage.blinding import revealed
 from openpalm.feedback.manage.flags import open_flags
 from openpalm.feedback.manage.judgements import describe, describe_payload
 from openpalm.feedback.manage.pages import page
-from openpalm.feedback.manage.paging import page_of
-from openpalm.feedback.models import Candidate, Item, ItemCandidate, Response, Role, Task
+from openpalm.feedback.manage.paging import page_of, within
+from openpalm.feedback.models import Candidate, Item, ItemCandidate, Response, Role, Task, User
 
 ARMS = ("random", "active")
 MAX_PRIORITY = 1e6
@@ -53,8 +53,11 @@ def _filtered(request: ProjectRequest) -> "QuerySet[Item]":
         named = Candidate.objects.filter(names_itself=True)
         rows = rows.filter(pk__in=ItemCandidate.objects.filter(candidate__in=named).values("item"))
     if who := given.get("who", "").replace("\0", "").strip():
-        judged = Response.objects.filter(project=request.project, user__username=who, in_force=True)
-        rows = rows.filter(pk__in=judged.values("item_id"))
+        # The user and the page's place are known first: else PostgreSQL may read the judgements of
+        # all users, those of all items that the page does not reach.
+        user = User.objects.filter(username=who).first()
+        judged = Response.objects.filter(project=request.project, user=user).exclude(in_force=False)
+        rows = rows.filter(pk__in=within(judged, request, "item_id").values("item_id"))
     return rows
 
 

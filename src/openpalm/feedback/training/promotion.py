@@ -35,8 +35,10 @@ def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
     result = comparison.result
     if comparison.challenger_id != model.pk:
         return f"the comparison is of the model {comparison.challenger}"
+    if comparison.state == Comparison.State.FAILED:
+        return f"the comparison failed ({result.get('reason') or 'see its job'}); start another one"
     if comparison.state != Comparison.State.DECIDED:
-        return f"the comparison is not decided: {result.get('reason') or comparison.state}"
+        return f"the comparison is not decided yet: {result.get('reason') or comparison.state}"
     if comparison.served_id != comparison.project.served_id:
         return f"the served model is another one now than {comparison.served} of the comparison"
     if (result.get("comparisons") or 0) < MINIMUM:

@@ -27,6 +27,10 @@ SERVED_FILE = "served.json"
 _READY = re.compile(r"chat page at (http://\S+?)/,")
 
 
+class ContextError(WorkError):
+    """Prompt and `max_tokens` do not fit the model's context."""
+
+
 @dataclass(frozen=True)
 class ModelServer:
     """A server of the OpenAI API, as the command line of `openpalm serve` makes one."""
@@ -36,8 +40,16 @@ class ModelServer:
     admin_key: str = ""
 
     def complete(self, body: dict[str, Any]) -> list[str]:
-        """The texts of a chat completion. Raises WorkError with the server's own reason."""
-        answer = self._call("POST", "/v1/chat/completions", body, key=self.api_key)
+        """The texts of a chat completion. Raises WorkError with the server's own reason.
+
+        `max_tokens` is a limit: where the context leaves fewer tokens, the answer ends with it.
+        """
+        path, key = "/v1/chat/completions", self.api_key
+        try:
+            answer = self._call("POST", path, body, key=key)
+        except ContextError:
+            without = {name: value for name, value in body.items() if name != "max_tokens"}
+            answer = self._call("POST", path, without, key=key)
         return [storable(choice["message"]["content"] or "") for choice in answer["choices"]]
 
     def model_name(self) -> str:
@@ -62,8 +74,10 @@ class ModelServer:
             answer = {}
         if response.is_success:
             return answer
-        reason = (answer.get("error") or {}).get("message") if isinstance(answer, dict) else None
-        raise WorkError(f"{self.url}{path}: status {response.status_code}: {reason or 'no reason'}")
+        error = (answer.get("error") or {}) if isinstance(answer, dict) else {}
+        kind = ContextError if error.get("code") == "context_length_exceeded" else WorkError
+        reason = error.get("message") or "no reason"
+        raise kind(f"{self.url}{path}: status {response.status_code}: {reason}")
 
 
 @cache
