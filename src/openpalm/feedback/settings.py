@@ -72,6 +72,7 @@ MIDDLEWARE = [
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "openpalm.feedback.accounts.middleware.body_limit",
+    "openpalm.feedback.accounts.middleware.no_nul",
     "openpalm.feedback.accounts.middleware.first_admin",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",

@@ -23,6 +23,7 @@ from openpalm.errors import DataError
 from openpalm.feedback.labeling import submission
 from openpalm.feedback.labeling.names import names_itself, names_of
 from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
+from openpalm.feedback.labeling.storable import storable
 from openpalm.feedback.labeling.submission import Judgement
 from openpalm.feedback.models import (
     Assignment,
@@ -118,7 +119,7 @@ def answer(conversation_id: int, number: int, side: int) -> None:
     try:
         model = ModelVersion.objects.get(pk=conversation.model_ids[side])
         for piece in stream(model, prompt_of(conversation.turns[: number + 1])):
-            text += piece
+            text = storable(text + piece)
             if monotonic() - stored > STORE_EVERY_S:
                 stored = monotonic()
                 if not _store(conversation_id, number, side, text, ended=False):

@@ -15,6 +15,7 @@ import httpx2
 from django.conf import settings
 
 from openpalm.errors import DataError, WorkError
+from openpalm.feedback.labeling.storable import storable
 from openpalm.feedback.models import ModelVersion
 from openpalm.feedback.worker.processes import POLL_S, Command, end
 from openpalm.feedback.worker.progress import Progress
@@ -49,7 +50,7 @@ class ModelServer:
         except ContextError:
             without = {name: value for name, value in body.items() if name != "max_tokens"}
             answer = self._call("POST", path, without, key=key)
-        return [choice["message"]["content"] or "" for choice in answer["choices"]]
+        return [storable(choice["message"]["content"] or "") for choice in answer["choices"]]
 
     def model_name(self) -> str:
         """The name of the base model in the API."""
