@@ -67,6 +67,7 @@ FILTERS = {
         "who=u3&state=flagged",
         "who=u3&kind=compare&by=simulated&before={response}",
         "who=u3&by=person",
+        "who=root&by=simulated",
         "kind=edit&state=deleted&by=model",
     ),
 }
