@@ -391,11 +391,12 @@ def plans() -> dict[str, str]:
     from openpalm.feedback.labeling import queue
     from openpalm.feedback.labeling.records import _with_texts
     from openpalm.feedback.manage import items, responses
-    from openpalm.feedback.models import Project, Response, User
+    from openpalm.feedback.models import Item, Project, Response, User
 
-    project, last = Project.objects.get(slug=SLUG), Response.objects.order_by("pk").last()
-    assert last
-    middle = {"item": last.item_id // 2, "response": last.pk // 2}
+    project = Project.objects.get(slug=SLUG)
+    item, last = Item.objects.order_by("pk").last(), Response.objects.order_by("pk").last()
+    assert item and last
+    middle = {"item": item.pk // 2, "response": last.pk // 2}
     labeler, worn = User.objects.get(username="u3"), User.objects.get(username=f"u{USERS}")
     queries: dict[str, Any] = {
         "next item": queue.open_items(project, labeler)[: queue.FIRST],
