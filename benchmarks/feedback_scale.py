@@ -395,7 +395,8 @@ def plans() -> dict[str, str]:
 
     project = Project.objects.get(slug=SLUG)
     item, last = Item.objects.order_by("pk").last(), Response.objects.order_by("pk").last()
-    assert item and last
+    assert item
+    assert last
     middle = {"item": item.pk // 2, "response": last.pk // 2}
     labeler, worn = User.objects.get(username="u3"), User.objects.get(username=f"u{USERS}")
     queries: dict[str, Any] = {
