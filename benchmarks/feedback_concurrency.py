@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -147,6 +147,9 @@ class ApiLabeler:
         self._tally.requests += 1
         self._client.submit(assignment, _payload(choice))
 
+    def close(self) -> None:
+        self._client.close()
+
     @property
     def repeated(self) -> int:
         return self._client.repeated
@@ -183,6 +186,9 @@ class FormLabeler:
         done = self._ask("POST", f"/p/load/assignments/{assignment}/submit", data=form)
         assert done.status_code == 302, f"{done.status_code} {done.text[:2000]}"
 
+    def close(self) -> None:
+        self._client.close()
+
     def _ask(self, method: str, path: str, **options: Any) -> httpx2.Response:
         self._tally.requests += 1
         give_up = time.monotonic() + GIVES_UP_S
@@ -205,9 +211,16 @@ Labeler = ApiLabeler | FormLabeler
 
 
 def work(make: Callable[[Tally], Labeler], seed: int, progress: "Progress") -> Tally:
+    tally = Tally()
+    with closing(make(tally)) as labeler:
+        judge_all(labeler, tally, random.Random(seed), progress)
+    tally.repeated = labeler.repeated
+    return tally
+
+
+def judge_all(labeler: Labeler, tally: Tally, drawn: random.Random, progress: "Progress") -> None:
     """Judges until nothing is left."""
-    tally, drawn, away = Tally(), random.Random(seed), 0
-    labeler = make(tally)
+    away = 0
     while away <= LOOKS_AGAIN:
         before, started = labeler.repeated, time.perf_counter()
         assignment = labeler.next()
@@ -223,8 +236,6 @@ def work(make: Callable[[Tally], Labeler], seed: int, progress: "Progress") -> T
             tally.seconds.append(time.perf_counter() - started)
         tally.sent[assignment] = choice
         progress.step()
-    tally.repeated = labeler.repeated
-    return tally
 
 
 class Progress:

@@ -1,13 +1,15 @@
 """The feedback site with 100,000 items and 1,000,000 responses: every page, plans, the export.
 
     python benchmarks/feedback_scale.py [--database sqlite|postgresql] [--items 100000]
-                                        [--responses 10] [--keep FOLDER] [--json]
+                                        [--responses 10] [--keep FOLDER | --url URL]
+                                        [--parts pages,export,statistics] [--plans FILE] [--json]
 
 Fills a project by bulk SQL: --responses for each item, by 40 labelers; half of the items wait for
-two more. Times every GET URL of the site and of the API as an administrator (the median and the
-slowest of 5), the next item and its submission for a labeler, for one who has had every open item,
-and the export of all judgements with the peak memory of its process. Shows the plans of the queries
-that depend on the size. Exits 1 if a page takes longer than 300 ms.
+two more. Times every GET URL of the site and of the API as an administrator, the long lists with
+their filters (the fastest, the median and the slowest of 5), the next item and its submission for a
+labeler, for one who has had every open item, and the export of all judgements and the worker's
+statistics with the peak memory of their processes. Shows the plans of the queries that depend on
+the size. Exits 1 if a page takes longer than 300 ms, the fastest of 5.
 """
 
 import argparse
@@ -15,7 +17,6 @@ import json
 import logging
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 
@@ -34,6 +35,43 @@ REPEATS = 5
 SLUG = "scale"
 SKIPPED_VIEWS = ("logout", "download", "api-export")
 """do something else than show a page; the export is measured by itself"""
+FILTERS = {
+    "items": (
+        "before={item}",
+        "after={item}",
+        "state=complete&before={item}",
+        "state=withdrawn",
+        "purpose=gold",
+        "purpose=comparison&state=open",
+        "arm=active",
+        "arm=random&before={item}",
+        "who=u3",
+        "who=u3&before={item}",
+        "who=nobody",
+        "who=root",
+        "only=flagged",
+        "only=names",
+        "only=names&who=u3&state=open",
+    ),
+    "responses": (
+        "before={response}",
+        "after={response}",
+        "state=submitted&before={response}",
+        "state=flagged",
+        "kind=compare&before={response}",
+        "kind=flag",
+        "by=simulated&before={response}",
+        "by=person",
+        "who=u3&before={response}",
+        "who=root",
+        "who=u3&state=flagged",
+        "who=u3&kind=compare&by=simulated&before={response}",
+        "who=u3&by=person",
+        "who=root&by=simulated",
+        "kind=edit&state=deleted&by=model",
+    ),
+}
+"""queries of the long lists: common values, rare ones, and pages in the middle"""
 
 
 def numbers(name: str, count: int) -> str:
@@ -42,6 +80,11 @@ def numbers(name: str, count: int) -> str:
         f"WITH RECURSIVE {name}(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM {name} "
         f"WHERE i < {count})"
     )
+
+
+def each_of(flag: str, skip: str, judgement: str) -> str:
+    """Of 1,000 responses one is a flag and one is a skip."""
+    return f"CASE i % 1000 WHEN 7 THEN {flag} WHEN 8 THEN {skip} ELSE {judgement} END"
 
 
 class Filler:
@@ -145,6 +188,8 @@ class Filler:
         )
         left = self.json('{"better": 0, "worse": 1, "strength": 1}')
         right = self.json('{"better": 1, "worse": 0, "strength": 2}')
+        picked = f"CASE WHEN i % 3 = 0 THEN {left} ELSE {right} END"
+        none, reason = self.json("{}"), self.json('{"candidate": null, "reason": "broken"}')
         self._insert(
             "response",
             items * each,
@@ -156,15 +201,15 @@ class Filler:
                 "user_id": user,
                 "assignment_id": "i",
                 "author_kind": "'simulated'",
-                "state": "'submitted'",
-                "kind": "'compare'",
-                "payload": f"CASE WHEN i % 3 = 0 THEN {left} ELSE {right} END",
+                "state": each_of("'flagged'", "'skipped'", "'submitted'"),
+                "kind": each_of("'flag'", "'skip'", "'compare'"),
+                "payload": each_of(reason, none, picked),
                 "reason": "''",
-                "category": "CASE WHEN i % 3 = 0 THEN -1 ELSE 2 END",
-                "picked_place": "i % 2",
+                "category": each_of("NULL", "NULL", "CASE WHEN i % 3 = 0 THEN -1 ELSE 2 END"),
+                "picked_place": each_of("NULL", "NULL", "i % 2"),
                 "elapsed_ms": "20000",
                 "guideline_version": "1",
-                "in_force": "true",
+                "in_force": each_of("true", "false", "true"),
                 "created_at": "CURRENT_TIMESTAMP",
             },
         )
@@ -206,7 +251,8 @@ class Filler:
         with self.connection.cursor() as cursor:
             for statement in self.connection.ops.sequence_reset_sql(no_style(), list(models)):
                 cursor.execute(statement)
-            cursor.execute("ANALYZE")
+            if self.is_postgresql:  # as its autovacuum would; nothing does it for SQLite
+                cursor.execute("VACUUM ANALYZE")
 
 
 def fill(items: int, responses: int) -> None:
@@ -226,16 +272,16 @@ def fill(items: int, responses: int) -> None:
 # What is timed.
 
 
-def timed(name: str, call: Callable[[], Any]) -> tuple[float, float]:
-    """Median and slowest of some calls, in ms, after one that warms the caches."""
+def timed(name: str, call: Callable[[], Any]) -> tuple[float, float, float]:
+    """Fastest, median and slowest of some calls, in ms, after one that warms the caches."""
     call()
     times = []
     for _ in range(REPEATS):
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1000)
-    print(f"{median(times):>9.1f}  {name}", file=sys.stderr, flush=True)
-    return round(median(times), 1), round(max(times), 1)
+    print(f"{min(times):>9.1f} {median(times):>9.1f}  {name}", file=sys.stderr, flush=True)
+    return round(min(times), 1), round(median(times), 1), round(max(times), 1)
 
 
 def urls(patterns: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -256,12 +302,17 @@ def pages(ids: dict[str, str]) -> Iterator[tuple[str, str]]:
         path = re.sub(r"<(?:\w+:)?(\w+)>", lambda found: ids.get(found[1], "1"), route)
         if name not in SKIPPED_VIEWS and "(" not in path and "^" not in path:
             yield name, f"/{path}"
+    for page, queries in FILTERS.items():
+        for query in queries:
+            query = query.format(item=ids["item_id"], response=ids["response_id"])
+            yield f"{page}, filtered", f"/p/{SLUG}/{page}?{query}"
     project = f"project={SLUG}"
     middle = f"{project}&after={int(ids['item_id'])}&limit=500"
     yield "api-items, a full page", f"/api/v1/items?{middle}"
     yield "api-items, complete ones", f"/api/v1/items?{middle}&state=complete"
     yield "api-responses, a full page", f"/api/v1/responses?{middle}"
     yield "api-responses of a labeler", f"/api/v1/responses?{middle}&author=u3"
+    yield "api-responses of nobody", f"/api/v1/responses?{middle}&author=root"
     yield "api-responses of an item", f"/api/v1/responses?{project}&item={ids['item_id']}"
 
 
@@ -334,55 +385,109 @@ def time_judging(result: dict[str, Any]) -> None:
 
 def plans() -> dict[str, str]:
     """The plans of the queries of the queue, of lists and of the export."""
+    from django.db import connection
+    from django.test import RequestFactory
+
     from openpalm.feedback.labeling import queue
     from openpalm.feedback.labeling.records import _with_texts
+    from openpalm.feedback.manage import items, responses
     from openpalm.feedback.models import Item, Project, Response, User
 
-    project, user = Project.objects.get(slug=SLUG), User.objects.get(username="u3")
-    mine = Response.objects.filter(project=project, user=user)
-    middle = Response.objects.count() // 2
-    listed = Response.objects.filter(project=project)
-    queries = {
-        "next item": queue.open_items(project, user)[:1],
-        "items by page": Item.objects.filter(project=project, pk__gt=500).order_by("pk")[:100],
-        "items by state": Item.objects.filter(
-            project=project, pk__gt=500, state="complete"
-        ).order_by("pk")[:100],
-        "responses by page": Response.objects.filter(project=project, pk__gt=middle).order_by("pk")[
-            :100
-        ],
-        "responses of a labeler": mine.filter(pk__gt=middle).order_by("pk")[:100],
-        "export": _with_texts(listed).filter(pk__gt=middle).order_by("pk")[:500],
+    project = Project.objects.get(slug=SLUG)
+    item, last = Item.objects.order_by("pk").last(), Response.objects.order_by("pk").last()
+    assert item
+    assert last
+    middle = {"item": item.pk // 2, "response": last.pk // 2}
+    labeler, worn = User.objects.get(username="u3"), User.objects.get(username=f"u{USERS}")
+    queries: dict[str, Any] = {
+        "next item": queue.open_items(project, labeler)[: queue.FIRST],
+        "next item, nothing left": queue.open_items(project, worn)[: queue.FIRST],
     }
-    return {name: query.explain() for name, query in queries.items()}
+    for page, filtered in (("items", items._filtered), ("responses", responses._filtered)):
+        for text in FILTERS[page]:
+            request: Any = RequestFactory().get(f"/?{text.format(**middle)}")
+            request.project, before = project, request.GET.get("before")
+            rows = filtered(request).filter(**{"pk__lt": before} if before else {})
+            queries[f"{page}?{text}"] = rows.order_by("-pk")[:51]
+    of_project = Response.objects.filter(project=project, pk__gt=middle["response"])
+    queries["export, a chunk"] = _with_texts(of_project).order_by("pk")[:500]
+    options = {"analyze": True, "buffers": True} if connection.vendor == "postgresql" else {}
+    return {name: query.explain(**options) for name, query in queries.items()}
+
+
+# The export and the statistics.
+
+
+class Seconds(NamedTuple):
+    wall: int
+    cpu: int
+    """of the command, without the database's server"""
+
+
+def run_measured(words: list[str], written: Path) -> tuple[Seconds, list[tuple[int, float]]]:
+    """The time of a command, and (bytes that its files in `written` had, its peak memory in MB)."""
+    started, before, seen = time.monotonic(), os.times(), []
+    with subprocess.Popen([sys.executable, *words]) as process:
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+            if peak := re.search(r"VmHWM:\s+(\d+)", status):
+                size = sum(file.stat().st_size for file in written.iterdir())
+                seen.append((size, int(peak[1]) / 1024))
+            time.sleep(0.1)
+    assert process.returncode == 0, words
+    after = os.times()
+    cpu = after.children_user + after.children_system
+    cpu -= before.children_user + before.children_system
+    return Seconds(round(time.monotonic() - started), round(cpu)), seen
 
 
 def time_export(folder: Path, result: dict[str, Any]) -> None:
     """By `openpalm feedback export`, in a process of its own."""
-    out, started = folder / "export.jsonl", time.monotonic()
-    words = ["feedback", "export", SLUG, "--format", "records", "--out", str(out)]
-    words += ["--dir", os.environ["OPENPALM_FEEDBACK_DIR"]]
-    subprocess.run([sys.executable, "-m", "openpalm", *words], check=True)
-    seconds = time.monotonic() - started
+    out = folder / "exported" / "export.jsonl"
+    out.parent.mkdir(exist_ok=True)
+    words = ["-m", "openpalm", "feedback", "export", SLUG, "--format", "records"]
+    words += ["--out", str(out), "--dir", os.environ["OPENPALM_FEEDBACK_DIR"]]
+    seconds, seen = run_measured(words, out.parent)
     with out.open("rb") as file:
         rows = sum(1 for _ in file)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    size = out.stat().st_size
     result["export"] = {
         "rows": rows,
-        "seconds": round(seconds),
-        "rows_per_s": round(rows / seconds),
-        "megabytes": round(out.stat().st_size / 2**20),
-        "peak_rss_megabytes": round(peak),
+        **seconds._asdict(),
+        "rows_per_cpu_s": round(rows / seconds.cpu),
+        "megabytes": round(size / 2**20),
+        "peak_rss_megabytes_at_a_tenth": round(max(m for s, m in seen if s <= size / 10)),
+        "peak_rss_megabytes": round(max(m for _, m in seen)),
     }
+    out.unlink()
+
+
+STATISTICS = """
+import django
+django.setup()
+from openpalm.feedback.models import Project
+from openpalm.feedback.quality.compute import compute
+compute(Project.objects.get(slug="{slug}"))
+"""
+
+
+def time_statistics(folder: Path, result: dict[str, Any]) -> None:
+    """What the worker does in a job of the kind `statistics`."""
+    nothing = folder / "exported"
+    nothing.mkdir(exist_ok=True)
+    seconds, seen = run_measured(["-c", STATISTICS.format(slug=SLUG)], nothing)
+    peak = max(m for _, m in seen)
+    result["statistics"] = {**seconds._asdict(), "peak_rss_megabytes": round(peak)}
 
 
 @contextmanager
-def database(kind: str, folder: Path) -> Iterator[None]:
+def database(kind: str, folder: Path, url: str | None = None) -> Iterator[None]:
     os.environ["OPENPALM_FEEDBACK_DIR"] = str(folder / "site")
     os.environ["DJANGO_SETTINGS_MODULE"] = "openpalm.feedback.settings"
     os.environ["OPENPALM_FEEDBACK_HOSTS"] = "testserver"
     os.environ.pop("DATABASE_URL", None)
-    if kind == "sqlite":
+    if url or kind == "sqlite":
+        os.environ |= {"DATABASE_URL": url} if url else {}
         yield
         return
     from postgresql import postgresql_server
@@ -397,7 +502,7 @@ def database(kind: str, folder: Path) -> Iterator[None]:
             connections.close_all()
 
 
-def measure(folder: Path, items: int, responses: int) -> dict[str, Any]:
+def measure(folder: Path, items: int, responses: int, parts: str) -> dict[str, Any]:
     import django
 
     django.setup()
@@ -408,10 +513,14 @@ def measure(folder: Path, items: int, responses: int) -> dict[str, Any]:
     manage(["migrate", "-v", "0"])
     if not Project.objects.filter(slug=SLUG).exists():
         fill(items, responses)
-    result: dict[str, Any] = {"pages": {}, "skipped": [], "plans": plans(), "export": {}}
-    time_judging(result)
-    time_pages(result)
-    time_export(folder, result)
+    result: dict[str, Any] = {"pages": {}, "skipped": [], "plans": plans()}
+    if "pages" in parts:
+        time_judging(result)
+        time_pages(result)
+    if "export" in parts:
+        time_export(folder, result)
+    if "statistics" in parts:
+        time_statistics(folder, result)
     return result
 
 
@@ -421,22 +530,30 @@ def main() -> int:
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--responses", type=int, default=10)
     parser.add_argument("--keep", type=Path, help="folder whose SQLite database is used again")
+    parser.add_argument("--url", help="of a PostgreSQL database that is used again")
+    parser.add_argument("--parts", default="pages,export,statistics")
+    parser.add_argument("--plans", type=Path, help="file for the plans; else they are printed")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
         folder = options.keep or Path(made)
-        with database(options.database, folder):
-            result = measure(folder, options.items, options.responses)
-    slow = [name for name, (middle, _) in result["pages"].items() if middle > LIMIT_MS]
+        with database(options.database, folder, options.url):
+            result = measure(folder, options.items, options.responses, options.parts)
+    plans = "\n".join(f"{name}\n{plan}\n" for name, plan in result.pop("plans").items())
+    if options.plans:
+        options.plans.write_text(plans, encoding="utf-8")
+    else:
+        print(plans, file=sys.stderr if options.json else sys.stdout)
+    slow = [name for name, times in result["pages"].items() if times[0] > LIMIT_MS]
     if options.json:
         print(json.dumps(result))
         return 1 if slow else 0
-    for name, plan in result["plans"].items():
-        print(f"{name}\n{plan}\n")
-    for name, (middle, slowest) in sorted(result["pages"].items(), key=lambda one: -one[1][0]):
-        print(f"{middle:>9} {slowest:>9}  {name}")
+    for name, times in sorted(result["pages"].items(), key=lambda one: -one[1][0]):
+        print("".join(f"{ms:>10}" for ms in times), name)
     print(f"not pages: {', '.join(result['skipped'])}")
-    print(f"export: {result['export']}")
+    for name in ("export", "statistics"):
+        if name in result:
+            print(f"{name}: {result[name]}")
     print(f"{len(slow)} over {LIMIT_MS:g} ms" if slow else f"none over {LIMIT_MS:g} ms")
     return 1 if slow else 0
 

@@ -137,7 +137,9 @@ def test_an_address_of_the_network_needs_names(tmp_path):
     ("url", "words"),
     [
         ("postgresql://nobody:secret@127.0.0.1:9/x", "the database cannot be used"),
-        ("oracle-of-delphi://x", "DATABASE_URL: "),
+        ("oracle-of-delphi://x", "must be postgresql://"),
+        ("mysql://root:secret@127.0.0.1/x", "must be postgresql://"),
+        ("bogus", "must be postgresql://"),
     ],
 )
 def test_a_database_that_cannot_be_used(tmp_path, url, words):
@@ -153,6 +155,19 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert re.match(r"openpalm: error: --dir \S+/file/site: cannot be written \(", line)
+
+
+def test_an_export_makes_no_site_and_the_folder_may_come_from_the_environment(tmp_path):
+    folder = tmp_path / "mistyped"
+    line = refused("export", "demo", "--out", tmp_path / "x", OPENPALM_FEEDBACK_DIR=str(folder))
+    assert line.startswith(f"--dir {folder}: has no database of a site; name the folder")
+    assert not folder.exists()
+
+
+def test_a_command_on_a_database_without_tables_is_one_line(tmp_path):
+    words = ["manage", "create_token", "ada", "--scopes", "items:read"]
+    line = refused(*words, OPENPALM_FEEDBACK_DIR=str(tmp_path / "site"))
+    assert line.endswith("`openpalm feedback manage migrate` makes its tables")
 
 
 def test_one_process_alone_needs_the_tables(tmp_path):

@@ -3,15 +3,20 @@
 DATABASE_URL chooses the database server; without it, SQLite in a temporary folder.
 """
 
+import atexit
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
+FOLDER = Path(tempfile.mkdtemp(prefix="openpalm-feedback-"))
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 os.environ["DJANGO_SETTINGS_MODULE"] = "openpalm.feedback.settings"
-os.environ["OPENPALM_FEEDBACK_DIR"] = tempfile.mkdtemp(prefix="openpalm-feedback-")
+os.environ["OPENPALM_FEEDBACK_DIR"] = str(FOLDER)
 for name in ("OPENPALM_SERVER_URL", "OPENPALM_ADMIN_KEY", "OPENPALM_API_KEY"):
     os.environ.pop(name, None)
 
@@ -19,6 +24,7 @@ import django  # noqa: E402
 
 django.setup()
 
+from django.conf import settings as django_settings  # noqa: E402
 from django.contrib.auth.hashers import MD5PasswordHasher  # noqa: E402
 from django.test import Client  # noqa: E402
 
@@ -33,6 +39,13 @@ from openpalm.feedback.models import (  # noqa: E402
     Role,
     User,
 )
+
+database = django_settings.DATABASES["default"]
+if database["ENGINE"].endswith("sqlite3"):
+    # In a file: the threads of live_server would share the one connection of a database in memory.
+    database.setdefault("TEST", {})["NAME"] = str(FOLDER / "test.sqlite3")
+    quick = database["OPTIONS"]["init_command"].replace("synchronous=FULL", "synchronous=OFF")
+    database["OPTIONS"]["init_command"] = quick
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import json
 import pytest
 from django.utils import timezone
 
-from openpalm.cli import feedback_data, feedback_site
+from openpalm.cli import feedback_site
 from openpalm.cli.main import main
 from openpalm.data.rows.preferences import Preference
 from openpalm.feedback.labeling import queue, submission
@@ -21,6 +21,7 @@ BETTER = Judgement("compare", {"better": 0, "worse": 1, "strength": 2})
 def _same_database(monkeypatch):
     """The command opens the site of the tests."""
     monkeypatch.setattr(feedback_site.Site, "set_environment", lambda self: None)
+    monkeypatch.setattr(feedback_site.Site, "check_database", lambda self: None)
     monkeypatch.setattr(feedback_site, "open_database", lambda migrate: None)
 
 
@@ -88,7 +89,7 @@ def test_prompts_are_held_out_by_their_text(project, tmp_path, capsys):
     [
         (("export", "nothing", "--out", "x.jsonl"), "--project nothing: the site has no such"),
         (("export", "demo"), "--out"),
-        (("export", "demo", "--out", "x", "--format", "xml"), "--format xml: must be of records"),
+        (("export", "demo", "--out", "x", "--format", "xml"), "--format xml: must be one of"),
         (("import", "demo", "missing.jsonl"), "--file missing.jsonl: there is no such file"),
         (("import", "demo", "x", "--what", "all"), "--what all: must be items or prompts"),
         (("import", "demo", "x", "--held-out", "2"), "--held-out 2"),
@@ -99,13 +100,6 @@ def test_a_wrong_request_is_one_line(project, capsys, words, says):
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
-
-
-def test_words_before_the_options_are_named():
-    assert feedback_data._named(["a", "b", "--x"], "--project", "--file") == [
-        *("--project", "a", "--file", "b", "--x"),
-    ]
-    assert feedback_data._named(["--out", "b"], "--project") == ["--out", "b"]
 
 
 def test_more_rows_than_sqlite_takes_at_once_are_exported(project, member, tmp_path):

@@ -214,7 +214,7 @@ def test_nul_bytes_and_huge_numbers_in_addresses_and_forms(admin, signed_in, pro
         assert client.get(path).status_code in (200, 404, 422), path
     for path in (f"/p/demo/items/{huge}", f"/p/demo/items/{2**63}"):
         assert client.get(path).status_code == 404, path
-    assert client.post("/login", {"username": "a\0b", "password": "x\0"}).status_code == 200
+    assert client.post("/login", {"username": "a\0b", "password": "x\0"}).status_code == 400
 
 
 def test_an_error_of_the_server_shows_no_detail(admin, signed_in, project, monkeypatch):

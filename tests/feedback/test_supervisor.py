@@ -118,3 +118,16 @@ def test_children_have_time_to_finish(tmp_path):
     one.ready = (tmp_path / "listens").exists
     run_until(Supervisor([one], say=print), lambda: None)
     assert (tmp_path / "saved").read_text() == "yes"
+
+
+def test_the_ready_line_of_a_child_is_dropped_and_its_errors_are_not(tmp_path, capfd):
+    code = "print('I am ready', flush=True)\nprint('wrong', file=sys.stderr, flush=True)\n"
+    one = child(
+        "a", code + f"open({str(tmp_path / 'said')!r}, 'w').close()\ntime.sleep(600)", tmp_path
+    )
+    one.ready = (tmp_path / "said").exists
+    one.hides_output = True
+    run_until(Supervisor([one], say=print), lambda: None)
+    out, err = capfd.readouterr()
+    assert "I am ready" not in out + err
+    assert "wrong" in err

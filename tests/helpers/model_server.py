@@ -19,6 +19,8 @@ class FakeServer:
     requests: list[dict[str, Any]] = field(default_factory=list)
     refuses: str = ""
     """reason why models cannot be loaded"""
+    context: int = 0
+    """tokens of an answer that fit; 0 is no limit"""
 
 
 @contextmanager
@@ -52,8 +54,16 @@ def fake_server() -> Iterator[FakeServer]:
                 return
             state.requests.append(body)
             text = state.answer(body)
+            if state.context and body.get("max_tokens", 1) > state.context:
+                error = {"message": "it does not fit", "code": "context_length_exceeded"}
+                self.reply(400, {"error": error})
+                return
             if text == "refuse":
                 self.reply(400, {"error": {"message": "the prompt is too long"}})
+                return
+            if text == "no room" and "max_tokens" in body:
+                code = "context_length_exceeded"
+                self.reply(400, {"error": {"message": "they do not fit", "code": code}})
                 return
             self.reply(200, {"choices": [{"message": {"content": text}}]})
 

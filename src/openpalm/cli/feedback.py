@@ -20,8 +20,9 @@ class FeedbackSettings:
     """address to listen at; others than this machine's own need OPENPALM_FEEDBACK_HOSTS"""
     port: int = 8080
     """port to listen at; 0 takes a free one"""
-    dir: str = "feedback"
-    """folder of the database, the secret key, snapshots and runs; made if missing"""
+    dir: str | None = None
+    """folder of the database, the secret key, snapshots and runs, made if missing; default:
+    OPENPALM_FEEDBACK_DIR, or feedback"""
     database_url: str | None = None
     """postgresql://user:password@host/name; default: DATABASE_URL, or SQLite in --dir"""
 
@@ -32,9 +33,7 @@ class FeedbackSettings:
 
 def run(argv: Sequence[str]) -> None:
     if argv and argv[0] == MANAGE:
-        from openpalm.feedback.manage_command import manage
-
-        manage(argv[1:])
+        _manage(argv[1:])
         return
     if argv and argv[0] in feedback_data.VERBS:
         feedback_data.run(argv)
@@ -58,7 +57,8 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.cli import feedback_site
 
     feedback_site.check_installed()
-    site = feedback_site.Site(settings.host, settings.port, settings.dir, settings.database_url)
+    folder = feedback_site.folder_of(settings.dir)
+    site = feedback_site.Site(settings.host, settings.port, folder, settings.database_url)
     site.set_environment()
     if part == WORKER:
         run_worker()
@@ -72,6 +72,25 @@ def run(argv: Sequence[str]) -> None:
             serve(listening)
         else:
             _run_all(site, listening)
+
+
+def _manage(words: Sequence[str]) -> None:
+    """A Django command. Raises SettingsError for a database that is away or has no tables."""
+    from openpalm.cli import feedback_site
+
+    feedback_site.check_installed()
+    from django.db import OperationalError, ProgrammingError
+
+    from openpalm.feedback.manage_command import manage
+
+    try:
+        manage(words)
+    except (OperationalError, ProgrammingError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SettingsError(
+            f"the database cannot be used ({reason}); `openpalm feedback manage migrate` makes its "
+            "tables"
+        ) from None
 
 
 def _run_all(site, listening) -> None:

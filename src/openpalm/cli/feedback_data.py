@@ -26,15 +26,16 @@ class ExportSettings:
     format: str = "records"
     """records, pairs, conversations, hh, kto, kto-pairs, ratings, rankings, scores, messages,
     sharegpt, prompt-completion, alpaca or csv"""
-    dir: str = "feedback"
-    """folder of the site's database"""
+    dir: str | None = None
+    """folder of the site's database; default: OPENPALM_FEEDBACK_DIR, or feedback"""
     database_url: str | None = None
     """postgresql://user:password@host/name; default: DATABASE_URL, or SQLite in --dir"""
 
     def __post_init__(self) -> None:
         from openpalm.data.rows.exports.stream import EXPORT_NAMES
 
-        check(self.format in EXPORT_NAMES, "format", self.format, f"of {', '.join(EXPORT_NAMES)}")
+        wanted = f"one of {', '.join(EXPORT_NAMES)}"
+        check(self.format in EXPORT_NAMES, "format", self.format, wanted)
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class ImportSettings:
     """judgements in the file are known answers: gold items"""
     needed: int | None = None
     """responses for each item; default: the project's overlap"""
-    dir: str = "feedback"
-    """folder of the site's database"""
+    dir: str | None = None
+    """folder of the site's database; default: OPENPALM_FEEDBACK_DIR, or feedback"""
     database_url: str | None = None
     """postgresql://user:password@host/name; default: DATABASE_URL, or SQLite in --dir"""
 
@@ -65,21 +66,11 @@ class ImportSettings:
 
 
 def run(argv: Sequence[str]) -> None:
-    """`argv` begins with the verb; PROJECT and FILE may stand without their options' names."""
+    """`argv` begins with the verb."""
     if argv[0] == "export":
-        _export(_named(argv[1:], "--project"))
+        _export(argv[1:])
     else:
-        _import(_named(argv[1:], "--project", "--file"))
-
-
-def _named(argv: Sequence[str], *options: str) -> list[str]:
-    """The words with option names before those at the beginning that have none."""
-    words = list(argv)
-    leading = 0
-    while leading < min(len(options), len(words)) and not words[leading].startswith("-"):
-        leading += 1
-    pairs = zip(options, words[:leading], strict=False)
-    return [word for pair in pairs for word in pair] + words[leading:]
+        _import(argv[1:])
 
 
 def _export(argv: Sequence[str]) -> None:
@@ -93,6 +84,7 @@ def _export(argv: Sequence[str]) -> None:
             "openpalm feedback export demo --out judgements.jsonl",
             "openpalm feedback export demo --format pairs --out pairs.jsonl",
         ],
+        positional=["project"],
     )
     project = _open(settings.dir, settings.database_url, settings.project)
     from openpalm.data.rows.exports.stream import write_export
@@ -118,6 +110,7 @@ def _import(argv: Sequence[str]) -> None:
             "openpalm feedback import demo answers.jsonl",
             "openpalm feedback import demo prompts.jsonl --what prompts --held-out 0.2",
         ],
+        positional=["project", "file"],
     )
     if not settings.file.is_file():
         raise SettingsError(f"--file {settings.file}: there is no such file")
@@ -154,12 +147,13 @@ def _report(lines: Sequence[str]) -> None:
         print(f"openpalm: {line}", file=sys.stderr)
 
 
-def _open(folder: str, database_url: str | None, slug: str) -> "Project":
+def _open(folder: str | None, database_url: str | None, slug: str) -> "Project":
     """The project of the site's database. Raises SettingsError."""
     from openpalm.cli import feedback_site
 
     feedback_site.check_installed()
-    site = feedback_site.Site("127.0.0.1", 0, folder, database_url)
+    site = feedback_site.Site("127.0.0.1", 0, feedback_site.folder_of(folder), database_url)
+    site.check_database()
     site.set_environment()
     feedback_site.open_database(migrate=False)
     from openpalm.feedback.models import Project

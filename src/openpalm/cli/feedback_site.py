@@ -20,6 +20,7 @@ from openpalm.feedback.web import SOCKET_VARIABLE, listener
 
 PROGRAM = (sys.executable, "-m", "openpalm")
 PORT_WAIT_S = 3.0
+DATABASE_FILE = "db.sqlite3"
 DRIVERS = "pip install 'psycopg[binary]'"
 
 
@@ -48,6 +49,15 @@ class Site:
             os.environ["DATABASE_URL"] = self.database_url
         os.environ |= dict(more or {})
 
+    def check_database(self) -> None:
+        """Raises SettingsError if there is none: a command that reads it must not make one."""
+        given = self.database_url or os.environ.get("DATABASE_URL")
+        if not given and not (Path(self.dir) / DATABASE_FILE).is_file():
+            raise SettingsError(
+                f"--dir {self.dir}: has no database of a site; name the folder that `openpalm "
+                "feedback` uses, or set DATABASE_URL"
+            )
+
     def listen(self) -> socket.socket:
         """Raises SettingsError if the port is in use."""
         # The web process of a command that was killed needs a moment to end.
@@ -64,6 +74,11 @@ class Site:
                         "try another --port"
                     ) from None
             time.sleep(0.1)
+
+
+def folder_of(given: str | None) -> str:
+    """The folder of the site: --dir, OPENPALM_FEEDBACK_DIR or feedback."""
+    return given or os.environ.get("OPENPALM_FEEDBACK_DIR") or "feedback"
 
 
 def is_loopback(host: str) -> bool:

@@ -53,8 +53,9 @@ class ServeSettings(BaseModelOptions):
     conversations that users share go to the site's first project"""
     feedback_port: int = 8080
     """with --feedback: port of the site; 0 takes a free one"""
-    feedback_dir: str = "feedback"
-    """with --feedback: folder of its database, snapshots and runs"""
+    feedback_dir: str | None = None
+    """with --feedback: folder of its database, snapshots and runs; default: OPENPALM_FEEDBACK_DIR,
+    or feedback"""
 
     def __post_init__(self) -> None:
         for name in ("port", "feedback_port"):

@@ -34,7 +34,8 @@ def run(settings: ServeSettings) -> None:
             f"--feedback: trains on from a run or checkpoint on this machine, and {settings.path} "
             "is none; fetch it with `openpalm copy` first"
         )
-    site = Site(settings.host, settings.feedback_port, settings.feedback_dir)
+    folder = feedback_site.folder_of(settings.feedback_dir)
+    site = Site(settings.host, settings.feedback_port, folder)
     site.check_host()
     port = settings.port or _free_port(settings.host)
     keys = settings.keys  # without --api-key, callers on this machine need none
@@ -79,9 +80,15 @@ def _server(
     from openpalm.feedback.training.served import connect
 
     connection = connect(settings.path, settings.model_name)
+    if connection.promoted:
+        say(
+            f"serves {connection.model.path}, as the command says; {connection.promoted} was "
+            "promoted before: name that one to serve it again"
+        )
     if connection.is_new and (data := first_prompts.data_of(Path(settings.path))):
         count = first_prompts.add(connection.project, connection.model, data)
-        say(f"{count} prompts of {data}: answers to judge are being generated")
+        names = ", ".join(map(str, data))
+        say(f"{count} prompts of {names}: answers to judge are being generated")
     conversations = f"{site_url}/api/v1/projects/{connection.project.slug}/conversations"
     environment = {
         "OPENPALM_ADMIN_KEY": json.dumps(list(admin_keys)),
@@ -89,7 +96,7 @@ def _server(
     }
     if keys:
         environment["OPENPALM_API_KEY"] = json.dumps(list(keys))
-    served_file = Path(settings.feedback_dir) / "served.json"
+    served_file = Path(feedback_site.folder_of(settings.feedback_dir)) / "served.json"
 
     def command() -> list[str]:
         promoted = _promoted(served_file)
@@ -98,7 +105,8 @@ def _server(
         words += ["--name", settings.model_name, "--port", str(port)]
         return [*words, "--conversation-url", settings.conversation_url or conversations]
 
-    return Child("model server", command, environment, ready=answers(f"{url}/ready"))
+    ready = answers(f"{url}/ready")
+    return Child("model server", command, environment, ready=ready, hides_output=True)
 
 
 def _promoted(file: Path) -> str | None:

@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 
 from openpalm.base.settings import check_field, parse
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, count_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> None:
         examples=[
             "openpalm feedback manage create_labelers demo --count 3 > tokens.txt",
             "openpalm simulate-labelers --url http://127.0.0.1:8080 --project demo "
-            "--token-file tokens.txt --taste exact,warm,brief --noise 0.15 --count 200",
+            "--token-file tokens.txt",
         ],
     )
     from openpalm.feedback.simulation.labeler import Labeler
@@ -72,7 +72,7 @@ def _tastes(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in TASTES:
-            raise SettingsError(f"--taste {name}: must be of {', '.join(TASTES)}")
+            raise SettingsError(f"--taste {name}: must be one of {', '.join(TASTES)}")
     return names
 
 
@@ -81,8 +81,13 @@ def _tokens(path: Path, count: int) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--token-file {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        raise SettingsError(f"--token-file {path}: cannot be read ({reason})") from None
     tokens = [line.split()[-1] for line in lines if line.strip()]
     if len(tokens) < count:
-        raise SettingsError(f"--token-file {path}: has {len(tokens)} tokens for {count} labelers")
+        raise SettingsError(
+            f"--token-file {path}: has {count_of(len(tokens), 'token')} for "
+            f"{count_of(count, 'labeler')}; give --labelers {len(tokens) or 1}, or make more with "
+            "`openpalm feedback manage create_labelers`"
+        )
     return tokens[:count]

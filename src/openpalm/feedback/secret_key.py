@@ -8,7 +8,7 @@ from pathlib import Path
 def read_or_make(folder: Path) -> str:
     """The key in `folder`/secret_key; two processes that start together agree on one."""
     path = folder / "secret_key"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
         made = path.with_name(f"secret_key.{os.getpid()}")
         descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

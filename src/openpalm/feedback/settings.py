@@ -21,6 +21,10 @@ from django.core.exceptions import ImproperlyConfigured
 from openpalm.feedback.secret_key import read_or_make
 
 FEEDBACK_DIR = Path(os.environ.get("OPENPALM_FEEDBACK_DIR", "feedback")).absolute()
+# Private, whatever the umask: the database has the sessions, the others what people wrote.
+FEEDBACK_DIR.mkdir(mode=0o700, parents=True, exist_ok=True)
+for _name in ("snapshots", "uploads", "logs"):
+    (FEEDBACK_DIR / _name).mkdir(mode=0o700, exist_ok=True)
 SECRET_KEY = os.environ.get("OPENPALM_FEEDBACK_SECRET") or read_or_make(FEEDBACK_DIR)
 HTTPS = os.environ.get("OPENPALM_FEEDBACK_HTTPS") == "1"
 
@@ -68,6 +72,7 @@ MIDDLEWARE = [
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "openpalm.feedback.accounts.middleware.body_limit",
+    "openpalm.feedback.accounts.middleware.no_nul",
     "openpalm.feedback.accounts.middleware.first_admin",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
@@ -90,13 +95,26 @@ TEMPLATES = [
 ]
 
 
+_WANTED = (  # without the value, which may hold a password
+    "DATABASE_URL: must be postgresql://user:password@host/name or sqlite:///FILE; special "
+    "characters of the password are written as %40 and the like"
+)
+
+
 def _database() -> dict[str, Any]:
     url = os.environ.get("DATABASE_URL") or f"sqlite:///{FEEDBACK_DIR / 'db.sqlite3'}"
     try:
         database: dict[str, Any] = dict(dj_database_url.parse(url))
+    except dj_database_url.UnknownSchemeError:
+        raise ImproperlyConfigured(_WANTED) from None
     except (ValueError, KeyError) as error:
         raise ImproperlyConfigured(f"DATABASE_URL: {error}") from None
+    if database["ENGINE"].rpartition(".")[2] not in ("postgresql", "sqlite3"):
+        raise ImproperlyConfigured(_WANTED)
     if database["ENGINE"] == "django.db.backends.sqlite3":
+        # SQLite gives its journals the rights of the database, which it would make for all to read.
+        if isinstance(file := database["NAME"], str) and file and not file.startswith(":"):
+            Path(file).touch(mode=0o600)
         # Writers take the lock when they begin, so that none fails when it first writes. FULL: an
         # acknowledged judgement survives a loss of power.
         database["OPTIONS"] = {

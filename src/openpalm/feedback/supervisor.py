@@ -35,6 +35,8 @@ class Child:
     ready: Callable[[], bool] = lambda: True
     sockets: Sequence[int] = ()
     """file descriptors that it inherits"""
+    hides_output: bool = False
+    """drop its standard output: a line that it is ready, which the supervisor's own line repeats"""
     process: subprocess.Popen[bytes] | None = None
     was_ready: bool = False
     pause_s: float = field(default_factory=lambda: FIRST_PAUSE_S)
@@ -47,7 +49,8 @@ class Child:
             list(self.command()),
             env=os.environ | dict(self.environment),
             stdin=subprocess.DEVNULL,
-            stdout=sys.stderr,  # the one line on standard output is the supervisor's
+            # The one line on standard output is the supervisor's.
+            stdout=subprocess.DEVNULL if self.hides_output else sys.stderr,
             pass_fds=self.sockets,
             start_new_session=True,  # Ctrl-C reaches the supervisor only, which ends all in order
             preexec_fn=die_with_parent,

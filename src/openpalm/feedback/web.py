@@ -40,6 +40,8 @@ def serve(listening: socket.socket) -> None:
         threads=THREADS,
         ident="",
         channel_timeout=60,
+        # Connections that send slowly hold no thread, but waitress' 100 would soon be all taken.
+        connection_limit=1000,
         # waitress stores a body before the application sees it; see accounts/middleware.body_limit.
         max_request_body_size=settings.FEEDBACK_MAX_UPLOAD_BYTES + 2**20,
         # Only a proxy's word about HTTPS and the visitor's address reaches the site.

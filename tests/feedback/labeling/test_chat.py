@@ -32,6 +32,11 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"secret-0 is broken")
             return
+        if body.get("max_tokens", 0) > self.server.context:
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(b'{"error": {"code": "context_length_exceeded"}}')
+            return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
@@ -46,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
 def models(project, settings, monkeypatch):
     """Two models on a server. Answers are there when `say` returns."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.received, server.broken = [], set()
+    server.received, server.broken, server.context = [], set(), 10_000
     server.names = ["secret-0", "secret-1", "of another project"]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -81,6 +86,13 @@ def sides():
     """The numbers of the models on the left and on the right."""
     ids = Conversation.objects.latest("id").model_ids
     return [ModelVersion.objects.get(pk=pk).name[-1] for pk in ids]
+
+
+def test_a_model_of_a_small_context_answers_as_far_as_it_can(models, ask):
+    models.context = 100
+    page = ask("say", text="hello")
+    assert "0 says hello" in page
+    assert "1 says hello" in page
 
 
 def test_a_conversation_becomes_a_judged_item(models, ask):

@@ -11,6 +11,7 @@ from openpalm.feedback.models import (
     ModelVersion,
     Project,
     Promotion,
+    Response,
     Role,
     TrainRun,
 )
@@ -56,7 +57,12 @@ def test_a_wrong_size_is_refused(loop, client, size):
 
 
 def form(loop, **changes):
-    return {"parent": loop.base.pk, "authors": ["person"], "members": 2, "seed": 0} | changes
+    given = {"parent": loop.base.pk, "authors": ["person"], "members": 2, "loss": "dpo", "seed": 0}
+    return given | changes
+
+
+def settings_of(run):
+    return {name: value for name, value in run.settings.items() if name != "filter"}
 
 
 def test_a_training_starts_with_its_settings(loop, client):
@@ -65,8 +71,8 @@ def test_a_training_starts_with_its_settings(loop, client):
     run = TrainRun.objects.order_by("-id")[0]
     assert response.url == f"/p/demo/runs/{run.pk}"
     assert run.settings["filter"]["author_kinds"] == ["person"]
-    own = {k: v for k, v in run.settings.items() if k != "filter"}
-    assert own == {"steps": 7, "optim.lr": 0.001, "members": 2, "seed": 0, "name": "taste"}
+    own = {"steps": 7, "optim.lr": 0.001, "members": 2, "seed": 0, "name": "taste"}
+    assert settings_of(run) == own
     assert last_event() == "training.started"
 
 
@@ -74,7 +80,24 @@ def test_defaults_are_left_to_the_command(loop, client):
     client.post("/p/demo/runs/new?verb=dpo", form(loop))
     run = TrainRun.objects.order_by("-id")[0]
     assert run.verb == "dpo"
-    assert {k: v for k, v in run.settings.items() if k != "filter"} == {"epochs": 2, "seed": 0}
+    assert settings_of(run) == {"epochs": 2, "seed": 0, "loss": "dpo"}
+
+
+def test_a_reward_model_learns_one_axis_of_ratings(loop, client):
+    Project.objects.update(task="rating", axes=["truth", "style"])
+    Response.objects.update(kind="rate", payload={"ratings": {"truth": 5, "style": 1}})
+    client.post("/p/demo/runs/new?verb=reward", form(loop, axis="truth"))
+    run = TrainRun.objects.order_by("-id")[0]
+    assert (run.settings["loss"], run.settings["axis"]) == ("regression", "truth")
+    client.post("/p/demo/runs/new?verb=reward", form(loop, axis=""))
+    assert "loss" not in TrainRun.objects.order_by("-id")[0].settings
+    assert client.post("/p/demo/runs/new", form(loop, axis="none")).status_code == 422
+
+
+def test_thumbs_are_trained_on_with_kto(loop, client):
+    Project.objects.update(task="thumbs")
+    page = client.get("/p/demo/runs/new?verb=dpo")
+    assert page.context["form"]["loss"].value() == "kto"
 
 
 def test_ppo_takes_a_reward_model_and_no_judgements(loop, client):
@@ -154,6 +177,9 @@ def test_promotion_after_a_decided_comparison(loop, client, decided, server):
     assert promotion.override_reason == ""
     assert Job.objects.get().kind == "promote"
     assert last_event() == "model.promotion_proposed"
+    page = client.get(f"/p/demo/comparisons/{comparison.pk}").content.decode()
+    assert "The server is loading challenger" in page
+    assert "Promote: serve" not in page
 
 
 @pytest.mark.parametrize("reason", ["", "too short"])

@@ -157,12 +157,16 @@ def test_a_running_training_asks_again_and_an_ended_one_does_not(loop, admin, si
 
 
 def test_the_log_is_for_managers(loop, admin, member, signed_in, tmp_path):
-    TrainRun.objects.filter(pk=loop.run.pk).update(directory=str(tmp_path / "run"))
+    error = "openpalm dpo: diverged (log: /srv/run.log)"
+    TrainRun.objects.filter(pk=loop.run.pk).update(directory=str(tmp_path / "run"), error=error)
     (tmp_path / "run.log").write_text("first\nstep 1\rstep 2\rstep 3\n", encoding="utf-8")
     path = paths(loop)["run"]
     log = signed_in(admin).get(path).context["log"]
     assert log == ["first", "step 3"]
-    assert signed_in(member("rita", Role.REVIEWER)).get(path).context["log"] == []
+    response = signed_in(member("rita", Role.REVIEWER)).get(path)
+    assert response.context["log"] == []
+    assert "diverged" in response.content.decode()
+    assert "/srv" not in response.content.decode()
 
 
 def test_models_stand_below_their_parents(loop, admin, signed_in):
@@ -221,6 +225,26 @@ def test_quality_keeps_kinds_of_authors_apart(loop, admin, signed_in, store):
         ["gpt"],
     ]
     assert [bool(group["agreement"]) for group in groups] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("labelers", "overlap", "says"),
+    [
+        (["ann"], 2, "One labeler so far: agreement needs a second one."),
+        (["ann", "bob"], 1, "each item of this project gets one"),
+        (["ann", "bob"], 2, "there is none yet"),
+    ],
+)
+def test_quality_says_what_agreement_needs(
+    project, admin, signed_in, store, labelers, overlap, says
+):
+    project.overlap = overlap
+    project.save()
+    row = {"author_kind": "person", "judgements": 5}
+    store("labelers", {"rows": [row | {"name": name} for name in labelers]})
+    page = signed_in(admin).get("/p/demo/quality").content.decode()
+    assert says in page
+    assert ("Settings.</p>" in page) == (overlap == 1)
 
 
 def test_the_board_does_not_mix_groups(loop, admin, signed_in, store):

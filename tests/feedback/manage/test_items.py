@@ -7,10 +7,10 @@ import json
 import pytest
 
 from openpalm.feedback.labeling import submission
+from openpalm.feedback.labeling.names import names_itself
 from openpalm.feedback.labeling.queue import next_assignment
 from openpalm.feedback.labeling.submission import Judgement
 from openpalm.feedback.manage import item_changes
-from openpalm.feedback.manage.names import names_itself
 from openpalm.feedback.models import (
     Assignment,
     Candidate,
@@ -265,6 +265,11 @@ def test_settings_that_give_judgements_their_meaning_are_frozen(named, project, 
     changed = Event.objects.get(action="project.changed").data["changed"]
     assert changed["overlap"] == [1, 3]
     assert client.post("/p/demo/settings", form | {"gold_share": "90"}).status_code == 422
+    client.post("/p/demo/settings", form | {"decided_by": "simulated"})
+    project.refresh_from_db()
+    assert project.decided_by == "simulated"
+    changed = Event.objects.filter(action="project.changed").latest("pk").data["changed"]
+    assert changed["decided_by"] == ["person", "simulated"]
 
 
 def test_a_project_is_closed_by_its_owner_and_keeps_everything(named, project, member, signed_in):

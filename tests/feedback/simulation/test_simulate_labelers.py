@@ -57,8 +57,8 @@ def test_refusals_are_one_line(site, project, tmp_path, capsys):
     wrong = tmp_path / "wrong.txt"
     wrong.write_text("opf_wrong\n", encoding="utf-8")
     for words, line in (
-        ((file, "--labelers", 2), "has 1 tokens for 2 labelers"),
-        ((file, "--taste", "sour"), "--taste sour: must be of exact, warm, brief"),
+        ((file, "--labelers", 2), "has 1 token for 2 labelers; give --labelers 1"),
+        ((file, "--taste", "sour"), "--taste sour: must be one of exact, warm, brief"),
         ((file, "--noise", 0.7), "--noise 0.7: must be from 0 to 0.5"),
         ((tmp_path / "none.txt",), "none.txt"),
         ((wrong, "--labelers", 1), "HTTP 401: this token is unknown"),

@@ -173,6 +173,15 @@ def test_style_that_cannot_be_told_from_the_model_is_warned_of():
         longer(np.random.default_rng(3), quality=0.2, length=2.0), style_features=["length"]
     )
     assert any("style may explain" in warning for warning in doubtful.warnings)
+    assert (found.verdict, doubtful.verdict) == ("more_needed", "more_needed")
+    assert doubtful.further > 0
+
+
+def test_labelers_who_choose_by_length_alone_promote_one_in_forty_at_most():
+    drawn = np.random.default_rng(5)
+    tried = [longer(drawn, quality=0.0, length=3.0, number=300) for _ in range(200)]
+    verdicts = [decide(votes, style_features=["length"]).verdict for votes in tried]
+    assert verdicts.count("promote") / 200 < 0.06
     assert win_rate_at_equal_style([], ["length"]) is None
 
 

@@ -7,6 +7,8 @@ import pytest
 from feedback_prompts import add_prompts
 
 from openpalm.errors import DataError
+from openpalm.feedback.labeling import submission
+from openpalm.feedback.manage import item_changes
 from openpalm.feedback.models import (
     Comparison,
     Event,
@@ -15,6 +17,7 @@ from openpalm.feedback.models import (
     Project,
     Promotion,
     Prompt,
+    Response,
     Snapshot,
     SnapshotJudgement,
     User,
@@ -22,6 +25,7 @@ from openpalm.feedback.models import (
 from openpalm.feedback.training import comparisons, promotion
 from openpalm.feedback.training.commands import prompts_path
 from openpalm.feedback.training.runs import TrainRun
+from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.loop import drain
 
 SIZE = 20
@@ -58,7 +62,15 @@ def both(project, model, server, monkeypatch):
 def _judge_all(comparison, judge, users, betters) -> None:
     items = comparison.items.filter(state=Item.State.OPEN).order_by("id")
     for item, user, better in zip(items, cycle(users), betters, strict=False):
-        judge(item, user, better)
+        judge(item, user, _side(item, better))
+
+
+def _side(item: Item, better: int) -> int:
+    """Position of the challenger's answer for 0, of the served model's for 1."""
+    models = [place.candidate.model_id for place in item.places.select_related("candidate")]
+    sides = [model == item.comparison.challenger_id for model in models]  # pyright: ignore
+    assert sorted(sides) == [False, True]
+    return sides.index(better == 0)
 
 
 def _compared(project, challenger, admin, judge, users, betters, **more) -> Comparison:
@@ -83,8 +95,7 @@ def test_both_models_answer_the_held_out_prompts(project, both, admin, server):
     for item in comparison.items.all():
         assert item.purpose == Item.Purpose.COMPARISON
         assert (item.arm, item.priority, item.prompt.held_out) == ("", 100.0, True)
-        ours, theirs = (place.candidate for place in item.places.all())
-        assert (ours.model, theirs.model) == (challenger, served)
+        assert {place.candidate.model for place in item.places.all()} == {challenger, served}
     # The job again, as after a kill before its last write.
     Job.objects.filter(kind="compare").update(state=Job.State.QUEUED)
     drain("compare")
@@ -150,7 +161,7 @@ def test_a_better_model_is_promoted_and_the_swap_keeps_the_name(
     add_prompts(project, SIZE, text="hidden", held_out=True)
     ann = member("ann")
     comparison = comparisons.create(project, challenger, admin, size=SIZE)
-    with pytest.raises(DataError, match="refused: the comparison is not decided"):
+    with pytest.raises(DataError, match="refused: the comparison is not decided yet"):
         promotion.propose(project, challenger, admin, comparison=comparison)
     drain("compare")
     _judge_all(comparison, judge, [ann], [0] * (SIZE - 1))
@@ -220,7 +231,7 @@ def test_models_and_simulated_labelers_do_not_decide_for_people(
     drain("compare")
     for item in comparison.items.all():
         for user, better in ((users[0], 0), (users[1], 0), (member("ann"), 1)):
-            judge(item, user, better)
+            judge(item, user, _side(item, better))
     comparisons.compute_all(project)
     comparison.refresh_from_db()
     assert (comparison.result["wins"], comparison.result["losses"]) == (0, SIZE)
@@ -235,8 +246,8 @@ def test_a_rehearsal_is_decided_by_simulated_labelers_alone(project, both, admin
     comparison = comparisons.create(project, both[1], admin, size=SIZE)
     drain("compare")
     for item in comparison.items.all():
-        judge(item, member("sim", kind=User.Kind.SIMULATED), 0)
-        judge(item, member("ann"), 1)
+        judge(item, member("sim", kind=User.Kind.SIMULATED), _side(item, 0))
+        judge(item, member("ann"), _side(item, 1))
     comparisons.compute_all(project)
     comparison.refresh_from_db()
     assert comparison.result["figures"]["judged_by"] == {"simulated": SIZE}
@@ -310,3 +321,96 @@ def test_what_cannot_be_compared(project, model, admin, both):
     with pytest.raises(DataError, match="no served model"):
         comparisons.create(project, challenger, admin, size=SIZE)
     assert not Prompt.objects.filter(held_out=True).exists()
+
+
+# --- attacks on the decision
+
+
+def test_the_order_of_the_answers_tells_no_model(project, both, admin):
+    add_prompts(project, SIZE, text="hidden", held_out=True)
+    comparison = comparisons.create(project, both[1], admin, size=SIZE)
+    drain("compare")
+    sides = {_side(item, 0) for item in comparison.items.all()}
+    assert sides == {0, 1}  # by chance one in 500,000 comparisons of 20 pairs has one side only
+
+
+def test_withdrawing_the_open_pairs_wins_nothing(project, both, admin, judge, member):
+    add_prompts(project, 3 * SIZE, text="hidden", held_out=True)
+    comparison = comparisons.create(project, both[1], admin, size=3 * SIZE)
+    drain("compare")
+    for item in comparison.items.order_by("id")[:SIZE]:
+        judge(item, member("ann"), _side(item, 0))
+    for item in comparison.items.filter(state=Item.State.OPEN):
+        item_changes.withdraw(item.pk)
+    comparisons.compute_all(project)
+    comparison.refresh_from_db()
+    assert (comparison.state, comparison.result["wins"]) == ("decided", SIZE)
+    assert comparison.result["decision"] == "refuse"
+    assert "40 withdrawn pairs count as lost. Not better" in comparison.result["reason"]
+    with pytest.raises(DataError, match="refused: 40 withdrawn pairs"):
+        promotion.propose(project, both[1], admin, comparison=comparison)
+
+
+def test_a_few_withdrawn_pairs_do_not_stop_a_clear_decision(project, both, admin, judge, member):
+    add_prompts(project, SIZE + 2, text="hidden", held_out=True)
+    comparison = comparisons.create(project, both[1], admin, size=SIZE + 2)
+    drain("compare")
+    for item in comparison.items.order_by("id")[:2]:
+        item_changes.withdraw(item.pk)
+    _judge_all(comparison, judge, [member("ann")], cycle([0]))
+    comparisons.compute_all(project)
+    comparison.refresh_from_db()
+    assert comparison.result["decision"] == "promote"
+
+
+def test_a_decision_that_lost_a_judgement_promotes_nothing(project, both, admin, judge, member):
+    add_prompts(project, SIZE, text="hidden", held_out=True)
+    comparison = _compared(project, both[1], admin, judge, [member("ann")], cycle([0]))
+    assert promotion.refusal(comparison, both[1]) == ""
+    response = Response.objects.filter(item__comparison=comparison).earliest("id")
+    with pytest.raises(DataError, match="was decided with this judgement"):
+        submission.undo(project, response.user)
+    submission.delete(response.pk)
+    with pytest.raises(DataError, match="19 of the 20 judgements that decided it are left"):
+        promotion.propose(project, both[1], admin, comparison=comparison)
+
+
+def test_a_rehearsal_does_not_promote_where_people_decide(project, both, admin, judge, member):
+    Project.objects.filter(pk=project.pk).update(decided_by="simulated")
+    project.refresh_from_db()
+    add_prompts(project, SIZE, text="hidden", held_out=True)
+    sim = member("sim", kind=User.Kind.SIMULATED)
+    comparison = _compared(project, both[1], admin, judge, [sim], cycle([0]))
+    assert comparison.result["decision"] == "promote"
+    Project.objects.filter(pk=project.pk).update(decided_by="person")
+    comparison = Comparison.objects.get(pk=comparison.pk)
+    with pytest.raises(DataError, match="judged by simulated labelers"):
+        promotion.propose(project, both[1], admin, comparison=comparison)
+
+
+def test_one_promotion_at_a_time(project, both, admin, server, model):
+    reason = "a good enough reason"
+    first = promotion.propose(project, both[1], admin, override_reason=reason)
+    with pytest.raises(DataError, match="another promotion is under way"):
+        promotion.propose(project, model("third"), admin, override_reason=reason)
+    drain("promote")
+    first.refresh_from_db()
+    promotion.undo(first, admin)
+    with pytest.raises(DataError, match="another promotion is under way"):
+        promotion.undo(first, admin)
+    drain("promote")
+    project.refresh_from_db()
+    assert (Promotion.objects.count(), project.served) == (1, both[0])
+
+
+def test_a_comparison_that_fails_keeps_its_looks(project, both, admin, judge, member):
+    add_prompts(project, 3 * SIZE, text="hidden", held_out=True)
+    betters = islice(cycle([0, 0, 1, 0, 1]), SIZE)
+    comparison = _compared(project, both[1], admin, judge, [member("ann")], betters)
+    comparisons.extend(comparison, SIZE, admin)
+    jobs.stop(Job.objects.get(kind="compare", state=Job.State.QUEUED))
+    comparison.refresh_from_db()
+    assert (comparison.state, comparison.result["looks"]) == ("failed", 1)
+    again = comparisons.create(project, both[1], admin, size=SIZE)
+    comparisons.compute(again)
+    assert again.result["figures"]["look"] == 2

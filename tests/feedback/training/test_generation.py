@@ -1,11 +1,13 @@
 """Candidates from a model server: which are asked for, stored and shown; after a kill too."""
 
+from contextlib import contextmanager
+
 import pytest
 from feedback_prompts import add_prompts
 
 from openpalm.errors import DataError
 from openpalm.feedback.models import Candidate, Item, ItemCandidate, Job, Project, Task
-from openpalm.feedback.training import answers, generation
+from openpalm.feedback.training import answers, generation, servers
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.loop import Worker, drain
 from openpalm.feedback.worker.progress import Progress, WorkerEnds
@@ -44,6 +46,17 @@ def test_each_prompt_becomes_an_item_of_two_answers(project, admin, served, serv
     candidate = Candidate.objects.first()
     assert (candidate.model, candidate.checkpoint) == (served, served.checkpoint)
     assert candidate.text == f"answer {candidate.sampling['seed']}"
+
+
+def test_a_small_context_is_filled(project, admin, served, server):
+    add_prompts(project, 2)
+    server.context = 8
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert job.state == Job.State.DONE, job.message
+    assert job.result["answers"] == 4
+    assert sorted(body.get("max_tokens", 0) for body in server.requests) == [0] * 4 + [16] * 4
 
 
 def test_equal_answers_are_no_pair_but_counted(project, admin, served, server):
@@ -107,6 +120,15 @@ def test_a_refused_prompt_is_counted_with_its_reason(project, admin, served, ser
     assert "the prompt is too long" in job.message
 
 
+def test_a_small_context_shortens_answers_and_fails_none(project, admin, served, server):
+    add_prompts(project, 1)
+    server.answer = lambda body: f"answer {body['seed']}" if "max_tokens" not in body else "no room"
+    _start(project, admin, served)
+    drain("generate")
+    assert Candidate.objects.count() == 2
+    assert [("max_tokens" in request) for request in server.requests].count(False) == 2
+
+
 def test_a_server_that_only_fails_ends_the_job(project, admin, served, server, monkeypatch):
     monkeypatch.setattr(answers, "MOST_FAILURES", 3)
     add_prompts(project, 5)
@@ -126,6 +148,29 @@ def test_a_server_that_is_away(project, admin, served, settings):
     job.refresh_from_db()
     assert job.state == Job.State.FAILED
     assert job.message.startswith("http://127.0.0.1:9: the model server does not answer")
+
+
+def test_a_model_that_the_server_has_no_more_gets_a_server_of_its_own(
+    project, admin, served, server, settings, monkeypatch
+):
+    """Another project has promoted its model since."""
+    started = []
+
+    @contextmanager
+    def temporary(path, progress):
+        started.append(path)
+        yield servers.site_server()
+
+    monkeypatch.setattr(servers, "temporary_server", temporary)
+    settings.FEEDBACK_DIR.mkdir()
+    file = settings.FEEDBACK_DIR / servers.SERVED_FILE
+    for content in (f'{{"path": "{served.path}"}}', "torn", '{"path": "/models/of-another"}'):
+        file.write_text(content)
+        add_prompts(project, 1, text=content)
+        _start(project, admin, served)
+        drain("generate")
+    assert started == [served.path]
+    assert Item.objects.count() == 3
 
 
 def test_held_out_prompts_are_left_alone(project, admin, served, server):

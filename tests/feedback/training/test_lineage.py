@@ -9,8 +9,8 @@ from openpalm.feedback.accounts.tokens import digest_of
 from openpalm.feedback.models import ApiToken, ModelVersion, Project, TrainRun, User
 from openpalm.feedback.training import runs, scoring, served
 from openpalm.feedback.training.lineage import ancestors, judgements_of, models_of
-from openpalm.feedback.training.promotion import SERVED_FILE
 from openpalm.feedback.training.registry import free_name, register
+from openpalm.feedback.training.servers import SERVED_FILE
 from openpalm.feedback.training.snapshots import Filter
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.loop import drain
@@ -86,9 +86,10 @@ def test_the_first_project_is_made_with_the_served_model(db, tmp_path, settings)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "manifest.json").write_text('{"sha256": "abc"}')
     settings.FEEDBACK_DIR.mkdir()
-    (settings.FEEDBACK_DIR / SERVED_FILE).write_text("{}")
+    (settings.FEEDBACK_DIR / SERVED_FILE).write_text('{"path": "/runs/promoted"}')
     first = served.connect(str(tmp_path / "model"), "sft")
     project = Project.objects.get()
+    assert (first.model.path, first.promoted) == (str(tmp_path / "model"), "/runs/promoted")
     assert (first.project.slug, project.name) == (project.slug, "Answers of sft")
     assert project.served == ModelVersion.objects.get(name="sft", checkpoint="abc")
     assert project.guideline is not None
@@ -99,6 +100,7 @@ def test_the_first_project_is_made_with_the_served_model(db, tmp_path, settings)
     assert (user.kind, user.has_usable_password()) == ("model", False)
     # The next start: the same project and model, another token.
     second = served.connect(str(tmp_path / "model"), "sft")
+    assert second.promoted is None
     assert Project.objects.count() == ModelVersion.objects.count() == 1
     in_force = ApiToken.objects.filter(revoked_at=None)
     assert in_force.get().digest == digest_of(second.token)

@@ -10,6 +10,7 @@ from openpalm.data.rows.pair_files import read_pairs
 from openpalm.errors import DataError
 from openpalm.feedback.labeling import submission
 from openpalm.feedback.models import Item, Snapshot, SnapshotJudgement, User
+from openpalm.feedback.statistics.selection import in_reserve
 from openpalm.feedback.training import snapshots
 from openpalm.feedback.training.snapshots import Filter
 
@@ -105,3 +106,16 @@ def test_only_the_newest_of_a_changed_judgement(project, make_item, judge, ann):
 def test_a_wrong_kind_of_author():
     with pytest.raises(DataError, match="dog"):
         Filter(author_kinds=["dog"])
+
+
+def test_the_random_arms_prompts_can_be_held_back(project, member, make_item, judge):
+    for number in range(30):
+        judge(make_item(f"question {number}", "yes", "no"), member("ann"))
+    kept = snapshots.freeze(project, Filter(hold_back=True), None)
+    held_back = kept.counts["held_back"]["judgements"]
+    assert 0 < held_back < 20
+    assert kept.judgements == 30 - held_back
+    trained = SnapshotJudgement.objects.filter(snapshot=kept)
+    prompts = trained.values_list("response__item__prompt", flat=True)
+    assert not any(in_reserve(pk, project_seed=project.pk) for pk in prompts)
+    assert snapshots.freeze(project, Filter(), None).judgements == 30

@@ -6,6 +6,7 @@ import sys
 from datetime import timedelta
 
 import pytest
+from django.db import OperationalError
 from django.utils import timezone
 
 from openpalm.errors import DataError
@@ -175,6 +176,19 @@ def test_a_failed_job_says_why(project, runs, capsys):
     assert "RuntimeError: a bug" in capsys.readouterr().err
 
 
+def test_a_bug_in_a_job_ends_the_training_that_it_was_for(project, runs):
+    training = TrainRun.objects.create(project=project, verb="dpo", state="running")
+
+    def handler(job, progress):
+        raise RuntimeError("a bug")
+
+    runs(handler)
+    jobs.enqueue("import", project=project, run=training.pk)
+    drain()
+    training.refresh_from_db()
+    assert (training.state, training.error[:19]) == ("failed", "RuntimeError: a bug")
+
+
 def test_a_stopped_job_ends_at_its_next_report(project, runs):
     reached = []
 
@@ -211,6 +225,30 @@ def test_a_worker_that_ends_gives_its_job_back(project, runs):
     assert worker.run_one(jobs.KINDS)
     job.refresh_from_db()
     assert (job.state, job.worker, job.attempts) == (State.QUEUED, "", 0)
+
+
+def test_a_database_that_was_away_costs_no_job(project, runs, monkeypatch, caplog):
+    tries = []
+
+    def handler(job, progress):
+        tries.append(True)
+        if len(tries) == 1:
+            raise OperationalError("the connection\nis lost")
+        return {"tries": len(tries)}
+
+    runs(handler)
+    monkeypatch.setattr("django.db.connections.close_all", lambda: None)  # the test's own
+    worker = Worker()
+    monkeypatch.setattr(worker.ending, "wait", lambda seconds: None)
+    job = jobs.enqueue("import", project=project)
+    assert not worker._safely(lambda: worker.run_one(jobs.KINDS))
+    assert "the connection is lost; trying again" in caplog.text
+    assert not worker.run_one(jobs.KINDS)
+    late = timezone.now() - timedelta(seconds=jobs.DEAD_AFTER_S + 1)
+    Job.objects.filter(pk=job.pk).update(heartbeat_at=late)
+    assert worker.run_one(jobs.KINDS)
+    job.refresh_from_db()
+    assert (job.state, job.result) == (State.DONE, {"tries": 2})
 
 
 def test_waiting_ends_with_the_worker(project):

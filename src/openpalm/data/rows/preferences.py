@@ -8,7 +8,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from fractions import Fraction
 from itertools import chain, combinations, product
@@ -38,6 +38,10 @@ class Candidate:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+
+    def to_json(self) -> dict[str, Any]:
+        row = {name: getattr(self, name) for name in _NAMES[Candidate]}
+        return row if self.sampling is None else row | {"sampling": deepcopy(self.sampling)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +79,14 @@ class Preference:
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values; `from_json` of it equals the record."""
-        row = {field.name: getattr(self, field.name) for field in fields(self)}
-        candidates = [asdict(candidate) for candidate in self.candidates]
+        row = {name: getattr(self, name) for name in _NAMES[Preference]}
+        candidates = [candidate.to_json() for candidate in self.candidates]
         prompt = [message.to_json() for message in self.prompt]
-        return deepcopy(row | {"prompt": prompt, "candidates": candidates})
+        return row | {
+            "prompt": prompt,
+            "candidates": candidates,
+            "payload": deepcopy(self.payload),
+        }
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> "Preference":
@@ -342,10 +350,16 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+# dataclasses.fields makes a new tuple at each call.
+_NAMES: dict[type, tuple[str, ...]] = {
+    of: tuple(field.name for field in fields(of)) for of in (Candidate, Preference)
+}
+
+
 def _check_fields(record: Candidate | Preference) -> None:
-    for field in fields(record):
-        wanted, right = _FIELDS[field.name]
-        expect(field.name, getattr(record, field.name), wanted, right)
+    for name in _NAMES[type(record)]:
+        wanted, right = _FIELDS[name]
+        expect(name, getattr(record, name), wanted, right)
 
 
 def _parse_record(obj: object) -> Preference:
@@ -364,7 +378,7 @@ def _parse_record(obj: object) -> Preference:
 
 
 def _known_fields(obj: object, of: type[Candidate | Preference]) -> dict[str, Any]:
-    names = [field.name for field in fields(of)]
+    names = _NAMES[of]
     if not isinstance(obj, dict):
         raise DataError(f"is a {type(obj).__name__}; it must be an object with {', '.join(names)}")
     if unknown := obj.keys() - names:

@@ -9,7 +9,7 @@ from django.utils import timezone
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.accounts.access import RANKS
+from openpalm.feedback.accounts.access import RANKS, has_rank, role_in
 from openpalm.feedback.accounts.tokens import digest_of
 from openpalm.feedback.models import Invitation, Membership, Project, Role, User
 
@@ -39,8 +39,8 @@ def invite(
 
 
 def find_invitation(secret: str) -> Invitation | None:
-    """The invitation in force with this secret."""
-    return (
+    """The invitation in force with this secret, if its author could still give its role."""
+    found = (
         Invitation.objects.filter(
             digest=digest_of(secret),
             revoked_at=None,
@@ -51,6 +51,13 @@ def find_invitation(secret: str) -> Invitation | None:
         .select_related("project", "created_by")
         .first()
     )
+    return found if found and _may_give(found) else None
+
+
+def _may_give(invitation: Invitation) -> bool:
+    author = invitation.created_by
+    role = role_in(invitation.project, author) if author.is_active else None
+    return has_rank(role, invitation.role) and has_rank(role, Role.ADMIN)
 
 
 @transaction.atomic
@@ -63,7 +70,7 @@ def join(invitation: Invitation, user: User) -> Membership:
     if existing := Membership.objects.filter(project=project, user=user).first():
         return existing
     left = Invitation.objects.filter(pk=invitation.pk, uses_left__gt=0, revoked_at=None)
-    if not left.update(uses_left=F("uses_left") - 1):
+    if not _may_give(invitation) or not left.update(uses_left=F("uses_left") - 1):
         raise DataError("this invitation has been used up; ask for a new one")
     audit.record("member.joined", user=user, project=project, target=user, role=invitation.role)
     return Membership.objects.create(project=project, user=user, role=invitation.role)

@@ -7,7 +7,7 @@ from django.conf import settings
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect
 
-from openpalm.feedback.accounts.errors import too_large
+from openpalm.feedback.accounts.errors import bad_request, too_large
 from openpalm.feedback.models import User
 
 # No script and no style in the page itself, nothing from another origin.
@@ -57,6 +57,22 @@ def _length(request: HttpRequest) -> int:
         return int(request.META.get("CONTENT_LENGTH") or 0)
     except ValueError:
         return 0
+
+
+def no_nul(get_response: Next) -> Next:
+    """Refuses forms with NUL: no browser's keyboard writes it and PostgreSQL does not store it.
+
+    (The API reads its own bodies and refuses it there.)
+    """
+
+    def respond(request: HttpRequest) -> HttpResponse:
+        if request.method == "POST" and not request.path.startswith("/api/"):
+            fields = request.POST.lists()
+            if any("\0" in text for name, values in fields for text in (name, *values)):
+                return bad_request(request)
+        return get_response(request)
+
+    return respond
 
 
 def first_admin(get_response: Next) -> Next:

@@ -7,6 +7,7 @@ the same way, so that the answers say nothing about which names exist.
 """
 
 import ipaddress
+import unicodedata
 from datetime import datetime, timedelta
 
 from django.conf import settings
@@ -70,7 +71,9 @@ def _is_shared(address: str) -> bool:
 
 
 def _key(name: str) -> str:
-    return name.strip().casefold()[:150]
+    """The name as the account has it. Names that are only alike belong to different people, and a
+    success of one must not forget the failures of the other."""
+    return unicodedata.normalize("NFKC", name.strip())[:150]
 
 
 def _times(**of: str):

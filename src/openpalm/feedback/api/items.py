@@ -13,6 +13,7 @@ from openpalm.feedback.api.endpoints import Call, operation
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.fields import Fields
 from openpalm.feedback.api.json_forms import item_json
+from openpalm.feedback.labeling.names import names_itself
 from openpalm.feedback.labeling.new_items import (
     KeyTaken,
     NewCandidate,
@@ -22,7 +23,6 @@ from openpalm.feedback.labeling.new_items import (
 )
 from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
 from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.names import names_itself
 from openpalm.feedback.models import Item, ItemCandidate, ModelVersion, Project, Role
 
 MAX_TEXT = 100_000

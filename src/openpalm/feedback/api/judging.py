@@ -38,7 +38,7 @@ def _assignment_json(assignment: Assignment, project: Project) -> dict[str, Any]
     for position in assignment.order:
         candidate = places[position].candidate
         shown: dict[str, Any] = {"text": candidate.text}
-        if not project.blind:
+        if not project.blind and assignment.item.comparison_id is None:
             shown["model"] = candidate.model.name if candidate.model else None
         candidates.append(shown)
     return {

@@ -18,18 +18,22 @@ from openpalm.feedback.labeling import submission
 from openpalm.feedback.labeling.records import in_pieces, project_records
 from openpalm.feedback.manage.blinding import revealed
 from openpalm.feedback.manage.exporting import attachment
-from openpalm.feedback.models import Response, Role
+from openpalm.feedback.models import Response, Role, User
 from openpalm.feedback.training import lineage
 
 
 @operation("responses:read", Role.ANNOTATOR)
 def list_responses(call: Call) -> JsonResponse:
     project, role = call.project_in_query()
-    responses = Response.objects.filter(project=project).select_related("user", "item")
-    if item := call.query.whole("item", 1, MAX_ID, None):
-        responses = responses.filter(item_id=item)
+    item = call.query.whole("item", 1, MAX_ID, None)
+    # By the item's project, not the judgement's: SQLite would read all judgements of the project.
+    of = {"project": project} if item is None else {"item": item, "item__project": project}
+    # Not joined: the judgements of a page share users and items.
+    responses = Response.objects.filter(**of).prefetch_related("user", "item")
     if author := call.query.text("author", most=150, default=None):
-        responses = responses.filter(user__username=author)
+        # Known first: PostgreSQL takes an unknown one for average, and reads all to find few.
+        user = User.objects.filter(username=author).first()
+        responses = responses.filter(user=user) if user else responses.none()
     if not has_rank(role, Role.REVIEWER):
         responses = responses.filter(user=call.user)
     return call.page(responses, lambda found: _shown(call, found))

@@ -21,9 +21,10 @@ from django.utils import timezone
 
 from openpalm.errors import DataError
 from openpalm.feedback.labeling import submission
+from openpalm.feedback.labeling.names import names_itself, names_of
 from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
+from openpalm.feedback.labeling.storable import storable
 from openpalm.feedback.labeling.submission import Judgement
-from openpalm.feedback.manage.names import names_itself, names_of
 from openpalm.feedback.models import (
     Assignment,
     Conversation,
@@ -118,7 +119,7 @@ def answer(conversation_id: int, number: int, side: int) -> None:
     try:
         model = ModelVersion.objects.get(pk=conversation.model_ids[side])
         for piece in stream(model, prompt_of(conversation.turns[: number + 1])):
-            text += piece
+            text = storable(text + piece)
             if monotonic() - stored > STORE_EVERY_S:
                 stored = monotonic()
                 if not _store(conversation_id, number, side, text, ended=False):
@@ -131,12 +132,24 @@ def answer(conversation_id: int, number: int, side: int) -> None:
 
 def stream(model: ModelVersion, messages: list[dict[str, str]]) -> Iterator[str]:
     """The pieces of the model's answer, from the OpenAI API of its server."""
-    body = {"model": model.name, "messages": messages, "stream": True, "max_tokens": MAX_TOKENS}
+    body = {"model": model.name, "messages": messages, "stream": True}
+    try:
+        yield from _stream(body | {"max_tokens": MAX_TOKENS})
+    except ContextError:  # it leaves fewer tokens: then as many as it leaves
+        yield from _stream(body)
+
+
+class ContextError(ValueError):
+    pass
+
+
+def _stream(body: dict[str, Any]) -> Iterator[str]:
     url = f"{settings.SERVER_URL}/v1/chat/completions"
     with httpx2.stream("POST", url, json=body, headers=_headers(), timeout=TIMEOUT) as response:
         if not response.is_success:
             response.read()
-            raise ValueError(f"status {response.status_code}: {response.text:.300}")
+            kind = ContextError if "context_length_exceeded" in response.text else ValueError
+            raise kind(f"status {response.status_code}: {response.text:.300}")
         for line in response.iter_lines():
             data = line.removeprefix("data:").strip()
             if not line.startswith("data:") or data == "[DONE]":

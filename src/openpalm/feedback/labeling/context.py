@@ -26,7 +26,7 @@ def page_context(request: ProjectRequest, error: str = "") -> dict[str, Any]:
     guideline = project.guideline
     last = (
         Response.objects.filter(project=project, user=user)
-        .select_related("assignment")
+        .select_related("assignment__item")
         .order_by("-id")
         .first()
     )
@@ -52,7 +52,9 @@ def last_judgement(project: Project, last: Response) -> dict[str, Any] | None:
     if last.state in (Response.State.UNDONE, Response.State.DELETED):
         return None
     last.assignment.project = project
-    names = [] if project.blind else model_names(last.assignment)
+    # A comparison of models is blind in every project.
+    is_blind = project.blind or last.assignment.item.comparison_id is not None
+    names = [] if is_blind else model_names(last.assignment)
     return {"words": describe(last, last.assignment), "names": names}
 
 

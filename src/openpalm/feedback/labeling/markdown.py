@@ -5,6 +5,8 @@ from functools import lru_cache
 import nh3
 from django.utils.safestring import SafeString, mark_safe
 from markdown_it import MarkdownIt
+from markdown_it.rules_core import StateCore
+from markdown_it.token import Token
 
 TAGS = {
     *("h1", "h2", "h3", "h4", "p", "ul", "ol", "li", "blockquote", "hr", "br"),
@@ -12,7 +14,24 @@ TAGS = {
     *("table", "thead", "tbody", "tr", "th", "td"),
 }
 SCHEMES = {"http", "https", "mailto"}
+LONGEST = 4000
+"""characters of a paragraph; a longer one is shown as it is, without marks"""
+
+
+def _inline(state: StateCore) -> None:
+    """The marks in each paragraph. They take time by the square of its length."""
+    for token in state.tokens:
+        if token.type != "inline":
+            continue
+        if len(token.content) > LONGEST:
+            token.children = [Token("text", "", 0, content=token.content)]
+        else:
+            token.children = []
+            state.md.inline.parse(token.content, state.md, state.env, token.children)
+
+
 _markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+_markdown.core.ruler.at("inline", _inline)
 
 
 @lru_cache(maxsize=64)

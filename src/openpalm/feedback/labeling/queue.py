@@ -20,6 +20,8 @@ _draw = random.SystemRandom()
 ATTEMPTS = 20
 REPEAT_AFTER = 10
 """judgements between an item and its repetition"""
+FIRST = 20
+"""items in the order of the queue that are tried at once: more than labelers at a time"""
 AT_ONCE = 50
 """expired leases that one request gives back"""
 
@@ -71,8 +73,13 @@ def _free_item(project: Project, user: User) -> Item | None:
     items = open_items(project, user)
     if not connection.features.has_select_for_update_skip_locked:
         return items.first()  # SQLite: the transaction holds the whole database
-    found = items.select_for_update(skip_locked=True, no_key=True).first()
-    return found or items.select_for_update(no_key=True).first()
+    # The search without locks, which may pass many items that the user has had, is made once.
+    while ids := list(items.values_list("pk", flat=True)[:FIRST]):
+        near = items.filter(pk__in=ids)
+        found = near.select_for_update(skip_locked=True, no_key=True).first()
+        if found := found or near.select_for_update(no_key=True).first():
+            return found
+    return None
 
 
 def open_items(project: Project, user: User) -> QuerySet[Item]:

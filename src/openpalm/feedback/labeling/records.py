@@ -5,9 +5,10 @@ from itertools import islice
 
 from django.db.models import Prefetch, QuerySet
 
+from openpalm.data.rows.messages import Messages
 from openpalm.data.rows.preferences import Candidate, Preference
 from openpalm.data.text.conversation import Message
-from openpalm.feedback.models import ItemCandidate, Project, Prompt, Response, Task
+from openpalm.feedback.models import Item, ItemCandidate, Project, Prompt, Response, Task
 
 CHUNK = 500
 """rows read at once; SQLite refuses Django's prefetch of 999 rows and more"""
@@ -66,16 +67,11 @@ def in_pieces(lines: Iterable[bytes], count: int = 200) -> Iterator[bytes]:
 
 
 def record(response: Response) -> Preference:
-    places = response.item.places.all()
+    prompt, candidates = _texts(response.item)
     return Preference(
         id=str(response.uid),
-        prompt=messages_of(response.item.prompt),
-        candidates=tuple(
-            Candidate(
-                place.candidate.text, place.candidate.checkpoint or None, place.candidate.sampling
-            )
-            for place in places
-        ),
+        prompt=prompt,
+        candidates=candidates,
         kind=response.kind,  # pyright: ignore[reportArgumentType]
         payload=response.payload,
         author=response.user.username,
@@ -84,6 +80,16 @@ def record(response: Response) -> Preference:
         elapsed_s=None if response.elapsed_ms is None else response.elapsed_ms / 1000,
         guideline_version=_text(response.guideline_version),
     )
+
+
+def _texts(item: Item) -> tuple[Messages, tuple[Candidate, ...]]:
+    """Made once for the responses of a chunk that share the item, as long as the item lives."""
+    if (known := getattr(item, "_texts", None)) is None:
+        found = [place.candidate for place in item.places.all()]
+        candidates = (Candidate(c.text, c.checkpoint or None, c.sampling) for c in found)
+        known = messages_of(item.prompt), tuple(candidates)
+        setattr(item, "_texts", known)  # noqa: B010
+    return known
 
 
 def messages_of(prompt: Prompt) -> tuple[Message, ...]:

@@ -90,10 +90,11 @@ def change(assignment_id: int, user: User, judgement: Judgement) -> Response:
 
     Raises DataError if there is none in force.
     """
-    _, assignment = _lock(assignment_id, user)
+    item, assignment = _lock(assignment_id, user)
     old = assignment.responses.filter(in_force=True, state=Response.State.SUBMITTED).first()
     if old is None:
         raise DataError("this judgement was undone or deleted; it cannot be changed")
+    check_undecided(item, old)
     if (old.kind, old.payload) == (judgement.kind, judgement.payload):
         return old
     old.in_force = False
@@ -125,9 +126,13 @@ def undo(project: Project, user: User) -> Assignment | None:
         .order_by("-id")
         .first()
     )
-    if last is None or last.state == Response.State.UNDONE:
+    if last is None:
         return None
     item, assignment = _lock(last.assignment_id, user)
+    last.refresh_from_db()  # another request may have undone or deleted it before the lock
+    if last.state in (Response.State.UNDONE, Response.State.DELETED):
+        return None
+    check_undecided(item, last)
     if assignment.state == State.SUBMITTED:
         if assignment.counted:
             _uncount(item)
@@ -141,6 +146,16 @@ def undo(project: Project, user: User) -> Assignment | None:
     assignment.draft = {"kind": last.kind, "payload": last.payload, "reason": last.reason}
     assignment.save(update_fields=["state", "leased_at", "expires_at", "draft"])
     return assignment
+
+
+def check_undecided(item: Item, response: Response) -> None:
+    """Raises DataError if a comparison of models was decided with this judgement.
+
+    Its models are shown from then on, and its decision must stay what the judgements say.
+    """
+    comparison = item.comparison
+    if comparison is not None and response.pk <= comparison.result.get("newest", 0):
+        raise DataError("the comparison was decided with this judgement; it stays as it is")
 
 
 def _lock(assignment_id: int, user: User) -> tuple[Item, Assignment]:

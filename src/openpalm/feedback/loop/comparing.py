@@ -76,6 +76,7 @@ def comparison(request: ProjectRequest, comparison_id: int) -> HttpResponse:
     found = Comparison.objects.select_related("challenger", "served", "project", "created_by")
     row = find(found, comparison_id, request)
     figures = mapping(row.result.get("figures"))
+    promotions = list(Promotion.objects.filter(comparison=row).select_related("by").order_by("-id"))
     template = "comparison_live" if request.htmx else "comparison"  # pyright: ignore
     return page(
         request,
@@ -90,7 +91,8 @@ def comparison(request: ProjectRequest, comparison_id: int) -> HttpResponse:
         minimum=MINIMUM,
         refusal=promotion.refusal(row, row.challenger),
         is_served=row.challenger_id == request.project.served_id,
-        promotions=list(row.promotions.select_related("by").order_by("-id")[:5]),  # pyright: ignore
+        promotions=promotions,
+        is_loading=any(each.state == Promotion.State.QUEUED for each in promotions),
         extend_form=ExtendForm(initial={"further": row.result.get("needed") or None}),
         can_extend=row.result.get("decision") == "more_needed",
     )

@@ -7,7 +7,7 @@ from django import forms
 from django.db.models import Count, Exists, OuterRef, QuerySet, Subquery
 from django.db.models.functions import Coalesce
 
-from openpalm.feedback.models import ModelVersion, Project, User
+from openpalm.feedback.models import ModelVersion, Project, Task, User
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training.commands import DEFAULTS, MAX_MEMBERS
 from openpalm.feedback.training.registry import POLICY, REWARD
@@ -20,14 +20,14 @@ VERBS = {
     "sft": "SFT",
 }
 ABOUT = {
-    "reward": "Learns from pairs, rankings, ratings, thumbs and edits which answer is better.",
-    "dpo": "Trains a model that answers directly on which answer people preferred.",
+    "reward": "Learns from comparisons, rankings, ratings and edits which answer is better.",
+    "dpo": "Trains a model that answers directly on which answer was preferred.",
     "ppo": "Lets a model answer the training prompts and rewards it with a reward model.",
     "sft": "Trains a model on answers that people edited or wrote.",
 }
 OF_VERB = {
-    "reward": ("members",),
-    "dpo": ("beta",),
+    "reward": ("members", "axis", "hold_back"),
+    "dpo": ("loss", "beta"),
     "ppo": ("kl_coef",),
     "sft": (),
 }
@@ -74,6 +74,22 @@ class TrainForm(forms.Form):
         label="Also judgements of comparisons",
         required=False,
         help_text="Only on prompts that are no longer held out.",
+    )
+    hold_back = forms.BooleanField(
+        label="Hold back the random arm's prompts",
+        required=False,
+        initial=True,
+        help_text="30 % of the prompts, always the same, are not trained on: their judgements show "
+        "at once how well the reward model agrees with people.",
+    )
+    axis = forms.ChoiceField(
+        label="Axis to learn",
+        required=False,
+        help_text="One axis: its ratings are predicted. All: which answer has the higher mean.",
+    )
+    loss = forms.ChoiceField(
+        choices=[("dpo", "DPO"), ("ipo", "IPO"), ("kto", "KTO: from thumbs, and from both bad")],
+        initial="dpo",
     )
     members = forms.IntegerField(
         min_value=1,
@@ -128,24 +144,32 @@ class TrainForm(forms.Form):
         authors: Any = self.fields["authors"]
         authors.choices = [(kind, _with_count(kind, counted)) for kind in AUTHORS]
         authors.initial = [project.decided_by]
+        axis: Any = self.fields["axis"]
+        axis.choices = [("", "all axes"), *((name, name) for name in project.axes)]
+        if project.task == Task.THUMBS:
+            self.fields["loss"].initial = "kto"
         (length, number), *_ = DEFAULTS[verb].items()
         self.fields["steps"].help_text = f"Default: {number} {length}."
-        self._leave_out()
+        self._leave_out(has_axes=project.task == Task.RATING)
 
-    def _leave_out(self) -> None:
+    def _leave_out(self, *, has_axes: bool) -> None:
         """Removes the fields that this verb has no use for."""
         others = {name for names in OF_VERB.values() for name in names} - {*OF_VERB[self.verb]}
         if self.verb == "ppo":
             others |= {"authors", "comparisons"}
         else:
             others.add("reward")
+        if not has_axes:
+            others.add("axis")
         for name in others:
             del self.fields[name]
 
     def settings(self) -> dict[str, Any]:
         """What runs.start takes as settings."""
         own = ("steps", "lr", "rank", "seed", "name", *OF_VERB[self.verb])
-        given = {name: self.cleaned_data.get(name) for name in own}
+        given = {name: self.cleaned_data.get(name) for name in own if name != "hold_back"}
+        if given.get("axis"):
+            given["loss"] = "regression"  # the loss of pairs knows no axis
         return {SETTINGS.get(k, k): v for k, v in given.items() if v not in (None, "")}
 
     def chosen(self) -> Filter | None:
@@ -153,7 +177,9 @@ class TrainForm(forms.Form):
         if self.verb == "ppo":
             return None
         return Filter(
-            tuple(self.cleaned_data["authors"]), comparisons=self.cleaned_data["comparisons"]
+            tuple(self.cleaned_data["authors"]),
+            comparisons=self.cleaned_data["comparisons"],
+            hold_back=self.cleaned_data.get("hold_back", False),
         )
 
 

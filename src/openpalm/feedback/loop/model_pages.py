@@ -41,7 +41,7 @@ MAX_DEPTH = 6
 @project_page(Role.REVIEWER)
 def models(request: ProjectRequest) -> HttpResponse:
     found = ModelVersion.objects.filter(project=request.project)
-    found = found.select_related("parent", "run__snapshot")
+    found = found.select_related("parent", "run__snapshot", "run__reward_model")
     listed = page_of(found, request, MODELS_ON_A_PAGE)
     promotions = Promotion.objects.filter(project=request.project).order_by("-id")
     return page(

@@ -105,6 +105,7 @@ def run(request: ProjectRequest, run_id: int) -> HttpResponse:
         request,
     )
     job = Job.objects.filter(project=request.project, kind="train", arguments__run=row.pk)
+    is_admin = has_rank(request.role, Role.ADMIN)
     template = "run_live" if request.htmx else "run"  # pyright: ignore
     return page(
         request,
@@ -118,7 +119,9 @@ def run(request: ProjectRequest, run_id: int) -> HttpResponse:
         curve_name="Reward" if row.verb == "ppo" else "Loss",
         figures=shown_figures(row.figures),
         settings=shown_settings(row.settings),
-        log=log_tail(row) if has_rank(request.role, Role.ADMIN) else [],
+        log=log_tail(row) if is_admin else [],
+        # Paths of the server are for those who may read its logs.
+        error=row.error if is_admin else row.error.partition(" (log: ")[0],
     )
 
 

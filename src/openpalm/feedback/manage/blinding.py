@@ -1,13 +1,15 @@
 """Who may see an item's judgements, its models' names and its expected answer: not who judges it.
 
 A member who may still be given an item sees none of them, whatever their role. They are shown once
-the member has judged, skipped or flagged it, or it is open no more.
+the member has judged, skipped or flagged it, or it is open no more. Those of a comparison of models
+are shown once it is decided: until then a judgement can be changed or undone.
 """
 
 from collections.abc import Iterable
 
-from openpalm.feedback.models import Assignment, Item, User
+from openpalm.feedback.models import Assignment, Comparison, Item, User
 
+_UNDECIDED = (Comparison.State.GENERATING, Comparison.State.JUDGING)
 _LEFT = (Assignment.State.SUBMITTED, Assignment.State.SKIPPED, Assignment.State.FLAGGED)
 
 
@@ -19,6 +21,22 @@ def revealed(items: Iterable[Item], user: User) -> set[int]:
     left = Assignment.objects.filter(item__in=still, user=user, state__in=_LEFT)
     # A repetition in hand: what was said before must not be read again now.
     held = Assignment.objects.filter(item__in=items, user=user, state=Assignment.State.OPEN)
-    return (done | set(left.values_list("item_id", flat=True))) - set(
-        held.values_list("item_id", flat=True)
+    seen = done | set(left.values_list("item_id", flat=True))
+    return seen - set(held.values_list("item_id", flat=True)) - _hidden(items, user)
+
+
+def _hidden(items: list[Item], user: User) -> set[int]:
+    """Items of undecided comparisons, but those that the user gave up to see them.
+
+    `item_changes.reveal` leaves a skipped assignment without a response, which nothing undoes.
+    """
+    compared = {item.comparison_id for item in items} - {None}
+    if not compared:
+        return set()
+    undecided = Comparison.objects.filter(pk__in=compared, state__in=_UNDECIDED)
+    found = set(undecided.values_list("id", flat=True))
+    hidden = [item.pk for item in items if item.comparison_id in found]
+    given_up = Assignment.objects.filter(
+        item__in=hidden, user=user, state=Assignment.State.SKIPPED, responses=None
     )
+    return set(hidden) - set(given_up.values_list("item_id", flat=True))

@@ -64,20 +64,25 @@ class SettingsForm(PlainLabels, forms.ModelForm):
         model = Project
         fields = (
             *("name", "task", "scale", "axes", "overlap", "gold_share", "repeat_share"),
-            *("blind", "lease_minutes"),
+            *("blind", "lease_minutes", "decided_by"),
         )
         labels = {
             "overlap": "Judgements for each item",
             "lease_minutes": "Minutes until an abandoned item goes to another person",
             "blind": "Hide which model wrote an answer until it is judged",
             "scale": "Steps of a comparison",
+            "decided_by": "Comparisons of models count the judgements of",
         }
         help_texts = {
             "overlap": "Each new item gets exactly this many. Two or more show agreement.",
+            "decided_by": "For comparisons that start from now on. Simulated labelers are marked "
+            "in the comparison and in the promotion that follows.",
         }
 
     def __init__(self, *args: Any, frozen: bool = False, **names: Any) -> None:
         super().__init__(*args, **names)
+        if "decided_by" in self.fields:
+            self.fields["decided_by"].required = False  # not sent: stays as it is
         if frozen:
             for name in _FROZEN:
                 if name in self.fields:
@@ -86,6 +91,8 @@ class SettingsForm(PlainLabels, forms.ModelForm):
 
     def clean(self) -> dict[str, Any]:
         given = super().clean() or {}
+        if "decided_by" in self.fields and not given.get("decided_by"):
+            given["decided_by"] = self.instance.decided_by
         if given.get("task") == Task.RATING and not given.get("axes") and "axes" not in self.errors:
             self.add_error("axes", "Name at least one axis, since people rate on axes.")
         return given
@@ -100,13 +107,17 @@ class NewProjectForm(SettingsForm):
     )
 
     class Meta(SettingsForm.Meta):
-        fields = ("name", "slug", *SettingsForm.Meta.fields[1:])
-        labels = SettingsForm.Meta.labels | {"slug": "Short name in addresses"}
+        fields = (
+            "name",
+            "slug",
+            *SettingsForm.Meta.fields[1:-1],
+        )  # decided_by: before a comparison
+        labels = SettingsForm.Meta.labels | {"slug": "Name in URLs"}
 
     def clean_slug(self) -> str:
         slug = self.cleaned_data["slug"]
         if Project.objects.filter(slug=slug).exists():
-            raise ValidationError("There is a project with this short name.")
+            raise ValidationError("There is a project with this name in URLs.")
         return slug
 
 

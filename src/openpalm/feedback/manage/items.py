@@ -18,8 +18,8 @@ from openpalm.feedback.manage.blinding import revealed
 from openpalm.feedback.manage.flags import open_flags
 from openpalm.feedback.manage.judgements import describe, describe_payload
 from openpalm.feedback.manage.pages import page
-from openpalm.feedback.manage.paging import page_of
-from openpalm.feedback.models import Candidate, Item, ItemCandidate, Response, Role, Task
+from openpalm.feedback.manage.paging import page_of, within
+from openpalm.feedback.models import Candidate, Item, ItemCandidate, Response, Role, Task, User
 
 ARMS = ("random", "active")
 MAX_PRIORITY = 1e6
@@ -53,8 +53,12 @@ def _filtered(request: ProjectRequest) -> "QuerySet[Item]":
         named = Candidate.objects.filter(names_itself=True)
         rows = rows.filter(pk__in=ItemCandidate.objects.filter(candidate__in=named).values("item"))
     if who := given.get("who", "").replace("\0", "").strip():
-        judged = Response.objects.filter(project=request.project, user__username=who, in_force=True)
-        rows = rows.filter(pk__in=judged.values("item_id"))
+        # The user and the page's place are known first: else PostgreSQL may read the judgements of
+        # all users, those of all items that the page does not reach.
+        if not (user := User.objects.filter(username=who).first()):
+            return rows.none()
+        judged = Response.objects.filter(project=request.project, user=user).exclude(in_force=False)
+        rows = rows.filter(pk__in=within(judged, request, "item_id").values("item_id"))
     return rows
 
 
@@ -73,7 +77,8 @@ def item(request: ProjectRequest, item_id: int) -> HttpResponse:
     found = find_item(request, item_id)
     is_revealed = found.pk in revealed([found], request.user)
     places = list(found.places.select_related("candidate__model"))
-    shows_names = is_revealed or not request.project.blind
+    is_blind = request.project.blind or found.comparison_id is not None
+    shows_names = is_revealed or not is_blind
     answers = [
         {
             "letter": LETTERS[place.position],

@@ -41,6 +41,14 @@ def page_of(rows: "QuerySet[Any]", request: HttpRequest, size: int = PAGE_SIZE) 
     )
 
 
+def within(rows: "QuerySet[Any]", request: HttpRequest, column: str) -> "QuerySet[Any]":
+    """The rows that can belong to the page, by `column`, which refers to the rows of the page."""
+    before, after = (_id(request.GET.get(name)) for name in ("before", "after"))
+    if after is not None:
+        return rows.filter(**{f"{column}__gt": after})
+    return rows if before is None else rows.filter(**{f"{column}__lt": before})
+
+
 def _query(request: HttpRequest, **place: int) -> str:
     filters = {k: v for k, v in request.GET.items() if k not in ("before", "after") and v}
     return urlencode(filters | place)

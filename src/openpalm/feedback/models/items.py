@@ -84,6 +84,7 @@ class Item(models.Model):
     gold: Any = models.JSONField(null=True)
     prompt_id: int
     project_id: int
+    comparison_id: int | None
     places: "models.Manager[ItemCandidate]"
     assignments: "models.Manager[Assignment]"
     responses: "models.Manager[Response]"
@@ -162,7 +163,7 @@ class Assignment(models.Model):
             models.Index(
                 fields=["project", "expires_at"], condition=Q(state="open"), name="open_lease"
             ),
-            models.Index(fields=["user", "project", "state"], name="assignment_by_user"),
+            models.Index(fields=["user", "project", "state", "id"], name="assignment_by_user"),
         ]
 
 
@@ -216,11 +217,6 @@ class Response(models.Model):
         indexes = [
             models.Index(fields=["project", "in_force", "id"], name="response_export"),
             models.Index(fields=["project", "-id"], name="response_by_project"),
-            models.Index(
-                fields=["project", "-id"],
-                condition=Q(state="flagged", in_force=True),
-                name="response_flagged",
-            ),
             models.Index(fields=["user", "project", "-id"], name="response_by_user"),
             # Not with the project first: SQLite takes indexes that begin alike for equally good,
             # and would sort a million rows for a page without a filter.

@@ -8,7 +8,13 @@ from openpalm.feedback.quality import names
 from openpalm.feedback.quality.agreement import agreement
 from openpalm.feedback.quality.alarms import alarms
 from openpalm.feedback.quality.board import board
-from openpalm.feedback.quality.labelers import Activity, ai_judges, labelers, position_bias
+from openpalm.feedback.quality.labelers import (
+    Activity,
+    ai_judges,
+    labelers,
+    picked_sides,
+    position_bias,
+)
 from openpalm.feedback.quality.reward_agreement import RewardAgreement
 from openpalm.feedback.quality.store import store
 from openpalm.feedback.quality.timing import Times, progress
@@ -34,10 +40,11 @@ def _labelers(project: Project, activity: Activity) -> Rows:
     agreements = {kind: figures for kind, pair in found.items() if pair for figures in pair[:1]}
     yield names.AGREEMENT, agreements
     yield names.CONSENSUS, {kind: pair[1] for kind, pair in found.items() if pair and pair[1]}
-    rows = labelers(project, activity, times.of_raters())
+    sides = picked_sides(project)
+    rows = labelers(project, activity, times.of_raters(), sides)
     yield names.LABELERS, {"rows": rows}
     yield names.AI_JUDGES, ai_judges(rows, agreements.get(User.Kind.PERSON, {}))
-    yield names.POSITION_BIAS, position_bias(project)
+    yield names.POSITION_BIAS, position_bias(sides)
 
 
 def _models(project: Project, activity: Activity) -> Rows:

@@ -20,6 +20,8 @@ from openpalm.feedback.statistics.intervals import wilson
 
 Rater = tuple[int, str]
 """user and author_kind"""
+Sides = dict[Rater, tuple[int, int]]
+"""how often the left side was chosen, and how often a side"""
 State = Response.State
 
 
@@ -54,7 +56,7 @@ class Activity:
 
 
 def labelers(
-    project: Project, activity: Activity, medians: dict[Rater, float]
+    project: Project, activity: Activity, medians: dict[Rater, float], sides: Sides
 ) -> list[dict[str, Any]]:
     """A row for each labeler, the one with most judgements first."""
     work = activity.of_raters()
@@ -62,7 +64,6 @@ def labelers(
         User.objects.filter(pk__in={user for user, _ in work}).values_list("id", "username")
     )
     gold, self_, others = of_gold(project), of_repeats(project), of_others(project, set(work))
-    sides = picked_sides(project)
     rows = []
     for rater, numbers in work.items():
         left, decided = sides.get(rater, (0, 0))
@@ -82,8 +83,8 @@ def _rates(rater: Hashable, rates: MatchRates, name: str, number: str) -> dict[s
     return {name: as_json(estimate), number: rates.comparisons.get(rater, 0)}
 
 
-def picked_sides(project: Project) -> dict[Rater, tuple[int, int]]:
-    """Of each labeler's comparisons: how many chose the left side, and how many chose a side."""
+def picked_sides(project: Project) -> Sides:
+    """The sides that each labeler chose in comparisons."""
     if KINDS.get(project.task) != "compare":
         return {}
     found = counted(project, *User.Kind.values).order_by().values_list("user_id", "author_kind")
@@ -91,10 +92,10 @@ def picked_sides(project: Project) -> dict[Rater, tuple[int, int]]:
     return {(user, kind): (left, decided) for user, kind, left, decided in sums}
 
 
-def position_bias(project: Project) -> dict[str, dict[str, Any]]:
+def position_bias(sides: Sides) -> dict[str, dict[str, Any]]:
     """The share of the left side among decided comparisons, by author_kind."""
     sums: dict[str, list[int]] = {}
-    for (_, kind), (left, decided) in picked_sides(project).items():
+    for (_, kind), (left, decided) in sides.items():
         one = sums.setdefault(kind, [0, 0])
         one[0] += left
         one[1] += decided

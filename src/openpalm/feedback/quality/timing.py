@@ -31,7 +31,7 @@ def progress(project: Project, activity: Activity) -> dict[str, Any]:
 
 
 class Times:
-    """Milliseconds of every judgement in force: twice four bytes each. No other list is that long."""
+    """Milliseconds of every judgement in force: eight bytes each, the only lists of that length."""
 
     def __init__(self, project: Project):
         self._of_raters: dict[Rater, array[int]] = {}

@@ -74,5 +74,5 @@ def _read(answer: httpx2.Response) -> dict[str, Any]:
         return value
     error = value.get("error") if isinstance(value, dict) else None
     told = error.get("message") if isinstance(error, dict) else None
-    reason = shown(told)[1:-1] if isinstance(told, str) else "this is not the API of feedback"
+    reason = shown(told)[1:-1] if isinstance(told, str) else "not a site of feedback"
     raise WorkError(f"{answer.request.url}: HTTP {answer.status_code}: {reason}")

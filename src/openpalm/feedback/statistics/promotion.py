@@ -4,8 +4,8 @@ It may if blind comparisons on held-out prompts, judged by people (or by simulat
 rehearsal, never by a model), number at least 200 and the 95 % interval of its win rate lies above
 one half. A tie or "both bad" counts half. Several judgements of one prompt are averaged, so a
 prompt counts once however many people judged it: agreement between labelers is no new evidence
-about other prompts. If the styles are given, the win rate at equal style must be above one
-half too, so that no promotion is won by length.
+about other prompts. If the styles are given, the interval of the win rate at equal style must lie
+above one half too, so that no promotion is won by length.
 
 Looking again after each new judgement until the interval happens to be above one half would
 promote an equal model sooner or later. Each further look therefore uses half the error of the
@@ -169,8 +169,8 @@ def decide(
 ) -> Decision:
     """Promote, refuse, or ask for more comparisons.
 
-    promote: `minimum` comparisons, the deciding interval above 1/2, and the win rate at equal
-    style above 1/2. refuse: `minimum` comparisons and a rate of at most 1/2, or wins that style
+    promote: `minimum` comparisons, the deciding interval above 1/2, and that of the win rate at
+    equal style too. refuse: `minimum` comparisons and a rate of at most 1/2, or wins that style
     explains. more_needed: all else. `look` numbers the decisions with `minimum` comparisons about
     this challenger, this one included. Raises ValueError for a vote of a model, for people mixed
     with simulated labelers, and for an unknown outcome.
@@ -185,7 +185,13 @@ def decide(
         votes, minimum=minimum, level=level_of_look(look + 1) if enough else level
     )
     styled = win_rate_at_equal_style(votes, style_features) if style_features else None
-    verdict, reason = _verdict(len(means), minimum, deciding, styled, needed)
+    styled_deciding = win_rate_at_equal_style(votes, style_features, level) if styled else None
+    if deciding and deciding.low > 0.5 and styled_deciding:
+        needed = max(needed or 0, _needed_at_equal_style(styled_deciding, len(means)))
+    unknown_style = bool(style_features) and styled is None
+    verdict, reason = _verdict(
+        len(means), minimum, deciding, styled_deciding, needed, unknown_style=unknown_style
+    )
     further = 0 if verdict == "promote" else needed and max(0, needed - len(means))
     left = position_bias(votes)
     shown_left = sum(vote.challenger_left for vote in votes) / len(votes) if votes else None
@@ -207,6 +213,13 @@ def decide(
     )
 
 
+def _needed_at_equal_style(styled: Estimate, comparisons: int) -> int:
+    """Total comparisons at which the styled interval passes 1/2 if the rate stays as it is."""
+    if styled.low is None or styled.value <= 0.5 or styled.low > 0.5:
+        return comparisons
+    return math.ceil(comparisons * ((styled.value - styled.low) / (styled.value - 0.5)) ** 2)
+
+
 def _check(votes: Sequence[Vote]) -> None:
     kinds = {vote.author_kind for vote in votes}
     if "model" in kinds:
@@ -225,6 +238,8 @@ def _verdict(
     deciding: Estimate | None,
     styled: Estimate | None,
     needed: int | None,
+    *,
+    unknown_style: bool,
 ) -> tuple[Verdict, str]:
     """The verdict and its reason in one line."""
     if deciding is None or comparisons < minimum:
@@ -238,6 +253,14 @@ def _verdict(
     if styled is not None and styled.value <= 0.5:
         return "refuse", (
             f"Won by style: {shown}, but only {styled.value:.1%} at equal length and style."
+        )
+    if deciding.low > 0.5 and unknown_style:
+        return "more_needed", f"Undecided: {shown}, but style cannot be told from the models."
+    if deciding.low > 0.5 and styled is not None and styled.low <= 0.5:
+        return "more_needed", (
+            f"Undecided: {shown}, but {styled.value:.1%} ({styled.low:.1%} to {styled.high:.1%}) "
+            "at equal length and style, which may explain the wins; about "
+            f"{needed - comparisons} more comparisons are needed if the rate stays."
         )
     if deciding.low > 0.5:
         return "promote", f"Better: {shown} of {comparisons} comparisons."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openpalm.errors import DataError, OpenPalmError, WorkError
-from openpalm.feedback.manage.names import names_itself, names_of
+from openpalm.feedback.labeling.names import names_itself, names_of
 from openpalm.feedback.models import Candidate, ModelVersion, Prompt
 from openpalm.feedback.training.servers import ModelServer
 from openpalm.feedback.worker.progress import Progress

@@ -5,6 +5,7 @@ here, never taken from a form.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 LENGTHS = ("steps", "epochs", "minutes")
 MAX_MEMBERS = 8
+MAX_NAME = 100
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,40}\Z")
 
 
@@ -51,14 +53,16 @@ def check_settings(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(f"{verb}: is no training; choose from {', '.join(VERBS)}")
     checked: dict[str, Any] = {}
     for name, value in given.items():
-        if name in OWN_OPTIONS:
+        if name == "name":
+            checked |= _name(value)
+        elif name in OWN_OPTIONS:
             checked[name] = value
         elif name not in OPTIONS[verb]:
             raise DataError(f"{name}: {verb} has no such setting here; see OPTIONS of the page")
         elif value not in (None, ""):
             checked[name] = _value(name, value)
     members = checked.get("members", 1)
-    if not isinstance(members, int) or not 1 <= members <= (MAX_MEMBERS if verb == "reward" else 1):
+    if type(members) is not int or not 1 <= members <= (MAX_MEMBERS if verb == "reward" else 1):
         raise DataError(f"members {members}: must be 1 to {MAX_MEMBERS}, for a reward model only")
     if sum(name in checked for name in LENGTHS) > 1:
         raise DataError("give one of steps, epochs and minutes")
@@ -66,8 +70,20 @@ def check_settings(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return ({} if has_length else DEFAULTS[verb]) | checked
 
 
+def _name(value: Any) -> dict[str, str]:
+    """The name of the model to be made, unless it is empty. A wrong one would fail at the end."""
+    if value in (None, ""):
+        return {}
+    if not isinstance(value, str) or len(value) > MAX_NAME or not value.isprintable():
+        raise DataError(f"name {value!r:.60}: must be a text of one line, at most {MAX_NAME} long")
+    return {"name": value}
+
+
 def _value(name: str, value: Any) -> Any:
-    if isinstance(value, (int, float)) or (isinstance(value, str) and _WORD.match(value)):
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    if name == "seed" and type(value) is not int:
+        raise DataError(f"seed {value!r:.60}: must be a whole number")
+    if is_number or (isinstance(value, str) and _WORD.match(value)):
         return value
     raise DataError(f"{name} {value!r:.60}: must be a number or a word")
 

@@ -216,7 +216,6 @@ class _Pairs:
         return {pk: stored[key] for pk, key in keys.items() if key in stored}
 
     def _item(self, prompt: Prompt, candidates: list[Candidate]) -> None:
-        """The challenger is candidate 0. The sides on the screen are random, as for every item."""
         with transaction.atomic():
             make_item(
                 self.comparison.project,
@@ -241,7 +240,7 @@ def compute(comparison: Comparison) -> None:
     whole = (
         comparison.items.exists() and not comparison.items.filter(state=Item.State.OPEN).exists()
     )
-    decision = decide(votes, style_features=style.FEATURES, look=_look(comparison)).to_json()
+    decision = _decide(comparison, votes)
     rate = decision["win_rate"] or {}
     result = comparison.result | {
         "figures": decision,
@@ -261,7 +260,29 @@ def compute(comparison: Comparison) -> None:
     if whole:
         comparison.state = State.DECIDED
         comparison.result["looks"] = _look(comparison)
+        newest = Response.objects.filter(item__comparison=comparison).order_by("-id").first()
+        comparison.result["newest"] = newest.pk if newest else 0
     comparison.save(update_fields=["result", "computed_at", "state"])
+
+
+def _decide(comparison: Comparison, votes: Sequence[Vote]) -> dict[str, Any]:
+    """The figures of the votes; "promote" only if it holds with withdrawn pairs as lost ones."""
+    look = _look(comparison)
+    found = decide(votes, style_features=style.FEATURES, look=look)
+    lost = lost_by_withdrawal(comparison)
+    figures = found.to_json()
+    if lost and found.verdict == "promote":
+        strict = decide([*votes, *lost], style_features=style.FEATURES, look=look)
+        if strict.verdict != "promote":
+            reason = f"{len(lost)} withdrawn pairs count as lost. {strict.reason}"
+            figures |= {"verdict": strict.verdict, "reason": reason, "further": strict.further}
+    return figures
+
+
+def judgements_left(comparison: Comparison) -> int:
+    """How many judgements of the decision are in force still."""
+    newest = comparison.result.get("newest", 0)
+    return _counted(comparison).filter(pk__lte=newest).count()
 
 
 def _waiting(comparison: Comparison, decision: dict[str, Any]) -> str:
@@ -272,27 +293,58 @@ def _waiting(comparison: Comparison, decision: dict[str, Any]) -> str:
 def _look(comparison: Comparison) -> int:
     """The number of this look at the challenger: those of other comparisons count too."""
     others = Comparison.objects.filter(
-        project=comparison.project_id, challenger=comparison.challenger_id, state=State.DECIDED
+        project=comparison.project_id, challenger=comparison.challenger_id
     ).exclude(pk=comparison.pk)
-    earlier = sum(int(other.result.get("looks", 1)) for other in others)
+    # One that failed later was looked at all the same.
+    earlier = sum(int(other.result.get("looks", other.state == State.DECIDED)) for other in others)
     return earlier + int(comparison.result.get("looks", 0)) + 1
 
 
 def votes_of(comparison: Comparison) -> Iterator[Vote]:
     """The judgements that count, each as a vote for or against the challenger."""
     for response in _counted(comparison).iterator(chunk_size=1000):
-        outcome = _outcome(response.payload)
+        position = _position(response.item, comparison)
+        outcome = _outcome(response.payload, position)
         if outcome is None:
             continue
-        places = list(response.item.places.all())
-        ours, theirs = (style.style_of(place.candidate.text) for place in places)
         yield Vote(
             prompt=response.item.prompt_id,
             outcome=outcome,  # pyright: ignore[reportArgumentType]
-            challenger_left=response.assignment.order[0] == 0,
+            challenger_left=response.assignment.order[0] == position,
             author_kind=response.author_kind,  # pyright: ignore[reportArgumentType]
-            style=style.style_difference(ours, theirs),
+            style=_style(response.item, position),
         )
+
+
+def _position(item: Item, comparison: Comparison) -> int:
+    """Position of the challenger's answer among the two."""
+    first = next(iter(item.places.all()))
+    return 0 if first.candidate.model_id == comparison.challenger_id else 1
+
+
+def _style(item: Item, position: int) -> tuple[float, ...]:
+    texts = [place.candidate.text for place in item.places.all()]
+    ours, theirs = texts[position], texts[1 - position]
+    return style.style_difference(style.style_of(ours), style.style_of(theirs))
+
+
+def lost_by_withdrawal(comparison: Comparison) -> list[Vote]:
+    """A vote for the served model for each pair that was withdrawn before anybody judged it.
+
+    Otherwise whoever withdraws pairs could end a comparison at a moment that favours the
+    challenger: the figures are shown while it is judged.
+    """
+    withdrawn = comparison.items.filter(state=Item.State.WITHDRAWN)
+    withdrawn = withdrawn.exclude(pk__in=_counted(comparison).order_by().values("item"))
+    kind = comparison.result.get("author_kind", User.Kind.PERSON)
+    pairs = withdrawn.prefetch_related(_PLACES).order_by("id")
+    return [
+        Vote(item.prompt_id, "loss", False, kind, _style(item, _position(item, comparison)))
+        for item in pairs
+    ]
+
+
+_PLACES = Prefetch("places", ItemCandidate.objects.select_related("candidate"))
 
 
 def _counted(comparison: Comparison) -> "QuerySet[Response]":
@@ -314,10 +366,10 @@ def _counted(comparison: Comparison) -> "QuerySet[Response]":
     )
 
 
-def _outcome(payload: dict[str, Any]) -> str | None:
+def _outcome(payload: dict[str, Any], challenger: int) -> str | None:
     match payload:
         case {"better": better}:
-            return "win" if better == 0 else "loss"
+            return "win" if better == challenger else "loss"
         case {"tie": _}:
             return "tie"
         case {"both_bad": _}:

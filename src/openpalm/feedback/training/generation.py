@@ -41,6 +41,7 @@ from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.progress import Progress
 
 MOST_ANSWERS = 16
+_draw = random.SystemRandom()
 LEAST_CANDIDATES = {Task.PAIR: 2, Task.RANKING: 2, Task.CHAT: 2}
 
 
@@ -215,7 +216,11 @@ def _candidate_sets(prompt: Prompt) -> set[frozenset[int]]:
 def make_item(
     project: Project, prompt: Prompt, candidates: Sequence[Candidate], **fields: Any
 ) -> Item:
-    """An item that shows these candidates, `overlap` responses needed unless said otherwise."""
+    """An item that shows these candidates, `overlap` responses needed unless said otherwise.
+
+    Their order says nothing about the models: a reviewer sees it before they judge.
+    """
+    candidates = _draw.sample(candidates, len(candidates))
     item = Item.objects.create(
         project=project, prompt=prompt, **({"needed": project.overlap} | fields)
     )

@@ -18,14 +18,13 @@ from openpalm.errors import DataError, OpenPalmError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, Promotion, User
 from openpalm.feedback.statistics.promotion import MINIMUM
+from openpalm.feedback.training.comparisons import judgements_left
 from openpalm.feedback.training.registry import POLICY
-from openpalm.feedback.training.servers import site_server
+from openpalm.feedback.training.servers import SERVED_FILE, site_server
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.progress import Progress
 
 State = Promotion.State
-SERVED_FILE = "served.json"
-"""what the server has by promotion, for the process that starts it again after a crash"""
 MIN_REASON = 10
 
 
@@ -36,12 +35,25 @@ def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
     result = comparison.result
     if comparison.challenger_id != model.pk:
         return f"the comparison is of the model {comparison.challenger}"
+    if comparison.state == Comparison.State.FAILED:
+        return f"the comparison failed ({result.get('reason') or 'see its job'}); start another one"
     if comparison.state != Comparison.State.DECIDED:
-        return f"the comparison is not decided: {result.get('reason') or comparison.state}"
+        return f"the comparison is not decided yet: {result.get('reason') or comparison.state}"
     if comparison.served_id != comparison.project.served_id:
         return f"the served model is another one now than {comparison.served} of the comparison"
     if (result.get("comparisons") or 0) < MINIMUM:
         return f"{result.get('comparisons') or 0} comparisons; {MINIMUM} are needed"
+    kind = result.get("author_kind", User.Kind.PERSON)
+    if kind != comparison.project.decided_by:
+        who: dict[str, str] = {
+            User.Kind.PERSON: "people",
+            User.Kind.SIMULATED: "simulated labelers",
+        }
+        decides = who.get(comparison.project.decided_by, comparison.project.decided_by)
+        return f"it was judged by {who.get(kind, kind)}; in this project {decides} decide"
+    counted = (result.get("figures") or {}).get("judgements")
+    if counted is not None and (left := judgements_left(comparison)) != counted:
+        return f"{left} of the {counted} judgements that decided it are left; compare again"
     if result.get("decision") != "promote" or (result.get("low") or 0) <= 0.5:
         return result.get("reason") or "the interval's lower end is not above one half"
     return ""
@@ -63,6 +75,7 @@ def propose(
     if model.pk == project.served_id:
         raise DataError(f"the model {model} is served already")
     _check_server()
+    _check_free(project)
     if (why := refusal(comparison, model)) and len(reason) < MIN_REASON:
         raise DataError(f"refused: {why}. To promote it all the same, give a reason")
     promotion = Promotion.objects.create(
@@ -80,6 +93,7 @@ def propose(
     return promotion
 
 
+@transaction.atomic
 def undo(promotion: Promotion, user: User) -> Job:
     """Queues the return to the model before. Raises DataError if there is none."""
     if promotion.state != State.DONE or promotion.project.served_id != promotion.model_id:
@@ -87,6 +101,7 @@ def undo(promotion: Promotion, user: User) -> Job:
     if promotion.previous is None or not promotion.previous.path:
         raise DataError("there is no model before it to return to")
     _check_server()
+    _check_free(promotion.project)
     audit.record(
         "model.promotion_undo_asked",
         user=user,
@@ -97,6 +112,19 @@ def undo(promotion: Promotion, user: User) -> Job:
     return jobs.enqueue(
         "promote", project=promotion.project, user=user, promotion=promotion.pk, undo=True
     )
+
+
+def _check_free(project: Project) -> None:
+    """Raises DataError while a swap waits: its comparison was with the model served before it.
+
+    The lock makes of two requests at the same time one that waits and one that is refused.
+    """
+    Project.objects.select_for_update(no_key=True).get(pk=project.pk)
+    unfinished = Job.objects.filter(
+        project=project, kind="promote", state__in=[Job.State.QUEUED, Job.State.RUNNING]
+    )
+    if unfinished.exists():
+        raise DataError("another promotion is under way; wait until it has ended")
 
 
 def _check_server() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from django.conf import settings as site
-from django.db import transaction
+from django.db import OperationalError, transaction
 from django.utils import timezone
 
 from openpalm.errors import DataError, OpenPalmError, WorkError
@@ -104,6 +104,7 @@ def _newest(project: Project, verb: str, chosen: Filter) -> Filter:
         chosen.comparisons,
         chosen.up_to or newest or 0,
         tuple(chosen.users),
+        chosen.hold_back,
     )
     if not kinds or not snapshots.judgements(project, limited).exists():
         raise DataError(
@@ -158,6 +159,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     except OpenPalmError as error:
         _end(train_run, State.FAILED, " ".join(str(error).split()))
         raise
+    except OperationalError:
+        raise  # the database is away; the training continues with the job
     except Exception as error:
         _end(train_run, State.FAILED, f"{type(error).__name__}: {error}")
         raise

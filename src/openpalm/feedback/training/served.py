@@ -18,8 +18,8 @@ from openpalm.feedback.models import (
     Role,
     User,
 )
-from openpalm.feedback.training.promotion import SERVED_FILE
 from openpalm.feedback.training.registry import register
+from openpalm.feedback.training.servers import SERVED_FILE, promoted_path
 
 FIRST_PROJECT = "chat"
 SERVICE = "chat-page"
@@ -43,6 +43,8 @@ class Connection:
     """the served model, as that project knows it"""
     is_new: bool
     """whether the project was made just now"""
+    promoted: str | None = None
+    """another checkpoint, which an earlier command served last by promotion"""
 
 
 def connect(path: str, name: str) -> Connection:
@@ -51,12 +53,14 @@ def connect(path: str, name: str) -> Connection:
     Raises DataError if `path` is no checkpoint.
     """
     # What an earlier server had by promotion no longer counts: the command line names the model.
+    promoted = promoted_path()
     (Path(settings.FEEDBACK_DIR) / SERVED_FILE).unlink(missing_ok=True)
     with transaction.atomic():
         known = list(Project.objects.order_by("id"))
         projects = known or [_first_project(name)]
         models = [_serve(project, path, name) for project in projects]
-        return Connection(projects[0], _token(projects[0]), models[0], not known)
+        before = promoted if promoted != models[0].path else None
+        return Connection(projects[0], _token(projects[0]), models[0], not known, before)
 
 
 def _first_project(name: str) -> Project:
@@ -74,12 +78,22 @@ def _serve(project: Project, path: str, name: str) -> ModelVersion:
     return model
 
 
+def _service() -> User:
+    """The service's account. A person who signed up under its name must not get its rights."""
+    number, name = 2, SERVICE
+    while (found := User.objects.filter(username=name).first()) is not None:
+        if found.kind == User.Kind.MODEL and not found.has_usable_password():
+            return found
+        name, number = f"{SERVICE}-{number}", number + 1
+    user = User(username=name, kind=User.Kind.MODEL)
+    user.set_unusable_password()
+    user.save()
+    return user
+
+
 def _token(project: Project) -> str:
     """A new token; that of the server before is revoked."""
-    user, new = User.objects.get_or_create(username=SERVICE, defaults={"kind": User.Kind.MODEL})
-    if new:
-        user.set_unusable_password()
-        user.save(update_fields=["password"])
+    user = _service()
     Membership.objects.get_or_create(project=project, user=user, defaults={"role": Role.ADMIN})
     ApiToken.objects.filter(user=user, revoked_at=None).update(revoked_at=timezone.now())
     return issue(user, "conversations of the chat page", [SCOPE], project=project)

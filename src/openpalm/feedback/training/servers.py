@@ -1,5 +1,6 @@
 """Model servers over HTTP: the site's own server, or one started for a job and ended after it."""
 
+import json
 import re
 import secrets
 import tempfile
@@ -14,13 +15,20 @@ import httpx2
 from django.conf import settings
 
 from openpalm.errors import DataError, WorkError
+from openpalm.feedback.labeling.storable import storable
 from openpalm.feedback.models import ModelVersion
 from openpalm.feedback.worker.processes import POLL_S, Command, end
 from openpalm.feedback.worker.progress import Progress
 
 REQUEST_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 600.0
+SERVED_FILE = "served.json"
+"""what the server has by promotion, for the process that starts it again after a crash"""
 _READY = re.compile(r"chat page at (http://\S+?)/,")
+
+
+class ContextError(WorkError):
+    """Prompt and `max_tokens` do not fit the model's context."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,17 @@ class ModelServer:
     admin_key: str = ""
 
     def complete(self, body: dict[str, Any]) -> list[str]:
-        """The texts of a chat completion. Raises WorkError with the server's own reason."""
-        answer = self._call("POST", "/v1/chat/completions", body, key=self.api_key)
-        return [choice["message"]["content"] or "" for choice in answer["choices"]]
+        """The texts of a chat completion. Raises WorkError with the server's own reason.
+
+        `max_tokens` is a limit: where the context leaves fewer tokens, the answer ends with it.
+        """
+        path, key = "/v1/chat/completions", self.api_key
+        try:
+            answer = self._call("POST", path, body, key=key)
+        except ContextError:
+            without = {name: value for name, value in body.items() if name != "max_tokens"}
+            answer = self._call("POST", path, without, key=key)
+        return [storable(choice["message"]["content"] or "") for choice in answer["choices"]]
 
     def model_name(self) -> str:
         """The name of the base model in the API."""
@@ -58,8 +74,10 @@ class ModelServer:
             answer = {}
         if response.is_success:
             return answer
-        reason = (answer.get("error") or {}).get("message") if isinstance(answer, dict) else None
-        raise WorkError(f"{self.url}{path}: status {response.status_code}: {reason or 'no reason'}")
+        error = (answer.get("error") or {}) if isinstance(answer, dict) else {}
+        kind = ContextError if error.get("code") == "context_length_exceeded" else WorkError
+        reason = error.get("message") or "no reason"
+        raise kind(f"{self.url}{path}: status {response.status_code}: {reason}")
 
 
 @cache
@@ -76,11 +94,27 @@ def site_server() -> ModelServer | None:
     return ModelServer(settings.SERVER_URL, settings.SERVER_API_KEY, settings.SERVER_ADMIN_KEY)
 
 
+def promoted_path() -> str | None:
+    """The checkpoint that the server has by promotion, of whichever project; None without one."""
+    try:
+        found = json.loads((Path(settings.FEEDBACK_DIR) / SERVED_FILE).read_text(encoding="utf-8"))[
+            "path"
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _has(model: ModelVersion) -> bool:
+    """Whether the site's server has this model: another project may have promoted one since."""
+    return model.pk == model.project.served_id and promoted_path() in (None, model.path)
+
+
 @contextmanager
 def serving(model: ModelVersion, progress: Progress) -> Iterator[ModelServer]:
     """A server of this model: the site's, if that is the model it serves, or a temporary one."""
     server = site_server()
-    if server is not None and model.pk == model.project.served_id:
+    if server is not None and _has(model):
         yield server
         return
     if not model.path:

@@ -26,6 +26,7 @@ from openpalm.feedback.models import (
     SnapshotJudgement,
     User,
 )
+from openpalm.feedback.statistics.selection import in_reserve
 
 BATCH = 2000
 KINDS_OF_VERB = {
@@ -48,6 +49,8 @@ class Filter:
     """id of the newest judgement"""
     users: Sequence[int] = field(default_factory=tuple)
     """ids of the authors; empty: all"""
+    hold_back: bool = False
+    """leaves out the prompts that the random arm is drawn from: they measure the reward model"""
 
     def __post_init__(self) -> None:
         unknown = set(self.author_kinds) - set(User.Kind.values)
@@ -84,10 +87,14 @@ def freeze(project: Project, chosen: Filter, user: User | None) -> Snapshot:
     authors: Counter[str] = Counter()
     names: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
+    held_back = 0
     # Written under another name first: the name is the hash of the content.
     written = folder / f".writing-{uuid.uuid4().hex}.jsonl"
     with atomic_file(written) as file:
         for response in records.in_force(judgements(project, chosen)):
+            if chosen.hold_back and in_reserve(response.item.prompt_id, project_seed=project.pk):
+                held_back += 1
+                continue
             row = records.record(response).to_json()
             line = (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n").encode()
             file.write(line)
@@ -98,6 +105,11 @@ def freeze(project: Project, chosen: Filter, user: User | None) -> Snapshot:
             kinds[response.kind] += 1
     if not ids:
         written.unlink()
+        if held_back:
+            raise DataError(
+                f"all {held_back} judgements are of prompts that are held back; judge more, or "
+                "hold none back"
+            )
         raise DataError(
             "there is nothing to train on: no judgement in force of the kinds "
             f"{', '.join(chosen.kinds) or 'any'} by {', '.join(chosen.author_kinds)}"
@@ -105,6 +117,8 @@ def freeze(project: Project, chosen: Filter, user: User | None) -> Snapshot:
     path = folder / f"{digest.hexdigest()}.jsonl"
     written.replace(path)
     counts = {"author_kind": dict(authors), "kind": dict(kinds), "author": dict(names)}
+    if held_back:
+        counts["held_back"] = {"judgements": held_back}
     return _store(project, path, ids, chosen, counts, user)
 
 

@@ -15,7 +15,7 @@ Handler = Callable[[Job, Progress], dict[str, Any] | None]
 HANDLERS = {
     "generate": "openpalm.feedback.training.generation:run",
     "select": "openpalm.feedback.training.selection:run",
-    "statistics": "openpalm.feedback.worker.statistics:run",
+    "statistics": "openpalm.feedback.quality.job:run",
     "train": "openpalm.feedback.training.runs:run",
     "score": "openpalm.feedback.training.scoring:run",
     "compare": "openpalm.feedback.training.comparisons:run",
@@ -23,7 +23,18 @@ HANDLERS = {
     "import": "openpalm.feedback.manage.imports:run",
 }
 
+STATISTICS_DUE = "openpalm.feedback.quality.job:enqueue_due"
+
 
 def handler(kind: str) -> Handler:
-    module, _, function = HANDLERS[kind].partition(":")
+    return _function(HANDLERS[kind])
+
+
+def enqueue_due_statistics() -> int:
+    """Adds the jobs of figures that are due; returns how many."""
+    return _function(STATISTICS_DUE)()
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
     return getattr(import_module(module), function)

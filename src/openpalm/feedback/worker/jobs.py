@@ -115,19 +115,23 @@ def requeue_abandoned() -> int:
 
 
 def _end_owner(job: Job, message: str, *, stopped: bool = False) -> None:
-    """What the job was for ends too."""
+    """What the job was for ends too, unless its handler has ended it."""
     given = job.arguments
     if "run" in given:
         state = TrainRun.State.STOPPED if stopped else TrainRun.State.FAILED
-        TrainRun.objects.filter(pk=given["run"]).update(
+        unfinished = [TrainRun.State.QUEUED, TrainRun.State.RUNNING]
+        TrainRun.objects.filter(pk=given["run"], state__in=unfinished).update(
             state=state, error="" if stopped else message, finished_at=timezone.now()
         )
     elif "comparison" in given:
-        Comparison.objects.filter(pk=given["comparison"]).update(
-            state=Comparison.State.FAILED, result={"reason": message}
-        )
+        making = Comparison.State.GENERATING
+        for comparison in Comparison.objects.filter(pk=given["comparison"], state=making):
+            comparison.state = Comparison.State.FAILED
+            comparison.result |= {"reason": message}
+            comparison.save(update_fields=["state", "result"])
     elif "promotion" in given and not given.get("undo"):
-        Promotion.objects.filter(pk=given["promotion"]).update(
+        queued = Promotion.State.QUEUED
+        Promotion.objects.filter(pk=given["promotion"], state=queued).update(
             state=Promotion.State.FAILED, error=message
         )
 
@@ -153,6 +157,9 @@ def report(job: Job) -> bool:
 def finish(
     job: Job, state: str, *, message: str = "", result: dict[str, Any] | None = None
 ) -> bool:
+    """Ends the job; False if it is no longer this worker's."""
+    if state == State.FAILED and _own(job).exists():
+        _end_owner(job, message)
     return bool(
         _own(job).update(
             state=state,

@@ -8,15 +8,14 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 from django.conf import settings
-from django.db import DatabaseError, connections
+from django.db import DatabaseError, OperationalError, connections
 
 from openpalm.errors import OpenPalmError
 from openpalm.feedback.models import Job
 from openpalm.feedback.worker import jobs
-from openpalm.feedback.worker.handlers import handler
+from openpalm.feedback.worker.handlers import enqueue_due_statistics, handler
 from openpalm.feedback.worker.identity import worker_name
 from openpalm.feedback.worker.progress import JobStopped, Progress, WorkerEnds
-from openpalm.feedback.worker.statistics import enqueue_due
 
 POLL_S = 0.5
 HEARTBEAT_S = 3.0
@@ -51,7 +50,7 @@ class Worker:
                     continue
                 if "statistics" in kinds and time.monotonic() > next_look:
                     next_look = time.monotonic() + STATISTICS_EVERY_S
-                    if self._safely(lambda: bool(enqueue_due())):
+                    if self._safely(lambda: bool(enqueue_due_statistics())):
                         continue
                 self.ending.wait(POLL_S)
         finally:
@@ -84,6 +83,8 @@ class Worker:
             jobs.give_back(job)
         except JobStopped:
             pass  # its state says so already
+        except OperationalError:
+            raise  # the database is away: the job is taken up again when its heartbeat is old
         except (OpenPalmError, DatabaseError) as error:
             jobs.finish(job, Job.State.FAILED, message=" ".join(str(error).split()))
         except Exception as error:

@@ -15,7 +15,8 @@ _MODELS = (
     *("Phi-?\\d", "Gemma", "Falcon", "Bing Chat", "Copilot", "Open Assistant"),
 )
 _SELF = r"(?:I am|I'm|I’m|my name is|this is|call me|as|being)"
-_KIND = r"(?:an? |the )?(?:[\w-]+ ){0,3}?(?:AI|language model|assistant|chatbot|LLM|model)\b"
+# Words have a bound: without it a text such as "a-a-a-..." takes time by the square of its length.
+_KIND = r"(?:an? |the )?(?:[\w-]{1,30} ){0,3}?(?:AI|language model|assistant|chatbot|LLM|model)\b"
 _KNOWN = "|".join((*_MODELS, *_COMPANIES))
 # "I am Claude", "as GPT-4", "a language model called X", "an assistant trained by OpenAI".
 _GENERIC = re.compile(

@@ -8,8 +8,8 @@ from openpalm.feedback.accounts import audit
 from openpalm.feedback.labeling import queue, submission
 from openpalm.feedback.labeling.submission import Judgement
 from openpalm.feedback.models import Job, Statistic
+from openpalm.feedback.quality.job import REST, enqueue_due
 from openpalm.feedback.worker.loop import drain
-from openpalm.feedback.worker.statistics import REST, enqueue_due
 
 A = {"better": 0, "worse": 1, "strength": 1}
 
