@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from openpalm.base.settings import parse
@@ -103,13 +104,18 @@ def _run_all(site, listening) -> None:
 
     def ready() -> None:
         end = f"; {setup}" if setup else ""
-        print(f"feedback: {url}/{end}; Ctrl-C ends it", flush=True)
+        with suppress(OSError):
+            print(f"feedback: {url}/{end}; Ctrl-C ends it", flush=True)
 
-    Supervisor(feedback_site.children(site, listening), say=say).run(ready)
+    # Visitors who come while it ends are refused: they would wait for nothing.
+    children = feedback_site.children(site, listening)
+    Supervisor(children, say=say).run(ready, ending=listening.close)
 
 
 def say(line: str) -> None:
-    print(f"openpalm: {line}", file=sys.stderr, flush=True)
+    # A log on a full disk ends no site.
+    with suppress(OSError):
+        print(f"openpalm: {line}", file=sys.stderr, flush=True)
 
 
 def run_worker() -> None:

@@ -8,6 +8,7 @@ import json
 import secrets
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,14 @@ def run(settings: ServeSettings) -> None:
 
         def ready() -> None:
             end = f"; {setup}" if setup else ""
-            print(
-                f"{settings.model_name}: chat page at {server_url}/, feedback at {site_url}/{end}; "
-                "Ctrl-C ends both",
-                flush=True,
-            )
+            with suppress(OSError):
+                print(
+                    f"{settings.model_name}: chat page at {server_url}/, feedback at {site_url}/"
+                    f"{end}; Ctrl-C ends both",
+                    flush=True,
+                )
 
-        Supervisor(children, say=say).run(ready)
+        Supervisor(children, say=say).run(ready, ending=listening.close)
 
 
 def _free_port(host: str) -> int:

@@ -70,11 +70,11 @@ class Supervisor:
         self.say = say
         self.signals: list[int] = []
 
-    def run(self, ready: Callable[[], None]) -> None:
+    def run(self, ready: Callable[[], None], ending: Callable[[], None] = lambda: None) -> None:
         """Returns after SIGTERM or Ctrl-C, when all children have ended.
 
-        `ready` is called once, when all are ready. Raises WorkError if a child ends before it was
-        ever ready: it would fail again.
+        `ready` is called once, when all are ready, and `ending` before all are ended.
+        Raises WorkError if a child ends before it was ever ready: it would fail again.
         """
         old = {
             number: signal.signal(number, lambda caught, frame: self.signals.append(caught))
@@ -90,6 +90,7 @@ class Supervisor:
                     self._watch(child)
                 time.sleep(POLL_S)
         finally:
+            ending()
             self._end_all()
             for number, handler in old.items():
                 signal.signal(number, handler)

@@ -54,7 +54,10 @@ def serve(listening: socket.socket) -> None:
     while not signals or _is_busy(server):
         if signals and give_up_at is None:
             give_up_at = time.monotonic() + GRACE_S
-            server.del_channel()  # takes no more connections; the socket itself stays open
+            server.del_channel()
+            # Otherwise new visitors would wait in its queue, and the port would stay taken. A
+            # parent that restarts this process has the socket too.
+            listening.close()
         if len(signals) > 1 or (give_up_at and time.monotonic() > give_up_at):
             break
         wasyncore.loop(timeout=_LOOK_EVERY_S, map=server._map, use_poll=True, count=1)

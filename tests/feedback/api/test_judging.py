@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from django.db import OperationalError
 
 from openpalm.data.rows.preferences import Preference
 from openpalm.feedback.models import Assignment, ModelVersion, Project, Response, Role, User
@@ -44,6 +45,19 @@ def test_a_payload_is_renumbered_from_the_screen_to_the_item(project, make_item,
     stored = Response.objects.get()
     assert stored.payload == {"better": order[0], "worse": order[1], "strength": 2}
     assert (stored.picked_place, stored.elapsed_ms, stored.guideline_version) == (0, 1200, 1)
+
+
+def test_a_full_disk_is_no_bug(project, make_item, ann, monkeypatch):
+    def submit(*_):
+        raise OperationalError("database or disk is full")
+
+    make_item("one", "yes", "no")
+    shown = lease(ann)
+    monkeypatch.setattr("openpalm.feedback.labeling.submission.submit", submit)
+    answer = ann.post(f"assignments/{shown['id']}/submit", {"payload": {"tie": [0, 1]}})
+    assert answer.status_code == 503
+    assert answer.data["error"]["code"] == "unavailable"
+    assert "disk of this site is full: nothing was stored" in answer.data["error"]["message"]
 
 
 def test_a_repeated_submission_returns_the_first_response(project, make_item, ann):

@@ -95,6 +95,15 @@ def test_a_model_of_a_small_context_answers_as_far_as_it_can(models, ask):
     assert "1 says hello" in page
 
 
+def test_conversations_without_a_judgement_have_a_limit(models, ask, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_BEGUN", 2)
+    for _ in range(2):
+        assert "says hello" in ask("say", text="hello")
+        ask("leave", x="")
+    assert "2 conversations without a judgement in an hour" in ask("say", text="hello")
+    assert Conversation.objects.count() == 2
+
+
 def test_a_conversation_becomes_a_judged_item(models, ask):
     page = ask("say", text="hello")
     left, right = sides()

@@ -160,7 +160,7 @@ def test_the_worker_stores_progress_and_result(project, runs):
     assert job.finished_at is not None
 
 
-def test_a_failed_job_says_why(project, runs, capsys):
+def test_a_failed_job_says_why(project, runs, caplog):
     errors = iter([DataError("the file is\nempty"), RuntimeError("a bug")])
 
     def handler(job, progress):
@@ -173,7 +173,19 @@ def test_a_failed_job_says_why(project, runs, capsys):
     first, second = Job.objects.order_by("id")
     assert (first.state, first.message) == (State.FAILED, "the file is empty")
     assert second.message == "RuntimeError: a bug (the worker's log says where)"
-    assert "RuntimeError: a bug" in capsys.readouterr().err
+    assert "RuntimeError: a bug" in caplog.text
+
+
+def test_a_worker_with_a_lost_thread_ends(monkeypatch):
+    """Its jobs of the other slot would wait for ever."""
+
+    def run_one(kinds):
+        raise OSError("no space left on device")
+
+    worker = Worker()
+    monkeypatch.setattr(worker, "run_one", run_one)
+    worker._run_slot(("train",))
+    assert worker.ending.is_set()
 
 
 def test_a_bug_in_a_job_ends_the_training_that_it_was_for(project, runs):

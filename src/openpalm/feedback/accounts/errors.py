@@ -1,12 +1,15 @@
 """The pages of errors."""
 
+import sys
 from typing import Any
 
+from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.template.loader import render_to_string
 
 TEMPLATE = "feedback/error.html"
+RETRY_AFTER_S = "10"
 
 
 def bad_request(request: HttpRequest, exception: Any = None) -> HttpResponse:
@@ -28,7 +31,25 @@ def too_large(request: HttpRequest) -> HttpResponse:
 
 
 def server_error(request: HttpRequest) -> HttpResponse:
+    if reason := database_trouble(sys.exc_info()[1]):
+        response = _without_request(503, f"{reason}. Go back: what you wrote is still there.")
+        response.headers["Retry-After"] = RETRY_AFTER_S
+        return response
     return _without_request(500, "The server failed. The error is in its log; nothing was stored.")
+
+
+def database_trouble(error: BaseException | None) -> str:
+    """What to say if the database cannot be reached or written for a while; empty otherwise."""
+    if not isinstance(error, (OperationalError, InterfaceError)):
+        return ""
+    text = str(error).lower()
+    if "is full" in text or "no space" in text:
+        cause = "The disk of this site is full"
+    elif "readonly" in text or "read-only" in text:
+        cause = "The database of this site cannot be written"
+    else:
+        cause = "The database of this site does not answer"
+    return f"{cause}: nothing was stored. Try again in a minute, or tell its administrator"
 
 
 def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:

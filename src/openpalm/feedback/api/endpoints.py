@@ -15,6 +15,7 @@ from django.views.decorators.csrf import csrf_exempt
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import RANKS, find_project, has_rank
+from openpalm.feedback.accounts.errors import RETRY_AFTER_S, database_trouble
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.fields import MAX_ID, body_of, query_of
 from openpalm.feedback.api.tokens import authenticate
@@ -101,7 +102,10 @@ def endpoint(**operations: Operation) -> Any:
             return error.response()
         except DataError as error:
             return ApiError(400, f"{error}").response()
-        except Exception:
+        except Exception as error:
+            if reason := database_trouble(error):
+                logger.error("%s %s: %s", request.method, request.path, error)
+                return ApiError(503, reason, headers={"Retry-After": RETRY_AFTER_S}).response()
             logger.exception("%s %s", request.method, request.path)
             return ApiError(500, "the server failed; its log has the reason").response()
 

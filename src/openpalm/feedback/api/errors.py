@@ -15,6 +15,7 @@ CODES = {
     415: "unsupported_media_type",
     429: "too_many_failures",
     500: "internal",
+    503: "unavailable",
 }
 
 

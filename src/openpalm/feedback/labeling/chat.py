@@ -37,6 +37,8 @@ from openpalm.feedback.models import (
 
 OPEN, JUDGED, LEFT = "open", "judged", "left"
 MAX_TEXT, MAX_TURNS, MAX_TOKENS = 20_000, 30, 1024
+MAX_BEGUN = 30
+"""conversations that a user may begin in an hour without a judgement"""
 STORE_EVERY_S = 0.5
 SILENT_AFTER = timedelta(seconds=90)
 """an answer that grew no more for so long is taken as ended: its process is gone"""
@@ -53,6 +55,10 @@ def conversation_of(project: Project, user: User) -> Conversation | None:
 
 def begin(project: Project, user: User) -> Conversation:
     """A conversation with two served models of the project, drawn at random, on random sides."""
+    hour_ago = timezone.now() - timedelta(hours=1)
+    begun = Conversation.objects.filter(project=project, user=user, created_at__gt=hour_ago)
+    if begun.exclude(state=JUDGED).count() >= MAX_BEGUN:
+        raise DataError(f"{MAX_BEGUN} conversations without a judgement in an hour: try later")
     policies = ModelVersion.objects.filter(project=project, kind=ModelVersion.Kind.POLICY)
     models = list(policies.filter(name__in=served_names()).values_list("id", flat=True))
     if len(models) < 2:

@@ -3,12 +3,11 @@
 import logging
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 
 from django.conf import settings
-from django.db import DatabaseError, OperationalError, connections
+from django.db import DatabaseError, Error, InterfaceError, OperationalError, connections
 
 from openpalm.errors import OpenPalmError
 from openpalm.feedback.models import Job
@@ -53,6 +52,10 @@ class Worker:
                     if self._safely(lambda: bool(enqueue_due_statistics())):
                         continue
                 self.ending.wait(POLL_S)
+        except Exception:
+            # Without this thread its jobs would wait for ever: a new worker begins.
+            log.exception("the worker ends")
+            self.ending.set()
         finally:
             connections.close_all()
 
@@ -60,7 +63,7 @@ class Worker:
         """A database that is away for a while ends no worker."""
         try:
             return work()
-        except DatabaseError as error:
+        except Error as error:
             log.warning("database: %s; trying again", " ".join(str(error).split()))
             connections.close_all()
             self.ending.wait(2.0)
@@ -83,13 +86,13 @@ class Worker:
             jobs.give_back(job)
         except JobStopped:
             pass  # its state says so already
-        except OperationalError:
-            raise  # the database is away: the job is taken up again when its heartbeat is old
+        except (OperationalError, InterfaceError):
+            raise  # away, or its disk is full: the job is taken up when its heartbeat is old
         except (OpenPalmError, DatabaseError) as error:
             jobs.finish(job, Job.State.FAILED, message=" ".join(str(error).split()))
         except Exception as error:
             # A bug: the line is for the page, the traceback for the worker's log.
-            traceback.print_exception(error)
+            log.exception("job %s", job.pk)
             line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             jobs.finish(job, Job.State.FAILED, message=f"{line} (the worker's log says where)")
         else:
@@ -107,7 +110,7 @@ def _heartbeat(job: Job, progress: Progress):
                 if not jobs.beat(job):
                     progress.lost.set()
                     break
-            except DatabaseError:  # the next beat may reach it
+            except Error:  # the next beat may reach it
                 connections.close_all()
         connections.close_all()
 
