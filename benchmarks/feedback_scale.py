@@ -67,6 +67,7 @@ FILTERS = {
         "who=u3&state=flagged",
         "who=u3&kind=compare&by=simulated&before={response}",
         "who=u3&by=person",
+        "who=root&by=simulated",
         "kind=edit&state=deleted&by=model",
     ),
 }
@@ -390,11 +391,13 @@ def plans() -> dict[str, str]:
     from openpalm.feedback.labeling import queue
     from openpalm.feedback.labeling.records import _with_texts
     from openpalm.feedback.manage import items, responses
-    from openpalm.feedback.models import Project, Response, User
+    from openpalm.feedback.models import Item, Project, Response, User
 
-    project, last = Project.objects.get(slug=SLUG), Response.objects.order_by("pk").last()
+    project = Project.objects.get(slug=SLUG)
+    item, last = Item.objects.order_by("pk").last(), Response.objects.order_by("pk").last()
+    assert item
     assert last
-    middle = {"item": last.item_id // 2, "response": last.pk // 2}
+    middle = {"item": item.pk // 2, "response": last.pk // 2}
     labeler, worn = User.objects.get(username="u3"), User.objects.get(username=f"u{USERS}")
     queries: dict[str, Any] = {
         "next item": queue.open_items(project, labeler)[: queue.FIRST],

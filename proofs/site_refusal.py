@@ -30,17 +30,21 @@ from openpalm.errors import WorkError
 from openpalm.feedback.simulation.client import FeedbackClient
 from openpalm.feedback.simulation.session import judge
 
-PROJECT, PARENT = "chat", "parent"
+PROJECT, PARENT = "control", "parent"
 POLL_S = 1.0
 ADDRESSES = re.compile(r"http://[\d.]+:\d+")
 PREPARE = """
 import json
 from openpalm.feedback.labeling.new_items import add_prompts
-from openpalm.feedback.models import Project
-Project.objects.update(decided_by="simulated", scale=7)
+from openpalm.feedback.models import Guideline, Project
+project = Project.objects.create(
+    slug={project!r}, name={project!r}, scale=7, decided_by="simulated"
+)
+Guideline.objects.create(project=project, version=1, text="Choose the better reply.")
 asked = [([{{"role": "user", "content": q}}], "typed") for q in json.loads({questions!r})]
-add_prompts(Project.objects.get(), asked, held_out=True)
+add_prompts(project, asked, held_out=True)
 """
+"""makes the project before the server starts, which would otherwise make one with other prompts"""
 COMPARE = """
 from openpalm.feedback.models import ModelVersion
 from openpalm.feedback.training import comparisons
@@ -141,11 +145,12 @@ def ask(run: Seed, folder: Path) -> str:
     """Why the site does not promote the control; empty if it does."""
     text = (run.folder / f"{CONTROL}.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
+    held_out = json.dumps(run.questions(held_out=True))
+    manage(folder, "migrate", "--verbosity", "0")
+    manage(folder, "shell", "-c", PREPARE.format(project=PROJECT, questions=held_out))
     with serving(run.folder / PARENT, folder) as url:
         token = manage(folder, "shell", "-c", ADMIN).split("TOKEN ")[1].split()[0]
         admin = FeedbackClient(url, token)
-        held_out = json.dumps(run.questions(held_out=True))
-        manage(folder, "shell", "-c", PREPARE.format(questions=held_out))
         for begin in range(0, len(records), 100):
             items = [
                 {"messages": record["prompt"], "candidates": record["candidates"]}

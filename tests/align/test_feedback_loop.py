@@ -7,6 +7,7 @@ import feedback_loop
 import judgement_curve
 import pytest
 import replies
+import site_refusal
 import torch
 from prove import drawn_pairs
 from simulated_judging import Item, WithoutSite
@@ -42,6 +43,16 @@ def test_shuffled_verdicts_are_the_same_ones_and_agree_with_nothing(judged):
     found = feedback_loop.judgements_agreement(control, items)
     assert found is not None
     assert found[1] < 0.5 < found[2]
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_verdict_names_the_same_text_on_either_side(judged, step):
+    record = next(one.record for one in judged[1] if "better" in one.record["payload"])
+    shown = record["candidates"][::step]
+    assignment = {"messages": record["prompt"], "candidates": shown}
+    given = site_refusal.verdicts([record])(assignment)
+    assert shown[given["better"]] == record["candidates"][record["payload"]["better"]]
+    assert {given["better"], given["worse"]} == {0, 1}
 
 
 def test_no_held_out_question_is_trained_on(tmp_path):

@@ -164,6 +164,12 @@ def test_an_export_makes_no_site_and_the_folder_may_come_from_the_environment(tm
     assert not folder.exists()
 
 
+def test_a_command_on_a_database_without_tables_is_one_line(tmp_path):
+    words = ["manage", "create_token", "ada", "--scopes", "items:read"]
+    line = refused(*words, OPENPALM_FEEDBACK_DIR=str(tmp_path / "site"))
+    assert line.endswith("`openpalm feedback manage migrate` makes its tables")
+
+
 def test_one_process_alone_needs_the_tables(tmp_path):
     for part in ("web", "worker"):
         words = [part, "--dir", tmp_path / "site", "--port", 0]

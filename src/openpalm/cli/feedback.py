@@ -34,9 +34,7 @@ class FeedbackSettings:
 
 def run(argv: Sequence[str]) -> None:
     if argv and argv[0] == MANAGE:
-        from openpalm.feedback.manage_command import manage
-
-        manage(argv[1:])
+        _manage(argv[1:])
         return
     if argv and argv[0] in feedback_data.VERBS:
         feedback_data.run(argv)
@@ -75,6 +73,25 @@ def run(argv: Sequence[str]) -> None:
             serve(listening)
         else:
             _run_all(site, listening)
+
+
+def _manage(words: Sequence[str]) -> None:
+    """A Django command. Raises SettingsError for a database that is away or has no tables."""
+    from openpalm.cli import feedback_site
+
+    feedback_site.check_installed()
+    from django.db import OperationalError, ProgrammingError
+
+    from openpalm.feedback.manage_command import manage
+
+    try:
+        manage(words)
+    except (OperationalError, ProgrammingError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SettingsError(
+            f"the database cannot be used ({reason}); `openpalm feedback manage migrate` makes its "
+            "tables"
+        ) from None
 
 
 def _run_all(site, listening) -> None:

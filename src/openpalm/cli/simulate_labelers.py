@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> None:
         examples=[
             "openpalm feedback manage create_labelers demo --count 3 > tokens.txt",
             "openpalm simulate-labelers --url http://127.0.0.1:8080 --project demo "
-            "--token-file tokens.txt --taste exact,warm,brief --noise 0.15 --count 200",
+            "--token-file tokens.txt",
         ],
     )
     from openpalm.feedback.simulation.labeler import Labeler

@@ -6,7 +6,7 @@ import pytest
 from django.db import OperationalError
 
 from openpalm.data.rows.preferences import Preference
-from openpalm.feedback.models import Assignment, ModelVersion, Response, Role, User
+from openpalm.feedback.models import Assignment, ModelVersion, Project, Response, Role, User
 
 
 @pytest.fixture
@@ -158,6 +158,18 @@ def test_an_annotator_sees_their_own_responses_only(project, make_item, ann, mem
     assert len(reviewer.get("responses", project="demo", author="bob").data["data"]) == 1
     assert reviewer.delete(f"responses/{other}").status_code == 404
     assert reviewer.get("responses/export", project="demo").status_code == 403
+
+
+def test_responses_of_an_item_are_listed_in_its_project_only(
+    project, make_item, ann, caller, admin
+):
+    item, uid = make_item("one", "yes", "no"), judge(ann)
+    Project.objects.create(slug="other", name="Other")
+    api = caller(admin)
+    (found,) = api.get("responses", project="demo", item=item.pk).data["data"]
+    assert found["id"] == uid
+    assert api.get("responses", project="other", item=item.pk).data["data"] == []
+    assert api.get("responses", project="demo", author="nobody").data["data"] == []
 
 
 def test_a_deleted_judgement_is_erased_and_its_place_is_free(

@@ -227,6 +227,26 @@ def test_quality_keeps_kinds_of_authors_apart(loop, admin, signed_in, store):
     assert [bool(group["agreement"]) for group in groups] == [True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("labelers", "overlap", "says"),
+    [
+        (["ann"], 2, "One labeler so far: agreement needs a second one."),
+        (["ann", "bob"], 1, "each item of this project gets one"),
+        (["ann", "bob"], 2, "there is none yet"),
+    ],
+)
+def test_quality_says_what_agreement_needs(
+    project, admin, signed_in, store, labelers, overlap, says
+):
+    project.overlap = overlap
+    project.save()
+    row = {"author_kind": "person", "judgements": 5}
+    store("labelers", {"rows": [row | {"name": name} for name in labelers]})
+    page = signed_in(admin).get("/p/demo/quality").content.decode()
+    assert says in page
+    assert ("Settings.</p>" in page) == (overlap == 1)
+
+
 def test_the_board_does_not_mix_groups(loop, admin, signed_in, store):
     strengths = [
         {"model": m, "group": g, "value": 0.5, "low": 0.1, "high": 0.9, "comparisons": 10}

@@ -384,7 +384,7 @@ def test_a_rehearsal_does_not_promote_where_people_decide(project, both, admin, 
     assert comparison.result["decision"] == "promote"
     Project.objects.filter(pk=project.pk).update(decided_by="person")
     comparison = Comparison.objects.get(pk=comparison.pk)
-    with pytest.raises(DataError, match="judged by labelers of the kind simulated"):
+    with pytest.raises(DataError, match="judged by simulated labelers"):
         promotion.propose(project, both[1], admin, comparison=comparison)
 
 

@@ -70,7 +70,7 @@ def agreements(figures: Figures) -> list[dict[str, Any]]:
                 "newest": next((each for each in models if each["accuracy"]), None),
                 "models": models[:SHOWN_MODELS],
                 "ceiling": ceiling,
-                "ceiling_words": plots.in_words(ceiling),
+                "ceiling_words": plots.in_words(ceiling) if ceiling else "",
                 "ceiling_plot": plots.interval(ceiling),
                 "limit": plots.in_words(limit) if limit else "",
                 "calibration": calibration,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from openpalm.data.rows.read_result import StreamCounts
-from openpalm.errors import DataError
+from openpalm.errors import DataError, count_of
 from openpalm.feedback.labeling.names import names_itself, names_of
 from openpalm.feedback.labeling.new_items import (
     NewCandidate,
@@ -185,7 +185,9 @@ class Importer:
             self._note(where, row, None)
         elif count < least:
             needs = "an answer" if least == 1 else f"{least} answers"
-            self.counts.leave_out(where, f"has {count} answers; this project needs {needs}")
+            keys = "" if count else " (as `responses`, or as `chosen` and `rejected`, for example)"
+            found = f"has {count_of(count, 'answer')}"
+            self.counts.leave_out(where, f"{found}; this project needs {needs}{keys}")
         elif most and count > most:
             self.counts.leave_out(where, f"has {count} answers; this project compares {most}")
         elif least > 1 and len({text.strip() for text, _ in row.candidates}) < count:

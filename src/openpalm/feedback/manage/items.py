@@ -55,7 +55,8 @@ def _filtered(request: ProjectRequest) -> "QuerySet[Item]":
     if who := given.get("who", "").replace("\0", "").strip():
         # The user and the page's place are known first: else PostgreSQL may read the judgements of
         # all users, those of all items that the page does not reach.
-        user = User.objects.filter(username=who).first()
+        if not (user := User.objects.filter(username=who).first()):
+            return rows.none()
         judged = Response.objects.filter(project=request.project, user=user).exclude(in_force=False)
         rows = rows.filter(pk__in=within(judged, request, "item_id").values("item_id"))
     return rows

@@ -44,7 +44,7 @@ def project_new(request: Any) -> HttpResponse:
     form = NewProjectForm(request.POST or None)
     if request.method == "POST" and form.is_valid():
         project = _make_project(request.user, form)
-        messages.success(request, "The project is there. Next: give it prompts or items to judge.")
+        messages.success(request, "The project is there.")
         return redirect("project", project.slug)
     context = {"form": form, "is_first": not Project.objects.exists()}
     status = 422 if form.is_bound else 200

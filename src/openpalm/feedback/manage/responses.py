@@ -54,17 +54,19 @@ def _filtered(request: ProjectRequest) -> "QuerySet[Response]":
         for name, (column, allowed) in FILTERS.items()
         if given.get(name) in allowed
     ]
-    # One index serves one filter, and SQLite would guess which: the first that is rare. The others
-    # are written such that no index fits.
-    chosen.sort(key=lambda each: each[1] in COMMON)
-    for position, (column, value, allowed) in enumerate(chosen):
-        if position == 0:
-            rows = rows.filter(**{column: value})
-        else:
-            rows = rows.exclude(**{f"{column}__in": [v for v in allowed if v != value]})
+    # One index serves one filter, and SQLite would guess which: the labeler, else the first that is
+    # rare. The others are written such that no index fits.
+    has_index = False
     if who := given.get("who", "").replace("\0", "").strip():
-        user = User.objects.filter(username=who).first()
-        rows = rows.filter(user=user) if user else rows.none()
+        if not (user := User.objects.filter(username=who).first()):
+            return rows.none()
+        rows, has_index = rows.filter(user=user), True
+    chosen.sort(key=lambda each: each[1] in COMMON)
+    for column, value, allowed in chosen:
+        if has_index:
+            rows = rows.exclude(**{f"{column}__in": [v for v in allowed if v != value]})
+        else:
+            rows, has_index = rows.filter(**{column: value}), True
     return rows
 
 

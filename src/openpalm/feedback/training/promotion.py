@@ -45,8 +45,12 @@ def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
         return f"{result.get('comparisons') or 0} comparisons; {MINIMUM} are needed"
     kind = result.get("author_kind", User.Kind.PERSON)
     if kind != comparison.project.decided_by:
-        decides = comparison.project.decided_by
-        return f"it was judged by labelers of the kind {kind}; in this project {decides} decides"
+        who: dict[str, str] = {
+            User.Kind.PERSON: "people",
+            User.Kind.SIMULATED: "simulated labelers",
+        }
+        decides = who.get(comparison.project.decided_by, comparison.project.decided_by)
+        return f"it was judged by {who.get(kind, kind)}; in this project {decides} decide"
     counted = (result.get("figures") or {}).get("judgements")
     if counted is not None and (left := judgements_left(comparison)) != counted:
         return f"{left} of the {counted} judgements that decided it are left; compare again"
