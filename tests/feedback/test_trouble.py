@@ -38,6 +38,7 @@ def test_the_page_says_what_is_wrong_and_that_nothing_was_stored(
     make_item("one", "yes", "no")
     ann = member("ann")
     assignment = queue.next_assignment(project, ann)
+    assert assignment is not None
     failing(error)
     client = Client(raise_request_exception=False)
     client.force_login(ann)
@@ -52,6 +53,7 @@ def test_a_clock_set_back_loses_no_judgement(project, make_item, member, monkeyp
     make_item("one", "yes", "no", needed=1)
     ann = member("ann")
     assignment = queue.next_assignment(project, ann)
+    assert assignment is not None
     earlier = timezone.now() - timedelta(hours=1)
     monkeypatch.setattr(timezone, "now", lambda: earlier)
     queue.return_expired(project)
@@ -67,6 +69,7 @@ def test_a_lease_from_before_the_project_was_closed_is_judged(project, make_item
     make_item("two", "yes", "no", needed=1)
     ann = member("ann")
     assignment = queue.next_assignment(project, ann)
+    assert assignment is not None
     project.open = False
     project.save()
     client = Client()

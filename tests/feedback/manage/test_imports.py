@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from pathlib import Path
 
 import pytest
 from django.conf import settings
@@ -12,7 +13,9 @@ from openpalm.data.rows import row_stream
 from openpalm.errors import DataError
 from openpalm.feedback.manage import uploads
 from openpalm.feedback.models import Candidate, Item, Job, ModelVersion, Project, Prompt, Task
-from openpalm.feedback.worker.progress import JobStopped, Progress
+from openpalm.feedback.worker import jobs
+from openpalm.feedback.worker.loop import Worker, drain
+from openpalm.feedback.worker.progress import JobStopped, Progress, WorkerEnds
 
 
 def lines(*rows):
@@ -81,6 +84,39 @@ def test_an_import_that_was_cut_off_is_run_again(import_file, monkeypatch):
     result = import_file("a.jsonl", content)
     assert (result["added"], result["unused"]) == (500, {"already in the project": 400})
     assert Prompt.objects.count() == 900
+
+
+@pytest.mark.parametrize("what", ["prompts", "items"])
+def test_a_job_that_is_cut_off_twice_reports_the_whole_file(project, monkeypatch, what):
+    rows = [{"prompt": f"q{n}", "chosen": "yes", "rejected": "no"} for n in range(900)]
+    folder = settings.FEEDBACK_DIR / "uploads"
+    folder.mkdir(exist_ok=True)
+    file = folder / "stored.jsonl"
+    file.write_text(lines(*rows, rows[0]), encoding="utf-8")
+    given = {"what": what, "file": file.name, "name": "a.jsonl"}
+    job = jobs.enqueue("import", project=project, **given)
+    unlink = Path.unlink
+
+    def stop(self, done, **_):
+        if done >= 400:
+            raise WorkerEnds
+
+    def killed(path, **_):
+        unlink(path)
+        raise WorkerEnds
+
+    for target, name, attack in ((Progress, "move_to", stop), (Path, "unlink", killed)):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, attack)
+            Worker().run_one(("import",))
+        job.refresh_from_db()
+        assert job.state == Job.State.QUEUED
+    assert not file.exists()
+    drain("import")
+    job.refresh_from_db()
+    assert job.state == Job.State.DONE
+    assert (job.result["added"], job.result["unused"]) == (900, {"already in the project": 1})
+    assert (Prompt.objects.count(), Item.objects.count()) == (900, 900 if what == "items" else 0)
 
 
 def test_the_held_out_share_is_the_same_each_time(import_file, project):

@@ -33,7 +33,7 @@ def too_large(request: HttpRequest) -> HttpResponse:
 def server_error(request: HttpRequest) -> HttpResponse:
     if reason := database_trouble(sys.exc_info()[1]):
         response = _without_request(503, f"{reason}. Go back: what you wrote is still there.")
-        response.headers["Retry-After"] = RETRY_AFTER_S
+        response["Retry-After"] = RETRY_AFTER_S
         return response
     return _without_request(500, "The server failed. The error is in its log; nothing was stored.")
 

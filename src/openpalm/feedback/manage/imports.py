@@ -6,8 +6,10 @@ file and line of the first of each.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     assert job.project is not None
     path = uploads.path_of(job.arguments["file"])
     if not path.exists():
+        if job.result:  # the worker ended between the last two writes
+            return job.result
         raise DataError(f"{job.arguments['name']}: the uploaded file is gone; upload it again")
-    importer = Importer(job.project, path, job.arguments)
+    importer = Importer(job.project, path, job.arguments, since=job.started_at)
     progress.start(0, f"reads {job.arguments['name']}")
     try:
         for rows in importer.run():
@@ -49,8 +53,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         path.unlink(missing_ok=True)
         # The person knows the file by its own name, and need not know where it is kept.
         raise DataError(str(error).replace(str(path), job.arguments["name"])) from None
+    result = importer.result()
+    Job.objects.filter(pk=job.pk).update(result=result)
     path.unlink(missing_ok=True)
-    return importer.result()
+    return result
 
 
 @dataclass
@@ -61,6 +67,8 @@ class Importer:
     path: Path
     arguments: dict[str, Any]
     counts: StreamCounts = field(default_factory=StreamCounts)
+    since: datetime | None = None
+    """when the job began first: what was added since is its own, from before a worker's end"""
     rows: int = 0
     held_out: int = 0
 
@@ -68,6 +76,15 @@ class Importer:
         self.names = names_of(self.project)
         self.models = _models(self.project)
         self.what = self.arguments.get("what", "prompts")
+        self.earlier = 0
+        if self.since:
+            own = {"project": self.project, "created_at__gte": self.since}
+            if self.what == "items" or self.project.task == Task.DEMONSTRATION:
+                self.earlier = Item.objects.filter(key__startswith="file:", **own).count()
+            else:
+                prompts = Prompt.objects.filter(source="file", **own)
+                self.earlier = prompts.count()
+                self.held_out = prompts.filter(held_out=True).count()
 
     def run(self) -> Iterator[int]:
         """Yields the number of rows read so far."""
@@ -81,6 +98,14 @@ class Importer:
             yield self.rows
         if not self.rows:
             raise DataError(f"{name}: holds no row; nothing was added")
+        self._count_earlier()
+
+    def _count_earlier(self) -> None:
+        """Counts as added what an earlier attempt of this job added."""
+        again = min(self.earlier, self.counts.unused[ALREADY])
+        self.counts.used += again
+        self.counts.unused[ALREADY] -= again
+        self.counts.unused += Counter()  # without reasons that no row has
 
     def result(self) -> dict[str, Any]:
         return {
