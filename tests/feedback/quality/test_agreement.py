@@ -1,6 +1,5 @@
 """Agreement of labelers, against the package krippendorff and numbers computed by hand."""
 
-import krippendorff
 import pytest
 from tests.helpers.pair_payloads import A2, B2, BOTH_BAD, TIE, A, B
 
@@ -15,6 +14,7 @@ def three(member):
 
 
 def test_pairs_agree_about_the_winner(project, three, make_item, judge, figures):
+    krippendorff = pytest.importorskip("krippendorff")
     given = [(A, A2, A), (A, B, TIE), (B, B2, B), (TIE, TIE, BOTH_BAD)]
     for n, payloads in enumerate(given):
         item = make_item(f"q{n}", "x", "y", needed=3)
@@ -37,6 +37,7 @@ def test_pairs_agree_about_the_winner(project, three, make_item, judge, figures)
 
 
 def test_strengths_are_ordinal_without_both_bad(project, three, make_item, judge, figures):
+    krippendorff = pytest.importorskip("krippendorff")
     given = [(A2, A, TIE), (B2, B2, B), (TIE, BOTH_BAD, B)]
     for n, payloads in enumerate(given):
         item = make_item(f"q{n}", "x", "y", needed=3)
@@ -53,6 +54,7 @@ def test_strengths_are_ordinal_without_both_bad(project, three, make_item, judge
 
 
 def test_thumbs(project, three, make_item, judge, figures):
+    krippendorff = pytest.importorskip("krippendorff")
     project.task = "thumbs"
     project.save()
     for n, ups in enumerate([(1, 1, 1), (1, 1, 0), (0, 0, 0)]):
@@ -68,6 +70,7 @@ def test_thumbs(project, three, make_item, judge, figures):
 
 
 def test_ratings_by_axis(project, three, make_item, judge, figures):
+    krippendorff = pytest.importorskip("krippendorff")
     project.task, project.axes = "rating", ["truth", "style"]
     project.save()
     truth = [(1, 2, 1), (5, 5, 4), (3, 3, 3)]

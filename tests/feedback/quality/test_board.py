@@ -1,6 +1,5 @@
 """The board: Bradley-Terry over the project's models, against the package choix."""
 
-import choix
 import numpy as np
 import pytest
 from tests.helpers.pair_payloads import BOTH_BAD, TIE, A, B
@@ -33,6 +32,7 @@ def strengths(board, which="plain"):
 
 
 def test_strengths_are_those_of_choix(models, member, compared, judge, figures):
+    choix = pytest.importorskip("choix")
     ann = member("ann")
     wins = {(0, 1): 3, (1, 0): 5, (0, 2): 2, (2, 0): 6, (1, 2): 3, (2, 1): 4}
     games = []
