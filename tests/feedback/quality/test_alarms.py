@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tests.helpers.pair_payloads import A, B
+from pair_payloads import A, B
 
 from openpalm.feedback.models import Candidate, ModelScore, ModelVersion, TrainRun, User
 from openpalm.feedback.quality.alarms import MINIMUM, mean_interval

@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 import pytest
-from tests.helpers.pair_payloads import A2, B2, BOTH_BAD, TIE, A, B
+from pair_payloads import A2, B2, BOTH_BAD, TIE, A, B
 
 from openpalm.feedback.labeling import submission
 from openpalm.feedback.labeling.submission import Judgement

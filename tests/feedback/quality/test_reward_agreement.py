@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from tests.helpers.pair_payloads import BOTH_BAD, TIE, A, B
+from pair_payloads import BOTH_BAD, TIE, A, B
 
 from openpalm.feedback.labeling import submission
 from openpalm.feedback.models import (
