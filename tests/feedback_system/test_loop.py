@@ -127,7 +127,7 @@ def test_judgements_become_a_served_model(loop):
     assert (compared["state"], compared["judged"]) == ("decided", 200)
     result = compared["result"]
     assert result["author_kind"] == "simulated"
-    assert result["decision"] == "promote", result
+    assert result["decision"] == "promote", result["reason"]
 
     before, failures = loop.ask(), []
     ending = threading.Event()

@@ -50,8 +50,12 @@ def labeler() -> User:
     return user
 
 
-def judge_all() -> int:
-    """The taste: the answer with the larger share of ASCII letters is better."""
+def judge_all(favourite: ModelVersion | None = None) -> int:
+    """The taste: the answer with the larger share of ASCII letters is better.
+
+    So small a model learns no taste from 40 judgements: in a comparison the `favourite` wins four
+    times of five, to see what follows.
+    """
     judged = 0
     while (assignment := queue.next_assignment(project(), labeler())) is not None:
         texts = [place.candidate.text for place in assignment.item.places.all()]
@@ -59,6 +63,12 @@ def judge_all() -> int:
         shares = [count / max(1, len(text)) for count, text in zip(letters, texts, strict=True)]
         better = int(shares[1] > shares[0])
         payload = {"better": better, "worse": 1 - better, "strength": 1}
+        if shares[0] == shares[1]:
+            payload = {"tie": [0, 1]}
+        if favourite is not None:
+            models = [place.candidate.model for place in assignment.item.places.all()]
+            better = models.index(favourite) ^ (judged % 5 == 4)
+            payload = {"better": better, "worse": 1 - better, "strength": 1}
         submission.submit(assignment.pk, labeler(), Judgement("compare", payload, 1000))
         judged += 1
     return judged
@@ -128,7 +138,7 @@ def compare() -> Any:
     challenger = ModelVersion.objects.get(run__verb="dpo")
     comparisons.create(project(), challenger, None, sampling=SAMPLING)
     job = wait("compare")
-    judged = judge_all()
+    judged = judge_all(challenger)
     while Comparison.objects.get().state == "judging":  # the worker computes it
         time.sleep(0.2)
     found = Comparison.objects.get()
