@@ -1,7 +1,7 @@
 """Short replies to household questions, made from word lists: their qualities vary independently.
 
-A writer trained on these names the subject asked or another, is friendly or not, writes one to
-four sentences, repeats itself or not, and finishes its last sentence or not. No quality depends on
+A reply names the subject that the question asks about or none, is friendly, rude or neither, has
+one to four sentences of advice, and finishes its last sentence or not. No quality depends on
 another, and none follows from the length alone.
 """
 

@@ -45,7 +45,7 @@ class ImportSettings:
     project: str
     """the project's name in URLs"""
     file: Path
-    """.jsonl, .jsonl.gz, .csv with a header, or .txt with a prompt on each line"""
+    """.jsonl, .jsonl.gz, .json, .csv with a header, or .txt with a prompt on each line"""
     what: str = "items"
     """items: prompts with their completions, to be judged; prompts: prompts alone"""
     held_out: float = 0.0

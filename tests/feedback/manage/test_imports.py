@@ -161,6 +161,56 @@ def test_judgements_of_the_file_as_gold(import_file, project):
     assert item.gold == {"better": 0, "worse": 1, "strength": 1}
 
 
+EXPORTS = Path(__file__).parents[2] / "data" / "rows" / "imports" / "data"
+
+
+def test_an_export_of_label_studio_becomes_an_item(import_file, project):
+    content = (EXPORTS / "label_studio.json").read_text(encoding="utf-8")
+    result = import_file("tasks.json", content, what="items", gold=True)
+    # Its two tasks have the same texts.
+    assert (result["added"], result["unused"]) == (1, {"already in the project": 1})
+    assert Item.objects.get().gold == {"better": 1, "worse": 0, "strength": 1}
+    altered = "\n".join(result["lines"])
+    assert "1 altered: without its judgement ('tasks.json, record 1')" in altered, "its rating"
+    assert "1 altered: without text of question 'why', which no record holds" in altered
+
+
+@pytest.mark.parametrize("what", ["prompts", "items"])
+def test_an_export_of_argilla_with_several_people_is_one_item(import_file, project, what):
+    content = (EXPORTS / "argilla_2.8_to_json.json").read_text(encoding="utf-8")
+    result = import_file("records.json", content, what=what)
+    assert (result["rows"], result["added"], result["unused"]) == (2, 2, {})
+    assert Prompt.objects.count() == 2
+    if what == "items":
+        report = "\n".join(result["lines"])
+        assert "1 altered: without its judgements ('records.json, record 1')" in report
+        assert "1 altered: without its judgement ('records.json, record 2')" in report
+
+
+def test_people_who_differ_give_no_gold(import_file, project):
+    results = [
+        {"id": n, "completed_by": n, "result": [
+            {"type": "pairwise", "from_name": "p", "to_name": "a1,a2", "value": {"selected": side}}
+        ]}
+        for n, side in enumerate(("left", "right"))
+    ]  # fmt: skip
+    data = {"prompt": "q", "answer1": "yes", "answer2": "no"}
+    task = {"id": 1, "data": data, "annotations": results}
+    for annotations in (results[:1] * 2, results):
+        import_file("t.jsonl", lines(task | {"annotations": annotations}), what="items", gold=True)
+        gold = Item.objects.values_list("purpose", flat=True)
+        assert list(gold) == ["gold" if annotations[0] == annotations[1] else "training"]
+        Item.objects.all().delete()
+
+
+def test_a_json_file_may_have_unusable_objects(import_file, project):
+    result = import_file("a.json", '[{"prompt": "q"}, {"prompt": }, {"x": 1}]')
+    assert (result["rows"], result["added"]) == (3, 1)
+    report = "\n".join(result["lines"])
+    assert "a.json, record 2" in report
+    assert "a.json, record 3" in report
+
+
 def test_preference_records_keep_their_models(import_file, project):
     model = ModelVersion.objects.create(project=project, name="small", checkpoint="c0ffee")
     record = {
@@ -196,6 +246,8 @@ def test_a_held_out_prompt_gets_no_item(import_file, project):
 HOSTILE = {
     "nested.jsonl": '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "number.jsonl": '{"prompt": ' + "9" * 1_000_000 + "}",
+    "numbers.json": "[1, 2]",
+    "cut.json": '[{"x": 1}, {"prompt": "q"',
     "binary.jsonl": b"\x00\xff\xfe" * 1000,
     "utf16.txt": "Why?".encode("utf-16"),
     "wide.csv": "prompt\n" + ",".join("a" * 10 for _ in range(1000)),

@@ -27,18 +27,31 @@ _IN_OBJECT = re.compile(rb'["{}\[\]]')
 
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("path, record N", object) of each object, counted from 1. Raises DataError."""
+    for where, data in split_objects(path, str(path)):
+        yield where, parse_object(data, where)
+
+
+def split_objects(path: Path, name: str) -> Iterator[tuple[str, bytes]]:
+    """("name, record N", its bytes) of each object, for `parse_object`. Raises DataError.
+
+    `name` stands for the path in places and messages.
+    """
     with open_lines(path, no_tap) as stream:
-        for number, data in enumerate(_Splitter(path).split(stream), start=1):
-            where = f"{path}, record {number}"
-            refuse_binary(data, where)
-            yield where, parse_row(data, where)
+        for number, data in enumerate(_Splitter(name).split(stream), start=1):
+            yield f"{name}, record {number}", data
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """Raises DataError that begins with `where`."""
+    refuse_binary(data, where)
+    return parse_row(data, where)
 
 
 class _Splitter:
     """Finds where each object begins and ends; the file may be cut anywhere into blocks."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, name: str):
+        self._name = name
         self._number = 0
         self._arrays = 0
         """brackets that are open around the objects"""
@@ -101,4 +114,4 @@ class _Splitter:
         return found.end()
 
     def _error(self, reason: str) -> DataError:
-        return DataError(f"{self._path}, record {self._number}: {reason}")
+        return DataError(f"{self._name}, record {self._number}: {reason}")

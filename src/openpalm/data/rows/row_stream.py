@@ -1,6 +1,6 @@
-"""Streams the rows of a file of which single lines may be unusable: .jsonl, .csv, .txt.
+"""Streams the rows of a file of which single rows may be unusable: .jsonl, .json, .csv, .txt.
 
-For uploads: memory does not grow with the file, and a line that cannot be read is yielded as its
+For uploads: memory does not grow with the file, and a row that cannot be read is yielded as its
 reason, so that the next one is read. The readers of training files refuse such a file instead.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openpalm.data.corpus.json_lines import BLOCK_BYTES, parse_lines, read_lines
+from openpalm.data.corpus.json_objects import parse_object, split_objects
 from openpalm.data.corpus.line_streams import no_tap
 from openpalm.errors import DataError
 
@@ -22,13 +23,15 @@ Given = dict[str, Any]
 def stream_rows(path: Path, name: str) -> Iterator[tuple[str, Given | str]]:
     """("name:line", row or reason); `name` stands for the path in places and reasons.
 
-    A .csv file has a header, a .txt file a prompt on each line. Raises DataError if the file itself
-    is damaged.
+    A .json file is an array of objects, a .csv file has a header, a .txt file a prompt on each
+    line. Raises DataError if the file itself is damaged.
     """
     if path.name.endswith(".csv"):
         return _csv_rows(path, name)
     if path.name.endswith(".txt"):
         return _text_rows(path, name)
+    if path.name.endswith(".json"):
+        return _object_rows(path, name)
     return _json_rows(path, name)
 
 
@@ -44,7 +47,15 @@ def _json_rows(path: Path, name: str) -> Iterator[tuple[str, Given | str]]:
                 yield from parse_lines(one)
             except DataError as error:
                 where = f"{name}:{number}"
-                yield where, without_place(where, error)
+                yield where, _without_place(where, error)
+
+
+def _object_rows(path: Path, name: str) -> Iterator[tuple[str, Given | str]]:
+    for where, data in split_objects(path, name):
+        try:
+            yield where, parse_object(data, where)
+        except DataError as error:
+            yield where, _without_place(where, error)
 
 
 def _text_rows(path: Path, name: str) -> Iterator[tuple[str, Given | str]]:
@@ -96,6 +107,6 @@ def _cells(row: dict[Any, Any]) -> Given | str:
     return texts
 
 
-def without_place(where: str, error: DataError) -> str:
+def _without_place(where: str, error: DataError) -> str:
     """The message without its place: equal reasons are counted together."""
     return str(error).removeprefix(f"{where}: ")

@@ -24,6 +24,7 @@ from openpalm.feedback.labeling.new_items import (
     add_prompts,
     prompt_digest,
 )
+from openpalm.feedback.labeling.payloads import axes
 from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
 from openpalm.feedback.manage import upload_rows, uploads
 from openpalm.feedback.manage.upload_rows import UploadedItem
@@ -75,6 +76,7 @@ class Importer:
     def __post_init__(self) -> None:
         self.names = names_of(self.project)
         self.models = _models(self.project)
+        self._kind = KINDS[self.project.task]
         self.what = self.arguments.get("what", "prompts")
         self.earlier = 0
         if self.since:
@@ -200,21 +202,30 @@ class Importer:
             yield self._item(row, row.candidates if most else (), gold)
 
     def _gold(self, row: UploadedItem) -> dict[str, Any] | None:
-        """The file's judgement as the expected answer, if that was asked for and fits the task."""
-        if not self.arguments.get("gold") or row.judgement is None:
+        """The file's judgement as the expected answer, if that was asked for and fits the task.
+
+        None if the judgements of several people differ.
+        """
+        if not self.arguments.get("gold"):
             return None
-        kind, payload = row.judgement
-        return payload if kind == KINDS[self.project.task] else None
+        asked = set(axes(self.project))  # a rating on other axes equals nobody's
+        fitting = [
+            payload
+            for kind, payload in row.judgements
+            if kind == self._kind and set(payload.get("ratings", asked)) == asked
+        ]
+        return fitting[0] if fitting and fitting.count(fitting[0]) == len(fitting) else None
 
     def _note(self, where: str, row: UploadedItem, gold: dict[str, Any] | None) -> None:
         """Counts what of a used row is not taken over."""
         notes = list(row.notes)
-        if row.judgement is not None and gold is None:
-            notes.append("its judgement")
+        left = sum(judgement != (self._kind, gold) for judgement in row.judgements)
+        if left:
+            notes.append("without its judgement" if left == 1 else "without its judgements")
         if row.candidates and not candidates_needed(self.project.task)[1]:
-            notes.append("its answers, since people write them here")
+            notes.append("without its answers, since people write them here")
         for note in notes:
-            self.counts.alter(where, f"without {note}")
+            self.counts.alter(where, note)
 
     def _item(
         self,
@@ -231,7 +242,7 @@ class Importer:
             purpose=Item.Purpose.TRAINING if gold is None else Item.Purpose.GOLD,
             needed=self.arguments.get("needed"),
             gold=gold,
-            gold_kind=KINDS[self.project.task] if gold else "",
+            gold_kind=self._kind if gold else "",
         )
 
     def _candidate(self, text: str, model: str) -> NewCandidate:

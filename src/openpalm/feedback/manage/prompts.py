@@ -30,7 +30,7 @@ MAX_TYPED = 500
 class UploadForm(PlainLabels, forms.Form):
     """A file of prompts or of items, and what to do with it."""
 
-    file = forms.FileField(help_text=".jsonl, .jsonl.gz, .csv with a header, or .txt")
+    file = forms.FileField(help_text=".jsonl, .jsonl.gz, .json, .csv with a header, or .txt")
     what = forms.ChoiceField(
         label="Take from it",
         choices=[

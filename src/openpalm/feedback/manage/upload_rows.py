@@ -1,6 +1,7 @@
 """The rows of an uploaded file, one by one, as prompts or as items with candidates.
 
-Reads every format of data/rows; a row that cannot be used is yielded as its reason.
+Reads every format of data/rows and the exports of annotation tools; a row that cannot be used is
+yielded as its reason.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from openpalm.base.console import shown
-from openpalm.base.typed import at
 from openpalm.data.rows.fields import COMPLETION_FIELDS, COMPLETIONS, PROMPT_FIELDS, Row
+from openpalm.data.rows.imports.read_export import Tool, find_tool, import_row
+from openpalm.data.rows.imports.tasks import UNJUDGED, Roles
 from openpalm.data.rows.messages import Messages, parse_conversation, parse_prompt, parse_responses
 from openpalm.data.rows.pair_files import row_to_pair
 from openpalm.data.rows.preferences import Preference
 from openpalm.data.rows.public_datasets import public_format
-from openpalm.data.rows.read_result import UnusableRow
+from openpalm.data.rows.read_result import StreamCounts, UnusableRow
 from openpalm.data.rows.row_formats import (
     EXPLICIT,
     HH,
@@ -29,10 +31,12 @@ from openpalm.data.rows.row_formats import (
     WHOLE,
     row_format,
 )
-from openpalm.data.rows.row_stream import Given, stream_rows, without_place
+from openpalm.data.rows.row_stream import Given, stream_rows
 from openpalm.errors import DataError
 
 MAX_PROMPT = 2**20
+NO_TIME = "1970-01-01T00:00:00Z"
+"""the time of judgements without one; items have no time of a judgement"""
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,10 @@ class UploadedItem:
     prompt: Messages
     candidates: tuple[tuple[str, str], ...] = ()
     """(text, checkpoint) of each; the checkpoint is empty if the file does not say it"""
-    judgement: tuple[str, dict[str, Any]] | None = None
-    """kind and payload of the file's own judgement"""
+    judgements: tuple[tuple[str, dict[str, Any]], ...] = ()
+    """kind and payload of each of the file's own judgements"""
     notes: tuple[str, ...] = ()
-    """what of the row is not taken over"""
+    """what of the row is not taken over, each as a message"""
 
 
 def read_prompts(path: Path, name: str) -> Iterator[tuple[str, UploadedItem | str]]:
@@ -59,18 +63,19 @@ def read_items(path: Path, name: str) -> Iterator[tuple[str, UploadedItem | str]
 
 
 def _read(
-    path: Path, name: str, convert: Callable[[Given], UploadedItem]
+    path: Path, name: str, convert: Callable[[Given, Tool | None], UploadedItem]
 ) -> Iterator[tuple[str, UploadedItem | str]]:
+    is_table = path.name.endswith(".csv")  # all is text there, also what the tools give as numbers
     for where, row in stream_rows(path, name):
         if isinstance(row, str):
             yield where, row
             continue
         try:
-            yield where, at(where, convert, row)
+            yield where, convert(row, None if is_table else find_tool(row))
         except UnusableRow as error:
             yield where, error.reason
         except DataError as error:
-            yield where, without_place(where, error)
+            yield where, str(error)
         except RecursionError:
             yield where, "nested too deeply"
 
@@ -78,7 +83,9 @@ def _read(
 # A row -> a prompt, or a prompt with completions.
 
 
-def _prompt_of(given: Given) -> UploadedItem:
+def _prompt_of(given: Given, tool: Tool | None = None) -> UploadedItem:
+    if tool:
+        return UploadedItem(_item_of_task(given, tool).prompt)
     row = _row_of(given, "prompt")
     name = row_format(row.values)
     if name == PREFERENCE:
@@ -96,7 +103,9 @@ def _prompt_of(given: Given) -> UploadedItem:
     return _noted(row, UploadedItem(_checked(prompt)), PROMPT_FIELDS)
 
 
-def _item_of(given: Given) -> UploadedItem:
+def _item_of(given: Given, tool: Tool | None) -> UploadedItem:
+    if tool:
+        return _item_of_task(given, tool)
     row = _row_of(given, "pair")
     name = row_format(row.values)
     if name == PREFERENCE:
@@ -105,7 +114,7 @@ def _item_of(given: Given) -> UploadedItem:
         pair = next(iter(row_to_pair(row)))
         sides = (_answer(pair.chosen), ""), (_answer(pair.rejected), "")
         better = {"better": 0, "worse": 1, "strength": 1}
-        item = UploadedItem(_checked(pair.prompt), sides, ("compare", better))
+        item = UploadedItem(_checked(pair.prompt), sides, (("compare", better),))
     elif name in (RANKING, SCORED) or row.has("responses") or row.has("answers"):
         candidates = tuple((text, "") for text in parse_responses(row))
         item = UploadedItem(_checked(parse_prompt(row)), candidates)
@@ -134,13 +143,23 @@ def _noted(row: Row, item: UploadedItem, roles: frozenset[str]) -> UploadedItem:
     paragraphs = [part for text in contents for part in text.split("\n\n")]
     texts = [*contents, *paragraphs, *(text for text, _ in item.candidates)]
     unused = row.unused_fields(texts, roles)
-    notes = tuple(f"its field {shown(name)}" for name in unused)
+    notes = tuple(f"without its field {shown(name)}" for name in unused)
     return replace(item, notes=notes)
 
 
 def _item_of_record(record: Preference) -> UploadedItem:
     candidates = tuple((c.text, c.checkpoint or "") for c in record.candidates)
-    return UploadedItem(record.prompt, candidates, (record.kind, record.payload))
+    return UploadedItem(record.prompt, candidates, ((record.kind, record.payload),))
+
+
+def _item_of_task(given: Given, tool: Tool) -> UploadedItem:
+    """An item has what people saw and judged; only records have who judged it, and when."""
+    counts = StreamCounts()
+    task = import_row("row", given, tool, Roles(), counts, NO_TIME)
+    candidates = tuple((c.text, c.checkpoint or "") for c in task.candidates)
+    judgements = tuple((p.kind, p.payload) for p in task.preferences)
+    notes = tuple(f"without {reason}" for reason in counts.unused if reason != UNJUDGED)
+    return UploadedItem(_checked(task.prompt), candidates, judgements, notes)
 
 
 def _completion(row: Row) -> str | None:

@@ -8,7 +8,7 @@ from django.core.files.uploadedfile import UploadedFile
 
 from openpalm.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".txt")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".txt")
 MAX_NAME = 120
 
 

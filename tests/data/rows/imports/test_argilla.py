@@ -6,7 +6,7 @@ import re
 import datasets
 import pytest
 
-from openpalm.data.rows.imports.read_export import export_tool, read_export
+from openpalm.data.rows.imports.read_export import find_tool, read_export
 from openpalm.data.rows.imports.tasks import Roles
 from openpalm.data.rows.read_result import StreamCounts
 from openpalm.errors import DataError
@@ -207,7 +207,7 @@ def test_a_task_without_a_judgement_keeps_prompt_and_completions(tmp_path):
     tasks, counts = read(tmp_path, RANKED | {"responses": {}, "suggestions": {}})
     assert texts(tasks[0]) == ["red", "blue", "green"]
     assert tasks[0].preferences == []
-    assert counts.unused == {"no response": 1}
+    assert counts.unused == {"no judgement": 1}
 
 
 def test_a_demonstration(tmp_path):
@@ -330,13 +330,13 @@ def test_wrong_types_give_one_line(tmp_path, row, says):
     [
         (0, "a rating of 0; records have whole numbers from 1 to 5"),
         (2.5, "a rating of 2.5; records have whole numbers from 1 to 5"),
-        (10**400, "question 'q', whose answer no record holds"),
-        (True, "question 'q', whose answer no record holds"),
-        ([{"start": 0, "end": 2, "label": "x"}], "question 'q', whose answer no record holds"),
+        (10**400, "answer to 'q', which no record holds"),
+        (True, "answer to 'q', which no record holds"),
+        ([{"start": 0, "end": 2, "label": "x"}], "answer to 'q', which no record holds"),
         ("maybe", "text of question 'q', which no record holds"),
         (["maybe"], "label 'maybe' of question 'q', which no record holds"),
         (["response"], "label 'response' of question 'q', which no record holds"),
-        ([[["x"]] * 3], "question 'q', whose answer no record holds"),
+        ([[["x"]] * 3], "answer to 'q', which no record holds"),
     ],
 )
 def test_answers_without_a_record_are_counted(tmp_path, value, reason):
@@ -356,6 +356,7 @@ def test_files_are_refused(tmp_path):
 
 
 def test_detection():
-    assert {export_tool(row) for row in (RANKED, RATED, FIRST, HUB, FLAT)} == {"Argilla"}
-    assert export_tool({"prompt": "a", "chosen": "b", "rejected": "c"}) is None
-    assert export_tool({}) is None
+    found = [find_tool(row) for row in (RANKED, RATED, FIRST, HUB, FLAT)]
+    assert {tool and tool.name for tool in found} == {"Argilla"}
+    assert find_tool({"prompt": "a", "chosen": "b", "rejected": "c"}) is None
+    assert find_tool({}) is None

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from openpalm.data.rows.imports.read_export import export_tool, read_export
+from openpalm.data.rows.imports.read_export import find_tool, read_export
 from openpalm.data.rows.imports.tasks import Roles
 from openpalm.data.rows.read_result import StreamCounts
 from openpalm.errors import DataError
@@ -135,7 +135,7 @@ def test_ratings_choices_and_texts(tmp_path):
     ]
     assert [p.elapsed_s for p in tasks[0].preferences] == [12.5, None, None]
     assert counts.unused == {
-        "question 'tags', whose answer no record holds": 1,
+        "answer to 'tags', which no record holds": 1,
         "text of question 'reason', which no record holds": 1,
         "a result of type 'labels', which no record holds": 1,
         "a rating of 9; records have whole numbers from 1 to 5": 1,
@@ -184,7 +184,7 @@ def test_json_min(tmp_path):
     assert re.fullmatch("label-studio:12:[0-9a-f]{12}:50:0", tasks[0].preferences[0].id)
     assert counts.unused == {
         "field 'topic', which no record holds": 1,
-        "question 'kind', whose answer no record holds": 1,
+        "answer to 'kind', which no record holds": 1,
     }
 
 
@@ -292,5 +292,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_detection():
-    assert export_tool(task()) == "Label Studio"
-    assert export_tool({"annotation_id": 1}) == "Label Studio JSON-MIN"
+    found = [find_tool(task()), find_tool({"annotation_id": 1})]
+    assert [tool and tool.name for tool in found] == ["Label Studio", "Label Studio JSON-MIN"]

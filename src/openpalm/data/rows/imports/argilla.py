@@ -13,10 +13,17 @@ from typing import Any, NamedTuple
 from openpalm.base.console import shown
 from openpalm.base.typed import expect, is_number
 from openpalm.data.rows.fields import is_blank
-from openpalm.data.rows.imports.tasks import Annotation, Answer, Task, parse_name, parse_time
+from openpalm.data.rows.imports.tasks import (
+    UNJUDGED,
+    UNKNOWN_USER,
+    Annotation,
+    Answer,
+    Task,
+    parse_name,
+    parse_time,
+)
 from openpalm.errors import DataError
 
-UNKNOWN_USER = "unknown user"
 _RESPONSES = ".responses"
 _SUGGESTED = (".suggestion", "-suggestion")
 _COLUMNS = frozenset(
@@ -62,7 +69,7 @@ def parse_argilla(row: Row) -> tuple[Task, list[str]]:
         else:
             answers.setdefault(response.user, []).append(_answer(response))
     if not responses:
-        reasons.append("no response")
+        reasons.append(UNJUDGED)
     created = parse_time(row.get("updated_at") or row.get("inserted_at"), "updated_at")
     annotations = [Annotation(user, user, created, None, given) for user, given in answers.items()]
     return Task(_task_id(row), fields, annotations), reasons

@@ -136,7 +136,7 @@ def _judge(answer: Answer, content: Content, roles: Roles) -> Iterable[Judged | 
         return [_order(answer, content)]
     if answer.form in ("label", "text") and isinstance(answer.value, str):
         return _label_or_text(answer, content, kind)
-    return [f"question {question}, whose answer no record holds"]
+    return [f"answer to {question}, which no record holds"]
 
 
 def _side(answer: Answer, content: Content) -> Judged | str:

@@ -13,6 +13,8 @@ from openpalm.data.rows.fields import is_blank
 from openpalm.data.rows.imports.judgements import BAD, BOTH_BAD, GOOD, TIE
 from openpalm.data.rows.imports.task_fields import is_content_name, normal
 from openpalm.data.rows.imports.tasks import (
+    UNJUDGED,
+    UNKNOWN_USER,
     Annotation,
     Answer,
     Roles,
@@ -21,7 +23,6 @@ from openpalm.data.rows.imports.tasks import (
     parse_time,
 )
 
-UNKNOWN_USER = "unknown user"
 _VALUES = ("selected", "rating", "ranker", "choices", "text", "number")
 _OWN = frozenset(
     (
@@ -45,7 +46,7 @@ def parse_label_studio(row: Row) -> tuple[Task, list[str]]:
     """The task, and a reason for each annotation or result that is not used."""
     given = row["annotations"]
     expect("annotations", given, "a list of annotations", lambda v: isinstance(v, list))
-    reasons = [] if given else ["no annotation"]
+    reasons = [] if given else [UNJUDGED]
     for name, reason in (("predictions", "a prediction of a model"), ("drafts", "a draft")):
         listed = row.get(name)
         expect(name, listed, "a list", lambda v: v is None or isinstance(v, list))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from openpalm.base.console import names
-from openpalm.base.typed import at
 from openpalm.data.corpus.json_lines import read_rows
 from openpalm.data.corpus.json_objects import read_objects
 from openpalm.data.rows.imports.argilla import is_argilla, parse_argilla
@@ -43,7 +42,7 @@ class ImportedTask(NamedTuple):
     preferences: list[Preference]
 
 
-class _Tool(NamedTuple):
+class Tool(NamedTuple):
     name: str
     prefix: str
     """begins the ids of its records"""
@@ -52,17 +51,17 @@ class _Tool(NamedTuple):
 
 
 _TOOLS = (
-    _Tool(
+    Tool(
         "Label Studio", "label-studio", is_label_studio, lambda row, roles: parse_label_studio(row)
     ),
-    _Tool("Argilla", "argilla", is_argilla, lambda row, roles: parse_argilla(row)),
-    _Tool("Label Studio JSON-MIN", "label-studio", is_label_studio_min, parse_label_studio_min),
+    Tool("Argilla", "argilla", is_argilla, lambda row, roles: parse_argilla(row)),
+    Tool("Label Studio JSON-MIN", "label-studio", is_label_studio_min, parse_label_studio_min),
 )
 
 
-def export_tool(row: Row) -> str | None:
+def find_tool(row: Row) -> Tool | None:
     """The tool that wrote this row of an export, or None."""
-    return next((tool.name for tool in _TOOLS if tool.detect(row)), None)
+    return next((tool for tool in _TOOLS if tool.detect(row)), None)
 
 
 def read_export(
@@ -81,14 +80,19 @@ def read_export(
     path = Path(path)
     roles, counts = roles or Roles(), counts if counts is not None else StreamCounts()
     created = created or datetime.now(UTC).isoformat(timespec="seconds")
-    first: _Tool | None = None
+    first: Tool | None = None
     for where, row in _read_file(path):
-        tool = next((tool for tool in _TOOLS if tool.detect(row)), None)
+        tool = find_tool(row)
         if tool is None or (first and tool is not first):
             known = f"a row of {first.name}" if first else "an export of Argilla or Label Studio"
             raise DataError(f"{where}: its fields ({names(row)}) are not those of {known}")
         first = tool
-        yield from at(where, _import_row, where, row, tool, roles, counts, created)
+        try:
+            yield import_row(where, row, tool, roles, counts, created)
+        except UnusableRow as error:
+            counts.leave_out(where, error.reason)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
     if first is None:
         raise DataError(f"{path}: is empty; give an export of Argilla or Label Studio")
 
@@ -100,28 +104,25 @@ def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
     return read_objects(path) if suffix.lower() == ".json" else read_rows(path)
 
 
-def _import_row(
-    where: str, row: Row, tool: _Tool, roles: Roles, counts: StreamCounts, created: str
-) -> list[ImportedTask]:
+def import_row(
+    where: str, row: Row, tool: Tool, roles: Roles, counts: StreamCounts, created: str
+) -> ImportedTask:
+    """The task of one row (see read_export). Raises UnusableRow for a prompt without text."""
     task, reasons = tool.parse(row, roles)
     for reason in reasons:
         counts.leave_out(where, reason)
-    try:
-        content = find_content(task.fields, roles)
-    except UnusableRow as error:
-        counts.leave_out(where, error.reason)
-        return []
+    content = find_content(task.fields, roles)
     for name in content.unused:
         counts.leave_out(where, f"field {names([name])}, which no record holds")
     records = _records(where, task, tool, content, roles, counts, created)
     candidates = tuple(Candidate(choice.text) for choice in content.choices)
-    return [ImportedTask(where, content.prompt, candidates, records)]
+    return ImportedTask(where, content.prompt, candidates, records)
 
 
 def _records(
     where: str,
     task: Task,
-    tool: _Tool,
+    tool: Tool,
     content: Content,
     roles: Roles,
     counts: StreamCounts,

@@ -14,6 +14,9 @@ from openpalm.data.rows.payloads import Kind
 from openpalm.errors import DataError
 
 IGNORE = "ignore"
+UNKNOWN_USER = "unknown user"
+UNJUDGED = "no judgement"
+"""reason of a task that nobody has judged"""
 Form = Literal["side", "rating", "order", "label", "text"]
 """side: left or right; rating: a number; order: groups of names, best first; label: one label;
 text: a text, which may be a label where the tool does not tell them apart"""
