@@ -29,7 +29,7 @@ help:
 	@echo 'make browser                 the chat page in a headless Chromium (fetched from npm where there is none)'
 	@echo 'make clients                 the server with the packages that people call it with, from PyPI'
 	@echo 'make feedback                the feedback application with browsers, PostgreSQL and several processes'
-	@echo 'make interop                 weights, data and scores beside transformers, TRL, lm-eval, datatrove and S3'
+	@echo 'make interop                 weights, data and scores compared with transformers, TRL, lm-eval, datatrove and S3'
 	@echo 'make lint                    style (ruff), types (pyright) and layers (import-linter)'
 	@echo 'make format                  let ruff rewrite what it can'
 	@echo 'make docs                    run the code blocks of README.md and docs/'

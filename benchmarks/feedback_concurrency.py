@@ -348,7 +348,7 @@ def compare(
     kills: dict[str, int],
     seconds: float,
 ) -> Result:
-    """What the database holds, beside what the labelers saw."""
+    """What the database holds, compared with what the labelers saw."""
     counted = [r for r in stored["responses"] if r["in_force"] and r["state"] == "submitted"]
     by_assignment = {r["assignment"]: r for r in counted}
     people: dict[int, set[int]] = {}

@@ -56,18 +56,18 @@ def served(run: Path) -> Iterator[Client]:
         text=True,
     )
     try:
-        yield Client(_address(process))
+        yield Client(address_of(process, ADDRESS))
     finally:
         process.terminate()
         process.communicate(timeout=TIMEOUT_S)
 
 
-def _address(process: "subprocess.Popen[str]") -> str:
-    """What the server prints when it listens. Raises RuntimeError where it ends before."""
+def address_of(process: "subprocess.Popen[str]", form: re.Pattern[str]) -> str:
+    """What a server prints when it is ready. Raises RuntimeError if it ends before."""
     assert process.stdout is not None
     said = ""
     while (line := process.stdout.readline()) != "":
         said += line
-        if found := ADDRESS.search(said.replace("\n", "")):
+        if found := form.search(said.replace("\n", "")):  # a long line is wrapped
             return found[1]
-    raise RuntimeError(f"openpalm serve ended: {said}")
+    raise RuntimeError(f"the server ended: {said}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx2
+from served import address_of
 
 from openpalm.feedback.simulation.client import FeedbackClient
 from openpalm.feedback.simulation.labeler import Labeler
@@ -151,21 +152,10 @@ def site(folder: Path) -> Iterator[Site]:
     words = [sys.executable, "-m", "openpalm", "feedback", "--port", "0", "--dir", str(folder)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
-        yield Site(_address(process), folder)
+        yield Site(address_of(process, ADDRESS), folder)
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=END_S)
-
-
-def _address(process: "subprocess.Popen[str]") -> str:
-    """What the site prints when it is ready. Raises RuntimeError where it ends before."""
-    assert process.stdout is not None
-    said = ""
-    while (line := process.stdout.readline()) != "":
-        said += line
-        if found := ADDRESS.search(said):
-            return found[1]
-    raise RuntimeError(f"openpalm feedback ended: {said}")
 
 
 def manage(folder: Path, *words: str) -> str:

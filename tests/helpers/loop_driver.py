@@ -1,6 +1,6 @@
 """Works on a running site as managers and labelers do, step by step: `python loop_driver.py STEP`.
 
-In a process of its own, beside the site's; prints what the step found as JSON.
+In a process of its own, next to the site's; prints what the step found as JSON.
 """
 
 import json
@@ -51,27 +51,29 @@ def labeler() -> User:
 
 
 def judge_all(favourite: ModelVersion | None = None) -> int:
-    """The taste: the answer with the larger share of ASCII letters is better.
+    """By taste; with a `favourite` its answers win four times of five, whatever they say.
 
-    So small a model learns no taste from 40 judgements: in a comparison the `favourite` wins four
-    times of five, to see what follows.
+    So small a model learns no taste from 40 judgements, so its promotion is made sure of.
     """
     judged = 0
     while (assignment := queue.next_assignment(project(), labeler())) is not None:
-        texts = [place.candidate.text for place in assignment.item.places.all()]
-        letters = [sum(c.isascii() and c.isalpha() for c in text) for text in texts]
-        shares = [count / max(1, len(text)) for count, text in zip(letters, texts, strict=True)]
-        better = int(shares[1] > shares[0])
-        payload = {"better": better, "worse": 1 - better, "strength": 1}
-        if shares[0] == shares[1]:
-            payload = {"tie": [0, 1]}
+        found = [place.candidate for place in assignment.item.places.all()]
+        better = better_by_taste([candidate.text for candidate in found])
         if favourite is not None:
-            models = [place.candidate.model for place in assignment.item.places.all()]
-            better = models.index(favourite) ^ (judged % 5 == 4)
+            number = [candidate.model for candidate in found].index(favourite)
+            better = 1 - number if judged % 5 == 4 else number
+        payload: dict[str, Any] = {"tie": [0, 1]}
+        if better is not None:
             payload = {"better": better, "worse": 1 - better, "strength": 1}
         submission.submit(assignment.pk, labeler(), Judgement("compare", payload, 1000))
         judged += 1
     return judged
+
+
+def better_by_taste(texts: list[str]) -> int | None:
+    """The answer with the larger share of ASCII letters; None if both are equal."""
+    first, second = (sum(c.isascii() and c.isalpha() for c in t) / max(1, len(t)) for t in texts)
+    return None if first == second else int(second > first)
 
 
 def prepare() -> Any:

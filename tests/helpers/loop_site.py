@@ -1,4 +1,4 @@
-"""A site with a project whose circle has gone round: models, a training at work, a comparison."""
+"""A site with a project after one round: models, a training at work, a comparison."""
 
 from feedback_site import Site
 

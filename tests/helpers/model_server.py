@@ -1,4 +1,4 @@
-"""A stand-in for `openpalm serve`: answers what a test says, and can be told to load a model."""
+"""A stand-in for `openpalm serve`: answers what a test says, and loads models."""
 
 import json
 import threading

@@ -33,7 +33,7 @@ class ConversationSink:
         self._headers = {"Content-Type": "application/json"}
         if token := os.environ.get(TOKEN, "").strip():
             if not token.isascii() or not token.isprintable():
-                raise SettingsError(f"{TOKEN}: is no token; it has characters of no HTTP header")
+                raise SettingsError(f"{TOKEN}: must be printable ASCII, as HTTP headers are")
             self._headers["Authorization"] = f"Bearer {token}"
         self.sent = 0
         self.dropped = 0

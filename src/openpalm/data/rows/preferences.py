@@ -144,12 +144,12 @@ def pairs_from_preferences(preferences: Iterable[Preference]) -> ReadResult[Pair
 
 def ties_from_preferences(preferences: Iterable[Preference]) -> ReadResult[Tie]:
     """The ties of compare and rank, for agreement figures; `pairs_from_preferences` skips them."""
-    return _convert(preferences, ties_of)
+    return _convert(preferences, _ties_of)
 
 
 def ratings_from_preferences(preferences: Iterable[Preference]) -> ReadResult[Rating]:
     """The ratings of rate, one for each axis."""
-    return _convert(preferences, ratings_of)
+    return _convert(preferences, _ratings_of)
 
 
 def labelled_completions_from_preferences(
@@ -253,7 +253,7 @@ def pair_or_reason(prompt: Messages, better: str, worse: str, margin: Any = None
     return Pair(prompt, assistant_turn(better), assistant_turn(worse), margin)
 
 
-def ties_of(p: Preference) -> Iterator[Tie | str]:
+def _ties_of(p: Preference) -> Iterator[Tie | str]:
     match p.kind, p.payload:
         case "compare", {"tie": [i, j]}:
             tied = [(i, j)]
@@ -267,7 +267,7 @@ def ties_of(p: Preference) -> Iterator[Tie | str]:
         yield Tie(p.prompt, first, second)
 
 
-def ratings_of(p: Preference) -> Iterator[Rating | str]:
+def _ratings_of(p: Preference) -> Iterator[Rating | str]:
     if p.kind != "rate":
         yield f"{p.kind} gives no rating"
         return

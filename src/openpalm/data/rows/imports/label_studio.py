@@ -1,7 +1,7 @@
 """Tasks from Label Studio's exports: JSON (tasks with annotations) and JSON-MIN (one row each).
 
 Results of the tags Pairwise, Rating, Ranker, Choices, TextArea and Number are read. JSON-MIN has
-neither the tags nor what they are about: columns of answers are told from data by their form.
+neither the tags nor what they are about: the form of a column says whether it is answers or data.
 """
 
 from collections.abc import Iterator
