@@ -27,7 +27,7 @@ ONE_FILE = "convert/huggingface/modeling_openpalm.py"
 MIGRATIONS = "feedback/migrations/"
 """may be longer: Django writes them"""
 DJANGO_MODELS = "feedback/models/__init__.py"
-"""imports the files beside it: Django looks for an application's models there"""
+"""imports the files of its folder: Django looks for an application's models there"""
 
 # The rooms marked * on the architecture page, and what every command line passes through.
 TORCH_FREE = sorted(

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 import postgresql as server
 import pytest
+from ports import free_port, free_ports
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "feedback" / "run_processes.sh"
 HANGS_S = 300
@@ -95,7 +95,7 @@ def deployed():
     pytest.importorskip("gunicorn")
     # Not in pytest's own folder, which the user postgres may not enter.
     folder = Path(tempfile.mkdtemp(prefix="openpalm-deployment-"))
-    ports = dict(zip(PORTS, map(str, _free_ports(len(PORTS))), strict=True))
+    ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     log = folder / "script.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -112,14 +112,6 @@ def deployed():
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=HANGS_S)
         shutil.rmtree(folder)
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def test_it_answers_over_https(deployed):
@@ -191,7 +183,7 @@ def _environment(deployed) -> dict[str, str]:
 
 def test_the_web_process_of_openpalm_believes_the_proxy_too(deployed):
     """waitress drops what proxies say unless it is set up to trust them: an endless redirect."""
-    (port,) = _free_ports(1)
+    port = free_port()
     words = [sys.executable, "-m", "openpalm", "feedback", "web", "--port", str(port)]
     words += ["--dir", str(deployed.folder / "feedback")]
     process = subprocess.Popen(words, env=_environment(deployed))

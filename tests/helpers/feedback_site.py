@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from ports import free_port
 
 HANGS_S = 300
 """after which a test that waits has failed: no bound on speed"""
@@ -94,10 +95,7 @@ def feedback_site(folder: Path, database_url: str | None = None) -> Iterator[Sit
     environment |= {"OPENPALM_FEEDBACK_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
     if database_url:
         environment["DATABASE_URL"] = database_url
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    site = Site(folder, environment, port)
+    site = Site(folder, environment, free_port())
     try:
         site.start()
         yield site

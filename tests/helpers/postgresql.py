@@ -8,7 +8,6 @@ import os
 import pwd
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from ports import free_port
 
 DEBIAN = Path("/usr/lib/postgresql")
 """has a folder of programs for each version, outside PATH"""
@@ -143,7 +144,7 @@ def _start(programs: Path, folder: Path, *, fsync: bool) -> int:
         settings += ["fsync=off", "full_page_writes=off", "synchronous_commit=off"]
     options = " ".join(f"-c {setting}" for setting in settings)
     for attempt in range(1, TRIES + 1):
-        port = _free_port()
+        port = free_port()
         words = ["-D", folder / "data", "-l", log, "-t", STARTS_S, "-s", "-w", "-o"]
         try:
             _run(folder, programs / "pg_ctl", *words, f"-p {port} -k {folder} {options}", "start")
@@ -154,12 +155,6 @@ def _start(programs: Path, folder: Path, *, fsync: bool) -> int:
                 raise AssertionError(f"{error}{said}") from None
             log.unlink()
     raise AssertionError
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _run(folder: Path, *words: object) -> None:

@@ -9,12 +9,13 @@ import atexit
 import importlib.util
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ports import free_port
 
 _workers: list[Any] = []
 LIMIT_S = 120.0
@@ -27,7 +28,7 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any, limit_s: float
     """
     while len(_workers) < size:
         _workers.append(_start())
-    port = _free_port()
+    port = free_port()
     name = getattr(function, "__qualname__", "")
     task = (Path(function.__code__.co_filename), name, args)
     for rank in range(size):
@@ -121,9 +122,3 @@ def _module(file: Path) -> Any:
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[name]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

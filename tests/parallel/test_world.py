@@ -1,9 +1,8 @@
 """Alone, every sum is the value itself; axes make the number of processes."""
 
-import socket
-
 import pytest
 import torch
+from ports import free_port
 
 from openpalm.errors import SettingsError, WorkError
 from openpalm.parallel.config import Axes, ParallelSettings, axes_of
@@ -31,10 +30,8 @@ def test_processes_that_cannot_find_each_other_are_one_line(monkeypatch: pytest.
 
 
 def test_processes_that_never_start_are_one_line(monkeypatch: pytest.MonkeyPatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    found = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    found = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    found["MASTER_PORT"] = str(free_port())
     for name, value in found.items():
         monkeypatch.setenv(name, value)
     said = r"not all 2 processes \(WORLD_SIZE\) met at 127.0.0.1 .* within 1 s: .*unset"
