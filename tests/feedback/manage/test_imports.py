@@ -246,6 +246,7 @@ def test_a_held_out_prompt_gets_no_item(import_file, project):
 HOSTILE = {
     "nested.jsonl": '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "number.jsonl": '{"prompt": ' + "9" * 1_000_000 + "}",
+    "nested.json": '[{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}]",
     "numbers.json": "[1, 2]",
     "cut.json": '[{"x": 1}, {"prompt": "q"',
     "binary.jsonl": b"\x00\xff\xfe" * 1000,
