@@ -100,7 +100,7 @@ def test_an_administrator_makes_a_project_and_owns_it(project, admin, member, ca
     made = Project.objects.get(slug="new")
     assert made.guideline.text == "# Be"
     assert Membership.objects.get(project=made).role == Role.OWNER
-    assert Event.objects.get(action="project.created").project == made
+    assert Event.objects.get(action="project.made").project == made
     assert caller(admin).post("projects", body).status_code == 409
     assert (
         caller(member("own", Role.OWNER)).post("projects", body | {"slug": "b"}).status_code == 403

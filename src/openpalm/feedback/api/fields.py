@@ -17,7 +17,6 @@ from openpalm.feedback.api.errors import ApiError
 
 REQUIRED: Any = object()
 MAX_DEPTH = 20
-MAX_ID = 2**63 - 1
 
 
 class Fields:

@@ -1,4 +1,4 @@
-"""/api/v1/items: what is judged. Names of models are shown as on the pages of managers."""
+"""/api/v1/items: what is judged. See manage/blinding.py for who sees the names of models."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def create_items(call: Call) -> JsonResponse:
         raise ApiError(409, message, "items") from None
     count = sum(is_new for _, is_new in made)
     if count:
-        audit.record("items.added", user=call.user, project=project, items=count, by="api")
+        audit.record("item.added", user=call.user, project=project, items=count, by="api")
     data = [{"id": item.pk, "key": item.key, "created": is_new} for item, is_new in made]
     return JsonResponse({"data": data}, status=201 if count else 200)
 
@@ -116,7 +116,7 @@ def read_messages(given: Fields) -> list[dict[str, str]]:
     try:
         check_messages(messages)
     except DataError as error:
-        given.fail("messages", f"{error}")
+        given.fail("prompt" if given.has("prompt") else "messages", f"{error}")
     return messages
 
 

@@ -12,13 +12,12 @@ from openpalm.data.rows.payloads import PAYLOADS, is_payload
 from openpalm.feedback.api.endpoints import Call, operation
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.labeling.names import is_blind
+from openpalm.feedback.labeling.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
 from openpalm.feedback.labeling.tasks import KINDS
 from openpalm.feedback.models import Assignment, Project, Response, Role, Task
 
-MAX_ELAPSED_MS = 24 * 3600 * 1000
 MAX_PAYLOAD = 200_000
-MAX_REASON = 2000
 
 
 @operation("responses:write", Role.ANNOTATOR)
@@ -38,7 +37,7 @@ def _assignment_json(assignment: Assignment, project: Project) -> dict[str, Any]
     for position in assignment.order:
         candidate = places[position].candidate
         shown: dict[str, Any] = {"text": candidate.text}
-        if not project.blind and assignment.item.comparison_id is None:
+        if not is_blind(project, assignment.item):
             shown["model"] = candidate.model.name if candidate.model else None
         candidates.append(shown)
     return {
