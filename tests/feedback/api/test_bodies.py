@@ -27,7 +27,7 @@ def items(**changes):
         (items(colour="red"), "items[0].colour"),
         (items(prompt=""), "items[0].prompt"),
         (items(prompt="x" * 100_001), "items[0].prompt"),
-        (items(prompt=" "), "items[0].messages"),
+        (items(prompt=" "), "items[0].prompt"),
         (items(prompt="a\0b"), "items[0].prompt"),
         (items(prompt="a\ud800b"), "items[0].prompt"),
         (items(candidates=[{"text": "4"}]), "items[0].candidates"),

@@ -1,4 +1,4 @@
-"""What the pages of labelers show. Templates get texts only: no row, no id and no name of a model.
+"""What the pages of labelers show. Of an item templates get its texts: no row of the database.
 
 So a page cannot say which model wrote what, whatever its template does.
 """
@@ -85,7 +85,7 @@ def item_context(assignment: Assignment, form: Mapping[str, Any] | None = None) 
         for index, candidate in enumerate(candidates)
     ]
     return {
-        "assignment": assignment,
+        "assignment_id": assignment.pk,
         "messages_shown": conversation(assignment.item.prompt.messages),
         "answers": shown,
         "long": any(len(candidate.text) > LONG for candidate in candidates),
