@@ -43,6 +43,7 @@ def items(**changes):
         (items(needed=1.0), "items[0].needed"),
         (items(needed=10**30), "items[0].needed"),
         (items(gold={"better": 0, "worse": 0, "strength": 1}), "items[0].gold"),
+        (items(gold={"better": 0, "worse": 1, "strength": 3}), "items[0].gold"),
         (items(key="x" * 101), "items[0].key"),
     ],
 )

@@ -6,7 +6,6 @@ from django.db import IntegrityError
 from django.db.models import Prefetch
 from django.http import JsonResponse
 
-from openpalm.data.rows.payloads import is_payload
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.api.endpoints import Call, operation
@@ -21,6 +20,7 @@ from openpalm.feedback.labeling.new_items import (
     add_items,
     check_messages,
 )
+from openpalm.feedback.labeling.payloads import wrong_payload
 from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
 from openpalm.feedback.manage.blinding import revealed
 from openpalm.feedback.models import Item, ItemCandidate, ModelVersion, Project, Role
@@ -86,8 +86,8 @@ def _new_item(given: Fields, project: Project, models: dict[str, ModelVersion]) 
     )
     gold = given.group("gold", MAX_TEXT, None)
     kind = KINDS[project.task]
-    if gold is not None and not is_payload(kind, gold, len(candidates)):
-        given.fail("gold", f"is not a payload of the kind {kind} for {len(candidates)} candidates")
+    if gold is not None and (wrong := wrong_payload(project, kind, gold, len(candidates))):
+        given.fail("gold", wrong)
     item = NewItem(
         messages=messages,
         candidates=candidates,
