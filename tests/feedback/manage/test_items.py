@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from openpalm.errors import DataError
 from openpalm.feedback.labeling import submission
 from openpalm.feedback.labeling.names import names_itself
 from openpalm.feedback.labeling.queue import next_assignment
@@ -113,6 +114,15 @@ def test_gold_from_a_judgement(named, project, member, signed_in):
     for wrong in ("999999", "9" * 5000, "-1", "x"):
         other = client.post(f"/p/demo/items/{named.pk}/gold", {"response": wrong}, follow=True)
         assert b"not in force" in other.content
+
+
+def test_a_priority_is_set_and_in_the_audit_log(named, member, signed_in):
+    client = signed_in(member("max", Role.ADMIN))
+    client.post(f"/p/demo/items/{named.pk}/change", {"action": "priority", "priority": "2.5"})
+    named.refresh_from_db()
+    assert named.priority == 2.5
+    event = Event.objects.get(action="item.priority")
+    assert (event.target, event.data) == (f"item {named.pk}", {"priority": 2.5})
 
 
 @pytest.mark.parametrize("priority", ["", "nan", "inf", "1e999", "many"])
@@ -311,6 +321,6 @@ def test_a_new_version_of_the_guidelines(project, member, signed_in):
 def test_no_lease_is_lost_to_a_reveal(named, project, member):
     ann = member("ann")
     assert next_assignment(project, ann) is not None
-    with pytest.raises(Exception, match="in hand"):
+    with pytest.raises(DataError, match="in hand"):
         item_changes.reveal(named, ann)
     assert Assignment.objects.get().state == Assignment.State.OPEN

@@ -53,7 +53,7 @@ def _listed(request: HttpRequest, events: "QuerySet[Event]") -> dict[str, Any]:
         "page": page_of(shown, request),
         "areas": AREAS,
         "area": request.GET.get("area", ""),
-        "who": request.GET.get("who", ""),
+        "who": name_in(request),
     }
 
 

@@ -178,7 +178,7 @@ def _judged(found: Item, response_id: str) -> tuple[str, dict[str, Any]]:
 def item_change(request: ProjectRequest, item_id: int) -> HttpResponse:
     """`action` is withdraw, reopen or reveal; `priority` sets the priority."""
     found = find_item(request, item_id)
-    action = request.POST.get("action", "")
+    action, details = request.POST.get("action", ""), {}
     try:
         match action:
             case "withdraw":
@@ -188,13 +188,14 @@ def item_change(request: ProjectRequest, item_id: int) -> HttpResponse:
             case "reveal":
                 item_changes.reveal(found, request.user)
             case "priority":
-                item_changes.set_priority(found.pk, _priority(request.POST.get("priority", "")))
+                details["priority"] = _priority(request.POST.get("priority", ""))
+                item_changes.set_priority(found.pk, details["priority"])
             case _:
                 raise DataError("there is no such action")
     except DataError as error:
         messages.error(request, f"Not changed: {error}.")
     else:
-        _audit(request, f"item.{action}", found)
+        _audit(request, f"item.{action}", found, **details)
     return redirect("item", request.project.slug, found.pk)
 
 
