@@ -4,8 +4,6 @@ DATABASE_URL chooses the database server; without it, SQLite in a temporary fold
 """
 
 import atexit
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -28,6 +26,7 @@ from django.conf import settings as django_settings  # noqa: E402
 from django.contrib.auth.hashers import MD5PasswordHasher  # noqa: E402
 from django.test import Client  # noqa: E402
 
+from openpalm.feedback.labeling.new_items import prompt_digest  # noqa: E402
 from openpalm.feedback.models import (  # noqa: E402
     Candidate,
     Guideline,
@@ -98,9 +97,12 @@ def signed_in():
 
 def make_prompt(project: Project, text: str, **fields) -> Prompt:
     messages = [{"role": "user", "content": text}]
-    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()
     return Prompt.objects.create(
-        project=project, messages=messages, digest=digest, source="typed", **fields
+        project=project,
+        messages=messages,
+        digest=prompt_digest(messages),
+        source="typed",
+        **fields,
     )
 
 

@@ -181,7 +181,7 @@ def test_large_bodies_are_refused_unread(settings, admin, project, signed_in, me
     for client, path in (
         (Client(), "/login"),
         (Client(), "/p/demo/prompts/upload"),
-        (signed_in(member("ann")), "/p/demo/typed"),
+        (signed_in(member("ann")), "/p/demo/prompts/typed"),
         (signed_in(admin), "/p/demo/settings"),
     ):
         response = client.post(path, b"", kind, **extra)
@@ -200,14 +200,16 @@ def test_many_fields_and_damaged_multipart_give_400(admin, signed_in, project):
 
 def test_nul_bytes_and_huge_numbers_in_addresses_and_forms(admin, signed_in, project):
     client = signed_in(admin)
-    huge = "9" * 400
+    huge = "9" * 5000  # more digits than `int` reads
     for path in (
         f"/p/demo/items?before={huge}",
         f"/p/demo/items?after=-1&state={huge}",
         "/p/demo/items?who=%00",
         "/p/demo/responses?who=a%00b&kind=%00",
         "/p/demo/audit?area=%00&who=%00",
-        f"/p/demo/guidelines/versions?version={'9' * 8}",
+        f"/p/demo/mine?before={huge}",
+        f"/p/demo/guidelines?version={huge}",
+        *(f"/p/demo/guidelines/versions?version={n}" for n in ("9" * 8, "9" * 18, huge, "²")),
         "/p/demo/export/download?format=records&since=2026-99-99",
         "/p/demo/export/download?format=records&who=%00",
     ):

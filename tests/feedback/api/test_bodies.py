@@ -27,7 +27,7 @@ def items(**changes):
         (items(colour="red"), "items[0].colour"),
         (items(prompt=""), "items[0].prompt"),
         (items(prompt="x" * 100_001), "items[0].prompt"),
-        (items(prompt=" "), "items[0].messages"),
+        (items(prompt=" "), "items[0].prompt"),
         (items(prompt="a\0b"), "items[0].prompt"),
         (items(prompt="a\ud800b"), "items[0].prompt"),
         (items(candidates=[{"text": "4"}]), "items[0].candidates"),
@@ -43,6 +43,7 @@ def items(**changes):
         (items(needed=1.0), "items[0].needed"),
         (items(needed=10**30), "items[0].needed"),
         (items(gold={"better": 0, "worse": 0, "strength": 1}), "items[0].gold"),
+        (items(gold={"better": 0, "worse": 1, "strength": 3}), "items[0].gold"),
         (items(key="x" * 101), "items[0].key"),
     ],
 )

@@ -100,11 +100,12 @@ def test_an_administrator_makes_a_project_and_owns_it(project, admin, member, ca
     made = Project.objects.get(slug="new")
     assert made.guideline.text == "# Be"
     assert Membership.objects.get(project=made).role == Role.OWNER
-    assert Event.objects.get(action="project.created").project == made
+    assert Event.objects.get(action="project.made").project == made
     assert caller(admin).post("projects", body).status_code == 409
     assert (
         caller(member("own", Role.OWNER)).post("projects", body | {"slug": "b"}).status_code == 403
     )
     assert caller(admin, project=project).post("projects", body).status_code == 403
-    for wrong in ({"slug": "Not ok"}, {"slug": "c", "axes": []}, {"slug": "c", "scale": 6}):
-        assert caller(admin).post("projects", body | wrong).status_code == 400
+    for wrong in ({"slug": "Not ok"}, {"axes": []}, {"axes": ["a", "a"]}, {"scale": 6}):
+        refused = caller(admin).post("projects", body | {"slug": "c"} | wrong)
+        assert (refused.status_code, refused.data["error"]["field"]) == (400, next(iter(wrong)))

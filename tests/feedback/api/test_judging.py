@@ -1,6 +1,8 @@
 """An item judged over the API is the same as one judged on the page."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from django.db import OperationalError
@@ -45,6 +47,14 @@ def test_a_payload_is_renumbered_from_the_screen_to_the_item(project, make_item,
     stored = Response.objects.get()
     assert stored.payload == {"better": order[0], "worse": order[1], "strength": 2}
     assert (stored.picked_place, stored.elapsed_ms, stored.guideline_version) == (0, 1200, 1)
+
+
+def test_the_judgement_in_the_docs_is_taken(project, make_item, ann):
+    make_item("one", "yes", "no")
+    docs = Path(__file__).parents[3] / "docs" / "feedback-api.md"
+    (body,) = re.findall(r"/submit -d '(.*)'", docs.read_text(encoding="utf-8"))
+    answer = ann.post(f"assignments/{lease(ann)['id']}/submit", json.loads(body))
+    assert answer.data["response"]["counted"] is True
 
 
 def test_a_full_disk_is_no_bug(project, make_item, ann, monkeypatch):

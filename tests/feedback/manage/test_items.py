@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from openpalm.errors import DataError
 from openpalm.feedback.labeling import submission
 from openpalm.feedback.labeling.names import names_itself
 from openpalm.feedback.labeling.queue import next_assignment
@@ -110,8 +111,18 @@ def test_gold_from_a_judgement(named, project, member, signed_in):
     client.post(f"/p/demo/items/{named.pk}/gold", {"response": response.pk})
     named.refresh_from_db()
     assert named.gold == A_BETTER.payload
-    other = client.post(f"/p/demo/items/{named.pk}/gold", {"response": "999999"}, follow=True)
-    assert b"not in force" in other.content
+    for wrong in ("999999", "9" * 5000, "-1", "x"):
+        other = client.post(f"/p/demo/items/{named.pk}/gold", {"response": wrong}, follow=True)
+        assert b"not in force" in other.content
+
+
+def test_a_priority_is_set_and_in_the_audit_log(named, member, signed_in):
+    client = signed_in(member("max", Role.ADMIN))
+    client.post(f"/p/demo/items/{named.pk}/change", {"action": "priority", "priority": "2.5"})
+    named.refresh_from_db()
+    assert named.priority == 2.5
+    event = Event.objects.get(action="item.priority")
+    assert (event.target, event.data) == (f"item {named.pk}", {"priority": 2.5})
 
 
 @pytest.mark.parametrize("priority", ["", "nan", "inf", "1e999", "many"])
@@ -135,13 +146,13 @@ def test_a_deleted_judgement_leaves_no_content_and_names_its_models(
     page = client.get(f"/p/demo/responses/{response.pk}/delete").content
     assert b"trained" in page
     assert b"grandchild" in page
-    client.post(f"/p/demo/responses/{response.pk}/delete")
+    for _ in range(2):
+        client.post(f"/p/demo/responses/{response.pk}/delete")
     response.refresh_from_db()
     named.refresh_from_db()
     assert (response.payload, response.reason, response.in_force) == ({}, "", False)
     assert (named.submitted, named.taken) == (0, 0), "another person may take its place"
-    event = Event.objects.latest("id")
-    assert event.action == "judgement.deleted"
+    event = Event.objects.get(action="judgement.deleted")
     assert event.data["models"] == ["trained", "grandchild"]
     assert "better" not in json.dumps(event.data), "the log does not keep what was erased"
     assert SnapshotJudgement.objects.count() == 1, "the lineage stays"
@@ -310,6 +321,6 @@ def test_a_new_version_of_the_guidelines(project, member, signed_in):
 def test_no_lease_is_lost_to_a_reveal(named, project, member):
     ann = member("ann")
     assert next_assignment(project, ann) is not None
-    with pytest.raises(Exception, match="in hand"):
+    with pytest.raises(DataError, match="in hand"):
         item_changes.reveal(named, ann)
     assert Assignment.objects.get().state == Assignment.State.OPEN

@@ -3,7 +3,7 @@
     annotator   judge items, read the guidelines, see one's own judgements
     reviewer    also see all items, judgements, agreement and the board
     admin       also settings, members, import and export, training, promotion
-    owner       also delete the project and choose other owners
+    owner       also name other owners, close the project and open it again
 
 A superuser has the rights of an owner everywhere. To others a project does not exist (404).
 """

@@ -17,9 +17,10 @@ from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import RANKS, find_project, has_rank
 from openpalm.feedback.accounts.errors import RETRY_AFTER_S, database_trouble
 from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.api.fields import MAX_ID, body_of, query_of
+from openpalm.feedback.api.fields import body_of, query_of
 from openpalm.feedback.api.tokens import authenticate
 from openpalm.feedback.models import ApiToken, Project, User
+from openpalm.feedback.paging import MAX_ID
 
 logger = logging.getLogger(__name__)
 MAX_PAGE = 500
@@ -42,7 +43,7 @@ class Call:
             project, role = find_project(self.user, slug)
         except Http404 as error:
             raise ApiError(404, f"{error}") from None
-        if self.token.project_id not in (None, project.pk):  # pyright: ignore
+        if self.token.project_id not in (None, project.pk):
             raise ApiError(403, "this token is limited to another project")
         if not has_rank(role, self.least):
             raise ApiError(403, f"this needs the role {self.least} or above; yours is {role}")

@@ -14,10 +14,10 @@ from django.http import HttpRequest, UnreadablePostError
 
 from openpalm.base.console import shown
 from openpalm.feedback.api.errors import ApiError
+from openpalm.feedback.labeling.storable import storable
 
 REQUIRED: Any = object()
 MAX_DEPTH = 20
-MAX_ID = 2**63 - 1
 
 
 class Fields:
@@ -186,7 +186,7 @@ def _check_value(value: Any, path: str, depth: int) -> None:
 
 
 def _check_text(text: str, path: str) -> None:
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+    if storable(text) != text:
         raise ApiError(
             400, "a text has a NUL or half of a surrogate pair, which cannot be stored", path[:200]
         )

@@ -1,4 +1,4 @@
-"""/api/v1/items: what is judged. Names of models are shown as on the pages of managers."""
+"""/api/v1/items: what is judged. See manage/blinding.py for who sees the names of models."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ from django.db import IntegrityError
 from django.db.models import Prefetch
 from django.http import JsonResponse
 
-from openpalm.data.rows.payloads import is_payload
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.api.endpoints import Call, operation
@@ -21,6 +20,7 @@ from openpalm.feedback.labeling.new_items import (
     add_items,
     check_messages,
 )
+from openpalm.feedback.labeling.payloads import wrong_payload
 from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
 from openpalm.feedback.manage.blinding import revealed
 from openpalm.feedback.models import Item, ItemCandidate, ModelVersion, Project, Role
@@ -73,7 +73,7 @@ def create_items(call: Call) -> JsonResponse:
         raise ApiError(409, message, "items") from None
     count = sum(is_new for _, is_new in made)
     if count:
-        audit.record("items.added", user=call.user, project=project, items=count, by="api")
+        audit.record("item.added", user=call.user, project=project, items=count, by="api")
     data = [{"id": item.pk, "key": item.key, "created": is_new} for item, is_new in made]
     return JsonResponse({"data": data}, status=201 if count else 200)
 
@@ -86,8 +86,8 @@ def _new_item(given: Fields, project: Project, models: dict[str, ModelVersion]) 
     )
     gold = given.group("gold", MAX_TEXT, None)
     kind = KINDS[project.task]
-    if gold is not None and not is_payload(kind, gold, len(candidates)):
-        given.fail("gold", f"is not a payload of the kind {kind} for {len(candidates)} candidates")
+    if gold is not None and (wrong := wrong_payload(project, kind, gold, len(candidates))):
+        given.fail("gold", wrong)
     item = NewItem(
         messages=messages,
         candidates=candidates,
@@ -116,7 +116,7 @@ def read_messages(given: Fields) -> list[dict[str, str]]:
     try:
         check_messages(messages)
     except DataError as error:
-        given.fail("messages", f"{error}")
+        given.fail("prompt" if given.has("prompt") else "messages", f"{error}")
     return messages
 
 

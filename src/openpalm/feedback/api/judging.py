@@ -8,17 +8,17 @@ from typing import Any
 
 from django.http import JsonResponse
 
-from openpalm.data.rows.payloads import PAYLOADS, is_payload
+from openpalm.data.rows.payloads import is_payload
 from openpalm.feedback.api.endpoints import Call, operation
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.labeling.names import is_blind
+from openpalm.feedback.labeling.payloads import wrong_payload
+from openpalm.feedback.labeling.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
 from openpalm.feedback.labeling.tasks import KINDS
-from openpalm.feedback.models import Assignment, Project, Response, Role, Task
+from openpalm.feedback.models import Assignment, Project, Response, Role
 
-MAX_ELAPSED_MS = 24 * 3600 * 1000
 MAX_PAYLOAD = 200_000
-MAX_REASON = 2000
 
 
 @operation("responses:write", Role.ANNOTATOR)
@@ -38,7 +38,7 @@ def _assignment_json(assignment: Assignment, project: Project) -> dict[str, Any]
     for position in assignment.order:
         candidate = places[position].candidate
         shown: dict[str, Any] = {"text": candidate.text}
-        if not project.blind and assignment.item.comparison_id is None:
+        if not is_blind(project, assignment.item):
             shown["model"] = candidate.model.name if candidate.model else None
         candidates.append(shown)
     return {
@@ -130,14 +130,8 @@ def _guideline_version(call: Call, project: Project) -> int | None:
 
 def _check(call: Call, assignment: Assignment, kind: Any, shown: dict[str, Any]) -> dict[str, Any]:
     """The payload with the item's numbers of the candidates, checked for the project's task."""
-    if not is_payload(kind, shown, len(assignment.order)):
-        call.body.fail("payload", f"must be {PAYLOADS[kind]}, numbered as shown")
-    project = assignment.project
-    if kind == "compare":
-        if shown.get("strength", 1) > project.scale // 2:
-            call.body.fail("payload", f"strength is at most {project.scale // 2} here")
-    elif project.task == Task.RATING and set(shown["ratings"]) != set(project.axes):
-        call.body.fail("payload", f"must rate the axes {', '.join(project.axes)}")
+    if wrong := wrong_payload(assignment.project, kind, shown, len(assignment.order)):
+        call.body.fail("payload", f"{wrong}; candidates are numbered as shown")
     return renumbered(shown, assignment.order)
 
 

@@ -1,14 +1,15 @@
 """/api/v1/projects: the projects of the token's user."""
 
 from django.core.exceptions import ValidationError
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError
 from django.http import JsonResponse
 
-from openpalm.feedback.accounts import audit
 from openpalm.feedback.api.endpoints import Call, each, operation
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.json_forms import project_json
-from openpalm.feedback.models import Guideline, Membership, Project, Role, Task
+from openpalm.feedback.manage.forms import MAX_AXES
+from openpalm.feedback.manage.projects import add_project
+from openpalm.feedback.models import Membership, Project, Role, Task
 
 
 @operation("projects:read", Role.ANNOTATOR)
@@ -17,8 +18,8 @@ def list_projects(call: Call) -> JsonResponse:
     projects = Project.objects.all()
     if not call.user.is_superuser:
         projects = projects.filter(pk__in=roles)
-    if call.token.project_id is not None:  # pyright: ignore
-        projects = projects.filter(pk=call.token.project_id)  # pyright: ignore
+    if call.token.project_id is not None:
+        projects = projects.filter(pk=call.token.project_id)
     owner = Role.OWNER if call.user.is_superuser else None
     return call.page(projects, each(lambda p: project_json(p, owner or roles[p.pk])))
 
@@ -33,7 +34,7 @@ def get_project(call: Call, slug: str) -> JsonResponse:
 @operation("projects:write", Role.OWNER)
 def create_project(call: Call) -> JsonResponse:
     """The user becomes its owner."""
-    if call.token.project_id is not None:  # pyright: ignore
+    if call.token.project_id is not None:
         raise ApiError(403, "this token is limited to a project, so it cannot create another")
     if not call.user.is_superuser:
         raise ApiError(403, "only administrators of the site create projects")
@@ -43,7 +44,7 @@ def create_project(call: Call) -> JsonResponse:
         name=body.text("name", most=120),
         task=body.choice("task", Task.values, Task.PAIR),
         scale=body.choice("scale", (5, 7), 5),
-        axes=body.texts("axes", most=20, length=40, default=[]),
+        axes=body.texts("axes", most=MAX_AXES, length=40, default=[]),
         overlap=body.whole("overlap", 1, 20, 1),
         gold_share=body.number("gold_share", 0, 0.5, 0.0),
         repeat_share=body.number("repeat_share", 0, 0.5, 0.0),
@@ -53,6 +54,8 @@ def create_project(call: Call) -> JsonResponse:
     guidelines = body.text("guidelines", most=100_000, default="")
     if (project.task == Task.RATING) != bool(project.axes):
         body.fail("axes", "a project of the task rating needs axes, no other has any")
+    if len(set(project.axes)) < len(project.axes):
+        body.fail("axes", "must differ from each other")
     call.finish()
     _save(call, project, guidelines)
     return JsonResponse(project_json(project, Role.OWNER), status=201)
@@ -61,16 +64,7 @@ def create_project(call: Call) -> JsonResponse:
 def _save(call: Call, project: Project, guidelines: str) -> None:
     try:
         project.clean_fields(exclude=["served"])
-        with transaction.atomic():
-            project.save()
-            Membership.objects.create(project=project, user=call.user, role=Role.OWNER)
-            if guidelines:
-                Guideline.objects.create(
-                    project=project, version=1, text=guidelines, author=call.user
-                )
-            audit.record(
-                "project.created", user=call.user, project=project, target=project, by="api"
-            )
+        add_project(project, call.user, guidelines, by="api")
     except ValidationError as error:
         name, messages = next(iter(error.message_dict.items()))
         call.body.fail(name, messages[0])

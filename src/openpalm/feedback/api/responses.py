@@ -3,23 +3,21 @@
 from typing import Any
 from uuid import UUID
 
-from django.http import JsonResponse, StreamingHttpResponse
+from django.http import JsonResponse
 from django.http.response import HttpResponseBase
 
 from openpalm.data.rows.exports.formats import RECORDS
-from openpalm.data.rows.exports.stream import EXPORT_NAMES, TABLE, export_lines
+from openpalm.data.rows.exports.stream import EXPORT_NAMES
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import has_rank
 from openpalm.feedback.api.endpoints import Call, operation
 from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.api.fields import MAX_ID
 from openpalm.feedback.api.json_forms import response_json
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.records import in_pieces, project_records
 from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.exporting import attachment
+from openpalm.feedback.manage.deletion import erase
+from openpalm.feedback.manage.exporting import file_of
 from openpalm.feedback.models import Response, Role, User
-from openpalm.feedback.training import lineage
+from openpalm.feedback.paging import MAX_ID
 
 
 @operation("responses:read", Role.ANNOTATOR)
@@ -57,16 +55,7 @@ def delete_response(call: Call, uid: UUID) -> JsonResponse:
     """Erases a judgement of one's own, or as an admin any; lists the models that it is in."""
     found = _visible(call, uid, others=Role.ADMIN)
     call.finish()
-    models = lineage.models_of([found])
-    submission.delete(found.pk)
-    audit.record(
-        "judgement.deleted",
-        user=call.user,
-        project=found.project,
-        target=found.uid,
-        models=[model.pk for model in models],
-    )
-    listed = [{"id": model.pk, "name": model.name} for model in models]
+    listed = [{"id": model.pk, "name": model.name} for model in erase(found, call.user)]
     return JsonResponse({"id": str(uid), "state": Response.State.DELETED, "models": listed})
 
 
@@ -87,9 +76,4 @@ def export(call: Call) -> HttpResponseBase:
     name = call.query.choice("format", EXPORT_NAMES, RECORDS)
     call.finish()
     audit.record("export.downloaded", user=call.user, project=project, target=name, by="api")
-    is_table = name == TABLE
-    lines = in_pieces(export_lines(project_records(project), name))
-    kind = "text/csv; charset=utf-8" if is_table else "application/x-ndjson"
-    stream = StreamingHttpResponse(lines, content_type=kind)
-    file = f"{project.slug}-{name}.{'csv' if is_table else 'jsonl'}"
-    return attachment(stream, file)
+    return file_of(project, name)

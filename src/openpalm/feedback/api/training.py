@@ -5,7 +5,6 @@ from django.http import JsonResponse
 from openpalm.errors import DataError
 from openpalm.feedback.api.endpoints import Call, each, operation
 from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.api.fields import MAX_ID
 from openpalm.feedback.api.json_forms import model_json, run_json
 from openpalm.feedback.models import (
     Comparison,
@@ -15,6 +14,7 @@ from openpalm.feedback.models import (
     TrainRun,
     User,
 )
+from openpalm.feedback.paging import MAX_ID
 from openpalm.feedback.training import promotion, runs
 from openpalm.feedback.training.commands import OWN_OPTIONS, VERBS
 from openpalm.feedback.training.snapshots import Filter

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx2
 from django.conf import settings
-from django.db import connection, transaction
+from django.db import connection
 from django.utils import timezone
 
 from openpalm.errors import DataError
@@ -25,6 +25,7 @@ from openpalm.feedback.labeling.names import names_itself, names_of
 from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
 from openpalm.feedback.labeling.storable import storable
 from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.labeling.transactions import writing
 from openpalm.feedback.models import (
     Assignment,
     Conversation,
@@ -89,7 +90,7 @@ def ask(conversation: Conversation, text: str, kept: int | None) -> None:
         raise DataError("write a message first")
     if len(text) > MAX_TEXT:
         raise DataError(f"write at most {MAX_TEXT} characters")
-    with transaction.atomic():
+    with writing():
         turns = _locked(conversation.pk).turns
         if turns and kept not in (0, 1):
             raise DataError("choose the answer to go on with")
@@ -146,7 +147,7 @@ def stream(model: ModelVersion, messages: list[dict[str, str]]) -> Iterator[str]
 
 
 class ContextError(ValueError):
-    pass
+    """The conversation leaves no room for an answer of the length asked for."""
 
 
 def _stream(body: dict[str, Any]) -> Iterator[str]:
@@ -184,12 +185,12 @@ def is_writing(turn: dict[str, Any], side: int) -> bool:
     return not turn["ended"][side] and silent < SILENT_AFTER
 
 
-@transaction.atomic
+@writing()
 def vote(conversation: Conversation, judgement: Judgement) -> Response:
     """Makes the last turn an item and stores the judgement. A second vote returns the first."""
     conversation = _locked(conversation.pk)
     if conversation.state != OPEN:
-        judged = Response.objects.filter(item=conversation.judged_as_id, in_force=True).first()  # pyright: ignore
+        judged = Response.objects.filter(item=conversation.judged_as_id, in_force=True).first()
         if judged is None:
             raise DataError("this conversation has ended; begin another one")
         return judged
@@ -239,7 +240,7 @@ def _locked(conversation_id: int) -> Conversation:
     return rows.get(pk=conversation_id)
 
 
-@transaction.atomic
+@writing()
 def _store(conversation_id: int, number: int, side: int, text: str, *, ended: bool) -> bool:
     """False if the conversation is over or has gone on."""
     conversation = _locked(conversation_id)

@@ -1,4 +1,4 @@
-"""What the pages of labelers show. Templates get texts only: no row, no id and no name of a model.
+"""What the pages of labelers show. Of an item templates get its texts: no row of the database.
 
 So a page cannot say which model wrote what, whatever its template does.
 """
@@ -6,18 +6,21 @@ So a page cannot say which model wrote what, whatever its template does.
 from collections.abc import Mapping
 from typing import Any
 
+from django.http import Http404
+
 from openpalm.feedback.accounts.access import ProjectRequest
 from openpalm.feedback.labeling import queue
 from openpalm.feedback.labeling.markdown import to_html
+from openpalm.feedback.labeling.names import is_blind
 from openpalm.feedback.labeling.payloads import axes, form_of, middle
 from openpalm.feedback.labeling.words import LETTERS, describe, pieces, step_label
-from openpalm.feedback.models import Assignment, Candidate, Project, Response, Task
+from openpalm.feedback.models import Assignment, Candidate, Guideline, Project, Response, Task
+from openpalm.feedback.paging import id_of
 
 LONG = 1800
 """characters of an answer from which answers scroll by themselves on wide screens"""
 LEFT_SHOWN = 100
 NUMBERED = (Task.RANKING,)
-WRITING = (Task.EDIT, Task.DEMONSTRATION)
 
 
 def page_context(request: ProjectRequest, error: str = "") -> dict[str, Any]:
@@ -52,9 +55,7 @@ def last_judgement(project: Project, last: Response) -> dict[str, Any] | None:
     if last.state in (Response.State.UNDONE, Response.State.DELETED):
         return None
     last.assignment.project = project
-    # A comparison of models is blind in every project.
-    is_blind = project.blind or last.assignment.item.comparison_id is not None
-    names = [] if is_blind else model_names(last.assignment)
+    names = [] if is_blind(project, last.assignment.item) else model_names(last.assignment)
     return {"words": describe(last, last.assignment), "names": names}
 
 
@@ -84,7 +85,7 @@ def item_context(assignment: Assignment, form: Mapping[str, Any] | None = None) 
         for index, candidate in enumerate(candidates)
     ]
     return {
-        "assignment": assignment,
+        "assignment_id": assignment.pk,
         "messages_shown": conversation(assignment.item.prompt.messages),
         "answers": shown,
         "long": any(len(candidate.text) > LONG for candidate in candidates),
@@ -113,6 +114,17 @@ def draft_form(assignment: Assignment) -> dict[str, Any]:
         form = form_of(assignment, draft.get("kind", ""), draft["payload"])
         return form | {"reason": draft.get("reason", "")}
     return draft
+
+
+def guideline_in(request: ProjectRequest) -> Guideline | None:
+    """The guidelines in the `version` of the address, else the newest. Raises Http404."""
+    wanted = request.GET.get("version", "")
+    if not wanted:
+        return request.project.guideline
+    found = request.project.guidelines.filter(version=id_of(wanted)).first()
+    if found is None:
+        raise Http404("there is no such version of the guidelines")
+    return found
 
 
 def left_to_judge(request: ProjectRequest) -> str:

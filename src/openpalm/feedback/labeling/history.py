@@ -22,6 +22,7 @@ from openpalm.feedback.labeling.views import (
 )
 from openpalm.feedback.labeling.words import describe
 from openpalm.feedback.models import Response
+from openpalm.feedback.paging import page_of
 
 PAGE = 30
 EXCERPT = 160
@@ -32,23 +33,18 @@ NOTES = {State.SURPLUS: "not counted: it came after another person's", State.DEL
 @require_GET
 @project_page()
 def mine(request: ProjectRequest) -> HttpResponse:
-    """The user's judgements that were not replaced or undone; `?before=` an id goes on."""
+    """The user's judgements that were not replaced or undone."""
     rows = (
         Response.objects.filter(project=request.project, user=request.user)
         .filter(Q(in_force=True) | Q(state__in=[State.SKIPPED, State.SURPLUS, State.DELETED]))
         .select_related("assignment", "item__prompt")
-        .order_by("-id")
     )
-    before = request.GET.get("before", "")
-    if before.isdecimal() and len(before) < 18:
-        rows = rows.filter(id__lt=int(before))
-    found = list(rows[: PAGE + 1])
+    page = page_of(rows, request, PAGE)
     context = {
         "project": request.project,
         "role": request.role,
-        "rows": [_row(request, response) for response in found[:PAGE]],
-        "older": found[PAGE - 1].pk if len(found) > PAGE else None,
-        "before": before,
+        "rows": [_row(request, response) for response in page.rows],
+        "page": page,
     }
     return render(request, "feedback/mine.html", context)
 

@@ -1,9 +1,9 @@
-"""Answers that name the model that wrote them: they cannot be judged blind, so they are flagged."""
+"""What must not be seen of models: their names, also where an answer says which model wrote it."""
 
 import re
 from collections.abc import Iterable
 
-from openpalm.feedback.models import ModelVersion, Project
+from openpalm.feedback.models import Item, ModelVersion, Project
 
 _COMPANIES = (
     *("OpenAI", "Anthropic", "Google", "DeepMind", "Meta AI", "Mistral(?: AI)?", "xAI", "Cohere"),
@@ -30,6 +30,11 @@ MIN_NAME = 4
 """Shorter names of the project's models, such as "v1", are words of other texts."""
 MAX_CHARACTERS = 20_000
 """A model names itself near the beginning or the end; a longer middle is not searched."""
+
+
+def is_blind(project: Project, item: Item) -> bool:
+    """Whether its models are hidden from labelers: those of a comparison are in every project."""
+    return project.blind or item.comparison_id is not None
 
 
 def names_of(project: Project) -> list[str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,17 @@ def check_messages(messages: Messages) -> None:
     if any(m["role"] not in ROLES for m in messages):
         raise DataError(f"a role must be one of {', '.join(ROLES)}")
     check_prompt(tuple(Message(m["role"], m["content"]) for m in messages))  # pyright: ignore
+
+
+def known_digests(project: Project, digests: Iterable[str], **of: Any) -> set[str]:
+    """Those of prompts that the project has; `of` narrows them down, as in held_out=True."""
+    known = Prompt.objects.filter(project=project, digest__in=set(digests), **of)
+    return set(known.values_list("digest", flat=True))
+
+
+def is_held_out(digest: str, share: float) -> bool:
+    """Whether a prompt belongs to the held-out share: the same for each import of the same text."""
+    return int(digest[:13], 16) < share * 16**13
 
 
 @transaction.atomic
@@ -168,3 +179,14 @@ def add_prompts(
     Prompt.objects.bulk_create(missing.values(), ignore_conflicts=True)
     found = {p.digest: p for p in Prompt.objects.filter(project=project, digest__in=set(digests))}
     return [found[digest] for digest in digests]
+
+
+def add_split_prompts(
+    project: Project, new: Mapping[str, Messages], source: str, share: float
+) -> int:
+    """Adds prompts, by digest, and holds out this share of them; returns how many are held out."""
+    held_out = [messages for digest, messages in new.items() if is_held_out(digest, share)]
+    training = [messages for digest, messages in new.items() if not is_held_out(digest, share)]
+    add_prompts(project, [(messages, source) for messages in held_out], held_out=True)
+    add_prompts(project, [(messages, source) for messages in training])
+    return len(held_out)

@@ -7,6 +7,7 @@ item. So the page holds nothing that tells which model is at which position.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from openpalm.data.rows.payloads import PAYLOADS, Kind, is_payload
 from openpalm.errors import DataError
 from openpalm.feedback.models import Assignment, Project, Task
 
@@ -47,6 +48,17 @@ def form_of(assignment: Assignment, kind: str, payload: dict[str, Any]) -> dict[
         case (("edit" | "write"), {"text": text}):
             return {"text": text}
     return {}
+
+
+def wrong_payload(project: Project, kind: Kind, payload: dict[str, Any], count: int) -> str:
+    """What is wrong with a payload for an item of `count` candidates; empty if nothing is."""
+    if not is_payload(kind, payload, count):
+        return f"must be {PAYLOADS[kind]}"
+    if kind == "compare" and payload.get("strength", 1) > project.scale // 2:
+        return f"strength is at most {project.scale // 2} here"
+    if kind == "rate" and set(payload["ratings"]) != set(axes(project)):
+        return f"must rate the axes {', '.join(axes(project))}"
+    return ""
 
 
 def middle(project: Project) -> int:

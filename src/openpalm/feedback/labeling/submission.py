@@ -14,6 +14,8 @@ from openpalm.feedback.labeling.transactions import writing
 from openpalm.feedback.models import Assignment, Item, Project, Response, User
 
 State = Assignment.State
+MAX_ELAPSED_MS = 24 * 3600 * 1000
+MAX_REASON = 2000
 
 
 @dataclass(frozen=True)

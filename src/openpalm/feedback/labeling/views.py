@@ -13,14 +13,17 @@ from django_htmx.http import HttpResponseClientRedirect
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.context import item_context, left_to_judge, page_context
+from openpalm.feedback.labeling.context import (
+    guideline_in,
+    item_context,
+    left_to_judge,
+    page_context,
+)
 from openpalm.feedback.labeling.markdown import to_html
 from openpalm.feedback.labeling.payloads import payload_of
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.labeling.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
 from openpalm.feedback.models import Assignment, Response, Task
 
-MAX_ELAPSED_MS = 24 * 3600 * 1000
-MAX_REASON = 2000
 # A reload after an error, or a return from the sign-in, asks for these addresses with GET.
 posted = require_http_methods(["GET", "POST"])
 
@@ -158,11 +161,7 @@ def undo(request: ProjectRequest) -> HttpResponse:
 def guidelines(request: ProjectRequest) -> HttpResponse:
     """The versions of the guidelines; the newest, or `?version=`."""
     versions = request.project.guidelines.order_by("-version")
-    wanted = request.GET.get("version", "")
-    shown = versions.filter(version=int(wanted)) if wanted.isdecimal() else versions
-    guideline = shown.first() if len(wanted) < 9 else None
-    if wanted and guideline is None:
-        raise Http404("there is no such version of the guidelines")
+    guideline = guideline_in(request)
     context = {
         "project": request.project,
         "role": request.role,

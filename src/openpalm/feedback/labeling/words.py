@@ -14,7 +14,7 @@ _FENCE = re.compile(r"(^[ \t]*```.*?(?:^[ \t]*```[ \t]*$|\Z))", re.MULTILINE | r
 def pieces(text: str) -> list[tuple[bool, str]]:
     """(whether it is a fenced block of code, text), in the order of the text.
 
-    A blank line beside a block is left out: pages show it as the block's margin.
+    A blank line next to a block is left out: pages show it as the block's margin.
     """
     parts = _FENCE.split(text)
     for index in range(1, len(parts), 2):

@@ -15,8 +15,8 @@ from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import estimate, mapping
 from openpalm.feedback.loop.forms import CompareForm, ExtendForm
 from openpalm.feedback.loop.pages import find, page, refused
-from openpalm.feedback.manage.paging import page_of
 from openpalm.feedback.models import Comparison, ModelVersion, Promotion, Role
+from openpalm.feedback.paging import page_of
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training import comparisons, promotion
 

@@ -15,7 +15,6 @@ from openpalm.feedback.loop.forms import CompareForm, RegisterForm
 from openpalm.feedback.loop.pages import find, page, refused
 from openpalm.feedback.manage.blinding import revealed
 from openpalm.feedback.manage.judgements import describe
-from openpalm.feedback.manage.paging import page_of
 from openpalm.feedback.models import (
     Comparison,
     ModelVersion,
@@ -26,6 +25,7 @@ from openpalm.feedback.models import (
     SnapshotJudgement,
     TrainRun,
 )
+from openpalm.feedback.paging import page_of
 from openpalm.feedback.training import promotion
 from openpalm.feedback.training.lineage import ancestors, snapshots_of
 from openpalm.feedback.training.registry import POLICY, REWARD, register

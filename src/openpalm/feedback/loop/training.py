@@ -15,8 +15,8 @@ from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import Figures, rows
 from openpalm.feedback.loop.forms import ABOUT, VERBS, TrainForm
 from openpalm.feedback.loop.pages import find, page, refused
-from openpalm.feedback.manage.paging import page_of
 from openpalm.feedback.models import Job, ModelVersion, Role, TrainRun
+from openpalm.feedback.paging import page_of
 from openpalm.feedback.quality import names
 from openpalm.feedback.training import runs
 

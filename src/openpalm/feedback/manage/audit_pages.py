@@ -11,16 +11,17 @@ from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.shortcuts import render
 from django.views.decorators.http import require_GET
 
+from openpalm.data.rows.exports.judgement_table import defuse
 from openpalm.feedback.accounts.access import ProjectRequest, project_page, site_admin_page
-from openpalm.feedback.manage.exporting import attachment, defuse
+from openpalm.feedback.manage.exporting import attachment
 from openpalm.feedback.manage.pages import page
-from openpalm.feedback.manage.paging import page_of
 from openpalm.feedback.models import Event, Role
+from openpalm.feedback.paging import name_in, page_of
 
 AREAS = (
     *("account", "comparison", "export", "flag", "guideline", "import", "invitation", "item"),
-    *("job", "judgement", "member", "model", "project", "prompt", "site", "table", "token"),
-    "training",
+    *("job", "judgement", "labeler", "member", "model", "project", "prompt", "site", "table"),
+    *("token", "training"),
 )
 """what comes before the dot in the name of an action"""
 COLUMNS = ("id", "time", "user", "action", "target", "data")
@@ -52,14 +53,14 @@ def _listed(request: HttpRequest, events: "QuerySet[Event]") -> dict[str, Any]:
         "page": page_of(shown, request),
         "areas": AREAS,
         "area": request.GET.get("area", ""),
-        "who": request.GET.get("who", ""),
+        "who": name_in(request),
     }
 
 
 def _filtered(request: HttpRequest, events: "QuerySet[Event]") -> "QuerySet[Event]":
     if (area := request.GET.get("area")) in AREAS:
         events = events.filter(action__startswith=f"{area}.")
-    if who := request.GET.get("who", "").replace("\0", "").strip():
+    if who := name_in(request):
         events = events.filter(user__username=who)
     return events
 

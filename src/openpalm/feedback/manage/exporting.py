@@ -3,24 +3,24 @@
 from datetime import datetime, time
 from typing import Any
 
+from django.db.models import QuerySet
 from django.http import HttpResponse, StreamingHttpResponse
 from django.utils import timezone
 from django.utils.dateparse import parse_date
 from django.views.decorators.http import require_GET
 
 from openpalm.data.rows.exports.formats import FORMATS
-from openpalm.data.rows.exports.judgement_table import defuse
-from openpalm.data.rows.exports.stream import TABLE, export_lines
+from openpalm.data.rows.exports.stream import EXPORT_NAMES, TABLE, export_lines
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.labeling.records import in_pieces, project_records
 from openpalm.feedback.manage.pages import page
-from openpalm.feedback.models import Item, Response, Role, User
+from openpalm.feedback.models import Item, Project, Response, Role, User
+from openpalm.feedback.paging import name_in
 
 TABLE_TITLE = "a table for spreadsheets, one judgement a line"
 STATES = (Response.State.SUBMITTED, Response.State.FLAGGED)
-__all__ = ["attachment", "defuse", "download", "export"]
 
 
 @require_GET
@@ -42,7 +42,7 @@ def export(request: ProjectRequest) -> HttpResponse:
 def download(request: ProjectRequest) -> HttpResponse:
     """The file, written while it is sent: memory does not grow with the project."""
     name = request.GET.get("format", "")
-    if name != TABLE and name not in FORMATS:
+    if name not in EXPORT_NAMES:
         return HttpResponse("format: choose one of the list\n", "text/plain", status=422)
     try:
         rows, filters = _chosen(request)
@@ -51,21 +51,26 @@ def download(request: ProjectRequest) -> HttpResponse:
     audit.record(
         "export.downloaded", user=request.user, project=request.project, target=name, **filters
     )
+    return file_of(request.project, name, rows)
+
+
+def file_of(project: Project, name: str, rows: "QuerySet[Response] | None" = None) -> Any:
+    """The project's judgements, or these, in the format `name`, as a file to save."""
+    lines = in_pieces(export_lines(project_records(project, rows), name))
     is_table = name == TABLE
     kind = "text/csv; charset=utf-8" if is_table else "application/x-ndjson"
-    lines = in_pieces(export_lines(project_records(request.project, rows), name))
-    stream = StreamingHttpResponse(lines, content_type=kind)
     suffix = "csv" if is_table else "jsonl"
-    return attachment(stream, f"{request.project.slug}-{name}.{suffix}")
+    stream = StreamingHttpResponse(lines, content_type=kind)
+    return attachment(stream, f"{project.slug}-{name}.{suffix}")
 
 
-def _chosen(request: ProjectRequest) -> tuple[Any, dict[str, Any]]:
+def _chosen(request: ProjectRequest) -> "tuple[QuerySet[Response], dict[str, Any]]":
     """The judgements in force that the filters leave, and the filters. Raises DataError."""
     rows = Response.objects.filter(project=request.project)
     given, filters = request.GET, {}
     if by := [kind for kind in given.getlist("by") if kind in User.Kind.values]:
         rows, filters["by"] = rows.filter(author_kind__in=by), by
-    if who := given.get("who", "").replace("\0", "").strip():
+    if who := name_in(request):
         rows, filters["who"] = rows.filter(user__username=who), who
     if (purpose := given.get("purpose")) in Item.Purpose.values:
         rows, filters["purpose"] = rows.filter(item__purpose=purpose), purpose

@@ -10,8 +10,7 @@ from typing import Any
 
 from openpalm.base.yaml_file import read_yaml
 from openpalm.errors import DataError, OpenPalmError
-from openpalm.feedback.labeling.new_items import Messages, add_prompts, prompt_digest
-from openpalm.feedback.manage.imports import is_held_out
+from openpalm.feedback.labeling.new_items import Messages, add_split_prompts, prompt_digest
 from openpalm.feedback.manage.upload_rows import UploadedItem, read_prompts
 from openpalm.feedback.models import ModelVersion, Project, Prompt
 from openpalm.feedback.training import generation
@@ -58,9 +57,7 @@ def add(project: Project, model: ModelVersion, data: Iterable[Path]) -> int:
         if len(chosen) == MOST:
             break
     share = min(max(HELD_OUT, ENOUGH / max(len(chosen), 1)), MOST_HELD_OUT)
-    for held_out in (True, False):
-        part = [m for digest, m in chosen.items() if is_held_out(digest, share) == held_out]
-        add_prompts(project, [(messages, "file") for messages in part], held_out=held_out)
+    add_split_prompts(project, chosen, "file", share)
     first = Prompt.objects.filter(project=project, held_out=False).order_by("id")
     ids = list(first.values_list("id", flat=True)[:FIRST_ITEMS])
     if ids:

@@ -107,11 +107,8 @@ class NewProjectForm(SettingsForm):
     )
 
     class Meta(SettingsForm.Meta):
-        fields = (
-            "name",
-            "slug",
-            *SettingsForm.Meta.fields[1:-1],
-        )  # decided_by: before a comparison
+        # Not yet decided_by, which is for comparisons of models.
+        fields = ("name", "slug", *SettingsForm.Meta.fields[1:-1])
         labels = SettingsForm.Meta.labels | {"slug": "Name in URLs"}
 
     def clean_slug(self) -> str:

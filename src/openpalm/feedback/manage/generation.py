@@ -4,7 +4,7 @@ from typing import Any
 
 from django import forms
 from django.contrib import messages
-from django.db.models import Exists, OuterRef, QuerySet
+from django.db.models import QuerySet
 from django.http import HttpResponse
 from django.shortcuts import redirect
 from django.views.decorators.http import require_http_methods
@@ -14,7 +14,7 @@ from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.accounts.forms import PlainLabels
 from openpalm.feedback.manage.pages import page
-from openpalm.feedback.models import Item, ModelVersion, Project, Prompt, Role
+from openpalm.feedback.models import ModelVersion, Project, Role
 from openpalm.feedback.training import generation
 
 MAX_PROMPTS = 10_000
@@ -76,11 +76,6 @@ def policies(project: Project) -> "QuerySet[ModelVersion]":
     return found.exclude(path="").order_by("-id")
 
 
-def unused_prompts(project: Project) -> "QuerySet[Prompt]":
-    without = ~Exists(Item.objects.filter(prompt=OuterRef("pk")))
-    return Prompt.objects.filter(without, project=project, held_out=False).order_by("id")
-
-
 @require_http_methods(["GET", "POST"])
 @project_page(Role.ADMIN)
 def generate(request: ProjectRequest) -> HttpResponse:
@@ -88,7 +83,7 @@ def generate(request: ProjectRequest) -> HttpResponse:
     form = GenerateForm(request.POST or None, project=project)
     if request.method == "POST" and form.is_valid():
         count = form.cleaned_data["count"]
-        prompts = list(unused_prompts(project).values_list("pk", flat=True)[:count])
+        prompts = list(generation.unused_prompts(project).values_list("pk", flat=True)[:count])
         try:
             if not prompts:
                 raise DataError("every prompt has an item already; add prompts first")
@@ -110,7 +105,7 @@ def generate(request: ProjectRequest) -> HttpResponse:
         "generate",
         form=form,
         has_models=policies(project).exists(),
-        waiting=len(unused_prompts(project).values_list("pk")[: MAX_PROMPTS + 1]),
+        waiting=len(generation.unused_prompts(project).values_list("pk")[: MAX_PROMPTS + 1]),
         limit=MAX_PROMPTS,
         status=422 if form.errors else 200,
     )

@@ -21,7 +21,8 @@ from openpalm.feedback.labeling.new_items import (
     NewCandidate,
     NewItem,
     add_items,
-    add_prompts,
+    add_split_prompts,
+    known_digests,
     prompt_digest,
 )
 from openpalm.feedback.labeling.payloads import axes
@@ -133,16 +134,13 @@ class Importer:
             return
         share = float(self.arguments.get("held_out") or 0.0)
         fresh = self._new_prompts(found)
-        for held_out in (True, False):
-            chosen = [m for digest, m in fresh.items() if is_held_out(digest, share) == held_out]
-            add_prompts(self.project, [(m, "file") for m in chosen], held_out=held_out)
-            self.counts.used += len(chosen)
-            self.held_out += len(chosen) if held_out else 0
+        self.held_out += add_split_prompts(self.project, fresh, "file", share)
+        self.counts.used += len(fresh)
 
     def _new_prompts(self, found: list[Found]) -> dict[str, list[dict[str, str]]]:
         messages = {where: _plain(row) for where, row in found}
         digests = {where: prompt_digest(m) for where, m in messages.items()}
-        seen = set(_known_digests(self.project, digests.values()))
+        seen = known_digests(self.project, digests.values())
         fresh: dict[str, list[dict[str, str]]] = {}
         for where, digest in digests.items():
             if digest in seen:
@@ -175,7 +173,7 @@ class Importer:
 
     def _held_out(self, found: list[Found]) -> set[str]:
         digests = {where: prompt_digest(_plain(row)) for where, row in found}
-        held = set(_known_digests(self.project, digests.values(), held_out=True))
+        held = known_digests(self.project, digests.values(), held_out=True)
         return {where for where, digest in digests.items() if digest in held}
 
     def _items_of(self, where: str, row: UploadedItem) -> Iterator[NewItem]:
@@ -254,11 +252,6 @@ class Importer:
         )
 
 
-def is_held_out(digest: str, share: float) -> bool:
-    """Whether a prompt belongs to the held-out share: the same for each import of the same text."""
-    return int(digest[:13], 16) < share * 16**13
-
-
 def _plain(row: UploadedItem) -> list[dict[str, str]]:
     return [{"role": m.role, "content": m.content} for m in row.prompt]
 
@@ -266,11 +259,6 @@ def _plain(row: UploadedItem) -> list[dict[str, str]]:
 def _key(digest: str, texts: list[str]) -> str:
     content = "\0".join([digest, *texts]).encode("utf-8", "surrogatepass")
     return f"file:{hashlib.sha256(content).hexdigest()}"
-
-
-def _known_digests(project: Project, digests: Iterable[str], **of: Any) -> Iterable[str]:
-    known = Prompt.objects.filter(project=project, digest__in=set(digests), **of)
-    return known.values_list("digest", flat=True)
 
 
 def _models(project: Project) -> dict[str, ModelVersion]:

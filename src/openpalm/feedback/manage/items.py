@@ -12,14 +12,15 @@ from django.views.decorators.http import require_GET, require_POST
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.labeling.names import is_blind
 from openpalm.feedback.labeling.words import LETTERS, pieces
 from openpalm.feedback.manage import item_changes
 from openpalm.feedback.manage.blinding import revealed
 from openpalm.feedback.manage.flags import open_flags
 from openpalm.feedback.manage.judgements import describe, describe_payload
 from openpalm.feedback.manage.pages import page
-from openpalm.feedback.manage.paging import page_of, within
 from openpalm.feedback.models import Candidate, Item, ItemCandidate, Response, Role, Task, User
+from openpalm.feedback.paging import id_of, name_in, page_of, within
 
 ARMS = ("random", "active")
 MAX_PRIORITY = 1e6
@@ -52,7 +53,7 @@ def _filtered(request: ProjectRequest) -> "QuerySet[Item]":
     elif given.get("only") == "names":
         named = Candidate.objects.filter(names_itself=True)
         rows = rows.filter(pk__in=ItemCandidate.objects.filter(candidate__in=named).values("item"))
-    if who := given.get("who", "").replace("\0", "").strip():
+    if who := name_in(request):
         # The user and the page's place are known first: else PostgreSQL may read the judgements of
         # all users, those of all items that the page does not reach.
         if not (user := User.objects.filter(username=who).first()):
@@ -77,8 +78,7 @@ def item(request: ProjectRequest, item_id: int) -> HttpResponse:
     found = find_item(request, item_id)
     is_revealed = found.pk in revealed([found], request.user)
     places = list(found.places.select_related("candidate__model"))
-    is_blind = request.project.blind or found.comparison_id is not None
-    shows_names = is_revealed or not is_blind
+    shows_names = is_revealed or not is_blind(request.project, found)
     answers = [
         {
             "letter": LETTERS[place.position],
@@ -167,8 +167,7 @@ def item_gold(request: ProjectRequest, item_id: int) -> HttpResponse:
 
 
 def _judged(found: Item, response_id: str) -> tuple[str, dict[str, Any]]:
-    number = int(response_id) if response_id.isascii() and response_id.isdigit() else -1
-    response = found.responses.filter(pk=min(number, 2**62), in_force=True).first()
+    response = found.responses.filter(pk=id_of(response_id), in_force=True).first()
     if response is None or response.state != Response.State.SUBMITTED:
         raise DataError("this judgement is not in force")
     return response.kind, response.payload
@@ -179,7 +178,7 @@ def _judged(found: Item, response_id: str) -> tuple[str, dict[str, Any]]:
 def item_change(request: ProjectRequest, item_id: int) -> HttpResponse:
     """`action` is withdraw, reopen or reveal; `priority` sets the priority."""
     found = find_item(request, item_id)
-    action = request.POST.get("action", "")
+    action, details = request.POST.get("action", ""), {}
     try:
         match action:
             case "withdraw":
@@ -189,13 +188,14 @@ def item_change(request: ProjectRequest, item_id: int) -> HttpResponse:
             case "reveal":
                 item_changes.reveal(found, request.user)
             case "priority":
-                item_changes.set_priority(found.pk, _priority(request.POST.get("priority", "")))
+                details["priority"] = _priority(request.POST.get("priority", ""))
+                item_changes.set_priority(found.pk, details["priority"])
             case _:
                 raise DataError("there is no such action")
     except DataError as error:
         messages.error(request, f"Not changed: {error}.")
     else:
-        _audit(request, f"item.{action}", found)
+        _audit(request, f"item.{action}", found, **details)
     return redirect("item", request.project.slug, found.pk)
 
 

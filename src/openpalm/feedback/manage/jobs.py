@@ -8,8 +8,8 @@ from django.views.decorators.http import require_GET, require_POST
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.manage.pages import page
-from openpalm.feedback.manage.paging import page_of
 from openpalm.feedback.models import Job, Role
+from openpalm.feedback.paging import page_of
 from openpalm.feedback.worker.jobs import stop
 
 UNFINISHED = (Job.State.QUEUED, Job.State.RUNNING)

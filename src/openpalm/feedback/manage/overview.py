@@ -9,6 +9,7 @@ from django.views.decorators.http import require_GET
 
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.manage.flags import open_flags
+from openpalm.feedback.manage.jobs import UNFINISHED
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.models import Item, Job, Project, Prompt, Role, Statistic
 
@@ -29,9 +30,7 @@ def overview(request: ProjectRequest) -> HttpResponse:
         flags=len(open_flags(project).values_list("pk")[: MANY + 1]),
         many=MANY,
         members=project.memberships.count(),
-        running=Job.objects.filter(
-            project=project, state__in=[Job.State.QUEUED, Job.State.RUNNING]
-        ).order_by("id")[:5],
+        running=Job.objects.filter(project=project, state__in=UNFINISHED).order_by("id")[:5],
         has_prompts=Prompt.objects.filter(project=project).exists(),
     )
 

@@ -1,4 +1,4 @@
-"""What the pages of managers share: the context of a project page, and answers to bad input."""
+"""What the pages of managers share: the context of a project."""
 
 from typing import Any
 
@@ -14,7 +14,6 @@ def project_context(request: ProjectRequest) -> dict[str, Any]:
     return {
         "project": request.project,
         "role": request.role,
-        "is_reviewer": has_rank(request.role, Role.REVIEWER),
         "is_admin": has_rank(request.role, Role.ADMIN),
         "is_owner": has_rank(request.role, Role.OWNER),
     }

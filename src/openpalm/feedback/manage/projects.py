@@ -1,10 +1,10 @@
-"""Pages of projects: the list, a new one, its overview, settings, guidelines, closing."""
+"""Pages of projects: the list, a new one, settings, guidelines, closing."""
 
 from typing import Any
 
 from django.contrib import messages
 from django.db import transaction
-from django.http import Http404, HttpResponse
+from django.http import HttpResponse
 from django.shortcuts import redirect, render
 from django.utils import timezone
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
@@ -16,11 +16,21 @@ from openpalm.feedback.accounts.access import (
     signed_in_page,
     site_admin_page,
 )
+from openpalm.feedback.labeling.context import guideline_in
 from openpalm.feedback.labeling.markdown import to_html
 from openpalm.feedback.manage.forms import GuidelineForm, NewProjectForm, SettingsForm
 from openpalm.feedback.manage.guideline_diff import changes
 from openpalm.feedback.manage.pages import page
-from openpalm.feedback.models import Guideline, Invitation, Job, Membership, Project, Response, Role
+from openpalm.feedback.models import (
+    Guideline,
+    Invitation,
+    Job,
+    Membership,
+    Project,
+    Response,
+    Role,
+    User,
+)
 
 
 @require_GET
@@ -43,7 +53,8 @@ def home(request: Any) -> HttpResponse:
 def project_new(request: Any) -> HttpResponse:
     form = NewProjectForm(request.POST or None)
     if request.method == "POST" and form.is_valid():
-        project = _make_project(request.user, form)
+        project = form.save(commit=False)
+        add_project(project, request.user, form.cleaned_data["guidelines"])
         messages.success(request, "The project is there.")
         return redirect("project", project.slug)
     context = {"form": form, "is_first": not Project.objects.exists()}
@@ -52,13 +63,13 @@ def project_new(request: Any) -> HttpResponse:
 
 
 @transaction.atomic
-def _make_project(user: Any, form: NewProjectForm) -> Project:
-    project = form.save()
-    Membership.objects.create(project=project, user=user, role=Role.OWNER)
-    audit.record("project.made", user=user, project=project, target=project.slug)
-    if text := form.cleaned_data["guidelines"].strip():
-        Guideline.objects.create(project=project, version=1, text=text, author=user)
-    return project
+def add_project(project: Project, owner: User, guidelines: str, **details: Any) -> None:
+    """Stores a new project with its owner and its first guidelines, if there are any."""
+    project.save()
+    Membership.objects.create(project=project, user=owner, role=Role.OWNER)
+    audit.record("project.made", user=owner, project=project, target=project.slug, **details)
+    if text := guidelines.strip():
+        Guideline.objects.create(project=project, version=1, text=text, author=owner)
 
 
 @require_http_methods(["GET", "POST"])
@@ -162,13 +173,7 @@ def _store_guideline(request: ProjectRequest, text: str) -> int:
 def guideline_versions(request: ProjectRequest) -> HttpResponse:
     """All versions; `version` in the address shows one, with its changes to the one before."""
     versions = request.project.guidelines.order_by("-version").defer("text")
-    wanted = request.GET.get("version", "")
-    shown = request.project.guideline
-    if wanted:
-        is_number = wanted.isascii() and wanted.isdigit() and len(wanted) < 9
-        matching = request.project.guidelines.filter(version=int(wanted) if is_number else -1)
-        if not (shown := matching.first()):
-            raise Http404("there is no such version of the guidelines")
+    shown = guideline_in(request)
     before = shown and request.project.guidelines.filter(version=shown.version - 1).first()
     return page(
         request,

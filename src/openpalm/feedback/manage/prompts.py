@@ -1,4 +1,4 @@
-"""Pages of prompts: the list, typed ones, uploads, the generation of candidates."""
+"""Pages of prompts: the list, typed ones, uploads, which are held out."""
 
 from typing import Any
 
@@ -13,14 +13,19 @@ from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.accounts.forms import PlainLabels
-from openpalm.feedback.labeling.new_items import NewItem, add_items, add_prompts, prompt_digest
+from openpalm.feedback.labeling.new_items import (
+    NewItem,
+    add_items,
+    add_split_prompts,
+    known_digests,
+    prompt_digest,
+)
 from openpalm.feedback.labeling.tasks import candidates_needed
 from openpalm.feedback.manage import uploads
 from openpalm.feedback.manage.forms import ShareField
-from openpalm.feedback.manage.imports import is_held_out
 from openpalm.feedback.manage.pages import page
-from openpalm.feedback.manage.paging import page_of
 from openpalm.feedback.models import Item, Prompt, Role, Task
+from openpalm.feedback.paging import page_of
 from openpalm.feedback.worker.jobs import enqueue
 
 SOURCES = ("file", "chat", "typed", "api")
@@ -147,15 +152,12 @@ def _add_typed(
     """Adds the new ones; returns how many. Where people write the answers, each is an item."""
     project = request.project
     by_digest = {prompt_digest(messages): messages for messages in conversations}
-    known = Prompt.objects.filter(project=project, digest__in=by_digest)
-    earlier = set(known.values_list("digest", flat=True))
+    earlier = known_digests(project, by_digest)
     fresh = {digest: each for digest, each in by_digest.items() if digest not in earlier}
     if candidates_needed(project.task) == (0, 0):
         add_items(project, [NewItem(m, (), "typed") for m in fresh.values()])
-        return len(fresh)
-    for held_out in (True, False):
-        chosen = [m for digest, m in fresh.items() if is_held_out(digest, share) == held_out]
-        add_prompts(project, [(m, "typed") for m in chosen], held_out=held_out)
+    else:
+        add_split_prompts(project, fresh, "typed", share)
     return len(fresh)
 
 

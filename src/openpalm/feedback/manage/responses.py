@@ -11,13 +11,13 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.labeling import submission
 from openpalm.feedback.manage.blinding import revealed
+from openpalm.feedback.manage.deletion import erase
 from openpalm.feedback.manage.flags import open_flags
 from openpalm.feedback.manage.judgements import describe
 from openpalm.feedback.manage.pages import page
-from openpalm.feedback.manage.paging import page_of
 from openpalm.feedback.models import Response, Role, Snapshot, User
+from openpalm.feedback.paging import name_in, page_of
 from openpalm.feedback.training.lineage import models_of
 
 COMMON = ("submitted", "person", "compare", "rank", "rate", "thumb", "edit", "write")
@@ -57,7 +57,7 @@ def _filtered(request: ProjectRequest) -> "QuerySet[Response]":
     # One index serves one filter, and SQLite would guess which: the labeler, else the first that is
     # rare. The others are written such that no index fits.
     has_index = False
-    if who := given.get("who", "").replace("\0", "").strip():
+    if who := name_in(request):
         if not (user := User.objects.filter(username=who).first()):
             return rows.none()
         rows, has_index = rows.filter(user=user), True
@@ -91,27 +91,16 @@ def _find(request: ProjectRequest, response_id: int) -> Response:
 def response_delete(request: ProjectRequest, response_id: int) -> HttpResponse:
     """Shows which models a judgement is in; a POST erases its content."""
     response = _find(request, response_id)
-    models = models_of([response])
-    snapshots = Snapshot.objects.filter(rows__response=response)
-    if request.method == "POST" and response.state != Response.State.DELETED:
-        submission.delete(response.pk)
-        audit.record(
-            "judgement.deleted",
-            user=request.user,
-            project=request.project,
-            target=response.uid,
-            author=response.user.username,
-            item=response.item_id,
-            models=[model.name for model in models],
-        )
+    if request.method == "POST":
+        erase(response, request.user)
         messages.success(request, "The judgement is deleted: its content is erased.")
         return redirect("response-delete", request.project.slug, response.pk)
     is_visible = response.item_id in revealed([response.item], request.user)
     context: dict[str, Any] = {
         "response": response,
         "words": describe(response) if is_visible else None,
-        "models": models,
-        "snapshots": snapshots,
+        "models": models_of([response]),
+        "snapshots": Snapshot.objects.filter(rows__response=response),
         "is_deleted": response.state == Response.State.DELETED,
     }
     return page(request, "response_delete", **context)

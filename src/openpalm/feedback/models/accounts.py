@@ -55,6 +55,7 @@ class ApiToken(models.Model):
 
     user = models.ForeignKey(User, models.CASCADE, related_name="tokens")
     project = models.ForeignKey("Project", models.CASCADE, null=True, related_name="+")
+    project_id: int | None
     name = models.CharField(max_length=100)
     prefix = models.CharField(max_length=12)
     digest = models.CharField(max_length=64, unique=True)

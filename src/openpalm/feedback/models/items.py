@@ -90,7 +90,7 @@ class Item(models.Model):
     responses: "models.Manager[Response]"
     gold_kind = models.CharField(max_length=16, blank=True)
     key = models.CharField(max_length=100, null=True)
-    """the name that a client of the API gave it; makes its creation repeatable"""
+    """a name from a client of the API or from an import; makes its creation repeatable"""
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
@@ -239,7 +239,8 @@ class Conversation(models.Model):
     model_ids: Any = models.JSONField()
     """ids of the two ModelVersions, in the order of the screen"""
     turns: Any = models.JSONField(default=list)
-    """[{"user": text, "answers": [left, right]}, ...]"""
+    """[{"user": text, "answers": [left, right], "ended": [...], "at": [...], "kept": side}, ...]"""
     state = models.CharField(max_length=16, default="open")
     created_at = models.DateTimeField(auto_now_add=True)
     judged_as = models.ForeignKey(Item, models.SET_NULL, null=True, related_name="+")
+    judged_as_id: int | None

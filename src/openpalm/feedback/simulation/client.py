@@ -1,5 +1,7 @@
-"""A client of the REST API for labelers. It repeats a request that got no answer: all are
-repeatable, for a lease is shown again and a second submission returns the first response.
+"""A client of the REST API for labelers.
+
+It repeats a request that got no answer. All requests are repeatable: a lease is shown again and a
+second submission returns the first response.
 """
 
 import time
@@ -73,6 +75,6 @@ def _read(answer: httpx2.Response) -> dict[str, Any]:
     if answer.is_success and isinstance(value, dict):
         return value
     error = value.get("error") if isinstance(value, dict) else None
-    told = error.get("message") if isinstance(error, dict) else None
-    reason = shown(told)[1:-1] if isinstance(told, str) else "not a site of feedback"
+    message = error.get("message") if isinstance(error, dict) else None
+    reason = shown(message)[1:-1] if isinstance(message, str) else "not a site of feedback"
     raise WorkError(f"{answer.request.url}: HTTP {answer.status_code}: {reason}")

@@ -15,6 +15,7 @@ from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
 
 from openpalm.errors import DataError
+from openpalm.feedback.labeling.tasks import candidates_needed
 from openpalm.feedback.models import (
     Candidate,
     Item,
@@ -42,7 +43,6 @@ from openpalm.feedback.worker.progress import Progress
 
 MOST_ANSWERS = 16
 _draw = random.SystemRandom()
-LEAST_CANDIDATES = {Task.PAIR: 2, Task.RANKING: 2, Task.CHAT: 2}
 
 
 def start(
@@ -54,8 +54,8 @@ def start(
     pairs: int = 1,
 ) -> Job:
     """Queues the generation. Raises DataError in words for the page."""
-    least = LEAST_CANDIDATES.get(Task(project.task), 1)
-    if project.task == Task.DEMONSTRATION:
+    least, most = candidates_needed(project.task)
+    if not most:
         raise DataError("labelers write the answers of this project; there is nothing to generate")
     for each in models:
         _check(project, each)
@@ -113,10 +113,15 @@ def _summary(result: dict[str, Any]) -> str:
 
 def _prompts(project: Project, ids: Sequence[int] | None) -> "QuerySet[Prompt]":
     """The prompts asked for, or those without an item; never one that is held out."""
-    found = Prompt.objects.filter(project=project, held_out=False).order_by("id")
-    if ids is not None:
-        return found.filter(pk__in=ids)
-    return found.filter(~Exists(Item.objects.filter(prompt=OuterRef("pk"))))
+    if ids is None:
+        return unused_prompts(project)
+    return Prompt.objects.filter(project=project, held_out=False, pk__in=ids).order_by("id")
+
+
+def unused_prompts(project: Project) -> "QuerySet[Prompt]":
+    """The training prompts without an item, the oldest first."""
+    without = ~Exists(Item.objects.filter(prompt=OuterRef("pk")))
+    return Prompt.objects.filter(without, project=project, held_out=False).order_by("id")
 
 
 def _prompts_in_groups(ids: Sequence[int]) -> Iterator[list[Prompt]]:

@@ -66,7 +66,7 @@ def connect(path: str, name: str) -> Connection:
 def _first_project(name: str) -> Project:
     project = Project.objects.create(slug=FIRST_PROJECT, name=f"Answers of {name}"[:120])
     Guideline.objects.create(project=project, version=1, text=GUIDELINE)
-    audit.record("project.made", user=None, project=project, target=project)
+    audit.record("project.made", user=None, project=project, target=project.slug)
     return project
 
 

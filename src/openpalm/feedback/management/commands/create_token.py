@@ -16,7 +16,7 @@ class Command(BaseCommand):
     help = "Prints a new token of the REST API. It is shown only now; a hash of it is stored."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("user", help="whose rights the token has at most")
+        parser.add_argument("user", help="the token has at most the rights of this user")
         parser.add_argument("--scopes", nargs="+", choices=ApiToken.SCOPES, required=True)
         parser.add_argument("--project", help="slug of the only project; default: all of the user")
         parser.add_argument("--days", type=int, default=90, help="valid for; default 90")

@@ -1,10 +1,11 @@
 "use strict";
 
 // The token of the cookie, not of the page: after a sign-in in another tab only the cookie is right.
+const token = () => document.cookie.match(/(?:^|; )openpalm_csrf=([^;]+)/)?.[1] ?? "";
+
 document.addEventListener("htmx:configRequest", (event) => {
-  const token = document.cookie.match(/(?:^|; )openpalm_csrf=([^;]+)/);
-  if (!token) return;
-  event.detail.headers["x-csrftoken"] = token[1];
+  if (!token()) return;
+  event.detail.headers["x-csrftoken"] = token();
   delete event.detail.parameters.csrfmiddlewaretoken;
 });
 

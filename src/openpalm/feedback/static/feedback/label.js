@@ -2,7 +2,8 @@
 
 /* The page of an item: keys, drafts, the active time, ranking. Every part works without it.
 
-   A control names its key in data-key; the item is replaced by htmx after each judgement. */
+   A control names its key in data-key; the item is replaced by htmx after each judgement.
+   `token` is in base.js. */
 
 const DRAFT_AFTER_MS = 800;
 const POLL_MS = 700;
@@ -13,7 +14,6 @@ const form = () => find("#judgement");
 const typing = (node) => node.matches?.("textarea, select, input:not([type=radio], [type=checkbox])");
 const say = (text) => { find("#said").textContent = text; };
 const note = (text) => { if (find("#saved")) find("#saved").textContent = text; }; // seen and said
-const token = () => document.cookie.match(/(?:^|; )openpalm_csrf=([^;]+)/)?.[1] ?? "";
 
 /* The time that the page was in sight. */
 

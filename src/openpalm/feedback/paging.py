@@ -1,4 +1,7 @@
-"""Pages of long lists by id: the cost of a page does not grow with its number."""
+"""Pages of long lists by id, and what their addresses say: place and filters.
+
+The cost of a page does not grow with its number.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +25,7 @@ class Page:
 
 def page_of(rows: "QuerySet[Any]", request: HttpRequest, size: int = PAGE_SIZE) -> Page:
     """The page that `before` or `after` (an id) in the address asks for; else the first."""
-    before, after = (_id(request.GET.get(name)) for name in ("before", "after"))
+    before, after = _place(request)
     if after is not None:
         found = list(rows.filter(pk__gt=after).order_by("pk")[: size + 1])
         has_newer, has_older = len(found) > size, True
@@ -43,7 +46,7 @@ def page_of(rows: "QuerySet[Any]", request: HttpRequest, size: int = PAGE_SIZE) 
 
 def within(rows: "QuerySet[Any]", request: HttpRequest, column: str) -> "QuerySet[Any]":
     """The rows that can belong to the page, by `column`, which refers to the rows of the page."""
-    before, after = (_id(request.GET.get(name)) for name in ("before", "after"))
+    before, after = _place(request)
     if after is not None:
         return rows.filter(**{f"{column}__gt": after})
     return rows if before is None else rows.filter(**{f"{column}__lt": before})
@@ -54,7 +57,17 @@ def _query(request: HttpRequest, **place: int) -> str:
     return urlencode(filters | place)
 
 
-def _id(text: str | None) -> int | None:
-    if text is None or not text.isascii() or not text.isdigit() or len(text) > 19:
-        return None
-    return min(int(text), MAX_ID)
+def _place(request: HttpRequest) -> tuple[int | None, int | None]:
+    return id_of(request.GET.get("before", "")), id_of(request.GET.get("after", ""))
+
+
+def id_of(text: str) -> int | None:
+    """The id that a visitor wrote; None if it is no id that a row can have."""
+    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_ID))
+    return min(int(text), MAX_ID) if is_number else None
+
+
+def name_in(request: HttpRequest) -> str:
+    """The user name of the filter `who`; empty without one."""
+    # A NUL in an address is not refused before; PostgreSQL cannot compare it.
+    return request.GET.get("who", "").replace("\0", "").strip()

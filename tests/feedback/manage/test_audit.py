@@ -1,0 +1,36 @@
+"""The audit log: its filters know every action that the code records."""
+
+import re
+from pathlib import Path
+
+from openpalm import feedback
+from openpalm.feedback.manage.audit_pages import AREAS
+from openpalm.feedback.models import Event, Role
+
+ACTION = re.compile(r'(?:record|_audit)\(\s*(?:request, )?f?"([a-z]+)\.')
+"""the first word of an action, as in audit.record("item.added", ...)"""
+
+
+def test_every_action_has_a_filter():
+    folder = Path(feedback.__path__[0])
+    recorded = {
+        area
+        for path in folder.rglob("*.py")
+        for area in ACTION.findall(path.read_text(encoding="utf-8"))
+    }
+    assert {"item", "labeler", "token"} <= recorded <= set(AREAS)
+
+
+def test_the_filters_of_the_page(project, member, signed_in):
+    boss = member("max", Role.ADMIN)
+    for user, action in ((boss, "item.added"), (boss, "job.stopped"), (None, "item.reveal")):
+        Event.objects.create(project=project, user=user, action=action)
+    client = signed_in(boss)
+
+    def shown(query):
+        rows = client.get(f"/p/demo/audit?{query}").context["page"].rows
+        return [event.action for event in rows]
+
+    assert shown("area=item") == ["item.reveal", "item.added"]
+    assert shown("area=item&who=max") == ["item.added"]
+    assert shown("area=nothing&who=nobody") == []
