@@ -24,31 +24,24 @@ BATCH = 2000
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    """The handler of "score": candidates of the model's project that have no score of it yet.
-
-    `candidates`, a list of ids, limits it to those.
-    """
+    """The handler of "score": candidates of the model's project that have no score of it yet."""
     model = ModelVersion.objects.select_related("project").get(pk=job.arguments["model"])
-    result = score(model, progress, job.arguments.get("candidates"))
+    result = score(model, progress)
     jobs.enqueue_once("statistics", project=model.project)
     return result
 
 
-def score(
-    model: ModelVersion, progress: Progress, candidates: list[int] | None = None
-) -> dict[str, Any]:
+def score(model: ModelVersion, progress: Progress) -> dict[str, Any]:
     """Counts of the candidates that were scored and of those too long for the model."""
     if not model.path:
         raise DataError(f"the model {model} has no checkpoint to score with")
-    waiting = unscored(model)
-    if candidates is not None:
-        waiting = waiting.filter(pk__in=candidates)
+    waiting = _unscored(model)
+    if not waiting.exists():
+        return {"scored": 0, "too_long": 0}
     folder = Path(settings.FEEDBACK_DIR) / "scores"
     given, found = folder / f"{model.pk}-given.jsonl", folder / f"{model.pk}-scored.jsonl"
     total = _write(waiting, given)
     progress.start(total, f"scoring with {model}")
-    if not total:
-        return {"scored": 0, "too_long": 0}
     command = Command(
         ["score", model.path, "--data", str(given), "--out", str(found)], folder / f"{model.pk}.log"
     )
@@ -61,7 +54,7 @@ def score(
     return {"scored": scored, "too_long": total - scored}
 
 
-def unscored(model: ModelVersion) -> "QuerySet[Candidate]":
+def _unscored(model: ModelVersion) -> "QuerySet[Candidate]":
     has = ModelScore.objects.filter(model=model, candidate=OuterRef("pk"))
     found = Candidate.objects.filter(prompt__project=model.project_id).filter(~Exists(has))
     return found.select_related("prompt").order_by("id")
