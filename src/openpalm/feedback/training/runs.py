@@ -119,11 +119,13 @@ def stop(run: TrainRun, user: User | None) -> bool:
     return True
 
 
+@transaction.atomic
 def resume(run: TrainRun, user: User | None) -> Job:
     """Continues a training that was stopped or failed from its last save."""
-    if run.state not in (State.STOPPED, State.FAILED):
+    # Conditional: of two managers at the same time only one resumes it.
+    ended = TrainRun.objects.filter(pk=run.pk, state__in=(State.STOPPED, State.FAILED))
+    if not ended.update(state=State.QUEUED, error="", finished_at=None):
         raise DataError(f"training {run.pk} is {run.state}; only an ended one can be resumed")
-    TrainRun.objects.filter(pk=run.pk).update(state=State.QUEUED, error="", finished_at=None)
     audit.record("training.resumed", user=user, project=run.project, target=run.pk)
     return jobs.enqueue("train", project=run.project, user=user, run=run.pk)
 

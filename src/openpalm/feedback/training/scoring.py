@@ -3,8 +3,7 @@
 A reward model gives rewards; a model that answers gives its log-probability of the candidate.
 """
 
-import json
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from django.conf import settings
 from django.db.models import Exists, OuterRef, QuerySet
 
 from openpalm.base import jsonl
-from openpalm.base.files import atomic_file
 from openpalm.errors import DataError, WorkError
 from openpalm.feedback.models import Candidate, Job, ModelScore, ModelVersion
 from openpalm.feedback.training.registry import REWARD
@@ -40,7 +38,7 @@ def score(model: ModelVersion, progress: Progress) -> dict[str, Any]:
         return {"scored": 0, "too_long": 0}
     folder = Path(settings.FEEDBACK_DIR) / "scores"
     given, found = folder / f"{model.pk}-given.jsonl", folder / f"{model.pk}-scored.jsonl"
-    total = _write(waiting, given)
+    total = jsonl.write_rows(given, map(_row, waiting.iterator(chunk_size=BATCH)))
     progress.start(total, f"scoring with {model}")
     command = Command(
         ["score", model.path, "--data", str(given), "--out", str(found)], folder / f"{model.pk}.log"
@@ -60,18 +58,8 @@ def _unscored(model: ModelVersion) -> "QuerySet[Candidate]":
     return found.select_related("prompt").order_by("id")
 
 
-def _write(candidates: "QuerySet[Candidate]", path: Path) -> int:
-    count = 0
-    with atomic_file(path) as file:
-        for candidate in candidates.iterator(chunk_size=BATCH):
-            row = {
-                "id": candidate.pk,
-                "prompt": candidate.prompt.messages,
-                "completion": candidate.text,
-            }
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-            count += 1
-    return count
+def _row(candidate: Candidate) -> dict[str, Any]:
+    return {"id": candidate.pk, "prompt": candidate.prompt.messages, "completion": candidate.text}
 
 
 def _store(model: ModelVersion, path: Path, progress: Progress) -> int:
@@ -80,19 +68,8 @@ def _store(model: ModelVersion, path: Path, progress: Progress) -> int:
     scores = (row for row in jsonl.read_rows(path) if row.get(field) is not None)
     rows = (ModelScore(model=model, candidate_id=row["id"], score=row[field]) for row in scores)
     stored = 0
-    for batch in _batches(rows):
+    while batch := list(islice(rows, BATCH)):
         ModelScore.objects.bulk_create(batch, ignore_conflicts=True)
         stored += len(batch)
         progress.advance(len(batch))
     return stored
-
-
-def _batches(rows: Iterator[ModelScore]) -> Iterator[list[ModelScore]]:
-    batch: list[ModelScore] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
