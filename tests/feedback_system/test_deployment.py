@@ -97,10 +97,11 @@ def deployed():
     folder = Path(tempfile.mkdtemp(prefix="openpalm-deployment-"))
     ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     log = folder / "script.log"
+    # The script runs openpalm and gunicorn by name; pytest may be started by its path alone.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | ports | {"PATH": path}
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [SCRIPT, folder], stdout=output, stderr=output, env=os.environ | ports
-        )
+        process = subprocess.Popen([SCRIPT, folder], stdout=output, stderr=output, env=environment)
     try:
         deadline = time.monotonic() + HANGS_S
         while "sign in as admin" not in log.read_text(encoding="utf-8"):

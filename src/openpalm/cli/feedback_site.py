@@ -8,7 +8,6 @@ import errno
 import ipaddress
 import os
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from pathlib import Path
 from openpalm.errors import SettingsError, StorageError
 from openpalm.feedback.supervisor import Child, answers
 from openpalm.feedback.web import SOCKET_VARIABLE, listener
+from openpalm.feedback.worker.processes import PROGRAM
 
-PROGRAM = (sys.executable, "-m", "openpalm")
 PORT_WAIT_S = 3.0
 DATABASE_FILE = "db.sqlite3"
 DRIVERS = "pip install 'psycopg[binary]'"

@@ -16,10 +16,11 @@ from typing import Any
 from openpalm.base.settings import spell
 from openpalm.cli import feedback_site
 from openpalm.cli.feedback import say
-from openpalm.cli.feedback_site import PROGRAM, Site
+from openpalm.cli.feedback_site import Site
 from openpalm.cli.serve import ServeSettings
 from openpalm.errors import SettingsError
 from openpalm.feedback.supervisor import Child, Supervisor, answers
+from openpalm.feedback.worker.processes import PROGRAM
 
 _NOT_PASSED = {
     *("path", "feedback", "feedback_port", "feedback_dir", "port", "name", "api_key", "admin_key"),
@@ -80,6 +81,7 @@ def _server(
     """The model server. After a crash it starts with the model that was promoted meanwhile."""
     from openpalm.feedback.manage import first_prompts
     from openpalm.feedback.training.served import connect
+    from openpalm.feedback.training.servers import promoted_path
 
     connection = connect(settings.path, settings.model_name)
     if connection.promoted:
@@ -98,10 +100,10 @@ def _server(
     }
     if keys:
         environment["OPENPALM_API_KEY"] = json.dumps(list(keys))
-    served_file = Path(feedback_site.folder_of(settings.feedback_dir)) / "served.json"
 
     def command() -> list[str]:
-        promoted = _promoted(served_file)
+        found = promoted_path()
+        promoted = found if found and Path(found).is_dir() else None
         path = promoted or connection.model.path
         words = [*PROGRAM, "serve", path, *options(settings, promoted)]
         words += ["--name", settings.model_name, "--port", str(port)]
@@ -109,15 +111,6 @@ def _server(
 
     ready = answers(f"{url}/ready")
     return Child("model server", command, environment, ready=ready, hides_output=True)
-
-
-def _promoted(file: Path) -> str | None:
-    """The checkpoint that the site has promoted since the command began."""
-    try:
-        path = json.loads(file.read_text(encoding="utf-8"))["path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return path if isinstance(path, str) and Path(path).is_dir() else None
 
 
 def options(settings: ServeSettings, promoted: str | None = None) -> list[str]:

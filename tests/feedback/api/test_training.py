@@ -38,9 +38,30 @@ def test_a_training_is_queued(project, base, boss, member, make_item):
 
 
 @pytest.mark.parametrize(
+    ("changes", "held_back"),
+    [
+        ({"verb": "reward"}, True),
+        ({"verb": "reward", "hold_back": False}, False),
+        ({"verb": "dpo"}, False),
+        ({"verb": "dpo", "hold_back": True}, True),
+    ],
+)
+def test_a_reward_model_is_not_trained_on_the_random_arm_unless_asked(
+    project, base, boss, member, make_item, changes, held_back
+):
+    make_item("one", "yes", "no")
+    assignment = queue.next_assignment(project, member("ann"))
+    better = Judgement("compare", {"better": 0, "worse": 1, "strength": 1})
+    submission.submit(assignment.pk, member("ann"), better)
+    assert start(boss, **changes).status_code == 201
+    assert TrainRun.objects.get().settings["filter"]["hold_back"] is held_back
+
+
+@pytest.mark.parametrize(
     ("changes", "field"),
     [
         ({"verb": "rm"}, "verb"),
+        ({"hold_back": "yes"}, "hold_back"),
         ({"parent": "other"}, "parent"),
         ({"reward_model": 3}, "reward_model"),
         ({"settings": {"filter": {}}}, "settings.filter"),

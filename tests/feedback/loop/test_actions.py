@@ -94,6 +94,15 @@ def test_a_reward_model_learns_one_axis_of_ratings(loop, client):
     assert client.post("/p/demo/runs/new", form(loop, axis="none")).status_code == 422
 
 
+def test_a_reward_model_leaves_out_the_random_arm_unless_unticked(loop, client):
+    page = client.get("/p/demo/runs/new?verb=reward")
+    assert page.context["form"]["hold_back"].value() is True
+    for ticked in ({"hold_back": "on"}, {}):
+        client.post("/p/demo/runs/new?verb=reward", form(loop, **ticked))
+        run = TrainRun.objects.order_by("-id")[0]
+        assert run.settings["filter"]["hold_back"] == bool(ticked)
+
+
 def test_thumbs_are_trained_on_with_kto(loop, client):
     Project.objects.update(task="thumbs")
     page = client.get("/p/demo/runs/new?verb=dpo")

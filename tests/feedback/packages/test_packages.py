@@ -8,8 +8,8 @@ import warnings
 
 import numpy as np
 import pytest
+from agreement_table import table_of
 
-from openpalm.feedback.statistics.agreement import AgreementCounts
 from openpalm.feedback.statistics.board import Comparison
 from openpalm.feedback.statistics.bradley_terry import fit
 
@@ -27,7 +27,7 @@ def ratings(seed, *, items=40, raters=5, categories=4, missing=0.3):
 
 
 def counted(values, categories):
-    return AgreementCounts.from_judgements(
+    return table_of(
         categories,
         [
             (item, rater, int(value))

@@ -14,7 +14,6 @@ from openpalm.feedback.statistics.promotion import (
     level_of_look,
     position_bias,
     win_rate,
-    win_rate_at_equal_style,
 )
 
 
@@ -174,7 +173,43 @@ def test_style_that_cannot_be_told_from_the_model_is_warned_of():
     )
     assert any("style may explain" in warning for warning in doubtful.warnings)
     assert (found.verdict, doubtful.verdict) == ("more_needed", "more_needed")
-    assert doubtful.further > 0
+    assert found.further is None, "more of the same answers tell nothing of style"
+    assert "style so regularly" in found.reason
+    assert f"about {doubtful.further} more" in doubtful.reason
+
+
+def test_style_is_asked_about_after_the_minimum_only():
+    few = decide(votes_of(65, 35, style=(0.5,)), style_features=["length"])
+    assert (few.verdict, few.further) == ("more_needed", 100)
+    assert few.reason.startswith("100 of at least 200")
+    assert decide([], style_features=["length"]).further == 200
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_the_number_needed_holds_at_equal_style_too(look):
+    """The same votes of as many more prompts pass at the next look; one copy fewer does not."""
+    votes = longer(np.random.default_rng(0), quality=0.3, length=2.0, number=300)
+    found = decide(votes, style_features=["length"], look=look)
+    assert (found.verdict, found.win_rate.low > 0.5) == ("more_needed", True)
+    copies = math.ceil((300 + found.further) / 300)
+    assert copies > 2
+    for number, verdict in ((copies, "promote"), (copies - 1, "more_needed")):
+        more = [vote._replace(prompt=(n, vote.prompt)) for n in range(number) for vote in votes]
+        assert decide(more, style_features=["length"], look=look + 1).verdict == verdict
+
+
+def test_a_later_look_is_stricter_at_equal_style_too():
+    votes = next(
+        tried
+        for tried in (
+            longer(np.random.default_rng(seed), quality=0.35, length=1.0, number=400)
+            for seed in range(100)
+        )
+        if 0.5 < decide(tried, style_features=["length"]).at_equal_style.low < 0.505
+    )
+    assert decide(votes, style_features=["length"]).verdict == "promote"
+    second = decide(votes, style_features=["length"], look=2)
+    assert (second.verdict, second.further > 0) == ("more_needed", True)
 
 
 def test_labelers_who_choose_by_length_alone_promote_one_in_forty_at_most():
@@ -182,7 +217,6 @@ def test_labelers_who_choose_by_length_alone_promote_one_in_forty_at_most():
     tried = [longer(drawn, quality=0.0, length=3.0, number=300) for _ in range(200)]
     verdicts = [decide(votes, style_features=["length"]).verdict for votes in tried]
     assert verdicts.count("promote") / 200 < 0.06
-    assert win_rate_at_equal_style([], ["length"]) is None
 
 
 def test_who_judged():

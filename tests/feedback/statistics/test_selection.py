@@ -11,7 +11,6 @@ from openpalm.feedback.statistics.selection import (
     choose_batch,
     in_reserve,
     policy_uncertainty,
-    preference_variance,
     selection_scores,
 )
 
@@ -25,7 +24,6 @@ def test_bald_by_hand():
     margins = np.array([[50.0, 0.0, 3.0, logit(0.9)], [-50.0, 0.0, 3.0, logit(0.3)]])
     expected = _entropy(0.6) - (_entropy(0.9) + _entropy(0.3)) / 2
     assert bald(margins) == pytest.approx([math.log(2), 0, 0, expected], abs=1e-9)
-    assert preference_variance(margins) == pytest.approx([0.25, 0, 0, 0.09])
 
 
 def _entropy(p):

@@ -264,6 +264,8 @@ def test_an_undecided_comparison_is_extended_and_looked_at_more_strictly(
     assert comparison.result["decision"] == "more_needed"
     assert comparison.result["figures"]["look"] == 1
     comparisons.extend(comparison, SIZE, admin)
+    with pytest.raises(DataError, match="can be extended"):
+        comparisons.extend(comparison, 1, admin)
     drain("compare")
     assert comparison.items.count() == 2 * SIZE
     _judge_all(comparison, judge, [ann], [0] * SIZE)

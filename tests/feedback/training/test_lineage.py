@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from openpalm.cli import serve_feedback
+from openpalm.cli.serve import ServeSettings
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.tokens import digest_of
 from openpalm.feedback.models import ApiToken, ModelVersion, Project, TrainRun, User
@@ -106,9 +108,26 @@ def test_the_first_project_is_made_with_the_served_model(db, tmp_path, settings)
     assert in_force.get().digest == digest_of(second.token)
 
 
+def test_a_crashed_server_starts_with_the_promoted_model(model, settings, tmp_path):
+    first, promoted = model("first"), model("promoted")
+    given = ServeSettings(path=first.path, adapter="cat=runs/cat")
+    server = serve_feedback._server(given, 8000, "http://host:8000", "http://host:8080", [], ["k"])
+    words = [*server.command()]
+    assert first.path in words
+    assert "--adapter" in words
+    file = settings.FEEDBACK_DIR / SERVED_FILE
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"path": promoted.path}))
+    words = [*server.command()]
+    assert promoted.path in words
+    assert "--adapter" not in words, "adapters are of the first model"
+    file.write_text(json.dumps({"path": str(tmp_path / "removed since")}))
+    assert first.path in server.command()
+
+
 def test_a_failed_score_says_why(project, model, make_item, monkeypatch):
     make_item("question", "a", "b")
-    monkeypatch.setattr(scoring, "_write", lambda waiting, path: 2)  # no file to read
+    monkeypatch.setattr(scoring.jsonl, "write_rows", lambda path, rows: 2)  # no file to read
     job = jobs.enqueue("score", project=project, model=model("r", "reward").pk)
     drain("score")
     job.refresh_from_db()

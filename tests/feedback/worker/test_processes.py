@@ -10,7 +10,7 @@ import pytest
 
 from openpalm.feedback.worker import processes
 from openpalm.feedback.worker.identity import started
-from openpalm.feedback.worker.processes import Command, Running, last_line, wait_until_unlocked
+from openpalm.feedback.worker.processes import Command, Running, wait_until_unlocked
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +29,10 @@ def test_the_exit_status_and_the_last_line(tmp_path):
 def test_the_line_of_an_error_is_the_reason(tmp_path):
     log = tmp_path / "log"
     log.write_text("step 1\ropenpalm: error: no prompt is left\n\nnote: later\n")
-    assert last_line(log) == "openpalm: error: no prompt is left"
+    assert Command([], log).last_line() == "openpalm: error: no prompt is left"
     log.write_text("step 1\rstep 2\n\n")
-    assert last_line(log) == "step 2"
-    assert last_line(tmp_path / "none") == ""
+    assert Command([], log).last_line() == "step 2"
+    assert Command([], tmp_path / "none").last_line() == ""
 
 
 def test_it_is_in_a_group_of_its_own_and_known_by_its_start(tmp_path):

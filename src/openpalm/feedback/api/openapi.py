@@ -93,6 +93,7 @@ BODIES: dict[tuple[str, str], tuple[Properties, list[str]]] = {
             "parent": TEXT,
             "reward_model": TEXT,
             "author_kinds": {"type": "array", "items": TEXT},
+            "hold_back": FLAG,
             "settings": OBJECT,
         },
         ["project", "verb", "parent"],

@@ -49,6 +49,8 @@ def start_run(call: Call) -> JsonResponse:
     parent = _model_named(call, project, "parent")
     reward = _model_named(call, project, "reward_model") if body.has("reward_model") else None
     kinds = body.texts("author_kinds", most=3, length=16, default=[User.Kind.PERSON])
+    # As in the form of the page.
+    hold_back = body.flag("hold_back", verb == "reward")
     settings = body.group("settings", 4000, {})
     for name in set(settings) & (set(OWN_OPTIONS) - SETTABLE):
         body.fail(f"settings.{name}", "cannot be set here")
@@ -58,7 +60,7 @@ def start_run(call: Call) -> JsonResponse:
         verb,
         call.user,
         parent=parent,
-        chosen=Filter(author_kinds=kinds),
+        chosen=Filter(author_kinds=kinds, hold_back=hold_back),
         settings=settings,
         reward=reward,
     )

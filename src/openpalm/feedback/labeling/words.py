@@ -4,9 +4,14 @@ import re
 from typing import Any
 
 from openpalm.feedback.labeling.payloads import middle
-from openpalm.feedback.models import Assignment, Project, Response
+from openpalm.feedback.models import Assignment, Project, Response, User
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+AUTHORS: dict[str, str] = {
+    User.Kind.PERSON: "people",
+    User.Kind.SIMULATED: "simulated labelers",
+    User.Kind.MODEL: "models as judges",
+}
 STRENGTHS = {5: {1: "", 2: "much "}, 7: {1: "slightly ", 2: "", 3: "much "}}
 _FENCE = re.compile(r"(^[ \t]*```.*?(?:^[ \t]*```[ \t]*$|\Z))", re.MULTILINE | re.DOTALL)
 

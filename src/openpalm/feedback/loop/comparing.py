@@ -94,7 +94,7 @@ def comparison(request: ProjectRequest, comparison_id: int) -> HttpResponse:
         promotions=promotions,
         is_loading=any(each.state == Promotion.State.QUEUED for each in promotions),
         extend_form=ExtendForm(initial={"further": row.result.get("needed") or None}),
-        can_extend=row.result.get("decision") == "more_needed",
+        can_extend=comparisons.can_extend(row),
     )
 
 
@@ -122,9 +122,7 @@ def bars(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 def extend(request: ProjectRequest, comparison_id: int) -> HttpResponse:
     """Adds pairs to an undecided comparison."""
     slug = request.project.slug
-    row = find(
-        Comparison.objects.select_related("project", "challenger", "served"), comparison_id, request
-    )
+    row = find(Comparison.objects.select_related("challenger"), comparison_id, request)
     form = ExtendForm(request.POST)
     if not form.is_valid():
         return refused(

@@ -7,7 +7,8 @@ from django import forms
 from django.db.models import Count, Exists, OuterRef, QuerySet, Subquery
 from django.db.models.functions import Coalesce
 
-from openpalm.feedback.models import ModelVersion, Project, Task, User
+from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.models import ModelVersion, Project, Task
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training.commands import DEFAULTS, MAX_MEMBERS
 from openpalm.feedback.training.registry import POLICY, REWARD
@@ -34,11 +35,6 @@ OF_VERB = {
 """settings of one verb; the others have them not"""
 SETTINGS = {"lr": "optim.lr", "rank": "lora.rank"}
 """names of fields that are no names of options"""
-AUTHORS = {
-    User.Kind.PERSON: "people",
-    User.Kind.SIMULATED: "simulated labelers",
-    User.Kind.MODEL: "models as judges",
-}
 
 
 class BatchForm(forms.Form):
@@ -185,7 +181,7 @@ class TrainForm(forms.Form):
 
 def _with_count(kind: str, counted: Mapping[str, int]) -> str:
     count = counted.get(kind)
-    return AUTHORS[User.Kind(kind)] if count is None else f"{AUTHORS[User.Kind(kind)]} ({count:,})"
+    return AUTHORS[kind] if count is None else f"{AUTHORS[kind]} ({count:,})"
 
 
 class RegisterForm(forms.Form):

@@ -7,6 +7,7 @@ from django.http import HttpResponse
 from django.views.decorators.http import require_GET
 
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.labeling.words import AUTHORS
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import Figures, estimate, mapping, rows
 from openpalm.feedback.loop.pages import page
@@ -14,11 +15,7 @@ from openpalm.feedback.models import Role, User
 from openpalm.feedback.quality import names
 
 LABELERS = 200
-WHO = {
-    User.Kind.PERSON: "People",
-    User.Kind.SIMULATED: "Simulated labelers",
-    User.Kind.MODEL: "Models as judges",
-}
+WHO = {kind: name.capitalize() for kind, name in AUTHORS.items()}
 AGREEMENT = (
     ("raw", "raw agreement", "the same choice by two labelers of an item", 0.0),
     ("decided", "on pairs without a tie", "the ceiling of a reward model", 0.0),
@@ -52,9 +49,7 @@ def quality(request: ProjectRequest) -> HttpResponse:
     )
 
 
-def _group(
-    kind: User.Kind, figures: Figures, listed: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def _group(kind: str, figures: Figures, listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What is shown of people, of simulated labelers, or of models as judges."""
     counts = figures.of(names.AGREEMENT, kind)
     left = estimate(figures.of(names.POSITION_BIAS, kind).get("left"))
@@ -115,7 +110,7 @@ def board(request: ProjectRequest) -> HttpResponse:
     boards = [
         {
             "kind": kind,
-            "name": WHO[User.Kind(kind)],
+            "name": WHO[kind],
             **shown_board(figures.of(names.BOARD, kind), served),
         }
         for kind in figures.kinds(names.BOARD)

@@ -10,6 +10,7 @@ from typing import Any
 from django.db.models import Case, When
 from django.urls import reverse
 
+from openpalm.feedback.labeling.words import AUTHORS
 from openpalm.feedback.loop.figures import Figures, estimate, rows
 from openpalm.feedback.loop.plots import in_words
 from openpalm.feedback.models import Comparison, ModelVersion, Project, TrainRun, User
@@ -97,8 +98,7 @@ def _reward(project: Project, figures: Figures, known: Newest) -> Station:
     for kind in (User.Kind.PERSON, User.Kind.SIMULATED):
         for row in rows(figures.of(names.REWARD_AGREEMENT, kind).get("models")):
             if row.get("model") == model.pk and estimate(row.get("accuracy")):
-                who = "people" if kind == User.Kind.PERSON else "simulated labelers"
-                state = f"agrees with {who} in {in_words(row['accuracy'])}"
+                state = f"agrees with {AUTHORS[kind]} in {in_words(row['accuracy'])}"
                 return Station(name, state, "good", "Train it again", to_train)
     return Station(name, f"{model.name}: not measured yet", "accent", "Train it again", to_train)
 

@@ -1,7 +1,6 @@
 """Pages of trainings: the form, the list, and one run while it trains."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from django.contrib import messages
@@ -15,13 +14,14 @@ from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import Figures, rows
 from openpalm.feedback.loop.forms import ABOUT, VERBS, TrainForm
 from openpalm.feedback.loop.pages import find, page, refused
+from openpalm.feedback.loop.stations import UNFINISHED
 from openpalm.feedback.models import Job, ModelVersion, Role, TrainRun
 from openpalm.feedback.paging import page_of
 from openpalm.feedback.quality import names
 from openpalm.feedback.training import runs
+from openpalm.feedback.worker.processes import last_lines
 
-LOG_BYTES, LOG_LINES = 8192, 30
-UNFINISHED = (TrainRun.State.QUEUED, TrainRun.State.RUNNING)
+LOG_LINES = 30
 
 
 @require_http_methods(["GET", "POST"])
@@ -119,7 +119,7 @@ def run(request: ProjectRequest, run_id: int) -> HttpResponse:
         curve_name="Reward" if row.verb == "ppo" else "Loss",
         figures=shown_figures(row.figures),
         settings=shown_settings(row.settings),
-        log=log_tail(row) if is_admin else [],
+        log=last_lines(runs.log_file(row))[-LOG_LINES:] if is_admin else [],
         # Paths of the server are for those who may read its logs.
         error=row.error if is_admin else row.error.partition(" (log: ")[0],
     )
@@ -138,17 +138,6 @@ def shown_figures(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def shown_settings(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in settings.items() if k not in ("filter", "reward_run")]
-
-
-def log_tail(run: TrainRun) -> list[str]:
-    """The end of the command's log; a progress line that rewrites itself counts once."""
-    with suppress(OSError), runs.log_file(run).open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - LOG_BYTES))
-        lines = file.read().decode(errors="replace").split("\n")
-        lines = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
-        return [line for line in lines if line.strip()][-LOG_LINES:]
-    return []
 
 
 @require_POST

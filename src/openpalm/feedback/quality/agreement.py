@@ -2,7 +2,7 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -45,7 +45,7 @@ def _of_categories(
     """Comparisons and thumbs: from the database's sums over items."""
     consensus = _Consensus(kind)
     sums = category_counts(counted(project, author_kind), kind)
-    table = table_of(CATEGORIES[kind], (consensus.seen(*item) for item in sums))
+    table = AgreementCounts.of_items(CATEGORIES[kind], (consensus.seen(*item) for item in sums))
     if not table.arrays()[1].sum():
         return None
     if kind == "thumb":
@@ -59,13 +59,6 @@ def _of_categories(
     }, consensus.to_json()
 
 
-def table_of(categories: Sequence[Category], counts: Iterable[Counts]) -> AgreementCounts:
-    """The table of vectors of counts, one for each item."""
-    vectors = Counter(counts)
-    rows = [[*counts, number] for counts, number in vectors.items() if any(counts)]
-    return AgreementCounts.from_json({"categories": list(categories), "items": rows})
-
-
 def _steps(project: Project, table: AgreementCounts) -> int:
     """Steps on each side of the tie: those of the scale, more if an earlier scale had more."""
     patterns, _ = table.arrays()
@@ -76,7 +69,7 @@ def _steps(project: Project, table: AgreementCounts) -> int:
 
 def decided(winners: AgreementCounts) -> Estimate | None:
     """Raw agreement on who is better, of judgements that name one."""
-    return winners.regrouped(DECIDED)[0].figures(resamples=1).raw
+    return winners.regrouped(DECIDED)[0].raw()
 
 
 def as_json(estimate: Estimate | None) -> dict[str, float] | None:
@@ -92,7 +85,10 @@ def tables_of_parts(project: Project, author_kind: str, kind: str) -> dict[str, 
         of = Counter(one.value for one in group)
         name = "" if kind == "rank" else part
         found.setdefault(name, Counter())[tuple(of[c] for c in categories)] += 1
-    return {name: table_of(categories, vectors.elements()) for name, vectors in found.items()}
+    return {
+        name: AgreementCounts.of_items(categories, vectors.elements())
+        for name, vectors in found.items()
+    }
 
 
 def _of_ranking(tables: dict[str, AgreementCounts]) -> dict[str, Any] | None:
@@ -173,4 +169,4 @@ def _majority(kind: str, counts: Counts) -> str:
 
 def people_on_items(pairs: Iterator[tuple[int, int]]) -> Estimate | None:
     """Raw agreement from (judgements for a, judgements for b) of each pair."""
-    return table_of(("a", "b"), pairs).figures(resamples=1).raw
+    return AgreementCounts.of_items(("a", "b"), pairs).raw()

@@ -37,7 +37,7 @@ def _labelers(project: Project, activity: Activity) -> Rows:
     times = Times(project)
     yield names.TIME, times.to_json()
     found = {kind: agreement(project, kind) for kind in _kinds(activity)}
-    agreements = {kind: figures for kind, pair in found.items() if pair for figures in pair[:1]}
+    agreements = {kind: pair[0] for kind, pair in found.items() if pair}
     yield names.AGREEMENT, agreements
     yield names.CONSENSUS, {kind: pair[1] for kind, pair in found.items() if pair and pair[1]}
     sides = picked_sides(project)

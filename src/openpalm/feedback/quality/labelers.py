@@ -10,11 +10,9 @@ from openpalm.feedback.models import Item, Project, Response, User
 from openpalm.feedback.quality.agreement import as_json
 from openpalm.feedback.quality.counted import CHUNK, KINDS, WINNERS, counted, values_by_item
 from openpalm.feedback.statistics.agreement import (
-    Category,
     MatchRates,
     agreement_by_rater,
-    gold_agreement,
-    self_agreement,
+    match_rates,
 )
 from openpalm.feedback.statistics.intervals import wilson
 
@@ -113,7 +111,7 @@ def of_gold(project: Project) -> MatchRates:
     """Agreement with the expected answers of gold items."""
     found = _in_force(project).filter(item__purpose=Item.Purpose.GOLD, assignment__repeat=0)
     columns = ("user_id", "author_kind", "kind", "payload", "item__gold_kind", "item__gold")
-    return gold_agreement(_matches(found.values_list(*columns)))
+    return match_rates(_matches(found.values_list(*columns)))
 
 
 def of_repeats(project: Project) -> MatchRates:
@@ -127,14 +125,14 @@ def of_repeats(project: Project) -> MatchRates:
         first_payload=Subquery(first.values("payload")[:1]),
     ).exclude(first_kind=None)
     columns = ("user_id", "author_kind", "first_kind", "first_payload", "kind", "payload")
-    return self_agreement(_matches(found.values_list(*columns)))
+    return match_rates(_matches(found.values_list(*columns)))
 
 
-def _matches(rows: Any) -> Iterator[tuple[Rater, Category, Category]]:
-    """Rater, 1, and 1 if the two judgements are alike or 0; those without values are left out."""
+def _matches(rows: Any) -> Iterator[tuple[Rater, bool]]:
+    """Rater, and whether the two judgements are alike; those without values are left out."""
     for user, author_kind, kind, payload, other_kind, other in rows.iterator(chunk_size=CHUNK):
         if (same := alike(kind, payload, other_kind, other)) is not None:
-            yield (user, author_kind), 1, int(same)
+            yield (user, author_kind), same
 
 
 def alike(
@@ -164,7 +162,7 @@ def alike(
 def of_others(project: Project, raters: set[Rater]) -> MatchRates:
     """Agreement with the people who judged the same items; simulated labelers with each other."""
     kind = KINDS.get(project.task)
-    found = MatchRates(None, {}, {})
+    found = MatchRates({}, {})
     if kind is None:
         return found
     for among, *judges in (

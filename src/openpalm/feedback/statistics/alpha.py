@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from openpalm.feedback.statistics.intervals import LEVEL, Estimate, bootstrap
+from openpalm.feedback.statistics.intervals import LEVEL, bootstrap
 
 Scale = Literal["nominal", "ordinal", "interval"]
 
@@ -27,10 +27,6 @@ class Alpha(NamedTuple):
     high: float
     undefined_resamples: int
     """bootstrap samples in which all judgements were the same category; not in the interval"""
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.value, self.low, self.high)
 
 
 def alpha(

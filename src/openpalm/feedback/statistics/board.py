@@ -83,18 +83,18 @@ class Board:
     def _place(self, model: str) -> int:
         return [strength.model for strength in self.strengths].index(model)
 
-    def win_probability(self, a: str, b: str) -> Estimate | None:
+    def win_probability(self, a: str, b: str, level: float | None = None) -> Estimate | None:
         """Expected score of model a against b at equal style, a tie counting half.
 
         None if they are of different groups or the data do not determine it. The interval is that
-        of the strength difference, transformed.
+        of the strength difference, transformed; `level` is that of the fit if not given.
         """
         i, j = self._place(a), self._place(b)
         one, two = self.strengths[i], self.strengths[j]
         if one.group != two.group or one.low is None or two.low is None:
             return None
         v = self._covariance
-        quantile = t_quantile(min(one.clusters, two.clusters) - 1, self._level)
+        quantile = t_quantile(min(one.clusters, two.clusters) - 1, level or self._level)
         half = quantile * math.sqrt(max(0.0, v[i, i] + v[j, j] - 2 * v[i, j]))
         d = one.value - two.value
         return Estimate(*(self._expected_score(x) for x in (d, d - half, d + half)))

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from openpalm.feedback.statistics.alpha import Scale
-from openpalm.feedback.statistics.intervals import LEVEL, Estimate, t_quantile
+from openpalm.feedback.statistics.intervals import LEVEL, t_quantile
 
 
 class Gwet(NamedTuple):
@@ -30,10 +30,6 @@ class Gwet(NamedTuple):
     standard_error: float
     low: float
     high: float
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.value, self.low, self.high)
 
 
 def agreement_weights(categories: Sequence[object], scale: Scale) -> np.ndarray:

@@ -5,7 +5,8 @@ rehearsal, never by a model), number at least 200 and the 95 % interval of its w
 one half. A tie or "both bad" counts half. Several judgements of one prompt are averaged, so a
 prompt counts once however many people judged it: agreement between labelers is no new evidence
 about other prompts. If the styles are given, the interval of the win rate at equal style must lie
-above one half too, so that no promotion is won by length.
+above one half too, so that no promotion is won by length. Where the data cannot separate style
+from model, there is no such interval and no promotion.
 
 Looking again after each new judgement until the interval happens to be above one half would
 promote an equal model sooner or later. Each further look therefore uses half the error of the
@@ -23,7 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from openpalm.feedback.statistics import board
-from openpalm.feedback.statistics.board import Comparison
+from openpalm.feedback.statistics.board import Board, Comparison
 from openpalm.feedback.statistics.bradley_terry import fit
 from openpalm.feedback.statistics.intervals import (
     LEVEL,
@@ -68,7 +69,7 @@ class Decision:
     """prompts compared"""
     judgements: int
     further: int | None
-    """comparisons still needed at the present rate; 0: enough; None: no number would do"""
+    """comparisons still needed at the present rates; 0: enough; None: no number is known to do"""
     win_rate: Estimate | None
     """with the 95 % interval"""
     look: int
@@ -113,22 +114,18 @@ def position_bias(votes: Iterable[Vote], level: float = LEVEL) -> Estimate | Non
     return wilson_of_means(unit_means((vote.prompt for vote in decided), left), level=level)
 
 
-def win_rate_at_equal_style(
-    votes: Sequence[Vote], features: Sequence[str], level: float = LEVEL
-) -> Estimate | None:
-    """Expected score of the challenger if both models wrote alike.
+def board_at_equal_style(votes: Sequence[Vote], features: Sequence[str]) -> Board:
+    """Bradley-Terry with the style differences as covariates.
 
-    Bradley-Terry with the style differences as covariates, at difference 0, as in
-    length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475). None if the data cannot
-    tell style from model, for example when the challenger is always longer by the same share.
+    The challenger's win probability is then its expected score if both models wrote alike, as in
+    length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475). It is None if the data
+    cannot separate style from model, for example when the challenger is always longer by the same
+    share.
     """
-    if not votes:
-        return None
     rows = [
         Comparison("challenger", "served", _SIDES[v.outcome], 1, v.style, v.prompt) for v in votes
     ]
-    found = fit(rows, style_features=features, level=level)
-    return found.win_probability("challenger", "served")
+    return fit(rows, style_features=features)
 
 
 def level_of_look(look: int) -> float:
@@ -170,29 +167,36 @@ def decide(
     """Promote, refuse, or ask for more comparisons.
 
     promote: `minimum` comparisons, the deciding interval above 1/2, and that of the win rate at
-    equal style too. refuse: `minimum` comparisons and a rate of at most 1/2, or wins that style
-    explains. more_needed: all else. `look` numbers the decisions with `minimum` comparisons about
-    this challenger, this one included. Raises ValueError for a vote of a model, for people mixed
-    with simulated labelers, and for an unknown outcome.
+    equal style too. refuse: `minimum` comparisons and a rate of at most 1/2, as judged or at equal
+    style (then style explains the wins). more_needed: all else. `look` numbers the decisions with
+    `minimum` comparisons about this challenger, this one included. Raises ValueError for a vote of
+    a model, for people mixed with simulated labelers, and for an unknown outcome.
     """
     _check(votes)
     means = _prompt_means(votes)
     level = level_of_look(look)
     enough = len(means) >= minimum
-    rate, deciding = win_rate(votes), win_rate(votes, level)
     # Before the minimum nothing is decided, so the next look is still this one.
-    needed = comparisons_needed(
-        votes, minimum=minimum, level=level_of_look(look + 1) if enough else level
+    next_level = level_of_look(look + 1) if enough else level
+    rate, deciding = win_rate(votes), win_rate(votes, level)
+    needed = comparisons_needed(votes, minimum=minimum, level=next_level)
+    board = board_at_equal_style(votes, style_features) if style_features and votes else None
+    styled, styled_deciding, styled_next = (
+        board and board.win_probability("challenger", "served", each)
+        for each in (LEVEL, level, next_level)
     )
-    styled = win_rate_at_equal_style(votes, style_features) if style_features else None
-    styled_deciding = win_rate_at_equal_style(votes, style_features, level) if styled else None
-    if deciding and deciding.low > 0.5 and styled_deciding:
-        needed = max(needed or 0, _needed_at_equal_style(styled_deciding, len(means)))
-    unknown_style = bool(style_features) and styled is None
+    if needed is not None and styled_next is not None:
+        needed = max(needed, _needed_at_equal_style(styled_next, len(means)))
+    unknown_style = board is not None and styled is None
     verdict, reason = _verdict(
         len(means), minimum, deciding, styled_deciding, needed, unknown_style=unknown_style
     )
-    further = 0 if verdict == "promote" else needed and max(0, needed - len(means))
+    if verdict == "promote":
+        further = 0
+    elif verdict == "refuse" or needed is None or (enough and unknown_style):
+        further = None
+    else:
+        further = max(0, needed - len(means))
     left = position_bias(votes)
     shown_left = sum(vote.challenger_left for vote in votes) / len(votes) if votes else None
     return Decision(
@@ -200,7 +204,7 @@ def decide(
         reason=reason,
         comparisons=len(means),
         judgements=len(votes),
-        further=None if verdict == "refuse" else further,
+        further=further,
         win_rate=rate,
         look=look,
         deciding_level=level,
@@ -214,9 +218,13 @@ def decide(
 
 
 def _needed_at_equal_style(styled: Estimate, comparisons: int) -> int:
-    """Total comparisons at which the styled interval passes 1/2 if the rate stays as it is."""
-    if styled.low is None or styled.value <= 0.5 or styled.low > 0.5:
-        return comparisons
+    """Total comparisons at which the styled interval passes 1/2 if the rate stays as it is.
+
+    Its half width falls with the square root of their number. 0 if no number would do: then the
+    rate at equal style refuses the challenger.
+    """
+    if styled.value <= 0.5:
+        return 0
     return math.ceil(comparisons * ((styled.value - styled.low) / (styled.value - 0.5)) ** 2)
 
 
@@ -254,8 +262,11 @@ def _verdict(
         return "refuse", (
             f"Won by style: {shown}, but only {styled.value:.1%} at equal length and style."
         )
-    if deciding.low > 0.5 and unknown_style:
-        return "more_needed", f"Undecided: {shown}, but style cannot be told from the models."
+    if unknown_style:
+        return "more_needed", (
+            f"Undecided: {shown}, but the answers of both models differ in style so regularly that "
+            "its part in the wins is not known."
+        )
     if deciding.low > 0.5 and styled is not None and styled.low <= 0.5:
         return "more_needed", (
             f"Undecided: {shown}, but {styled.value:.1%} ({styled.low:.1%} to {styled.high:.1%}) "

@@ -35,11 +35,6 @@ def bald(margins: np.ndarray) -> np.ndarray:
     return _entropy(p.mean(axis=0)) - _entropy(p).mean(axis=0)
 
 
-def preference_variance(margins: np.ndarray) -> np.ndarray:
-    """Variance over members of the predicted preference probability, (n,); margins (members, n)."""
-    return _sigmoid(margins).var(axis=0)
-
-
 def policy_uncertainty(margins: np.ndarray) -> np.ndarray:
     """4 p (1 - p) with p = sigmoid(margin), (n,): 1 where the policy prefers neither side.
 

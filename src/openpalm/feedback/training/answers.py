@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from openpalm.errors import DataError, OpenPalmError, WorkError
@@ -88,7 +89,8 @@ def generate(
     """
     counts = Answers()
     name, names = server.model_name(), names_of(model.project)
-    for group in _groups(wanted, PROMPTS_AT_ONCE):
+    waiting = iter(wanted)
+    while group := list(islice(waiting, PROMPTS_AT_ONCE)):
         missing = _missing(model, group)
         counts.found += len(group) - len(missing)
         progress.advance(len(group) - len(missing))
@@ -103,17 +105,6 @@ def generate(
             )
             counts.made += 1
     return counts
-
-
-def _groups(wanted: Iterable[Wanted], size: int) -> Iterator[list[Wanted]]:
-    group: list[Wanted] = []
-    for each in wanted:
-        group.append(each)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _missing(model: ModelVersion, group: Sequence[Wanted]) -> list[Wanted]:

@@ -4,14 +4,13 @@ A manager of a project may set numbers of a training. Options that name files or
 here, never taken from a form.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openpalm.base.files import atomic_file
+from openpalm.base import jsonl
 from openpalm.base.settings import spell
 from openpalm.errors import DataError
 from openpalm.feedback.models import Item, ModelVersion, Project, Prompt, TrainRun
@@ -58,7 +57,8 @@ def check_settings(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
         elif name in OWN_OPTIONS:
             checked[name] = value
         elif name not in OPTIONS[verb]:
-            raise DataError(f"{name}: {verb} has no such setting here; see OPTIONS of the page")
+            known = ", ".join(OPTIONS[verb])
+            raise DataError(f"{name}: {verb} has no such setting here; it has {known}")
         elif value not in (None, ""):
             checked[name] = _value(name, value)
     members = checked.get("members", 1)
@@ -140,13 +140,9 @@ def prompts_file(run: TrainRun) -> Path:
     """The prompts of a PPO run, written once: a run that continues needs the same."""
     path = prompts_path(run)
     if not path.exists():
-        count = 0
-        with atomic_file(path) as file:
-            for prompt in training_prompts(run.project).iterator(chunk_size=2000):
-                row = {"prompt": prompt.messages, "id": prompt.pk}
-                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-                count += 1
-        if not count:
+        prompts = training_prompts(run.project).iterator(chunk_size=2000)
+        rows = ({"prompt": prompt.messages, "id": prompt.pk} for prompt in prompts)
+        if not jsonl.write_rows(path, rows):
             path.unlink()
             raise DataError(
                 "the project has no training prompt: all are held out, or there is none"

@@ -94,9 +94,19 @@ def create(
     return comparison
 
 
+def can_extend(comparison: Comparison) -> bool:
+    """Whether its last look left it undecided, and no further pairs are being made."""
+    is_waiting = comparison.state == State.GENERATING
+    return comparison.result.get("decision") == "more_needed" and not is_waiting
+
+
+@transaction.atomic
 def extend(comparison: Comparison, further: int, user: User | None) -> Comparison:
     """Plans more pairs after an undecided look. Raises DataError."""
-    if comparison.result.get("decision") != "more_needed":
+    # The row as it is now, locked: of two managers at the same time only one extends it.
+    rows = Comparison.objects.select_related("project", "challenger", "served")
+    comparison = rows.select_for_update(of=("self",)).get(pk=comparison.pk)
+    if not can_extend(comparison):
         raise DataError("only a comparison that was judged whole and is undecided can be extended")
     models = (comparison.challenger, comparison.served)
     available = len(usable_prompts(comparison.project, models))

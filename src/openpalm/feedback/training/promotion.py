@@ -16,6 +16,7 @@ from django.utils import timezone
 from openpalm.base.files import write_atomically
 from openpalm.errors import DataError, OpenPalmError
 from openpalm.feedback.accounts import audit
+from openpalm.feedback.labeling.words import AUTHORS
 from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, Promotion, User
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training.comparisons import judgements_left
@@ -45,12 +46,8 @@ def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
         return f"{result.get('comparisons') or 0} comparisons; {MINIMUM} are needed"
     kind = result.get("author_kind", User.Kind.PERSON)
     if kind != comparison.project.decided_by:
-        who: dict[str, str] = {
-            User.Kind.PERSON: "people",
-            User.Kind.SIMULATED: "simulated labelers",
-        }
-        decides = who.get(comparison.project.decided_by, comparison.project.decided_by)
-        return f"it was judged by {who.get(kind, kind)}; in this project {decides} decide"
+        decides = AUTHORS[comparison.project.decided_by]
+        return f"it was judged by {AUTHORS[kind]}; in this project {decides} decide"
     counted = (result.get("figures") or {}).get("judgements")
     if counted is not None and (left := judgements_left(comparison)) != counted:
         return f"{left} of the {counted} judgements that decided it are left; compare again"

@@ -6,7 +6,7 @@ files and adds the models that it made. A run that was interrupted continues fro
 
 import signal
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,7 @@ def _newest(project: Project, verb: str, chosen: Filter) -> Filter:
     kinds = [k for k in KINDS_OF_VERB[verb] if not chosen.kinds or k in chosen.kinds]
     found = Response.objects.filter(project=project).order_by("-id")
     newest = found.values_list("id", flat=True).first()
-    limited = Filter(
-        tuple(chosen.author_kinds),
-        tuple(kinds),
-        chosen.comparisons,
-        chosen.up_to or newest or 0,
-        tuple(chosen.users),
-        chosen.hold_back,
-    )
+    limited = replace(chosen, kinds=tuple(kinds), up_to=chosen.up_to or newest or 0)
     if not kinds or not snapshots.judgements(project, limited).exists():
         raise DataError(
             f"there is nothing for {verb} to train on: no judgement of the kinds "
@@ -126,11 +119,13 @@ def stop(run: TrainRun, user: User | None) -> bool:
     return True
 
 
+@transaction.atomic
 def resume(run: TrainRun, user: User | None) -> Job:
     """Continues a training that was stopped or failed from its last save."""
-    if run.state not in (State.STOPPED, State.FAILED):
+    # Conditional: of two managers at the same time only one resumes it.
+    ended = TrainRun.objects.filter(pk=run.pk, state__in=(State.STOPPED, State.FAILED))
+    if not ended.update(state=State.QUEUED, error="", finished_at=None):
         raise DataError(f"training {run.pk} is {run.state}; only an ended one can be resumed")
-    TrainRun.objects.filter(pk=run.pk).update(state=State.QUEUED, error="", finished_at=None)
     audit.record("training.resumed", user=user, project=run.project, target=run.pk)
     return jobs.enqueue("train", project=run.project, user=user, run=run.pk)
 

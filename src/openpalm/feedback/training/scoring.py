@@ -3,8 +3,7 @@
 A reward model gives rewards; a model that answers gives its log-probability of the candidate.
 """
 
-import json
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from django.conf import settings
 from django.db.models import Exists, OuterRef, QuerySet
 
 from openpalm.base import jsonl
-from openpalm.base.files import atomic_file
 from openpalm.errors import DataError, WorkError
 from openpalm.feedback.models import Candidate, Job, ModelScore, ModelVersion
 from openpalm.feedback.training.registry import REWARD
@@ -24,31 +22,24 @@ BATCH = 2000
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    """The handler of "score": candidates of the model's project that have no score of it yet.
-
-    `candidates`, a list of ids, limits it to those.
-    """
+    """The handler of "score": candidates of the model's project that have no score of it yet."""
     model = ModelVersion.objects.select_related("project").get(pk=job.arguments["model"])
-    result = score(model, progress, job.arguments.get("candidates"))
+    result = score(model, progress)
     jobs.enqueue_once("statistics", project=model.project)
     return result
 
 
-def score(
-    model: ModelVersion, progress: Progress, candidates: list[int] | None = None
-) -> dict[str, Any]:
+def score(model: ModelVersion, progress: Progress) -> dict[str, Any]:
     """Counts of the candidates that were scored and of those too long for the model."""
     if not model.path:
         raise DataError(f"the model {model} has no checkpoint to score with")
-    waiting = unscored(model)
-    if candidates is not None:
-        waiting = waiting.filter(pk__in=candidates)
+    waiting = _unscored(model)
+    if not waiting.exists():
+        return {"scored": 0, "too_long": 0}
     folder = Path(settings.FEEDBACK_DIR) / "scores"
     given, found = folder / f"{model.pk}-given.jsonl", folder / f"{model.pk}-scored.jsonl"
-    total = _write(waiting, given)
+    total = jsonl.write_rows(given, map(_row, waiting.iterator(chunk_size=BATCH)))
     progress.start(total, f"scoring with {model}")
-    if not total:
-        return {"scored": 0, "too_long": 0}
     command = Command(
         ["score", model.path, "--data", str(given), "--out", str(found)], folder / f"{model.pk}.log"
     )
@@ -61,24 +52,14 @@ def score(
     return {"scored": scored, "too_long": total - scored}
 
 
-def unscored(model: ModelVersion) -> "QuerySet[Candidate]":
+def _unscored(model: ModelVersion) -> "QuerySet[Candidate]":
     has = ModelScore.objects.filter(model=model, candidate=OuterRef("pk"))
     found = Candidate.objects.filter(prompt__project=model.project_id).filter(~Exists(has))
     return found.select_related("prompt").order_by("id")
 
 
-def _write(candidates: "QuerySet[Candidate]", path: Path) -> int:
-    count = 0
-    with atomic_file(path) as file:
-        for candidate in candidates.iterator(chunk_size=BATCH):
-            row = {
-                "id": candidate.pk,
-                "prompt": candidate.prompt.messages,
-                "completion": candidate.text,
-            }
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-            count += 1
-    return count
+def _row(candidate: Candidate) -> dict[str, Any]:
+    return {"id": candidate.pk, "prompt": candidate.prompt.messages, "completion": candidate.text}
 
 
 def _store(model: ModelVersion, path: Path, progress: Progress) -> int:
@@ -87,19 +68,8 @@ def _store(model: ModelVersion, path: Path, progress: Progress) -> int:
     scores = (row for row in jsonl.read_rows(path) if row.get(field) is not None)
     rows = (ModelScore(model=model, candidate_id=row["id"], score=row[field]) for row in scores)
     stored = 0
-    for batch in _batches(rows):
+    while batch := list(islice(rows, BATCH)):
         ModelScore.objects.bulk_create(batch, ignore_conflicts=True)
         stored += len(batch)
         progress.advance(len(batch))
     return stored
-
-
-def _batches(rows: Iterator[ModelScore]) -> Iterator[list[ModelScore]]:
-    batch: list[ModelScore] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -6,7 +6,7 @@ rewards of the newest model of DPO; without both it is drawn by chance. See
 statistics/selection.py for the reserve of the random arm.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from typing import Any
@@ -42,6 +42,10 @@ MOST_PAIRS = 500_000
 AT_ONCE = 2000
 
 
+Shown = dict[frozenset[int], int | None]
+"""pairs of candidates that items show: the item's id if it can still be selected, else None"""
+
+
 @dataclass(frozen=True)
 class Pair:
     prompt: int
@@ -58,8 +62,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         raise DataError("only pairs are selected; this project's items are of another task")
     members, policy = ensemble(project), newest_policy(project)
     for model in (*members, *((policy, policy.parent) if policy and policy.parent else ())):
-        if scoring.unscored(model).exists():
-            scoring.score(model, progress.quiet())
+        scoring.score(model, progress.quiet())
     progress.say("looking for pairs that nobody has judged")
     pairs = list(_pool(project, progress))
     if not pairs:
@@ -113,44 +116,45 @@ def newest_policy(project: Project) -> ModelVersion | None:
 def _pool(project: Project, progress: Progress) -> Iterator[Pair]:
     """Pairs in the order of prompts; at most MOST_PAIRS."""
     count = 0
-    for prompts in _in_groups(training_prompts(project).values_list("id", flat=True)):
+    ids = list(training_prompts(project).values_list("id", flat=True))
+    for start in range(0, len(ids), AT_ONCE):
         progress.check()
+        prompts = ids[start : start + AT_ONCE]
         shown = _shown(prompts)
         candidates = Candidate.objects.filter(prompt__in=prompts).order_by("prompt", "id")
         rows = candidates.values_list("prompt_id", "id", "text")
         for prompt, group in groupby(rows, key=lambda row: row[0]):
-            for pair in _pairs_of(prompt, [(pk, text) for _, pk, text in group], shown):
+            answers = [(pk, text) for _, pk, text in group]
+            for pair in _pairs_of(prompt, answers, shown.get(prompt, {})):
                 yield pair
                 count += 1
                 if count == MOST_PAIRS:
                     return
 
 
-def _pairs_of(
-    prompt: int,
-    answers: Sequence[tuple[int, str]],
-    shown: dict[frozenset[int], int | None],
-) -> Iterator[Pair]:
+def _pairs_of(prompt: int, answers: Sequence[tuple[int, str]], shown: Shown) -> Iterator[Pair]:
+    """`answers` are all of the prompt, with their ids."""
     first: dict[str, int] = {}
     for pk, text in answers:
         first.setdefault(text.strip(), pk)
     # An answer that an item shows may be the second of two equal ones.
     texts = {pk: text.strip() for pk, text in answers}
-    taken = {frozenset(texts[pk] for pk in pair if pk in texts) for pair in shown}
+    taken = {frozenset(texts[pk] for pk in pair) for pair in shown}
     for pair in combinations(first.values(), 2):
         if frozenset(texts[pk] for pk in pair) not in taken:
             yield Pair(prompt, pair, None)
     for pair, item in shown.items():
-        if item is not None and pair <= texts.keys():
+        if item is not None:
             a, b = sorted(pair)
             yield Pair(prompt, (a, b), item)
 
 
-def _shown(prompts: Sequence[int]) -> dict[frozenset[int], int | None]:
-    """Pairs that items show: the item's id if it can still be selected, else None."""
+def _shown(prompts: Sequence[int]) -> dict[int, Shown]:
+    """The pairs of each prompt that items show."""
     free: dict[int, bool] = {}
-    sets: dict[int, set[int]] = {}
+    sets: dict[tuple[int, int], set[int]] = {}
     rows = ItemCandidate.objects.filter(item__prompt__in=prompts).values_list(
+        "item__prompt_id",
         "item_id",
         "candidate_id",
         "item__state",
@@ -158,25 +162,19 @@ def _shown(prompts: Sequence[int]) -> dict[frozenset[int], int | None]:
         "item__arm",
         "item__purpose",
     )
-    for item, candidate, state, taken, arm, purpose in rows:
-        sets.setdefault(item, set()).add(candidate)
+    for prompt, item, candidate, state, taken, arm, purpose in rows:
+        sets.setdefault((prompt, item), set()).add(candidate)
         free[item] = (
             state == Item.State.OPEN and not taken and not arm and purpose == Item.Purpose.TRAINING
         )
-    found: dict[frozenset[int], int | None] = {}
-    for item, candidates in sets.items():
-        pair = frozenset(candidates)
+    found: dict[int, Shown] = {}
+    for (prompt, item), candidates in sets.items():
+        pair, pairs = frozenset(candidates), found.setdefault(prompt, {})
         if len(pair) == 2:
             # One pair in two items: it is free only if all of them are.
-            is_free = free[item] and (pair not in found or found[pair] is not None)
-            found[pair] = item if is_free else None
+            is_free = free[item] and pairs.get(pair, item) is not None
+            pairs[pair] = item if is_free else None
     return found
-
-
-def _in_groups(ids: Iterable[int]) -> Iterator[list[int]]:
-    found = list(ids)
-    for start in range(0, len(found), AT_ONCE):
-        yield found[start : start + AT_ONCE]
 
 
 def _margins(
@@ -223,17 +221,15 @@ def _scores(margins: np.ndarray | None, implicit: np.ndarray | None, count: int)
 @transaction.atomic
 def _store(project: Project, pairs: Sequence[Pair], batch: Batch) -> None:
     """Gives each chosen pair its arm, and a priority in the batch's random order."""
-    prompts = Prompt.objects.in_bulk([pairs[choice.pair].prompt for choice in batch.choices])
+    chosen = [pairs[choice.pair] for choice in batch.choices]
+    prompts = Prompt.objects.in_bulk([pair.prompt for pair in chosen])
+    answers = Candidate.objects.in_bulk([pk for pair in chosen for pk in pair.candidates])
     for place, choice in enumerate(batch.choices):
         pair = pairs[choice.pair]
-        fields = {
-            "arm": choice.arm,
-            "priority": PRIORITY - place / len(batch.choices),
-        }
+        fields = {"arm": choice.arm, "priority": PRIORITY - place / len(batch.choices)}
         if pair.item is not None:
             # Unless somebody took it in the meantime: then it is judged anyway, without an arm.
             Item.objects.filter(pk=pair.item, taken=0, arm="").update(**fields)
         else:
-            found = Candidate.objects.in_bulk(pair.candidates)
-            answers = [found[pk] for pk in pair.candidates]
-            make_item(project, prompts[pair.prompt], answers, **fields)
+            shown = [answers[pk] for pk in pair.candidates]
+            make_item(project, prompts[pair.prompt], shown, **fields)

@@ -1,7 +1,7 @@
 """The queue of jobs in the database: adding, taking, finishing and stopping them.
 
 A job that runs belongs to a worker, `Job.worker`. Every write of the worker is conditional on
-that, so a worker that was taken for dead, or was told to stop, notices it and leaves the job.
+that, so a worker that was taken for dead, or has to stop, notices it and leaves the job.
 """
 
 from collections.abc import Sequence

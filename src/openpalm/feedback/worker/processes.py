@@ -96,8 +96,10 @@ class Command:
         return process.returncode
 
     def last_line(self) -> str:
-        """The last line of the log: the reason of a failure."""
-        return last_line(self.log)
+        """The reason of a failure: the log's last error, or else its last line."""
+        lines = [line.strip() for line in last_lines(self.log)]
+        errors = [line for line in lines if line.startswith("openpalm: error")]
+        return (errors or lines or [""])[-1][:2000]
 
 
 def wait_for(running: Running, check: Check) -> None:
@@ -141,13 +143,12 @@ def _signal_group(pid: int, number: int) -> None:
         os.killpg(pid, number)
 
 
-def last_line(log: Path) -> str:
-    """The last line that says something; an error's line comes before a later traceback's."""
+def last_lines(log: Path) -> list[str]:
+    """The lines at the end of a log that say something; a progress line that rewrites itself counts
+    once, as it is now."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL))
-        text = file.read().decode(errors="replace")
-        lines = [line.strip() for part in text.split("\n") for line in part.split("\r")]
-        lines = [line for line in lines if line]
-        errors = [line for line in lines if line.startswith("openpalm: error")]
-        return (errors or lines or [""])[-1][:2000]
-    return ""
+        lines = file.read().decode(errors="replace").split("\n")
+        lines = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+        return [line for line in lines if line.strip()]
+    return []
