@@ -19,7 +19,7 @@ def pool(project):
     for number, prompt in enumerate(add_prompts(project, 40)):
         texts = ["x", "y" * (30 if number % 2 else 1)]
         candidates = [prompt.candidates.create(text=text) for text in texts]
-        items.append(generation.make_item(project, prompt, candidates))
+        items.append(make_item(project, prompt, candidates))
     return items
 
 

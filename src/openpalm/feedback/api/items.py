@@ -1,4 +1,4 @@
-"""/api/v1/items: what is judged. see items/blinding.py for who sees the names of models."""
+"""/api/v1/items: what is judged. See items/blinding.py for who sees the names of models."""
 
 from typing import Any
 

@@ -14,7 +14,8 @@ from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.items.blinding import revealed
 from openpalm.feedback.judgements.words import describe
 from openpalm.feedback.loop.forms import CompareForm, RegisterForm
-from openpalm.feedback.loop.pages import find, page, refused
+from openpalm.feedback.loop.pages import page, refused
+from openpalm.feedback.manage.pages import find
 from openpalm.feedback.models import (
     Comparison,
     ModelVersion,
@@ -115,7 +116,7 @@ def model_choose(request: ProjectRequest, model_id: int) -> HttpResponse:
     # Conditional: of two managers at the same time only one chooses.
     free = Project.objects.filter(pk=request.project.pk, served=None)
     if free.update(served=row):
-        audit.record("model.served", user=request.user, project=request.project, target=row)
+        audit.record_for(request, "model.served", target=row)
         messages.success(request, f"Models are compared with {row.name} from now on.")
     return redirect("model", slug, row.pk)
 
@@ -131,7 +132,7 @@ def model_score(request: ProjectRequest, model_id: int) -> HttpResponse:
             request, "Only a reward model with a checkpoint scores.", "model", slug, row.pk
         )
     job = jobs.enqueue("score", project=request.project, user=request.user, model=row.pk)
-    audit.record("job.score", user=request.user, project=request.project, target=row, job=job.pk)
+    audit.record_for(request, "job.score", target=row, job=job.pk)
     messages.success(request, f"{row.name} scores the answers that have no score of it yet.")
     return redirect("model", slug, row.pk)
 
@@ -159,14 +160,7 @@ def _register(request: ProjectRequest, given: dict[str, Any]) -> ModelVersion:
     if not request.user.is_superuser:
         raise DataError("only an administrator of the site adds a model by its path")
     row = register(request.project, given["path"], name=given["name"], kind=given["kind"])
-    audit.record(
-        "model.registered",
-        user=request.user,
-        project=request.project,
-        target=row,
-        path=row.path,
-        kind=row.kind,
-    )
+    audit.record_for(request, "model.registered", target=row, path=row.path, kind=row.kind)
     return row
 
 

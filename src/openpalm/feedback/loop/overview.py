@@ -129,6 +129,6 @@ def next_batch(request: ProjectRequest) -> HttpResponse:
         return refused(request, "Only a project of pairs has batches.", "loop", project.slug)
     size = form.cleaned_data["size"]
     job = jobs.enqueue("select", project=project, user=request.user, size=size)
-    audit.record("job.select", user=request.user, project=project, target=job.pk, size=size)
+    audit.record_for(request, "job.select", target=job.pk, size=size)
     messages.success(request, f"The worker chooses {size} pairs now.")
     return redirect("loop", project.slug)

@@ -48,9 +48,7 @@ def download(request: ProjectRequest) -> HttpResponse:
         rows, filters = _chosen(request)
     except DataError as error:
         return HttpResponse(f"{error}\n", "text/plain; charset=utf-8", status=422)
-    audit.record(
-        "export.downloaded", user=request.user, project=request.project, target=name, **filters
-    )
+    audit.record_for(request, "export.downloaded", target=name, **filters)
     return file_of(request.project, name, rows)
 
 

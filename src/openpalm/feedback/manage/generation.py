@@ -97,7 +97,7 @@ def generate(request: ProjectRequest) -> HttpResponse:
         except DataError as error:
             form.add_error(None, str(error))
         else:
-            audit.record("job.generate", user=request.user, project=project, count=len(prompts))
+            audit.record_for(request, "job.generate", count=len(prompts))
             messages.success(request, f"The models answer {len(prompts)} prompts now.")
             return redirect("jobs", project.slug)
     return page(

@@ -5,7 +5,7 @@ from typing import Any
 from django import forms
 from django.conf import settings
 from django.contrib import messages
-from django.http import Http404, HttpResponse
+from django.http import HttpResponse
 from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_POST
 
@@ -23,7 +23,7 @@ from openpalm.feedback.items.new_items import (
 )
 from openpalm.feedback.items.tasks import candidates_needed
 from openpalm.feedback.manage.forms import ShareField
-from openpalm.feedback.manage.pages import page
+from openpalm.feedback.manage.pages import find, page
 from openpalm.feedback.models import Item, Prompt, Role, Task
 from openpalm.feedback.paging import page_of
 from openpalm.feedback.worker.jobs import enqueue
@@ -120,13 +120,7 @@ def upload(request: ProjectRequest) -> HttpResponse:
         held_out=given["held_out"] or 0.0,
         gold=given["gold"],
     )
-    audit.record(
-        "import.started",
-        user=request.user,
-        project=request.project,
-        target=name,
-        what=given["what"],
-    )
+    audit.record_for(request, "import.started", target=name, what=given["what"])
     messages.success(request, f"{name} is uploaded; the worker reads it now.")
     return redirect("jobs", request.project.slug)
 
@@ -141,7 +135,7 @@ def typed(request: ProjectRequest) -> HttpResponse:
     system = [{"role": "system", "content": given["system"]}] if given["system"].strip() else []
     conversations = [[*system, {"role": "user", "content": text}] for text in given["text"]]
     count = _add_typed(request, conversations, given["held_out"] or 0.0)
-    audit.record("prompt.typed", user=request.user, project=request.project, count=count)
+    audit.record_for(request, "prompt.typed", count=count)
     messages.success(request, f"{count} new prompts." if count != 1 else "One new prompt.")
     return redirect("prompts", request.project.slug)
 
@@ -165,18 +159,13 @@ def _add_typed(
 @project_page(Role.ADMIN)
 def held_out(request: ProjectRequest, prompt_id: int) -> HttpResponse:
     """Holds a prompt out of training, or gives it back; not once it has been judged."""
-    prompt = Prompt.objects.filter(project=request.project, pk=prompt_id).first()
-    if prompt is None:
-        raise Http404("there is no such prompt")
+    prompt = find(Prompt.objects.all(), prompt_id, request)
     if Item.objects.filter(prompt=prompt).exists():
         messages.error(request, "This prompt is in an item already; it stays where it is.")
     else:
         prompt.held_out = not prompt.held_out
         prompt.save(update_fields=["held_out"])
-        audit.record(
-            "prompt.held_out" if prompt.held_out else "prompt.given_back",
-            user=request.user,
-            project=request.project,
-            target=prompt.pk,
+        audit.record_for(
+            request, "prompt.held_out" if prompt.held_out else "prompt.given_back", target=prompt.pk
         )
     return redirect("prompts", request.project.slug)

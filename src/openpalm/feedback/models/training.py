@@ -80,6 +80,8 @@ class TrainRun(models.Model):
         FAILED = "failed"
         STOPPED = "stopped"
 
+    UNFINISHED = (State.QUEUED, State.RUNNING)
+
     project = models.ForeignKey(Project, models.CASCADE, related_name="runs")
     verb = models.CharField(max_length=16)
     snapshot = models.ForeignKey(Snapshot, models.PROTECT, null=True, related_name="runs")

@@ -19,6 +19,8 @@ class Job(models.Model):
         FAILED = "failed"
         STOPPED = "stopped"
 
+    UNFINISHED = (State.QUEUED, State.RUNNING)
+
     project = models.ForeignKey(Project, models.CASCADE, null=True, related_name="jobs")
     project_id: int | None
     kind = models.CharField(max_length=32)

@@ -15,6 +15,7 @@ from django.utils import timezone
 from openpalm.base import jsonl
 from openpalm.errors import DataError, OpenPalmError
 from openpalm.feedback.accounts import audit
+from openpalm.feedback.items.new_items import make_item
 from openpalm.feedback.models import (
     Candidate,
     Comparison,
@@ -40,7 +41,6 @@ from openpalm.feedback.training.answers import (
     stored_answers,
 )
 from openpalm.feedback.training.commands import prompts_path
-from openpalm.feedback.training.generation import make_item
 from openpalm.feedback.training.registry import POLICY, ancestors
 from openpalm.feedback.training.servers import serving
 from openpalm.feedback.worker import jobs

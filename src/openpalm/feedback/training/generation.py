@@ -15,6 +15,7 @@ from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
 
 from openpalm.errors import DataError
+from openpalm.feedback.items.new_items import make_item
 from openpalm.feedback.items.tasks import candidates_needed
 from openpalm.feedback.models import (
     Candidate,
@@ -42,7 +43,6 @@ from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.progress import Progress
 
 MOST_ANSWERS = 16
-_draw = random.SystemRandom()
 
 
 def start(
@@ -76,7 +76,7 @@ def _check(project: Project, each: dict[str, Any]) -> None:
     n = each.get("n", 1)
     if not isinstance(n, int) or not 1 <= n <= MOST_ANSWERS:
         raise DataError(f"n {n!r:.40}: must be 1 to {MOST_ANSWERS} answers a prompt")
-    check_sampling({k: v for k, v in each.items() if k not in ("model", "n")})
+    _sampling(each)
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
@@ -216,21 +216,3 @@ def _candidate_sets(prompt: Prompt) -> set[frozenset[int]]:
     for item, candidate in places.values_list("item_id", "candidate_id"):
         sets.setdefault(item, set()).add(candidate)
     return {frozenset(each) for each in sets.values()}
-
-
-def make_item(
-    project: Project, prompt: Prompt, candidates: Sequence[Candidate], **fields: Any
-) -> Item:
-    """An item that shows these candidates, `overlap` responses needed unless said otherwise.
-
-    Their order says nothing about the models: a reviewer sees it before they judge.
-    """
-    candidates = _draw.sample(candidates, len(candidates))
-    item = Item.objects.create(
-        project=project, prompt=prompt, **({"needed": project.overlap} | fields)
-    )
-    ItemCandidate.objects.bulk_create(
-        ItemCandidate(item=item, candidate=candidate, position=position)
-        for position, candidate in enumerate(candidates)
-    )
-    return item

@@ -117,9 +117,7 @@ def _check_free(project: Project) -> None:
     The lock makes of two requests at the same time one that waits and one that is refused.
     """
     Project.objects.select_for_update(no_key=True).get(pk=project.pk)
-    unfinished = Job.objects.filter(
-        project=project, kind="promote", state__in=[Job.State.QUEUED, Job.State.RUNNING]
-    )
+    unfinished = Job.objects.filter(project=project, kind="promote", state__in=Job.UNFINISHED)
     if unfinished.exists():
         raise DataError("another promotion is under way; wait until it has ended")
 

@@ -112,7 +112,7 @@ def stop(run: TrainRun, user: User | None) -> bool:
     job = Job.objects.filter(kind="train", arguments__run=run.pk).order_by("-id").first()
     if job is None or not jobs.stop(job):
         return False
-    TrainRun.objects.filter(pk=run.pk, state__in=[State.QUEUED, State.RUNNING]).update(
+    TrainRun.objects.filter(pk=run.pk, state__in=TrainRun.UNFINISHED).update(
         state=State.STOPPED, finished_at=timezone.now()
     )
     audit.record("training.stopped", user=user, project=run.project, target=run.pk)
@@ -264,14 +264,11 @@ class _Training:
 
     def _reason(self, command: Command, status: int) -> str:
         """Why the command failed, and where its log is."""
-        line = command.last_line().removeprefix("openpalm: error: ")
-        if status < 0:
-            line = f"was ended by {signal.Signals(-status).name} (is there enough memory?): {line}"
-        row = self.run_row
+        row, line = self.run_row, command.failure(status)
         if "early-stopping" in line or "being gamed" in line:
-            row.alarms = [*row.alarms, line]
+            row.alarms = [*row.alarms, command.last_line().removeprefix("openpalm: error: ")]
             row.save(update_fields=["alarms"])
-        return f"openpalm {row.verb}: {line or f'status {status}'} (log: {command.log})"
+        return line
 
     def _made(self, out: Path, member: int) -> ModelVersion:
         row = self.run_row

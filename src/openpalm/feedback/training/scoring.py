@@ -44,8 +44,7 @@ def score(model: ModelVersion, progress: Progress) -> dict[str, Any]:
         ["score", model.path, "--data", str(given), "--out", str(found)], folder / f"{model.pk}.log"
     )
     if status := command.run(check=progress.check):
-        line = command.last_line().removeprefix("openpalm: error: ")
-        raise WorkError(f"openpalm score: {line or f'status {status}'} (log: {command.log})")
+        raise WorkError(command.failure(status))
     scored = _store(model, found, progress)
     given.unlink()
     found.unlink()

@@ -16,6 +16,7 @@ from django.db import transaction
 from django.db.models import Count
 
 from openpalm.errors import DataError
+from openpalm.feedback.items.new_items import make_item
 from openpalm.feedback.models import (
     Candidate,
     Item,
@@ -30,7 +31,6 @@ from openpalm.feedback.models import (
 from openpalm.feedback.statistics.selection import Batch, choose_batch, selection_scores
 from openpalm.feedback.training import scoring
 from openpalm.feedback.training.commands import training_prompts
-from openpalm.feedback.training.generation import make_item
 from openpalm.feedback.training.registry import POLICY, REWARD
 from openpalm.feedback.worker.progress import Progress
 

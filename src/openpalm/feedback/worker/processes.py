@@ -95,6 +95,13 @@ class Command:
             raise
         return process.returncode
 
+    def failure(self, status: int) -> str:
+        """One line: why the command failed, and where its log is."""
+        line = self.last_line().removeprefix("openpalm: error: ") or f"status {status}"
+        if status < 0:
+            line = f"was ended by {signal.Signals(-status).name} (is there enough memory?): {line}"
+        return f"openpalm {self.words[0]}: {line} (log: {self.log})"
+
     def last_line(self) -> str:
         """The reason of a failure: the log's last error, or else its last line."""
         lines = [line.strip() for line in last_lines(self.log)]
