@@ -19,9 +19,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     """The handler of "statistics"."""
     assert job.project is not None
     seen = newest(job.project)  # before: what comes meanwhile makes it due again
-    comparisons.compute_all(job.project)
+    comparisons.compute_all(job.project, progress.writing)
     progress.say("computing figures")
-    compute(job.project, progress.check)
+    compute(job.project, progress.writing)
     return {"newest": seen}
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
-from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
 
 from openpalm.errors import DataError
@@ -155,7 +154,7 @@ def _make_items(
         found = [
             (each, model, stored_answers(model, [p.pk for p in group])) for each, model in chosen
         ]
-        with transaction.atomic():
+        with progress.writing():
             for prompt in group:
                 answers = [
                     stored[key]

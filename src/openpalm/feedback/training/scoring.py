@@ -37,17 +37,32 @@ def score(model: ModelVersion, progress: Progress) -> dict[str, Any]:
     if not waiting.exists():
         return {"scored": 0, "too_long": 0}
     folder = Path(settings.FEEDBACK_DIR) / "scores"
-    given, found = folder / f"{model.pk}-given.jsonl", folder / f"{model.pk}-scored.jsonl"
+    # Names of this attempt: the process of a worker that was taken for dead may write its own still.
+    name = f"{model.pk}-{progress.job.pk}-{progress.job.lease}"
+    for old in folder.glob(f"{model.pk}-{progress.job.pk}-*.jsonl"):
+        old.unlink(missing_ok=True)
+    given, found = folder / f"{name}-given.jsonl", folder / f"{name}-scored.jsonl"
+    try:
+        return _score(model, waiting, given, found, progress)
+    finally:
+        given.unlink(missing_ok=True)
+        found.unlink(missing_ok=True)
+
+
+def _score(
+    model: ModelVersion,
+    waiting: "QuerySet[Candidate]",
+    given: Path,
+    found: Path,
+    progress: Progress,
+) -> dict[str, Any]:
     total = jsonl.write_rows(given, map(_row, waiting.iterator(chunk_size=BATCH)))
     progress.start(total, f"scoring with {model}")
-    command = Command(
-        ["score", model.path, "--data", str(given), "--out", str(found)], folder / f"{model.pk}.log"
-    )
+    words = ["score", model.path, "--data", str(given), "--out", str(found)]
+    command = Command(words, given.with_name(f"{model.pk}.log"), dies_with_us=True)
     if status := command.run(check=progress.check):
         raise WorkError(command.failure(status))
     scored = _store(model, found, progress)
-    given.unlink()
-    found.unlink()
     return {"scored": scored, "too_long": total - scored}
 
 
@@ -68,7 +83,8 @@ def _store(model: ModelVersion, path: Path, progress: Progress) -> int:
     rows = (ModelScore(model=model, candidate_id=row["id"], score=row[field]) for row in scores)
     stored = 0
     while batch := list(islice(rows, BATCH)):
-        ModelScore.objects.bulk_create(batch, ignore_conflicts=True)
+        with progress.writing():
+            ModelScore.objects.bulk_create(batch, ignore_conflicts=True)
         stored += len(batch)
         progress.advance(len(batch))
     return stored

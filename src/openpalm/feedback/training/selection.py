@@ -12,7 +12,6 @@ from itertools import combinations, groupby
 from typing import Any
 
 import numpy as np
-from django.db import transaction
 from django.db.models import Count
 
 from openpalm.errors import DataError
@@ -58,6 +57,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     """The handler of "select": `size` pairs become items with an arm and a priority."""
     project = job.project
     assert project is not None
+    if job.result:  # the worker ended between the last two writes
+        return job.result
     if project.task != Task.PAIR:
         raise DataError("only pairs are selected; this project's items are of another task")
     members, policy = ensemble(project), newest_policy(project)
@@ -80,9 +81,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         seed=job.pk,
         project_seed=project.pk,
     )
-    _store(project, pairs, batch)
     arms = [choice.arm for choice in batch.choices]
-    return {
+    result = {
         "random": arms.count("random"),
         "active": arms.count("active"),
         "missing_random": batch.missing_random,
@@ -91,6 +91,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         + ["the margin of the policy's implicit rewards"] * (implicit is not None),
         "members": [member.pk for member in members],
     }
+    with progress.writing():
+        _store(project, pairs, batch)
+        progress.keep(result)  # a second attempt would choose a second batch
+    return result
 
 
 def ensemble(project: Project) -> list[ModelVersion]:
@@ -218,7 +222,6 @@ def _scores(margins: np.ndarray | None, implicit: np.ndarray | None, count: int)
     return scores
 
 
-@transaction.atomic
 def _store(project: Project, pairs: Sequence[Pair], batch: Batch) -> None:
     """Gives each chosen pair its arm, and a priority in the batch's random order."""
     chosen = [pairs[choice.pair] for choice in batch.choices]

@@ -55,9 +55,10 @@ class Command:
     words: Sequence[str]
     log: Path
     environment: Mapping[str, str] | None = None
+    dies_with_us: bool = False
+    """whether the process ends too when the worker is killed (on Linux)"""
 
-    def start(self, *, dies_with_us: bool = False) -> subprocess.Popen[bytes]:
-        """Starts the process. One that `dies_with_us` also ends when the worker is killed."""
+    def start(self) -> subprocess.Popen[bytes]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             return subprocess.Popen(
@@ -67,7 +68,7 @@ class Command:
                 stderr=subprocess.STDOUT,
                 env=os.environ | dict(self.environment or {}),
                 start_new_session=True,  # Ctrl-C at the terminal ends it only through the worker
-                preexec_fn=die_with_parent if dies_with_us else None,
+                preexec_fn=die_with_parent if self.dies_with_us else None,
             )
 
     def run(
