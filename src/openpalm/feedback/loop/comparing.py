@@ -9,12 +9,11 @@ from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_POST
 
 from openpalm.errors import DataError
-from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import estimate, mapping
 from openpalm.feedback.loop.forms import CompareForm, ExtendForm
-from openpalm.feedback.loop.pages import find, page, refused
+from openpalm.feedback.loop.pages import find, page, refused, sentence
 from openpalm.feedback.models import Comparison, ModelVersion, Promotion, Role
 from openpalm.feedback.paging import page_of
 from openpalm.feedback.statistics.promotion import MINIMUM
@@ -133,14 +132,6 @@ def extend(request: ProjectRequest, comparison_id: int) -> HttpResponse:
         comparisons.extend(row, further, request.user)
     except DataError as error:
         return refused(request, f"Not extended: {error}.", "comparison", slug, row.pk)
-    audit.record(
-        "comparison.extended",
-        user=request.user,
-        project=request.project,
-        target=row.challenger,
-        comparison=row.pk,
-        further=further,
-    )
     messages.success(request, f"{further} further pairs are being made.")
     return redirect("comparison", slug, row.pk)
 
@@ -163,8 +154,7 @@ def promote(request: ProjectRequest, model_id: int) -> HttpResponse:
             request.project, model, request.user, comparison=row, override_reason=reason
         )
     except DataError as error:
-        text = str(error)
-        return refused(request, f"{text[:1].upper()}{text[1:]}.", *back)
+        return refused(request, sentence(error), *back)
     messages.success(
         request, f"The server loads {model.name}; requests in flight finish on the model before."
     )

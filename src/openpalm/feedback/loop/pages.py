@@ -7,6 +7,7 @@ from django.db.models import Model, QuerySet
 from django.http import Http404, HttpResponse
 from django.shortcuts import redirect, render
 
+from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest
 from openpalm.feedback.manage.pages import project_context
 
@@ -26,6 +27,11 @@ def find(rows: "QuerySet[Row]", pk: int, request: ProjectRequest) -> Row:
     if found is None:
         raise Http404(f"there is no such {rows.model._meta.verbose_name} in this project")
     return found
+
+
+def sentence(error: DataError) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def refused(request: ProjectRequest, reason: object, *to: Any) -> HttpResponse:

@@ -13,7 +13,7 @@ from openpalm.feedback.accounts.access import ProjectRequest, has_rank, project_
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import Figures, rows
 from openpalm.feedback.loop.forms import ABOUT, VERBS, TrainForm
-from openpalm.feedback.loop.pages import find, page, refused
+from openpalm.feedback.loop.pages import find, page, refused, sentence
 from openpalm.feedback.loop.stations import UNFINISHED
 from openpalm.feedback.models import Job, ModelVersion, Role, TrainRun
 from openpalm.feedback.paging import page_of
@@ -47,7 +47,7 @@ def train(request: ProjectRequest) -> HttpResponse:
                 reward=form.cleaned_data.get("reward"),
             )
         except DataError as error:
-            form.add_error(None, _sentence(error))
+            form.add_error(None, sentence(error))
         else:
             messages.success(request, f"{VERBS[verb]} waits for the worker.")
             return redirect("run", project.slug, run.pk)
@@ -80,11 +80,6 @@ def _lacks(form: TrainForm) -> str:
         return "model"
     reward: Any = form.fields.get("reward")
     return "reward" if reward is not None and not reward.queryset.exists() else ""
-
-
-def _sentence(error: DataError) -> str:
-    text = str(error)
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 @require_GET
@@ -158,7 +153,7 @@ def run_resume(request: ProjectRequest, run_id: int) -> HttpResponse:
     try:
         runs.resume(row, request.user)
     except DataError as error:
-        return refused(request, _sentence(error), "run", request.project.slug, row.pk)
+        return refused(request, sentence(error), "run", request.project.slug, row.pk)
     messages.success(
         request, "The training waits for the worker, and continues from its last save."
     )

@@ -16,6 +16,7 @@ from django.db import transaction
 from django.db.models import Count
 
 from openpalm.errors import DataError
+from openpalm.feedback.accounts import audit
 from openpalm.feedback.models import (
     Candidate,
     Item,
@@ -26,18 +27,21 @@ from openpalm.feedback.models import (
     Project,
     Prompt,
     Task,
+    User,
 )
 from openpalm.feedback.statistics.selection import Batch, choose_batch, selection_scores
 from openpalm.feedback.training import scoring
 from openpalm.feedback.training.commands import training_prompts
 from openpalm.feedback.training.generation import make_item
 from openpalm.feedback.training.registry import POLICY, REWARD
+from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.progress import Progress
 
 PRIORITY = 10.0
 """before items that were not selected, after comparisons"""
 BETA = 0.1
 """of the implicit reward, where the training names none"""
+BATCH_SIZE, MOST_IN_BATCH = 50, 10_000
 MOST_PAIRS = 500_000
 AT_ONCE = 2000
 
@@ -54,12 +58,19 @@ class Pair:
     """an open item that shows this pair, if there is one"""
 
 
+def start(project: Project, user: User | None, size: int) -> Job:
+    """Queues the choice of the next `size` pairs. Raises DataError."""
+    _check_pairs(project)
+    job = jobs.enqueue("select", project=project, user=user, size=size)
+    audit.record("job.select", user=user, project=project, target=job.pk, size=size)
+    return job
+
+
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     """The handler of "select": `size` pairs become items with an arm and a priority."""
     project = job.project
     assert project is not None
-    if project.task != Task.PAIR:
-        raise DataError("only pairs are selected; this project's items are of another task")
+    _check_pairs(project)
     members, policy = ensemble(project), newest_policy(project)
     for model in (*members, *((policy, policy.parent) if policy and policy.parent else ())):
         scoring.score(model, progress.quiet())
@@ -91,6 +102,11 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         + ["the margin of the policy's implicit rewards"] * (implicit is not None),
         "members": [member.pk for member in members],
     }
+
+
+def _check_pairs(project: Project) -> None:
+    if project.task != Task.PAIR:
+        raise DataError("only a project of pairs has batches")
 
 
 def ensemble(project: Project) -> list[ModelVersion]:
