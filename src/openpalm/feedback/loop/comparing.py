@@ -9,7 +9,6 @@ from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_POST
 
 from openpalm.errors import DataError
-from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.accounts.errors import sentence
 from openpalm.feedback.loop import plots
@@ -135,9 +134,6 @@ def extend(request: ProjectRequest, comparison_id: int) -> HttpResponse:
         comparisons.extend(row, further, request.user)
     except DataError as error:
         return refused(request, f"Not extended: {error}.", "comparison", slug, row.pk)
-    audit.record_for(
-        request, "comparison.extended", target=row.challenger, comparison=row.pk, further=further
-    )
     messages.success(request, f"{further} further pairs are being made.")
     return redirect("comparison", slug, row.pk)
 

@@ -178,6 +178,7 @@ class Promotion(models.Model):
     project_id: int
     model_id: int
     previous_id: int | None
+    comparison_id: int | None
     created_at = models.DateTimeField(auto_now_add=True)
     done_at = models.DateTimeField(null=True)
     undone_at = models.DateTimeField(null=True)

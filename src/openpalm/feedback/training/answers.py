@@ -23,6 +23,7 @@ AT_ONCE = 8
 PROMPTS_AT_ONCE = 200
 MOST_FAILURES = 20
 """answers in a row without a success, after which the job fails"""
+DEFAULT_SAMPLING = {"temperature": 1.0, "max_tokens": 256}
 LIMITS = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),

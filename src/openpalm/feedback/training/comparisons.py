@@ -49,6 +49,7 @@ from openpalm.feedback.worker.progress import Progress, Writing
 State = Comparison.State
 PRIORITY = 100.0
 """before items of training: a promotion waits for them"""
+MOST_PAIRS = 10_000
 DRAWS = 3
 """times that a prompt is asked again because both models answer the same"""
 
@@ -116,6 +117,14 @@ def extend(comparison: Comparison, further: int, user: User | None) -> Compariso
     comparison.state = State.GENERATING
     comparison.save(update_fields=["size", "state"])
     jobs.enqueue("compare", project=comparison.project, user=user, comparison=comparison.pk)
+    audit.record(
+        "comparison.extended",
+        user=user,
+        project=comparison.project,
+        target=comparison.challenger,
+        comparison=comparison.pk,
+        further=further,
+    )
     return comparison
 
 

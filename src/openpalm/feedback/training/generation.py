@@ -14,6 +14,7 @@ from typing import Any
 from django.db.models import Exists, OuterRef, QuerySet
 
 from openpalm.errors import DataError
+from openpalm.feedback.accounts import audit
 from openpalm.feedback.items.new_items import make_item
 from openpalm.feedback.items.tasks import candidates_needed
 from openpalm.feedback.models import (
@@ -41,7 +42,9 @@ from openpalm.feedback.training.servers import serving
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.progress import Progress
 
-MOST_ANSWERS = 16
+MOST_PROMPTS, MOST_ANSWERS, MOST_ITEMS = 10_000, 16, 100
+"""of one job; of a model and a prompt; of a prompt"""
+PROMPTS, ANSWERS = 100, 2
 
 
 def start(
@@ -60,11 +63,15 @@ def start(
         _check(project, each)
     if sum(each.get("n", 1) for each in models) < least:
         raise DataError(f"an item of this project needs {least} answers or more; ask for more")
-    if not 1 <= pairs <= 100:
-        raise DataError(f"pairs {pairs}: must be 1 to 100")
+    if not 1 <= pairs <= MOST_ITEMS:
+        raise DataError(f"pairs {pairs}: must be 1 to {MOST_ITEMS}")
+    if prompts is not None and not prompts:
+        raise DataError("every prompt has an item already; add prompts first")
     arguments: dict[str, Any] = {"models": list(models), "pairs": pairs}
     if prompts is not None:
         arguments["prompts"] = list(prompts)
+    count = {} if prompts is None else {"count": len(prompts)}
+    audit.record("job.generate", user=user, project=project, **count)
     return jobs.enqueue("generate", project=project, user=user, **arguments)
 
 

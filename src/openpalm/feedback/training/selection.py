@@ -15,6 +15,7 @@ import numpy as np
 from django.db.models import Count
 
 from openpalm.errors import DataError
+from openpalm.feedback.accounts import audit
 from openpalm.feedback.items.new_items import make_item
 from openpalm.feedback.models import (
     Candidate,
@@ -26,17 +27,20 @@ from openpalm.feedback.models import (
     Project,
     Prompt,
     Task,
+    User,
 )
 from openpalm.feedback.statistics.selection import Batch, choose_batch, selection_scores
 from openpalm.feedback.training import scoring
 from openpalm.feedback.training.commands import training_prompts
 from openpalm.feedback.training.registry import POLICY, REWARD
+from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.progress import Progress
 
 PRIORITY = 10.0
 """before items that were not selected, after comparisons"""
 BETA = 0.1
 """of the implicit reward, where the training names none"""
+BATCH_SIZE, MOST_IN_BATCH = 50, 10_000
 MOST_PAIRS = 500_000
 AT_ONCE = 2000
 
@@ -53,14 +57,21 @@ class Pair:
     """an open item that shows this pair, if there is one"""
 
 
+def start(project: Project, user: User | None, size: int) -> Job:
+    """Queues the choice of the next `size` pairs. Raises DataError."""
+    _check_pairs(project)
+    job = jobs.enqueue("select", project=project, user=user, size=size)
+    audit.record("job.select", user=user, project=project, target=job.pk, size=size)
+    return job
+
+
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     """The handler of "select": `size` pairs become items with an arm and a priority."""
     project = job.project
     assert project is not None
     if job.result:  # the worker ended between the last two writes
         return job.result
-    if project.task != Task.PAIR:
-        raise DataError("only pairs are selected; this project's items are of another task")
+    _check_pairs(project)
     members, policy = ensemble(project), newest_policy(project)
     for model in (*members, *((policy, policy.parent) if policy and policy.parent else ())):
         scoring.score(model, progress.quiet())
@@ -95,6 +106,11 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         _store(project, pairs, batch)
         progress.keep(result)  # a second attempt would choose a second batch
     return result
+
+
+def _check_pairs(project: Project) -> None:
+    if project.task != Task.PAIR:
+        raise DataError("only a project of pairs has batches")
 
 
 def ensemble(project: Project) -> list[ModelVersion]:

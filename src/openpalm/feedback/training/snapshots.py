@@ -61,6 +61,14 @@ class Filter:
             )
 
 
+def default_filter(project: Project, verb: str) -> Filter:
+    """The judgements of those who decide in this project.
+
+    A reward model is measured on the random arm, so its training holds that arm's prompts back.
+    """
+    return Filter((project.decided_by,), hold_back=verb == "reward")
+
+
 def judgements(project: Project, chosen: Filter) -> "QuerySet[Response]":
     """The judgements in force that the filter lets through."""
     found = Response.objects.filter(
