@@ -38,7 +38,6 @@ class Child:
     hides_output: bool = False
     """drop its standard output: a line that it is ready, which the supervisor's own line repeats"""
     process: subprocess.Popen[bytes] | None = None
-    was_ready: bool = False
     pause_s: float = field(default_factory=lambda: FIRST_PAUSE_S)
     """before the next start after a crash"""
     started_at: float = 0.0
@@ -108,7 +107,6 @@ class Supervisor:
                 error.exit_status = USAGE_STATUS if process.returncode == USAGE_STATUS else 1
                 raise error
             time.sleep(POLL_S)
-        child.was_ready = True
 
     def _watch(self, child: Child) -> None:
         """Starts a crashed child again, after a pause that doubles."""

@@ -52,6 +52,12 @@ def database_trouble(error: BaseException | None) -> str:
     return f"{cause}: nothing was stored. Try again in a minute, or tell its administrator"
 
 
+def sentence(error: Exception) -> str:
+    """The message of an error as a sentence of a page."""
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:
     return _page(
         request,

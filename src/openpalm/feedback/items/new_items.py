@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from openpalm.feedback.models import Candidate, Item, ItemCandidate, ModelVersio
 
 MOST_CANDIDATES = 10
 Messages = Sequence[dict[str, str]]
+_draw = random.SystemRandom()
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,24 @@ def _create(project: Project, new: list[NewItem]) -> list[Item]:
         for (item, place), candidate in zip(places, candidates, strict=True)
     )
     return items
+
+
+def make_item(
+    project: Project, prompt: Prompt, candidates: Sequence[Candidate], **fields: Any
+) -> Item:
+    """An item of stored candidates; needs `overlap` responses unless `fields` say otherwise.
+
+    Their order says nothing about the models: a reviewer sees it before they judge.
+    """
+    candidates = _draw.sample(candidates, len(candidates))
+    item = Item.objects.create(
+        project=project, prompt=prompt, **({"needed": project.overlap} | fields)
+    )
+    ItemCandidate.objects.bulk_create(
+        ItemCandidate(item=item, candidate=candidate, position=position)
+        for position, candidate in enumerate(candidates)
+    )
+    return item
 
 
 def add_prompts(

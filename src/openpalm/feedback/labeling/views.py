@@ -12,6 +12,7 @@ from django_htmx.http import HttpResponseClientRedirect
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.accounts.errors import sentence
 from openpalm.feedback.judgements import queue, submission
 from openpalm.feedback.judgements.payloads import payload_of
 from openpalm.feedback.judgements.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
@@ -152,7 +153,7 @@ def undo(request: ProjectRequest) -> HttpResponse:
         if submission.undo(request.project, request.user) is None:
             messages.info(request, "There is nothing to undo.")
     except DataError as error:
-        messages.warning(request, f"{str(error)[:1].upper()}{str(error)[1:]}.")
+        messages.warning(request, sentence(error))
     return _after(request)
 
 

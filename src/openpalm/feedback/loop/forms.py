@@ -10,9 +10,12 @@ from django.db.models.functions import Coalesce
 from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.models import ModelVersion, Project, Task
 from openpalm.feedback.statistics.promotion import MINIMUM
+from openpalm.feedback.training.answers import DEFAULT_SAMPLING
 from openpalm.feedback.training.commands import DEFAULTS, MAX_MEMBERS
+from openpalm.feedback.training.comparisons import MOST_PAIRS
 from openpalm.feedback.training.registry import POLICY, REWARD
-from openpalm.feedback.training.snapshots import Filter
+from openpalm.feedback.training.selection import BATCH_SIZE, MOST_IN_BATCH
+from openpalm.feedback.training.snapshots import Filter, default_filter
 
 VERBS = {
     "reward": "Reward model",
@@ -38,7 +41,9 @@ SETTINGS = {"lr": "optim.lr", "rank": "lora.rank"}
 
 
 class BatchForm(forms.Form):
-    size = forms.IntegerField(label="Pairs", min_value=1, max_value=10_000, initial=50)
+    size = forms.IntegerField(
+        label="Pairs", min_value=1, max_value=MOST_IN_BATCH, initial=BATCH_SIZE
+    )
 
 
 class RewardField(forms.ModelChoiceField):
@@ -74,7 +79,6 @@ class TrainForm(forms.Form):
     hold_back = forms.BooleanField(
         label="Hold back the random arm's prompts",
         required=False,
-        initial=True,
         help_text="30 % of the prompts, always the same, are not trained on: their judgements show "
         "at once how well the reward model agrees with people.",
     )
@@ -139,7 +143,9 @@ class TrainForm(forms.Form):
         reward.initial = reward.queryset.first()
         authors: Any = self.fields["authors"]
         authors.choices = [(kind, _with_count(kind, counted)) for kind in AUTHORS]
-        authors.initial = [project.decided_by]
+        chosen = default_filter(project, verb)
+        authors.initial = list(chosen.author_kinds)
+        self.fields["hold_back"].initial = chosen.hold_back
         axis: Any = self.fields["axis"]
         axis.choices = [("", "all axes"), *((name, name) for name in project.axes)]
         if project.task == Task.THUMBS:
@@ -199,12 +205,19 @@ class RegisterForm(forms.Form):
 
 
 class CompareForm(forms.Form):
-    size = forms.IntegerField(label="Pairs", min_value=MINIMUM, max_value=10_000, initial=MINIMUM)
-    temperature = forms.FloatField(min_value=0, max_value=2, initial=1.0)
+    size = forms.IntegerField(
+        label="Pairs", min_value=MINIMUM, max_value=MOST_PAIRS, initial=MINIMUM
+    )
+    temperature = forms.FloatField(
+        min_value=0, max_value=2, initial=DEFAULT_SAMPLING["temperature"]
+    )
     max_tokens = forms.IntegerField(
-        label="Most tokens of an answer", min_value=1, max_value=4096, initial=256
+        label="Most tokens of an answer",
+        min_value=1,
+        max_value=4096,
+        initial=DEFAULT_SAMPLING["max_tokens"],
     )
 
 
 class ExtendForm(forms.Form):
-    further = forms.IntegerField(label="Further pairs", min_value=1, max_value=10_000)
+    further = forms.IntegerField(label="Further pairs", min_value=1, max_value=MOST_PAIRS)

@@ -8,8 +8,9 @@ from django.http import HttpResponse
 from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_POST
 
-from openpalm.feedback.accounts import audit
+from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, has_rank, project_page
+from openpalm.feedback.accounts.errors import sentence
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import LOOP, Figures, estimate, rows
 from openpalm.feedback.loop.forms import BatchForm
@@ -18,7 +19,7 @@ from openpalm.feedback.loop.stations import newest, stations
 from openpalm.feedback.manage.overview import item_counts
 from openpalm.feedback.models import Item, Job, Project, Role, Task, TrainRun
 from openpalm.feedback.quality import names
-from openpalm.feedback.worker import jobs
+from openpalm.feedback.training import selection
 
 SHOWN_MODELS = 12
 SHOWN_DISAGREEMENTS = 12
@@ -125,10 +126,10 @@ def next_batch(request: ProjectRequest) -> HttpResponse:
     project, form = request.project, BatchForm(request.POST)
     if not form.is_valid():
         return refused(request, f"Pairs: {form.errors['size'][0]}", "loop", project.slug)
-    if project.task != Task.PAIR:
-        return refused(request, "Only a project of pairs has batches.", "loop", project.slug)
     size = form.cleaned_data["size"]
-    job = jobs.enqueue("select", project=project, user=request.user, size=size)
-    audit.record("job.select", user=request.user, project=project, target=job.pk, size=size)
+    try:
+        selection.start(project, request.user, size)
+    except DataError as error:
+        return refused(request, sentence(error), "loop", project.slug)
     messages.success(request, f"The worker chooses {size} pairs now.")
     return redirect("loop", project.slug)

@@ -57,9 +57,7 @@ def download(request: ProjectRequest) -> HttpResponse:
         rows, filters = _chosen(request)
     except DataError as error:
         return HttpResponse(f"{error}\n", "text/plain; charset=utf-8", status=422)
-    audit.record(
-        "export.downloaded", user=request.user, project=request.project, target=name, **filters
-    )
+    audit.record_for(request, "export.downloaded", target=name, **filters)
     counts = StreamCounts()
     if request.GET.get("consensus"):
         records = consensus_records(request.project, counts, rows)
@@ -76,14 +74,8 @@ def _counted(
     The file itself cannot say it: its first lines are sent before the last rows are read.
     """
     yield from export_lines(records, name, counts)
-    audit.record(
-        WRITTEN,
-        user=request.user,
-        project=request.project,
-        target=name,
-        rows=counts.used,
-        left_out=dict(counts.unused),
-    )
+    left_out = dict(counts.unused)
+    audit.record_for(request, WRITTEN, target=name, rows=counts.used, left_out=left_out)
 
 
 def file_of(project: Project, name: str) -> Any:

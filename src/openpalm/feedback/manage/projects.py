@@ -79,13 +79,7 @@ def settings(request: ProjectRequest) -> HttpResponse:
         before = SettingsForm(instance=Project.objects.get(pk=project.pk)).initial
         form.save()
         changed = {name: [before[name], form.cleaned_data[name]] for name in form.changed_data}
-        audit.record(
-            "project.changed",
-            user=request.user,
-            project=project,
-            target=project.slug,
-            changed=changed,
-        )
+        audit.record_for(request, "project.changed", target=project.slug, changed=changed)
         messages.success(request, "The settings are stored.")
         return redirect("settings", project.slug)
     if form.is_bound:
@@ -111,7 +105,7 @@ def close(request: ProjectRequest) -> HttpResponse:
         Job.objects.filter(project=project, state=Job.State.QUEUED).update(
             state=Job.State.STOPPED, message="the project was closed", finished_at=now
         )
-        audit.record("project.closed", user=request.user, project=project, target=project.slug)
+        audit.record_for(request, "project.closed", target=project.slug)
     messages.success(request, f"{project.name} is closed. Its data and its audit log are kept.")
     return redirect("home")
 
@@ -120,8 +114,6 @@ def close(request: ProjectRequest) -> HttpResponse:
 @project_page(Role.OWNER)
 def reopen(request: ProjectRequest) -> HttpResponse:
     Project.objects.filter(pk=request.project.pk).update(open=True)
-    audit.record(
-        "project.reopened", user=request.user, project=request.project, target=request.project.slug
-    )
+    audit.record_for(request, "project.reopened", target=request.project.slug)
     messages.success(request, f"{request.project.name} is open again.")
     return redirect("project", request.project.slug)

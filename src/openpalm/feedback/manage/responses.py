@@ -14,7 +14,7 @@ from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.items.blinding import revealed
 from openpalm.feedback.judgements import submission
 from openpalm.feedback.judgements.words import describe
-from openpalm.feedback.manage.pages import open_flags, page
+from openpalm.feedback.manage.pages import find, open_flags, page
 from openpalm.feedback.models import ModelVersion, Response, Role, Snapshot, User
 from openpalm.feedback.paging import name_in, page_of
 from openpalm.feedback.training.lineage import models_of
@@ -79,10 +79,7 @@ def _shown(rows: list[Response], user: User) -> list[tuple[Response, str | None]
 
 
 def _find(request: ProjectRequest, response_id: int) -> Response:
-    found = Response.objects.filter(project=request.project, pk=response_id)
-    if not (response := found.select_related("user", "item__prompt").first()):
-        raise Http404("there is no such judgement in this project")
-    return response
+    return find(Response.objects.select_related("user", "item__prompt"), response_id, request)
 
 
 @require_http_methods(["GET", "POST"])
@@ -139,10 +136,9 @@ def flag_resolve(request: ProjectRequest, response_id: int) -> HttpResponse:
     if response.in_force:
         response.in_force = False
         response.save(update_fields=["in_force"])
-        audit.record(
+        audit.record_for(
+            request,
             "flag.resolved",
-            user=request.user,
-            project=request.project,
             target=f"item {response.item_id}",
             reason=response.reason[:500],
         )

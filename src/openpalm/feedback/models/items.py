@@ -41,6 +41,8 @@ class Candidate(models.Model):
     checkpoint = models.CharField(max_length=200, blank=True)
     """hash of the checkpoint, or its name where a file gave no more"""
     sampling: Any = models.JSONField(null=True)
+    draw = models.CharField(max_length=64, null=True)
+    """SHA-256 of the sampling, its seed included, of an answer that a job asked for"""
     prompt_id: int
     model_id: int | None
     names_itself = models.BooleanField(default=False)
@@ -50,6 +52,13 @@ class Candidate(models.Model):
     class Meta:
         indexes = [
             models.Index(fields=["prompt"], condition=Q(names_itself=True), name="names_itself")
+        ]
+        constraints = [
+            models.UniqueConstraint(
+                fields=["prompt", "model", "draw"],
+                condition=Q(draw__isnull=False),
+                name="answer_once",
+            )
         ]
 
 
@@ -107,6 +116,11 @@ class Item(models.Model):
                 condition=Q(taken__lte=models.F("needed")), name="at_most_needed"
             ),
             models.UniqueConstraint(fields=["project", "key"], name="item_key"),
+            models.UniqueConstraint(
+                fields=["comparison", "prompt"],
+                condition=Q(comparison__isnull=False),
+                name="prompt_once_compared",
+            ),
         ]
 
 

@@ -19,6 +19,8 @@ class Job(models.Model):
         FAILED = "failed"
         STOPPED = "stopped"
 
+    UNFINISHED = (State.QUEUED, State.RUNNING)
+
     project = models.ForeignKey(Project, models.CASCADE, null=True, related_name="jobs")
     project_id: int | None
     kind = models.CharField(max_length=32)
@@ -30,6 +32,8 @@ class Job(models.Model):
     result: Any = models.JSONField(default=dict)
     attempts = models.PositiveSmallIntegerField(default=0)
     heartbeat_at = models.DateTimeField(null=True)
+    lease = models.PositiveIntegerField(default=0)
+    """times that it was taken; a worker with an older number has lost it and may write nothing"""
     worker = models.CharField(max_length=64, blank=True)
     created_by = models.ForeignKey(User, models.PROTECT, null=True, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)

@@ -133,8 +133,8 @@ def temporary_server(path: str, progress: Progress) -> Iterator[ModelServer]:
         # Through the environment: other users of the machine can read command lines.
         keys = {"OPENPALM_API_KEY": key, "OPENPALM_ADMIN_KEY": secrets.token_urlsafe(24)}
         words = ["serve", path, "--port", "0", "--shutdown-timeout", "1"]
-        command = Command(words, Path(log.name), keys)
-        process = command.start(dies_with_us=True)
+        command = Command(words, Path(log.name), keys, dies_with_us=True)
+        process = command.start()
         try:
             progress.say(f"loading {path}")
             waited = 0.0

@@ -27,6 +27,7 @@ from openpalm.feedback.models import (
     User,
 )
 from openpalm.feedback.statistics.selection import in_reserve
+from openpalm.feedback.worker.progress import Writing
 
 BATCH = 2000
 KINDS_OF_VERB = {
@@ -60,6 +61,14 @@ class Filter:
             )
 
 
+def default_filter(project: Project, verb: str) -> Filter:
+    """The judgements of those who decide in this project.
+
+    A reward model is measured on the random arm, so its training holds that arm's prompts back.
+    """
+    return Filter((project.decided_by,), hold_back=verb == "reward")
+
+
 def judgements(project: Project, chosen: Filter) -> "QuerySet[Response]":
     """The judgements in force that the filter lets through."""
     found = Response.objects.filter(
@@ -77,7 +86,12 @@ def judgements(project: Project, chosen: Filter) -> "QuerySet[Response]":
     return found
 
 
-def freeze(project: Project, chosen: Filter, user: User | None) -> Snapshot:
+def freeze(
+    project: Project,
+    chosen: Filter,
+    user: User | None,
+    writing: Writing = transaction.atomic,
+) -> Snapshot:
     """Writes the snapshot, or returns the one that has the same content.
 
     Raises DataError if no judgement is left.
@@ -119,10 +133,10 @@ def freeze(project: Project, chosen: Filter, user: User | None) -> Snapshot:
     counts = {"author_kind": dict(authors), "kind": dict(kinds), "author": dict(names)}
     if held_back:
         counts["held_back"] = {"judgements": held_back}
-    return _store(project, path, ids, chosen, counts, user)
+    with writing():
+        return _store(project, path, ids, chosen, counts, user)
 
 
-@transaction.atomic
 def _store(
     project: Project,
     path: Path,
