@@ -6,6 +6,7 @@ from labeler_site import LONG, item, items, seed
 from playwright.sync_api import expect
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+TABLE = "\n".join(("|a|b|c|d|e|f|g|h|", "|-" * 8 + "|", "|cell-without-a-space" * 8 + "|"))
 TEN = tuple(f"answer {n}" for n in range(1, 11))
 PROJECTS = [
     {"slug": "ten", "task": "ranking", "overlap": 5, "items": items(2, *TEN)},
@@ -13,6 +14,7 @@ PROJECTS = [
     {"slug": "panel", "items": items(2, "yes", "no")},
     {"slug": "still", "items": [item("A question. " * 200, "yes", "no")]},
     {"slug": "long", "items": [item("Long?", LONG, LONG)]},
+    {"slug": "table", "items": [item("Which?", TABLE, f"```\n{'long ' * 60}\n```")]},
     {"slug": "edit", "task": "edit", "items": items(1, "yes")},
     {"slug": "none", "items": []},
     {"slug": "chat", "task": "chat", "items": []},
@@ -130,6 +132,21 @@ def test_the_help_lists_only_keys_that_do_something(judge, project):
     of_answers = set("abstx") if project == "chat" else set()
     assert letters - of_answers == {key for key in controls if key.isalpha()} | by_ranking
     assert {"PgDn"} <= set(listed) if project == "long" else "PgDn" not in listed
+
+
+def test_formatting_keeps_what_was_chosen(judge, axe):
+    page = judge("table", **PHONE)
+    page.keyboard.press("4")
+    page.keyboard.press("m")
+    expect(page.locator(".formatted td").first).to_be_visible()
+    expect(page.locator("input[value='4']")).to_be_checked()
+    expect(page.locator("#said")).to_have_text("")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.evaluate(axe)
+    assert [one["id"] for one in page.evaluate("axe.run()")["violations"]] == []
+    page.keyboard.press("m")
+    expect(page.locator(".formatted")).to_have_count(0)
+    expect(page.locator("input[value='4']")).to_be_checked()
 
 
 def test_a_tablet_with_a_keyboard_shows_the_keys(judge):

@@ -268,12 +268,13 @@ document.addEventListener("htmx:beforeSwap", () => {
   // Guidelines that opened because they are new do not stay open.
   open = { guidelines: find("#guidelines[open]:not(:has(.notice))"), keys: find("#keys[open]") };
 });
-document.addEventListener("htmx:afterSwap", () => {
+document.addEventListener("htmx:afterSwap", (event) => {
   trouble("");
   for (const [id, was] of Object.entries(open)) if (was && find(`#${id}`)) find(`#${id}`).open = true;
   begin();
   const error = find("#error");
-  say(error || find("#talk") ? "" : form() ? "Next item." : "Nothing is left to judge.");
+  const isSame = event.detail.requestConfig?.path.endsWith("/view"); // formatted, or as written
+  say(error || isSame || find("#talk") ? "" : form() ? "Next item." : "Nothing is left to judge.");
   const field = find("#flag[open] textarea");
   (field ?? error ?? find("#item h1[tabindex]"))?.focus({ preventScroll: !error });
   if (!error) find("#growing")?.scrollIntoView({ block: "nearest" });
