@@ -1,4 +1,4 @@
-"""Pages of prompts: the list, typed ones, uploads, which are held out."""
+"""Pages of prompts: the list, typing, uploading, holding out."""
 
 from typing import Any
 
@@ -93,7 +93,7 @@ def _prompts(request: ProjectRequest, status: int = 200, **forms_given: Any) -> 
 @require_POST
 @project_page(Role.ADMIN)
 def upload(request: ProjectRequest) -> HttpResponse:
-    """Keeps the file and hands it to the worker."""
+    """Stores the file and queues its import."""
     form = UploadForm(request.POST, request.FILES)
     if not form.is_valid():
         return _prompts(request, 422, upload_form=form)
@@ -136,7 +136,7 @@ def typed(request: ProjectRequest) -> HttpResponse:
 @require_POST
 @project_page(Role.ADMIN)
 def held_out(request: ProjectRequest, prompt_id: int) -> HttpResponse:
-    """Holds a prompt out of training, or gives it back; not once it has been judged."""
+    """Holds a prompt out of training, or gives it back; refused once it has an item."""
     prompt = find(Prompt.objects.all(), prompt_id, request)
     try:
         set_held_out(prompt, not prompt.held_out, request.user)

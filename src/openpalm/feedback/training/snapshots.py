@@ -1,6 +1,6 @@
 """Freezes judgements: a .jsonl of preference records, named by the hash of its content.
 
-What was trained on is then fixed, whatever happens to the judgements, and known down to each one.
+A snapshot fixes what a model was trained on, down to each judgement, however they change later.
 """
 
 import hashlib
