@@ -16,7 +16,7 @@ from openpalm.feedback.accounts.forms import PlainLabels
 from openpalm.feedback.imports import uploads
 from openpalm.feedback.manage.forms import ShareField
 from openpalm.feedback.manage.pages import find, page
-from openpalm.feedback.models import Prompt, Role, Task
+from openpalm.feedback.models import Prompt, Role
 from openpalm.feedback.paging import page_of
 from openpalm.feedback.training.prompts import add_new, set_held_out
 from openpalm.feedback.worker.jobs import enqueue
@@ -85,7 +85,6 @@ def _prompts(request: ProjectRequest, status: int = 200, **forms_given: Any) -> 
         "upload_form": UploadForm(),
         "typed_form": TypedForm(),
         "limit_mb": settings.FEEDBACK_MAX_UPLOAD_BYTES // 2**20,
-        "writes_answers": request.project.task == Task.DEMONSTRATION,
     }
     return page(request, "prompts", status=status, **context | forms_given)
 
