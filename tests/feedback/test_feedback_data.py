@@ -102,6 +102,22 @@ def test_a_wrong_request_is_one_line(project, capsys, words, says):
     assert error.count("\n") == 1
 
 
+def test_a_consensus_is_exported_with_what_has_none(project, member, make_item, tmp_path, capsys):
+    other = Judgement("compare", {"better": 1, "worse": 0, "strength": 1})
+    for n, judgements in enumerate(((BETTER, BETTER), (BETTER, other))):
+        make_item(f"question {n}", "yes", "no", needed=2)
+        for name, judgement in zip(("ann", "bob"), judgements, strict=True):
+            assignment = queue.next_assignment(project, member(name))
+            submission.submit(assignment.pk, member(name), judgement)
+    file = tmp_path / "pairs.jsonl"
+    assert feedback("export", "demo", "--format", "pairs", "--consensus", "--out", file) == 0
+    said = capsys.readouterr()
+    assert "1 rows" in said.out
+    assert "1 left out: no majority" in said.err
+    [row] = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    assert (row["chosen"][-1]["content"], row["rejected"][-1]["content"]) == ("yes", "no")
+
+
 def test_more_rows_than_sqlite_takes_at_once_are_exported(project, member, tmp_path):
     """SQLite refuses Django's prefetch of 999 rows and more."""
     add_items(

@@ -43,7 +43,7 @@ for wanted in given["projects"]:
         Membership.objects.create(project=project, user=user, role="annotator")
     add_items(project, [
         NewItem(messages, tuple(
-            NewCandidate(text, models[n].checkpoint, {{"secret": 1}}, models[n])
+            NewCandidate(text, models[n % 4].checkpoint, {{"secret": 1}}, models[n % 4])
             for n, text in enumerate(texts)
         ), "typed")
         for messages, texts in items

@@ -210,6 +210,19 @@ def test_records_by_kind_of_author(named, project, member, signed_in):
     assert event.data == {"by": ["person"], "state": "submitted"}
 
 
+def test_the_page_says_what_a_file_could_not_hold(project, make_item, member, signed_in):
+    for number, payload in enumerate(({"tie": [0, 1]}, {"both_bad": [0, 1]}, A_BETTER.payload)):
+        make_item(f"q {number}", "yes", "no", needed=1)
+        judge(project, member("ann"), Judgement("compare", payload))
+    client = signed_in(member("max", Role.ADMIN))
+    assert len(export(client, format="pairs", consensus="1")[0].splitlines()) == 1
+    written = Event.objects.get(action="export.written")
+    assert written.data == {"rows": 1, "left_out": {"tie": 1, "both bad": 1}}
+    page = client.get("/p/demo/export").content.decode()
+    assert "1 row; 1 left out: " in page
+    assert "1 left out: both bad" in page
+
+
 def test_a_table_runs_no_formula(project, make_item, member, signed_in):
     make_item("=cmd|' /C calc'!A0", '@SUM(1)*"', "+1", needed=1)
     judge(project, member("ann"))

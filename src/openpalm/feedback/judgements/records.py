@@ -20,13 +20,13 @@ def in_force(responses: "QuerySet[Response]") -> Iterator[Response]:
 
     Each chunk is a query of its own, so that a long export holds no transaction open.
     """
-    rows, last = _with_texts(responses).order_by("pk"), 0
+    rows, last = with_texts(responses).order_by("pk"), 0
     while chunk := list(rows.filter(pk__gt=last)[:CHUNK]):
         yield from chunk
         last = chunk[-1].pk
 
 
-def _with_texts(responses: "QuerySet[Response]") -> "QuerySet[Response]":
+def with_texts(responses: "QuerySet[Response]") -> "QuerySet[Response]":
     """Items and prompts are read once, however many responses they have."""
     places = ItemCandidate.objects.select_related("candidate")
     return responses.filter(in_force=True).prefetch_related(
@@ -51,11 +51,17 @@ def project_records(
     if project.task != Task.RATING:
         yield from records(responses)
         return
-    prompts, last = Prompt.objects.filter(project=project).order_by("pk"), 0
-    while ids := list(prompts.filter(pk__gt=last).values_list("pk", flat=True)[:PROMPTS]):
-        of_prompts = _with_texts(responses.filter(item__prompt__in=ids))
+    for ids in prompts_in_pieces(project):
+        of_prompts = with_texts(responses.filter(item__prompt__in=ids))
         by_author = of_prompts.order_by("item__prompt", "user", "pk")
         yield from map(record, by_author.iterator(chunk_size=CHUNK))
+
+
+def prompts_in_pieces(project: Project) -> Iterator[list[int]]:
+    """The ids of the project's prompts, some of them at once."""
+    prompts, last = Prompt.objects.filter(project=project).order_by("pk"), 0
+    while ids := list(prompts.filter(pk__gt=last).values_list("pk", flat=True)[:PROMPTS]):
+        yield ids
         last = ids[-1]
 
 

@@ -21,11 +21,13 @@ from openpalm.feedback.labeling.views import (
     own_assignment,
     show_item,
 )
-from openpalm.feedback.models import Response
+from openpalm.feedback.models import Response, Statistic
 from openpalm.feedback.paging import page_of
 
 PAGE = 30
 EXCERPT = 160
+LABELERS = "labelers"
+"""the stored figure of quality/names.py"""
 State = Response.State
 NOTES = {State.SURPLUS: "not counted: it came after another person's", State.DELETED: "deleted"}
 
@@ -45,8 +47,17 @@ def mine(request: ProjectRequest) -> HttpResponse:
         "role": request.role,
         "rows": [_row(request, response) for response in page.rows],
         "page": page,
+        "work": None if request.GET.keys() & {"before", "after"} else own_work(request),
     }
     return render(request, "feedback/mine.html", context)
+
+
+def own_work(request: ProjectRequest) -> dict[str, Any] | None:
+    """What the worker has counted of the user: judgements, skips, flags, median time."""
+    figure = Statistic.objects.filter(project=request.project, name=LABELERS).first()
+    listed = figure.value.get("rows", ()) if figure else ()
+    own = next((row for row in listed if row.get("user") == request.user.pk), None)
+    return own and {**own, "computed_at": figure.computed_at}  # pyright: ignore
 
 
 def _row(request: ProjectRequest, response: Response) -> dict[str, Any]:

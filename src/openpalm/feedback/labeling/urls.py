@@ -10,6 +10,7 @@ urlpatterns = [
     path("assignments/<int:assignment_id>/draft", views.draft, name="draft"),
     path("assignments/<int:assignment_id>/skip", views.skip, name="skip"),
     path("assignments/<int:assignment_id>/flag", views.flag, name="flag"),
+    path("assignments/<int:assignment_id>/view", views.view, name="view"),
     path("assignments/<int:assignment_id>/change", history.change, name="change"),
     path("undo", views.undo, name="undo"),
     path("chat", chat_views.chat_page, name="chat"),

@@ -27,6 +27,8 @@ from openpalm.feedback.models import Assignment, Response, Task
 
 # A reload after an error, or a return from the sign-in, requests these URLs with GET.
 posted = require_http_methods(["GET", "POST"])
+FORMATTED = "formatted"
+"""whether the user reads Markdown as HTML, in the session"""
 
 
 @require_GET
@@ -55,7 +57,8 @@ def show_item(
     context = page_context(request, error) | more
     if assignment:
         assignment.project = request.project
-        context |= item_context(assignment, form)
+        formatted = request.session.get(FORMATTED, False)
+        context |= item_context(assignment, form, formatted=formatted)
         context["left"] = left_to_judge(request)
     template = "item.html" if request.htmx else "label.html"  # pyright: ignore
     return render(request, f"feedback/{template}", context, status=422 if error else 200)
@@ -114,9 +117,23 @@ def submit(request: ProjectRequest, assignment_id: int) -> HttpResponse:
 @require_POST
 @project_page()
 def draft(request: ProjectRequest, assignment_id: int) -> HttpResponse:
-    form = {name: value for name, value in request.POST.items() if name != "csrfmiddlewaretoken"}
-    submission.save_draft(own_assignment(request, assignment_id).pk, request.user, form)
+    _save_draft(request, own_assignment(request, assignment_id))
     return HttpResponse(status=204)
+
+
+def _save_draft(request: ProjectRequest, assignment: Assignment) -> None:
+    kept = request.POST.keys() - {"csrfmiddlewaretoken", FORMATTED}
+    submission.save_draft(assignment.pk, request.user, {name: request.POST[name] for name in kept})
+
+
+@posted
+@project_page()
+def view(request: ProjectRequest, assignment_id: int) -> HttpResponse:
+    """Shows texts formatted, or as they were written; what was typed stays."""
+    if request.method == "POST":
+        _save_draft(request, own_assignment(request, assignment_id))
+        request.session[FORMATTED] = request.POST.get(FORMATTED) == "1"
+    return _after(request)
 
 
 @posted

@@ -47,9 +47,11 @@ def export_lines(
     return (json.dumps(row).encode() + b"\n" for row in export_rows(records, name, counts))
 
 
-def write_export(path: Path, records: Iterable[Preference], name: str) -> StreamCounts:
+def write_export(
+    path: Path, records: Iterable[Preference], name: str, counts: StreamCounts | None = None
+) -> StreamCounts:
     """Replaces the file, atomically. Raises StorageError."""
-    counts = StreamCounts()
+    counts = counts if counts is not None else StreamCounts()
     lines = export_lines(records, name, counts)
     try:
         with atomic_file(path) as file:
