@@ -366,7 +366,10 @@ def test_typed_prompts(project, admin, signed_in):
 
 
 RECORD = {
-    **{"id": "1", "kind": "compare", "author": "ann", "author_kind": "person"},
+    "id": "1",
+    "kind": "compare",
+    "author": "ann",
+    "author_kind": "person",
     "prompt": [{"role": "user", "content": "Why?"}],
     "candidates": [{"text": "a"}, {"text": "b"}],
     "payload": {"better": 0, "worse": 1, "strength": 1},
