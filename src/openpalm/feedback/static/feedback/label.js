@@ -140,7 +140,10 @@ function isJudged() {
 }
 
 function closePanels() {
-  for (const panel of document.querySelectorAll("#item details[open]")) panel.open = false;
+  for (const panel of document.querySelectorAll("#item details[open]")) {
+    panel.open = false;
+    if (panel.contains(document.activeElement)) document.activeElement.blur(); // or Enter opens it again
+  }
 }
 
 /* Rating: digits rate the current axis and go on to the next. */
