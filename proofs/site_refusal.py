@@ -35,7 +35,7 @@ POLL_S = 1.0
 ADDRESSES = re.compile(r"http://[\d.]+:\d+")
 PREPARE = """
 import json
-from openpalm.feedback.labeling.new_items import add_prompts
+from openpalm.feedback.items.new_items import add_prompts
 from openpalm.feedback.models import Guideline, Project
 project = Project.objects.create(
     slug={project!r}, name={project!r}, scale=7, decided_by="simulated"

@@ -8,9 +8,9 @@ from django.utils import timezone
 from openpalm.cli import feedback_site
 from openpalm.cli.main import main
 from openpalm.data.rows.preferences import Preference
-from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.items.new_items import NewCandidate, NewItem, add_items
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Assignment, Event, Item, Project, Prompt, Response
 from openpalm.feedback.training.snapshots import Filter, freeze
 

@@ -89,7 +89,7 @@ def _export(argv: Sequence[str]) -> None:
     project = _open(settings.dir, settings.database_url, settings.project)
     from openpalm.data.rows.exports.stream import write_export
     from openpalm.feedback.accounts import audit
-    from openpalm.feedback.labeling.records import project_records
+    from openpalm.feedback.judgements.records import project_records
 
     counts = write_export(settings.out, project_records(project), settings.format)
     audit.record(
@@ -116,7 +116,7 @@ def _import(argv: Sequence[str]) -> None:
         raise SettingsError(f"--file {settings.file}: there is no such file")
     project = _open(settings.dir, settings.database_url, settings.project)
     from openpalm.feedback.accounts import audit
-    from openpalm.feedback.manage.imports import Importer
+    from openpalm.feedback.imports.importer import Importer
 
     arguments = {
         "name": str(settings.file),

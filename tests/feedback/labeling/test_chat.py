@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from openpalm.feedback.judgements.records import record
 from openpalm.feedback.labeling import chat
-from openpalm.feedback.labeling.records import record
 from openpalm.feedback.models import Conversation, Item, ModelVersion, Response
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from openpalm.feedback.judgements.words import pieces
 from openpalm.feedback.labeling.markdown import to_html
-from openpalm.feedback.labeling.words import pieces
 
 
 def test_markdown_becomes_html():

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from openpalm import __version__
-from openpalm.feedback.labeling import queue
+from openpalm.feedback.judgements import queue
 from openpalm.feedback.models import Assignment, Guideline, ModelVersion, Response
 
 FORMS = {

@@ -7,11 +7,10 @@ import json
 import pytest
 
 from openpalm.errors import DataError
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.names import names_itself
-from openpalm.feedback.labeling.queue import next_assignment
-from openpalm.feedback.labeling.submission import Judgement
-from openpalm.feedback.manage import item_changes
+from openpalm.feedback.items import item_changes
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.queue import next_assignment
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import (
     Assignment,
     Candidate,
@@ -168,24 +167,6 @@ def test_flags_wait_until_they_are_resolved(named, project, member, signed_in):
     client.post(f"/p/demo/flags/{flag.pk}/resolve")
     assert b"No open flag" in client.get("/p/demo/flags").content
     assert b"No item" in client.get("/p/demo/items?only=flagged").content
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("I am ChatGPT, how can I help?", True),
-        ("As an AI model called Zephyr I cannot say.", True),
-        ("I was trained by OpenAI.", True),
-        ("my own-model says hello", True),
-        ("I'm Claude.", True),
-        ("The llama lives in Peru, and Claude Monet painted.", False),
-        ("I am happy to help. It was built by Romans.", False),
-        ("A model is a simplification.", False),
-        ("x" * 30_000 + " I am GPT-4", True),
-    ],
-)
-def test_answers_that_name_their_model(text, names):
-    assert names_itself(text, ["own-model", "v1"]) == names
 
 
 def test_pages_go_back_and_forth(project, make_item, member, signed_in):

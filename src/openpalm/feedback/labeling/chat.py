@@ -20,12 +20,11 @@ from django.db import connection
 from django.utils import timezone
 
 from openpalm.errors import DataError
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.names import names_itself, names_of
-from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
-from openpalm.feedback.labeling.storable import storable
-from openpalm.feedback.labeling.submission import Judgement
-from openpalm.feedback.labeling.transactions import writing
+from openpalm.feedback.database import storable, writing
+from openpalm.feedback.items.model_names import names_itself, names_of
+from openpalm.feedback.items.new_items import NewCandidate, NewItem, add_items
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import (
     Assignment,
     Conversation,

@@ -9,12 +9,12 @@ from django.views.decorators.http import require_GET, require_http_methods
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.judgements.payloads import pair_payload
+from openpalm.feedback.judgements.submission import Judgement
+from openpalm.feedback.judgements.words import pieces
 from openpalm.feedback.labeling import chat
 from openpalm.feedback.labeling.context import conversation, page_context, scale
-from openpalm.feedback.labeling.payloads import pair_payload
-from openpalm.feedback.labeling.submission import Judgement
 from openpalm.feedback.labeling.views import elapsed_ms, guideline_version
-from openpalm.feedback.labeling.words import pieces
 from openpalm.feedback.models import Conversation, Task
 
 posted = require_http_methods(["GET", "POST"])

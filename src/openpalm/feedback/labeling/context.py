@@ -9,11 +9,11 @@ from typing import Any
 from django.http import Http404
 
 from openpalm.feedback.accounts.access import ProjectRequest
-from openpalm.feedback.labeling import queue
+from openpalm.feedback.items.model_names import is_blind
+from openpalm.feedback.judgements import queue
+from openpalm.feedback.judgements.payloads import axes, form_of, middle
+from openpalm.feedback.judgements.words import LETTERS, describe_as_shown, pieces, step_label
 from openpalm.feedback.labeling.markdown import to_html
-from openpalm.feedback.labeling.names import is_blind
-from openpalm.feedback.labeling.payloads import axes, form_of, middle
-from openpalm.feedback.labeling.words import LETTERS, describe, pieces, step_label
 from openpalm.feedback.models import Assignment, Candidate, Guideline, Project, Response, Task
 from openpalm.feedback.paging import id_of
 
@@ -56,7 +56,7 @@ def last_judgement(project: Project, last: Response) -> dict[str, Any] | None:
         return None
     last.assignment.project = project
     names = [] if is_blind(project, last.assignment.item) else model_names(last.assignment)
-    return {"words": describe(last, last.assignment), "names": names}
+    return {"words": describe_as_shown(last, last.assignment), "names": names}
 
 
 def model_names(assignment: Assignment) -> list[tuple[str, str]]:

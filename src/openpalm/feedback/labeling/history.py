@@ -10,17 +10,17 @@ from django.views.decorators.http import require_GET, require_http_methods
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.labeling import submission
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.payloads import payload_of
+from openpalm.feedback.judgements.submission import Judgement
+from openpalm.feedback.judgements.words import describe_as_shown
 from openpalm.feedback.labeling.context import draft_form
-from openpalm.feedback.labeling.payloads import payload_of
-from openpalm.feedback.labeling.submission import Judgement
 from openpalm.feedback.labeling.views import (
     elapsed_ms,
     guideline_version,
     own_assignment,
     show_item,
 )
-from openpalm.feedback.labeling.words import describe
 from openpalm.feedback.models import Response
 from openpalm.feedback.paging import page_of
 
@@ -56,7 +56,7 @@ def _row(request: ProjectRequest, response: Response) -> dict[str, Any]:
     return {
         "response": response,
         "asked": asked if len(asked) <= EXCERPT else asked[:EXCERPT].rstrip() + " …",
-        "words": describe(response, response.assignment),
+        "words": describe_as_shown(response, response.assignment),
         "note": NOTES.get(State(response.state), ""),
         "can_change": response.in_force and response.state == State.SUBMITTED,
         "seconds": None if response.elapsed_ms is None else round(response.elapsed_ms / 1000),

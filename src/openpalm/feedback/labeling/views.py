@@ -12,7 +12,9 @@ from django_htmx.http import HttpResponseClientRedirect
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.labeling import queue, submission
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.payloads import payload_of
+from openpalm.feedback.judgements.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
 from openpalm.feedback.labeling.context import (
     guideline_in,
     item_context,
@@ -20,8 +22,6 @@ from openpalm.feedback.labeling.context import (
     page_context,
 )
 from openpalm.feedback.labeling.markdown import to_html
-from openpalm.feedback.labeling.payloads import payload_of
-from openpalm.feedback.labeling.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
 from openpalm.feedback.models import Assignment, Response, Task
 
 # A reload after an error, or a return from the sign-in, asks for these addresses with GET.

@@ -7,7 +7,7 @@ from django import forms
 from django.db.models import Count, Exists, OuterRef, QuerySet, Subquery
 from django.db.models.functions import Coalesce
 
-from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.models import ModelVersion, Project, Task
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training.commands import DEFAULTS, MAX_MEMBERS

@@ -11,10 +11,10 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from openpalm.errors import DataError, OpenPalmError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.items.blinding import revealed
+from openpalm.feedback.judgements.words import describe
 from openpalm.feedback.loop.forms import CompareForm, RegisterForm
 from openpalm.feedback.loop.pages import find, page, refused
-from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.judgements import describe
 from openpalm.feedback.models import (
     Comparison,
     ModelVersion,

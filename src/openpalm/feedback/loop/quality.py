@@ -7,7 +7,7 @@ from django.http import HttpResponse
 from django.views.decorators.http import require_GET
 
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import Figures, estimate, mapping, rows
 from openpalm.feedback.loop.pages import page

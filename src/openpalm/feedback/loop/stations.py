@@ -10,7 +10,7 @@ from typing import Any
 from django.db.models import Case, When
 from django.urls import reverse
 
-from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.loop.figures import Figures, estimate, rows
 from openpalm.feedback.loop.plots import in_words
 from openpalm.feedback.models import Comparison, ModelVersion, Project, TrainRun, User

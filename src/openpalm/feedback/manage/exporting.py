@@ -14,7 +14,7 @@ from openpalm.data.rows.exports.stream import EXPORT_NAMES, TABLE, export_lines
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.labeling.records import in_pieces, project_records
+from openpalm.feedback.judgements.records import in_pieces, project_records
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.models import Item, Project, Response, Role, User
 from openpalm.feedback.paging import name_in

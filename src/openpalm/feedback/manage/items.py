@@ -12,13 +12,11 @@ from django.views.decorators.http import require_GET, require_POST
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.labeling.names import is_blind
-from openpalm.feedback.labeling.words import LETTERS, pieces
-from openpalm.feedback.manage import item_changes
-from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.flags import open_flags
-from openpalm.feedback.manage.judgements import describe, describe_payload
-from openpalm.feedback.manage.pages import page
+from openpalm.feedback.items import item_changes
+from openpalm.feedback.items.blinding import revealed
+from openpalm.feedback.items.model_names import is_blind
+from openpalm.feedback.judgements.words import LETTERS, describe, describe_payload, pieces
+from openpalm.feedback.manage.pages import open_flags, page
 from openpalm.feedback.models import Candidate, Item, ItemCandidate, Response, Role, Task, User
 from openpalm.feedback.paging import id_of, name_in, page_of, within
 

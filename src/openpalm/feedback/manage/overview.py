@@ -8,9 +8,8 @@ from django.http import HttpResponse
 from django.views.decorators.http import require_GET
 
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.manage.flags import open_flags
 from openpalm.feedback.manage.jobs import UNFINISHED
-from openpalm.feedback.manage.pages import page
+from openpalm.feedback.manage.pages import open_flags, page
 from openpalm.feedback.models import Item, Job, Project, Prompt, Role, Statistic
 
 MANY = 100

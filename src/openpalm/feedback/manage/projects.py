@@ -1,4 +1,4 @@
-"""Pages of projects: the list, a new one, settings, guidelines, closing."""
+"""Pages of projects: the list, a new one, settings, closing."""
 
 from typing import Any
 
@@ -16,10 +16,7 @@ from openpalm.feedback.accounts.access import (
     signed_in_page,
     site_admin_page,
 )
-from openpalm.feedback.labeling.context import guideline_in
-from openpalm.feedback.labeling.markdown import to_html
-from openpalm.feedback.manage.forms import GuidelineForm, NewProjectForm, SettingsForm
-from openpalm.feedback.manage.guideline_diff import changes
+from openpalm.feedback.manage.forms import NewProjectForm, SettingsForm
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.models import (
     Guideline,
@@ -128,58 +125,3 @@ def reopen(request: ProjectRequest) -> HttpResponse:
     )
     messages.success(request, f"{request.project.name} is open again.")
     return redirect("project", request.project.slug)
-
-
-@require_http_methods(["GET", "POST"])
-@project_page(Role.ADMIN)
-def guideline_edit(request: ProjectRequest) -> HttpResponse:
-    """Writes the next version; `preview` shows it first."""
-    project = request.project
-    current = project.guideline
-    initial = {"text": current.text if current else ""}
-    form = GuidelineForm(request.POST or None, initial=initial)
-    preview = None
-    if request.method == "POST" and form.is_valid():
-        text = form.cleaned_data["text"]
-        if "preview" in request.POST:
-            preview = to_html(text)
-        elif current and text.strip() == current.text.strip():
-            form.add_error("text", f"This is the text of version {current.version}.")
-        else:
-            version = _store_guideline(request, text)
-            messages.success(request, f"Version {version} of the guidelines is in force.")
-            return redirect("guideline-versions", project.slug)
-    return page(
-        request,
-        "guideline_edit",
-        form=form,
-        preview=preview,
-        current=current,
-        status=422 if form.errors else 200,
-    )
-
-
-@transaction.atomic
-def _store_guideline(request: ProjectRequest, text: str) -> int:
-    project = Project.objects.select_for_update().get(pk=request.project.pk)
-    version = (project.guideline.version if project.guideline else 0) + 1
-    Guideline.objects.create(project=project, version=version, text=text, author=request.user)
-    audit.record("guideline.written", user=request.user, project=project, target=version)
-    return version
-
-
-@require_GET
-@project_page()
-def guideline_versions(request: ProjectRequest) -> HttpResponse:
-    """All versions; `version` in the address shows one, with its changes to the one before."""
-    versions = request.project.guidelines.order_by("-version").defer("text")
-    shown = guideline_in(request)
-    before = shown and request.project.guidelines.filter(version=shown.version - 1).first()
-    return page(
-        request,
-        "guideline_versions",
-        versions=versions.select_related("author"),
-        shown=shown,
-        html=to_html(shown.text) if shown else "",
-        diff=list(changes(before.text, shown.text)) if shown and before else [],
-    )

@@ -13,15 +13,15 @@ from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.accounts.forms import PlainLabels
-from openpalm.feedback.labeling.new_items import (
+from openpalm.feedback.imports import uploads
+from openpalm.feedback.items.new_items import (
     NewItem,
     add_items,
     add_split_prompts,
     known_digests,
     prompt_digest,
 )
-from openpalm.feedback.labeling.tasks import candidates_needed
-from openpalm.feedback.manage import uploads
+from openpalm.feedback.items.tasks import candidates_needed
 from openpalm.feedback.manage.forms import ShareField
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.models import Item, Prompt, Role, Task

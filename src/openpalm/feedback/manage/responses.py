@@ -11,12 +11,11 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.deletion import erase
-from openpalm.feedback.manage.flags import open_flags
-from openpalm.feedback.manage.judgements import describe
-from openpalm.feedback.manage.pages import page
-from openpalm.feedback.models import Response, Role, Snapshot, User
+from openpalm.feedback.items.blinding import revealed
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.words import describe
+from openpalm.feedback.manage.pages import open_flags, page
+from openpalm.feedback.models import ModelVersion, Response, Role, Snapshot, User
 from openpalm.feedback.paging import name_in, page_of
 from openpalm.feedback.training.lineage import models_of
 
@@ -104,6 +103,23 @@ def response_delete(request: ProjectRequest, response_id: int) -> HttpResponse:
         "is_deleted": response.state == Response.State.DELETED,
     }
     return page(request, "response_delete", **context)
+
+
+def erase(response: Response, by: User) -> list[ModelVersion]:
+    """Erases its content; returns the models that it is in. A second time changes nothing."""
+    models = models_of([response])
+    if response.state != Response.State.DELETED:
+        submission.delete(response.pk)
+        audit.record(
+            "judgement.deleted",
+            user=by,
+            project=response.project,
+            target=response.uid,
+            author=response.user.username,
+            item=response.item_id,
+            models=[model.name for model in models],
+        )
+    return models
 
 
 @require_GET

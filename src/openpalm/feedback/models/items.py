@@ -193,7 +193,7 @@ class Response(models.Model):
     payload: Any = models.JSONField()
     reason = models.TextField(blank=True)
     category = models.SmallIntegerField(null=True)
-    """the payload as one of a few values, for agreement; see labeling/categories.py"""
+    """the payload as one of a few values, for agreement; see judgements/categories.py"""
     picked_place = models.PositiveSmallIntegerField(null=True)
     """place on the screen, from 0, of the preferred candidate; null without a preference"""
     elapsed_ms = models.PositiveIntegerField(null=True)

@@ -7,7 +7,7 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
-from openpalm.feedback.labeling.categories import BOTH_BAD
+from openpalm.feedback.judgements.categories import BOTH_BAD
 from openpalm.feedback.models import Project
 from openpalm.feedback.quality.counted import (
     CATEGORIES,

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from openpalm.errors import DataError, OpenPalmError, WorkError
-from openpalm.feedback.labeling.names import names_itself, names_of
+from openpalm.feedback.items.model_names import names_itself, names_of
 from openpalm.feedback.models import Candidate, ModelVersion, Prompt
 from openpalm.feedback.training.servers import ModelServer
 from openpalm.feedback.worker.progress import Progress

@@ -15,7 +15,7 @@ from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
 
 from openpalm.errors import DataError
-from openpalm.feedback.labeling.tasks import candidates_needed
+from openpalm.feedback.items.tasks import candidates_needed
 from openpalm.feedback.models import (
     Candidate,
     Item,

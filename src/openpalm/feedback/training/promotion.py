@@ -16,7 +16,7 @@ from django.utils import timezone
 from openpalm.base.files import write_atomically
 from openpalm.errors import DataError, OpenPalmError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, Promotion, User
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training.comparisons import judgements_left

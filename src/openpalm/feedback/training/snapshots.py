@@ -17,7 +17,7 @@ from django.db.models import QuerySet
 
 from openpalm.base.files import atomic_file
 from openpalm.errors import DataError
-from openpalm.feedback.labeling import records
+from openpalm.feedback.judgements import records
 from openpalm.feedback.models import (
     Item,
     Project,

@@ -10,8 +10,8 @@ from typing import Any
 
 from openpalm.base.yaml_file import read_yaml
 from openpalm.errors import DataError, OpenPalmError
-from openpalm.feedback.labeling.new_items import Messages, add_split_prompts, prompt_digest
-from openpalm.feedback.manage.upload_rows import UploadedItem, read_prompts
+from openpalm.feedback.imports.upload_rows import UploadedItem, read_prompts
+from openpalm.feedback.items.new_items import Messages, add_split_prompts, prompt_digest
 from openpalm.feedback.models import ModelVersion, Project, Prompt
 from openpalm.feedback.training import generation
 

@@ -2,8 +2,8 @@
 
 import json
 
-from openpalm.data.rows.labelled_completion_files import read_labelled_completions
 from openpalm.data.rows.preferences import Candidate, Preference
+from openpalm.data.rows.readers.labelled_completions import read_labelled_completions
 from openpalm.data.text.conversation import Message
 
 PROMPT = (Message("user", "Why?"),)

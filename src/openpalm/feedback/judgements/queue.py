@@ -13,7 +13,7 @@ from django.db import IntegrityError, OperationalError, connection
 from django.db.models import Exists, F, OuterRef, QuerySet
 from django.utils import timezone
 
-from openpalm.feedback.labeling.transactions import writing
+from openpalm.feedback.database import writing
 from openpalm.feedback.models import Assignment, Item, Project, User
 
 _draw = random.SystemRandom()

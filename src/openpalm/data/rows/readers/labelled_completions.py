@@ -5,7 +5,6 @@ from pathlib import Path
 
 from openpalm.data.rows.fields import Row
 from openpalm.data.rows.messages import parse_prompt_and_completion
-from openpalm.data.rows.pair_files import row_to_pair
 from openpalm.data.rows.preferences import (
     LabelledCompletion,
     Pair,
@@ -14,6 +13,7 @@ from openpalm.data.rows.preferences import (
     pairs_from_preferences,
 )
 from openpalm.data.rows.read_result import ReadResult
+from openpalm.data.rows.readers.pairs import row_to_pair
 from openpalm.data.rows.row_formats import EXPLICIT, HH, LABELLED, TEXTS, WHOLE, RowReader
 
 

@@ -3,7 +3,7 @@
 import pytest
 from django.conf import settings
 
-from openpalm.feedback.manage import imports
+from openpalm.feedback.imports import importer
 from openpalm.feedback.models import Job
 from openpalm.feedback.worker.progress import Progress
 
@@ -22,6 +22,6 @@ def import_file(project, tmp_path):
         job = Job.objects.create(
             kind="import", project=project, arguments=given, state="running", worker="test"
         )
-        return imports.run(job, Progress(job))
+        return importer.run(job, Progress(job))
 
     return run

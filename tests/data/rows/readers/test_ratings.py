@@ -3,7 +3,7 @@ import json
 import pytest
 
 from openpalm.data.rows.preferences import Candidate, Preference, Rating
-from openpalm.data.rows.rating_files import read_ratings
+from openpalm.data.rows.readers.ratings import read_ratings
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 

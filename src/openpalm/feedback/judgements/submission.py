@@ -8,9 +8,9 @@ from django.db.models import F
 from django.utils import timezone
 
 from openpalm.errors import DataError
-from openpalm.feedback.labeling.categories import category_of, picked_position
-from openpalm.feedback.labeling.queue import give_back, lock_item, take_place
-from openpalm.feedback.labeling.transactions import writing
+from openpalm.feedback.database import writing
+from openpalm.feedback.judgements.categories import category_of, picked_position
+from openpalm.feedback.judgements.queue import give_back, lock_item, take_place
 from openpalm.feedback.models import Assignment, Item, Project, Response, User
 
 State = Assignment.State

@@ -6,7 +6,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from openpalm.errors import DataError
-from openpalm.feedback.labeling.queue import give_back, lock_item
+from openpalm.feedback.judgements.queue import give_back, lock_item
 from openpalm.feedback.models import Assignment, Item, User
 
 

@@ -11,7 +11,7 @@ from django.core.files.uploadedfile import SimpleUploadedFile
 
 from openpalm.data.rows import row_stream
 from openpalm.errors import DataError
-from openpalm.feedback.manage import uploads
+from openpalm.feedback.imports import uploads
 from openpalm.feedback.models import Candidate, Item, Job, ModelVersion, Project, Prompt, Task
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.loop import Worker, drain

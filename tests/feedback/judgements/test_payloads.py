@@ -5,10 +5,10 @@ import json
 import pytest
 
 from openpalm.errors import DataError
-from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.payloads import form_of, payload_of
-from openpalm.feedback.labeling.records import record
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.payloads import form_of, payload_of
+from openpalm.feedback.judgements.records import record
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Task
 
 TEXTS = ("first", "second", "third")

@@ -14,10 +14,10 @@ from openpalm.data.rows.fields import COMPLETION_FIELDS, COMPLETIONS, PROMPT_FIE
 from openpalm.data.rows.imports.read_export import Tool, find_tool, import_row
 from openpalm.data.rows.imports.tasks import UNJUDGED, Roles
 from openpalm.data.rows.messages import Messages, parse_conversation, parse_prompt, parse_responses
-from openpalm.data.rows.pair_files import row_to_pair
 from openpalm.data.rows.preferences import Preference
 from openpalm.data.rows.public_datasets import public_format
 from openpalm.data.rows.read_result import StreamCounts, UnusableRow
+from openpalm.data.rows.readers.pairs import row_to_pair
 from openpalm.data.rows.row_formats import (
     EXPLICIT,
     HH,

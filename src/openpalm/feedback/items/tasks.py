@@ -1,7 +1,7 @@
 """What each task of a project asks for: the kind of its payloads and how many candidates."""
 
 from openpalm.data.rows.payloads import Kind
-from openpalm.feedback.labeling.new_items import MOST_CANDIDATES
+from openpalm.feedback.items.new_items import MOST_CANDIDATES
 from openpalm.feedback.models import Task
 
 KINDS: dict[str, Kind] = {

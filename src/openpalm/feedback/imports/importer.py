@@ -16,8 +16,10 @@ from typing import Any
 
 from openpalm.data.rows.read_result import StreamCounts
 from openpalm.errors import DataError, count_of
-from openpalm.feedback.labeling.names import names_itself, names_of
-from openpalm.feedback.labeling.new_items import (
+from openpalm.feedback.imports import upload_rows, uploads
+from openpalm.feedback.imports.upload_rows import UploadedItem
+from openpalm.feedback.items.model_names import names_itself, names_of
+from openpalm.feedback.items.new_items import (
     NewCandidate,
     NewItem,
     add_items,
@@ -25,10 +27,8 @@ from openpalm.feedback.labeling.new_items import (
     known_digests,
     prompt_digest,
 )
-from openpalm.feedback.labeling.payloads import axes
-from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
-from openpalm.feedback.manage import upload_rows, uploads
-from openpalm.feedback.manage.upload_rows import UploadedItem
+from openpalm.feedback.items.tasks import KINDS, candidates_needed
+from openpalm.feedback.judgements.payloads import axes
 from openpalm.feedback.models import Item, Job, ModelVersion, Project, Prompt, Task
 from openpalm.feedback.worker.progress import Progress
 

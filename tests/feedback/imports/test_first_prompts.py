@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from openpalm.feedback.manage import first_prompts
+from openpalm.feedback.imports import first_prompts
 from openpalm.feedback.models import Job, ModelVersion, Prompt
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from openpalm.data.rows.candidate_files import read_candidates
 from openpalm.data.rows.preferences import Candidate, Preference
+from openpalm.data.rows.readers.candidates import read_candidates
 from openpalm.errors import DataError
 
 

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from openpalm.feedback.labeling.payloads import middle
+from openpalm.feedback.judgements.payloads import middle
 from openpalm.feedback.models import Assignment, Project, Response, User
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -12,6 +12,7 @@ AUTHORS: dict[str, str] = {
     User.Kind.SIMULATED: "simulated labelers",
     User.Kind.MODEL: "models as judges",
 }
+MAX_SHOWN = 300
 STRENGTHS = {5: {1: "", 2: "much "}, 7: {1: "slightly ", 2: "", 3: "much "}}
 _FENCE = re.compile(r"(^[ \t]*```.*?(?:^[ \t]*```[ \t]*$|\Z))", re.MULTILINE | re.DOTALL)
 
@@ -37,7 +38,7 @@ def step_label(project: Project, step: int) -> str:
     return f"{letter} {STRENGTHS[project.scale].get(abs(distance), '')}better"
 
 
-def describe(response: Response, assignment: Assignment) -> str:
+def describe_as_shown(response: Response, assignment: Assignment) -> str:
     """The judgement as its labeler saw it: answers have the names of the screen."""
     match response.state:
         case Response.State.SKIPPED:
@@ -46,10 +47,10 @@ def describe(response: Response, assignment: Assignment) -> str:
             return f"Flagged: {response.reason}"
         case Response.State.DELETED:
             return ""
-    return _describe(response.kind, response.payload, assignment)
+    return _payload_as_shown(response.kind, response.payload, assignment)
 
 
-def _describe(kind: str, payload: dict[str, Any], assignment: Assignment) -> str:
+def _payload_as_shown(kind: str, payload: dict[str, Any], assignment: Assignment) -> str:
     place = {position: place for place, position in enumerate(assignment.order)}
     match kind, payload:
         case "compare", {"better": better, "strength": strength}:
@@ -71,3 +72,41 @@ def _describe(kind: str, payload: dict[str, Any], assignment: Assignment) -> str
         case "write", _:
             return "Written"
     return ""
+
+
+def describe(response: Response) -> str:
+    """The judgement for managers, such as "B better than A (2)": answers in the item's own order.
+
+    A long text is cut.
+    """
+    if response.state == Response.State.SKIPPED:
+        return f"skipped: {response.reason}" if response.reason else "skipped"
+    if response.state == Response.State.DELETED:
+        return "deleted"
+    return describe_payload(response.kind, response.payload)
+
+
+def describe_payload(kind: str, payload: dict[str, Any]) -> str:
+    match kind, payload:
+        case "compare", {"better": better, "worse": worse, "strength": strength}:
+            return f"{LETTERS[better]} better than {LETTERS[worse]} ({strength})"
+        case "compare", {"tie": _}:
+            return "tie"
+        case "compare", {"both_bad": _}:
+            return "both bad"
+        case "rank", {"order": groups}:
+            named = [" = ".join(LETTERS[i] for i in sorted(group)) for group in groups]
+            return " > ".join(named)
+        case "rate", {"ratings": ratings}:
+            return ", ".join(f"{axis} {value}" for axis, value in ratings.items())
+        case "thumb", {"up": up}:
+            return "good" if up else "bad"
+        case (("edit" | "write"), {"text": text}):
+            return f"{'edited' if kind == 'edit' else 'written'}: {_beginning(text)}"
+        case "flag", {"reason": reason}:
+            return f"flagged: {_beginning(reason)}"
+    return kind
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} …"

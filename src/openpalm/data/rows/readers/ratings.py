@@ -12,9 +12,9 @@ from openpalm.data.rows.messages import (
     parse_prompt_and_completion,
     parse_responses,
 )
-from openpalm.data.rows.pair_files import parse_scores
 from openpalm.data.rows.preferences import Rating, ratings_from_preferences
 from openpalm.data.rows.read_result import ReadResult
+from openpalm.data.rows.readers.pairs import parse_scores
 from openpalm.data.rows.row_formats import LABELLED, RATING, SCORED, RowReader
 from openpalm.errors import DataError
 

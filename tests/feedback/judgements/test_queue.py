@@ -5,8 +5,8 @@ from datetime import timedelta
 import pytest
 from django.utils import timezone
 
-from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Assignment, Item, Response
 
 LEFT = Judgement("compare", {"better": 0, "worse": 1, "strength": 1})
