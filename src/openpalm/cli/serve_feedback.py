@@ -86,8 +86,8 @@ def _server(
     connection = connect(settings.path, settings.model_name)
     if connection.promoted:
         say(
-            f"serves {connection.model.path}, as the command says; {connection.promoted} was "
-            "promoted before: name that one to serve it again"
+            f"serves {connection.model.path}, as the command says, and not the model that was "
+            f"promoted before; to serve that one: openpalm serve {connection.promoted} --feedback"
         )
     if connection.is_new and (data := first_prompts.data_of(Path(settings.path))):
         count = first_prompts.add(connection.project, connection.model, data)

@@ -14,7 +14,7 @@ from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import estimate, mapping
 from openpalm.feedback.loop.forms import CompareForm, ExtendForm
-from openpalm.feedback.loop.pages import find, page, refused
+from openpalm.feedback.loop.pages import find, live_page, page, refused
 from openpalm.feedback.models import Comparison, ModelVersion, Promotion, Role
 from openpalm.feedback.paging import page_of
 from openpalm.feedback.statistics.promotion import MINIMUM
@@ -72,15 +72,14 @@ def compare(request: ProjectRequest, model_id: int) -> HttpResponse:
 @require_GET
 @project_page(Role.REVIEWER)
 def comparison(request: ProjectRequest, comparison_id: int) -> HttpResponse:
-    """With htmx only the figures, which come again while pairs are judged."""
     found = Comparison.objects.select_related("challenger", "served", "project", "created_by")
     row = find(found, comparison_id, request)
     figures = mapping(row.result.get("figures"))
     promotions = list(Promotion.objects.filter(comparison=row).select_related("by").order_by("-id"))
-    template = "comparison_live" if request.htmx else "comparison"  # pyright: ignore
-    return page(
+    return live_page(
         request,
-        template,
+        "comparison",
+        state=row.state,
         comparison=row,
         result=row.result,
         figures=figures,

@@ -6,6 +6,7 @@ from django.contrib import messages
 from django.db.models import Model, QuerySet
 from django.http import Http404, HttpResponse
 from django.shortcuts import redirect, render
+from django_htmx.http import HttpResponseClientRefresh
 
 from openpalm.feedback.accounts.access import ProjectRequest
 from openpalm.feedback.manage.pages import project_context
@@ -18,6 +19,20 @@ def page(
 ) -> HttpResponse:
     context = project_context(request) | {"in_loop": True} | context
     return render(request, f"feedback/loop/{template}.html", context, status=status)
+
+
+def live_page(
+    request: ProjectRequest, template: str, *, state: str, **context: Any
+) -> HttpResponse:
+    """The page, or for htmx the part of it that moves, which comes again until the work has ended.
+
+    When the state has changed, htmx loads the whole page again: its buttons follow from the state.
+    """
+    if not request.htmx:  # pyright: ignore
+        return page(request, template, **context)
+    if request.GET.get("state", state) != state:
+        return HttpResponseClientRefresh()
+    return page(request, f"{template}_live", **context)
 
 
 def find(rows: "QuerySet[Row]", pk: int, request: ProjectRequest) -> Row:

@@ -13,7 +13,7 @@ from openpalm.feedback.accounts.access import ProjectRequest, has_rank, project_
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import Figures, rows
 from openpalm.feedback.loop.forms import ABOUT, VERBS, TrainForm
-from openpalm.feedback.loop.pages import find, page, refused
+from openpalm.feedback.loop.pages import find, live_page, page, refused
 from openpalm.feedback.loop.stations import UNFINISHED
 from openpalm.feedback.models import Job, ModelVersion, Role, TrainRun
 from openpalm.feedback.paging import page_of
@@ -49,7 +49,7 @@ def train(request: ProjectRequest) -> HttpResponse:
         except DataError as error:
             form.add_error(None, _sentence(error))
         else:
-            messages.success(request, f"{VERBS[verb]} waits for the worker.")
+            messages.success(request, f"{VERBS[verb]}: the training is queued.")
             return redirect("run", project.slug, run.pk)
     return page(
         request,
@@ -98,7 +98,6 @@ def run_list(request: ProjectRequest) -> HttpResponse:
 @require_GET
 @project_page(Role.REVIEWER)
 def run(request: ProjectRequest, run_id: int) -> HttpResponse:
-    """With htmx only the part that changes, which asks again until the run has ended."""
     row = find(
         TrainRun.objects.select_related("parent", "snapshot", "reward_model", "created_by"),
         run_id,
@@ -106,10 +105,10 @@ def run(request: ProjectRequest, run_id: int) -> HttpResponse:
     )
     job = Job.objects.filter(project=request.project, kind="train", arguments__run=row.pk)
     is_admin = has_rank(request.role, Role.ADMIN)
-    template = "run_live" if request.htmx else "run"  # pyright: ignore
-    return page(
+    return live_page(
         request,
-        template,
+        "run",
+        state=row.state,
         run=row,
         title=VERBS.get(row.verb, row.verb),
         job=job.order_by("-id").first(),
