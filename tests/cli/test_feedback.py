@@ -72,8 +72,9 @@ def test_one_command_runs_the_site_and_its_worker(tmp_path):
     """Ready line, first sign-up, a killed web process without a refused request, a clean end."""
     with started(tmp_path / "site") as (process, line):
         url = url_in(line)
-        assert line.startswith(f"feedback: {url}/; sign up as its first administrator: ")
-        setup = re.search(r"http\S+/setup\?token=[0-9a-f]{32}", line)[0]
+        assert line == f"feedback: {url}/; Ctrl-C ends it\n"
+        signs_up = process.stdout.readline()
+        setup = re.search(r"administrator: (http\S+/setup\?token=[0-9a-f]{32})\n$", signs_up)[1]
         with urllib.request.urlopen(setup) as page:
             assert page.status == 200
         with pytest.raises(urllib.error.HTTPError) as caught:
@@ -125,6 +126,28 @@ def test_a_port_in_use(tmp_path):
         f"--host 127.0.0.1 --port {port}: cannot listen there (Address already in use); try "
         "another --port"
     )
+
+
+@pytest.mark.parametrize("option", ["--port", "--feedback-port"])
+def test_serve_names_the_option_of_the_port_in_use_before_it_does_anything(tmp_path, option):
+    (tmp_path / "run").mkdir()
+    other = {"--port": "--feedback-port", "--feedback-port": "--port"}[option]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = ["--feedback", "--feedback-dir", tmp_path / "site", option, port, other, 0]
+        done = program("serve", tmp_path / "run", *words, env=CLEAN)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"openpalm: error: --host 127.0.0.1 {option} {port}: cannot listen there (Address already "
+        f"in use); try another {option}\n"
+    )
+    assert not (tmp_path / "site").exists()
+
+
+def test_serve_with_feedback_names_a_run_that_is_missing(tmp_path):
+    done = program("serve", tmp_path / "none", "--feedback", env=CLEAN)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"openpalm: error: {tmp_path / 'none'}: no run or checkpoint")
 
 
 def test_an_address_of_the_network_needs_names(tmp_path):

@@ -11,7 +11,9 @@ OPENPALM_ADMIN_KEY        its admin key, for promotion
 OPENPALM_API_KEY          its API key
 """
 
+import logging
 import os
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +181,24 @@ STORAGES = {
 }
 STATIC_ROOT = FEEDBACK_DIR / "static"
 STATIC_ROOT.mkdir(exist_ok=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """A form that was filled in wrongly is answered on its page; it is no news for an operator."""
+    return getattr(record, "status_code", None) != HTTPStatus.UNPROCESSABLE_ENTITY
+
+
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"plain": {"format": "{asctime} {levelname} {name}: {message}", "style": "{"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
+    "filters": {"news": {"()": "django.utils.log.CallbackFilter", "callback": _is_news}},
+    "handlers": {
+        "stderr": {
+            "class": "logging.StreamHandler",
+            "formatter": "plain",
+            "filters": ["news"],
+        }
+    },
     "root": {"handlers": ["stderr"], "level": "WARNING"},
 }
