@@ -37,5 +37,5 @@ def job_stop(request: ProjectRequest, job_id: int) -> HttpResponse:
             "job.stopped", user=request.user, project=request.project, target=f"{job.kind} {job.pk}"
         )
     else:
-        messages.info(request, "This job has ended already.")
+        messages.info(request, "It cannot be stopped: it has ended, or swaps the model.")
     return redirect("jobs", request.project.slug)

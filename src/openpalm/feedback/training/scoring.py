@@ -25,7 +25,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     """The handler of "score": candidates of the model's project that have no score of it yet."""
     model = ModelVersion.objects.select_related("project").get(pk=job.arguments["model"])
     result = score(model, progress)
-    jobs.enqueue_once("statistics", project=model.project)
+    with progress.writing():
+        jobs.enqueue_once("statistics", project=model.project)
     return result
 
 
@@ -37,7 +38,7 @@ def score(model: ModelVersion, progress: Progress) -> dict[str, Any]:
     if not waiting.exists():
         return {"scored": 0, "too_long": 0}
     folder = Path(settings.FEEDBACK_DIR) / "scores"
-    # Names of this attempt: the process of a worker that was taken for dead may write its own still.
+    # Names of this attempt: the process of a worker that was taken for dead may still write.
     name = f"{model.pk}-{progress.job.pk}-{progress.job.lease}"
     for old in folder.glob(f"{model.pk}-{progress.job.pk}-*.jsonl"):
         old.unlink(missing_ok=True)

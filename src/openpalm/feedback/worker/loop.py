@@ -103,7 +103,6 @@ class Worker:
         else:
             jobs.finish(job, Job.State.DONE, result=result)
 
-
     def _wait_for_space(self, job: Job, error: Exception) -> None:
         """Puts the job back: it continues by itself when somebody has made room."""
         line = f"the disk is full ({' '.join(str(error).split())}); it continues when there is room"
