@@ -79,8 +79,10 @@ def _server(
     admin_keys: Sequence[str],
 ) -> Child:
     """The model server. After a crash it starts with the model that was promoted meanwhile."""
+    from django.db import Error
+
     from openpalm.feedback.imports import first_prompts
-    from openpalm.feedback.training.served import connect
+    from openpalm.feedback.training.served import connect, serve_again
     from openpalm.feedback.training.servers import promoted_path
 
     connection = connect(settings.path, settings.model_name)
@@ -102,8 +104,12 @@ def _server(
         environment["OPENPALM_API_KEY"] = json.dumps(list(keys))
 
     def command() -> list[str]:
-        found = promoted_path()
-        promoted = found if found and Path(found).is_dir() else None
+        promoted = promoted_path()
+        if promoted and not (Path(promoted) / "manifest.json").is_file():
+            say(f"{promoted} was promoted and is gone; serves {connection.model.path} again")
+            with suppress(Error):  # a database that is away; the next start tries again
+                serve_again(connection.model)
+            promoted = None
         path = promoted or connection.model.path
         words = [*PROGRAM, "serve", path, *options(settings, promoted)]
         words += ["--name", settings.model_name, "--port", str(port)]
