@@ -79,7 +79,7 @@ def _server(
     admin_keys: Sequence[str],
 ) -> Child:
     """The model server. After a crash it starts with the model that was promoted meanwhile."""
-    from openpalm.feedback.manage import first_prompts
+    from openpalm.feedback.imports import first_prompts
     from openpalm.feedback.training.served import connect
     from openpalm.feedback.training.servers import promoted_path
 

@@ -7,12 +7,15 @@ from django import forms
 from django.db.models import Count, Exists, OuterRef, QuerySet, Subquery
 from django.db.models.functions import Coalesce
 
-from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.models import ModelVersion, Project, Task
 from openpalm.feedback.statistics.promotion import MINIMUM
+from openpalm.feedback.training.answers import DEFAULT_SAMPLING
 from openpalm.feedback.training.commands import DEFAULTS, MAX_MEMBERS
+from openpalm.feedback.training.comparisons import MOST_PAIRS
 from openpalm.feedback.training.registry import POLICY, REWARD
-from openpalm.feedback.training.snapshots import Filter
+from openpalm.feedback.training.selection import BATCH_SIZE, MOST_IN_BATCH
+from openpalm.feedback.training.snapshots import Filter, default_filter
 
 VERBS = {
     "reward": "Reward model",
@@ -32,17 +35,19 @@ OF_VERB = {
     "ppo": ("kl_coef",),
     "sft": (),
 }
-"""settings of one verb; the others have them not"""
+"""settings that only this verb has"""
 SETTINGS = {"lr": "optim.lr", "rank": "lora.rank"}
 """names of fields that are no names of options"""
 
 
 class BatchForm(forms.Form):
-    size = forms.IntegerField(label="Pairs", min_value=1, max_value=10_000, initial=50)
+    size = forms.IntegerField(
+        label="Pairs", min_value=1, max_value=MOST_IN_BATCH, initial=BATCH_SIZE
+    )
 
 
 class RewardField(forms.ModelChoiceField):
-    """The reward models, of an ensemble the first member: all of them reward together."""
+    """The reward models; an ensemble is listed by its first member."""
 
     def label_from_instance(self, obj: Any) -> str:
         return f"{obj.name} (ensemble of {obj.size})" if obj.size > 1 else obj.name
@@ -74,7 +79,6 @@ class TrainForm(forms.Form):
     hold_back = forms.BooleanField(
         label="Hold back the random arm's prompts",
         required=False,
-        initial=True,
         help_text="30 % of the prompts, always the same, are not trained on: their judgements show "
         "at once how well the reward model agrees with people.",
     )
@@ -139,7 +143,9 @@ class TrainForm(forms.Form):
         reward.initial = reward.queryset.first()
         authors: Any = self.fields["authors"]
         authors.choices = [(kind, _with_count(kind, counted)) for kind in AUTHORS]
-        authors.initial = [project.decided_by]
+        chosen = default_filter(project, verb)
+        authors.initial = list(chosen.author_kinds)
+        self.fields["hold_back"].initial = chosen.hold_back
         axis: Any = self.fields["axis"]
         axis.choices = [("", "all axes"), *((name, name) for name in project.axes)]
         if project.task == Task.THUMBS:
@@ -149,7 +155,7 @@ class TrainForm(forms.Form):
         self._leave_out(has_axes=project.task == Task.RATING)
 
     def _leave_out(self, *, has_axes: bool) -> None:
-        """Removes the fields that this verb has no use for."""
+        """Removes the fields that this verb does not use."""
         others = {name for names in OF_VERB.values() for name in names} - {*OF_VERB[self.verb]}
         if self.verb == "ppo":
             others |= {"authors", "comparisons"}
@@ -165,7 +171,7 @@ class TrainForm(forms.Form):
         own = ("steps", "lr", "rank", "seed", "name", *OF_VERB[self.verb])
         given = {name: self.cleaned_data.get(name) for name in own if name != "hold_back"}
         if given.get("axis"):
-            given["loss"] = "regression"  # the loss of pairs knows no axis
+            given["loss"] = "regression"  # the pairwise loss has no axes
         return {SETTINGS.get(k, k): v for k, v in given.items() if v not in (None, "")}
 
     def chosen(self) -> Filter | None:
@@ -199,12 +205,19 @@ class RegisterForm(forms.Form):
 
 
 class CompareForm(forms.Form):
-    size = forms.IntegerField(label="Pairs", min_value=MINIMUM, max_value=10_000, initial=MINIMUM)
-    temperature = forms.FloatField(min_value=0, max_value=2, initial=1.0)
+    size = forms.IntegerField(
+        label="Pairs", min_value=MINIMUM, max_value=MOST_PAIRS, initial=MINIMUM
+    )
+    temperature = forms.FloatField(
+        min_value=0, max_value=2, initial=DEFAULT_SAMPLING["temperature"]
+    )
     max_tokens = forms.IntegerField(
-        label="Most tokens of an answer", min_value=1, max_value=4096, initial=256
+        label="Most tokens of an answer",
+        min_value=1,
+        max_value=4096,
+        initial=DEFAULT_SAMPLING["max_tokens"],
     )
 
 
 class ExtendForm(forms.Form):
-    further = forms.IntegerField(label="Further pairs", min_value=1, max_value=10_000)
+    further = forms.IntegerField(label="Further pairs", min_value=1, max_value=MOST_PAIRS)

@@ -1,16 +1,13 @@
-"""What the pages of the loop share: their context, and finding what a URL names."""
+"""What the pages of the loop share: their context, and the way back from a refusal."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 from django.contrib import messages
-from django.db.models import Model, QuerySet
-from django.http import Http404, HttpResponse
+from django.http import HttpResponse
 from django.shortcuts import redirect, render
 
 from openpalm.feedback.accounts.access import ProjectRequest
 from openpalm.feedback.manage.pages import project_context
-
-Row = TypeVar("Row", bound=Model)
 
 
 def page(
@@ -18,14 +15,6 @@ def page(
 ) -> HttpResponse:
     context = project_context(request) | {"in_loop": True} | context
     return render(request, f"feedback/loop/{template}.html", context, status=status)
-
-
-def find(rows: "QuerySet[Row]", pk: int, request: ProjectRequest) -> Row:
-    """The row of this project. Raises Http404, also for a row of another project."""
-    found = rows.filter(project=request.project, pk=pk).first()
-    if found is None:
-        raise Http404(f"there is no such {rows.model._meta.verbose_name} in this project")
-    return found
 
 
 def refused(request: ProjectRequest, reason: object, *to: Any) -> HttpResponse:

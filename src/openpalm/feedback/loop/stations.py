@@ -10,13 +10,11 @@ from typing import Any
 from django.db.models import Case, When
 from django.urls import reverse
 
-from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.loop.figures import Figures, estimate, rows
 from openpalm.feedback.loop.plots import in_words
 from openpalm.feedback.models import Comparison, ModelVersion, Project, TrainRun, User
 from openpalm.feedback.quality import names
-
-UNFINISHED = (TrainRun.State.QUEUED, TrainRun.State.RUNNING)
 
 
 @dataclass
@@ -34,7 +32,7 @@ class Station:
 
 @dataclass(frozen=True)
 class Newest:
-    """What each station's state follows from."""
+    """The rows that decide the state of each station."""
 
     reward_model: ModelVersion | None
     reward_run: TrainRun | None
@@ -45,8 +43,8 @@ class Newest:
 
 def newest(project: Project) -> Newest:
     models = ModelVersion.objects.filter(project=project).select_related("run").order_by("-id")
-    # One that waits or runs is shown before newer ones that have ended.
-    unfinished = Case(When(state__in=UNFINISHED, then=1), default=0)
+    # An unfinished run comes before newer ones that have ended.
+    unfinished = Case(When(state__in=TrainRun.UNFINISHED, then=1), default=0)
     runs = TrainRun.objects.filter(project=project).defer("curve")
     runs = runs.order_by(unfinished.desc(), "-id")
     compared = Comparison.objects.filter(project=project)
@@ -90,7 +88,7 @@ def _judge(project: Project, items: Mapping[str, int]) -> Station:
 
 def _reward(project: Project, figures: Figures, known: Newest) -> Station:
     name, to_train = "Reward model", f"{reverse('train', args=[project.slug])}?verb=reward"
-    if known.reward_run is not None and known.reward_run.state in UNFINISHED:
+    if known.reward_run is not None and known.reward_run.state in TrainRun.UNFINISHED:
         return _running(name, project, known.reward_run)
     model = known.reward_model
     if model is None:
@@ -115,7 +113,7 @@ def _train(project: Project, known: Newest) -> Station:
     run = known.policy_run
     if run is None:
         return Station("Train", "no model trained yet", "warn", "Train a model", to_train)
-    if run.state in UNFINISHED:
+    if run.state in TrainRun.UNFINISHED:
         return _running("Train", project, run)
     if run.state == TrainRun.State.FINISHED:
         name = known.policy.name if known.policy else run.verb

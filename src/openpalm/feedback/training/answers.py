@@ -5,6 +5,7 @@ stored already, from before a kill, is found by its sampling and not asked for a
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from openpalm.errors import DataError, OpenPalmError, WorkError
-from openpalm.feedback.labeling.names import names_itself, names_of
+from openpalm.feedback.items.model_names import names_itself, names_of
 from openpalm.feedback.models import Candidate, ModelVersion, Prompt
 from openpalm.feedback.training.servers import ModelServer
 from openpalm.feedback.worker.progress import Progress
@@ -22,6 +23,7 @@ AT_ONCE = 8
 PROMPTS_AT_ONCE = 200
 MOST_FAILURES = 20
 """answers in a row without a success, after which the job fails"""
+DEFAULT_SAMPLING = {"temperature": 1.0, "max_tokens": 256}
 LIMITS = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
@@ -95,14 +97,18 @@ def generate(
         counts.found += len(group) - len(missing)
         progress.advance(len(group) - len(missing))
         for each, text in _ask(server, name, missing, counts, progress):
-            Candidate.objects.create(
+            candidate = Candidate(
                 prompt=each.prompt,
                 text=text,
                 model=model,
                 checkpoint=model.checkpoint,
                 sampling=each.sampling,
+                draw=draw_digest(each.sampling),
                 names_itself=names_itself(text, names),
             )
+            with progress.writing():
+                # The table has each draw once, whoever stores it.
+                Candidate.objects.bulk_create([candidate], ignore_conflicts=True)
             counts.made += 1
     return counts
 
@@ -116,6 +122,11 @@ def stored_answers(model: ModelVersion, prompts: Sequence[int]) -> dict[Any, Can
     """The model's candidates of these prompts, by `answer_key`."""
     found = Candidate.objects.filter(model=model, prompt__in=prompts).order_by("-id")
     return {answer_key(each.prompt_id, each.sampling): each for each in found}
+
+
+def draw_digest(sampling: Mapping[str, Any]) -> str:
+    """SHA-256 of the sampling as canonical JSON: a name of the draw for the table."""
+    return hashlib.sha256(json.dumps(sampling, sort_keys=True).encode()).hexdigest()
 
 
 def answer_key(prompt: int, sampling: Mapping[str, Any] | None) -> Any:

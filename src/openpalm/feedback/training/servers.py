@@ -15,7 +15,7 @@ import httpx2
 from django.conf import settings
 
 from openpalm.errors import DataError, WorkError
-from openpalm.feedback.labeling.storable import storable
+from openpalm.feedback.database import storable
 from openpalm.feedback.models import ModelVersion
 from openpalm.feedback.worker.processes import POLL_S, Command, end
 from openpalm.feedback.worker.progress import Progress
@@ -133,8 +133,8 @@ def temporary_server(path: str, progress: Progress) -> Iterator[ModelServer]:
         # Through the environment: other users of the machine can read command lines.
         keys = {"OPENPALM_API_KEY": key, "OPENPALM_ADMIN_KEY": secrets.token_urlsafe(24)}
         words = ["serve", path, "--port", "0", "--shutdown-timeout", "1"]
-        command = Command(words, Path(log.name), keys)
-        process = command.start(dies_with_us=True)
+        command = Command(words, Path(log.name), keys, dies_with_us=True)
+        process = command.start()
         try:
             progress.say(f"loading {path}")
             waited = 0.0
