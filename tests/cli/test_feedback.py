@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from command_line import program
+from feedback_site import children_of
 
 from openpalm.cli.serve import ServeSettings
 from openpalm.cli.serve_feedback import options
@@ -53,20 +52,6 @@ def url_in(line: str) -> str:
     return found[0]
 
 
-def children_of(pid: int) -> dict[str, int]:
-    """Process numbers by their part: web, worker."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            words = (entry / "cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if parent == pid and "feedback" in words:
-            found[words[words.index("feedback") + 1]] = int(entry.name)
-    return found
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_one_command_runs_the_site_and_its_worker(tmp_path):
     """Ready line, first sign-up, a killed web process without a refused request, a clean end."""
@@ -95,17 +80,6 @@ def test_one_command_runs_the_site_and_its_worker(tmp_path):
     assert said == ["openpalm: the web process was ended by SIGKILL; it starts again in 0.5 s"]
     for pid in children.values():
         assert not Path(f"/proc/{pid}").exists()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells children of a killed parent")
-def test_a_killed_command_leaves_no_process(tmp_path):
-    with started(tmp_path / "site") as (process, line):
-        url_in(line)
-        children = children_of(process.pid)
-        process.kill()
-        process.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in children.values()):
-        time.sleep(0.05)
 
 
 def refused(*words: object, **environment: str) -> str:
@@ -236,18 +210,3 @@ def test_the_options_that_the_model_server_gets():
     # The adapters were made for the model of the command line, not for a promoted one.
     assert "--adapter" not in options(given, "runs/promoted")
     assert "secret" not in str(options(given))
-
-
-def test_requests_in_flight_are_finished(tmp_path):
-    """A slow upload is answered although SIGTERM came before its end."""
-    with started(tmp_path / "site") as (process, line):
-        url = url_in(line)
-        host, _, port = url.removeprefix("http://").partition(":")
-        with socket.create_connection((host, int(port))) as client:
-            head = f"POST /login HTTP/1.1\r\nHost: {host}\r\nContent-Length: 4\r\n\r\na="
-            client.sendall(head.encode())
-            time.sleep(0.5)  # until the process has read the beginning
-            process.send_signal(signal.SIGTERM)
-            threading.Timer(1.0, client.sendall, [b"bc"]).start()
-            status = client.makefile().readline()
-        assert re.match(r"HTTP/1\.1 \d{3} ", status)

@@ -17,7 +17,7 @@ def done(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "VOCABULARY", 512)
         out = tmp_path_factory.mktemp("quickstart") / "runs"
-        words = ["--minutes", "0.1", "--out", str(out)]
+        words = ["--minutes", "0.05", "--out", str(out)]
         quickstart.run(words)
         yield out, words
 
