@@ -10,9 +10,9 @@ from openpalm.data.rows.exports.formats import RECORDS
 from openpalm.data.rows.exports.stream import EXPORT_NAMES
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import has_rank
-from openpalm.feedback.api.endpoints import Call, operation
-from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.json_forms import response_json
+from openpalm.feedback.api.protocol.endpoints import Call, operation
+from openpalm.feedback.api.protocol.errors import ApiError
 from openpalm.feedback.items.blinding import revealed
 from openpalm.feedback.manage.exporting import file_of
 from openpalm.feedback.manage.responses import erase

@@ -6,10 +6,10 @@ from django.http import JsonResponse
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.api.endpoints import Call, each, operation
-from openpalm.feedback.api.errors import ApiError, refusals
-from openpalm.feedback.api.fields import Fields
 from openpalm.feedback.api.json_forms import job_json
+from openpalm.feedback.api.protocol.endpoints import Call, each, operation
+from openpalm.feedback.api.protocol.errors import ApiError, refusals
+from openpalm.feedback.api.protocol.fields import Fields
 from openpalm.feedback.items.blinding import revealed
 from openpalm.feedback.models import Item, Job, ModelVersion, Project, Prompt, Role, Statistic, User
 from openpalm.feedback.paging import MAX_ID

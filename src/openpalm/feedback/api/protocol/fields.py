@@ -13,7 +13,7 @@ from django.core.exceptions import RequestDataTooBig
 from django.http import HttpRequest, UnreadablePostError
 
 from openpalm.base.console import shown
-from openpalm.feedback.api.errors import ApiError
+from openpalm.feedback.api.protocol.errors import ApiError
 from openpalm.feedback.database import storable
 
 REQUIRED: Any = object()

@@ -12,7 +12,7 @@ from django.utils import timezone
 
 from openpalm.feedback.accounts.throttle import NOT_COUNTED, WINDOW, address_of
 from openpalm.feedback.accounts.tokens import digest_of
-from openpalm.feedback.api.errors import ApiError
+from openpalm.feedback.api.protocol.errors import ApiError
 from openpalm.feedback.models import ApiToken, LoginFailure
 
 FAILURES = 20

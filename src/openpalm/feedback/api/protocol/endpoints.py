@@ -17,9 +17,9 @@ from django.views.decorators.csrf import csrf_exempt
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import RANKS, find_project, has_rank
 from openpalm.feedback.accounts.errors import RETRY_AFTER_S, database_trouble
-from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.api.fields import body_of, query_of
-from openpalm.feedback.api.tokens import authenticate
+from openpalm.feedback.api.protocol.errors import ApiError
+from openpalm.feedback.api.protocol.fields import body_of, query_of
+from openpalm.feedback.api.protocol.tokens import authenticate
 from openpalm.feedback.models import ApiToken, Project, User
 from openpalm.feedback.paging import MAX_ID
 
