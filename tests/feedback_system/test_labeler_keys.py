@@ -129,7 +129,7 @@ def test_the_help_lists_only_keys_that_do_something(judge, project):
     controls = {key for keys in found for key in keys.lower().split() if len(key) == 1}
     by_ranking = {"t"} if page.locator(".ranking").count() else set()
     # A chat shows the controls of its answers once there are answers.
-    of_answers = set("abstx") if project == "chat" else set()
+    of_answers = set("abfstx") if project == "chat" else set()
     assert letters - of_answers == {key for key in controls if key.isalpha()} | by_ranking
     assert {"PgDn"} <= set(listed) if project == "long" else "PgDn" not in listed
 

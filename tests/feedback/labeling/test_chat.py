@@ -211,6 +211,23 @@ def test_a_conversation_can_be_left(models, ask):
     assert not Item.objects.exists()
 
 
+def test_a_conversation_is_flagged_with_a_reason(models, ask):
+    ask("say", text="Hello")
+    without = ask("flag", reason=" ")
+    assert "A flag needs a reason" in without
+    assert "says Hello" in without, "the conversation goes on"
+    assert not Item.objects.exists()
+    done = ask("flag", reason="It has a telephone number.", elapsed_ms="700")
+    assert "Last: Flagged" in done
+    response = Response.objects.get()
+    assert (response.state, response.reason) == ("flagged", "It has a telephone number.")
+    assert response.elapsed_ms == 700
+    assert [place.candidate.text[1:] for place in response.item.places.all()] == [" says Hello"] * 2
+    assert Conversation.objects.get().state == chat.JUDGED
+    ask("flag", reason="again")
+    assert Response.objects.count() == 1
+
+
 def test_an_undone_vote_can_be_given_again(models, ask, member, signed_in):
     ask("say", text="hello")
     ask("vote", choice="1")

@@ -193,19 +193,36 @@ def vote(conversation: Conversation, judgement: Judgement) -> Response:
         if judged is None:
             raise DataError("this conversation has ended; begin another one")
         return judged
+    assignment = _end(conversation)
+    return submission.submit(assignment.pk, conversation.user, judgement)
+
+
+@writing()
+def flag(
+    conversation: Conversation, reason: str, elapsed_ms: int | None, guideline_version: int | None
+) -> Response:
+    """Ends the conversation; the managers see it with the reason."""
+    conversation = _locked(conversation.pk)
+    if conversation.state != OPEN:
+        raise DataError("this conversation has ended; begin another one")
+    assignment, about = _end(conversation), (None, elapsed_ms, guideline_version)
+    return submission.flag(assignment.pk, conversation.user, reason, *about)
+
+
+def _end(conversation: Conversation) -> Assignment:
+    """The last turn as an item that its labeler has in hand."""
     item = _item(conversation)
-    now = timezone.now()
     assignment = Assignment.objects.create(
         item=item,
         user=conversation.user,
         project=conversation.project,
         order=[0, 1],
         leased_at=conversation.created_at,
-        expires_at=now,
+        expires_at=timezone.now(),
     )
     conversation.state, conversation.judged_as = JUDGED, item
     conversation.save(update_fields=["state", "judged_as"])
-    return submission.submit(assignment.pk, conversation.user, judgement)
+    return assignment
 
 
 def _item(conversation: Conversation) -> Item:

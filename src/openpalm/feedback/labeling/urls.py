@@ -16,6 +16,7 @@ urlpatterns = [
     path("chat", chat_views.chat_page, name="chat"),
     path("chat/say", chat_views.say, name="chat-say"),
     path("chat/vote", chat_views.vote, name="chat-vote"),
+    path("chat/flag", chat_views.flag, name="chat-flag"),
     path("chat/leave", chat_views.leave, name="chat-leave"),
     path("mine", history.mine, name="mine"),
     path("guidelines", views.guidelines, name="guidelines"),
