@@ -52,7 +52,7 @@ def _shown(call: Call, responses: list[Response]) -> list[dict[str, Any]]:
 
 @operation("responses:write", Role.ANNOTATOR)
 def delete_response(call: Call, uid: UUID) -> JsonResponse:
-    """Erases a judgement of one's own, or as an admin any; lists the models that it is in."""
+    """Erases one's own judgement, or as an admin any; lists the models trained on it."""
     found = _visible(call, uid, others=Role.ADMIN)
     call.finish()
     listed = [{"id": model.pk, "name": model.name} for model in erase(found, call.user)]

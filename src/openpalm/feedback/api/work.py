@@ -26,7 +26,7 @@ FIGURES = sorted(value for name, value in vars(names).items() if name.isupper())
 def generate_answers(call: Call, slug: str) -> JsonResponse:
     """Queues answers of models to prompts, and the items to judge them.
 
-    Without `prompts` the `count` oldest that have no item yet; never held-out ones.
+    Without `prompts`: the `count` oldest prompts that have no item yet, never held-out ones.
     """
     project, _ = call.enter(slug)
     given = call.body.objects("models", least=1, most=MAX_MODELS)
@@ -131,7 +131,7 @@ def get_statistics(call: Call, slug: str) -> JsonResponse:
 
 
 def _without_sides(value: dict[str, Any], project: Project, user: User) -> dict[str, Any]:
-    """Who may still judge an item must not read here what others said."""
+    """Hides what others chose on items that the user may still judge."""
     rows = value.get("rows", [])
     items = Item.objects.filter(project=project).in_bulk([row["item"] for row in rows])
     open_to = revealed(items.values(), user)

@@ -55,7 +55,7 @@ class Call:
         return project, role
 
     def find(self, rows: "QuerySet[Row]", what: str) -> Row:
-        """The one of the rows, whose project is entered. One of others does not exist."""
+        """The first row, if the user may enter its project; else ApiError 404."""
         found: Any = rows.select_related("project").first()
         try:
             if found is not None:
@@ -70,7 +70,7 @@ class Call:
         return self.enter(self.query.text("project", most=60))
 
     def finish(self) -> None:
-        """Refuses parameters and fields that nobody read."""
+        """Refuses parameters and fields that were not read."""
         self.query.finish()
         self.body.finish()
 

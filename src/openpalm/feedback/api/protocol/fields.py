@@ -1,6 +1,6 @@
 """Reads the fields of a request's JSON body or query, strictly.
 
-Every field is read by its type and bounds; a field that nobody reads is refused. Texts that a
+Every field is read by its type and bounds; a field that is not read is refused. Texts that a
 database cannot hold (NUL, half of a surrogate pair) are refused too.
 """
 

@@ -1,7 +1,7 @@
 """Bearer tokens: made once, stored as a hash, limited to scopes and to a project.
 
-A token has 256 random bits, so guessing is hopeless; failures are counted all the same, so that
-they cost the site little. A good token is never refused for the failures of others at its address.
+A token has 256 random bits, so it cannot be guessed; failures are throttled to keep their cost low.
+A valid token is never refused because of the failures of others at its address.
 """
 
 from datetime import timedelta
