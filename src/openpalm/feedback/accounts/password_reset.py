@@ -63,7 +63,7 @@ def link_path(user: User, by: User | None) -> str:
 
 
 def find(user_id: int, secret: str) -> User | None:
-    """The account that this link is for; None if the link is of no use (any more)."""
+    """The account that this link is for; None if the link is invalid or expired."""
     user = User.objects.filter(pk=user_id).first()
     is_right = user is not None and not closed(user) and secrets.check_token(user, secret)
     return user if is_right else None

@@ -135,7 +135,7 @@ def requeue_abandoned() -> int:
 
 
 def _is_silent(job: Job) -> bool:
-    """Whether its heartbeat stands still. Its time is not compared with a clock, which may jump."""
+    """Whether its heartbeat has stopped. Its time is not compared with the clock, which may jump."""
     beat = job.lease, job.heartbeat_at
     seen, since = _beats.get(job.pk, (None, 0.0))
     if seen != beat:
@@ -160,7 +160,7 @@ def _requeue(job: Job) -> bool:
 
 
 def _end_owner(job: Job, message: str, *, stopped: bool = False) -> None:
-    """What the job was for ends too, unless its handler has ended it."""
+    """Ends the run, comparison or promotion of the job, unless its handler has ended it."""
     given = job.arguments
     if "run" in given:
         state = TrainRun.State.STOPPED if stopped else TrainRun.State.FAILED
@@ -180,7 +180,7 @@ def _end_owner(job: Job, message: str, *, stopped: bool = False) -> None:
 
 
 def beat(job: Job) -> bool:
-    """Tells that the worker lives; False if the job is no longer its own."""
+    """Stores a heartbeat; False if the job is no longer this worker's."""
     return bool(_own(job).update(heartbeat_at=timezone.now()))
 
 
