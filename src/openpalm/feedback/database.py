@@ -1,4 +1,4 @@
-"""What SQLite and PostgreSQL need: turns for transactions that write, texts that can be stored."""
+"""Write transactions and texts that work on both SQLite and PostgreSQL."""
 
 import threading
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def writing() -> Iterator[None]:
 def storable(text: str) -> str:
     """The text with U+FFFD for NUL and for half surrogate pairs, which PostgreSQL refuses.
 
-    A model that works on bytes writes both now and then; a job must not fail over them.
+    A byte-level model sometimes generates them; a job must not fail because of that.
     """
     whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return whole.replace("\0", "\ufffd")

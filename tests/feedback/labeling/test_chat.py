@@ -176,7 +176,7 @@ def test_a_model_that_fails_is_not_named(models, ask):
     ("form", "message"),
     [
         ({"text": "  "}, "write a message first"),
-        ({"text": "more"}, "choose the answer to go on with"),
+        ({"text": "more"}, "choose the answer to continue with"),
         ({"text": "x" * 20_001, "keep": "0"}, "at most 20000 characters"),
     ],
 )

@@ -315,6 +315,6 @@ def test_a_new_version_of_the_guidelines(project, member, signed_in):
 def test_no_lease_is_lost_to_a_reveal(named, project, member):
     ann = member("ann")
     assert next_assignment(project, ann) is not None
-    with pytest.raises(DataError, match="in hand"):
+    with pytest.raises(DataError, match="have this item open"):
         item_changes.reveal(named, ann)
     assert Assignment.objects.get().state == Assignment.State.OPEN

@@ -27,7 +27,7 @@ def not_found(request: HttpRequest, exception: Any = None) -> HttpResponse:
 
 
 def too_large(request: HttpRequest) -> HttpResponse:
-    return _without_request(413, "This is larger than the site takes.")
+    return _without_request(413, "This request is too large for the site.")
 
 
 def server_error(request: HttpRequest) -> HttpResponse:
@@ -63,7 +63,7 @@ def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:
         request,
         403,
         "This form is out of date, or it came from another site. Go back, load the page again and "
-        "send it once more. Cookies must be allowed.",
+        "send it again. Cookies must be enabled.",
     )
 
 

@@ -1,7 +1,7 @@
 """The import job: adds the prompts or items of an uploaded file to a project.
 
-Memory does not grow with the file. What is in the project already is counted and not added again,
-so a job that a worker's end cut off is simply run again. Unusable rows are counted by reason, with
+Memory does not grow with the file. Rows that the project has already are counted and skipped, so
+an interrupted job simply runs again. Unusable rows are counted by reason, with
 file and line of the first of each.
 """
 
@@ -53,7 +53,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             progress.move_to(rows)
     except DataError as error:
         path.unlink(missing_ok=True)
-        # The person knows the file by its own name, and need not know where it is kept.
+        # Name the file as the person does, not by its path on the server.
         raise DataError(str(error).replace(str(path), job.arguments["name"])) from None
     result = importer.result()
     Job.objects.filter(pk=job.pk).update(result=result)
@@ -70,7 +70,7 @@ class Importer:
     arguments: dict[str, Any]
     counts: StreamCounts = field(default_factory=StreamCounts)
     since: datetime | None = None
-    """when the job began first: what was added since is its own, from before a worker's end"""
+    """start of the job's first attempt: what was added since then is its own"""
     rows: int = 0
     held_out: int = 0
 
@@ -215,7 +215,7 @@ class Importer:
         return fitting[0] if fitting and fitting.count(fitting[0]) == len(fitting) else None
 
     def _note(self, where: str, row: UploadedItem, gold: dict[str, Any] | None) -> None:
-        """Counts what of a used row is not taken over."""
+        """Counts the parts of a used row that are ignored."""
         notes = list(row.notes)
         left = sum(judgement != (self._kind, gold) for judgement in row.judgements)
         if left:

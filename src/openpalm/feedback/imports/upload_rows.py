@@ -49,7 +49,7 @@ class UploadedItem:
     judgements: tuple[tuple[str, dict[str, Any]], ...] = ()
     """kind and payload of each of the file's own judgements"""
     notes: tuple[str, ...] = ()
-    """what of the row is not taken over, each as a message"""
+    """the parts of the row that are ignored, each as a message"""
 
 
 def read_prompts(path: Path, name: str) -> Iterator[tuple[str, UploadedItem | str]]:

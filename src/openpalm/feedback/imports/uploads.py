@@ -1,4 +1,4 @@
-"""Uploaded files: checked, streamed to disk under a name of our own, read by the import job."""
+"""Uploaded files: checked, streamed to disk under a random name, read by the import job."""
 
 import secrets
 from pathlib import Path
@@ -28,7 +28,7 @@ def store(file: UploadedFile) -> tuple[str, str]:
     if not file.size:
         raise DataError(f"{given}: is empty")
     folder().mkdir(parents=True, exist_ok=True)
-    # Nothing of the given name: it could name another folder, or be too long for the disk.
+    # Nothing of the given name: it could contain a path, or be too long for the file system.
     name = secrets.token_hex(16) + suffix
     with (folder() / name).open("xb") as target:
         for chunk in file.chunks():
@@ -45,5 +45,5 @@ def given_name(file: UploadedFile) -> str:
 def path_of(name: str) -> Path:
     """The path of a stored upload. Raises DataError for a name that `store` did not make."""
     if "/" in name or "\\" in name or name.startswith("."):
-        raise DataError(f"{name!a:.80}: is no upload")
+        raise DataError(f"{name!a:.80}: is not an upload")
     return folder() / name

@@ -1,8 +1,8 @@
-"""Who may see an item's judgements, its models' names and its expected answer: not who judges it.
+"""Who may see an item's judgements, model names and expected answer: nobody who may still judge it.
 
-A member who may still be given an item sees none of them, whatever their role. They are shown once
-the member has judged, skipped or flagged it, or it is open no more. Those of a comparison of models
-are shown once it is decided: until then a judgement can be changed or undone.
+This holds for every role. They are shown once the member has judged, skipped or flagged the item,
+or the item is closed. Items of a comparison of models stay hidden until it is decided: until then a
+judgement can be changed or undone.
 """
 
 from collections.abc import Iterable
@@ -14,21 +14,21 @@ _LEFT = (Assignment.State.SUBMITTED, Assignment.State.SKIPPED, Assignment.State.
 
 
 def revealed(items: Iterable[Item], user: User) -> set[int]:
-    """The ids of the items that the user may see whole."""
+    """The ids of the items that the user may see in full."""
     items = list(items)
     done = {item.pk for item in items if item.state != Item.State.OPEN}
     still = [item.pk for item in items if item.pk not in done]
     left = Assignment.objects.filter(item__in=still, user=user, state__in=_LEFT)
-    # A repetition in hand: what was said before must not be read again now.
+    # The user has the item open again as a repeat: the first judgement stays hidden.
     held = Assignment.objects.filter(item__in=items, user=user, state=Assignment.State.OPEN)
     seen = done | set(left.values_list("item_id", flat=True))
     return seen - set(held.values_list("item_id", flat=True)) - _hidden(items, user)
 
 
 def _hidden(items: list[Item], user: User) -> set[int]:
-    """Items of undecided comparisons, but those that the user gave up to see them.
+    """Items of undecided comparisons, except those that the user revealed.
 
-    `item_changes.reveal` leaves a skipped assignment without a response, which nothing undoes.
+    `item_changes.reveal` stores a skipped assignment without a response, which cannot be undone.
     """
     compared = {item.comparison_id for item in items} - {None}
     if not compared:

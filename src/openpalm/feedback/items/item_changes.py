@@ -12,7 +12,7 @@ from openpalm.feedback.models import Assignment, Item, User
 
 @transaction.atomic
 def withdraw(item_id: int) -> None:
-    """Nobody is given the item any more. A judgement that is under way is kept, not counted."""
+    """Takes the item out of the queue. A judgement in progress is stored but not counted."""
     item = lock_item(item_id)
     for lease in item.assignments.filter(state=Assignment.State.OPEN).select_for_update():
         lease.state = Assignment.State.RETURNED
@@ -26,7 +26,7 @@ def reopen(item_id: int) -> None:
     """Raises DataError if the item is not withdrawn."""
     item = lock_item(item_id)
     if item.state != Item.State.WITHDRAWN:
-        raise DataError("only a withdrawn item is opened again")
+        raise DataError("only a withdrawn item can be reopened")
     is_whole = item.purpose != Item.Purpose.GOLD and item.submitted >= item.needed
     item.state = Item.State.COMPLETE if is_whole else Item.State.OPEN
     item.save(update_fields=["state"])
@@ -34,9 +34,9 @@ def reopen(item_id: int) -> None:
 
 @transaction.atomic
 def make_gold(item_id: int, kind: str, payload: dict[str, Any]) -> None:
-    """Everybody is given the item, and `payload` is the expected answer.
+    """Shows the item to every labeler, with `payload` as the expected answer.
 
-    Its earlier judgements stay, but hold no places: a gold item has none.
+    Earlier judgements stay but hold no places: a gold item has none.
     """
     item = lock_item(item_id)
     if item.purpose == Item.Purpose.COMPARISON:
@@ -57,7 +57,7 @@ def reveal(item: Item, user: User) -> None:
     """Takes the item out of the user's own queue, so that they may see all of it."""
     lock_item(item.pk)
     if item.assignments.filter(user=user).exists():
-        raise DataError("you have this item in hand; judge or skip it first")
+        raise DataError("you have this item open; judge or skip it first")
     now = timezone.now()
     Assignment.objects.create(
         item=item,

@@ -1,4 +1,4 @@
-"""What must not be seen of models: their names, also where an answer says which model wrote it."""
+"""Model names, which blind judging hides, also where an answer says which model wrote it."""
 
 import re
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _MODELS = (
     *("Phi-?\\d", "Gemma", "Falcon", "Bing Chat", "Copilot", "Open Assistant"),
 )
 _SELF = r"(?:I am|I'm|I’m|my name is|this is|call me|as|being)"
-# Words have a bound: without it a text such as "a-a-a-..." takes time by the square of its length.
+# Bounded words: without the bound a text such as "a-a-a-..." takes quadratic time.
 _KIND = r"(?:an? |the )?(?:[\w-]{1,30} ){0,3}?(?:AI|language model|assistant|chatbot|LLM|model)\b"
 _KNOWN = "|".join((*_MODELS, *_COMPANIES))
 # "I am Claude", "as GPT-4", "a language model called X", "an assistant trained by OpenAI".
@@ -27,13 +27,13 @@ _GENERIC = re.compile(
     re.IGNORECASE,
 )
 MIN_NAME = 4
-"""Shorter names of the project's models, such as "v1", are words of other texts."""
+"""Shorter model names, such as "v1", also occur in other texts."""
 MAX_CHARACTERS = 20_000
 """A model names itself near the beginning or the end; a longer middle is not searched."""
 
 
 def is_blind(project: Project, item: Item) -> bool:
-    """Whether its models are hidden from labelers: those of a comparison are in every project."""
+    """Whether the item's models are hidden; in a comparison of models they always are."""
     return project.blind or item.comparison_id is not None
 
 
@@ -43,7 +43,7 @@ def names_of(project: Project) -> list[str]:
 
 
 def names_itself(text: str, names: Iterable[str] = ()) -> bool:
-    """Whether the text says which model wrote it: `names`, or a usual phrase."""
+    """Whether the text names its model, by one of `names` or by a usual phrase."""
     if len(text) > MAX_CHARACTERS:
         half = MAX_CHARACTERS // 2
         text = f"{text[:half]}\n{text[-half:]}"

@@ -66,7 +66,7 @@ def check_messages(messages: Messages) -> None:
 
 
 def known_digests(project: Project, digests: Iterable[str], **of: Any) -> set[str]:
-    """Those of prompts that the project has; `of` narrows them down, as in held_out=True."""
+    """The digests of prompts that the project has; `of` filters, as in held_out=True."""
     known = Prompt.objects.filter(project=project, digest__in=set(digests), **of)
     return set(known.values_list("digest", flat=True))
 
@@ -159,7 +159,7 @@ def make_item(
 ) -> Item:
     """An item of stored candidates; needs `overlap` responses unless `fields` say otherwise.
 
-    Their order says nothing about the models: a reviewer sees it before they judge.
+    The order is random: a reviewer sees it before judging.
     """
     candidates = _draw.sample(candidates, len(candidates))
     item = Item.objects.create(
@@ -179,7 +179,7 @@ def add_prompts(
     shared_with_consent: bool | None = None,
     held_out: bool = False,
 ) -> list[Prompt]:
-    """The prompts of these (messages, source); those that the project lacks are added."""
+    """Returns the prompts of these (messages, source); adds those that the project lacks."""
     digests = [prompt_digest(messages) for messages, _ in new]
     missing = {
         digest: Prompt(

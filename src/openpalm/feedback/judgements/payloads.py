@@ -1,7 +1,7 @@
 """A submitted form -> the payload of a preference record, and back for drafts and changes.
 
 Forms number the answers by their place on the screen, from 0; payloads by their position in the
-item. So the page holds nothing that tells which model is at which position.
+item. So the page does not reveal which model is at which position.
 """
 
 from collections.abc import Callable, Mapping

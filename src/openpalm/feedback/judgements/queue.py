@@ -1,4 +1,4 @@
-"""Leases: which item a user judges next, such that each item gets exactly `needed` responses.
+"""Leases items to labelers such that each item gets exactly `needed` responses.
 
 Every change of an item's places happens in one transaction that holds the item's row (PostgreSQL)
 or the database (SQLite). `Item.taken` counts submitted responses and leases in force; a lease that
@@ -43,12 +43,12 @@ def next_assignment(project: Project, user: User) -> Assignment | None:
 
 
 def _is_deadlock(error: OperationalError) -> bool:
-    """Whether PostgreSQL ended this transaction for another one, so that it may be repeated."""
+    """Whether PostgreSQL aborted this transaction for another one, so that it can be retried."""
     return getattr(error.__cause__, "sqlstate", None) in ("40P01", "40001")
 
 
 def _next(project: Project, user: User) -> Assignment | None:
-    # One lease at a time for two tabs.
+    # Two tabs get the same lease.
     User.objects.select_for_update(no_key=True).get(pk=user.pk)
     mine = Assignment.objects.filter(project=project, user=user, state=Assignment.State.OPEN)
     if found := mine.select_related("item__prompt").order_by("id").first():
@@ -67,13 +67,13 @@ def _next(project: Project, user: User) -> Assignment | None:
 def _free_item(project: Project, user: User) -> Item | None:
     """The next item with a free place, locked.
 
-    Items that others are taking are passed over, so that nobody waits. If no other is left, waits
-    for them: they may have one more place.
+    Skips items that others are leasing, so that nobody waits. If no other item is left, waits for
+    those: they may have another free place.
     """
     items = open_items(project, user)
     if not connection.features.has_select_for_update_skip_locked:
         return items.first()  # SQLite: the transaction holds the whole database
-    # The search without locks, which may pass many items that the user has had, is made once.
+    # The search without locks may scan many items that the user has had, so it is made once.
     while ids := list(items.values_list("pk", flat=True)[:FIRST]):
         near = items.filter(pk__in=ids)
         found = near.select_for_update(skip_locked=True, no_key=True).first()
@@ -117,7 +117,7 @@ def _lease(
     _draw.shuffle(order)
     now = timezone.now()
     if counted:
-        # The constraint taken <= needed refuses a place that is not there.
+        # The constraint taken <= needed refuses one lease too many.
         Item.objects.filter(pk=item.pk).update(taken=F("taken") + 1)
     return Assignment.objects.create(
         item=item,
@@ -132,7 +132,7 @@ def _lease(
 
 
 def return_expired(project: Project) -> int:
-    """Gives the places of expired leases back; returns how many. Not for use in a transaction."""
+    """Gives the places of expired leases back; returns how many. Must not run in a transaction."""
     now = timezone.now()
     expired = Assignment.objects.filter(
         project=project, state=Assignment.State.OPEN, expires_at__lt=now

@@ -44,7 +44,7 @@ def project_records(
 ) -> Iterator[Preference]:
     """The records of a project, or of some of its responses, in bounded memory.
 
-    Ratings of one prompt by one author stand together, as the export of pairs needs them.
+    Ratings of a prompt by one author are consecutive, as the export of pairs needs them.
     """
     if responses is None:
         responses = Response.objects.filter(project=project)
@@ -66,7 +66,7 @@ def prompts_in_pieces(project: Project) -> Iterator[list[int]]:
 
 
 def in_pieces(lines: Iterable[bytes], count: int = 200) -> Iterator[bytes]:
-    """The lines, some of them at once: each piece is a write to the network."""
+    """Joins `count` lines at a time: each piece is one write to the network."""
     waiting = iter(lines)
     while piece := b"".join(islice(waiting, count)):
         yield piece
@@ -89,7 +89,7 @@ def record(response: Response) -> Preference:
 
 
 def _texts(item: Item) -> tuple[Messages, tuple[Candidate, ...]]:
-    """Made once for the responses of a chunk that share the item, as long as the item lives."""
+    """Cached on the item, which the responses of a chunk share."""
     if (known := getattr(item, "_texts", None)) is None:
         found = [place.candidate for place in item.places.all()]
         candidates = (Candidate(c.text, c.checkpoint or None, c.sampling) for c in found)

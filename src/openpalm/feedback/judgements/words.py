@@ -1,4 +1,4 @@
-"""Judgements in words, and texts in the pieces that pages show."""
+"""Judgements in words, and texts split into prose and blocks of code."""
 
 import re
 from typing import Any

@@ -123,7 +123,6 @@ def _turns(talk: Conversation | None) -> dict[str, Any]:
         "messages_shown": conversation(chat.prompt_of(turns)),
         "answers": answers,
         "writing": any(writing),
-        "can_vote": all(text.strip() for text in last["answers"]),
         "turns": len(turns),
     }
 

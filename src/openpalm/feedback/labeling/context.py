@@ -1,6 +1,6 @@
-"""What the pages of labelers show. Of an item templates get its texts: no row of the database.
+"""Template contexts of the labelers' pages.
 
-So a page cannot say which model wrote what, whatever its template does.
+A template gets an item's texts, no database rows, so no page can reveal which model wrote what.
 """
 
 from collections.abc import Mapping

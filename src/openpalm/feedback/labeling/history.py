@@ -1,4 +1,4 @@
-"""One's own judgements, newest first, and changing one of them."""
+"""A labeler's own judgements, newest first, and changing one of them."""
 
 from typing import Any
 
@@ -77,7 +77,7 @@ def _row(request: ProjectRequest, response: Response) -> dict[str, Any]:
 @require_http_methods(["GET", "POST"])
 @project_page()
 def change(request: ProjectRequest, assignment_id: int) -> HttpResponse:
-    """Judges an earlier item once more; the new judgement replaces the old one."""
+    """Judges an earlier item again; the new judgement replaces the old one."""
     assignment = own_assignment(request, assignment_id)
     current = assignment.responses.filter(in_force=True, state=State.SUBMITTED).first()
     if current is None:

@@ -23,7 +23,7 @@ LONGEST_ANSWER = 20_000
 
 
 def _inline(state: StateCore) -> None:
-    """The marks in each paragraph. They take time by the square of its length."""
+    """Parses the inline marks of each paragraph, which takes quadratic time."""
     for token in state.tokens:
         if token.type != "inline":
             continue

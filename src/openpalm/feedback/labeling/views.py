@@ -25,7 +25,7 @@ from openpalm.feedback.labeling.context import (
 from openpalm.feedback.labeling.markdown import to_html
 from openpalm.feedback.models import Assignment, Response, Task
 
-# A reload after an error, or a return from the sign-in, asks for these addresses with GET.
+# A reload after an error, or a return from the sign-in, requests these URLs with GET.
 posted = require_http_methods(["GET", "POST"])
 FORMATTED = "formatted"
 """whether the user reads Markdown as HTML, in the session"""

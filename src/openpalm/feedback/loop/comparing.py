@@ -73,7 +73,7 @@ def compare(request: ProjectRequest, model_id: int) -> HttpResponse:
 @require_GET
 @project_page(Role.REVIEWER)
 def comparison(request: ProjectRequest, comparison_id: int) -> HttpResponse:
-    """With htmx only the figures, which come again while pairs are judged."""
+    """With htmx, only the figures, which reload while pairs are judged."""
     found = Comparison.objects.select_related("challenger", "served", "project", "created_by")
     row = find(found, comparison_id, request)
     figures = mapping(row.result.get("figures"))

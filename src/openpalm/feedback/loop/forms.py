@@ -35,7 +35,7 @@ OF_VERB = {
     "ppo": ("kl_coef",),
     "sft": (),
 }
-"""settings of one verb; the others have them not"""
+"""settings that only this verb has"""
 SETTINGS = {"lr": "optim.lr", "rank": "lora.rank"}
 """names of fields that are no names of options"""
 
@@ -47,7 +47,7 @@ class BatchForm(forms.Form):
 
 
 class RewardField(forms.ModelChoiceField):
-    """The reward models, of an ensemble the first member: all of them reward together."""
+    """The reward models; an ensemble is listed by its first member."""
 
     def label_from_instance(self, obj: Any) -> str:
         return f"{obj.name} (ensemble of {obj.size})" if obj.size > 1 else obj.name
@@ -155,7 +155,7 @@ class TrainForm(forms.Form):
         self._leave_out(has_axes=project.task == Task.RATING)
 
     def _leave_out(self, *, has_axes: bool) -> None:
-        """Removes the fields that this verb has no use for."""
+        """Removes the fields that this verb does not use."""
         others = {name for names in OF_VERB.values() for name in names} - {*OF_VERB[self.verb]}
         if self.verb == "ppo":
             others |= {"authors", "comparisons"}
@@ -171,7 +171,7 @@ class TrainForm(forms.Form):
         own = ("steps", "lr", "rank", "seed", "name", *OF_VERB[self.verb])
         given = {name: self.cleaned_data.get(name) for name in own if name != "hold_back"}
         if given.get("axis"):
-            given["loss"] = "regression"  # the loss of pairs knows no axis
+            given["loss"] = "regression"  # the pairwise loss has no axes
         return {SETTINGS.get(k, k): v for k, v in given.items() if v not in (None, "")}
 
     def chosen(self) -> Filter | None:

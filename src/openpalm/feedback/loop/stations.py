@@ -32,7 +32,7 @@ class Station:
 
 @dataclass(frozen=True)
 class Newest:
-    """What each station's state follows from."""
+    """The rows that decide the state of each station."""
 
     reward_model: ModelVersion | None
     reward_run: TrainRun | None
@@ -43,7 +43,7 @@ class Newest:
 
 def newest(project: Project) -> Newest:
     models = ModelVersion.objects.filter(project=project).select_related("run").order_by("-id")
-    # One that waits or runs is shown before newer ones that have ended.
+    # An unfinished run comes before newer ones that have ended.
     unfinished = Case(When(state__in=TrainRun.UNFINISHED, then=1), default=0)
     runs = TrainRun.objects.filter(project=project).defer("curve")
     runs = runs.order_by(unfinished.desc(), "-id")

@@ -94,7 +94,7 @@ def run_list(request: ProjectRequest) -> HttpResponse:
 @require_GET
 @project_page(Role.REVIEWER)
 def run(request: ProjectRequest, run_id: int) -> HttpResponse:
-    """With htmx only the part that changes, which asks again until the run has ended."""
+    """With htmx, only the part that reloads until the run has ended."""
     row = find(
         TrainRun.objects.select_related("parent", "snapshot", "reward_model", "created_by"),
         run_id,
@@ -116,7 +116,7 @@ def run(request: ProjectRequest, run_id: int) -> HttpResponse:
         figures=shown_figures(row.figures),
         settings=shown_settings(row.settings),
         log=last_lines(runs.log_file(row))[-LOG_LINES:] if is_admin else [],
-        # Paths of the server are for those who may read its logs.
+        # Only admins see paths on the server.
         error=row.error if is_admin else row.error.partition(" (log: ")[0],
     )
 

@@ -49,7 +49,7 @@ def export(request: ProjectRequest) -> HttpResponse:
 @require_GET
 @project_page(Role.ADMIN)
 def download(request: ProjectRequest) -> HttpResponse:
-    """The file, written while it is sent: memory does not grow with the project."""
+    """Streams the file: memory does not grow with the project."""
     name = request.GET.get("format", "")
     if name not in EXPORT_NAMES:
         return HttpResponse("format: choose one of the list\n", "text/plain", status=422)
@@ -123,7 +123,7 @@ def _day(text: str) -> datetime:
 
 
 def attachment(response: Any, name: str) -> Any:
-    """The answer as a file to save, under a name without characters of a header."""
+    """The response as a download, with a name that is safe in a header."""
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name if c.isascii())
     response.headers["Content-Disposition"] = f'attachment; filename="{safe}"'
     return response

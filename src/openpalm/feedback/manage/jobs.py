@@ -1,4 +1,4 @@
-"""Pages of jobs: the list with progress, and the end of one."""
+"""Pages of jobs: the list with progress, and stopping one."""
 
 from django.contrib import messages
 from django.http import HttpResponse
@@ -16,7 +16,7 @@ from openpalm.feedback.worker.jobs import stop
 @require_GET
 @project_page(Role.ADMIN)
 def jobs(request: ProjectRequest) -> HttpResponse:
-    """With htmx only the table, which asks again while a job is unfinished."""
+    """With htmx, only the table, which reloads while a job is unfinished."""
     rows = Job.objects.filter(project=request.project).select_related("created_by")
     listed = page_of(rows, request, 20)
     template = "jobs_table" if request.htmx else "jobs"  # pyright: ignore

@@ -45,7 +45,7 @@ def _members(
 @require_POST
 @project_page(Role.ADMIN)
 def member_role(request: ProjectRequest, member_id: int) -> HttpResponse:
-    """Gives a member another role, up to one's own."""
+    """Changes a member's role, at most to the user's own."""
     try:
         _change(request, member_id, request.POST.get("role", ""))
     except DataError as error:
@@ -66,7 +66,7 @@ def member_remove(request: ProjectRequest, member_id: int) -> HttpResponse:
 @require_POST
 @project_page()
 def leave(request: ProjectRequest) -> HttpResponse:
-    """Ends one's own membership; one's judgements stay."""
+    """Ends the user's own membership; their judgements stay."""
     mine = Membership.objects.filter(project=request.project, user=request.user).first()
     if mine is None:
         raise Http404("you are not a member of this project")
@@ -115,7 +115,7 @@ def _revoke_invitations(project: Project, member: Membership) -> None:
 @require_POST
 @project_page(Role.ADMIN)
 def invitation_new(request: ProjectRequest) -> HttpResponse:
-    """Makes a link and shows it in this answer only; the database has its hash."""
+    """Makes a link and shows it once; the database stores only its hash."""
     roles = grantable_roles(request.role)
     form = InvitationForm(request.POST, roles=roles)
     if not form.is_valid():

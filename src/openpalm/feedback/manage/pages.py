@@ -38,7 +38,7 @@ def find(rows: "QuerySet[Row]", pk: int, request: ProjectRequest) -> Row:
 
 
 def open_flags(project: Project) -> "QuerySet[Response]":
-    """A flag is in force until it is resolved or its author judges the item after all."""
+    """A flag is open until it is resolved or its author judges the item."""
     flagged = Response.objects.filter(project=project, state=Response.State.FLAGGED)
     # Not filter(in_force=True): SQLite would then read all judgements in force by their index.
     return flagged.exclude(in_force=False).order_by("-id")

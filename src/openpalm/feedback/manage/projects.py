@@ -52,7 +52,7 @@ def project_new(request: Any) -> HttpResponse:
     if request.method == "POST" and form.is_valid():
         project = form.save(commit=False)
         add_project(project, request.user, form.cleaned_data["guidelines"])
-        messages.success(request, "The project is there.")
+        messages.success(request, "The project is created.")
         return redirect("project", project.slug)
     context = {"form": form, "is_first": not Project.objects.exists()}
     status = 422 if form.is_bound else 200
@@ -83,7 +83,7 @@ def settings(request: ProjectRequest) -> HttpResponse:
         messages.success(request, "The settings are stored.")
         return redirect("settings", project.slug)
     if form.is_bound:
-        project.refresh_from_db()  # the form wrote what was sent into it
+        project.refresh_from_db()  # the form has changed the instance
     return page(request, "settings", form=form, status=422 if form.is_bound else 200)
 
 
@@ -92,7 +92,7 @@ def settings(request: ProjectRequest) -> HttpResponse:
 def close(request: ProjectRequest) -> HttpResponse:
     """Closes the project: nobody judges or joins, its waiting jobs stop, everything stays.
 
-    A project is not deleted: its audit log and the lineage of its models must outlive it.
+    A project is not deleted: its audit log and the lineage of its models must be kept.
     """
     project = request.project
     if request.POST.get("slug", "").strip() != project.slug:

@@ -1,4 +1,4 @@
-"""Pages of prompts: the list, typed ones, uploads, which are held out."""
+"""Pages of prompts: the list, typing, uploading, holding out."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from openpalm.feedback.accounts.forms import PlainLabels
 from openpalm.feedback.imports import uploads
 from openpalm.feedback.manage.forms import ShareField
 from openpalm.feedback.manage.pages import find, page
-from openpalm.feedback.models import Prompt, Role, Task
+from openpalm.feedback.models import Prompt, Role
 from openpalm.feedback.paging import page_of
 from openpalm.feedback.training.prompts import add_new, set_held_out
 from openpalm.feedback.worker.jobs import enqueue
@@ -85,7 +85,6 @@ def _prompts(request: ProjectRequest, status: int = 200, **forms_given: Any) -> 
         "upload_form": UploadForm(),
         "typed_form": TypedForm(),
         "limit_mb": settings.FEEDBACK_MAX_UPLOAD_BYTES // 2**20,
-        "writes_answers": request.project.task == Task.DEMONSTRATION,
     }
     return page(request, "prompts", status=status, **context | forms_given)
 
@@ -93,7 +92,7 @@ def _prompts(request: ProjectRequest, status: int = 200, **forms_given: Any) -> 
 @require_POST
 @project_page(Role.ADMIN)
 def upload(request: ProjectRequest) -> HttpResponse:
-    """Keeps the file and hands it to the worker."""
+    """Stores the file and queues its import."""
     form = UploadForm(request.POST, request.FILES)
     if not form.is_valid():
         return _prompts(request, 422, upload_form=form)
@@ -136,7 +135,7 @@ def typed(request: ProjectRequest) -> HttpResponse:
 @require_POST
 @project_page(Role.ADMIN)
 def held_out(request: ProjectRequest, prompt_id: int) -> HttpResponse:
-    """Holds a prompt out of training, or gives it back; not once it has been judged."""
+    """Holds a prompt out of training, or gives it back; refused once it has an item."""
     prompt = find(Prompt.objects.all(), prompt_id, request)
     try:
         set_held_out(prompt, not prompt.held_out, request.user)

@@ -70,7 +70,7 @@ def _filtered(request: ProjectRequest) -> "QuerySet[Response]":
 
 
 def _shown(rows: list[Response], user: User) -> list[tuple[Response, str | None]]:
-    """Each with its words; None for one that the viewer must not know yet."""
+    """Each with its description; None if the viewer must not see it yet."""
     visible = revealed({row.item_id: row.item for row in rows}.values(), user)
     return [
         (row, describe(row) if row.item_id in visible or row.user_id == user.pk else None)
@@ -103,7 +103,7 @@ def response_delete(request: ProjectRequest, response_id: int) -> HttpResponse:
 
 
 def erase(response: Response, by: User) -> list[ModelVersion]:
-    """Erases its content; returns the models that it is in. A second time changes nothing."""
+    """Erases a judgement's content; returns the models trained on it. Idempotent."""
     models = models_of([response])
     if response.state != Response.State.DELETED:
         submission.delete(response.pk)
@@ -122,7 +122,7 @@ def erase(response: Response, by: User) -> list[ModelVersion]:
 @require_GET
 @project_page(Role.ADMIN)
 def flags(request: ProjectRequest) -> HttpResponse:
-    """What labelers flagged and nobody has resolved."""
+    """The unresolved flags."""
     rows = open_flags(request.project).select_related("user", "item__prompt")
     return page(request, "flags", page=page_of(rows, request))
 
@@ -132,7 +132,7 @@ def flags(request: ProjectRequest) -> HttpResponse:
 def flag_resolve(request: ProjectRequest, response_id: int) -> HttpResponse:
     response = _find(request, response_id)
     if response.state != Response.State.FLAGGED:
-        raise Http404("this is no flag")
+        raise Http404("this judgement is not a flag")
     if response.in_force:
         response.in_force = False
         response.save(update_fields=["in_force"])

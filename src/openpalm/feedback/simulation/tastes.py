@@ -1,4 +1,4 @@
-"""Known tastes, as functions of the text, so that what labelers should have chosen is known.
+"""Known tastes as functions of the text, so that the right choice is known.
 
 A taste weighs qualities that anyone can check in a short reply. The mean of the utilities of
 several labelers is the truth to compare with; nothing that trains may see it.

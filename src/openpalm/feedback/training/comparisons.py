@@ -310,7 +310,7 @@ def _look(comparison: Comparison) -> int:
     others = Comparison.objects.filter(
         project=comparison.project_id, challenger=comparison.challenger_id
     ).exclude(pk=comparison.pk)
-    # One that failed later was looked at all the same.
+    # A comparison that failed later still counts as a look.
     earlier = sum(int(other.result.get("looks", other.state == State.DECIDED)) for other in others)
     return earlier + int(comparison.result.get("looks", 0)) + 1
 

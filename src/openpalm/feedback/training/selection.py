@@ -1,8 +1,8 @@
 """Chooses the next pairs to judge: 30 % by chance, the rest where judgements teach most.
 
-The pool is every pair of different answers to a training prompt that nobody has judged or has in
-hand. The active arm is ranked by the disagreement of the newest reward ensemble and by the implicit
-rewards of the newest model of DPO; without both it is drawn by chance. See
+The pool is every pair of different answers to a training prompt that nobody has judged or is
+judging. The active arm is ranked by the disagreement of the newest reward ensemble and by the
+implicit rewards of the newest model of DPO; without both it is drawn by chance. See
 statistics/selection.py for the reserve of the random arm.
 """
 

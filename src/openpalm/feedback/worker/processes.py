@@ -152,8 +152,7 @@ def _signal_group(pid: int, number: int) -> None:
 
 
 def last_lines(log: Path) -> list[str]:
-    """The lines at the end of a log that say something; a progress line that rewrites itself counts
-    once, as it is now."""
+    """The non-empty lines at the end of a log; a progress bar counts as one line."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL))
         lines = file.read().decode(errors="replace").split("\n")
