@@ -97,6 +97,7 @@ def objects_of(project: Project, user: User, make_item) -> dict[str, object]:
             project=project, user=user, model_ids=[model.pk, model.pk]
         ).pk,
         "secret": "no-such-invitation",
+        "user_id": resident.pk,
         # Django's own site of tables.
         "object_id": user.pk,
         "app_label": "feedback",

@@ -11,7 +11,9 @@ OPENPALM_ADMIN_KEY        its admin key, for promotion
 OPENPALM_API_KEY          its API key
 """
 
+import logging
 import os
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,7 @@ AUTH_PASSWORD_VALIDATORS = [
 LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = "home"
 LOGOUT_REDIRECT_URL = "login"
+PASSWORD_RESET_TIMEOUT = 24 * 3600
 SESSION_COOKIE_AGE = 14 * 24 * 3600
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
@@ -178,10 +181,24 @@ STORAGES = {
 }
 STATIC_ROOT = FEEDBACK_DIR / "static"
 STATIC_ROOT.mkdir(exist_ok=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """A form that was filled in wrongly is answered on its page; it is no news for an operator."""
+    return getattr(record, "status_code", None) != HTTPStatus.UNPROCESSABLE_ENTITY
+
+
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"plain": {"format": "{asctime} {levelname} {name}: {message}", "style": "{"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
+    "filters": {"news": {"()": "django.utils.log.CallbackFilter", "callback": _is_news}},
+    "handlers": {
+        "stderr": {
+            "class": "logging.StreamHandler",
+            "formatter": "plain",
+            "filters": ["news"],
+        }
+    },
     "root": {"handlers": ["stderr"], "level": "WARNING"},
 }

@@ -1,5 +1,9 @@
 """The OpenAPI document names what the API really takes."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 from openpalm.feedback.api.openapi import BODIES, QUERIES, document
@@ -39,3 +43,15 @@ def test_parameters_are_those_that_are_read(project, admin, caller, path):
     refused = answer.data["error"]["message"]
     known = set(refused.rpartition("known: ")[2].split(", "))
     assert known == set(QUERIES[path])
+
+
+def test_the_requests_in_the_docs_fit_the_document():
+    docs = Path(__file__).parents[3] / "docs" / "feedback-api.md"
+    text = docs.read_text(encoding="utf-8")
+    calls = re.findall(r"\$api/([\w/-]+)(?:\S*)(?: -d '(\{.*?\})')?[ \n]", text, re.DOTALL)
+    assert len(calls) > 12
+    for path, body in calls:
+        (known,) = [p for p in PATHS if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", p), f"/{path}")]
+        if body:
+            properties, required = BODIES[known[1:], "POST"]
+            assert set(required) <= set(json.loads(body)) <= set(properties), path

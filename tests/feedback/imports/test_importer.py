@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from django.conf import settings
 from django.core.files.uploadedfile import SimpleUploadedFile
+from openpalm.data.rows.pair_files import read_pairs
 
 from openpalm.data.rows import row_stream
 from openpalm.errors import DataError
@@ -362,3 +363,38 @@ def test_typed_prompts(project, admin, signed_in):
         [("system", "Be brief."), ("user", "One?")],
         [("system", "Be brief."), ("user", "Two,\nin two lines?")],
     ]
+
+
+RECORD = {
+    "id": "1",
+    "kind": "compare",
+    "author": "ann",
+    "author_kind": "person",
+    "prompt": [{"role": "user", "content": "Why?"}],
+    "candidates": [{"text": "a"}, {"text": "b"}],
+    "payload": {"better": 0, "worse": 1, "strength": 1},
+    "created": "2026-01-01T00:00:00Z",
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        RECORD | {"payload": {"better": 5, "worse": 1, "strength": 1}},
+        RECORD | {"author_kind": "robot"},
+        RECORD | {"colour": "red"},
+        RECORD | {"candidates": [{"text": 3}, {"text": "b"}]},
+        RECORD | {"created": "yesterday"},
+        {"prompt": 3, "chosen": "a", "rejected": "b"},
+        {"prompt": "Why?", "chosen": "a", "rejected": "b", "weight": "x"},
+    ],
+    ids=lambda row: next(name for name in row if row[name] != RECORD.get(name)),
+)
+def test_a_wrong_row_has_the_words_of_the_verbs(import_file, tmp_path, row):
+    """`openpalm dpo` refuses the file with the same reason."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(row), encoding="utf-8")
+    with pytest.raises(DataError) as refused:
+        read_pairs(path)
+    (reason,) = import_file("a.jsonl", lines(row), what="items")["unused"]
+    assert f"{path}:1: {reason} (or remove this line)" == str(refused.value)

@@ -45,11 +45,14 @@ def address_of(request: HttpRequest) -> str:
 
 def seconds_to_wait(name: str, address: str) -> int:
     """How long the next attempt for this name from this address must wait; 0: not at all."""
+    by_address = seconds_for_address(address)
+    return max(_wait(list(_times(name=_key(name))), FREE), by_address)
+
+
+def seconds_for_address(address: str) -> int:
+    """How long the next attempt from this address must wait, whatever its name."""
     LoginFailure.objects.filter(created_at__lt=timezone.now() - WINDOW).delete()
-    by_name = _wait(list(_times(name=_key(name))), FREE)
-    if _is_shared(address):
-        return by_name
-    return max(by_name, _wait(list(_times(address=address)), FREE_BY_ADDRESS))
+    return 0 if _is_shared(address) else _wait(list(_times(address=address)), FREE_BY_ADDRESS)
 
 
 def begin_attempt(name: str, address: str) -> LoginFailure:

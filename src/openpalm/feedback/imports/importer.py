@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from django.db import transaction
+
 from openpalm.data.rows.read_result import StreamCounts
 from openpalm.errors import DataError, count_of
 from openpalm.feedback.imports import upload_rows, uploads
@@ -30,7 +32,7 @@ from openpalm.feedback.items.new_items import (
 from openpalm.feedback.items.tasks import KINDS, candidates_needed
 from openpalm.feedback.judgements.payloads import axes
 from openpalm.feedback.models import Item, Job, ModelVersion, Project, Prompt, Task
-from openpalm.feedback.worker.progress import Progress
+from openpalm.feedback.worker.progress import Progress, Writing
 
 BATCH = 200
 ALREADY = "already in the project"
@@ -46,17 +48,21 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         if job.result:  # the worker ended between the last two writes
             return job.result
         raise DataError(f"{job.arguments['name']}: the uploaded file is gone; upload it again")
-    importer = Importer(job.project, path, job.arguments, since=job.started_at)
+    importer = Importer(
+        job.project, path, job.arguments, since=job.started_at, writing=progress.writing
+    )
     progress.start(0, f"reads {job.arguments['name']}")
     try:
         for rows in importer.run():
             progress.move_to(rows)
     except DataError as error:
+        progress.confirm()  # otherwise another worker reads the file
         path.unlink(missing_ok=True)
         # Name the file as the person does, not by its path on the server.
         raise DataError(str(error).replace(str(path), job.arguments["name"])) from None
     result = importer.result()
-    Job.objects.filter(pk=job.pk).update(result=result)
+    with progress.writing():
+        progress.keep(result)
     path.unlink(missing_ok=True)
     return result
 
@@ -71,6 +77,7 @@ class Importer:
     counts: StreamCounts = field(default_factory=StreamCounts)
     since: datetime | None = None
     """start of the job's first attempt: what was added since then is its own"""
+    writing: Writing = transaction.atomic
     rows: int = 0
     held_out: int = 0
 
@@ -97,7 +104,8 @@ class Importer:
         found = read(self.path, name)
         while batch := list(islice(found, BATCH)):
             self.rows += len(batch)
-            add(list(self._usable(batch)))
+            with self.writing():
+                add(list(self._usable(batch)))
             yield self.rows
         if not self.rows:
             raise DataError(f"{name}: holds no row; nothing was added")

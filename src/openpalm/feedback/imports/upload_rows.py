@@ -89,7 +89,7 @@ def _prompt_of(given: Given, tool: Tool | None = None) -> UploadedItem:
     row = _row_of(given, "prompt")
     name = row_format(row.values)
     if name == PREFERENCE:
-        return UploadedItem(Preference.from_json(given, "row").prompt)
+        return UploadedItem(Preference.from_json(given).prompt)
     if name in (MESSAGES, SHAREGPT):
         prompt = _without_completion(parse_conversation(row))
     elif name == TEXT:
@@ -109,7 +109,7 @@ def _item_of(given: Given, tool: Tool | None) -> UploadedItem:
     row = _row_of(given, "pair")
     name = row_format(row.values)
     if name == PREFERENCE:
-        return _item_of_record(Preference.from_json(given, "row"))
+        return _item_of_record(Preference.from_json(given))
     if name in (EXPLICIT, HH, TEXTS, WHOLE):
         pair = next(iter(row_to_pair(row)))
         sides = (_answer(pair.chosen), ""), (_answer(pair.rejected), "")

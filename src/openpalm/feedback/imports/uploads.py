@@ -6,6 +6,7 @@ from pathlib import Path
 from django.conf import settings
 from django.core.files.uploadedfile import UploadedFile
 
+from openpalm.base.files import flush
 from openpalm.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".txt")
@@ -30,9 +31,15 @@ def store(file: UploadedFile) -> tuple[str, str]:
     folder().mkdir(parents=True, exist_ok=True)
     # Nothing of the given name: it could contain a path, or be too long for the file system.
     name = secrets.token_hex(16) + suffix
-    with (folder() / name).open("xb") as target:
-        for chunk in file.chunks():
-            target.write(chunk)
+    path = folder() / name
+    try:
+        with path.open("xb") as target:
+            for chunk in file.chunks():
+                target.write(chunk)
+            flush(target)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return name, given
 
 

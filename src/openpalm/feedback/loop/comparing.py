@@ -14,7 +14,7 @@ from openpalm.feedback.accounts.errors import sentence
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import estimate, mapping
 from openpalm.feedback.loop.forms import CompareForm, ExtendForm
-from openpalm.feedback.loop.pages import page, refused
+from openpalm.feedback.loop.pages import live_page, page, refused
 from openpalm.feedback.manage.pages import find
 from openpalm.feedback.models import Comparison, ModelVersion, Promotion, Role
 from openpalm.feedback.paging import id_of, page_of
@@ -78,10 +78,10 @@ def comparison(request: ProjectRequest, comparison_id: int) -> HttpResponse:
     row = find(found, comparison_id, request)
     figures = mapping(row.result.get("figures"))
     promotions = list(Promotion.objects.filter(comparison=row).select_related("by").order_by("-id"))
-    template = "comparison_live" if request.htmx else "comparison"  # pyright: ignore
-    return page(
+    return live_page(
         request,
-        template,
+        "comparison",
+        state=row.state,
         comparison=row,
         result=row.result,
         figures=figures,

@@ -7,6 +7,7 @@ from django import forms
 from django.db.models import Count, Exists, OuterRef, QuerySet, Subquery
 from django.db.models.functions import Coalesce
 
+from openpalm.feedback.accounts.forms import PlainLabels
 from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.models import ModelVersion, Project, Task
 from openpalm.feedback.statistics.promotion import MINIMUM
@@ -40,7 +41,7 @@ SETTINGS = {"lr": "optim.lr", "rank": "lora.rank"}
 """names of fields that are no names of options"""
 
 
-class BatchForm(forms.Form):
+class BatchForm(PlainLabels, forms.Form):
     size = forms.IntegerField(
         label="Pairs", min_value=1, max_value=MOST_IN_BATCH, initial=BATCH_SIZE
     )
@@ -61,7 +62,7 @@ def rewards(known: "QuerySet[ModelVersion]") -> "QuerySet[ModelVersion]":
     return found.exclude(Exists(of_run.filter(pk__lt=OuterRef("pk"))))
 
 
-class TrainForm(forms.Form):
+class TrainForm(PlainLabels, forms.Form):
     """One training. An empty setting leaves the command's default."""
 
     parent = forms.ModelChoiceField(ModelVersion.objects.none(), label="Start from")
@@ -79,8 +80,8 @@ class TrainForm(forms.Form):
     hold_back = forms.BooleanField(
         label="Hold back the random arm's prompts",
         required=False,
-        help_text="30 % of the prompts, always the same, are not trained on: their judgements show "
-        "at once how well the reward model agrees with people.",
+        help_text="The random arm is 30 % of the prompts, always the same. The model is measured "
+        "on their judgements and not trained on them.",
     )
     axis = forms.ChoiceField(
         label="Axis to learn",
@@ -95,8 +96,8 @@ class TrainForm(forms.Form):
         min_value=1,
         max_value=MAX_MEMBERS,
         initial=3,
-        help_text="As many models with different seeds. Two or more show where they disagree, "
-        "which chooses the next batch.",
+        help_text="So many models are trained, each with another seed. Where two or more disagree, "
+        "a judgement teaches most: the next batch asks there.",
     )
     steps = forms.IntegerField(min_value=1, max_value=1_000_000, required=False)
     lr = forms.FloatField(
@@ -190,7 +191,7 @@ def _with_count(kind: str, counted: Mapping[str, int]) -> str:
     return AUTHORS[kind] if count is None else f"{AUTHORS[kind]} ({count:,})"
 
 
-class RegisterForm(forms.Form):
+class RegisterForm(PlainLabels, forms.Form):
     """A checkpoint on the server's disk."""
 
     path = forms.CharField(
@@ -204,7 +205,7 @@ class RegisterForm(forms.Form):
     )
 
 
-class CompareForm(forms.Form):
+class CompareForm(PlainLabels, forms.Form):
     size = forms.IntegerField(
         label="Pairs", min_value=MINIMUM, max_value=MOST_PAIRS, initial=MINIMUM
     )
@@ -219,5 +220,5 @@ class CompareForm(forms.Form):
     )
 
 
-class ExtendForm(forms.Form):
+class ExtendForm(PlainLabels, forms.Form):
     further = forms.IntegerField(label="Further pairs", min_value=1, max_value=MOST_PAIRS)

@@ -5,6 +5,7 @@ from typing import Any
 from django.contrib import messages
 from django.http import HttpResponse
 from django.shortcuts import redirect, render
+from django_htmx.http import HttpResponseClientRefresh
 
 from openpalm.feedback.accounts.access import ProjectRequest
 from openpalm.feedback.manage.pages import project_context
@@ -15,6 +16,20 @@ def page(
 ) -> HttpResponse:
     context = project_context(request) | {"in_loop": True} | context
     return render(request, f"feedback/loop/{template}.html", context, status=status)
+
+
+def live_page(
+    request: ProjectRequest, template: str, *, state: str, **context: Any
+) -> HttpResponse:
+    """The page, or for htmx the part of it that moves, which comes again until the work has ended.
+
+    When the state has changed, htmx loads the whole page again: its buttons follow from the state.
+    """
+    if not request.htmx:  # pyright: ignore
+        return page(request, template, **context)
+    if request.GET.get("state", state) != state:
+        return HttpResponseClientRefresh()
+    return page(request, f"{template}_live", **context)
 
 
 def refused(request: ProjectRequest, reason: object, *to: Any) -> HttpResponse:

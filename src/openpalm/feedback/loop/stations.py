@@ -13,7 +13,7 @@ from django.urls import reverse
 from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.loop.figures import Figures, estimate, rows
 from openpalm.feedback.loop.plots import in_words
-from openpalm.feedback.models import Comparison, ModelVersion, Project, TrainRun, User
+from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, TrainRun, User
 from openpalm.feedback.quality import names
 
 
@@ -39,6 +39,8 @@ class Newest:
     policy: ModelVersion | None
     policy_run: TrainRun | None
     comparison: Comparison | None
+    is_scoring: bool = False
+    """whether scores of a model or the figures from them are on their way"""
 
 
 def newest(project: Project) -> Newest:
@@ -54,6 +56,11 @@ def newest(project: Project) -> Newest:
         models.filter(kind=ModelVersion.Kind.POLICY, run__isnull=False).first(),
         runs.exclude(verb="reward").first(),
         compared.select_related("challenger", "served").order_by("-id").first(),
+        Job.objects.filter(
+            project=project,
+            kind__in=("score", "statistics"),
+            state__in=(Job.State.QUEUED, Job.State.RUNNING),
+        ).exists(),
     )
 
 
@@ -95,10 +102,15 @@ def _reward(project: Project, figures: Figures, known: Newest) -> Station:
         return Station(name, "none yet", "warn", "Train a reward model", to_train)
     for kind in (User.Kind.PERSON, User.Kind.SIMULATED):
         for row in rows(figures.of(names.REWARD_AGREEMENT, kind).get("models")):
-            if row.get("model") == model.pk and estimate(row.get("accuracy")):
-                state = f"agrees with {AUTHORS[kind]} in {in_words(row['accuracy'])}"
-                return Station(name, state, "good", "Train it again", to_train)
-    return Station(name, f"{model.name}: not measured yet", "accent", "Train it again", to_train)
+            accuracy = estimate(row.get("accuracy"))
+            if row.get("model") == model.pk and accuracy:
+                state = f"agrees with {AUTHORS[kind]} in {in_words(accuracy)}"
+                if accuracy["low"] <= 0.5:
+                    state += ": no better than chance so far, judge more"
+                badge = "good" if accuracy["low"] > 0.5 else "accent"
+                return Station(name, state, badge, "Train it again", to_train)
+    state = "its agreement is being computed" if known.is_scoring else "not measured yet"
+    return Station(name, f"{model.name}: {state}", "accent", "Train it again", to_train)
 
 
 def _running(name: str, project: Project, run: TrainRun) -> Station:

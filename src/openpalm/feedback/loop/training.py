@@ -14,7 +14,7 @@ from openpalm.feedback.accounts.errors import sentence
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import Figures, rows
 from openpalm.feedback.loop.forms import ABOUT, VERBS, TrainForm
-from openpalm.feedback.loop.pages import page, refused
+from openpalm.feedback.loop.pages import live_page, page, refused
 from openpalm.feedback.manage.pages import find
 from openpalm.feedback.models import Job, ModelVersion, Role, TrainRun
 from openpalm.feedback.paging import page_of
@@ -50,7 +50,7 @@ def train(request: ProjectRequest) -> HttpResponse:
         except DataError as error:
             form.add_error(None, sentence(error))
         else:
-            messages.success(request, f"{VERBS[verb]} waits for the worker.")
+            messages.success(request, f"{VERBS[verb]}: the training is queued.")
             return redirect("run", project.slug, run.pk)
     return page(
         request,
@@ -102,10 +102,10 @@ def run(request: ProjectRequest, run_id: int) -> HttpResponse:
     )
     job = Job.objects.filter(project=request.project, kind="train", arguments__run=row.pk)
     is_admin = has_rank(request.role, Role.ADMIN)
-    template = "run_live" if request.htmx else "run"  # pyright: ignore
-    return page(
+    return live_page(
         request,
-        template,
+        "run",
+        state=row.state,
         run=row,
         title=VERBS.get(row.verb, row.verb),
         job=job.order_by("-id").first(),

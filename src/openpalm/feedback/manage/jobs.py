@@ -31,5 +31,5 @@ def job_stop(request: ProjectRequest, job_id: int) -> HttpResponse:
     if stop(job):
         audit.record_for(request, "job.stopped", target=f"{job.kind} {job.pk}")
     else:
-        messages.info(request, "This job has ended already.")
+        messages.info(request, "It cannot be stopped: it has ended, or swaps the model.")
     return redirect("jobs", request.project.slug)

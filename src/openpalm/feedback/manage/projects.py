@@ -28,6 +28,7 @@ from openpalm.feedback.models import (
     Role,
     User,
 )
+from openpalm.feedback.worker.jobs import stop_waiting
 
 
 @require_GET
@@ -102,9 +103,7 @@ def close(request: ProjectRequest) -> HttpResponse:
         Project.objects.filter(pk=project.pk).update(open=False)
         now = timezone.now()
         Invitation.objects.filter(project=project, revoked_at=None).update(revoked_at=now)
-        Job.objects.filter(project=project, state=Job.State.QUEUED).update(
-            state=Job.State.STOPPED, message="the project was closed", finished_at=now
-        )
+        stop_waiting(Job.objects.filter(project=project), "the project was closed")
         audit.record_for(request, "project.closed", target=project.slug)
     messages.success(request, f"{project.name} is closed. Its data and its audit log are kept.")
     return redirect("home")

@@ -5,6 +5,7 @@ from typing import Any
 from django import forms
 from django.conf import settings
 from django.contrib import messages
+from django.db import Error, transaction
 from django.http import HttpResponse
 from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_POST
@@ -102,19 +103,21 @@ def upload(request: ProjectRequest) -> HttpResponse:
     except DataError as error:
         form.add_error("file", str(error))
         return _prompts(request, 422, upload_form=form)
-    enqueue(
-        "import",
-        project=request.project,
-        user=request.user,
-        file=stored,
-        name=name,
-        what=given["what"],
-        held_out=given["held_out"] or 0.0,
-        gold=given["gold"],
-    )
-    audit.record_for(request, "import.started", target=name, what=given["what"])
+    try:
+        _start_import(request, stored, name, given)
+    except Error:
+        uploads.path_of(stored).unlink(missing_ok=True)
+        raise
     messages.success(request, f"{name} is uploaded; the worker reads it now.")
     return redirect("jobs", request.project.slug)
+
+
+@transaction.atomic
+def _start_import(request: ProjectRequest, stored: str, name: str, given: dict[str, Any]) -> None:
+    taken = {"what": given["what"], "held_out": given["held_out"] or 0.0, "gold": given["gold"]}
+    about = {"user": request.user, "project": request.project}
+    enqueue("import", **about, file=stored, name=name, **taken)
+    audit.record_for(request, "import.started", target=name, what=given["what"])
 
 
 @require_POST

@@ -6,9 +6,11 @@ stored already, from before a kill, is found by its sampling and not asked for a
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -147,26 +149,36 @@ def _ask(
         return server.complete(body)[0]
 
     waiting = iter(wanted)
-    with ThreadPoolExecutor(AT_ONCE) as executor:
-        running: dict[Future[str], Wanted] = {}
+    running: dict[Future[str], Wanted] = {}
+    while True:
+        for each in waiting:
+            running[_in_thread(partial(ask, each))] = each
+            if len(running) == AT_ONCE:
+                break
+        if not running:
+            return
+        done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+        progress.check()
+        for future in done:
+            each = running.pop(future)
+            if (text := _text(future, counts)) is not None:
+                yield each, text
+            progress.advance()
+
+
+def _in_thread(ask: Callable[[], str]) -> Future[str]:
+    """Not in an executor, which waits for its threads: a server that answers nothing for minutes
+    would hold up the stop of the job and the end of the worker."""
+    future: Future[str] = Future()
+
+    def run() -> None:
         try:
-            while True:
-                for each in waiting:
-                    running[executor.submit(ask, each)] = each
-                    if len(running) == AT_ONCE:
-                        break
-                if not running:
-                    return
-                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                progress.check()
-                for future in done:
-                    each = running.pop(future)
-                    if (text := _text(future, counts)) is not None:
-                        yield each, text
-                    progress.advance()
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
+            future.set_result(ask())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="answer", daemon=True).start()
+    return future
 
 
 def _text(future: Future[str], counts: Answers) -> str | None:

@@ -35,7 +35,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     """The handler of "score": candidates of the model's project that have no score of it yet."""
     model = ModelVersion.objects.select_related("project").get(pk=job.arguments["model"])
     result = score(model, progress)
-    jobs.enqueue_once("statistics", project=model.project)
+    with progress.writing():
+        jobs.enqueue_once("statistics", project=model.project)
     return result
 
 

@@ -57,13 +57,16 @@ def enqueue_once(kind: str, *, project: Project, user: User | None = None) -> Jo
 
 
 def stop(job: Job) -> bool:
-    """Asks for the end of a job; False if it has ended already. A training saves first."""
+    """Asks for the end of a job; False if it has ended already. A training saves first.
+
+    A promotion that has begun cannot be stopped: the server may have the model.
+    """
     mine = Job.objects.filter(pk=job.pk)
     if stop_waiting(mine):
         return True
     with transaction.atomic():
         ended = {"state": State.STOPPED, "finished_at": timezone.now()}
-        if not mine.filter(state=State.RUNNING).update(**ended):
+        if not mine.filter(state=State.RUNNING).exclude(kind="promote").update(**ended):
             return False
         _end_owner(job, "stopped", stopped=True)  # its worker notices and may write nothing more
         return True
@@ -73,7 +76,7 @@ def stop(job: Job) -> bool:
 def stop_waiting(jobs: "QuerySet[Job]", message: str = "stopped before it began") -> int:
     """Stops those of the jobs that wait, with what they were for; returns how many."""
     count = 0
-    for job in jobs.filter(state=State.QUEUED):
+    for job in jobs.filter(state=State.QUEUED).exclude(kind="promote", lease__gt=0):
         ended = {"state": State.STOPPED, "message": message, "finished_at": timezone.now()}
         if Job.objects.filter(pk=job.pk, state=State.QUEUED).update(**ended):
             _end_owner(job, message, stopped=True)

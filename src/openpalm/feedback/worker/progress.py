@@ -82,6 +82,11 @@ class Progress:
                 raise JobStopped
             yield
 
+    def confirm(self) -> None:
+        """Raises JobStopped if the job is no longer this worker's."""
+        with self.writing():
+            pass
+
     def keep(self, result: dict[str, Any]) -> None:
         """Stores the result with what the open transaction stores.
 
@@ -95,8 +100,12 @@ class Progress:
 
     def wait(self, seconds: float) -> None:
         """Sleeps, and wakes when the worker ends."""
-        self._ending.wait(seconds)
+        self.ends_within(seconds)
         self.check()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Sleeps; returns whether the worker ends."""
+        return self._ending.wait(seconds)
 
     def _report(self) -> None:
         self.check()
