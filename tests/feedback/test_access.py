@@ -15,8 +15,8 @@ from django.utils import timezone
 from openpalm.feedback.accounts.access import PUBLIC, RANKS, SIGNED_IN, SITE_ADMIN
 from openpalm.feedback.accounts.invitations import invite
 from openpalm.feedback.accounts.tokens import issue
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.queue import next_assignment
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.queue import next_assignment
 from openpalm.feedback.models import (
     ApiToken,
     Comparison,

@@ -1,11 +1,11 @@
 """The loop over the API: prompts, batches, comparisons, promotion, jobs and figures."""
 
 import pytest
+from openpalm.feedback.labeling.queue import next_assignment
+from openpalm.feedback.labeling.submission import Judgement
 
 from openpalm.feedback.api.work import FIGURES
 from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.queue import next_assignment
-from openpalm.feedback.labeling.submission import Judgement
 from openpalm.feedback.models import (
     Comparison,
     Event,

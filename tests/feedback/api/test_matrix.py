@@ -9,8 +9,8 @@ from django.urls import URLPattern
 
 from openpalm.feedback.accounts.access import RANKS
 from openpalm.feedback.api.urls import urlpatterns
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.queue import next_assignment
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.queue import next_assignment
 from openpalm.feedback.models import (
     ApiToken,
     Comparison,

@@ -1,4 +1,4 @@
-"""Slows down guessing of passwords: failed attempts count by name and by address.
+"""Throttles password guessing: failed attempts count by name and by address.
 
 After FREE failures for a name within WINDOW, each further attempt must wait twice as long as the
 one before, at most LONGEST; the same after FREE_BY_ADDRESS failures from an address. An attempt
@@ -24,11 +24,11 @@ NOT_COUNTED = "(api token)"
 
 
 def address_of(request: HttpRequest) -> str:
-    """The visitor's address; of IPv6 the network of 64 bits, which one visitor can have whole.
+    """The visitor's address; for IPv6 its /64 network, since one visitor can use all of it.
 
     Visitors can write X-Forwarded-For, but each of our proxies adds an entry at its end. Behind n
-    proxies the n-th from the end is the visitor's. A shorter list did not pass all of them, so it
-    is not believed.
+    proxies the n-th from the end is the visitor's. A shorter list did not pass all of them and
+    is ignored.
     """
     address = request.META.get("REMOTE_ADDR", "")
     forwarded, proxies = request.META.get("HTTP_X_FORWARDED_FOR"), settings.FEEDBACK_PROXIES
@@ -69,13 +69,13 @@ def succeeded(attempt: LoginFailure) -> None:
 
 
 def _is_shared(address: str) -> bool:
-    """Whether all visitors have it: an unknown address, or that of a proxy on this machine."""
+    """Whether many visitors share it: an unknown address, or that of a proxy on this machine."""
     return address == "unknown" or ipaddress.ip_network(address).is_loopback
 
 
 def _key(name: str) -> str:
-    """The name as the account has it. Names that are only alike belong to different people, and a
-    success of one must not forget the failures of the other."""
+    """The name as the account has it. Similar names are different accounts: a success of
+    one must not clear the failures of the other."""
     return unicodedata.normalize("NFKC", name.strip())[:150]
 
 

@@ -14,7 +14,7 @@ from django.http import HttpRequest, UnreadablePostError
 
 from openpalm.base.console import shown
 from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.labeling.storable import storable
+from openpalm.feedback.database import storable
 
 REQUIRED: Any = object()
 MAX_DEPTH = 20

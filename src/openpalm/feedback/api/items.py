@@ -1,4 +1,4 @@
-"""/api/v1/items: what is judged. See manage/blinding.py for who sees the names of models."""
+"""/api/v1/items: what is judged. See items/blinding.py for who sees the names of models."""
 
 from typing import Any
 
@@ -12,8 +12,9 @@ from openpalm.feedback.api.endpoints import Call, operation
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.fields import Fields
 from openpalm.feedback.api.json_forms import item_json
-from openpalm.feedback.labeling.names import names_itself
-from openpalm.feedback.labeling.new_items import (
+from openpalm.feedback.items.blinding import revealed
+from openpalm.feedback.items.model_names import names_itself
+from openpalm.feedback.items.new_items import (
     KeyTaken,
     NewCandidate,
     NewItem,
@@ -22,9 +23,8 @@ from openpalm.feedback.labeling.new_items import (
     known_digests,
     prompt_digest,
 )
-from openpalm.feedback.labeling.payloads import wrong_payload
-from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
-from openpalm.feedback.manage.blinding import revealed
+from openpalm.feedback.items.tasks import KINDS, candidates_needed
+from openpalm.feedback.judgements.payloads import wrong_payload
 from openpalm.feedback.models import Item, ItemCandidate, ModelVersion, Project, Role
 
 MAX_TEXT = 100_000

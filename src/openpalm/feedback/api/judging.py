@@ -11,11 +11,11 @@ from django.http import JsonResponse
 from openpalm.data.rows.payloads import is_payload
 from openpalm.feedback.api.endpoints import Call, operation
 from openpalm.feedback.api.errors import ApiError, refusals
-from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.names import is_blind
-from openpalm.feedback.labeling.payloads import wrong_payload
-from openpalm.feedback.labeling.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
-from openpalm.feedback.labeling.tasks import KINDS
+from openpalm.feedback.items.model_names import is_blind
+from openpalm.feedback.items.tasks import KINDS
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.payloads import wrong_payload
+from openpalm.feedback.judgements.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
 from openpalm.feedback.models import Assignment, Project, Response, Role
 
 MAX_PAYLOAD = 200_000

@@ -8,7 +8,7 @@ from openpalm.feedback.api.endpoints import Call, each, operation
 from openpalm.feedback.api.errors import refusals
 from openpalm.feedback.api.items import read_messages
 from openpalm.feedback.api.json_forms import prompt_json
-from openpalm.feedback.labeling.new_items import Messages, prompt_digest
+from openpalm.feedback.items.new_items import Messages, prompt_digest
 from openpalm.feedback.models import Project, Prompt, Role, Task
 from openpalm.feedback.training import prompts
 

@@ -13,9 +13,9 @@ from openpalm.feedback.accounts.access import has_rank
 from openpalm.feedback.api.endpoints import Call, operation
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.json_forms import response_json
-from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.deletion import erase
+from openpalm.feedback.items.blinding import revealed
 from openpalm.feedback.manage.exporting import file_of
+from openpalm.feedback.manage.responses import erase
 from openpalm.feedback.models import Response, Role, User
 from openpalm.feedback.paging import MAX_ID
 

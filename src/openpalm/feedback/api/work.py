@@ -10,7 +10,7 @@ from openpalm.feedback.api.endpoints import Call, each, operation
 from openpalm.feedback.api.errors import ApiError, refusals
 from openpalm.feedback.api.fields import Fields
 from openpalm.feedback.api.json_forms import job_json
-from openpalm.feedback.manage.blinding import revealed
+from openpalm.feedback.items.blinding import revealed
 from openpalm.feedback.models import Item, Job, ModelVersion, Project, Prompt, Role, Statistic, User
 from openpalm.feedback.paging import MAX_ID
 from openpalm.feedback.quality import names

@@ -9,10 +9,12 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 
 from openpalm.errors import DataError, OpenPalmError
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.accounts.errors import sentence
+from openpalm.feedback.items.blinding import revealed
+from openpalm.feedback.judgements.words import describe
 from openpalm.feedback.loop.forms import CompareForm, RegisterForm
-from openpalm.feedback.loop.pages import find, page, refused, sentence
-from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.judgements import describe
+from openpalm.feedback.loop.pages import page, refused
+from openpalm.feedback.manage.pages import find
 from openpalm.feedback.models import (
     Comparison,
     ModelVersion,

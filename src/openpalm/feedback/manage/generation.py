@@ -58,6 +58,7 @@ class GenerateForm(PlainLabels, forms.Form):
         super().__init__(*args, **names)
         field: Any = self.fields["models"]
         field.queryset = policies(project)
+        field.initial = [project.served_id] if project.served_id else []
 
     def wanted(self) -> list[dict[str, Any]]:
         """The models as the job wants them: one entry for each way of sampling."""

@@ -1,7 +1,9 @@
 """Computes all figures of a project and stores them; names.py lists the rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
+
+from django.db import transaction
 
 from openpalm.feedback.models import ModelVersion, Project, User
 from openpalm.feedback.quality import names
@@ -18,18 +20,19 @@ from openpalm.feedback.quality.labelers import (
 from openpalm.feedback.quality.reward_agreement import RewardAgreement
 from openpalm.feedback.quality.store import store
 from openpalm.feedback.quality.timing import Times, progress
+from openpalm.feedback.worker.progress import Writing
 
 Rows = Iterator[tuple[str, Any]]
 """name and value of each figure"""
 
 
-def compute(project: Project, check: Callable[[], None] = lambda: None) -> None:
-    """Stores every figure. `check` is called between them and may raise to stop."""
+def compute(project: Project, writing: Writing = transaction.atomic) -> None:
+    """Stores every figure, each in a transaction of its own, which may raise to stop."""
     activity = Activity(project)
     for part in (_labelers, _models):
         for name, value in part(project, activity):
-            store(project, name, value)
-            check()
+            with writing():
+                store(project, name, value)
 
 
 def _labelers(project: Project, activity: Activity) -> Rows:

@@ -19,9 +19,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     """The handler of "statistics"."""
     assert job.project is not None
     seen = newest(job.project)  # before: what comes meanwhile makes it due again
-    comparisons.compute_all(job.project)
+    comparisons.compute_all(job.project, progress.writing)
     progress.say("computing figures")
-    compute(job.project, progress.check)
+    compute(job.project, progress.writing)
     return {"newest": seen}
 
 
@@ -39,7 +39,7 @@ def enqueue_due() -> int:
 
 
 def _rested(last: Job) -> bool:
-    if last.state in (Job.State.QUEUED, Job.State.RUNNING):
+    if last.state in Job.UNFINISHED:
         return False
     if last.started_at is None or last.finished_at is None:
         return True

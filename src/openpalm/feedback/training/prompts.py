@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.labeling.new_items import (
+from openpalm.feedback.items.new_items import (
     Messages,
     NewItem,
     add_items,
@@ -15,7 +15,7 @@ from openpalm.feedback.labeling.new_items import (
     known_digests,
     prompt_digest,
 )
-from openpalm.feedback.labeling.tasks import candidates_needed
+from openpalm.feedback.items.tasks import candidates_needed
 from openpalm.feedback.models import Item, Project, Prompt, User
 
 

@@ -23,18 +23,20 @@ def register(
     """The project's model of this checkpoint; added if it is new. Raises DataError."""
     directory = checkpoint_directory(Path(path))
     digest = checkpoint_hash(directory)
-    known = ModelVersion.objects.filter(project=project, checkpoint=digest, kind=kind).first()
-    if known is not None:
-        return known
-    return ModelVersion.objects.create(
-        project=project,
-        name=free_name(project, name),
-        kind=kind,
-        path=str(directory),
-        checkpoint=digest,
-        parent=parent,
-        run=run,
-    )
+    known = ModelVersion.objects.filter(project=project, checkpoint=digest, kind=kind)
+    while not known.exists():
+        # The table has each checkpoint and each name once, whoever adds it first.
+        new = ModelVersion(
+            project=project,
+            name=free_name(project, name),
+            kind=kind,
+            path=str(directory),
+            checkpoint=digest,
+            parent=parent,
+            run=run,
+        )
+        ModelVersion.objects.bulk_create([new], ignore_conflicts=True)
+    return known.get()
 
 
 def add_by_path(
