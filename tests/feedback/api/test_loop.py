@@ -1,11 +1,11 @@
 """The loop over the API: prompts, batches, comparisons, promotion, jobs and figures."""
 
 import pytest
-from openpalm.feedback.labeling.queue import next_assignment
-from openpalm.feedback.labeling.submission import Judgement
 
 from openpalm.feedback.api.work import FIGURES
-from openpalm.feedback.labeling import submission
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.queue import next_assignment
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import (
     Comparison,
     Event,
@@ -101,7 +101,7 @@ def test_prompts_are_added_once_and_held_out_as_asked(boss):
 
 
 def test_a_share_holds_out_the_same_prompts_as_an_upload(boss, project):
-    from openpalm.feedback.labeling.new_items import is_held_out
+    from openpalm.feedback.items.new_items import is_held_out
 
     boss.post("prompts", prompts(*(f"question {n}" for n in range(40)), held_out_share=0.5))
     held = {p.digest: p.held_out for p in Prompt.objects.all()}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from django.conf import settings
 from django.core.files.uploadedfile import SimpleUploadedFile
-from openpalm.data.rows.pair_files import read_pairs
 
 from openpalm.data.rows import row_stream
+from openpalm.data.rows.readers.pairs import read_pairs
 from openpalm.errors import DataError
 from openpalm.feedback.imports import uploads
 from openpalm.feedback.models import Candidate, Item, Job, ModelVersion, Project, Prompt, Task
