@@ -151,6 +151,22 @@ class Site:
 
         return not Job.objects.filter(state__in=["queued", "running"]).exists()
 
+    def wait_for_job_of(self, pid: int, deadline: float) -> None:
+        from openpalm.feedback.models import Job
+
+        taken = Job.objects.filter(state="running", worker__contains=f":{pid}:")
+        while not taken.exists() and not self.is_done() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def wait_for_progress(self, deadline: float) -> None:
+        """A job whose worker ended several times before it could begin would fail, as it should."""
+        from openpalm.feedback.models import Job
+        from openpalm.feedback.worker.jobs import MAX_ATTEMPTS
+
+        tired = Job.objects.filter(state="running", attempts__gte=MAX_ATTEMPTS - 1)
+        while tired.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
     def differences(self, ends: int) -> Iterator[str]:
         """Lines about what is not as it should be."""
         from openpalm.feedback import models as tables
@@ -211,7 +227,9 @@ def run(site: Site, environment: dict[str, str], kills: int, freezes: int, seed:
                 break
             how = ends.pop()
             done += 1
-            time.sleep(chance.uniform(0.1, 2.5))
+            site.wait_for_job_of(worker.pid, deadline)
+            time.sleep(chance.uniform(0, 1.5))
+            site.wait_for_progress(deadline)
             if how == "freeze":
                 worker.send_signal(signal.SIGSTOP)
                 other = start_worker(environment)

@@ -150,6 +150,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was raised for, is of a full disk or an exceeded quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def lock(descriptor: int) -> bool:
     """Locks an open file or folder until it is closed; False where another process holds it."""
     try:
