@@ -123,9 +123,9 @@ class Site:
 
     def _judged_item(self) -> None:
         """Something to train on."""
-        from openpalm.feedback.labeling import queue, submission
-        from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
-        from openpalm.feedback.labeling.submission import Judgement
+        from openpalm.feedback.items.new_items import NewCandidate, NewItem, add_items
+        from openpalm.feedback.judgements import queue, submission
+        from openpalm.feedback.judgements.submission import Judgement
 
         messages = [{"role": "user", "content": "Which?"}]
         answers = (NewCandidate("this one"), NewCandidate("that one"))
@@ -141,7 +141,7 @@ class Site:
         runs.start(self.project, "reward", self.admin, parent=self.base, settings={"members": 2})
 
     def _hold_out(self) -> None:
-        from openpalm.feedback.labeling.new_items import add_prompts
+        from openpalm.feedback.items.new_items import add_prompts
 
         held_out = [([{"role": "user", "content": f"Hidden {n}?"}], "typed") for n in range(PAIRS)]
         add_prompts(self.project, held_out, held_out=True)

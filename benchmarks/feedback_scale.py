@@ -354,8 +354,8 @@ def time_pages(result: dict[str, Any]) -> None:
 
 
 def time_judging(result: dict[str, Any]) -> None:
-    from openpalm.feedback.labeling import queue, submission
-    from openpalm.feedback.labeling.submission import Judgement
+    from openpalm.feedback.judgements import queue, submission
+    from openpalm.feedback.judgements.submission import Judgement
     from openpalm.feedback.models import Project, User
 
     project = Project.objects.get(slug=SLUG)
@@ -388,8 +388,8 @@ def plans() -> dict[str, str]:
     from django.db import connection
     from django.test import RequestFactory
 
-    from openpalm.feedback.labeling import queue
-    from openpalm.feedback.labeling.records import _with_texts
+    from openpalm.feedback.judgements import queue
+    from openpalm.feedback.judgements.records import _with_texts
     from openpalm.feedback.manage import items, responses
     from openpalm.feedback.models import Item, Project, Response, User
 

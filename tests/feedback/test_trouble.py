@@ -12,9 +12,10 @@ from django.test import Client
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
-from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.submission import Judgement
-from openpalm.feedback.manage import prompts, uploads
+from openpalm.feedback.imports import uploads
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.submission import Judgement
+from openpalm.feedback.manage import prompts
 from openpalm.feedback.models import Item, Job, Response
 
 TIE = Judgement("compare", {"tie": [0, 1]})
@@ -60,8 +61,8 @@ def test_the_page_says_what_is_wrong_and_that_nothing_was_stored(
 @pytest.mark.parametrize(("error", "line"), TROUBLES)
 def test_the_log_has_one_line_of_it(error, line):
     """A traceback says nothing of the cause, and there is one for each request of each labeler."""
-    filters = settings.LOGGING["handlers"]["stderr"]["filters"]
-    one_line = import_string(settings.LOGGING["filters"][filters[0]]["()"])()
+    assert "one_line" in settings.LOGGING["handlers"]["stderr"]["filters"]
+    one_line = import_string(settings.LOGGING["filters"]["one_line"]["()"])()
     for raised, is_trouble in ((error, True), (ValueError("a bug"), False)):
         about = (type(raised), raised, None)
         record = logging.LogRecord("n", logging.ERROR, "f", 1, "Failed: %s", ("/p",), about)

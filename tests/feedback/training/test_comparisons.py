@@ -7,8 +7,8 @@ import pytest
 from feedback_prompts import add_prompts
 
 from openpalm.errors import DataError
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.manage import item_changes
+from openpalm.feedback.items import item_changes
+from openpalm.feedback.judgements import submission
 from openpalm.feedback.models import (
     Comparison,
     Event,

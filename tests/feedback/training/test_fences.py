@@ -10,7 +10,7 @@ import pytest
 from django.db import connection
 from feedback_prompts import add_prompts
 
-from openpalm.feedback.manage import uploads
+from openpalm.feedback.imports import uploads
 from openpalm.feedback.models import Item, Job, Promotion, TrainRun
 from openpalm.feedback.training import comparisons, generation, promotion, runs, servers
 from openpalm.feedback.worker import jobs

@@ -1,7 +1,7 @@
 """Prompts, candidates, the items that people judge, leases, and judgements.
 
-An item lists its candidates in a fixed order; payloads number them in this order from 0, whatever
-the order on the screen was (`Assignment.order`).
+An item lists its candidates in a fixed order; payloads number them in this order from 0, not
+in the order on the screen (`Assignment.order`).
 """
 
 import uuid
@@ -139,7 +139,7 @@ class ItemCandidate(models.Model):
 
 
 class Assignment(models.Model):
-    """An item in the hands of a user: a lease until `expires_at`, then what became of it.
+    """An item leased to a user until `expires_at`, and what became of it.
 
     `repeat` 1 is the same item a second time, to measure agreement with oneself. `order` lists the
     positions of the candidates in the order in which they are shown.
@@ -207,7 +207,7 @@ class Response(models.Model):
     payload: Any = models.JSONField()
     reason = models.TextField(blank=True)
     category = models.SmallIntegerField(null=True)
-    """the payload as one of a few values, for agreement; see labeling/categories.py"""
+    """the payload as one of a few values, for agreement; see judgements/categories.py"""
     picked_place = models.PositiveSmallIntegerField(null=True)
     """place on the screen, from 0, of the preferred candidate; null without a preference"""
     elapsed_ms = models.PositiveIntegerField(null=True)

@@ -88,6 +88,8 @@ class TrainRun(models.Model):
         FAILED = "failed"
         STOPPED = "stopped"
 
+    UNFINISHED = (State.QUEUED, State.RUNNING)
+
     project = models.ForeignKey(Project, models.CASCADE, related_name="runs")
     verb = models.CharField(max_length=16)
     snapshot = models.ForeignKey(Snapshot, models.PROTECT, null=True, related_name="runs")
@@ -176,6 +178,7 @@ class Promotion(models.Model):
     project_id: int
     model_id: int
     previous_id: int | None
+    comparison_id: int | None
     created_at = models.DateTimeField(auto_now_add=True)
     done_at = models.DateTimeField(null=True)
     undone_at = models.DateTimeField(null=True)

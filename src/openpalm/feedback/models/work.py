@@ -10,7 +10,7 @@ from openpalm.feedback.models.projects import Project
 
 
 class Job(models.Model):
-    """Work that no page waits for. A job whose worker died is taken up again."""
+    """Work in the background. If a worker dies, another one takes its job."""
 
     class State(models.TextChoices):
         QUEUED = "queued"
@@ -18,6 +18,8 @@ class Job(models.Model):
         DONE = "done"
         FAILED = "failed"
         STOPPED = "stopped"
+
+    UNFINISHED = (State.QUEUED, State.RUNNING)
 
     project = models.ForeignKey(Project, models.CASCADE, null=True, related_name="jobs")
     project_id: int | None

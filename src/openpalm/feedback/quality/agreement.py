@@ -2,12 +2,12 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from typing import Any
 
-from openpalm.feedback.labeling.categories import BOTH_BAD
+from openpalm.feedback.judgements.categories import BOTH_BAD
 from openpalm.feedback.models import Project
 from openpalm.feedback.quality.counted import (
     CATEGORIES,
@@ -16,6 +16,7 @@ from openpalm.feedback.quality.counted import (
     WINNERS,
     category_counts,
     counted,
+    pair_outcomes,
     values_by_item,
 )
 from openpalm.feedback.statistics.agreement import AgreementCounts, Category, Counts
@@ -34,8 +35,11 @@ def agreement(project: Project, author_kind: str) -> tuple[dict[str, Any], dict[
         return _of_categories(project, author_kind, kind)
     if kind in ("rank", "rate"):
         tables = tables_of_parts(project, author_kind, kind)
-        figures = _of_ranking(tables) if kind == "rank" else _of_rating(tables)
-        return None if figures is None else (figures, {})
+        if kind == "rate":
+            figures, consensus = _of_rating(tables), {}
+        else:
+            figures, consensus = _of_ranking(tables), _consensus_of_rankings(project, author_kind)
+        return None if figures is None else (figures, consensus)
     return None
 
 
@@ -98,6 +102,28 @@ def _of_ranking(tables: dict[str, AgreementCounts]) -> dict[str, Any] | None:
     return _whole(pairs, unit="pair of answers") | {"decided": as_json(decided(pairs))}
 
 
+def _consensus_of_rankings(project: Project, author_kind: str) -> dict[str, Any]:
+    """As of comparisons; an item has a majority if the consensus has one best answer."""
+    consensus = _Consensus("rank")
+    for item, pairs in pair_outcomes(counted(project, author_kind), "rank"):
+        consensus.add(item, _agreed_best(pairs))
+    return consensus.to_json()
+
+
+def _agreed_best(pairs: Mapping[tuple[int, int], Mapping[str, int]]) -> str:
+    """By wins, which order the answers as Bradley and Terry do: see statistics/consensus.py."""
+    wins: Counter[int] = Counter()
+    for (i, j), outcomes in pairs.items():
+        wins[i] += 2 * outcomes.get("a", 0) + outcomes.get("tie", 0)
+        wins[j] += 2 * outcomes.get("b", 0) + outcomes.get("tie", 0)
+    if sum(next(iter(pairs.values())).values()) < 2:
+        return "single"
+    if all(len(outcomes) == 1 for outcomes in pairs.values()):
+        return "unanimous"
+    best = max(wins.values())
+    return "majority" if list(wins.values()).count(best) == 1 else "without"
+
+
 def _of_rating(tables: dict[str, AgreementCounts]) -> dict[str, Any] | None:
     """All axes together, and each one."""
     if not tables:
@@ -134,13 +160,15 @@ class _Consensus:
         self._without: list[int] = []
 
     def seen(self, item: int, counts: Counts) -> Counts:
-        found = _majority(self._kind, counts)
+        self.add(item, _majority(self._kind, counts))
+        return counts
+
+    def add(self, item: int, found: str) -> None:
         self._counts[found] += 1
         if found == "without":
             heapq.heappush(self._without, item)
             if len(self._without) > LISTED:
                 heapq.heappop(self._without)
-        return counts
 
     def to_json(self) -> dict[str, Any]:
         shared = ("unanimous", "majority", "without")

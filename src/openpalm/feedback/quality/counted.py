@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from django.db.models import Count, Q, QuerySet
 
-from openpalm.feedback.labeling.categories import BOTH_BAD
+from openpalm.feedback.judgements.categories import BOTH_BAD
 from openpalm.feedback.models import Item, Project, Response, Task
 from openpalm.feedback.statistics.agreement import Category, Counts
 

@@ -39,7 +39,7 @@ def enqueue_due() -> int:
 
 
 def _rested(last: Job) -> bool:
-    if last.state in (Job.State.QUEUED, Job.State.RUNNING):
+    if last.state in Job.UNFINISHED:
         return False
     if last.started_at is None or last.finished_at is None:
         return True

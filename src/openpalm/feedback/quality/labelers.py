@@ -5,7 +5,7 @@ from typing import Any
 
 from django.db.models import Count, OuterRef, Q, Subquery
 
-from openpalm.feedback.labeling.categories import category_of
+from openpalm.feedback.judgements.categories import category_of
 from openpalm.feedback.models import Item, Project, Response, User
 from openpalm.feedback.quality.agreement import as_json
 from openpalm.feedback.quality.counted import CHUNK, KINDS, WINNERS, counted, values_by_item

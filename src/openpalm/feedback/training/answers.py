@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from openpalm.errors import DataError, OpenPalmError, WorkError
-from openpalm.feedback.labeling.names import names_itself, names_of
+from openpalm.feedback.items.model_names import names_itself, names_of
 from openpalm.feedback.models import Candidate, ModelVersion, Prompt
 from openpalm.feedback.training.servers import ModelServer
 from openpalm.feedback.worker.progress import Progress
@@ -25,6 +25,7 @@ AT_ONCE = 8
 PROMPTS_AT_ONCE = 200
 MOST_FAILURES = 20
 """answers in a row without a success, after which the job fails"""
+DEFAULT_SAMPLING = {"temperature": 1.0, "max_tokens": 256}
 LIMITS = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),

@@ -15,6 +15,7 @@ from django.utils import timezone
 from openpalm.base import jsonl
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
+from openpalm.feedback.items.new_items import make_item
 from openpalm.feedback.models import (
     Candidate,
     Comparison,
@@ -40,7 +41,6 @@ from openpalm.feedback.training.answers import (
     stored_answers,
 )
 from openpalm.feedback.training.commands import prompts_path
-from openpalm.feedback.training.generation import make_item
 from openpalm.feedback.training.registry import POLICY, ancestors
 from openpalm.feedback.training.servers import serving
 from openpalm.feedback.worker import jobs
@@ -49,6 +49,7 @@ from openpalm.feedback.worker.progress import Progress, Writing
 State = Comparison.State
 PRIORITY = 100.0
 """before items of training: a promotion waits for them"""
+MOST_PAIRS = 10_000
 DRAWS = 3
 """times that a prompt is asked again because both models answer the same"""
 
@@ -116,6 +117,14 @@ def extend(comparison: Comparison, further: int, user: User | None) -> Compariso
     comparison.state = State.GENERATING
     comparison.save(update_fields=["size", "state"])
     jobs.enqueue("compare", project=comparison.project, user=user, comparison=comparison.pk)
+    audit.record(
+        "comparison.extended",
+        user=user,
+        project=comparison.project,
+        target=comparison.challenger,
+        comparison=comparison.pk,
+        further=further,
+    )
     return comparison
 
 
@@ -301,7 +310,7 @@ def _look(comparison: Comparison) -> int:
     others = Comparison.objects.filter(
         project=comparison.project_id, challenger=comparison.challenger_id
     ).exclude(pk=comparison.pk)
-    # One that failed later was looked at all the same.
+    # A comparison that failed later still counts as a look.
     earlier = sum(int(other.result.get("looks", other.state == State.DECIDED)) for other in others)
     return earlier + int(comparison.result.get("looks", 0)) + 1
 

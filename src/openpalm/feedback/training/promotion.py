@@ -13,7 +13,7 @@ from django.utils import timezone
 
 from openpalm.errors import DataError, OpenPalmError, WorkError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, Promotion, User
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training.comparisons import judgements_left
@@ -59,6 +59,20 @@ def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
     if result.get("decision") != "promote" or (result.get("low") or 0) <= 0.5:
         return result.get("reason") or "the interval's lower end is not above one half"
     return ""
+
+
+def can_choose(project: Project, model: ModelVersion) -> bool:
+    """The first served model of a project needs no comparison, if no server has one already."""
+    return project.served_id is None and site_server() is None and model.kind == POLICY
+
+
+def choose(project: Project, model: ModelVersion, user: User) -> None:
+    """Names the first served model, which later ones are compared with. Raises DataError."""
+    if not can_choose(project, model) or not model.path:
+        raise DataError("only the first served model is chosen by hand; promote another one")
+    # Conditional: of two managers at the same time only one chooses.
+    if Project.objects.filter(pk=project.pk, served=None).update(served=model):
+        audit.record("model.served", user=user, project=project, target=model)
 
 
 @transaction.atomic
@@ -122,9 +136,7 @@ def _check_free(project: Project) -> None:
     The lock makes of two requests at the same time one that waits and one that is refused.
     """
     Project.objects.select_for_update(no_key=True).get(pk=project.pk)
-    unfinished = Job.objects.filter(
-        project=project, kind="promote", state__in=[Job.State.QUEUED, Job.State.RUNNING]
-    )
+    unfinished = Job.objects.filter(project=project, kind="promote", state__in=Job.UNFINISHED)
     if unfinished.exists():
         raise DataError("another promotion is under way; wait until it has ended")
 

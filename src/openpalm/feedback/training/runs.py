@@ -21,7 +21,7 @@ from openpalm.feedback.training import snapshots
 from openpalm.feedback.training.commands import check_settings, command_words
 from openpalm.feedback.training.follow import RunFollower, alarms_of
 from openpalm.feedback.training.registry import POLICY, REWARD, register
-from openpalm.feedback.training.snapshots import KINDS_OF_VERB, Filter
+from openpalm.feedback.training.snapshots import KINDS_OF_VERB, Filter, default_filter
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.processes import Command, Running, wait_until_unlocked
 from openpalm.feedback.worker.progress import Progress
@@ -52,7 +52,7 @@ def start(
     given = check_settings(verb, settings or {})
     _check_models(project, verb, parent, reward, reward_run)
     if verb != "ppo":
-        chosen = _newest(project, verb, chosen or Filter())
+        chosen = _newest(project, verb, chosen or default_filter(project, verb))
         given["filter"] = asdict(chosen)
     elif reward_run is not None:
         given["reward_run"] = reward_run.pk
@@ -248,14 +248,11 @@ class _Training:
 
     def _reason(self, command: Command, status: int) -> str:
         """Why the command failed, and where its log is."""
-        line = command.last_line().removeprefix("openpalm: error: ")
-        if status < 0:
-            line = f"was ended by {signal.Signals(-status).name} (is there enough memory?): {line}"
-        row = self.run_row
+        row, line = self.run_row, command.failure(status)
         if "early-stopping" in line or "being gamed" in line:
-            row.alarms = [*row.alarms, line]
+            row.alarms = [*row.alarms, command.last_line().removeprefix("openpalm: error: ")]
             self._save("alarms")
-        return f"openpalm {row.verb}: {line or f'status {status}'} (log: {command.log})"
+        return line
 
     def _made(self, out: Path, member: int) -> ModelVersion:
         row = self.run_row

@@ -12,13 +12,23 @@ from django.db.models import Exists, OuterRef, QuerySet
 
 from openpalm.base import jsonl
 from openpalm.errors import DataError, WorkError
-from openpalm.feedback.models import Candidate, Job, ModelScore, ModelVersion
+from openpalm.feedback.accounts import audit
+from openpalm.feedback.models import Candidate, Job, ModelScore, ModelVersion, User
 from openpalm.feedback.training.registry import REWARD
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.processes import Command
 from openpalm.feedback.worker.progress import Progress
 
 BATCH = 2000
+
+
+def start(model: ModelVersion, user: User | None) -> Job:
+    """Queues the scoring of all answers by a reward model. Raises DataError."""
+    if model.kind != REWARD or not model.path:
+        raise DataError("only a reward model with a checkpoint scores")
+    job = jobs.enqueue("score", project=model.project, user=user, model=model.pk)
+    audit.record("job.score", user=user, project=model.project, target=model, job=job.pk)
+    return job
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
@@ -38,7 +48,7 @@ def score(model: ModelVersion, progress: Progress) -> dict[str, Any]:
     if not waiting.exists():
         return {"scored": 0, "too_long": 0}
     folder = Path(settings.FEEDBACK_DIR) / "scores"
-    # Names of this attempt: the process of a worker that was taken for dead may still write.
+    # Names of this attempt: a worker that was taken for dead may still write files of its own.
     name = f"{model.pk}-{progress.job.pk}-{progress.job.lease}"
     for old in folder.glob(f"{model.pk}-{progress.job.pk}-*.jsonl"):
         old.unlink(missing_ok=True)
@@ -62,8 +72,7 @@ def _score(
     words = ["score", model.path, "--data", str(given), "--out", str(found)]
     command = Command(words, given.with_name(f"{model.pk}.log"), dies_with_us=True)
     if status := command.run(check=progress.check):
-        line = command.last_line().removeprefix("openpalm: error: ")
-        raise WorkError(f"openpalm score: {line or f'status {status}'} (log: {command.log})")
+        raise WorkError(command.failure(status))
     scored = _store(model, found, progress)
     return {"scored": scored, "too_long": total - scored}
 

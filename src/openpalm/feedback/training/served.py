@@ -26,7 +26,7 @@ SCOPE = "conversations:write"
 GUIDELINE = """Choose the answer that helps the person who asked more.
 
 - It is true. If it cannot be, it says what it does not know.
-- It answers what was asked, and no more than that.
+- It answers the question, and nothing else.
 - If both answers are equally good, say so; if both are useless, say that.
 """
 

@@ -16,7 +16,7 @@ from django.conf import settings
 
 from openpalm.base.files import write_atomically
 from openpalm.errors import DataError, WorkError
-from openpalm.feedback.labeling.storable import storable
+from openpalm.feedback.database import storable
 from openpalm.feedback.models import ModelVersion
 from openpalm.feedback.worker.processes import POLL_S, Command, end
 from openpalm.feedback.worker.progress import Progress

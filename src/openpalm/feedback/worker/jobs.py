@@ -164,8 +164,7 @@ def _end_owner(job: Job, message: str, *, stopped: bool = False) -> None:
     given = job.arguments
     if "run" in given:
         state = TrainRun.State.STOPPED if stopped else TrainRun.State.FAILED
-        unfinished = [TrainRun.State.QUEUED, TrainRun.State.RUNNING]
-        TrainRun.objects.filter(pk=given["run"], state__in=unfinished).update(
+        TrainRun.objects.filter(pk=given["run"], state__in=TrainRun.UNFINISHED).update(
             state=state, error="" if stopped else message, finished_at=timezone.now()
         )
     elif "comparison" in given:

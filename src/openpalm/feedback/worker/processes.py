@@ -96,6 +96,13 @@ class Command:
             raise
         return process.returncode
 
+    def failure(self, status: int) -> str:
+        """One line: why the command failed, and where its log is."""
+        line = self.last_line().removeprefix("openpalm: error: ") or f"status {status}"
+        if status < 0:
+            line = f"was ended by {signal.Signals(-status).name} (is there enough memory?): {line}"
+        return f"openpalm {self.words[0]}: {line} (log: {self.log})"
+
     def last_line(self) -> str:
         """The reason of a failure: the log's last error, or else its last line."""
         lines = [line.strip() for line in last_lines(self.log)]
@@ -145,8 +152,7 @@ def _signal_group(pid: int, number: int) -> None:
 
 
 def last_lines(log: Path) -> list[str]:
-    """The lines at the end of a log that say something; a progress line that rewrites itself counts
-    once, as it is now."""
+    """The non-empty lines at the end of a log; a progress bar counts as one line."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL))
         lines = file.read().decode(errors="replace").split("\n")
