@@ -50,7 +50,7 @@ class Activity:
     def of_raters(self) -> dict[Rater, dict[str, int]]:
         """Judgements in force, skips and flags; labelers without any of them are left out."""
         found: dict[Rater, dict[str, int]] = {}
-        names = {State.SKIPPED: "skips", State.FLAGGED: "flags"}
+        names: dict[str, str] = {State.SKIPPED: "skips", State.FLAGGED: "flags"}
         for rater, state, in_force, number in self.rows:
             name = "judgements" if state == State.SUBMITTED and in_force else names.get(state)
             if name is None:

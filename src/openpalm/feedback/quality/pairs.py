@@ -36,7 +36,8 @@ def judged_pairs(table: ResponseTable, answers: AnswerTable, author_kind: str) -
     elif table.kind == "rank":
         places = np.array(table.parts, dtype=np.int64).reshape(-1, 2)
     else:
-        return JudgedPairs(*(np.empty(0, np.int64) for _ in range(3)), np.empty((0, 4), np.int64))
+        none = np.empty(0, np.int64)
+        return JudgedPairs(none, none, none, np.empty((0, len(OUTCOMES)), np.int64))
     i, j = places[values.unit_parts].T if len(values.codes) else np.empty((2, 0), np.int64)
     # The outcomes in the order of OUTCOMES; a ranking has no "both bad".
     counts = np.zeros((len(values.unit_items), len(OUTCOMES)), np.int64)

@@ -189,8 +189,8 @@ class AgreementCounts:
 class MatchRates:
     """How often the answers of each rater equal what they are compared with."""
 
-    by_rater: dict[Hashable, Estimate]
-    comparisons: dict[Hashable, int]
+    by_rater: dict[Any, Estimate]
+    comparisons: dict[Any, int]
 
 
 def match_rates(matches: Iterable[tuple[Hashable, bool]], level: float = LEVEL) -> MatchRates:
