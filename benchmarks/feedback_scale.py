@@ -409,8 +409,8 @@ def time_pages(result: dict[str, Any]) -> None:
 
 
 def time_judging(result: dict[str, Any]) -> None:
-    from openpalm.feedback.labeling import queue, submission
-    from openpalm.feedback.labeling.submission import Judgement
+    from openpalm.feedback.judgements import queue, submission
+    from openpalm.feedback.judgements.submission import Judgement
     from openpalm.feedback.models import Project, User
 
     project = Project.objects.get(slug=SLUG)
@@ -443,8 +443,8 @@ def plans() -> dict[str, str]:
     from django.db import connection
     from django.test import RequestFactory
 
-    from openpalm.feedback.labeling import queue
-    from openpalm.feedback.labeling.records import _with_texts
+    from openpalm.feedback.judgements import queue
+    from openpalm.feedback.judgements.records import _with_texts
     from openpalm.feedback.manage import items, responses
     from openpalm.feedback.models import Item, Project, Response, User
 
@@ -523,7 +523,7 @@ import django
 django.setup()
 from itertools import islice
 from openpalm.data.rows.exports.stream import EXPORT_NAMES, export_lines
-from openpalm.feedback.labeling.records import project_records
+from openpalm.feedback.judgements.records import project_records
 from openpalm.feedback.models import Project
 
 def cpu():

@@ -7,8 +7,8 @@ from django.db import InterfaceError, OperationalError
 from django.test import Client
 from django.utils import timezone
 
-from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Item, Response
 
 TIE = Judgement("compare", {"tie": [0, 1]})

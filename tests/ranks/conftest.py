@@ -15,7 +15,7 @@ LEFT_OUT = [
     r"test_layouts.*-muon\]",  # test_optimizers keeps Muon on shards
     r"test_layouts.*\[(fsdp-3|context-4|context-2-replicas-2)-",
     r"test_optimizers.*\[\w[\w-]*-(fsdp-3|hsdp-2x2)\]",
-    r"test_optimizers.*noise_scale.*\[4-",
+    r"test_optimizers.*noise_scale.*\[(hsdp-2x2|tensor-2-context-2|pipeline-2-|pipeline-4)",
     r"test_pipeline.*\[(gpipe|untied|ramp|fsdp-interleaved-recompute|replicas|muon|uneven-4)\]",
     r"test_pipeline.*\[(context-interleaved|untied-interleaved|tensor|document-mask)\]",
     r"test_pipeline.*bfloat16.*\[4-",

@@ -5,12 +5,13 @@ accelerate 3971 is optimizer state that was saved but cannot be loaded.
 """
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from layout_runs import trainer_for, weights
+from layout_runs import CONFIG, trainer_for, weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -320,22 +321,43 @@ def alone_in_float16() -> list[tuple[float, str | None, float]]:
 # Gradient noise scale.
 
 
-def noise(parallel: dict[str, Any]) -> list[dict[str, float]]:
-    """The metrics of three steps of four microbatches."""
-    trainer = trainer_for(parallel, noise_scale=True, accumulation=4)
-    return [trainer.train_step().metrics for _ in range(3)]
+NOISY_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "fsdp-2": (2, {}),
+    "hsdp-2x2": (4, {"shard": 2, "replicate": 2}),
+    "context-2": (2, {"context": 2}),
+    "tensor-2": (2, {"tensor": 2}),
+    "tensor-2-context-2": (4, {"tensor": 2, "context": 2}),
+    "pipeline-2": (2, {"pipeline": 2}),
+    "pipeline-2-gpipe": (2, {"pipeline": 2, "schedule": "gpipe"}),
+    "pipeline-4": (4, {"pipeline": 4}),
+    "interleaved-2-shard-2": (4, {"pipeline": 2, "schedule": "interleaved", "shard": 2}),
+    "pipeline-2-tensor-2": (4, {"pipeline": 2, "tensor": 2}),
+    "pipeline-2-replicas-2": (4, {"pipeline": 2, "shard": 1}),
+}
 
 
-@pytest.mark.parametrize(
-    ("processes", "parallel"),
-    [(2, {}), (4, {"shard": 2, "replicate": 2}), (2, {"context": 2}), (2, {"tensor": 2})],
-)
-def test_the_noise_scale_is_that_of_one_process(processes: int, parallel: dict[str, Any]):
+def noise(parallel: dict[str, Any]) -> list[list[tuple[float, dict[str, float]]]]:
+    """Gradient norm and metrics of three steps of four microbatches, by model."""
+    found = []
+    for config in (CONFIG, replace(CONFIG, tied=False)):
+        trainer = trainer_for(parallel, config=config, noise_scale=True, accumulation=4)
+        steps = [trainer.train_step() for _ in range(3)]
+        found.append([(step.grad_norm, step.metrics) for step in steps])
+    return found
+
+
+@cache
+def noise_alone() -> list[list[tuple[float, dict[str, float]]]]:
+    return on_ranks(1, noise, {})[0]
+
+
+@pytest.mark.parametrize("layout", NOISY_LAYOUTS)
+def test_the_noise_scale_is_that_of_one_process(layout: str):
     """A microbatch of all processes is one microbatch of one process."""
-    [wanted] = on_ranks(1, noise, {})
-    assert {"noise/g", "noise/s", "last_loss"} <= wanted[0].keys()
+    processes, parallel = NOISY_LAYOUTS[layout]
     for found in on_ranks(processes, noise, parallel):
-        for metrics, alone in zip(found, wanted, strict=True):
-            if {"context", "tensor"} & parallel.keys():  # processes may have parts of rows
-                alone = {name: value for name, value in alone.items() if name != "last_loss"}
-            assert metrics == pytest.approx(alone, rel=1e-4)
+        for steps, alone in zip(found, noise_alone(), strict=True):
+            for (norm, metrics), (wanted_norm, wanted) in zip(steps, alone, strict=True):
+                assert {"noise/g", "noise/s", "last_loss"} <= wanted.keys()
+                assert norm == pytest.approx(wanted_norm, rel=1e-5)
+                assert metrics == pytest.approx(wanted, rel=1e-4)

@@ -11,13 +11,17 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 SETTLED_NS = 2 * 10**9
 """A file changed this recently is hashed again: a second change could have the same time stamp."""
+
+LATE_S = 60.0
+"""How long another machine may not yet see a new file of shared storage: NFS caches the entries of
+a folder for up to a minute."""
 
 _TRIES = 100
 """Times that a new folder is made again because another process removed it."""
@@ -148,6 +152,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def wait_until_seen(path: Path, condition: Callable[[], bool] | None = None) -> bool:
+    """Waits until another machine's new file is there and `condition` holds; False if it is late.
+
+    Without a condition it is that the file exists.
+    """
+    condition = condition or path.exists
+    until = time.monotonic() + LATE_S
+    while True:
+        with suppress(OSError):
+            if condition():
+                return True
+        if time.monotonic() > until:
+            return False
+        with suppress(OSError):
+            os.listdir(path.parent)  # makes NFS ask the server again
+        time.sleep(0.05)
 
 
 def lock(descriptor: int) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from openpalm.base.files import wait_until_seen
 from openpalm.checkpoint import tensors
 from openpalm.model.sharding import is_first_copy, local_part, local_slices
 from openpalm.parallel.world import World
@@ -73,6 +74,8 @@ def _write_own(
     path: Path, parts: Mapping[str, Part], offsets: Mapping[str, int], rank: int
 ) -> None:
     try:
+        # The main process made the file, perhaps on another machine.
+        wait_until_seen(path)
         with path.open("r+b") as file:
             for name, part in parts.items():
                 for offset, values in _runs(part):

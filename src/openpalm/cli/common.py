@@ -7,11 +7,13 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, TypeVar, cast
 
+import torch
 from torch import Tensor
 
+from openpalm import __version__
 from openpalm.base.device import pick_device, pick_dtype
 from openpalm.base.files import sha256_of
-from openpalm.base.settings import check
+from openpalm.base.settings import check, plain, spell
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter
 from openpalm.checkpoint.manifest import is_listed, read_manifest
@@ -26,6 +28,7 @@ from openpalm.generate.load import load_quantized
 from openpalm.generate.quantize import WeightFormat
 from openpalm.model.config import LoraConfig
 from openpalm.model.transformer import Transformer
+from openpalm.parallel.agreement import refuse_differences
 from openpalm.parallel.world import join, world
 from openpalm.train.config import NO_INIT, TaskProbeSettings, TrainSettings
 from openpalm.train.initial_weights import Start, check_reads, start_directory, starting_point
@@ -37,11 +40,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 64
+OF_A_PROCESS = ("data", "loggers", "wandb_project", "wandb_name", "profile")
+"""Settings that may differ between the processes of a run: the data is compared by its hash, the
+others are for the main process."""
 
 
 def join_processes(settings: TrainSettings) -> None:
-    """Joins the processes that torchrun started, before any of them reads data."""
-    join(settings.parallel, pick_device(settings.device))
+    """Joins the processes that torchrun started, before any of them reads data.
+
+    Raises SettingsError if they were started with different options or versions.
+    """
+    here = join(settings.parallel, pick_device(settings.device))
+    versions = {"version of OpenPaLM": __version__, "version of PyTorch": str(torch.__version__)}
+    options = {name: value for name, value in plain(settings).items() if name not in OF_A_PROCESS}
+    refuse_differences(here, versions | {spell(name): value for name, value in options.items()})
 
 
 def weights_path(name: str) -> Path:

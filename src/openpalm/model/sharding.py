@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
@@ -79,14 +79,6 @@ def _coordinate(tensor: DTensor) -> Sequence[int]:
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "this process is not part of the tensor's mesh"
     return coordinate
-
-
-def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """`value`, the same on every process, sharded as `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return value
-    # Without a source rank every process cuts its own part out of its copy.
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _order(tensor: DTensor) -> list[int]:

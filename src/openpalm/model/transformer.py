@@ -129,6 +129,11 @@ class Transformer(nn.Module):
     def _numbered_blocks(self) -> Iterable[tuple[int, nn.Module]]:
         return enumerate(self.blocks)
 
+    @property
+    def computes_loss(self) -> bool:
+        """Whether `cross_entropy` gets final states; false at a pipeline's earlier stages."""
+        return True
+
     def head(self, residual: Tensor) -> Tensor:
         """Logits, float32 [..., vocab_size], from the residual stream [..., dim]."""
         logits = self.project_head(self._states(residual), self._table, self.head_bias)

@@ -6,8 +6,8 @@ PipeDream). interleaved: 1f1b with two stages a process, which halves the idle t
 al. 2021, Efficient Large-Scale Language Model Training on GPU Clusters).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,23 @@ from torch.distributed.pipelining import (
 
 from openpalm.model.sharding import local_part
 from openpalm.model.transformer import Transformer
-from openpalm.parallel import fsdp
+from openpalm.parallel import fsdp, tensor
 from openpalm.parallel.config import ParallelSettings
 from openpalm.parallel.stages import Stage, StagedTransformer
 from openpalm.parallel.world import World
 
 Loss = Callable[[Transformer, Any], tuple[Tensor, dict[str, float]]]
 """An objective's loss, summed over a batch, and further sums."""
+_TAG = 1
+"""Of gradients of single microbatches: torch's schedules send theirs with tag 0."""
+
+
+class Taker(Protocol):
+    """Takes the gradient of each microbatch away from the parameters, and gives back their sum."""
+
+    def take(self, number: int, elsewhere: Mapping[Tensor, Tensor] | None = None) -> None: ...
+
+    def give_back(self) -> None: ...
 
 
 class Pipeline:
@@ -50,14 +60,22 @@ class Pipeline:
         self._batches: Sequence[Any] = ()
         self._divisor = 1.0
         self._total, self._sums = 0.0, dict[str, float]()
+        self.taker: Taker | None = None
+        self._sent: list[tuple[Any, Tensor]] = []
 
     def accumulate(
-        self, loss: Loss, batches: Sequence[Any], divisor: float
+        self,
+        loss: Loss,
+        batches: Sequence[Any],
+        divisor: float,
+        taker: Taker | None = None,
     ) -> tuple[float, dict[str, float]]:
         """Adds the gradient of the batches' loss / divisor; returns the sums of loss and metrics.
 
-        The sums are of the last stage; other processes return zeros under the same names.
+        The sums are of the last stage; other processes return zeros under the same names. taker:
+        gets the gradient of each microbatch, already summed over the other processes of a stage.
         """
+        self.taker = taker
         device = self.model.device
         self._loss, self._divisor = loss, divisor
         self._batches = [batch.to(device) for batch in batches]
@@ -67,8 +85,42 @@ class Pipeline:
         schedule = self._schedule_of(len(batches))
         schedule.step(numbers, number=numbers, target=numbers, return_outputs=False)
         self._batches = ()
+        if taker is not None:
+            self._wait_for_sent(0)
+            taker.give_back()
         self._add_other_copy()
         return self._total, self._sums
+
+    def take(self, stage: Stage, number: int) -> None:
+        """Gives the taker the gradient of a microbatch, which a stage has just computed."""
+        if self.taker is not None:
+            tensor.sum_gradients(self.model)
+            self.taker.take(number, self._of_other_copy(stage))
+
+    def _of_other_copy(self, stage: Stage) -> dict[Tensor, Tensor]:
+        """On the first stage: the last one's gradient of a tied table, for the same microbatch.
+
+        The norm of a sum is not known from the norms of its two terms. The last stage is always
+        ahead, so the first does not wait. The copies travel over the CPU: sends that wait for their
+        receiver would block a GPU.
+        """
+        table = self.model.embedding
+        if table is None or not self.model.config.tied or not (stage.first or stage.last):
+            return {}
+        own = torch.zeros_like(local_part(table)) if table.grad is None else local_part(table.grad)
+        part, group = own.to("cpu", copy=True), self.model.group
+        if stage.first:
+            dist.recv(part, group=group, group_src=dist.get_world_size(group) - 1, tag=_TAG)
+            return {table: part.to(own.device)}
+        self._sent.append((dist.isend(part, group=group, group_dst=0, tag=_TAG), part))
+        # With 1f1b all but the newest have arrived; this bounds the memory of the other schedules.
+        self._wait_for_sent(3 * dist.get_world_size(group))
+        return {}
+
+    def _wait_for_sent(self, most: int) -> None:
+        """Waits until at most so many sent gradients are on their way."""
+        while len(self._sent) > most:
+            self._sent.pop(0)[0].wait()
 
     def _compute(self, stage: Stage, received: Tensor | None, number: int) -> Tensor:
         """The residual stream after a stage, or the loss, of one microbatch."""
@@ -161,6 +213,7 @@ class _TorchStage(PipelineStage):
             output_args=(loss if stage.last else stream,),
             group=model.group,
         )
+        self._pipeline, self._stage = pipeline, stage
         blocks = [model.blocks.get_submodule(str(n)) for n in stage.blocks]
         # The rest of the model belongs to the first and the last stage.
         self._modules_of_stage = [*blocks, model] if stage.first or stage.last else blocks
@@ -168,8 +221,10 @@ class _TorchStage(PipelineStage):
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **options: Any) -> None:
         for module in self._modules_of_stage:
             last = bwd_chunk_id == self.chunks - 1  # type: ignore[operator]
-            fsdp.reduce_over_replicas(module, last, recurse=False)
+            wanted = last or self._pipeline.taker is not None
+            fsdp.reduce_over_replicas(module, wanted, recurse=False)
         super().backward_one_chunk(bwd_chunk_id, *args, **options)
+        self._pipeline.take(self._stage, bwd_chunk_id)
 
 
 class _Compute(nn.Module):

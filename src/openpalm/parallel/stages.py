@@ -175,6 +175,10 @@ class StagedTransformer(Transformer):
         assert self.current is not None
         return ((n, self.blocks.get_submodule(str(n))) for n in self.current.blocks)
 
+    @property
+    def computes_loss(self) -> bool:
+        return self.current is None or self.current.last
+
     def cross_entropy(
         self, residual: Tensor, targets: Tensor, *, z_loss: float = 0.0, chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ Small values travel over a gloo group of their own, on the CPU, whatever carries
 """
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from openpalm.base.launcher import launched
@@ -23,6 +25,9 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
 """How long processes wait for the main one while it saves, reads or evaluates: a watchdog with the
 step's time limit would end runs whose checkpoints are large. A process that dies is noticed."""
+
+_RENDEZVOUS_S = 15.0
+"""Added to the time limit for a rendezvous that never answers."""
 
 
 @dataclass(frozen=True)
@@ -183,11 +188,23 @@ def join(settings: ParallelSettings, device: torch.device) -> World:
         _initialise(device, wait)
     if _current.size == size and _current.axes == axes:
         return _current
-    mesh = init_device_mesh(device.type, axes.sizes, mesh_dim_names=AXES)
     control = dist.new_group(backend="gloo", timeout=wait)
+    # Before the mesh: processes that cut it differently would wait for each other's groups.
+    _refuse_other_axes(World(rank, size, axes, control=control))
+    mesh = init_device_mesh(device.type, axes.sizes, mesh_dim_names=AXES)
     patient, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     _current = World(rank, size, axes, mesh, control, patient, saving)
     return _current
+
+
+def _refuse_other_axes(here: World) -> None:
+    everyone = here.gather(str(here.axes))
+    for rank, axes in enumerate(everyone):
+        if axes != everyone[0]:
+            raise SettingsError(
+                f"--parallel: {axes} on process {rank}, {everyone[0]} on process 0; start all "
+                "processes with the same command"
+            )
 
 
 def leave() -> None:
@@ -201,22 +218,46 @@ def leave() -> None:
 def _initialise(device: torch.device, wait: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
-    try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=wait)))
-    except ValueError as error:
-        raise SettingsError(
-            f"WORLD_SIZE is set but the processes cannot find each other ({error}); start them "
-            "with torchrun or srun"
-        ) from None
-    except dist.DistError as error:
-        size, where = os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]
-        raise WorkError(
-            f"not all {size} processes (WORLD_SIZE) met at {where} (MASTER_ADDR) within "
-            f"{wait.total_seconds():g} s: {str(error).partition(chr(10))[0]}; start all of them "
-            "with torchrun or srun, or unset these variables to run one process"
-        ) from None
+    store, rank, size = _rendezvous(wait)
     store.set_timeout(wait)
     store = meet(store, rank, size, wait.total_seconds())
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=wait, device_id=own
+    )
+
+
+def _rendezvous(wait: timedelta) -> tuple[Store, int, int]:
+    """The launcher's store, rank and size. Raises SettingsError or WorkError."""
+    found: list[Any] = []
+
+    def ask() -> None:
+        try:
+            found.append(next(iter(rendezvous("env://", timeout=wait))))
+        except (ValueError, dist.DistError) as error:
+            found.append(error)
+
+    # In a thread, because torch waits without a limit if another program listens at the port.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    # torch tries several times, each within the limit.
+    thread.join(2 * wait.total_seconds() + _RENDEZVOUS_S)
+    result = found[0] if found else None
+    if isinstance(result, tuple):
+        return result
+    if isinstance(result, ValueError):
+        raise SettingsError(
+            f"WORLD_SIZE is set but the processes cannot find each other ({result}); start them "
+            "with torchrun or srun"
+        )
+    where, port, size = (os.environ[n] for n in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+    said = str(result or "what listens there does not answer").partition("\n")[0].rstrip(".")
+    if "EADDRINUSE" in said:
+        raise WorkError(
+            f"port {port} of this machine (MASTER_PORT) is used by another program, perhaps "
+            "another run; choose a free one"
+        )
+    raise WorkError(
+        f"not all {size} processes (WORLD_SIZE) met at {where} (MASTER_ADDR), port {port}, within "
+        f"{wait.total_seconds():g} s: {said}; start all of them "
+        "with torchrun or srun, or unset these variables to run one process"
     )

@@ -200,9 +200,9 @@ class TrainSettings:
     noise_scale: bool = False
     """also report the gradient noise scale (McCandlish et al. 2018), noise/b_simple: the batch, in
     tokens, above which a larger one brings little; noise/g and noise/s, and last_loss at the last
-    position of the rows (not with --parallel.tensor or context). It compares the gradients of
-    microbatches, each summed over all processes, with that of the batch: needs two microbatches a
-    step, memory for one more gradient, and a norm for each microbatch"""
+    position of the rows. It compares the gradients of microbatches, each summed over all processes,
+    with that of the batch: needs two microbatches a step, memory for one more gradient, and a norm
+    for each microbatch"""
     compile: bool = False
     """torch.compile of each block, for GPUs; takes a minute or two before the first step"""
     memory: MemorySettings = field(default_factory=MemorySettings)

@@ -4,7 +4,7 @@ An objective SUMS over the batch. The trainer divides by a count over all microb
 processes, so that k microbatches, or n processes, give the gradient of one whole batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -52,7 +52,10 @@ class NextToken:
         return int((targets != IGNORE).sum())
 
     def loss(self, model: Transformer, batch: Batch, /) -> tuple[Tensor, Metrics]:
+        ends = torch.zeros_like(batch.targets)
+        ends[:, -1] = 1
         if self.context is not None:
+            ends = self.context.part(replace(batch, targets=ends)).targets
             layout, batch = self.context.layout(batch), self.context.part(batch)
         else:
             layout = None if batch.segments is None else packed_layout(batch.segments)
@@ -66,15 +69,19 @@ class NextToken:
             states.flatten(0, -2), targets, z_loss=self.z_loss, chunk=self.chunk
         )
         metrics = {"z_loss": z.item()} if self.z_loss else {}
-        if self.last and self.context is None:
-            time = batch.inputs.shape[1]
-            where = torch.arange(len(targets), device=targets.device) if places is None else places
-            metrics |= self._last(model, states.flatten(0, -2), targets, where % time == time - 1)
+        if self.last:
+            at_end = (ends.flatten() if places is None else ends.flatten()[places]) == 1
+            metrics |= self._last(model, states.flatten(0, -2), targets, at_end)
         return loss, metrics
 
     @torch.no_grad()
     def _last(self, model: Transformer, states: Tensor, targets: Tensor, ends: Tensor) -> Metrics:
-        """Sums for last_loss, by the head on the states where `ends` is True."""
+        """Sums for last_loss, by the head on the states where `ends` is True.
+
+        Zeros where this process has none: other positions of the rows, or another pipeline stage.
+        """
+        if not (model.computes_loss and ends.any()):
+            return {"last_loss": 0.0, "last_rows": 0.0}
         loss, _ = model.cross_entropy(states[ends], targets[ends], chunk=self.chunk)
         return {"last_loss": loss.item(), "last_rows": float(ends.sum())}
 

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ import torch
 from rich.console import Console
 
 from openpalm.base.device import keep_freed_memory, pick_device
+from openpalm.base.files import wait_until_seen
 from openpalm.base.settings import plain
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.contents import TrainState, collect
 from openpalm.checkpoint.saver import Saver
 from openpalm.errors import OpenPalmError, StorageError, TrainingError, WorkError, count_of
+from openpalm.parallel.agreement import check_directory, refuse_differences
 from openpalm.parallel.lost import lost_processes_named
 from openpalm.parallel.world import join
 from openpalm.train import retention, run_directory
@@ -81,6 +83,9 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
     with ExitStack() as stack:
         here.on_main(lambda: stack.enter_context(run_directory.locked(settings.out)))
         reached = stack.enter_context(lost_processes_named(here, settings.parallel.timeout_s))
+        hashes = {f"hash of the {name}": found for name, found in spec.hashes.items()}
+        refuse_differences(here, hashes | {"model": asdict(spec.config)})
+        check_directory(here, settings.out)
         # First, because another version's settings cannot be compared with ours.
         other = here.on_main(lambda: run_directory.finished_by_other_version(settings.out))
         if other is not None:
@@ -103,6 +108,8 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
             return Outcome(newest, info.steps, was_finished=True)
         # Only now is the training state read and verified: a finished run may be without it.
         newest = here.on_main(lambda: checkpoint.newest_whole(settings.out, training=True))
+        if newest is not None:
+            wait_until_seen(newest / "manifest.json")  # another machine may just have renamed it
         dtype = getattr(torch, info.dtype)
         trainer = make_trainer(settings, spec, shape, device, steps=info.steps, dtype=dtype)
         reached.step = lambda: min(trainer.step + 1, trainer.steps)

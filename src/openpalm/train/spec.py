@@ -182,9 +182,7 @@ def make_trainer(
 
 def _next_token(settings: TrainSettings) -> NextToken:
     chunk, context = settings.memory.loss_chunk, context_split(world())
-    # Tensor-parallel processes may hold other positions than the last.
-    last = settings.noise_scale and world().axes.tensor == 1
-    return NextToken(settings.z_loss, chunk, context, last=last)
+    return NextToken(settings.z_loss, chunk, context, last=settings.noise_scale)
 
 
 def _optimizer(model: Transformer, settings: TrainSettings, rate: float) -> Optimizer:
@@ -197,14 +195,12 @@ def _optimizer(model: Transformer, settings: TrainSettings, rate: float) -> Opti
 def _check_noise_scale(settings: TrainSettings, shape: BatchShape) -> None:
     """Raises SettingsError if there are no gradients of microbatches to compare."""
     if settings.noise_scale and shape.accumulation == 1:
+        remedy = f"--microbatch-tokens {shape.rows // 2 * shape.sequence_length}"
+        if shape.rows == 1:
+            remedy = f"--batch-tokens {2 * shape.processes * shape.sequence_length} or more"
         raise SettingsError(
             "--noise-scale: compares microbatches with the batch, but a step is one microbatch; "
-            "give a smaller --microbatch-tokens"
-        )
-    if settings.noise_scale and world().axes.pipeline > 1:
-        raise SettingsError(
-            "--noise-scale: a pipeline has no gradients of single microbatches; leave it or "
-            "--parallel.pipeline out"
+            f"give {remedy}"
         )
 
 

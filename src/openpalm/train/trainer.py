@@ -156,9 +156,13 @@ class Trainer:
         # FSDP averages gradients over processes: the loss is scaled so that the average is a sum.
         scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
         divisor = count / self.world.axes.averaged / scale
-        accumulate = self.pipeline.accumulate if self.pipeline else self._accumulate
-        total, sums = accumulate(self.objective.loss, batches, divisor)
-        tensor.sum_gradients(self.model)
+        loss = self.objective.loss
+        if self.pipeline is not None:
+            total, sums = self.pipeline.accumulate(loss, batches, divisor, self.noise)
+        else:
+            total, sums = self._accumulate(loss, batches, divisor)
+        if self.noise is None:  # which sums those of each microbatch
+            tensor.sum_gradients(self.model)
         self.own_loss = total
         # Every process has the same metrics, in the same order.
         total, *values = self.world.sums([total, *sums.values()])
@@ -173,14 +177,15 @@ class Trainer:
     ) -> tuple[float, Metrics]:
         """Adds the gradient of the summed loss / divisor; returns the sums of loss and metrics."""
         total, sums = 0.0, Metrics()
-        for number, batch in enumerate(batches, 1):
-            fsdp.reduce_over_replicas(self.model, number == len(batches) or self.noise is not None)
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            fsdp.reduce_over_replicas(self.model, last or self.noise is not None)
             with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
                 loss, metrics = self.model(loss_of, batch.to(self.device))
             (loss / divisor).backward()
             if self.noise is not None:
                 tensor.sum_gradients(self.model)
-                self.noise.take()
+                self.noise.take(number)
             total += loss.item()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value

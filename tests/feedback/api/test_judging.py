@@ -63,7 +63,7 @@ def test_a_full_disk_is_no_bug(project, make_item, ann, monkeypatch):
 
     make_item("one", "yes", "no")
     shown = lease(ann)
-    monkeypatch.setattr("openpalm.feedback.labeling.submission.submit", submit)
+    monkeypatch.setattr("openpalm.feedback.judgements.submission.submit", submit)
     answer = ann.post(f"assignments/{shown['id']}/submit", {"payload": {"tie": [0, 1]}})
     assert answer.status_code == 503
     assert answer.data["error"]["code"] == "unavailable"

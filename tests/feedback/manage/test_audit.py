@@ -7,7 +7,7 @@ from openpalm import feedback
 from openpalm.feedback.manage.audit_pages import AREAS
 from openpalm.feedback.models import Event, Role
 
-ACTION = re.compile(r'(?:record|_audit)\(\s*(?:request, )?f?"([a-z]+)\.')
+ACTION = re.compile(r'(?:record|record_for|_audit)\(\s*(?:request,\s*)?f?"([a-z]+)\.')
 """the first word of an action, as in audit.record("item.added", ...)"""
 
 

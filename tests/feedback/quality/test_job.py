@@ -5,8 +5,8 @@ from datetime import timedelta
 import pytest
 
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Job, Statistic
 from openpalm.feedback.quality.compute import compute
 from openpalm.feedback.quality.job import KEPT_JOBS, REST, enqueue_due

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pair_payloads import BOTH_BAD, TIE, A, B
 
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Item, ItemCandidate, Response
 from openpalm.feedback.quality import answer_table, response_table
 from openpalm.feedback.quality.answer_table import AnswerTable

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from openpalm.data.rows.pair_files import read_pairs
+from openpalm.data.rows.readers.pairs import read_pairs
 from openpalm.errors import DataError
-from openpalm.feedback.labeling import submission
+from openpalm.feedback.judgements import submission
 from openpalm.feedback.models import Item, Snapshot, SnapshotJudgement, User
 from openpalm.feedback.statistics.selection import in_reserve
 from openpalm.feedback.training import snapshots

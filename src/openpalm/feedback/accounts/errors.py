@@ -27,7 +27,7 @@ def not_found(request: HttpRequest, exception: Any = None) -> HttpResponse:
 
 
 def too_large(request: HttpRequest) -> HttpResponse:
-    return _without_request(413, "This is larger than the site takes.")
+    return _without_request(413, "This request is too large for the site.")
 
 
 def server_error(request: HttpRequest) -> HttpResponse:
@@ -52,12 +52,18 @@ def database_trouble(error: BaseException | None) -> str:
     return f"{cause}: nothing was stored. Try again in a minute, or tell its administrator"
 
 
+def sentence(error: Exception) -> str:
+    """The message of an error as a sentence of a page."""
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:
     return _page(
         request,
         403,
         "This form is out of date, or it came from another site. Go back, load the page again and "
-        "send it once more. Cookies must be allowed.",
+        "send it again. Cookies must be enabled.",
     )
 
 

@@ -29,6 +29,10 @@ class SignUpForm(PlainLabels, UserCreationForm):
         self.fields["password2"].help_text = ""
         self.fields["password2"].label = "Password again"
 
+    def validate_password_for_user(self, user: User, password_field_name: str = "password1"):
+        """Shows what is wrong where the password was chosen, not where it was repeated."""
+        super().validate_password_for_user(user, password_field_name)  # pyright: ignore
+
 
 class TokenForm(PlainLabels, forms.Form):
     """What a new API token may do, where, and until when."""

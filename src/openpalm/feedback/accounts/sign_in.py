@@ -1,4 +1,4 @@
-"""Sign in and change of the password, throttled."""
+"""Sign-in and password change, throttled."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from openpalm.feedback.accounts.forms import PlainLabels
 
 
 class LoginForm(PlainLabels, AuthenticationForm):
-    """Django's form, which takes as long for unknown names, with a wait after failures."""
+    """Django's form, as slow for unknown names as for known ones, with a wait after failures."""
 
     error_messages = AuthenticationForm.error_messages | {
         "invalid_login": "This name and password do not match an account.",

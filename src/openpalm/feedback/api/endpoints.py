@@ -7,8 +7,9 @@ is why the views are exempt from the CSRF check.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from django.db.models import Model, QuerySet
 from django.http import Http404, HttpRequest, JsonResponse
 from django.http.response import HttpResponseBase
 from django.views.decorators.csrf import csrf_exempt
@@ -24,6 +25,7 @@ from openpalm.feedback.paging import MAX_ID
 
 logger = logging.getLogger(__name__)
 MAX_PAGE = 500
+Row = TypeVar("Row", bound=Model)
 
 
 class Call:
@@ -34,6 +36,8 @@ class Call:
         self.token = token
         self.user: User = token.user
         self.least = least
+        self.role = ""
+        """of the user in the project; known once the project is entered"""
         self.query = query_of(request)
         self.body = body_of(request)
 
@@ -47,7 +51,20 @@ class Call:
             raise ApiError(403, "this token is limited to another project")
         if not has_rank(role, self.least):
             raise ApiError(403, f"this needs the role {self.least} or above; yours is {role}")
+        self.role = role
         return project, role
+
+    def find(self, rows: "QuerySet[Row]", what: str) -> Row:
+        """The one of the rows, whose project is entered. One of others does not exist."""
+        found: Any = rows.select_related("project").first()
+        try:
+            if found is not None:
+                self.enter(found.project.slug)
+                return found
+        except ApiError as error:
+            if error.status != 404:
+                raise
+        raise ApiError(404, f"there is no such {what}, or you may not see it")
 
     def project_in_query(self) -> tuple[Project, str]:
         return self.enter(self.query.text("project", most=60))

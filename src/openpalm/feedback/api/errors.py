@@ -1,8 +1,12 @@
 """The one shape of the API's errors: {"error": {"code", "message", "field"}}."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 
 from django.http import JsonResponse
+
+from openpalm.errors import DataError
 
 CODES = {
     400: "invalid",
@@ -17,6 +21,15 @@ CODES = {
     500: "internal",
     503: "unavailable",
 }
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What the state of the project does not allow is a conflict, in the words of the pages."""
+    try:
+        yield
+    except DataError as error:
+        raise ApiError(409, f"{error}") from None
 
 
 class ApiError(Exception):

@@ -14,7 +14,7 @@ from django.http import HttpRequest, UnreadablePostError
 
 from openpalm.base.console import shown
 from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.labeling.storable import storable
+from openpalm.feedback.database import storable
 
 REQUIRED: Any = object()
 MAX_DEPTH = 20
@@ -90,6 +90,19 @@ class Fields:
             )
 
         fits = f"a list of at most {most} texts of 1 to {length} characters"
+        return self._get(name, fits, is_list, default)
+
+    def wholes(self, name: str, *, most: int, high: int, default: Any = REQUIRED) -> Any:
+        """A list of whole numbers from 1 to `high`."""
+
+        def is_list(value: Any) -> bool:
+            return (
+                isinstance(value, list)
+                and 0 < len(value) <= most
+                and all(type(v) is int and 1 <= v <= high for v in value)
+            )
+
+        fits = f"a list of 1 to {most} whole numbers from 1"
         return self._get(name, fits, is_list, default)
 
     def objects(self, name: str, *, least: int, most: int) -> list["Fields"]:

@@ -13,9 +13,9 @@ from openpalm.feedback.accounts.access import has_rank
 from openpalm.feedback.api.endpoints import Call, operation
 from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.json_forms import response_json
-from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.deletion import erase
+from openpalm.feedback.items.blinding import revealed
 from openpalm.feedback.manage.exporting import file_of
+from openpalm.feedback.manage.responses import erase
 from openpalm.feedback.models import Response, Role, User
 from openpalm.feedback.paging import MAX_ID
 
@@ -61,11 +61,10 @@ def delete_response(call: Call, uid: UUID) -> JsonResponse:
 
 def _visible(call: Call, uid: UUID, others: str = Role.REVIEWER) -> Response:
     """The response, if it is the user's or their role is `others` or above."""
-    found = Response.objects.select_related("project", "user", "item").filter(uid=uid).first()
-    if found is not None:
-        _, role = call.enter(found.project.slug)
-        if found.user_id == call.user.pk or has_rank(role, others):
-            return found
+    rows = Response.objects.select_related("user", "item").filter(uid=uid)
+    found = call.find(rows, "response")
+    if found.user_id == call.user.pk or has_rank(call.role, others):
+        return found
     raise ApiError(404, "there is no such response, or you may not see it")
 
 

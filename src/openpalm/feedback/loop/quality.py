@@ -7,7 +7,7 @@ from django.http import HttpResponse
 from django.views.decorators.http import require_GET
 
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import Figures, estimate, mapping, rows
 from openpalm.feedback.loop.pages import page
@@ -126,7 +126,7 @@ def board(request: ProjectRequest) -> HttpResponse:
 
 
 def shown_board(figure: Mapping[str, Any], served: str) -> dict[str, Any]:
-    """The models of each group, plain beside style-controlled strengths on one scale."""
+    """The models of each group, plain and style-controlled strengths on one scale."""
     plain, styled = mapping(figure.get("plain")), mapping(figure.get("styled"))
     strengths = rows(plain.get("strengths"))
     at_equal_style = {row.get("model"): row for row in rows(styled.get("strengths"))}

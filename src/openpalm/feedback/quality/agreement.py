@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from openpalm.feedback.labeling.categories import BOTH_BAD
+from openpalm.feedback.judgements.categories import BOTH_BAD
 from openpalm.feedback.models import Project
 from openpalm.feedback.quality.counted import CATEGORIES, WINNERS, Values, values_of
 from openpalm.feedback.quality.response_table import ResponseTable
@@ -29,7 +29,7 @@ def agreement(
     if not len(values.codes):
         return None
     if table.kind == "rank":
-        return _of_ranking(values), {}
+        return _of_ranking(values), consensus_of_rankings(values, table.parts)
     if table.kind == "rate":
         return _of_rating(values, table.parts), {}
     return _of_categories(table.project, values, table.kind)
@@ -106,22 +106,45 @@ def _part(name: str, table: AgreementCounts, left_out: int) -> dict[str, Any]:
     return figures | {"name": name, "scale": "ordinal", "left_out": left_out}
 
 
+CONSENSUS = ("single", "unanimous", "majority", "without")
+
+
 def consensus(values: Values, kind: str) -> dict[str, Any]:
     """The items with and without a majority."""
     patterns, of_items = np.unique(values.counts, axis=0, return_inverse=True)
-    numbers = np.bincount(of_items)
-    found = [_majority(kind, counts) for counts in patterns.tolist()]
-    counts: Counter[str] = Counter()
-    for name, number in zip(found, numbers.tolist(), strict=True):
-        counts[name] += number
-    is_without = np.array([name == "without" for name in found])[of_items]
-    numbers = {name: counts[name] for name in ("unanimous", "majority", "without")}
+    found = [CONSENSUS.index(_majority(kind, counts)) for counts in patterns.tolist()]
+    return _consensus(values.unit_items, np.array(found)[of_items])
+
+
+def _consensus(items: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+    """From items, ascending, and what was found of each, as an index in CONSENSUS."""
+    single, *numbers = np.bincount(found, minlength=len(CONSENSUS)).tolist()
+    without = items[found == CONSENSUS.index("without")]
     return {
-        "judged": counts.total(),
-        "shared": sum(numbers.values()),
-        **numbers,
-        "items": values.unit_items[is_without][::-1][:LISTED].tolist(),
+        "judged": single + sum(numbers),
+        "shared": sum(numbers),
+        **dict(zip(CONSENSUS[1:], numbers, strict=True)),
+        "items": without[::-1][:LISTED].tolist(),
     }
+
+
+def consensus_of_rankings(values: Values, pairs: list[tuple[int, int]]) -> dict[str, Any]:
+    """As of comparisons; an item has a majority if the consensus has one best answer.
+
+    By wins, which order the answers as Bradley and Terry do: see statistics/consensus.py.
+    """
+    items, first, of_units = np.unique(values.unit_items, return_index=True, return_inverse=True)
+    a, tie, b = values.counts.T
+    i, j = np.array(pairs)[values.unit_parts].T
+    wins = np.full((len(items), int(max(map(max, pairs))) + 1), -1)
+    wins[of_units, i] = wins[of_units, j] = 0
+    np.add.at(wins, (of_units, i), 2 * a + tie)
+    np.add.at(wins, (of_units, j), 2 * b + tie)
+    is_split = np.bincount(of_units, (values.counts > 0).sum(axis=1) > 1) > 0
+    has_one_best = (wins == wins.max(axis=1, keepdims=True)).sum(axis=1) == 1
+    is_single = values.counts.sum(axis=1)[first] < 2
+    names = np.select([is_single, ~is_split, has_one_best], [0, 1, 2], 3)
+    return _consensus(items, names)
 
 
 def _majority(kind: str, counts: Sequence[int]) -> str:

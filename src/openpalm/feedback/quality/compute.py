@@ -1,7 +1,9 @@
 """Computes all figures of a project and stores them; names.py lists the rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
+
+from django.db import transaction
 
 from openpalm.feedback.models import ModelVersion, Project, User
 from openpalm.feedback.quality import names
@@ -20,6 +22,7 @@ from openpalm.feedback.quality.response_table import Report, ResponseTable
 from openpalm.feedback.quality.reward_agreement import RewardAgreement
 from openpalm.feedback.quality.store import store
 from openpalm.feedback.quality.timing import Times, progress
+from openpalm.feedback.worker.progress import Writing
 
 Rows = Iterator[tuple[str, Any]]
 """name and value of each figure"""
@@ -46,11 +49,11 @@ class Tables:
 
 
 def compute(
-    project: Project, check: Callable[[], None] = lambda: None, tables: Tables | None = None
+    project: Project, writing: Writing = transaction.atomic, tables: Tables | None = None
 ) -> None:
-    """Stores every figure, from tables that are up to date.
+    """Stores every figure, each in a transaction of its own, which may raise to stop.
 
-    `check` is called between the figures and may raise to stop.
+    `tables` are up to date.
     """
     if tables is None:
         tables = Tables(project)
@@ -58,8 +61,8 @@ def compute(
     activity = Activity(tables.responses)
     for part in (_labelers, _models):
         for name, value in part(tables, activity):
-            store(project, name, value)
-            check()
+            with writing():
+                store(project, name, value)
     tables.responses.forget()
 
 

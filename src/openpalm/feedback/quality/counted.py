@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-from openpalm.feedback.labeling.categories import BOTH_BAD
+from openpalm.feedback.judgements.categories import BOTH_BAD
 from openpalm.feedback.quality.response_table import NONE, ResponseTable
 from openpalm.feedback.statistics.agreement import Category
 

@@ -29,13 +29,13 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     """The handler of "statistics"."""
     assert job.project is not None
     seen = newest(job.project)  # before: what comes meanwhile makes it due again
-    comparisons.compute_all(job.project)
+    comparisons.compute_all(job.project, progress.writing)
     tables = _kept.take(job.project)
     progress.start(Response.objects.filter(project=job.project).count(), "reading judgements")
     progress.move_to(max(0, len(tables.responses) - READ_AGAIN))
     tables.refresh(job.project, progress.advance)
     progress.say("computing figures")
-    compute(job.project, progress.check, tables=tables)
+    compute(job.project, progress.writing, tables)
     _kept.put(tables)
     return {"newest": seen}
 
@@ -86,7 +86,7 @@ def _delete_old(project: Project) -> None:
 
 
 def _rested(last: Job) -> bool:
-    if last.state in (Job.State.QUEUED, Job.State.RUNNING):
+    if last.state in Job.UNFINISHED:
         return False
     if last.started_at is None or last.finished_at is None:
         return True

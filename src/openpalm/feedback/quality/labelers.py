@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from openpalm.feedback.labeling.categories import category_of
+from openpalm.feedback.judgements.categories import category_of
 from openpalm.feedback.models import Item, Response, User
 from openpalm.feedback.quality.agreement import as_json
 from openpalm.feedback.quality.counted import WINNERS, values_of, winners

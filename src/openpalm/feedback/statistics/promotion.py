@@ -191,12 +191,6 @@ def decide(
     verdict, reason = _verdict(
         len(means), minimum, deciding, styled_deciding, needed, unknown_style=unknown_style
     )
-    if verdict == "promote":
-        further = 0
-    elif verdict == "refuse" or needed is None or (enough and unknown_style):
-        further = None
-    else:
-        further = max(0, needed - len(means))
     left = position_bias(votes)
     shown_left = sum(vote.challenger_left for vote in votes) / len(votes) if votes else None
     return Decision(
@@ -204,7 +198,7 @@ def decide(
         reason=reason,
         comparisons=len(means),
         judgements=len(votes),
-        further=further,
+        further=_further(verdict, None if enough and unknown_style else needed, len(means)),
         win_rate=rate,
         look=look,
         deciding_level=level,
@@ -215,6 +209,12 @@ def decide(
         judged_by=dict(Counter(vote.author_kind for vote in votes)),
         warnings=_warnings(votes, left, styled, style_features),
     )
+
+
+def _further(verdict: Verdict, needed: int | None, comparisons: int) -> int | None:
+    if verdict == "promote":
+        return 0
+    return None if verdict == "refuse" or needed is None else max(0, needed - comparisons)
 
 
 def _needed_at_equal_style(styled: Estimate, comparisons: int) -> int:

@@ -2,11 +2,18 @@
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from django.db import transaction
 
 from openpalm.feedback.models import Job
 from openpalm.feedback.worker import jobs
 
 REPORT_EVERY_S = 0.5
+Writing = Callable[[], AbstractContextManager[None]]
+"""a transaction to store things in: Progress.writing in a job, transaction.atomic elsewhere"""
 
 
 class JobStopped(Exception):
@@ -62,14 +69,43 @@ class Progress:
         else:
             self.check()
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A transaction for what the job makes. Raises JobStopped if it is no longer this worker's.
+
+        Everything that a handler stores is stored in one, so that a worker that was frozen while
+        another one took the job over stores nothing when it wakes.
+        """
+        with transaction.atomic():
+            if not jobs.is_own(self.job):
+                self.lost.set()
+                raise JobStopped
+            yield
+
+    def confirm(self) -> None:
+        """Raises JobStopped if the job is no longer this worker's."""
+        with self.writing():
+            pass
+
+    def keep(self, result: dict[str, Any]) -> None:
+        """Stores the result with what the open transaction stores.
+
+        A worker that is killed before the job's end leaves it to the next one, in `Job.result`.
+        """
+        Job.objects.filter(pk=self.job.pk).update(result=result)
+
     def quiet(self) -> "Progress":
         """The same stops for a part of the work, without its counts."""
         return _Quiet(self)
 
     def wait(self, seconds: float) -> None:
         """Sleeps, and wakes when the worker ends."""
-        self._ending.wait(seconds)
+        self.ends_within(seconds)
         self.check()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Sleeps; returns whether the worker ends."""
+        return self._ending.wait(seconds)
 
     def _report(self) -> None:
         self.check()

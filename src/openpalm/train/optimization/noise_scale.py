@@ -10,7 +10,7 @@ which is less than the mean of their squares, and so underestimates s; and it ta
 replica's microbatches but counts only the microbatches between the two batch sizes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openpalm.model.sharding import local_part
 from openpalm.parallel.world import world
-from openpalm.train.optimization.shards import local_gradient, squared_norm
+from openpalm.train.optimization.shards import local_gradient, squared_norm, with_part
 
 DECAY = 0.99
 """Of the averages. One step's estimates are very noisy, and their ratio is biased."""
@@ -47,12 +47,22 @@ class NoiseScale:
         self.uncounted = uncounted
         self.g, self.s, self.weight = 0.0, 0.0, 0.0
         self._sum = dict[Tensor, Tensor]()
-        self._squares = list[float]()
+        self._squares = dict[int, float]()
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Takes the gradient of one microbatch away from the parameters."""
-        self._squares.append(squared_norm(self.parameters, self.uncounted))
+    def take(self, number: int, elsewhere: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Takes the gradient of microbatch `number` away from the parameters.
+
+        A pipeline's process calls it once for each of its stages. elsewhere: for a parameter that
+        another process has a copy of, this process's part of the gradient of that copy.
+        """
+        own = {parameter: parameter.grad for parameter in elsewhere or {}}
+        for parameter, part in (elsewhere or {}).items():
+            parameter.grad = with_part(parameter, local_gradient(parameter) + part)
+        square = squared_norm(self.parameters, self.uncounted)
+        self._squares[number] = self._squares.get(number, 0.0) + square
+        for parameter, gradient in own.items():
+            parameter.grad = gradient
         for parameter in self.parameters:
             if parameter.grad is None:
                 continue
@@ -62,17 +72,17 @@ class NoiseScale:
                 self._sum[parameter] = parameter.grad
             parameter.grad = None
 
-    def give_back(self) -> list[float]:
-        """Gives the parameters the sum of the gradients; returns squared norms over all processes.
-
-        One of each microbatch, and that of the sum.
-        """
+    def give_back(self) -> None:
+        """Gives the parameters the sum of the gradients."""
         for parameter, gradient in self._sum.items():
             parameter.grad = gradient
-        whole = squared_norm(self.parameters, self.uncounted)
-        found = world().sums_over_all([*self._squares, whole])
-        self._sum, self._squares = {}, []
-        return found
+        self._sum = {}
+
+    def _all_squares(self) -> list[float]:
+        """Squared norms over all processes: one of each microbatch, and that of the sum."""
+        own = [self._squares[number] for number in sorted(self._squares)]
+        self._squares = {}
+        return world().sums_over_all([*own, squared_norm(self.parameters, self.uncounted)])
 
     def metrics(self, counts: Sequence[float], loss_scale: float) -> dict[str, float]:
         """Ends a step: gives the gradients back, and returns the averages.
@@ -81,7 +91,8 @@ class NoiseScale:
         their sum and multiplied by `loss_scale`. Without two microbatches that count something
         there is no estimate; noise/b_simple is left out while the average of g is not positive.
         """
-        *squares, whole_square = self.give_back()
+        self.give_back()
+        *squares, whole_square = self._all_squares()
         pairs = [(x, n) for x, n in zip(squares, counts, strict=True) if n]
         total = sum(counts)
         if len(pairs) > 1 and whole_square < float("inf"):  # false for NaN, too
