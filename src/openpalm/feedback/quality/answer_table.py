@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from openpalm.feedback.models import Candidate, Item, ItemCandidate, Project
+from openpalm.feedback.models import Candidate, Item, ItemCandidate, Project, Snapshot
 from openpalm.feedback.quality.response_table import CHUNK, READ_AGAIN, Report
 from openpalm.feedback.statistics.style import FEATURES, style_of
 
@@ -32,6 +32,7 @@ class AnswerTable:
     def __init__(self, project: Project):
         self._project = project
         self.rows = np.empty(0, ANSWER)
+        self._prompts: dict[int, np.ndarray] = {}
 
     def refresh(self, report: Report = lambda count: None) -> None:
         """Adds the answers of new items."""
@@ -74,6 +75,14 @@ class AnswerTable:
         most = int(self.rows["position"].max(initial=0)) + 1
         keys = self.rows["item"] * most + self.rows["position"]
         return np.searchsorted(keys, items * most + positions)
+
+    def prompts_of(self, snapshot: Snapshot) -> np.ndarray:
+        """Ids of the prompts that a model was trained on; read once, for a snapshot is frozen."""
+        if snapshot.pk not in self._prompts:
+            found = snapshot.rows.order_by().values_list("response__item__prompt_id", flat=True)
+            prompts = np.fromiter(found.distinct().iterator(chunk_size=CHUNK), dtype=np.int64)
+            self._prompts[snapshot.pk] = prompts
+        return self._prompts[snapshot.pk]
 
     def styles(self, at: np.ndarray) -> np.ndarray:
         """Style of the answers at these indices, (n, features); reads texts for the first time."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from openpalm.feedback.models import Item, ModelScore, ModelVersion, Project, SnapshotJudgement
+from openpalm.feedback.models import Item, ModelScore, ModelVersion
 from openpalm.feedback.quality.agreement import as_json, people_on_items
 from openpalm.feedback.quality.answer_table import AnswerTable
 from openpalm.feedback.quality.pairs import judged_pairs
@@ -68,7 +68,7 @@ class RewardAgreement:
     """All three rows, for the judgements of one kind of labelers."""
 
     def __init__(self, table: ResponseTable, answers: AnswerTable, author_kind: str):
-        self._project: Project = table.project
+        self._project, self._answers = table.project, answers
         self.author_kind = author_kind
         self.arm = "random"
         self.pairs = pairs_of_arm(table, answers, author_kind, self.arm)
@@ -115,11 +115,9 @@ class RewardAgreement:
 
     def _unseen(self, model: ModelVersion) -> tuple[ScoredPairs, int]:
         """The pairs of prompts that the model was not trained on, and the number of the others."""
-        snapshots = [snapshot.pk for snapshot in snapshots_of(model)]
-        rows = SnapshotJudgement.objects.filter(snapshot__in=snapshots).order_by()
-        prompts = rows.values_list("response__item__prompt_id", flat=True).distinct()
-        trained = np.fromiter(prompts.iterator(chunk_size=CHUNK), dtype=np.int64)
-        seen = np.isin(self.pairs.prompts, trained)
+        seen = np.zeros(len(self.pairs), bool)
+        for snapshot in snapshots_of(model):
+            seen |= np.isin(self.pairs.prompts, self._answers.prompts_of(snapshot))
         return self.pairs.chosen(~seen), int(seen.sum())
 
     def _reason(self, unseen: ScoredPairs, found: Calibration | None) -> str:
