@@ -444,7 +444,7 @@ def plans() -> dict[str, str]:
     from django.test import RequestFactory
 
     from openpalm.feedback.judgements import queue
-    from openpalm.feedback.judgements.records import _with_texts
+    from openpalm.feedback.judgements.records import with_texts
     from openpalm.feedback.manage import items, responses
     from openpalm.feedback.models import Item, Project, Response, User
 
@@ -465,7 +465,7 @@ def plans() -> dict[str, str]:
             rows = filtered(request).filter(**{"pk__lt": before} if before else {})
             queries[f"{page}?{text}"] = rows.order_by("-pk")[:51]
     of_project = Response.objects.filter(project=project, pk__gt=middle["response"])
-    queries["export, a chunk"] = _with_texts(of_project).order_by("pk")[:500]
+    queries["export, a chunk"] = with_texts(of_project).order_by("pk")[:500]
     options = {"analyze": True, "buffers": True} if connection.vendor == "postgresql" else {}
     return {name: query.explain(**options) for name, query in queries.items()}
 
