@@ -17,8 +17,6 @@ from openpalm.feedback.worker.progress import Progress
 
 REST = 4
 """times its own length that the job of a project pauses: a large project leaves room for others"""
-
-
 KEPT_ROWS = 4_000_000
 """of all tables that stay in memory: about 150 MB"""
 KEPT_JOBS = 10
