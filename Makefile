@@ -8,6 +8,9 @@ PYTEST_ARGS ?=
 PROVE_ARGS ?=
 MINUTES ?=
 
+# Tests start many processes; without compiled files each would compile the sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 BIN := $(VENV)/bin
 

@@ -57,7 +57,7 @@ def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
     if counted is not None and (left := judgements_left(comparison)) != counted:
         return f"{left} of the {counted} judgements that decided it are left; compare again"
     if result.get("decision") != "promote" or (result.get("low") or 0) <= 0.5:
-        return result.get("reason") or "the interval's lower end is not above one half"
+        return result.get("reason", "").rstrip(".") or "the interval is not above one half"
     return ""
 
 

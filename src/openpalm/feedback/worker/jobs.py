@@ -28,9 +28,11 @@ KINDS = (
 )
 SLOTS: dict[str, tuple[str, ...]] = {
     "training": ("train",),
-    "other": tuple(kind for kind in KINDS if kind != "train"),
+    "figures": ("statistics",),
+    "other": tuple(kind for kind in KINDS if kind not in ("train", "statistics")),
 }
-"""Kinds that run one after the other; a long training holds up nothing else."""
+"""Kinds that run one after the other; a long training, or the figures of a large project, hold up
+nothing else."""
 DEAD_AFTER_S = 15.0
 MAX_ATTEMPTS = 5
 """times that a job is taken up in a row without progress in between"""
