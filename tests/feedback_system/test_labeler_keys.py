@@ -11,8 +11,8 @@ TEN = tuple(f"answer {n}" for n in range(1, 11))
 PROJECTS = [
     {"slug": "ten", "task": "ranking", "overlap": 5, "items": items(2, *TEN)},
     {"slug": "four", "task": "ranking", "overlap": 5, "items": items(2, *TEN[:4])},
-    {"slug": "panel", "items": items(2, "yes", "no")},
-    {"slug": "seven", "scale": 7, "items": items(1, "yes", "no")},
+    {"slug": "panel", "overlap": 5, "items": items(2, "yes", "no")},
+    {"slug": "seven", "scale": 7, "overlap": 5, "items": items(1, "yes", "no")},
     {"slug": "still", "items": [item("A question. " * 200, "yes", "no")]},
     {"slug": "long", "items": [item("Long?", LONG, LONG)]},
     {"slug": "table", "items": [item("Which?", TABLE, f"```\n{'long ' * 60}\n```")]},
