@@ -11,7 +11,7 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from openpalm.errors import DataError, OpenPalmError, WorkError
+from openpalm.errors import DataError, OpenPalmError, WorkError, one_line
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, Promotion, User
@@ -188,7 +188,7 @@ def _swap(
         answer = server.replace_model(model.path, server.model_name())
     except OpenPalmError as error:
         progress.confirm()
-        line = " ".join(str(error).split())
+        line = one_line(error)
         # It may have the model all the same: by an attempt before this one, or a little later.
         if job.lease > 1 or isinstance(error, NoAnswerError):
             line += _restore(promotion.project, model)

@@ -135,7 +135,7 @@ def requeue_abandoned() -> int:
 
 
 def _is_silent(job: Job) -> bool:
-    """Whether its heartbeat has stopped. Its time is not compared with the clock, which may jump."""
+    """Whether its heartbeat has stopped. Its time is not compared with a clock, which may jump."""
     beat = job.lease, job.heartbeat_at
     seen, since = _beats.get(job.pk, (None, 0.0))
     if seen != beat:
