@@ -8,13 +8,15 @@ Nobody makes a link for an administrator on the pages: this would give their acc
 the server's command line does, by `openpalm feedback manage reset_link`.
 """
 
+from typing import Any
+
 from django.contrib.auth.forms import SetPasswordForm
 from django.contrib.auth.tokens import PasswordResetTokenGenerator
 from django.db import transaction
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.accounts.forms import PlainLabels
+from openpalm.feedback.accounts.forms import PlainLabels, explain_passwords
 from openpalm.feedback.models import User
 
 
@@ -33,6 +35,10 @@ secrets = ResetSecrets()
 
 class NewPasswordForm(PlainLabels, SetPasswordForm):
     """The new password twice, by the rules of sign-up."""
+
+    def __init__(self, *args: Any, **names: Any) -> None:
+        super().__init__(*args, **names)
+        explain_passwords(self, "new_password1", "new_password2")
 
 
 def refusal(user: User) -> str:

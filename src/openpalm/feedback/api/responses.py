@@ -70,9 +70,14 @@ def _visible(call: Call, uid: UUID, others: str = Role.REVIEWER) -> Response:
 
 @operation("responses:read", Role.ADMIN)
 def export(call: Call) -> HttpResponseBase:
-    """All judgements in force, streamed in one of the export formats: JSON lines, or CSV."""
+    """All judgements in force, streamed in one of the export formats: JSON lines, or CSV.
+
+    With `consensus=true` a row for each item.
+    """
     project, _ = call.project_in_query()
     name = call.query.choice("format", EXPORT_NAMES, RECORDS)
+    is_consensus = call.query.choice("consensus", ("true", "false"), "false") == "true"
     call.finish()
-    audit.record("export.downloaded", user=call.user, project=project, target=name, by="api")
-    return file_of(project, name)
+    about = {"by": "api"} | ({"consensus": True} if is_consensus else {})
+    audit.record("export.downloaded", user=call.user, project=project, target=name, **about)
+    return file_of(project, name, is_consensus=is_consensus)

@@ -16,8 +16,8 @@ from typing import Any
 
 from openpalm.errors import DataError, OpenPalmError, WorkError
 from openpalm.feedback.items.model_names import names_itself, names_of
+from openpalm.feedback.model_server import ModelServer
 from openpalm.feedback.models import Candidate, ModelVersion, Prompt
-from openpalm.feedback.training.servers import ModelServer
 from openpalm.feedback.worker.progress import Progress
 
 AT_ONCE = 8

@@ -14,17 +14,12 @@ from django.utils import timezone
 from openpalm.errors import DataError, OpenPalmError, WorkError, one_line
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.judgements.words import AUTHORS
+from openpalm.feedback.model_server import ModelServer, NoAnswerError, site_server
 from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, Promotion, User
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training.comparisons import judgements_left
 from openpalm.feedback.training.registry import POLICY
-from openpalm.feedback.training.servers import (
-    ModelServer,
-    NoAnswerError,
-    promoted_path,
-    site_server,
-    write_served,
-)
+from openpalm.feedback.training.servers import promoted_path, write_served
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.processes import POLL_S
 from openpalm.feedback.worker.progress import JobStopped, Progress
@@ -57,7 +52,7 @@ def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
     if counted is not None and (left := judgements_left(comparison)) != counted:
         return f"{left} of the {counted} judgements that decided it are left; compare again"
     if result.get("decision") != "promote" or (result.get("low") or 0) <= 0.5:
-        return result.get("reason") or "the interval's lower end is not above one half"
+        return result.get("reason", "").rstrip(".") or "the interval is not above one half"
     return ""
 
 

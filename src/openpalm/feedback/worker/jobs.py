@@ -28,9 +28,11 @@ KINDS = (
 )
 SLOTS: dict[str, tuple[str, ...]] = {
     "training": ("train",),
-    "other": tuple(kind for kind in KINDS if kind != "train"),
+    "figures": ("statistics",),
+    "other": tuple(kind for kind in KINDS if kind not in ("train", "statistics")),
 }
-"""Kinds that run one after the other; a long training holds up nothing else."""
+"""Kinds that run one after the other; a long training, or the figures of a large project, hold up
+nothing else."""
 DEAD_AFTER_S = 15.0
 MAX_ATTEMPTS = 5
 """times that a job is taken up in a row without progress in between"""
@@ -135,7 +137,7 @@ def requeue_abandoned() -> int:
 
 
 def _is_silent(job: Job) -> bool:
-    """Whether its heartbeat has stopped. Its time is not compared with a clock, which may jump."""
+    """Whether its heartbeat has stopped. The clock may jump and is not used."""
     beat = job.lease, job.heartbeat_at
     seen, since = _beats.get(job.pk, (None, 0.0))
     if seen != beat:
