@@ -108,7 +108,10 @@ class ModelServer:
                 if not line.startswith("data:") or data == "[DONE]":
                     continue
                 with self._understood(COMPLETIONS):
-                    pieces = [one["delta"].get("content") for one in json.loads(data)["choices"]]
+                    event = json.loads(data)
+                    if "error" in event:  # after the first pieces
+                        raise self._refusal(COMPLETIONS, response.status_code, event)
+                    pieces = [one["delta"].get("content") for one in event["choices"]]
                 yield from (piece for piece in pieces if piece)
 
     @contextmanager
