@@ -6,7 +6,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class ModelServer:
     url: str
     api_key: str = ""
     admin_key: str = ""
+    checkpoint: str | None = None
+    """path of the model that the site's server has to have; None: whichever it has"""
 
     def complete(self, body: dict[str, Any]) -> list[str]:
         """The texts of a chat completion. Raises WorkError with the server's own reason.
@@ -73,6 +75,13 @@ class ModelServer:
         answer = self._call("POST", path, body, key=self.admin_key)
         with self._understood(path):
             return {"replaced": answer["replaced"]}
+
+    def confirm(self) -> None:
+        """Raises WorkError if another model was promoted since: answers would get a wrong name."""
+        if self.checkpoint is not None and promoted_path() not in (None, self.checkpoint):
+            raise WorkError(
+                f"{self.url}: another project has promoted a model meanwhile; start this again"
+            )
 
     @contextmanager
     def _understood(self, path: str) -> Iterator[None]:
@@ -150,7 +159,7 @@ def serving(model: ModelVersion, progress: Progress) -> Iterator[ModelServer]:
     """A server of this model: the site's, if that is the model it serves, or a temporary one."""
     server = site_server()
     if server is not None and _has(model):
-        yield server
+        yield replace(server, checkpoint=model.path)
         return
     if not model.path:
         raise DataError(f"the model {model} is known by its answers only; it has no checkpoint")
