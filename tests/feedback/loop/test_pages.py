@@ -244,7 +244,8 @@ def test_a_judgement_of_an_open_item_stays_hidden(loop, admin, signed_in):
 def test_a_comparison_shows_its_interval_and_its_number(loop, admin, signed_in, decided):
     decided(decision="more_needed", low=0.49, needed=120, reason="Undecided")
     page = signed_in(admin).get(paths(loop)["comparison"]).content.decode()
-    assert "200 of 200 pairs judged; about 120 more" in page
+    assert "200 of 200 pairs judged." in page
+    assert 'value="120"' in page  # the further pairs of the form
     assert "60.0 % (53.0 to 67.0)" in page
     assert "Refused: Undecided." in page
     assert "Promote: serve" not in page
@@ -285,6 +286,19 @@ def test_quality_says_what_agreement_needs(
     page = signed_in(admin).get("/p/demo/quality").content.decode()
     assert says in page
     assert ("Settings.</p>" in page) == (overlap == 1)
+
+
+def test_quality_lists_the_newest_days_first(project, admin, signed_in, store):
+    days = [
+        {"day": f"2026-{month:02}-{day:02}", "judgements": day, "median_s": 2.5}
+        for month in (1, 2)
+        for day in range(1, 29)
+    ]
+    store("labelers", {"rows": [{"name": "ann", "author_kind": "person", "judgements": 5}]})
+    store("time", {"person": {"median_s": 2.5, "judgements": 9, "days": days}})
+    (group,) = signed_in(admin).get("/p/demo/quality").context["groups"]
+    shown = [row["day"] for row in group["days"]]
+    assert (shown[0], shown[-1], len(shown)) == ("2026-02-28", "2026-01-27", 30)
 
 
 def test_the_board_does_not_mix_groups(loop, admin, signed_in, store):

@@ -169,7 +169,7 @@ def test_a_better_model_is_promoted_and_the_swap_keeps_the_name(
     comparison.refresh_from_db()
     # One pair is open: no look yet, however clear it is.
     assert comparison.result["decision"] == "judging"
-    assert "19 pairs are judged, 1 are open" in comparison.result["reason"]
+    assert "19 pairs are judged, 1 open" in comparison.result["reason"]
     _judge_all(comparison, judge, [ann], [0])
     comparisons.compute_all(project)
     comparison.refresh_from_db()
@@ -217,7 +217,7 @@ def test_a_model_that_is_no_better_is_refused(project, both, admin, judge, membe
     assert (made.state, made.override_reason) == ("done", reason)
     event = Event.objects.get(action="model.promotion_overridden")
     assert event.data["reason"] == reason
-    assert event.data["refused_because"] == comparison.result["reason"]
+    assert event.data["refused_because"] == comparison.result["reason"].rstrip(".")
 
 
 def test_models_and_simulated_labelers_do_not_decide_for_people(

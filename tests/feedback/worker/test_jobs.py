@@ -62,12 +62,14 @@ def test_jobs_of_one_project_run_in_order(project, other_project):
     assert jobs.take(here, jobs.KINDS).pk == second.pk
 
 
-def test_a_training_holds_up_no_other_kind(project):
+def test_trainings_and_figures_hold_up_no_other_kind(project):
     here = worker_name()
     jobs.enqueue("train", project=project)
     jobs.enqueue("statistics", project=project)
+    jobs.enqueue("promote", project=project)
     assert jobs.take(here, jobs.SLOTS["training"]).kind == "train"
-    assert jobs.take(here, jobs.SLOTS["other"]).kind == "statistics"
+    assert jobs.take(here, jobs.SLOTS["figures"]).kind == "statistics"
+    assert jobs.take(here, jobs.SLOTS["other"]).kind == "promote"
     assert set().union(*jobs.SLOTS.values()) == set(jobs.KINDS) == set(handlers.HANDLERS)
 
 

@@ -22,7 +22,7 @@ FREE, FREE_BY_ADDRESS = 5, 30
 MAY_DIFFER = timedelta(minutes=1)
 """clocks of machines that share the database"""
 NOT_COUNTED = "(api token)"
-"""the name under which api/tokens.py counts wrong tokens, by a rule of its own"""
+"""the name under which api/protocol/tokens.py counts wrong tokens, by a rule of its own"""
 
 
 def address_of(request: HttpRequest) -> str:

@@ -207,7 +207,7 @@ def decide(
         challenger_left_share=shown_left,
         outcomes=dict.fromkeys(SCORES, 0) | Counter(vote.outcome for vote in votes),
         judged_by=dict(Counter(vote.author_kind for vote in votes)),
-        warnings=_warnings(votes, left, styled, style_features),
+        warnings=_warnings(votes, left, rate, styled, style_features),
     )
 
 
@@ -284,6 +284,7 @@ def _verdict(
 def _warnings(
     votes: Sequence[Vote],
     left: Estimate | None,
+    rate: Estimate | None,
     styled: Estimate | None,
     features: Sequence[str],
 ) -> tuple[str, ...]:
@@ -302,7 +303,7 @@ def _warnings(
         )
     if features and styled is None and votes:
         found.append("The win rate at equal style cannot be determined from these comparisons.")
-    elif styled is not None and styled.low <= 0.5 < styled.value:
+    elif rate and styled and styled.low <= 0.5 < styled.value and rate.low > 0.5:
         found.append(
             f"At equal style the win rate is {styled.value:.1%} ({styled.low:.1%} to "
             f"{styled.high:.1%}): style may explain the wins."

@@ -302,7 +302,8 @@ def judgements_left(comparison: Comparison) -> int:
 
 def _waiting(comparison: Comparison, decision: dict[str, Any]) -> str:
     left = comparison.items.filter(state=Item.State.OPEN).count()
-    return f"{decision['comparisons']} pairs are judged, {left} are open; then it is decided"
+    judged = decision["comparisons"]
+    return f"{judged} pairs are judged, {left} open; it is decided when all are judged"
 
 
 def _look(comparison: Comparison) -> int:

@@ -57,7 +57,7 @@ def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
     if counted is not None and (left := judgements_left(comparison)) != counted:
         return f"{left} of the {counted} judgements that decided it are left; compare again"
     if result.get("decision") != "promote" or (result.get("low") or 0) <= 0.5:
-        return result.get("reason") or "the interval's lower end is not above one half"
+        return result.get("reason", "").rstrip(".") or "the interval is not above one half"
     return ""
 
 
@@ -93,7 +93,7 @@ def propose(
     _check_server()
     _check_free(project)
     if (why := refusal(comparison, model)) and len(reason) < MIN_REASON:
-        raise DataError(f"refused: {why}. To promote it all the same, give a reason")
+        raise DataError(f"refused: {why}. To promote it anyway, give a reason")
     promotion = Promotion.objects.create(
         project=project,
         model=model,
