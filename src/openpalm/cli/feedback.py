@@ -85,6 +85,8 @@ def _manage(words: Sequence[str]) -> None:
     from openpalm.feedback.manage_command import manage
 
     try:
+        if words[:1] == ["migrate"]:
+            feedback_site.open_database(migrate=False, current=False)
         manage(words)
     except (OperationalError, ProgrammingError) as error:
         reason = one_line(error, 300)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,6 +18,8 @@ TIMEOUT_S = 600.0
 QUICK = httpx2.Timeout(60.0, connect=5.0)
 """for answers that a page waits for, and between two pieces of a stream"""
 COMPLETIONS = "/v1/chat/completions"
+SERVED_FILE = "served.json"
+"""what the server has by promotion, for the process that starts it again after a crash"""
 
 
 class NoAnswerError(WorkError):
@@ -38,6 +41,8 @@ class ModelServer:
     url: str
     api_key: str = ""
     admin_key: str = ""
+    checkpoint: str | None = None
+    """path of the model that the site's server has to have; None: whichever it has"""
 
     def complete(self, body: dict[str, Any]) -> list[str]:
         """The texts of a chat completion."""
@@ -71,6 +76,13 @@ class ModelServer:
         answer = self._call("POST", url, {"path": path, "name": name}, key=self.admin_key)
         with self._understood(url):
             return {"replaced": answer["replaced"]}
+
+    def confirm(self) -> None:
+        """Raises WorkError if another model was promoted since: answers would get a wrong name."""
+        if self.checkpoint is not None and promoted_path() not in (None, self.checkpoint):
+            raise WorkError(
+                f"{self.url}: another project has promoted a model meanwhile; start this again"
+            )
 
     def _models(self) -> list[tuple[str, Any]]:
         answer = self._call("GET", "/v1/models", key=self.api_key, timeout=QUICK)
@@ -167,3 +179,14 @@ def site_server() -> ModelServer | None:
     if not settings.SERVER_URL:
         return None
     return ModelServer(settings.SERVER_URL, settings.SERVER_API_KEY, settings.SERVER_ADMIN_KEY)
+
+
+def promoted_path() -> str | None:
+    """The checkpoint that the server has by promotion, of whichever project; None without one."""
+    try:
+        found = json.loads((Path(settings.FEEDBACK_DIR) / SERVED_FILE).read_text(encoding="utf-8"))[
+            "path"
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None

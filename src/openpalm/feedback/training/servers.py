@@ -6,32 +6,25 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from django.conf import settings
 
 from openpalm.base.files import write_atomically
 from openpalm.errors import DataError, WorkError
-from openpalm.feedback.model_server import ModelServer, site_server
+from openpalm.feedback.model_server import (
+    SERVED_FILE,
+    ModelServer,
+    promoted_path,
+    site_server,
+)
 from openpalm.feedback.models import ModelVersion
 from openpalm.feedback.worker.processes import POLL_S, Command, end
 from openpalm.feedback.worker.progress import Progress
 
 LOAD_TIMEOUT_S = 600.0
-SERVED_FILE = "served.json"
-"""what the server has by promotion, for the process that starts it again after a crash"""
 _READY = re.compile(r"chat page at (http://\S+?)/,")
-
-
-def promoted_path() -> str | None:
-    """The checkpoint that the server has by promotion, of whichever project; None without one."""
-    try:
-        found = json.loads((Path(settings.FEEDBACK_DIR) / SERVED_FILE).read_text(encoding="utf-8"))[
-            "path"
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if isinstance(found, str) else None
 
 
 def write_served(model: ModelVersion) -> None:
@@ -54,7 +47,7 @@ def serving(model: ModelVersion, progress: Progress) -> Iterator[ModelServer]:
     """A server of this model: the site's, if that is the model it serves, or a temporary one."""
     server = site_server()
     if server is not None and _has(model):
-        yield server
+        yield replace(server, checkpoint=model.path)
         return
     if not model.path:
         raise DataError(f"the model {model} is known by its answers only; it has no checkpoint")
