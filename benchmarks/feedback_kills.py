@@ -35,7 +35,7 @@ FAKE = Path(sys.path[0]) / "fake_openpalm.py"
 PAIRS = 20
 SELECTED = 10
 SWAPS = ("model.promoted", "model.promotion_undone")
-GIVES_UP_S = 300.0
+GIVES_UP_S = 600.0
 ANSWER_S = 0.02
 DEAD_AFTER_S = 2.0
 """instead of 15 s, so that a freeze need not be longer"""
