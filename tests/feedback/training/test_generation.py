@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 from feedback_prompts import add_prompts
 
+from openpalm.base.files import write_atomically
 from openpalm.errors import DataError
 from openpalm.feedback.model_server import site_server
 from openpalm.feedback.models import Candidate, Item, ItemCandidate, Job, Project, Task
@@ -255,11 +256,10 @@ def test_answers_of_a_model_that_was_promoted_meanwhile_are_not_stored(
     project, admin, served, server, settings
 ):
     """By another project: they would get the name of this one's model."""
-    settings.FEEDBACK_DIR.mkdir(exist_ok=True)
     file = settings.FEEDBACK_DIR / servers.SERVED_FILE
 
     def answer(body):
-        file.write_text('{"path": "/models/of-another"}', encoding="utf-8")
+        write_atomically(file, '{"path": "/models/of-another"}')
         return "of another model"
 
     server.answer = answer
