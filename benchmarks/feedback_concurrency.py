@@ -53,7 +53,7 @@ KINDS = ("web", "worker", "web", "worker", "command")
 MAKE = """
 import json
 from openpalm.feedback.accounts import tokens
-from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
+from openpalm.feedback.items.new_items import NewCandidate, NewItem, add_items
 from openpalm.feedback.models import Membership, Project, Role, User
 User.objects.create_superuser("root", password={password!r})
 project = Project.objects.create(slug="load", name="Load", overlap={overlap})

@@ -34,25 +34,13 @@ PROJECT, PARENT = "control", "parent"
 POLL_S = 1.0
 ADDRESSES = re.compile(r"http://[\d.]+:\d+")
 PREPARE = """
-import json
-from openpalm.feedback.labeling.new_items import add_prompts
 from openpalm.feedback.models import Guideline, Project
 project = Project.objects.create(
     slug={project!r}, name={project!r}, scale=7, decided_by="simulated"
 )
 Guideline.objects.create(project=project, version=1, text="Choose the better reply.")
-asked = [([{{"role": "user", "content": q}}], "typed") for q in json.loads({questions!r})]
-add_prompts(project, asked, held_out=True)
 """
 """makes the project before the server starts, which would otherwise make one with other prompts"""
-COMPARE = """
-from openpalm.feedback.models import ModelVersion
-from openpalm.feedback.training import comparisons
-model = ModelVersion.objects.get(pk={model})
-sampling = {{"temperature": {temperature}, "max_tokens": {tokens}}}
-made = comparisons.create(model.project, model, None, sampling=sampling)
-print("COMPARISON " + str(made.pk))
-"""
 Judge = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -74,6 +62,12 @@ def serving(parent: Path, folder: Path) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=END_S)
+
+
+def in_parts(rows: list[Any]) -> Iterator[list[Any]]:
+    """What fits into one request each."""
+    for begin in range(0, len(rows), 100):
+        yield rows[begin : begin + 100]
 
 
 def verdicts(records: list[dict[str, Any]]) -> Judge:
@@ -104,8 +98,8 @@ def judge_items(clients: list[FeedbackClient], judges: list[Judge], count: int) 
         made += 1
 
 
-def train(admin: FeedbackClient, seed: int) -> int:
-    """The id of the model that the site makes of its judgements."""
+def train(admin: FeedbackClient, seed: int) -> dict[str, Any]:
+    """The model that the site makes of its judgements."""
     words = (*PAIRS, *DPO)
     settings = {
         str(name).removeprefix("--").replace("-", "_"): value
@@ -118,14 +112,20 @@ def train(admin: FeedbackClient, seed: int) -> int:
             "project": PROJECT,
             "verb": "dpo",
             "parent": PARENT,
-            "author_kinds": ["simulated"],
             "settings": settings | {"seed": seed},
         },
     )
     while (run := admin.call("GET", f"runs/{run['id']}"))["state"] in ("queued", "running"):
         time.sleep(POLL_S)
     made = admin.call("GET", f"models?project={PROJECT}")["data"]
-    return next(model["id"] for model in made if model["run"] == run["id"])
+    return next(model for model in made if model["run"] == run["id"])
+
+
+def compare(admin: FeedbackClient, model: dict[str, Any]) -> int:
+    """The id of the comparison of this model with its parent."""
+    sampling = {"temperature": TEMPERATURE, "max_tokens": TOKENS}
+    asked = {"project": PROJECT, "model": model["name"], "sampling": sampling}
+    return admin.call("POST", "comparisons", asked)["id"]
 
 
 def refusal(admin: FeedbackClient, model: int, comparison: int) -> str:
@@ -145,28 +145,25 @@ def ask(run: Seed, folder: Path) -> str:
     """Why the site does not promote the control; empty if it does."""
     text = (run.folder / f"{CONTROL}.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
-    held_out = json.dumps(run.questions(held_out=True))
     manage(folder, "migrate", "--verbosity", "0")
-    manage(folder, "shell", "-c", PREPARE.format(project=PROJECT, questions=held_out))
+    manage(folder, "shell", "-c", PREPARE.format(project=PROJECT))
     with serving(run.folder / PARENT, folder) as url:
         token = manage(folder, "shell", "-c", ADMIN).split("TOKEN ")[1].split()[0]
         admin = FeedbackClient(url, token)
-        for begin in range(0, len(records), 100):
-            items = [
-                {"messages": record["prompt"], "candidates": record["candidates"]}
-                for record in records[begin : begin + 100]
-            ]
-            admin.call("POST", "items", {"project": PROJECT, "items": items})
+        held_out = [{"prompt": q, "held_out": True} for q in run.questions(held_out=True)]
+        for part in in_parts(held_out):
+            admin.call("POST", "prompts", {"project": PROJECT, "prompts": part})
+        items = [{"messages": r["prompt"], "candidates": r["candidates"]} for r in records]
+        for part in in_parts(items):
+            admin.call("POST", "items", {"project": PROJECT, "items": part})
         lines = manage(folder, "create_labelers", PROJECT, "--count", "3").splitlines()
         clients = [FeedbackClient(url, line.split("\t")[1]) for line in lines]
         judge_items(clients, [verdicts(records)] * len(clients), len(records))
         model = train(admin, run.seed)
-        words = COMPARE.format(model=model, tokens=TOKENS, temperature=TEMPERATURE)
-        made = manage(folder, "shell", "-c", words)
-        comparison = int(made.split("COMPARISON ")[1].split()[0])
+        comparison = compare(admin, model)
         tastes = [lambda shown, by=by: judge(by, shown) for by in labelers(run.seed)]
         judge_items(clients, tastes, JUDGED)
-        return refusal(admin, model, comparison)
+        return refusal(admin, model["id"], comparison)
 
 
 def main() -> int:

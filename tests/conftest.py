@@ -1,10 +1,22 @@
 """One tiny run for all tests that go through the command line, one browser for all of pages."""
 
+import gc
+
 import chromium
 import pytest
 import torch
 from command_line import make_run
 from requirements import BROWSER, leave_out
+
+
+def pytest_collection():
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """Thousands of tests and modules live to the end: no garbage collector need look at them."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -211,7 +211,7 @@ def test_copy(visit, scripted):
 
 
 def test_save_writes_a_conversation_that_training_reads(chat, tmp_path):
-    from openpalm.data.rows.demonstration_files import read_demonstrations
+    from openpalm.data.rows.readers.demonstrations import read_demonstrations
     from openpalm.data.text.conversation import Message
 
     set_fields(chat, system="Be brief.")

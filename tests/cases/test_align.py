@@ -16,8 +16,8 @@ from openpalm.align.config import DpoSettings
 from openpalm.align.judging.endpoint_judge import EndpointJudge
 from openpalm.align.judging.model_judge import Question
 from openpalm.align.pairs.dpo import pair_losses
-from openpalm.data.rows.labelled_completion_files import read_labelled_completions
-from openpalm.data.rows.pair_files import read_pairs
+from openpalm.data.rows.readers.labelled_completions import read_labelled_completions
+from openpalm.data.rows.readers.pairs import read_pairs
 from openpalm.errors import SettingsError, WorkError
 
 

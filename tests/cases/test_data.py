@@ -16,7 +16,7 @@ from openpalm.align.sft import to_example
 from openpalm.base.settings import parse
 from openpalm.cli.main import main
 from openpalm.cli.sample import SampleSettings
-from openpalm.data.rows.demonstration_files import read_demonstrations
+from openpalm.data.rows.readers.demonstrations import read_demonstrations
 from openpalm.data.text.tokenizer import Tokenizer
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from command_line import rows, write_base
 
-from openpalm.data.rows.demonstration_files import read_demonstrations
-from openpalm.data.rows.pair_files import read_pairs
+from openpalm.data.rows.readers.demonstrations import read_demonstrations
+from openpalm.data.rows.readers.pairs import read_pairs
 
 REWARD = """
 def vowels(prompt, answer, row):

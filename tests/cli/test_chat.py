@@ -48,7 +48,7 @@ def test_reset_forgets_and_the_system_message_stays(talk, asked):
 
 
 def test_a_saved_conversation_is_one_that_sft_reads(talk, tmp_path):
-    from openpalm.data.rows.demonstration_files import read_demonstrations
+    from openpalm.data.rows.readers.demonstrations import read_demonstrations
 
     file = tmp_path / "kept.jsonl"
     talk("hello", f"/save {file}", "/reset", "again", f"/save {file}")

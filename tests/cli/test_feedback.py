@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from command_line import program
+from feedback_site import children_of
 
 from openpalm.cli.serve import ServeSettings
 from openpalm.cli.serve_feedback import options
@@ -53,27 +52,14 @@ def url_in(line: str) -> str:
     return found[0]
 
 
-def children_of(pid: int) -> dict[str, int]:
-    """Process numbers by their part: web, worker."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            words = (entry / "cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if parent == pid and "feedback" in words:
-            found[words[words.index("feedback") + 1]] = int(entry.name)
-    return found
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_one_command_runs_the_site_and_its_worker(tmp_path):
     """Ready line, first sign-up, a killed web process without a refused request, a clean end."""
     with started(tmp_path / "site") as (process, line):
         url = url_in(line)
-        assert line.startswith(f"feedback: {url}/; sign up as its first administrator: ")
-        setup = re.search(r"http\S+/setup\?token=[0-9a-f]{32}", line)[0]
+        assert line == f"feedback: {url}/; Ctrl-C ends it\n"
+        signs_up = process.stdout.readline()
+        setup = re.search(r"administrator: (http\S+/setup\?token=[0-9a-f]{32})\n$", signs_up)[1]
         with urllib.request.urlopen(setup) as page:
             assert page.status == 200
         with pytest.raises(urllib.error.HTTPError) as caught:
@@ -96,17 +82,6 @@ def test_one_command_runs_the_site_and_its_worker(tmp_path):
         assert not Path(f"/proc/{pid}").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells children of a killed parent")
-def test_a_killed_command_leaves_no_process(tmp_path):
-    with started(tmp_path / "site") as (process, line):
-        url_in(line)
-        children = children_of(process.pid)
-        process.kill()
-        process.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in children.values()):
-        time.sleep(0.05)
-
-
 def refused(*words: object, **environment: str) -> str:
     """The one line of a command that cannot run."""
     done = program("feedback", *words, env=CLEAN | environment)
@@ -125,6 +100,28 @@ def test_a_port_in_use(tmp_path):
         f"--host 127.0.0.1 --port {port}: cannot listen there (Address already in use); try "
         "another --port"
     )
+
+
+@pytest.mark.parametrize("option", ["--port", "--feedback-port"])
+def test_serve_names_the_option_of_the_port_in_use_before_it_does_anything(tmp_path, option):
+    (tmp_path / "run").mkdir()
+    other = {"--port": "--feedback-port", "--feedback-port": "--port"}[option]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = ["--feedback", "--feedback-dir", tmp_path / "site", option, port, other, 0]
+        done = program("serve", tmp_path / "run", *words, env=CLEAN)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"openpalm: error: --host 127.0.0.1 {option} {port}: cannot listen there (Address already "
+        f"in use); try another {option}\n"
+    )
+    assert not (tmp_path / "site").exists()
+
+
+def test_serve_with_feedback_names_a_run_that_is_missing(tmp_path):
+    done = program("serve", tmp_path / "none", "--feedback", env=CLEAN)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"openpalm: error: {tmp_path / 'none'}: no run or checkpoint")
 
 
 def test_an_address_of_the_network_needs_names(tmp_path):
@@ -213,18 +210,3 @@ def test_the_options_that_the_model_server_gets():
     # The adapters were made for the model of the command line, not for a promoted one.
     assert "--adapter" not in options(given, "runs/promoted")
     assert "secret" not in str(options(given))
-
-
-def test_requests_in_flight_are_finished(tmp_path):
-    """A slow upload is answered although SIGTERM came before its end."""
-    with started(tmp_path / "site") as (process, line):
-        url = url_in(line)
-        host, _, port = url.removeprefix("http://").partition(":")
-        with socket.create_connection((host, int(port))) as client:
-            head = f"POST /login HTTP/1.1\r\nHost: {host}\r\nContent-Length: 4\r\n\r\na="
-            client.sendall(head.encode())
-            time.sleep(0.5)  # until the process has read the beginning
-            process.send_signal(signal.SIGTERM)
-            threading.Timer(1.0, client.sendall, [b"bc"]).start()
-            status = client.makefile().readline()
-        assert re.match(r"HTTP/1\.1 \d{3} ", status)

@@ -7,9 +7,9 @@ from command_line import rows, write_base
 from judge_server import fails, judging, says
 
 from openpalm.align.judging import model_judge
-from openpalm.data.rows.demonstration_files import read_demonstrations
-from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import Preference
+from openpalm.data.rows.readers.demonstrations import read_demonstrations
+from openpalm.data.rows.readers.pairs import read_pairs, read_ties
 
 
 @pytest.fixture(scope="module")

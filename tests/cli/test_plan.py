@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import program, write_base
+from command_line import write_base
 
 from openpalm.model.config import preset
 
@@ -88,8 +88,8 @@ def test_an_unknown_model_names_the_nearest(said):
     assert "did you mean palm-8b?" in error
 
 
-def test_this_machine_is_measured():
-    done = program("plan", "--model", "palm-tiny", "--gpu", "cpu", "--dtype", "float32", "--json")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "cpu: measuring this machine\n"
-    assert json.loads(done.stdout)["peak_flops"] > 1e8
+def test_this_machine_is_measured(said):
+    words = ("--model", "palm-tiny", "--gpu", "cpu", "--dtype", "float32", "--json")
+    status, output, errors = said("plan", *words)
+    assert (status, errors) == (0, ["cpu: measuring this machine"])
+    assert json.loads(output)["peak_flops"] > 1e8

@@ -7,6 +7,7 @@ import pytest
 from openpalm.base.device import multiplies_bfloat16
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.cli import quickstart
+from openpalm.errors import SettingsError
 from openpalm.train.sizing import budget
 
 
@@ -16,7 +17,7 @@ def done(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "VOCABULARY", 512)
         out = tmp_path_factory.mktemp("quickstart") / "runs"
-        words = ["--minutes", "0.1", "--out", str(out)]
+        words = ["--minutes", "0.05", "--out", str(out)]
         quickstart.run(words)
         yield out, words
 
@@ -58,6 +59,13 @@ def test_repeated_it_trains_nothing_again(done, capsys):
     assert "next, try" in printed
     last = printed.splitlines()[-1].strip()
     assert last in [f"openpalm serve {out / run} --feedback" for run in ("sft", "dpo")]
+
+
+def test_another_length_is_refused_before_any_work(done, capsys):
+    out, _ = done
+    with pytest.raises(SettingsError, match=r"give --minutes 0\.1 to continue it, another --out"):
+        quickstart.run(["--minutes", "0.2", "--out", str(out)])
+    assert capsys.readouterr().out == ""
 
 
 GOOD = {"bits_per_byte": 1.7, "order5": 1.9, "f1_after": 0.9, "steps": 600}

@@ -81,11 +81,11 @@ def one_line(errors):
 # --- rewards rise
 
 GROUPS = [
-    *[("--advantage", kind) for kind in ("grpo", "dr-grpo", "dapo", "rloo")],
-    ("--kl", "k2"),
-    ("--kl", "k3"),
+    ("--advantage", "grpo"),
+    ("--advantage", "dr-grpo", "--kl", "k2"),
+    ("--advantage", "dapo", "--kl", "k3"),
+    ("--advantage", "rloo", "--rollout-memory-bytes", 0),
     ("--epochs-per-rollout", 2, "--minibatches", 2, "--rollout-dtype", "bfloat16", "--steps", 32),
-    ("--rollout-memory-bytes", 0),
 ]
 CRITICS = [
     *[("--critic", kind) for kind in ("shared", "detached", "separate")],

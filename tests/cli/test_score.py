@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from command_line import ok, program, rows, write_base
+from command_line import ok, rows, write_base
 
 from openpalm.align.pairs.examples import render_completion
 from openpalm.checkpoint import directory as checkpoint
@@ -78,12 +78,9 @@ def test_log_probabilities_of_a_language_model(folder):
         assert row["log_prob"] == pytest.approx(total, abs=1e-4)
 
 
-def test_a_row_without_a_completion(folder, tmp_path):
+def test_a_row_without_a_completion(said, folder, tmp_path):
     (tmp_path / "given.jsonl").write_text('{"prompt": "q"}\n', encoding="utf-8")
-    done = program(
-        "score", folder / "base", "--data", tmp_path / "given.jsonl", "--out", tmp_path / "o.jsonl"
-    )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
-        'openpalm: error: --data: a row has no text in the field "completion"'
-    )
+    words = ("--data", tmp_path / "given.jsonl", "--out", tmp_path / "o.jsonl")
+    status, _, errors = said("score", folder / "base", *words)
+    assert status == 2
+    assert errors[-1] == 'openpalm: error: --data: a row has no text in the field "completion"'

@@ -26,7 +26,7 @@ from django.conf import settings as django_settings  # noqa: E402
 from django.contrib.auth.hashers import MD5PasswordHasher  # noqa: E402
 from django.test import Client  # noqa: E402
 
-from openpalm.feedback.labeling.new_items import prompt_digest  # noqa: E402
+from openpalm.feedback.items.new_items import prompt_digest  # noqa: E402
 from openpalm.feedback.models import (  # noqa: E402
     Candidate,
     Guideline,

@@ -15,8 +15,8 @@ from django.utils import timezone
 from openpalm.feedback.accounts.access import PUBLIC, RANKS, SIGNED_IN, SITE_ADMIN
 from openpalm.feedback.accounts.invitations import invite
 from openpalm.feedback.accounts.tokens import issue
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.queue import next_assignment
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.queue import next_assignment
 from openpalm.feedback.models import (
     ApiToken,
     Comparison,
@@ -97,6 +97,7 @@ def objects_of(project: Project, user: User, make_item) -> dict[str, object]:
             project=project, user=user, model_ids=[model.pk, model.pk]
         ).pk,
         "secret": "no-such-invitation",
+        "user_id": resident.pk,
         # Django's own site of tables.
         "object_id": user.pk,
         "app_label": "feedback",

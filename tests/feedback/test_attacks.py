@@ -15,13 +15,13 @@ from openpalm.errors import DataError
 from openpalm.feedback.accounts import throttle
 from openpalm.feedback.accounts.invitations import find_invitation, invite, join
 from openpalm.feedback.accounts.tokens import issue
-from openpalm.feedback.labeling import queue, submission
+from openpalm.feedback.database import storable
+from openpalm.feedback.items import item_changes
+from openpalm.feedback.items.blinding import revealed
+from openpalm.feedback.items.model_names import names_itself
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.labeling.markdown import LONGEST, to_html
-from openpalm.feedback.labeling.names import names_itself
-from openpalm.feedback.labeling.storable import storable
-from openpalm.feedback.labeling.submission import Judgement
-from openpalm.feedback.manage import item_changes
-from openpalm.feedback.manage.blinding import revealed
 from openpalm.feedback.models import (
     ApiToken,
     Assignment,

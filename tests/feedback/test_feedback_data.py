@@ -8,9 +8,9 @@ from django.utils import timezone
 from openpalm.cli import feedback_site
 from openpalm.cli.main import main
 from openpalm.data.rows.preferences import Preference
-from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.items.new_items import NewCandidate, NewItem, add_items
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Assignment, Event, Item, Project, Prompt, Response
 from openpalm.feedback.training.snapshots import Filter, freeze
 
@@ -100,6 +100,22 @@ def test_a_wrong_request_is_one_line(project, capsys, words, says):
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_a_consensus_is_exported_with_what_has_none(project, member, make_item, tmp_path, capsys):
+    other = Judgement("compare", {"better": 1, "worse": 0, "strength": 1})
+    for n, judgements in enumerate(((BETTER, BETTER), (BETTER, other))):
+        make_item(f"question {n}", "yes", "no", needed=2)
+        for name, judgement in zip(("ann", "bob"), judgements, strict=True):
+            assignment = queue.next_assignment(project, member(name))
+            submission.submit(assignment.pk, member(name), judgement)
+    file = tmp_path / "pairs.jsonl"
+    assert feedback("export", "demo", "--format", "pairs", "--consensus", "--out", file) == 0
+    said = capsys.readouterr()
+    assert "1 rows" in said.out
+    assert "1 left out: no majority" in said.err
+    [row] = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    assert (row["chosen"][-1]["content"], row["rejected"][-1]["content"]) == ("yes", "no")
 
 
 def test_more_rows_than_sqlite_takes_at_once_are_exported(project, member, tmp_path):

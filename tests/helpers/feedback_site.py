@@ -102,3 +102,17 @@ def feedback_site(folder: Path, database_url: str | None = None) -> Iterator[Sit
     finally:
         if site.process and site.process.poll() is None:
             site.kill()
+
+
+def children_of(pid: int) -> dict[str, int]:
+    """Process numbers by their part: web, worker."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if parent == pid and "feedback" in words:
+            found[words[words.index("feedback") + 1]] = int(entry.name)
+    return found

@@ -23,7 +23,7 @@ import json, sys
 from importlib import import_module
 from django.conf import settings
 from django.contrib.auth import BACKEND_SESSION_KEY, HASH_SESSION_KEY, SESSION_KEY
-from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
+from openpalm.feedback.items.new_items import NewCandidate, NewItem, add_items
 from openpalm.feedback.models import Guideline, Membership, ModelVersion, Project, User
 
 given = json.loads({given!r})
@@ -43,7 +43,7 @@ for wanted in given["projects"]:
         Membership.objects.create(project=project, user=user, role="annotator")
     add_items(project, [
         NewItem(messages, tuple(
-            NewCandidate(text, models[n].checkpoint, {{"secret": 1}}, models[n])
+            NewCandidate(text, models[n % 4].checkpoint, {{"secret": 1}}, models[n % 4])
             for n, text in enumerate(texts)
         ), "typed")
         for messages, texts in items

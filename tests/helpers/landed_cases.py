@@ -23,10 +23,10 @@ from openpalm.align.logprobs import token_log_probs
 from openpalm.align.pairs.examples import render_completion
 from openpalm.checkpoint import directory as checkpoint
 from openpalm.data.batches.loader import IGNORE
-from openpalm.data.rows.demonstration_files import read_demonstrations
-from openpalm.data.rows.labelled_completion_files import read_labelled_completions
-from openpalm.data.rows.pair_files import read_pairs, read_ties
-from openpalm.data.rows.rating_files import read_ratings
+from openpalm.data.rows.readers.demonstrations import read_demonstrations
+from openpalm.data.rows.readers.labelled_completions import read_labelled_completions
+from openpalm.data.rows.readers.pairs import read_pairs, read_ties
+from openpalm.data.rows.readers.ratings import read_ratings
 from openpalm.data.text.conversation import Message
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.model.critic import ActorCritic, Bins, CriticKind

@@ -14,8 +14,8 @@ django.setup()
 
 from feedback_prompts import add_prompts  # noqa: E402
 
-from openpalm.feedback.labeling import queue, submission  # noqa: E402
-from openpalm.feedback.labeling.submission import Judgement  # noqa: E402
+from openpalm.feedback.judgements import queue, submission  # noqa: E402
+from openpalm.feedback.judgements.submission import Judgement  # noqa: E402
 from openpalm.feedback.models import (  # noqa: E402
     Candidate,
     Comparison,

@@ -9,7 +9,7 @@ SLUG = "demo"
 # Runs in `openpalm feedback manage shell`.
 SEED = """
 from openpalm.feedback.models import *
-from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
+from openpalm.feedback.items.new_items import NewCandidate, NewItem, add_items
 user = User.objects.create_superuser("ada", password="correct horse battery")
 project = Project.objects.create(slug="demo", name="Helpful answers")
 Guideline.objects.create(project=project, version=1, text="Be *kind*.")

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -17,8 +17,14 @@ class FakeServer:
     path: str = "first"
     answer: Callable[[dict[str, Any]], str] = lambda body: f"answer {body['seed']}"
     requests: list[dict[str, Any]] = field(default_factory=list)
-    refuses: str = ""
-    """reason why models cannot be loaded"""
+    refuses: str | dict[str, str] = ""
+    """reason why models, or those of these paths, cannot be loaded"""
+    hangs_up: bool = False
+    """once: the model is loaded, and there is no answer"""
+    garbage: bytes | None = None
+    """content of every answer, whatever was asked"""
+    status: int = 200
+    """of the garbage"""
     context: int = 0
     """tokens of an answer that fit; 0 is no limit"""
 
@@ -32,11 +38,14 @@ def fake_server() -> Iterator[FakeServer]:
 
         def reply(self, status: int, body: object) -> None:
             content = json.dumps(body).encode()
+            if state.garbage is not None:
+                status, content = state.status, state.garbage
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            with suppress(ConnectionError):  # a caller that was killed
+                self.wfile.write(content)
 
         def do_GET(self) -> None:
             self.reply(200, {"data": [{"id": state.name, "parent": None}]})
@@ -44,12 +53,19 @@ def fake_server() -> Iterator[FakeServer]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path == "/admin/models":
+                refuses = state.refuses
+                if isinstance(refuses, dict):
+                    refuses = refuses.get(body["path"])
                 if self.headers["Authorization"] != f"Bearer {state.admin_key}":
                     self.reply(401, {"error": {"message": "the admin key is wrong"}})
-                elif state.refuses:
-                    self.reply(400, {"error": {"message": state.refuses}})
+                elif refuses:
+                    self.reply(400, {"error": {"message": refuses}})
                 else:
                     replaced, state.path, state.name = state.name, body["path"], body["name"]
+                    if state.hangs_up:
+                        state.hangs_up = False
+                        self.close_connection = True
+                        return
                     self.reply(200, {"model": state.name, "replaced": replaced})
                 return
             state.requests.append(body)

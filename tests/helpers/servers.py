@@ -125,6 +125,8 @@ class Call:
 
     status: int
     body: str
+    headers: dict[str, str]
+    """by names in small letters"""
 
     @property
     def text(self) -> str:
@@ -147,17 +149,19 @@ async def call_async(
         writer.write(head.encode() + content)
         if leave_after == 0:
             await writer.drain()
-            return Call(0, "")
+            return Call(0, "", {})
         status = int((await reader.readline()).split()[1])
-        while (await reader.readline()).strip():
-            pass
+        headers = {}
+        while header := (await reader.readline()).decode().strip():
+            name, _, value = header.partition(": ")
+            headers[name.lower()] = value
         lines = []
         async for line in reader:
             if line.startswith((b"data:", b"{", b"[")) or not lines:
                 lines.append(line.decode())
             if leave_after and len(lines) >= leave_after:
                 break
-        return Call(status, _unchunked(lines))
+        return Call(status, _unchunked(lines), headers)
     finally:
         writer.close()
 

@@ -1,10 +1,10 @@
 """Many requests at the same time: equal results, freed slots, refusals, no request lost."""
 
 import asyncio
+import json
 import random
 import re
 import signal
-import threading
 from collections import Counter
 
 import pytest
@@ -80,28 +80,10 @@ def test_overload_is_refused_and_admitted_requests_are_answered(base):
         assert set(statuses) == {200, 429}
         assert statuses[200] >= 8
         server.wait_idle()
-        assert len({answer.body for answer in answers if answer.status == 429}) == 1
-
-
-def test_a_refusal_has_retry_after(base):
-    with serving(base, "--max-sequences", 1, "--max-queue", 0) as server:
-        over = threading.Event()
-
-        def hold():
-            while not over.is_set():
-                server.call(COMPLETIONS, ENDLESS)
-
-        holder = threading.Thread(target=hold)
-        holder.start()
-        try:
-            for _ in range(500):  # it may be admitted between two of the holder's requests
-                if (answer := server.call(COMPLETIONS, ENDLESS)).status != 200:
-                    break
-        finally:
-            over.set()
-            holder.join()
-        assert (answer.status, answer.body["error"]["code"]) == (429, "overloaded")
-        assert answer.headers["Retry-After"] == "1"
+        refusals = [answer for answer in answers if answer.status == 429]
+        assert {answer.headers["retry-after"] for answer in refusals} == {"1"}
+        (said,) = {answer.body for answer in refusals}
+        assert json.loads(said)["error"]["code"] == "overloaded"
 
 
 async def status_of(url):
@@ -121,13 +103,13 @@ def admitted_sequences(server):
 
 def test_sigterm_under_load_loses_nothing_in_flight(base):
     """All admitted requests are answered whole, new ones are refused, the exit status is 0."""
-    # A busy machine may need longer than the default timeout for 9,600 tokens.
+    # A busy machine may need longer than the default timeout for 4,800 tokens.
     with serving(base, "--max-sequences", 4, "--shutdown-timeout", HANGS_S) as server:
 
         async def load():
-            bodies = [ENDLESS | {"stream": i % 2 == 0, "seed": i, "n": 8} for i in range(12)]
+            bodies = [ENDLESS | {"stream": i % 2 == 0, "seed": i, "n": 4} for i in range(12)]
             calls = [asyncio.create_task(call_async(server.url, COMPLETIONS, b)) for b in bodies]
-            while await asyncio.to_thread(admitted_sequences, server) < 12 * 8:
+            while await asyncio.to_thread(admitted_sequences, server) < 12 * 4:
                 await asyncio.sleep(0.01)
             server.process.send_signal(signal.SIGTERM)
             while (late := await status_of(server.url)) == 200:
@@ -139,7 +121,7 @@ def test_sigterm_under_load_loses_nothing_in_flight(base):
         assert Counter(answer.status for answer in answers) == {200: 12}
         for answer in answers:
             assert answer.body.rstrip().endswith(("[DONE]", "}"))
-            assert answer.body.count('"length"') == 8
+            assert answer.body.count('"length"') == 4
         assert late in (None, 503)
         server.process.wait(timeout=HANGS_S)
         assert server.process.returncode == 0

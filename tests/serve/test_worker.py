@@ -85,6 +85,17 @@ def test_the_queue_is_bounded_and_empties():
     run(test)
 
 
+def test_without_a_queue_a_request_has_a_slot_or_is_refused():
+    async def test(worker, engine):
+        answer = worker.submit(worker.current, [LONG])
+        with pytest.raises(Overloaded):
+            worker.submit(worker.current, [LONG])
+        await collect(answer)
+        await collect(worker.submit(worker.current, [LONG]))
+
+    run(test, slots=1, max_queue=0)
+
+
 def test_after_an_engine_error_new_requests_succeed(capfd):
     async def test(worker, engine):
         engine.fails_at = 5

@@ -99,7 +99,7 @@ def best_completions(settings: BestOfNSettings) -> list[dict[str, Any]]:
     from openpalm.base.progress_bar import ProgressBar
     from openpalm.cli.common import serving_engine
     from openpalm.cli.rl_common import usable_prompts
-    from openpalm.data.rows.prompt_files import read_prompts
+    from openpalm.data.rows.readers.prompts import read_prompts
 
     given = read_prompts(settings.data)
     engine, tokenizer = serving_engine(settings.path, settings, slots=ROWS_PER_BATCH)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from openpalm.align.doctor.run_checks import PlannedRun
     from openpalm.data.rows.messages import Messages
     from openpalm.data.rows.preferences import Pair
-    from openpalm.data.rows.prompt_files import PromptRow
     from openpalm.data.rows.read_result import ReadResult
+    from openpalm.data.rows.readers.prompts import PromptRow
 
 MAX_EXAMPLES = 256
 """Rows of the data that are checked."""
@@ -116,7 +116,7 @@ def planned_run(settings: DoctorSettings) -> "PlannedRun":
     from openpalm.cli.common import fine_tuning_start
     from openpalm.cli.rl_common import usable_prompts
     from openpalm.data.rows.preferences import Pair
-    from openpalm.data.rows.prompt_files import PromptRow
+    from openpalm.data.rows.readers.prompts import PromptRow
     from openpalm.model import lora
     from openpalm.model.transformer import Transformer
     from openpalm.train.initial_weights import check_trained, choose_trained
@@ -174,11 +174,11 @@ def _read(path: Path) -> _Given:
     from openpalm.cli.common import report_unused
     from openpalm.data.corpus.json_lines import read_rows
     from openpalm.data.corpus.sources import is_rows
-    from openpalm.data.rows.demonstration_files import read_demonstrations
     from openpalm.data.rows.messages import assistant_turn
-    from openpalm.data.rows.pair_files import read_pairs
-    from openpalm.data.rows.prompt_files import PromptRow, read_prompts
     from openpalm.data.rows.read_result import ReadResult
+    from openpalm.data.rows.readers.demonstrations import read_demonstrations
+    from openpalm.data.rows.readers.pairs import read_pairs
+    from openpalm.data.rows.readers.prompts import PromptRow, read_prompts
     from openpalm.data.rows.row_formats import (
         ALPACA,
         COMPLETION,

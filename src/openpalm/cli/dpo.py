@@ -112,8 +112,8 @@ def _examples(
     from openpalm.base.device import pick_device
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import report_unused
-    from openpalm.data.rows.labelled_completion_files import read_labelled_completions
-    from openpalm.data.rows.pair_files import read_pairs
+    from openpalm.data.rows.readers.labelled_completions import read_labelled_completions
+    from openpalm.data.rows.readers.pairs import read_pairs
     from openpalm.parallel.world import world
 
     # The last of length + 1 tokens is only a target.

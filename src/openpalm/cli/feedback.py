@@ -100,12 +100,11 @@ def _run_all(site, listening) -> None:
 
     feedback_site.open_database()
     url = feedback_site.url_of(listening)
-    setup = feedback_site.setup_line(url)
+    setup = feedback_site.setup_lines(url)
 
     def ready() -> None:
-        end = f"; {setup}" if setup else ""
         with suppress(OSError):
-            print(f"feedback: {url}/{end}; Ctrl-C ends it", flush=True)
+            print(f"feedback: {url}/; Ctrl-C ends it", *setup, sep="\n", flush=True)
 
     # Visitors who come while it ends are refused: they would wait for nothing.
     children = feedback_site.children(site, listening)

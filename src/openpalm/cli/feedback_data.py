@@ -26,6 +26,9 @@ class ExportSettings:
     format: str = "records"
     """records, pairs, conversations, hh, kto, kto-pairs, ratings, rankings, scores, messages,
     sharegpt, prompt-completion, alpaca or csv"""
+    consensus: bool = False
+    """one row for each item: the majority of its comparisons or thumbs, the order of its rankings
+    by Bradley-Terry, the median of its ratings"""
     dir: str | None = None
     """folder of the site's database; default: OPENPALM_FEEDBACK_DIR, or feedback"""
     database_url: str | None = None
@@ -82,16 +85,21 @@ def _export(argv: Sequence[str]) -> None:
         "grow with their number. Rows that a format cannot hold are counted.",
         examples=[
             "openpalm feedback export demo --out judgements.jsonl",
-            "openpalm feedback export demo --format pairs --out pairs.jsonl",
+            "openpalm feedback export demo --format pairs --consensus --out pairs.jsonl",
         ],
         positional=["project"],
     )
     project = _open(settings.dir, settings.database_url, settings.project)
     from openpalm.data.rows.exports.stream import write_export
+    from openpalm.data.rows.read_result import StreamCounts
     from openpalm.feedback.accounts import audit
-    from openpalm.feedback.labeling.records import project_records
+    from openpalm.feedback.judgements.consensus import consensus_records
+    from openpalm.feedback.judgements.records import project_records
 
-    counts = write_export(settings.out, project_records(project), settings.format)
+    counts = StreamCounts()
+    every = project_records(project)
+    records = consensus_records(project, counts) if settings.consensus else every
+    write_export(settings.out, records, settings.format, counts)
     audit.record(
         "export.downloaded", user=None, project=project, target=settings.format, by="command"
     )
@@ -116,7 +124,7 @@ def _import(argv: Sequence[str]) -> None:
         raise SettingsError(f"--file {settings.file}: there is no such file")
     project = _open(settings.dir, settings.database_url, settings.project)
     from openpalm.feedback.accounts import audit
-    from openpalm.feedback.manage.imports import Importer
+    from openpalm.feedback.imports.importer import Importer
 
     arguments = {
         "name": str(settings.file),

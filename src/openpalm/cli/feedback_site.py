@@ -31,6 +31,8 @@ class Site:
     port: int
     dir: str
     database_url: str | None = None
+    port_option: str = "--port"
+    """the option that an error about the port names"""
 
     def check_host(self) -> None:
         """Raises SettingsError for an address of the network without the names it answers to."""
@@ -69,8 +71,8 @@ class Site:
                 if number != errno.EADDRINUSE or time.monotonic() > deadline:
                     reason = os.strerror(number) if number and number > 0 else str(error)
                     raise SettingsError(
-                        f"--host {self.host} --port {self.port}: cannot listen there ({reason}); "
-                        "try another --port"
+                        f"--host {self.host} {self.port_option} {self.port}: cannot listen there "
+                        f"({reason}); try another {self.port_option}"
                     ) from None
             time.sleep(0.1)
 
@@ -163,8 +165,8 @@ def url_of_address(host: str, port: int) -> str:
     return f"http://{shown}:{port}"
 
 
-def setup_line(url: str) -> str | None:
-    """How the first administrator signs up; None if there is one."""
+def setup_lines(url: str) -> list[str]:
+    """A line with the link by which the first administrator signs up; none if there is one."""
     from django.conf import settings
     from django.db import connection
 
@@ -174,9 +176,9 @@ def setup_line(url: str) -> str | None:
     has_admin = User.objects.filter(is_superuser=True).exists()
     connection.close()
     if has_admin:
-        return None
+        return []
     token = setup_token(settings.FEEDBACK_DIR)
-    return f"sign up as its first administrator: {url}/setup?token={token}"
+    return [f"sign up as the site's first administrator: {url}/setup?token={token}"]
 
 
 def _name_of_site() -> str | None:

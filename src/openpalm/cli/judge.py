@@ -156,7 +156,7 @@ def _items(settings: JudgeSettings) -> "list[Item]":
     """The completions of --data, or with --model its prompts, to be sampled later."""
     from openpalm.align.judging.judging_session import items_from_rows
     from openpalm.cli.common import report_unused
-    from openpalm.data.rows.candidate_files import read_candidates
+    from openpalm.data.rows.readers.candidates import read_candidates
 
     if settings.model is not None:
         return _sampled_items(settings, settings.model)
@@ -170,7 +170,7 @@ def _sampled_items(settings: JudgeSettings, model: str) -> "list[Item]":
     from openpalm.align.judging.judging_session import Writer, items_from_model
     from openpalm.cli.common import serving_engine
     from openpalm.cli.rl_common import usable_prompts
-    from openpalm.data.rows.prompt_files import read_prompts
+    from openpalm.data.rows.readers.prompts import read_prompts
 
     given = read_prompts(settings.data)
     engine, tokenizer = serving_engine(

@@ -64,6 +64,7 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.evaluate.compression import baselines
     from openpalm.report.quickstart_page import write_page_of_quickstart
 
+    _refuse_another_length(settings)
     console = Console(highlight=False)
     started = time.monotonic()
     manifest = prepare_data(settings, console)
@@ -80,6 +81,24 @@ def run(argv: Sequence[str]) -> None:
     for line in shortcomings(summary, settings):
         console.print(line, style="yellow", markup=False)
     _print_next_commands(settings.out / ("dpo" if preferred else "sft"), settings, console)
+
+
+def _refuse_another_length(settings: QuickstartSettings) -> None:
+    """Raises SettingsError if `out` has a quickstart of other --minutes, finished or not."""
+    from openpalm.base.yaml_file import read_yaml
+    from openpalm.train.run_directory import SETTINGS_FILE
+
+    file = settings.out / "pretrain" / SETTINGS_FILE
+    stored = read_yaml(file).get("minutes") if file.exists() else None
+    if not isinstance(stored, int | float):
+        return
+    was = stored / PRETRAIN_SHARE
+    if abs(was - settings.minutes) > 1e-6:
+        raise SettingsError(
+            f"--minutes {settings.minutes:g}: {settings.out} has a quickstart of {was:g} minutes; "
+            f"give --minutes {was:g} to continue it, another --out to keep it, or delete the "
+            "folder to start again"
+        )
 
 
 def prepare_data(settings: QuickstartSettings, console: "Console") -> "Manifest":

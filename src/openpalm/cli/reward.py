@@ -94,9 +94,9 @@ def _pairs(
     """The pairs, and the held-out ties."""
     from openpalm.align.pairs.examples import to_examples
     from openpalm.cli.common import held_out, report_unused
-    from openpalm.data.rows.pair_files import read_pairs, read_ties
     from openpalm.data.rows.preferences import Pair
     from openpalm.data.rows.read_result import ReadResult
+    from openpalm.data.rows.readers.pairs import read_pairs, read_ties
 
     found = to_examples(tokenizer, read_pairs(settings.data), length)
     pairs = report_unused(label, settings.data, found, "pair").items
@@ -110,7 +110,7 @@ def _ratings(
     """The ratings; no ties."""
     from openpalm.align.pairs.examples import to_examples
     from openpalm.cli.common import report_unused
-    from openpalm.data.rows.rating_files import read_ratings
+    from openpalm.data.rows.readers.ratings import read_ratings
 
     found = to_examples(tokenizer, read_ratings(settings.data, settings.axis), length)
     return report_unused(label, settings.data, found, "rating").items, []

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from openpalm.align.judging.reward_sources import RewardContext
     from openpalm.align.rollouts.rollout import LogProbs
     from openpalm.align.rollouts.rollout_batch import Reward
-    from openpalm.data.rows.prompt_files import PromptRow
     from openpalm.data.rows.read_result import ReadResult
+    from openpalm.data.rows.readers.prompts import PromptRow
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.model.config import ModelConfig
     from openpalm.model.transformer import Transformer
@@ -49,7 +49,7 @@ def train_on_rollouts(
     from openpalm.align.rollouts.sampler import Sampler
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import fine_tuning_start, held_out, join_processes
-    from openpalm.data.rows.prompt_files import read_prompts
+    from openpalm.data.rows.readers.prompts import read_prompts
     from openpalm.model.transformer import Transformer
     from openpalm.parallel.world import world
     from openpalm.train.batch_shape import BatchShape

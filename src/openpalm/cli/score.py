@@ -11,7 +11,7 @@ from openpalm.errors import CheckpointError, DataError, count_of
 
 if TYPE_CHECKING:
     from openpalm.align.pairs.examples import PreferenceExample
-    from openpalm.data.rows.prompt_files import PromptRow
+    from openpalm.data.rows.readers.prompts import PromptRow
     from openpalm.data.text.tokenizer import Tokenizer
     from openpalm.model.transformer import Transformer
 
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
     from openpalm.base.files import write_atomically
     from openpalm.checkpoint import directory as checkpoint
     from openpalm.cli.common import report_unused
-    from openpalm.data.rows.prompt_files import read_prompts
+    from openpalm.data.rows.readers.prompts import read_prompts
     from openpalm.data.text.tokenizer import Tokenizer
 
     found = read_prompts(settings.data)

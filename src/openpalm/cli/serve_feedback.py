@@ -6,7 +6,6 @@ needs to know them.
 
 import json
 import secrets
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -33,13 +32,13 @@ def run(settings: ServeSettings) -> None:
     feedback_site.check_installed()
     if not Path(settings.path).is_dir():
         raise SettingsError(
-            f"--feedback: trains on from a run or checkpoint on this machine, and {settings.path} "
-            "is none; fetch it with `openpalm copy` first"
+            f"{settings.path}: no run or checkpoint is there, and --feedback needs one on this "
+            "machine; `openpalm copy` fetches one from the hub"
         )
     folder = feedback_site.folder_of(settings.feedback_dir)
-    site = Site(settings.host, settings.feedback_port, folder)
+    site = Site(settings.host, settings.feedback_port, folder, port_option="--feedback-port")
     site.check_host()
-    port = settings.port or _free_port(settings.host)
+    port = _free_port(settings.host, settings.port)
     keys = settings.keys  # without --api-key, callers on this machine need none
     admin_keys = settings.admin_keys or [secrets.token_urlsafe(24)]
     with site.listen() as listening:
@@ -50,24 +49,25 @@ def run(settings: ServeSettings) -> None:
         site_url = feedback_site.url_of(listening)
         server = _server(settings, port, server_url, site_url, keys, admin_keys)
         children = [server, *feedback_site.children(site, listening)]
-        setup = feedback_site.setup_line(site_url)
+        setup = feedback_site.setup_lines(site_url)
 
         def ready() -> None:
-            end = f"; {setup}" if setup else ""
+            line = f"{settings.model_name}: chat page at {server_url}/, feedback at {site_url}/"
+            # The link ends its line, so that a terminal opens it whole.
             with suppress(OSError):
-                print(
-                    f"{settings.model_name}: chat page at {server_url}/, feedback at {site_url}/"
-                    f"{end}; Ctrl-C ends both",
-                    flush=True,
-                )
+                print(f"{line}; Ctrl-C ends both", *setup, sep="\n", flush=True)
 
         Supervisor(children, say=say).run(ready, ending=listening.close)
 
 
-def _free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as found:
-        return found.getsockname()[1]
+def _free_port(host: str, port: int) -> int:
+    """The port of the model server; 0 is replaced by a free one.
+
+    Raises SettingsError if it is in use, before prompts are read and processes start.
+    """
+    listening = Site(host, port, "").listen()
+    with listening:
+        return listening.getsockname()[1]
 
 
 def _server(
@@ -79,15 +79,17 @@ def _server(
     admin_keys: Sequence[str],
 ) -> Child:
     """The model server. After a crash it starts with the model that was promoted meanwhile."""
-    from openpalm.feedback.manage import first_prompts
-    from openpalm.feedback.training.served import connect
+    from django.db import Error
+
+    from openpalm.feedback.imports import first_prompts
+    from openpalm.feedback.training.served import connect, serve_again
     from openpalm.feedback.training.servers import promoted_path
 
     connection = connect(settings.path, settings.model_name)
     if connection.promoted:
         say(
-            f"serves {connection.model.path}, as the command says; {connection.promoted} was "
-            "promoted before: name that one to serve it again"
+            f"serves {connection.model.path}, as the command says, and not the model that was "
+            f"promoted before; to serve that one: openpalm serve {connection.promoted} --feedback"
         )
     if connection.is_new and (data := first_prompts.data_of(Path(settings.path))):
         count = first_prompts.add(connection.project, connection.model, data)
@@ -102,8 +104,12 @@ def _server(
         environment["OPENPALM_API_KEY"] = json.dumps(list(keys))
 
     def command() -> list[str]:
-        found = promoted_path()
-        promoted = found if found and Path(found).is_dir() else None
+        promoted = promoted_path()
+        if promoted and not (Path(promoted) / "manifest.json").is_file():
+            say(f"{promoted} was promoted and is gone; serves {connection.model.path} again")
+            with suppress(Error):  # a database that is away; the next start tries again
+                serve_again(connection.model)
+            promoted = None
         path = promoted or connection.model.path
         words = [*PROGRAM, "serve", path, *options(settings, promoted)]
         words += ["--name", settings.model_name, "--port", str(port)]

@@ -1,7 +1,7 @@
 """Django's admin over all tables, for administrators of the site who look for an error.
 
-Nothing is added or deleted here and the records of judgements, training and audit are not changed:
-the pages of the site do that, with their checks and the audit log.
+Nothing is added or deleted here, and judgements, trainings and audit events are read-only: the
+pages of the site change them, with checks and the audit log.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ EDITABLE: dict[type, tuple[str, ...]] = {
 
 
 class FirstRows(Paginator):
-    """Pages of the newest rows only: to count all rows of a large table takes seconds."""
+    """Pages of the newest rows only: counting all rows of a large table takes seconds."""
 
     MOST = 5000
 
@@ -78,7 +78,7 @@ class ReadMostly(admin.ModelAdmin):
         return []
 
     def get_queryset(self, request: HttpRequest) -> "QuerySet[Any]":
-        """The rows that others refer to are read at once, not one query for each."""
+        """Prefetches related rows: one query for each relation, not for each row."""
         shown = self.get_list_display(request)
         relations = [f.name for f in self._shown() if f.is_relation and f.name in shown]
         return super().get_queryset(request).prefetch_related(*relations)

@@ -1,4 +1,4 @@
-"""For new processes on Linux: end when the parent is killed, so that none is left over."""
+"""Ends a child process when its parent is killed (on Linux)."""
 
 import ctypes
 import signal

@@ -1,4 +1,4 @@
-"""Pages of long lists by id, and what their addresses say: place and filters.
+"""Pagination of long lists by id, and the filters in a page's URL.
 
 The cost of a page does not grow with its number.
 """
@@ -16,7 +16,7 @@ MAX_ID = 2**63 - 1
 
 @dataclass(frozen=True)
 class Page:
-    """Rows with the newest first, and the queries ("before=12&state=open") of its neighbours."""
+    """Rows, newest first, and the queries ("before=12&state=open") of both neighbours."""
 
     rows: list[Any]
     newer: str | None
@@ -45,7 +45,7 @@ def page_of(rows: "QuerySet[Any]", request: HttpRequest, size: int = PAGE_SIZE) 
 
 
 def within(rows: "QuerySet[Any]", request: HttpRequest, column: str) -> "QuerySet[Any]":
-    """The rows that can belong to the page, by `column`, which refers to the rows of the page."""
+    """Keeps the rows that refer, by `column`, to the id range of the page."""
     before, after = _place(request)
     if after is not None:
         return rows.filter(**{f"{column}__gt": after})
@@ -62,12 +62,12 @@ def _place(request: HttpRequest) -> tuple[int | None, int | None]:
 
 
 def id_of(text: str) -> int | None:
-    """The id that a visitor wrote; None if it is no id that a row can have."""
+    """The id in a visitor's text; None if no row can have it."""
     is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_ID))
     return min(int(text), MAX_ID) if is_number else None
 
 
 def name_in(request: HttpRequest) -> str:
     """The user name of the filter `who`; empty without one."""
-    # A NUL in an address is not refused before; PostgreSQL cannot compare it.
+    # The NUL check is for forms only, and PostgreSQL cannot compare NUL.
     return request.GET.get("who", "").replace("\0", "").strip()

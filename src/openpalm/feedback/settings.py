@@ -11,7 +11,9 @@ OPENPALM_ADMIN_KEY        its admin key, for promotion
 OPENPALM_API_KEY          its API key
 """
 
+import logging
 import os
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from django.core.exceptions import ImproperlyConfigured
 from openpalm.feedback.secret_key import read_or_make
 
 FEEDBACK_DIR = Path(os.environ.get("OPENPALM_FEEDBACK_DIR", "feedback")).absolute()
-# Private, whatever the umask: the database has the sessions, the others what people wrote.
+# Private for any umask: sessions are in the database, texts of people in the other files.
 FEEDBACK_DIR.mkdir(mode=0o700, parents=True, exist_ok=True)
 for _name in ("snapshots", "uploads", "logs"):
     (FEEDBACK_DIR / _name).mkdir(mode=0o700, exist_ok=True)
@@ -42,7 +44,7 @@ def _proxies() -> int:
 
 
 FEEDBACK_PROXIES = _proxies()
-"""the last entries of X-Forwarded-For that visitors cannot write"""
+"""entries at the end of X-Forwarded-For that visitors cannot write"""
 DEBUG = False
 
 SERVER_URL = os.environ.get("OPENPALM_SERVER_URL", "").rstrip("/")
@@ -112,7 +114,7 @@ def _database() -> dict[str, Any]:
     if database["ENGINE"].rpartition(".")[2] not in ("postgresql", "sqlite3"):
         raise ImproperlyConfigured(_WANTED)
     if database["ENGINE"] == "django.db.backends.sqlite3":
-        # SQLite gives its journals the rights of the database, which it would make for all to read.
+        # SQLite's default is world-readable; its journals copy the permissions of the database.
         if isinstance(file := database["NAME"], str) and file and not file.startswith(":"):
             Path(file).touch(mode=0o600)
         # Writers take the lock when they begin, so that none fails when it first writes. FULL: an
@@ -143,6 +145,7 @@ AUTH_PASSWORD_VALIDATORS = [
 LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = "home"
 LOGOUT_REDIRECT_URL = "login"
+PASSWORD_RESET_TIMEOUT = 24 * 3600
 SESSION_COOKIE_AGE = 14 * 24 * 3600
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
@@ -178,10 +181,27 @@ STORAGES = {
 }
 STATIC_ROOT = FEEDBACK_DIR / "static"
 STATIC_ROOT.mkdir(exist_ok=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """A form that was filled in wrongly is answered on its page; it is no news for an operator."""
+    return getattr(record, "status_code", None) != HTTPStatus.UNPROCESSABLE_ENTITY
+
+
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"plain": {"format": "{asctime} {levelname} {name}: {message}", "style": "{"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
+    "filters": {
+        "news": {"()": "django.utils.log.CallbackFilter", "callback": _is_news},
+        "one_line": {"()": "openpalm.feedback.accounts.errors.OneLine"},
+    },
+    "handlers": {
+        "stderr": {
+            "class": "logging.StreamHandler",
+            "formatter": "plain",
+            "filters": ["news", "one_line"],
+        }
+    },
     "root": {"handlers": ["stderr"], "level": "WARNING"},
 }

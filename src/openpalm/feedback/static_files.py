@@ -1,4 +1,4 @@
-"""Addresses of scripts and styles that change with each release.
+"""URLs of scripts and styles that change with each release.
 
 Browsers keep these files for an hour. A page of a new release must not run with the old ones.
 """

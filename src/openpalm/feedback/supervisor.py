@@ -1,6 +1,6 @@
 """Runs several processes as one command: starts them, restarts those that crash, ends all.
 
-Knows no Django and no model: a child is a name, a command line and a way to see that it is ready.
+Does not import Django: a child has a name, a command line and a readiness check.
 """
 
 import os
@@ -18,7 +18,7 @@ from openpalm.feedback.die_with_parent import die_with_parent
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 STABLE_S = 60.0
-"""a child that ran this long crashed by chance: the next pause is the first one again"""
+"""after a run of this length the next pause is FIRST_PAUSE_S again"""
 END_S = 90.0
 POLL_S = 0.1
 USAGE_STATUS = 2
@@ -36,9 +36,8 @@ class Child:
     sockets: Sequence[int] = ()
     """file descriptors that it inherits"""
     hides_output: bool = False
-    """drop its standard output: a line that it is ready, which the supervisor's own line repeats"""
+    """drop its standard output; the supervisor prints the ready line itself"""
     process: subprocess.Popen[bytes] | None = None
-    was_ready: bool = False
     pause_s: float = field(default_factory=lambda: FIRST_PAUSE_S)
     """before the next start after a crash"""
     started_at: float = 0.0
@@ -103,12 +102,11 @@ class Supervisor:
             process = child.process
             assert process is not None
             if process.poll() is not None:
-                # Its own line is on standard error above this one.
+                # The child has printed its own error above.
                 error = WorkError(f"the {child.name} ended before it was ready; see above")
                 error.exit_status = USAGE_STATUS if process.returncode == USAGE_STATUS else 1
                 raise error
             time.sleep(POLL_S)
-        child.was_ready = True
 
     def _watch(self, child: Child) -> None:
         """Starts a crashed child again, after a pause that doubles."""

@@ -32,7 +32,7 @@ def serve(listening: socket.socket) -> None:
 
     from openpalm.feedback.wsgi import application
 
-    # A burst of requests waits for a thread; that is no news.
+    # Requests that wait for a thread are normal: no warnings about them.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     server: Any = create_server(
         application,
@@ -40,11 +40,11 @@ def serve(listening: socket.socket) -> None:
         threads=THREADS,
         ident="",
         channel_timeout=60,
-        # Connections that send slowly hold no thread, but waitress' 100 would soon be all taken.
+        # Slow connections hold no thread, but would use up waitress' default of 100.
         connection_limit=1000,
         # waitress stores a body before the application sees it; see accounts/middleware.body_limit.
         max_request_body_size=settings.FEEDBACK_MAX_UPLOAD_BYTES + 2**20,
-        # Only a proxy's word about HTTPS and the visitor's address reaches the site.
+        # Headers about HTTPS and the visitor's address are trusted only from a proxy.
         clear_untrusted_proxy_headers=not settings.FEEDBACK_PROXIES,
     )
     signals: list[int] = []

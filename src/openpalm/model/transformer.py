@@ -131,7 +131,7 @@ class Transformer(nn.Module):
 
     @property
     def computes_loss(self) -> bool:
-        """Whether `cross_entropy` gets final states: not on a pipeline's stages before the last."""
+        """Whether `cross_entropy` gets final states; false at a pipeline's earlier stages."""
         return True
 
     def head(self, residual: Tensor) -> Tensor:

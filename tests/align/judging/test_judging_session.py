@@ -15,10 +15,10 @@ from openpalm.align.judging.judging_session import (
 )
 from openpalm.align.judging.model_judge import Refused
 from openpalm.base.jsonl import open_jsonl
-from openpalm.data.rows.candidate_files import CandidateRow
 from openpalm.data.rows.constitution import Article, Constitution
 from openpalm.data.rows.preferences import Candidate, Preference
-from openpalm.data.rows.prompt_files import PromptRow
+from openpalm.data.rows.readers.candidates import CandidateRow
+from openpalm.data.rows.readers.prompts import PromptRow
 from openpalm.data.text.conversation import Message, render, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import WorkError

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from openpalm.data.rows.demonstration_files import read_demonstrations
-from openpalm.data.rows.labelled_completion_files import read_labelled_completions
-from openpalm.data.rows.pair_files import read_pairs
-from openpalm.data.rows.prompt_files import read_prompts
-from openpalm.data.rows.rating_files import read_ratings
+from openpalm.data.rows.readers.demonstrations import read_demonstrations
+from openpalm.data.rows.readers.labelled_completions import read_labelled_completions
+from openpalm.data.rows.readers.pairs import read_pairs
+from openpalm.data.rows.readers.prompts import read_prompts
+from openpalm.data.rows.readers.ratings import read_ratings
 from openpalm.errors import DataError
 
 GOOD: dict[str, tuple[Any, dict[str, Any]]] = {

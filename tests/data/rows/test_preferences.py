@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import (
     Candidate,
     LabelledCompletion,
@@ -18,6 +17,7 @@ from openpalm.data.rows.preferences import (
     ratings_from_preferences,
     ties_from_preferences,
 )
+from openpalm.data.rows.readers.pairs import read_pairs, read_ties
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 

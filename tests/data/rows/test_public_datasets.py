@@ -10,11 +10,11 @@ import re
 
 import pytest
 
-from openpalm.data.rows.demonstration_files import read_demonstrations
-from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import Pair, Rating
-from openpalm.data.rows.prompt_files import read_prompts
-from openpalm.data.rows.rating_files import read_ratings
+from openpalm.data.rows.readers.demonstrations import read_demonstrations
+from openpalm.data.rows.readers.pairs import read_pairs, read_ties
+from openpalm.data.rows.readers.prompts import read_prompts
+from openpalm.data.rows.readers.ratings import read_ratings
 from openpalm.errors import DataError
 
 WORD = re.compile(r"\bw\d+\b")

@@ -6,11 +6,11 @@ import json
 import pytest
 from data_samples import shared_file
 
-from openpalm.data.rows.demonstration_files import read_demonstrations
-from openpalm.data.rows.labelled_completion_files import read_labelled_completions
-from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import LabelledCompletion, Pair
-from openpalm.data.rows.prompt_files import PromptRow, read_prompts
+from openpalm.data.rows.readers.demonstrations import read_demonstrations
+from openpalm.data.rows.readers.labelled_completions import read_labelled_completions
+from openpalm.data.rows.readers.pairs import read_pairs, read_ties
+from openpalm.data.rows.readers.prompts import PromptRow, read_prompts
 from openpalm.data.rows.row_formats import row_format
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError

@@ -143,5 +143,7 @@ def test_weak_passwords_are_refused(project, admin):
     _, secret = invite(project, admin, Role.ANNOTATOR, days=7, uses=1)
     for password in ("password", "12345678901", "zoe"):
         form = {"username": "zoe", "password1": password, "password2": password}
-        assert Client().post(f"/invite/{secret}", form).status_code == 200
+        answer = Client().post(f"/invite/{secret}", form)
+        assert answer.status_code == 200
+        assert list(answer.context["form"].errors) == ["password1"]
     assert not User.objects.filter(username="zoe").exists()

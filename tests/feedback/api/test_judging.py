@@ -63,7 +63,7 @@ def test_a_full_disk_is_no_bug(project, make_item, ann, monkeypatch):
 
     make_item("one", "yes", "no")
     shown = lease(ann)
-    monkeypatch.setattr("openpalm.feedback.labeling.submission.submit", submit)
+    monkeypatch.setattr("openpalm.feedback.judgements.submission.submit", submit)
     answer = ann.post(f"assignments/{shown['id']}/submit", {"payload": {"tie": [0, 1]}})
     assert answer.status_code == 503
     assert answer.data["error"]["code"] == "unavailable"
@@ -217,3 +217,5 @@ def test_judgements_are_exported_in_every_format(make_item, ann, member, caller,
     table = boss.get("responses/export", project="demo", format="csv")
     assert b"compare" in b"".join(table.streaming_content)
     assert boss.get("responses/export", project="demo", format="x").status_code == 400
+    one = boss.get("responses/export", project="demo", consensus="true")
+    assert json.loads(b"".join(one.streaming_content))["author"] == "consensus"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.queue import next_assignment
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.queue import next_assignment
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Role
 
 TIE = Judgement("compare", {"tie": [0, 1]})

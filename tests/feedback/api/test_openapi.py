@@ -1,5 +1,9 @@
 """The OpenAPI document names what the API really takes."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 from openpalm.feedback.api.openapi import BODIES, QUERIES, document
@@ -7,7 +11,6 @@ from openpalm.feedback.api.urls import urlpatterns
 from openpalm.feedback.models import ApiToken
 
 PATHS = document(urlpatterns)["paths"]
-FILLED = {"slug": "demo", "item_id": 1, "assignment_id": 1, "run_id": 1, "model_id": 1}
 
 
 def test_every_url_is_listed_with_its_methods(db, client):
@@ -15,7 +18,7 @@ def test_every_url_is_listed_with_its_methods(db, client):
     assert served["paths"] == PATHS
     listed = client.get("/api/v1/").json()["urls"]
     assert listed["/api/v1/items"] == ["GET", "POST"]
-    for room in ("projects", "items", "responses", "runs", "models"):
+    for room in ("projects", "items", "responses", "runs", "models", "prompts", "comparisons"):
         assert f"/{room}" in PATHS
     assert {f"/{path}" for path, _ in BODIES} | {f"/{path}" for path in QUERIES} <= set(PATHS)
 
@@ -35,8 +38,20 @@ def test_operation_ids_are_unique():
 @pytest.mark.parametrize("path", sorted(QUERIES))
 def test_parameters_are_those_that_are_read(project, admin, caller, path):
     """The API itself refuses an unknown parameter, and names all that it knows."""
-    refused = caller(admin).get(path, project="demo", colour="red").data["error"]["message"]
-    if path == "projects":
-        refused = caller(admin).get(path, colour="red").data["error"]["message"]
+    given = {"project": "demo"} if "project" in QUERIES[path] else {}
+    answer = caller(admin).get(path.format(slug="demo"), **given, colour="red")
+    refused = answer.data["error"]["message"]
     known = set(refused.rpartition("known: ")[2].split(", "))
     assert known == set(QUERIES[path])
+
+
+def test_the_requests_in_the_docs_fit_the_document():
+    docs = Path(__file__).parents[3] / "docs" / "feedback-api.md"
+    text = docs.read_text(encoding="utf-8")
+    calls = re.findall(r"\$api/([\w/-]+)(?:\S*)(?: -d '(\{.*?\})')?[ \n]", text, re.DOTALL)
+    assert len(calls) > 12
+    for path, body in calls:
+        (known,) = [p for p in PATHS if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", p), f"/{path}")]
+        if body:
+            properties, required = BODIES[known[1:], "POST"]
+            assert set(required) <= set(json.loads(body)) <= set(properties), path

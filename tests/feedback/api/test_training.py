@@ -2,8 +2,8 @@
 
 import pytest
 
-from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Job, ModelVersion, Promotion, Role, TrainRun
 
 

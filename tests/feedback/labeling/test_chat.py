@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from openpalm.feedback.judgements.records import record
 from openpalm.feedback.labeling import chat
-from openpalm.feedback.labeling.records import record
 from openpalm.feedback.models import Conversation, Item, ModelVersion, Response
 
 
@@ -176,7 +176,7 @@ def test_a_model_that_fails_is_not_named(models, ask):
     ("form", "message"),
     [
         ({"text": "  "}, "write a message first"),
-        ({"text": "more"}, "choose the answer to go on with"),
+        ({"text": "more"}, "choose the answer to continue with"),
         ({"text": "x" * 20_001, "keep": "0"}, "at most 20000 characters"),
     ],
 )
@@ -209,6 +209,23 @@ def test_a_conversation_can_be_left(models, ask):
     ask("say", text="hello")
     assert "Ask anything" in ask("leave", sure="1")
     assert not Item.objects.exists()
+
+
+def test_a_conversation_is_flagged_with_a_reason(models, ask):
+    ask("say", text="Hello")
+    without = ask("flag", reason=" ")
+    assert "A flag needs a reason" in without
+    assert "says Hello" in without, "the conversation goes on"
+    assert not Item.objects.exists()
+    done = ask("flag", reason="It has a telephone number.", elapsed_ms="700")
+    assert "Last: Flagged" in done
+    response = Response.objects.get()
+    assert (response.state, response.reason) == ("flagged", "It has a telephone number.")
+    assert response.elapsed_ms == 700
+    assert [place.candidate.text[1:] for place in response.item.places.all()] == [" says Hello"] * 2
+    assert Conversation.objects.get().state == chat.JUDGED
+    ask("flag", reason="again")
+    assert Response.objects.count() == 1
 
 
 def test_an_undone_vote_can_be_given_again(models, ask, member, signed_in):

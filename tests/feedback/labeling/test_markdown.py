@@ -1,9 +1,9 @@
-"""Guidelines are Markdown and nothing more."""
+"""Guidelines are Markdown and nothing more; so are answers, without links."""
 
 import pytest
 
-from openpalm.feedback.labeling.markdown import to_html
-from openpalm.feedback.labeling.words import pieces
+from openpalm.feedback.judgements.words import pieces
+from openpalm.feedback.labeling.markdown import LONGEST_ANSWER, answer_html, to_html
 
 
 def test_markdown_becomes_html():
@@ -31,10 +31,32 @@ def test_markdown_becomes_html():
         '<p style="color:red" onclick="x()">a</p>',
     ],
 )
-def test_nothing_in_it_runs_or_loads(text):
-    shown = to_html(text)
+@pytest.mark.parametrize("show", [to_html, answer_html])
+def test_nothing_in_it_runs_or_loads(show, text):
+    shown = show(text)
     for bad in ("<script", "<img", "<p style", 'href="javascript', 'href="data', "<a href='"):
         assert bad not in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[here](https://example.org)",
+        "<https://example.org>",
+        "[a][b]\n\n[b]: https://example.org",
+        "![a](https://example.org/x.png)",
+    ],
+)
+def test_addresses_in_answers_stay_in_sight_and_lead_nowhere(text):
+    shown = answer_html(text)
+    assert "https://example.org" in shown
+    assert "<a" not in shown
+
+
+def test_a_blank_or_a_very_long_answer_is_shown_as_it_is():
+    assert answer_html(" \n") is None
+    assert answer_html("x" * LONGEST_ANSWER) is not None
+    assert answer_html("x" * (LONGEST_ANSWER + 1)) is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from openpalm import __version__
-from openpalm.feedback.labeling import queue
+from openpalm.feedback.judgements import queue
 from openpalm.feedback.models import Assignment, Guideline, ModelVersion, Response
 
 FORMS = {
@@ -222,6 +222,23 @@ def test_a_reload_after_a_post_leads_to_the_next_item(page, make_item):
     make_item("question", "one", "two")
     for name in ("submit", "skip", "flag"):
         assert page(action(page("label"), name)).redirect_chain[-1] == ("/p/demo/label", 302)
+
+
+def test_texts_are_formatted_on_demand_and_the_draft_stays(project, page, make_item):
+    make_item("Is **it**?", f"**bold** {XSS}", "| a | b |\n|---|---|\n| 1 | 2 |")
+    plain = page("label")
+    assert "**bold**" in plain.content.decode()
+    assert "<strong>" not in plain.content.decode()
+    where = action(plain, "view")
+    shown = page(where, {"formatted": "1", "choice": "4"}).content.decode()
+    assert shown.count("<strong>") == 2
+    assert "<td>2</td>" in shown
+    assert html.escape(XSS, quote=False) in shown
+    assert XSS not in shown
+    assert re.search(r'value="4"[^>]* checked', shown)
+    assert Assignment.objects.get().draft == {"choice": "4"}
+    assert "<strong>" in page("label").content.decode(), "it stays so for the next item"
+    assert "<strong>" not in page(where, {"formatted": "0"}).content.decode()
 
 
 def test_an_item_costs_few_queries(project, page, make_item, django_assert_max_num_queries):

@@ -3,7 +3,7 @@
 import pytest
 from django.urls import reverse
 
-from openpalm.feedback.models import ModelVersion, Role, TrainRun
+from openpalm.feedback.models import Job, ModelVersion, Role, TrainRun
 
 E = {"value": 0.712, "low": 0.61, "high": 0.795}
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -141,7 +141,47 @@ def test_the_stations_follow_the_state(loop, admin, signed_in, decided):
     assert (last.action, last.is_now) == ("Promote challenger", True)
 
 
+@pytest.mark.parametrize(
+    ("low", "badge", "says"),
+    [
+        (0.61, "good", "(61.0 to 79.5)"),
+        (0.45, "accent", "no better than chance so far, judge more"),
+    ],
+)
+def test_the_reward_station_is_done_above_chance(loop, admin, signed_in, store, low, badge, says):
+    found = E | {"low": low}
+    store(
+        "reward_agreement", {"person": {"models": [{"model": loop.reward.pk, "accuracy": found}]}}
+    )
+    station = signed_in(admin).get("/p/demo/loop").context["stations"][1]
+    assert station.badge == badge
+    assert station.state.endswith(says)
+
+
+def test_a_reward_model_that_is_being_measured_says_so(loop, admin, signed_in):
+    client = signed_in(admin)
+    before = client.get("/p/demo/loop").context["stations"][1].state
+    assert before.endswith(": not measured yet")
+    Job.objects.create(project=loop.project, kind="score")
+    state = client.get("/p/demo/loop").context["stations"][1].state
+    assert state.endswith(": its agreement is being computed")
+
+
 # --- runs, models, snapshots
+
+
+@pytest.mark.parametrize(("name", "state"), [("run", "queued"), ("comparison", "judging")])
+def test_a_page_is_loaded_again_when_the_state_changed(loop, admin, signed_in, name, state):
+    """Its buttons follow from the state; a part with figures alone would leave the old ones."""
+    client, path = signed_in(admin), paths(loop)[name]
+    htmx = {"hx-request": "true"}
+    now = getattr(loop, name).state
+    same = client.get(f"{path}?state={now}", headers=htmx)
+    assert "HX-Refresh" not in same.headers
+    assert f'hx-get="{path}?state={now}"' in same.content.decode()
+    changed = client.get(f"{path}?state={state}", headers=htmx)
+    assert changed.headers["HX-Refresh"] == "true"
+    assert "<html" in client.get(f"{path}?state={state}").content.decode()
 
 
 def test_a_running_training_asks_again_and_an_ended_one_does_not(loop, admin, signed_in):
@@ -204,7 +244,8 @@ def test_a_judgement_of_an_open_item_stays_hidden(loop, admin, signed_in):
 def test_a_comparison_shows_its_interval_and_its_number(loop, admin, signed_in, decided):
     decided(decision="more_needed", low=0.49, needed=120, reason="Undecided")
     page = signed_in(admin).get(paths(loop)["comparison"]).content.decode()
-    assert "200 of 200 pairs judged; about 120 more" in page
+    assert "200 of 200 pairs judged." in page
+    assert 'value="120"' in page  # the further pairs of the form
     assert "60.0 % (53.0 to 67.0)" in page
     assert "Refused: Undecided." in page
     assert "Promote: serve" not in page
@@ -245,6 +286,19 @@ def test_quality_says_what_agreement_needs(
     page = signed_in(admin).get("/p/demo/quality").content.decode()
     assert says in page
     assert ("Settings.</p>" in page) == (overlap == 1)
+
+
+def test_quality_lists_the_newest_days_first(project, admin, signed_in, store):
+    days = [
+        {"day": f"2026-{month:02}-{day:02}", "judgements": day, "median_s": 2.5}
+        for month in (1, 2)
+        for day in range(1, 29)
+    ]
+    store("labelers", {"rows": [{"name": "ann", "author_kind": "person", "judgements": 5}]})
+    store("time", {"person": {"median_s": 2.5, "judgements": 9, "days": days}})
+    (group,) = signed_in(admin).get("/p/demo/quality").context["groups"]
+    shown = [row["day"] for row in group["days"]]
+    assert (shown[0], shown[-1], len(shown)) == ("2026-02-28", "2026-01-27", 30)
 
 
 def test_the_board_does_not_mix_groups(loop, admin, signed_in, store):

@@ -7,11 +7,10 @@ import json
 import pytest
 
 from openpalm.errors import DataError
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.names import names_itself
-from openpalm.feedback.labeling.queue import next_assignment
-from openpalm.feedback.labeling.submission import Judgement
-from openpalm.feedback.manage import item_changes
+from openpalm.feedback.items import item_changes
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.queue import next_assignment
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import (
     Assignment,
     Candidate,
@@ -170,24 +169,6 @@ def test_flags_wait_until_they_are_resolved(named, project, member, signed_in):
     assert b"No item" in client.get("/p/demo/items?only=flagged").content
 
 
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("I am ChatGPT, how can I help?", True),
-        ("As an AI model called Zephyr I cannot say.", True),
-        ("I was trained by OpenAI.", True),
-        ("my own-model says hello", True),
-        ("I'm Claude.", True),
-        ("The llama lives in Peru, and Claude Monet painted.", False),
-        ("I am happy to help. It was built by Romans.", False),
-        ("A model is a simplification.", False),
-        ("x" * 30_000 + " I am GPT-4", True),
-    ],
-)
-def test_answers_that_name_their_model(text, names):
-    assert names_itself(text, ["own-model", "v1"]) == names
-
-
 def test_pages_go_back_and_forth(project, make_item, member, signed_in):
     ids = [make_item(f"q{n}", "a", "b").pk for n in range(120)]
     client = signed_in(member("rea", Role.REVIEWER))
@@ -227,6 +208,19 @@ def test_records_by_kind_of_author(named, project, member, signed_in):
     assert len(export(client, format="pairs", since="2999-01-01")[0]) == 0
     event = Event.objects.filter(action="export.downloaded").earliest("id")
     assert event.data == {"by": ["person"], "state": "submitted"}
+
+
+def test_the_page_says_what_a_file_could_not_hold(project, make_item, member, signed_in):
+    for number, payload in enumerate(({"tie": [0, 1]}, {"both_bad": [0, 1]}, A_BETTER.payload)):
+        make_item(f"q {number}", "yes", "no", needed=1)
+        judge(project, member("ann"), Judgement("compare", payload))
+    client = signed_in(member("max", Role.ADMIN))
+    assert len(export(client, format="pairs", consensus="1")[0].splitlines()) == 1
+    written = Event.objects.get(action="export.written")
+    assert written.data == {"rows": 1, "left_out": {"tie": 1, "both bad": 1}}
+    page = client.get("/p/demo/export").content.decode()
+    assert "1 row; 1 left out: " in page
+    assert "1 left out: both bad" in page
 
 
 def test_a_table_runs_no_formula(project, make_item, member, signed_in):
@@ -321,6 +315,14 @@ def test_a_new_version_of_the_guidelines(project, member, signed_in):
 def test_no_lease_is_lost_to_a_reveal(named, project, member):
     ann = member("ann")
     assert next_assignment(project, ann) is not None
-    with pytest.raises(DataError, match="in hand"):
+    with pytest.raises(DataError, match="have this item open"):
         item_changes.reveal(named, ann)
     assert Assignment.objects.get().state == Assignment.State.OPEN
+
+
+def test_a_long_answer_does_not_hide_what_follows(project, make_item, member, signed_in):
+    item = make_item("question", "word " * 2000, "short", needed=1)
+    client = signed_in(member("rea", Role.REVIEWER))
+    page = client.get(f"/p/demo/items/{item.pk}").content.decode()
+    assert page.count('class="card bounded" tabindex="0"') == 1, "the long one scrolls by itself"
+    assert page.count("word " * 1999) == 1, "and nothing of it is cut"

@@ -1,5 +1,7 @@
 """Pages of jobs and of the generation of answers."""
 
+import logging
+
 import pytest
 
 from openpalm.feedback.models import Event, Job, ModelVersion, Role, Task
@@ -68,6 +70,24 @@ def test_wrong_forms_start_nothing(project, make_item, model, client, change):
     form = FORM | {"models": [model.pk]} | change
     assert client.post("/p/demo/generate", form).status_code == 422
     assert not Job.objects.exists()
+
+
+def test_a_wrong_form_is_no_line_in_the_log_and_a_missing_page_is(project, client, caplog):
+    assert client.post("/p/demo/generate", FORM).status_code == 422
+    assert client.get("/p/demo/nothing").status_code == 404
+    (handler,) = [each for each in logging.getLogger().handlers if each.get_name() == "stderr"]
+    shown = [record.getMessage() for record in caplog.records if handler.filter(record)]
+    assert len(caplog.records) == 2
+    assert shown == ["Not Found: /p/demo/nothing"]
+
+
+def test_the_served_model_is_chosen(project, make_item, model, client):
+    project.served = model
+    project.save()
+    make_item("q").delete()
+    assert f'value="{model.pk}" id="id_models_0" checked' in (
+        client.get("/p/demo/generate").content.decode()
+    )
 
 
 def test_a_reward_model_does_not_answer(project, make_item, client):

@@ -5,8 +5,8 @@ from datetime import timedelta
 import pytest
 from django.utils import timezone
 
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Assignment, Statistic
 from openpalm.feedback.quality.compute import compute
 

@@ -3,8 +3,8 @@
 import pytest
 from pair_payloads import A2, B2, BOTH_BAD, TIE, A, B
 
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Item, User
 
 
@@ -118,6 +118,31 @@ def test_consensus_keeps_ties(project, three, make_item, judge, figures):
         "majority": 1,
         "without": 2,
         "items": [items[3].pk, items[1].pk],
+    }
+
+
+def test_a_consensus_of_rankings_has_one_best_answer(project, three, make_item, judge, figures):
+    project.task = "ranking"
+    project.save()
+    cycle = [[[0], [1], [2]], [[1], [2], [0]], [[2], [0], [1]]]
+    given = [
+        [[[1], [0], [2]]] * 3,  # unanimous
+        [[[0], [1], [2]], [[0], [2], [1]], [[1], [0], [2]]],  # 0 is best
+        cycle,
+        [[[2], [1, 0]]],  # of one labeler
+    ]
+    items = []
+    for n, orders in enumerate(given):
+        items.append(make_item(f"q{n}", "x", "y", "z", needed=3))
+        for user, order in zip(three, orders, strict=False):
+            judge(user, items[-1], {"order": order}, "rank")
+    assert figures("consensus")["person"] == {
+        "judged": 4,
+        "shared": 3,
+        "unanimous": 1,
+        "majority": 1,
+        "without": 1,
+        "items": [items[2].pk],
     }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pair_payloads import BOTH_BAD, TIE, A, B
 
-from openpalm.feedback.labeling import submission
+from openpalm.feedback.judgements import submission
 from openpalm.feedback.models import Candidate, ModelVersion, User
 
 

@@ -5,8 +5,8 @@ from datetime import timedelta
 import pytest
 from pair_payloads import A2, B2, BOTH_BAD, TIE, A, B
 
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import Item, Response, User
 from openpalm.feedback.quality.labelers import alike
 from openpalm.feedback.statistics.intervals import wilson

@@ -5,7 +5,7 @@ import math
 import pytest
 from pair_payloads import BOTH_BAD, TIE, A, B
 
-from openpalm.feedback.labeling import submission
+from openpalm.feedback.judgements import submission
 from openpalm.feedback.models import (
     ModelScore,
     ModelVersion,

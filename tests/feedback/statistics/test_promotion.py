@@ -178,6 +178,18 @@ def test_style_that_cannot_be_told_from_the_model_is_warned_of():
     assert f"about {doubtful.further} more" in doubtful.reason
 
 
+def test_style_explains_no_wins_that_chance_explains():
+    """Near one half the interval at equal style has one half in it whatever the style."""
+    votes = [
+        Vote(n, "win" if n < 111 else "loss", n % 2 == 0, style=(0.5 if n % 4 < 2 else -0.5,))
+        for n in range(200)
+    ]
+    found = decide(votes, style_features=["length"])
+    assert found.win_rate.low < 0.5 < found.at_equal_style.value
+    assert found.at_equal_style.low < 0.5
+    assert not found.warnings
+
+
 def test_style_is_asked_about_after_the_minimum_only():
     few = decide(votes_of(65, 35, style=(0.5,)), style_features=["length"])
     assert (few.verdict, few.further) == ("more_needed", 100)

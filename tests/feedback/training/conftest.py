@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from model_server import fake_server
 
-from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.submission import Judgement
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import ModelVersion, Project, Response, User
 from openpalm.feedback.worker import processes
 

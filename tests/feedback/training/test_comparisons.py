@@ -7,8 +7,8 @@ import pytest
 from feedback_prompts import add_prompts
 
 from openpalm.errors import DataError
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.manage import item_changes
+from openpalm.feedback.items import item_changes
+from openpalm.feedback.judgements import submission
 from openpalm.feedback.models import (
     Comparison,
     Event,
@@ -22,7 +22,7 @@ from openpalm.feedback.models import (
     SnapshotJudgement,
     User,
 )
-from openpalm.feedback.training import comparisons, promotion
+from openpalm.feedback.training import comparisons, promotion, servers
 from openpalm.feedback.training.commands import prompts_path
 from openpalm.feedback.training.runs import TrainRun
 from openpalm.feedback.worker import jobs
@@ -169,7 +169,7 @@ def test_a_better_model_is_promoted_and_the_swap_keeps_the_name(
     comparison.refresh_from_db()
     # One pair is open: no look yet, however clear it is.
     assert comparison.result["decision"] == "judging"
-    assert "19 pairs are judged, 1 are open" in comparison.result["reason"]
+    assert "19 pairs are judged, 1 open" in comparison.result["reason"]
     _judge_all(comparison, judge, [ann], [0])
     comparisons.compute_all(project)
     comparison.refresh_from_db()
@@ -185,7 +185,7 @@ def test_a_better_model_is_promoted_and_the_swap_keeps_the_name(
     assert (promoted.state, promoted.error, promoted.previous) == ("done", "", served)
     assert project.served == challenger
     assert (server.path, server.name) == (challenger.path, "assistant")
-    stored = json.loads((settings.FEEDBACK_DIR / promotion.SERVED_FILE).read_text())
+    stored = json.loads((settings.FEEDBACK_DIR / servers.SERVED_FILE).read_text())
     assert stored["path"] == challenger.path
     actions = list(Event.objects.values_list("action", flat=True).order_by("id"))
     assert actions[-2:] == ["model.promotion_proposed", "model.promoted"]
@@ -217,7 +217,7 @@ def test_a_model_that_is_no_better_is_refused(project, both, admin, judge, membe
     assert (made.state, made.override_reason) == ("done", reason)
     event = Event.objects.get(action="model.promotion_overridden")
     assert event.data["reason"] == reason
-    assert event.data["refused_because"] == comparison.result["reason"]
+    assert event.data["refused_because"] == comparison.result["reason"].rstrip(".")
 
 
 def test_models_and_simulated_labelers_do_not_decide_for_people(
@@ -297,7 +297,7 @@ def test_a_server_that_refuses_keeps_the_old_model(project, both, admin, server,
     assert (made.state, project.served, server.path) == ("failed", both[0], "first")
     assert made.error.endswith("/admin/models: status 400: path: no such checkpoint")
     assert Event.objects.filter(action="model.promotion_failed").exists()
-    assert not (settings.FEEDBACK_DIR / promotion.SERVED_FILE).exists()
+    assert not (settings.FEEDBACK_DIR / servers.SERVED_FILE).exists()
 
 
 def test_without_a_server_nothing_is_promoted(project, model, admin, settings):

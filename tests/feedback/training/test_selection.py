@@ -3,9 +3,10 @@
 import pytest
 from feedback_prompts import add_prompts
 
+from openpalm.feedback.items.new_items import make_item
 from openpalm.feedback.models import Item, ModelScore, TrainRun
 from openpalm.feedback.statistics.selection import in_reserve
-from openpalm.feedback.training import generation, selection
+from openpalm.feedback.training import selection
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.loop import drain
 
@@ -19,7 +20,7 @@ def pool(project):
     for number, prompt in enumerate(add_prompts(project, 40)):
         texts = ["x", "y" * (30 if number % 2 else 1)]
         candidates = [prompt.candidates.create(text=text) for text in texts]
-        items.append(generation.make_item(project, prompt, candidates))
+        items.append(make_item(project, prompt, candidates))
     return items
 
 

@@ -177,5 +177,5 @@ def test_other_tasks_are_refused(project, prompt, select):
     project.task = "ranking"
     project.save()
     prompt("a", "b")
-    with pytest.raises(DataError, match="only pairs are selected"):
+    with pytest.raises(DataError, match="only a project of pairs"):
         select(5)

@@ -1,5 +1,6 @@
 """The queue of jobs: order, one worker a job, jobs of dead workers, stopping."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,12 +10,19 @@ import pytest
 from django.db import OperationalError
 from django.utils import timezone
 
-from openpalm.errors import DataError
-from openpalm.feedback.models import Job, Project, TrainRun
+from openpalm.errors import DataError, StorageError
+from openpalm.feedback.models import (
+    Comparison,
+    Job,
+    ModelVersion,
+    Project,
+    Promotion,
+    TrainRun,
+)
 from openpalm.feedback.worker import handlers, jobs
 from openpalm.feedback.worker.identity import host, is_gone, started, worker_name
-from openpalm.feedback.worker.loop import Worker, drain
-from openpalm.feedback.worker.progress import Progress, WorkerEnds
+from openpalm.feedback.worker.loop import FULL_DISK_PAUSE_S, Worker, drain
+from openpalm.feedback.worker.progress import JobStopped, Progress, WorkerEnds
 
 State = Job.State
 
@@ -54,12 +62,14 @@ def test_jobs_of_one_project_run_in_order(project, other_project):
     assert jobs.take(here, jobs.KINDS).pk == second.pk
 
 
-def test_a_training_holds_up_no_other_kind(project):
+def test_trainings_and_figures_hold_up_no_other_kind(project):
     here = worker_name()
     jobs.enqueue("train", project=project)
     jobs.enqueue("statistics", project=project)
+    jobs.enqueue("promote", project=project)
     assert jobs.take(here, jobs.SLOTS["training"]).kind == "train"
-    assert jobs.take(here, jobs.SLOTS["other"]).kind == "statistics"
+    assert jobs.take(here, jobs.SLOTS["figures"]).kind == "statistics"
+    assert jobs.take(here, jobs.SLOTS["other"]).kind == "promote"
     assert set().union(*jobs.SLOTS.values()) == set(jobs.KINDS) == set(handlers.HANDLERS)
 
 
@@ -73,6 +83,19 @@ def test_work_without_arguments_waits_once(project):
     assert jobs.enqueue_once("statistics", project=project) == first
     jobs.take(worker_name(), jobs.KINDS)
     assert jobs.enqueue_once("statistics", project=project) != first
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """passes(seconds): that much later on the clock that nobody sets."""
+    now = [1000.0]
+    monkeypatch.setattr(jobs, "monotonic", lambda: now[0])
+    monkeypatch.setattr(jobs, "_beats", {})
+
+    def wait(seconds):
+        now[0] += seconds
+
+    return wait
 
 
 def _dead_process() -> int:
@@ -106,19 +129,55 @@ def test_the_job_of_a_dead_worker_is_taken_up_again(project):
     assert jobs.take(worker_name(), jobs.KINDS).attempts == 2
 
 
-def test_of_other_machines_the_heartbeat_tells(project):
+def test_of_other_machines_the_heartbeat_tells(project, passes):
     job = jobs.enqueue("import", project=project)
     old = jobs.take("far:1:1", jobs.KINDS)
     assert jobs.take(worker_name(), jobs.KINDS) is None
-    late = timezone.now() - timedelta(seconds=jobs.DEAD_AFTER_S + 1)
-    Job.objects.filter(pk=job.pk).update(heartbeat_at=late)
+    passes(jobs.DEAD_AFTER_S - 1)
+    assert jobs.beat(old)
+    passes(2)
+    assert jobs.take(worker_name(), jobs.KINDS) is None
+    passes(jobs.DEAD_AFTER_S + 1)
     assert jobs.take(worker_name(), jobs.KINDS).pk == job.pk
-    # The first worker was only slow: it learns that the job is no longer its own.
-    assert not jobs.beat(old)
-    assert not jobs.report(old)
-    assert not jobs.finish(old, State.DONE)
     job.refresh_from_db()
     assert job.state == State.RUNNING
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_jumps_takes_no_job_from_its_worker(project, passes, monkeypatch, hours):
+    jobs.enqueue("import", project=project)
+    jobs.take("far:1:1", jobs.KINDS)
+    assert jobs.take(worker_name(), jobs.KINDS) is None
+    jumped = timezone.now() + timedelta(hours=hours)
+    monkeypatch.setattr(timezone, "now", lambda: jumped)
+    passes(jobs.DEAD_AFTER_S - 1)
+    assert jobs.take(worker_name(), jobs.KINDS) is None
+    passes(2)  # and the worker is dead after the same time as ever
+    assert jobs.take(worker_name(), jobs.KINDS) is not None
+
+
+def test_a_worker_that_was_frozen_writes_nothing(project, passes):
+    """Also if the job came back to the same worker: the number of its lease is another."""
+    jobs.enqueue("import", project=project)
+    frozen = jobs.take("far:1:1", jobs.KINDS)
+    jobs.requeue_abandoned()
+    passes(jobs.DEAD_AFTER_S + 1)
+    taken = jobs.take("far:1:1", jobs.KINDS)
+    assert not jobs.beat(frozen)
+    assert not jobs.report(frozen)
+    assert not jobs.give_back(frozen)
+    assert not jobs.finish(frozen, State.FAILED, message="an error of the frozen one")
+    for progress, may in ((Progress(frozen), False), (Progress(taken), True)):
+        try:
+            with progress.writing():
+                Project.objects.update(name="written")
+            assert may
+        except JobStopped:
+            assert not may
+            assert progress.lost.is_set()
+            assert Project.objects.get().name == "Demo"
+    taken.refresh_from_db()
+    assert (taken.state, taken.message) == (State.RUNNING, "")
 
 
 def test_a_job_that_kills_its_workers_fails_in_the_end(project):
@@ -239,7 +298,7 @@ def test_a_worker_that_ends_gives_its_job_back(project, runs):
     assert (job.state, job.worker, job.attempts) == (State.QUEUED, "", 0)
 
 
-def test_a_database_that_was_away_costs_no_job(project, runs, monkeypatch, caplog):
+def test_a_database_that_was_away_costs_no_job(project, runs, monkeypatch, caplog, passes):
     tries = []
 
     def handler(job, progress):
@@ -256,8 +315,7 @@ def test_a_database_that_was_away_costs_no_job(project, runs, monkeypatch, caplo
     assert not worker._safely(lambda: worker.run_one(jobs.KINDS))
     assert "the connection is lost; trying again" in caplog.text
     assert not worker.run_one(jobs.KINDS)
-    late = timezone.now() - timedelta(seconds=jobs.DEAD_AFTER_S + 1)
-    Job.objects.filter(pk=job.pk).update(heartbeat_at=late)
+    passes(jobs.DEAD_AFTER_S + 1)
     assert worker.run_one(jobs.KINDS)
     job.refresh_from_db()
     assert (job.state, job.result) == (State.DONE, {"tries": 2})
@@ -269,3 +327,116 @@ def test_waiting_ends_with_the_worker(project):
     worker.ending.set()
     with pytest.raises(WorkerEnds):
         progress.wait(3600)
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, lambda error: StorageError("given.jsonl")])
+def test_a_job_waits_for_room_on_a_full_disk(project, runs, monkeypatch, caplog, wrap):
+    tries, pauses = [], []
+
+    def handler(job, progress):
+        tries.append(job.pk)
+        if len(tries) <= 2 * jobs.MAX_ATTEMPTS:
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError as error:
+                raise wrap(error) from None
+        return {"tries": len(tries)}
+
+    runs(handler)
+    worker = Worker()
+    monkeypatch.setattr(worker.ending, "wait", pauses.append)
+    job = jobs.enqueue("import", project=project)
+    worker.run_one(jobs.KINDS)
+    job.refresh_from_db()
+    assert job.state == State.QUEUED
+    assert job.message.startswith("the disk is full (")
+    assert job.message.endswith("it continues when there is room")
+    assert len(caplog.records) == 1
+    assert "Traceback" not in caplog.text
+    while worker.run_one(jobs.KINDS):
+        pass
+    job.refresh_from_db()
+    assert (job.state, job.result) == (State.DONE, {"tries": 2 * jobs.MAX_ATTEMPTS + 1})
+    assert pauses == [FULL_DISK_PAUSE_S] * 2 * jobs.MAX_ATTEMPTS
+
+
+def test_another_error_of_the_disk_is_one_line(project, runs, caplog):
+    def handler(job, progress):
+        raise PermissionError(errno.EACCES, "Permission denied", "scores/1.jsonl")
+
+    runs(handler)
+    job = jobs.enqueue("import", project=project)
+    drain()
+    job.refresh_from_db()
+    assert job.state == State.FAILED
+    assert job.message == "[Errno 13] Permission denied: 'scores/1.jsonl'"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("undo", [False, True])
+def test_what_a_stopped_job_was_for_ends_with_it(project, admin, running, undo):
+    """At once: its worker may be killed before it notices."""
+    model = ModelVersion.objects.create(project=project, name="m")
+    run = TrainRun.objects.create(project=project, verb="dpo")
+    comparison = Comparison.objects.create(project=project, challenger=model, served=model)
+    state = Promotion.State.DONE if undo else Promotion.State.QUEUED
+    promotion = Promotion.objects.create(project=project, model=model, by=admin, state=state)
+    given = {"train": {"run": run.pk}, "compare": {"comparison": comparison.pk}}
+    given["promote"] = {"promotion": promotion.pk, "undo": undo}
+    for kind, arguments in given.items():
+        job = jobs.enqueue(kind, project=project, **arguments)
+        if running:
+            assert jobs.take(worker_name(), [kind]).pk == job.pk
+        assert jobs.stop(job) == (not running or kind != "promote")
+    for each in (run, comparison, promotion):
+        each.refresh_from_db()
+    why = "stopped" if running else "stopped before it began"
+    assert run.state == TrainRun.State.STOPPED
+    assert (comparison.state, comparison.result) == ("failed", {"reason": why})
+    if running:  # the server may have the model
+        assert (promotion.state, promotion.error) == (state, "")
+        return
+    assert (promotion.state, promotion.error) == ("done" if undo else "failed", why)
+
+
+def test_one_promotion_runs_on_the_site(project, other_project):
+    """All projects have one model server."""
+    first = jobs.enqueue("promote", project=project)
+    jobs.enqueue("promote", project=other_project)
+    behind = jobs.enqueue("select", project=Project.objects.create(slug="third", name="Third"))
+    here = worker_name()
+    taken = jobs.take(here, jobs.KINDS)
+    assert taken.pk == first.pk
+    assert jobs.take(here, jobs.KINDS).pk == behind.pk
+    assert jobs.take(here, jobs.KINDS) is None
+    jobs.finish(taken, State.DONE)
+    assert jobs.take(here, jobs.KINDS).kind == "promote"
+
+
+def test_doing_again_what_was_done_is_no_progress(project):
+    """A job that kills its worker at the third thing each time fails in the end."""
+    job = jobs.enqueue("import", project=project)
+    for attempt in range(jobs.MAX_ATTEMPTS):
+        taken = jobs.take(f"{host()}:{_dead_process()}:1", jobs.KINDS)
+        assert taken is not None, attempt
+        progress = Progress(taken)
+        progress.start(10)
+        for _ in range(2):
+            progress.advance()
+        progress.say("the third")
+        job.refresh_from_db()
+        assert job.done == 2
+    assert jobs.take(worker_name(), jobs.KINDS) is None
+    job.refresh_from_db()
+    assert job.state == State.FAILED
+
+
+def test_progress_after_a_kill_is_stored_at_once(project):
+    job = jobs.enqueue("import", project=project)
+    for done in (1, 2, 3):
+        progress = Progress(jobs.take(f"{host()}:{_dead_process()}:1", jobs.KINDS))
+        progress.start(10)
+        progress.move_to(done)
+    job.refresh_from_db()
+    assert (job.done, job.attempts) == (3, 1)

@@ -148,8 +148,9 @@ def test_a_process_that_dies_with_the_worker(tmp_path):
         "import sys, time\nfrom pathlib import Path\n"
         "from openpalm.feedback.worker import processes\n"
         "processes.PROGRAM = (sys.executable, '-c')\n"
-        "command = processes.Command(['import time; time.sleep(600)'], Path(sys.argv[1]))\n"
-        "print(command.start(dies_with_us=True).pid, flush=True)\n"
+        "words = ['import time; time.sleep(600)']\n"
+        "command = processes.Command(words, Path(sys.argv[1]), dies_with_us=True)\n"
+        "print(command.start().pid, flush=True)\n"
         "time.sleep(600)\n"
     )
     worker = subprocess.Popen(

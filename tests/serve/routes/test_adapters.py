@@ -120,11 +120,16 @@ def test_an_adapter_that_does_not_fit_changes_nothing(adapter_server, tmp_path):
     assert names(adapter_server) == ["base", "sums", "poetry"]
 
 
-def test_a_replaced_model_takes_its_adapters_along(base, models):
-    folder = models[1]
-    with serving(base, "--adapter", folder / "maths", env=KEYS) as server:
-        swap = server.call("/admin/models", {"path": str(base), "name": "new"}, key="boss")
-        assert swap.body == {"model": "new", "replaced": "base", "removed_adapters": ["maths"]}
-        assert names(server) == ["new"]
-        answer = server.call("/admin/adapters", {"path": str(folder / "maths")}, key="boss")
-        assert answer.body == {"model": "maths", "parent": "new"}
+def test_a_replaced_model_takes_its_adapters_along(adapter_server, base, models):
+    swap = adapter_server.call("/admin/models", {"path": str(base), "name": "new"}, key="boss")
+    removed = ["sums", "poetry"]
+    assert swap.body == {"model": "new", "replaced": "base", "removed_adapters": removed}
+    assert names(adapter_server) == ["new"]
+    add = {"path": str(models[1] / "maths")}
+    answer = adapter_server.call("/admin/adapters", add, key="boss")
+    assert answer.body == {"model": "maths", "parent": "new"}
+    back = adapter_server.call("/admin/models", {"path": str(base)}, key="boss")
+    assert back.body == {"model": "base", "replaced": "new", "removed_adapters": ["maths"]}
+    for name, folder in (("sums", "maths"), ("poetry", "poetry")):
+        add = {"path": str(models[1] / folder), "name": name}
+        assert adapter_server.call("/admin/adapters", add, key="boss").status == 200

@@ -4,6 +4,7 @@ import http.server
 import json
 import queue
 import threading
+import urllib.request
 
 import pytest
 from command_line import write_base
@@ -43,7 +44,8 @@ def inbox():
 
 @pytest.fixture(scope="module")
 def guarded(base, inbox):
-    with serving(base, "--dtype", "float32", "--conversation-url", inbox[0], env=KEYS) as running:
+    options = ("--conversation-url", inbox[0], "--allow-origin", "*", "--max-sequences", 2)
+    with serving(base, "--dtype", "float32", *options, env=KEYS) as running:
         yield running
 
 
@@ -124,20 +126,20 @@ def test_only_conversations_with_consent_are_posted(guarded, inbox):
     assert came.empty()
 
 
-def test_a_model_is_replaced_while_requests_are_in_flight(base, other):
+def test_a_model_is_replaced_while_requests_are_in_flight(guarded, base, other):
     """Requests in flight finish on the old model; the next one gets the new model."""
-    with serving(base, "--max-sequences", 2, env=KEYS) as server:
-        body = {"prompt": "abc", "max_tokens": 120, "ignore_eos": True, "temperature": 0}
-        expected = server.call("/v1/completions", body, key="sesame").body["choices"]
-        answers = []
+    body = {"prompt": "abc", "max_tokens": 120, "ignore_eos": True, "temperature": 0}
+    expected = guarded.call("/v1/completions", body, key="sesame").body["choices"]
+    answers = []
 
-        def ask():
-            answers.append(server.call("/v1/completions", body, key="sesame"))
+    def ask():
+        answers.append(guarded.call("/v1/completions", body, key="sesame"))
 
-        threads = [threading.Thread(target=ask) for _ in range(12)]
-        for thread in threads:
-            thread.start()
-        swap = server.call("/admin/models", {"path": str(other)}, key="boss")
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    try:
+        swap = guarded.call("/admin/models", {"path": str(other)}, key="boss")
         assert swap.body == {"model": "other", "replaced": "base", "removed_adapters": []}
         for thread in threads:
             thread.join()
@@ -146,10 +148,13 @@ def test_a_model_is_replaced_while_requests_are_in_flight(base, other):
             if answer.status == 200:
                 assert answer.body["choices"] == expected
         assert any(answer.status == 200 for answer in answers)
-        listed = server.call("/v1/models", key="sesame").body["data"]
+        listed = guarded.call("/v1/models", key="sesame").body["data"]
         assert [(model["id"], model["max_model_len"]) for model in listed] == [("other", 64)]
-        refused = server.call("/v1/completions", body | {"model": "base"}, key="sesame")
+        refused = guarded.call("/v1/completions", body | {"model": "base"}, key="sesame")
         assert refused.status == 404
+    finally:
+        back = guarded.call("/admin/models", {"path": str(base)}, key="boss")
+    assert back.body == {"model": "base", "replaced": "other", "removed_adapters": []}
 
 
 def test_a_model_that_cannot_be_loaded_changes_nothing(guarded, tmp_path):
@@ -160,32 +165,36 @@ def test_a_model_that_cannot_be_loaded_changes_nothing(guarded, tmp_path):
     assert guarded.call("/v1/models", key="sesame").body["data"][0]["id"] == "base"
 
 
-def test_metrics_count_requests_and_tokens(base):
-    with serving(base) as server:
-        server.call("/v1/completions", {"prompt": "abc", "max_tokens": 7, "ignore_eos": True})
-        server.call("/v1/completions", {"prompt": "abc", "temperature": 9})
-        assert server.metric("openpalm_generated_tokens_total") == 7
-        assert server.metric("openpalm_prompt_tokens_total") == 3
-        assert server.metric('openpalm_sequences_total{reason="length"}') == 1
-        labels = '{path="/v1/completions",status="400"}'
-        assert server.metric(f"openpalm_requests_total{labels}") == 1
-        assert server.metric("openpalm_first_token_seconds_count") == 1
+def test_metrics_count_requests_and_tokens(guarded):
+    counted = {
+        "openpalm_generated_tokens_total": 7,
+        "openpalm_prompt_tokens_total": 3,
+        'openpalm_sequences_total{reason="length"}': 1,
+        'openpalm_requests_total{path="/v1/completions",status="400"}': 1,
+        "openpalm_first_token_seconds_count": 1,
+    }
+    body = {"prompt": "abc", "max_tokens": 7, "ignore_eos": True}
+    spoilt = {"prompt": "abc", "temperature": 9}
+    for each in (body, spoilt):  # a line is there from its first count on
+        guarded.call("/v1/completions", each, key="sesame")
+    before = {name: guarded.metric(name) for name in counted}
+    for each in (body, spoilt):
+        guarded.call("/v1/completions", each, key="sesame")
+    assert {name: guarded.metric(name) - before[name] for name in counted} == counted
 
 
-def test_cors_is_off_unless_asked_for(base, server):
+def test_cors_is_off_unless_asked_for(server, guarded):
+    """Checked with an origin, as a browser sends it."""
+
     def allowed(running):
-        answer = running.call("/v1/models")
-        return answer.headers.get("Access-Control-Allow-Origin")
-
-    assert allowed(server) is None
-    with serving(base, "--allow-origin", "*") as open_server:
-        import urllib.request
-
         request = urllib.request.Request(
-            open_server.url + "/v1/models", headers={"Origin": "https://page.example"}
+            running.url + "/health", headers={"Origin": "https://page.example"}
         )
         with urllib.request.urlopen(request) as response:
-            assert response.headers["Access-Control-Allow-Origin"] == "*"
+            return response.headers.get("Access-Control-Allow-Origin")
+
+    assert allowed(server) is None
+    assert allowed(guarded) == "*"
 
 
 def test_the_old_endpoint_of_mesh_transformer_jax(call):

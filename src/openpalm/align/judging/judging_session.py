@@ -25,11 +25,11 @@ from openpalm.align.judging.model_judge import (
     revision,
 )
 from openpalm.base.jsonl import JsonlWriter
-from openpalm.data.rows.candidate_files import CandidateRow
 from openpalm.data.rows.constitution import Constitution
 from openpalm.data.rows.messages import Messages
 from openpalm.data.rows.preferences import Candidate, Preference
-from openpalm.data.rows.prompt_files import PromptRow
+from openpalm.data.rows.readers.candidates import CandidateRow
+from openpalm.data.rows.readers.prompts import PromptRow
 from openpalm.data.text.conversation import stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import WorkError

@@ -39,7 +39,7 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.manifest import read_manifest
 from openpalm.data.rows.constitution import read_constitution
 from openpalm.data.rows.messages import Messages
-from openpalm.data.rows.prompt_files import PromptRow
+from openpalm.data.rows.readers.prompts import PromptRow
 from openpalm.data.text.conversation import Message, stop_ids
 from openpalm.data.text.tokenizer import Tokenizer
 from openpalm.errors import CheckpointError, RewardError, SettingsError, WorkError

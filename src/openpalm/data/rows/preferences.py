@@ -89,9 +89,9 @@ class Preference:
         }
 
     @classmethod
-    def from_json(cls, obj: object, where: str) -> "Preference":
-        """Parses a JSON object; a DataError begins with `where` ("path:line")."""
-        return at(where, _parse_record, obj)
+    def from_json(cls, obj: object, where: str = "") -> "Preference":
+        """Parses a JSON object; a DataError begins with `where` ("path:line"), if it is given."""
+        return at(where, _parse_record, obj) if where else _parse_record(obj)
 
 
 class Pair(NamedTuple):

@@ -22,9 +22,9 @@ from openpalm.base.typed import at, expect, home, is_number
 from openpalm.base.yaml_file import packaged, read_yaml
 from openpalm.data.corpus.json_lines import read_rows
 from openpalm.data.corpus.sources import is_rows
-from openpalm.data.rows.demonstration_files import check_demonstration, read_demonstrations
 from openpalm.data.rows.messages import Messages, assistant_turn, check_prompt
 from openpalm.data.rows.read_result import ReadResult, UnusableRow, collect_results
+from openpalm.data.rows.readers.demonstrations import check_demonstration, read_demonstrations
 from openpalm.data.text.conversation import Message
 from openpalm.errors import DataError
 

@@ -1,11 +1,11 @@
 """Rights: every view says who may open it, and a test opens every URL in every role.
 
-    annotator   judge items, read the guidelines, see one's own judgements
+    annotator   judge items, read the guidelines, see their own judgements
     reviewer    also see all items, judgements, agreement and the board
     admin       also settings, members, import and export, training, promotion
     owner       also name other owners, close the project and open it again
 
-A superuser has the rights of an owner everywhere. To others a project does not exist (404).
+A superuser has the rights of an owner in every project. Users without a role get a 404.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class ProjectRequest(HttpRequest):
 
 
 def role_in(project: Project, user: User) -> str | None:
-    """The user's role in the project; None if they are no member."""
+    """The user's role in the project; None without a membership."""
     if user.is_superuser:
         return Role.OWNER
     membership = Membership.objects.filter(project=project, user=user).first()

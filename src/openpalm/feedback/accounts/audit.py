@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from openpalm.feedback.accounts.access import ProjectRequest
 from openpalm.feedback.models import Event, Project, User
 
 
@@ -17,3 +18,8 @@ def record(
     return Event.objects.create(
         project=project, user=user, action=action, target=str(target)[:200], data=data
     )
+
+
+def record_for(request: ProjectRequest, action: str, *, target: object = "", **data: Any) -> Event:
+    """Adds an event of the user and the project of a page."""
+    return record(action, user=request.user, project=request.project, target=target, **data)

@@ -22,7 +22,7 @@ def grantable_roles(role: str) -> list[str]:
 def invite(
     project: Project, by: User, role: str, *, days: int, uses: int
 ) -> tuple[Invitation, str]:
-    """The row and the secret of its link."""
+    """Returns the row and the secret of its link."""
     secret = secrets.token_urlsafe(32)
     invitation = Invitation.objects.create(
         project=project,
@@ -64,7 +64,7 @@ def _may_give(invitation: Invitation) -> bool:
 def join(invitation: Invitation, user: User) -> Membership:
     """Makes the user a member; a member keeps the role that they have and takes no use.
 
-    Raises DataError if the last use has gone to another visitor in between.
+    Raises DataError if another visitor has taken the last use.
     """
     project = Project.objects.select_for_update().get(pk=invitation.project_id)
     if existing := Membership.objects.filter(project=project, user=user).first():

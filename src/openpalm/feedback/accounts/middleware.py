@@ -1,4 +1,4 @@
-"""The content security policy, the limit of bodies, and the way to the first administrator."""
+"""Middleware: content security policy, size limit, NUL check, redirect to the first sign-up."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from django.shortcuts import redirect
 from openpalm.feedback.accounts.errors import bad_request, too_large
 from openpalm.feedback.models import User
 
-# No script and no style in the page itself, nothing from another origin.
+# No inline script or style, nothing from another origin.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -18,7 +18,7 @@ POLICY = (
 
 UPLOAD = re.compile(r"/p/[a-z0-9-]+/prompts/upload")
 FORM_BYTES = 2**16
-"""what a form may have besides its file"""
+"""for the fields of a form, in addition to its file"""
 Next = Callable[[HttpRequest], HttpResponse]
 
 
@@ -36,7 +36,7 @@ def content_security_policy(get_response: Next) -> Next:
 def body_limit(get_response: Next) -> Next:
     """Refuses large bodies before anything reads them: a multipart body is stored while it is read.
 
-    Only the upload page takes a file, and only from somebody who is signed in. (The JSON of the API
+    Only the upload page takes a file, and only from a signed-in user. (The JSON of the API
     has its own limit, DATA_UPLOAD_MAX_MEMORY_SIZE.)
     """
     small = settings.DATA_UPLOAD_MAX_MEMORY_SIZE + FORM_BYTES
@@ -60,7 +60,7 @@ def _length(request: HttpRequest) -> int:
 
 
 def no_nul(get_response: Next) -> Next:
-    """Refuses forms with NUL: no browser's keyboard writes it and PostgreSQL does not store it.
+    """Refuses forms that contain NUL, which PostgreSQL cannot store.
 
     (The API reads its own bodies and refuses it there.)
     """

@@ -1,4 +1,4 @@
-"""The secret of the link with which the first administrator signs up. No default password."""
+"""The secret in the sign-up link of the first administrator, who has no default password."""
 
 import hashlib
 import hmac

@@ -1,4 +1,4 @@
-"""Sign in and change of the password, throttled."""
+"""Sign-in and password change, throttled."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from django.core.exceptions import ValidationError
 from django.urls import reverse_lazy
 
 from openpalm.feedback.accounts import audit, throttle
-from openpalm.feedback.accounts.forms import PlainLabels
+from openpalm.feedback.accounts.forms import PlainLabels, explain_passwords
 
 
 class LoginForm(PlainLabels, AuthenticationForm):
-    """Django's form, which takes as long for unknown names, with a wait after failures."""
+    """Django's form, as slow for unknown names as for known ones, with a wait after failures."""
 
     error_messages = AuthenticationForm.error_messages | {
         "invalid_login": "This name and password do not match an account.",
@@ -50,6 +50,10 @@ class PasswordForm(PlainLabels, PasswordChangeForm):
     """Guesses of the old password count as failed attempts to sign in."""
 
     address = ""
+
+    def __init__(self, *args: Any, **names: Any) -> None:
+        super().__init__(*args, **names)
+        explain_passwords(self, "new_password1", "new_password2")
 
     def clean_old_password(self) -> str:
         name = self.user.get_username()

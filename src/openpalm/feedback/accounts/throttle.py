@@ -1,4 +1,4 @@
-"""Slows down guessing of passwords: failed attempts count by name and by address.
+"""Throttles password guessing: failed attempts count by name and by address.
 
 After FREE failures for a name within WINDOW, each further attempt must wait twice as long as the
 one before, at most LONGEST; the same after FREE_BY_ADDRESS failures from an address. An attempt
@@ -20,15 +20,15 @@ WINDOW = timedelta(minutes=30)
 LONGEST = timedelta(minutes=15)
 FREE, FREE_BY_ADDRESS = 5, 30
 NOT_COUNTED = "(api token)"
-"""the name under which api/tokens.py counts wrong tokens, by a rule of its own"""
+"""the name under which api/protocol/tokens.py counts wrong tokens, by a rule of its own"""
 
 
 def address_of(request: HttpRequest) -> str:
-    """The visitor's address; of IPv6 the network of 64 bits, which one visitor can have whole.
+    """The visitor's address; for IPv6 its /64 network, since one visitor can use all of it.
 
     Visitors can write X-Forwarded-For, but each of our proxies adds an entry at its end. Behind n
-    proxies the n-th from the end is the visitor's. A shorter list did not pass all of them, so it
-    is not believed.
+    proxies the n-th from the end is the visitor's. A shorter list did not pass all of them and
+    is ignored.
     """
     address = request.META.get("REMOTE_ADDR", "")
     forwarded, proxies = request.META.get("HTTP_X_FORWARDED_FOR"), settings.FEEDBACK_PROXIES
@@ -45,11 +45,14 @@ def address_of(request: HttpRequest) -> str:
 
 def seconds_to_wait(name: str, address: str) -> int:
     """How long the next attempt for this name from this address must wait; 0: not at all."""
+    by_address = seconds_for_address(address)
+    return max(_wait(list(_times(name=_key(name))), FREE), by_address)
+
+
+def seconds_for_address(address: str) -> int:
+    """How long the next attempt from this address must wait, whatever its name."""
     LoginFailure.objects.filter(created_at__lt=timezone.now() - WINDOW).delete()
-    by_name = _wait(list(_times(name=_key(name))), FREE)
-    if _is_shared(address):
-        return by_name
-    return max(by_name, _wait(list(_times(address=address)), FREE_BY_ADDRESS))
+    return 0 if _is_shared(address) else _wait(list(_times(address=address)), FREE_BY_ADDRESS)
 
 
 def begin_attempt(name: str, address: str) -> LoginFailure:
@@ -66,13 +69,13 @@ def succeeded(attempt: LoginFailure) -> None:
 
 
 def _is_shared(address: str) -> bool:
-    """Whether all visitors have it: an unknown address, or that of a proxy on this machine."""
+    """Whether many visitors share it: an unknown address, or that of a proxy on this machine."""
     return address == "unknown" or ipaddress.ip_network(address).is_loopback
 
 
 def _key(name: str) -> str:
-    """The name as the account has it. Names that are only alike belong to different people, and a
-    success of one must not forget the failures of the other."""
+    """The name as the account has it. Similar names are different accounts: a success of
+    one must not clear the failures of the other."""
     return unicodedata.normalize("NFKC", name.strip())[:150]
 
 

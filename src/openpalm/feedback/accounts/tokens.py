@@ -8,7 +8,7 @@ from datetime import datetime
 from openpalm.feedback.models import ApiToken, Project, User
 
 MARK = "opf_"
-"""lets scanners of secrets find a token that was published by mistake"""
+"""lets secret scanners find a token that was published by mistake"""
 
 
 def issue(
@@ -19,7 +19,7 @@ def issue(
     project: Project | None = None,
     expires_at: datetime | None = None,
 ) -> str:
-    """Makes a token and returns its text, which is stored nowhere."""
+    """Makes a token and returns its text, which is not stored."""
     chosen = sorted(set(scopes))
     if unknown := set(chosen) - set(ApiToken.SCOPES):
         raise ValueError(f"unknown scopes: {', '.join(sorted(unknown))}")

@@ -1,4 +1,4 @@
-"""Set-up of the first administrator, one's account, API tokens, invitations."""
+"""Pages of the first sign-up, the account, API tokens and invitations."""
 
 import secrets
 from datetime import timedelta
@@ -137,7 +137,7 @@ def invitation(request: Any, secret: str) -> HttpResponse:
 
 def _sign_up(request: Any, found: Invitation, form: SignUpForm) -> HttpResponse:
     try:
-        with transaction.atomic():  # without a membership no account
+        with transaction.atomic():  # no account without a membership
             user: Any = form.save()
             join(found, user)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""/api/v1/items: what is judged. See manage/blinding.py for who sees the names of models."""
+"""/api/v1/items: what is judged. See items/blinding.py for who sees the names of models."""
 
 from typing import Any
 
@@ -8,21 +8,23 @@ from django.http import JsonResponse
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.api.endpoints import Call, operation
-from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.api.fields import Fields
 from openpalm.feedback.api.json_forms import item_json
-from openpalm.feedback.labeling.names import names_itself
-from openpalm.feedback.labeling.new_items import (
+from openpalm.feedback.api.protocol.endpoints import Call, operation
+from openpalm.feedback.api.protocol.errors import ApiError
+from openpalm.feedback.api.protocol.fields import Fields
+from openpalm.feedback.items.blinding import revealed
+from openpalm.feedback.items.model_names import names_itself
+from openpalm.feedback.items.new_items import (
     KeyTaken,
     NewCandidate,
     NewItem,
     add_items,
     check_messages,
+    known_digests,
+    prompt_digest,
 )
-from openpalm.feedback.labeling.payloads import wrong_payload
-from openpalm.feedback.labeling.tasks import KINDS, candidates_needed
-from openpalm.feedback.manage.blinding import revealed
+from openpalm.feedback.items.tasks import KINDS, candidates_needed
+from openpalm.feedback.judgements.payloads import wrong_payload
 from openpalm.feedback.models import Item, ItemCandidate, ModelVersion, Project, Role
 
 MAX_TEXT = 100_000
@@ -40,10 +42,7 @@ def list_items(call: Call) -> JsonResponse:
 
 @operation("items:read", Role.REVIEWER)
 def get_item(call: Call, item_id: int) -> JsonResponse:
-    found = _with_texts(Item.objects.filter(pk=item_id)).first()
-    if found is None:
-        raise ApiError(404, "there is no such item, or you are not a member of its project")
-    call.enter(found.project.slug)
+    found = call.find(_with_texts(Item.objects).filter(pk=item_id), "item")
     call.finish()
     return JsonResponse(_shown(call, [found])[0])
 
@@ -66,6 +65,7 @@ def create_items(call: Call) -> JsonResponse:
     call.finish()
     models = {m.name: m for m in ModelVersion.objects.filter(project=project)}
     new = [_new_item(one, project, models) for one in given]
+    _refuse_held_out(project, new)
     try:
         made = add_items(project, new)
     except (KeyTaken, IntegrityError) as error:
@@ -76,6 +76,16 @@ def create_items(call: Call) -> JsonResponse:
         audit.record("item.added", user=call.user, project=project, items=count, by="api")
     data = [{"id": item.pk, "key": item.key, "created": is_new} for item, is_new in made]
     return JsonResponse({"data": data}, status=201 if count else 200)
+
+
+def _refuse_held_out(project: Project, new: list[NewItem]) -> None:
+    """A prompt that is judged for training is of no use for a comparison."""
+    digests = [prompt_digest(item.messages) for item in new]
+    held_out = known_digests(project, digests, held_out=True)
+    for number, digest in enumerate(digests):
+        if digest in held_out:
+            message = f"items[{number}]: its prompt is held out for comparisons"
+            raise ApiError(409, message, f"items[{number}]")
 
 
 def _new_item(given: Fields, project: Project, models: dict[str, ModelVersion]) -> NewItem:

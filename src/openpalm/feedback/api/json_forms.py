@@ -1,8 +1,20 @@
 """Rows of the database as the JSON of the API."""
 
+from datetime import datetime
 from typing import Any
 
-from openpalm.feedback.models import Candidate, Item, ModelVersion, Project, Response, TrainRun
+from openpalm.feedback.models import (
+    Candidate,
+    Comparison,
+    Item,
+    Job,
+    ModelVersion,
+    Project,
+    Promotion,
+    Prompt,
+    Response,
+    TrainRun,
+)
 
 
 def project_json(project: Project, role: str) -> dict[str, Any]:
@@ -18,6 +30,8 @@ def project_json(project: Project, role: str) -> dict[str, Any]:
         "repeat_share": project.repeat_share,
         "blind": project.blind,
         "lease_minutes": project.lease_minutes,
+        "decided_by": project.decided_by,
+        "served": project.served_id,
         "open": project.open,
         "guideline_version": guideline.version if guideline else None,
         "role": role,
@@ -25,8 +39,19 @@ def project_json(project: Project, role: str) -> dict[str, Any]:
     }
 
 
+def prompt_json(prompt: Prompt) -> dict[str, Any]:
+    return {
+        "id": prompt.pk,
+        "messages": prompt.messages,
+        "source": prompt.source,
+        "held_out": prompt.held_out,
+        "shared_with_consent": prompt.shared_with_consent,
+        "created": prompt.created_at.isoformat(),
+    }
+
+
 def item_json(item: Item, *, is_revealed: bool) -> dict[str, Any]:
-    """The models' names only to those who cannot be given the item to judge any more."""
+    """Model names are included only if the user cannot judge the item any more."""
     return {
         "id": item.pk,
         "key": item.key,
@@ -72,7 +97,7 @@ def response_json(response: Response, *, is_revealed: bool) -> dict[str, Any]:
     }
 
 
-def run_json(run: TrainRun) -> dict[str, Any]:
+def run_json(run: TrainRun, *, is_admin: bool) -> dict[str, Any]:
     return {
         "id": run.pk,
         "verb": run.verb,
@@ -81,6 +106,15 @@ def run_json(run: TrainRun) -> dict[str, Any]:
         "parent": run.parent.name if run.parent else None,
         "reward_model": run.reward_model.name if run.reward_model else None,
         "settings": run.settings,
+        "step": run.step,
+        "steps": run.steps,
+        "figures": run.figures,
+        "alarms": run.alarms,
+        # Only admins see paths on the server, as on the page.
+        "failure": (run.error if is_admin else run.error.partition(" (log: ")[0]) or None,
+        "created": run.created_at.isoformat(),
+        "started": _time(run.started_at),
+        "finished": _time(run.finished_at),
     }
 
 
@@ -95,3 +129,61 @@ def model_json(model: ModelVersion) -> dict[str, Any]:
         "served": model.project.served_id == model.pk,
         "created": model.created_at.isoformat(),
     }
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """The figures so far, and once all pairs are judged the decision with its reason."""
+    result: dict[str, Any] = comparison.result
+    figures: dict[str, Any] = result.get("figures") or {}
+    names = ("win_rate", "at_equal_style", "left_share", "outcomes", "judgements")
+    return {
+        "id": comparison.pk,
+        "challenger": comparison.challenger.name,
+        "served": comparison.served.name,
+        "state": comparison.state,
+        "size": comparison.size,
+        "sampling": result.get("sampling", {}),
+        "author_kind": result.get("author_kind"),
+        "comparisons": result.get("comparisons", 0),
+        "needed": result.get("needed"),
+        "decision": result.get("decision"),
+        "reason": result.get("reason"),
+        **{name: figures.get(name) for name in names},
+        "created": comparison.created_at.isoformat(),
+        "computed": _time(comparison.computed_at),
+    }
+
+
+def promotion_json(promotion: Promotion) -> dict[str, Any]:
+    return {
+        "id": promotion.pk,
+        "model": promotion.model_id,
+        "previous": promotion.previous_id,
+        "comparison": promotion.comparison_id,
+        "state": promotion.state,
+        "override_reason": promotion.override_reason or None,
+        "failure": promotion.error or None,
+        "by": promotion.by.username,
+        "created": promotion.created_at.isoformat(),
+        "done": _time(promotion.done_at),
+        "undone": _time(promotion.undone_at),
+    }
+
+
+def job_json(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.pk,
+        "kind": job.kind,
+        "state": job.state,
+        "done": job.done,
+        "total": job.total,
+        "message": job.message,
+        "result": job.result,
+        "created": job.created_at.isoformat(),
+        "started": _time(job.started_at),
+        "finished": _time(job.finished_at),
+    }
+
+
+def _time(moment: datetime | None) -> str | None:
+    return moment.isoformat() if moment else None

@@ -1,4 +1,4 @@
-"""Judging over the API: the next item, then submit, skip, flag or draft.
+"""Judging over the API: the next item, then submit, skip, flag or draft; change and undo.
 
 Candidates are numbered as they are shown, from 0, in the request and in its payload: the item's own
 order could tell the model. The client sees no name of a model while the project is blind.
@@ -9,13 +9,13 @@ from typing import Any
 from django.http import JsonResponse
 
 from openpalm.data.rows.payloads import is_payload
-from openpalm.feedback.api.endpoints import Call, operation
-from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.labeling import queue, submission
-from openpalm.feedback.labeling.names import is_blind
-from openpalm.feedback.labeling.payloads import wrong_payload
-from openpalm.feedback.labeling.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
-from openpalm.feedback.labeling.tasks import KINDS
+from openpalm.feedback.api.protocol.endpoints import Call, operation
+from openpalm.feedback.api.protocol.errors import ApiError, refusals
+from openpalm.feedback.items.model_names import is_blind
+from openpalm.feedback.items.tasks import KINDS
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.payloads import wrong_payload
+from openpalm.feedback.judgements.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
 from openpalm.feedback.models import Assignment, Project, Response, Role
 
 MAX_PAYLOAD = 200_000
@@ -26,7 +26,20 @@ def next_item(call: Call, slug: str) -> JsonResponse:
     """Leases the next item; `assignment` is null if nothing is left for this user."""
     project, _ = call.enter(slug)
     call.finish()
-    assignment = queue.next_assignment(project, call.user)
+    return _leased(queue.next_assignment(project, call.user), project)
+
+
+@operation("responses:write", Role.ANNOTATOR)
+def undo_last(call: Call, slug: str) -> JsonResponse:
+    """Opens the user's last item again; `assignment` is null if there is nothing to undo."""
+    project, _ = call.enter(slug)
+    call.finish()
+    with refusals():
+        assignment = submission.undo(project, call.user)
+    return _leased(assignment, project)
+
+
+def _leased(assignment: Assignment | None, project: Project) -> JsonResponse:
     shown = _assignment_json(assignment, project) if assignment else None
     return JsonResponse({"assignment": shown})
 
@@ -60,6 +73,20 @@ def _assignment_json(assignment: Assignment, project: Project) -> dict[str, Any]
 def submit(call: Call, assignment_id: int) -> JsonResponse:
     """Stores the judgement. A repeated request returns the response of the first one."""
     assignment = _mine(call, assignment_id)
+    judgement = _judgement(call, assignment)
+    return _stored(submission.submit(assignment.pk, call.user, judgement))
+
+
+@operation("responses:write", Role.ANNOTATOR)
+def change(call: Call, assignment_id: int) -> JsonResponse:
+    """Replaces an earlier judgement by another one, which supersedes it."""
+    assignment = _mine(call, assignment_id)
+    judgement = _judgement(call, assignment)
+    with refusals():
+        return _stored(submission.change(assignment.pk, call.user, judgement))
+
+
+def _judgement(call: Call, assignment: Assignment) -> Judgement:
     kind = KINDS[assignment.project.task]
     shown = call.body.group("payload", MAX_PAYLOAD)
     judgement = Judgement(
@@ -69,7 +96,7 @@ def submit(call: Call, assignment_id: int) -> JsonResponse:
         _guideline_version(call, assignment.project),
     )
     call.finish()
-    return _stored(submission.submit(assignment.pk, call.user, judgement))
+    return judgement
 
 
 @operation("responses:write", Role.ANNOTATOR)
@@ -77,8 +104,9 @@ def skip(call: Call, assignment_id: int) -> JsonResponse:
     assignment = _mine(call, assignment_id)
     reason = call.body.text("reason", most=MAX_REASON, default="")
     elapsed_ms = call.body.whole("elapsed_ms", 0, MAX_ELAPSED_MS, None)
+    version = _guideline_version(call, assignment.project)
     call.finish()
-    return _stored(submission.skip(assignment.pk, call.user, reason, elapsed_ms))
+    return _stored(submission.skip(assignment.pk, call.user, reason, elapsed_ms, version))
 
 
 @operation("responses:write", Role.ANNOTATOR)
@@ -88,9 +116,10 @@ def flag(call: Call, assignment_id: int) -> JsonResponse:
     reason = call.body.text("reason", most=MAX_REASON)
     shown = call.body.whole("candidate", 0, len(assignment.order) - 1, None)
     elapsed_ms = call.body.whole("elapsed_ms", 0, MAX_ELAPSED_MS, None)
+    version = _guideline_version(call, assignment.project)
     call.finish()
-    position = None if shown is None else assignment.order[shown]
-    return _stored(submission.flag(assignment.pk, call.user, reason, position, elapsed_ms))
+    place = None if shown is None else assignment.order[shown]
+    return _stored(submission.flag(assignment.pk, call.user, reason, place, elapsed_ms, version))
 
 
 @operation("responses:write", Role.ANNOTATOR)

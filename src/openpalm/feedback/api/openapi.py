@@ -41,7 +41,18 @@ ITEM = {
     },
     "required": ["candidates"],
 }
+PROMPT = {
+    "type": "object",
+    "properties": {"prompt": TEXT, "messages": MESSAGES, "held_out": FLAG},
+}
+ANSWERING = {
+    "type": "object",
+    "properties": {"model": TEXT, "n": WHOLE, "sampling": OBJECT},
+    "required": ["model"],
+}
 Properties = dict[str, dict[str, Any]]
+TIMED: Properties = {"elapsed_ms": WHOLE, "guideline_version": WHOLE}
+JUDGED: Properties = {"payload": OBJECT, **TIMED}
 BODIES: dict[tuple[str, str], tuple[Properties, list[str]]] = {
     ("projects", "POST"): (
         {
@@ -55,6 +66,7 @@ BODIES: dict[tuple[str, str], tuple[Properties, list[str]]] = {
             "repeat_share": NUMBER,
             "blind": FLAG,
             "lease_minutes": WHOLE,
+            "decided_by": TEXT,
             "guidelines": TEXT,
         },
         ["slug", "name"],
@@ -63,15 +75,33 @@ BODIES: dict[tuple[str, str], tuple[Properties, list[str]]] = {
         {"project": TEXT, "items": {"type": "array", "maxItems": 500, "items": ITEM}},
         ["project", "items"],
     ),
-    ("projects/{slug}/next", "POST"): ({}, []),
-    ("assignments/{assignment_id}/submit", "POST"): (
-        {"payload": OBJECT, "elapsed_ms": WHOLE, "guideline_version": WHOLE},
-        ["payload"],
+    ("prompts", "POST"): (
+        {
+            "project": TEXT,
+            "prompts": {"type": "array", "maxItems": 500, "items": PROMPT},
+            "held_out_share": NUMBER,
+        },
+        ["project", "prompts"],
     ),
+    ("prompts/{prompt_id}/held-out", "POST"): ({"held_out": FLAG}, ["held_out"]),
+    ("projects/{slug}/generate", "POST"): (
+        {
+            "models": {"type": "array", "maxItems": 20, "items": ANSWERING},
+            "prompts": {"type": "array", "items": WHOLE},
+            "count": WHOLE,
+            "pairs": WHOLE,
+        },
+        ["models"],
+    ),
+    ("projects/{slug}/next-batch", "POST"): ({"size": WHOLE}, []),
+    ("projects/{slug}/next", "POST"): ({}, []),
+    ("projects/{slug}/undo", "POST"): ({}, []),
+    ("assignments/{assignment_id}/submit", "POST"): (JUDGED, ["payload"]),
+    ("assignments/{assignment_id}/change", "POST"): (JUDGED, ["payload"]),
     ("assignments/{assignment_id}/draft", "POST"): ({"payload": OBJECT}, ["payload"]),
-    ("assignments/{assignment_id}/skip", "POST"): ({"reason": TEXT, "elapsed_ms": WHOLE}, []),
+    ("assignments/{assignment_id}/skip", "POST"): ({"reason": TEXT, **TIMED}, []),
     ("assignments/{assignment_id}/flag", "POST"): (
-        {"reason": TEXT, "candidate": WHOLE, "elapsed_ms": WHOLE},
+        {"reason": TEXT, "candidate": WHOLE, **TIMED},
         ["reason"],
     ),
     ("projects/{slug}/conversations", "POST"): (
@@ -94,21 +124,43 @@ BODIES: dict[tuple[str, str], tuple[Properties, list[str]]] = {
             "reward_model": TEXT,
             "author_kinds": {"type": "array", "items": TEXT},
             "hold_back": FLAG,
+            "comparisons": FLAG,
             "settings": OBJECT,
         },
         ["project", "verb", "parent"],
     ),
     ("runs/{run_id}/stop", "POST"): ({}, []),
+    ("runs/{run_id}/resume", "POST"): ({}, []),
+    ("models", "POST"): (
+        {"project": TEXT, "path": TEXT, "name": TEXT, "kind": TEXT},
+        ["project", "path", "name"],
+    ),
+    ("models/{model_id}/choose", "POST"): ({}, []),
+    ("models/{model_id}/score", "POST"): ({}, []),
     ("models/{model_id}/promote", "POST"): ({"comparison": WHOLE, "override_reason": TEXT}, []),
+    ("comparisons", "POST"): (
+        {"project": TEXT, "model": TEXT, "size": WHOLE, "sampling": OBJECT},
+        ["project", "model"],
+    ),
+    ("comparisons/{comparison_id}/extend", "POST"): ({"further": WHOLE}, ["further"]),
+    ("promotions/{promotion_id}/undo", "POST"): ({}, []),
+    ("jobs/{job_id}/stop", "POST"): ({}, []),
 }
 PAGED = ("after", "limit")
+WHOLES = (*PAGED, "item", "version")
 QUERIES: dict[str, tuple[str, ...]] = {
     "projects": PAGED,
+    "projects/{slug}/guidelines": ("version",),
+    "projects/{slug}/statistics": ("name",),
+    "prompts": ("project", "source", "held_out", *PAGED),
     "items": ("project", "state", *PAGED),
     "responses": ("project", "item", "author", *PAGED),
-    "responses/export": ("project", "format"),
+    "responses/export": ("project", "format", "consensus"),
     "runs": ("project", *PAGED),
     "models": ("project", *PAGED),
+    "comparisons": ("project", *PAGED),
+    "promotions": ("project", *PAGED),
+    "jobs": ("project", "state", *PAGED),
 }
 ERROR = {
     "description": "refused; `field` names what is wrong in the request",
@@ -186,7 +238,7 @@ def _parameters(path: str, route: str, method: str) -> list[dict[str, Any]]:
     if method != "GET":
         return found
     for name in QUERIES.get(path, ()):
-        schema = WHOLE if name in ("after", "limit", "item") else TEXT
+        schema = WHOLE if name in WHOLES else TEXT
         found.append({"name": name, "in": "query", "required": name == "project", "schema": schema})
     return found
 

@@ -4,12 +4,14 @@ from django.core.exceptions import ValidationError
 from django.db import IntegrityError
 from django.http import JsonResponse
 
-from openpalm.feedback.api.endpoints import Call, each, operation
-from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.json_forms import project_json
+from openpalm.feedback.api.protocol.endpoints import Call, each, operation
+from openpalm.feedback.api.protocol.errors import ApiError
 from openpalm.feedback.manage.forms import MAX_AXES
 from openpalm.feedback.manage.projects import add_project
-from openpalm.feedback.models import Membership, Project, Role, Task
+from openpalm.feedback.models import Guideline, Membership, Project, Role, Task, User
+
+DECIDERS = (User.Kind.PERSON.value, User.Kind.SIMULATED.value)
 
 
 @operation("projects:read", Role.ANNOTATOR)
@@ -31,6 +33,24 @@ def get_project(call: Call, slug: str) -> JsonResponse:
     return JsonResponse(project_json(project, role))
 
 
+@operation("projects:read", Role.ANNOTATOR)
+def get_guidelines(call: Call, slug: str) -> JsonResponse:
+    """What labelers follow, in Markdown: the newest version, or `version`; null without any."""
+    project, _ = call.enter(slug)
+    version = call.query.whole("version", 1, 2**31 - 1, None)
+    call.finish()
+    found = project.guideline if version is None else _version(project, version)
+    shown = {"version": found.version, "text": found.text} if found else None
+    return JsonResponse({"guidelines": shown})
+
+
+def _version(project: Project, version: int) -> Guideline:
+    found = project.guidelines.filter(version=version).first()
+    if found is None:
+        raise ApiError(404, "there is no such version of the guidelines", "version")
+    return found
+
+
 @operation("projects:write", Role.OWNER)
 def create_project(call: Call) -> JsonResponse:
     """The user becomes its owner."""
@@ -50,6 +70,7 @@ def create_project(call: Call) -> JsonResponse:
         repeat_share=body.number("repeat_share", 0, 0.5, 0.0),
         blind=body.flag("blind", True),
         lease_minutes=body.whole("lease_minutes", 1, 10_000, 30),
+        decided_by=body.choice("decided_by", DECIDERS, User.Kind.PERSON),
     )
     guidelines = body.text("guidelines", most=100_000, default="")
     if (project.task == Task.RATING) != bool(project.axes):

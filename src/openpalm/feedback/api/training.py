@@ -1,43 +1,46 @@
 """/api/v1/runs and /api/v1/models: training runs and the models that the project knows."""
 
+from typing import Any
+
 from django.http import JsonResponse
 
 from openpalm.errors import DataError
-from openpalm.feedback.api.endpoints import Call, each, operation
-from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.api.json_forms import model_json, run_json
+from openpalm.feedback.accounts.access import has_rank
+from openpalm.feedback.api.json_forms import job_json, model_json, run_json
+from openpalm.feedback.api.protocol.endpoints import Call, each, operation
+from openpalm.feedback.api.protocol.errors import ApiError, refusals
 from openpalm.feedback.models import (
-    Comparison,
     ModelVersion,
     Project,
     Role,
     TrainRun,
-    User,
 )
-from openpalm.feedback.paging import MAX_ID
-from openpalm.feedback.training import promotion, runs
+from openpalm.feedback.training import promotion, registry, runs, scoring
 from openpalm.feedback.training.commands import OWN_OPTIONS, VERBS
-from openpalm.feedback.training.snapshots import Filter
+from openpalm.feedback.training.snapshots import Filter, default_filter
 
 SETTABLE = {"members", "name"}
 """of the settings that are no options of the command"""
+MODELS = ModelVersion.objects.select_related("project", "parent")
+RUNS = TrainRun.objects.select_related("snapshot", "parent", "reward_model")
 
 
 @operation("runs:read", Role.REVIEWER)
 def list_runs(call: Call) -> JsonResponse:
     project, _ = call.project_in_query()
-    found = TrainRun.objects.filter(project=project)
-    return call.page(
-        found.select_related("snapshot", "parent", "reward_model"),
-        each(run_json),
-    )
+    found = RUNS.filter(project=project).defer("curve")
+    return call.page(found, each(lambda run: _shown(call, run)))
+
+
+def _shown(call: Call, run: TrainRun) -> dict[str, Any]:
+    return run_json(run, is_admin=has_rank(call.role, Role.ADMIN))
 
 
 @operation("runs:read", Role.REVIEWER)
 def get_run(call: Call, run_id: int) -> JsonResponse:
-    run = _run(call, run_id)
+    run = call.find(RUNS.filter(pk=run_id), "run")
     call.finish()
-    return JsonResponse(run_json(run))
+    return JsonResponse(_shown(call, run))
 
 
 @operation("runs:write", Role.ADMIN)
@@ -46,11 +49,12 @@ def start_run(call: Call) -> JsonResponse:
     body = call.body
     project, _ = call.enter(body.text("project", most=60))
     verb = body.choice("verb", VERBS)
-    parent = _model_named(call, project, "parent")
-    reward = _model_named(call, project, "reward_model") if body.has("reward_model") else None
-    kinds = body.texts("author_kinds", most=3, length=16, default=[User.Kind.PERSON])
-    # As in the form of the page.
-    hold_back = body.flag("hold_back", verb == "reward")
+    parent = model_named(call, project, "parent")
+    reward = model_named(call, project, "reward_model") if body.has("reward_model") else None
+    usual = default_filter(project, verb)
+    kinds = body.texts("author_kinds", most=3, length=16, default=list(usual.author_kinds))
+    hold_back = body.flag("hold_back", usual.hold_back)
+    compared = body.flag("comparisons", usual.comparisons)
     settings = body.group("settings", 4000, {})
     for name in set(settings) & (set(OWN_OPTIONS) - SETTABLE):
         body.fail(f"settings.{name}", "cannot be set here")
@@ -60,76 +64,88 @@ def start_run(call: Call) -> JsonResponse:
         verb,
         call.user,
         parent=parent,
-        chosen=Filter(author_kinds=kinds, hold_back=hold_back),
+        chosen=Filter(author_kinds=kinds, hold_back=hold_back, comparisons=compared),
         settings=settings,
         reward=reward,
     )
-    return JsonResponse(run_json(run), status=201)
+    return JsonResponse(_shown(call, run), status=201)
 
 
 @operation("runs:write", Role.ADMIN)
 def stop_run(call: Call, run_id: int) -> JsonResponse:
     """Lets a training save and end."""
-    run = _run(call, run_id)
+    run = call.find(RUNS.filter(pk=run_id), "run")
     call.finish()
     if not runs.stop(run, call.user):
         raise ApiError(409, f"the run is {run.state}; it cannot be stopped")
     run.refresh_from_db()
-    return JsonResponse(run_json(run))
+    return JsonResponse(_shown(call, run))
 
 
-def _run(call: Call, run_id: int) -> TrainRun:
-    run = TrainRun.objects.select_related("project").filter(pk=run_id).first()
-    if run is None:
-        raise ApiError(404, "there is no such run, or you are not a member of its project")
-    call.enter(run.project.slug)
-    return run
+@operation("runs:write", Role.ADMIN)
+def resume_run(call: Call, run_id: int) -> JsonResponse:
+    """Continues a training that was stopped or failed from its last save."""
+    run = call.find(RUNS.filter(pk=run_id), "run")
+    call.finish()
+    with refusals():
+        runs.resume(run, call.user)
+    run.refresh_from_db()
+    return JsonResponse(_shown(call, run), status=202)
 
 
 @operation("models:read", Role.REVIEWER)
 def list_models(call: Call) -> JsonResponse:
     project, _ = call.project_in_query()
-    models = ModelVersion.objects.filter(project=project)
-    return call.page(models.select_related("parent", "project"), each(model_json))
+    return call.page(MODELS.filter(project=project), each(model_json))
 
 
 @operation("models:read", Role.REVIEWER)
 def get_model(call: Call, model_id: int) -> JsonResponse:
-    model = _model(call, model_id)
+    model = call.find(MODELS.filter(pk=model_id), "model")
     call.finish()
     return JsonResponse(model_json(model))
 
 
 @operation("models:write", Role.ADMIN)
-def promote(call: Call, model_id: int) -> JsonResponse:
-    """Queues the promotion after a decided comparison, or with an `override_reason`."""
-    model = _model(call, model_id)
-    number = call.body.whole("comparison", 1, MAX_ID, None)
-    reason = call.body.text("override_reason", most=2000, default="")
+def register_model(call: Call) -> JsonResponse:
+    """Adds a checkpoint on the server's disk; only an administrator of the site may."""
+    body = call.body
+    project, _ = call.enter(body.text("project", most=60))
+    if not call.user.is_superuser:
+        raise ApiError(403, "only an administrator of the site adds a model by its path")
+    path = body.text("path", most=500)
+    name = body.text("name", most=80)
+    kind = body.choice("kind", ModelVersion.Kind.values, ModelVersion.Kind.POLICY)
     call.finish()
-    comparison = None
-    if number is not None:
-        comparison = Comparison.objects.filter(pk=number, project=model.project).first()
-        if comparison is None:
-            call.body.fail("comparison", "the project has no such comparison")
     try:
-        made = promotion.propose(
-            model.project, model, call.user, comparison=comparison, override_reason=reason
-        )
+        model = registry.add_by_path(project, call.user, path, name=name, kind=kind)
     except DataError as error:
-        raise ApiError(409, f"{error}") from None
-    return JsonResponse({"id": made.pk, "model": model.pk, "state": made.state}, status=202)
+        body.fail("path", f"{error}")
+    return JsonResponse(model_json(model), status=201)
 
 
-def _model(call: Call, model_id: int) -> ModelVersion:
-    model = ModelVersion.objects.select_related("project", "parent").filter(pk=model_id).first()
-    if model is None:
-        raise ApiError(404, "there is no such model, or you are not a member of its project")
-    call.enter(model.project.slug)
-    return model
+@operation("models:write", Role.ADMIN)
+def choose_model(call: Call, model_id: int) -> JsonResponse:
+    """Names the first served model of a project without a model server."""
+    model = call.find(MODELS.filter(pk=model_id), "model")
+    call.finish()
+    with refusals():
+        promotion.choose(model.project, model, call.user)
+    model.project.refresh_from_db(fields=["served"])
+    return JsonResponse(model_json(model))
 
 
-def _model_named(call: Call, project: Project, field: str) -> ModelVersion:
+@operation("models:write", Role.ADMIN)
+def score_model(call: Call, model_id: int) -> JsonResponse:
+    """Queues the scoring of all answers by a reward model."""
+    model = call.find(MODELS.filter(pk=model_id), "model")
+    call.finish()
+    with refusals():
+        job = scoring.start(model, call.user)
+    return JsonResponse(job_json(job), status=202)
+
+
+def model_named(call: Call, project: Project, field: str) -> ModelVersion:
     name = call.body.text(field, most=120)
     found = ModelVersion.objects.filter(project=project, name=name).first()
     if found is None:

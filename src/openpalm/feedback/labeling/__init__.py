@@ -1,1 +1,1 @@
-"""Judging items: leases, payloads, the pages of labelers."""
+"""The pages of labelers: items to judge, history, live chat."""

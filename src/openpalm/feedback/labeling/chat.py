@@ -1,8 +1,8 @@
 """A live chat with two hidden models, which a vote turns into a judged item.
 
-Both models answer the same conversation: the labeler chooses with which of the two answers it goes
-on. So the last two answers are completions of one prompt, as in every other preference record. Each
-model is read in a thread of its own that stores the text as it grows; the vote need not wait.
+Both models answer the same conversation, which continues with the answer that the labeler chooses.
+So the last two answers are completions of one prompt, as in every other preference record. A thread
+for each model stores the text while it is generated; a vote does not wait for the end.
 """
 
 import json
@@ -20,12 +20,11 @@ from django.db import connection
 from django.utils import timezone
 
 from openpalm.errors import DataError
-from openpalm.feedback.labeling import submission
-from openpalm.feedback.labeling.names import names_itself, names_of
-from openpalm.feedback.labeling.new_items import NewCandidate, NewItem, add_items
-from openpalm.feedback.labeling.storable import storable
-from openpalm.feedback.labeling.submission import Judgement
-from openpalm.feedback.labeling.transactions import writing
+from openpalm.feedback.database import storable, writing
+from openpalm.feedback.items.model_names import names_itself, names_of
+from openpalm.feedback.items.new_items import NewCandidate, NewItem, add_items
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.models import (
     Assignment,
     Conversation,
@@ -42,7 +41,7 @@ MAX_BEGUN = 30
 """conversations that a user may begin in an hour without a judgement"""
 STORE_EVERY_S = 0.5
 SILENT_AFTER = timedelta(seconds=90)
-"""an answer that grew no more for so long is taken as ended: its process is gone"""
+"""an answer without new text for this long counts as ended: its process is gone"""
 TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
 _draw = random.SystemRandom()
 _log = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def served_names() -> list[str]:
 
 
 def ask(conversation: Conversation, text: str, kept: int | None) -> None:
-    """Adds a message and lets both models answer; `kept` is the side to go on with, 0 or 1."""
+    """Adds a message and lets both models answer; `kept` is the side to continue with, 0 or 1."""
     text = text.replace("\r\n", "\n").strip()
     if not text:
         raise DataError("write a message first")
@@ -93,9 +92,9 @@ def ask(conversation: Conversation, text: str, kept: int | None) -> None:
     with writing():
         turns = _locked(conversation.pk).turns
         if turns and kept not in (0, 1):
-            raise DataError("choose the answer to go on with")
+            raise DataError("choose the answer to continue with")
         if turns and not turns[-1]["answers"][kept or 0].strip():
-            raise DataError("this answer is empty; go on with the other one, or begin again")
+            raise DataError("this answer is empty; continue with the other one, or begin again")
         if len(turns) >= MAX_TURNS:
             raise DataError(f"vote now: a conversation has at most {MAX_TURNS} messages")
         if turns:
@@ -142,7 +141,7 @@ def stream(model: ModelVersion, messages: list[dict[str, str]]) -> Iterator[str]
     body = {"model": model.name, "messages": messages, "stream": True}
     try:
         yield from _stream(body | {"max_tokens": MAX_TOKENS})
-    except ContextError:  # it leaves fewer tokens: then as many as it leaves
+    except ContextError:  # fewer tokens fit: take what fits
         yield from _stream(body)
 
 
@@ -194,19 +193,36 @@ def vote(conversation: Conversation, judgement: Judgement) -> Response:
         if judged is None:
             raise DataError("this conversation has ended; begin another one")
         return judged
+    assignment = _end(conversation)
+    return submission.submit(assignment.pk, conversation.user, judgement)
+
+
+@writing()
+def flag(
+    conversation: Conversation, reason: str, elapsed_ms: int | None, guideline_version: int | None
+) -> Response:
+    """Ends the conversation; the managers see it with the reason."""
+    conversation = _locked(conversation.pk)
+    if conversation.state != OPEN:
+        raise DataError("this conversation has ended; begin another one")
+    assignment, about = _end(conversation), (None, elapsed_ms, guideline_version)
+    return submission.flag(assignment.pk, conversation.user, reason, *about)
+
+
+def _end(conversation: Conversation) -> Assignment:
+    """The last turn as an item that its labeler has in hand."""
     item = _item(conversation)
-    now = timezone.now()
     assignment = Assignment.objects.create(
         item=item,
         user=conversation.user,
         project=conversation.project,
         order=[0, 1],
         leased_at=conversation.created_at,
-        expires_at=now,
+        expires_at=timezone.now(),
     )
     conversation.state, conversation.judged_as = JUDGED, item
     conversation.save(update_fields=["state", "judged_as"])
-    return submission.submit(assignment.pk, conversation.user, judgement)
+    return assignment
 
 
 def _item(conversation: Conversation) -> Item:
@@ -242,7 +258,7 @@ def _locked(conversation_id: int) -> Conversation:
 
 @writing()
 def _store(conversation_id: int, number: int, side: int, text: str, *, ended: bool) -> bool:
-    """False if the conversation is over or has gone on."""
+    """False if the conversation is over or has continued."""
     conversation = _locked(conversation_id)
     turns = conversation.turns
     if conversation.state != OPEN or len(turns) != number + 1:

@@ -9,12 +9,12 @@ from django.views.decorators.http import require_GET, require_http_methods
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.judgements.payloads import pair_payload
+from openpalm.feedback.judgements.submission import MAX_REASON, Judgement
+from openpalm.feedback.judgements.words import pieces
 from openpalm.feedback.labeling import chat
 from openpalm.feedback.labeling.context import conversation, page_context, scale
-from openpalm.feedback.labeling.payloads import pair_payload
-from openpalm.feedback.labeling.submission import Judgement
 from openpalm.feedback.labeling.views import elapsed_ms, guideline_version
-from openpalm.feedback.labeling.words import pieces
 from openpalm.feedback.models import Conversation, Task
 
 posted = require_http_methods(["GET", "POST"])
@@ -65,6 +65,22 @@ def vote(request: ProjectRequest) -> HttpResponse:
 
 @posted
 @project_page()
+def flag(request: ProjectRequest) -> HttpResponse:
+    """Ends the conversation and says what is wrong with its last answers."""
+    _only_chat(request)
+    talk = chat.conversation_of(request.project, request.user)
+    if request.method == "GET" or talk is None:
+        return _after(request)
+    reason = request.POST.get("reason", "")[:MAX_REASON]
+    try:
+        chat.flag(talk, reason, elapsed_ms(request), guideline_version(request))
+    except DataError as error:
+        return show(request, str(error), flagging=True)
+    return _after(request)
+
+
+@posted
+@project_page()
 def leave(request: ProjectRequest) -> HttpResponse:
     """Ends the conversation without a judgement."""
     _only_chat(request)
@@ -75,12 +91,12 @@ def leave(request: ProjectRequest) -> HttpResponse:
     return _after(request)
 
 
-def show(request: ProjectRequest, error: str = "", elapsed: str = "") -> HttpResponse:
+def show(request: ProjectRequest, error: str = "", elapsed: str = "", **more: Any) -> HttpResponse:
     """The page; for htmx the conversation alone. An error keeps what was typed."""
     talk = chat.conversation_of(request.project, request.user)
     # What was typed comes back after an error; after a success the fields are empty.
     form = request.POST if error else {"elapsed_ms": elapsed}
-    context = page_context(request, error) | _turns(talk) | {"form": form}
+    context = page_context(request, error) | _turns(talk) | {"form": form} | more
     context["steps"] = scale(request.project, form.get("choice", ""))
     template = "chat_item.html" if request.htmx else "chat.html"  # pyright: ignore
     return render(request, f"feedback/{template}", context, status=422 if error else 200)
@@ -107,7 +123,6 @@ def _turns(talk: Conversation | None) -> dict[str, Any]:
         "messages_shown": conversation(chat.prompt_of(turns)),
         "answers": answers,
         "writing": any(writing),
-        "can_vote": all(text.strip() for text in last["answers"]),
         "turns": len(turns),
     }
 

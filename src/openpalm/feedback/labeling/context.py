@@ -1,6 +1,6 @@
-"""What the pages of labelers show. Of an item templates get its texts: no row of the database.
+"""Template contexts of the labelers' pages.
 
-So a page cannot say which model wrote what, whatever its template does.
+A template gets an item's texts, no database rows, so no page can reveal which model wrote what.
 """
 
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from typing import Any
 from django.http import Http404
 
 from openpalm.feedback.accounts.access import ProjectRequest
-from openpalm.feedback.labeling import queue
-from openpalm.feedback.labeling.markdown import to_html
-from openpalm.feedback.labeling.names import is_blind
-from openpalm.feedback.labeling.payloads import axes, form_of, middle
-from openpalm.feedback.labeling.words import LETTERS, describe, pieces, step_label
+from openpalm.feedback.items.model_names import is_blind
+from openpalm.feedback.judgements import queue
+from openpalm.feedback.judgements.payloads import axes, form_of, middle
+from openpalm.feedback.judgements.words import LETTERS, describe_as_shown, pieces, step_label
+from openpalm.feedback.labeling.markdown import answer_html, to_html
 from openpalm.feedback.models import Assignment, Candidate, Guideline, Project, Response, Task
 from openpalm.feedback.paging import id_of
 
@@ -56,7 +56,7 @@ def last_judgement(project: Project, last: Response) -> dict[str, Any] | None:
         return None
     last.assignment.project = project
     names = [] if is_blind(project, last.assignment.item) else model_names(last.assignment)
-    return {"words": describe(last, last.assignment), "names": names}
+    return {"words": describe_as_shown(last, last.assignment), "names": names}
 
 
 def model_names(assignment: Assignment) -> list[tuple[str, str]]:
@@ -70,8 +70,13 @@ def answer_name(assignment: Assignment, index: int) -> str:
     return str(index + 1) if assignment.project.task in NUMBERED else LETTERS[index]
 
 
-def item_context(assignment: Assignment, form: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The item, and the form as it was last typed: `form`, else the draft."""
+def item_context(
+    assignment: Assignment, form: Mapping[str, Any] | None = None, *, formatted: bool = False
+) -> dict[str, Any]:
+    """The item, and the form as it was last typed: `form`, else the draft.
+
+    `formatted`: texts as HTML of their Markdown, too.
+    """
     form = draft_form(assignment) if form is None else form
     candidates = _candidates(assignment, "candidate")
     project = assignment.project
@@ -81,12 +86,14 @@ def item_context(assignment: Assignment, form: Mapping[str, Any] | None = None) 
             "field": f"place_{index}",
             "place": form.get(f"place_{index}", ""),
             "pieces": pieces(candidate.text),
+            "html": answer_html(candidate.text) if formatted else None,
         }
         for index, candidate in enumerate(candidates)
     ]
     return {
         "assignment_id": assignment.pk,
-        "messages_shown": conversation(assignment.item.prompt.messages),
+        "messages_shown": conversation(assignment.item.prompt.messages, formatted=formatted),
+        "formatted": formatted,
         "answers": shown,
         "long": any(len(candidate.text) > LONG for candidate in candidates),
         "form": form,
@@ -95,13 +102,16 @@ def item_context(assignment: Assignment, form: Mapping[str, Any] | None = None) 
     }
 
 
-def conversation(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+def conversation(
+    messages: list[dict[str, str]], *, formatted: bool = False
+) -> list[dict[str, Any]]:
     names = {"user": "User", "assistant": "Assistant", "system": "System"}
     return [
         {
             "role": message["role"],
             "name": names.get(message["role"], message["role"]),
             "pieces": pieces(message["content"]),
+            "html": answer_html(message["content"]) if formatted else None,
         }
         for message in messages
     ]

@@ -12,7 +12,10 @@ from django_htmx.http import HttpResponseClientRedirect
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.labeling import queue, submission
+from openpalm.feedback.accounts.errors import sentence
+from openpalm.feedback.judgements import queue, submission
+from openpalm.feedback.judgements.payloads import payload_of
+from openpalm.feedback.judgements.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
 from openpalm.feedback.labeling.context import (
     guideline_in,
     item_context,
@@ -20,12 +23,12 @@ from openpalm.feedback.labeling.context import (
     page_context,
 )
 from openpalm.feedback.labeling.markdown import to_html
-from openpalm.feedback.labeling.payloads import payload_of
-from openpalm.feedback.labeling.submission import MAX_ELAPSED_MS, MAX_REASON, Judgement
 from openpalm.feedback.models import Assignment, Response, Task
 
-# A reload after an error, or a return from the sign-in, asks for these addresses with GET.
+# A reload after an error, or a return from the sign-in, requests these URLs with GET.
 posted = require_http_methods(["GET", "POST"])
+FORMATTED = "formatted"
+"""whether the user reads Markdown as HTML, in the session"""
 
 
 @require_GET
@@ -54,7 +57,8 @@ def show_item(
     context = page_context(request, error) | more
     if assignment:
         assignment.project = request.project
-        context |= item_context(assignment, form)
+        formatted = request.session.get(FORMATTED, False)
+        context |= item_context(assignment, form, formatted=formatted)
         context["left"] = left_to_judge(request)
     template = "item.html" if request.htmx else "label.html"  # pyright: ignore
     return render(request, f"feedback/{template}", context, status=422 if error else 200)
@@ -113,9 +117,23 @@ def submit(request: ProjectRequest, assignment_id: int) -> HttpResponse:
 @require_POST
 @project_page()
 def draft(request: ProjectRequest, assignment_id: int) -> HttpResponse:
-    form = {name: value for name, value in request.POST.items() if name != "csrfmiddlewaretoken"}
-    submission.save_draft(own_assignment(request, assignment_id).pk, request.user, form)
+    _save_draft(request, own_assignment(request, assignment_id))
     return HttpResponse(status=204)
+
+
+def _save_draft(request: ProjectRequest, assignment: Assignment) -> None:
+    kept = request.POST.keys() - {"csrfmiddlewaretoken", FORMATTED}
+    submission.save_draft(assignment.pk, request.user, {name: request.POST[name] for name in kept})
+
+
+@posted
+@project_page()
+def view(request: ProjectRequest, assignment_id: int) -> HttpResponse:
+    """Shows texts formatted, or as they were written; what was typed stays."""
+    if request.method == "POST":
+        _save_draft(request, own_assignment(request, assignment_id))
+        request.session[FORMATTED] = request.POST.get(FORMATTED) == "1"
+    return _after(request)
 
 
 @posted
@@ -152,7 +170,7 @@ def undo(request: ProjectRequest) -> HttpResponse:
         if submission.undo(request.project, request.user) is None:
             messages.info(request, "There is nothing to undo.")
     except DataError as error:
-        messages.warning(request, f"{str(error)[:1].upper()}{str(error)[1:]}.")
+        messages.warning(request, sentence(error))
     return _after(request)
 
 

@@ -9,14 +9,15 @@ from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_POST
 
 from openpalm.errors import DataError
-from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.accounts.errors import sentence
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import estimate, mapping
 from openpalm.feedback.loop.forms import CompareForm, ExtendForm
-from openpalm.feedback.loop.pages import find, page, refused
+from openpalm.feedback.loop.pages import live_page, page, refused
+from openpalm.feedback.manage.pages import find
 from openpalm.feedback.models import Comparison, ModelVersion, Promotion, Role
-from openpalm.feedback.paging import page_of
+from openpalm.feedback.paging import id_of, page_of
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training import comparisons, promotion
 
@@ -72,15 +73,15 @@ def compare(request: ProjectRequest, model_id: int) -> HttpResponse:
 @require_GET
 @project_page(Role.REVIEWER)
 def comparison(request: ProjectRequest, comparison_id: int) -> HttpResponse:
-    """With htmx only the figures, which come again while pairs are judged."""
+    """With htmx, only the figures, which reload while pairs are judged."""
     found = Comparison.objects.select_related("challenger", "served", "project", "created_by")
     row = find(found, comparison_id, request)
     figures = mapping(row.result.get("figures"))
     promotions = list(Promotion.objects.filter(comparison=row).select_related("by").order_by("-id"))
-    template = "comparison_live" if request.htmx else "comparison"  # pyright: ignore
-    return page(
+    return live_page(
         request,
-        template,
+        "comparison",
+        state=row.state,
         comparison=row,
         result=row.result,
         figures=figures,
@@ -133,14 +134,6 @@ def extend(request: ProjectRequest, comparison_id: int) -> HttpResponse:
         comparisons.extend(row, further, request.user)
     except DataError as error:
         return refused(request, f"Not extended: {error}.", "comparison", slug, row.pk)
-    audit.record(
-        "comparison.extended",
-        user=request.user,
-        project=request.project,
-        target=row.challenger,
-        comparison=row.pk,
-        further=further,
-    )
     messages.success(request, f"{further} further pairs are being made.")
     return redirect("comparison", slug, row.pk)
 
@@ -151,11 +144,9 @@ def promote(request: ProjectRequest, model_id: int) -> HttpResponse:
     """Proposes the promotion; with a reason it overrides the refusal of the comparison."""
     slug = request.project.slug
     model = find(ModelVersion.objects.all(), model_id, request)
-    about = request.POST.get("comparison", "")
-    row = None
-    if about.isascii() and about.isdigit() and len(about) < 19:
-        rows = Comparison.objects.select_related("project", "challenger", "served")
-        row = find(rows, int(about), request)
+    rows = Comparison.objects.select_related("project", "challenger", "served")
+    about = id_of(request.POST.get("comparison", ""))
+    row = None if about is None else find(rows, about, request)
     back = ("comparison", slug, row.pk) if row else ("model", slug, model.pk)
     reason = request.POST.get("override_reason", "").replace("\0", "")[:2000]
     try:
@@ -163,8 +154,7 @@ def promote(request: ProjectRequest, model_id: int) -> HttpResponse:
             request.project, model, request.user, comparison=row, override_reason=reason
         )
     except DataError as error:
-        text = str(error)
-        return refused(request, f"{text[:1].upper()}{text[1:]}.", *back)
+        return refused(request, sentence(error), *back)
     messages.success(
         request, f"The server loads {model.name}; requests in flight finish on the model before."
     )

@@ -7,12 +7,16 @@ from django import forms
 from django.db.models import Count, Exists, OuterRef, QuerySet, Subquery
 from django.db.models.functions import Coalesce
 
-from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.accounts.forms import PlainLabels
+from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.models import ModelVersion, Project, Task
 from openpalm.feedback.statistics.promotion import MINIMUM
+from openpalm.feedback.training.answers import DEFAULT_SAMPLING
 from openpalm.feedback.training.commands import DEFAULTS, MAX_MEMBERS
+from openpalm.feedback.training.comparisons import MOST_PAIRS
 from openpalm.feedback.training.registry import POLICY, REWARD
-from openpalm.feedback.training.snapshots import Filter
+from openpalm.feedback.training.selection import BATCH_SIZE, MOST_IN_BATCH
+from openpalm.feedback.training.snapshots import Filter, default_filter
 
 VERBS = {
     "reward": "Reward model",
@@ -32,17 +36,19 @@ OF_VERB = {
     "ppo": ("kl_coef",),
     "sft": (),
 }
-"""settings of one verb; the others have them not"""
+"""settings that only this verb has"""
 SETTINGS = {"lr": "optim.lr", "rank": "lora.rank"}
 """names of fields that are no names of options"""
 
 
-class BatchForm(forms.Form):
-    size = forms.IntegerField(label="Pairs", min_value=1, max_value=10_000, initial=50)
+class BatchForm(PlainLabels, forms.Form):
+    size = forms.IntegerField(
+        label="Pairs", min_value=1, max_value=MOST_IN_BATCH, initial=BATCH_SIZE
+    )
 
 
 class RewardField(forms.ModelChoiceField):
-    """The reward models, of an ensemble the first member: all of them reward together."""
+    """The reward models; an ensemble is listed by its first member."""
 
     def label_from_instance(self, obj: Any) -> str:
         return f"{obj.name} (ensemble of {obj.size})" if obj.size > 1 else obj.name
@@ -56,7 +62,7 @@ def rewards(known: "QuerySet[ModelVersion]") -> "QuerySet[ModelVersion]":
     return found.exclude(Exists(of_run.filter(pk__lt=OuterRef("pk"))))
 
 
-class TrainForm(forms.Form):
+class TrainForm(PlainLabels, forms.Form):
     """One training. An empty setting leaves the command's default."""
 
     parent = forms.ModelChoiceField(ModelVersion.objects.none(), label="Start from")
@@ -74,9 +80,8 @@ class TrainForm(forms.Form):
     hold_back = forms.BooleanField(
         label="Hold back the random arm's prompts",
         required=False,
-        initial=True,
-        help_text="30 % of the prompts, always the same, are not trained on: their judgements show "
-        "at once how well the reward model agrees with people.",
+        help_text="The random arm is 30 % of the prompts, always the same. The model is measured "
+        "on their judgements and not trained on them.",
     )
     axis = forms.ChoiceField(
         label="Axis to learn",
@@ -91,8 +96,8 @@ class TrainForm(forms.Form):
         min_value=1,
         max_value=MAX_MEMBERS,
         initial=3,
-        help_text="As many models with different seeds. Two or more show where they disagree, "
-        "which chooses the next batch.",
+        help_text="So many models are trained, each with another seed. Where two or more disagree, "
+        "a judgement teaches most: the next batch asks there.",
     )
     steps = forms.IntegerField(min_value=1, max_value=1_000_000, required=False)
     lr = forms.FloatField(
@@ -139,7 +144,9 @@ class TrainForm(forms.Form):
         reward.initial = reward.queryset.first()
         authors: Any = self.fields["authors"]
         authors.choices = [(kind, _with_count(kind, counted)) for kind in AUTHORS]
-        authors.initial = [project.decided_by]
+        chosen = default_filter(project, verb)
+        authors.initial = list(chosen.author_kinds)
+        self.fields["hold_back"].initial = chosen.hold_back
         axis: Any = self.fields["axis"]
         axis.choices = [("", "all axes"), *((name, name) for name in project.axes)]
         if project.task == Task.THUMBS:
@@ -149,7 +156,7 @@ class TrainForm(forms.Form):
         self._leave_out(has_axes=project.task == Task.RATING)
 
     def _leave_out(self, *, has_axes: bool) -> None:
-        """Removes the fields that this verb has no use for."""
+        """Removes the fields that this verb does not use."""
         others = {name for names in OF_VERB.values() for name in names} - {*OF_VERB[self.verb]}
         if self.verb == "ppo":
             others |= {"authors", "comparisons"}
@@ -165,7 +172,7 @@ class TrainForm(forms.Form):
         own = ("steps", "lr", "rank", "seed", "name", *OF_VERB[self.verb])
         given = {name: self.cleaned_data.get(name) for name in own if name != "hold_back"}
         if given.get("axis"):
-            given["loss"] = "regression"  # the loss of pairs knows no axis
+            given["loss"] = "regression"  # the pairwise loss has no axes
         return {SETTINGS.get(k, k): v for k, v in given.items() if v not in (None, "")}
 
     def chosen(self) -> Filter | None:
@@ -184,7 +191,7 @@ def _with_count(kind: str, counted: Mapping[str, int]) -> str:
     return AUTHORS[kind] if count is None else f"{AUTHORS[kind]} ({count:,})"
 
 
-class RegisterForm(forms.Form):
+class RegisterForm(PlainLabels, forms.Form):
     """A checkpoint on the server's disk."""
 
     path = forms.CharField(
@@ -198,13 +205,20 @@ class RegisterForm(forms.Form):
     )
 
 
-class CompareForm(forms.Form):
-    size = forms.IntegerField(label="Pairs", min_value=MINIMUM, max_value=10_000, initial=MINIMUM)
-    temperature = forms.FloatField(min_value=0, max_value=2, initial=1.0)
+class CompareForm(PlainLabels, forms.Form):
+    size = forms.IntegerField(
+        label="Pairs", min_value=MINIMUM, max_value=MOST_PAIRS, initial=MINIMUM
+    )
+    temperature = forms.FloatField(
+        min_value=0, max_value=2, initial=DEFAULT_SAMPLING["temperature"]
+    )
     max_tokens = forms.IntegerField(
-        label="Most tokens of an answer", min_value=1, max_value=4096, initial=256
+        label="Most tokens of an answer",
+        min_value=1,
+        max_value=4096,
+        initial=DEFAULT_SAMPLING["max_tokens"],
     )
 
 
-class ExtendForm(forms.Form):
-    further = forms.IntegerField(label="Further pairs", min_value=1, max_value=10_000)
+class ExtendForm(PlainLabels, forms.Form):
+    further = forms.IntegerField(label="Further pairs", min_value=1, max_value=MOST_PAIRS)

@@ -1,7 +1,6 @@
 """Pages of models: all of them as a tree, one with its lineage, and what a snapshot holds."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from django.contrib import messages
 from django.http import HttpResponse
@@ -9,16 +8,16 @@ from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from openpalm.errors import DataError, OpenPalmError
-from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
+from openpalm.feedback.accounts.errors import sentence
+from openpalm.feedback.items.blinding import revealed
+from openpalm.feedback.judgements.words import describe
 from openpalm.feedback.loop.forms import CompareForm, RegisterForm
-from openpalm.feedback.loop.pages import find, page, refused
-from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.judgements import describe
+from openpalm.feedback.loop.pages import page, refused
+from openpalm.feedback.manage.pages import find
 from openpalm.feedback.models import (
     Comparison,
     ModelVersion,
-    Project,
     Promotion,
     Role,
     Snapshot,
@@ -26,11 +25,10 @@ from openpalm.feedback.models import (
     TrainRun,
 )
 from openpalm.feedback.paging import page_of
-from openpalm.feedback.training import promotion
+from openpalm.feedback.training import promotion, scoring
 from openpalm.feedback.training.lineage import ancestors, snapshots_of
-from openpalm.feedback.training.registry import POLICY, REWARD, register
+from openpalm.feedback.training.registry import POLICY, add_by_path
 from openpalm.feedback.training.servers import site_server
-from openpalm.feedback.worker import jobs
 
 MODELS_ON_A_PAGE = 100
 MAX_DEPTH = 6
@@ -93,14 +91,9 @@ def model(request: ProjectRequest, model_id: int) -> HttpResponse:
         trained=list(runs.defer("curve").order_by("-id")[:20]),
         compare_form=CompareForm(),
         can_compare=is_policy and project.served_id not in (None, row.pk) and bool(row.path),
-        can_choose=can_choose(project, row),
+        can_choose=promotion.can_choose(project, row),
         refusal=promotion.refusal(None, row),
     )
-
-
-def can_choose(project: Project, row: ModelVersion) -> bool:
-    """The first served model of a project needs no comparison, if no server has one already."""
-    return project.served_id is None and site_server() is None and row.kind == POLICY
 
 
 @require_POST
@@ -109,14 +102,11 @@ def model_choose(request: ProjectRequest, model_id: int) -> HttpResponse:
     """Names the first served model, which later ones are compared with."""
     slug = request.project.slug
     row = find(ModelVersion.objects.all(), model_id, request)
-    if not can_choose(request.project, row) or not row.path:
-        reason = "Only the first served model is chosen by hand; promote another one."
-        return refused(request, reason, "model", slug, row.pk)
-    # Conditional: of two managers at the same time only one chooses.
-    free = Project.objects.filter(pk=request.project.pk, served=None)
-    if free.update(served=row):
-        audit.record("model.served", user=request.user, project=request.project, target=row)
-        messages.success(request, f"Models are compared with {row.name} from now on.")
+    try:
+        promotion.choose(request.project, row, request.user)
+    except DataError as error:
+        return refused(request, sentence(error), "model", slug, row.pk)
+    messages.success(request, f"Models are compared with {row.name} from now on.")
     return redirect("model", slug, row.pk)
 
 
@@ -126,12 +116,10 @@ def model_score(request: ProjectRequest, model_id: int) -> HttpResponse:
     """Scores all answers with a reward model."""
     slug = request.project.slug
     row = find(ModelVersion.objects.all(), model_id, request)
-    if row.kind != REWARD or not row.path:
-        return refused(
-            request, "Only a reward model with a checkpoint scores.", "model", slug, row.pk
-        )
-    job = jobs.enqueue("score", project=request.project, user=request.user, model=row.pk)
-    audit.record("job.score", user=request.user, project=request.project, target=row, job=job.pk)
+    try:
+        scoring.start(row, request.user)
+    except DataError as error:
+        return refused(request, sentence(error), "model", slug, row.pk)
     messages.success(request, f"{row.name} scores the answers that have no score of it yet.")
     return redirect("model", slug, row.pk)
 
@@ -139,35 +127,24 @@ def model_score(request: ProjectRequest, model_id: int) -> HttpResponse:
 @require_http_methods(["GET", "POST"])
 @project_page(Role.ADMIN)
 def model_new(request: ProjectRequest) -> HttpResponse:
-    """Adds a checkpoint by its path.
-
-    Only an administrator of the site: a path could name a checkpoint of a project of others.
-    """
+    """Adds a checkpoint by its path; only an administrator of the site may."""
     form = RegisterForm(request.POST or None)
     if request.method == "POST" and form.is_valid():
         try:
-            row = _register(request, form.cleaned_data)
+            given = form.cleaned_data
+            row = add_by_path(
+                request.project,
+                request.user,
+                given["path"],
+                name=given["name"],
+                kind=given["kind"],
+            )
         except OpenPalmError as error:
             form.add_error("path", str(error))
         else:
             messages.success(request, f"The project knows {row.name} now.")
             return redirect("model", request.project.slug, row.pk)
     return page(request, "model_new", form=form, status=422 if form.errors else 200)
-
-
-def _register(request: ProjectRequest, given: dict[str, Any]) -> ModelVersion:
-    if not request.user.is_superuser:
-        raise DataError("only an administrator of the site adds a model by its path")
-    row = register(request.project, given["path"], name=given["name"], kind=given["kind"])
-    audit.record(
-        "model.registered",
-        user=request.user,
-        project=request.project,
-        target=row,
-        path=row.path,
-        kind=row.kind,
-    )
-    return row
 
 
 @require_GET

@@ -1,4 +1,4 @@
-"""The loop page: the circle, agreement beside its ceiling, calibration, disagreements, alarms."""
+"""The loop page: the circle, agreement and its ceiling, calibration, disagreements, alarms."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,9 @@ from django.http import HttpResponse
 from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_POST
 
-from openpalm.feedback.accounts import audit
+from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, has_rank, project_page
+from openpalm.feedback.accounts.errors import sentence
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import LOOP, Figures, estimate, rows
 from openpalm.feedback.loop.forms import BatchForm
@@ -18,12 +19,12 @@ from openpalm.feedback.loop.stations import newest, stations
 from openpalm.feedback.manage.overview import item_counts
 from openpalm.feedback.models import Item, Job, Project, Role, Task, TrainRun
 from openpalm.feedback.quality import names
-from openpalm.feedback.worker import jobs
+from openpalm.feedback.training import selection
 
 SHOWN_MODELS = 12
 SHOWN_DISAGREEMENTS = 12
 RUNS_WITH_ALARMS = 20
-"""as many of the newest runs are looked through"""
+"""newest runs that are searched for alarms"""
 
 
 @require_GET
@@ -92,9 +93,9 @@ def _trend_row(row: Mapping[str, Any], ceiling: Mapping[str, float] | None) -> d
 
 
 def disagreements(project: Project, figures: Figures) -> dict[str, Any]:
-    """Items at which the reward model is surest of what labelers did not choose.
+    """Items where the reward model is surest of an answer that labelers did not choose.
 
-    Without sides: who may still judge the item must not read here what others said.
+    The sides are not shown: somebody who may still judge the item must not see them.
     """
     found = figures.value(names.DISAGREEMENTS)
     listed = rows(found.get("rows"))[:SHOWN_DISAGREEMENTS]
@@ -125,10 +126,10 @@ def next_batch(request: ProjectRequest) -> HttpResponse:
     project, form = request.project, BatchForm(request.POST)
     if not form.is_valid():
         return refused(request, f"Pairs: {form.errors['size'][0]}", "loop", project.slug)
-    if project.task != Task.PAIR:
-        return refused(request, "Only a project of pairs has batches.", "loop", project.slug)
     size = form.cleaned_data["size"]
-    job = jobs.enqueue("select", project=project, user=request.user, size=size)
-    audit.record("job.select", user=request.user, project=project, target=job.pk, size=size)
+    try:
+        selection.start(project, request.user, size)
+    except DataError as error:
+        return refused(request, sentence(error), "loop", project.slug)
     messages.success(request, f"The worker chooses {size} pairs now.")
     return redirect("loop", project.slug)

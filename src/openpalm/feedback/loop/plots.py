@@ -1,4 +1,4 @@
-"""Pictures of figures as the marks of an SVG: positions only, which a template writes out.
+"""Plots of figures as SVG marks: positions only, which a template renders.
 
 Colours and strokes are classes of the style sheet, so that no style is in the page itself.
 """
@@ -24,7 +24,7 @@ class Mark:
 
 @dataclass
 class Plot:
-    """Marks in a box of `width` by `height`. `title` says in words what is seen."""
+    """Marks in a box of `width` by `height`. `title` describes it in words."""
 
     title: str
     width: float = WIDTH

@@ -10,13 +10,11 @@ from typing import Any
 from django.db.models import Case, When
 from django.urls import reverse
 
-from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.loop.figures import Figures, estimate, rows
 from openpalm.feedback.loop.plots import in_words
-from openpalm.feedback.models import Comparison, ModelVersion, Project, TrainRun, User
+from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, TrainRun, User
 from openpalm.feedback.quality import names
-
-UNFINISHED = (TrainRun.State.QUEUED, TrainRun.State.RUNNING)
 
 
 @dataclass
@@ -34,19 +32,21 @@ class Station:
 
 @dataclass(frozen=True)
 class Newest:
-    """What each station's state follows from."""
+    """The rows that decide the state of each station."""
 
     reward_model: ModelVersion | None
     reward_run: TrainRun | None
     policy: ModelVersion | None
     policy_run: TrainRun | None
     comparison: Comparison | None
+    is_scoring: bool = False
+    """whether scores of a model or the figures from them are on their way"""
 
 
 def newest(project: Project) -> Newest:
     models = ModelVersion.objects.filter(project=project).select_related("run").order_by("-id")
-    # One that waits or runs is shown before newer ones that have ended.
-    unfinished = Case(When(state__in=UNFINISHED, then=1), default=0)
+    # An unfinished run comes before newer ones that have ended.
+    unfinished = Case(When(state__in=TrainRun.UNFINISHED, then=1), default=0)
     runs = TrainRun.objects.filter(project=project).defer("curve")
     runs = runs.order_by(unfinished.desc(), "-id")
     compared = Comparison.objects.filter(project=project)
@@ -56,6 +56,11 @@ def newest(project: Project) -> Newest:
         models.filter(kind=ModelVersion.Kind.POLICY, run__isnull=False).first(),
         runs.exclude(verb="reward").first(),
         compared.select_related("challenger", "served").order_by("-id").first(),
+        Job.objects.filter(
+            project=project,
+            kind__in=("score", "statistics"),
+            state__in=(Job.State.QUEUED, Job.State.RUNNING),
+        ).exists(),
     )
 
 
@@ -90,17 +95,22 @@ def _judge(project: Project, items: Mapping[str, int]) -> Station:
 
 def _reward(project: Project, figures: Figures, known: Newest) -> Station:
     name, to_train = "Reward model", f"{reverse('train', args=[project.slug])}?verb=reward"
-    if known.reward_run is not None and known.reward_run.state in UNFINISHED:
+    if known.reward_run is not None and known.reward_run.state in TrainRun.UNFINISHED:
         return _running(name, project, known.reward_run)
     model = known.reward_model
     if model is None:
         return Station(name, "none yet", "warn", "Train a reward model", to_train)
     for kind in (User.Kind.PERSON, User.Kind.SIMULATED):
         for row in rows(figures.of(names.REWARD_AGREEMENT, kind).get("models")):
-            if row.get("model") == model.pk and estimate(row.get("accuracy")):
-                state = f"agrees with {AUTHORS[kind]} in {in_words(row['accuracy'])}"
-                return Station(name, state, "good", "Train it again", to_train)
-    return Station(name, f"{model.name}: not measured yet", "accent", "Train it again", to_train)
+            accuracy = estimate(row.get("accuracy"))
+            if row.get("model") == model.pk and accuracy:
+                state = f"agrees with {AUTHORS[kind]} in {in_words(accuracy)}"
+                if accuracy["low"] <= 0.5:
+                    state += ": no better than chance so far, judge more"
+                badge = "good" if accuracy["low"] > 0.5 else "accent"
+                return Station(name, state, badge, "Train it again", to_train)
+    state = "its agreement is being computed" if known.is_scoring else "not measured yet"
+    return Station(name, f"{model.name}: {state}", "accent", "Train it again", to_train)
 
 
 def _running(name: str, project: Project, run: TrainRun) -> Station:
@@ -115,7 +125,7 @@ def _train(project: Project, known: Newest) -> Station:
     run = known.policy_run
     if run is None:
         return Station("Train", "no model trained yet", "warn", "Train a model", to_train)
-    if run.state in UNFINISHED:
+    if run.state in TrainRun.UNFINISHED:
         return _running("Train", project, run)
     if run.state == TrainRun.State.FINISHED:
         name = known.policy.name if known.policy else run.verb

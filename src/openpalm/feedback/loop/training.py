@@ -10,11 +10,12 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import ProjectRequest, has_rank, project_page
+from openpalm.feedback.accounts.errors import sentence
 from openpalm.feedback.loop import plots
 from openpalm.feedback.loop.figures import Figures, rows
 from openpalm.feedback.loop.forms import ABOUT, VERBS, TrainForm
-from openpalm.feedback.loop.pages import find, page, refused
-from openpalm.feedback.loop.stations import UNFINISHED
+from openpalm.feedback.loop.pages import live_page, page, refused
+from openpalm.feedback.manage.pages import find
 from openpalm.feedback.models import Job, ModelVersion, Role, TrainRun
 from openpalm.feedback.paging import page_of
 from openpalm.feedback.quality import names
@@ -47,9 +48,9 @@ def train(request: ProjectRequest) -> HttpResponse:
                 reward=form.cleaned_data.get("reward"),
             )
         except DataError as error:
-            form.add_error(None, _sentence(error))
+            form.add_error(None, sentence(error))
         else:
-            messages.success(request, f"{VERBS[verb]} waits for the worker.")
+            messages.success(request, f"{VERBS[verb]}: the training is queued.")
             return redirect("run", project.slug, run.pk)
     return page(
         request,
@@ -82,11 +83,6 @@ def _lacks(form: TrainForm) -> str:
     return "reward" if reward is not None and not reward.queryset.exists() else ""
 
 
-def _sentence(error: DataError) -> str:
-    text = str(error)
-    return f"{text[:1].upper()}{text[1:]}."
-
-
 @require_GET
 @project_page(Role.REVIEWER)
 def run_list(request: ProjectRequest) -> HttpResponse:
@@ -98,7 +94,7 @@ def run_list(request: ProjectRequest) -> HttpResponse:
 @require_GET
 @project_page(Role.REVIEWER)
 def run(request: ProjectRequest, run_id: int) -> HttpResponse:
-    """With htmx only the part that changes, which asks again until the run has ended."""
+    """With htmx, only the part that reloads until the run has ended."""
     row = find(
         TrainRun.objects.select_related("parent", "snapshot", "reward_model", "created_by"),
         run_id,
@@ -106,21 +102,21 @@ def run(request: ProjectRequest, run_id: int) -> HttpResponse:
     )
     job = Job.objects.filter(project=request.project, kind="train", arguments__run=row.pk)
     is_admin = has_rank(request.role, Role.ADMIN)
-    template = "run_live" if request.htmx else "run"  # pyright: ignore
-    return page(
+    return live_page(
         request,
-        template,
+        "run",
+        state=row.state,
         run=row,
         title=VERBS.get(row.verb, row.verb),
         job=job.order_by("-id").first(),
-        is_unfinished=row.state in UNFINISHED,
+        is_unfinished=row.state in TrainRun.UNFINISHED,
         made=list(ModelVersion.objects.filter(run=row).order_by("id")),
         plot=plots.curve(row.curve, "reward" if row.verb == "ppo" else "loss"),
         curve_name="Reward" if row.verb == "ppo" else "Loss",
         figures=shown_figures(row.figures),
         settings=shown_settings(row.settings),
         log=last_lines(runs.log_file(row))[-LOG_LINES:] if is_admin else [],
-        # Paths of the server are for those who may read its logs.
+        # Only admins see paths on the server.
         error=row.error if is_admin else row.error.partition(" (log: ")[0],
     )
 
@@ -158,7 +154,7 @@ def run_resume(request: ProjectRequest, run_id: int) -> HttpResponse:
     try:
         runs.resume(row, request.user)
     except DataError as error:
-        return refused(request, _sentence(error), "run", request.project.slug, row.pk)
+        return refused(request, sentence(error), "run", request.project.slug, row.pk)
     messages.success(
         request, "The training waits for the worker, and continues from its last save."
     )

@@ -1,1 +1,1 @@
-"""Pages of managers: settings, members, prompts, items, import, export, audit."""
+"""Pages of managers: settings, members, prompts, items, judgements, export, audit."""

@@ -69,12 +69,13 @@ class SettingsForm(PlainLabels, forms.ModelForm):
         labels = {
             "overlap": "Judgements for each item",
             "lease_minutes": "Minutes until an abandoned item goes to another person",
-            "blind": "Hide which model wrote an answer until it is judged",
+            "blind": "Blind: labelers never see which model wrote an answer",
             "scale": "Steps of a comparison",
             "decided_by": "Comparisons of models count the judgements of",
         }
         help_texts = {
             "overlap": "Each new item gets exactly this many. Two or more show agreement.",
+            "blind": "If not, the models are named after each judgement, never before it.",
             "decided_by": "For comparisons that start from now on. Simulated labelers are marked "
             "in the comparison and in the promotion that follows.",
         }

@@ -10,14 +10,12 @@ from django.shortcuts import redirect
 from django.views.decorators.http import require_http_methods
 
 from openpalm.errors import DataError
-from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.accounts.forms import PlainLabels
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.models import ModelVersion, Project, Role
 from openpalm.feedback.training import generation
-
-MAX_PROMPTS = 10_000
+from openpalm.feedback.training.answers import DEFAULT_SAMPLING
 
 
 class GenerateForm(PlainLabels, forms.Form):
@@ -29,29 +27,38 @@ class GenerateForm(PlainLabels, forms.Form):
     count = forms.IntegerField(
         label="Prompts",
         min_value=1,
-        max_value=MAX_PROMPTS,
-        initial=100,
+        max_value=generation.MOST_PROMPTS,
+        initial=generation.PROMPTS,
         help_text="The oldest prompts that have no item yet; never held-out ones.",
     )
     n = forms.IntegerField(
-        label="Answers of each model and sampling", min_value=1, max_value=16, initial=2
+        label="Answers of each model and sampling",
+        min_value=1,
+        max_value=generation.MOST_ANSWERS,
+        initial=generation.ANSWERS,
     )
-    temperature = forms.FloatField(min_value=0, max_value=2, initial=1.0)
+    temperature = forms.FloatField(
+        min_value=0, max_value=2, initial=DEFAULT_SAMPLING["temperature"]
+    )
     second_temperature = forms.FloatField(
         label="Second temperature (optional)", min_value=0, max_value=2, required=False
     )
     top_p = forms.FloatField(label="Top-p", min_value=0.01, max_value=1, initial=1.0)
     max_tokens = forms.IntegerField(
-        label="Most tokens of an answer", min_value=1, max_value=4096, initial=256
+        label="Most tokens of an answer",
+        min_value=1,
+        max_value=4096,
+        initial=DEFAULT_SAMPLING["max_tokens"],
     )
     pairs = forms.IntegerField(
-        label="Most items of one prompt", min_value=1, max_value=100, initial=1
+        label="Most items of one prompt", min_value=1, max_value=generation.MOST_ITEMS, initial=1
     )
 
     def __init__(self, *args: Any, project: Project, **names: Any) -> None:
         super().__init__(*args, **names)
         field: Any = self.fields["models"]
         field.queryset = policies(project)
+        field.initial = [project.served_id] if project.served_id else []
 
     def wanted(self) -> list[dict[str, Any]]:
         """The models as the job wants them: one entry for each way of sampling."""
@@ -85,8 +92,6 @@ def generate(request: ProjectRequest) -> HttpResponse:
         count = form.cleaned_data["count"]
         prompts = list(generation.unused_prompts(project).values_list("pk", flat=True)[:count])
         try:
-            if not prompts:
-                raise DataError("every prompt has an item already; add prompts first")
             generation.start(
                 project,
                 request.user,
@@ -97,7 +102,6 @@ def generate(request: ProjectRequest) -> HttpResponse:
         except DataError as error:
             form.add_error(None, str(error))
         else:
-            audit.record("job.generate", user=request.user, project=project, count=len(prompts))
             messages.success(request, f"The models answer {len(prompts)} prompts now.")
             return redirect("jobs", project.slug)
     return page(
@@ -105,7 +109,9 @@ def generate(request: ProjectRequest) -> HttpResponse:
         "generate",
         form=form,
         has_models=policies(project).exists(),
-        waiting=len(generation.unused_prompts(project).values_list("pk")[: MAX_PROMPTS + 1]),
-        limit=MAX_PROMPTS,
+        waiting=len(
+            generation.unused_prompts(project).values_list("pk")[: generation.MOST_PROMPTS + 1]
+        ),
+        limit=generation.MOST_PROMPTS,
         status=422 if form.errors else 200,
     )

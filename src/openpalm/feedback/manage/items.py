@@ -5,20 +5,19 @@ from typing import Any
 
 from django.contrib import messages
 from django.db.models import QuerySet
-from django.http import Http404, HttpResponse
+from django.http import HttpResponse
 from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_POST
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.labeling.names import is_blind
-from openpalm.feedback.labeling.words import LETTERS, pieces
-from openpalm.feedback.manage import item_changes
-from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.flags import open_flags
-from openpalm.feedback.manage.judgements import describe, describe_payload
-from openpalm.feedback.manage.pages import page
+from openpalm.feedback.items import item_changes
+from openpalm.feedback.items.blinding import revealed
+from openpalm.feedback.items.model_names import is_blind
+from openpalm.feedback.judgements.words import LETTERS, describe, describe_payload, pieces
+from openpalm.feedback.labeling.context import LONG
+from openpalm.feedback.manage.pages import find, open_flags, page
 from openpalm.feedback.models import Candidate, Item, ItemCandidate, Response, Role, Task, User
 from openpalm.feedback.paging import id_of, name_in, page_of, within
 
@@ -63,19 +62,11 @@ def _filtered(request: ProjectRequest) -> "QuerySet[Item]":
     return rows
 
 
-def find_item(request: ProjectRequest, item_id: int) -> Item:
-    """The project's item. Raises Http404, also for items of other projects."""
-    found = Item.objects.filter(project=request.project, pk=item_id).select_related("prompt")
-    if not (item := found.first()):
-        raise Http404("there is no such item in this project")
-    return item
-
-
 @require_GET
 @project_page(Role.REVIEWER)
 def item(request: ProjectRequest, item_id: int) -> HttpResponse:
     """One item. Models, judgements and the expected answer: see blinding.py."""
-    found = find_item(request, item_id)
+    found = find(Item.objects.select_related("prompt"), item_id, request)
     is_revealed = found.pk in revealed([found], request.user)
     places = list(found.places.select_related("candidate__model"))
     shows_names = is_revealed or not is_blind(request.project, found)
@@ -84,6 +75,7 @@ def item(request: ProjectRequest, item_id: int) -> HttpResponse:
             "letter": LETTERS[place.position],
             "candidate": place.candidate,
             "pieces": pieces(place.candidate.text),
+            "is_long": len(place.candidate.text) > LONG,
             "model": _model_name(place.candidate) if shows_names else "",
         }
         for place in places
@@ -149,7 +141,7 @@ def _gold_payload(task: str, choice: str) -> tuple[str, dict[str, Any]]:
 @project_page(Role.ADMIN)
 def item_gold(request: ProjectRequest, item_id: int) -> HttpResponse:
     """Makes an item gold: `choice` is the expected answer, or `response` a judgement that is."""
-    found = find_item(request, item_id)
+    found = find(Item.objects.select_related("prompt"), item_id, request)
     try:
         if given := request.POST.get("response", ""):
             kind, payload = _judged(found, given)
@@ -177,7 +169,7 @@ def _judged(found: Item, response_id: str) -> tuple[str, dict[str, Any]]:
 @project_page(Role.ADMIN)
 def item_change(request: ProjectRequest, item_id: int) -> HttpResponse:
     """`action` is withdraw, reopen or reveal; `priority` sets the priority."""
-    found = find_item(request, item_id)
+    found = find(Item.objects.select_related("prompt"), item_id, request)
     action, details = request.POST.get("action", ""), {}
     try:
         match action:
@@ -210,6 +202,4 @@ def _priority(text: str) -> float:
 
 
 def _audit(request: ProjectRequest, action: str, found: Item, **data: Any) -> None:
-    audit.record(
-        action, user=request.user, project=request.project, target=f"item {found.pk}", **data
-    )
+    audit.record_for(request, action, target=f"item {found.pk}", **data)

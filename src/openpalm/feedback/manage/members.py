@@ -14,7 +14,7 @@ from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, has_rank, project_page
 from openpalm.feedback.accounts.invitations import grantable_roles, invite
 from openpalm.feedback.manage.forms import InvitationForm
-from openpalm.feedback.manage.pages import page
+from openpalm.feedback.manage.pages import find, page
 from openpalm.feedback.models import Invitation, Membership, Project, Role
 
 
@@ -45,7 +45,7 @@ def _members(
 @require_POST
 @project_page(Role.ADMIN)
 def member_role(request: ProjectRequest, member_id: int) -> HttpResponse:
-    """Gives a member another role, up to one's own."""
+    """Changes a member's role, at most to the user's own."""
     try:
         _change(request, member_id, request.POST.get("role", ""))
     except DataError as error:
@@ -66,7 +66,7 @@ def member_remove(request: ProjectRequest, member_id: int) -> HttpResponse:
 @require_POST
 @project_page()
 def leave(request: ProjectRequest) -> HttpResponse:
-    """Ends one's own membership; one's judgements stay."""
+    """Ends the user's own membership; their judgements stay."""
     mine = Membership.objects.filter(project=request.project, user=request.user).first()
     if mine is None:
         raise Http404("you are not a member of this project")
@@ -86,9 +86,7 @@ def _change(
     """Sets a member's role, or ends the membership if it is None. Raises DataError."""
     # One change at a time: two owners who remove each other must not leave a project without one.
     project = Project.objects.select_for_update().get(pk=request.project.pk)
-    member = project.memberships.select_related("user").filter(pk=member_id).first()
-    if member is None:
-        raise Http404("there is no such member")
+    member = find(project.memberships.select_related("user"), member_id, request)
     if role is not None and role not in grantable_roles(request.role):
         raise DataError(f"the role {role[:20]!r} is not one that you may give")
     if not is_own and not has_rank(request.role, member.role):
@@ -117,7 +115,7 @@ def _revoke_invitations(project: Project, member: Membership) -> None:
 @require_POST
 @project_page(Role.ADMIN)
 def invitation_new(request: ProjectRequest) -> HttpResponse:
-    """Makes a link and shows it in this answer only; the database has its hash."""
+    """Makes a link and shows it once; the database stores only its hash."""
     roles = grantable_roles(request.role)
     form = InvitationForm(request.POST, roles=roles)
     if not form.is_valid():
@@ -136,14 +134,10 @@ def invitation_new(request: ProjectRequest) -> HttpResponse:
 @require_POST
 @project_page(Role.ADMIN)
 def invitation_revoke(request: ProjectRequest, invitation_id: int) -> HttpResponse:
-    found = Invitation.objects.filter(project=request.project, pk=invitation_id).first()
-    if found is None:
-        raise Http404("there is no such invitation")
+    found = find(Invitation.objects.all(), invitation_id, request)
     if found.revoked_at is None:
         found.revoked_at = timezone.now()
         found.save(update_fields=["revoked_at"])
-        audit.record(
-            "invitation.revoked", user=request.user, project=request.project, target=found.pk
-        )
+        audit.record_for(request, "invitation.revoked", target=found.pk)
     messages.success(request, "The invitation is revoked.")
     return redirect("members", request.project.slug)

@@ -8,9 +8,7 @@ from django.http import HttpResponse
 from django.views.decorators.http import require_GET
 
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.manage.flags import open_flags
-from openpalm.feedback.manage.jobs import UNFINISHED
-from openpalm.feedback.manage.pages import page
+from openpalm.feedback.manage.pages import open_flags, page
 from openpalm.feedback.models import Item, Job, Project, Prompt, Role, Statistic
 
 MANY = 100
@@ -30,7 +28,7 @@ def overview(request: ProjectRequest) -> HttpResponse:
         flags=len(open_flags(project).values_list("pk")[: MANY + 1]),
         many=MANY,
         members=project.memberships.count(),
-        running=Job.objects.filter(project=project, state__in=UNFINISHED).order_by("id")[:5],
+        running=Job.objects.filter(project=project, state__in=Job.UNFINISHED).order_by("id")[:5],
         has_prompts=Prompt.objects.filter(project=project).exists(),
     )
 

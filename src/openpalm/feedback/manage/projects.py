@@ -1,4 +1,4 @@
-"""Pages of projects: the list, a new one, settings, guidelines, closing."""
+"""Pages of projects: the list, a new one, settings, closing."""
 
 from typing import Any
 
@@ -16,10 +16,7 @@ from openpalm.feedback.accounts.access import (
     signed_in_page,
     site_admin_page,
 )
-from openpalm.feedback.labeling.context import guideline_in
-from openpalm.feedback.labeling.markdown import to_html
-from openpalm.feedback.manage.forms import GuidelineForm, NewProjectForm, SettingsForm
-from openpalm.feedback.manage.guideline_diff import changes
+from openpalm.feedback.manage.forms import NewProjectForm, SettingsForm
 from openpalm.feedback.manage.pages import page
 from openpalm.feedback.models import (
     Guideline,
@@ -31,6 +28,7 @@ from openpalm.feedback.models import (
     Role,
     User,
 )
+from openpalm.feedback.worker.jobs import stop_waiting
 
 
 @require_GET
@@ -55,7 +53,7 @@ def project_new(request: Any) -> HttpResponse:
     if request.method == "POST" and form.is_valid():
         project = form.save(commit=False)
         add_project(project, request.user, form.cleaned_data["guidelines"])
-        messages.success(request, "The project is there.")
+        messages.success(request, "The project is created.")
         return redirect("project", project.slug)
     context = {"form": form, "is_first": not Project.objects.exists()}
     status = 422 if form.is_bound else 200
@@ -82,17 +80,11 @@ def settings(request: ProjectRequest) -> HttpResponse:
         before = SettingsForm(instance=Project.objects.get(pk=project.pk)).initial
         form.save()
         changed = {name: [before[name], form.cleaned_data[name]] for name in form.changed_data}
-        audit.record(
-            "project.changed",
-            user=request.user,
-            project=project,
-            target=project.slug,
-            changed=changed,
-        )
+        audit.record_for(request, "project.changed", target=project.slug, changed=changed)
         messages.success(request, "The settings are stored.")
         return redirect("settings", project.slug)
     if form.is_bound:
-        project.refresh_from_db()  # the form wrote what was sent into it
+        project.refresh_from_db()  # the form has changed the instance
     return page(request, "settings", form=form, status=422 if form.is_bound else 200)
 
 
@@ -101,7 +93,7 @@ def settings(request: ProjectRequest) -> HttpResponse:
 def close(request: ProjectRequest) -> HttpResponse:
     """Closes the project: nobody judges or joins, its waiting jobs stop, everything stays.
 
-    A project is not deleted: its audit log and the lineage of its models must outlive it.
+    A project is not deleted: its audit log and the lineage of its models must be kept.
     """
     project = request.project
     if request.POST.get("slug", "").strip() != project.slug:
@@ -111,10 +103,8 @@ def close(request: ProjectRequest) -> HttpResponse:
         Project.objects.filter(pk=project.pk).update(open=False)
         now = timezone.now()
         Invitation.objects.filter(project=project, revoked_at=None).update(revoked_at=now)
-        Job.objects.filter(project=project, state=Job.State.QUEUED).update(
-            state=Job.State.STOPPED, message="the project was closed", finished_at=now
-        )
-        audit.record("project.closed", user=request.user, project=project, target=project.slug)
+        stop_waiting(Job.objects.filter(project=project), "the project was closed")
+        audit.record_for(request, "project.closed", target=project.slug)
     messages.success(request, f"{project.name} is closed. Its data and its audit log are kept.")
     return redirect("home")
 
@@ -123,63 +113,6 @@ def close(request: ProjectRequest) -> HttpResponse:
 @project_page(Role.OWNER)
 def reopen(request: ProjectRequest) -> HttpResponse:
     Project.objects.filter(pk=request.project.pk).update(open=True)
-    audit.record(
-        "project.reopened", user=request.user, project=request.project, target=request.project.slug
-    )
+    audit.record_for(request, "project.reopened", target=request.project.slug)
     messages.success(request, f"{request.project.name} is open again.")
     return redirect("project", request.project.slug)
-
-
-@require_http_methods(["GET", "POST"])
-@project_page(Role.ADMIN)
-def guideline_edit(request: ProjectRequest) -> HttpResponse:
-    """Writes the next version; `preview` shows it first."""
-    project = request.project
-    current = project.guideline
-    initial = {"text": current.text if current else ""}
-    form = GuidelineForm(request.POST or None, initial=initial)
-    preview = None
-    if request.method == "POST" and form.is_valid():
-        text = form.cleaned_data["text"]
-        if "preview" in request.POST:
-            preview = to_html(text)
-        elif current and text.strip() == current.text.strip():
-            form.add_error("text", f"This is the text of version {current.version}.")
-        else:
-            version = _store_guideline(request, text)
-            messages.success(request, f"Version {version} of the guidelines is in force.")
-            return redirect("guideline-versions", project.slug)
-    return page(
-        request,
-        "guideline_edit",
-        form=form,
-        preview=preview,
-        current=current,
-        status=422 if form.errors else 200,
-    )
-
-
-@transaction.atomic
-def _store_guideline(request: ProjectRequest, text: str) -> int:
-    project = Project.objects.select_for_update().get(pk=request.project.pk)
-    version = (project.guideline.version if project.guideline else 0) + 1
-    Guideline.objects.create(project=project, version=version, text=text, author=request.user)
-    audit.record("guideline.written", user=request.user, project=project, target=version)
-    return version
-
-
-@require_GET
-@project_page()
-def guideline_versions(request: ProjectRequest) -> HttpResponse:
-    """All versions; `version` in the address shows one, with its changes to the one before."""
-    versions = request.project.guidelines.order_by("-version").defer("text")
-    shown = guideline_in(request)
-    before = shown and request.project.guidelines.filter(version=shown.version - 1).first()
-    return page(
-        request,
-        "guideline_versions",
-        versions=versions.select_related("author"),
-        shown=shown,
-        html=to_html(shown.text) if shown else "",
-        diff=list(changes(before.text, shown.text)) if shown and before else [],
-    )

@@ -1,11 +1,12 @@
-"""Pages of prompts: the list, typed ones, uploads, which are held out."""
+"""Pages of prompts: the list, typing, uploading, holding out."""
 
 from typing import Any
 
 from django import forms
 from django.conf import settings
 from django.contrib import messages
-from django.http import Http404, HttpResponse
+from django.db import Error, transaction
+from django.http import HttpResponse
 from django.shortcuts import redirect
 from django.views.decorators.http import require_GET, require_POST
 
@@ -13,18 +14,11 @@ from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.accounts.forms import PlainLabels
-from openpalm.feedback.labeling.new_items import (
-    NewItem,
-    add_items,
-    add_split_prompts,
-    known_digests,
-    prompt_digest,
-)
-from openpalm.feedback.labeling.tasks import candidates_needed
-from openpalm.feedback.manage import uploads
+from openpalm.feedback.imports import uploads
+from openpalm.feedback.items.prompts import add_new, set_held_out
 from openpalm.feedback.manage.forms import ShareField
-from openpalm.feedback.manage.pages import page
-from openpalm.feedback.models import Item, Prompt, Role, Task
+from openpalm.feedback.manage.pages import find, page
+from openpalm.feedback.models import Prompt, Role
 from openpalm.feedback.paging import page_of
 from openpalm.feedback.worker.jobs import enqueue
 
@@ -92,7 +86,6 @@ def _prompts(request: ProjectRequest, status: int = 200, **forms_given: Any) -> 
         "upload_form": UploadForm(),
         "typed_form": TypedForm(),
         "limit_mb": settings.FEEDBACK_MAX_UPLOAD_BYTES // 2**20,
-        "writes_answers": request.project.task == Task.DEMONSTRATION,
     }
     return page(request, "prompts", status=status, **context | forms_given)
 
@@ -100,7 +93,7 @@ def _prompts(request: ProjectRequest, status: int = 200, **forms_given: Any) -> 
 @require_POST
 @project_page(Role.ADMIN)
 def upload(request: ProjectRequest) -> HttpResponse:
-    """Keeps the file and hands it to the worker."""
+    """Stores the file and queues its import."""
     form = UploadForm(request.POST, request.FILES)
     if not form.is_valid():
         return _prompts(request, 422, upload_form=form)
@@ -110,25 +103,21 @@ def upload(request: ProjectRequest) -> HttpResponse:
     except DataError as error:
         form.add_error("file", str(error))
         return _prompts(request, 422, upload_form=form)
-    enqueue(
-        "import",
-        project=request.project,
-        user=request.user,
-        file=stored,
-        name=name,
-        what=given["what"],
-        held_out=given["held_out"] or 0.0,
-        gold=given["gold"],
-    )
-    audit.record(
-        "import.started",
-        user=request.user,
-        project=request.project,
-        target=name,
-        what=given["what"],
-    )
+    try:
+        _start_import(request, stored, name, given)
+    except Error:
+        uploads.path_of(stored).unlink(missing_ok=True)
+        raise
     messages.success(request, f"{name} is uploaded; the worker reads it now.")
     return redirect("jobs", request.project.slug)
+
+
+@transaction.atomic
+def _start_import(request: ProjectRequest, stored: str, name: str, given: dict[str, Any]) -> None:
+    taken = {"what": given["what"], "held_out": given["held_out"] or 0.0, "gold": given["gold"]}
+    about = {"user": request.user, "project": request.project}
+    enqueue("import", **about, file=stored, name=name, **taken)
+    audit.record_for(request, "import.started", target=name, what=given["what"])
 
 
 @require_POST
@@ -140,43 +129,19 @@ def typed(request: ProjectRequest) -> HttpResponse:
     given = form.cleaned_data
     system = [{"role": "system", "content": given["system"]}] if given["system"].strip() else []
     conversations = [[*system, {"role": "user", "content": text}] for text in given["text"]]
-    count = _add_typed(request, conversations, given["held_out"] or 0.0)
-    audit.record("prompt.typed", user=request.user, project=request.project, count=count)
+    count = len(add_new(request.project, conversations, "typed", given["held_out"] or 0.0))
+    audit.record_for(request, "prompt.typed", count=count)
     messages.success(request, f"{count} new prompts." if count != 1 else "One new prompt.")
     return redirect("prompts", request.project.slug)
-
-
-def _add_typed(
-    request: ProjectRequest, conversations: list[list[dict[str, str]]], share: float
-) -> int:
-    """Adds the new ones; returns how many. Where people write the answers, each is an item."""
-    project = request.project
-    by_digest = {prompt_digest(messages): messages for messages in conversations}
-    earlier = known_digests(project, by_digest)
-    fresh = {digest: each for digest, each in by_digest.items() if digest not in earlier}
-    if candidates_needed(project.task) == (0, 0):
-        add_items(project, [NewItem(m, (), "typed") for m in fresh.values()])
-    else:
-        add_split_prompts(project, fresh, "typed", share)
-    return len(fresh)
 
 
 @require_POST
 @project_page(Role.ADMIN)
 def held_out(request: ProjectRequest, prompt_id: int) -> HttpResponse:
-    """Holds a prompt out of training, or gives it back; not once it has been judged."""
-    prompt = Prompt.objects.filter(project=request.project, pk=prompt_id).first()
-    if prompt is None:
-        raise Http404("there is no such prompt")
-    if Item.objects.filter(prompt=prompt).exists():
-        messages.error(request, "This prompt is in an item already; it stays where it is.")
-    else:
-        prompt.held_out = not prompt.held_out
-        prompt.save(update_fields=["held_out"])
-        audit.record(
-            "prompt.held_out" if prompt.held_out else "prompt.given_back",
-            user=request.user,
-            project=request.project,
-            target=prompt.pk,
-        )
+    """Holds a prompt out of training, or gives it back; refused once it has an item."""
+    prompt = find(Prompt.objects.all(), prompt_id, request)
+    try:
+        set_held_out(prompt, not prompt.held_out, request.user)
+    except DataError as error:
+        messages.error(request, f"Not changed: {error}.")
     return redirect("prompts", request.project.slug)

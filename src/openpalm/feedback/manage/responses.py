@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from django.contrib import messages
+from django.db import connection
 from django.db.models import QuerySet
 from django.http import Http404, HttpResponse
 from django.shortcuts import redirect
@@ -11,12 +12,11 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
-from openpalm.feedback.manage.blinding import revealed
-from openpalm.feedback.manage.deletion import erase
-from openpalm.feedback.manage.flags import open_flags
-from openpalm.feedback.manage.judgements import describe
-from openpalm.feedback.manage.pages import page
-from openpalm.feedback.models import Response, Role, Snapshot, User
+from openpalm.feedback.items.blinding import revealed
+from openpalm.feedback.judgements import submission
+from openpalm.feedback.judgements.words import describe
+from openpalm.feedback.manage.pages import find, open_flags, page
+from openpalm.feedback.models import ModelVersion, Response, Role, Snapshot, User
 from openpalm.feedback.paging import name_in, page_of
 from openpalm.feedback.training.lineage import models_of
 
@@ -54,16 +54,17 @@ def _filtered(request: ProjectRequest) -> "QuerySet[Response]":
         for name, (column, allowed) in FILTERS.items()
         if given.get(name) in allowed
     ]
-    # One index serves one filter, and SQLite would guess which: the labeler, else the first that is
-    # rare. The others are written such that no index fits.
-    has_index = False
+    # PostgreSQL knows which values are rare, and joins indexes. In SQLite one index serves one
+    # filter, and it would guess which: the labeler, else the first that is rare. The others are
+    # written such that no index fits.
+    guesses, has_index = connection.vendor == "sqlite", False
     if who := name_in(request):
         if not (user := User.objects.filter(username=who).first()):
             return rows.none()
         rows, has_index = rows.filter(user=user), True
     chosen.sort(key=lambda each: each[1] in COMMON)
     for column, value, allowed in chosen:
-        if has_index:
+        if has_index and guesses:
             rows = rows.exclude(**{f"{column}__in": [v for v in allowed if v != value]})
         else:
             rows, has_index = rows.filter(**{column: value}), True
@@ -71,7 +72,7 @@ def _filtered(request: ProjectRequest) -> "QuerySet[Response]":
 
 
 def _shown(rows: list[Response], user: User) -> list[tuple[Response, str | None]]:
-    """Each with its words; None for one that the viewer must not know yet."""
+    """Each with its description; None if the viewer must not see it yet."""
     visible = revealed({row.item_id: row.item for row in rows}.values(), user)
     return [
         (row, describe(row) if row.item_id in visible or row.user_id == user.pk else None)
@@ -80,10 +81,7 @@ def _shown(rows: list[Response], user: User) -> list[tuple[Response, str | None]
 
 
 def _find(request: ProjectRequest, response_id: int) -> Response:
-    found = Response.objects.filter(project=request.project, pk=response_id)
-    if not (response := found.select_related("user", "item__prompt").first()):
-        raise Http404("there is no such judgement in this project")
-    return response
+    return find(Response.objects.select_related("user", "item__prompt"), response_id, request)
 
 
 @require_http_methods(["GET", "POST"])
@@ -106,10 +104,27 @@ def response_delete(request: ProjectRequest, response_id: int) -> HttpResponse:
     return page(request, "response_delete", **context)
 
 
+def erase(response: Response, by: User) -> list[ModelVersion]:
+    """Erases a judgement's content; returns the models trained on it. Idempotent."""
+    models = models_of([response])
+    if response.state != Response.State.DELETED:
+        submission.delete(response.pk)
+        audit.record(
+            "judgement.deleted",
+            user=by,
+            project=response.project,
+            target=response.uid,
+            author=response.user.username,
+            item=response.item_id,
+            models=[model.name for model in models],
+        )
+    return models
+
+
 @require_GET
 @project_page(Role.ADMIN)
 def flags(request: ProjectRequest) -> HttpResponse:
-    """What labelers flagged and nobody has resolved."""
+    """The unresolved flags."""
     rows = open_flags(request.project).select_related("user", "item__prompt")
     return page(request, "flags", page=page_of(rows, request))
 
@@ -119,14 +134,13 @@ def flags(request: ProjectRequest) -> HttpResponse:
 def flag_resolve(request: ProjectRequest, response_id: int) -> HttpResponse:
     response = _find(request, response_id)
     if response.state != Response.State.FLAGGED:
-        raise Http404("this is no flag")
+        raise Http404("this judgement is not a flag")
     if response.in_force:
         response.in_force = False
         response.save(update_fields=["in_force"])
-        audit.record(
+        audit.record_for(
+            request,
             "flag.resolved",
-            user=request.user,
-            project=request.project,
             target=f"item {response.item_id}",
             reason=response.reason[:500],
         )

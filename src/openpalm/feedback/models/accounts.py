@@ -50,6 +50,14 @@ class ApiToken(models.Model):
         "runs:write",
         "models:read",
         "models:write",
+        "prompts:read",
+        "prompts:write",
+        "comparisons:read",
+        "comparisons:write",
+        "promotions:write",
+        "statistics:read",
+        "jobs:read",
+        "jobs:write",
         "conversations:write",
     )
 

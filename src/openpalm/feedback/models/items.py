@@ -1,7 +1,7 @@
 """Prompts, candidates, the items that people judge, leases, and judgements.
 
-An item lists its candidates in a fixed order; payloads number them in this order from 0, whatever
-the order on the screen was (`Assignment.order`).
+An item lists its candidates in a fixed order; payloads number them in this order from 0, not
+in the order on the screen (`Assignment.order`).
 """
 
 import uuid
@@ -41,6 +41,8 @@ class Candidate(models.Model):
     checkpoint = models.CharField(max_length=200, blank=True)
     """hash of the checkpoint, or its name where a file gave no more"""
     sampling: Any = models.JSONField(null=True)
+    draw = models.CharField(max_length=64, null=True)
+    """SHA-256 of the sampling, its seed included, of an answer that a job asked for"""
     prompt_id: int
     model_id: int | None
     names_itself = models.BooleanField(default=False)
@@ -50,6 +52,13 @@ class Candidate(models.Model):
     class Meta:
         indexes = [
             models.Index(fields=["prompt"], condition=Q(names_itself=True), name="names_itself")
+        ]
+        constraints = [
+            models.UniqueConstraint(
+                fields=["prompt", "model", "draw"],
+                condition=Q(draw__isnull=False),
+                name="answer_once",
+            )
         ]
 
 
@@ -107,6 +116,11 @@ class Item(models.Model):
                 condition=Q(taken__lte=models.F("needed")), name="at_most_needed"
             ),
             models.UniqueConstraint(fields=["project", "key"], name="item_key"),
+            models.UniqueConstraint(
+                fields=["comparison", "prompt"],
+                condition=Q(comparison__isnull=False),
+                name="prompt_once_compared",
+            ),
         ]
 
 
@@ -125,7 +139,7 @@ class ItemCandidate(models.Model):
 
 
 class Assignment(models.Model):
-    """An item in the hands of a user: a lease until `expires_at`, then what became of it.
+    """An item leased to a user until `expires_at`, and what became of it.
 
     `repeat` 1 is the same item a second time, to measure agreement with oneself. `order` lists the
     positions of the candidates in the order in which they are shown.
@@ -193,7 +207,7 @@ class Response(models.Model):
     payload: Any = models.JSONField()
     reason = models.TextField(blank=True)
     category = models.SmallIntegerField(null=True)
-    """the payload as one of a few values, for agreement; see labeling/categories.py"""
+    """the payload as one of a few values, for agreement; see judgements/categories.py"""
     picked_place = models.PositiveSmallIntegerField(null=True)
     """place on the screen, from 0, of the preferred candidate; null without a preference"""
     elapsed_ms = models.PositiveIntegerField(null=True)

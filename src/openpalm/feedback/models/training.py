@@ -3,6 +3,7 @@
 from typing import Any
 
 from django.db import models
+from django.db.models import Q
 
 from openpalm.feedback.models.accounts import User
 from openpalm.feedback.models.items import Candidate, Item, Response
@@ -32,7 +33,14 @@ class ModelVersion(models.Model):
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
-        constraints = [models.UniqueConstraint(fields=["project", "name"], name="model_name")]
+        constraints = [
+            models.UniqueConstraint(fields=["project", "name"], name="model_name"),
+            models.UniqueConstraint(
+                fields=["project", "kind", "checkpoint"],
+                condition=~Q(checkpoint=""),
+                name="checkpoint_once",
+            ),
+        ]
 
     def __str__(self) -> str:
         return self.name
@@ -79,6 +87,8 @@ class TrainRun(models.Model):
         FINISHED = "finished"
         FAILED = "failed"
         STOPPED = "stopped"
+
+    UNFINISHED = (State.QUEUED, State.RUNNING)
 
     project = models.ForeignKey(Project, models.CASCADE, related_name="runs")
     verb = models.CharField(max_length=16)
@@ -168,6 +178,7 @@ class Promotion(models.Model):
     project_id: int
     model_id: int
     previous_id: int | None
+    comparison_id: int | None
     created_at = models.DateTimeField(auto_now_add=True)
     done_at = models.DateTimeField(null=True)
     undone_at = models.DateTimeField(null=True)

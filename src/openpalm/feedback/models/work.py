@@ -10,7 +10,7 @@ from openpalm.feedback.models.projects import Project
 
 
 class Job(models.Model):
-    """Work that no page waits for. A job whose worker died is taken up again."""
+    """Work in the background. If a worker dies, another one takes its job."""
 
     class State(models.TextChoices):
         QUEUED = "queued"
@@ -18,6 +18,8 @@ class Job(models.Model):
         DONE = "done"
         FAILED = "failed"
         STOPPED = "stopped"
+
+    UNFINISHED = (State.QUEUED, State.RUNNING)
 
     project = models.ForeignKey(Project, models.CASCADE, null=True, related_name="jobs")
     project_id: int | None
@@ -30,6 +32,8 @@ class Job(models.Model):
     result: Any = models.JSONField(default=dict)
     attempts = models.PositiveSmallIntegerField(default=0)
     heartbeat_at = models.DateTimeField(null=True)
+    lease = models.PositiveIntegerField(default=0)
+    """times that it was taken; a worker with an older number has lost it and may write nothing"""
     worker = models.CharField(max_length=64, blank=True)
     created_by = models.ForeignKey(User, models.PROTECT, null=True, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)

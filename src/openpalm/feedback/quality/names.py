@@ -13,7 +13,7 @@ agreement         {K: AgreementFigures.to_json() | {"scale", "unit", "decided": 
                   thumbs and ratings; `parts` are the strengths of a comparison or the axes
 consensus         {K: {"judged", "shared", "unanimous", "majority", "without", "items": [id]}}:
                   items with two or more judgements are shared; `items` are the newest ones
-                  without a majority
+                  without a majority, or of rankings without one best answer
 labelers          {"rows": [{"user", "name", "author_kind", "judgements", "skips", "flags",
                   "median_s", "gold": E, "gold_items", "self": E, "repeats", "others": E,
                   "shared_items", "left": E, "decided"}]}; a model's `others` are people

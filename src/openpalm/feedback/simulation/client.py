@@ -43,7 +43,7 @@ class FeedbackClient:
     def submit(
         self, assignment: int, payload: dict[str, Any], elapsed_ms: int | None = None
     ) -> dict[str, Any]:
-        """Stores a judgement, whose payload numbers the candidates as they were shown."""
+        """Stores a judgement; its payload numbers the candidates as shown."""
         body = {"payload": payload} | ({} if elapsed_ms is None else {"elapsed_ms": elapsed_ms})
         return self.call("POST", f"assignments/{assignment}/submit", body)["response"]
 

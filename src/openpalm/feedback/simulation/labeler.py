@@ -1,4 +1,4 @@
-"""A simulated labeler: a taste with a hand that slips. Judges with payloads of records."""
+"""A simulated labeler: a known taste and random errors. Judges with payloads of records."""
 
 import random
 from collections.abc import Sequence

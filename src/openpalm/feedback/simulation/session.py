@@ -1,4 +1,4 @@
-"""Several simulated labelers who judge at the same time, each with a token of their own."""
+"""Several simulated labelers that judge at the same time, each with its own token."""
 
 import threading
 from collections import Counter

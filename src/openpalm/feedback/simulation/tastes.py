@@ -1,4 +1,4 @@
-"""Known tastes, as functions of the text, so that what labelers should have chosen is known.
+"""Known tastes as functions of the text, so that the right choice is known.
 
 A taste weighs qualities that anyone can check in a short reply. The mean of the utilities of
 several labelers is the truth to compare with; nothing that trains may see it.
@@ -43,45 +43,13 @@ class Taste:
         return sum(weight * (found[name] - 0.5) for name, weight in self.weights.items())
 
 
+QUALITIES = ("subject", "ends", "friendly", "rude", "figures", "comfortable", "repeats")
 TASTES = {
-    taste.name: taste
-    for taste in (
-        Taste(
-            "exact",
-            {
-                "subject": 1.6,
-                "ends": 1.2,
-                "friendly": 0.4,
-                "rude": -0.4,
-                "figures": 0.8,
-                "comfortable": 0.4,
-                "repeats": -1.0,
-            },
-        ),
-        Taste(
-            "warm",
-            {
-                "subject": 1.2,
-                "ends": 0.6,
-                "friendly": 1.2,
-                "rude": -1.2,
-                "figures": 0.2,
-                "comfortable": 0.4,
-                "repeats": -0.6,
-            },
-        ),
-        Taste(
-            "brief",
-            {
-                "subject": 1.2,
-                "ends": 1.2,
-                "friendly": 0.4,
-                "rude": -0.6,
-                "figures": 0.2,
-                "comfortable": 1.2,
-                "repeats": -1.4,
-            },
-        ),
+    name: Taste(name, dict(zip(QUALITIES, weights, strict=True)))
+    for name, weights in (
+        ("exact", (1.6, 1.2, 0.4, -0.4, 0.8, 0.4, -1.0)),
+        ("warm", (1.2, 0.6, 1.2, -1.2, 0.2, 0.4, -0.6)),
+        ("brief", (1.2, 1.2, 0.4, -0.6, 0.2, 1.2, -1.4)),
     )
 }
 

@@ -191,12 +191,6 @@ def decide(
     verdict, reason = _verdict(
         len(means), minimum, deciding, styled_deciding, needed, unknown_style=unknown_style
     )
-    if verdict == "promote":
-        further = 0
-    elif verdict == "refuse" or needed is None or (enough and unknown_style):
-        further = None
-    else:
-        further = max(0, needed - len(means))
     left = position_bias(votes)
     shown_left = sum(vote.challenger_left for vote in votes) / len(votes) if votes else None
     return Decision(
@@ -204,7 +198,7 @@ def decide(
         reason=reason,
         comparisons=len(means),
         judgements=len(votes),
-        further=further,
+        further=_further(verdict, None if enough and unknown_style else needed, len(means)),
         win_rate=rate,
         look=look,
         deciding_level=level,
@@ -213,8 +207,14 @@ def decide(
         challenger_left_share=shown_left,
         outcomes=dict.fromkeys(SCORES, 0) | Counter(vote.outcome for vote in votes),
         judged_by=dict(Counter(vote.author_kind for vote in votes)),
-        warnings=_warnings(votes, left, styled, style_features),
+        warnings=_warnings(votes, left, rate, styled, style_features),
     )
+
+
+def _further(verdict: Verdict, needed: int | None, comparisons: int) -> int | None:
+    if verdict == "promote":
+        return 0
+    return None if verdict == "refuse" or needed is None else max(0, needed - comparisons)
 
 
 def _needed_at_equal_style(styled: Estimate, comparisons: int) -> int:
@@ -284,6 +284,7 @@ def _verdict(
 def _warnings(
     votes: Sequence[Vote],
     left: Estimate | None,
+    rate: Estimate | None,
     styled: Estimate | None,
     features: Sequence[str],
 ) -> tuple[str, ...]:
@@ -302,7 +303,7 @@ def _warnings(
         )
     if features and styled is None and votes:
         found.append("The win rate at equal style cannot be determined from these comparisons.")
-    elif styled is not None and styled.low <= 0.5 < styled.value:
+    elif rate and styled and styled.low <= 0.5 < styled.value and rate.low > 0.5:
         found.append(
             f"At equal style the win rate is {styled.value:.1%} ({styled.low:.1%} to "
             f"{styled.high:.1%}): style may explain the wins."

@@ -5,14 +5,17 @@ stored already, from before a kill, is found by its sampling and not asked for a
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from openpalm.errors import DataError, OpenPalmError, WorkError
-from openpalm.feedback.labeling.names import names_itself, names_of
+from openpalm.feedback.items.model_names import names_itself, names_of
 from openpalm.feedback.models import Candidate, ModelVersion, Prompt
 from openpalm.feedback.training.servers import ModelServer
 from openpalm.feedback.worker.progress import Progress
@@ -22,6 +25,7 @@ AT_ONCE = 8
 PROMPTS_AT_ONCE = 200
 MOST_FAILURES = 20
 """answers in a row without a success, after which the job fails"""
+DEFAULT_SAMPLING = {"temperature": 1.0, "max_tokens": 256}
 LIMITS = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
@@ -95,14 +99,18 @@ def generate(
         counts.found += len(group) - len(missing)
         progress.advance(len(group) - len(missing))
         for each, text in _ask(server, name, missing, counts, progress):
-            Candidate.objects.create(
+            candidate = Candidate(
                 prompt=each.prompt,
                 text=text,
                 model=model,
                 checkpoint=model.checkpoint,
                 sampling=each.sampling,
+                draw=draw_digest(each.sampling),
                 names_itself=names_itself(text, names),
             )
+            with progress.writing():
+                # The table has each draw once, whoever stores it.
+                Candidate.objects.bulk_create([candidate], ignore_conflicts=True)
             counts.made += 1
     return counts
 
@@ -116,6 +124,11 @@ def stored_answers(model: ModelVersion, prompts: Sequence[int]) -> dict[Any, Can
     """The model's candidates of these prompts, by `answer_key`."""
     found = Candidate.objects.filter(model=model, prompt__in=prompts).order_by("-id")
     return {answer_key(each.prompt_id, each.sampling): each for each in found}
+
+
+def draw_digest(sampling: Mapping[str, Any]) -> str:
+    """SHA-256 of the sampling as canonical JSON: a name of the draw for the table."""
+    return hashlib.sha256(json.dumps(sampling, sort_keys=True).encode()).hexdigest()
 
 
 def answer_key(prompt: int, sampling: Mapping[str, Any] | None) -> Any:
@@ -136,26 +149,36 @@ def _ask(
         return server.complete(body)[0]
 
     waiting = iter(wanted)
-    with ThreadPoolExecutor(AT_ONCE) as executor:
-        running: dict[Future[str], Wanted] = {}
+    running: dict[Future[str], Wanted] = {}
+    while True:
+        for each in waiting:
+            running[_in_thread(partial(ask, each))] = each
+            if len(running) == AT_ONCE:
+                break
+        if not running:
+            return
+        done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+        progress.check()
+        for future in done:
+            each = running.pop(future)
+            if (text := _text(future, counts)) is not None:
+                yield each, text
+            progress.advance()
+
+
+def _in_thread(ask: Callable[[], str]) -> Future[str]:
+    """Not in an executor, which waits for its threads: a server that answers nothing for minutes
+    would hold up the stop of the job and the end of the worker."""
+    future: Future[str] = Future()
+
+    def run() -> None:
         try:
-            while True:
-                for each in waiting:
-                    running[executor.submit(ask, each)] = each
-                    if len(running) == AT_ONCE:
-                        break
-                if not running:
-                    return
-                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                progress.check()
-                for future in done:
-                    each = running.pop(future)
-                    if (text := _text(future, counts)) is not None:
-                        yield each, text
-                    progress.advance()
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
+            future.set_result(ask())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="answer", daemon=True).start()
+    return future
 
 
 def _text(future: Future[str], counts: Answers) -> str | None:

@@ -13,8 +13,9 @@ from django.db.models import Prefetch, QuerySet
 from django.utils import timezone
 
 from openpalm.base import jsonl
-from openpalm.errors import DataError, OpenPalmError
+from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
+from openpalm.feedback.items.new_items import make_item
 from openpalm.feedback.models import (
     Candidate,
     Comparison,
@@ -40,15 +41,15 @@ from openpalm.feedback.training.answers import (
     stored_answers,
 )
 from openpalm.feedback.training.commands import prompts_path
-from openpalm.feedback.training.generation import make_item
 from openpalm.feedback.training.registry import POLICY, ancestors
 from openpalm.feedback.training.servers import serving
 from openpalm.feedback.worker import jobs
-from openpalm.feedback.worker.progress import JobStopped, Progress
+from openpalm.feedback.worker.progress import Progress, Writing
 
 State = Comparison.State
 PRIORITY = 100.0
 """before items of training: a promotion waits for them"""
+MOST_PAIRS = 10_000
 DRAWS = 3
 """times that a prompt is asked again because both models answer the same"""
 
@@ -116,6 +117,14 @@ def extend(comparison: Comparison, further: int, user: User | None) -> Compariso
     comparison.state = State.GENERATING
     comparison.save(update_fields=["size", "state"])
     jobs.enqueue("compare", project=comparison.project, user=user, comparison=comparison.pk)
+    audit.record(
+        "comparison.extended",
+        user=user,
+        project=comparison.project,
+        target=comparison.challenger,
+        comparison=comparison.pk,
+        further=further,
+    )
     return comparison
 
 
@@ -149,17 +158,12 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     comparison = Comparison.objects.select_related("project", "challenger", "served").get(
         pk=job.arguments["comparison"]
     )
-    try:
-        made = _Pairs(comparison, progress).make()
-    except (OpenPalmError, JobStopped) as error:
-        line = " ".join(str(error).split()) or "stopped"
-        comparison.state, comparison.result = State.FAILED, comparison.result | {"reason": line}
+    made = _Pairs(comparison, progress).make()
+    with progress.writing():
+        comparison.state = State.JUDGING
+        comparison.result |= {"shown": made["shown"], "equal": made["equal"]}
         comparison.save(update_fields=["state", "result"])
-        raise
-    comparison.state = State.JUDGING
-    comparison.result |= {"shown": made["shown"], "equal": made["equal"]}
-    comparison.save(update_fields=["state", "result"])
-    compute(comparison)
+    compute(comparison, progress.writing)
     return made
 
 
@@ -226,7 +230,7 @@ class _Pairs:
         return {pk: stored[key] for pk, key in keys.items() if key in stored}
 
     def _item(self, prompt: Prompt, candidates: list[Candidate]) -> None:
-        with transaction.atomic():
+        with self.progress.writing():
             make_item(
                 self.comparison.project,
                 prompt,
@@ -237,14 +241,14 @@ class _Pairs:
             )
 
 
-def compute_all(project: Project) -> None:
+def compute_all(project: Project, writing: Writing = transaction.atomic) -> None:
     """The results of the project's comparisons that are being judged; for the statistics job."""
     found = Comparison.objects.filter(project=project, state=State.JUDGING)
     for comparison in found.select_related("project"):
-        compute(comparison)
+        compute(comparison, writing)
 
 
-def compute(comparison: Comparison) -> None:
+def compute(comparison: Comparison, writing: Writing = transaction.atomic) -> None:
     """Stores the figures so far and, once all pairs are judged, the decision of this look."""
     votes = list(votes_of(comparison))
     whole = (
@@ -272,7 +276,8 @@ def compute(comparison: Comparison) -> None:
         comparison.result["looks"] = _look(comparison)
         newest = Response.objects.filter(item__comparison=comparison).order_by("-id").first()
         comparison.result["newest"] = newest.pk if newest else 0
-    comparison.save(update_fields=["result", "computed_at", "state"])
+    with writing():
+        comparison.save(update_fields=["result", "computed_at", "state"])
 
 
 def _decide(comparison: Comparison, votes: Sequence[Vote]) -> dict[str, Any]:
@@ -297,7 +302,8 @@ def judgements_left(comparison: Comparison) -> int:
 
 def _waiting(comparison: Comparison, decision: dict[str, Any]) -> str:
     left = comparison.items.filter(state=Item.State.OPEN).count()
-    return f"{decision['comparisons']} pairs are judged, {left} are open; then it is decided"
+    judged = decision["comparisons"]
+    return f"{judged} pairs are judged, {left} open; it is decided when all are judged"
 
 
 def _look(comparison: Comparison) -> int:
@@ -305,7 +311,7 @@ def _look(comparison: Comparison) -> int:
     others = Comparison.objects.filter(
         project=comparison.project_id, challenger=comparison.challenger_id
     ).exclude(pk=comparison.pk)
-    # One that failed later was looked at all the same.
+    # A comparison that failed later still counts as a look.
     earlier = sum(int(other.result.get("looks", other.state == State.DECIDED)) for other in others)
     return earlier + int(comparison.result.get("looks", 0)) + 1
 

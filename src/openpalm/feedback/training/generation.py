@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
-from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
 
 from openpalm.errors import DataError
-from openpalm.feedback.labeling.tasks import candidates_needed
+from openpalm.feedback.accounts import audit
+from openpalm.feedback.items.new_items import make_item
+from openpalm.feedback.items.tasks import candidates_needed
 from openpalm.feedback.models import (
     Candidate,
     Item,
@@ -41,8 +42,9 @@ from openpalm.feedback.training.servers import serving
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.progress import Progress
 
-MOST_ANSWERS = 16
-_draw = random.SystemRandom()
+MOST_PROMPTS, MOST_ANSWERS, MOST_ITEMS = 10_000, 16, 100
+"""of one job; of a model and a prompt; of a prompt"""
+PROMPTS, ANSWERS = 100, 2
 
 
 def start(
@@ -61,11 +63,15 @@ def start(
         _check(project, each)
     if sum(each.get("n", 1) for each in models) < least:
         raise DataError(f"an item of this project needs {least} answers or more; ask for more")
-    if not 1 <= pairs <= 100:
-        raise DataError(f"pairs {pairs}: must be 1 to 100")
+    if not 1 <= pairs <= MOST_ITEMS:
+        raise DataError(f"pairs {pairs}: must be 1 to {MOST_ITEMS}")
+    if prompts is not None and not prompts:
+        raise DataError("every prompt has an item already; add prompts first")
     arguments: dict[str, Any] = {"models": list(models), "pairs": pairs}
     if prompts is not None:
         arguments["prompts"] = list(prompts)
+    count = {} if prompts is None else {"count": len(prompts)}
+    audit.record("job.generate", user=user, project=project, **count)
     return jobs.enqueue("generate", project=project, user=user, **arguments)
 
 
@@ -76,7 +82,7 @@ def _check(project: Project, each: dict[str, Any]) -> None:
     n = each.get("n", 1)
     if not isinstance(n, int) or not 1 <= n <= MOST_ANSWERS:
         raise DataError(f"n {n!r:.40}: must be 1 to {MOST_ANSWERS} answers a prompt")
-    check_sampling({k: v for k, v in each.items() if k not in ("model", "n")})
+    _sampling(each)
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
@@ -155,7 +161,7 @@ def _make_items(
         found = [
             (each, model, stored_answers(model, [p.pk for p in group])) for each, model in chosen
         ]
-        with transaction.atomic():
+        with progress.writing():
             for prompt in group:
                 answers = [
                     stored[key]
@@ -216,21 +222,3 @@ def _candidate_sets(prompt: Prompt) -> set[frozenset[int]]:
     for item, candidate in places.values_list("item_id", "candidate_id"):
         sets.setdefault(item, set()).add(candidate)
     return {frozenset(each) for each in sets.values()}
-
-
-def make_item(
-    project: Project, prompt: Prompt, candidates: Sequence[Candidate], **fields: Any
-) -> Item:
-    """An item that shows these candidates, `overlap` responses needed unless said otherwise.
-
-    Their order says nothing about the models: a reviewer sees it before they judge.
-    """
-    candidates = _draw.sample(candidates, len(candidates))
-    item = Item.objects.create(
-        project=project, prompt=prompt, **({"needed": project.overlap} | fields)
-    )
-    ItemCandidate.objects.bulk_create(
-        ItemCandidate(item=item, candidate=candidate, position=position)
-        for position, candidate in enumerate(candidates)
-    )
-    return item

@@ -50,7 +50,7 @@ def judgements_of(model: ModelVersion) -> "QuerySet[Response]":
 
 
 def direct_models(responses: Iterable[Response]) -> set[int]:
-    """Ids of the models whose own snapshot holds one of these judgements."""
+    """Ids of the models trained on a snapshot that holds one of these judgements."""
     ids = [response.pk for response in responses]
     found = ModelVersion.objects.filter(run__snapshot__rows__response__in=ids)
     return set(found.values_list("id", flat=True))

@@ -5,26 +5,31 @@ reason, which the audit log keeps. If the server refuses, the old model stays an
 stored.
 """
 
-import json
-from pathlib import Path
+import logging
 from typing import Any
 
-from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
-from openpalm.base.files import write_atomically
-from openpalm.errors import DataError, OpenPalmError
+from openpalm.errors import DataError, OpenPalmError, WorkError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.labeling.words import AUTHORS
+from openpalm.feedback.judgements.words import AUTHORS
 from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, Promotion, User
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training.comparisons import judgements_left
 from openpalm.feedback.training.registry import POLICY
-from openpalm.feedback.training.servers import SERVED_FILE, site_server
+from openpalm.feedback.training.servers import (
+    ModelServer,
+    NoAnswerError,
+    promoted_path,
+    site_server,
+    write_served,
+)
 from openpalm.feedback.worker import jobs
-from openpalm.feedback.worker.progress import Progress
+from openpalm.feedback.worker.processes import POLL_S
+from openpalm.feedback.worker.progress import JobStopped, Progress
 
+log = logging.getLogger(__name__)
 State = Promotion.State
 MIN_REASON = 10
 
@@ -52,8 +57,22 @@ def refusal(comparison: Comparison | None, model: ModelVersion) -> str:
     if counted is not None and (left := judgements_left(comparison)) != counted:
         return f"{left} of the {counted} judgements that decided it are left; compare again"
     if result.get("decision") != "promote" or (result.get("low") or 0) <= 0.5:
-        return result.get("reason") or "the interval's lower end is not above one half"
+        return result.get("reason", "").rstrip(".") or "the interval is not above one half"
     return ""
+
+
+def can_choose(project: Project, model: ModelVersion) -> bool:
+    """The first served model of a project needs no comparison, if no server has one already."""
+    return project.served_id is None and site_server() is None and model.kind == POLICY
+
+
+def choose(project: Project, model: ModelVersion, user: User) -> None:
+    """Names the first served model, which later ones are compared with. Raises DataError."""
+    if not can_choose(project, model) or not model.path:
+        raise DataError("only the first served model is chosen by hand; promote another one")
+    # Conditional: of two managers at the same time only one chooses.
+    if Project.objects.filter(pk=project.pk, served=None).update(served=model):
+        audit.record("model.served", user=user, project=project, target=model)
 
 
 @transaction.atomic
@@ -74,7 +93,7 @@ def propose(
     _check_server()
     _check_free(project)
     if (why := refusal(comparison, model)) and len(reason) < MIN_REASON:
-        raise DataError(f"refused: {why}. To promote it all the same, give a reason")
+        raise DataError(f"refused: {why}. To promote it anyway, give a reason")
     promotion = Promotion.objects.create(
         project=project,
         model=model,
@@ -117,9 +136,7 @@ def _check_free(project: Project) -> None:
     The lock makes of two requests at the same time one that waits and one that is refused.
     """
     Project.objects.select_for_update(no_key=True).get(pk=project.pk)
-    unfinished = Job.objects.filter(
-        project=project, kind="promote", state__in=[Job.State.QUEUED, Job.State.RUNNING]
-    )
+    unfinished = Job.objects.filter(project=project, kind="promote", state__in=Job.UNFINISHED)
     if unfinished.exists():
         raise DataError("another promotion is under way; wait until it has ended")
 
@@ -139,19 +156,94 @@ def _check_server() -> None:
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    """The handler of "promote"."""
+    """The handler of "promote".
+
+    The database says which model is served; the file for the server's next start is written with
+    it, after the swap. A job that is killed in between is run again. If it then fails, or another
+    worker has run it since, the server gets the model of the database back.
+    """
     promotion = Promotion.objects.select_related("project", "model", "previous", "by").get(
         pk=job.arguments["promotion"]
     )
     undoing = bool(job.arguments.get("undo"))
     model = promotion.previous if undoing else promotion.model
     assert model is not None
+    if promotion.state != (State.DONE if undoing else State.QUEUED):
+        return {"model": model.pk}  # the worker ended between the last two writes
+    try:
+        return _swap(promotion, model, job, progress)
+    except JobStopped:
+        _wait_for_promotions(progress)
+        _restore(promotion.project, model)
+        raise
+
+
+def _swap(
+    promotion: Promotion, model: ModelVersion, job: Job, progress: Progress
+) -> dict[str, Any]:
+    """Requests in flight finish on the old model. The name in the API stays."""
     progress.say(f"loading {model} into the server")
     try:
-        answer = _swap(promotion.project, model)
+        server = _server()
+        answer = server.replace_model(model.path, server.model_name())
     except OpenPalmError as error:
+        progress.confirm()
         line = " ".join(str(error).split())
-        failed = {} if undoing else {"state": State.FAILED}
+        # It may have the model all the same: by an attempt before this one, or a little later.
+        if job.lease > 1 or isinstance(error, NoAnswerError):
+            line += _restore(promotion.project, model)
+        _store_failure(promotion, model, line, job, progress)
+        raise WorkError(line) from error
+    try:
+        with progress.writing():
+            _store(promotion, model, job)
+            write_served(model)
+    except OSError:  # of the file
+        _restore(promotion.project, model)
+        raise
+    return {"model": model.pk, "replaced": answer.get("replaced", "")}
+
+
+def _server() -> ModelServer:
+    server = site_server()
+    if server is None:
+        raise DataError("no model server is connected: set OPENPALM_SERVER_URL")
+    return server
+
+
+def _restore(project: Project, model: ModelVersion) -> str:
+    """Loads what the database says instead of `model`; returns what a message adds about it."""
+    project.refresh_from_db(fields=["served"])
+    served, path = project.served, promoted_path()
+    is_unfinished = path == model.path and served != model
+    if served is not None and (path is None or is_unfinished):
+        path = served.path
+    if not path or path == model.path:
+        return ""
+    try:
+        if is_unfinished and served is not None:
+            write_served(served)
+        server = _server()
+        server.replace_model(path, server.model_name())
+    except (OpenPalmError, OSError):
+        log.warning("the model server may have %s, not %s, until it starts again", model, path)
+        return f"; until the server starts again it may have {model}"
+    log.warning("the model server has %s again, not %s", path, model)
+    return "; the server has the model before it"
+
+
+def _wait_for_promotions(progress: Progress) -> None:
+    """Until another worker's has ended: what it stores decides what the server has to have."""
+    while Job.objects.filter(kind="promote", state=Job.State.RUNNING).exists():
+        if progress.ends_within(POLL_S):
+            break
+
+
+def _store_failure(
+    promotion: Promotion, model: ModelVersion, line: str, job: Job, progress: Progress
+) -> None:
+    failed = {} if job.arguments.get("undo") else {"state": State.FAILED}
+    with progress.writing():
         Promotion.objects.filter(pk=promotion.pk).update(error=line, **failed)
         audit.record(
             "model.promotion_failed",
@@ -160,25 +252,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             target=model,
             error=line,
         )
-        raise
-    _store(promotion, model, undoing, job.created_by)
-    return {"model": model.pk, "replaced": answer.get("replaced", "")}
 
 
-def _swap(project: Project, model: ModelVersion) -> dict[str, Any]:
-    """Requests in flight finish on the old model. The name in the API stays."""
-    server = site_server()
-    if server is None:
-        raise DataError("no model server is connected: set OPENPALM_SERVER_URL")
-    answer = server.replace_model(model.path, server.model_name())
-    content = json.dumps({"path": model.path, "project": project.slug, "model": model.name})
-    write_atomically(Path(settings.FEEDBACK_DIR) / SERVED_FILE, content)
-    return answer
-
-
-@transaction.atomic
-def _store(promotion: Promotion, model: ModelVersion, undoing: bool, user: User | None) -> None:
-    now = timezone.now()
+def _store(promotion: Promotion, model: ModelVersion, job: Job) -> None:
+    now, undoing = timezone.now(), bool(job.arguments.get("undo"))
     changed = (
         {"state": State.UNDONE, "undone_at": now}
         if undoing
@@ -188,7 +265,7 @@ def _store(promotion: Promotion, model: ModelVersion, undoing: bool, user: User 
     Project.objects.filter(pk=promotion.project_id).update(served=model)
     audit.record(
         "model.promotion_undone" if undoing else "model.promoted",
-        user=user,
+        user=job.created_by,
         project=promotion.project,
         target=model,
         promotion=promotion.pk,

@@ -5,7 +5,8 @@ from typing import Any
 
 from openpalm.base.json_file import read_json
 from openpalm.errors import DataError
-from openpalm.feedback.models import ModelVersion, Project, TrainRun
+from openpalm.feedback.accounts import audit
+from openpalm.feedback.models import ModelVersion, Project, TrainRun, User
 
 POLICY, REWARD = ModelVersion.Kind.POLICY, ModelVersion.Kind.REWARD
 
@@ -22,18 +23,36 @@ def register(
     """The project's model of this checkpoint; added if it is new. Raises DataError."""
     directory = checkpoint_directory(Path(path))
     digest = checkpoint_hash(directory)
-    known = ModelVersion.objects.filter(project=project, checkpoint=digest, kind=kind).first()
-    if known is not None:
-        return known
-    return ModelVersion.objects.create(
-        project=project,
-        name=free_name(project, name),
-        kind=kind,
-        path=str(directory),
-        checkpoint=digest,
-        parent=parent,
-        run=run,
+    known = ModelVersion.objects.filter(project=project, checkpoint=digest, kind=kind)
+    while not known.exists():
+        # The table has each checkpoint and each name once, whoever adds it first.
+        new = ModelVersion(
+            project=project,
+            name=free_name(project, name),
+            kind=kind,
+            path=str(directory),
+            checkpoint=digest,
+            parent=parent,
+            run=run,
+        )
+        ModelVersion.objects.bulk_create([new], ignore_conflicts=True)
+    return known.get()
+
+
+def add_by_path(
+    project: Project, user: User, path: str, *, name: str, kind: str = POLICY
+) -> ModelVersion:
+    """Registers a checkpoint on the server's disk. Raises DataError.
+
+    Only an administrator of the site: a path could name a checkpoint of a project of others.
+    """
+    if not user.is_superuser:
+        raise DataError("only an administrator of the site adds a model by its path")
+    model = register(project, path, name=name, kind=kind)
+    audit.record(
+        "model.registered", user=user, project=project, target=model, path=model.path, kind=kind
     )
+    return model
 
 
 def free_name(project: Project, name: str) -> str:

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from django.conf import settings as site
-from django.db import OperationalError, transaction
+from django.db import transaction
 from django.utils import timezone
 
-from openpalm.errors import DataError, OpenPalmError, WorkError
+from openpalm.errors import DataError, WorkError
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.models import Job, ModelVersion, Project, Response, TrainRun, User
 from openpalm.feedback.training import snapshots
 from openpalm.feedback.training.commands import check_settings, command_words
 from openpalm.feedback.training.follow import RunFollower, alarms_of
 from openpalm.feedback.training.registry import POLICY, REWARD, register
-from openpalm.feedback.training.snapshots import KINDS_OF_VERB, Filter
+from openpalm.feedback.training.snapshots import KINDS_OF_VERB, Filter, default_filter
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.processes import Command, Running, wait_until_unlocked
-from openpalm.feedback.worker.progress import JobStopped, Progress
+from openpalm.feedback.worker.progress import Progress
 
 State = TrainRun.State
 KILLED_TIMES = 3
@@ -52,7 +52,7 @@ def start(
     given = check_settings(verb, settings or {})
     _check_models(project, verb, parent, reward, reward_run)
     if verb != "ppo":
-        chosen = _newest(project, verb, chosen or Filter())
+        chosen = _newest(project, verb, chosen or default_filter(project, verb))
         given["filter"] = asdict(chosen)
     elif reward_run is not None:
         given["reward_run"] = reward_run.pk
@@ -112,9 +112,6 @@ def stop(run: TrainRun, user: User | None) -> bool:
     job = Job.objects.filter(kind="train", arguments__run=run.pk).order_by("-id").first()
     if job is None or not jobs.stop(job):
         return False
-    TrainRun.objects.filter(pk=run.pk, state__in=[State.QUEUED, State.RUNNING]).update(
-        state=State.STOPPED, finished_at=timezone.now()
-    )
     audit.record("training.stopped", user=user, project=run.project, target=run.pk)
     return True
 
@@ -144,29 +141,12 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     ).get(pk=job.arguments["run"])
     if train_run.state == State.FINISHED:  # killed between the last two writes
         return {"models": list(train_run.made.values_list("id", flat=True))}
-    try:
-        made = _Training(train_run, progress).run()
-    except JobStopped:
-        job.refresh_from_db(fields=["state"])
-        if job.state == Job.State.STOPPED:  # otherwise another worker runs it
-            _end(train_run, State.STOPPED)
-        raise
-    except OpenPalmError as error:
-        _end(train_run, State.FAILED, " ".join(str(error).split()))
-        raise
-    except OperationalError:
-        raise  # the database is away; the training continues with the job
-    except Exception as error:
-        _end(train_run, State.FAILED, f"{type(error).__name__}: {error}")
-        raise
-    _follow_up(train_run, made, job.created_by)
+    made = _Training(train_run, progress).run()
+    with progress.writing():
+        ended = {"state": State.FINISHED, "error": "", "process": None}
+        TrainRun.objects.filter(pk=train_run.pk).update(finished_at=timezone.now(), **ended)
+        _follow_up(train_run, made, job.created_by)
     return {"models": [model.pk for model in made]}
-
-
-def _end(run: TrainRun, state: str, error: str = "") -> None:
-    TrainRun.objects.filter(pk=run.pk).update(
-        state=state, error=error, process=None, finished_at=timezone.now()
-    )
 
 
 def _follow_up(run: TrainRun, made: list[ModelVersion], user: User | None) -> None:
@@ -190,10 +170,12 @@ class _Training:
         row = self.run_row
         self._prepare()
         row.state, row.started_at = State.RUNNING, row.started_at or timezone.now()
-        row.save(update_fields=["state", "started_at", "snapshot", "reward_model"])
-        made = [self._run_member(member) for member in range(self.members)]
-        _end(row, State.FINISHED)
-        return made
+        self._save("state", "started_at", "snapshot", "reward_model")
+        return [self._run_member(member) for member in range(self.members)]
+
+    def _save(self, *fields: str) -> None:
+        with self.progress.writing():
+            self.run_row.save(update_fields=fields)
 
     def _prepare(self) -> None:
         """Freezes the judgements, and finds the reward model that an earlier run has made."""
@@ -201,7 +183,8 @@ class _Training:
         if row.snapshot is None and "filter" in row.settings:
             self.progress.say("freezing the judgements")
             chosen = Filter(**row.settings["filter"])
-            row.snapshot = snapshots.freeze(row.project, chosen, row.created_by)
+            writing = self.progress.writing
+            row.snapshot = snapshots.freeze(row.project, chosen, row.created_by, writing)
         reward_run = row.settings.get("reward_run")
         if row.verb == "ppo" and row.reward_model is None and reward_run:
             made = ModelVersion.objects.filter(run=reward_run, kind=REWARD, project=row.project)
@@ -215,7 +198,7 @@ class _Training:
         out = out / f"member-{member + 1}" if self.members > 1 else out
         command = Command(command_words(row, out, member), log_file(row))
         row.command = ["openpalm", *command.words]
-        row.save(update_fields=["command"])
+        self._save("command")
         which = f", model {member + 1} of {self.members}" if self.members > 1 else ""
         self.progress.say(f"openpalm {row.verb}{which}")
         follower = RunFollower(out)
@@ -249,7 +232,8 @@ class _Training:
                 return status
 
     def _remember(self, running: Running) -> None:
-        TrainRun.objects.filter(pk=self.run_row.pk).update(process=running.to_json())
+        self.run_row.process = running.to_json()
+        self._save("process")
 
     def _store(self, follower: RunFollower, member: int, *, now: bool = False) -> None:
         if not follower.changed(now=now):
@@ -259,19 +243,16 @@ class _Training:
         row = self.run_row
         row.step, row.steps, row.figures = step, steps, follower.figures
         row.curve, row.alarms = follower.curve, alarms_of(follower.rows)
-        row.save(update_fields=["step", "steps", "figures", "curve", "alarms"])
+        self._save("step", "steps", "figures", "curve", "alarms")
         self.progress.move_to(step, steps)
 
     def _reason(self, command: Command, status: int) -> str:
         """Why the command failed, and where its log is."""
-        line = command.last_line().removeprefix("openpalm: error: ")
-        if status < 0:
-            line = f"was ended by {signal.Signals(-status).name} (is there enough memory?): {line}"
-        row = self.run_row
+        row, line = self.run_row, command.failure(status)
         if "early-stopping" in line or "being gamed" in line:
-            row.alarms = [*row.alarms, line]
-            row.save(update_fields=["alarms"])
-        return f"openpalm {row.verb}: {line or f'status {status}'} (log: {command.log})"
+            row.alarms = [*row.alarms, command.last_line().removeprefix("openpalm: error: ")]
+            self._save("alarms")
+        return line
 
     def _made(self, out: Path, member: int) -> ModelVersion:
         row = self.run_row
@@ -279,4 +260,5 @@ class _Training:
         if self.members > 1:
             name = f"{name}.{member + 1}"
         kind = REWARD if row.verb == "reward" else POLICY
-        return register(row.project, out, name=name, kind=kind, parent=row.parent, run=row)
+        with self.progress.writing():
+            return register(row.project, out, name=name, kind=kind, parent=row.parent, run=row)

@@ -1,8 +1,8 @@
 """Chooses the next pairs to judge: 30 % by chance, the rest where judgements teach most.
 
-The pool is every pair of different answers to a training prompt that nobody has judged or has in
-hand. The active arm is ranked by the disagreement of the newest reward ensemble and by the implicit
-rewards of the newest model of DPO; without both it is drawn by chance. See
+The pool is every pair of different answers to a training prompt that nobody has judged or is
+judging. The active arm is ranked by the disagreement of the newest reward ensemble and by the
+implicit rewards of the newest model of DPO; without both it is drawn by chance. See
 statistics/selection.py for the reserve of the random arm.
 """
 
@@ -12,10 +12,11 @@ from itertools import combinations, groupby
 from typing import Any
 
 import numpy as np
-from django.db import transaction
 from django.db.models import Count
 
 from openpalm.errors import DataError
+from openpalm.feedback.accounts import audit
+from openpalm.feedback.items.new_items import make_item
 from openpalm.feedback.models import (
     Candidate,
     Item,
@@ -26,18 +27,20 @@ from openpalm.feedback.models import (
     Project,
     Prompt,
     Task,
+    User,
 )
 from openpalm.feedback.statistics.selection import Batch, choose_batch, selection_scores
 from openpalm.feedback.training import scoring
 from openpalm.feedback.training.commands import training_prompts
-from openpalm.feedback.training.generation import make_item
 from openpalm.feedback.training.registry import POLICY, REWARD
+from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.progress import Progress
 
 PRIORITY = 10.0
 """before items that were not selected, after comparisons"""
 BETA = 0.1
 """of the implicit reward, where the training names none"""
+BATCH_SIZE, MOST_IN_BATCH = 50, 10_000
 MOST_PAIRS = 500_000
 AT_ONCE = 2000
 
@@ -54,12 +57,21 @@ class Pair:
     """an open item that shows this pair, if there is one"""
 
 
+def start(project: Project, user: User | None, size: int) -> Job:
+    """Queues the choice of the next `size` pairs. Raises DataError."""
+    _check_pairs(project)
+    job = jobs.enqueue("select", project=project, user=user, size=size)
+    audit.record("job.select", user=user, project=project, target=job.pk, size=size)
+    return job
+
+
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     """The handler of "select": `size` pairs become items with an arm and a priority."""
     project = job.project
     assert project is not None
-    if project.task != Task.PAIR:
-        raise DataError("only pairs are selected; this project's items are of another task")
+    if job.result:  # the worker ended between the last two writes
+        return job.result
+    _check_pairs(project)
     members, policy = ensemble(project), newest_policy(project)
     for model in (*members, *((policy, policy.parent) if policy and policy.parent else ())):
         scoring.score(model, progress.quiet())
@@ -80,9 +92,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         seed=job.pk,
         project_seed=project.pk,
     )
-    _store(project, pairs, batch)
     arms = [choice.arm for choice in batch.choices]
-    return {
+    result = {
         "random": arms.count("random"),
         "active": arms.count("active"),
         "missing_random": batch.missing_random,
@@ -91,6 +102,15 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         + ["the margin of the policy's implicit rewards"] * (implicit is not None),
         "members": [member.pk for member in members],
     }
+    with progress.writing():
+        _store(project, pairs, batch)
+        progress.keep(result)  # a second attempt would choose a second batch
+    return result
+
+
+def _check_pairs(project: Project) -> None:
+    if project.task != Task.PAIR:
+        raise DataError("only a project of pairs has batches")
 
 
 def ensemble(project: Project) -> list[ModelVersion]:
@@ -218,7 +238,6 @@ def _scores(margins: np.ndarray | None, implicit: np.ndarray | None, count: int)
     return scores
 
 
-@transaction.atomic
 def _store(project: Project, pairs: Sequence[Pair], batch: Batch) -> None:
     """Gives each chosen pair its arm, and a priority in the batch's random order."""
     chosen = [pairs[choice.pair] for choice in batch.choices]

@@ -1,9 +1,7 @@
 """Connects the model that a server starts with to the projects, before the site opens."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
@@ -19,7 +17,7 @@ from openpalm.feedback.models import (
     User,
 )
 from openpalm.feedback.training.registry import register
-from openpalm.feedback.training.servers import SERVED_FILE, promoted_path
+from openpalm.feedback.training.servers import forget_promotion, promoted_path
 
 FIRST_PROJECT = "chat"
 SERVICE = "chat-page"
@@ -28,7 +26,7 @@ SCOPE = "conversations:write"
 GUIDELINE = """Choose the answer that helps the person who asked more.
 
 - It is true. If it cannot be, it says what it does not know.
-- It answers what was asked, and no more than that.
+- It answers the question, and nothing else.
 - If both answers are equally good, say so; if both are useless, say that.
 """
 
@@ -52,15 +50,24 @@ def connect(path: str, name: str) -> Connection:
 
     Raises DataError if `path` is no checkpoint.
     """
-    # What an earlier server had by promotion no longer counts: the command line names the model.
     promoted = promoted_path()
-    (Path(settings.FEEDBACK_DIR) / SERVED_FILE).unlink(missing_ok=True)
     with transaction.atomic():
         known = list(Project.objects.order_by("id"))
         projects = known or [_first_project(name)]
         models = [_serve(project, path, name) for project in projects]
+        # What an earlier server had by promotion no longer counts: the command names the model.
+        forget_promotion()
         before = promoted if promoted != models[0].path else None
         return Connection(projects[0], _token(projects[0]), models[0], not known, before)
+
+
+def serve_again(model: ModelVersion) -> None:
+    """Makes a connection's model the served one again: the promoted one is gone from the disk."""
+    same = ModelVersion.objects.filter(kind=model.kind, checkpoint=model.checkpoint)
+    with transaction.atomic():
+        for each in same.select_related("project"):
+            _set_served(each.project, each)
+        forget_promotion()
 
 
 def _first_project(name: str) -> Project:
@@ -72,10 +79,14 @@ def _first_project(name: str) -> Project:
 
 def _serve(project: Project, path: str, name: str) -> ModelVersion:
     model = register(project, path, name=name)
+    _set_served(project, model)
+    return model
+
+
+def _set_served(project: Project, model: ModelVersion) -> None:
     if project.served_id != model.pk:
         Project.objects.filter(pk=project.pk).update(served=model)
         audit.record("model.served", user=None, project=project, target=model)
-    return model
 
 
 def _service() -> User:

@@ -14,8 +14,9 @@ from typing import Any
 import httpx2
 from django.conf import settings
 
+from openpalm.base.files import write_atomically
 from openpalm.errors import DataError, WorkError
-from openpalm.feedback.labeling.storable import storable
+from openpalm.feedback.database import storable
 from openpalm.feedback.models import ModelVersion
 from openpalm.feedback.worker.processes import POLL_S, Command, end
 from openpalm.feedback.worker.progress import Progress
@@ -25,6 +26,10 @@ LOAD_TIMEOUT_S = 600.0
 SERVED_FILE = "served.json"
 """what the server has by promotion, for the process that starts it again after a crash"""
 _READY = re.compile(r"chat page at (http://\S+?)/,")
+
+
+class NoAnswerError(WorkError):
+    """The server did not answer: whether it did what was asked is unknown."""
 
 
 class ContextError(WorkError):
@@ -50,33 +55,53 @@ class ModelServer:
         except ContextError:
             without = {name: value for name, value in body.items() if name != "max_tokens"}
             answer = self._call("POST", path, without, key=key)
-        return [storable(choice["message"]["content"] or "") for choice in answer["choices"]]
+        with self._understood(path):
+            contents = [choice["message"]["content"] or "" for choice in answer["choices"]]
+            return [storable(contents[0]), *map(storable, contents[1:])]
 
     def model_name(self) -> str:
         """The name of the base model in the API."""
-        listed = self._call("GET", "/v1/models", key=self.api_key)["data"]
-        return next(model["id"] for model in listed if not model.get("parent"))
+        path = "/v1/models"
+        answer = self._call("GET", path, key=self.api_key)
+        with self._understood(path):
+            return next(str(model["id"]) for model in answer["data"] if not model.get("parent"))
 
     def replace_model(self, path: str, name: str) -> dict[str, Any]:
         """Serves another checkpoint; returns when new requests go to it."""
         body = {"path": path, "name": name}
-        return self._call("POST", "/admin/models", body, key=self.admin_key)
+        path = "/admin/models"
+        answer = self._call("POST", path, body, key=self.admin_key)
+        with self._understood(path):
+            return {"replaced": answer["replaced"]}
+
+    @contextmanager
+    def _understood(self, path: str) -> Iterator[None]:
+        """Raises WorkError for an answer without what every model server answers."""
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, StopIteration):
+            raise NoAnswerError(
+                f"{self.url}{path}: the answer is none of a model server; check OPENPALM_SERVER_URL"
+            ) from None
 
     def _call(self, method: str, path: str, body: Any = None, *, key: str = "") -> Any:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             response = _client().request(method, self.url + path, json=body, headers=headers)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise WorkError(f"{self.url}: the model server does not answer ({error})") from None
+            reason = str(error) or type(error).__name__
+            line = f"{self.url}: the model server does not answer ({reason})"
+            raise NoAnswerError(line) from None
         try:
             answer = response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = {}
         if response.is_success:
             return answer
-        error = (answer.get("error") or {}) if isinstance(answer, dict) else {}
+        error = answer.get("error") if isinstance(answer, dict) else None
+        error = error if isinstance(error, dict) else {}
         kind = ContextError if error.get("code") == "context_length_exceeded" else WorkError
-        reason = error.get("message") or "no reason"
+        reason = str(error.get("message") or "no reason")[:1000]
         raise kind(f"{self.url}{path}: status {response.status_code}: {reason}")
 
 
@@ -103,6 +128,16 @@ def promoted_path() -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
+
+
+def write_served(model: ModelVersion) -> None:
+    """Names the model for the process that starts the server next. Raises OSError."""
+    content = {"path": model.path, "project": model.project.slug, "model": model.name}
+    write_atomically(Path(settings.FEEDBACK_DIR) / SERVED_FILE, json.dumps(content))
+
+
+def forget_promotion() -> None:
+    (Path(settings.FEEDBACK_DIR) / SERVED_FILE).unlink(missing_ok=True)
 
 
 def _has(model: ModelVersion) -> bool:
@@ -133,8 +168,8 @@ def temporary_server(path: str, progress: Progress) -> Iterator[ModelServer]:
         # Through the environment: other users of the machine can read command lines.
         keys = {"OPENPALM_API_KEY": key, "OPENPALM_ADMIN_KEY": secrets.token_urlsafe(24)}
         words = ["serve", path, "--port", "0", "--shutdown-timeout", "1"]
-        command = Command(words, Path(log.name), keys)
-        process = command.start(dies_with_us=True)
+        command = Command(words, Path(log.name), keys, dies_with_us=True)
+        process = command.start()
         try:
             progress.say(f"loading {path}")
             waited = 0.0

@@ -20,7 +20,7 @@ HANDLERS = {
     "score": "openpalm.feedback.training.scoring:run",
     "compare": "openpalm.feedback.training.comparisons:run",
     "promote": "openpalm.feedback.training.promotion:run",
-    "import": "openpalm.feedback.manage.imports:run",
+    "import": "openpalm.feedback.imports.importer:run",
 }
 
 STATISTICS_DUE = "openpalm.feedback.quality.job:enqueue_due"

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from django.conf import settings
 from django.db import DatabaseError, Error, InterfaceError, OperationalError, connections
 
+from openpalm.base.files import is_disk_full
 from openpalm.errors import OpenPalmError
 from openpalm.feedback.models import Job
 from openpalm.feedback.worker import jobs
@@ -17,6 +18,7 @@ from openpalm.feedback.worker.identity import worker_name
 from openpalm.feedback.worker.progress import JobStopped, Progress, WorkerEnds
 
 POLL_S = 0.5
+FULL_DISK_PAUSE_S = 10.0
 HEARTBEAT_S = 3.0
 STATISTICS_EVERY_S = 10.0
 """figures are at most about this old, as long as no other job takes longer"""
@@ -88,8 +90,11 @@ class Worker:
             pass  # its state says so already
         except (OperationalError, InterfaceError):
             raise  # away, or its disk is full: the job is taken up when its heartbeat is old
-        except (OpenPalmError, DatabaseError) as error:
-            jobs.finish(job, Job.State.FAILED, message=" ".join(str(error).split()))
+        except (OpenPalmError, DatabaseError, OSError) as error:
+            if is_disk_full(error):
+                self._wait_for_space(job, error)
+            else:
+                jobs.finish(job, Job.State.FAILED, message=" ".join(str(error).split()))
         except Exception as error:
             # A bug: the line is for the page, the traceback for the worker's log.
             log.exception("job %s", job.pk)
@@ -97,6 +102,13 @@ class Worker:
             jobs.finish(job, Job.State.FAILED, message=f"{line} (the worker's log says where)")
         else:
             jobs.finish(job, Job.State.DONE, result=result)
+
+    def _wait_for_space(self, job: Job, error: Exception) -> None:
+        """Puts the job back: it continues by itself when somebody has made room."""
+        line = f"the disk is full ({' '.join(str(error).split())}); it continues when there is room"
+        log.warning("job %s: %s", job.pk, line)
+        jobs.give_back(job, line)
+        self.ending.wait(FULL_DISK_PAUSE_S)
 
 
 @contextmanager

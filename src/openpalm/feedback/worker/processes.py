@@ -55,9 +55,10 @@ class Command:
     words: Sequence[str]
     log: Path
     environment: Mapping[str, str] | None = None
+    dies_with_us: bool = False
+    """whether the process ends too when the worker is killed (on Linux)"""
 
-    def start(self, *, dies_with_us: bool = False) -> subprocess.Popen[bytes]:
-        """Starts the process. One that `dies_with_us` also ends when the worker is killed."""
+    def start(self) -> subprocess.Popen[bytes]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             return subprocess.Popen(
@@ -67,7 +68,7 @@ class Command:
                 stderr=subprocess.STDOUT,
                 env=os.environ | dict(self.environment or {}),
                 start_new_session=True,  # Ctrl-C at the terminal ends it only through the worker
-                preexec_fn=die_with_parent if dies_with_us else None,
+                preexec_fn=die_with_parent if self.dies_with_us else None,
             )
 
     def run(
@@ -94,6 +95,13 @@ class Command:
             end(process)
             raise
         return process.returncode
+
+    def failure(self, status: int) -> str:
+        """One line: why the command failed, and where its log is."""
+        line = self.last_line().removeprefix("openpalm: error: ") or f"status {status}"
+        if status < 0:
+            line = f"was ended by {signal.Signals(-status).name} (is there enough memory?): {line}"
+        return f"openpalm {self.words[0]}: {line} (log: {self.log})"
 
     def last_line(self) -> str:
         """The reason of a failure: the log's last error, or else its last line."""
@@ -144,8 +152,7 @@ def _signal_group(pid: int, number: int) -> None:
 
 
 def last_lines(log: Path) -> list[str]:
-    """The lines at the end of a log that say something; a progress line that rewrites itself counts
-    once, as it is now."""
+    """The non-empty lines at the end of a log; a progress bar counts as one line."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL))
         lines = file.read().decode(errors="replace").split("\n")

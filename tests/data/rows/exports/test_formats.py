@@ -6,11 +6,8 @@ from collections import Counter
 import pytest
 from judgements import ASK, DIALOGUE, every_kind, judge, mixed, rate
 
-from openpalm.data.rows.demonstration_files import read_demonstrations
 from openpalm.data.rows.exports.formats import FORMATS
 from openpalm.data.rows.exports.stream import export_rows, write_export
-from openpalm.data.rows.labelled_completion_files import read_labelled_completions
-from openpalm.data.rows.pair_files import read_pairs, read_ties
 from openpalm.data.rows.preferences import (
     Preference,
     demonstrations_from_preferences,
@@ -19,8 +16,11 @@ from openpalm.data.rows.preferences import (
     ratings_from_preferences,
     ties_from_preferences,
 )
-from openpalm.data.rows.rating_files import read_ratings
 from openpalm.data.rows.read_result import StreamCounts
+from openpalm.data.rows.readers.demonstrations import read_demonstrations
+from openpalm.data.rows.readers.labelled_completions import read_labelled_completions
+from openpalm.data.rows.readers.pairs import read_pairs, read_ties
+from openpalm.data.rows.readers.ratings import read_ratings
 from openpalm.data.text.conversation import Message
 
 

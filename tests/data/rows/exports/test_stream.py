@@ -1,8 +1,7 @@
-"""Streams of exports: replaced records, bounded memory, what `datasets` loads."""
+"""Streams of exports: bounded memory, what `datasets` loads."""
 
 import json
 import tracemalloc
-from dataclasses import replace
 from datetime import datetime
 
 import datasets
@@ -14,25 +13,10 @@ from openpalm.data.rows.exports.stream import (
     MAX_GROUP,
     export_lines,
     export_rows,
-    records_in_force,
     write_export,
 )
-from openpalm.data.rows.preferences import pairs_from_preferences
 from openpalm.data.rows.read_result import MAX_LISTED, StreamCounts
 from openpalm.errors import DataError, StorageError
-
-
-def test_only_records_in_force_pass():
-    first, second, third = every_kind()[:3]
-    changed = replace(first, id="q", supersedes=first.id)
-    given = [first, second, changed, replace(second, author="bob"), third]
-    counts = StreamCounts()
-    kept = list(records_in_force(lambda: iter(given), counts))
-    assert kept == [second, changed, third]
-    assert counts.unused == {"superseded": 1, "repeated id": 1}
-    assert counts.places == {"superseded": [first.id], "repeated id": [second.id]}
-    pairs = pairs_from_preferences(given)
-    assert pairs.unused["superseded"] == pairs.unused["repeated id"] == 1
 
 
 def test_ratings_that_are_not_adjacent_are_counted():

@@ -9,13 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from openpalm.data.rows.demonstration_files import (
-    check_demonstration,
-    completion_row_to_conversation,
-)
 from openpalm.data.rows.fields import Row
 from openpalm.data.rows.messages import Messages, stripped
-from openpalm.data.rows.pair_files import row_to_pair
 from openpalm.data.rows.preferences import (
     ALONE,
     LabelledCompletion,
@@ -27,6 +22,11 @@ from openpalm.data.rows.preferences import (
     pair_of_ratings,
     pairs_of,
 )
+from openpalm.data.rows.readers.demonstrations import (
+    check_demonstration,
+    completion_row_to_conversation,
+)
+from openpalm.data.rows.readers.pairs import row_to_pair
 from openpalm.errors import DataError
 
 Fields = dict[str, Any]

@@ -1,11 +1,10 @@
 """Streams preference records to files of any export format, in memory that does not grow.
 
-Records are read one by one and written one by one. Only `records_in_force`, for callers that have
-not dropped replaced records themselves, keeps ids.
+Records are read one by one and written one by one. The caller leaves out replaced records.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -23,30 +22,10 @@ MAX_GROUP = 64
 """Ratings of one prompt by one author that are compared: n of them give n * (n - 1) / 2 pairs."""
 
 
-def records_in_force(
-    read: Callable[[], Iterable[Preference]], counts: StreamCounts
-) -> Iterator[Preference]:
-    """The records that no other record replaces, and of records with one id the first.
-
-    Calls `read` twice, for two passes. Keeps the id of every record in memory, about 100 bytes; a
-    database that knows the records in force needs no call of this.
-    """
-    superseded = {p.supersedes for p in read() if p.supersedes is not None}
-    seen: set[str] = set()
-    for p in read():
-        if p.id in superseded:
-            counts.leave_out(p.id, "superseded")
-        elif p.id in seen:
-            counts.leave_out(p.id, "repeated id")
-        else:
-            seen.add(p.id)
-            yield p
-
-
 def export_rows(
     records: Iterable[Preference], name: str, counts: StreamCounts | None = None
 ) -> Iterator[Fields]:
-    """The rows of a format in FORMATS for records in force (see `records_in_force`).
+    """The rows of a format in FORMATS for records in force.
 
     Pairs and scores of ratings need the ratings of one prompt by one author next to each other:
     sort the records by prompt and author. `counts` receives what gives no row. Raises DataError for
@@ -68,9 +47,11 @@ def export_lines(
     return (json.dumps(row).encode() + b"\n" for row in export_rows(records, name, counts))
 
 
-def write_export(path: Path, records: Iterable[Preference], name: str) -> StreamCounts:
+def write_export(
+    path: Path, records: Iterable[Preference], name: str, counts: StreamCounts | None = None
+) -> StreamCounts:
     """Replaces the file, atomically. Raises StorageError."""
-    counts = StreamCounts()
+    counts = counts if counts is not None else StreamCounts()
     lines = export_lines(records, name, counts)
     try:
         with atomic_file(path) as file:

@@ -1,9 +1,9 @@
 "use strict";
 
-/* The page of an item: keys, drafts, the active time, ranking. Every part works without it.
+/* The page of an item: keys, drafts, the active time. Every part works without it.
 
    A control names its key in data-key; the item is replaced by htmx after each judgement.
-   `token` is in base.js. */
+   `token` is in base.js; rankings are in ranking.js. */
 
 const DRAFT_AFTER_MS = 800;
 const POLL_MS = 700;
@@ -97,7 +97,7 @@ function press(event) {
   }
   if (key === "Escape") closePanels();
   const name = key.toLowerCase();
-  if (rankBy(event) || rateBy(event)) return event.preventDefault();
+  if (scrollAnswers(event) || rankBy(event) || rateBy(event)) return event.preventDefault();
   const control = [...document.querySelectorAll("#item [data-key]")].find((node) =>
     node.dataset.key.toLowerCase().split(" ").includes(name));
   if (!control) return;
@@ -108,11 +108,22 @@ function press(event) {
 function use(control) {
   if (control.matches("textarea")) return control.focus();
   control.click();
-  if (control.matches("input")) control.focus();
-  if (control.matches("summary")) {
-    const field = control.parentElement.open && control.parentElement.querySelector("textarea");
-    (field || control).focus();
-  }
+  if (control.matches("input")) focus(control);
+  if (!control.matches("summary")) return;
+  const panel = control.parentElement;
+  if (panel.open) focus(panel.querySelector("textarea") ?? control);
+  else leavePanel();
+}
+
+// A control in sight is focused where it is: the text above it must not move away.
+function focus(node) {
+  const box = node.getBoundingClientRect();
+  node.focus({ preventScroll: box.top >= 0 && box.bottom <= innerHeight });
+}
+
+// So that the next Enter submits, and does not open the panel again.
+function leavePanel() {
+  if (document.activeElement?.closest("details")) find("#item h1[tabindex]")?.focus({ preventScroll: true });
 }
 
 function submitBy(event, target) {
@@ -140,7 +151,19 @@ function isJudged() {
 }
 
 function closePanels() {
+  leavePanel();
   for (const panel of document.querySelectorAll("#item details[open]")) panel.open = false;
+}
+
+// On wide screens long answers scroll by themselves: together, whatever has the focus. The page
+// itself moves first where it hides a part of them.
+function scrollAnswers({ key, target }) {
+  const share = { PageDown: 0.9, PageUp: -0.9 }[key];
+  const box = share && !target.closest?.(".answer") && find(".answers.long");
+  if (!box || (share > 0 && box.getBoundingClientRect().bottom > find(".bar").getBoundingClientRect().top)) return false;
+  const before = [...box.children].map((answer) => answer.scrollTop);
+  for (const answer of box.children) answer.scrollBy({ top: share * answer.clientHeight });
+  return [...box.children].some((answer, n) => answer.scrollTop !== before[n]);
 }
 
 /* Rating: digits rate the current axis and go on to the next. */
@@ -178,114 +201,6 @@ function rateBy(event) {
 document.addEventListener("focusin", (event) => {
   const axis = event.target.closest?.("[data-axis]");
   if (axis) goTo(axis);
-});
-
-/* Ranking: places to drag answers to, filled by typing their numbers from best to worst. The
-   selects hold the truth. */
-
-const selects = () => [...document.querySelectorAll("[data-answer]")];
-let typedOrder = []; // answers in the order of typing, for Backspace
-let tieNext = false;
-
-function setPlace(answer, place) {
-  const select = selects().find((one) => one.dataset.answer === answer);
-  select.value = place ? String(place) : "";
-  drawRanking();
-  later();
-  say(place ? `Answer ${answer}: place ${place}` : `Answer ${answer}: no place`);
-}
-
-function drawRanking(focused = document.activeElement?.dataset?.chip) {
-  const box = find(".ranking");
-  if (!box) return;
-  const count = Number(box.dataset.places);
-  const list = box.querySelector(".places") ?? box.appendChild(document.createElement("ol"));
-  list.className = "places";
-  list.replaceChildren(...Array.from({ length: count + 1 }, (_, place) => drawPlace(place, count)));
-  if (focused) list.querySelector(`[data-chip="${focused}"]`)?.focus();
-}
-
-function drawPlace(place, count) {
-  const item = document.createElement("li");
-  const chips = selects().filter((select) => Number(select.value) === place);
-  item.dataset.place = place;
-  item.hidden = place === 0 && chips.length === 0;
-  if (place === 0) item.className = "tray";
-  const rank = document.createElement("span");
-  rank.className = "rank";
-  rank.textContent = place === 0 ? "Answers" : place === 1 ? "1 best" : place === count ? `${place} worst` : String(place);
-  item.append(rank, ...chips.map((select) => drawChip(select.dataset.answer, place)));
-  return item;
-}
-
-function drawChip(answer, place) {
-  const chip = document.createElement("button");
-  chip.type = "button";
-  chip.draggable = true;
-  chip.dataset.chip = answer;
-  chip.textContent = answer;
-  chip.setAttribute("aria-label", `Answer ${answer}, ${place ? `place ${place}` : "no place"}; arrows move it`);
-  return chip;
-}
-
-function rankBy(event) {
-  const box = find(".ranking");
-  if (!box) return false;
-  const { key } = event;
-  const chip = event.target.dataset?.chip;
-  const count = Number(box.dataset.places);
-  const placeOf = (answer) => Number(selects().find((one) => one.dataset.answer === answer).value);
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[key];
-  if (chip && step) {
-    setPlace(chip, Math.min(count, Math.max(0, placeOf(chip) + step)));
-  } else if (key.toLowerCase() === "t") {
-    tieNext = true;
-    say("The next answer ties with the last one.");
-  } else if (key === "Backspace") {
-    const last = typedOrder.pop();
-    if (last) setPlace(last, 0);
-  } else if (selects().some((one) => one.dataset.answer === key)) {
-    if (selects().every((one) => one.value)) startOver();
-    const last = typedOrder.filter((answer) => answer !== key).at(-1);
-    const places = selects().filter((one) => one.dataset.answer !== key).map((one) => Number(one.value));
-    typedOrder = [...typedOrder.filter((answer) => answer !== key), key];
-    setPlace(key, tieNext && last ? placeOf(last) : Math.min(count, Math.max(0, ...places) + 1));
-    tieNext = false;
-  } else return false;
-  return true;
-}
-
-// A number typed when every answer has its place begins a new ranking.
-function startOver() {
-  for (const select of selects()) select.value = "";
-  typedOrder = [];
-}
-
-function dropZone(event) {
-  return event.target.closest?.(".places li");
-}
-
-document.addEventListener("dragstart", (event) => {
-  const { chip } = event.target.dataset ?? {};
-  if (!chip) return;
-  event.dataTransfer.setData("text/plain", chip);
-  event.dataTransfer.effectAllowed = "move";
-  for (const zone of document.querySelectorAll(".places li")) zone.hidden = false;
-});
-for (const kind of ["dragover", "dragleave", "drop"]) {
-  document.addEventListener(kind, (event) => {
-    const zone = dropZone(event);
-    if (!zone) return;
-    zone.classList.toggle("over", kind === "dragover");
-    if (kind === "dragover") event.preventDefault();
-    if (kind !== "drop") return;
-    event.preventDefault();
-    const answer = event.dataTransfer.getData("text/plain");
-    if (selects().some((one) => one.dataset.answer === answer)) setPlace(answer, Number(zone.dataset.place));
-  });
-}
-document.addEventListener("change", (event) => {
-  if (event.target.dataset?.answer) drawRanking();
 });
 
 /* The live chat: the answers grow while the rest of the page stays as it is. */
@@ -353,24 +268,23 @@ document.addEventListener("htmx:beforeSwap", () => {
   // Guidelines that opened because they are new do not stay open.
   open = { guidelines: find("#guidelines[open]:not(:has(.notice))"), keys: find("#keys[open]") };
 });
-document.addEventListener("htmx:afterSwap", () => {
+document.addEventListener("htmx:afterSwap", (event) => {
   trouble("");
   for (const [id, was] of Object.entries(open)) if (was && find(`#${id}`)) find(`#${id}`).open = true;
   begin();
   const error = find("#error");
-  say(error || find("#talk") ? "" : form() ? "Next item." : "Nothing is left to judge.");
+  const isSame = event.detail.requestConfig?.path.endsWith("/view"); // formatted, or as written
+  say(error || isSame || find("#talk") ? "" : form() ? "Next item." : "Nothing is left to judge.");
   const field = find("#flag[open] textarea");
   (field ?? error ?? find("#item h1[tabindex]"))?.focus({ preventScroll: !error });
   if (!error) find("#growing")?.scrollIntoView({ block: "nearest" });
 });
 
 function begin() {
-  typedOrder = selects().filter((one) => one.value).sort((a, b) => a.value - b.value).map((one) => one.dataset.answer);
-  tieNext = false;
   startClock();
   saved = form() ? typed() : "";
   goTo(axesOf().find((axis) => !axis.querySelector(":checked")) ?? axesOf()[0]);
-  drawRanking();
+  beginRanking();
   waitToPoll();
 }
 

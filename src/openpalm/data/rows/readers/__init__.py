@@ -1,0 +1,1 @@
+"""Readers of the files of each kind of row: pairs, prompts, ratings and others."""

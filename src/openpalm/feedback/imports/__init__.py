@@ -1,0 +1,1 @@
+"""Imports: uploaded files, their rows, the import job, and first prompts."""

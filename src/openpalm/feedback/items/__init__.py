@@ -1,0 +1,1 @@
+"""Items: adding them, changing them, tasks, and who may see their models' names."""

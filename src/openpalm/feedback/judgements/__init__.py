@@ -1,0 +1,1 @@
+"""Judgements: the queue, submission, payloads, and the preference records made of them."""
