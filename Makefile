@@ -8,6 +8,9 @@ PYTEST_ARGS ?=
 PROVE_ARGS ?=
 MINUTES ?=
 
+# Tests start many processes; without compiled files each would compile the sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -84,7 +87,7 @@ ready-feedback: $(VENV)/.feedback
 
 # Not by `make test`: it starts browsers, a PostgreSQL server and many processes, and kills some.
 feedback: ready-feedback
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/feedback_system $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/feedback_system tests/feedback/packages $(PYTEST_ARGS)
 
 ready-interop: $(VENV)-interop/.ready
 

@@ -147,11 +147,13 @@ def train_small(work: Path, processes: int) -> Path:
         status = command_line(["data", "prepare", source, f"--out={data}", "--tokenizer=byte"])
         words = "--model=palm-tiny --steps=4 --save-every=2 --eval-every=4 --dtype=float32"
         words += " --sequence-length=32 --batch-tokens=128"
-    train = ["train", f"--data={data}", f"--out={run}", *words.split()]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    launch = launch if processes > 1 else []
-    command = [sys.executable, *launch, "-m", "openpalm", *train]
-    status = status or subprocess.run(command, stdout=sys.stderr, check=False).returncode
+        train = ["train", f"--data={data}", f"--out={run}", *words.split()]
+        if processes == 1:
+            status = status or command_line(train)
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *launch, "-m", "openpalm", *train]
+        status = status or subprocess.run(command, stdout=sys.stderr, check=False).returncode
     if status:
         raise SystemExit(status)
     return run

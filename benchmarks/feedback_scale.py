@@ -2,14 +2,17 @@
 
     python benchmarks/feedback_scale.py [--database sqlite|postgresql] [--items 100000]
                                         [--responses 10] [--keep FOLDER | --url URL]
-                                        [--parts pages,export,statistics] [--plans FILE] [--json]
+                                        [--parts pages,export,formats,statistics]
+                                        [--plans FILE] [--json]
 
 Fills a project by bulk SQL: --responses for each item, by 40 labelers; half of the items wait for
-two more. Times every GET URL of the site and of the API as an administrator, the long lists with
-their filters (the fastest, the median and the slowest of 5), the next item and its submission for a
-labeler, for one who has had every open item, and the export of all judgements and the worker's
-statistics with the peak memory of their processes. Shows the plans of the queries that depend on
-the size. Exits 1 if a page takes longer than 300 ms, the fastest of 5.
+two more; answers of two models, scores of a reward model, 200,000 lines of the audit log and
+100,000 jobs. Times every GET URL of the site and of the API as an administrator, the long lists
+with their filters (the fastest, the median and the slowest of 5), the next item and its submission
+for a labeler, for one who has had every open item, and the export of all judgements, all formats in
+one pass, and the worker's statistics twice (from nothing, and again after them), with the peak
+memory of their processes. Shows the plans of the queries that depend on the size. Exits 1 if a page
+takes longer than 300 ms, the fastest of 5.
 """
 
 import argparse
@@ -31,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 
 LIMIT_MS = 300.0
 USERS = 40
+EVENTS, JOBS = 200_000, 100_000
 REPEATS = 5
 SLUG = "scale"
 SKIPPED_VIEWS = ("logout", "download", "api-export")
@@ -70,6 +74,8 @@ FILTERS = {
         "who=root&by=simulated",
         "kind=edit&state=deleted&by=model",
     ),
+    "audit": ("area=job", "area=token", "who=u3", "who=nobody", "area=site&who=root"),
+    "jobs": ("before=50000", "after=50000"),
 }
 """queries of the long lists: common values, rare ones, and pages in the middle"""
 
@@ -232,6 +238,41 @@ class Filler:
         )
         self._finish()
 
+    def run_rest(self, project: int, root: int, models: list[int]) -> None:
+        """What is there beside the judgements: who wrote the answers, scores, events, jobs."""
+        with self.connection.cursor() as cursor:
+            cursor.execute(f"UPDATE feedback_candidate SET model_id = {models[0]} + id % 2")
+        score = {
+            "model_id": models[2],
+            "candidate_id": "i",
+            "score": "(i * 7919 % 1000) / 250.0 - 2",
+        }
+        self._insert("modelscore", 2 * self.items, score)
+        event = {
+            "project_id": project,
+            "user_id": root,
+            "action": "CASE WHEN i % 40000 = 0 THEN 'token.issued' ELSE 'judgement.deleted' END",
+            "target": "'response ' || i",
+            "data": self.json("{}"),
+            "created_at": "CURRENT_TIMESTAMP",
+        }
+        self._insert("event", EVENTS, event)
+        job = {
+            "project_id": project,
+            "kind": "'import'",
+            "arguments": self.json("{}"),
+            "state": "'done'",
+            "done": 1,
+            "total": 1,
+            "message": "''",
+            "result": self.json("{}"),
+            "attempts": 1,
+            "worker": "''",
+            "created_at": "CURRENT_TIMESTAMP",
+        }
+        self._insert("job", JOBS, job)
+        self._finish()
+
     def _insert(self, table: str, count: int, columns: dict[str, Any]) -> None:
         started = time.monotonic()
         names = ", ".join(f'"{name}"' for name in columns)
@@ -269,19 +310,33 @@ def fill(items: int, responses: int) -> None:
     Filler(items, responses).run(project.pk, users[0].pk)
 
 
+def fill_rest(items: int, responses: int) -> None:
+    from openpalm.feedback.models import ModelVersion, Project, User
+
+    project = Project.objects.get(slug=SLUG)
+    names = (("model-0", "policy"), ("model-1", "policy"), ("reward-1", "reward"))
+    made = [ModelVersion.objects.create(project=project, name=n, kind=kind) for n, kind in names]
+    ModelVersion.objects.filter(pk=made[1].pk).update(parent=made[0])
+    root = User.objects.get(username="root")
+    Filler(items, responses).run_rest(project.pk, root.pk, [model.pk for model in made])
+
+
 # What is timed.
 
 
-def timed(name: str, call: Callable[[], Any]) -> tuple[float, float, float]:
-    """Fastest, median and slowest of some calls, in ms, after one that warms the caches."""
+def timed(name: str, call: Callable[[], Any]) -> tuple[float, float, float, float]:
+    """Fastest, median and slowest of some calls, and the median of this process's processor time,
+    in ms, after one that warms the caches."""
     call()
-    times = []
+    times, cpu = [], []
     for _ in range(REPEATS):
-        started = time.perf_counter()
+        started, before = time.perf_counter(), time.process_time()
         call()
         times.append((time.perf_counter() - started) * 1000)
-    print(f"{min(times):>9.1f} {median(times):>9.1f}  {name}", file=sys.stderr, flush=True)
-    return round(min(times), 1), round(median(times), 1), round(max(times), 1)
+        cpu.append((time.process_time() - before) * 1000)
+    found = min(times), median(times), max(times), median(cpu)
+    print("".join(f"{ms:>9.1f}" for ms in found), name, file=sys.stderr, flush=True)
+    return round(found[0], 1), round(found[1], 1), round(found[2], 1), round(found[3], 1)
 
 
 def urls(patterns: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -389,7 +444,7 @@ def plans() -> dict[str, str]:
     from django.test import RequestFactory
 
     from openpalm.feedback.judgements import queue
-    from openpalm.feedback.judgements.records import _with_texts
+    from openpalm.feedback.judgements.records import with_texts
     from openpalm.feedback.manage import items, responses
     from openpalm.feedback.models import Item, Project, Response, User
 
@@ -410,7 +465,7 @@ def plans() -> dict[str, str]:
             rows = filtered(request).filter(**{"pk__lt": before} if before else {})
             queries[f"{page}?{text}"] = rows.order_by("-pk")[:51]
     of_project = Response.objects.filter(project=project, pk__gt=middle["response"])
-    queries["export, a chunk"] = _with_texts(of_project).order_by("pk")[:500]
+    queries["export, a chunk"] = with_texts(of_project).order_by("pk")[:500]
     options = {"analyze": True, "buffers": True} if connection.vendor == "postgresql" else {}
     return {name: query.explain(**options) for name, query in queries.items()}
 
@@ -462,17 +517,77 @@ def time_export(folder: Path, result: dict[str, Any]) -> None:
     out.unlink()
 
 
-STATISTICS = """
+EVERY = 5
+FORMATS = """
+import json, os, resource, sys
 import django
 django.setup()
+from itertools import islice
+from openpalm.data.rows.exports.stream import EXPORT_NAMES, export_lines
+from openpalm.feedback.judgements.records import project_records
 from openpalm.feedback.models import Project
-from openpalm.feedback.quality.compute import compute
-compute(Project.objects.get(slug="{slug}"))
+
+def cpu():
+    return sum(os.times()[:2])
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+records = project_records(Project.objects.get(slug="{slug}"))
+found = dict((name, dict(cpu_s=0.0, records=0, rows=0, bytes=0)) for name in EXPORT_NAMES)
+total, peaks, started = 0, [], cpu()
+while chunk := list(islice(records, 5000)):
+    for number, (name, one) in enumerate(found.items()):
+        if (total // 5000 + number) % {every}:
+            continue
+        before = cpu()
+        one["records"] += len(chunk)
+        for line in export_lines(chunk, name):
+            one["rows"] += 1
+            one["bytes"] += len(line)
+        one["cpu_s"] += cpu() - before
+    total += len(chunk)
+    peaks.append(peak())
+    print(total, peaks[-1], file=sys.stderr, flush=True)
+formats = dict((n, one | dict(cpu_s=round(one["cpu_s"], 1))) for n, one in found.items())
+reading = cpu() - started - sum(one["cpu_s"] for one in formats.values())
+tenth = peaks[(len(peaks) - 1) // 10]
+text = json.dumps(dict(
+    records=total, reading_cpu_s=round(reading, 1), formats=formats,
+    peak_rss_megabytes_at_a_tenth=tenth, peak_rss_megabytes=peaks[-1],
+))
+open("{out}", "w", encoding="utf-8").write(text)
+"""
+
+
+def time_formats(folder: Path, result: dict[str, Any]) -> None:
+    """Every format of the export, from one pass over all records; each gets every fifth chunk."""
+    out = folder / "formats.json"
+    code = FORMATS.format(slug=SLUG, out=out, every=EVERY)
+    subprocess.run([sys.executable, "-c", code], check=True)
+    result["formats"] = json.loads(out.read_text(encoding="utf-8"))
+
+
+STATISTICS = """
+import os, sys, time
+import django
+django.setup()
+from openpalm.feedback.models import Job, Project
+from openpalm.feedback.quality.job import run
+from openpalm.feedback.worker.progress import Progress
+project = Project.objects.get(slug="{slug}")
+for name in ("first", "again"):
+    job = Job.objects.create(kind="statistics", project=project, state="running")
+    before, started = sum(os.times()[:2]), time.monotonic()
+    run(job, Progress(job))
+    cpu = sum(os.times()[:2]) - before
+    print(name, round(cpu, 1), "CPU s", round(time.monotonic() - started), "s", file=sys.stderr)
+    job.delete()
 """
 
 
 def time_statistics(folder: Path, result: dict[str, Any]) -> None:
-    """What the worker does in a job of the kind `statistics`."""
+    """What the worker does in a job of the kind `statistics`, and in the next one."""
     nothing = folder / "exported"
     nothing.mkdir(exist_ok=True)
     seconds, seen = run_measured(["-c", STATISTICS.format(slug=SLUG)], nothing)
@@ -508,17 +623,21 @@ def measure(folder: Path, items: int, responses: int, parts: str) -> dict[str, A
     django.setup()
     logging.disable(logging.WARNING)  # pages that need something else than a GET
     from openpalm.feedback.manage_command import manage
-    from openpalm.feedback.models import Project
+    from openpalm.feedback.models import ModelVersion, Project
 
     manage(["migrate", "-v", "0"])
     if not Project.objects.filter(slug=SLUG).exists():
         fill(items, responses)
+    if not ModelVersion.objects.exists():
+        fill_rest(items, responses)
     result: dict[str, Any] = {"pages": {}, "skipped": [], "plans": plans()}
     if "pages" in parts:
         time_judging(result)
         time_pages(result)
     if "export" in parts:
         time_export(folder, result)
+    if "formats" in parts:
+        time_formats(folder, result)
     if "statistics" in parts:
         time_statistics(folder, result)
     return result
@@ -531,7 +650,7 @@ def main() -> int:
     parser.add_argument("--responses", type=int, default=10)
     parser.add_argument("--keep", type=Path, help="folder whose SQLite database is used again")
     parser.add_argument("--url", help="of a PostgreSQL database that is used again")
-    parser.add_argument("--parts", default="pages,export,statistics")
+    parser.add_argument("--parts", default="pages,export,formats,statistics")
     parser.add_argument("--plans", type=Path, help="file for the plans; else they are printed")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -551,7 +670,7 @@ def main() -> int:
     for name, times in sorted(result["pages"].items(), key=lambda one: -one[1][0]):
         print("".join(f"{ms:>10}" for ms in times), name)
     print(f"not pages: {', '.join(result['skipped'])}")
-    for name in ("export", "statistics"):
+    for name in ("export", "formats", "statistics"):
         if name in result:
             print(f"{name}: {result[name]}")
     print(f"{len(slow)} over {LIMIT_MS:g} ms" if slow else f"none over {LIMIT_MS:g} ms")

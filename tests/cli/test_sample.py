@@ -68,9 +68,16 @@ def test_plain_streamed_and_json_agree(said, sampled, run):
 
 
 def test_streaming_in_a_process_of_its_own(sampled, run):
-    done = program("sample", run, PROMPT, "--seed", 5, "--max-new-tokens", 30, "--stream")
-    text = sampled("--seed", 5, "--max-new-tokens", 30)["text"]
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{PROMPT}{text}\n", "")
+    """Which imports neither torch's compiler nor its sharding: a second of every start."""
+    words = ("--seed", 5, "--max-new-tokens", 30)
+    timed = {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = program("sample", run, PROMPT, *words, "--stream", env=timed)
+    assert (done.returncode, done.stdout) == (0, f"{PROMPT}{sampled(*words)['text']}\n")
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("import time:") for line in lines), lines
+    imported = {line.rpartition("|")[2].strip() for line in lines}
+    assert "torch" in imported
+    assert not imported & {"torch._dynamo", "torch.distributed.tensor", "sympy"}
 
 
 def test_seeds(sampled):

@@ -1,15 +1,22 @@
 """A database that is away or full, a clock that is set back, a project that is closed."""
 
+import errno
+import logging
 from datetime import timedelta
 
 import pytest
+from django.conf import settings
+from django.core.files.uploadedfile import SimpleUploadedFile
 from django.db import InterfaceError, OperationalError
 from django.test import Client
 from django.utils import timezone
+from django.utils.module_loading import import_string
 
+from openpalm.feedback.imports import uploads
 from openpalm.feedback.judgements import queue, submission
 from openpalm.feedback.judgements.submission import Judgement
-from openpalm.feedback.models import Item, Response
+from openpalm.feedback.manage import prompts
+from openpalm.feedback.models import Item, Job, Response
 
 TIE = Judgement("compare", {"tie": [0, 1]})
 TROUBLES = [
@@ -17,6 +24,8 @@ TROUBLES = [
     (OperationalError("attempt to write a readonly database"), "cannot be written"),
     (OperationalError("connection failed: Connection refused"), "does not answer"),
     (InterfaceError("connection already closed"), "does not answer"),
+    (OSError(errno.ENOSPC, "No space left on device"), "The disk of this site is full"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), "The disk of this site is full"),
 ]
 
 
@@ -47,6 +56,47 @@ def test_the_page_says_what_is_wrong_and_that_nothing_was_stored(
     assert (answer.status_code, answer["Retry-After"]) == (503, "10")
     assert line in page
     assert "nothing was stored" in page
+
+
+@pytest.mark.parametrize(("error", "line"), TROUBLES)
+def test_the_log_has_one_line_of_it(error, line):
+    """A traceback says nothing of the cause, and there is one for each request of each labeler."""
+    assert "one_line" in settings.LOGGING["handlers"]["stderr"]["filters"]
+    one_line = import_string(settings.LOGGING["filters"]["one_line"]["()"])()
+    for raised, is_trouble in ((error, True), (ValueError("a bug"), False)):
+        about = (type(raised), raised, None)
+        record = logging.LogRecord("n", logging.ERROR, "f", 1, "Failed: %s", ("/p",), about)
+        assert one_line.filter(record)
+        text = logging.Formatter("%(message)s").format(record)
+        assert text == (f"Failed: /p: {error}" if is_trouble else "Failed: /p\nValueError: a bug")
+
+
+def test_an_upload_to_a_full_disk_leaves_nothing(project, admin, settings, tmp_path, monkeypatch):
+    settings.FEEDBACK_DIR = tmp_path
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(file):
+        raise full
+
+    monkeypatch.setattr(uploads, "flush", flush)
+    client = Client(raise_request_exception=False)
+    client.force_login(admin)
+    file = SimpleUploadedFile("a.txt", b"one\n")
+    answer = client.post("/p/demo/prompts/upload", {"file": file, "what": "prompts"})
+    assert answer.status_code == 503
+    assert list((tmp_path / "uploads").iterdir()) == []
+    assert not Job.objects.exists()
+    monkeypatch.undo()
+    settings.FEEDBACK_DIR = tmp_path
+
+    def away(*arguments, **about):
+        raise OperationalError("database or disk is full")
+
+    monkeypatch.setattr(prompts, "enqueue", away)
+    file = SimpleUploadedFile("a.txt", b"one\n")
+    answer = client.post("/p/demo/prompts/upload", {"file": file, "what": "prompts"})
+    assert answer.status_code == 503
+    assert list((tmp_path / "uploads").iterdir()) == []
 
 
 def test_a_clock_set_back_loses_no_judgement(project, make_item, member, monkeypatch):

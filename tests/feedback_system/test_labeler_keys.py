@@ -16,6 +16,7 @@ PROJECTS = [
     {"slug": "long", "items": [item("Long?", LONG, LONG)]},
     {"slug": "table", "items": [item("Which?", TABLE, f"```\n{'long ' * 60}\n```")]},
     {"slug": "edit", "task": "edit", "items": items(1, "yes")},
+    {"slug": "long-edit", "task": "edit", "items": [item("Long?", LONG)]},
     {"slug": "none", "items": []},
     {"slug": "chat", "task": "chat", "items": []},
 ]
@@ -154,6 +155,14 @@ def test_a_tablet_with_a_keyboard_shows_the_keys(judge):
     expect(page.locator("#keys")).to_be_hidden()
     page.keyboard.press("?")
     expect(page.locator("#keys .keys kbd").first).to_be_visible()
+
+
+def test_on_a_phone_the_editor_of_a_long_answer_is_near(judge):
+    page = judge("long-edit", "ann", **PHONE)
+    assert page.locator(".editor").bounding_box()["y"] < 2 * 844
+    answer = page.locator(".answer")
+    assert answer.evaluate("one => one.scrollHeight > one.clientHeight")
+    assert answer.evaluate("one => getComputedStyle(one).overflowY") == "auto"
 
 
 def test_on_a_phone_the_name_of_an_answer_stays_in_sight(judge):

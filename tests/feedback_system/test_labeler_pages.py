@@ -345,7 +345,7 @@ def test_without_javascript_an_item_is_skipped_flagged_and_undone(labelers, judg
     page.get_by_role("button", name="Skip").click()
     page.locator("#flag summary").click()
     page.locator("#reason").fill("cut off")
-    page.get_by_role("button", name="Flag and go on").click()
+    page.get_by_role("button", name="Flag and continue").click()
     page.get_by_role("button", name="Undo").click()
     judged(page, 0)
     assert [state for state, *_ in labelers.responses("plain")] == ["skipped", "undone"]

@@ -52,8 +52,19 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], obje
     return partial(in_step, monkeypatch)
 
 
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the undisturbed run, which one test makes for all."""
+    return tmp_path_factory.mktemp("references")
+
+
 @pytest.fixture
-def reference(train: Train, tmp_path: Path) -> Path:
-    """A run of eight steps that nothing disturbed."""
-    assert train(tmp_path / "reference") == 0
-    return tmp_path / "reference"
+def reference(train: Train, references: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A run of eight steps that nothing disturbed; tests leave it as it is."""
+    run = references / "run"
+    if not run.exists():
+        making = references / "making"
+        assert train(making) == 0
+        capsys.readouterr()
+        making.rename(run)
+    return run

@@ -157,8 +157,13 @@ def test_a_published_checkpoint_cannot_be_resumed(
     ],
 )
 def test_a_damaged_settings_file_is_named(
-    train: Train, reference: Path, capsys: pytest.CaptureFixture[str], content: str
+    train: Train,
+    reference: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
 ):
-    (reference / "config.yaml").write_text(content, encoding="utf-8")
-    assert train(reference) == 2
+    run = Path(shutil.copytree(reference, tmp_path / "run"))
+    (run / "config.yaml").write_text(content, encoding="utf-8")
+    assert train(run) == 2
     assert "config.yaml" in capsys.readouterr().err.splitlines()[-1]

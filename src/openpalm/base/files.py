@@ -154,6 +154,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was raised for, is of a full disk or an exceeded quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def wait_until_seen(path: Path, condition: Callable[[], bool] | None = None) -> bool:
     """Waits until another machine's new file is there and `condition` holds; False if it is late.
 

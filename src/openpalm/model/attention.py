@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 BLOCK = 256
 """Query positions scored at a time by the blocked kernel."""
@@ -33,9 +32,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     if mask is not None:
         return masked_attention(q, k, v, mask)
     if keys > time:
-        # SDPA's own is_causal aligns the first query with the first key. No mask is built here.
-        return _sdpa(q, k, v, attn_mask=causal_lower_right(time, keys))
+        # SDPA's own is_causal aligns the first query with the first key.
+        return _sdpa(q, k, v, attn_mask=_lower_right(time, keys, q.device))
     return _sdpa(q, k, v, is_causal=True)
+
+
+def _lower_right(time: int, keys: int, device: torch.device) -> Tensor:
+    """A mask that aligns the last query with the last key; on a GPU none is built."""
+    if device.type == "cpu":  # the mask that torch would build; its class is slow to import
+        return torch.ones(time, keys, dtype=torch.bool).tril(keys - time)
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(time, keys)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,11 +3,25 @@
 A parameter of one process is an ordinary tensor, and every function here accepts it too.
 """
 
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether it is a DTensor.
+
+    Importing the class takes half a second, which a process without one, such as a server, saves:
+    who shards a tensor has imported it.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 @torch.no_grad()
@@ -16,7 +30,7 @@ def assign(parameter: Tensor, value: Tensor) -> None:
 
     Every process must have the same value. Nothing is communicated.
     """
-    if isinstance(parameter, DTensor):
+    if is_sharded(parameter):
         local_part(parameter).copy_(value[local_slices(parameter)])
     else:
         parameter.copy_(value)
@@ -24,12 +38,12 @@ def assign(parameter: Tensor, value: Tensor) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor on every process. Of a sharded one it is gathered: all processes call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """This process's part of the tensor, which shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def local_part_or_none(tensor: Tensor | None) -> Tensor | None:
@@ -43,7 +57,7 @@ def local_slices(tensor: Tensor, coordinate: Sequence[int] | None = None) -> tup
     coordinate: on the tensor's mesh, of another process instead.
     """
     spans = [(0, size) for size in tensor.shape]
-    if isinstance(tensor, DTensor):
+    if is_sharded(tensor):
         coordinate = _coordinate(tensor) if coordinate is None else coordinate
         for axis in _order(tensor):
             dim: int = tensor.placements[axis].dim  # type: ignore[attr-defined]
@@ -68,20 +82,20 @@ def is_first_copy(tensor: Tensor, coordinate: Sequence[int] | None = None) -> bo
 
     coordinate: on the tensor's mesh, of another process instead.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return True
     coordinate = _coordinate(tensor) if coordinate is None else coordinate
     copies = (c for c, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate())
     return not any(copies)
 
 
-def _coordinate(tensor: DTensor) -> Sequence[int]:
+def _coordinate(tensor: "DTensor") -> Sequence[int]:
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "this process is not part of the tensor's mesh"
     return coordinate
 
 
-def _order(tensor: DTensor) -> list[int]:
+def _order(tensor: "DTensor") -> list[int]:
     """The mesh's axes in the order in which they cut the tensor.
 
     FSDP shards what tensor parallelism has sharded before, though its axis comes first: torch marks

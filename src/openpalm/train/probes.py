@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -16,7 +16,9 @@ from openpalm.model.transformer import Transformer
 from openpalm.parallel.context import context_split
 from openpalm.parallel.world import world
 from openpalm.train.objective import Metrics, NextToken, Objective
-from openpalm.train.trainer import Trainer
+
+if TYPE_CHECKING:  # it brings all of torch's sharding, which a server's start need not wait for
+    from openpalm.train.trainer import Trainer
 
 Rows = list[dict[str, Any]]
 B = TypeVar("B")
@@ -41,7 +43,7 @@ class Probe:
     generates: bool = False
     """whether it generates text: the main process then measures, on a model that is not sharded"""
 
-    def taken(self, trainer: Trainer) -> dict[str, Any] | None:
+    def taken(self, trainer: "Trainer") -> dict[str, Any] | None:
         """The columns of a row, or None if no process has room; all of a run must call it."""
         if not self.generates:
             trainer.model.eval()

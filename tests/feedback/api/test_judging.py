@@ -217,3 +217,5 @@ def test_judgements_are_exported_in_every_format(make_item, ann, member, caller,
     table = boss.get("responses/export", project="demo", format="csv")
     assert b"compare" in b"".join(table.streaming_content)
     assert boss.get("responses/export", project="demo", format="x").status_code == 400
+    one = boss.get("responses/export", project="demo", consensus="true")
+    assert json.loads(b"".join(one.streaming_content))["author"] == "consensus"

@@ -3,6 +3,7 @@
 import pytest
 
 from openpalm.feedback.api.work import FIGURES
+from openpalm.feedback.items.new_items import is_held_out
 from openpalm.feedback.judgements import submission
 from openpalm.feedback.judgements.queue import next_assignment
 from openpalm.feedback.judgements.submission import Judgement
@@ -101,8 +102,6 @@ def test_prompts_are_added_once_and_held_out_as_asked(boss):
 
 
 def test_a_share_holds_out_the_same_prompts_as_an_upload(boss, project):
-    from openpalm.feedback.items.new_items import is_held_out
-
     boss.post("prompts", prompts(*(f"question {n}" for n in range(40)), held_out_share=0.5))
     held = {p.digest: p.held_out for p in Prompt.objects.all()}
     assert held == {digest: is_held_out(digest, 0.5) for digest in held}

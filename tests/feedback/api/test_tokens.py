@@ -6,7 +6,7 @@ import pytest
 from django.utils import timezone
 
 from openpalm.feedback.accounts import tokens
-from openpalm.feedback.api.tokens import FAILURES
+from openpalm.feedback.api.protocol.tokens import FAILURES
 from openpalm.feedback.models import ApiToken, LoginFailure, Membership, Project, Role
 
 

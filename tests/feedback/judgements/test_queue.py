@@ -7,7 +7,7 @@ from django.utils import timezone
 
 from openpalm.feedback.judgements import queue, submission
 from openpalm.feedback.judgements.submission import Judgement
-from openpalm.feedback.models import Assignment, Item, Response
+from openpalm.feedback.models import Assignment, Comparison, Item, ModelVersion, Response
 
 LEFT = Judgement("compare", {"better": 0, "worse": 1, "strength": 1})
 
@@ -122,3 +122,41 @@ def test_repeats_show_an_early_item_once_more(project, member, make_item):
     assert repeats.count() > 0
     assert Response.objects.filter(in_force=True, assignment__repeat=0).count() == 40
     assert not Item.objects.exclude(taken=1).exists()
+
+
+def test_an_ai_judge_takes_no_place_and_is_given_complete_items_too(project, member, make_item):
+    items = [make_item(f"question {n}", "yes", "no") for n in range(3)]
+    Item.objects.filter(pk=items[2].pk).update(state=Item.State.WITHDRAWN)
+    judge(project, member("ann"))
+    machine = member("machine", kind="model")
+    while judge(project, machine):
+        pass
+    judged = Response.objects.filter(user=machine).values_list("item_id", flat=True)
+    assert sorted(judged) == [items[0].pk, items[1].pk]
+    assert queue.next_assignment(project, member("bob")).item == items[1]
+    late = make_item("question 4", "yes", "no")
+    judge(project, machine)
+    early = Response.objects.filter(user=machine, item=items[0]).get().assignment
+    early.delete()  # as if it had been passed over
+    assert queue.next_assignment(project, machine).item == items[0]
+    late.refresh_from_db()
+    assert (late.taken, late.submitted, late.state) == (0, 0, "open")
+
+
+def test_pairs_of_a_comparison_go_to_those_who_decide_it(project, member, make_item):
+    models = [ModelVersion.objects.create(project=project, name=name) for name in ("old", "new")]
+    comparison = Comparison.objects.create(
+        project=project, served=models[0], challenger=models[1], result={"author_kind": "person"}
+    )
+    pair = make_item(
+        "pair", "yes", "no", comparison=comparison, purpose=Item.Purpose.COMPARISON, priority=100
+    )
+    other = make_item("question", "yes", "no", needed=3)
+    for kind in ("simulated", "model"):
+        assert queue.next_assignment(project, member(kind, kind=kind)).item == other
+    assert queue.next_assignment(project, member("ann")).item == pair
+    comparison.result = {"author_kind": "simulated"}
+    comparison.save()
+    Item.objects.filter(pk=pair.pk).update(needed=2)
+    assert queue.next_assignment(project, member("bob")).item == other
+    assert queue.next_assignment(project, member("second", kind="simulated")).item == pair

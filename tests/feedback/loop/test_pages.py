@@ -288,6 +288,19 @@ def test_quality_says_what_agreement_needs(
     assert ("Settings.</p>" in page) == (overlap == 1)
 
 
+def test_quality_lists_the_newest_days_first(project, admin, signed_in, store):
+    days = [
+        {"day": f"2026-{month:02}-{day:02}", "judgements": day, "median_s": 2.5}
+        for month in (1, 2)
+        for day in range(1, 29)
+    ]
+    store("labelers", {"rows": [{"name": "ann", "author_kind": "person", "judgements": 5}]})
+    store("time", {"person": {"median_s": 2.5, "judgements": 9, "days": days}})
+    (group,) = signed_in(admin).get("/p/demo/quality").context["groups"]
+    shown = [row["day"] for row in group["days"]]
+    assert (shown[0], shown[-1], len(shown)) == ("2026-02-28", "2026-01-27", 30)
+
+
 def test_the_board_does_not_mix_groups(loop, admin, signed_in, store):
     strengths = [
         {"model": m, "group": g, "value": 0.5, "low": 0.1, "high": 0.9, "comparisons": 10}

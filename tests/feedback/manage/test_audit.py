@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+
 from openpalm import feedback
 from openpalm.feedback.manage.audit_pages import AREAS
 from openpalm.feedback.models import Event, Role
@@ -34,3 +37,14 @@ def test_the_filters_of_the_page(project, member, signed_in):
     assert shown("area=item") == ["item.reveal", "item.added"]
     assert shown("area=item&who=max") == ["item.added"]
     assert shown("area=nothing&who=nobody") == []
+
+
+def test_a_page_joins_no_table(project, member, signed_in):
+    """SQLite would begin with the project or the user and sort all events for each page."""
+    boss = member("max", Role.ADMIN)
+    Event.objects.create(project=project, user=boss, action="item.added")
+    client = signed_in(boss)
+    with CaptureQueriesContext(connection) as made:
+        assert b"item.added" in client.get("/p/demo/audit?who=max").content
+    (read,) = [q["sql"] for q in made if 'FROM "feedback_event"' in q["sql"]]
+    assert "JOIN" not in read

@@ -318,3 +318,11 @@ def test_no_lease_is_lost_to_a_reveal(named, project, member):
     with pytest.raises(DataError, match="have this item open"):
         item_changes.reveal(named, ann)
     assert Assignment.objects.get().state == Assignment.State.OPEN
+
+
+def test_a_long_answer_does_not_hide_what_follows(project, make_item, member, signed_in):
+    item = make_item("question", "word " * 2000, "short", needed=1)
+    client = signed_in(member("rea", Role.REVIEWER))
+    page = client.get(f"/p/demo/items/{item.pk}").content.decode()
+    assert page.count('class="card bounded" tabindex="0"') == 1, "the long one scrolls by itself"
+    assert page.count("word " * 1999) == 1, "and nothing of it is cut"

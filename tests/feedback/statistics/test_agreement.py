@@ -214,21 +214,34 @@ def test_agreement_with_oneself_and_with_gold():
     assert match_rates([]).by_rater == {}
 
 
+def rates_of(rows, among=None):
+    """Values and comparisons by rater of (item, rater, value)."""
+    columns = [sorted(set(column)) for column in zip(*rows, strict=True)]
+    numbers = [
+        [known.index(value) for known, value in zip(columns, row, strict=True)] for row in rows
+    ]
+    raters = columns[1]
+    of = None if among is None else np.array([rater in among for rater in raters])
+    found = agreement_by_rater(*np.array(numbers).T, of)
+    values = {raters[n]: one.value for n, one in found.by_rater.items()}
+    return values, {raters[n]: number for n, number in found.comparisons.items()}
+
+
 def test_agreement_of_each_rater_with_the_others():
     rows = [(0, "ann", "a"), (0, "bob", "a"), (0, "cem", "b"), (1, "ann", "b"), (1, "bob", "b")]
     rows += [(2, "cem", "a")]
-    found = agreement_by_rater(rows)
-    assert {rater: one.value for rater, one in found.by_rater.items()} == pytest.approx(
-        {"ann": 0.75, "bob": 0.75, "cem": 0}
-    )
-    assert found.comparisons == {"ann": 2, "bob": 2, "cem": 1}
+    values, comparisons = rates_of(rows)
+    assert values == pytest.approx({"ann": 0.75, "bob": 0.75, "cem": 0})
+    assert comparisons == {"ann": 2, "bob": 2, "cem": 1}
 
 
 def test_a_model_as_judge_is_measured_against_people():
     rows = [(0, "ann", "a"), (0, "bob", "b"), (0, "judge", "a"), (0, "other judge", "a")]
     rows += [(1, "ann", "b"), (1, "judge", "b"), (2, "judge", "b"), (2, "other judge", "b")]
-    found = agreement_by_rater(rows, among={"ann", "bob"})
-    assert {rater: one.value for rater, one in found.by_rater.items()} == pytest.approx(
-        {"ann": 0, "bob": 0, "judge": 0.75, "other judge": 0.5}
-    )
-    assert found.comparisons == {"ann": 1, "bob": 1, "judge": 2, "other judge": 1}
+    values, comparisons = rates_of(rows, among={"ann", "bob"})
+    assert values == pytest.approx({"ann": 0, "bob": 0, "judge": 0.75, "other judge": 0.5})
+    assert comparisons == {"ann": 1, "bob": 1, "judge": 2, "other judge": 1}
+
+
+def test_nobody_to_agree_with():
+    assert rates_of([(0, "ann", "a"), (1, "bob", "a")]) == ({}, {})

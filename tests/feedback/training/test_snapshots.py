@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,27 @@ def test_the_random_arms_prompts_can_be_held_back(project, member, make_item, ju
     prompts = trained.values_list("response__item__prompt", flat=True)
     assert not any(in_reserve(pk, project_seed=project.pk) for pk in prompts)
     assert snapshots.freeze(project, Filter(), None).judgements == 30
+
+
+def test_the_lineage_is_stored_in_short_transactions_and_continues(
+    project, make_item, judge, ann, monkeypatch
+):
+    """A worker that was killed between two of them leaves the rest to the next one."""
+    made = [judge(make_item(f"question {n}", "a", "b"), ann) for n in range(7)]
+    monkeypatch.setattr(snapshots, "BATCH", 2)
+    done = []
+
+    @contextmanager
+    def writing():
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        yield
+        done.append(SnapshotJudgement.objects.count())
+
+    with pytest.raises(KeyboardInterrupt):
+        snapshots.freeze(project, Filter(), ann, writing)
+    assert done == [0, 2, 4]
+    snapshot = snapshots.freeze(project, Filter(), ann)
+    linked = snapshot.rows.order_by("response").values_list("response", flat=True)
+    assert list(linked) == [response.pk for response in made]
+    assert snapshot == Snapshot.objects.get()

@@ -62,12 +62,14 @@ def test_jobs_of_one_project_run_in_order(project, other_project):
     assert jobs.take(here, jobs.KINDS).pk == second.pk
 
 
-def test_a_training_holds_up_no_other_kind(project):
+def test_trainings_and_figures_hold_up_no_other_kind(project):
     here = worker_name()
     jobs.enqueue("train", project=project)
     jobs.enqueue("statistics", project=project)
+    jobs.enqueue("promote", project=project)
     assert jobs.take(here, jobs.SLOTS["training"]).kind == "train"
-    assert jobs.take(here, jobs.SLOTS["other"]).kind == "statistics"
+    assert jobs.take(here, jobs.SLOTS["figures"]).kind == "statistics"
+    assert jobs.take(here, jobs.SLOTS["other"]).kind == "promote"
     assert set().union(*jobs.SLOTS.values()) == set(jobs.KINDS) == set(handlers.HANDLERS)
 
 
@@ -410,3 +412,31 @@ def test_one_promotion_runs_on_the_site(project, other_project):
     assert jobs.take(here, jobs.KINDS) is None
     jobs.finish(taken, State.DONE)
     assert jobs.take(here, jobs.KINDS).kind == "promote"
+
+
+def test_doing_again_what_was_done_is_no_progress(project):
+    """A job that kills its worker at the third thing each time fails in the end."""
+    job = jobs.enqueue("import", project=project)
+    for attempt in range(jobs.MAX_ATTEMPTS):
+        taken = jobs.take(f"{host()}:{_dead_process()}:1", jobs.KINDS)
+        assert taken is not None, attempt
+        progress = Progress(taken)
+        progress.start(10)
+        for _ in range(2):
+            progress.advance()
+        progress.say("the third")
+        job.refresh_from_db()
+        assert job.done == 2
+    assert jobs.take(worker_name(), jobs.KINDS) is None
+    job.refresh_from_db()
+    assert job.state == State.FAILED
+
+
+def test_progress_after_a_kill_is_stored_at_once(project):
+    job = jobs.enqueue("import", project=project)
+    for done in (1, 2, 3):
+        progress = Progress(jobs.take(f"{host()}:{_dead_process()}:1", jobs.KINDS))
+        progress.start(10)
+        progress.move_to(done)
+    job.refresh_from_db()
+    assert (job.done, job.attempts) == (3, 1)

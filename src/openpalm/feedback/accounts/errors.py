@@ -1,5 +1,6 @@
 """The pages of errors."""
 
+import logging
 import sys
 from typing import Any
 
@@ -7,6 +8,8 @@ from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.template.loader import render_to_string
+
+from openpalm.base.files import is_disk_full
 
 TEMPLATE = "feedback/error.html"
 RETRY_AFTER_S = "10"
@@ -39,17 +42,30 @@ def server_error(request: HttpRequest) -> HttpResponse:
 
 
 def database_trouble(error: BaseException | None) -> str:
-    """What to say if the database cannot be reached or written for a while; empty otherwise."""
-    if not isinstance(error, (OperationalError, InterfaceError)):
+    """What to say if database or disk cannot be reached or written for a while; empty otherwise."""
+    is_full = is_disk_full(error)
+    if not is_full and not isinstance(error, (OperationalError, InterfaceError)):
         return ""
     text = str(error).lower()
-    if "is full" in text or "no space" in text:
+    if is_full or "is full" in text or "no space" in text:
         cause = "The disk of this site is full"
     elif "readonly" in text or "read-only" in text:
         cause = "The database of this site cannot be written"
     else:
         cause = "The database of this site does not answer"
     return f"{cause}: nothing was stored. Try again in a minute, or tell its administrator"
+
+
+class OneLine(logging.Filter):
+    """In the log such a trouble is one line too: its traceback says nothing of its cause."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if database_trouble(error):
+            reason = " ".join(str(error).split())
+            record.msg, record.args = f"{record.getMessage()}: {reason}", ()
+            record.exc_info = record.exc_text = None
+        return True
 
 
 def sentence(error: Exception) -> str:

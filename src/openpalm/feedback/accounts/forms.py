@@ -15,6 +15,14 @@ class PlainLabels:
         super().__init__(*args, **({"label_suffix": ""} | names))
 
 
+def explain_passwords(form: forms.BaseForm, first: str, again: str) -> None:
+    """The rules in one line, in place of Django's four."""
+    rules = "At least 8 characters, not a common password, not only digits."
+    form.fields[first].help_text = rules
+    form.fields[again].help_text = ""
+    form.fields[again].label = "Password again"
+
+
 class SignUpForm(PlainLabels, UserCreationForm):
     class Meta(UserCreationForm.Meta):  # pyright: ignore
         model = User
@@ -23,11 +31,7 @@ class SignUpForm(PlainLabels, UserCreationForm):
     def __init__(self, *args: Any, **names: Any) -> None:
         super().__init__(*args, **names)
         self.fields["username"].help_text = "Letters, digits and @ . + - _ only."
-        self.fields[
-            "password1"
-        ].help_text = "At least 8 characters, not a common password, not only digits."
-        self.fields["password2"].help_text = ""
-        self.fields["password2"].label = "Password again"
+        explain_passwords(self, "password1", "password2")
 
     def validate_password_for_user(self, user: User, password_field_name: str = "password1"):
         """Shows what is wrong where the password was chosen, not where it was repeated."""

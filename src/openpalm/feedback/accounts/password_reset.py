@@ -8,13 +8,15 @@ Nobody makes a link for an administrator on the pages: this would give their acc
 the server's command line does, by `openpalm feedback manage reset_link`.
 """
 
+from typing import Any
+
 from django.contrib.auth.forms import SetPasswordForm
 from django.contrib.auth.tokens import PasswordResetTokenGenerator
 from django.db import transaction
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.accounts.forms import PlainLabels
+from openpalm.feedback.accounts.forms import PlainLabels, explain_passwords
 from openpalm.feedback.models import User
 
 
@@ -33,6 +35,10 @@ secrets = ResetSecrets()
 
 class NewPasswordForm(PlainLabels, SetPasswordForm):
     """The new password twice, by the rules of sign-up."""
+
+    def __init__(self, *args: Any, **names: Any) -> None:
+        super().__init__(*args, **names)
+        explain_passwords(self, "new_password1", "new_password2")
 
 
 def refusal(user: User) -> str:
@@ -63,7 +69,7 @@ def link_path(user: User, by: User | None) -> str:
 
 
 def find(user_id: int, secret: str) -> User | None:
-    """The account that this link is for; None if the link is of no use (any more)."""
+    """The account that this link is for; None if the link is invalid or expired."""
     user = User.objects.filter(pk=user_id).first()
     is_right = user is not None and not closed(user) and secrets.check_token(user, secret)
     return user if is_right else None

@@ -9,7 +9,7 @@ from django.core.exceptions import ValidationError
 from django.urls import reverse_lazy
 
 from openpalm.feedback.accounts import audit, throttle
-from openpalm.feedback.accounts.forms import PlainLabels
+from openpalm.feedback.accounts.forms import PlainLabels, explain_passwords
 
 
 class LoginForm(PlainLabels, AuthenticationForm):
@@ -50,6 +50,10 @@ class PasswordForm(PlainLabels, PasswordChangeForm):
     """Guesses of the old password count as failed attempts to sign in."""
 
     address = ""
+
+    def __init__(self, *args: Any, **names: Any) -> None:
+        super().__init__(*args, **names)
+        explain_passwords(self, "new_password1", "new_password2")
 
     def clean_old_password(self) -> str:
         name = self.user.get_username()

@@ -20,7 +20,7 @@ WINDOW = timedelta(minutes=30)
 LONGEST = timedelta(minutes=15)
 FREE, FREE_BY_ADDRESS = 5, 30
 NOT_COUNTED = "(api token)"
-"""the name under which api/tokens.py counts wrong tokens, by a rule of its own"""
+"""the name under which api/protocol/tokens.py counts wrong tokens, by a rule of its own"""
 
 
 def address_of(request: HttpRequest) -> str:

@@ -3,9 +3,9 @@
 from django.http import JsonResponse
 
 from openpalm.errors import DataError
-from openpalm.feedback.api.endpoints import Call, each, operation
-from openpalm.feedback.api.errors import refusals
 from openpalm.feedback.api.json_forms import comparison_json, promotion_json
+from openpalm.feedback.api.protocol.endpoints import Call, each, operation
+from openpalm.feedback.api.protocol.errors import refusals
 from openpalm.feedback.api.training import model_named
 from openpalm.feedback.models import Comparison, ModelVersion, Promotion, Role
 from openpalm.feedback.paging import MAX_ID

@@ -7,9 +7,9 @@ the answer as a candidate; posting it again changes nothing.
 from django.db import transaction
 from django.http import JsonResponse
 
-from openpalm.feedback.api.endpoints import Call, operation
-from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.items import MAX_TEXT, read_messages
+from openpalm.feedback.api.protocol.endpoints import Call, operation
+from openpalm.feedback.api.protocol.errors import ApiError
 from openpalm.feedback.items.model_names import names_itself, names_of
 from openpalm.feedback.items.new_items import add_prompts
 from openpalm.feedback.models import Candidate, ModelVersion, Project, Prompt, Role

@@ -8,10 +8,10 @@ from django.http import JsonResponse
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.api.endpoints import Call, operation
-from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.api.fields import Fields
 from openpalm.feedback.api.json_forms import item_json
+from openpalm.feedback.api.protocol.endpoints import Call, operation
+from openpalm.feedback.api.protocol.errors import ApiError
+from openpalm.feedback.api.protocol.fields import Fields
 from openpalm.feedback.items.blinding import revealed
 from openpalm.feedback.items.model_names import names_itself
 from openpalm.feedback.items.new_items import (

@@ -51,7 +51,7 @@ def prompt_json(prompt: Prompt) -> dict[str, Any]:
 
 
 def item_json(item: Item, *, is_revealed: bool) -> dict[str, Any]:
-    """The models' names only to those who cannot be given the item to judge any more."""
+    """Model names are included only if the user cannot judge the item any more."""
     return {
         "id": item.pk,
         "key": item.key,
@@ -110,7 +110,7 @@ def run_json(run: TrainRun, *, is_admin: bool) -> dict[str, Any]:
         "steps": run.steps,
         "figures": run.figures,
         "alarms": run.alarms,
-        # Paths of the server are for those who may read its logs, as on the page.
+        # Only admins see paths on the server, as on the page.
         "failure": (run.error if is_admin else run.error.partition(" (log: ")[0]) or None,
         "created": run.created_at.isoformat(),
         "started": _time(run.started_at),

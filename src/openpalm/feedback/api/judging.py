@@ -9,8 +9,8 @@ from typing import Any
 from django.http import JsonResponse
 
 from openpalm.data.rows.payloads import is_payload
-from openpalm.feedback.api.endpoints import Call, operation
-from openpalm.feedback.api.errors import ApiError, refusals
+from openpalm.feedback.api.protocol.endpoints import Call, operation
+from openpalm.feedback.api.protocol.errors import ApiError, refusals
 from openpalm.feedback.items.model_names import is_blind
 from openpalm.feedback.items.tasks import KINDS
 from openpalm.feedback.judgements import queue, submission

@@ -155,7 +155,7 @@ QUERIES: dict[str, tuple[str, ...]] = {
     "prompts": ("project", "source", "held_out", *PAGED),
     "items": ("project", "state", *PAGED),
     "responses": ("project", "item", "author", *PAGED),
-    "responses/export": ("project", "format"),
+    "responses/export": ("project", "format", "consensus"),
     "runs": ("project", *PAGED),
     "models": ("project", *PAGED),
     "comparisons": ("project", *PAGED),

@@ -4,9 +4,9 @@ from django.core.exceptions import ValidationError
 from django.db import IntegrityError
 from django.http import JsonResponse
 
-from openpalm.feedback.api.endpoints import Call, each, operation
-from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.json_forms import project_json
+from openpalm.feedback.api.protocol.endpoints import Call, each, operation
+from openpalm.feedback.api.protocol.errors import ApiError
 from openpalm.feedback.manage.forms import MAX_AXES
 from openpalm.feedback.manage.projects import add_project
 from openpalm.feedback.models import Guideline, Membership, Project, Role, Task, User

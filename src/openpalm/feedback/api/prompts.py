@@ -4,13 +4,13 @@ from django.db import transaction
 from django.http import JsonResponse
 
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.api.endpoints import Call, each, operation
-from openpalm.feedback.api.errors import refusals
 from openpalm.feedback.api.items import read_messages
 from openpalm.feedback.api.json_forms import prompt_json
+from openpalm.feedback.api.protocol.endpoints import Call, each, operation
+from openpalm.feedback.api.protocol.errors import refusals
+from openpalm.feedback.items import prompts
 from openpalm.feedback.items.new_items import Messages, prompt_digest
 from openpalm.feedback.models import Project, Prompt, Role, Task
-from openpalm.feedback.training import prompts
 
 MAX_PROMPTS = 500
 SOURCES = ("file", "chat", "typed", "api")

@@ -10,9 +10,9 @@ from openpalm.data.rows.exports.formats import RECORDS
 from openpalm.data.rows.exports.stream import EXPORT_NAMES
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import has_rank
-from openpalm.feedback.api.endpoints import Call, operation
-from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.json_forms import response_json
+from openpalm.feedback.api.protocol.endpoints import Call, operation
+from openpalm.feedback.api.protocol.errors import ApiError
 from openpalm.feedback.items.blinding import revealed
 from openpalm.feedback.manage.exporting import file_of
 from openpalm.feedback.manage.responses import erase
@@ -52,7 +52,7 @@ def _shown(call: Call, responses: list[Response]) -> list[dict[str, Any]]:
 
 @operation("responses:write", Role.ANNOTATOR)
 def delete_response(call: Call, uid: UUID) -> JsonResponse:
-    """Erases a judgement of one's own, or as an admin any; lists the models that it is in."""
+    """Erases one's own judgement, or as an admin any; lists the models trained on it."""
     found = _visible(call, uid, others=Role.ADMIN)
     call.finish()
     listed = [{"id": model.pk, "name": model.name} for model in erase(found, call.user)]
@@ -70,9 +70,14 @@ def _visible(call: Call, uid: UUID, others: str = Role.REVIEWER) -> Response:
 
 @operation("responses:read", Role.ADMIN)
 def export(call: Call) -> HttpResponseBase:
-    """All judgements in force, streamed in one of the export formats: JSON lines, or CSV."""
+    """All judgements in force, streamed in one of the export formats: JSON lines, or CSV.
+
+    With `consensus=true` a row for each item.
+    """
     project, _ = call.project_in_query()
     name = call.query.choice("format", EXPORT_NAMES, RECORDS)
+    is_consensus = call.query.choice("consensus", ("true", "false"), "false") == "true"
     call.finish()
-    audit.record("export.downloaded", user=call.user, project=project, target=name, by="api")
-    return file_of(project, name)
+    about = {"by": "api"} | ({"consensus": True} if is_consensus else {})
+    audit.record("export.downloaded", user=call.user, project=project, target=name, **about)
+    return file_of(project, name, is_consensus=is_consensus)

@@ -6,9 +6,9 @@ from django.http import JsonResponse
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import has_rank
-from openpalm.feedback.api.endpoints import Call, each, operation
-from openpalm.feedback.api.errors import ApiError, refusals
 from openpalm.feedback.api.json_forms import job_json, model_json, run_json
+from openpalm.feedback.api.protocol.endpoints import Call, each, operation
+from openpalm.feedback.api.protocol.errors import ApiError, refusals
 from openpalm.feedback.models import (
     ModelVersion,
     Project,

@@ -18,9 +18,9 @@ from openpalm.feedback.api import (
     training,
     work,
 )
-from openpalm.feedback.api.endpoints import Operation, endpoint
-from openpalm.feedback.api.errors import ApiError
 from openpalm.feedback.api.openapi import index, openapi
+from openpalm.feedback.api.protocol.endpoints import Operation, endpoint
+from openpalm.feedback.api.protocol.errors import ApiError
 
 
 @csrf_exempt

@@ -6,10 +6,10 @@ from django.http import JsonResponse
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts import audit
-from openpalm.feedback.api.endpoints import Call, each, operation
-from openpalm.feedback.api.errors import ApiError, refusals
-from openpalm.feedback.api.fields import Fields
 from openpalm.feedback.api.json_forms import job_json
+from openpalm.feedback.api.protocol.endpoints import Call, each, operation
+from openpalm.feedback.api.protocol.errors import ApiError, refusals
+from openpalm.feedback.api.protocol.fields import Fields
 from openpalm.feedback.items.blinding import revealed
 from openpalm.feedback.models import Item, Job, ModelVersion, Project, Prompt, Role, Statistic, User
 from openpalm.feedback.paging import MAX_ID
@@ -26,7 +26,7 @@ FIGURES = sorted(value for name, value in vars(names).items() if name.isupper())
 def generate_answers(call: Call, slug: str) -> JsonResponse:
     """Queues answers of models to prompts, and the items to judge them.
 
-    Without `prompts` the `count` oldest that have no item yet; never held-out ones.
+    Without `prompts`: the `count` oldest prompts that have no item yet, never held-out ones.
     """
     project, _ = call.enter(slug)
     given = call.body.objects("models", least=1, most=MAX_MODELS)
@@ -131,7 +131,7 @@ def get_statistics(call: Call, slug: str) -> JsonResponse:
 
 
 def _without_sides(value: dict[str, Any], project: Project, user: User) -> dict[str, Any]:
-    """Who may still judge an item must not read here what others said."""
+    """Hides what others chose on items that the user may still judge."""
     rows = value.get("rows", [])
     items = Item.objects.filter(project=project).in_bulk([row["item"] for row in rows])
     open_to = revealed(items.values(), user)

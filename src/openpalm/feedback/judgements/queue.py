@@ -14,7 +14,7 @@ from django.db.models import Exists, F, OuterRef, QuerySet
 from django.utils import timezone
 
 from openpalm.feedback.database import writing
-from openpalm.feedback.models import Assignment, Item, Project, User
+from openpalm.feedback.models import Assignment, Comparison, Item, Project, User
 
 _draw = random.SystemRandom()
 ATTEMPTS = 20
@@ -59,9 +59,26 @@ def _next(project: Project, user: User) -> Assignment | None:
         return _lease(item, user, project, counted=False)
     if _draw.random() < project.repeat_share and (earlier := _repeatable(project, user)):
         return _lease(earlier.item, user, project, counted=False, repeat=1)
+    if user.kind == User.Kind.MODEL:
+        item = _item_for_judge(project, user)
+        return _lease(item, user, project, counted=False) if item else None
     if item := _free_item(project, user):
         return _lease(item, user, project, counted=True)
     return None
+
+
+def _item_for_judge(project: Project, user: User) -> Item | None:
+    """The next item for an AI judge, which takes the place of no person: complete items too.
+
+    Not those of comparisons, which no model decides. In the order of their ids, so that the search
+    does not pass everything that the judge has had.
+    """
+    mine = Assignment.objects.filter(project=project, user=user)
+    last = mine.order_by("-id").values_list("item_id", flat=True).first() or 0
+    items = Item.objects.filter(project=project, purpose=Item.Purpose.TRAINING)
+    items = items.exclude(state=Item.State.WITHDRAWN)
+    items = items.filter(~Exists(mine.filter(item=OuterRef("pk")))).order_by("id")
+    return items.filter(pk__gt=last).first() or items.first()
 
 
 def _free_item(project: Project, user: User) -> Item | None:
@@ -83,11 +100,17 @@ def _free_item(project: Project, user: User) -> Item | None:
 
 
 def open_items(project: Project, user: User) -> QuerySet[Item]:
-    """Items with a free place that the user has not had, the least annotated first."""
+    """Items with a free place that the user has not had, the least annotated first.
+
+    Without the pairs of comparisons that another kind of labelers decides: a judgement that does
+    not count must not take the place of one that does.
+    """
     had = Assignment.objects.filter(item=OuterRef("pk"), user=user)
+    of_others = Comparison.objects.filter(project=project).exclude(result__author_kind=user.kind)
     return (
         Item.objects.filter(project=project, state=Item.State.OPEN, taken__lt=F("needed"))
         .exclude(purpose=Item.Purpose.GOLD)
+        .exclude(comparison__in=of_others.values("id"))
         .filter(~Exists(had))
         .order_by("-priority", "taken", "id")
     )
@@ -103,7 +126,8 @@ def _repeatable(project: Project, user: User) -> Assignment | None:
     """An early assignment of this user that has not been repeated."""
     mine = Assignment.objects.filter(project=project, user=user)
     again = mine.filter(item=OuterRef("item"), repeat=1)
-    first = mine.filter(repeat=0, counted=True, state=Assignment.State.SUBMITTED)
+    first = mine.filter(repeat=0, state=Assignment.State.SUBMITTED)
+    first = first.exclude(item__purpose=Item.Purpose.GOLD)
     recent = list(first.order_by("-id").values_list("id", flat=True)[:REPEAT_AFTER])
     if len(recent) < REPEAT_AFTER:
         return None

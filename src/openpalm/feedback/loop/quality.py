@@ -15,6 +15,7 @@ from openpalm.feedback.models import Role, User
 from openpalm.feedback.quality import names
 
 LABELERS = 200
+DAYS = 30
 WHO = {kind: name.capitalize() for kind, name in AUTHORS.items()}
 AGREEMENT = (
     ("raw", "raw agreement", "the same choice by two labelers of an item", 0.0),
@@ -45,6 +46,7 @@ def quality(request: ProjectRequest) -> HttpResponse:
         "quality",
         groups=[group for group in groups if group["agreement"] or group["labelers"]],
         computed_at=figures.computed_at,
+        max_days=DAYS,
         in_loop=False,
     )
 
@@ -67,7 +69,8 @@ def _group(kind: str, figures: Figures, listed: Sequence[Mapping[str, Any]]) -> 
         ],
         "left": plots.interval(left),
         "left_words": plots.in_words(left),
-        "time": figures.of(names.TIME, kind),
+        "time": (time := figures.of(names.TIME, kind)),
+        "days": rows(time.get("days"))[: -DAYS - 1 : -1],
         "consensus": figures.of(names.CONSENSUS, kind),
         "people": plots.in_words(people) if people else "",
         "labelers": own[:LABELERS],

@@ -15,7 +15,7 @@ from openpalm.data.rows.exports.judgement_table import defuse
 from openpalm.feedback.accounts.access import ProjectRequest, project_page, site_admin_page
 from openpalm.feedback.manage.exporting import attachment
 from openpalm.feedback.manage.pages import page
-from openpalm.feedback.models import Event, Role
+from openpalm.feedback.models import Event, Role, User
 from openpalm.feedback.paging import name_in, page_of
 
 AREAS = (
@@ -48,7 +48,8 @@ def site_audit(request: HttpRequest) -> HttpResponse:
 
 
 def _listed(request: HttpRequest, events: "QuerySet[Event]") -> dict[str, Any]:
-    shown = _filtered(request, events).select_related("user", "project")
+    # Not joined: SQLite would begin with the project and sort all of its events.
+    shown = _filtered(request, events).prefetch_related("user", "project")
     return {
         "page": page_of(shown, request),
         "areas": AREAS,
@@ -61,7 +62,7 @@ def _filtered(request: HttpRequest, events: "QuerySet[Event]") -> "QuerySet[Even
     if (area := request.GET.get("area")) in AREAS:
         events = events.filter(action__startswith=f"{area}.")
     if who := name_in(request):
-        events = events.filter(user__username=who)
+        events = events.filter(user=User.objects.filter(username=who).first() or 0)
     return events
 
 

@@ -78,9 +78,11 @@ def _counted(
     audit.record_for(request, WRITTEN, target=name, rows=counts.used, left_out=left_out)
 
 
-def file_of(project: Project, name: str) -> Any:
-    """The project's judgements in the format `name`, as a file to save."""
-    return _file(project, name, export_lines(project_records(project), name))
+def file_of(project: Project, name: str, *, is_consensus: bool) -> Any:
+    """The project's judgements in the format `name`, or those of each item as one."""
+    every = project_records(project)
+    records = consensus_records(project, StreamCounts()) if is_consensus else every
+    return _file(project, name, export_lines(records, name))
 
 
 def _file(project: Project, name: str, lines: Iterable[bytes]) -> Any:

@@ -16,6 +16,7 @@ from openpalm.feedback.items import item_changes
 from openpalm.feedback.items.blinding import revealed
 from openpalm.feedback.items.model_names import is_blind
 from openpalm.feedback.judgements.words import LETTERS, describe, describe_payload, pieces
+from openpalm.feedback.labeling.context import LONG
 from openpalm.feedback.manage.pages import find, open_flags, page
 from openpalm.feedback.models import Candidate, Item, ItemCandidate, Response, Role, Task, User
 from openpalm.feedback.paging import id_of, name_in, page_of, within
@@ -74,6 +75,7 @@ def item(request: ProjectRequest, item_id: int) -> HttpResponse:
             "letter": LETTERS[place.position],
             "candidate": place.candidate,
             "pieces": pieces(place.candidate.text),
+            "is_long": len(place.candidate.text) > LONG,
             "model": _model_name(place.candidate) if shows_names else "",
         }
         for place in places

@@ -15,11 +15,11 @@ from openpalm.feedback.accounts import audit
 from openpalm.feedback.accounts.access import ProjectRequest, project_page
 from openpalm.feedback.accounts.forms import PlainLabels
 from openpalm.feedback.imports import uploads
+from openpalm.feedback.items.prompts import add_new, set_held_out
 from openpalm.feedback.manage.forms import ShareField
 from openpalm.feedback.manage.pages import find, page
 from openpalm.feedback.models import Prompt, Role
 from openpalm.feedback.paging import page_of
-from openpalm.feedback.training.prompts import add_new, set_held_out
 from openpalm.feedback.worker.jobs import enqueue
 
 SOURCES = ("file", "chat", "typed", "api")

@@ -1,25 +1,16 @@
 """The rows "agreement" and "consensus": how far labelers agree about the same items."""
 
-import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from itertools import groupby
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from openpalm.feedback.judgements.categories import BOTH_BAD
 from openpalm.feedback.models import Project
-from openpalm.feedback.quality.counted import (
-    CATEGORIES,
-    KINDS,
-    RATINGS,
-    WINNERS,
-    category_counts,
-    counted,
-    pair_outcomes,
-    values_by_item,
-)
-from openpalm.feedback.statistics.agreement import AgreementCounts, Category, Counts
+from openpalm.feedback.quality.counted import CATEGORIES, WINNERS, Values, values_of
+from openpalm.feedback.quality.response_table import ResponseTable
+from openpalm.feedback.statistics.agreement import AgreementCounts, Category
 from openpalm.feedback.statistics.alpha import Scale
 from openpalm.feedback.statistics.intervals import Estimate
 
@@ -28,39 +19,42 @@ LISTED = 100
 DECIDED: dict[Category, Category] = {"a": "a", "b": "b"}
 
 
-def agreement(project: Project, author_kind: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def agreement(
+    table: ResponseTable, author_kind: str
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Agreement and consensus of these labelers; None without a judgement that has values."""
-    kind = KINDS.get(project.task)
-    if kind in CATEGORIES:
-        return _of_categories(project, author_kind, kind)
-    if kind in ("rank", "rate"):
-        tables = tables_of_parts(project, author_kind, kind)
-        if kind == "rate":
-            figures, consensus = _of_rating(tables), {}
-        else:
-            figures, consensus = _of_ranking(tables), _consensus_of_rankings(project, author_kind)
-        return None if figures is None else (figures, consensus)
-    return None
+    if table.kind not in CATEGORIES:
+        return None
+    values = values_of(table, author_kind)
+    if not len(values.codes):
+        return None
+    if table.kind == "rank":
+        return _of_ranking(values), consensus_of_rankings(values, table.parts)
+    if table.kind == "rate":
+        return _of_rating(values, table.parts), {}
+    return _of_categories(table.project, values, table.kind)
 
 
 def _of_categories(
-    project: Project, author_kind: str, kind: str
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Comparisons and thumbs: from the database's sums over items."""
-    consensus = _Consensus(kind)
-    sums = category_counts(counted(project, author_kind), kind)
-    table = AgreementCounts.of_items(CATEGORIES[kind], (consensus.seen(*item) for item in sums))
-    if not table.arrays()[1].sum():
-        return None
+    project: Project, values: Values, kind: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Comparisons and thumbs."""
+    table = _table(values, values.counts)
+    shared = consensus(values, kind)
     if kind == "thumb":
-        return _whole(table, unit="item"), consensus.to_json()
+        return _whole(table, unit="item"), shared
     winners, _ = table.regrouped(WINNERS)
     steps = _steps(project, table)
     ordinal, left_out = table.regrouped({step: step for step in range(-steps, steps + 1)})
     parts = [_part("strength", ordinal, left_out)]
     return _whole(winners, unit="item", parts=parts) | {
         "decided": as_json(decided(winners))
-    }, consensus.to_json()
+    }, shared
+
+
+def _table(values: Values, counts: np.ndarray) -> AgreementCounts:
+    patterns, numbers = np.unique(counts, axis=0, return_counts=True)
+    return AgreementCounts.of_patterns(values.categories, patterns, numbers)
 
 
 def _steps(project: Project, table: AgreementCounts) -> int:
@@ -80,57 +74,18 @@ def as_json(estimate: Estimate | None) -> dict[str, float] | None:
     return estimate and estimate._asdict()
 
 
-def tables_of_parts(project: Project, author_kind: str, kind: str) -> dict[str, AgreementCounts]:
-    """A table for each axis of a rating; for rankings one table of all pairs of answers."""
-    categories = ("a", "tie", "b") if kind == "rank" else RATINGS
-    found: dict[str, Counter[Counts]] = {}
-    values = values_by_item(counted(project, author_kind), kind)
-    for (_, part), group in groupby(values, key=lambda one: (one.item, one.part)):
-        of = Counter(one.value for one in group)
-        name = "" if kind == "rank" else part
-        found.setdefault(name, Counter())[tuple(of[c] for c in categories)] += 1
-    return {
-        name: AgreementCounts.of_items(categories, vectors.elements())
-        for name, vectors in found.items()
-    }
-
-
-def _of_ranking(tables: dict[str, AgreementCounts]) -> dict[str, Any] | None:
-    if not tables:
-        return None
-    pairs = tables[""]
+def _of_ranking(values: Values) -> dict[str, Any]:
+    pairs = _table(values, values.counts)
     return _whole(pairs, unit="pair of answers") | {"decided": as_json(decided(pairs))}
 
 
-def _consensus_of_rankings(project: Project, author_kind: str) -> dict[str, Any]:
-    """As of comparisons; an item has a majority if the consensus has one best answer."""
-    consensus = _Consensus("rank")
-    for item, pairs in pair_outcomes(counted(project, author_kind), "rank"):
-        consensus.add(item, _agreed_best(pairs))
-    return consensus.to_json()
-
-
-def _agreed_best(pairs: Mapping[tuple[int, int], Mapping[str, int]]) -> str:
-    """By wins, which order the answers as Bradley and Terry do: see statistics/consensus.py."""
-    wins: Counter[int] = Counter()
-    for (i, j), outcomes in pairs.items():
-        wins[i] += 2 * outcomes.get("a", 0) + outcomes.get("tie", 0)
-        wins[j] += 2 * outcomes.get("b", 0) + outcomes.get("tie", 0)
-    if sum(next(iter(pairs.values())).values()) < 2:
-        return "single"
-    if all(len(outcomes) == 1 for outcomes in pairs.values()):
-        return "unanimous"
-    best = max(wins.values())
-    return "majority" if list(wins.values()).count(best) == 1 else "without"
-
-
-def _of_rating(tables: dict[str, AgreementCounts]) -> dict[str, Any] | None:
+def _of_rating(values: Values, axes: list[str]) -> dict[str, Any]:
     """All axes together, and each one."""
-    if not tables:
-        return None
-    whole = AgreementCounts(RATINGS)
-    for table in tables.values():
-        whole.merge(table)
+    whole = _table(values, values.counts)
+    tables = {
+        axes[part]: _table(values, values.counts[values.unit_parts == part])
+        for part in np.unique(values.unit_parts).tolist()
+    }
     parts = [_part(name, table, 0) for name, table in sorted(tables.items())]
     return _whole(whole, "ordinal", unit="axis of an item", parts=parts)
 
@@ -151,38 +106,48 @@ def _part(name: str, table: AgreementCounts, left_out: int) -> dict[str, Any]:
     return figures | {"name": name, "scale": "ordinal", "left_out": left_out}
 
 
-class _Consensus:
-    """Counts the items with and without a majority while their sums pass by."""
-
-    def __init__(self, kind: str):
-        self._kind = kind
-        self._counts: Counter[str] = Counter()
-        self._without: list[int] = []
-
-    def seen(self, item: int, counts: Counts) -> Counts:
-        self.add(item, _majority(self._kind, counts))
-        return counts
-
-    def add(self, item: int, found: str) -> None:
-        self._counts[found] += 1
-        if found == "without":
-            heapq.heappush(self._without, item)
-            if len(self._without) > LISTED:
-                heapq.heappop(self._without)
-
-    def to_json(self) -> dict[str, Any]:
-        shared = ("unanimous", "majority", "without")
-        numbers = {name: self._counts[name] for name in shared}
-        return {
-            "judged": self._counts.total(),
-            "shared": sum(numbers.values()),
-            **numbers,
-            "items": sorted(self._without, reverse=True),
-        }
+CONSENSUS = ("single", "unanimous", "majority", "without")
 
 
-@cache
-def _majority(kind: str, counts: Counts) -> str:
+def consensus(values: Values, kind: str) -> dict[str, Any]:
+    """The items with and without a majority."""
+    patterns, of_items = np.unique(values.counts, axis=0, return_inverse=True)
+    found = [CONSENSUS.index(_majority(kind, counts)) for counts in patterns.tolist()]
+    return _consensus(values.unit_items, np.array(found)[of_items])
+
+
+def _consensus(items: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+    """From items, ascending, and what was found of each, as an index in CONSENSUS."""
+    single, *numbers = np.bincount(found, minlength=len(CONSENSUS)).tolist()
+    without = items[found == CONSENSUS.index("without")]
+    return {
+        "judged": single + sum(numbers),
+        "shared": sum(numbers),
+        **dict(zip(CONSENSUS[1:], numbers, strict=True)),
+        "items": without[::-1][:LISTED].tolist(),
+    }
+
+
+def consensus_of_rankings(values: Values, pairs: list[tuple[int, int]]) -> dict[str, Any]:
+    """As of comparisons; an item has a majority if the consensus has one best answer.
+
+    By wins, which order the answers as Bradley and Terry do: see statistics/consensus.py.
+    """
+    items, first, of_units = np.unique(values.unit_items, return_index=True, return_inverse=True)
+    a, tie, b = values.counts.T
+    i, j = np.array(pairs)[values.unit_parts].T
+    wins = np.full((len(items), int(max(map(max, pairs))) + 1), -1)
+    wins[of_units, i] = wins[of_units, j] = 0
+    np.add.at(wins, (of_units, i), 2 * a + tie)
+    np.add.at(wins, (of_units, j), 2 * b + tie)
+    is_split = np.bincount(of_units, (values.counts > 0).sum(axis=1) > 1) > 0
+    has_one_best = (wins == wins.max(axis=1, keepdims=True)).sum(axis=1) == 1
+    is_single = values.counts.sum(axis=1)[first] < 2
+    names = np.select([is_single, ~is_split, has_one_best], [0, 1, 2], 3)
+    return _consensus(items, names)
+
+
+def _majority(kind: str, counts: Sequence[int]) -> str:
     """single, unanimous, majority (more than half) or without one; by outcome, not strength."""
     votes: Counter[Category] = Counter()
     for category, number in zip(CATEGORIES[kind], counts, strict=True):
@@ -195,6 +160,7 @@ def _majority(kind: str, counts: Counts) -> str:
     return "majority" if 2 * most > total else "without"
 
 
-def people_on_items(pairs: Iterator[tuple[int, int]]) -> Estimate | None:
-    """Raw agreement from (judgements for a, judgements for b) of each pair."""
-    return AgreementCounts.of_items(("a", "b"), pairs).raw()
+def people_on_items(pairs: np.ndarray) -> Estimate | None:
+    """Raw agreement from the judgements for a and for b of each pair, (n, 2)."""
+    patterns, numbers = np.unique(pairs, axis=0, return_counts=True)
+    return AgreementCounts.of_patterns(("a", "b"), patterns, numbers).raw()

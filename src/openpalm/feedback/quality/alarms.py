@@ -11,7 +11,9 @@ from django.db.models import Avg
 from django.db.models.functions import Length
 
 from openpalm.feedback.models import Candidate, ModelScore, ModelVersion, Project
-from openpalm.feedback.quality.board import judged_items
+from openpalm.feedback.quality.answer_table import AnswerTable
+from openpalm.feedback.quality.pairs import JudgedPairs, judged_pairs
+from openpalm.feedback.quality.response_table import ResponseTable
 from openpalm.feedback.statistics.intervals import LEVEL, Estimate, t_quantile, wilson_of_means
 
 NEWEST = 5
@@ -19,7 +21,8 @@ NEWEST = 5
 MINIMUM = 20
 """prompts below which neither rewards nor judgements raise an alarm"""
 LONGER = 1.5
-SCORES = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
+SCORES = np.array([1.0, 0.0, 0.5, 0.5])
+"""of OUTCOMES, for answer a"""
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,16 @@ def watched(project: Project) -> list[Watched]:
     return [Watched(row, row.parent) for row in rows if row.parent is not None]
 
 
-def alarms(project: Project, author_kind: str) -> list[dict[str, Any]]:
+def alarms(table: ResponseTable, answers: AnswerTable, author_kind: str) -> list[dict[str, Any]]:
     """The alarms about the newest policies, by judgements of these labelers."""
-    pairs = watched(project)
+    pairs = watched(table.project)
     if not pairs:
         return []
-    wins = win_rates(project, author_kind, pairs)
+    judged = judged_pairs(table, answers, author_kind)
     found = []
     for pair in pairs:
         for kind, line in (
-            ("gamed_reward", _gamed(pair, wins.get(pair.policy.pk))),
+            ("gamed_reward", _gamed(pair, win_rate(judged, answers, pair))),
             ("length", _longer(pair)),
         ):
             if line:
@@ -54,30 +57,21 @@ def alarms(project: Project, author_kind: str) -> list[dict[str, Any]]:
     return found
 
 
-def win_rates(
-    project: Project, author_kind: str, pairs: list[Watched]
-) -> dict[int, tuple[Estimate, int]]:
-    """Win rate of each policy against its parent, over prompts, and their number."""
-    policy_of = {(p.policy.pk, p.parent.pk): p.policy.pk for p in pairs}
-    scores: dict[int, dict[int, list[float]]] = {}
-    for found in judged_items(project, author_kind, texts=False):
-        for (i, j), outcomes in found.pairs.items():
-            for a, b, sign in ((i, j, 1), (j, i, -1)):
-                models = found.answers[a].model, found.answers[b].model
-                if (policy := policy_of.get(models)) is None:  # pyright: ignore
-                    continue
-                total = scores.setdefault(policy, {}).setdefault(found.prompt, [0.0, 0.0])
-                total[0] += sum(_score(o, sign) * n for o, n in outcomes.items())
-                total[1] += outcomes.total()
-    return {policy: _rate(of.values()) for policy, of in scores.items()}
-
-
-def _score(outcome: str, sign: int) -> float:
-    return SCORES[outcome] if sign > 0 else 1 - SCORES[outcome]
-
-
-def _rate(totals: Any) -> tuple[Estimate, int]:
-    means = [won / number for won, number in totals]
+def win_rate(
+    pairs: JudgedPairs, answers: AnswerTable, pair: Watched
+) -> tuple[Estimate, int] | None:
+    """Win rate of the policy against its parent, over prompts, and their number."""
+    a, b = answers.rows["model"][pairs.a], answers.rows["model"][pairs.b]
+    first = (a == pair.policy.pk) & (b == pair.parent.pk)
+    second = (b == pair.policy.pk) & (a == pair.parent.pk)
+    won = pairs.outcomes @ SCORES
+    number = pairs.outcomes.sum(axis=1)
+    won = np.where(second, number - won, won)
+    chosen = (first | second) & (number > 0)
+    if not chosen.any():
+        return None
+    prompts = np.unique(answers.rows["prompt"][pairs.a][chosen], return_inverse=True)[1]
+    means = np.bincount(prompts, won[chosen]) / np.bincount(prompts, number[chosen])
     estimate = wilson_of_means(means)
     assert estimate is not None
     return estimate, len(means)

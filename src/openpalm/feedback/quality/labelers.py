@@ -1,14 +1,16 @@
 """The rows "labelers", "ai_judges" and "position_bias"."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
-from django.db.models import Count, OuterRef, Q, Subquery
+import numpy as np
 
 from openpalm.feedback.judgements.categories import category_of
-from openpalm.feedback.models import Item, Project, Response, User
+from openpalm.feedback.models import Item, Response, User
 from openpalm.feedback.quality.agreement import as_json
-from openpalm.feedback.quality.counted import CHUNK, KINDS, WINNERS, counted, values_by_item
+from openpalm.feedback.quality.counted import WINNERS, values_of, winners
+from openpalm.feedback.quality.response_table import CHUNK, NONE, STATES, Rater, ResponseTable
 from openpalm.feedback.statistics.agreement import (
     MatchRates,
     agreement_by_rater,
@@ -16,25 +18,30 @@ from openpalm.feedback.statistics.agreement import (
 )
 from openpalm.feedback.statistics.intervals import wilson
 
-Rater = tuple[int, str]
-"""user and author_kind"""
+SOME = 250
+"""judgements that are read at once"""
 Sides = dict[Rater, tuple[int, int]]
 """how often the left side was chosen, and how often a side"""
 State = Response.State
 
 
 class Activity:
-    """How much each labeler did, from one sum over all responses of the project."""
+    """How much each labeler did: numbers of responses by labeler, state and whether in force."""
 
-    def __init__(self, project: Project):
-        found = Response.objects.filter(project=project).order_by()
-        sums = found.values_list("user_id", "author_kind", "state", "in_force")
-        self.rows = list(sums.annotate(number=Count("id")))
+    def __init__(self, table: ResponseTable):
+        rows = table.rows
+        cells = (rows["rater"].astype(np.int64) * len(STATES) + rows["state"]) * 2
+        numbers = np.bincount(cells + rows["in_force"])
+        self.rows: list[tuple[Rater, str, bool, int]] = []
+        for cell in np.flatnonzero(numbers).tolist():
+            rater, state = divmod(cell // 2, len(STATES))
+            in_force, number = bool(cell % 2), int(numbers[cell])
+            self.rows.append((table.raters[rater], STATES[state], in_force, number))
 
     def of_kinds(self) -> dict[str, dict[str, int]]:
         """By author_kind: responses by state; a judgement that was changed is "superseded"."""
         found: dict[str, dict[str, int]] = {}
-        for _, kind, state, in_force, number in self.rows:
+        for (_, kind), state, in_force, number in self.rows:
             states = found.setdefault(kind, {})
             name = "superseded" if state == State.SUBMITTED and not in_force else state
             states[name] = states.get(name, 0) + number
@@ -43,25 +50,25 @@ class Activity:
     def of_raters(self) -> dict[Rater, dict[str, int]]:
         """Judgements in force, skips and flags; labelers without any of them are left out."""
         found: dict[Rater, dict[str, int]] = {}
-        names = {State.SKIPPED: "skips", State.FLAGGED: "flags"}
-        for user, kind, state, in_force, number in self.rows:
+        names: dict[str, str] = {State.SKIPPED: "skips", State.FLAGGED: "flags"}
+        for rater, state, in_force, number in self.rows:
             name = "judgements" if state == State.SUBMITTED and in_force else names.get(state)
             if name is None:
                 continue
-            row = found.setdefault((user, kind), {"judgements": 0, "skips": 0, "flags": 0})
+            row = found.setdefault(rater, {"judgements": 0, "skips": 0, "flags": 0})
             row[name] += number
         return found
 
 
 def labelers(
-    project: Project, activity: Activity, medians: dict[Rater, float], sides: Sides
+    table: ResponseTable, activity: Activity, medians: dict[Rater, float], sides: Sides
 ) -> list[dict[str, Any]]:
     """A row for each labeler, the one with most judgements first."""
     work = activity.of_raters()
     names = dict(
         User.objects.filter(pk__in={user for user, _ in work}).values_list("id", "username")
     )
-    gold, self_, others = of_gold(project), of_repeats(project), of_others(project, set(work))
+    gold, self_, others = of_gold(table), of_repeats(table), of_others(table)
     rows = []
     for rater, numbers in work.items():
         left, decided = sides.get(rater, (0, 0))
@@ -81,13 +88,16 @@ def _rates(rater: Hashable, rates: MatchRates, name: str, number: str) -> dict[s
     return {name: as_json(estimate), number: rates.comparisons.get(rater, 0)}
 
 
-def picked_sides(project: Project) -> Sides:
+def picked_sides(table: ResponseTable) -> Sides:
     """The sides that each labeler chose in comparisons."""
-    if KINDS.get(project.task) != "compare":
+    if table.kind != "compare":
         return {}
-    found = counted(project, *User.Kind.values).order_by().values_list("user_id", "author_kind")
-    sums = found.annotate(left=Count("id", filter=Q(picked_place=0)), decided=Count("picked_place"))
-    return {(user, kind): (left, decided) for user, kind, left, decided in sums}
+    counts, size = table.counted(*User.Kind.values), len(table.raters)
+    raters, places = (table.rows[name][counts] for name in ("rater", "place"))
+    left = np.bincount(raters[places == 0], minlength=size).tolist()
+    decided = np.bincount(raters[places != NONE], minlength=size).tolist()
+    judged = set(np.unique(raters).tolist())
+    return {rater: (left[n], decided[n]) for n, rater in enumerate(table.raters) if n in judged}
 
 
 def position_bias(sides: Sides) -> dict[str, dict[str, Any]]:
@@ -103,36 +113,59 @@ def position_bias(sides: Sides) -> dict[str, dict[str, Any]]:
     }
 
 
-def _in_force(project: Project) -> Any:
-    return Response.objects.filter(project=project, in_force=True, state=State.SUBMITTED)
-
-
-def of_gold(project: Project) -> MatchRates:
+def of_gold(table: ResponseTable) -> MatchRates:
     """Agreement with the expected answers of gold items."""
-    found = _in_force(project).filter(item__purpose=Item.Purpose.GOLD, assignment__repeat=0)
-    columns = ("user_id", "author_kind", "kind", "payload", "item__gold_kind", "item__gold")
-    return match_rates(_matches(found.values_list(*columns)))
-
-
-def of_repeats(project: Project) -> MatchRates:
-    """Agreement with oneself on items that the queue gave a second time."""
-    first = _in_force(project).filter(
-        item=OuterRef("item"), user=OuterRef("user"), assignment__repeat=0
+    rows = _judged(table, np.isin(table.rows["item"], table.gold) & (table.rows["repeat"] == 0))
+    gold = Item.objects.filter(project=table.project, purpose=Item.Purpose.GOLD)
+    expected = {
+        pk: (kind, answer)
+        for pk, kind, answer in gold.values_list("pk", "gold_kind", "gold").iterator(CHUNK)
+    }
+    return match_rates(
+        _matches((table.raters[rater], pk, expected.get(item)) for pk, item, rater in rows)
     )
-    found = _in_force(project).filter(assignment__repeat__gt=0)
-    found = found.annotate(
-        first_kind=Subquery(first.values("kind")[:1]),
-        first_payload=Subquery(first.values("payload")[:1]),
-    ).exclude(first_kind=None)
-    columns = ("user_id", "author_kind", "first_kind", "first_payload", "kind", "payload")
-    return match_rates(_matches(found.values_list(*columns)))
 
 
-def _matches(rows: Any) -> Iterator[tuple[Rater, bool]]:
-    """Rater, and whether the two judgements are alike; those without values are left out."""
-    for user, author_kind, kind, payload, other_kind, other in rows.iterator(chunk_size=CHUNK):
-        if (same := alike(kind, payload, other_kind, other)) is not None:
-            yield (user, author_kind), same
+def of_repeats(table: ResponseTable) -> MatchRates:
+    """Agreement with oneself on items that the queue gave a second time."""
+    is_again = table.rows["repeat"] > 0
+    again = _judged(table, is_again)
+    items = np.unique(table.rows["item"][is_again])
+    first = _judged(table, np.isin(table.rows["item"], items) & ~is_again)
+    first_of = {(item, rater): pk for pk, item, rater in first}
+    return match_rates(
+        _matches(
+            (table.raters[rater], pk, first_of.get((item, rater))) for pk, item, rater in again
+        )
+    )
+
+
+def _judged(table: ResponseTable, chosen: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(id, item, number of the rater) of the judgements in force among the chosen rows."""
+    rows = table.rows[table.judged() & chosen]
+    return zip(*(rows[name].tolist() for name in ("id", "item", "rater")), strict=True)
+
+
+Said = tuple[str, dict[str, Any]]
+"""kind and payload of a judgement"""
+
+
+def _matches(
+    pairs: Iterable[tuple[Rater, int, int | Said | None]],
+) -> Iterator[tuple[Rater, bool]]:
+    """Rater, and whether two judgements are alike; those without values are left out.
+
+    `pairs` are rater, a judgement by id, and the other one, by id or as it is.
+    """
+    waiting = iter(pairs)
+    while some := list(islice(waiting, SOME)):
+        ids = {pk for _, *both in some for pk in both if isinstance(pk, int)}
+        found = Response.objects.filter(pk__in=ids).values_list("pk", "kind", "payload")
+        said: dict[int, Said] = {pk: (kind, payload) for pk, kind, payload in found}
+        for rater, pk, other in some:
+            other = said.get(other) if isinstance(other, int) else other
+            if other and pk in said and (same := alike(*said[pk], *other)) is not None:
+                yield rater, same
 
 
 def alike(
@@ -159,24 +192,23 @@ def alike(
     return None
 
 
-def of_others(project: Project, raters: set[Rater]) -> MatchRates:
+def of_others(table: ResponseTable) -> MatchRates:
     """Agreement with the people who judged the same items; simulated labelers with each other."""
-    kind = KINDS.get(project.task)
     found = MatchRates({}, {})
-    if kind is None:
+    if not table.kind:
         return found
     for among, *judges in (
         (User.Kind.PERSON, User.Kind.PERSON, User.Kind.MODEL),
         (User.Kind.SIMULATED, User.Kind.SIMULATED),
     ):
-        group = {rater for rater in raters if rater[1] == among}
-        if not group:
-            continue
-        values = values_by_item(counted(project, *judges), kind)
-        judgements = (((one.item, one.part), one.rater, one.value) for one in values)
-        rates = agreement_by_rater(judgements, among=group)
-        found.by_rater.update(rates.by_rater)
-        found.comparisons.update(rates.comparisons)
+        values = values_of(table, *judges)
+        if table.kind == "compare":
+            values = winners(values)
+        group = table.of_kinds(among)
+        rates = agreement_by_rater(values.units, values.raters, values.codes, group)
+        raters = table.raters
+        found.by_rater.update({raters[n]: rate for n, rate in rates.by_rater.items()})
+        found.comparisons.update({raters[n]: number for n, number in rates.comparisons.items()})
     return found
 
 

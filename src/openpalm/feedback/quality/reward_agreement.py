@@ -5,17 +5,17 @@ uncertainty would show it worse than it is. And only on prompts that are in no s
 its ancestors were trained on.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from openpalm.feedback.models import Item, ModelScore, ModelVersion, Project, SnapshotJudgement
+from openpalm.feedback.models import Item, ModelScore, ModelVersion
 from openpalm.feedback.quality.agreement import as_json, people_on_items
-from openpalm.feedback.quality.board import judged_items
-from openpalm.feedback.quality.counted import CHUNK
+from openpalm.feedback.quality.answer_table import AnswerTable
+from openpalm.feedback.quality.pairs import judged_pairs
+from openpalm.feedback.quality.response_table import CHUNK, ResponseTable
 from openpalm.feedback.statistics.calibration import Calibration, accuracy_limit, calibration
 from openpalm.feedback.training.lineage import snapshots_of
 
@@ -27,7 +27,7 @@ CHOICES = np.array([1.0, 0.0, 0.5])
 
 
 @dataclass(frozen=True)
-class JudgedPairs:
+class ScoredPairs:
     """Pairs of answers that labelers compared, as arrays: (n,), or (n, 3) for `outcomes`."""
 
     items: np.ndarray
@@ -41,49 +41,48 @@ class JudgedPairs:
     def __len__(self) -> int:
         return len(self.items)
 
-    def chosen(self, rows: np.ndarray) -> "JudgedPairs":
-        return JudgedPairs(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+    def chosen(self, rows: np.ndarray) -> "ScoredPairs":
+        return ScoredPairs(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
     @cached_property
     def candidates(self) -> np.ndarray:
         return np.unique(np.concatenate([self.a, self.b]))
 
 
-def judged_pairs(project: Project, author_kind: str, arm: str) -> JudgedPairs:
-    rows = np.array(list(_rows(project, author_kind, arm)), dtype=np.int64).reshape(-1, 7)
-    return JudgedPairs(*rows[:, :4].T, outcomes=rows[:, 4:])
-
-
-def _rows(project: Project, author_kind: str, arm: str) -> Iterator[tuple[int, ...]]:
-    only = {"arm": arm, "purpose": Item.Purpose.TRAINING}
-    for found in judged_items(project, author_kind, texts=False, **only):
-        for (i, j), outcomes in found.pairs.items():
-            numbers = outcomes["a"], outcomes["b"], outcomes["tie"]
-            if any(numbers):
-                a, b = found.answers[i].candidate, found.answers[j].candidate
-                yield (found.item, found.prompt, a, b, *numbers)
+def pairs_of_arm(
+    table: ResponseTable, answers: AnswerTable, author_kind: str, arm: str
+) -> ScoredPairs:
+    found = judged_pairs(table, answers, author_kind)
+    items = Item.objects.filter(
+        project=table.project, arm=arm, purpose=Item.Purpose.TRAINING
+    ).values_list("pk", flat=True)
+    of_arm = np.fromiter(items.iterator(chunk_size=CHUNK), dtype=np.int64)
+    found = found.chosen(np.isin(found.items, of_arm) & found.outcomes[:, :3].any(axis=1))
+    a, b = answers.rows[found.a], answers.rows[found.b]
+    return ScoredPairs(
+        found.items, a["prompt"], a["candidate"], b["candidate"], found.outcomes[:, :3]
+    )
 
 
 class RewardAgreement:
     """All three rows, for the judgements of one kind of labelers."""
 
-    def __init__(self, project: Project, author_kind: str):
-        self._project = project
+    def __init__(self, table: ResponseTable, answers: AnswerTable, author_kind: str):
+        self._project, self._answers = table.project, answers
         self.author_kind = author_kind
         self.arm = "random"
-        self.pairs = judged_pairs(project, author_kind, self.arm)
+        self.pairs = pairs_of_arm(table, answers, author_kind, self.arm)
         if not len(self.pairs):
             # Before the first selection no item was chosen for its uncertainty either.
             self.arm = ""
-            self.pairs = judged_pairs(project, author_kind, self.arm)
+            self.pairs = pairs_of_arm(table, answers, author_kind, self.arm)
         self.newest: tuple[ModelVersion, Calibration, list[dict[str, Any]]] | None = None
         """the newest reward model with an accuracy"""
-        found = ModelVersion.objects.filter(project=project, kind=ModelVersion.Kind.REWARD)
+        found = ModelVersion.objects.filter(project=self._project, kind=ModelVersion.Kind.REWARD)
         self._models = [self._measure(model) for model in found.order_by("-id")[:NEWEST]]
 
     def to_json(self) -> dict[str, Any]:
-        votes = ((int(a), int(b)) for a, b in self.pairs.outcomes[:, :2])
-        people = people_on_items(votes)
+        people = people_on_items(self.pairs.outcomes[:, :2])
         return {
             "arm": self.arm,
             "people": as_json(people),
@@ -114,16 +113,14 @@ class RewardAgreement:
             "reason": None if found and found.accuracy else self._reason(unseen, found),
         }
 
-    def _unseen(self, model: ModelVersion) -> tuple[JudgedPairs, int]:
+    def _unseen(self, model: ModelVersion) -> tuple[ScoredPairs, int]:
         """The pairs of prompts that the model was not trained on, and the number of the others."""
-        snapshots = [snapshot.pk for snapshot in snapshots_of(model)]
-        rows = SnapshotJudgement.objects.filter(snapshot__in=snapshots).order_by()
-        prompts = rows.values_list("response__item__prompt_id", flat=True).distinct()
-        trained = np.fromiter(prompts.iterator(chunk_size=CHUNK), dtype=np.int64)
-        seen = np.isin(self.pairs.prompts, trained)
+        seen = np.zeros(len(self.pairs), bool)
+        for snapshot in snapshots_of(model):
+            seen |= np.isin(self.pairs.prompts, self._answers.prompts_of(snapshot))
         return self.pairs.chosen(~seen), int(seen.sum())
 
-    def _reason(self, unseen: JudgedPairs, found: Calibration | None) -> str:
+    def _reason(self, unseen: ScoredPairs, found: Calibration | None) -> str:
         """Why there is no accuracy."""
         where = "in the random arm" if self.arm else "(none was selected yet)"
         if not len(self.pairs):
@@ -135,7 +132,7 @@ class RewardAgreement:
         return "every judgement is a tie"
 
 
-def _margins(model: ModelVersion, pairs: JudgedPairs) -> np.ndarray:
+def _margins(model: ModelVersion, pairs: ScoredPairs) -> np.ndarray:
     """Reward of a - reward of b, (n,); nan where one of them has no score."""
     if not len(pairs):
         return np.zeros(0)
@@ -152,18 +149,18 @@ def _margins(model: ModelVersion, pairs: JudgedPairs) -> np.ndarray:
     return scores[a] - scores[b]
 
 
-def _calibration(pairs: JudgedPairs, margins: np.ndarray) -> Calibration | None:
+def _calibration(pairs: ScoredPairs, margins: np.ndarray) -> Calibration | None:
     """Each judgement is one row: the sums are written out again."""
     numbers = pairs.outcomes.ravel()
     probabilities = 0.5 * (1 + np.tanh(margins / 2))
     return calibration(
         np.repeat(np.repeat(probabilities, 3), numbers),
         np.repeat(np.tile(CHOICES, len(pairs)), numbers),
-        np.repeat(np.repeat(pairs.prompts, 3), numbers).tolist(),
+        np.repeat(np.repeat(pairs.prompts, 3), numbers),
     )
 
 
-def disagreements(pairs: JudgedPairs, margins: np.ndarray) -> list[dict[str, Any]]:
+def disagreements(pairs: ScoredPairs, margins: np.ndarray) -> list[dict[str, Any]]:
     """Where most labelers preferred the answer with the lower reward, the surest first."""
     numbers = pairs.outcomes.sum(axis=1)
     shares = pairs.outcomes @ CHOICES / numbers

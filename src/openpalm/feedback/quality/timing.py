@@ -1,6 +1,5 @@
 """The rows "progress" and "time"."""
 
-from array import array
 from collections.abc import Iterator
 from datetime import date
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import numpy as np
 from django.db.models import Count, F, Sum
 
-from openpalm.feedback.models import Item, Project, Response
-from openpalm.feedback.quality.counted import CHUNK
-from openpalm.feedback.quality.labelers import Activity, Rater
+from openpalm.feedback.models import Item, Project, User
+from openpalm.feedback.quality.labelers import Activity
+from openpalm.feedback.quality.response_table import NONE, Rater, ResponseTable
 
 DAYS = 366
 """the newest days that are listed"""
@@ -31,47 +30,40 @@ def progress(project: Project, activity: Activity) -> dict[str, Any]:
 
 
 class Times:
-    """Milliseconds of every judgement in force: eight bytes each, the only lists of that length."""
+    """The time of every judgement in force."""
 
-    def __init__(self, project: Project):
-        self._of_raters: dict[Rater, array[int]] = {}
-        self._of_days: dict[tuple[str, date], array[int]] = {}
-        for rater, day, elapsed in _times(project):
-            self._of_raters.setdefault(rater, array("I")).append(elapsed)
-            self._of_days.setdefault((rater[1], day), array("I")).append(elapsed)
+    def __init__(self, table: ResponseTable):
+        chosen = np.flatnonzero(table.judged() & (table.rows["elapsed"] != NONE))
+        # By time, so that the middle of each group is its median.
+        chosen = chosen[np.argsort(table.rows["elapsed"][chosen], kind="stable")]
+        self._elapsed = table.rows["elapsed"][chosen]
+        self._raters, self._days = table.rows["rater"][chosen], table.rows["day"][chosen]
+        self._table = table
 
     def of_raters(self) -> dict[Rater, float]:
         """Median seconds of each labeler."""
-        return {rater: median_s(times) for rater, times in self._of_raters.items()}
+        found = _medians_s(self._raters, self._elapsed)
+        return {self._table.raters[rater]: median for rater, _, median in found}
 
     def to_json(self) -> dict[str, Any]:
         """By author_kind: the median over all judgements, and of each day."""
         found: dict[str, Any] = {}
-        for kind in sorted({kind for _, kind in self._of_raters}):
-            own = [times for (_, of), times in self._of_raters.items() if of == kind]
-            days = sorted(day for of, day in self._of_days if of == kind)
-            found[kind] = {
-                "median_s": median_s(*own),
-                "judgements": sum(map(len, own)),
-                "days": [self._day(kind, day) for day in days[-DAYS:]],
-            }
+        for kind in sorted(User.Kind.values):
+            own = self._table.of_kinds(kind)[self._raters]
+            elapsed = self._elapsed[own]
+            days = [
+                {"day": date.fromordinal(day).isoformat(), "judgements": number, "median_s": median}
+                for day, number, median in _medians_s(self._days[own], elapsed)
+            ]
+            for _, number, median in _medians_s(np.zeros(len(elapsed), np.int8), elapsed):
+                found[kind] = {"median_s": median, "judgements": number, "days": days[-DAYS:]}
         return found
 
-    def _day(self, kind: str, day: date) -> dict[str, Any]:
-        times = self._of_days[kind, day]
-        return {"day": day.isoformat(), "judgements": len(times), "median_s": median_s(times)}
 
-
-def _times(project: Project) -> Iterator[tuple[Rater, date, int]]:
-    found = Response.objects.filter(
-        project=project, in_force=True, state=Response.State.SUBMITTED, elapsed_ms__isnull=False
-    )
-    columns = ("user_id", "author_kind", "created_at", "elapsed_ms")
-    rows = found.order_by().values_list(*columns).iterator(chunk_size=CHUNK)
-    return (((user, kind), at.date(), elapsed) for user, kind, at, elapsed in rows)
-
-
-def median_s(*times: "array[int]") -> float:
-    """The median of the milliseconds in all arrays, in seconds."""
-    milliseconds = np.concatenate([np.frombuffer(one, dtype=np.uint32) for one in times])
-    return float(np.median(milliseconds)) / 1000
+def _medians_s(groups: np.ndarray, elapsed: np.ndarray) -> Iterator[tuple[int, int, float]]:
+    """Each group in order, its size, and its median of ascending milliseconds, in seconds."""
+    ordered = elapsed[np.argsort(groups, kind="stable")].astype(np.int64)
+    names, sizes = np.unique(groups, return_counts=True)
+    starts = np.cumsum(sizes) - sizes
+    middles = (ordered[starts + (sizes - 1) // 2] + ordered[starts + sizes // 2]) / 2000
+    return zip(names.tolist(), sizes.tolist(), middles.tolist(), strict=True)

@@ -8,9 +8,8 @@ order, "left" of one rater is "right" of another.
 """
 
 from collections import Counter
-from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +84,17 @@ class AgreementCounts:
         for counts in table._items:
             if len(counts) != len(table.categories) or min(counts) < 0:
                 raise ValueError(f"counts {counts} do not fit the categories {table.categories}")
+        return table
+
+    @classmethod
+    def of_patterns(
+        cls, categories: Sequence[Category], patterns: np.ndarray, numbers: np.ndarray
+    ) -> "AgreementCounts":
+        """The table from distinct vectors of counts (k, c) and the number of items of each (k,)."""
+        table = cls(categories)
+        for counts, number in zip(patterns.tolist(), numbers.tolist(), strict=True):
+            if any(counts):
+                table._items[tuple(counts)] += number
         return table
 
     def merge(self, other: "AgreementCounts") -> None:
@@ -179,8 +189,8 @@ class AgreementCounts:
 class MatchRates:
     """How often the answers of each rater equal what they are compared with."""
 
-    by_rater: dict[Hashable, Estimate]
-    comparisons: dict[Hashable, int]
+    by_rater: dict[Any, Estimate]
+    comparisons: dict[Any, int]
 
 
 def match_rates(matches: Iterable[tuple[Hashable, bool]], level: float = LEVEL) -> MatchRates:
@@ -201,29 +211,34 @@ def match_rates(matches: Iterable[tuple[Hashable, bool]], level: float = LEVEL) 
 
 
 def agreement_by_rater(
-    judgements: Iterable[tuple[Hashable, Hashable, Category]],
-    among: Container[Hashable] | None = None,
+    units: np.ndarray,
+    raters: np.ndarray,
+    codes: np.ndarray,
+    among: np.ndarray | None = None,
     level: float = LEVEL,
 ) -> MatchRates:
-    """Agreement of each rater with the others of the same item; (item, rater, value) BY ITEM.
+    """Agreement of each rater with the others of the same unit.
 
-    The judgements of an item must follow each other, as ORDER BY item gives them; they are read
-    once and not kept. `among` are the raters to agree with, for example the people, so that a
-    model as judge is measured against people only; None: all. A rater's figure is the mean over
-    items of the share of these other raters who gave the same value; Wilson's interval takes the
-    items as independent units.
+    Arrays (n,) of judgements: unit (an item, or a part of one), rater and value, each numbered
+    from 0. `among` (raters,) are the raters to agree with, for example the people, so that a model
+    as judge is measured against people only; None: all. A rater's figure is the mean over units
+    of the share of these other raters who gave the same value; Wilson's interval takes the units
+    as independent.
     """
-    shares: dict[Hashable, Counter[float]] = {}
-    for _, group in groupby(judgements, key=lambda judgement: judgement[0]):
-        given = [(rater, value) for _, rater, value in group]
-        counts = Counter(value for rater, value in given if among is None or rater in among)
-        for rater, value in given:
-            own = among is None or rater in among
-            others = counts.total() - own
-            if others:
-                shares.setdefault(rater, Counter())[(counts[value] - own) / others] += 1
-    rates = {rater: wilson_of_means([*of], [*of.values()], level) for rater, of in shares.items()}
+    own = np.ones(len(units), bool) if among is None else among[raters]
+    size = int(units.max(initial=-1)) + 1, int(codes.max(initial=0)) + 1
+    cells = units * size[1] + codes
+    counts = np.bincount(cells[own], minlength=size[0] * size[1])
+    others = counts.reshape(size).sum(axis=1)[units] - own
+    paired = others > 0
+    if not paired.any():
+        return MatchRates({}, {})
+    shares = (counts[cells] - own)[paired] / others[paired]
+    order = np.argsort(raters[paired], kind="stable")
+    found, starts = np.unique(raters[paired][order], return_index=True)
+    of_raters = dict(zip(found.tolist(), np.split(shares[order], starts[1:]), strict=True))
+    rates = {rater: wilson_of_means(of, level=level) for rater, of in of_raters.items()}
     return MatchRates(
         by_rater={rater: rate for rater, rate in rates.items() if rate is not None},
-        comparisons={rater: sum(of.values()) for rater, of in shares.items()},
+        comparisons={rater: len(of) for rater, of in of_raters.items()},
     )

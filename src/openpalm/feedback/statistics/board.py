@@ -1,8 +1,8 @@
 """Records of a board of models: the comparisons that go in, the strengths that come out."""
 
 import math
-from collections.abc import Hashable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -27,6 +27,68 @@ class Comparison(NamedTuple):
     prompt: Hashable = None
     """judgements of one prompt are one cluster; None: each judgement is independent"""
     labeler: Hashable = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparisons:
+    """Many comparisons as arrays of n rows; the fields are those of Comparison."""
+
+    models: list[str]
+    """sorted by name"""
+    a: np.ndarray
+    """indices of models"""
+    b: np.ndarray
+    outcome: np.ndarray
+    """indices in OUTCOMES"""
+    number: np.ndarray
+    style: np.ndarray
+    """(n, features)"""
+    prompt: np.ndarray
+    """numbers of the clusters; -1: none"""
+    labeler: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    def chosen(self, rows: np.ndarray) -> "Comparisons":
+        names = ("a", "b", "outcome", "number", "style", "prompt", "labeler")
+        return Comparisons(self.models, *(getattr(self, name)[rows] for name in names))
+
+    def without_style(self) -> "Comparisons":
+        return replace(self, style=self.style[:, :0])
+
+    @classmethod
+    def of(cls, rows: Iterable[Comparison], features: Sequence[str]) -> "Comparisons":
+        """Raises ValueError for a comparison of a model with itself, an unknown outcome or a
+        wrong number of style values."""
+        known = list(rows)
+        for row in known:
+            if row.a == row.b:
+                raise ValueError(f"a comparison of {row.a!r} with itself; name two models")
+            if row.outcome not in OUTCOMES:
+                names = ", ".join(OUTCOMES)
+                raise ValueError(f"outcome {row.outcome!r}; it must be one of {names}")
+            if len(row.style) != len(features):
+                raise ValueError(f"style {row.style} does not have a value for each of {features}")
+        models = sorted({model for row in known for model in (row.a, row.b)})
+        place = {model: n for n, model in enumerate(models)}
+        style = np.array([row.style for row in known], dtype=float)
+        return cls(
+            models,
+            np.array([place[row.a] for row in known], dtype=np.intp),
+            np.array([place[row.b] for row in known], dtype=np.intp),
+            np.array([OUTCOMES.index(row.outcome) for row in known], dtype=np.intp),
+            np.array([row.number for row in known], dtype=float),
+            style.reshape(len(known), len(features)),
+            _numbered(row.prompt for row in known),
+            _numbered(row.labeler for row in known),
+        )
+
+
+def _numbered(names: Iterable[Hashable]) -> np.ndarray:
+    numbers: dict[Hashable, int] = {}
+    found = [-1 if name is None else numbers.setdefault(name, len(numbers)) for name in names]
+    return np.array(found, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,7 @@ What the data cannot tell is said in `Board.notes`: groups that were never compa
 that won or lost everything, style features that cannot be told apart from the models.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -25,7 +24,7 @@ from openpalm.feedback.statistics.board import (
     OUTCOMES,
     Board,
     Comparison,
-    Outcome,
+    Comparisons,
     Strength,
     StyleCoefficient,
 )
@@ -42,12 +41,14 @@ from openpalm.feedback.statistics.pair_likelihood import (
 
 Ties = Literal["half", "davidson", "leave_out"]
 BothBad = Literal["as_tie", "leave_out"]
+DECIDED = OUTCOMES.index("b")
+"""the outcomes after it are draws"""
 _STYLE_PRECISION = 0.25
 """of the prior that holds separating style coefficients: standard deviation 2"""
 
 
 def fit(
-    comparisons: Iterable[Comparison],
+    comparisons: Iterable[Comparison] | Comparisons,
     *,
     style_features: Sequence[str] = (),
     ties: Ties = "half",
@@ -62,36 +63,14 @@ def fit(
     labelers Student's t has at most G - 1 degrees of freedom. Raises ValueError for a comparison
     of a model with itself, an unknown outcome or a wrong number of style values.
     """
-    data = _read(comparisons, style_features)
-    if not data.models:
-        return Board(
-            (), (), data.outcomes, ties, both_bad, None, 0, True, (), np.zeros((0, 0)), level
-        )
+    data = comparisons
+    if not isinstance(data, Comparisons):
+        data = Comparisons.of(data, style_features)
+    if not len(data):
+        outcomes: dict[str, float] = dict.fromkeys(OUTCOMES, 0)
+        empty = np.zeros((0, 0))
+        return Board((), (), outcomes, ties, both_bad, None, 0, True, (), empty, level)
     return _Estimation(data, style_features, ties, both_bad, cluster_labelers, level).board()
-
-
-@dataclass(frozen=True, slots=True)
-class _Data:
-    models: list[str]
-    rows: list[Comparison]
-    outcomes: dict[str, float]
-
-
-def _read(comparisons: Iterable[Comparison], features: Sequence[str]) -> _Data:
-    models: dict[str, None] = {}
-    outcomes: dict[str, float] = dict.fromkeys(OUTCOMES, 0)
-    rows = []
-    for row in comparisons:
-        if row.a == row.b:
-            raise ValueError(f"a comparison of {row.a!r} with itself; name two models")
-        if row.outcome not in outcomes:
-            raise ValueError(f"outcome {row.outcome!r}; it must be one of {', '.join(OUTCOMES)}")
-        if len(row.style) != len(features):
-            raise ValueError(f"style {row.style} does not have a value for each of {features}")
-        outcomes[row.outcome] += row.number
-        models[row.a] = models[row.b] = None
-        rows.append(row)
-    return _Data(sorted(models), rows, outcomes)
 
 
 class _Estimation:
@@ -99,7 +78,7 @@ class _Estimation:
 
     def __init__(
         self,
-        data: _Data,
+        data: Comparisons,
         features: Sequence[str],
         ties: Ties,
         both_bad: BothBad,
@@ -109,36 +88,35 @@ class _Estimation:
         self.data, self.features, self.level = data, features, level
         self.ties, self.both_bad, self.cluster_labelers = ties, both_bad, cluster_labelers
         self.notes: list[str] = []
-        self.used = [row for row in data.rows if self._is_used(row.outcome)]
+        self.used = data.chosen(self._is_used(data.outcome))
         self.rows, self.kept, self.scale = self._arrays()
         self.groups, self.classes, added = self._structure()
         self.fit = self._maximize(self.rows.with_ties(added))
 
-    def _is_used(self, outcome: Outcome) -> bool:
-        if outcome == "both_bad" and self.both_bad == "leave_out":
-            return False
-        return outcome in ("a", "b") or self.ties != "leave_out"
+    def _is_used(self, outcome: np.ndarray) -> np.ndarray:
+        left_out = np.zeros(len(outcome), bool)
+        if self.both_bad == "leave_out":
+            left_out |= outcome == OUTCOMES.index("both_bad")
+        if self.ties == "leave_out":
+            left_out |= outcome > DECIDED
+        return ~left_out
 
     def _arrays(self) -> tuple[Rows, list[int], np.ndarray]:
         """Rows with standardised style, the features that vary, and their root mean squares."""
-        place = {model: i for i, model in enumerate(self.data.models)}
         used = self.used
-        count = np.array([row.number for row in used], dtype=float)
-        style = np.array([row.style for row in used], dtype=float)
-        style = style.reshape(len(used), len(self.features))
+        count, style = used.number, used.style
         scale = np.sqrt(count @ style**2 / max(1.0, count.sum()))
         kept = [k for k in range(len(self.features)) if scale[k] > 0]
         constant = [name for k, name in enumerate(self.features) if k not in kept]
         if constant:
             self.notes.append(f"No difference in {', '.join(constant)}: not controlled for.")
-        scores = {"a": 1.0, "b": 0.0}
         rows = Rows(
-            a=np.array([place[row.a] for row in used], dtype=np.intp),
-            b=np.array([place[row.b] for row in used], dtype=np.intp),
-            score=np.array([scores.get(row.outcome, 0.5) for row in used], dtype=float),
+            a=used.a,
+            b=used.b,
+            score=np.array([1.0, 0.0, 0.5, 0.5])[used.outcome],
             count=count,
             style=style[:, kept] / scale[kept],
-            models=len(place),
+            models=len(used.models),
             davidson=self._has_tie_parameter(),
         )
         return rows, kept, scale
@@ -146,12 +124,13 @@ class _Estimation:
     def _has_tie_parameter(self) -> bool:
         if self.ties != "davidson":
             return False
-        drawn = {row.outcome not in ("a", "b") for row in self.used}
-        if drawn != {True, False}:
+        drawn = self.used.outcome > DECIDED
+        has_both = bool(drawn.any() and not drawn.all())
+        if not has_both:
             self.notes.append(
                 "Davidson's tie parameter needs ties and decided comparisons; ties count half."
             )
-        return drawn == {True, False}
+        return has_both
 
     def _structure(self) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
         """Groups (m,), win classes (m,), and the pairs that get an added tie."""
@@ -222,7 +201,7 @@ class _Estimation:
                 )
                 for n, k in enumerate(self.kept)
             ),
-            outcomes=self.data.outcomes,
+            outcomes=self._outcomes(),
             ties=self.ties,
             both_bad=self.both_bad,
             tie_parameter=float(values[-1]) if self.rows.davidson else None,
@@ -233,6 +212,10 @@ class _Estimation:
             _level=self.level,
         )
 
+    def _outcomes(self) -> dict[str, float]:
+        numbers = np.bincount(self.data.outcome, self.data.number, len(OUTCOMES)).tolist()
+        return dict(zip(OUTCOMES, numbers, strict=True))
+
     def _covariance(self) -> tuple[np.ndarray, int, list[int]]:
         """Sandwich covariance of the parameters (p, p), and clusters in all and of each model.
 
@@ -240,7 +223,7 @@ class _Estimation:
         """
         bread = inverse(self.fit.information)
         found = [self._scores(["prompt"])]
-        if self.cluster_labelers and len({row.labeler for row in self.used}) > 1:
+        if self.cluster_labelers and len(np.unique(self.used.labeler)) > 1:
             # Cameron et al. 2011: by prompt, plus by labeler, less by both.
             found += [self._scores(["labeler"]), self._scores(["prompt", "labeler"])]
             middle = found[0][0] + found[1][0] - found[2][0]
@@ -260,11 +243,11 @@ class _Estimation:
         return covariance, min(number for _, number, _ in found[:2]), touching.tolist()
 
     def _scores(self, fields: Sequence[str]) -> tuple[np.ndarray, int, np.ndarray]:
-        numbers: dict[tuple[Hashable, ...], int] = {}
-        clusters = np.empty(len(self.used), dtype=np.intp)
-        for n, row in enumerate(self.used):
-            key = tuple(getattr(row, name) for name in fields)
-            clusters[n] = -1 if None in key else numbers.setdefault(key, len(numbers))
+        keys = np.stack([getattr(self.used, name) for name in fields], axis=1)
+        none = (keys < 0).any(axis=1)
+        clusters = np.full(len(keys), -1)
+        axis = 0 if len(fields) > 1 else None
+        clusters[~none] = np.unique(keys[~none], axis=axis, return_inverse=True)[1].ravel()
         # The terms of added ties, at the end, are no data.
         found = self.fit.terms.first(len(self.used))
         products, number = score_products(self.rows, found, clusters)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from openpalm.feedback.statistics.intervals import LEVEL, Estimate, unit_means, wilson_of_means
+from openpalm.feedback.statistics.intervals import LEVEL, Estimate, means_of_units, wilson_of_means
 
 BINS = 10
 _EPSILON = 1e-12
@@ -61,7 +61,7 @@ class Calibration:
 def calibration(
     probabilities: Sequence[float] | np.ndarray,
     choices: Sequence[float] | np.ndarray,
-    prompts: Sequence[Hashable] | None = None,
+    prompts: Sequence[Hashable] | np.ndarray | None = None,
     *,
     bins: int = BINS,
     level: float = LEVEL,
@@ -77,7 +77,7 @@ def calibration(
     _check(p, y)
     if not len(p):
         return None
-    units = np.arange(len(p)) if prompts is None else np.asarray(_numbered(prompts))
+    units = np.arange(len(p)) if prompts is None else _numbered(prompts)
     confidence = np.maximum(p, 1 - p)
     agreed = np.where(p >= 0.5, y, 1 - y)
     place = np.minimum(((2 * confidence - 1) * bins).astype(int), bins - 1)
@@ -88,7 +88,7 @@ def calibration(
     return Calibration(
         judgements=len(p),
         ties=int((~decided).sum()),
-        accuracy=wilson_of_means(unit_means(units[decided].tolist(), right), level=level),
+        accuracy=wilson_of_means(means_of_units(units[decided], right), level=level),
         expected_error=float(gap / len(p)),
         brier=float(((p - y) ** 2).mean()),
         log_loss=float(-(y * np.log(clipped) + (1 - y) * np.log1p(-clipped)).mean()),
@@ -117,9 +117,11 @@ def _check(p: np.ndarray, y: np.ndarray) -> None:
         raise ValueError("choices must be 1 (a), 0 (b) or 0.5 (tie)")
 
 
-def _numbered(prompts: Sequence[Hashable]) -> list[int]:
+def _numbered(prompts: Sequence[Hashable] | np.ndarray) -> np.ndarray:
+    if isinstance(prompts, np.ndarray):
+        return np.unique(prompts, return_inverse=True)[1]
     numbers: dict[Hashable, int] = {}
-    return [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    return np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts])
 
 
 def _bin(
@@ -132,7 +134,7 @@ def _bin(
     level: float,
 ) -> Bin:
     here = place == number
-    agreement = wilson_of_means(unit_means(units[here].tolist(), agreed[here]), level=level)
+    agreement = wilson_of_means(means_of_units(units[here], agreed[here]), level=level)
     return Bin(
         low=0.5 + number / (2 * bins),
         high=0.5 + (number + 1) / (2 * bins),

@@ -102,12 +102,16 @@ def wilson_of_means(
 
 def unit_means(units: Iterable[Hashable], values: Iterable[float]) -> np.ndarray:
     """The mean of `values` within each unit, (number of units,), in order of first appearance."""
-    sums: dict[Hashable, list[float]] = {}
-    for unit, value in zip(units, values, strict=True):
-        one = sums.setdefault(unit, [0.0, 0.0])
-        one[0] += value
-        one[1] += 1
-    return np.array([total / count for total, count in sums.values()])
+    numbers: dict[Hashable, int] = {}
+    found = [numbers.setdefault(unit, len(numbers)) for unit in units]
+    return means_of_units(np.array(found, dtype=np.intp), np.array([*values], dtype=float))
+
+
+def means_of_units(units: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The mean of the values (n,) within each unit, in order of its number; units (n,)."""
+    numbers = np.bincount(units)
+    present = numbers > 0
+    return np.bincount(units, values, len(numbers))[present] / numbers[present]
 
 
 def resampled_weights(

@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 FEATURES = ("length", "headers", "lists", "bold")
 _CODE = re.compile(r"^(```|~~~).*?(^\1|\Z)", re.MULTILINE | re.DOTALL)
 _HEADER = re.compile(r"^ {0,3}#{1,6}[ \t]", re.MULTILINE)
@@ -38,3 +40,9 @@ def style_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...
     The difference changes its sign when the sides are swapped, so it fits a model of comparisons.
     """
     return tuple((x - y) / (x + y) if x + y else 0.0 for x, y in zip(a, b, strict=True))
+
+
+def style_differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`style_difference` of many pairs, (n, features)."""
+    sums = a + b
+    return np.divide(a - b, sums, where=sums > 0, out=np.zeros(sums.shape))

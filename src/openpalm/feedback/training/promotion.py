@@ -93,7 +93,7 @@ def propose(
     _check_server()
     _check_free(project)
     if (why := refusal(comparison, model)) and len(reason) < MIN_REASON:
-        raise DataError(f"refused: {why}. To promote it all the same, give a reason")
+        raise DataError(f"refused: {why}. To promote it anyway, give a reason")
     promotion = Promotion.objects.create(
         project=project,
         model=model,

@@ -6,14 +6,15 @@ A snapshot fixes what a model was trained on, down to each judgement, however th
 import hashlib
 import json
 import uuid
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import QuerySet
+from django.db.models import Max, QuerySet
 
 from openpalm.base.files import atomic_file
 from openpalm.errors import DataError
@@ -149,13 +150,15 @@ def freeze(
     path = folder / f"{content.digest.hexdigest()}.jsonl"
     written.replace(path)
     with writing():
-        return _store(project, path, content, chosen, user)
+        snapshot = _store(project, path, content, chosen, user)
+    _link(snapshot, content.ids, writing)
+    return snapshot
 
 
 def _store(
     project: Project, path: Path, content: _Content, chosen: Filter, user: User | None
 ) -> Snapshot:
-    snapshot, new = Snapshot.objects.get_or_create(
+    snapshot, _ = Snapshot.objects.get_or_create(
         project=project,
         digest=path.stem,
         defaults={
@@ -166,11 +169,22 @@ def _store(
             "created_by": user,
         },
     )
-    if new:
-        _link(snapshot, content.ids)
     return snapshot
 
 
-def _link(snapshot: Snapshot, ids: Iterable[int]) -> None:
-    rows = (SnapshotJudgement(snapshot=snapshot, response_id=pk) for pk in ids)
-    SnapshotJudgement.objects.bulk_create(rows, batch_size=BATCH)
+def _link(snapshot: Snapshot, ids: Sequence[int], writing: Writing) -> None:
+    """Stores the rows of the lineage, BATCH in a transaction: on SQLite nobody judges during one.
+
+    Continues where a worker was killed; nothing is trained on a snapshot before it is whole.
+    """
+    last = snapshot.rows.aggregate(last=Max("response"))["last"] or 0
+    missing = ids[bisect_right(ids, last) :]
+    for start in range(0, len(missing), BATCH):
+        with writing():
+            SnapshotJudgement.objects.bulk_create(
+                (
+                    SnapshotJudgement(snapshot=snapshot, response_id=pk)
+                    for pk in missing[start : start + BATCH]
+                ),
+                ignore_conflicts=True,
+            )

@@ -28,9 +28,11 @@ KINDS = (
 )
 SLOTS: dict[str, tuple[str, ...]] = {
     "training": ("train",),
-    "other": tuple(kind for kind in KINDS if kind != "train"),
+    "figures": ("statistics",),
+    "other": tuple(kind for kind in KINDS if kind not in ("train", "statistics")),
 }
-"""Kinds that run one after the other; a long training holds up nothing else."""
+"""Kinds that run one after the other; a long training, or the figures of a large project, hold up
+nothing else."""
 DEAD_AFTER_S = 15.0
 MAX_ATTEMPTS = 5
 """times that a job is taken up in a row without progress in between"""
@@ -135,7 +137,7 @@ def requeue_abandoned() -> int:
 
 
 def _is_silent(job: Job) -> bool:
-    """Whether its heartbeat stands still. Its time is not compared with a clock, which may jump."""
+    """Whether its heartbeat has stopped. The clock may jump and is not used."""
     beat = job.lease, job.heartbeat_at
     seen, since = _beats.get(job.pk, (None, 0.0))
     if seen != beat:
@@ -160,7 +162,7 @@ def _requeue(job: Job) -> bool:
 
 
 def _end_owner(job: Job, message: str, *, stopped: bool = False) -> None:
-    """What the job was for ends too, unless its handler has ended it."""
+    """Ends the run, comparison or promotion of the job, unless its handler has ended it."""
     given = job.arguments
     if "run" in given:
         state = TrainRun.State.STOPPED if stopped else TrainRun.State.FAILED
@@ -180,7 +182,7 @@ def _end_owner(job: Job, message: str, *, stopped: bool = False) -> None:
 
 
 def beat(job: Job) -> bool:
-    """Tells that the worker lives; False if the job is no longer its own."""
+    """Stores a heartbeat; False if the job is no longer this worker's."""
     return bool(_own(job).update(heartbeat_at=timezone.now()))
 
 

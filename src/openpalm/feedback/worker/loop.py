@@ -1,6 +1,5 @@
 """The worker process: takes jobs from the database and runs them, one thread for each slot."""
 
-import errno
 import logging
 import threading
 import time
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from django.conf import settings
 from django.db import DatabaseError, Error, InterfaceError, OperationalError, connections
 
+from openpalm.base.files import is_disk_full
 from openpalm.errors import OpenPalmError
 from openpalm.feedback.models import Job
 from openpalm.feedback.worker import jobs
@@ -109,15 +109,6 @@ class Worker:
         log.warning("job %s: %s", job.pk, line)
         jobs.give_back(job, line)
         self.ending.wait(FULL_DISK_PAUSE_S)
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether the error, or one that it was raised for, is of a full disk or an exceeded quota."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextmanager

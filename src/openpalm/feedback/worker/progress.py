@@ -1,4 +1,4 @@
-"""What a running job reports: how far it is; and what it asks: whether to stop."""
+"""Progress of a running job: what it reports, and whether it must stop."""
 
 import threading
 import time
@@ -37,6 +37,7 @@ class Progress:
         """set when a heartbeat found that the job is no longer this worker's"""
         self._ending = ending or threading.Event()
         self._reported_at = 0.0
+        self._done = job.done
 
     def check(self) -> None:
         if self._ending.is_set():
@@ -45,26 +46,34 @@ class Progress:
             raise JobStopped
 
     def say(self, message: str) -> None:
-        """What the job does now, stored at once."""
+        """Stores at once what the job does now."""
         self.job.message = message
         self._report()
 
     def start(self, total: int, message: str = "") -> None:
-        """The number of things to do; what an earlier attempt has done is counted again."""
-        self.job.done, self.job.total = 0, total
+        """Sets the number of things to do; what an earlier attempt has done is counted again.
+
+        The page shows what the earlier attempt reached until this one is further.
+        """
+        self._done = 0
+        if total != self.job.total:
+            self.job.done, self.job.total = 0, total
         self.say(message or self.job.message)
 
     def advance(self, count: int = 1, message: str | None = None) -> None:
-        """So many more things are done."""
-        self.move_to(self.job.done + count, message=message)
+        """Counts so many more things as done."""
+        self.move_to(self._done + count, message=message)
 
     def move_to(self, done: int, total: int | None = None, message: str | None = None) -> None:
-        if done > self.job.done:
-            self.job.attempts = 1  # it gets on: the limit is for a job that kills its worker
-        self.job.done = done
+        self._done = done
+        # Progress: the limit is for a job that kills its worker at the same place each time.
+        is_further = done > self.job.done and self.job.attempts > 1
+        if is_further:
+            self.job.attempts = 1
+        self.job.done = max(done, self.job.done)
         self.job.total = self.job.total if total is None else total
         self.job.message = self.job.message if message is None else message
-        if time.monotonic() - self._reported_at > REPORT_EVERY_S:
+        if is_further or time.monotonic() - self._reported_at > REPORT_EVERY_S:
             self._report()
         else:
             self.check()
@@ -95,7 +104,7 @@ class Progress:
         Job.objects.filter(pk=self.job.pk).update(result=result)
 
     def quiet(self) -> "Progress":
-        """The same stops for a part of the work, without its counts."""
+        """Progress of a part of the work: it can stop the job, but stores no counts."""
         return _Quiet(self)
 
     def wait(self, seconds: float) -> None:

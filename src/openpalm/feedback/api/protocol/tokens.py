@@ -1,7 +1,7 @@
 """Bearer tokens: made once, stored as a hash, limited to scopes and to a project.
 
-A token has 256 random bits, so guessing is hopeless; failures are counted all the same, so that
-they cost the site little. A good token is never refused for the failures of others at its address.
+A token has 256 random bits, so it cannot be guessed; failures are throttled to keep their cost low.
+A valid token is never refused because of the failures of others at its address.
 """
 
 from datetime import timedelta
@@ -12,7 +12,7 @@ from django.utils import timezone
 
 from openpalm.feedback.accounts.throttle import NOT_COUNTED, WINDOW, address_of
 from openpalm.feedback.accounts.tokens import digest_of
-from openpalm.feedback.api.errors import ApiError
+from openpalm.feedback.api.protocol.errors import ApiError
 from openpalm.feedback.models import ApiToken, LoginFailure
 
 FAILURES = 20

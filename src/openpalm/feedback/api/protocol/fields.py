@@ -1,6 +1,6 @@
 """Reads the fields of a request's JSON body or query, strictly.
 
-Every field is read by its type and bounds; a field that nobody reads is refused. Texts that a
+Every field is read by its type and bounds; a field that is not read is refused. Texts that a
 database cannot hold (NUL, half of a surrogate pair) are refused too.
 """
 
@@ -13,7 +13,7 @@ from django.core.exceptions import RequestDataTooBig
 from django.http import HttpRequest, UnreadablePostError
 
 from openpalm.base.console import shown
-from openpalm.feedback.api.errors import ApiError
+from openpalm.feedback.api.protocol.errors import ApiError
 from openpalm.feedback.database import storable
 
 REQUIRED: Any = object()

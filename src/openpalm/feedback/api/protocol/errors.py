@@ -25,7 +25,7 @@ CODES = {
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """What the state of the project does not allow is a conflict, in the words of the pages."""
+    """Turns a DataError about the state of the project into status 409, with the same message."""
     try:
         yield
     except DataError as error:

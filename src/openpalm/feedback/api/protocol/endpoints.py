@@ -17,9 +17,9 @@ from django.views.decorators.csrf import csrf_exempt
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import RANKS, find_project, has_rank
 from openpalm.feedback.accounts.errors import RETRY_AFTER_S, database_trouble
-from openpalm.feedback.api.errors import ApiError
-from openpalm.feedback.api.fields import body_of, query_of
-from openpalm.feedback.api.tokens import authenticate
+from openpalm.feedback.api.protocol.errors import ApiError
+from openpalm.feedback.api.protocol.fields import body_of, query_of
+from openpalm.feedback.api.protocol.tokens import authenticate
 from openpalm.feedback.models import ApiToken, Project, User
 from openpalm.feedback.paging import MAX_ID
 
@@ -55,7 +55,7 @@ class Call:
         return project, role
 
     def find(self, rows: "QuerySet[Row]", what: str) -> Row:
-        """The one of the rows, whose project is entered. One of others does not exist."""
+        """The first row, if the user may enter its project; else ApiError 404."""
         found: Any = rows.select_related("project").first()
         try:
             if found is not None:
@@ -70,7 +70,7 @@ class Call:
         return self.enter(self.query.text("project", most=60))
 
     def finish(self) -> None:
-        """Refuses parameters and fields that nobody read."""
+        """Refuses parameters and fields that were not read."""
         self.query.finish()
         self.body.finish()
 

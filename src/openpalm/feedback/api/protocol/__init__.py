@@ -1,0 +1,1 @@
+"""How every operation is called: tokens and rights, fields of requests, errors."""
