@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from openpalm.errors import SettingsError, StorageError
+from openpalm.errors import SettingsError, StorageError, one_line
 from openpalm.feedback.supervisor import Child, answers
 from openpalm.feedback.web import SOCKET_VARIABLE, listener
 from openpalm.feedback.worker.processes import PROGRAM
@@ -127,7 +127,7 @@ def open_database(*, migrate: bool = True, current: bool = True) -> None:
                 "the database is not of this version; run `openpalm feedback manage migrate` first"
             )
     except ImproperlyConfigured as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if "psycopg" in text:
             raise SettingsError(
                 f"DATABASE_URL: names PostgreSQL, but its driver is missing; {DRIVERS}"
@@ -171,7 +171,7 @@ def _lacks_tables() -> bool:
 
 def _unreachable(error: Exception) -> str:
     """Without the password, which DATABASE_URL may hold."""
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error, 300)
     if os.environ.get("DATABASE_URL"):
         return f"DATABASE_URL: the database cannot be used ({reason}); check its parts"
     folder = os.environ.get("OPENPALM_FEEDBACK_DIR", "feedback")

@@ -8,6 +8,7 @@ from feedback_prompts import add_prompts
 
 from openpalm.base.files import write_atomically
 from openpalm.errors import DataError
+from openpalm.feedback.model_server import site_server
 from openpalm.feedback.models import Candidate, Item, ItemCandidate, Job, Project, Task
 from openpalm.feedback.training import answers, generation, servers
 from openpalm.feedback.worker import jobs
@@ -165,7 +166,7 @@ def test_a_model_that_the_server_has_no_more_gets_a_server_of_its_own(
     @contextmanager
     def temporary(path, progress):
         started.append(path)
-        yield servers.site_server()
+        yield site_server()
 
     monkeypatch.setattr(servers, "temporary_server", temporary)
     settings.FEEDBACK_DIR.mkdir()

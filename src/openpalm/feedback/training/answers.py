@@ -17,8 +17,8 @@ from typing import Any
 
 from openpalm.errors import DataError, OpenPalmError, WorkError
 from openpalm.feedback.items.model_names import names_itself, names_of
+from openpalm.feedback.model_server import ModelServer, NoAnswerError
 from openpalm.feedback.models import Candidate, ModelVersion, Prompt
-from openpalm.feedback.training.servers import ModelServer, NoAnswerError
 from openpalm.feedback.worker.progress import Progress
 
 AT_ONCE = 8
