@@ -170,6 +170,7 @@ def test_the_first_stage_keeps_a_microbatch_for_each_stage():
 
 def test_context_and_tensor_ranks_divide_activations():
     whole = on(ONE).activations
-    assert on(Layout(context=4)).activations == pytest.approx(whole / 4, rel=0.01)
+    # Keys and values are those of whole rows, and there are two results of attention, and one.
+    assert whole / 4 < on(Layout(context=4)).activations < whole / 4 * 1.06
     # Keys and values, and the gathered states, are whole on each tensor-parallel rank.
     assert whole / 4 < on(Layout(tensor=4)).activations < whole / 3

@@ -5,12 +5,14 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rank_runs import LIMIT_S, call, in_step, rank, wait_for
 from safetensors.torch import load_file
+from torch.distributed import distributed_c10d
 from train_runs import rows, same_run, step_names
 from train_samples import write_dataset
 
@@ -19,7 +21,7 @@ from openpalm.checkpoint import directory as checkpoint
 from openpalm.checkpoint.manifest import verify
 from openpalm.data.batches.loader import Loader
 from openpalm.train.objective import NextToken
-from ranks import on_ranks, stop
+from ranks import on_ranks
 
 FULL = OSError(28, "No space left on device")
 
@@ -93,20 +95,35 @@ def test_a_process_that_cannot_save_ends_after_the_grace_time(data: Path, tmp_pa
         run(tmp_path / "run", data, waits_for_a_hanging_one, **{"parallel.grace_s": 3})
 
 
-def hangs(patch: pytest.MonkeyPatch) -> None:
-    if rank() == 1:
-        in_step(patch, 3, lambda: time.sleep(12))
+def with_a_hanging_process(out: Path, data: Path) -> tuple[int, str]:
+    """Process 1 hangs in step 3 until process 0 has ended."""
+    ended = out.parent / "ended"
+
+    def fault(patch: pytest.MonkeyPatch) -> None:
+        if rank() == 1:
+            in_step(patch, 3, lambda: wait_for(ended.exists))
+        else:
+            in_step(patch, 3, short_limit)
+
+    try:
+        return call(out, data, fault, {"save_every": 2, "parallel.timeout_s": 60})
+    finally:
+        ended.touch()
+
+
+def short_limit() -> None:
+    """From now on this process waits for others one second, without another for its start."""
+    for group in [*distributed_c10d._world.pg_map]:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
 
 
 def test_a_process_that_hangs_is_named(data: Path, tmp_path: Path, whole: Path):
     out = tmp_path / "run"
-    options = {"save_every": 2, "parallel.timeout_s": 4}
-    (status, said), (other, _) = run(out, data, hangs, **options)
-    stop()  # their connections are broken
-    assert (status, other) == (1, 1)
-    line = error_line(said)
+    found = on_ranks(2, with_a_hanging_process, out, data, limit_s=LIMIT_S)
+    assert [status for status, _ in found] == [1, 1]
+    line = error_line(found[0][1])
     assert "step 3: process 1 (pid " in line
-    assert "did not arrive within 4 s; run the same command again to continue" in line
+    assert "did not arrive within 60 s; run the same command again to continue" in line
     assert step_names(out) == ["step-00000002"]
     assert statuses(out, data) == [0, 0]
     assert same_run(out, whole)

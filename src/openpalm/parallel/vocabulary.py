@@ -100,11 +100,12 @@ class _Losses:
         log_z, of_target = self._statistics(logits, index, inside, wide)
         if wanted:
             for piece in pieces(logits):
-                share = (logits[piece].to(wide) - log_z[piece, None]).exp()
+                # In place: no further tensor of the size of the piece is needed.
+                share = logits[piece].to(wide, copy=True).sub_(log_z[piece, None]).exp_()
                 if z_loss:
                     share *= 1 + 2 * z_loss * log_z[piece, None]
                 share.scatter_add_(1, index[piece], -inside[piece, None].to(wide))
-                logits[piece] = share.to(logits.dtype)
+                logits[piece].copy_(share)
         yield (log_z - of_target).sum(), z_loss * log_z.square().sum()
 
     def _statistics(
@@ -114,7 +115,7 @@ class _Losses:
         highest = logits.amax(dim=-1).to(wide)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
         totals = [
-            (logits[piece].to(wide) - highest[piece, None]).exp_().sum(dim=-1)
+            logits[piece].to(wide, copy=True).sub_(highest[piece, None]).exp_().sum(dim=-1)
             for piece in pieces(logits)
         ]
         of_target = logits.gather(1, index)[:, 0].to(wide).masked_fill(~inside, 0.0)

@@ -6,6 +6,7 @@ these sums; tests/plan/test_memory.py measures them.
 
 import math
 
+from openpalm.plan.layouts import Layout
 from openpalm.plan.training import Training
 
 WIDE = 4
@@ -14,34 +15,47 @@ BLOCK, KEPT = 256, 1024
 """model/attention.py's: the CPU's bfloat16 kernel keeps the weights of sequences up to KEPT."""
 
 
-def kept_per_token(training: Training, *, cuda: bool, tensor: int = 1) -> float:
+def kept_per_token(training: Training, layout: Layout, *, cuda: bool) -> float:
     """Bytes that one block keeps per token from the forward to the backward pass."""
     if training.recompute == "none":
-        return whole_block(training, cuda=cuda, tensor=tensor)
+        return whole_block(training, layout, cuda=cuda)
     # offload moves the block's input to the CPU's memory; on a CPU that is a copy.
-    inputs = WIDE * training.config.dim / tensor
+    inputs = stream_item(training, layout) * training.config.dim / layout.tensor
     if training.recompute == "offload":
         return 0 if cuda else inputs
-    return inputs + (_products(training, tensor) if training.recompute == "selective" else 0)
+    return inputs + (_products(training, layout.tensor) if training.recompute == "selective" else 0)
 
 
-def whole_block(training: Training, *, cuda: bool, tensor: int = 1) -> float:
+def stream_item(training: Training, layout: Layout) -> int:
+    """Bytes of a number of the residual stream.
+
+    FSDP gathers the embedding in the arithmetic's dtype, and so is what the blocks add to it.
+    """
+    return training.item if layout.gathers else WIDE
+
+
+def norm_item(training: Training, layout: Layout, *, cuda: bool) -> int:
+    """Bytes of a number of a norm's input and output: autocast casts both to float32 on a GPU."""
+    return WIDE if cuda else stream_item(training, layout)
+
+
+def whole_block(training: Training, layout: Layout, *, cuda: bool) -> float:
     """Bytes of everything that a block's backward pass needs, per token."""
-    config, item = training.config, training.item
+    config, item, tensor = training.config, training.item, layout.tensor
     statistics = 2 * WIDE
-    residual = (WIDE * config.dim + statistics) / tensor
+    residual = (norm_item(training, layout, cuda=cuda) * config.dim + statistics) / tensor
     mask = config.dim * (1 if cuda else item) / tensor if config.dropout else 0
     return (
         residual
         + mask
-        + _projection_inputs(training, tensor)
-        + _attention(training, cuda=cuda, tensor=tensor)
+        + _projection_inputs(training, layout, cuda=cuda)
+        + _attention(training, layout, cuda=cuda)
         + _feedforward(training, tensor)
         + _adapter(training)
     )
 
 
-def _projection_inputs(training: Training, tensor: int) -> float:
+def _projection_inputs(training: Training, layout: Layout, *, cuda: bool) -> float:
     """The normalised states: autocast makes a bfloat16 copy for each matrix that reads them."""
     config, item, lora = training.config, training.item, training.lora
     readers = 4 if config.feedforward == "swiglu" else 3
@@ -49,17 +63,23 @@ def _projection_inputs(training: Training, tensor: int) -> float:
         readers = len({"q", "k", "v", "gate", "up"} & {*lora.targets})
     if training.dtype == "float32":
         return WIDE * config.dim * (readers > 0)
-    # A rank of a tensor-parallel group multiplies by all matrices at once.
-    return item * config.dim * (readers if tensor == 1 else min(readers, 1))
+    # A rank of a tensor-parallel group sends them in bfloat16.
+    once = layout.tensor > 1 or norm_item(training, layout, cuda=cuda) == item
+    return item * config.dim * (min(readers, 1) if once else readers)
 
 
-def _attention(training: Training, *, cuda: bool, tensor: int) -> float:
-    config, item = training.config, training.item
+def _attention(training: Training, layout: Layout, *, cuda: bool) -> float:
+    config, item, tensor = training.config, training.item, layout.tensor
     queries = config.heads * config.head_dim / tensor
     keys = _kv_heads(config.kv_heads, tensor) * config.head_dim
     # In float32; the CPU's kernel also keeps the result before it is scaled.
     normed = WIDE * (queries + keys) * (1 if cuda else 2) if config.qk_norm else 0
     outputs = item * 2 * queries  # rotated queries, and the result
+    if layout.context > 1:
+        # The keys and values of whole rows; the results of both chunks, beside the joined one.
+        kept = item * (2 * keys * layout.context + queries)
+        weights = 0 if cuda else _chunk_weights(training, layout) / tensor
+        return normed + outputs + kept + weights + WIDE * config.heads / tensor
     if not cuda and training.dtype == "bfloat16":
         return normed + outputs + item * (2 * keys + _cpu_weights(training))
     # The values are a view of the product of the keys and values, which is kept as a whole.
@@ -72,6 +92,17 @@ def _attention(training: Training, *, cuda: bool, tensor: int) -> float:
 def _kv_heads(kv_heads: int, tensor: int) -> int:
     """Key/value heads of a rank: replicated unless they divide."""
     return kv_heads if kv_heads % tensor else kv_heads // tensor
+
+
+def _chunk_weights(training: Training, layout: Layout) -> float:
+    """Bytes of attention weights per token that the CPU's kernel keeps, of a rank's two chunks.
+
+    The two have 2 x context + 1 chunks of keys between them.
+    """
+    chunk = training.context / (2 * layout.context)
+    if chunk * training.context > KEPT**2:
+        return 0
+    return training.item * training.config.heads * chunk * (2 * layout.context + 1) / 2
 
 
 def _cpu_weights(training: Training) -> float:
@@ -111,15 +142,16 @@ def _products(training: Training, tensor: int) -> float:
     return training.item * (cut + whole + adapter)
 
 
-def inside_block(training: Training, *, cuda: bool, tensor: int = 1, context: int = 1) -> float:
+def inside_block(training: Training, layout: Layout, *, cuda: bool) -> float:
     """Bytes that the backward pass of one block needs beside what the block kept."""
-    config, item = training.config, training.item
-    tokens = training.tokens / context
+    config, item, tensor = training.config, training.item, layout.tensor
+    tokens = training.tokens / layout.context
     again = 0.0
     if training.recompute != "none":
-        again = whole_block(training, cuda=cuda, tensor=tensor)
-        again -= kept_per_token(training, cuda=cuda, tensor=tensor)
-    residual, units = WIDE * config.dim / tensor, item * config.ff_dim / tensor
+        again = whole_block(training, layout, cuda=cuda)
+        again -= kept_per_token(training, layout, cuda=cuda)
+    residual = stream_item(training, layout) * config.dim / tensor
+    units = item * config.ff_dim / tensor
     moments = [*_feedforward_backward(training, tokens, units, tensor)]
     if not cuda and training.dtype == "bfloat16":
         moments.append(_cpu_attention_backward(training, tokens, units))

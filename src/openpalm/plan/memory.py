@@ -20,7 +20,9 @@ from openpalm.plan.activations import (
     evenly,
     inside_block,
     kept_per_token,
+    norm_item,
     rotary_tables,
+    stream_item,
 )
 from openpalm.plan.layouts import Layout
 from openpalm.plan.training import Training
@@ -192,7 +194,7 @@ def _moments(training: Training, trained: float, matrices: float) -> float:
 def _kept(training: Training, layout: Layout, stage: Stage, *, cuda: bool) -> float:
     """Activations at the end of the forward pass, of all microbatches in flight."""
     tokens = training.tokens / layout.context
-    per_block = tokens * kept_per_token(training, cuda=cuda, tensor=layout.tensor)
+    per_block = tokens * kept_per_token(training, layout, cuda=cuda)
     blocks = stage.blocks
     if training.trained_layers is not None:  # frozen blocks before the first trained one keep none
         blocks = min(blocks, training.trained_layers)
@@ -200,7 +202,12 @@ def _kept(training: Training, layout: Layout, stage: Stage, *, cuda: bool) -> fl
     waiting = min(layout.pipeline, training.accumulation) if stage.first else 1
     # All blocks share the rotary tables.
     kept = waiting * blocks * per_block + rotary_tables(training) + 8 * tokens
-    return kept + tokens * (WIDE * training.config.dim + 2 * WIDE) * stage.last
+    stream = stream_item(training, layout) * training.config.dim
+    # torch's schedules have a buffer for what each microbatch of a step receives from a neighbour,
+    # the stream or its gradient, and keep what they sent until the backward pass.
+    received = training.accumulation * ((not stage.first) + (not stage.last))
+    exchanged = tokens * stream / layout.tensor * (received + waiting * (not stage.last))
+    return kept + exchanged + tokens * (stream + 2 * WIDE) * stage.last
 
 
 def _at_loss(
@@ -222,10 +229,11 @@ def _loss_bytes(training: Training, layout: Layout, *, cuda: bool) -> float:
     rows = evenly(tokens, most)
     piece = evenly(rows, max(1, PIECE_BYTES[kind] // (WIDE * vocabulary)))
     # The probabilities of a piece; in bfloat16 its logits in float32, too.
-    softmax = piece * vocabulary * WIDE * (1 if item == WIDE else 2)
+    softmax = piece * vocabulary * WIDE * (1 if item == WIDE or layout.tensor > 1 else 2)
     # The normalised states, in bfloat16 again (and the scaled ones), and their gradient.
-    states = WIDE * config.dim + item * config.dim + item * config.dim * (item != WIDE)
-    states += WIDE * config.dim * (config.logit_scale != 1)
+    wide = norm_item(training, layout, cuda=cuda)
+    states = wide * config.dim + item * config.dim + item * config.dim * (item != wide)
+    states += wide * config.dim * (config.logit_scale != 1)
     # The table's gradient is summed in float32; with FSDP a copy has the gathered table's dtype.
     table = (WIDE + item * layout.gathers) * _table_numbers(training, layout)
     cast = item * vocabulary * config.dim if item != WIDE and not layout.gathers else 0
@@ -252,8 +260,8 @@ def _at_backward(
     copies, buffers = _copies(training, layout, stage, backward=True)
     item = _gradient_item(training, layout)
     table = item * _table_numbers(training, layout) * stage.last
-    inside = inside_block(training, cuda=cuda, tensor=layout.tensor, context=layout.context)
-    scaling = table + 2 * tokens * WIDE * training.config.dim * stage.last
+    inside = inside_block(training, layout, cuda=cuda)
+    scaling = table + 2 * tokens * stream_item(training, layout) * training.config.dim * stage.last
     if inside + table * training.config.tied < table + scaling:
         more, loss = 0.0, table + scaling
     else:
@@ -267,8 +275,8 @@ def _at_first_block(
 ) -> Memory:
     """The backward pass of the first block, when all others have their gradients."""
     kept = training.tokens / layout.context
-    kept *= kept_per_token(training, cuda=cuda, tensor=layout.tensor)
-    inside = inside_block(training, cuda=cuda, tensor=layout.tensor, context=layout.context)
+    kept *= kept_per_token(training, layout, cuda=cuda)
+    inside = inside_block(training, layout, cuda=cuda)
     copies, buffers = _copies(training, layout, stage, backward=True)
     if not layout.gathers and training.recompute == "none":
         copies /= stage.blocks
@@ -315,12 +323,13 @@ def _copies(
 ) -> tuple[float, float]:
     """Bytes of weights in the arithmetic's dtype, and of buffers that are sent.
 
-    With FSDP: the blocks at work and next, and the tables, which stay gathered; the gradient of a
-    block in that dtype, and in float32 to be reduced.
+    With FSDP: the blocks at work and next (all, without reshard), and the tables, which stay
+    gathered; the gradient of a block in that dtype, and in float32 to be reduced.
     """
     config, item = training.config, training.item
     if layout.gathers:
-        gathered = item * (2 * stage.block + stage.tables)
+        blocks = 2 * stage.block if training.reshard else stage.blocks * stage.block
+        gathered = item * (blocks + stage.tables)
         sent = (item + WIDE) * stage.block if backward else 0
         return gathered, sent
     if training.dtype == "float32":

@@ -33,6 +33,8 @@ class Training:
     optimizer: OptimizerName = "adamw"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: Recompute = "none"
+    reshard: bool = True
+    """whether FSDP frees gathered weights after each block's forward pass"""
     loss_chunk: int | None = None
     """positions whose logits are in memory at once; None: as many as are fast"""
     lora: LoraConfig | None = None

@@ -33,6 +33,7 @@ def planned(
         optimizer=settings.optim.kind,
         dtype="float32" if dtype == "float32" else "bfloat16",
         recompute=settings.memory.recompute,
+        reshard=settings.parallel.reshard,
         loss_chunk=settings.memory.loss_chunk,
         lora=settings.lora.config(config),
         trained_layers=settings.last_layers,

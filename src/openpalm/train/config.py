@@ -266,7 +266,10 @@ class TrainSettings:
         if self.parallel.pipeline == 1:
             return
         if not self.may_pipeline:
-            raise SettingsError(f"{stages}: is for `train`; leave it out")
+            raise SettingsError(
+                f"{stages}: is for `train`; share this model by --parallel.shard, replicate or "
+                "tensor"
+            )
         for name, value in (("last_layers", self.last_layers), ("lora.rank", self.lora.rank)):
             if value:
                 raise SettingsError(

@@ -85,7 +85,6 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
         reached = stack.enter_context(lost_processes_named(here, settings.parallel.timeout_s))
         hashes = {f"hash of the {name}": found for name, found in spec.hashes.items()}
         refuse_differences(here, hashes | {"model": asdict(spec.config)})
-        check_directory(here, settings.out)
         # First, because another version's settings cannot be compared with ours.
         other = here.on_main(lambda: run_directory.finished_by_other_version(settings.out))
         if other is not None:
@@ -101,11 +100,12 @@ def run_training(settings: TrainSettings, spec: TrainSpec) -> Outcome:
                 processes_change=partial(spec.processes_change, shape=shape),
             )
         )
-        info = info or measured_info(settings, spec, shape, device)
         # Silent: if the run is not finished, the call below reports damaged checkpoints.
         newest = here.on_main(lambda: checkpoint.latest(settings.out, say=lambda line: None))
-        if newest is not None and step_of(newest) >= info.steps:
+        if info is not None and newest is not None and step_of(newest) >= info.steps:
             return Outcome(newest, info.steps, was_finished=True)
+        check_directory(here, settings.out)
+        info = info or measured_info(settings, spec, shape, device)
         # Only now is the training state read and verified: a finished run may be without it.
         newest = here.on_main(lambda: checkpoint.newest_whole(settings.out, training=True))
         if newest is not None:

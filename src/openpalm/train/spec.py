@@ -84,13 +84,16 @@ class TrainSpec:
         next_token = {
             "z_loss": settings.z_loss or None,
             "memory.loss_chunk": settings.memory.loss_chunk,
-            "parallel.context": settings.parallel.context
-            if settings.parallel.context > 1
-            else None,
         }
         for name, value in next_token.items():
             if self.objective is not None and value is not None:
                 raise SettingsError(f"{spell(name)} {value}: is of `train` and `sft`; leave it out")
+        context = settings.parallel.context
+        if self.objective is not None and context > 1:
+            raise SettingsError(
+                f"--parallel.context {context}: is for `train` and `sft`; share this model by "
+                "--parallel.shard, replicate or tensor"
+            )
         check_length(world(), settings.sequence_length or self.config.context)
 
     def check_shared(self, settings: TrainSettings, shape: BatchShape) -> None:

@@ -37,9 +37,9 @@ def test_the_averages_find_a_known_covariance(
     found = {}
     for _ in range(4000):
         micro = [samples(generator, n) for n in counts]
-        for x in micro:
+        for number, x in enumerate(micro):
             w.grad = x.sum(0) / sum(counts) * 2.0**10
-            noise.take()
+            noise.take(number)
         found = noise.metrics(counts, loss_scale=2.0**10)
         assert torch.equal(w.grad, noise_sum(micro, counts))
         w.grad = None
