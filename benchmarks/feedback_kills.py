@@ -35,7 +35,7 @@ FAKE = Path(sys.path[0]) / "fake_openpalm.py"
 PAIRS = 20
 SELECTED = 10
 SWAPS = ("model.promoted", "model.promotion_undone")
-GIVES_UP_S = 300.0
+GIVES_UP_S = 600.0
 ANSWER_S = 0.02
 DEAD_AFTER_S = 2.0
 """instead of 15 s, so that a freeze need not be longer"""
@@ -73,7 +73,7 @@ class Site:
         from openpalm.feedback.models import ModelVersion, Project, User
 
         self.folder, self.server, self.prompts = folder, server, prompts
-        self.admin = User.objects.create_superuser("root", password="a long enough password")
+        self.admin = User.objects.create_superuser("root", "", "a long enough password")
         self.project = Project.objects.create(slug="demo", name="Demo")
         made = []
         for name, kind in (("base", "policy"), ("next", "policy"), ("taste", "reward")):
@@ -273,7 +273,7 @@ def prepared(folder: Path, url: str | None) -> Iterator[tuple[FakeServer, dict[s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--url", help="of an empty database, instead of --database")
     parser.add_argument("--kills", type=int, default=20)

@@ -20,6 +20,11 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def one_line(text: object, most: int | None = None) -> str:
+    """A message, often of another library's error, on one line of at most `most` characters."""
+    return " ".join(str(text).split())[:most]
+
+
 class OpenPalmError(Exception):
     """Base of all errors raised on purpose; its text is the line a user reads."""
 

@@ -75,10 +75,10 @@ def place(work, tmp_path, monkeypatch):
         ("packed.jsonl.gz", b"no gzip at all", ["packed.jsonl.gz: "]),
     ],
 )
-def test_text_that_cannot_be_read(place, name, content, parts):
+def test_text_that_cannot_be_read(place, quickly, name, content, parts):
     if content is not None:
         (place / name).write_bytes(content)
-    line = refusal("data", "prepare", name, "--out", "out", "--tokenizer", "byte")
+    line = quickly("data", "prepare", name, "--out", "out", "--tokenizer", "byte")
     assert all(part in line for part in parts), line
     assert not (place / "out" / "manifest.json").exists()
 
@@ -92,9 +92,9 @@ def test_text_that_cannot_be_read(place, name, content, parts):
         ("text.txt", "text.txt: is not JSON"),
     ],
 )
-def test_tokenizers_that_are_none(place, tokenizer, part):
+def test_tokenizers_that_are_none(place, quickly, tokenizer, part):
     (place / "text.txt").write_text("some text " * 50)
-    line = refusal("data", "prepare", "text.txt", "--out", "out", "--tokenizer", tokenizer)
+    line = quickly("data", "prepare", "text.txt", "--out", "out", "--tokenizer", tokenizer)
     assert part in line
 
 
@@ -158,8 +158,8 @@ def test_the_bomb_is_real(bomb):
     assert Path("executed").exists()
 
 
-def test_convert_does_not_set_a_bomb_off(bomb):
-    line = refusal("convert", bomb, "out")
+def test_convert_does_not_set_a_bomb_off(bomb, quickly):
+    line = quickly("convert", bomb, "out")
     assert str(bomb) in line
     assert "executed" in line
     assert not Path("executed").exists()

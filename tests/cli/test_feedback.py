@@ -5,12 +5,13 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,32 @@ def test_one_process_alone_needs_the_tables(tmp_path):
         assert refused(*words) == (
             "the database is not of this version; run `openpalm feedback manage migrate` first"
         )
+
+
+def test_a_database_of_a_newer_version_is_left_alone(tmp_path):
+    folder = tmp_path / "site"
+    folder.mkdir()
+    with closing(sqlite3.connect(folder / "db.sqlite3")) as database, database:
+        database.execute("CREATE TABLE django_migrations (id INTEGER, app, name, applied)")
+        row = (1, "feedback", "0009_later", "2030-01-01")
+        database.execute("INSERT INTO django_migrations VALUES (?, ?, ?, ?)", row)
+    wanted = (
+        "the database is of a newer version (it has feedback.0009_later); install that version "
+        "again, or go back to the backup that was made before the upgrade"
+    )
+    for words in (["--port", "0"], ["worker"], ["manage", "migrate"]):
+        assert refused(*words, OPENPALM_FEEDBACK_DIR=str(folder)) == wanted
+    with closing(sqlite3.connect(folder / "db.sqlite3")) as database:
+        tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    assert tables == [("django_migrations",)]
+
+
+def test_a_file_that_is_no_database_is_one_line(tmp_path):
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "db.sqlite3").write_text("notes on the database\n" * 100, encoding="utf-8")
+    line = refused("--port", "0", OPENPALM_FEEDBACK_DIR=str(folder))
+    assert line.startswith(f"--dir {folder}: its database cannot be used (file is not a database)")
 
 
 def test_a_missing_driver_of_postgresql_is_one_line(tmp_path):

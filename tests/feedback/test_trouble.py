@@ -12,11 +12,13 @@ from django.test import Client
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
+from openpalm.feedback.accounts import audit, throttle
 from openpalm.feedback.imports import uploads
 from openpalm.feedback.judgements import queue, submission
 from openpalm.feedback.judgements.submission import Judgement
 from openpalm.feedback.manage import prompts
 from openpalm.feedback.models import Item, Job, Response
+from openpalm.feedback.quality import job
 
 TIE = Judgement("compare", {"tie": [0, 1]})
 TROUBLES = [
@@ -112,6 +114,26 @@ def test_a_clock_set_back_loses_no_judgement(project, make_item, member, monkeyp
     assert response.state == Response.State.SUBMITTED
     item = Item.objects.get()
     assert (item.taken, item.submitted, item.state) == (1, 1, Item.State.COMPLETE)
+
+
+@pytest.mark.django_db
+def test_a_clock_set_back_locks_nobody_out(monkeypatch):
+    for _ in range(2 * throttle.FREE):
+        throttle.begin_attempt("ann", "192.0.2.1")
+    assert throttle.seconds_to_wait("ann", "192.0.2.1") > 1
+    earlier = timezone.now() - timedelta(hours=1)
+    monkeypatch.setattr(timezone, "now", lambda: earlier)
+    assert throttle.seconds_to_wait("ann", "192.0.2.1") == 0
+
+
+def test_a_clock_set_back_keeps_the_figures_new(project, make_item, monkeypatch):
+    now = timezone.now()
+    Job.objects.create(
+        kind="statistics", project=project, state="done", started_at=now, finished_at=now
+    )
+    audit.record("anything", user=None, project=project, target="x")
+    monkeypatch.setattr(timezone, "now", lambda: now - timedelta(hours=1))
+    assert job.enqueue_due() == 1
 
 
 def test_a_lease_from_before_the_project_was_closed_is_judged(project, make_item, member):

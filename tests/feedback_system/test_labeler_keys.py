@@ -11,7 +11,8 @@ TEN = tuple(f"answer {n}" for n in range(1, 11))
 PROJECTS = [
     {"slug": "ten", "task": "ranking", "overlap": 5, "items": items(2, *TEN)},
     {"slug": "four", "task": "ranking", "overlap": 5, "items": items(2, *TEN[:4])},
-    {"slug": "panel", "items": items(2, "yes", "no")},
+    {"slug": "panel", "overlap": 5, "items": items(2, "yes", "no")},
+    {"slug": "seven", "scale": 7, "overlap": 5, "items": items(1, "yes", "no")},
     {"slug": "still", "items": [item("A question. " * 200, "yes", "no")]},
     {"slug": "long", "items": [item("Long?", LONG, LONG)]},
     {"slug": "table", "items": [item("Which?", TABLE, f"```\n{'long ' * 60}\n```")]},
@@ -155,6 +156,12 @@ def test_a_tablet_with_a_keyboard_shows_the_keys(judge):
     expect(page.locator("#keys")).to_be_hidden()
     page.keyboard.press("?")
     expect(page.locator("#keys .keys kbd").first).to_be_visible()
+
+
+@pytest.mark.parametrize("project", ["panel", "seven", "ten"])
+def test_on_a_phone_most_of_the_screen_is_for_reading(judge, project):
+    page = judge(project, "bob", **PHONE)
+    assert page.locator(".bar").bounding_box()["height"] < 0.3 * 844
 
 
 def test_on_a_phone_the_editor_of_a_long_answer_is_near(judge):

@@ -21,6 +21,8 @@ class FakeServer:
     """reason why models, or those of these paths, cannot be loaded"""
     hangs_up: bool = False
     """once: the model is loaded, and there is no answer"""
+    drops: int = 0
+    """requests for answers whose connection is closed instead"""
     garbage: bytes | None = None
     """content of every answer, whatever was asked"""
     status: int = 200
@@ -67,6 +69,10 @@ def fake_server() -> Iterator[FakeServer]:
                         self.close_connection = True
                         return
                     self.reply(200, {"model": state.name, "replaced": replaced})
+                return
+            if state.drops:
+                state.drops -= 1
+                self.close_connection = True
                 return
             state.requests.append(body)
             text = state.answer(body)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from openpalm.base.files import atomic_file
-from openpalm.errors import SettingsError, StorageError, WorkError
+from openpalm.errors import SettingsError, StorageError, WorkError, one_line
 
 READ_BYTES = 4 << 20
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -99,7 +99,7 @@ def file_system(url: str) -> tuple[Any, str]:
         return fsspec.url_to_fs(url)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
-        remedy = f"pip install 'openpalm[{extra}]'" if extra else " ".join(str(error).split())
+        remedy = f"pip install 'openpalm[{extra}]'" if extra else one_line(error)
         raise SettingsError(f"{url}: {protocol}:// is not installed; {remedy}") from None
     except ValueError:
         raise SettingsError(
@@ -279,7 +279,7 @@ def _errors(url: str) -> Iterator[None]:
 
 
 def _os_error(error: Exception, url: str) -> OSError:
-    kind, reason = type(error).__name__, " ".join(str(error).split())[:200]
+    kind, reason = type(error).__name__, one_line(error, 200)
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(errno.ENOENT, "no such file or bucket", url)
     if isinstance(error, PermissionError) or re.search("Credential|Forbidden|Unauthor", kind):

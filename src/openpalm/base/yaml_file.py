@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from openpalm.base.typed import plain
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, one_line
 
 MAX_BYTES = 1 << 20
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -55,7 +55,7 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: is not UTF-8 ({error}); give a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise SettingsError(f"{path}: is not valid YAML ({reason}); correct it") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: must hold `name: value` lines")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from openpalm.base.settings import parse
 from openpalm.cli import feedback_data
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, one_line
 
 MANAGE, WEB, WORKER = "manage", "web", "worker"
 
@@ -85,9 +85,11 @@ def _manage(words: Sequence[str]) -> None:
     from openpalm.feedback.manage_command import manage
 
     try:
+        if words[:1] == ["migrate"]:
+            feedback_site.open_database(migrate=False, current=False)
         manage(words)
     except (OperationalError, ProgrammingError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise SettingsError(
             f"the database cannot be used ({reason}); `openpalm feedback manage migrate` makes its "
             "tables"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from openpalm.errors import SettingsError, StorageError
+from openpalm.errors import SettingsError, StorageError, one_line
 from openpalm.feedback.supervisor import Child, answers
 from openpalm.feedback.web import SOCKET_VARIABLE, listener
 from openpalm.feedback.worker.processes import PROGRAM
@@ -104,38 +104,61 @@ def check_installed() -> None:
     del django, django_htmx, waitress, whitenoise
 
 
-def open_database(*, migrate: bool = True) -> None:
-    """Starts Django and brings the tables up to date. Raises SettingsError or StorageError."""
+def open_database(*, migrate: bool = True, current: bool = True) -> None:
+    """Starts Django and brings the tables up to date, or checks that they are `current`.
+
+    Raises SettingsError or StorageError.
+    """
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "openpalm.feedback.settings")
     folder = os.environ.get("OPENPALM_FEEDBACK_DIR", "feedback")
     import django
     from django.core.exceptions import ImproperlyConfigured
-    from django.db import OperationalError
+    from django.db import Error
 
     try:
         django.setup()
         from openpalm.feedback.manage_command import manage
 
+        check_not_newer()
         if migrate:
             manage(["migrate", "--verbosity", "0"])
-        elif _lacks_tables():
+        elif current and _lacks_tables():
             raise SettingsError(
                 "the database is not of this version; run `openpalm feedback manage migrate` first"
             )
     except ImproperlyConfigured as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if "psycopg" in text:
             raise SettingsError(
                 f"DATABASE_URL: names PostgreSQL, but its driver is missing; {DRIVERS}"
             ) from None
         raise SettingsError(text) from None
-    except OperationalError as error:
+    except Error as error:
         raise SettingsError(_unreachable(error)) from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(
             f"--dir {folder}: cannot be written ({reason}); choose another folder"
         ) from None
+
+
+def check_not_newer() -> None:
+    """Raises SettingsError if a later version of openpalm made the tables, or of Django its own.
+
+    It would run until a page needs what the later version has changed.
+    """
+    from django.db import connection
+    from django.db.migrations.loader import MigrationLoader
+
+    loader = MigrationLoader(connection)
+    ours = {app for app, _ in loader.disk_migrations}
+    known = set(loader.disk_migrations) | set(loader.replacements)
+    unknown = sorted(f"{a}.{n}" for a, n in set(loader.applied_migrations) - known if a in ours)
+    if unknown:
+        raise SettingsError(
+            f"the database is of a newer version (it has {', '.join(unknown)[:200]}); install that "
+            "version again, or go back to the backup that was made before the upgrade"
+        )
 
 
 def _lacks_tables() -> bool:
@@ -148,7 +171,7 @@ def _lacks_tables() -> bool:
 
 def _unreachable(error: Exception) -> str:
     """Without the password, which DATABASE_URL may hold."""
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error, 300)
     if os.environ.get("DATABASE_URL"):
         return f"DATABASE_URL: the database cannot be used ({reason}); check its parts"
     folder = os.environ.get("OPENPALM_FEEDBACK_DIR", "feedback")

@@ -16,7 +16,7 @@ from openpalm.base.files import atomic_file
 from openpalm.checkpoint.tensors import check_finite, refusal
 from openpalm.compat.palm import PaLM
 from openpalm.convert.files import find_file, read_tensors
-from openpalm.errors import CheckpointError, StorageError
+from openpalm.errors import CheckpointError, StorageError, one_line
 
 
 class OriginalActorCritic(nn.Module):
@@ -56,4 +56,4 @@ class OriginalActorCritic(nn.Module):
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
-            raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
+            raise CheckpointError(f"{path}: {one_line(error)}") from None

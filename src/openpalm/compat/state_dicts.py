@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from openpalm.convert.eras import NEWEST, Era, era_of
 from openpalm.convert.files import Tensors, find_file, read_tensors
-from openpalm.errors import CheckpointError
+from openpalm.errors import CheckpointError, one_line
 
 LATEST = NEWEST.last
 
@@ -42,7 +42,7 @@ class OriginalModule(nn.Module):
         try:
             self.load_state_dict(tensors.left())
         except RuntimeError as error:
-            raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
+            raise CheckpointError(f"{path}: {one_line(error)}") from None
 
     def original_state(self) -> dict[str, Tensor]:
         """The original's state dict, float32 on the CPU."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from openpalm.errors import DataError
+from openpalm.errors import DataError, one_line
 
 _MAX_BYTES = 1 << 22
 
@@ -44,7 +44,7 @@ def _included(file: Path, option: str) -> list[Path]:
         """As the library reads the file, but without imports."""
 
     def refuse(_: Any, node: Any) -> None:
-        named = " ".join(str(node.value).split())[:80]
+        named = one_line(node.value, 80)
         raise DataError(
             f"{file}: names Python code (!function {named}), which was not run; "
             f"if you trust the folder, add {option}"
@@ -69,7 +69,7 @@ def no_scripts(option: str) -> Iterator[None]:
     before = sys.modules.get("evaluate")
 
     def load(name: object, *_: object, **__: object) -> None:
-        wanted.append(" ".join(str(name).split())[:80])
+        wanted.append(one_line(name, 80))
         raise ImportError("not loaded")
 
     sys.modules["evaluate"] = SimpleNamespace(load=load)  # pyright: ignore[reportArgumentType]

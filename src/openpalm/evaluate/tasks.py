@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from openpalm.errors import DataError, OpenPalmError
+from openpalm.errors import DataError, OpenPalmError, one_line
 from openpalm.evaluate.harness import HarnessModel, as_lm
 from openpalm.evaluate.task_code import no_scripts, refuse_code, sandboxed
 
@@ -270,7 +270,7 @@ def _quiet(what: str, warnings: dict[str, None] | None = None) -> Iterator[None]
 
 
 def _reason(what: str, error: Exception) -> str:
-    line = " ".join(str(error).split())[:300] or "no message"
+    line = one_line(error, 300) or "no message"
     reason = f"{what}: lm-evaluation-harness failed ({type(error).__name__}: {line})"
     if not what.startswith(_LOADING):
         return f"{reason}; check the number of examples and the rows"

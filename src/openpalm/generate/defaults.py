@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 
 import yaml
 
-from openpalm.errors import CheckpointError
+from openpalm.errors import CheckpointError, one_line
 
 MAX_BYTES = 1 << 20
 _BOUNDS = {"temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "top_k": (0, 2**31)}
@@ -52,7 +52,7 @@ def sampling_defaults(
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise CheckpointError(f"{path}: cannot be read ({reason})") from None
         known = {name: settings[name] for name in _BOUNDS if settings.get(name) is not None}
         if known:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from openpalm.data.text.tokenizer import Tokenizer
-from openpalm.errors import NumbersError, OpenPalmError
+from openpalm.errors import NumbersError, OpenPalmError, one_line
 from openpalm.generate.adapters import Adapter
 from openpalm.generate.defaults import SamplingDefaults
 from openpalm.generate.engine import NOT_FINITE, Engine
@@ -57,7 +57,7 @@ class EngineFailed(Exception):
 
 def error_line(error: BaseException) -> str:
     """An error in one short line."""
-    message = " ".join(str(error).split())[:200]
+    message = one_line(error, 200)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from openpalm.feedback.model_server import site_server
 from openpalm.feedback.models import (
     Comparison,
     Event,
@@ -15,7 +16,6 @@ from openpalm.feedback.models import (
     Role,
     TrainRun,
 )
-from openpalm.feedback.training import servers
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_a_connected_server_has_its_model_by_promotion_only(loop, client, server
     Project.objects.update(served=None)
     client.post(f"/p/demo/models/{loop.challenger.pk}/choose")
     assert Project.objects.get(slug="demo").served is None
-    assert servers.site_server() is not None
+    assert site_server() is not None
 
 
 def test_rescoring(loop, client):

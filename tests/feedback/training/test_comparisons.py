@@ -48,7 +48,7 @@ def both(project, model, server, monkeypatch):
     project.refresh_from_db()
     from contextlib import contextmanager
 
-    from openpalm.feedback.training.servers import site_server
+    from openpalm.feedback.model_server import site_server
 
     @contextmanager
     def serving(model, progress):
@@ -106,7 +106,7 @@ def test_both_models_answer_the_held_out_prompts(project, both, admin, server):
 def test_equal_answers_are_asked_again_and_not_shown(project, both, admin, server, monkeypatch):
     from contextlib import contextmanager
 
-    from openpalm.feedback.training.servers import site_server
+    from openpalm.feedback.model_server import site_server
 
     add_prompts(project, SIZE, text="hidden", held_out=True)
     seen: set[str] = set()

@@ -11,6 +11,7 @@ from django.db import connection
 from feedback_prompts import add_prompts
 
 from openpalm.feedback.imports import uploads
+from openpalm.feedback.model_server import site_server
 from openpalm.feedback.models import Item, Job, Promotion, TrainRun
 from openpalm.feedback.training import comparisons, generation, promotion, runs, servers
 from openpalm.feedback.worker import jobs
@@ -26,7 +27,7 @@ WRITES = ("INSERT", "UPDATE", "DELETE", "REPLACE")
 def enqueue(project, model, admin, server, member, judge, monkeypatch, site):
     """enqueue(kind): a job that has something to do."""
     monkeypatch.setattr(comparisons, "MINIMUM", SIZE)
-    own = nullcontext(servers.site_server())
+    own = nullcontext(site_server())
     monkeypatch.setattr(servers, "temporary_server", lambda path, progress: own)
     served, other = model("served"), model("other")
     project.served = served

@@ -1,11 +1,14 @@
 """Candidates from a model server: which are asked for, stored and shown; after a kill too."""
 
+import threading
 from contextlib import contextmanager
 
 import pytest
 from feedback_prompts import add_prompts
 
+from openpalm.base.files import write_atomically
 from openpalm.errors import DataError
+from openpalm.feedback.model_server import site_server
 from openpalm.feedback.models import Candidate, Item, ItemCandidate, Job, Project, Task
 from openpalm.feedback.training import answers, generation, servers
 from openpalm.feedback.worker import jobs
@@ -163,7 +166,7 @@ def test_a_model_that_the_server_has_no_more_gets_a_server_of_its_own(
     @contextmanager
     def temporary(path, progress):
         started.append(path)
-        yield servers.site_server()
+        yield site_server()
 
     monkeypatch.setattr(servers, "temporary_server", temporary)
     settings.FEEDBACK_DIR.mkdir()
@@ -226,3 +229,62 @@ def test_what_is_refused(project, admin, served, more, line):
         generation.start(project, admin, [{"model": served.pk} | more])
     assert not Job.objects.exists()
     assert not ItemCandidate.objects.exists()
+
+
+def test_a_server_that_crashes_and_starts_again_costs_no_answer(
+    project, admin, served, server, monkeypatch
+):
+    monkeypatch.setattr(answers, "PAUSE_S", 0.01)
+    server.drops = 3 * answers.MOST_FAILURES
+    add_prompts(project, 3)
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert (job.state, "failed" in job.result) == (Job.State.DONE, False)
+    assert server.drops == 0
+    monkeypatch.setattr(answers, "PATIENCE_S", 0.05)
+    server.drops = 1_000_000
+    add_prompts(project, 30, text="more")
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert job.state == Job.State.FAILED
+    assert "answers in a row failed: http://" in job.message
+    assert "the model server does not answer (" in job.message
+
+
+def test_answers_of_a_model_that_was_promoted_meanwhile_are_not_stored(
+    project, admin, served, server, settings
+):
+    """By another project: they would get the name of this one's model."""
+    file, turn = settings.FEEDBACK_DIR / servers.SERVED_FILE, threading.Lock()
+
+    def answer(body):
+        with turn:
+            write_atomically(file, '{"path": "/models/of-another"}')
+        return "of another model"
+
+    server.answer = answer
+    add_prompts(project, 2)
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert job.state == Job.State.FAILED
+    assert job.message.endswith("another project has promoted a model meanwhile; start this again")
+    assert not Candidate.objects.exists()
+
+
+@pytest.mark.parametrize("garbage", [b"[]", b'{"data": [{"id": "m"}], "choices": [{}]}', b"\xff"])
+def test_answers_that_are_garbage_are_one_line(
+    project, admin, served, server, garbage, caplog, monkeypatch
+):
+    monkeypatch.setattr(answers, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(answers, "MOST_FAILURES", 2)
+    server.garbage = garbage
+    add_prompts(project, 3)
+    job = _start(project, admin, served)
+    drain("generate")
+    job.refresh_from_db()
+    assert job.state == Job.State.FAILED
+    assert job.message.endswith("none of a model server; check OPENPALM_SERVER_URL")
+    assert "Traceback" not in caplog.text

@@ -112,6 +112,21 @@ def test_a_process_is_known_by_number_and_start():
     assert started(_dead_process()) is None
 
 
+def test_a_worker_in_another_container_of_this_host_name_is_not_gone(monkeypatch):
+    """Its number of a process belongs to another process here, or to none."""
+    name, _, _ = worker_name().partition(":")
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]")
+    host.cache_clear()
+    other = host()
+    monkeypatch.undo()
+    host.cache_clear()
+    assert host() == name
+    assert other != name
+    assert other.rpartition("-")[0] == name.rpartition("-")[0]
+    assert len(f"{other}:4194304:{2**60}") <= 64
+    assert not is_gone(f"{other}:{_dead_process()}:1")
+
+
 def test_a_zombie_counts_as_ended():
     process = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
     process.stdout.read()

@@ -14,7 +14,7 @@ from openpalm.base.console import shown
 from openpalm.data.corpus.document import Document, no_text_field
 from openpalm.data.corpus.json_lines import MAX_LINE_BYTES
 from openpalm.data.corpus.line_streams import Unavailable, unreadable
-from openpalm.errors import DataError
+from openpalm.errors import DataError, one_line
 
 IDS_COLUMN = "input_ids"
 # Limits of one file: a small footer can declare pages that fill any memory.
@@ -59,7 +59,7 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[Document]:
         # pyarrow raises OSError for damaged data, too, but without an errno.
         if isinstance(error, OSError) and error.errno:
             raise unreadable(path, error) from None
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise DataError(
             f"{path}: parquet data damaged after row {number} ({reason}); fetch the file again"
         ) from None

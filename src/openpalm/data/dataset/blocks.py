@@ -19,7 +19,7 @@ from openpalm.data.corpus.line_streams import unreadable
 from openpalm.data.corpus.tables import IDS_COLUMN, arrow
 from openpalm.data.dataset import manifest as manifest_file
 from openpalm.data.dataset.manifest import REMEDY, SPLITS, Manifest, SplitEntry
-from openpalm.errors import DataError
+from openpalm.errors import DataError, one_line
 
 FORMAT = "openpalm-blocks"
 TEXT_ORDER = "text"
@@ -147,7 +147,7 @@ class BlockArray:
         except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise unreadable(path, error) from None
-            raise self._altered(path, " ".join(str(error).split())[:100]) from None
+            raise self._altered(path, one_line(error, 100)) from None
 
     def _check_declared(self, file: Any, group: int, index: int, path: Path) -> None:
         """Compares the footer with the manifest before any page is decoded."""

@@ -29,7 +29,7 @@ from openpalm.data.text.byte_level import (
     split_at_safe_points,
 )
 from openpalm.data.text.hub_tokenizer import find_tokenizer
-from openpalm.errors import DataError
+from openpalm.errors import DataError, one_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -366,7 +366,7 @@ def _library_errors() -> Iterator[None]:
     except TypeError:
         raise DataError("text with half a surrogate pair in it; give valid UTF-8") from None
     except BaseException as error:  # a Rust panic in the library is not an Exception
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise DataError(
             f"the rules of this tokenizer.json fail on this text ({reason}); "
             "shorten the text or use another tokenizer"
@@ -403,7 +403,7 @@ def _build(definition: str, name: str) -> "tokenizers.Tokenizer":
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a Rust panic in the library is not an Exception
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise DataError(
             f"{name}: not a tokenizer this version of `tokenizers` reads ({reason})"
         ) from None

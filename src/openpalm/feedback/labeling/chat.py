@@ -5,26 +5,24 @@ So the last two answers are completions of one prompt, as in every other prefere
 for each model stores the text while it is generated; a vote does not wait for the end.
 """
 
-import json
 import logging
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any
 
-import httpx2
-from django.conf import settings
 from django.db import connection
 from django.utils import timezone
 
-from openpalm.errors import DataError
+from openpalm.errors import DataError, OpenPalmError, WorkError
 from openpalm.feedback.database import storable, writing
 from openpalm.feedback.items.model_names import names_itself, names_of
 from openpalm.feedback.items.new_items import NewCandidate, NewItem, add_items
 from openpalm.feedback.judgements import submission
 from openpalm.feedback.judgements.submission import Judgement
+from openpalm.feedback.model_server import ModelServer, site_server
 from openpalm.feedback.models import (
     Assignment,
     Conversation,
@@ -42,7 +40,6 @@ MAX_BEGUN = 30
 STORE_EVERY_S = 0.5
 SILENT_AFTER = timedelta(seconds=90)
 """an answer without new text for this long counts as ended: its process is gone"""
-TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
 _draw = random.SystemRandom()
 _log = logging.getLogger(__name__)
 
@@ -68,16 +65,17 @@ def begin(project: Project, user: User) -> Conversation:
     )
 
 
+def _server() -> ModelServer:
+    if (server := site_server()) is None:
+        raise DataError("no model server is known to this site; set OPENPALM_SERVER_URL")
+    return server
+
+
 def served_names() -> list[str]:
     """The names of the models that the site's server has now."""
-    if not settings.SERVER_URL:
-        raise DataError("no model server is known to this site; set OPENPALM_SERVER_URL")
     try:
-        response = httpx2.get(
-            f"{settings.SERVER_URL}/v1/models", headers=_headers(), timeout=TIMEOUT
-        )
-        return [model["id"] for model in response.raise_for_status().json()["data"]]
-    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, LookupError, TypeError) as error:
+        return _server().model_names()
+    except WorkError as error:
         _log.warning("the models of the server: %s", error)
         raise DataError("the model server does not answer; try again later") from None
 
@@ -124,49 +122,18 @@ def answer(conversation_id: int, number: int, side: int) -> None:
     text, stored = "", monotonic()
     try:
         model = ModelVersion.objects.get(pk=conversation.model_ids[side])
-        for piece in stream(model, prompt_of(conversation.turns[: number + 1])):
+        messages = prompt_of(conversation.turns[: number + 1])
+        body = {"model": model.name, "messages": messages, "max_tokens": MAX_TOKENS}
+        for piece in _server().stream(body):
             text = storable(text + piece)
             if monotonic() - stored > STORE_EVERY_S:
                 stored = monotonic()
                 if not _store(conversation_id, number, side, text, ended=False):
                     return
-    except (httpx2.HTTPError, httpx2.InvalidURL, DataError, ValueError) as error:
+    except OpenPalmError as error:
         # The page does not show it: it may name the model.
         _log.warning("conversation %s: a model did not answer: %s", conversation_id, error)
     _store(conversation_id, number, side, text, ended=True)
-
-
-def stream(model: ModelVersion, messages: list[dict[str, str]]) -> Iterator[str]:
-    """The pieces of the model's answer, from the OpenAI API of its server."""
-    body = {"model": model.name, "messages": messages, "stream": True}
-    try:
-        yield from _stream(body | {"max_tokens": MAX_TOKENS})
-    except ContextError:  # fewer tokens fit: take what fits
-        yield from _stream(body)
-
-
-class ContextError(ValueError):
-    """The conversation leaves no room for an answer of the length asked for."""
-
-
-def _stream(body: dict[str, Any]) -> Iterator[str]:
-    url = f"{settings.SERVER_URL}/v1/chat/completions"
-    with httpx2.stream("POST", url, json=body, headers=_headers(), timeout=TIMEOUT) as response:
-        if not response.is_success:
-            response.read()
-            kind = ContextError if "context_length_exceeded" in response.text else ValueError
-            raise kind(f"status {response.status_code}: {response.text:.300}")
-        for line in response.iter_lines():
-            data = line.removeprefix("data:").strip()
-            if not line.startswith("data:") or data == "[DONE]":
-                continue
-            for choice in json.loads(data).get("choices", []):
-                yield choice.get("delta", {}).get("content") or ""
-
-
-def _headers() -> dict[str, str]:
-    key = settings.SERVER_API_KEY
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def prompt_of(turns: list[dict[str, Any]]) -> list[dict[str, str]]:

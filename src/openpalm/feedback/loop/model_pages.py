@@ -15,6 +15,7 @@ from openpalm.feedback.judgements.words import describe
 from openpalm.feedback.loop.forms import CompareForm, RegisterForm
 from openpalm.feedback.loop.pages import page, refused
 from openpalm.feedback.manage.pages import find
+from openpalm.feedback.model_server import site_server
 from openpalm.feedback.models import (
     Comparison,
     ModelVersion,
@@ -28,7 +29,6 @@ from openpalm.feedback.paging import page_of
 from openpalm.feedback.training import promotion, scoring
 from openpalm.feedback.training.lineage import ancestors, snapshots_of
 from openpalm.feedback.training.registry import POLICY, add_by_path
-from openpalm.feedback.training.servers import site_server
 
 MODELS_ON_A_PAGE = 100
 MAX_DEPTH = 6

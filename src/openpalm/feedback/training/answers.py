@@ -12,17 +12,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from time import monotonic, sleep
 from typing import Any
 
 from openpalm.errors import DataError, OpenPalmError, WorkError
 from openpalm.feedback.items.model_names import names_itself, names_of
+from openpalm.feedback.model_server import ModelServer, NoAnswerError
 from openpalm.feedback.models import Candidate, ModelVersion, Prompt
-from openpalm.feedback.training.servers import ModelServer
 from openpalm.feedback.worker.progress import Progress
 
 AT_ONCE = 8
 """requests in flight; the server generates them in one batch"""
 PROMPTS_AT_ONCE = 200
+PATIENCE_S, PAUSE_S = 120.0, 1.0
+"""how long an answer is asked for again from a server that is away, and how often"""
 MOST_FAILURES = 20
 """answers in a row without a success, after which the job fails"""
 DEFAULT_SAMPLING = {"temperature": 1.0, "max_tokens": 256}
@@ -108,6 +111,7 @@ def generate(
                 draw=draw_digest(each.sampling),
                 names_itself=names_itself(text, names),
             )
+            server.confirm()
             with progress.writing():
                 # The table has each draw once, whoever stores it.
                 Candidate.objects.bulk_create([candidate], ignore_conflicts=True)
@@ -146,7 +150,14 @@ def _ask(
 
     def ask(each: Wanted) -> str:
         body = {"model": name, "messages": each.prompt.messages, **each.sampling}
-        return server.complete(body)[0]
+        give_up_at = monotonic() + PATIENCE_S
+        while True:
+            try:
+                return server.complete(body)[0]
+            except NoAnswerError:  # after a crash it starts again and loads its model
+                if monotonic() > give_up_at:
+                    raise
+                sleep(PAUSE_S)
 
     waiting = iter(wanted)
     running: dict[Future[str], Wanted] = {}

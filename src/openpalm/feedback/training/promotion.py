@@ -11,20 +11,15 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from openpalm.errors import DataError, OpenPalmError, WorkError
+from openpalm.errors import DataError, OpenPalmError, WorkError, one_line
 from openpalm.feedback.accounts import audit
 from openpalm.feedback.judgements.words import AUTHORS
+from openpalm.feedback.model_server import ModelServer, NoAnswerError, site_server
 from openpalm.feedback.models import Comparison, Job, ModelVersion, Project, Promotion, User
 from openpalm.feedback.statistics.promotion import MINIMUM
 from openpalm.feedback.training.comparisons import judgements_left
 from openpalm.feedback.training.registry import POLICY
-from openpalm.feedback.training.servers import (
-    ModelServer,
-    NoAnswerError,
-    promoted_path,
-    site_server,
-    write_served,
-)
+from openpalm.feedback.training.servers import promoted_path, write_served
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.processes import POLL_S
 from openpalm.feedback.worker.progress import JobStopped, Progress
@@ -188,7 +183,7 @@ def _swap(
         answer = server.replace_model(model.path, server.model_name())
     except OpenPalmError as error:
         progress.confirm()
-        line = " ".join(str(error).split())
+        line = one_line(error)
         # It may have the model all the same: by an attempt before this one, or a little later.
         if job.lease > 1 or isinstance(error, NoAnswerError):
             line += _restore(promotion.project, model)

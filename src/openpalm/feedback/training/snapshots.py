@@ -30,7 +30,7 @@ from openpalm.feedback.models import (
 from openpalm.feedback.statistics.selection import in_reserve
 from openpalm.feedback.worker.progress import Writing
 
-BATCH = 2000
+BATCH = 500
 KINDS_OF_VERB = {
     "reward": ("compare", "rank", "rate", "thumb", "edit"),
     "dpo": ("compare", "rank", "edit", "thumb"),

@@ -1,8 +1,10 @@
 """Names of processes that stay true after their number is used again: number and time of start."""
 
+import hashlib
 import os
 import socket
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -34,7 +36,13 @@ def is_running(pid: int, since: str | None) -> bool:
 
 @cache
 def host() -> str:
-    return socket.gethostname()[:30]
+    """Where numbers of processes mean something: containers of one host name have their own."""
+    name, where = socket.gethostname(), []
+    with suppress(OSError):
+        where.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
+        where.append(os.readlink("/proc/self/ns/pid"))
+    digest = hashlib.sha256("\0".join([name, *where]).encode()).hexdigest()
+    return f"{name[:20]}-{digest[:8]}".replace(":", "-")
 
 
 def worker_name() -> str:

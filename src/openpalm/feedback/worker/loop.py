@@ -10,10 +10,10 @@ from django.conf import settings
 from django.db import DatabaseError, Error, InterfaceError, OperationalError, connections
 
 from openpalm.base.files import is_disk_full
-from openpalm.errors import OpenPalmError
+from openpalm.errors import OpenPalmError, one_line
 from openpalm.feedback.models import Job
 from openpalm.feedback.worker import jobs
-from openpalm.feedback.worker.handlers import enqueue_due_statistics, handler
+from openpalm.feedback.worker.handlers import end_left_over, enqueue_due_statistics, handler
 from openpalm.feedback.worker.identity import worker_name
 from openpalm.feedback.worker.progress import JobStopped, Progress, WorkerEnds
 
@@ -51,6 +51,7 @@ class Worker:
                     continue
                 if "statistics" in kinds and time.monotonic() > next_look:
                     next_look = time.monotonic() + STATISTICS_EVERY_S
+                    self._safely(lambda: bool(end_left_over()))
                     if self._safely(lambda: bool(enqueue_due_statistics())):
                         continue
                 self.ending.wait(POLL_S)
@@ -66,7 +67,7 @@ class Worker:
         try:
             return work()
         except Error as error:
-            log.warning("database: %s; trying again", " ".join(str(error).split()))
+            log.warning("database: %s; trying again", one_line(error))
             connections.close_all()
             self.ending.wait(2.0)
             return False
@@ -94,18 +95,18 @@ class Worker:
             if is_disk_full(error):
                 self._wait_for_space(job, error)
             else:
-                jobs.finish(job, Job.State.FAILED, message=" ".join(str(error).split()))
+                jobs.finish(job, Job.State.FAILED, message=one_line(error))
         except Exception as error:
             # A bug: the line is for the page, the traceback for the worker's log.
             log.exception("job %s", job.pk)
-            line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            line = f"{type(error).__name__}: {one_line(error, 500)}"
             jobs.finish(job, Job.State.FAILED, message=f"{line} (the worker's log says where)")
         else:
             jobs.finish(job, Job.State.DONE, result=result)
 
     def _wait_for_space(self, job: Job, error: Exception) -> None:
         """Puts the job back: it continues by itself when somebody has made room."""
-        line = f"the disk is full ({' '.join(str(error).split())}); it continues when there is room"
+        line = f"the disk is full ({one_line(error)}); it continues when there is room"
         log.warning("job %s: %s", job.pk, line)
         jobs.give_back(job, line)
         self.ending.wait(FULL_DISK_PAUSE_S)

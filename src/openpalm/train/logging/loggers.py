@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from openpalm.base.settings import plain
 from openpalm.base.yaml_file import to_yaml
-from openpalm.errors import SettingsError
+from openpalm.errors import SettingsError, one_line
 from openpalm.train.config import TrainSettings, logger_names
 
 Say = Callable[[str], None]
@@ -61,7 +61,7 @@ class Loggers:
             made = action()
         except Exception as error:  # no failure of a logger may stop the training
             self._open.pop(name, None)
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             self._say(f"--loggers {name}: failed, the run continues without it ({reason[:300]})")
         else:
             if made is not None:
