@@ -1,5 +1,7 @@
 """Alone, every sum is the value itself; axes make the number of processes."""
 
+import socket
+
 import pytest
 import torch
 from ports import free_port
@@ -37,6 +39,26 @@ def test_processes_that_never_start_are_one_line(monkeypatch: pytest.MonkeyPatch
     said = r"not all 2 processes \(WORLD_SIZE\) met at 127.0.0.1 .* within 1 s: .*unset"
     with pytest.raises(WorkError, match=said):
         join(ParallelSettings(timeout_s=1), CPU)
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [
+        ("0", r"port \d+ of this machine \(MASTER_PORT\) is used by another program"),
+        ("1", r"not all 2 processes .*: what listens there does not answer; start all"),
+    ],
+)
+def test_another_program_at_the_port_is_one_line(
+    rank: str, said: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("openpalm.parallel.world._RENDEZVOUS_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        found = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+        found["MASTER_PORT"] = str(other.getsockname()[1])
+        for name, value in found.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(WorkError, match=said):
+            join(ParallelSettings(timeout_s=1), CPU)
 
 
 @pytest.mark.parametrize(

@@ -161,13 +161,16 @@ def test_how_a_step_is_cut(
     assert shape.global_sequences * length == (batch or 16 * length)
 
 
-@pytest.mark.parametrize(("batch", "length", "processes"), [(100, 64, 1), (63, 64, 1), (64, 64, 2)])
-def test_a_batch_that_does_not_divide(batch: int, length: int, processes: int):
+@pytest.mark.parametrize(
+    ("batch", "length", "processes", "use"),
+    [(100, 64, 1, "64 or 128"), (63, 64, 1, "64"), (64, 64, 2, "128")],
+)
+def test_a_batch_that_does_not_divide(batch: int, length: int, processes: int, use: str):
     with pytest.raises(SettingsError) as caught:
         batch_shape(settings(batch_tokens=batch), length, processes)
     assert str(caught.value) == (
         f"--batch-tokens {batch}: must be a multiple of sequence_length x processes "
-        f"({length} x {processes})"
+        f"({length} x {processes}); use {use}"
     )
 
 

@@ -81,7 +81,7 @@ def _attention(training: Training, layout: Layout, *, cuda: bool) -> float:
         weights = 0 if cuda else _chunk_weights(training, layout) / tensor
         return normed + outputs + kept + weights + WIDE * config.heads / tensor
     if not cuda and training.dtype == "bfloat16":
-        return normed + outputs + item * (2 * keys + _cpu_weights(training))
+        return normed + outputs + item * (2 * keys + _cpu_weights(training) / tensor)
     # The values are a view of the product of the keys and values, which is kept as a whole.
     kept = item * 3 * keys
     if cuda and 1 < config.kv_heads < config.heads:
@@ -154,7 +154,7 @@ def inside_block(training: Training, layout: Layout, *, cuda: bool) -> float:
     units = item * config.ff_dim / tensor
     moments = [*_feedforward_backward(training, tokens, units, tensor)]
     if not cuda and training.dtype == "bfloat16":
-        moments.append(_cpu_attention_backward(training, tokens, units))
+        moments.append(_cpu_attention_backward(training, tokens, units, tensor))
     return tokens * (again + residual) + max(moments)
 
 
@@ -174,17 +174,18 @@ def _feedforward_backward(
     return tokens * units + matrix, tokens * factors * units
 
 
-def _cpu_attention_backward(training: Training, tokens: float, units: float) -> float:
+def _cpu_attention_backward(training: Training, tokens: float, units: float, tensor: int) -> float:
     """The CPU's bfloat16 kernel: a block of weights, their gradients and those of the scores.
 
     At that moment the hidden units are freed, and their gradients are still in memory.
     """
     config, item, length = training.config, training.item, training.context
     freed = (2 if config.feedforward == "swiglu" else 1) * units
-    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    heads = config.heads / tensor
+    queries, keys = heads * config.head_dim, _kv_heads(config.kv_heads, tensor) * config.head_dim
     grads = item * 2 * queries + WIDE * 2 * keys
     products = 2 if length <= KEPT else 5  # longer sequences compute their weights again
-    block = training.rows * config.heads * min(BLOCK, length) * length * item
+    block = training.rows * heads * min(BLOCK, length) * length * item
     return tokens * (grads - freed) + products * block
 
 

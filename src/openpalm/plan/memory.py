@@ -235,7 +235,8 @@ def _loss_bytes(training: Training, layout: Layout, *, cuda: bool) -> float:
     states = wide * config.dim + item * config.dim + item * config.dim * (item != wide)
     states += wide * config.dim * (config.logit_scale != 1)
     # The table's gradient is summed in float32; with FSDP a copy has the gathered table's dtype.
-    table = (WIDE + item * layout.gathers) * _table_numbers(training, layout)
+    copied = layout.gathers and item != WIDE
+    table = (WIDE + item * copied) * _table_numbers(training, layout)
     cast = item * vocabulary * config.dim if item != WIDE and not layout.gathers else 0
     return tokens * states + rows * vocabulary * item + softmax + table + cast
 
@@ -324,13 +325,13 @@ def _copies(
     """Bytes of weights in the arithmetic's dtype, and of buffers that are sent.
 
     With FSDP: the blocks at work and next (all, without reshard), and the tables, which stay
-    gathered; the gradient of a block in that dtype, and in float32 to be reduced.
+    gathered; the gradient of the block before, in float32, while it is reduced.
     """
     config, item = training.config, training.item
     if layout.gathers:
         blocks = 2 * stage.block if training.reshard else stage.blocks * stage.block
         gathered = item * (blocks + stage.tables)
-        sent = (item + WIDE) * stage.block if backward else 0
+        sent = WIDE * stage.block if backward else 0
         return gathered, sent
     if training.dtype == "float32":
         return 0.0, 0.0

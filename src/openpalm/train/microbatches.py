@@ -17,10 +17,14 @@ DEFAULT_SEQUENCES = 16
 def batch_shape(settings: "TrainSettings", sequence_length: int, processes: int = 1) -> BatchShape:
     """Cuts the global batch into microbatches. Raises SettingsError if it does not divide."""
     wanted = settings.batch_tokens or DEFAULT_SEQUENCES * sequence_length
-    if wanted % (sequence_length * processes):
+    least = sequence_length * processes
+    if wanted % least:
+        near = [
+            tokens for tokens in (wanted // least * least, -(-wanted // least) * least) if tokens
+        ]
         raise SettingsError(
             f"--batch-tokens {wanted}: must be a multiple of sequence_length x processes "
-            f"({sequence_length} x {processes})"
+            f"({sequence_length} x {processes}); use {' or '.join(map(str, near))}"
         )
     sequences = wanted // (sequence_length * processes)
     ramp = Ramp.parse(settings.batch_ramp)

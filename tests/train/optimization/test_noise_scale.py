@@ -131,9 +131,13 @@ def test_one_microbatch_gives_no_estimate_and_keeps_the_last():
     assert trainer.forward_backward([ragged()])[2] == found
 
 
-def test_a_step_of_one_microbatch_is_refused():
-    with pytest.raises(SettingsError, match=r"--noise-scale: .* smaller --microbatch-tokens"):
-        layout_runs.trainer_for(noise_scale=True, accumulation=1)
+@pytest.mark.parametrize(
+    ("sequences", "remedy"),
+    [(16, "give --microbatch-tokens 256"), (1, "give --batch-tokens 64 or more")],
+)
+def test_a_step_of_one_microbatch_is_refused(sequences: int, remedy: str):
+    with pytest.raises(SettingsError, match=f"--noise-scale: .*; {remedy}"):
+        layout_runs.trainer_for(noise_scale=True, accumulation=1, sequences=sequences)
 
 
 def test_averages_of_a_damaged_checkpoint_are_refused():
