@@ -214,7 +214,7 @@ def _server() -> ModelServer:
 
 def _restore(project: Project, model: ModelVersion) -> str:
     """Loads what the database says instead of `model`; returns what a message adds about it."""
-    project.refresh_from_db(fields=["served", "decided_by"])
+    project.refresh_from_db(fields=["served"])
     served, path = project.served, promoted_path()
     is_unfinished = path == model.path and served != model
     if served is not None and (path is None or is_unfinished):
