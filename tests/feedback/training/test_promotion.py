@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from openpalm.errors import DataError
-from openpalm.feedback.models import Event, Job, ModelVersion, Promotion
+from openpalm.feedback.models import Event, Job, ModelVersion, Project, Promotion
 from openpalm.feedback.training import promotion, served, servers
 from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.identity import worker_name
@@ -194,6 +194,27 @@ def test_a_connection_that_fails_keeps_the_promotion(project, pair, admin, tmp_p
     with pytest.raises(DataError):
         served.connect(str(tmp_path / "none"), "x")
     assert servers.promoted_path() == second.path
+
+
+def test_of_two_managers_the_second_sees_what_the_first_has_done(project, pair, admin, model):
+    """Their pages were loaded at the same time; the first one's swap has ended already."""
+    first, second = pair
+    theirs = Project.objects.get()
+    promotion.propose(project, second, admin, override_reason=REASON)
+    drain("promote")
+    with pytest.raises(DataError, match="the model second is served already"):
+        promotion.propose(theirs, second, admin, override_reason=REASON)
+    theirs.served = first  # as on their page
+    late = promotion.propose(theirs, model("third"), admin, override_reason=REASON)
+    assert late.previous == second
+    drain("promote")
+    stale = Promotion.objects.get(pk=late.pk)
+    promotion.undo(late, admin)
+    drain("promote")
+    stale.state = Promotion.State.DONE  # as on their page
+    with pytest.raises(DataError, match="can be undone"):
+        promotion.undo(stale, admin)
+    assert not Job.objects.filter(state__in=Job.UNFINISHED).exists()
 
 
 GARBAGE = [

@@ -346,3 +346,29 @@ def test_a_training_that_was_stopped_without_a_worker_is_ended(project, monkeypa
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("damage", ["gone", "altered"])
+def test_a_damaged_snapshot_trains_nothing(judged, model, admin, damage):
+    run = runs.start(judged, "reward", admin, parent=model("base"))
+    drain("train")
+    run.refresh_from_db()
+    assert run.snapshot is not None
+    path = Path(run.snapshot.path)
+    before = path.read_bytes()
+    path.unlink()
+    if damage == "altered":
+        path.write_bytes(before[:-20] + before[-19:])
+    TrainRun.objects.filter(pk=run.pk).update(state=State.FAILED)
+    runs.resume(run, admin)
+    drain("train")
+    run.refresh_from_db()
+    assert run.state == State.FAILED
+    assert (
+        f"{path}: the snapshot {'was altered' if damage == 'altered' else 'cannot be'}" in run.error
+    )
+    again = runs.start(judged, "reward", admin, parent=model("other"))
+    drain("train")
+    again.refresh_from_db()
+    assert (again.state, again.snapshot) == (State.FINISHED, run.snapshot)
+    assert path.read_bytes() == before

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from openpalm.base import jsonl
+from openpalm.base.files import sha256_of
 from openpalm.base.settings import spell
 from openpalm.errors import DataError
-from openpalm.feedback.models import Item, ModelVersion, Project, Prompt, TrainRun
+from openpalm.feedback.models import Item, ModelVersion, Project, Prompt, Snapshot, TrainRun
 
 VERBS = ("reward", "dpo", "ppo", "sft")
 _OF_ALL = (
@@ -129,7 +130,22 @@ def _data(run: TrainRun) -> Path:
         return prompts_file(run)
     if run.snapshot is None:
         raise DataError(f"{run.verb} needs a snapshot of judgements")
-    return Path(run.snapshot.path)
+    return _unaltered(run.snapshot)
+
+
+def _unaltered(snapshot: Snapshot) -> Path:
+    """The snapshot's file. What the lineage says would not be true of another one."""
+    path = Path(snapshot.path)
+    remedy = "restore it from a backup, or start another training"
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: the snapshot cannot be read ({error.strerror}); {remedy}"
+        ) from None
+    if found != snapshot.digest:
+        raise DataError(f"{path}: the snapshot was altered after it was frozen; {remedy}")
+    return path
 
 
 def prompts_path(run: TrainRun) -> Path:

@@ -83,10 +83,13 @@ def propose(
     reason = override_reason.strip()
     if model.project_id != project.pk or model.kind != POLICY or not model.path:
         raise DataError(f"the model {model} cannot be served: it has no checkpoint here")
-    if model.pk == project.served_id:
-        raise DataError(f"the model {model} is served already")
     _check_server()
     _check_free(project)
+    if model.pk == project.served_id:
+        raise DataError(f"the model {model} is served already")
+    if comparison is not None:
+        comparison.refresh_from_db()
+        comparison.project = project
     if (why := refusal(comparison, model)) and len(reason) < MIN_REASON:
         raise DataError(f"refused: {why}. To promote it anyway, give a reason")
     promotion = Promotion.objects.create(
@@ -107,12 +110,13 @@ def propose(
 @transaction.atomic
 def undo(promotion: Promotion, user: User) -> Job:
     """Queues the return to the model before. Raises DataError if there is none."""
+    _check_server()
+    _check_free(promotion.project)
+    promotion.refresh_from_db(fields=["state"])
     if promotion.state != State.DONE or promotion.project.served_id != promotion.model_id:
         raise DataError("only the promotion of the model that is served now can be undone")
     if promotion.previous is None or not promotion.previous.path:
         raise DataError("there is no model before it to return to")
-    _check_server()
-    _check_free(promotion.project)
     audit.record(
         "model.promotion_undo_asked",
         user=user,
@@ -128,9 +132,11 @@ def undo(promotion: Promotion, user: User) -> Job:
 def _check_free(project: Project) -> None:
     """Raises DataError while a swap waits: its comparison was with the model served before it.
 
-    The lock makes of two requests at the same time one that waits and one that is refused.
+    The lock makes of two requests at the same time one that waits and one that is refused. The
+    project has the served model and the rule of this moment afterwards.
     """
     Project.objects.select_for_update(no_key=True).get(pk=project.pk)
+    project.refresh_from_db(fields=["served", "decided_by"])
     unfinished = Job.objects.filter(project=project, kind="promote", state__in=Job.UNFINISHED)
     if unfinished.exists():
         raise DataError("another promotion is under way; wait until it has ended")
