@@ -63,7 +63,7 @@ def test_repeated_it_trains_nothing_again(done, capsys):
 
 def test_another_length_is_refused_before_any_work(done, capsys):
     out, _ = done
-    with pytest.raises(SettingsError, match=r"give --minutes 0\.1 to continue it, another --out"):
+    with pytest.raises(SettingsError, match=r"give --minutes 0\.05 to continue it, another --out"):
         quickstart.run(["--minutes", "0.2", "--out", str(out)])
     assert capsys.readouterr().out == ""
 

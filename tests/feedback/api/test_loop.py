@@ -17,6 +17,8 @@ from openpalm.feedback.models import (
     Promotion,
     Prompt,
     Role,
+    Snapshot,
+    SnapshotJudgement,
     Statistic,
     TrainRun,
     User,
@@ -360,6 +362,32 @@ def test_only_an_administrator_of_the_site_names_paths(boss, admin, caller, proj
     assert "only a reward model" in conflict(boss.post(f"models/{made.data['id']}/score"))
     ModelVersion.objects.update(kind="reward")
     assert boss.post(f"models/{made.data['id']}/score").data["kind"] == "score"
+
+
+def test_a_model_is_traced_to_each_judgement(project, models, member, make_item, caller):
+    base, new = models
+    ann, rea = member("ann"), member("rea", Role.REVIEWER)
+    make_item("one", "yes", "no")
+    make_item("two", "yes", "no")
+    project.refresh_from_db()
+    judged = [submission.submit(next_assignment(project, ann).pk, ann, BETTER) for _ in "ab"]
+    snapshot = Snapshot.objects.create(project=project, digest="ab", path="/none", judgements=2)
+    for response in judged:
+        SnapshotJudgement.objects.create(snapshot=snapshot, response=response)
+    run = TrainRun.objects.create(project=project, verb="dpo", snapshot=snapshot, parent=base)
+    ModelVersion.objects.filter(pk=new.pk).update(run=run, parent=base)
+    api = caller(rea)
+    shown = api.get(f"models/{new.pk}").data
+    assert shown["ancestors"] == ["base"]
+    assert [s["digest"] for s in shown["snapshots"]] == ["ab"]
+    assert api.get(f"models/{base.pk}").data["snapshots"] == []
+    path = f"snapshots/{shown['snapshots'][0]['id']}/judgements"
+    first = api.get(path, limit=1).data
+    rest = api.get(path, after=first["next"]).data
+    assert [r["id"] for r in first["data"] + rest["data"]] == [str(r.uid) for r in judged]
+    assert first["data"][0]["payload"] == judged[0].payload
+    Item.objects.update(state=Item.State.OPEN)  # the reviewer may still be given them
+    assert api.get(path).data["data"][0]["payload"] is None
 
 
 # --- jobs, runs, figures

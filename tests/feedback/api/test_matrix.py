@@ -19,6 +19,7 @@ from openpalm.feedback.models import (
     Project,
     Promotion,
     Role,
+    Snapshot,
     TrainRun,
     User,
 )
@@ -54,6 +55,7 @@ def objects_of(project, user, make_item):
         "uid": flag.uid,
         "run_id": TrainRun.objects.create(verb="dpo", **of).pk,
         "model_id": model.pk,
+        "snapshot_id": Snapshot.objects.create(digest=f"{user}", path="/none", **of).pk,
         "job_id": Job.objects.create(kind="statistics", **of).pk,
         "comparison_id": Comparison.objects.create(challenger=model, served=model, **of).pk,
         "promotion_id": Promotion.objects.create(model=model, by=user, **of).pk,

@@ -8,7 +8,7 @@ import pytest
 
 from openpalm.feedback.api.openapi import BODIES, QUERIES, document
 from openpalm.feedback.api.urls import urlpatterns
-from openpalm.feedback.models import ApiToken
+from openpalm.feedback.models import ApiToken, Snapshot
 
 PATHS = document(urlpatterns)["paths"]
 
@@ -38,8 +38,11 @@ def test_operation_ids_are_unique():
 @pytest.mark.parametrize("path", sorted(QUERIES))
 def test_parameters_are_those_that_are_read(project, admin, caller, path):
     """The API itself refuses an unknown parameter, and names all that it knows."""
+    snapshot = Snapshot.objects.create(project=project, digest="x", path="/none")
     given = {"project": "demo"} if "project" in QUERIES[path] else {}
-    answer = caller(admin).get(path.format(slug="demo"), **given, colour="red")
+    answer = caller(admin).get(
+        path.format(slug="demo", snapshot_id=snapshot.pk), **given, colour="red"
+    )
     refused = answer.data["error"]["message"]
     known = set(refused.rpartition("known: ")[2].split(", "))
     assert known == set(QUERIES[path])

@@ -1,5 +1,6 @@
 """Candidates from a model server: which are asked for, stored and shown; after a kill too."""
 
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -256,10 +257,11 @@ def test_answers_of_a_model_that_was_promoted_meanwhile_are_not_stored(
     project, admin, served, server, settings
 ):
     """By another project: they would get the name of this one's model."""
-    file = settings.FEEDBACK_DIR / servers.SERVED_FILE
+    file, turn = settings.FEEDBACK_DIR / servers.SERVED_FILE, threading.Lock()
 
     def answer(body):
-        write_atomically(file, '{"path": "/models/of-another"}')
+        with turn:
+            write_atomically(file, '{"path": "/models/of-another"}')
         return "of another model"
 
     server.answer = answer

@@ -15,8 +15,10 @@ from openpalm.feedback.training import runs
 from openpalm.feedback.training.commands import OPTIONS, check_settings
 from openpalm.feedback.training.follow import RunFollower, alarms_of
 from openpalm.feedback.training.snapshots import Filter
+from openpalm.feedback.worker import jobs
 from openpalm.feedback.worker.identity import started
 from openpalm.feedback.worker.loop import Worker, drain
+from openpalm.feedback.worker.processes import END_S, Running
 
 State = TrainRun.State
 
@@ -319,3 +321,28 @@ def test_alarms(first, last, words):
     assert words is None or words in found[0]
     # A reward that did not rise was not gamed.
     assert alarms_of([_evaluated(3, **first), _evaluated(1, **last)]) == []
+
+
+def test_a_training_that_was_stopped_without_a_worker_is_ended(project, monkeypatch):
+    """Its process outlives a killed worker; the job is stopped and no worker takes it again."""
+    now = [100.0]
+    monkeypatch.setattr(runs, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runs, "_left_over", {})
+    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        running = Running(process.pid, started(process.pid))
+        run = TrainRun.objects.create(project=project, verb="dpo", process=running.to_json())
+        job = jobs.enqueue("train", project=project, run=run.pk)
+        now[0] += 1000
+        assert runs.end_left_over() == 0, "it is queued: the next worker waits for the process"
+        jobs.stop(job)
+        assert runs.end_left_over() == 0, "its worker may be ending it at this moment"
+        now[0] += END_S + 1
+        assert runs.end_left_over() == 1
+        assert process.wait() == -signal.SIGTERM
+        runs.end_left_over()
+        run.refresh_from_db()
+        assert run.process is None
+    finally:
+        process.kill()
+        process.wait()

@@ -7,7 +7,7 @@ import sys
 from datetime import timedelta
 
 import pytest
-from django.db import OperationalError, connection
+from django.db import OperationalError
 from django.utils import timezone
 
 from openpalm.errors import DataError, StorageError
@@ -20,7 +20,6 @@ from openpalm.feedback.models import (
     TrainRun,
 )
 from openpalm.feedback.worker import handlers, jobs
-from openpalm.feedback.worker import progress as reporting
 from openpalm.feedback.worker.identity import host, is_gone, started, worker_name
 from openpalm.feedback.worker.loop import FULL_DISK_PAUSE_S, Worker, drain
 from openpalm.feedback.worker.progress import JobStopped, Progress, WorkerEnds
@@ -456,20 +455,3 @@ def test_progress_after_a_kill_is_stored_at_once(project):
         progress.move_to(done)
     job.refresh_from_db()
     assert (job.done, job.attempts) == (3, 1)
-
-
-@pytest.mark.parametrize("is_long", [True, False])
-def test_labelers_can_write_between_the_transactions_of_a_job(project, monkeypatch, is_long):
-    """SQLite's writers do not queue: one that looks every 0.1 s would never find it free."""
-    job = jobs.enqueue("import", project=project)
-    jobs.take(worker_name(), jobs.KINDS)
-    job.refresh_from_db()
-    slept = []
-    monkeypatch.setattr(reporting, "PAUSE_AFTER_S", -1.0 if is_long else 1e9)
-    monkeypatch.setattr(reporting.time, "sleep", slept.append)
-    reported = Progress(job)
-    for _ in range(3):
-        with reported.writing():
-            pass
-    pauses = 3 if is_long and connection.vendor == "sqlite" else 0
-    assert slept == [reporting.PAUSE_S] * pauses

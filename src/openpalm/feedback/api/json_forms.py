@@ -13,6 +13,7 @@ from openpalm.feedback.models import (
     Promotion,
     Prompt,
     Response,
+    Snapshot,
     TrainRun,
 )
 
@@ -128,6 +129,16 @@ def model_json(model: ModelVersion) -> dict[str, Any]:
         "run": model.run_id,
         "served": model.project.served_id == model.pk,
         "created": model.created_at.isoformat(),
+    }
+
+
+def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "id": snapshot.pk,
+        "digest": snapshot.digest,
+        "judgements": snapshot.judgements,
+        "counts": snapshot.counts,
+        "created": snapshot.created_at.isoformat(),
     }
 
 

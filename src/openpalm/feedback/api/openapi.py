@@ -158,6 +158,7 @@ QUERIES: dict[str, tuple[str, ...]] = {
     "responses/export": ("project", "format", "consensus"),
     "runs": ("project", *PAGED),
     "models": ("project", *PAGED),
+    "snapshots/{snapshot_id}/judgements": PAGED,
     "comparisons": ("project", *PAGED),
     "promotions": ("project", *PAGED),
     "jobs": ("project", "state", *PAGED),

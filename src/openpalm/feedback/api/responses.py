@@ -34,17 +34,17 @@ def list_responses(call: Call) -> JsonResponse:
         responses = responses.filter(user=user) if user else responses.none()
     if not has_rank(role, Role.REVIEWER):
         responses = responses.filter(user=call.user)
-    return call.page(responses, lambda found: _shown(call, found))
+    return call.page(responses, lambda found: shown_responses(call, found))
 
 
 @operation("responses:read", Role.ANNOTATOR)
 def get_response(call: Call, uid: UUID) -> JsonResponse:
     found = _visible(call, uid)
     call.finish()
-    return JsonResponse(_shown(call, [found])[0])
+    return JsonResponse(shown_responses(call, [found])[0])
 
 
-def _shown(call: Call, responses: list[Response]) -> list[dict[str, Any]]:
+def shown_responses(call: Call, responses: list[Response]) -> list[dict[str, Any]]:
     """Nobody sees a judgement of an item that they may still be given themselves."""
     open_to = revealed({r.item_id: r.item for r in responses}.values(), call.user)
     return [response_json(r, is_revealed=r.item_id in open_to) for r in responses]

@@ -6,17 +6,21 @@ from django.http import JsonResponse
 
 from openpalm.errors import DataError
 from openpalm.feedback.accounts.access import has_rank
-from openpalm.feedback.api.json_forms import job_json, model_json, run_json
+from openpalm.feedback.api.json_forms import job_json, model_json, run_json, snapshot_json
 from openpalm.feedback.api.protocol.endpoints import Call, each, operation
 from openpalm.feedback.api.protocol.errors import ApiError, refusals
+from openpalm.feedback.api.responses import shown_responses
 from openpalm.feedback.models import (
     ModelVersion,
     Project,
     Role,
+    Snapshot,
+    SnapshotJudgement,
     TrainRun,
 )
 from openpalm.feedback.training import promotion, registry, runs, scoring
 from openpalm.feedback.training.commands import OWN_OPTIONS, VERBS
+from openpalm.feedback.training.lineage import ancestors, snapshots_of
 from openpalm.feedback.training.snapshots import Filter, default_filter
 
 SETTABLE = {"members", "name"}
@@ -101,9 +105,23 @@ def list_models(call: Call) -> JsonResponse:
 
 @operation("models:read", Role.REVIEWER)
 def get_model(call: Call, model_id: int) -> JsonResponse:
+    """With what it was trained from, and the judgements that it was trained on, by snapshot."""
     model = call.find(MODELS.filter(pk=model_id), "model")
     call.finish()
-    return JsonResponse(model_json(model))
+    lineage = {
+        "ancestors": [each.name for each in ancestors(model)[1:]],
+        "snapshots": [snapshot_json(each) for each in snapshots_of(model)],
+    }
+    return JsonResponse(model_json(model) | lineage)
+
+
+@operation("models:read", Role.REVIEWER)
+def list_snapshot_judgements(call: Call, snapshot_id: int) -> JsonResponse:
+    """The judgements that a snapshot froze, as they are now."""
+    snapshot = call.find(Snapshot.objects.filter(pk=snapshot_id), "snapshot")
+    rows = SnapshotJudgement.objects.filter(snapshot=snapshot)
+    rows = rows.select_related("response__user", "response__item")
+    return call.page(rows, lambda found: shown_responses(call, [row.response for row in found]))
 
 
 @operation("models:write", Role.ADMIN)

@@ -73,6 +73,11 @@ urlpatterns = [
     _named("runs/<int:run_id>/resume", "run-resume", POST=training.resume_run),
     _named("models", "models", GET=training.list_models, POST=training.register_model),
     _named("models/<int:model_id>", "model", GET=training.get_model),
+    _named(
+        "snapshots/<int:snapshot_id>/judgements",
+        "snapshot",
+        GET=training.list_snapshot_judgements,
+    ),
     _named("models/<int:model_id>/choose", "choose", POST=training.choose_model),
     _named("models/<int:model_id>/score", "score", POST=training.score_model),
     _named("models/<int:model_id>/promote", "promote", POST=comparisons.promote_model),

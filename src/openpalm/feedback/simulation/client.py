@@ -1,6 +1,6 @@
 """A client of the REST API for labelers.
 
-It repeats a request that got no answer. All requests are repeatable: a lease is shown again and a
+It repeats a request that got no answer. Those of labelers are repeatable: a lease is shown again, a
 second submission returns the first response.
 """
 

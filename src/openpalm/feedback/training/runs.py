@@ -8,6 +8,7 @@ import signal
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from django.conf import settings as site
@@ -23,12 +24,14 @@ from openpalm.feedback.training.follow import RunFollower, alarms_of
 from openpalm.feedback.training.registry import POLICY, REWARD, register
 from openpalm.feedback.training.snapshots import KINDS_OF_VERB, Filter, default_filter
 from openpalm.feedback.worker import jobs
-from openpalm.feedback.worker.processes import Command, Running, wait_until_unlocked
+from openpalm.feedback.worker.processes import END_S, Command, Running, wait_until_unlocked
 from openpalm.feedback.worker.progress import Progress
 
 State = TrainRun.State
 KILLED_TIMES = 3
 """times in a row that a killed process is started again without a step in between"""
+_left_over: dict[tuple[int, int], float] = {}
+"""trainings that ended and have a process all the same, and when that was first seen"""
 _LOCKED = "another process is training in it"
 
 
@@ -125,6 +128,28 @@ def resume(run: TrainRun, user: User | None) -> Job:
         raise DataError(f"training {run.pk} is {run.state}; only an ended one can be resumed")
     audit.record("training.resumed", user=user, project=run.project, target=run.pk)
     return jobs.enqueue("train", project=run.project, user=user, run=run.pk)
+
+
+def end_left_over() -> int:
+    """Ends processes of trainings that ended while their worker was dead; returns how many.
+
+    A worker that lives ends its own within END_S, so those that are older have none.
+    """
+    ended = TrainRun.objects.filter(state__in=(State.STOPPED, State.FAILED))
+    alive: dict[tuple[int, int], Running] = {}
+    for run in ended.filter(process__isnull=False).only("process"):
+        running = Running.from_json(run.process)
+        if running is not None and running.alive:
+            alive[run.pk, running.pid] = running
+        else:
+            ended.filter(pk=run.pk).update(process=None)
+    for key in set(_left_over) - set(alive):
+        del _left_over[key]
+    waited = {key: monotonic() - _left_over.setdefault(key, monotonic()) for key in alive}
+    late = [key for key in alive if waited[key] > END_S]
+    for key in late:
+        alive[key].signal(signal.SIGKILL if waited[key] > 2 * END_S else signal.SIGTERM)
+    return len(late)
 
 
 def log_file(run: TrainRun) -> Path:

@@ -24,6 +24,7 @@ HANDLERS = {
 }
 
 STATISTICS_DUE = "openpalm.feedback.quality.job:enqueue_due"
+LEFT_OVER = "openpalm.feedback.training.runs:end_left_over"
 
 
 def handler(kind: str) -> Handler:
@@ -33,6 +34,11 @@ def handler(kind: str) -> Handler:
 def enqueue_due_statistics() -> int:
     """Adds the jobs of figures that are due; returns how many."""
     return _function(STATISTICS_DUE)()
+
+
+def end_left_over() -> int:
+    """Ends processes of trainings that nobody ended; returns how many."""
+    return _function(LEFT_OVER)()
 
 
 def _function(name: str) -> Callable[..., Any]:

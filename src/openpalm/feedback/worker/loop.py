@@ -13,7 +13,7 @@ from openpalm.base.files import is_disk_full
 from openpalm.errors import OpenPalmError, one_line
 from openpalm.feedback.models import Job
 from openpalm.feedback.worker import jobs
-from openpalm.feedback.worker.handlers import enqueue_due_statistics, handler
+from openpalm.feedback.worker.handlers import end_left_over, enqueue_due_statistics, handler
 from openpalm.feedback.worker.identity import worker_name
 from openpalm.feedback.worker.progress import JobStopped, Progress, WorkerEnds
 
@@ -51,6 +51,7 @@ class Worker:
                     continue
                 if "statistics" in kinds and time.monotonic() > next_look:
                     next_look = time.monotonic() + STATISTICS_EVERY_S
+                    self._safely(lambda: bool(end_left_over()))
                     if self._safely(lambda: bool(enqueue_due_statistics())):
                         continue
                 self.ending.wait(POLL_S)

@@ -47,6 +47,11 @@ class Running:
     def alive(self) -> bool:
         return is_running(self.pid, self.since)
 
+    def signal(self, number: int) -> None:
+        """To its children too."""
+        if self.alive:
+            _signal_group(self.pid, number)
+
 
 @dataclass
 class Command:
