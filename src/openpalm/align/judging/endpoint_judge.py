@@ -102,8 +102,12 @@ class EndpointJudge:
                 try:
                     async with asyncio.TaskGroup() as group:
                         tasks = [group.create_task(one(job)) for job in jobs]
-                except* WorkError as errors:
-                    raise errors.exceptions[0] from None
+                except ExceptionGroup as errors:
+                    # Not `except*`: before Python 3.11.4 what is raised in it becomes a group.
+                    failed, others = errors.split(WorkError)
+                    if failed is None or others is not None:
+                        raise
+                    raise failed.exceptions[0] from None
             return [task.result() for task in tasks]
 
         return asyncio.run(together())
