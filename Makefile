@@ -87,7 +87,7 @@ ready-feedback: $(VENV)/.feedback
 
 # Not by `make test`: it starts browsers, a PostgreSQL server and many processes, and kills some.
 feedback: ready-feedback
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/feedback_system tests/feedback/packages $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/feedback_system tests/feedback/packages $(PYTEST_ARGS)
 
 ready-interop: $(VENV)-interop/.ready
 

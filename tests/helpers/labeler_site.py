@@ -147,10 +147,9 @@ class _SlowAnswer(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         try:
-            # Some pieces at intervals: the site stores what it has every half second.
-            for piece in ("I am ", "writing", *[""] * 8):
-                self._stream(piece)
-                threading.Event().wait(0.1)
+            self._stream("I am ")
+            threading.Event().wait(0.6)  # the site stores what it has every half second
+            self._stream("writing")
             self.server.go.wait(30)
             self._stream(" and now at the end.")
             self.wfile.write(b"data: [DONE]\n\n")

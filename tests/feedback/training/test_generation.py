@@ -115,6 +115,28 @@ def test_after_a_kill_nothing_is_doubled_and_nothing_asked_again(
     assert len(server.requests) == count
 
 
+def test_a_slow_server_gets_no_more_requests_at_once(project, admin, served, server, monkeypatch):
+    """Although nothing comes between two checks of the job."""
+    monkeypatch.setattr(answers, "CHECK_EVERY_S", 0.01)
+    counts, lock = {"now": 0, "most": 0}, threading.Lock()
+
+    def answer(body):
+        with lock:
+            counts["now"] += 1
+            counts["most"] = max(counts.values())
+        threading.Event().wait(0.15)
+        with lock:
+            counts["now"] -= 1
+        return f"answer {body['seed']}"
+
+    server.answer = answer
+    add_prompts(project, 12)
+    _start(project, admin, served)
+    drain("generate")
+    assert Candidate.objects.count() == 24
+    assert counts["most"] <= answers.AT_ONCE
+
+
 def test_a_refused_prompt_is_counted_with_its_reason(project, admin, served, server):
     add_prompts(project, 3)
     server.answer = lambda body: (

@@ -24,6 +24,8 @@ from openpalm.feedback.worker.progress import Progress
 AT_ONCE = 8
 """requests in flight; the server generates them in one batch"""
 PROMPTS_AT_ONCE = 200
+CHECK_EVERY_S = 1.0
+"""while no answer comes: whether the job must stop"""
 PATIENCE_S, PAUSE_S = 120.0, 1.0
 """how long an answer is asked for again from a server that is away, and how often"""
 MOST_FAILURES = 20
@@ -162,13 +164,11 @@ def _ask(
     waiting = iter(wanted)
     running: dict[Future[str], Wanted] = {}
     while True:
-        for each in waiting:
+        for each in islice(waiting, AT_ONCE - len(running)):
             running[_in_thread(partial(ask, each))] = each
-            if len(running) == AT_ONCE:
-                break
         if not running:
             return
-        done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+        done, _ = wait(running, timeout=CHECK_EVERY_S, return_when=FIRST_COMPLETED)
         progress.check()
         for future in done:
             each = running.pop(future)
