@@ -64,6 +64,15 @@ def test_a_file_that_ends_early_is_an_error(memory):
     assert (error.value.errno, error.value.filename) == (errno.EIO, "memory://b/x.bin")
 
 
+def test_a_reader_that_cannot_be_opened_can_be_closed(memory):
+    """Python closes it when it is collected; since 3.13 an error there is printed."""
+    reader = remote._Reader.__new__(remote._Reader)
+    with pytest.raises(OSError, match="memory://b/none"):
+        reader.__init__(RemoteFile("memory://b/none", 1))
+    reader.close()
+    assert reader.closed
+
+
 def test_files_of_a_url_are_found_and_sorted(memory):
     for name in ("b/c.txt", "b/a.txt", "b/d/e.txt", "other.txt"):
         memory.pipe_file(f"/{name}", b"1234")

@@ -235,6 +235,7 @@ class _Reader(io.RawIOBase):
 
     def __init__(self, file: RemoteFile):
         self._remote = file
+        self._file: Any = None  # for `close`, which Python also calls when this fails
         fs, path = file_system(file.url)
         with _errors(file.url):
             self._file = fs.open(path, mode="rb", block_size=READ_BYTES)
@@ -264,7 +265,7 @@ class _Reader(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        if not self.closed:
+        if not self.closed and self._file is not None:
             self._file.close()
         super().close()
 
