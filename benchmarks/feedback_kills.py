@@ -90,7 +90,7 @@ class Site:
         server.path = self.base.path
 
     def queue(self) -> None:
-        """Jobs whose arguments need what an earlier one makes are queued with its name."""
+        """Queues jobs of every kind."""
         from openpalm.feedback.models import Comparison, Promotion
         from openpalm.feedback.training import generation
         from openpalm.feedback.worker import jobs
@@ -159,7 +159,7 @@ class Site:
             time.sleep(0.02)
 
     def wait_for_progress(self, deadline: float) -> None:
-        """A job whose worker ended several times before it could begin would fail, as it should."""
+        """Waits: a job fails, as it should, if its worker ends several times before it begins."""
         from openpalm.feedback.models import Job
         from openpalm.feedback.worker.jobs import MAX_ATTEMPTS
 

@@ -239,7 +239,7 @@ class Filler:
         self._finish()
 
     def run_rest(self, project: int, root: int, models: list[int]) -> None:
-        """What is there beside the judgements: who wrote the answers, scores, events, jobs."""
+        """Adds everything but the judgements: authors of answers, scores, events, jobs."""
         with self.connection.cursor() as cursor:
             cursor.execute(f"UPDATE feedback_candidate SET model_id = {models[0]} + id % 2")
         score = {

@@ -40,7 +40,7 @@ print(json.dumps([responses, Item.objects.filter(state="complete").count()]))
 
 
 class Labeler(threading.Thread):
-    """Judges until it is told to stop; `acknowledged` holds the ids of its judgements."""
+    """Judges until `stops` is set; `acknowledged` holds the ids of its judgements."""
 
     def __init__(self, site: Site, token: str):
         super().__init__()

@@ -22,7 +22,7 @@ class FakeServer:
     hangs_up: bool = False
     """once: the model is loaded, and there is no answer"""
     drops: int = 0
-    """requests for answers whose connection is closed instead"""
+    """number of requests that are not answered: the connection is closed"""
     garbage: bytes | None = None
     """content of every answer, whatever was asked"""
     status: int = 200

@@ -28,7 +28,7 @@ class JudgedPairs:
 
 
 def judged_pairs(table: ResponseTable, answers: AnswerTable, author_kind: str) -> JudgedPairs:
-    """The pairs that these labelers judged, of a project whose task has comparisons."""
+    """The pairs that these labelers judged, in a project with comparisons."""
     values = values_of(table, author_kind)
     if table.kind == "compare":
         values = winners(values)
