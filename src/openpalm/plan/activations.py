@@ -76,7 +76,7 @@ def _attention(training: Training, layout: Layout, *, cuda: bool) -> float:
     normed = WIDE * (queries + keys) * (1 if cuda else 2) if config.qk_norm else 0
     outputs = item * 2 * queries  # rotated queries, and the result
     if layout.context > 1:
-        # The keys and values of whole rows; the results of both chunks, beside the joined one.
+        # The keys and values of whole rows; the results of both chunks and the joined one.
         kept = item * (2 * keys * layout.context + queries)
         weights = 0 if cuda else _chunk_weights(training, layout) / tensor
         return normed + outputs + kept + weights + WIDE * config.heads / tensor
